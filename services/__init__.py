@@ -1,0 +1,1 @@
+"""Mulligan: gRPC services in which language agents learn by experience."""

@@ -1,0 +1,98 @@
+"""The client's side of a connection: a deadline on every call, bounded retries, domain errors back as exceptions."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+
+from services.common.errors import CallFailed, Code, DomainError, ServiceUnavailable
+from services.common.status import from_rpc_error
+
+log = structlog.get_logger()
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a service is and how to call it.
+
+    `outage_seconds` bounds how long one call keeps retrying while the service is unreachable or says
+    RESOURCE_EXHAUSTED. Every call must be safe to repeat: the contracts see to that.
+    """
+
+    address: str
+    token: str | None = None
+    tls_ca: Path | None = None
+    tls: bool = False
+    outage_seconds: float = 120.0
+    max_message_bytes: int = 64 * 2**20
+
+
+class Connection:
+    """One HTTP/2 channel. `call` is the only way in."""
+
+    def __init__(self, endpoint: Endpoint, on_outage: Callable[[str], None] | None = None):
+        self.endpoint = endpoint
+        self._on_outage = on_outage
+        self._metadata = (("authorization", f"Bearer {endpoint.token}"),) if endpoint.token else None
+        options = [
+            ("grpc.max_send_message_length", endpoint.max_message_bytes),
+            ("grpc.max_receive_message_length", endpoint.max_message_bytes),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+            ("grpc.use_local_subchannel_pool", 1),  # a channel of its own: no state shared between clients
+        ]
+        if endpoint.tls or endpoint.tls_ca is not None:
+            roots = endpoint.tls_ca.read_bytes() if endpoint.tls_ca else None
+            self.channel = grpc.aio.secure_channel(endpoint.address, grpc.ssl_channel_credentials(roots), options)
+        else:
+            self.channel = grpc.aio.insecure_channel(endpoint.address, options)
+
+    async def call(self, method: Callable[..., Awaitable[R]], request: Any, *, timeout: float) -> R:
+        """Makes one unary call, repeating it while the service is unreachable or full.
+
+        Raises DomainError, CallFailed (with `timed_out` when the deadline of `timeout` seconds passed), or
+        ServiceUnavailable after `outage_seconds` without an answer.
+        """
+        down_since: float | None = None
+        delay = 0.05
+        while True:
+            try:
+                return await method(request, timeout=timeout, metadata=self._metadata)
+            except grpc.aio.AioRpcError as error:
+                cause = self._retryable(error, type(request).__name__.removesuffix("Request"))
+            now = time.monotonic()
+            if down_since is None:
+                down_since = now
+                self._report(cause)
+            if now - down_since >= self.endpoint.outage_seconds:
+                raise ServiceUnavailable(self.endpoint.address, now - down_since, cause)
+            await asyncio.sleep(delay * random.uniform(0.5, 1.5))
+            delay = min(delay * 2, 2.0)
+
+    def _retryable(self, error: grpc.aio.AioRpcError, method: str) -> str:
+        """The cause, when the call should be repeated; raises otherwise."""
+        domain_error = from_rpc_error(error)
+        if domain_error is not None:
+            if domain_error.code is Code.RESOURCE_EXHAUSTED and domain_error.retry_after is not None:
+                return str(domain_error)
+            raise domain_error from None
+        if error.code() is grpc.StatusCode.UNAVAILABLE:
+            return error.details() or "unavailable"
+        raise CallFailed(self.endpoint.address, method, error.code().name, error.details() or "") from error
+
+    def _report(self, cause: str) -> None:
+        log.warning("waiting for a service", endpoint=self.endpoint.address, cause=cause)
+        if self._on_outage is not None:
+            self._on_outage(f"waiting for {self.endpoint.address}: {cause}")
+
+    async def close(self) -> None:
+        await self.channel.close()

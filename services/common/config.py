@@ -1,0 +1,90 @@
+"""Service settings: TOML file, then environment variables, then flags; the later wins (pydantic-settings).
+
+A service subclasses `ServiceSettings`, sets `service`, and calls `load`. `python -m services.env --config env.toml
+--port 50051`, `MULLIGAN_ENV_PORT=50051` and `port = 50051` mean the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+class ServiceSettings(BaseSettings):
+    """Settings that every service has."""
+
+    model_config = SettingsConfigDict(extra="forbid", cli_kebab_case=True, cli_implicit_flags=True)
+    service: ClassVar[str]
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all interfaces.")
+    port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 picks a free one, printed at start.")
+    max_message_bytes: int = Field(64 * 2**20, ge=2**10, description="Largest request or response.")
+    drain_seconds: float = Field(30.0, ge=0, description="How long calls in flight may go on after SIGTERM.")
+    log_format: Literal["console", "json"] = Field("console", description="One line per request either way.")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    token: SecretStr | None = Field(None, description="When set, calls need `authorization: Bearer TOKEN`.")
+    tls_certificate: Path | None = Field(None, description="PEM file; with tls_key, the server speaks TLS.")
+    tls_key: Path | None = None
+
+    @model_validator(mode="after")
+    def _tls_is_complete(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        return self
+
+    @classmethod
+    def load(cls, argv: Sequence[str]) -> Self:
+        """Reads all sources. Exits with status 2 and a line per bad setting, named, when one is invalid."""
+        argv = list(argv)
+        config = _take_config(argv)
+        toml = Path(config) if config else None
+        if toml is not None and not toml.is_file():
+            sys.exit(f"{cls.service}: --config {toml}: no such file")
+        prefix = f"MULLIGAN_{cls.service.upper()}_"
+
+        class Loaded(cls):  # type: ignore[valid-type,misc]
+            @classmethod
+            def settings_customise_sources(
+                cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
+            ) -> tuple[PydanticBaseSettingsSource, ...]:
+                return (
+                    CliSettingsSource(settings_cls, cli_prog_name=f"services.{cls.service}", cli_parse_args=argv),
+                    EnvSettingsSource(settings_cls, env_prefix=prefix, env_nested_delimiter="__"),
+                    TomlConfigSettingsSource(settings_cls, toml_file=toml or Path()),
+                )
+
+        try:
+            loaded: Self = Loaded()
+        except ValidationError as error:
+            lines = (f"  {_name(item['loc'])}: {item['msg']}" for item in error.errors())
+            sys.exit(f"{cls.service}: bad settings\n" + "\n".join(lines))
+        except (OSError, ValueError) as error:  # an unreadable or malformed TOML file
+            sys.exit(f"{cls.service}: bad settings: {error}")
+        return loaded
+
+
+def _take_config(argv: list[str]) -> str | None:
+    for index, argument in enumerate(argv):
+        if argument == "--config" and index + 1 < len(argv):
+            del argv[index]
+            return argv.pop(index)
+        if argument.startswith("--config="):
+            del argv[index]
+            return argument.removeprefix("--config=")
+    return None
+
+
+def _name(location: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in location) or "settings"

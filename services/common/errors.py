@@ -1,0 +1,153 @@
+"""Domain errors: what a service may answer instead of a result. `status.py` carries them over gRPC.
+
+A service raises a `DomainError` with a declared `Reason`; its client raises the same exception on the other side.
+Anything else that escapes a handler is INTERNAL.  https://google.aip.dev/193
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from enum import StrEnum
+
+
+class Code(StrEnum):
+    """The gRPC status codes in use, by name.  https://grpc.github.io/grpc/core/md_doc_statuscodes.html"""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    OUT_OF_RANGE = "OUT_OF_RANGE"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+
+
+class Reason(StrEnum):
+    """Why a call failed; each belongs to one status code, in `_CODES`."""
+
+    INVALID_FIELD = "INVALID_FIELD"
+    BAD_PAGE_TOKEN = "BAD_PAGE_TOKEN"
+    BAD_CREDENTIAL = "BAD_CREDENTIAL"
+    # environment
+    UNKNOWN_ENVIRONMENT = "UNKNOWN_ENVIRONMENT"
+    UNKNOWN_TASK = "UNKNOWN_TASK"
+    UNKNOWN_EPISODE = "UNKNOWN_EPISODE"
+    EPISODE_EXPIRED = "EPISODE_EXPIRED"
+    EPISODE_CONFLICT = "EPISODE_CONFLICT"
+    EPISODE_FINISHED = "EPISODE_FINISHED"
+    STEP_SKIPPED = "STEP_SKIPPED"
+    STEP_CONFLICT = "STEP_CONFLICT"
+    CAPACITY_REACHED = "CAPACITY_REACHED"
+    # policy
+    EMPTY_PROMPT = "EMPTY_PROMPT"
+    TOKEN_OUT_OF_VOCABULARY = "TOKEN_OUT_OF_VOCABULARY"
+    PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+    TEMPLATE_ERROR = "TEMPLATE_ERROR"
+    TEMPLATE_REWRITES_HISTORY = "TEMPLATE_REWRITES_HISTORY"
+    POLICY_VERSION_TOO_OLD = "POLICY_VERSION_TOO_OLD"
+    QUEUE_FULL = "QUEUE_FULL"
+    BAD_WEIGHTS_URI = "BAD_WEIGHTS_URI"
+    WEIGHTS_NOT_FOUND = "WEIGHTS_NOT_FOUND"
+    CHECKSUM_MISMATCH = "CHECKSUM_MISMATCH"
+    MODEL_MISMATCH = "MODEL_MISMATCH"
+    VERSION_CONFLICT = "VERSION_CONFLICT"
+    # memory
+    UNKNOWN_REFLECTION = "UNKNOWN_REFLECTION"
+    REQUEST_CONFLICT = "REQUEST_CONFLICT"
+    UNKNOWN_VERSION = "UNKNOWN_VERSION"
+    # trainer
+    UNKNOWN_LEARNER = "UNKNOWN_LEARNER"
+    LEARNER_OWNED = "LEARNER_OWNED"
+    LEARNER_CONFLICT = "LEARNER_CONFLICT"
+    SEQUENCE_MISMATCH = "SEQUENCE_MISMATCH"
+    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    CHECKPOINT_NOT_FOUND = "CHECKPOINT_NOT_FOUND"
+    CHECKPOINT_MISMATCH = "CHECKPOINT_MISMATCH"
+    UNKNOWN_RUN = "UNKNOWN_RUN"
+    RUN_CONFLICT = "RUN_CONFLICT"
+    RUN_COMPLETED = "RUN_COMPLETED"
+    INVALID_SETTING = "INVALID_SETTING"
+
+
+_CODES: dict[Reason, Code] = {
+    Reason.INVALID_FIELD: Code.INVALID_ARGUMENT,
+    Reason.BAD_PAGE_TOKEN: Code.INVALID_ARGUMENT,
+    Reason.BAD_CREDENTIAL: Code.UNAUTHENTICATED,
+    Reason.UNKNOWN_ENVIRONMENT: Code.NOT_FOUND,
+    Reason.UNKNOWN_TASK: Code.NOT_FOUND,
+    Reason.UNKNOWN_EPISODE: Code.NOT_FOUND,
+    Reason.EPISODE_EXPIRED: Code.NOT_FOUND,
+    Reason.EPISODE_CONFLICT: Code.ALREADY_EXISTS,
+    Reason.EPISODE_FINISHED: Code.FAILED_PRECONDITION,
+    Reason.STEP_SKIPPED: Code.FAILED_PRECONDITION,
+    Reason.STEP_CONFLICT: Code.FAILED_PRECONDITION,
+    Reason.CAPACITY_REACHED: Code.RESOURCE_EXHAUSTED,
+    Reason.EMPTY_PROMPT: Code.INVALID_ARGUMENT,
+    Reason.TOKEN_OUT_OF_VOCABULARY: Code.INVALID_ARGUMENT,
+    Reason.PROMPT_TOO_LONG: Code.INVALID_ARGUMENT,
+    Reason.TEMPLATE_ERROR: Code.INVALID_ARGUMENT,
+    Reason.TEMPLATE_REWRITES_HISTORY: Code.FAILED_PRECONDITION,
+    Reason.POLICY_VERSION_TOO_OLD: Code.FAILED_PRECONDITION,
+    Reason.QUEUE_FULL: Code.RESOURCE_EXHAUSTED,
+    Reason.BAD_WEIGHTS_URI: Code.INVALID_ARGUMENT,
+    Reason.WEIGHTS_NOT_FOUND: Code.NOT_FOUND,
+    Reason.CHECKSUM_MISMATCH: Code.FAILED_PRECONDITION,
+    Reason.MODEL_MISMATCH: Code.FAILED_PRECONDITION,
+    Reason.VERSION_CONFLICT: Code.FAILED_PRECONDITION,
+    Reason.UNKNOWN_REFLECTION: Code.NOT_FOUND,
+    Reason.REQUEST_CONFLICT: Code.ALREADY_EXISTS,
+    Reason.UNKNOWN_VERSION: Code.OUT_OF_RANGE,
+    Reason.UNKNOWN_LEARNER: Code.NOT_FOUND,
+    Reason.LEARNER_OWNED: Code.FAILED_PRECONDITION,
+    Reason.LEARNER_CONFLICT: Code.ALREADY_EXISTS,
+    Reason.SEQUENCE_MISMATCH: Code.FAILED_PRECONDITION,
+    Reason.MODEL_NOT_FOUND: Code.INVALID_ARGUMENT,
+    Reason.CHECKPOINT_NOT_FOUND: Code.NOT_FOUND,
+    Reason.CHECKPOINT_MISMATCH: Code.FAILED_PRECONDITION,
+    Reason.UNKNOWN_RUN: Code.NOT_FOUND,
+    Reason.RUN_CONFLICT: Code.ALREADY_EXISTS,
+    Reason.RUN_COMPLETED: Code.FAILED_PRECONDITION,
+    Reason.INVALID_SETTING: Code.INVALID_ARGUMENT,
+}
+
+
+class DomainError(Exception):
+    """A declared failure. `metadata` travels with it; `retry_after` becomes a google.rpc.RetryInfo."""
+
+    def __init__(self, reason: Reason, message: str, *, retry_after: timedelta | None = None, **metadata: object):
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.retry_after = retry_after
+        self.metadata = {key: str(value) for key, value in metadata.items()}
+
+    @property
+    def code(self) -> Code:
+        return _CODES[self.reason]
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
+
+class ServiceUnavailable(Exception):
+    """A service could not be reached for as long as the caller was willing to wait. Names the endpoint."""
+
+    def __init__(self, endpoint: str, seconds: float, cause: str):
+        super().__init__(f"{endpoint} was unreachable for {seconds:.0f} s: {cause}")
+        self.endpoint = endpoint
+
+
+class CallFailed(Exception):
+    """A call failed in a way that no declared reason covers (INTERNAL, DEADLINE_EXCEEDED, …)."""
+
+    def __init__(self, endpoint: str, method: str, code: str, details: str):
+        super().__init__(f"{method} at {endpoint} failed: {code}: {details}")
+        self.code = code
+
+    @property
+    def timed_out(self) -> bool:
+        return self.code == "DEADLINE_EXCEEDED"
+
+
+def invalid_field(field: str, expected: str) -> DomainError:
+    return DomainError(Reason.INVALID_FIELD, f"{field}: expected {expected}", field=field, expected=expected)

@@ -1,0 +1,217 @@
+"""Start-up of a gRPC service: interceptor, health, reflection, limits, TLS, credential, and a drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from pydantic import SecretStr
+
+from services.common.config import ServiceSettings
+from services.common.errors import DomainError, Reason, invalid_field
+from services.common.status import to_status
+from services.common.validation import violations
+
+log = structlog.get_logger()
+_OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # probes carry no credential
+_REQUEST_KEYS = ("run_id", "episode_id", "request_id", "learner_id", "reflection_id", "sequence", "step_index")
+
+
+def configure_logging(settings: ServiceSettings) -> None:
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(service=settings.service)
+
+
+class RequestInterceptor(grpc.aio.ServerInterceptor):
+    """What every call goes through: credential, field constraints, error translation, one log line.
+
+    `credentials` maps a gRPC service's full name to the token that its calls need; "" is for all others.
+    """
+
+    def __init__(self, credentials: Mapping[str, SecretStr | None]):
+        self._credentials = credentials
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(_OPEN_SERVICES):
+            return handler
+        if handler.unary_unary is not None:
+            return grpc.unary_unary_rpc_method_handler(
+                self._unary(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(method, handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return handler
+
+    def _check(self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        service = method.rsplit("/", 1)[0].lstrip("/")
+        secret = self._credentials.get(service, self._credentials.get(""))
+        if secret is not None:
+            given = dict(context.invocation_metadata() or ()).get("authorization", "")
+            if not hmac.compare_digest(str(given).encode(), f"Bearer {secret.get_secret_value()}".encode()):
+                raise DomainError(Reason.BAD_CREDENTIAL, f"{service} needs `authorization: Bearer TOKEN`")
+        for violation in violations(request):
+            raise invalid_field(violation.field, violation.expected)
+
+    def _unary(self, method: str, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            with _Logged(method, request) as logged:
+                try:
+                    self._check(method, request, context)
+                    return await call(request, context)
+                except DomainError as error:
+                    logged.failed(error)
+                    await context.abort_with_status(to_status(error))
+
+        return handle
+
+    def _stream(self, method: str, call: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            with _Logged(method, request) as logged:
+                try:
+                    self._check(method, request, context)
+                    async for response in call(request, context):
+                        yield response
+                except DomainError as error:
+                    logged.failed(error)
+                    await context.abort_with_status(to_status(error))
+
+        return handle
+
+
+class _Logged:
+    """One line per request: method, ids, duration, status. Successes are logged at debug level: there are thousands a
+    second."""
+
+    def __init__(self, method: str, request: Any):
+        self._method = method.rsplit("/", 1)[-1]
+        self._request = request
+        self._status = "OK"
+        self._reason: str | None = None
+        self._start = time.perf_counter()
+
+    def failed(self, error: DomainError) -> None:
+        self._status, self._reason = error.code, error.reason
+
+    def __enter__(self) -> _Logged:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is asyncio.CancelledError:
+            self._status = "CANCELLED"
+        elif kind is not None and self._status == "OK":
+            self._status = "INTERNAL"
+        level = logging.DEBUG if self._status == "OK" else logging.ERROR if self._status == "INTERNAL" else logging.INFO
+        if not log.is_enabled_for(level):
+            return
+        ids = {key: value for key in _REQUEST_KEYS if (value := getattr(self._request, key, None)) not in (None, "")}
+        extra: dict[str, Any] = {"reason": self._reason} if self._reason else {}
+        if self._status == "INTERNAL":
+            extra["exc_info"] = error
+        milliseconds = round((time.perf_counter() - self._start) * 1000, 2)
+        log.log(level, "request", method=self._method, status=self._status, milliseconds=milliseconds, **ids, **extra)
+
+
+async def serve(
+    settings: ServiceSettings,
+    register: Callable[[grpc.aio.Server], Sequence[str]],
+    *,
+    credentials: Mapping[str, SecretStr | None] | None = None,
+    on_drain: Callable[[], Awaitable[None]] | None = None,
+    on_started: Callable[[str], Awaitable[None]] | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT, then finishes what is in flight.
+
+    `register` adds servicers and returns their full names. `on_started` gets the bound address once calls are served.
+    `on_drain` runs when the drain begins, before calls in flight are waited for. Raises OSError when the address is
+    taken.
+    """
+    server = grpc.aio.server(
+        interceptors=[RequestInterceptor({"": settings.token, **(credentials or {})})],
+        options=[
+            ("grpc.max_send_message_length", settings.max_message_bytes),
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server
+        ],
+    )
+    names = list(register(server))
+    health_servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    names.append(health.SERVICE_NAME)
+    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
+    address = f"{settings.host}:{settings.port}"
+    try:
+        port = _bind(server, address, settings)
+    except RuntimeError as error:
+        raise OSError(f"port: cannot listen on {address}: {error}") from error
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    await server.start()
+    for name in ["", *names]:
+        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    bound = f"{settings.host}:{port}"
+    log.info("serving", address=bound)
+    if on_started is not None:
+        await on_started(bound)
+    await stopping.wait()
+    log.info("draining", seconds=settings.drain_seconds)
+    await health_servicer.enter_graceful_shutdown()
+    if on_drain is not None:
+        await on_drain()
+    await server.stop(settings.drain_seconds)
+    log.info("stopped")
+
+
+def _bind(server: grpc.aio.Server, address: str, settings: ServiceSettings) -> int:
+    if settings.tls_certificate is None or settings.tls_key is None:
+        return server.add_insecure_port(address)
+    pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
+    return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+
+
+def run(settings: ServiceSettings, main: Callable[[], Awaitable[None]]) -> None:
+    """Runs a service's main coroutine; a bad address or file ends it with status 2 and one line."""
+    configure_logging(settings)
+    try:
+        asyncio.run(_as_coroutine(main))
+    except OSError as error:
+        sys.exit(f"{settings.service}: {error}")
+
+
+async def _as_coroutine(main: Callable[[], Awaitable[None]]) -> None:
+    await main()

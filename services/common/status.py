@@ -1,0 +1,56 @@
+"""Domain errors over gRPC: status code + `google.rpc.ErrorInfo` (domain "mulligan"), both directions."""
+
+from __future__ import annotations
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from services.common.errors import Code, DomainError, Reason
+
+DOMAIN = "mulligan"
+
+
+def code_number(code: Code) -> int:
+    """The google.rpc.Code."""
+    return int(code_pb2.Code.Value(code))
+
+
+def to_status(error: DomainError) -> grpc.Status:
+    details = [any_pb2.Any(), any_pb2.Any()]
+    details[0].Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
+    if error.retry_after is None:
+        details.pop()
+    else:
+        delay = duration_pb2.Duration()
+        delay.FromTimedelta(error.retry_after)
+        details[1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    return rpc_status.to_status(
+        status_pb2.Status(code=code_number(error.code), message=error.message, details=details)
+    )
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError) -> DomainError | None:
+    """The domain error that a status carries, or None when it carries none of ours."""
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # the details disagree with the code: not written by us
+        return None
+    if status is None:
+        return None
+    info: error_details_pb2.ErrorInfo | None = None
+    retry_after = None
+    for detail in status.details:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo()
+            detail.Unpack(info)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo()
+            detail.Unpack(retry)
+            retry_after = retry.retry_delay.ToTimedelta()
+    if info is None or info.domain != DOMAIN or info.reason not in Reason.__members__:
+        return None
+    result = DomainError(Reason(info.reason), status.message, retry_after=retry_after)
+    result.metadata = dict(info.metadata)
+    return result

@@ -1,0 +1,88 @@
+"""The four protocols that the algorithm is written against: environment, policy, memory, learner.
+
+`__main__` passes gRPC clients; tests and the in-process loop pass plain objects. Implementations raise `DomainError`,
+`CallFailed` and `ServiceUnavailable` of `services.common.errors` and nothing else for what can go wrong outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from services.common.types import (
+    Completion,
+    EnvironmentInfo,
+    EpisodeStep,
+    PolicyInfo,
+    Prompt,
+    Provenance,
+    PublishedWeights,
+    RetrievalStrategy,
+    SamplingParams,
+    Split,
+    StoredReflection,
+    TaskInfo,
+)
+from services.trainer.data import Datum
+from services.trainer.settings import LossSettings
+
+
+class EpisodeHandle(Protocol):
+    """A started episode. It counts its own steps."""
+
+    episode_id: str
+    observation: str  # the first one
+
+    async def step(self, action: str) -> EpisodeStep: ...
+
+    async def end(self) -> None: ...
+
+
+class EnvironmentPort(Protocol):
+    async def describe(self, environment: str) -> EnvironmentInfo:
+        """Raises DomainError UNKNOWN_ENVIRONMENT."""
+
+    async def list_tasks(self, environment: str, split: Split, limit: int) -> list[TaskInfo]:
+        """The first `limit` tasks; 0 means all."""
+
+    async def start(self, environment: str, task_id: str, episode_id: str) -> EpisodeHandle: ...
+
+
+class PolicyPort(Protocol):
+    async def info(self) -> PolicyInfo: ...
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, *, request_id: str = "", min_policy_version: int | None = None
+    ) -> Completion: ...
+
+    async def tokenize(self, prompt: Prompt | str) -> tuple[int, ...]:
+        """What `generate` would report as prompt_token_ids; a string is encoded without template."""
+
+    async def update_weights(self, weights: PublishedWeights) -> None: ...
+
+
+class MemoryPort(Protocol):
+    async def snapshot(self, scope: str) -> int:
+        """The scope's version."""
+
+    async def query(
+        self, scope: str, environment: str, strategy: RetrievalStrategy, limit: int, as_of_version: int | None = None
+    ) -> tuple[StoredReflection, ...]: ...
+
+    async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
+        """The reflection's id. Repeating a request id changes nothing."""
+
+
+class LearnerPort(Protocol):
+    async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
+        """Log-probabilities of each datum's trained tokens under the present weights."""
+
+    async def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]: ...
+
+    async def optim_step(self) -> dict[str, float]: ...
+
+    async def save_checkpoint(self, name: str) -> None: ...
+
+    async def load_checkpoint(self, name: str) -> None: ...
+
+    async def publish_weights(self, policy_version: int) -> PublishedWeights: ...
