@@ -1,0 +1,81 @@
+# Everything a developer runs; `make help` lists it. Needs Python 3.11 or newer, and npm for buf (make check).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3.14; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# Keyed on what was installed, not on time stamps, which a checkout changes.
+INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+
+BUF_VERSION := 1.75.0
+BUF_HOME := .stamps/buf-$(BUF_VERSION)
+export BUF := $(BUF_HOME)/node_modules/.bin/buf
+# Without npm only the test suite runs, and it reports the lint of the contracts as skipped.
+MAYBE_BUF := $(if $(shell command -v npm),$(BUF))
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: install
+install: $(INSTALLED) ## create .venv with the exact versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer on the PATH; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) lacks the venv module; on Debian or Ubuntu: apt-get install $(PYTHON)-venv" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing the pinned dependencies (the first time takes minutes: torch is large)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@rm -f $(VENV)/.installed-* && touch $@
+
+$(BUF):
+	@command -v npm >/dev/null || { echo "error: buf lints the contracts and is installed by npm, which is not on the PATH" >&2; exit 1; }
+	@echo "installing buf $(BUF_VERSION)"
+	@mkdir -p $(BUF_HOME)
+	@npm install --prefix $(BUF_HOME) --no-save --no-package-lock --no-audit --no-fund --loglevel=error @bufbuild/buf@$(BUF_VERSION)
+
+.PHONY: buf
+buf: $(BUF) ## install buf, which lints the contracts
+
+.PHONY: test
+test: $(INSTALLED) $(MAYBE_BUF) ## run all tests
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+.PHONY: check
+check: $(INSTALLED) $(BUF) ## lint, formatting, types, contracts
+	@echo "ruff: lint" && $(BIN)/ruff check --quiet .
+	@echo "ruff: formatting" && $(BIN)/ruff format --check --quiet . || { echo "not formatted; run \`make format\`" >&2; exit 1; }
+	@echo "mypy" && $(BIN)/mypy --no-error-summary
+	@echo "buf: lint" && $(BUF) lint proto
+	@echo "stubs: fresh" && $(BIN)/python proto/generate.py --check
+
+.PHONY: format
+format: $(INSTALLED) ## format the code and fix what the linter can fix
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+.PHONY: proto
+proto: $(INSTALLED) ## generate the stubs from the contracts
+	@$(BIN)/python proto/generate.py
+
+.PHONY: demo
+demo: $(INSTALLED) ## start the four services and let an agent learn
+	@$(BIN)/mulligan demo $(ARGS)
+
+.PHONY: model
+model: $(INSTALLED) ## make the embedded model again, from its recipe
+	@$(BIN)/python -m models.recipe $(ARGS)
+
+.PHONY: bench
+bench: $(INSTALLED) ## measure; each benchmark prints its own table
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py); done
+
+.PHONY: clean
+clean: ## remove caches and the virtual environment
+	@rm -rf $(VENV) .stamps build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,211 @@
+"""The seams between the services, read from the source: who imports what, and how long files and functions are.
+
+Every checker is a function of (source, path), so that each is also shown to notice a planted violation.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = ("env", "policy", "memory", "trainer")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+WIRE_PACKAGES = ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "mulligan", "buf", "protovalidate")
+WIRE_FILES = ("servicer.py", "client.py")
+WIRE_COMMON = ("wire.py", "status.py", "server.py", "validation.py", "channel.py")
+TORCH_PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
+TORCH_FOLDERS = ("services/trainer", "services/policy/backends", "models")
+
+Checker = Callable[[str, PurePosixPath], list[str]]
+
+
+def python_files(*folders: str) -> list[PurePosixPath]:
+    """All source files below these folders, relative to the repository."""
+    found = (path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return sorted(PurePosixPath(path) for path in found)
+
+
+def imports(source: str, path: PurePosixPath) -> Iterator[tuple[int, str]]:
+    """Line and absolute name of all that is imported, also inside functions, under TYPE_CHECKING and by name.
+
+    `from a import b` yields `a.b`, whether b is a module or not: it lies within the package `a` either way.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*path.parts[: -node.level]] if node.level else []
+            base += [node.module] if node.module else []
+            yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from ((node.lineno, arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def within(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def wire_violations(source: str, path: PurePosixPath) -> list[str]:
+    """Rule 1: gRPC and protobuf are known at the edge of a service alone."""
+    at_the_edge = path.name in WIRE_FILES or path.is_relative_to("services/conformance")
+    if at_the_edge or (path.parent.name == "common" and path.name in WIRE_COMMON):
+        return []
+    return [f"{path}:{line} {module}" for line, module in imports(source, path) if within(module, *WIRE_PACKAGES)]
+
+
+def service_violations(source: str, path: PurePosixPath) -> list[str]:
+    """Rule 2: a service reaches another through that one's client; the common code knows none of them."""
+    owner = path.parts[1]
+    if owner not in (*SERVICES, "common"):
+        return []
+    closed = [f"services.{name}" for name in SERVICES if name != owner]
+    clients = [] if owner == "common" else [f"{other}.client" for other in closed]
+    return [
+        f"{path}:{line} {module}"
+        for line, module in imports(source, path)
+        if within(module, *closed) and not within(module, *clients)
+    ]
+
+
+def torch_violations(source: str, path: PurePosixPath) -> list[str]:
+    """Rule 3: torch, and what brings it, stays with the learner, the backends that need it and the model's recipe."""
+    if any(path.is_relative_to(folder) for folder in TORCH_FOLDERS):
+        return []
+    return [f"{path}:{line} {module}" for line, module in imports(source, path) if within(module, *TORCH_PACKAGES)]
+
+
+def size_violations(source: str, path: PurePosixPath) -> list[str]:
+    """Files and functions short enough to be read in one go."""
+    lines = len(source.splitlines())
+    found = [f"{path} has {lines} lines"] if lines >= MAX_FILE_LINES else []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            if length >= MAX_FUNCTION_LINES:
+                found.append(f"{path}:{node.lineno} {node.name} has {length} lines")
+    return found
+
+
+SERVICE_FILES = python_files("services")
+ALL_FILES = python_files("services", "models", "benchmarks", "tests", "examples", "proto/mulligan")
+ALL_FILES.append(PurePosixPath("proto/generate.py"))
+
+
+def test_the_rules_look_at_the_files_that_they_are_about() -> None:
+    expected = {f"services/{name}/{file}.py" for name in SERVICES for file in ("servicer", "client", "__main__")}
+    expected |= {f"services/common/{file}.py" for file in ("types", "wire", "errors", "status", "server", "validation")}
+    expected |= {"services/env/base.py", "services/policy/backend.py", "services/memory/store.py"}
+    expected |= {"services/trainer/algorithm.py"}
+    assert expected <= {str(path) for path in SERVICE_FILES}
+    assert len(ALL_FILES) > len(SERVICE_FILES) >= len(expected)
+
+
+@pytest.mark.parametrize("path", SERVICE_FILES, ids=str)
+def test_only_the_edges_know_the_wire(path: PurePosixPath) -> None:
+    assert wire_violations((ROOT / path).read_text(), path) == []
+
+
+@pytest.mark.parametrize("path", SERVICE_FILES, ids=str)
+def test_services_meet_through_clients_alone(path: PurePosixPath) -> None:
+    assert service_violations((ROOT / path).read_text(), path) == []
+
+
+@pytest.mark.parametrize("path", SERVICE_FILES, ids=str)
+def test_torch_stays_with_those_who_need_it(path: PurePosixPath) -> None:
+    assert torch_violations((ROOT / path).read_text(), path) == []
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=str)
+def test_files_and_functions_are_short(path: PurePosixPath) -> None:
+    assert size_violations((ROOT / path).read_text(), path) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "packages"),
+    [
+        ("services.trainer.algorithm", ("torch", "grpc", "google.protobuf", "mulligan")),
+        ("services.env.__main__", TORCH_PACKAGES),
+        ("services.memory.__main__", TORCH_PACKAGES),
+    ],
+)
+def test_importing_a_module_brings_none_of(module: str, packages: tuple[str, ...]) -> None:
+    """What the source of one file cannot show: what its imports import in turn."""
+    loaded = modules_after(f"import {module}")
+    assert module in loaded
+    assert [name for name in loaded if within(name, *packages)] == []
+
+
+def modules_after(statement: str) -> list[str]:
+    """Names of all modules that are loaded once a fresh interpreter has run the statement."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"{statement}\nimport sys\nprint(*sorted(sys.modules))"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_transitive_imports_are_seen() -> None:
+    loaded = modules_after("import services.common.validation")
+    assert any(within(name, "google.protobuf") for name in loaded)
+
+
+LONG_FUNCTION = "async def f():\n" + "    pass\n" * MAX_FUNCTION_LINES
+
+
+@pytest.mark.parametrize(
+    ("checker", "path", "source"),
+    [
+        (wire_violations, "services/env/base.py", "import grpc.aio"),
+        (wire_violations, "services/env/base.py", "from mulligan.env.v1 import env_service_pb2"),
+        (wire_violations, "services/env/base.py", "def f():\n    from google.protobuf import message"),
+        (wire_violations, "services/trainer/algorithm.py", "if TYPE_CHECKING:\n    import grpc"),
+        (wire_violations, "services/common/types.py", "importlib.import_module('grpc')"),
+        (wire_violations, "services/common/config.py", "import protovalidate"),
+        (service_violations, "services/trainer/episode.py", "from services.env.base import Environment"),
+        (service_violations, "services/trainer/episode.py", "from services.env import base"),
+        (service_violations, "services/trainer/episode.py", "import services.policy"),
+        (service_violations, "services/trainer/episode.py", "from ..memory import store"),
+        (service_violations, "services/policy/backends/tiny.py", "from ...trainer.losses import grpo"),
+        (service_violations, "services/common/types.py", "from services.env.client import EnvClient"),
+        (torch_violations, "services/env/envs/sokoban.py", "import torch.nn as nn"),
+        (torch_violations, "services/policy/servicer.py", "from transformers import AutoTokenizer"),
+        (size_violations, "services/env/base.py", "x = 1\n" * MAX_FILE_LINES),
+        (size_violations, "services/env/base.py", LONG_FUNCTION),
+    ],
+)
+def test_a_planted_violation_is_found(checker: Checker, path: str, source: str) -> None:
+    assert len(checker(source, PurePosixPath(path))) == 1
+
+
+@pytest.mark.parametrize(
+    ("checker", "path", "source"),
+    [
+        (wire_violations, "services/env/servicer.py", "import grpc"),
+        (wire_violations, "services/common/wire.py", "from mulligan.common.v1 import message_pb2"),
+        (wire_violations, "services/conformance/env.py", "import grpc"),
+        (wire_violations, "services/env/base.py", "import grpcish\nfrom services.env.client import EnvClient"),
+        (service_violations, "services/trainer/__main__.py", "from services.env.client import EnvClient"),
+        (service_violations, "services/trainer/__main__.py", "from services.env import client"),
+        (service_violations, "services/trainer/episode.py", "from .advantages import grpo\nfrom ..common import types"),
+        (service_violations, "services/cli/demo.py", "from services.env.servicer import EnvServicer"),
+        (torch_violations, "services/policy/backends/local.py", "import torch"),
+        (torch_violations, "services/trainer/losses.py", "import torch"),
+        (size_violations, "services/env/base.py", "x = 1\n" * (MAX_FILE_LINES - 1)),
+    ],
+)
+def test_what_the_rules_allow_is_allowed(checker: Checker, path: str, source: str) -> None:
+    assert checker(source, PurePosixPath(path)) == []

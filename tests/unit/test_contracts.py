@@ -1,0 +1,86 @@
+"""The contracts are clean, their committed stubs are fresh, and the rules that every contract obeys are obeyed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERATE = ROOT / "proto" / "generate.py"
+CONTRACTS = sorted((ROOT / "proto" / "mulligan").rglob("*.proto"))
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def buf() -> Path:
+    """`make buf` installs it, and `make test` runs that first where there is npm."""
+    places = sorted(ROOT.glob(".stamps/buf-*/node_modules/.bin/buf"))
+    path = ROOT / os.environ["BUF"] if "BUF" in os.environ else places[-1] if places else None
+    if path is not None and path.exists():
+        return path
+    if shutil.which("npm") is None:
+        pytest.skip("buf comes from npm, which this machine does not have; `make check` lints the contracts elsewhere")
+    pytest.fail("buf is not installed: run `make buf`")
+
+
+def copy_of_the_contracts(folder: Path) -> Path:
+    return Path(shutil.copytree(ROOT / "proto", folder / "proto", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+def test_there_are_contracts_for_each_service() -> None:
+    packages = {path.parent.parent.name for path in CONTRACTS}
+    assert packages == {"common", "env", "policy", "memory", "trainer"}
+
+
+def test_the_committed_stubs_are_byte_for_byte_what_the_generator_writes() -> None:
+    result = run(sys.executable, GENERATE, "--check")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("change", ["edited", "left over", "missing"])
+def test_stale_stubs_are_noticed(tmp_path: Path, change: str) -> None:
+    proto = copy_of_the_contracts(tmp_path)
+    stub = next(path for path in sorted((proto / "gen").rglob("*_pb2.py")) if "mulligan" in path.parts)
+    if change == "edited":
+        stub.write_text(stub.read_text() + "\n")
+    elif change == "missing":
+        stub.unlink()
+    else:
+        shutil.copyfile(stub, stub.with_name("gone_pb2.py"))
+    result = run(sys.executable, proto / "generate.py", "--check")
+    assert result.returncode == 1
+    assert "make proto" in result.stderr
+
+
+def test_generating_again_repairs_stale_stubs(tmp_path: Path) -> None:
+    proto = copy_of_the_contracts(tmp_path)
+    shutil.rmtree(proto / "gen" / "mulligan" / "env")
+    assert run(sys.executable, proto / "generate.py").returncode == 0
+    assert run(sys.executable, proto / "generate.py", "--check").returncode == 0
+
+
+def test_the_contracts_pass_buf_lint() -> None:
+    result = run(buf(), "lint", cwd=ROOT / "proto")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_buf_lint_is_in_force(tmp_path: Path) -> None:
+    """A contract that breaks the standard rules is reported: the configuration does look at our files."""
+    proto = copy_of_the_contracts(tmp_path)
+    bad = proto / "mulligan" / "env" / "v1" / "bad.proto"
+    bad.write_text('syntax = "proto3";\npackage mulligan.wrong.v1;\nmessage lower_case { string CamelCase = 1; }\n')
+    result = run(buf(), "lint", cwd=proto)
+    assert result.returncode != 0
+    assert "bad.proto" in result.stdout
+
+
+def test_no_init_file_turns_the_contracts_into_an_ordinary_package() -> None:
+    """`mulligan` is a namespace package, so that other distributions can add contracts to it."""
+    assert list((ROOT / "proto").rglob("__init__.py")) == []
