@@ -99,14 +99,16 @@ class EnvServiceServicer:
         """Starts an episode under an id that the caller chooses. Idempotent on episode_id: a repeated call returns the first
         answer.
         NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_TASK. ALREADY_EXISTS EPISODE_CONFLICT: the id is in use for another task.
-        RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo. INTERNAL ENVIRONMENT_FAILED: the environment
+        raised, or took longer than a step may; the id is free again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StepEpisode(self, request, context):
-        """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer.
+        """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer, and one
+        that is repeated while the step still runs waits for it. Answers are kept until EndEpisode or the end of the lease.
         NOT_FOUND UNKNOWN_EPISODE: never started here, or lost in a restart; EPISODE_EXPIRED: idle for longer than its
         lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
         another action; EPISODE_FINISHED: the episode is over.
@@ -117,7 +119,8 @@ class EnvServiceServicer:
 
     def StepEpisodes(self, request, context):
         """Applies one action to each of many episodes. Each item has the result or the error of StepEpisode; the call itself
-        fails only when the request is malformed. An episode may appear once. Exactly once per (episode_id, step_index).
+        fails only when the request is malformed. An episode may appear once. Exactly once per (episode_id, step_index):
+        that is why an item that came back as `pending` can be repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -33,17 +33,20 @@ class EnvServiceStub:
     """Starts an episode under an id that the caller chooses. Idempotent on episode_id: a repeated call returns the first
     answer.
     NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_TASK. ALREADY_EXISTS EPISODE_CONFLICT: the id is in use for another task.
-    RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo.
+    RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo. INTERNAL ENVIRONMENT_FAILED: the environment
+    raised, or took longer than a step may; the id is free again.
     """
     StepEpisode: _aio.UnaryUnaryMultiCallable[_env_service_pb2.StepEpisodeRequest, _env_service_pb2.StepEpisodeResponse]
-    """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer.
+    """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer, and one
+    that is repeated while the step still runs waits for it. Answers are kept until EndEpisode or the end of the lease.
     NOT_FOUND UNKNOWN_EPISODE: never started here, or lost in a restart; EPISODE_EXPIRED: idle for longer than its
     lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
     another action; EPISODE_FINISHED: the episode is over.
     """
     StepEpisodes: _aio.UnaryUnaryMultiCallable[_env_service_pb2.StepEpisodesRequest, _env_service_pb2.StepEpisodesResponse]
     """Applies one action to each of many episodes. Each item has the result or the error of StepEpisode; the call itself
-    fails only when the request is malformed. An episode may appear once. Exactly once per (episode_id, step_index).
+    fails only when the request is malformed. An episode may appear once. Exactly once per (episode_id, step_index):
+    that is why an item that came back as `pending` can be repeated.
     """
     EndEpisode: _aio.UnaryUnaryMultiCallable[_env_service_pb2.EndEpisodeRequest, _env_service_pb2.EndEpisodeResponse]
     """Ends an episode and frees its place. Idempotent: ending an unknown episode succeeds."""
@@ -85,7 +88,8 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         """Starts an episode under an id that the caller chooses. Idempotent on episode_id: a repeated call returns the first
         answer.
         NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_TASK. ALREADY_EXISTS EPISODE_CONFLICT: the id is in use for another task.
-        RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo. INTERNAL ENVIRONMENT_FAILED: the environment
+        raised, or took longer than a step may; the id is free again.
         """
 
     @_abc_1.abstractmethod
@@ -94,7 +98,8 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _env_service_pb2.StepEpisodeRequest,
         context: _aio.ServicerContext[_env_service_pb2.StepEpisodeRequest, _abc.Awaitable[_env_service_pb2.StepEpisodeResponse]],
     ) -> _abc.Awaitable[_env_service_pb2.StepEpisodeResponse]:
-        """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer.
+        """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer, and one
+        that is repeated while the step still runs waits for it. Answers are kept until EndEpisode or the end of the lease.
         NOT_FOUND UNKNOWN_EPISODE: never started here, or lost in a restart; EPISODE_EXPIRED: idle for longer than its
         lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
         another action; EPISODE_FINISHED: the episode is over.
@@ -107,7 +112,8 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_env_service_pb2.StepEpisodesRequest, _abc.Awaitable[_env_service_pb2.StepEpisodesResponse]],
     ) -> _abc.Awaitable[_env_service_pb2.StepEpisodesResponse]:
         """Applies one action to each of many episodes. Each item has the result or the error of StepEpisode; the call itself
-        fails only when the request is malformed. An episode may appear once. Exactly once per (episode_id, step_index).
+        fails only when the request is malformed. An episode may appear once. Exactly once per (episode_id, step_index):
+        that is why an item that came back as `pending` can be repeated.
         """
 
     @_abc_1.abstractmethod

@@ -22,46 +22,91 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'mulligan/memory/v1/memory_service.proto\x12\x12mulligan.memory.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xaf\x01\n\nProvenance\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x15\n\rexperience_id\x18\x02 \x01(\t\x12\x13\n\x0b\x65nvironment\x18\x03 \x01(\t\x12\x0f\n\x07task_id\x18\x04 \x01(\t\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x03\x12\x15\n\rreward_before\x18\x06 \x01(\x01\x12\x14\n\x0creward_after\x18\x07 \x01(\x01\x12\x0f\n\x07success\x18\x08 \x01(\x08\"\xed\x01\n\x10StoredReflection\x12\x15\n\rreflection_id\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x32\n\nprovenance\x18\x04 \x01(\x0b\x32\x1e.mulligan.memory.v1.Provenance\x12\x0f\n\x07version\x18\x05 \x01(\x03\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x0f\x64\x65leted_version\x18\x07 \x01(\x03H\x00\x88\x01\x01\x42\x12\n\x10_deleted_version\"{\n\x14\x41\x64\x64ReflectionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x32\n\nprovenance\x18\x04 \x01(\x0b\x32\x1e.mulligan.memory.v1.Provenance\"?\n\x15\x41\x64\x64ReflectionResponse\x12\x15\n\rreflection_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\xb3\x01\n\x17QueryReflectionsRequest\x12\r\n\x05scope\x18\x01 \x01(\t\x12\x13\n\x0b\x65nvironment\x18\x02 \x01(\t\x12\x37\n\x08strategy\x18\x03 \x01(\x0e\x32%.mulligan.memory.v1.RetrievalStrategy\x12\r\n\x05limit\x18\x04 \x01(\x05\x12\x1a\n\ras_of_version\x18\x05 \x01(\x03H\x00\x88\x01\x01\x42\x10\n\x0e_as_of_version\"f\n\x18QueryReflectionsResponse\x12\x39\n\x0breflections\x18\x01 \x03(\x0b\x32$.mulligan.memory.v1.StoredReflection\x12\x0f\n\x07version\x18\x02 \x01(\x03\"-\n\x14GetReflectionRequest\x12\x15\n\rreflection_id\x18\x01 \x01(\t\"Q\n\x15GetReflectionResponse\x12\x38\n\nreflection\x18\x01 \x01(\x0b\x32$.mulligan.memory.v1.StoredReflection\"g\n\x16ListReflectionsRequest\x12\r\n\x05scope\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x17\n\x0finclude_deleted\x18\x04 \x01(\x08\"m\n\x17ListReflectionsResponse\x12\x39\n\x0breflections\x18\x01 \x03(\x0b\x32$.mulligan.memory.v1.StoredReflection\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"0\n\x17\x44\x65leteReflectionRequest\x12\x15\n\rreflection_id\x18\x01 \x01(\t\"+\n\x18\x44\x65leteReflectionResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\"#\n\x12GetSnapshotRequest\x12\r\n\x05scope\x18\x01 \x01(\t\"@\n\x13GetSnapshotResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x18\n\x10reflection_count\x18\x02 \x01(\x03*\x7f\n\x11RetrievalStrategy\x12\"\n\x1eRETRIEVAL_STRATEGY_UNSPECIFIED\x10\x00\x12%\n!RETRIEVAL_STRATEGY_LATEST_SUCCESS\x10\x01\x12\x1f\n\x1bRETRIEVAL_STRATEGY_TOP_GAIN\x10\x02\x32\x85\x05\n\rMemoryService\x12\x64\n\rAddReflection\x12(.mulligan.memory.v1.AddReflectionRequest\x1a).mulligan.memory.v1.AddReflectionResponse\x12m\n\x10QueryReflections\x12+.mulligan.memory.v1.QueryReflectionsRequest\x1a,.mulligan.memory.v1.QueryReflectionsResponse\x12\x64\n\rGetReflection\x12(.mulligan.memory.v1.GetReflectionRequest\x1a).mulligan.memory.v1.GetReflectionResponse\x12j\n\x0fListReflections\x12*.mulligan.memory.v1.ListReflectionsRequest\x1a+.mulligan.memory.v1.ListReflectionsResponse\x12m\n\x10\x44\x65leteReflection\x12+.mulligan.memory.v1.DeleteReflectionRequest\x1a,.mulligan.memory.v1.DeleteReflectionResponse\x12^\n\x0bGetSnapshot\x12&.mulligan.memory.v1.GetSnapshotRequest\x1a\'.mulligan.memory.v1.GetSnapshotResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'mulligan/memory/v1/memory_service.proto\x12\x12mulligan.memory.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf4\x01\n\nProvenance\x12\x18\n\x06run_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1f\n\rexperience_id\x18\x02 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1f\n\x0b\x65nvironment\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x19\n\x07task_id\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1f\n\x0epolicy_version\x18\x05 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\x12\x1e\n\rreward_before\x18\x06 \x01(\x01\x42\x07\xbaH\x04\x12\x02@\x01\x12\x1d\n\x0creward_after\x18\x07 \x01(\x01\x42\x07\xbaH\x04\x12\x02@\x01\x12\x0f\n\x07success\x18\x08 \x01(\x08\"\xed\x01\n\x10StoredReflection\x12\x15\n\rreflection_id\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x32\n\nprovenance\x18\x04 \x01(\x0b\x32\x1e.mulligan.memory.v1.Provenance\x12\x0f\n\x07version\x18\x05 \x01(\x03\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x0f\x64\x65leted_version\x18\x07 \x01(\x03H\x00\x88\x01\x01\x42\x12\n\x10_deleted_version\"\xa8\x01\n\x14\x41\x64\x64ReflectionRequest\x12\x1e\n\nrequest_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x19\n\x05scope\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x19\n\x04text\x18\x03 \x01(\tB\x0b\xbaH\x08r\x06\x10\x01(\x80\x80@\x12:\n\nprovenance\x18\x04 \x01(\x0b\x32\x1e.mulligan.memory.v1.ProvenanceB\x06\xbaH\x03\xc8\x01\x01\"?\n\x15\x41\x64\x64ReflectionResponse\x12\x15\n\rreflection_id\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\"\xeb\x01\n\x17QueryReflectionsRequest\x12\x19\n\x05scope\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x1f\n\x0b\x65nvironment\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x43\n\x08strategy\x18\x03 \x01(\x0e\x32%.mulligan.memory.v1.RetrievalStrategyB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x18\n\x05limit\x18\x04 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x64(\x00\x12#\n\ras_of_version\x18\x05 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00H\x00\x88\x01\x01\x42\x10\n\x0e_as_of_version\"f\n\x18QueryReflectionsResponse\x12\x39\n\x0breflections\x18\x01 \x03(\x0b\x32$.mulligan.memory.v1.StoredReflection\x12\x0f\n\x07version\x18\x02 \x01(\x03\"9\n\x14GetReflectionRequest\x12!\n\rreflection_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\"Q\n\x15GetReflectionResponse\x12\x38\n\nreflection\x18\x01 \x01(\x0b\x32$.mulligan.memory.v1.StoredReflection\"\x87\x01\n\x16ListReflectionsRequest\x12\x17\n\x05scope\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1d\n\tpage_size\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x1c\n\npage_token\x18\x03 \x01(\tB\x08\xbaH\x05r\x03\x18\xe8\x07\x12\x17\n\x0finclude_deleted\x18\x04 \x01(\x08\"m\n\x17ListReflectionsResponse\x12\x39\n\x0breflections\x18\x01 \x03(\x0b\x32$.mulligan.memory.v1.StoredReflection\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"<\n\x17\x44\x65leteReflectionRequest\x12!\n\rreflection_id\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\"+\n\x18\x44\x65leteReflectionResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\"/\n\x12GetSnapshotRequest\x12\x19\n\x05scope\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\"@\n\x13GetSnapshotResponse\x12\x0f\n\x07version\x18\x01 \x01(\x03\x12\x18\n\x10reflection_count\x18\x02 \x01(\x03*\x7f\n\x11RetrievalStrategy\x12\"\n\x1eRETRIEVAL_STRATEGY_UNSPECIFIED\x10\x00\x12%\n!RETRIEVAL_STRATEGY_LATEST_SUCCESS\x10\x01\x12\x1f\n\x1bRETRIEVAL_STRATEGY_TOP_GAIN\x10\x02\x32\x85\x05\n\rMemoryService\x12\x64\n\rAddReflection\x12(.mulligan.memory.v1.AddReflectionRequest\x1a).mulligan.memory.v1.AddReflectionResponse\x12m\n\x10QueryReflections\x12+.mulligan.memory.v1.QueryReflectionsRequest\x1a,.mulligan.memory.v1.QueryReflectionsResponse\x12\x64\n\rGetReflection\x12(.mulligan.memory.v1.GetReflectionRequest\x1a).mulligan.memory.v1.GetReflectionResponse\x12j\n\x0fListReflections\x12*.mulligan.memory.v1.ListReflectionsRequest\x1a+.mulligan.memory.v1.ListReflectionsResponse\x12m\n\x10\x44\x65leteReflection\x12+.mulligan.memory.v1.DeleteReflectionRequest\x1a,.mulligan.memory.v1.DeleteReflectionResponse\x12^\n\x0bGetSnapshot\x12&.mulligan.memory.v1.GetSnapshotRequest\x1a\'.mulligan.memory.v1.GetSnapshotResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mulligan.memory.v1.memory_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RETRIEVALSTRATEGY']._serialized_start=1534
-  _globals['_RETRIEVALSTRATEGY']._serialized_end=1661
-  _globals['_PROVENANCE']._serialized_start=97
-  _globals['_PROVENANCE']._serialized_end=272
-  _globals['_STOREDREFLECTION']._serialized_start=275
-  _globals['_STOREDREFLECTION']._serialized_end=512
-  _globals['_ADDREFLECTIONREQUEST']._serialized_start=514
-  _globals['_ADDREFLECTIONREQUEST']._serialized_end=637
-  _globals['_ADDREFLECTIONRESPONSE']._serialized_start=639
-  _globals['_ADDREFLECTIONRESPONSE']._serialized_end=702
-  _globals['_QUERYREFLECTIONSREQUEST']._serialized_start=705
-  _globals['_QUERYREFLECTIONSREQUEST']._serialized_end=884
-  _globals['_QUERYREFLECTIONSRESPONSE']._serialized_start=886
-  _globals['_QUERYREFLECTIONSRESPONSE']._serialized_end=988
-  _globals['_GETREFLECTIONREQUEST']._serialized_start=990
-  _globals['_GETREFLECTIONREQUEST']._serialized_end=1035
-  _globals['_GETREFLECTIONRESPONSE']._serialized_start=1037
-  _globals['_GETREFLECTIONRESPONSE']._serialized_end=1118
-  _globals['_LISTREFLECTIONSREQUEST']._serialized_start=1120
-  _globals['_LISTREFLECTIONSREQUEST']._serialized_end=1223
-  _globals['_LISTREFLECTIONSRESPONSE']._serialized_start=1225
-  _globals['_LISTREFLECTIONSRESPONSE']._serialized_end=1334
-  _globals['_DELETEREFLECTIONREQUEST']._serialized_start=1336
-  _globals['_DELETEREFLECTIONREQUEST']._serialized_end=1384
-  _globals['_DELETEREFLECTIONRESPONSE']._serialized_start=1386
-  _globals['_DELETEREFLECTIONRESPONSE']._serialized_end=1429
-  _globals['_GETSNAPSHOTREQUEST']._serialized_start=1431
-  _globals['_GETSNAPSHOTREQUEST']._serialized_end=1466
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=1468
-  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1532
-  _globals['_MEMORYSERVICE']._serialized_start=1664
-  _globals['_MEMORYSERVICE']._serialized_end=2309
+  _globals['_PROVENANCE'].fields_by_name['run_id']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['run_id']._serialized_options = b'\272H\005r\003\030\310\001'
+  _globals['_PROVENANCE'].fields_by_name['experience_id']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['experience_id']._serialized_options = b'\272H\005r\003\030\310\001'
+  _globals['_PROVENANCE'].fields_by_name['environment']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['environment']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_PROVENANCE'].fields_by_name['task_id']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['task_id']._serialized_options = b'\272H\005r\003\030\310\001'
+  _globals['_PROVENANCE'].fields_by_name['policy_version']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['policy_version']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_PROVENANCE'].fields_by_name['reward_before']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['reward_before']._serialized_options = b'\272H\004\022\002@\001'
+  _globals['_PROVENANCE'].fields_by_name['reward_after']._loaded_options = None
+  _globals['_PROVENANCE'].fields_by_name['reward_after']._serialized_options = b'\272H\004\022\002@\001'
+  _globals['_ADDREFLECTIONREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_ADDREFLECTIONREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_ADDREFLECTIONREQUEST'].fields_by_name['scope']._loaded_options = None
+  _globals['_ADDREFLECTIONREQUEST'].fields_by_name['scope']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_ADDREFLECTIONREQUEST'].fields_by_name['text']._loaded_options = None
+  _globals['_ADDREFLECTIONREQUEST'].fields_by_name['text']._serialized_options = b'\272H\010r\006\020\001(\200\200@'
+  _globals['_ADDREFLECTIONREQUEST'].fields_by_name['provenance']._loaded_options = None
+  _globals['_ADDREFLECTIONREQUEST'].fields_by_name['provenance']._serialized_options = b'\272H\003\310\001\001'
+  _globals['_QUERYREFLECTIONSREQUEST'].fields_by_name['scope']._loaded_options = None
+  _globals['_QUERYREFLECTIONSREQUEST'].fields_by_name['scope']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_QUERYREFLECTIONSREQUEST'].fields_by_name['environment']._loaded_options = None
+  _globals['_QUERYREFLECTIONSREQUEST'].fields_by_name['environment']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_QUERYREFLECTIONSREQUEST'].fields_by_name['strategy']._loaded_options = None
+  _globals['_QUERYREFLECTIONSREQUEST'].fields_by_name['strategy']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
+  _globals['_QUERYREFLECTIONSREQUEST'].fields_by_name['limit']._loaded_options = None
+  _globals['_QUERYREFLECTIONSREQUEST'].fields_by_name['limit']._serialized_options = b'\272H\006\032\004\030d(\000'
+  _globals['_QUERYREFLECTIONSREQUEST'].fields_by_name['as_of_version']._loaded_options = None
+  _globals['_QUERYREFLECTIONSREQUEST'].fields_by_name['as_of_version']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_GETREFLECTIONREQUEST'].fields_by_name['reflection_id']._loaded_options = None
+  _globals['_GETREFLECTIONREQUEST'].fields_by_name['reflection_id']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_LISTREFLECTIONSREQUEST'].fields_by_name['scope']._loaded_options = None
+  _globals['_LISTREFLECTIONSREQUEST'].fields_by_name['scope']._serialized_options = b'\272H\005r\003\030\310\001'
+  _globals['_LISTREFLECTIONSREQUEST'].fields_by_name['page_size']._loaded_options = None
+  _globals['_LISTREFLECTIONSREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\007\032\005\030\350\007(\000'
+  _globals['_LISTREFLECTIONSREQUEST'].fields_by_name['page_token']._loaded_options = None
+  _globals['_LISTREFLECTIONSREQUEST'].fields_by_name['page_token']._serialized_options = b'\272H\005r\003\030\350\007'
+  _globals['_DELETEREFLECTIONREQUEST'].fields_by_name['reflection_id']._loaded_options = None
+  _globals['_DELETEREFLECTIONREQUEST'].fields_by_name['reflection_id']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_GETSNAPSHOTREQUEST'].fields_by_name['scope']._loaded_options = None
+  _globals['_GETSNAPSHOTREQUEST'].fields_by_name['scope']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_RETRIEVALSTRATEGY']._serialized_start=1803
+  _globals['_RETRIEVALSTRATEGY']._serialized_end=1930
+  _globals['_PROVENANCE']._serialized_start=126
+  _globals['_PROVENANCE']._serialized_end=370
+  _globals['_STOREDREFLECTION']._serialized_start=373
+  _globals['_STOREDREFLECTION']._serialized_end=610
+  _globals['_ADDREFLECTIONREQUEST']._serialized_start=613
+  _globals['_ADDREFLECTIONREQUEST']._serialized_end=781
+  _globals['_ADDREFLECTIONRESPONSE']._serialized_start=783
+  _globals['_ADDREFLECTIONRESPONSE']._serialized_end=846
+  _globals['_QUERYREFLECTIONSREQUEST']._serialized_start=849
+  _globals['_QUERYREFLECTIONSREQUEST']._serialized_end=1084
+  _globals['_QUERYREFLECTIONSRESPONSE']._serialized_start=1086
+  _globals['_QUERYREFLECTIONSRESPONSE']._serialized_end=1188
+  _globals['_GETREFLECTIONREQUEST']._serialized_start=1190
+  _globals['_GETREFLECTIONREQUEST']._serialized_end=1247
+  _globals['_GETREFLECTIONRESPONSE']._serialized_start=1249
+  _globals['_GETREFLECTIONRESPONSE']._serialized_end=1330
+  _globals['_LISTREFLECTIONSREQUEST']._serialized_start=1333
+  _globals['_LISTREFLECTIONSREQUEST']._serialized_end=1468
+  _globals['_LISTREFLECTIONSRESPONSE']._serialized_start=1470
+  _globals['_LISTREFLECTIONSRESPONSE']._serialized_end=1579
+  _globals['_DELETEREFLECTIONREQUEST']._serialized_start=1581
+  _globals['_DELETEREFLECTIONREQUEST']._serialized_end=1641
+  _globals['_DELETEREFLECTIONRESPONSE']._serialized_start=1643
+  _globals['_DELETEREFLECTIONRESPONSE']._serialized_end=1686
+  _globals['_GETSNAPSHOTREQUEST']._serialized_start=1688
+  _globals['_GETSNAPSHOTREQUEST']._serialized_end=1735
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_start=1737
+  _globals['_GETSNAPSHOTRESPONSE']._serialized_end=1801
+  _globals['_MEMORYSERVICE']._serialized_start=1933
+  _globals['_MEMORYSERVICE']._serialized_end=2578
 # @@protoc_insertion_point(module_scope)

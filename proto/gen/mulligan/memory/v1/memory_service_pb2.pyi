@@ -144,6 +144,7 @@ class AddReflectionRequest(_message.Message):
     scope: _builtins.str
     """Reflections are shared within a scope; by default a run's id."""
     text: _builtins.str
+    """At most 1 MiB in UTF-8."""
     @_builtins.property
     def provenance(self) -> Global___Provenance: ...
     def __init__(
@@ -298,6 +299,7 @@ class ListReflectionsRequest(_message.Message):
     page_size: _builtins.int
     """At most 1,000; 0 means 100."""
     page_token: _builtins.str
+    """next_page_token of the answer before; empty for the first page."""
     include_deleted: _builtins.bool
     """Whether forgotten ones are listed, too."""
     def __init__(
