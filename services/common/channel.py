@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 
-from services.common.errors import CallFailed, Code, DomainError, ServiceUnavailable
+from services.common.errors import CallFailed, Code, ServiceUnavailable
 from services.common.status import from_rpc_error
 
 log = structlog.get_logger()
@@ -42,7 +42,7 @@ class Connection:
     def __init__(self, endpoint: Endpoint, on_outage: Callable[[str], None] | None = None):
         self.endpoint = endpoint
         self._on_outage = on_outage
-        self._metadata = (("authorization", f"Bearer {endpoint.token}"),) if endpoint.token else None
+        self.metadata = (("authorization", f"Bearer {endpoint.token}"),) if endpoint.token else None
         options = [
             ("grpc.max_send_message_length", endpoint.max_message_bytes),
             ("grpc.max_receive_message_length", endpoint.max_message_bytes),
@@ -66,7 +66,7 @@ class Connection:
         delay = 0.05
         while True:
             try:
-                return await method(request, timeout=timeout, metadata=self._metadata)
+                return await method(request, timeout=timeout, metadata=self.metadata)
             except grpc.aio.AioRpcError as error:
                 cause = self._retryable(error, type(request).__name__.removesuffix("Request"))
             now = time.monotonic()

@@ -123,3 +123,10 @@ class RunSettings(_Settings):
     deterministic: bool = False
     checkpoint_every: int = Field(10, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _deterministic_is_one_at_a_time(self) -> Self:
+        if self.deterministic and self.rollout.concurrency != 1:
+            rollout = self.rollout.model_copy(update={"concurrency": 1})
+            object.__setattr__(self, "rollout", rollout)
+        return self

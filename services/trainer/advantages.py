@@ -1,0 +1,44 @@
+"""Advantages of every branch of ERL. Pure functions on plain numbers.
+
+Groups are per task and per role; attempts of different roles are never mixed in one normalisation (erl.md, table
+"Groups and advantages"; GRPO: arXiv 2402.03300, eq. 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import fsum, sqrt
+
+from services.trainer.settings import DistillationLoss
+
+EPSILON = 1e-6
+
+
+def group_advantages(rewards_G: Sequence[float], normalize_by_std: bool = True) -> list[float]:
+    """GRPO: (r - mean) / (std + ε) over one group, or r - mean.
+
+    A group of one, or with equal rewards, says nothing about which sample is better: zero advantage.
+    """
+    if len(rewards_G) < 2 or len(set(rewards_G)) == 1:
+        return [0.0] * len(rewards_G)
+    mean = fsum(rewards_G) / len(rewards_G)
+    if not normalize_by_std:
+        return [reward - mean for reward in rewards_G]
+    std = sqrt(fsum((reward - mean) ** 2 for reward in rewards_G) / len(rewards_G))
+    return [(reward - mean) / (std + EPSILON) for reward in rewards_G]
+
+
+def distillation_weight(
+    reward: float, loss: DistillationLoss, first_rewards_G: Sequence[float], subtract_baseline: bool
+) -> float:
+    """Weight of one distilled target; 0 means that it is not trained on.
+
+    RAFT (arXiv 2304.06767): max(r2, 0). Cross-entropy: 1 where r2 > 0. With the baseline (RLTF), less the mean reward
+    of the task's first attempts, and never below 0: the likelihood of a success is not pushed down.
+    """
+    if reward <= 0:
+        return 0.0
+    weight = reward if loss is DistillationLoss.RAFT else 1.0
+    if subtract_baseline and first_rewards_G:
+        weight -= fsum(first_rewards_G) / len(first_rewards_G)
+    return max(weight, 0.0)

@@ -1,0 +1,270 @@
+"""Experiential Reinforcement Learning: arXiv 2602.13949, algorithm 2, over four services.
+
+    y1 ~ π(·|x) → f1, r1          attempt
+    r1 ≥ τ: done                  gate: nothing is reflected on that succeeded
+    Δ  ~ π(·|x, y1, f1, r1, m)    reflection
+    y2 ~ π(·|x, Δ) → f2, r2       second attempt, on the identical task
+    r2 ≥ τ: m ← Δ                 memory
+    L = RL(y1) + RL(Δ) + RL(y2) − E[1(r2 > 0) log π(y2|x)]
+
+RLVR and the paper's ablations are settings of the same code (`AlgorithmSettings`).
+
+Deviations from the paper and its reference code:
+1. The memory takes Δ when r2 ≥ τ. The paper writes r2 > τ, which cannot fire when the largest reward is τ.
+2. A group of one has zero advantage (the reference gives it its raw reward).
+3. The distilled context is exactly the deployed one, x (the reference's differ by a sentence).
+4. An infrastructure failure is no sample (the reference: reward 0).
+5. Old log-probabilities are the learner's; the engine's serve only to correct the mismatch (uncorrected in the
+   reference).
+6. A step reads one memory snapshot, taken at its start; its writes follow at its end in (task, rollout) order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from services.common.types import (
+    Attempt,
+    DistilledTarget,
+    Experience,
+    Provenance,
+    Reflection,
+    SamplingParams,
+    StoredReflection,
+)
+from services.trainer.batch import minibatches, training_data
+from services.trainer.data import Datum, PolicyGradient
+from services.trainer.episode import Player, fill, trace_of
+from services.trainer.interfaces import LearnerPort, MemoryPort
+from services.trainer.metrics import mean_metrics, rollout_metrics
+from services.trainer.seeds import derive_seed
+from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings, SecondAttempt
+
+Part = TypeVar("Part", Attempt, Reflection)
+Result = TypeVar("Result")
+
+
+class Recorder:
+    """Where the algorithm leaves what it makes, and finds what a former life of the run has made. Records nothing."""
+
+    def find(self, part_id: str, kind: type[Part]) -> Part | None:
+        return None
+
+    def add(self, part: Attempt | Reflection) -> None:
+        return None
+
+    def complete(self, experience: Experience) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Erl:
+    """The algorithm of one run. `player` acts, `memory` remembers, `learner` learns."""
+
+    run_id: str
+    settings: RunSettings
+    player: Player
+    memory: MemoryPort
+    learner: LearnerPort
+    recorder: Recorder
+
+    async def sample(self, step: int, task_ids: Sequence[str], memory_version: int) -> list[Experience]:
+        """The chains of one step, in (task, rollout) order, each shown the memory as it was at `memory_version`."""
+        entries = await self._remember(memory_version)
+        gate = asyncio.Semaphore(self.settings.rollout.concurrency)
+
+        async def limited(slot: int, task_id: str, rollout: int) -> Experience:
+            async with gate:
+                return await self.chain(step, slot, task_id, rollout, entries)
+
+        return await all_or_none(
+            limited(slot, task_id, rollout)
+            for slot, task_id in enumerate(task_ids)
+            for rollout in range(self.settings.rollout.rollouts_per_task)
+        )
+
+    async def chain(
+        self, step: int, slot: int, task_id: str, rollout: int, entries: Sequence[StoredReflection]
+    ) -> Experience:
+        """Algorithm 2, lines 3–12, for one rollout of one task."""
+        algorithm = self.settings.algorithm
+        chain_id = f"{self.run_id}-s{step}-t{slot}-r{rollout}"
+        seed = derive_seed(self.settings.seed, step, task_id, slot, rollout)
+        experience = Experience(
+            chain_id, self.run_id, step, self.player.info.name, task_id, rollout, await self._first(chain_id, task_id, seed)
+        )
+        first = experience.first_attempt
+        unsolved = first.reward is not None and first.reward < algorithm.success_threshold
+        if unsolved and algorithm.second_attempt is not SecondAttempt.NONE:
+            experience = await self._second_chance(experience, seed, entries)
+        self.recorder.complete(experience)
+        return experience
+
+    async def learn(self, step: int, experiences: Sequence[Experience]) -> dict[str, float]:
+        """One loss over all branches, in `optimizer_steps` optimizer steps."""
+        data = training_data(experiences, self.settings.algorithm)
+        if not self._regularised:
+            data = [datum for datum in data if not _without_gradient(datum)]
+        if not data:
+            return {}
+        count = self.settings.algorithm.optimizer_steps
+        if count > 1:
+            data = await self._with_old_log_probs(data)
+        metrics = []
+        for minibatch in minibatches(data, count, derive_seed(self.settings.seed, step, "minibatch")):
+            losses = await self.learner.forward_backward(minibatch, self.settings.loss)
+            metrics.append(losses | await self.learner.optim_step())
+        return mean_metrics(metrics)
+
+    async def memorise(self, experiences: Sequence[Experience]) -> None:
+        """m ← Δ for each reflection whose second attempt succeeded. Request ids make a repetition harmless."""
+        for experience in experiences:
+            first, reflection, second = experience.first_attempt, experience.reflection, experience.second_attempt
+            if reflection is None or second is None or second.reward is None or first.reward is None:
+                continue
+            if second.reward >= self.settings.algorithm.success_threshold:
+                provenance = Provenance(
+                    run_id=self.run_id,
+                    experience_id=experience.experience_id,
+                    environment=experience.environment,
+                    task_id=experience.task_id,
+                    policy_version=reflection.policy_version,
+                    reward_before=first.reward,
+                    reward_after=second.reward,
+                    success=True,
+                )
+                await self.memory.add(reflection.reflection_id, self.memory_scope, reflection.text, provenance)
+
+    def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+        return rollout_metrics(experiences, self.settings.algorithm.success_threshold)
+
+    @property
+    def memory_scope(self) -> str:
+        return self.settings.algorithm.memory_scope or self.run_id
+
+    async def _remember(self, memory_version: int) -> Sequence[StoredReflection]:
+        algorithm = self.settings.algorithm
+        if algorithm.second_attempt is not SecondAttempt.REFLECTION or algorithm.memory_entries == 0:
+            return ()
+        return await self.memory.query(
+            self.memory_scope,
+            self.player.info.name,
+            algorithm.memory_strategy,
+            algorithm.memory_entries,
+            memory_version,
+        )
+
+    async def _first(self, chain_id: str, task_id: str, seed: int) -> Attempt:
+        return await self._attempt(f"{chain_id}-first", task_id, self.player.info.prompts.solver, seed, "first")
+
+    async def _second_chance(
+        self, experience: Experience, seed: int, entries: Sequence[StoredReflection]
+    ) -> Experience:
+        """Reflection (or its ablation), second attempt, distilled target."""
+        prompts = self.player.info.prompts
+        chain_id, first = experience.experience_id, experience.first_attempt
+        reflection = None
+        match self.settings.algorithm.second_attempt:
+            case SecondAttempt.REFLECTION:
+                reflection = await self._reflection(f"{chain_id}-reflection", first, seed, entries)
+                used = tuple(entry.reflection_id for entry in entries)
+                experience = replace(experience, reflection=reflection, memory_entry_ids=used)
+                if not reflection.outcome.has_reward:
+                    return experience
+                system = self.player.second_system(reflection)
+            case SecondAttempt.RAW_RETRY:
+                system = fill(prompts.retry, trace=trace_of(first, prompts), feedback=first.feedback)
+            case _:
+                system = prompts.try_again
+        second = await self._attempt(f"{chain_id}-second", experience.task_id, system, seed, "second")
+        if reflection is not None:
+            reflection = replace(reflection, reward=second.reward)
+        distilled = await self._distill(chain_id, first, second)
+        return replace(experience, reflection=reflection, second_attempt=second, distilled=distilled)
+
+    async def _attempt(self, attempt_id: str, task_id: str, system: str, seed: int, role: str) -> Attempt:
+        attempt = self.recorder.find(attempt_id, Attempt)
+        if attempt is None:
+            rollout = self.settings.rollout
+            sampling = SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens)
+            attempt = await self.player.attempt(attempt_id, task_id, system, sampling, derive_seed(seed, role))
+            self.recorder.add(attempt)
+        return attempt
+
+    async def _reflection(
+        self, reflection_id: str, first: Attempt, seed: int, entries: Sequence[StoredReflection]
+    ) -> Reflection:
+        reflection = self.recorder.find(reflection_id, Reflection)
+        if reflection is None:
+            rollout = self.settings.rollout
+            sampling = SamplingParams(
+                rollout.reflection_temperature, rollout.reflection_top_p, max_tokens=rollout.reflection_max_tokens
+            )
+            memory = "\n\n".join(entry.text for entry in entries)
+            reflection = await self.player.reflect(
+                reflection_id, first, memory, sampling, derive_seed(seed, "reflection")
+            )
+            self.recorder.add(reflection)
+        return reflection
+
+    async def _distill(self, chain_id: str, first: Attempt, second: Attempt) -> DistilledTarget | None:
+        """y2 as if it had been written under x alone: its first prompt segment replaced, everything later identical."""
+        if second.reward is None or second.reward <= 0 or not second.sequences:
+            return None
+        prompts = await self.player.first_prompts(first, second)
+        sequences = tuple(
+            sequence.with_prompt(prompt) for sequence, prompt in zip(second.sequences, prompts, strict=True)
+        )
+        return DistilledTarget(f"{chain_id}-distilled", second.attempt_id, sequences, second.reward)
+
+    async def _with_old_log_probs(self, data: Sequence[Datum]) -> list[Datum]:
+        """PPO's old policy is the learner itself, before the first of several optimizer steps."""
+        sampled = [datum for datum in data if isinstance(datum.objective, PolicyGradient)]
+        old = dict(zip((datum.datum_id for datum in sampled), await self.learner.forward(sampled), strict=True))
+        return [
+            replace(datum, objective=replace(datum.objective, old_log_probs=old[datum.datum_id]))
+            if isinstance(datum.objective, PolicyGradient)
+            else datum
+            for datum in data
+        ]
+
+    @property
+    def _regularised(self) -> bool:
+        return self.settings.loss.kl_coefficient > 0 or self.settings.loss.entropy_coefficient > 0
+
+
+async def evaluate(
+    player: Player, name: str, task_ids: Sequence[str], settings: EvaluationSettings, rollout: RolloutSettings, seed: int
+) -> list[Attempt]:
+    """First attempts alone, no reflection in context: what is deployed. `name` tells one evaluation from another; the
+    random numbers are the same in all with the same seed."""
+    sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, rollout.max_tokens)
+    gate = asyncio.Semaphore(rollout.concurrency)
+
+    async def limited(task_id: str, sample: int) -> Attempt:
+        async with gate:
+            attempt_id = f"{name}-{task_id.replace('/', '-')}-r{sample}"
+            attempt_seed = derive_seed(seed, "evaluation", task_id, sample)
+            return await player.attempt(attempt_id, task_id, player.info.prompts.solver, sampling, attempt_seed)
+
+    return await all_or_none(limited(task_id, sample) for task_id in task_ids for sample in range(settings.samples))
+
+
+def _without_gradient(datum: Datum) -> bool:
+    if isinstance(datum.objective, PolicyGradient):
+        return datum.objective.advantage == 0 or datum.weight == 0
+    return datum.objective.target_weight == 0
+
+
+async def all_or_none(coroutines: Iterable[Coroutine[None, None, Result]]) -> list[Result]:
+    """All results in order; at the first failure the others are cancelled and the failure is raised as it is."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

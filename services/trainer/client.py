@@ -1,0 +1,129 @@
+"""Client of `RunService`: what the command line uses."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from datetime import datetime
+
+import grpc
+from mulligan.trainer.v1 import run_service_pb2 as pb
+from mulligan.trainer.v1 import run_service_pb2_grpc
+
+from services.common.channel import Connection, Endpoint
+from services.common.types import Experience
+from services.common.wire import experience_from_proto
+from services.trainer.events import Entry, EvaluationEvent
+from services.trainer.folder import RunState
+from services.trainer.settings import EvaluationSettings, RunSettings
+from services.trainer.wire import (
+    entry_from_proto,
+    evaluation_from_proto,
+    fill_proto,
+    settings_from_proto,
+    settings_to_proto,
+    state_from_proto,
+)
+
+CALL_SECONDS = 30.0
+EVALUATE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    run_id: str
+    state: RunState
+    error: str
+    settings: RunSettings
+    step: int
+    created_at: datetime
+    train_seconds: float
+    folder: str
+
+
+class RunClient:
+    def __init__(self, endpoint: Endpoint):
+        self._connection = Connection(endpoint)
+        self._stub = run_service_pb2_grpc.RunServiceStub(self._connection.channel)
+
+    async def start(self, run_id: str, settings: RunSettings) -> RunInfo:
+        request = pb.StartRunRequest(run_id=run_id, config=settings_to_proto(settings))
+        return _info((await self._connection.call(self._stub.StartRun, request, timeout=CALL_SECONDS)).run)
+
+    async def get(self, run_id: str) -> RunInfo:
+        request = pb.GetRunRequest(run_id=run_id)
+        return _info((await self._connection.call(self._stub.GetRun, request, timeout=CALL_SECONDS)).run)
+
+    async def list(self) -> list[RunInfo]:
+        runs: list[RunInfo] = []
+        token = ""
+        while True:
+            request = pb.ListRunsRequest(page_token=token)
+            response = await self._connection.call(self._stub.ListRuns, request, timeout=CALL_SECONDS)
+            runs.extend(_info(run) for run in response.runs)
+            token = response.next_page_token
+            if not token:
+                return runs
+
+    async def watch(self, run_id: str, after_event: int = 0) -> AsyncIterator[Entry]:
+        """All events after the given one, then new ones until the run ends. Takes a broken stream up again."""
+        while True:
+            await self.get(run_id)  # says what is wrong, and waits for a trainer that is down
+            try:
+                stream = self._stub.WatchRun(
+                    pb.WatchRunRequest(run_id=run_id, after_event=after_event), metadata=self._connection.metadata
+                )
+                async for response in stream:
+                    after_event = response.event.number
+                    yield entry_from_proto(response.event)
+                return
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+                    raise
+
+    async def stop(self, run_id: str) -> RunInfo:
+        request = pb.StopRunRequest(run_id=run_id)
+        return _info((await self._connection.call(self._stub.StopRun, request, timeout=CALL_SECONDS)).run)
+
+    async def resume(self, run_id: str) -> RunInfo:
+        request = pb.ResumeRunRequest(run_id=run_id)
+        return _info((await self._connection.call(self._stub.ResumeRun, request, timeout=CALL_SECONDS)).run)
+
+    async def evaluate(
+        self, environment: str, settings: EvaluationSettings, *, seed: int = 0, max_tokens: int | None = None
+    ) -> tuple[EvaluationEvent, int]:
+        """The result and the policy version that was measured."""
+        request = pb.EvaluateRequest(environment=environment, seed=seed, max_tokens=max_tokens)
+        fill_proto(request.config, settings.model_dump(mode="json"))
+        response = await self._connection.call(self._stub.Evaluate, request, timeout=EVALUATE_SECONDS)
+        return evaluation_from_proto(response.result), response.policy_version
+
+    async def experiences(self, run_id: str, step: int | None = None, limit: int = 10) -> list[Experience]:
+        found: list[Experience] = []
+        token = ""
+        while len(found) < limit:
+            request = pb.ListExperiencesRequest(
+                run_id=run_id, step=step, page_size=min(100, limit - len(found)), page_token=token
+            )
+            response = await self._connection.call(self._stub.ListExperiences, request, timeout=CALL_SECONDS)
+            found.extend(experience_from_proto(experience) for experience in response.experiences)
+            token = response.next_page_token
+            if not token:
+                break
+        return found
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+def _info(run: pb.Run) -> RunInfo:
+    return RunInfo(
+        run_id=run.run_id,
+        state=state_from_proto(run.state),
+        error=run.error,
+        settings=settings_from_proto(run.config),
+        step=run.step,
+        created_at=run.created_at.ToDatetime(),
+        train_seconds=run.train_seconds,
+        folder=run.folder,
+    )

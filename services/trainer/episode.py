@@ -1,0 +1,224 @@
+"""Attempt → feedback → reflection → second attempt: how the policy is put into an environment.
+
+This module alone assembles messages. What a policy samples is kept as token segments and never rendered again: a later
+turn is prompted with a `Continuation`, which is the very tokens so far plus what the chat template puts in between.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+
+from services.common.errors import CallFailed, DomainError, Reason
+from services.common.types import (
+    Attempt,
+    Completion,
+    Continuation,
+    EnvironmentInfo,
+    Message,
+    Outcome,
+    PolicyInfo,
+    Prompt,
+    PromptSet,
+    Reflection,
+    Role,
+    SamplingParams,
+    Segment,
+    SegmentKind,
+    StopReason,
+    TokenSequence,
+    Turn,
+)
+from services.trainer.interfaces import EnvironmentPort, EpisodeHandle, PolicyPort
+from services.trainer.seeds import derive_seed
+
+
+def fill(template: str, **values: str) -> str:
+    """Replaces each `{name}` in one pass, so that braces inside a value stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+
+def trace_of(attempt: Attempt, prompts: PromptSet) -> str:
+    """The attempt as a reflector reads it: every board and move, then the last board."""
+    turns = (fill(prompts.trace_turn, observation=turn.observation, action=turn.action) for turn in attempt.turns)
+    return "".join(turns) + attempt.final_observation
+
+
+def reflection_in(answer: str, prompts: PromptSet) -> str:
+    """The text between the last pair of marks, or the whole answer when either is absent."""
+    head, opened, tail = answer.rpartition(prompts.reflection_open)
+    text, closed, _ = tail.partition(prompts.reflection_close)
+    return (text if opened and closed else answer).strip()
+
+
+@dataclass
+class _Conversation:
+    """Grows turn by turn. `sequences` is one, or one per turn when the template rewrites earlier turns."""
+
+    messages: list[Message]
+    rewrites_history: bool
+    segments: list[Segment] = field(default_factory=list)
+    finished: list[TokenSequence] = field(default_factory=list)
+    turn_closed: bool = True
+
+    def prompt(self) -> Prompt:
+        if not self.segments or self.rewrites_history:
+            return tuple(self.messages)
+        tokens = tuple(token for segment in self.segments for token in segment.token_ids)
+        return Continuation(tokens, self.turn_closed, (self.messages[-1],))
+
+    def add(self, completion: Completion) -> None:
+        if self.segments and self.rewrites_history:
+            self.finished.append(TokenSequence(tuple(self.segments)))
+            self.segments = []
+        kind = SegmentKind.ENVIRONMENT if self.segments else SegmentKind.PROMPT
+        self.segments.append(Segment(kind, completion.prompt_token_ids))
+        self.segments.append(
+            Segment(SegmentKind.SAMPLED, completion.token_ids, completion.log_probs, completion.policy_versions)
+        )
+        self.turn_closed = completion.stop_reason is StopReason.END_OF_TURN
+        self.messages.append(Message(Role.ASSISTANT, completion.text))
+
+    @property
+    def sequences(self) -> tuple[TokenSequence, ...]:
+        return (*self.finished, TokenSequence(tuple(self.segments))) if self.segments else ()
+
+
+@dataclass(frozen=True)
+class Player:
+    """Plays attempts and writes reflections.
+
+    `incarnation` is new for each process, so that a resumed run never meets an episode of its former life.
+    """
+
+    environment: EnvironmentPort
+    policy: PolicyPort
+    info: EnvironmentInfo
+    policy_info: PolicyInfo
+    incarnation: str
+    max_restarts: int
+
+    async def attempt(self, attempt_id: str, task_id: str, system: str, sampling: SamplingParams, seed: int) -> Attempt:
+        """One try at a task, started over under a new episode id when the infrastructure failed, at most
+        `max_restarts` times. Raises ServiceUnavailable when a service stays away."""
+        restarts = 0
+        while True:
+            episode_id = f"{attempt_id}-{self.incarnation}-{restarts}"
+            attempt = await self._play(attempt_id, episode_id, task_id, system, sampling, seed)
+            if attempt.outcome.has_reward or restarts == self.max_restarts:
+                return replace(attempt, restarts=restarts)
+            restarts += 1
+
+    async def _play(
+        self, attempt_id: str, episode_id: str, task_id: str, system: str, sampling: SamplingParams, seed: int
+    ) -> Attempt:
+        turns: list[Turn] = []
+        conversation = _Conversation([Message(Role.SYSTEM, system)], self.policy_info.rewrites_history)
+        observation, outcome, feedback, error = "", Outcome.TRUNCATED, "", ""
+        blame = Outcome.ENV_ERROR  # whose failure an exception is
+        episode: EpisodeHandle | None = None
+        try:
+            episode = await self.environment.start(self.info.name, task_id, episode_id)
+            observation = episode.observation
+            for turn in range(self.info.max_steps):
+                conversation.messages.append(Message(Role.USER, observation))
+                blame = Outcome.POLICY_ERROR
+                completion = await self._generate(conversation.prompt(), sampling, attempt_id, seed, turn)
+                if completion is None:
+                    break
+                conversation.add(completion)
+                blame = Outcome.ENV_ERROR
+                step = await episode.step(completion.text)
+                turns.append(Turn(observation, completion.text, step.action, step.reward or 0.0))
+                observation = step.observation
+                if step.done:
+                    outcome, feedback, error = step.outcome or Outcome.ENV_ERROR, step.feedback, step.error
+                    break
+        except (DomainError, CallFailed) as failure:
+            outcome, error = _outcome_of(failure, blame), str(failure)
+        finally:
+            if episode is not None and not (turns and outcome is Outcome.COMPLETED):
+                await _end(episode)
+        reward = sum(turn.reward for turn in turns) if outcome.has_reward else None
+        return Attempt(
+            attempt_id=attempt_id,
+            episode_id=episode_id,
+            outcome=outcome,
+            reward=reward,
+            feedback=feedback,
+            turns=tuple(turns),
+            final_observation=observation,
+            sequences=conversation.sequences,
+            temperature=sampling.temperature,
+            error=error,
+        )
+
+    async def reflect(
+        self, reflection_id: str, first: Attempt, memory: str, sampling: SamplingParams, seed: int
+    ) -> Reflection:
+        """Δ ~ π(·|x, y1, f1, r1, m). An outcome other than COMPLETED and TRUNCATED means that none was written."""
+        prompts = self.info.prompts
+        request = fill(
+            prompts.reflection,
+            trace=trace_of(first, prompts),
+            feedback=first.feedback,
+            reward=f"{first.reward:g}",
+            memory=memory or prompts.memory_empty,
+        )
+        conversation = _Conversation([Message(Role.SYSTEM, prompts.reflection_system), Message(Role.USER, request)], False)
+        outcome, text, error = Outcome.COMPLETED, "", ""
+        try:
+            completion = await self._generate(conversation.prompt(), sampling, reflection_id, seed, 0)
+            if completion is None:
+                outcome, error = Outcome.POLICY_ERROR, "the attempt does not fit into the policy's context"
+            else:
+                conversation.add(completion)
+                text = reflection_in(completion.text, prompts)
+                if completion.stop_reason is not StopReason.END_OF_TURN:
+                    outcome = Outcome.TRUNCATED
+        except (DomainError, CallFailed) as failure:
+            outcome, error = _outcome_of(failure, Outcome.POLICY_ERROR), str(failure)
+        return Reflection(reflection_id, text, conversation.sequences, sampling.temperature, outcome, error=error)
+
+    def second_system(self, reflection: Reflection) -> str:
+        """The second attempt's system prompt: the reflection, followed only by the action-format reminder."""
+        return f"{reflection.text}\n{self.info.prompts.action_reminder}"
+
+    async def first_prompts(self, first: Attempt, second: Attempt) -> list[tuple[int, ...]]:
+        """The prompt of each of the second attempt's sequences as it is under x, without the reflection."""
+        if not self.policy_info.rewrites_history and first.turns[0].observation == second.turns[0].observation:
+            return [first.sequences[0].segments[0].token_ids]
+        messages = [Message(Role.SYSTEM, self.info.prompts.solver)]
+        prompts = []
+        for turn in second.turns[: len(second.sequences)]:
+            messages.append(Message(Role.USER, turn.observation))
+            prompts.append(await self.policy.tokenize(tuple(messages)))
+            messages.append(Message(Role.ASSISTANT, turn.text))
+        return prompts
+
+    async def _generate(
+        self, prompt: Prompt, sampling: SamplingParams, request_id: str, seed: int, turn: int
+    ) -> Completion | None:
+        """None when the conversation has outgrown the policy's context."""
+        try:
+            return await self.policy.generate(
+                prompt,
+                replace(sampling, seed=derive_seed(seed, turn)),
+                request_id=f"{request_id}-{turn}",
+            )
+        except DomainError as error:
+            if error.reason is Reason.PROMPT_TOO_LONG:
+                return None
+            raise
+
+
+def _outcome_of(failure: DomainError | CallFailed, blame: Outcome) -> Outcome:
+    return Outcome.TIMEOUT if isinstance(failure, CallFailed) and failure.timed_out else blame
+
+
+async def _end(episode: EpisodeHandle) -> None:
+    """Frees an episode's place; one that cannot be reached expires by itself."""
+    try:
+        await episode.end()
+    except (DomainError, CallFailed):
+        return

@@ -1,0 +1,85 @@
+"""A run's folder: settings and state (`run.json`), the last checkpoint (`checkpoint.json`), events, journal, summary.
+
+Every file is replaced whole: written beside, synced, renamed.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from services.trainer.settings import RunSettings
+
+
+class RunState(StrEnum):
+    RUNNING = "running"
+    COMPLETED = "completed"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+class RunRecord(msgspec.Struct, frozen=True):
+    run_id: str
+    state: RunState
+    created_at: datetime
+    settings: dict[str, Any]  # of RunSettings, defaults filled in
+    error: str = ""
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """Where a resumed run goes on. Data order and seeds derive from `step`; the learner's checkpoint `name` holds
+    weights, optimizer and random generators; `memory_version` is the memory's after the step's writes."""
+
+    name: str
+    step: int
+    memory_version: int
+
+
+class RunFolder:
+    def __init__(self, path: Path):
+        self.path = path
+        self.journal = path / "journal"
+        self.events_file = path / "events.jsonl"
+
+    def create(self, record: RunRecord) -> None:
+        """Whole or not at all: a folder without run.json is no run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_record(record)
+
+    def record(self) -> RunRecord:
+        return msgspec.json.decode((self.path / "run.json").read_bytes(), type=RunRecord)
+
+    def settings(self) -> RunSettings:
+        return RunSettings.model_validate(self.record().settings)
+
+    def write_record(self, record: RunRecord) -> None:
+        write_json(self.path / "run.json", record)
+
+    def checkpoint(self) -> Checkpoint | None:
+        path = self.path / "checkpoint.json"
+        return msgspec.json.decode(path.read_bytes(), type=Checkpoint) if path.exists() else None
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        write_json(self.path / "checkpoint.json", checkpoint)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_json(self.path / "summary.json", summary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    beside = path.with_suffix(".new")
+    with beside.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

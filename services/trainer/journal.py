@@ -1,0 +1,222 @@
+"""The journal of a run: what was sampled, on disk before it is used, and found again after a restart.
+
+One append-only file per training step, `journal/000012.msgpack`. A file is a plain msgpack stream of
+`[crc32, payload]` pairs; a payload is the msgpack of one record with a `type`. `mulligan experiences` prints them, and
+any msgpack library reads them. A record that was cut off by a crash is dropped when the file is opened again. A record
+survives the end of the process as soon as its call returns, and a loss of power after `sync`.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import msgpack
+import msgspec
+import structlog
+
+from services.common.types import Attempt, DistilledTarget, Experience, Reflection
+
+log = structlog.get_logger()
+Part = TypeVar("Part", Attempt, Reflection)
+
+
+class StepStarted(msgspec.Struct, frozen=True, tag="step_started"):
+    """Fixes what the step reads, so that a repetition reads the same."""
+
+    step: int
+    task_ids: list[str]
+    memory_version: int
+    policy_version: int
+
+
+class AttemptSampled(msgspec.Struct, frozen=True, tag="attempt"):
+    attempt: Attempt
+
+
+class ReflectionSampled(msgspec.Struct, frozen=True, tag="reflection"):
+    reflection: Reflection
+
+
+class ExperienceCompleted(msgspec.Struct, frozen=True, tag="experience"):
+    """The links of a chain: its attempts and reflection are other records of the same file, by id, and its distilled
+    target is the second attempt after other prompts."""
+
+    experience_id: str
+    run_id: str
+    step: int
+    environment: str
+    task_id: str
+    rollout: int
+    first_id: str
+    reflection_id: str | None
+    second_id: str | None
+    distilled_id: str | None
+    distilled_prompts: list[list[int]]
+    memory_entry_ids: list[str]
+
+
+class StepCompleted(msgspec.Struct, frozen=True, tag="step_completed"):
+    step: int
+    metrics: dict[str, float]
+
+
+Record = StepStarted | AttemptSampled | ReflectionSampled | ExperienceCompleted | StepCompleted
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
+
+
+def journal_file(folder: Path, step: int) -> Path:
+    return folder / f"{step:06}.msgpack"
+
+
+def journaled_steps(folder: Path) -> list[int]:
+    return sorted(int(path.stem) for path in folder.glob("*.msgpack"))
+
+
+class StepJournal:
+    """One step's file. Implements the algorithm's `Recorder`. One process at a time: the run's lock sees to that."""
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        path = journal_file(folder, step)
+        self.started: StepStarted | None = None
+        self.completed: StepCompleted | None = None
+        self._parts: dict[str, Attempt | Reflection] = {}
+        self._experiences: set[str] = set()
+        end = 0
+        if path.exists():
+            for record, end in _records(path):
+                self._remember(record)
+        self._file: BinaryIO = path.open("ab", buffering=0)
+        if end < path.stat().st_size:
+            log.warning("dropped a torn record", file=str(path), bytes=path.stat().st_size - end)
+            self._file.truncate(end)
+
+    def find(self, part_id: str, kind: type[Part]) -> Part | None:
+        part = self._parts.get(part_id)
+        return part if isinstance(part, kind) else None
+
+    def add(self, part: Attempt | Reflection) -> None:
+        self._append(AttemptSampled(part) if isinstance(part, Attempt) else ReflectionSampled(part))
+
+    def complete(self, experience: Experience) -> None:
+        if experience.experience_id in self._experiences:
+            return
+        reflection, second, distilled = experience.reflection, experience.second_attempt, experience.distilled
+        prompts = [list(sequence.segments[0].token_ids) for sequence in distilled.sequences] if distilled else []
+        self._append(
+            ExperienceCompleted(
+                experience_id=experience.experience_id,
+                run_id=experience.run_id,
+                step=experience.step,
+                environment=experience.environment,
+                task_id=experience.task_id,
+                rollout=experience.rollout,
+                first_id=experience.first_attempt.attempt_id,
+                reflection_id=reflection.reflection_id if reflection else None,
+                second_id=second.attempt_id if second else None,
+                distilled_id=distilled.distilled_id if distilled else None,
+                distilled_prompts=prompts,
+                memory_entry_ids=list(experience.memory_entry_ids),
+            )
+        )
+
+    def start(self, record: StepStarted) -> None:
+        self._append(record)
+
+    def finish(self, record: StepCompleted) -> None:
+        self._append(record)
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, record: Record) -> None:
+        payload = _ENCODER.encode(record)
+        data = msgpack.packb([zlib.crc32(payload), payload])
+        if self._file.write(data) != len(data):
+            raise OSError(f"the journal could not be written whole: {self._file.name}")
+        self._remember(record)
+
+    def _remember(self, record: Record) -> None:
+        match record:
+            case StepStarted():
+                self.started = record
+            case AttemptSampled(attempt):
+                self._parts[attempt.attempt_id] = attempt
+            case ReflectionSampled(reflection):
+                self._parts[reflection.reflection_id] = reflection
+            case ExperienceCompleted():
+                self._experiences.add(record.experience_id)
+            case StepCompleted():
+                self.completed = record
+
+
+def read_experiences(path: Path) -> list[Experience]:
+    """The complete experiences of one step's file, in (task, rollout) order. Reads while the run writes."""
+    parts: dict[str, Attempt | Reflection] = {}
+    chains: list[ExperienceCompleted] = []
+    order: list[str] = []
+    for record, _ in _records(path):
+        match record:
+            case StepStarted():
+                order = record.task_ids
+            case AttemptSampled(attempt):
+                parts[attempt.attempt_id] = attempt
+            case ReflectionSampled(reflection):
+                parts[reflection.reflection_id] = reflection
+            case ExperienceCompleted():
+                chains.append(record)
+    position = {task_id: slot for slot, task_id in reversed(list(enumerate(order)))}
+    chains.sort(key=lambda chain: (position.get(chain.task_id, 0), chain.rollout))
+    return [_joined(chain, parts) for chain in chains]
+
+
+def _joined(chain: ExperienceCompleted, parts: dict[str, Attempt | Reflection]) -> Experience:
+    first = parts[chain.first_id]
+    second = parts[chain.second_id] if chain.second_id else None
+    reflection = parts[chain.reflection_id] if chain.reflection_id else None
+    assert isinstance(first, Attempt) and not isinstance(second, Reflection) and not isinstance(reflection, Attempt)
+    distilled = None
+    if second is not None and reflection is not None:
+        reflection = replace(reflection, reward=second.reward)
+    if chain.distilled_id and second is not None and second.reward is not None:
+        pairs = zip(second.sequences, chain.distilled_prompts, strict=True)
+        sequences = tuple(sequence.with_prompt(prompt) for sequence, prompt in pairs)
+        distilled = DistilledTarget(chain.distilled_id, second.attempt_id, sequences, second.reward)
+    return Experience(
+        experience_id=chain.experience_id,
+        run_id=chain.run_id,
+        step=chain.step,
+        environment=chain.environment,
+        task_id=chain.task_id,
+        rollout=chain.rollout,
+        first_attempt=first,
+        reflection=reflection,
+        second_attempt=second,
+        distilled=distilled,
+        memory_entry_ids=tuple(chain.memory_entry_ids),
+    )
+
+
+def _records(path: Path) -> Iterator[tuple[Record, int]]:
+    """Each whole record with the offset at which it ends; stops at the first that is torn or damaged."""
+    with path.open("rb") as file:
+        unpacker = msgpack.Unpacker(file, max_buffer_size=2**31 - 1)
+        while True:
+            try:
+                checksum, payload = unpacker.unpack()
+            except msgpack.OutOfData:
+                return
+            except (ValueError, TypeError, msgpack.UnpackException):
+                return
+            if not isinstance(payload, bytes) or zlib.crc32(payload) != checksum:
+                return
+            yield _DECODER.decode(payload), unpacker.tell()

@@ -1,0 +1,167 @@
+"""The runs of one trainer: starts, stops and resumes them, one at a time, and goes on with unfinished ones at start."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import structlog
+
+from services.common.errors import DomainError, Reason, invalid_field
+from services.common.types import Split
+from services.trainer.algorithm import evaluate
+from services.trainer.episode import Player
+from services.trainer.events import EvaluationEvent, StateEvent
+from services.trainer.folder import RunFolder, RunRecord, RunState
+from services.trainer.run import Run, Services, evaluation_of
+from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+
+log = structlog.get_logger()
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class RunManager:
+    """Owns `folder`: a second process on it is refused with OSError."""
+
+    def __init__(self, folder: Path, services: Services):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._services = services
+        self._runs: dict[str, Run] = {}
+        self._active: asyncio.Task[None] | None = None
+        self._active_id = ""
+        self._draining = False
+        self._lock = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"runs_folder: {folder} is in use by another trainer") from None
+
+    def go_on(self) -> None:
+        """Takes up the run that was running when the trainer ended."""
+        for run_id in self.run_ids():
+            if self.record(run_id).state is RunState.RUNNING and self._active is None:
+                log.info("going on with a run", run_id=run_id)
+                self._drive(self._open(run_id))
+
+    def run_ids(self) -> list[str]:
+        """Newest first."""
+        found = [path.parent.name for path in self._folder.glob("*/run.json")]
+        return sorted(found, key=lambda run_id: (self.record(run_id).created_at, run_id), reverse=True)
+
+    def record(self, run_id: str) -> RunRecord:
+        return self._run_folder(run_id).record()
+
+    def run(self, run_id: str) -> Run:
+        """Raises UNKNOWN_RUN."""
+        self._run_folder(run_id)
+        return self._runs.get(run_id) or self._open(run_id)
+
+    def start(self, run_id: str, settings: RunSettings) -> Run:
+        if not _RUN_ID.fullmatch(run_id):
+            raise invalid_field("run_id", "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit")
+        folder = RunFolder(self._folder / run_id)
+        plain = settings.model_dump(mode="json")
+        if (folder.path / "run.json").exists():
+            if folder.record().settings != plain:
+                raise DomainError(Reason.RUN_CONFLICT, f"run {run_id} exists with other settings")
+            return self.run(run_id)
+        self._refuse_a_second()
+        folder.create(RunRecord(run_id, RunState.RUNNING, datetime.now(UTC), plain))
+        run = self._open(run_id)
+        self._drive(run)
+        return run
+
+    def stop(self, run_id: str) -> Run:
+        run = self.run(run_id)
+        if self._is_active(run_id):
+            run.stop()
+        return run
+
+    def resume(self, run_id: str) -> Run:
+        record = self.record(run_id)
+        if self._is_active(run_id):
+            return self.run(run_id)
+        if record.state is RunState.COMPLETED:
+            raise DomainError(Reason.RUN_COMPLETED, f"run {run_id} is complete")
+        self._refuse_a_second()
+        run = self._open(run_id)
+        self._drive(run)
+        return run
+
+    async def drain(self) -> None:
+        """Ends after the step that runs; the run stays marked as running, so that the next start goes on with it."""
+        self._draining = True
+        if self._active is not None and not self._active.done():
+            self._runs[self._active_id].stop()
+            await asyncio.wait([self._active])
+
+    async def close(self) -> None:
+        if self._active is not None:
+            self._active.cancel()
+            await asyncio.gather(self._active, return_exceptions=True)
+        self._lock.close()
+
+    async def evaluate(
+        self, environment: str, settings: EvaluationSettings, rollout: RolloutSettings, seed: int, threshold: float
+    ) -> tuple[EvaluationEvent, int]:
+        """First attempts of the policy as it serves now, and its version."""
+        services = self._services
+        info = await services.environment.describe(environment)
+        policy_info = await services.policy.info()
+        tasks = await services.environment.list_tasks(environment, Split.TEST, settings.tasks)
+        name = f"evaluation-{os.urandom(4).hex()}"
+        player = Player(services.environment, services.policy, info, policy_info, "0", rollout.max_restarts)
+        attempts = await evaluate(player, name, [task.task_id for task in tasks], settings, rollout, seed)
+        return evaluation_of(0, attempts, threshold), policy_info.policy_version
+
+    def _run_folder(self, run_id: str) -> RunFolder:
+        folder = RunFolder(self._folder / run_id)
+        if not _RUN_ID.fullmatch(run_id) or not (folder.path / "run.json").exists():
+            raise DomainError(Reason.UNKNOWN_RUN, f"there is no run {run_id!r}", run_id=run_id)
+        return folder
+
+    def _open(self, run_id: str) -> Run:
+        known = self._runs.get(run_id)
+        events = known.events if known else None
+        self._runs[run_id] = Run(run_id, RunFolder(self._folder / run_id), self._services, events)
+        return self._runs[run_id]
+
+    def _is_active(self, run_id: str) -> bool:
+        return self._active is not None and not self._active.done() and self._active_id == run_id
+
+    def _refuse_a_second(self) -> None:
+        if self._active is not None and not self._active.done():
+            raise DomainError(
+                Reason.LEARNER_OWNED,
+                f"this trainer trains run {self._active_id}; stop it first, or start another trainer",
+                run_id=self._active_id,
+            )
+
+    def _drive(self, run: Run) -> None:
+        self._active_id = run.run_id
+        self._set_state(run, RunState.RUNNING)
+        self._active = asyncio.create_task(self._train(run), name=f"run {run.run_id}")
+
+    async def _train(self, run: Run) -> None:
+        try:
+            await run.train()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # whatever ends a run is its state, and the trainer serves on
+            log.error("run failed", run_id=run.run_id, exc_info=error)
+            self._set_state(run, RunState.FAILED, f"{type(error).__name__}: {error}")
+        else:
+            if not run.stopped:
+                self._set_state(run, RunState.COMPLETED)
+            elif not self._draining:
+                self._set_state(run, RunState.STOPPED)
+
+    def _set_state(self, run: Run, state: RunState, error: str = "") -> None:
+        record = run.folder.record()
+        run.folder.write_record(RunRecord(record.run_id, state, record.created_at, record.settings, error))
+        run.events.add(StateEvent(state, error))

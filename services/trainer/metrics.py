@@ -1,0 +1,45 @@
+"""What a step reports. Averages are over attempts that carry a reward; the others are counted as excluded."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+from services.common.types import Attempt, Experience
+
+
+def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict[str, float]:
+    """`rollouts` is the budget in which algorithms are compared: episodes started plus reflections written."""
+    first = [experience.first_attempt for experience in experiences]
+    second = [experience.second_attempt for experience in experiences if experience.second_attempt is not None]
+    reflections = [experience.reflection for experience in experiences if experience.reflection is not None]
+    parts = [part for experience in experiences for part in experience.parts()]
+    sequences = [sequence for part in parts for sequence in part.sequences]
+    metrics = {
+        "reflections": float(len(reflections)),
+        "distilled": float(sum(experience.distilled is not None for experience in experiences)),
+        "excluded": float(sum(not part.outcome.has_reward for part in parts)),
+        "restarts": float(sum(attempt.restarts for attempt in first + second)),
+        "rollouts": float(sum(1 + attempt.restarts for attempt in first + second) + len(reflections)),
+        "sampled_tokens": float(sum(sequence.sampled_count for sequence in sequences)),
+    }
+    for name, attempts in (("first", first), ("second", second)):
+        rewards = rewards_of(attempts)
+        if rewards:
+            metrics[f"reward_{name}"] = fmean(rewards)
+            metrics[f"success_{name}"] = fmean(reward >= threshold for reward in rewards)
+    return metrics
+
+
+def rewards_of(attempts: Iterable[Attempt]) -> list[float]:
+    return [attempt.reward for attempt in attempts if attempt.reward is not None]
+
+
+def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the optimizer steps that report it."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for one in metrics:
+        for name, value in one.items():
+            values[name].append(value)
+    return {name: fmean(many) for name, many in values.items()}

@@ -1,0 +1,129 @@
+"""`RunService` of `mulligan.trainer.v1`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from mulligan.trainer.v1 import run_service_pb2 as pb
+from mulligan.trainer.v1 import run_service_pb2_grpc
+
+from services.common.errors import DomainError, Reason
+from services.common.wire import experience_to_proto
+from services.trainer.events import StateEvent
+from services.trainer.folder import RunState
+from services.trainer.journal import journal_file, journaled_steps, read_experiences
+from services.trainer.manager import RunManager
+from services.trainer.run import Run
+from services.trainer.settings import EvaluationSettings, RolloutSettings
+from services.trainer.wire import (
+    entry_to_proto,
+    evaluation_to_proto,
+    plain_from_proto,
+    settings_from_proto,
+    settings_to_proto,
+    state_to_proto,
+    timestamp,
+)
+
+Context = Any
+
+
+class RunServicer(run_service_pb2_grpc.RunServiceServicer):
+    def __init__(self, manager: RunManager):
+        self._manager = manager
+
+    async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:
+        run = self._manager.start(request.run_id, settings_from_proto(request.config))
+        return pb.StartRunResponse(run=self._message(run))
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
+        return pb.GetRunResponse(run=self._message(self._manager.run(request.run_id)))
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        run_ids = self._manager.run_ids()
+        start = 0
+        if request.page_token:
+            if request.page_token not in run_ids:
+                raise _bad_page_token()
+            start = run_ids.index(request.page_token) + 1
+        page = run_ids[start : start + (request.page_size or 100)]
+        more = bool(page) and page[-1] != run_ids[-1]
+        return pb.ListRunsResponse(
+            runs=[self._message(self._manager.run(run_id)) for run_id in page],
+            next_page_token=page[-1] if more else "",
+        )
+
+    async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
+        run = self._manager.run(request.run_id)
+        async for entry in run.events.follow(request.after_event):
+            yield pb.WatchRunResponse(event=entry_to_proto(entry))
+            ended = isinstance(entry.event, StateEvent) and entry.event.state != RunState.RUNNING
+            if ended and entry is run.events.entries[-1]:
+                return
+
+    async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
+        return pb.StopRunResponse(run=self._message(self._manager.stop(request.run_id)))
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
+        return pb.ResumeRunResponse(run=self._message(self._manager.resume(request.run_id)))
+
+    async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
+        rollout = RolloutSettings(max_tokens=request.max_tokens) if request.HasField("max_tokens") else RolloutSettings()
+        event, version = await self._manager.evaluate(
+            request.environment,
+            EvaluationSettings.model_validate(plain_from_proto(request.config)),
+            rollout,
+            request.seed,
+            request.success_threshold if request.HasField("success_threshold") else 1.0,
+        )
+        return pb.EvaluateResponse(result=evaluation_to_proto(event), policy_version=version)
+
+    async def ListExperiences(
+        self, request: pb.ListExperiencesRequest, context: Context
+    ) -> pb.ListExperiencesResponse:
+        """The page token is STEP/OFFSET."""
+        folder = self._manager.run(request.run_id).folder.journal
+        steps = [request.step] if request.HasField("step") else journaled_steps(folder)
+        step, offset = _page(request.page_token) if request.page_token else (steps[0] if steps else 0, 0)
+        size = request.page_size or 10
+        found: list[Any] = []
+        token = ""
+        for current in (number for number in steps if number >= step and journal_file(folder, number).exists()):
+            experiences = await asyncio.to_thread(read_experiences, journal_file(folder, current))
+            start = offset if current == step else 0
+            taken = experiences[start : start + size - len(found)]
+            found.extend(taken)
+            if start + len(taken) < len(experiences):
+                token = f"{current}/{start + len(taken)}"
+            if len(found) == size:
+                token = token or (f"{current + 1}/0" if current != steps[-1] else "")
+                break
+        return pb.ListExperiencesResponse(
+            experiences=[experience_to_proto(experience) for experience in found], next_page_token=token
+        )
+
+    def _message(self, run: Run) -> pb.Run:
+        record = self._manager.record(run.run_id)
+        return pb.Run(
+            run_id=record.run_id,
+            state=state_to_proto(record.state),
+            error=record.error,
+            config=settings_to_proto(run.settings),
+            step=run.step,
+            created_at=timestamp(record.created_at),
+            train_seconds=run.train_seconds,
+            folder=str(run.folder.path),
+        )
+
+
+def _page(token: str) -> tuple[int, int]:
+    step, _, offset = token.partition("/")
+    if not (step.isdecimal() and offset.isdecimal()):
+        raise _bad_page_token()
+    return int(step), int(offset)
+
+
+def _bad_page_token() -> DomainError:
+    return DomainError(Reason.BAD_PAGE_TOKEN, "page_token: expected the next_page_token of an earlier answer")

@@ -1,0 +1,131 @@
+"""Protobuf ↔ run settings and run events. Settings are converted field by field through their names, which both sides
+share; enum values are the proto's without their prefix, in lower case."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from mulligan.trainer.v1 import run_config_pb2, run_service_pb2
+from pydantic import ValidationError
+
+from services.common.errors import DomainError, Reason
+from services.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
+from services.trainer.folder import RunState
+from services.trainer.settings import RunSettings
+
+
+def settings_from_proto(config: run_config_pb2.RunConfig) -> RunSettings:
+    """Fills in the defaults. Raises INVALID_SETTING, naming the setting."""
+    return validated(plain_from_proto(config))
+
+
+def validated(plain: Mapping[str, Any]) -> RunSettings:
+    try:
+        return RunSettings.model_validate(plain)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "config"
+        raise DomainError(Reason.INVALID_SETTING, f"{field}: {first['msg']}", field=field) from None
+
+
+def settings_to_proto(settings: RunSettings) -> run_config_pb2.RunConfig:
+    config = run_config_pb2.RunConfig()
+    fill_proto(config, settings.model_dump(mode="json"))
+    return config
+
+
+def plain_from_proto(message: Message) -> dict[str, Any]:
+    """The fields that are present, as plain values."""
+    return {field.name: _plain(field, value) for field, value in message.ListFields()}
+
+
+def fill_proto(message: Message, plain: Mapping[str, Any]) -> None:
+    for name, value in plain.items():
+        field = message.DESCRIPTOR.fields_by_name[name]
+        if value is None:
+            continue
+        if isinstance(value, Mapping):
+            getattr(message, name).SetInParent()
+            fill_proto(getattr(message, name), value)
+        elif isinstance(value, list | tuple):
+            getattr(message, name).extend(value)
+        elif field.enum_type is not None:
+            setattr(message, name, field.enum_type.values_by_name[_prefix(field) + str(value).upper()].number)
+        else:
+            setattr(message, name, value)
+
+
+def _plain(field: FieldDescriptor, value: Any) -> Any:
+    if field.message_type is not None:
+        return plain_from_proto(value)
+    if field.enum_type is not None:
+        known = field.enum_type.values_by_number.get(value)
+        return known.name.removeprefix(_prefix(field)).lower() if known else value
+    return list(value) if field.is_repeated else value
+
+
+def _prefix(field: FieldDescriptor) -> str:
+    assert field.enum_type is not None
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", field.enum_type.name).upper() + "_"
+
+
+def timestamp(time: datetime) -> Timestamp:
+    message = Timestamp()
+    message.FromDatetime(time)
+    return message
+
+
+def state_to_proto(state: str) -> run_service_pb2.RunState:
+    return run_service_pb2.RunState.Value(f"RUN_STATE_{state.upper()}")
+
+
+def state_from_proto(state: run_service_pb2.RunState) -> RunState:
+    return RunState(run_service_pb2.RunState.Name(state).removeprefix("RUN_STATE_").lower())
+
+
+def evaluation_to_proto(event: EvaluationEvent) -> run_service_pb2.EvaluationCompleted:
+    return run_service_pb2.EvaluationCompleted(
+        step=event.step,
+        success=event.success,
+        mean_reward=event.mean_reward,
+        attempts=event.attempts,
+        excluded=event.excluded,
+    )
+
+
+def evaluation_from_proto(message: run_service_pb2.EvaluationCompleted) -> EvaluationEvent:
+    return EvaluationEvent(message.step, message.success, message.mean_reward, message.attempts, message.excluded)
+
+
+def entry_to_proto(entry: Entry) -> run_service_pb2.RunEvent:
+    message = run_service_pb2.RunEvent(number=entry.number, time=timestamp(entry.time))
+    match entry.event:
+        case StepEvent(step, metrics):
+            message.step_completed.CopyFrom(run_service_pb2.StepCompleted(step=step, metrics=metrics))
+        case EvaluationEvent():
+            message.evaluation_completed.CopyFrom(evaluation_to_proto(entry.event))
+        case StateEvent(state, error):
+            message.state_changed.CopyFrom(run_service_pb2.StateChanged(state=state_to_proto(state), error=error))
+        case NoticeEvent(text):
+            message.notice.CopyFrom(run_service_pb2.Notice(text=text))
+    return message
+
+
+def entry_from_proto(message: run_service_pb2.RunEvent) -> Entry:
+    event: StepEvent | EvaluationEvent | StateEvent | NoticeEvent
+    match message.WhichOneof("event"):
+        case "step_completed":
+            event = StepEvent(message.step_completed.step, dict(message.step_completed.metrics))
+        case "evaluation_completed":
+            event = evaluation_from_proto(message.evaluation_completed)
+        case "state_changed":
+            event = StateEvent(state_from_proto(message.state_changed.state), message.state_changed.error)
+        case _:
+            event = NoticeEvent(message.notice.text)
+    return Entry(message.number, message.time.ToDatetime(), event)
