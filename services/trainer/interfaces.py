@@ -86,3 +86,6 @@ class LearnerPort(Protocol):
     async def load_checkpoint(self, name: str) -> None: ...
 
     async def publish_weights(self, policy_version: int) -> PublishedWeights: ...
+
+    async def close(self) -> None:
+        """Gives the learner back; what was not saved is lost."""

@@ -11,7 +11,7 @@ from statistics import fmean
 import structlog
 
 from services.common.errors import DomainError, Reason, ServiceUnavailable
-from services.common.types import Attempt, Split
+from services.common.types import Attempt, EnvironmentInfo, Split, TaskInfo
 from services.trainer.algorithm import Erl, Recorder, evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
@@ -88,6 +88,15 @@ class Run:
         tasks = await services.environment.list_tasks(settings.environment, Split.TRAIN, settings.rollout.train_tasks)
         tests = await services.environment.list_tasks(settings.environment, Split.TEST, settings.evaluation.tasks)
         learner = await services.open_learner(self.run_id, settings)
+        try:
+            await self._train_with(learner, info, tasks, tests)
+        finally:
+            await learner.close()
+
+    async def _train_with(
+        self, learner: LearnerPort, info: EnvironmentInfo, tasks: list[TaskInfo], tests: list[TaskInfo]
+    ) -> None:
+        settings, services = self.settings, self.services
         policy = PublishedPolicy(services.policy, learner, self.notice)
         policy_info = await policy.info()
         if settings.deterministic and not policy_info.deterministic:

@@ -1,0 +1,225 @@
+"""In-process stand-ins for the four ports, small enough to compute expectations by hand.
+
+Tokens are characters: the policy "samples" the characters of a scripted answer, each with log-probability -0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from services.common.errors import CallFailed, DomainError, Reason
+from services.common.types import (
+    Completion,
+    Continuation,
+    EnvironmentInfo,
+    EpisodeStep,
+    Message,
+    Outcome,
+    PolicyInfo,
+    Prompt,
+    PromptSet,
+    Provenance,
+    PublishedWeights,
+    RetrievalStrategy,
+    SamplingParams,
+    Split,
+    StopReason,
+    StoredReflection,
+    TaskInfo,
+    VersionSpan,
+    WeightsKind,
+)
+from services.trainer.data import Datum
+from services.trainer.settings import LossSettings
+
+PROMPTS = PromptSet(
+    solver="solve",
+    action_reminder="answer with a word",
+    reflection_system="reflect",
+    reflection="trace={trace} feedback={feedback} reward={reward} memory={memory}",
+    memory_empty="nothing yet",
+    trace_turn="{observation}>{action};",
+    retry="last time: {trace} {feedback}",
+    try_again="that was wrong, try again",
+)
+LOG_PROB = -0.5
+
+
+def encode(text: str) -> tuple[int, ...]:
+    return tuple(map(ord, text))
+
+
+def render(messages: Sequence[Message]) -> str:
+    return "".join(f"[{message.role}:{message.content}]" for message in messages) + "[assistant:"
+
+
+@dataclass
+class FakeEnvironment:
+    """One task "t0", "t1", … per answer; an episode ends after `turns` steps and pays 1 when the last answer is right.
+
+    `fail` is asked before each step and may raise.
+    """
+
+    answers: dict[str, str]
+    turns: int = 1
+    fail: Callable[[str], None] = lambda episode_id: None
+    started: list[str] = field(default_factory=list)
+
+    async def describe(self, environment: str) -> EnvironmentInfo:
+        return EnvironmentInfo(
+            "fake", "", PROMPTS, self.turns, 1.0, True, {Split.TRAIN: len(self.answers), Split.TEST: 1}
+        )
+
+    async def list_tasks(self, environment: str, split: Split, limit: int) -> list[TaskInfo]:
+        tasks = [TaskInfo(task_id, split, 1.0) for task_id in self.answers]
+        return tasks[: limit or None]
+
+    async def start(self, environment: str, task_id: str, episode_id: str) -> FakeEpisode:
+        self.started.append(episode_id)
+        return FakeEpisode(self, task_id, episode_id)
+
+
+@dataclass
+class FakeEpisode:
+    environment: FakeEnvironment
+    task_id: str
+    episode_id: str
+    played: int = 0
+
+    @property
+    def observation(self) -> str:
+        return f"board {self.task_id}"
+
+    async def step(self, action: str) -> EpisodeStep:
+        self.environment.fail(self.episode_id)
+        self.played += 1
+        done = self.played == self.environment.turns
+        right = done and action == self.environment.answers[self.task_id]
+        feedback = ("right" if right else "wrong") if done else ""
+        outcome = Outcome.COMPLETED if done else None
+        return EpisodeStep(f"after {action}", action.upper(), float(right), done, outcome, feedback)
+
+    async def end(self) -> None:
+        return None
+
+
+@dataclass
+class FakePolicy:
+    """`answer(system, text of the last user message, turn)` is what the model says."""
+
+    answer: Callable[[str, str, SamplingParams], str]
+    version: int = 0
+    calls: list[tuple[Prompt, SamplingParams]] = field(default_factory=list)
+    updates: list[PublishedWeights] = field(default_factory=list)
+    systems: dict[tuple[int, ...], str] = field(default_factory=dict)
+    rewrites_history: bool = False
+
+    async def info(self) -> PolicyInfo:
+        return PolicyInfo("fake", "f", self.version, 4096, 2**16, (ord("]"),), self.rewrites_history, True)
+
+    async def tokenize(self, prompt: Prompt | str) -> tuple[int, ...]:
+        assert isinstance(prompt, tuple)
+        return encode(render(prompt))
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, *, request_id: str = "", min_policy_version: int | None = None
+    ) -> Completion:
+        if min_policy_version is not None and self.version < min_policy_version:
+            raise DomainError(Reason.POLICY_VERSION_TOO_OLD, "forgotten")
+        self.calls.append((prompt, sampling))
+        if isinstance(prompt, Continuation):
+            ids = encode("".join(f"[{message.role}:{message.content}]" for message in prompt.messages) + "[assistant:")
+            system = next(text for start, text in self.systems.items() if prompt.token_ids[: len(start)] == start)
+            last = prompt.messages[-1].content
+        else:
+            assert isinstance(prompt, tuple)
+            ids, system, last = encode(render(prompt)), prompt[0].content, prompt[-1].content
+            self.systems[ids] = system
+        text = self.answer(system, last, sampling)
+        tokens = encode(text + "]")
+        return Completion(
+            ids,
+            tokens,
+            (LOG_PROB,) * len(tokens),
+            text,
+            StopReason.END_OF_TURN,
+            (VersionSpan(self.version, len(tokens)),),
+        )
+
+    async def update_weights(self, weights: PublishedWeights) -> None:
+        self.updates.append(weights)
+        self.version = weights.policy_version
+
+
+@dataclass
+class FakeMemory:
+    entries: list[StoredReflection] = field(default_factory=list)
+
+    async def snapshot(self, scope: str) -> int:
+        return len(self.entries)
+
+    async def query(
+        self, scope: str, environment: str, strategy: RetrievalStrategy, limit: int, as_of_version: int | None = None
+    ) -> tuple[StoredReflection, ...]:
+        seen = [entry for entry in self.entries if as_of_version is None or entry.version <= as_of_version]
+        return tuple(reversed(seen))[:limit]
+
+    async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
+        if all(entry.reflection_id != request_id for entry in self.entries):
+            version = len(self.entries) + 1
+            self.entries.append(StoredReflection(request_id, scope, text, provenance, version, datetime.now(UTC)))
+        return request_id
+
+
+@dataclass
+class FakeLearner:
+    """Keeps what it was given. `state` counts optimizer steps, and is what checkpoints save."""
+
+    steps: list[list[Datum]] = field(default_factory=list)
+    forwards: list[list[Datum]] = field(default_factory=list)
+    state: int = 0
+    checkpoints: dict[str, int] = field(default_factory=dict)
+    lose_at: int | None = None
+
+    async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
+        self.forwards.append(list(data))
+        return [(-0.25,) * sum(datum.loss_mask) for datum in data]
+
+    async def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
+        if self.lose_at is not None and len(self.steps) == self.lose_at:
+            self.lose_at = None
+            raise DomainError(Reason.UNKNOWN_LEARNER, "restarted")
+        self.steps.append(list(data))
+        return {"loss": 1.0}
+
+    async def optim_step(self) -> dict[str, float]:
+        self.state += 1
+        return {"grad_norm": 1.0}
+
+    async def save_checkpoint(self, name: str) -> None:
+        self.checkpoints[name] = self.state
+
+    async def load_checkpoint(self, name: str) -> None:
+        self.state = self.checkpoints[name]
+
+    async def publish_weights(self, policy_version: int) -> PublishedWeights:
+        return PublishedWeights(policy_version, WeightsKind.FULL, f"file:///w{policy_version}", "0" * 64, "f")
+
+    async def close(self) -> None:
+        return None
+
+    def branch(self, name: str) -> list[Datum]:
+        return [datum for step in self.steps for datum in step if datum.branch == name]
+
+
+def timeout() -> CallFailed:
+    return CallFailed("fake", "StepEpisode", "DEADLINE_EXCEEDED", "late")
+
+
+@dataclass
+class StopEarly(Exception):
+    """What a test throws in to end a run as a crash would."""
+
+    reason: str = "crash"
