@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NoReturn, Self
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -51,7 +51,7 @@ class ServiceSettings(BaseSettings):
         config = _take_config(argv)
         toml = Path(config) if config else None
         if toml is not None and not toml.is_file():
-            sys.exit(f"{cls.service}: --config {toml}: no such file")
+            refuse(cls.service, f"--config {toml}: no such file")
         prefix = f"MULLIGAN_{cls.service.upper()}_"
 
         class Loaded(cls):  # type: ignore[valid-type,misc]
@@ -60,7 +60,7 @@ class ServiceSettings(BaseSettings):
                 cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
             ) -> tuple[PydanticBaseSettingsSource, ...]:
                 return (
-                    CliSettingsSource(settings_cls, cli_prog_name=f"services.{cls.service}", cli_parse_args=argv),
+                    CliSettingsSource(settings_cls, cli_prog_name=f"services.{cls.service}", cli_parse_args=list(argv)),
                     EnvSettingsSource(settings_cls, env_prefix=prefix, env_nested_delimiter="__"),
                     TomlConfigSettingsSource(settings_cls, toml_file=toml or Path()),
                 )
@@ -68,11 +68,16 @@ class ServiceSettings(BaseSettings):
         try:
             loaded: Self = Loaded()
         except ValidationError as error:
-            lines = (f"  {_name(item['loc'])}: {item['msg']}" for item in error.errors())
-            sys.exit(f"{cls.service}: bad settings\n" + "\n".join(lines))
+            refuse(cls.service, *(f"{_name(item['loc'])}: {item['msg']}" for item in error.errors()))
         except (OSError, ValueError) as error:  # an unreadable or malformed TOML file
-            sys.exit(f"{cls.service}: bad settings: {error}")
+            refuse(cls.service, str(error))
         return loaded
+
+
+def refuse(service: str, *problems: str) -> NoReturn:
+    """Ends the process with status 2, as for a bad command line, and a line per problem."""
+    print(f"{service}: bad settings", *(f"  {problem}" for problem in problems), sep="\n", file=sys.stderr)
+    sys.exit(2)
 
 
 def _take_config(argv: list[str]) -> str | None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import grpc
 import structlog
@@ -20,9 +20,10 @@ from pydantic import SecretStr
 from services.common.config import ServiceSettings
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.status import to_status
-from services.common.validation import violations
+from services.common.validation import prepare, violations
 
 log = structlog.get_logger()
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # probes carry no credential
 _REQUEST_KEYS = ("run_id", "episode_id", "request_id", "learner_id", "reflection_id", "sequence", "step_index")
 
@@ -56,15 +57,23 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
     def __init__(self, credentials: Mapping[str, SecretStr | None]):
         self._credentials = credentials
+        self._handlers: dict[str, _Handler | None] = {}
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        handler = await continuation(handler_call_details)
+    ) -> _Handler | None:
         method = handler_call_details.method
-        if handler is None or method.startswith(_OPEN_SERVICES):
+        if method in self._handlers:
+            return self._handlers[method]
+        handler = await continuation(handler_call_details)
+        if handler is None:  # not remembered: anyone can ask for methods that don't exist, without end
+            return None
+        return self._handlers.setdefault(method, self._guard(method, handler))
+
+    def _guard(self, method: str, handler: _Handler) -> _Handler:
+        if method.startswith(_OPEN_SERVICES):
             return handler
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
@@ -72,7 +81,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             )
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, handler.unary_stream), handler.request_deserializer, handler.response_serializer
+                self._stream(method, cast(Any, handler.unary_stream)),
+                handler.request_deserializer,
+                handler.response_serializer,
             )
         return handler
 
@@ -95,6 +106,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 except DomainError as error:
                     logged.failed(error)
                     await context.abort_with_status(to_status(error))
+                except Exception as error:  # noqa: BLE001 - not a declared error: a fault of ours
+                    logged.broke(error)
+                    await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
         return handle
 
@@ -108,6 +122,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 except DomainError as error:
                     logged.failed(error)
                     await context.abort_with_status(to_status(error))
+                except Exception as error:  # noqa: BLE001 - not a declared error: a fault of ours
+                    logged.broke(error)
+                    await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
         return handle
 
@@ -121,26 +138,28 @@ class _Logged:
         self._request = request
         self._status = "OK"
         self._reason: str | None = None
+        self._error: BaseException | None = None
         self._start = time.perf_counter()
 
     def failed(self, error: DomainError) -> None:
         self._status, self._reason = error.code, error.reason
 
+    def broke(self, error: Exception) -> None:
+        self._status, self._error = "INTERNAL", error
+
     def __enter__(self) -> _Logged:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is asyncio.CancelledError:
             self._status = "CANCELLED"
-        elif kind is not None and self._status == "OK":
-            self._status = "INTERNAL"
         level = logging.DEBUG if self._status == "OK" else logging.ERROR if self._status == "INTERNAL" else logging.INFO
         if not log.is_enabled_for(level):
             return
         ids = {key: value for key in _REQUEST_KEYS if (value := getattr(self._request, key, None)) not in (None, "")}
         extra: dict[str, Any] = {"reason": self._reason} if self._reason else {}
-        if self._status == "INTERNAL":
-            extra["exc_info"] = error
+        if self._error is not None:
+            extra["exc_info"] = self._error
         milliseconds = round((time.perf_counter() - self._start) * 1000, 2)
         log.log(level, "request", method=self._method, status=self._status, milliseconds=milliseconds, **ids, **extra)
 
@@ -168,6 +187,7 @@ async def serve(
         ],
     )
     names = list(register(server))
+    prepare(names)
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names.append(health.SERVICE_NAME)
@@ -210,7 +230,8 @@ def run(settings: ServiceSettings, main: Callable[[], Awaitable[None]]) -> None:
     try:
         asyncio.run(_as_coroutine(main))
     except OSError as error:
-        sys.exit(f"{settings.service}: {error}")
+        print(f"{settings.service}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 async def _as_coroutine(main: Callable[[], Awaitable[None]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -26,15 +28,13 @@ def to_status(error: DomainError) -> grpc.Status:
         delay = duration_pb2.Duration()
         delay.FromTimedelta(error.retry_after)
         details[1].Pack(error_details_pb2.RetryInfo(retry_delay=delay))
-    return rpc_status.to_status(
-        status_pb2.Status(code=code_number(error.code), message=error.message, details=details)
-    )
+    return rpc_status.to_status(status_pb2.Status(code=code_number(error.code), message=error.message, details=details))
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> DomainError | None:
     """The domain error that a status carries, or None when it carries none of ours."""
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # the stub knows synchronous calls alone
     except ValueError:  # the details disagree with the code: not written by us
         return None
     if status is None:
@@ -49,8 +49,18 @@ def from_rpc_error(error: grpc.aio.AioRpcError) -> DomainError | None:
             retry = error_details_pb2.RetryInfo()
             detail.Unpack(retry)
             retry_after = retry.retry_delay.ToTimedelta()
-    if info is None or info.domain != DOMAIN or info.reason not in Reason.__members__:
+    if info is None or info.domain != DOMAIN:
         return None
-    result = DomainError(Reason(info.reason), status.message, retry_after=retry_after)
-    result.metadata = dict(info.metadata)
+    result = domain_error(info.reason, status.message, info.metadata)
+    if result is not None:
+        result.retry_after = retry_after
+    return result
+
+
+def domain_error(reason: str, message: str, metadata: Mapping[str, str]) -> DomainError | None:
+    """The error as its service raised it, or None for a reason that this version doesn't know."""
+    if reason not in Reason.__members__:
+        return None
+    result = DomainError(Reason(reason), message)
+    result.metadata = dict(metadata)
     return result

@@ -33,27 +33,27 @@ def messages_from_proto(messages: Iterable[message_pb2.Message]) -> tuple[types.
     return tuple(types.Message(_ROLES_BACK[message.role], message.content) for message in messages)
 
 
-def outcome_to_proto(outcome: types.Outcome | None) -> outcome_pb2.Outcome:
+def outcome_to_proto(outcome: types.Outcome | None) -> outcome_pb2.Outcome.ValueType:
     return outcome_pb2.OUTCOME_UNSPECIFIED if outcome is None else _OUTCOMES[outcome]
 
 
-def outcome_from_proto(outcome: outcome_pb2.Outcome) -> types.Outcome | None:
+def outcome_from_proto(outcome: outcome_pb2.Outcome.ValueType) -> types.Outcome | None:
     return _OUTCOMES_BACK.get(outcome)
 
 
-def stop_reason_to_proto(reason: types.StopReason) -> policy_service_pb2.StopReason:
+def stop_reason_to_proto(reason: types.StopReason) -> policy_service_pb2.StopReason.ValueType:
     return _STOPS[reason]
 
 
-def stop_reason_from_proto(reason: policy_service_pb2.StopReason) -> types.StopReason:
+def stop_reason_from_proto(reason: policy_service_pb2.StopReason.ValueType) -> types.StopReason:
     return _STOPS_BACK[reason]
 
 
-def weights_kind_to_proto(kind: types.WeightsKind) -> policy_service_pb2.WeightsKind:
+def weights_kind_to_proto(kind: types.WeightsKind) -> policy_service_pb2.WeightsKind.ValueType:
     return _WEIGHTS[kind]
 
 
-def weights_kind_from_proto(kind: policy_service_pb2.WeightsKind) -> types.WeightsKind:
+def weights_kind_from_proto(kind: policy_service_pb2.WeightsKind.ValueType) -> types.WeightsKind:
     return _WEIGHTS_BACK[kind]
 
 

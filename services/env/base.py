@@ -3,12 +3,18 @@
 An environment is a factory of single-use episodes (there is no `reset`; the habit is tinker-cookbook's `rl/types.py`).
 Both may block: the server runs them on worker threads, never on its event loop. An exception ends that episode as
 ENV_ERROR and touches no other.
+
+The module also has `create(name, settings) -> Environment`, which the server calls for each `[environments.NAME]` table
+of its configuration that names the module; a ValueError stops the server and is shown to whoever started it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Protocol, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from services.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
 
@@ -21,6 +27,7 @@ __all__ = [
     "StepResult",
     "TaskInfo",
     "UnknownTask",
+    "read_settings",
 ]
 
 
@@ -42,3 +49,19 @@ class Environment(Protocol):
 
 class UnknownTask(LookupError):
     """The task id is not one of the environment's."""
+
+
+S = TypeVar("S")
+
+
+def read_settings(kind: type[S], values: Mapping[str, object]) -> S:
+    """The dataclass of an environment's settings, from its TOML table. Raises ValueError that names the setting."""
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass, as it says
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no such setting; there are: {', '.join(known)}")
+    try:
+        return TypeAdapter(kind).validate_python(dict(values))
+    except ValidationError as error:
+        problems = (": ".join([*map(str, item["loc"]), item["msg"]]) for item in error.errors())
+        raise ValueError("; ".join(problems)) from error

@@ -1,4 +1,4 @@
-"""FrozenLake with hidden symbols: walk over frozen tiles to a goal, past holes, without being told which letter is which.
+"""FrozenLake with hidden symbols: walk over frozen tiles to a goal, past holes, not being told which letter is which.
 
 Boards are described internally by the canonical letters A–D and rendered in the configured symbols, so that the same
 task is the same board whatever the symbols. Train and test are split by a hash of that canonical content: no board can
@@ -11,12 +11,12 @@ import hashlib
 import random
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
 
-from services.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, UnknownTask
+from services.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, UnknownTask, read_settings
 
 PLAYER, GOAL, HOLE, FROZEN = "A", "B", "C", "D"
 PLAYER_IN_HOLE, PLAYER_ON_GOAL = "X", "√"
@@ -48,7 +48,8 @@ class FrozenLakeSettings:
     def __post_init__(self) -> None:
         if not 2 <= self.size_min <= self.size_max <= 32:
             raise ValueError(
-                f"size_min and size_max must satisfy 2 <= size_min <= size_max <= 32, not {self.size_min}, {self.size_max}"
+                "size_min and size_max must satisfy 2 <= size_min <= size_max <= 32, "
+                f"not {self.size_min}, {self.size_max}"
             )
         if not 0.0 < self.frozen_min <= self.frozen_max < 1.0:
             raise ValueError(
@@ -253,6 +254,14 @@ class FrozenLake:
         )
 
 
+def create(name: str, settings: Mapping[str, object]) -> FrozenLake:
+    """From a table of the server's configuration. Draws a board, so that impossible settings stop the server."""
+    lake = FrozenLake(read_settings(FrozenLakeSettings, {**settings, "name": name}))
+    for split in Split:
+        lake.list_tasks(split, 0, 1)
+    return lake
+
+
 @dataclass(frozen=True, slots=True)
 class _Texts:
     """What the environment says, apart from boards; `{max_steps}` in a solver text is the true limit."""
@@ -298,8 +307,8 @@ _PUBLISHED = _Texts(
     limit="The step limit was reached without reaching the goal.",
     solver="""\
 You are a reasoning agent in a grid world. Each turn shows you the board: one row a line, its cells separated by tabs, \
-every cell one symbol. Nobody has told you what the symbols mean or what wins; any rule you believe in may be wrong, so \
-check it against what you see.
+every cell one symbol. Nobody has told you what the symbols mean or what wins; any rule you believe in may be wrong, \
+so check it against what you see.
 
 Before each move:
 1. Summarise the state of the board, and what your previous moves did to it.

@@ -1,0 +1,34 @@
+"""Page tokens: opaque to callers, and good only for the listing that made them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+
+from services.common.errors import DomainError, Reason
+
+DEFAULT_PAGE_SIZE = 100
+
+
+def page_token(position: int, *listing: object) -> str:
+    """Where a listing goes on. `listing` is what was asked for; the same must be asked with the token."""
+    return base64.urlsafe_b64encode(json.dumps([position, _digest(listing)]).encode()).decode()
+
+
+def page_position(token: str, *listing: object) -> int:
+    """The position in the token, 0 for an empty one. Raises DomainError BAD_PAGE_TOKEN."""
+    if not token:
+        return 0
+    try:
+        position, digest = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
+    except (binascii.Error, ValueError, TypeError):
+        raise DomainError(Reason.BAD_PAGE_TOKEN, "page_token is not one that this service made") from None
+    if not isinstance(position, int) or not 0 <= position < 2**63 or digest != _digest(listing):
+        raise DomainError(Reason.BAD_PAGE_TOKEN, "page_token was made by another listing")
+    return position
+
+
+def _digest(listing: tuple[object, ...]) -> str:
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]

@@ -1,0 +1,35 @@
+"""`python -m services.env --config env.toml`: serves environments until SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from services.common.config import refuse
+from services.common.server import run, serve
+from services.env.config import EnvSettings
+from services.env.episodes import EpisodeTable
+from services.env.servicer import add_to_server
+from services.env.workers import WorkerPool
+
+
+def main() -> None:
+    settings = EnvSettings.load(sys.argv[1:])
+    try:
+        environments = settings.create_environments()
+    except ValueError as error:
+        refuse(settings.service, str(error))
+
+    async def serve_environments() -> None:
+        workers = WorkerPool(settings.worker_threads, settings.step_timeout_seconds, settings.max_hanging_threads)
+        table = EpisodeTable(environments, workers, settings.limits)
+        sweeping = asyncio.create_task(table.keep_expiring(min(settings.lease_seconds / 4, 10.0)))
+        await serve(settings, lambda server: add_to_server(server, table))
+        sweeping.cancel()
+        workers.close()
+
+    run(settings, serve_environments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""The environment service as the trainer's `EnvironmentPort`.
+
+A unary call costs a few hundred microseconds of Python whatever it carries, so steps are coalesced: all that callers
+ask for in one tick of the event loop, or while earlier batches are under way, travels in one StepEpisodes. A lone step
+goes out at once. The server answers a batch within `_MAX_WAIT_SECONDS`; what is still running then is repeated by a
+call of its own, so that a slow or hanging episode holds up no other. Steps are exactly-once, so repeating is safe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from mulligan.env.v1 import env_service_pb2 as pb
+from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
+
+from services.common.channel import Connection, Endpoint
+from services.common.errors import CallFailed, DomainError, Reason, invalid_field
+from services.common.status import domain_error
+from services.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split, TaskInfo
+from services.common.wire import outcome_from_proto
+
+_MAX_BATCH = 512
+_MAX_BATCH_CHARACTERS = 4 * 2**20  # far below the limit of a message; a longer action travels alone
+_MAX_IN_FLIGHT = 2  # the server works on one batch while the other one travels
+_MAX_WAIT_SECONDS = 0.05
+_PAGE_SIZE = 1000
+_SPLITS = {Split.TRAIN: pb.SPLIT_TRAIN, Split.TEST: pb.SPLIT_TEST}
+_SPLITS_BACK = {number: split for split, number in _SPLITS.items()}
+
+
+class EnvClient:
+    """`timeout` bounds each call, in seconds; make it longer than the slowest step."""
+
+    def __init__(self, endpoint: Endpoint, *, timeout: float = 90.0, on_outage: Callable[[str], None] | None = None):
+        self._connection = Connection(endpoint, on_outage)
+        self._stub = pb_grpc.EnvServiceStub(self._connection.channel)
+        self._timeout = timeout
+        self._steps = _StepQueue(self._connection, self._stub, timeout)
+
+    async def list_environments(self) -> list[EnvironmentInfo]:
+        request = pb.ListEnvironmentsRequest()
+        response = await self._connection.call(self._stub.ListEnvironments, request, timeout=self._timeout)
+        return [_info(info) for info in response.environments]
+
+    async def describe(self, environment: str) -> EnvironmentInfo:
+        infos = {info.name: info for info in await self.list_environments()}
+        if environment not in infos:
+            message = f"no environment {environment!r} at {self._connection.endpoint.address}"
+            raise DomainError(Reason.UNKNOWN_ENVIRONMENT, f"{message}; there are: {', '.join(infos)}")
+        return infos[environment]
+
+    async def list_tasks(self, environment: str, split: Split, limit: int) -> list[TaskInfo]:
+        """The first `limit` tasks; 0 means all."""
+        tasks: list[TaskInfo] = []
+        token = ""
+        while True:
+            size = min(_PAGE_SIZE, limit - len(tasks)) if limit else _PAGE_SIZE
+            request = pb.ListTasksRequest(
+                environment=environment, split=_SPLITS[split], page_size=size, page_token=token
+            )
+            response = await self._connection.call(self._stub.ListTasks, request, timeout=self._timeout)
+            tasks += [TaskInfo(task.task_id, _SPLITS_BACK[task.split], task.difficulty) for task in response.tasks]
+            token = response.next_page_token
+            if not token or (limit and len(tasks) >= limit):
+                return tasks
+
+    async def start(self, environment: str, task_id: str, episode_id: str) -> RemoteEpisode:
+        request = pb.StartEpisodeRequest(episode_id=episode_id, environment=environment, task_id=task_id)
+        response = await self._connection.call(self._stub.StartEpisode, request, timeout=self._timeout)
+        return RemoteEpisode(episode_id, response.observation, self)
+
+    async def step(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
+        """Repeating it with the same action returns the same answer."""
+        try:
+            request = pb.StepEpisodeRequest(episode_id=episode_id, step_index=step_index, action=action)
+        except ValueError as error:
+            raise invalid_field("action", f"text that UTF-8 can carry ({error})") from error
+        answer = await self._steps.put(request)
+        if answer is None:
+            response = await self._connection.call(self._stub.StepEpisode, request, timeout=self._timeout)
+            return _step(response)
+        return answer
+
+    async def end(self, episode_id: str) -> None:
+        request = pb.EndEpisodeRequest(episode_id=episode_id)
+        await self._connection.call(self._stub.EndEpisode, request, timeout=self._timeout)
+
+    async def close(self) -> None:
+        await self._steps.close()
+        await self._connection.close()
+
+
+class RemoteEpisode:
+    """Counts its steps: one that failed on the way may be repeated with the same action."""
+
+    def __init__(self, episode_id: str, observation: str, client: EnvClient):
+        self.episode_id = episode_id
+        self.observation = observation
+        self._client = client
+        self._next_step = 0
+
+    async def step(self, action: str) -> EpisodeStep:
+        answer = await self._client.step(self.episode_id, self._next_step, action)
+        self._next_step += 1
+        return answer
+
+    async def end(self) -> None:
+        await self._client.end(self.episode_id)
+
+
+_Answer = EpisodeStep | None  # None: the step still runs
+_Waiting = tuple[pb.StepEpisodeRequest, "asyncio.Future[_Answer]"]
+
+
+class _StepQueue:
+    """Turns single steps into batches."""
+
+    def __init__(self, connection: Connection, stub: pb_grpc.EnvServiceStub, timeout: float):
+        self._connection = connection
+        self._stub = stub
+        self._timeout = timeout
+        self._waiting: list[_Waiting] = []
+        self._in_flight: set[asyncio.Task[None]] = set()
+        self._flush_is_due = False
+
+    async def put(self, request: pb.StepEpisodeRequest) -> _Answer:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_Answer] = loop.create_future()
+        self._waiting.append((request, future))
+        if not self._flush_is_due:
+            self._flush_is_due = True
+            loop.call_soon(self._flush)  # after all that runs in this tick
+        return await future
+
+    async def close(self) -> None:
+        for task in tuple(self._in_flight):
+            task.cancel()
+        await asyncio.gather(*self._in_flight, return_exceptions=True)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        self._waiting = [(request, future) for request, future in self._waiting if not future.done()]
+        while self._waiting and len(self._in_flight) < _MAX_IN_FLIGHT:
+            batch, self._waiting = _split_off(self._waiting)
+            task = asyncio.create_task(self._send(batch))
+            self._in_flight.add(task)
+            task.add_done_callback(self._sent)
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        self._in_flight.discard(task)
+        self._flush()
+
+    async def _send(self, batch: Sequence[_Waiting]) -> None:
+        request = pb.StepEpisodesRequest(steps=[request for request, _ in batch])
+        request.max_wait.FromNanoseconds(int(_MAX_WAIT_SECONDS * 1e9))
+        try:
+            response = await self._connection.call(self._stub.StepEpisodes, request, timeout=self._timeout)
+            for (_, future), item in zip(batch, response.items, strict=True):
+                _settle(future, item)
+        except asyncio.CancelledError:
+            for _, future in batch:
+                future.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001 - each caller gets it, whatever it is
+            # One bad item may have spoilt the batch for all: each is then tried by a call of its own.
+            one_by_one = len(batch) > 1 and _is_about_the_content(error)
+            for _, future in batch:
+                if not future.done():
+                    future.set_result(None) if one_by_one else future.set_exception(error)
+
+
+def _is_about_the_content(error: Exception) -> bool:
+    return isinstance(error, DomainError) or (isinstance(error, CallFailed) and not error.timed_out)
+
+
+def _split_off(waiting: list[_Waiting]) -> tuple[list[_Waiting], list[_Waiting]]:
+    """A batch that is neither too long nor larger than a message may be, and the rest. An episode is in it once."""
+    batch: list[_Waiting] = []
+    rest: list[_Waiting] = []
+    seen: set[str] = set()
+    size = 0
+    for item in waiting:
+        request = item[0]
+        size += len(request.action)
+        fits = not batch or (len(batch) < _MAX_BATCH and size <= _MAX_BATCH_CHARACTERS)
+        if fits and request.episode_id not in seen:
+            batch.append(item)
+            seen.add(request.episode_id)
+        else:
+            rest.append(item)
+    return batch, rest
+
+
+def _settle(future: asyncio.Future[_Answer], item: pb.StepEpisodesResponse.Item) -> None:
+    if future.done():
+        return
+    kind = item.WhichOneof("result")
+    if kind == "step":
+        future.set_result(_step(item.step))
+    elif kind == "pending":
+        future.set_result(None)
+    else:
+        future.set_exception(_error(item.error))
+
+
+def _error(error: pb.StepError) -> Exception:
+    known = domain_error(error.reason, error.message, error.metadata)
+    return known or CallFailed("a newer server", "StepEpisodes", error.reason, error.message)
+
+
+def _step(response: pb.StepEpisodeResponse) -> EpisodeStep:
+    return EpisodeStep(
+        response.observation,
+        response.action,
+        response.reward if response.HasField("reward") else None,
+        response.done,
+        outcome_from_proto(response.outcome),
+        response.feedback,
+        response.error,
+    )
+
+
+def _info(info: pb.EnvironmentInfo) -> EnvironmentInfo:
+    return EnvironmentInfo(
+        name=info.name,
+        description=info.description,
+        prompts=_prompts(info.prompts),
+        max_steps=info.max_steps,
+        max_reward=info.max_reward,
+        deterministic=info.deterministic,
+        task_counts={Split.TRAIN: info.train_task_count, Split.TEST: info.test_task_count},
+    )
+
+
+def _prompts(prompts: pb.PromptSet) -> PromptSet:
+    return PromptSet(
+        solver=prompts.solver,
+        action_reminder=prompts.action_reminder,
+        reflection_system=prompts.reflection_system,
+        reflection=prompts.reflection,
+        memory_empty=prompts.memory_empty,
+        trace_turn=prompts.trace_turn,
+        retry=prompts.retry,
+        try_again=prompts.try_again,
+        reflection_open=prompts.reflection_open,
+        reflection_close=prompts.reflection_close,
+    )

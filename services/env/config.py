@@ -1,0 +1,63 @@
+"""Settings of the environment service, and which environments it serves.
+
+Each TOML table `[environments.NAME]` is one: `kind` is the module that makes it, the rest are that environment's own
+settings. A kind without a dot is a file in `services/env/envs/`; one with a dot is any module that can be imported:
+
+    [environments.small-lake]
+    kind = "frozenlake"
+    size_max = 4
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from services.common.config import ServiceSettings
+from services.env.base import Environment
+from services.env.episodes import Limits
+
+DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
+    "frozenlake": {"kind": "frozenlake"},
+    "frozenlake-3x3": {"kind": "frozenlake", "size_min": 3, "size_max": 3, "prompts": "compact"},
+}
+
+
+class EnvSettings(ServiceSettings):
+    service: ClassVar[str] = "env"
+
+    environments: dict[str, dict[str, Any]] = Field(
+        DEFAULT_ENVIRONMENTS, min_length=1, description="Tables with `kind` and that environment's own settings."
+    )
+    max_episodes: int = Field(4096, ge=1, description="Live episodes; more are refused with CAPACITY_REACHED.")
+    max_finished: int = Field(16_384, ge=0, description="Episodes that are over whose answers stay repeatable.")
+    lease_seconds: float = Field(600.0, gt=0, le=86_400, description="An episode idle for longer expires.")
+    step_timeout_seconds: float = Field(60.0, gt=0, description="A step that takes longer is a TIMEOUT.")
+    worker_threads: int = Field(16, ge=1, le=512, description="Threads for environment code.")
+    max_hanging_threads: int = Field(64, ge=0, description="Threads lost to hanging steps that are replaced.")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.max_episodes, self.max_finished, lease_seconds=self.lease_seconds)
+
+    def create_environments(self) -> dict[str, Environment]:
+        """Raises ValueError that names the setting."""
+        return {name: _create(name, dict(settings)) for name, settings in self.environments.items()}
+
+
+def _create(name: str, settings: dict[str, Any]) -> Environment:
+    kind = settings.pop("kind", None)
+    if not isinstance(kind, str) or not kind:
+        raise ValueError(f"environments.{name}.kind: names the module that makes the environment, e.g. frozenlake")
+    module = kind if "." in kind else f"services.env.envs.{kind}"
+    try:
+        create = importlib.import_module(module).create
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"environments.{name}.kind: {kind!r} is no environment: {error}") from error
+    try:
+        environment: Environment = create(name, settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"environments.{name}: {error}") from error
+    return environment

@@ -1,0 +1,134 @@
+"""The environment service on the wire: protobuf in, the episode table, protobuf out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+from google.protobuf import duration_pb2
+from mulligan.env.v1 import env_service_pb2 as pb
+from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
+
+from services.common.errors import DomainError, invalid_field
+from services.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
+from services.common.status import code_number
+from services.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split
+from services.common.wire import outcome_to_proto
+from services.env.episodes import EpisodeTable, StepAnswer, StepRequest
+
+SERVICE = "mulligan.env.v1.EnvService"
+_SPLITS = {pb.SPLIT_TRAIN: Split.TRAIN, pb.SPLIT_TEST: Split.TEST}
+_SPLITS_BACK = {split: number for number, split in _SPLITS.items()}
+
+
+class EnvServicer(pb_grpc.EnvServiceServicer):
+    def __init__(self, table: EpisodeTable):
+        self._table = table
+        self._lease = duration_pb2.Duration()
+        self._lease.FromNanoseconds(int(table.limits.lease_seconds * 1e9))
+
+    async def ListEnvironments(self, request: pb.ListEnvironmentsRequest, context: Any) -> pb.ListEnvironmentsResponse:
+        environments = self._table.environments
+        return pb.ListEnvironmentsResponse(
+            environments=[_info(name, environments[name].info) for name in sorted(environments)]
+        )
+
+    async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
+        environment = self._table.environment(request.environment)
+        split = _SPLITS[request.split]
+        listing = (request.environment, split)
+        offset = page_position(request.page_token, *listing)
+        size = request.page_size or DEFAULT_PAGE_SIZE
+        tasks = await self._table.workers.run(lambda: environment.list_tasks(split, offset, size))
+        end = offset + len(tasks)
+        more = bool(tasks) and end < environment.info.task_counts[split]
+        return pb.ListTasksResponse(
+            tasks=[
+                pb.TaskInfo(task_id=task.task_id, split=_SPLITS_BACK[task.split], difficulty=task.difficulty)
+                for task in tasks
+            ],
+            next_page_token=page_token(end, *listing) if more else "",
+        )
+
+    async def StartEpisode(self, request: pb.StartEpisodeRequest, context: Any) -> pb.StartEpisodeResponse:
+        observation = await self._table.start(request.episode_id, request.environment, request.task_id)
+        return pb.StartEpisodeResponse(observation=observation, lease=self._lease)
+
+    async def StepEpisode(self, request: pb.StepEpisodeRequest, context: Any) -> pb.StepEpisodeResponse:
+        (answer,) = await self._table.step([_step_request(request)])
+        if isinstance(answer, DomainError):
+            raise answer
+        assert answer is not None  # there is no limit to the wait
+        return _step(answer)
+
+    async def StepEpisodes(self, request: pb.StepEpisodesRequest, context: Any) -> pb.StepEpisodesResponse:
+        steps = [_step_request(step) for step in request.steps]
+        if len({step.episode_id for step in steps}) < len(steps):
+            raise invalid_field("steps.episode_id", "each episode once")
+        max_wait = request.max_wait.ToNanoseconds() / 1e9 if request.HasField("max_wait") else None
+        answers = await self._table.step(steps, max_wait)
+        return pb.StepEpisodesResponse(items=[_item(answer) for answer in answers])
+
+    async def EndEpisode(self, request: pb.EndEpisodeRequest, context: Any) -> pb.EndEpisodeResponse:
+        self._table.end(request.episode_id)
+        return pb.EndEpisodeResponse()
+
+
+def add_to_server(server: grpc.aio.Server, table: EpisodeTable) -> list[str]:
+    pb_grpc.add_EnvServiceServicer_to_server(EnvServicer(table), server)
+    return [SERVICE]
+
+
+def _step_request(request: pb.StepEpisodeRequest) -> StepRequest:
+    return StepRequest(request.episode_id, request.step_index, request.action)
+
+
+def _step(answer: EpisodeStep) -> pb.StepEpisodeResponse:
+    return pb.StepEpisodeResponse(
+        observation=answer.observation,
+        action=answer.action,
+        reward=answer.reward,
+        done=answer.done,
+        outcome=outcome_to_proto(answer.outcome),
+        feedback=answer.feedback,
+        error=answer.error,
+    )
+
+
+def _item(answer: StepAnswer | None) -> pb.StepEpisodesResponse.Item:
+    if answer is None:
+        return pb.StepEpisodesResponse.Item(pending=pb.StepPending())
+    if isinstance(answer, EpisodeStep):
+        return pb.StepEpisodesResponse.Item(step=_step(answer))
+    error = pb.StepError(
+        code=code_number(answer.code), reason=answer.reason, message=answer.message, metadata=answer.metadata
+    )
+    return pb.StepEpisodesResponse.Item(error=error)
+
+
+def _info(name: str, info: EnvironmentInfo) -> pb.EnvironmentInfo:
+    return pb.EnvironmentInfo(
+        name=name,
+        description=info.description,
+        prompts=_prompts(info.prompts),
+        max_steps=info.max_steps,
+        max_reward=info.max_reward,
+        deterministic=info.deterministic,
+        train_task_count=info.task_counts[Split.TRAIN],
+        test_task_count=info.task_counts[Split.TEST],
+    )
+
+
+def _prompts(prompts: PromptSet) -> pb.PromptSet:
+    return pb.PromptSet(
+        solver=prompts.solver,
+        action_reminder=prompts.action_reminder,
+        reflection_system=prompts.reflection_system,
+        reflection=prompts.reflection,
+        memory_empty=prompts.memory_empty,
+        trace_turn=prompts.trace_turn,
+        retry=prompts.retry,
+        try_again=prompts.try_again,
+        reflection_open=prompts.reflection_open,
+        reflection_close=prompts.reflection_close,
+    )

@@ -1,0 +1,194 @@
+"""Threads for blocking environment code: a batch costs one hop between threads, and a hanging call costs one thread.
+
+The event loop hands over a batch as one queue entry, so that one worker is woken for it and works through all of it:
+the hop (tens of microseconds) is paid once per batch, and fast environments run at nearly the speed of plain Python.
+Where a batch is still unfinished a few milliseconds later its calls are slow, and more workers are sent to help.
+
+A call that takes longer than the limit is given up: its caller gets TimedOut, its thread is abandoned and replaced.
+Python cannot end a thread, so an abandoned one lives until its call returns. `max_abandoned` bounds how many there may
+be; from then on lost threads are not replaced, and once no thread is left every call fails at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+from typing import TypeVar
+
+_HELP_AFTER_SECONDS = 0.003
+_TELL_AFTER_SECONDS = 0.001  # results are reported at the end of a batch, or when they have waited for this long
+R = TypeVar("R")
+
+
+class TimedOut(Exception):
+    """The call took longer than a call may, or no thread is left to run it."""
+
+
+class Job:
+    """One blocking call. `done` is called exactly once, on the event loop, with its result or its exception."""
+
+    __slots__ = ("_done", "call", "settled")
+
+    def __init__(self, call: Callable[[], object], done: Callable[[object], None]):
+        self.call = call
+        self.settled = False
+        self._done = done
+
+    def settle(self, result: object) -> None:
+        if not self.settled:
+            self.settled = True
+            self._done(result)
+
+
+class _Batch:
+    __slots__ = ("helpers", "jobs", "waiting")
+
+    def __init__(self, jobs: Sequence[Job]):
+        self.jobs = jobs
+        self.waiting = deque(jobs)
+        self.helpers = 1
+
+    def is_settled(self) -> bool:
+        return all(job.settled for job in self.jobs)
+
+
+class _Worker:
+    """A thread that takes batches until it is told to stop, or was found to be hanging and then returns after all."""
+
+    def __init__(self, pool: WorkerPool):
+        self.current: tuple[Job, float] | None = None  # with the time at which it began; one tuple, read by the loop
+        self.abandoned = False
+        self._pool = pool
+        threading.Thread(target=self._run, name="environment", daemon=True).start()
+
+    def _run(self) -> None:
+        while not self.abandoned and (batch := self._pool.queue.get()) is not None:
+            self._work(batch)
+            self._tell(self._pool.collect)
+        self._tell(lambda: self._pool.gone(self))
+
+    def _work(self, batch: _Batch) -> None:
+        told = time.monotonic()
+        while not self.abandoned:
+            try:
+                job = batch.waiting.popleft()
+            except IndexError:
+                return
+            began = time.monotonic()
+            if began - told > _TELL_AFTER_SECONDS:
+                self._tell(self._pool.collect)
+                told = began
+            self.current = (job, began)
+            try:
+                result = job.call()
+            except BaseException as error:  # noqa: BLE001 - foreign code may raise anything, SystemExit included
+                result = error
+            self.current = None
+            self._pool.results.append((job, result))
+
+    def _tell(self, callback: Callable[[], None]) -> None:
+        try:
+            self._pool.loop.call_soon_threadsafe(callback)
+        except RuntimeError:  # the loop is closed: the process ends, and nobody waits for the result
+            self.abandoned = True
+
+
+class WorkerPool:
+    """Made and used on one event loop. `limit_seconds` is for each call, from when it begins to run."""
+
+    def __init__(self, size: int, limit_seconds: float, max_abandoned: int):
+        self.queue: SimpleQueue[_Batch | None] = SimpleQueue()
+        self.results: deque[tuple[Job, object]] = deque()
+        self.loop = asyncio.get_running_loop()
+        self._size = size
+        self._limit_seconds = limit_seconds
+        self._max_abandoned = max_abandoned
+        self._open: list[_Batch] = []
+        self._look_timer: asyncio.TimerHandle | None = None
+        self._next_watch = 0.0
+        self._closed = False
+        self._workers = {_Worker(self) for _ in range(size)}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every thread hangs and none may be added."""
+        return all(worker.abandoned for worker in self._workers)
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        batch = _Batch(jobs)
+        self._open.append(batch)
+        self.queue.put(batch)
+        if self._look_timer is None:
+            self._look_timer = self.loop.call_later(_HELP_AFTER_SECONDS, self._look)
+
+    async def run(self, call: Callable[[], R]) -> R:
+        """The result of one call; raises what it raises, or TimedOut."""
+        future: asyncio.Future[R] = self.loop.create_future()
+
+        def done(result: object) -> None:
+            if future.cancelled():
+                return
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            elif isinstance(result, BaseException):
+                future.set_exception(RuntimeError(f"{type(result).__name__}: {result}"))
+            else:
+                future.set_result(result)  # type: ignore[arg-type]  # what `call` returned
+
+        self.submit([Job(call, done)])
+        return await future
+
+    def close(self) -> None:
+        """Lets idle threads end; those that hang are daemons and end with the process."""
+        self._closed = True
+        if self._look_timer is not None:
+            self._look_timer.cancel()
+        for _ in self._workers:
+            self.queue.put(None)
+
+    def collect(self) -> None:
+        while self.results:
+            job, result = self.results.popleft()
+            job.settle(result)
+
+    def gone(self, worker: _Worker) -> None:
+        """A thread has ended. Had it been hanging, its place among the abandoned is free again."""
+        self._workers.discard(worker)
+        self._replace()
+
+    def _look(self) -> None:
+        """Runs every few milliseconds while calls are under way: sends help to slow batches, gives hanging calls up."""
+        self.collect()
+        now = time.monotonic()
+        if now >= self._next_watch:
+            self._next_watch = now + min(self._limit_seconds / 4, 0.25)
+            self._give_up(now)
+        self._open = [batch for batch in self._open if not batch.is_settled()]
+        for batch in self._open:
+            if batch.waiting and self.queue.empty():
+                for _ in range(min(batch.helpers, len(batch.waiting))):
+                    self.queue.put(batch)
+                batch.helpers = min(batch.helpers * 2, self._size)
+        self._look_timer = self.loop.call_later(_HELP_AFTER_SECONDS, self._look) if self._open else None
+
+    def _give_up(self, now: float) -> None:
+        for worker in tuple(self._workers):
+            current = worker.current
+            if current is not None and not current[0].settled and now - current[1] > self._limit_seconds:
+                worker.abandoned = True
+                current[0].settle(TimedOut(f"not finished within {self._limit_seconds:g} s"))
+                self._replace()
+        if self.exhausted:
+            for batch in self._open:
+                for job in batch.waiting:
+                    job.settle(TimedOut(f"all {len(self._workers)} threads hang: restart the server"))
+                batch.waiting.clear()
+
+    def _replace(self) -> None:
+        abandoned = sum(worker.abandoned for worker in self._workers)
+        if not self._closed and abandoned <= self._max_abandoned and len(self._workers) - abandoned < self._size:
+            self._workers.add(_Worker(self))

@@ -1,0 +1,35 @@
+"""Fixtures that all suites share: real service processes, whose logs are shown when a test fails."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+
+import pytest
+
+from tests.support.processes import Services
+
+
+@pytest.fixture
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """Starts services for one test: `services.start("env", max_episodes=2).address`."""
+    running = Services(tmp_path_factory.mktemp("services"))
+    yield running
+    running.end()
+
+
+@pytest.fixture(scope="module")
+def shared_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    """Services that all tests of a module use; a test must not stop them."""
+    running = Services(tmp_path_factory.mktemp("services"))
+    yield running
+    running.end()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        for value in getattr(item, "funcargs", {}).values():
+            if isinstance(value, Services):
+                report.sections.append(("logs of the services", value.logs()))
+    return report

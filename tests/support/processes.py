@@ -1,0 +1,152 @@
+"""Real service processes on free loopback ports, for tests that need a server which can be killed and come back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 30.0
+STOP_SECONDS = 15.0
+
+
+class ServiceFailed(AssertionError):
+    """A service process did not do what it was asked to; the message ends with its log."""
+
+
+@dataclass
+class ServiceProcess:
+    """One `python -m services.NAME`. It listens on the same port after a restart."""
+
+    name: str
+    arguments: list[str]
+    log_path: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+    address: str = ""
+    process: subprocess.Popen[bytes] | None = None
+    _log_start: int = 0
+
+    @property
+    def log(self) -> str:
+        """What it wrote since its last start."""
+        return self.log_path.read_bytes()[self._log_start :].decode(errors="replace") if self.log_path.exists() else ""
+
+    @property
+    def log_lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
+
+    def start(self) -> None:
+        assert self.process is None, f"{self.name} runs already"
+        port = self.address.rpartition(":")[2] or "0"
+        command = [sys.executable, "-m", f"services.{self.name}", "--port", port, "--log-format", "json"]
+        roots = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, *self.arguments],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": roots, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        self.address = self._wait_until_it_serves()
+
+    def _wait_until_it_serves(self) -> str:
+        """The address it printed, once its health service (or the log, for a server with TLS) says that it serves."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if self.process is not None and self.process.poll() is not None:
+                status, self.process = self.process.returncode, None
+                raise ServiceFailed(f"{self.name} ended with status {status}:\n{self.log}")
+            for line in self.log_lines:
+                if line["event"] == "serving":
+                    return str(line["address"])
+            time.sleep(0.02)
+        self.kill()
+        raise ServiceFailed(f"{self.name} did not serve within {START_SECONDS:g} s:\n{self.log}")
+
+    def is_healthy(self, service: str = "") -> bool:
+        with grpc.insecure_channel(self.address) as channel:
+            try:
+                stub = health_pb2_grpc.HealthStub(channel)
+                response = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5.0)
+            except grpc.RpcError:
+                return False
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def terminate(self) -> None:
+        """SIGTERM, without waiting."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout: float = STOP_SECONDS) -> int:
+        """The exit status."""
+        assert self.process is not None
+        try:
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise ServiceFailed(f"{self.name} did not end within {timeout:g} s:\n{self.log}") from None
+        self.process = None
+        return status
+
+    def stop(self) -> int:
+        self.terminate()
+        return self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL: no chance to finish anything."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def restart(self) -> None:
+        """Kills it, where it still runs, and starts it again on the same port."""
+        self.kill()
+        self.start()
+
+
+def flags(settings: Mapping[str, object]) -> list[str]:
+    """Settings as command-line flags: `max_episodes=2` is `--max-episodes 2`; a mapping or list is JSON."""
+    found: list[str] = []
+    for name, value in settings.items():
+        text = json.dumps(value) if isinstance(value, dict | list | tuple | bool) else str(value)
+        found += [f"--{name.replace('_', '-')}", text]
+    return found
+
+
+class Services:
+    """Starts service processes and ends those, and only those, that it started."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self.started: list[ServiceProcess] = []
+
+    def start(self, name: str, *, environment: Mapping[str, str] | None = None, **settings: object) -> ServiceProcess:
+        """Starts `python -m services.NAME` with these settings and waits until it serves."""
+        log_path = self._folder / f"{name}-{len(self.started)}.log"
+        service = ServiceProcess(name, flags(settings), log_path, environment or {})
+        self.started.append(service)
+        service.start()
+        return service
+
+    def end(self) -> None:
+        for service in self.started:
+            service.kill()
+
+    def logs(self) -> str:
+        """The ends of all logs, to be shown with a failed test."""
+        return "\n".join(f"== {service.log_path.name}\n{service.log[-4000:]}" for service in self.started)
