@@ -1,0 +1,46 @@
+"""What the benchmarks share: alternating rounds, medians, a table for people and one JSON object for programs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from importlib.metadata import version
+
+
+async def alternate(measures: Mapping[str, Callable[[], Awaitable[float]]], rounds: int) -> dict[str, list[float]]:
+    """Runs the measures in turn, `rounds` times, so that what slows the machine for a while slows all of them."""
+    found: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            found[name].append(await measure())
+    return found
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Least and greatest, for the reader to judge the median by."""
+    return f"{min(values):,.0f}–{max(values):,.0f}"
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print("| " + " | ".join(head) + " |")
+    print("|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def print_result(name: str, values: Mapping[str, object]) -> None:
+    """The last line of a benchmark: one JSON object."""
+    machine = {
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
+        "grpcio": version("grpcio"),
+    }
+    print(json.dumps({"benchmark": name, "machine": machine, **values}))

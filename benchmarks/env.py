@@ -1,0 +1,141 @@
+"""Environment steps per second, from bare Python to the coalescing client: `python -m benchmarks.env [--quick]`.
+
+A server process on the loopback serves FrozenLake. Each way plays whole episodes (start, steps, end) of the same tasks
+with the same actions; only steps are counted, and only their time, except for the clients, whose loop is measured whole
+minus its starts and ends, which are made beforehand and afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import grpc
+from mulligan.env.v1 import env_service_pb2 as pb
+from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
+
+from benchmarks.common import alternate, median, print_result, print_table, spread
+from services.common.channel import Endpoint
+from services.env.client import EnvClient, RemoteEpisode
+from services.env.envs.frozenlake import FrozenLake
+from tests.support.processes import Services
+
+ENVIRONMENT = "frozenlake"
+INVALID = "I would rather think about it for a while, and say nothing that counts as an action. " * 3
+STEPS = 8  # an invalid action keeps the episode alive until its step limit
+_ids = itertools.count()
+
+
+def task(index: int) -> str:
+    return f"train/{index % 64:05d}"
+
+
+async def bare(episodes: int) -> float:
+    """The environment itself, in this process: what any transport can at best approach."""
+    lake = FrozenLake()
+    started = [lake.start(task(index)) for index in range(episodes)]
+    start = time.perf_counter()
+    for episode in started:
+        for _ in range(STEPS):
+            episode.step(INVALID)
+    return episodes * STEPS / (time.perf_counter() - start)
+
+
+async def with_episodes(client: EnvClient, count: int, play: Callable[[list[RemoteEpisode]], Awaitable[None]]) -> float:
+    episodes = await asyncio.gather(
+        *(client.start(ENVIRONMENT, task(index), f"bench-{next(_ids)}") for index in range(count))
+    )
+    start = time.perf_counter()
+    await play(list(episodes))
+    rate = count * STEPS / (time.perf_counter() - start)
+    await asyncio.gather(*(episode.end() for episode in episodes))
+    return rate
+
+
+async def unary(stub: pb_grpc.EnvServiceStub, concurrent: int, episodes: list[RemoteEpisode]) -> None:
+    """One StepEpisode call per step, `concurrent` at a time."""
+    waiting = iter(episodes)
+
+    async def play() -> None:
+        for episode in waiting:
+            for index in range(STEPS):
+                await stub.StepEpisode(
+                    pb.StepEpisodeRequest(episode_id=episode.episode_id, step_index=index, action=INVALID)
+                )
+
+    await asyncio.gather(*(play() for _ in range(concurrent)))
+
+
+async def batched(stub: pb_grpc.EnvServiceStub, episodes: list[RemoteEpisode]) -> None:
+    """One StepEpisodes call for a step of all episodes."""
+    for index in range(STEPS):
+        await stub.StepEpisodes(
+            pb.StepEpisodesRequest(
+                steps=[
+                    pb.StepEpisodeRequest(episode_id=episode.episode_id, step_index=index, action=INVALID)
+                    for episode in episodes
+                ]
+            )
+        )
+
+
+async def coalesced(episodes: list[RemoteEpisode]) -> None:
+    """A task per episode that knows nothing of the others, as in the trainer."""
+
+    async def play(episode: RemoteEpisode) -> None:
+        for _ in range(STEPS):
+            await episode.step(INVALID)
+
+    await asyncio.gather(*(play(episode) for episode in episodes))
+
+
+async def measure(address: str, rounds: int) -> dict[str, list[float]]:
+    client = EnvClient(Endpoint(address))
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = pb_grpc.EnvServiceStub(channel)
+        ways: dict[str, Callable[[], Awaitable[float]]] = {
+            "bare Python": partial(bare, 512),
+            "client, 1 episode": partial(with_episodes, client, 1, coalesced),
+            "unary, 1 at a time": partial(with_episodes, client, 32, partial(unary, stub, 1)),
+            "unary, 64 at a time": partial(with_episodes, client, 64, partial(unary, stub, 64)),
+            "batches of 64": partial(with_episodes, client, 64, partial(batched, stub)),
+            "batches of 512": partial(with_episodes, client, 512, partial(batched, stub)),
+            "client, 64 episodes": partial(with_episodes, client, 64, coalesced),
+            "client, 512 episodes": partial(with_episodes, client, 512, coalesced),
+        }
+        await alternate(ways, 1)  # warms caches and connections
+        found = await alternate(ways, rounds)
+    await client.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Environment steps per second.")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    rounds = 5 if parser.parse_args().quick else 25
+    with TemporaryDirectory() as folder:
+        services = Services(Path(folder))
+        try:
+            server = services.start("env")
+            found = asyncio.run(measure(server.address, rounds))
+        finally:
+            services.end()
+    base, one = median(found["bare Python"]), median(found["unary, 64 at a time"])
+    print_table(
+        ["way", "steps/s", "least–greatest", "of bare Python", "of unary, 64"],
+        [
+            [name, f"{median(v):,.0f}", spread(v), f"{median(v) / base:.1%}", f"{median(v) / one:.2f}x"]
+            for name, v in found.items()
+        ],
+    )
+    print_result("env", {"rounds": rounds, "steps_per_second": {name: round(median(v)) for name, v in found.items()}})
+
+
+if __name__ == "__main__":
+    main()
