@@ -94,7 +94,13 @@ class Erl:
         chain_id = f"{self.run_id}-s{step}-t{slot}-r{rollout}"
         seed = derive_seed(self.settings.seed, step, task_id, slot, rollout)
         experience = Experience(
-            chain_id, self.run_id, step, self.player.info.name, task_id, rollout, await self._first(chain_id, task_id, seed)
+            chain_id,
+            self.run_id,
+            step,
+            self.player.info.name,
+            task_id,
+            rollout,
+            await self._first(chain_id, task_id, seed),
         )
         first = experience.first_attempt
         unsolved = first.reward is not None and first.reward < algorithm.success_threshold
@@ -237,7 +243,12 @@ class Erl:
 
 
 async def evaluate(
-    player: Player, name: str, task_ids: Sequence[str], settings: EvaluationSettings, rollout: RolloutSettings, seed: int
+    player: Player,
+    name: str,
+    task_ids: Sequence[str],
+    settings: EvaluationSettings,
+    rollout: RolloutSettings,
+    seed: int,
 ) -> list[Attempt]:
     """First attempts alone, no reflection in context: what is deployed. `name` tells one evaluation from another; the
     random numbers are the same in all with the same seed."""

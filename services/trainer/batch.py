@@ -149,12 +149,16 @@ def _numbered(identity: str, sequences: Sequence[TokenSequence]) -> list[tuple[s
 
 
 def _scaled(datum: Datum, factor: int) -> Datum:
-    return datum if factor == 1 else Datum(
-        datum.datum_id,
-        datum.token_ids,
-        datum.loss_mask,
-        datum.weight * factor,
-        datum.temperature,
-        datum.objective,
-        datum.branch,
+    return (
+        datum
+        if factor == 1
+        else Datum(
+            datum.datum_id,
+            datum.token_ids,
+            datum.loss_mask,
+            datum.weight * factor,
+            datum.temperature,
+            datum.objective,
+            datum.branch,
+        )
     )

@@ -165,7 +165,9 @@ class Player:
             reward=f"{first.reward:g}",
             memory=memory or prompts.memory_empty,
         )
-        conversation = _Conversation([Message(Role.SYSTEM, prompts.reflection_system), Message(Role.USER, request)], False)
+        conversation = _Conversation(
+            [Message(Role.SYSTEM, prompts.reflection_system), Message(Role.USER, request)], False
+        )
         outcome, text, error = Outcome.COMPLETED, "", ""
         try:
             completion = await self._generate(conversation.prompt(), sampling, reflection_id, seed, 0)

@@ -70,7 +70,9 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         return pb.ResumeRunResponse(run=self._message(self._manager.resume(request.run_id)))
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
-        rollout = RolloutSettings(max_tokens=request.max_tokens) if request.HasField("max_tokens") else RolloutSettings()
+        rollout = (
+            RolloutSettings(max_tokens=request.max_tokens) if request.HasField("max_tokens") else RolloutSettings()
+        )
         event, version = await self._manager.evaluate(
             request.environment,
             EvaluationSettings.model_validate(plain_from_proto(request.config)),
@@ -80,9 +82,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         )
         return pb.EvaluateResponse(result=evaluation_to_proto(event), policy_version=version)
 
-    async def ListExperiences(
-        self, request: pb.ListExperiencesRequest, context: Context
-    ) -> pb.ListExperiencesResponse:
+    async def ListExperiences(self, request: pb.ListExperiencesRequest, context: Context) -> pb.ListExperiencesResponse:
         """The page token is STEP/OFFSET."""
         folder = self._manager.run(request.run_id).folder.journal
         steps = [request.step] if request.HasField("step") else journaled_steps(folder)

@@ -18,14 +18,18 @@ from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePo
 class Loop:
     """The algorithm over fakes. `say(system, last message, n)` scripts the policy; n counts its calls so far."""
 
-    def __init__(self, say: Any, *, environment: FakeEnvironment | None = None, rewrites: bool = False, **settings: Any):
+    def __init__(
+        self, say: Any, *, environment: FakeEnvironment | None = None, rewrites: bool = False, **settings: Any
+    ):
         self.environment = environment or FakeEnvironment({"t0": "go"})
         self.policy = FakePolicy(lambda system, last, _: say(system, last), rewrites_history=rewrites)
         self.memory = FakeMemory()
         self.learner = FakeLearner()
         rollout = {"rollouts_per_task": 4, "concurrency": 1, "max_restarts": 2} | settings.pop("rollout", {})
         loss = {"kl_coefficient": 0} | settings.pop("loss", {})
-        self.settings = RunSettings.model_validate({"environment": "fake", "rollout": rollout, "loss": loss, **settings})
+        self.settings = RunSettings.model_validate(
+            {"environment": "fake", "rollout": rollout, "loss": loss, **settings}
+        )
 
     async def step(self, step: int = 0, tasks: tuple[str, ...] = ("t0",)) -> list[Any]:
         info = await self.environment.describe("fake")
@@ -82,12 +86,18 @@ async def test_the_distilled_sample_is_the_second_attempt_without_the_reflection
     environment = FakeEnvironment({"t0": "go"}, turns=3)
     loop = Loop(scripted(["a"] * 3, ["b", "c", "go"]), environment=environment, rollout={"rollouts_per_task": 1})
     (chain,) = await loop.step()
-    (distilled,), (second,), (first,) = chain.distilled.sequences, chain.second_attempt.sequences, chain.first_attempt.sequences
+    (distilled,), (second,), (first,) = (
+        chain.distilled.sequences,
+        chain.second_attempt.sequences,
+        chain.first_attempt.sequences,
+    )
 
     assert distilled.segments[0] == first.segments[0].__class__(SegmentKind.PROMPT, first.segments[0].token_ids)
     assert "rule" in bytes(second.segments[0].token_ids).decode()
     assert "rule" not in bytes(distilled.token_ids).decode()
-    assert [(s.kind, s.token_ids) for s in distilled.segments[1:]] == [(s.kind, s.token_ids) for s in second.segments[1:]]
+    assert [(s.kind, s.token_ids) for s in distilled.segments[1:]] == [
+        (s.kind, s.token_ids) for s in second.segments[1:]
+    ]
     assert distilled.log_probs == [] and all(not s.policy_versions for s in distilled.segments)
     (datum,) = loop.learner.branch("distilled")
     assert datum.objective == Distillation(1.0), "no log-probability can reach the loss of this branch"

@@ -1,0 +1,53 @@
+"""Settings of the trainer service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, SecretStr
+
+from services.common.channel import Endpoint
+from services.common.config import ServiceSettings
+from services.trainer.learner.settings import LearnerServerSettings
+
+
+class TrainerSettings(ServiceSettings):
+    service: ClassVar[str] = "trainer"
+
+    runs_folder: Path = Field(Path("runs"), description="One folder per run: settings, journal, events, summary.")
+    checkpoint_folder: Path = Field(Path("runs/checkpoints"), description="Checkpoints of the learner.")
+    weights_folder: Path = Field(
+        Path("runs/weights"), description="Published weights; the policy service reads them in the same place."
+    )
+    env_address: str = Field("127.0.0.1:50051", description="The environment service.")
+    policy_address: str = Field("127.0.0.1:50052", description="The policy service.")
+    memory_address: str = Field("127.0.0.1:50053", description="The memory service.")
+    learner_address: str = Field("", description="Another trainer's LearnerService; this process's own when empty.")
+    client_token: SecretStr | None = Field(None, description="Sent to the other services as Bearer token.")
+    policy_admin_token: SecretStr | None = Field(None, description="Sent to PolicyAdminService as Bearer token.")
+    outage_seconds: float = Field(120.0, gt=0, description="How long a service may be away before a run fails.")
+    device: str = Field("cpu", description="Of the learner, as torch names it: cpu, cuda, cuda:1.")
+    threads: int = Field(0, ge=0, description="Of torch on the CPU; 0 leaves torch's own choice.")
+    microbatch_tokens: int = Field(4096, ge=1, description="Padded tokens that the learner holds in memory at once.")
+    keep_weights: int = Field(3, ge=1, description="Published versions to keep.")
+
+    @property
+    def learner(self) -> LearnerServerSettings:
+        return LearnerServerSettings(
+            weights_folder=self.weights_folder,
+            checkpoint_folder=self.checkpoint_folder,
+            device=self.device,
+            threads=self.threads,
+            microbatch_tokens=self.microbatch_tokens,
+            keep_weights=self.keep_weights,
+        )
+
+    def endpoint(self, address: str, token: SecretStr | None = None) -> Endpoint:
+        secret = token or self.client_token
+        return Endpoint(
+            address,
+            token=secret.get_secret_value() if secret else None,
+            outage_seconds=self.outage_seconds,
+            max_message_bytes=self.max_message_bytes,
+        )

@@ -1,0 +1,270 @@
+"""A run ends the same wherever it was cut, and its journal holds what it says."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.common.errors import ServiceUnavailable
+from services.common.types import Experience, PublishedWeights
+from services.trainer.events import EvaluationEvent, NoticeEvent, StepEvent
+from services.trainer.folder import RunFolder, RunRecord, RunState
+from services.trainer.journal import StepJournal, journal_file, journaled_steps, read_experiences
+from services.trainer.manager import RunManager
+from services.trainer.published import ForeignWeights
+from services.trainer.run import Run, Services
+from services.trainer.seeds import tasks_of_step
+from services.trainer.settings import RunSettings
+from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
+
+STEPS = 5
+
+
+class Crash(BaseException):
+    """Ends a run as SIGKILL would: nothing catches it."""
+
+
+class World:
+    """The services that outlive a trainer, and the number of things that may still happen before it crashes."""
+
+    def __init__(self, folder: Path, crash_after: int | None = None):
+        self.folder = RunFolder(folder / "run")
+        self.budget = crash_after
+        # Seeds decide what is said, so a repeated call says the same.
+        self.policy = FakePolicy(lambda system, last, sampling: self._say(system, sampling.seed or 0))
+        self.environment = FakeEnvironment({f"t{n}": "go" for n in range(4)}, fail=lambda episode: self.happen())
+        self.memory = FakeMemory()
+        self.learner = FakeLearner()
+        plain = RunSettings.model_validate(
+            {
+                "environment": "fake",
+                "steps": STEPS,
+                "checkpoint_every": 2,
+                "deterministic": True,
+                "rollout": {"tasks_per_step": 2, "rollouts_per_task": 2},
+                "evaluation": {"every": 2, "samples": 1},
+                "loss": {"kl_coefficient": 0.1},
+            }
+        ).model_dump(mode="json")
+        self.folder.create(RunRecord("run", RunState.RUNNING, datetime.now(UTC), plain))
+
+    def happen(self) -> None:
+        if self.budget is not None:
+            self.budget -= 1
+            if self.budget < 0:
+                raise Crash
+
+    def _say(self, system: str, seed: int) -> str:
+        self.happen()
+        if system == "reflect":
+            return f"<prompt>{seed % 1000}</prompt>"
+        return "go" if seed % 3 == 0 else "no"
+
+    def run(self) -> Run:
+        async def open_learner(run_id: str, settings: RunSettings) -> FakeLearner:
+            self.learner.state = 0  # a fresh process: only checkpoints outlive it
+            return self.learner
+
+        return Run("run", self.folder, Services(self.environment, self.policy, self.memory, open_learner))
+
+    def result(self) -> Any:
+        run = Run("run", self.folder, self.run().services)
+        experiences: list[Experience] = []
+        for step in journaled_steps(self.folder.journal):
+            experiences += read_experiences(journal_file(self.folder.journal, step))
+        timing = ("seconds", "sample_seconds", "learn_seconds", "policy_version")
+        metrics = {
+            step: {name: value for name, value in event.metrics.items() if name not in timing}
+            for step, event in run.events.steps().items()
+        }
+        evaluations = {step: event.success for step, event in run.events.evaluations().items()}
+        written = [(entry.reflection_id, entry.text) for entry in self.memory.entries]
+        # versions and episode ids differ between lives of a run; nothing else may
+        chains = [
+            (
+                chain.experience_id,
+                chain.task_id,
+                [(part.sequences[0].token_ids, part.sequences[0].loss_mask) for part in chain.parts()],
+                chain.first_attempt.reward,
+                chain.reflection and (chain.reflection.text, chain.reflection.reward),
+                chain.distilled and chain.distilled.sequences,
+                chain.memory_entry_ids,
+            )
+            for chain in experiences
+        ]
+        return chains, metrics, evaluations, written, self.learner.state
+
+
+async def test_a_run_from_start_to_end(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    run = world.run()
+    await run.train()
+    assert run.step == STEPS and not run.stopped
+    assert sorted(run.events.steps()) == list(range(STEPS))
+    assert sorted(run.events.evaluations()) == [0, 2, 4, 5]
+    assert sorted(world.learner.checkpoints) == [f"run-{step:06}" for step in (0, 2, 4, 5)]
+    versions = [update.policy_version for update in world.policy.updates]
+    assert versions == list(range(1, STEPS + 2)), "the initial weights and one version per step"
+    assert run.summary()["rollouts"] == sum(
+        1 + (chain.reflection is not None) + (chain.second_attempt is not None)
+        for step in range(STEPS)
+        for chain in read_experiences(journal_file(world.folder.journal, step))
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    world = World(tmp_path_factory.mktemp("whole"))
+    asyncio.run(world.run().train())
+    return world.result()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(crashes=st.lists(st.integers(0, 90), min_size=1, max_size=4), torn=st.integers(0, 40))
+def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
+    tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any, crashes: list[int], torn: int
+) -> None:
+    world = World(tmp_path_factory.mktemp("cut"))
+    for budget in crashes:
+        world.budget = budget
+        try:
+            asyncio.run(world.run().train())
+        except Crash:
+            files = sorted(world.folder.journal.glob("*"))
+            if files:  # the write that the crash interrupted
+                with files[-1].open("ab") as file:
+                    file.write(msgpack.packb([1, b"x" * 64])[:torn])
+    world.budget = None
+    asyncio.run(world.run().train())
+    assert world.result() == uninterrupted
+
+
+async def test_a_stopped_run_goes_on(tmp_path: Path, uninterrupted: Any) -> None:
+    world = World(tmp_path)
+    run = world.run()
+    world.environment.fail = lambda episode: run.stop() if "-s2-" in episode else None
+    await run.train()
+    assert run.stopped and run.step == 3 and world.folder.checkpoint().step == 3  # type: ignore[union-attr]
+    await world.run().train()
+    assert world.result() == uninterrupted
+
+
+async def test_a_lost_learner_is_set_up_again_from_the_last_checkpoint(tmp_path: Path, uninterrupted: Any) -> None:
+    world = World(tmp_path)
+    world.learner.lose_at = 3
+    run = world.run()
+    await run.train()
+    assert world.result() == uninterrupted
+    notices = [entry.event.text for entry in run.events.entries if isinstance(entry.event, NoticeEvent)]
+    assert any("learner was lost" in text for text in notices)
+
+
+async def test_a_restarted_policy_gets_its_weights_again(tmp_path: Path, uninterrupted: Any) -> None:
+    world = World(tmp_path)
+
+    def forget(episode: str) -> None:
+        if "-s1-" in episode and len(world.policy.updates) == 2:
+            world.policy.version = 0
+
+    world.environment.fail = forget
+    await world.run().train()
+    assert world.result() == uninterrupted
+    assert [update.policy_version for update in world.policy.updates].count(2) == 2
+
+
+async def test_weights_of_somebody_else_end_the_run(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    def intrude(episode: str) -> None:
+        world.policy.version = 99
+
+    world.environment.fail = intrude
+    with pytest.raises(ForeignWeights, match="version 99, but this run published 1"):
+        await world.run().train()
+
+
+async def test_the_manager_keeps_state_and_goes_on_with_what_was_running(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    services = world.run().services
+    manager = RunManager(tmp_path, services)
+    with pytest.raises(OSError, match="in use by another trainer"):
+        RunManager(tmp_path, services)
+    manager.go_on()
+    await _until(lambda: manager.record("run").state is RunState.COMPLETED)
+    followed = [entry async for entry in _ended(manager.run("run"))]
+    assert [type(entry.event) for entry in followed].count(StepEvent) == STEPS
+    assert [entry.number for entry in followed] == list(range(1, len(followed) + 1))
+    await manager.close()
+
+
+async def test_an_outage_fails_the_run_with_the_endpoint(tmp_path: Path) -> None:
+    world = World(tmp_path)
+
+    async def update_weights(weights: PublishedWeights) -> None:
+        raise ServiceUnavailable("10.0.0.1:1", 120, "connection refused")
+
+    world.policy.update_weights = update_weights  # type: ignore[method-assign]
+    manager = RunManager(tmp_path, world.run().services)
+    manager.go_on()
+    await _until(lambda: manager.record("run").state is RunState.FAILED)
+    assert "10.0.0.1:1 was unreachable for 120 s" in manager.record("run").error
+    await manager.close()
+
+
+async def _until(condition: Any) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def _ended(run: Run) -> Any:
+    async for entry in run.events.follow(0):
+        yield entry
+        if entry is run.events.entries[-1]:
+            return
+
+
+def test_a_torn_record_is_dropped_and_overwritten(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    asyncio.run(world.run().train())
+    path = journal_file(world.folder.journal, 0)
+    whole = path.read_bytes()
+    for cut in range(len(whole) - 30, len(whole)):
+        path.write_bytes(whole[:cut])
+        journal = StepJournal(world.folder.journal, 0)
+        assert journal.started is not None and journal.completed is None
+        journal.close()
+        assert whole.startswith(path.read_bytes())
+
+
+def test_the_journal_is_plain_msgpack(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    asyncio.run(world.run().train())
+    with journal_file(world.folder.journal, 0).open("rb") as file:
+        records = [msgpack.unpackb(payload) for _, payload in msgpack.Unpacker(file)]
+    kinds = [record["type"] for record in records]
+    assert kinds[0] == "step_started" and kinds[-1] == "step_completed" and kinds.count("experience") == 4
+
+
+@given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 3))
+def test_every_pass_over_the_tasks_sees_each_once(tasks: int, per_step: int, seed: int) -> None:
+    steps = -(-3 * tasks // per_step)
+    order = [task for step in range(steps) for task in tasks_of_step(tasks, per_step, step, seed)]
+    for epoch in range(3):
+        assert sorted(order[epoch * tasks : (epoch + 1) * tasks]) == list(range(tasks))
+
+
+def test_evaluation_events_round_trip(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    run = world.run()
+    run.events.add(EvaluationEvent(0, 0.5, 0.25, 4, 1))
+    with world.folder.events_file.open("ab") as file:
+        file.write(b'{"number": 2, "ti')
+    assert [entry.event for entry in world.run().events.entries] == [EvaluationEvent(0, 0.5, 0.25, 4, 1)]
