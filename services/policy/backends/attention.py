@@ -1,0 +1,288 @@
+"""Attention over a cache of slots, for forward passes in which requests of any length and progress share one row.
+
+All new tokens of all requests are packed into one row [1, N], so that every layer but attention computes nothing for
+padding. Attention reads each request's own past from its slot of the cache. transformers lets a model run with an
+attention function that is registered under a name, and then leaves masks to it:
+https://huggingface.co/docs/transformers/attention_interface
+
+Shapes: N packed tokens; per group of requests G rows, Q queries, L keys; H heads, D their size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from services.policy.backend import UnsupportedModel
+
+NAME = "mulligan"
+# Requests with similar numbers of new tokens are padded to the longest of their group; upper ends of the groups.
+_GROUP_ENDS = np.array([1, 32, 256])
+# What a model may ask of its attention that this one does not compute.
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+Ints = npt.NDArray[np.int64]
+
+
+class Attend(Protocol):
+    """How the attention of the forward pass that runs in this thread is computed."""
+
+    def __call__(
+        self,
+        layer: int,
+        query_1HND: torch.Tensor,
+        key_1HND: torch.Tensor,
+        value_1HND: torch.Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """The output, [1, N, H, D]."""
+
+
+_running = threading.local()
+
+
+@contextmanager
+def attending(attend: Attend) -> Iterator[None]:
+    """Within it, models with the attention implementation `NAME` use this one."""
+    _running.attend = attend
+    try:
+        yield
+    finally:
+        del _running.attend
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # always None: see the module's docstring
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedModel(f"attention with {name} is not supported by this backend")
+    attend: Attend = _running.attend
+    return attend(int(module.layer_idx), query, key, value, scale=scaling, window=sliding_window), None  # type: ignore[arg-type]
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer keeps per token."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    window: int | None
+
+
+class DenseAttention:
+    """Causal attention within each row of a right-padded batch, without a cache. Notes what the layers keep."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerShape] = {}
+
+    def __call__(
+        self,
+        layer: int,
+        query_1HND: torch.Tensor,
+        key_1HND: torch.Tensor,
+        value_1HND: torch.Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        _, heads, length, key_size = key_1HND.shape
+        self.layers[layer] = LayerShape(heads, key_size, value_1HND.shape[-1], window)
+        mask = None
+        if window is not None and window < length:
+            position = torch.arange(length, device=query_1HND.device)
+            distance = position[:, None] - position[None, :]
+            mask = (distance >= 0) & (distance < window)
+        output = scaled_dot_product_attention(
+            query_1HND,
+            key_1HND,
+            value_1HND,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=query_1HND.shape[1] != heads,
+        )
+        return output.transpose(1, 2).contiguous()
+
+
+class SlotCache:
+    """Keys and values of every layer: [slots, capacity, H, D]. Zeros where nothing was written: masked, not NaN."""
+
+    def __init__(
+        self, layers: dict[int, LayerShape], slots: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.slots, self.capacity, self.dtype = slots, capacity, dtype
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+        for layer, shape in layers.items():
+            for store, size in ((self.keys, shape.key_size), (self.values, shape.value_size)):
+                store[layer] = torch.zeros(slots, capacity, shape.heads, size, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_slot(layers: dict[int, LayerShape], capacity: int, dtype: torch.dtype) -> int:
+        per_token = sum(shape.heads * (shape.key_size + shape.value_size) for shape in layers.values())
+        return per_token * capacity * dtype.itemsize
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        for store in (self.keys, self.values):
+            for tensor in store.values():
+                tensor[target, :length] = tensor[source, :length]
+
+
+class _Group:
+    """Requests that attend together: their queries padded to Q, their keys read up to L.
+
+    `slots` is a range that covers the requests' slots where that is dense enough to read it in place; otherwise the
+    slots themselves, which are copied together first.
+    """
+
+    def __init__(self, packed: Packed, first: int, last: int, device: torch.device):
+        slots_R, counts_R = packed.slots[first:last], packed.counts[first:last]
+        starts_R = packed.starts[first:last]
+        low, high = int(slots_R.min()), int(slots_R.max()) + 1
+        in_place = high - low <= 2 * len(slots_R)
+        local_R = slots_R - low if in_place else np.arange(len(slots_R))
+        size, width = (high - low if in_place else len(slots_R)), int(counts_R.max())
+        begin, end = int(starts_R[0]), int(starts_R[-1] + counts_R[-1])
+        padded_GQ = np.zeros((size, width), dtype=np.int64)  # a row without a request repeats the first packed token
+        padded_GQ[local_R] = np.minimum(starts_R[:, None] + np.arange(width), (starts_R + counts_R - 1)[:, None])
+        request_N = np.repeat(np.arange(len(slots_R)), counts_R)
+        back_N = local_R[request_N] * width + np.arange(begin, end) - starts_R[request_N]
+        self.size, self.width, self.device = size, width, device
+        self.length = int(packed.positions[begin:end].max()) + 1
+        self.slots: slice | torch.Tensor = slice(low, high) if in_place else torch.from_numpy(slots_R).to(device)
+        self.packed = torch.from_numpy(padded_GQ.reshape(-1)).to(device)
+        self.back = torch.from_numpy(back_N).to(device)
+        self._positions_GQ = torch.from_numpy(np.minimum(packed.positions[padded_GQ], self.length - 1)).to(device)
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Additive, [G, 1, Q, L]; the same for all layers of one kind."""
+        if window not in self._masks:
+            key_L = torch.arange(self.length, device=self.device)
+            query_GQ1 = self._positions_GQ[:, :, None]
+            seen = key_L <= query_GQ1
+            if window is not None:
+                seen &= key_L > query_GQ1 - window
+            zero = torch.zeros((), dtype=dtype, device=self.device)
+            self._masks[window] = torch.where(seen, zero, float("-inf"))[:, None]
+        return self._masks[window]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """One forward pass: for each of R requests its slot and its run of new tokens; for each of N tokens its place.
+
+    Requests are ordered by the number of their new tokens.
+    """
+
+    slots: Ints  # [R]
+    counts: Ints  # [R]
+    starts: Ints  # [R], of the runs in the packed row
+    positions: Ints  # [N], in each token's own sequence
+    places: Ints  # [N], slot * capacity + position
+
+    @property
+    def last(self) -> Ints:
+        """[R], of each request's last new token in the packed row."""
+        return self.starts + self.counts - 1
+
+
+def pack(slots_R: Ints, pasts_R: Ints, counts_R: Ints, capacity: int) -> Packed:
+    """`pasts_R`: tokens of each request that the cache holds; `counts_R`: how many follow in this pass (at least 1)."""
+    order_R = np.argsort(np.searchsorted(_GROUP_ENDS, counts_R), kind="stable")
+    slots_R, pasts_R, counts_R = slots_R[order_R], pasts_R[order_R], counts_R[order_R]
+    starts_R = np.cumsum(counts_R) - counts_R
+    positions_N = np.arange(int(counts_R.sum())) + np.repeat(pasts_R - starts_R, counts_R)
+    return Packed(slots_R, counts_R, starts_R, positions_N, np.repeat(slots_R * capacity, counts_R) + positions_N)
+
+
+class SlotAttention:
+    """Attention of one packed forward pass: writes the new keys and values, then attends per group of requests."""
+
+    def __init__(self, cache: SlotCache, packed: Packed, device: torch.device):
+        self._cache = cache
+        self._places_N = torch.from_numpy(packed.places).to(device)
+        kinds_R = np.searchsorted(_GROUP_ENDS, packed.counts)
+        bounds = [0, *(np.flatnonzero(np.diff(kinds_R)) + 1).tolist(), len(kinds_R)]
+        self._groups = [_Group(packed, a, b, device) for a, b in itertools.pairwise(bounds)]
+
+    def __call__(
+        self,
+        layer: int,
+        query_1HND: torch.Tensor,
+        key_1HND: torch.Tensor,
+        value_1HND: torch.Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys.flatten(0, 1).index_copy_(0, self._places_N, key_1HND[0].transpose(0, 1))
+        values.flatten(0, 1).index_copy_(0, self._places_N, value_1HND[0].transpose(0, 1))
+        query_NHD = query_1HND[0].transpose(0, 1)
+        shared_heads = query_NHD.shape[1] != keys.shape[2]
+        outputs = [
+            self._attend(group, query_NHD, keys, values, scale=scale, window=window, shared_heads=shared_heads)
+            for group in self._groups
+        ]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
+
+    @staticmethod
+    def _attend(
+        group: _Group,
+        query_NHD: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        shared_heads: bool,
+    ) -> torch.Tensor:
+        query_GQHD = query_NHD.index_select(0, group.packed).unflatten(0, (group.size, group.width))
+        output_GHQD = scaled_dot_product_attention(
+            query_GQHD.transpose(1, 2),
+            _read(keys, group).transpose(1, 2),
+            _read(values, group).transpose(1, 2),
+            attn_mask=group.mask(window, query_NHD.dtype),
+            scale=scale,
+            enable_gqa=shared_heads,
+        )
+        return output_GHQD.transpose(1, 2).flatten(0, 1).index_select(0, group.back)
+
+
+def _read(store: torch.Tensor, group: _Group) -> torch.Tensor:
+    """Keys or values of a group, [G, L, H, D]."""
+    until = store[:, : group.length]
+    return until[group.slots] if isinstance(group.slots, slice) else until.index_select(0, group.slots)
+
+
+def token_rows(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    """A right-padded batch, [B, T]. The padding is never attended to: it comes after all that is real."""
+    rows_BT = np.zeros((len(sequences), max(map(len, sequences))), dtype=np.int64)
+    for row, sequence in zip(rows_BT, sequences, strict=True):
+        row[: len(sequence)] = sequence
+    return torch.from_numpy(rows_BT)

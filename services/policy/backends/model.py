@@ -1,0 +1,185 @@
+"""A causal language model of transformers, loaded, checked, and reduced to what the engine calls.
+
+Shapes: N packed tokens, R requests, B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import models
+from services.policy.backend import UnsupportedModel
+from services.policy.backends import attention
+from services.policy.config import PolicySettings
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Largest difference between log-probabilities of this engine and of the model's own code: float32, and the others.
+_TOLERANCE = {torch.float32: 2e-3}
+_LOW_PRECISION_TOLERANCE = 0.25
+# Scores are computed for batches of at most this many logits.
+_SCORE_LOGITS = 2**26
+
+
+def source_of(settings: PolicySettings) -> str:
+    return str(models.EMBEDDED) if settings.model == "embedded" else settings.model
+
+
+class Model:
+    """Raises UnsupportedModel, when loaded, for a model that it would not compute exactly as transformers does."""
+
+    def __init__(self, settings: PolicySettings):
+        self.source = source_of(settings)
+        self.device = _device(settings.device)
+        self.dtype = _dtype(settings.dtype, self.device)
+        self.tokenizer = self._load_tokenizer()
+        self.module = self.load_weights()
+        self.module.to(self.device)
+        self.dtype = next(self.module.parameters()).dtype
+        self.config = self.module.config.get_text_config()
+        own = int(getattr(self.config, "max_position_embeddings", 0) or 0)
+        self.context_length = min(filter(None, (settings.context_length, own)), default=0)
+        if self.context_length < 2:
+            raise UnsupportedModel(f"{self.source} states no context length: set context_length")
+        self.vocabulary_size = int(self.config.vocab_size)
+        self._refuse_other_layers()
+        self.layers = self._check()
+
+    def load_weights(self) -> Any:
+        """The module with the weights that the model came with, on the CPU."""
+        dtype = "auto" if self.dtype is None else self.dtype
+        try:
+            module = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModel(f"{self.source} cannot be loaded: {error}") from error
+        return module.eval().requires_grad_(False)
+
+    def _load_tokenizer(self) -> Any:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.source)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModel(f"the tokenizer of {self.source} cannot be loaded: {error}") from error
+        if not hasattr(tokenizer, "backend_tokenizer"):
+            raise UnsupportedModel(f"the tokenizer of {self.source} has no tokenizer.json form")
+        return tokenizer
+
+    @torch.inference_mode()
+    def forward(self, ids_1N: torch.Tensor, positions_1N: torch.Tensor, last_R: torch.Tensor) -> torch.Tensor:
+        """Logits [R, V] at these indices of the packed row."""
+        output = self.module(input_ids=ids_1N, position_ids=positions_1N, use_cache=False, logits_to_keep=last_R)
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> Iterator[list[tuple[float, ...]]]:
+        """Log-probabilities of each token after the first, for a few sequences at a time, in order."""
+        begin = 0
+        while begin < len(sequences):
+            end, longest = begin, 0
+            while end < len(sequences):
+                longest = max(longest, len(sequences[end]))
+                if end > begin and (end + 1 - begin) * longest * self.vocabulary_size > _SCORE_LOGITS:
+                    break
+                end += 1
+            yield self._score_batch(sequences[begin:end], temperature)
+            begin = end
+
+    @torch.inference_mode()
+    def _score_batch(self, sequences: Sequence[Sequence[int]], temperature: float) -> list[tuple[float, ...]]:
+        ids_BT = attention.token_rows(sequences).to(self.device)
+        positions_BT = torch.arange(ids_BT.shape[1], device=self.device).expand_as(ids_BT)
+        with attention.attending(attention.DenseAttention()):
+            logits_BTV = self.module(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).logits
+        rows = []
+        for row, sequence in enumerate(sequences):
+            log_probs_TV = torch.log_softmax(logits_BTV[row, : len(sequence) - 1].float() / temperature, dim=-1)
+            picked_T = log_probs_TV.gather(1, ids_BT[row, 1 : len(sequence), None])[:, 0]
+            rows.append(tuple(picked_T.tolist()))
+        return rows
+
+    def _refuse_other_layers(self) -> None:
+        others = set(getattr(self.config, "layer_types", None) or ()) - _LAYER_TYPES
+        if others:
+            raise UnsupportedModel(
+                f"{self.source} has layers of the kinds {sorted(others)}; only attention is supported"
+            )
+
+    def _check(self) -> dict[int, attention.LayerShape]:
+        """Compares packed passes over a cache, with two requests in turns, with the model's own code."""
+        rng = np.random.default_rng(0)
+        length = min(24, self.context_length)
+        rows = rng.integers(0, self.vocabulary_size, (2, length))
+        with torch.inference_mode():
+            expected = self.module(input_ids=torch.from_numpy(rows).to(self.device), use_cache=False).logits
+        try:
+            self.module.set_attn_implementation(attention.NAME)
+            dense = attention.DenseAttention()
+            with attention.attending(dense), torch.inference_mode():
+                self.module(input_ids=torch.from_numpy(rows[:1]).to(self.device), use_cache=False)
+            self._check_layers(dense.layers)
+            found = self._packed_logits(rows, dense.layers)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UnsupportedModel(f"{self.source} does not run with another attention function: {error}") from error
+        last = torch.log_softmax(expected[:, -1].float(), -1)
+        difference = (torch.log_softmax(found.float(), -1) - last).abs().max().item()
+        tolerance = _TOLERANCE.get(self.dtype or torch.float32, _LOW_PRECISION_TOLERANCE)
+        if not difference <= tolerance:
+            raise UnsupportedModel(
+                f"{self.source} gives other log-probabilities here than in transformers, by up to {difference:.3g}"
+            )
+        return dense.layers
+
+    def _check_layers(self, layers: dict[int, attention.LayerShape]) -> None:
+        """Every layer attends, and those that the configuration limits to a window said so: 24 tokens don't show it."""
+        count = int(self.config.num_hidden_layers)
+        if sorted(layers) != list(range(count)):
+            raise UnsupportedModel(
+                f"{self.source}: {count - len(layers)} of {count} layers have no attention of their own"
+            )
+        types = getattr(self.config, "layer_types", None)
+        window = getattr(self.config, "sliding_window", None)
+        if not getattr(self.config, "use_sliding_window", True):
+            window = None
+        for index, layer in layers.items():
+            limited = types[index] == "sliding_attention" if types else window is not None
+            if layer.window != (window if limited else None):
+                raise UnsupportedModel(
+                    f"{self.source}: layer {index} attends to {layer.window} tokens, not to {window}"
+                )
+
+    def _packed_logits(self, rows: Any, layers: dict[int, attention.LayerShape]) -> torch.Tensor:
+        """Logits [2, V] after both rows, computed in three passes of unlike lengths."""
+        length = rows.shape[1]
+        cache = attention.SlotCache(layers, 2, length, self.dtype or torch.float32, self.device)
+        slots_R = np.array([0, 1])
+        past_R = np.zeros(2, dtype=np.int64)
+        for first, second in ((length // 2, 1), (length - length // 2 - 1, length - 2), (1, 1)):
+            counts_R = np.array([first, second])
+            taken = counts_R > 0
+            packed = attention.pack(slots_R[taken], past_R[taken], counts_R[taken], length)
+            ids = rows.reshape(-1)[packed.places]
+            with attention.attending(attention.SlotAttention(cache, packed, self.device)):
+                logits = self.forward(
+                    torch.from_numpy(ids).to(self.device)[None],
+                    torch.from_numpy(packed.positions).to(self.device)[None],
+                    torch.from_numpy(packed.last).to(self.device),
+                )
+            past_R += counts_R
+        return logits
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """None: what the model was saved in."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,229 @@
+"""Runs many requests through one model, a forward pass at a time. Knows no threads: `engine.py` does.
+
+State is kept in arrays, one element per slot, so that a pass costs Python the same for one request as for a hundred.
+A slot keeps its tokens after its request has finished, and a request whose prompt continues them, as the next turn of a
+conversation does, computes only what is new.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from services.common.types import SamplingParams, StopReason
+from services.policy.backend import Sampled
+from services.policy.backends import attention, sampling
+
+# A prefix that another slot holds is copied from this length on; computing fewer tokens is as fast.
+_SHORTEST_COPY = 16
+# The part of a completion in which a stop string is looked for, in tokens beyond the string's bytes.
+_STOP_MARGIN = 16
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A prompt to sample after. `slot` is set while it runs."""
+
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    seed: int
+    slot: int = field(default=-1, init=False)
+
+
+class Runner:
+    """At most `slots` requests at once. `forward` computes the logits of packed tokens: see `Model.forward`."""
+
+    def __init__(
+        self,
+        forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        cache: attention.SlotCache,
+        device: torch.device,
+        end_of_turn: Sequence[int],
+        decode: Callable[[Sequence[int]], str],
+        *,
+        reuse_prefixes: bool,
+        tokens_per_pass: int,
+    ):
+        slots, capacity = cache.slots, cache.capacity
+        self._forward, self._cache, self._device, self._decode = forward, cache, device, decode
+        self._end_of_turn = np.array(sorted(end_of_turn), dtype=np.int64)
+        self._reuse_prefixes, self._tokens_per_pass = reuse_prefixes, tokens_per_pass
+        self.version = 0
+        self._clock = 0
+        self._requests: list[Request | None] = [None] * slots
+        self._running = np.zeros(slots, dtype=bool)
+        self._used = np.full(slots, -1, dtype=np.int64)  # when the slot's last request was admitted or finished
+        self._tokens = np.zeros((slots, capacity), dtype=np.int32)  # prompt, then what was sampled
+        self._log_probs = np.zeros((slots, capacity), dtype=np.float32)  # by position; of sampled tokens
+        self._cached = np.zeros(slots, dtype=np.int64)  # tokens whose keys and values the cache holds
+        self._known = np.zeros(slots, dtype=np.int64)  # tokens so far
+        self._prompt = np.zeros(slots, dtype=np.int64)  # tokens of the prompt
+        self._limit = np.zeros(slots, dtype=np.int64)  # tokens at which it ends
+        self._temperature = np.zeros(slots, dtype=np.float32)
+        self._top_p = np.zeros(slots, dtype=np.float32)
+        self._top_k = np.zeros(slots, dtype=np.int64)
+        self._stream = np.zeros(slots, dtype=np.uint64)
+        self._has_stop = np.zeros(slots, dtype=bool)
+
+    @property
+    def running(self) -> int:
+        return int(self._running.sum())
+
+    @property
+    def full(self) -> bool:
+        return bool(self._running.all())
+
+    def admit(self, request: Request) -> None:
+        """Gives the request a slot; one must be free. The prompt must be valid and shorter than the capacity."""
+        params, length = request.sampling, len(request.prompt)
+        prompt = np.fromiter(request.prompt, dtype=np.int32, count=length)
+        slot, cached = self._choose_slot(prompt)
+        request.slot = slot
+        self._requests[slot] = request
+        self._running[slot] = True
+        self._tokens[slot, :length] = prompt
+        self._cached[slot] = cached
+        self._known[slot] = self._prompt[slot] = length
+        self._limit[slot] = min(length + params.max_tokens, self._cache.capacity)
+        self._temperature[slot], self._top_p[slot], self._top_k[slot] = params.temperature, params.top_p, params.top_k
+        self._stream[slot] = sampling.stream(request.seed)
+        self._has_stop[slot] = bool(params.stop)
+        self._touch(slot)
+
+    def cancel(self, request: Request) -> None:
+        """Frees the request's slot; what it computed stays there for reuse."""
+        if request.slot >= 0:
+            self._free(request)
+
+    def flush(self) -> None:
+        """Forgets all that is cached: the weights changed. Nothing may run."""
+        self._cached[:] = 0
+        self._used[:] = -1
+
+    def step(self) -> list[tuple[Request, Sampled]]:
+        """One forward pass, with one new token for each request whose prompt is complete. Returns what finished."""
+        slots_R = np.flatnonzero(self._running)
+        pasts_R = self._cached[slots_R]
+        counts_R = self._known[slots_R] - pasts_R
+        if int(counts_R.sum()) > self._tokens_per_pass:
+            counts_R = self._within_budget(slots_R, counts_R)
+            taken_R = counts_R > 0
+            slots_R, pasts_R, counts_R = slots_R[taken_R], pasts_R[taken_R], counts_R[taken_R]
+        packed = attention.pack(slots_R, pasts_R, counts_R, self._cache.capacity)
+        logits_RV = self._logits(packed)
+        self._cached[packed.slots] += packed.counts
+        complete_R = self._cached[packed.slots] == self._known[packed.slots]
+        slots_S = packed.slots[complete_R]
+        if len(slots_S) == 0:
+            return []
+        if not complete_R.all():
+            logits_RV = logits_RV[torch.from_numpy(np.flatnonzero(complete_R)).to(self._device)]
+        return self._extend(slots_S, logits_RV)
+
+    def _logits(self, packed: attention.Packed) -> torch.Tensor:
+        ids_N = self._tokens.reshape(-1)[packed.places].astype(np.int64)
+        attend = attention.SlotAttention(self._cache, packed, self._device)
+        with attention.attending(attend):
+            return self._forward(
+                torch.from_numpy(ids_N).to(self._device)[None],
+                torch.from_numpy(packed.positions).to(self._device)[None],
+                torch.from_numpy(packed.last).to(self._device),
+            )
+
+    def _extend(self, slots_S: Ints, logits_SV: torch.Tensor) -> list[tuple[Request, Sampled]]:
+        """Samples one token for each of these slots."""
+        known_S = self._known[slots_S]
+        uniform_S = sampling.uniforms(self._stream[slots_S], known_S - self._prompt[slots_S])
+        tokens_S, log_probs_S = sampling.sample(
+            logits_SV, self._temperature[slots_S], self._top_p[slots_S], self._top_k[slots_S], uniform_S
+        )
+        self._tokens[slots_S, known_S] = tokens_S
+        self._log_probs[slots_S, known_S] = log_probs_S
+        self._known[slots_S] = known_S + 1
+        ended_S = np.isin(tokens_S, self._end_of_turn)
+        full_S = known_S + 1 >= self._limit[slots_S]
+        done_S = ended_S | full_S
+        stopped_S = np.zeros(len(slots_S), dtype=bool)
+        for index in np.flatnonzero(self._has_stop[slots_S] & ~ended_S):
+            stopped_S[index] = self._found_stop(int(slots_S[index]))
+        done_S |= stopped_S
+        return [
+            self._finish(int(slots_S[index]), bool(ended_S[index]), bool(stopped_S[index]))
+            for index in np.flatnonzero(done_S)
+        ]
+
+    def _finish(self, slot: int, ended: bool, stopped: bool) -> tuple[Request, Sampled]:
+        request = self._requests[slot]
+        assert request is not None
+        begin, end = int(self._prompt[slot]), int(self._known[slot])
+        if ended:
+            reason = StopReason.END_OF_TURN
+        elif stopped:
+            reason = StopReason.STOP_STRING
+        elif end - begin >= request.sampling.max_tokens:
+            reason = StopReason.MAX_TOKENS
+        else:
+            reason = StopReason.CONTEXT_FULL
+        token_ids = tuple(self._tokens[slot, begin:end].tolist())
+        log_probs = tuple(self._log_probs[slot, begin:end].tolist())
+        self._free(request)
+        return request, Sampled(token_ids, log_probs, reason, self.version)
+
+    def _free(self, request: Request) -> None:
+        slot, request.slot = request.slot, -1
+        self._requests[slot] = None
+        self._running[slot] = False
+        self._touch(slot)
+
+    def _touch(self, slot: int) -> None:
+        self._clock += 1
+        self._used[slot] = self._clock
+
+    def _choose_slot(self, prompt: npt.NDArray[np.int32]) -> tuple[int, int]:
+        """A free slot and how many tokens of the prompt it holds: at most all but one, whose logits are needed.
+
+        A conversation continues in its own slot. Any other takes the slot that was unused for longest, and copies
+        what it shares with another, such as a system prompt: that one's conversation may go on.
+        """
+        oldest = int(np.where(self._running, np.iinfo(np.int64).max, self._used).argmin())
+        if not self._reuse_prefixes:
+            return oldest, 0
+        length = len(prompt)
+        differs = self._tokens[:, :length] != prompt
+        first_difference = np.where(differs.any(axis=1), differs.argmax(axis=1), length)
+        shared = np.minimum(first_difference, self._cached)
+        whole = np.where((shared == self._cached) & ~self._running, shared, 0)
+        best = int(whole.argmax())
+        source = int(shared.argmax())
+        if whole[best] >= min(int(shared[source]), length - 1) and whole[best] > 0:
+            return best, min(int(whole[best]), length - 1)
+        count = min(int(shared[source]), length - 1)
+        if source == oldest:
+            return oldest, count
+        if count < _SHORTEST_COPY:
+            return oldest, 0
+        self._cache.copy_prefix(source, oldest, count)
+        return oldest, count
+
+    def _within_budget(self, slots_R: Ints, counts_R: Ints) -> Ints:
+        """How many tokens of each request this pass computes: requests that sample first, then the oldest prompts."""
+        order = np.lexsort((self._used[slots_R], counts_R > 1))
+        before = np.cumsum(counts_R[order]) - counts_R[order]
+        allowed = np.empty_like(counts_R)
+        allowed[order] = np.clip(self._tokens_per_pass - before, 0, counts_R[order])
+        return allowed
+
+    def _found_stop(self, slot: int) -> bool:
+        request = self._requests[slot]
+        assert request is not None
+        longest = max(len(stop.encode()) for stop in request.sampling.stop)
+        end = int(self._known[slot])
+        begin = max(int(self._prompt[slot]), end - longest - _STOP_MARGIN)
+        text = self._decode(self._tokens[slot, begin:end].tolist())
+        return any(stop in text for stop in request.sampling.stop)

@@ -1,0 +1,158 @@
+"""New weights for a model that runs: read and verified completely before anything is touched.
+
+A full file replaces every parameter. A LoRA adapter is merged into the weights that the model came with,
+W = W0 + scale * B A, whatever was served before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from services.common.errors import DomainError, Reason
+from services.common.types import WeightsKind
+from services.policy.backend import WeightsFile
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_PREFIX = "base_model.model."
+# Variants of LoRA that change more than W0 + scale * B A, and the setting's value that leaves them off.
+_PLAIN = {
+    "use_dora": False,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "alpha_pattern": {},
+    "lora_bias": False,
+}
+
+
+def safetensors_of(weights: WeightsFile) -> Path:
+    return weights.path / ADAPTER_FILE if weights.kind is WeightsKind.LORA else weights.path
+
+
+class Weights:
+    """The parameters of one module. `load_original` loads it anew, as it came."""
+
+    def __init__(self, module: torch.nn.Module, load_original: Callable[[], torch.nn.Module]):
+        self._load_original = load_original
+        self._parameters, self._names = _parameters(module)
+        self._changed: set[str] = set()
+        self._originals: dict[str, torch.Tensor] = {}
+
+    def read(self, weights: WeightsFile) -> dict[str, torch.Tensor]:
+        """All parameters to change, verified. Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND."""
+        tensors = _read(safetensors_of(weights))
+        if weights.kind is WeightsKind.FULL:
+            return self._full(tensors)
+        return self._merged(tensors, _scale(weights.path / _ADAPTER_CONFIG, tensors))
+
+    @torch.no_grad()
+    def apply(self, tensors: Mapping[str, torch.Tensor], kind: WeightsKind) -> None:
+        """Nothing may run meanwhile. Cannot fail on what `read` returned."""
+        for name, tensor in tensors.items():
+            self._parameters[name].copy_(tensor)
+        if kind is WeightsKind.FULL:
+            self._changed, self._originals = set(tensors), {}
+        else:
+            self._changed = {name for name in tensors if tensors[name] is not self._originals.get(name)}
+            self._originals = {name: self._originals[name] for name in self._changed}
+
+    def _full(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        result: dict[str, torch.Tensor] = {}
+        for name, tensor in tensors.items():
+            canonical = self._names.get(name)
+            if canonical is None:
+                raise _mismatch(f"the model has no parameter {name}")
+            if canonical in result:
+                raise _mismatch(f"{name} is in the file twice, under two names")
+            self._check_shape(canonical, tensor.shape)
+            result[canonical] = tensor
+        if missing := sorted(set(self._parameters) - set(result)):
+            raise _mismatch(f"{len(missing)} parameters are missing, first {missing[0]}")
+        return result
+
+    def _merged(self, tensors: dict[str, torch.Tensor], scale: Callable[[int], float]) -> dict[str, torch.Tensor]:
+        pairs: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            module, _, factor = key.removeprefix(_ADAPTER_PREFIX).removesuffix(".weight").rpartition(".")
+            canonical = self._names.get(f"{module}.weight")
+            if factor not in ("lora_A", "lora_B") or canonical is None:
+                raise _mismatch(f"the model has no place for {key}")
+            pairs.setdefault(canonical, {})[factor] = tensor
+        originals = self._original([*pairs, *self._changed])
+        result = {name: originals[name] for name in self._changed}
+        for name, pair in pairs.items():
+            if len(pair) != 2:
+                raise _mismatch(f"the adapter of {name} lacks one of its two factors")
+            down, up = pair["lora_A"].float(), pair["lora_B"].float()
+            if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
+                raise _mismatch(f"the adapter of {name} has factors of shapes {list(up.shape)} and {list(down.shape)}")
+            self._check_shape(name, (up.shape[0], down.shape[1]))
+            result[name] = originals[name].float() + scale(down.shape[0]) * (up @ down)
+        self._originals = originals
+        return result
+
+    def _original(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        wanted = set(names)
+        if not wanted <= set(self._originals):
+            parameters, _ = _parameters(self._load_original())
+            return {name: parameters[name].detach() for name in wanted}
+        return {name: self._originals[name] for name in wanted}
+
+    def _check_shape(self, name: str, shape: Iterable[int]) -> None:
+        expected = list(self._parameters[name].shape)
+        if list(shape) != expected:
+            raise _mismatch(f"{name} has shape {list(shape)}; the model's is {expected}")
+
+
+def _parameters(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Parameters and persistent buffers by name, tied ones once; and for every name, the one that it is known by."""
+    by_identity: dict[int, str] = {}
+    parameters: dict[str, torch.Tensor] = {}
+    names: dict[str, str] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names[name] = by_identity.setdefault(id(tensor), name)
+        parameters.setdefault(names[name], tensor)
+    return parameters, names
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+    except FileNotFoundError as error:
+        raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"{path.name} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise _mismatch(f"{path.name} is not a safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise _mismatch(f"{name} holds values that are not finite numbers")
+    return tensors
+
+
+def _scale(path: Path, tensors: Mapping[str, torch.Tensor]) -> Callable[[int], float]:
+    """By rank: peft's lora_alpha / rank, or / sqrt(rank) where it is stabilised."""
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+        alpha = float(config["lora_alpha"])
+    except FileNotFoundError as error:
+        raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"{path.name} does not exist") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _mismatch(f"{path.name} is not the configuration of a LoRA adapter: {error!r}") from error
+    for name, value in _PLAIN.items():
+        if config.get(name) not in (value, None, [], {}):
+            raise _mismatch(f"{path.name}: {name} = {config[name]!r} is not supported")
+    if not tensors:
+        raise _mismatch("the adapter has no tensors")
+    power = 0.5 if config.get("use_rslora") else 1.0
+    return lambda rank: alpha / rank**power
+
+
+def _mismatch(message: str) -> DomainError:
+    return DomainError(Reason.MODEL_MISMATCH, message)
