@@ -24,7 +24,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from services.common.types import (
     Attempt,
@@ -47,8 +47,18 @@ Part = TypeVar("Part", Attempt, Reflection)
 Result = TypeVar("Result")
 
 
-class Recorder:
-    """Where the algorithm leaves what it makes, and finds what a former life of the run has made. Records nothing."""
+class Recorder(Protocol):
+    """Where the algorithm leaves what it makes, and finds what a former life of the run has made."""
+
+    def find(self, part_id: str, kind: type[Part]) -> Part | None: ...
+
+    def add(self, part: Attempt | Reflection) -> None: ...
+
+    def complete(self, experience: Experience) -> None: ...
+
+
+class NoRecorder:
+    """Keeps nothing: for loops that need not survive."""
 
     def find(self, part_id: str, kind: type[Part]) -> Part | None:
         return None

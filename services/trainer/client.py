@@ -54,7 +54,7 @@ class RunClient:
         request = pb.GetRunRequest(run_id=run_id)
         return _info((await self._connection.call(self._stub.GetRun, request, timeout=CALL_SECONDS)).run)
 
-    async def list(self) -> list[RunInfo]:
+    async def runs(self) -> list[RunInfo]:
         runs: list[RunInfo] = []
         token = ""
         while True:

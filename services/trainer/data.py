@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PolicyGradient:
-    """One value per trained token in each tuple; `old_log_probs` is empty when the present weights are PPO's old policy."""
+    """One value per trained token in each tuple. Without `old_log_probs`, the present weights are PPO's old policy."""
 
     advantage: float
     rollout_log_probs: tuple[float, ...]

@@ -46,7 +46,7 @@ def trace_of(attempt: Attempt, prompts: PromptSet) -> str:
 
 def reflection_in(answer: str, prompts: PromptSet) -> str:
     """The text between the last pair of marks, or the whole answer when either is absent."""
-    head, opened, tail = answer.rpartition(prompts.reflection_open)
+    _, opened, tail = answer.rpartition(prompts.reflection_open)
     text, closed, _ = tail.partition(prompts.reflection_close)
     return (text if opened and closed else answer).strip()
 

@@ -90,8 +90,9 @@ class StepJournal:
         self._experiences: set[str] = set()
         end = 0
         if path.exists():
-            for record, end in _records(path):
+            for record, offset in _records(path):
                 self._remember(record)
+                end = offset
         self._file: BinaryIO = path.open("ab", buffering=0)
         if end < path.stat().st_size:
             log.warning("dropped a torn record", file=str(path), bytes=path.stat().st_size - end)

@@ -12,7 +12,7 @@ import structlog
 
 from services.common.errors import DomainError, Reason, ServiceUnavailable
 from services.common.types import Attempt, EnvironmentInfo, Split, TaskInfo
-from services.trainer.algorithm import Erl, Recorder, evaluate
+from services.trainer.algorithm import Erl, NoRecorder, evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
 from services.trainer.folder import Checkpoint, RunFolder
@@ -108,7 +108,7 @@ class Run:
         player = Player(
             services.environment, policy, info, policy_info, uuid.uuid4().hex[:8], settings.rollout.max_restarts
         )
-        algorithm = Erl(self.run_id, settings, player, services.memory, learner, Recorder())
+        algorithm = Erl(self.run_id, settings, player, services.memory, learner, NoRecorder())
         await policy.publish()
         if checkpoint is None:
             await self._save(algorithm, 0)
@@ -181,7 +181,16 @@ class Run:
         self.events.add(evaluation_of(self.step, attempts, self.settings.algorithm.success_threshold))
 
     def summary(self) -> dict[str, object]:
+        """`rollouts`: episodes started plus reflections written, the budget in which algorithms are compared."""
         evaluations, steps = self.events.evaluations(), self.events.steps()
+        curve = [
+            {
+                "step": step,
+                "rollouts": int(sum(steps[earlier].metrics["rollouts"] for earlier in range(step))),
+                "success": evaluation.success,
+            }
+            for step, evaluation in sorted(evaluations.items())
+        ]
         return {
             "run_id": self.run_id,
             "test_success_before": evaluations[0].success,
@@ -191,6 +200,7 @@ class Run:
             "rollouts": int(sum(event.metrics["rollouts"] for event in steps.values())),
             "sampled_tokens": int(sum(event.metrics["sampled_tokens"] for event in steps.values())),
             "excluded": int(sum(event.metrics["excluded"] for event in steps.values())),
+            "evaluations": curve,
             "settings": self.settings.model_dump(mode="json"),
         }
 

@@ -25,6 +25,7 @@ from services.trainer.wire import (
     settings_to_proto,
     state_to_proto,
     timestamp,
+    validated,
 )
 
 Context = Any
@@ -75,7 +76,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         )
         event, version = await self._manager.evaluate(
             request.environment,
-            EvaluationSettings.model_validate(plain_from_proto(request.config)),
+            validated(EvaluationSettings, plain_from_proto(request.config)),
             rollout,
             request.seed,
             request.success_threshold if request.HasField("success_threshold") else 1.0,

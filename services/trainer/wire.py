@@ -6,28 +6,30 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from mulligan.trainer.v1 import run_config_pb2, run_service_pb2
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from services.common.errors import DomainError, Reason
 from services.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
 from services.trainer.folder import RunState
 from services.trainer.settings import RunSettings
 
+Settings = TypeVar("Settings", bound=BaseModel)
+
 
 def settings_from_proto(config: run_config_pb2.RunConfig) -> RunSettings:
     """Fills in the defaults. Raises INVALID_SETTING, naming the setting."""
-    return validated(plain_from_proto(config))
+    return validated(RunSettings, plain_from_proto(config))
 
 
-def validated(plain: Mapping[str, Any]) -> RunSettings:
+def validated(model: type[Settings], plain: Mapping[str, Any]) -> Settings:
+    """Raises INVALID_SETTING, naming the setting."""
     try:
-        return RunSettings.model_validate(plain)
+        return model.model_validate(plain)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "config"
@@ -61,7 +63,7 @@ def fill_proto(message: Message, plain: Mapping[str, Any]) -> None:
             setattr(message, name, value)
 
 
-def _plain(field: FieldDescriptor, value: Any) -> Any:
+def _plain(field: Any, value: Any) -> Any:
     if field.message_type is not None:
         return plain_from_proto(value)
     if field.enum_type is not None:
@@ -70,7 +72,7 @@ def _plain(field: FieldDescriptor, value: Any) -> Any:
     return list(value) if field.is_repeated else value
 
 
-def _prefix(field: FieldDescriptor) -> str:
+def _prefix(field: Any) -> str:
     assert field.enum_type is not None
     return re.sub(r"(?<!^)(?=[A-Z])", "_", field.enum_type.name).upper() + "_"
 
@@ -81,11 +83,11 @@ def timestamp(time: datetime) -> Timestamp:
     return message
 
 
-def state_to_proto(state: str) -> run_service_pb2.RunState:
+def state_to_proto(state: str) -> run_service_pb2.RunState.ValueType:
     return run_service_pb2.RunState.Value(f"RUN_STATE_{state.upper()}")
 
 
-def state_from_proto(state: run_service_pb2.RunState) -> RunState:
+def state_from_proto(state: run_service_pb2.RunState.ValueType) -> RunState:
     return RunState(run_service_pb2.RunState.Name(state).removeprefix("RUN_STATE_").lower())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from services.common.types import Outcome, PolicyInfo, SamplingParams, SegmentKind
-from services.trainer.algorithm import Erl, Recorder
+from services.trainer.algorithm import Erl, NoRecorder
 from services.trainer.data import Distillation, PolicyGradient
 from services.trainer.episode import Player
 from services.trainer.settings import RunSettings
@@ -35,7 +35,7 @@ class Loop:
         info = await self.environment.describe("fake")
         policy_info: PolicyInfo = await self.policy.info()
         player = Player(self.environment, self.policy, info, policy_info, "x", self.settings.rollout.max_restarts)
-        self.erl = Erl("run", self.settings, player, self.memory, self.learner, Recorder())
+        self.erl = Erl("run", self.settings, player, self.memory, self.learner, NoRecorder())
         experiences = await self.erl.sample(step, tasks, await self.memory.snapshot("run"))
         self.metrics = self.erl.metrics(experiences) | await self.erl.learn(step, experiences)
         await self.erl.memorise(experiences)

@@ -1,0 +1,36 @@
+"""The `mulligan` command. One file per command; each adds itself to the table below."""
+
+from __future__ import annotations
+
+import typer
+
+from services.cli.demo import demo
+from services.cli.evaluate import evaluate
+from services.cli.experiences import experiences
+from services.cli.memory import memory
+from services.cli.runs import runs
+from services.cli.stop import resume, stop
+from services.cli.train import train
+from services.cli.up import up
+from services.cli.watch import watch
+
+app = typer.Typer(
+    name="mulligan",
+    help="Language agents that learn by experience: four gRPC services and the loop that trains on them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+for command in (demo, up, train, watch, runs, stop, resume, experiences):
+    app.command()(command)
+app.command("eval")(evaluate)
+app.add_typer(memory, name="memory")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""How commands reach services: addresses from flags or environment, and one line instead of a traceback."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from services.common.channel import Endpoint
+from services.common.errors import CallFailed, DomainError, ServiceUnavailable
+
+DEFAULT_ADDRESSES = {
+    "env": "127.0.0.1:50051",
+    "policy": "127.0.0.1:50052",
+    "memory": "127.0.0.1:50053",
+    "trainer": "127.0.0.1:50054",
+}
+OUTAGE_SECONDS = 5.0  # a person waits at the terminal
+
+TrainerAddress = Annotated[
+    str, typer.Option("--trainer", envvar="MULLIGAN_TRAINER_ADDRESS", help="Address of the trainer service.")
+]
+MemoryAddress = Annotated[
+    str, typer.Option("--memory", envvar="MULLIGAN_MEMORY_ADDRESS", help="Address of the memory service.")
+]
+T = TypeVar("T")
+
+
+def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
+    """The token, if any, is in MULLIGAN_TOKEN: a flag would show it in the process list."""
+    return Endpoint(address, token=os.environ.get("MULLIGAN_TOKEN"), outage_seconds=outage_seconds)
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Runs a command. What a service refuses is one line on stderr and exit status 1."""
+    try:
+        return asyncio.run(main)
+    except (DomainError, CallFailed, ServiceUnavailable) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,142 @@
+"""`mulligan demo`: the whole loop on this machine, from four processes to a chart."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from services.cli.connection import endpoint
+from services.cli.experiences import lines
+from services.cli.local import ROOT, LocalServices, ServiceFailed
+from services.cli.progress import show
+from services.cli.report import draw_chart, result_lines
+from services.cli.train import read_settings
+from services.common.errors import CallFailed, DomainError, ServiceUnavailable
+from services.trainer.client import RunClient, RunInfo
+from services.trainer.folder import RunState
+from services.trainer.settings import RunSettings
+
+RECIPES = ROOT / "recipes"
+OUTAGE_SECONDS = 120.0  # a service that died is started again within seconds
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="Gets everything that the demo writes.")] = Path("runs/demo"),
+    recipe: Annotated[Path, typer.Option(help="The run's settings.")] = RECIPES / "frozenlake-3x3.toml",
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE, over the recipe's; repeatable.")
+    ] = None,
+) -> None:
+    """Train the embedded model on FrozenLake by ERL: four services, one run, a chart. About ten minutes on two cores.
+
+    An interrupted demo goes on where it was.
+
+    Example: `mulligan demo --folder runs/rlvr --recipe recipes/frozenlake-3x3-rlvr.toml`
+    """
+    settings = read_settings(recipe, override or [])
+    try:
+        finished = asyncio.run(_demo(folder, settings))
+    except (ServiceFailed, DomainError, CallFailed, ServiceUnavailable) as error:
+        sys.exit(f"error: {error}")
+    if not finished:
+        sys.exit(130)
+
+
+async def _demo(folder: Path, settings: RunSettings) -> bool:
+    """Whether the run came to its end."""
+    console = Console()
+    interrupted = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, interrupted.set)
+    console.print("starting four services: env, policy, memory, trainer …")
+    async with LocalServices(folder) as services:
+        places = "  ".join(f"{name} {address}" for name, address in services.addresses.items())
+        console.print(f"healthy: {places}  (logs in {services.folder / 'logs'})", highlight=False)
+        client = RunClient(endpoint(services.addresses["trainer"], OUTAGE_SECONDS))
+        try:
+            run = await _begin(client, settings)
+            console.print(f"run {run.run_id} in {run.folder}", highlight=False)
+            ended = await _until_end_or_interrupt(client, run, services, interrupted, console)
+            if ended:
+                await _report(client, run, console)
+                return True
+            console.print("stopping after this step …")
+        finally:
+            await client.close()
+    console.print(f"stopped. The same command goes on where it was: mulligan demo --folder {folder}")
+    return False
+
+
+async def _begin(client: RunClient, settings: RunSettings) -> RunInfo:
+    """The newest run when it can go on with these settings, else a new one."""
+    runs = await client.runs()
+    if runs and runs[0].state is not RunState.COMPLETED and runs[0].settings == settings:
+        return await client.resume(runs[0].run_id)
+    if runs and runs[0].state is RunState.RUNNING:
+        await client.stop(runs[0].run_id)
+        async for _ in client.watch(runs[0].run_id):
+            pass
+    return await client.start(f"demo-{len(runs) + 1}", settings)
+
+
+async def _until_end_or_interrupt(
+    client: RunClient, run: RunInfo, services: LocalServices, interrupted: asyncio.Event, console: Console
+) -> bool:
+    """Shows progress. False when a signal came first. Raises ServiceFailed, or DomainError when the run failed."""
+    showing = asyncio.create_task(show(run, client.watch(run.run_id), console))
+    others = [asyncio.create_task(interrupted.wait()), asyncio.create_task(services.failed())]
+    try:
+        await asyncio.wait([showing, *others], return_when=asyncio.FIRST_COMPLETED)
+        if others[1].done():
+            await others[1]
+        if not showing.done():
+            return False
+        state = showing.result()
+        if state is None or state.state != RunState.COMPLETED:
+            raise ServiceFailed(
+                f"run {run.run_id} ended: {state.state if state else 'unknown'} {state and state.error}"
+            )
+        return True
+    finally:
+        for task in (showing, *others):
+            task.cancel()
+        await asyncio.gather(showing, *others, return_exceptions=True)
+
+
+async def _report(client: RunClient, run: RunInfo, console: Console) -> None:
+    summary: dict[str, Any] = json.loads((Path(run.folder) / "summary.json").read_text())
+    entries = [entry async for entry in client.watch(run.run_id)]
+    chart = Path(run.folder) / "chart.png"
+    recorded = _recorded_rlvr(summary)
+    await asyncio.to_thread(draw_chart, chart, entries, recorded)
+    found = await client.experiences(run.run_id, step=summary["steps"] // 2, limit=100)
+    told = next((experience for experience in found if experience.distilled is not None), None)
+    if told is not None:
+        console.print("\none experience, whole:")
+        console.print("\n".join(lines(told)), highlight=False, markup=False)
+    console.print()
+    for line in result_lines(summary, recorded):
+        console.print(line, highlight=False)
+    console.print(f"\nchart       {chart}\nsummary     {Path(run.folder) / 'summary.json'}", highlight=False)
+    console.print(
+        f"go on       mulligan experiences {run.folder} --step 0\n"
+        f"            mulligan up --folder {Path(run.folder).parents[1]}   then: mulligan runs, eval, memory list\n"
+        "            your own model: mulligan up --model FOLDER, mulligan train RECIPE --set model.source=FOLDER",
+        highlight=False,
+    )
+
+
+def _recorded_rlvr(summary: dict[str, Any]) -> dict[str, Any] | None:
+    """RLVR's figures on the same task, measured before; none beside RLVR itself."""
+    path = RECIPES / "frozenlake-3x3-rlvr.summary.json"
+    if summary["settings"]["algorithm"]["second_attempt"] == "none" or not path.exists():
+        return None
+    recorded: dict[str, Any] = json.loads(path.read_text())
+    return recorded

@@ -1,0 +1,182 @@
+"""The four services as processes on loopback, supervised: started, waited for, started again when they die, ended."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from services.cli.connection import DEFAULT_ADDRESSES
+
+ROOT = Path(__file__).resolve().parents[2]
+START_SECONDS = 120.0
+STOP_SECONDS = 40.0
+RESTARTS = 5  # of one service within a minute; more is a defect that restarting does not mend
+
+
+class ServiceFailed(Exception):
+    """A service process ended or did not become healthy; the message holds the end of its log."""
+
+
+@dataclass
+class _Process:
+    name: str
+    address: str
+    command: list[str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    started: list[float] = field(default_factory=list)
+
+    def start(self) -> None:
+        self.started.append(time.monotonic())
+        with self.log.open("ab") as log:
+            # A process group of its own: Ctrl-C in the terminal reaches this process alone, which ends the others.
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=_environment(),
+                start_new_session=True,
+            )
+
+    def log_end(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return "\n".join(lines[-15:])
+
+
+class LocalServices:
+    """`async with LocalServices(folder) as services:` all four are healthy inside.
+
+    `folder` gets runs, weights, checkpoints, the memory's database and the logs. `settings` are flags per service.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        model: str = "embedded",
+        addresses: Mapping[str, str] | None = None,
+        settings: Mapping[str, Sequence[str]] | None = None,
+    ):
+        self.folder = folder.resolve()
+        self.addresses = dict(addresses or {name: f"127.0.0.1:{port}" for name, port in free_ports().items()})
+        extra = settings or {}
+        runs = self.folder
+        address = self.addresses
+        flags = {
+            "env": [],
+            "policy": ["--model", model, "--weights-folder", str(runs / "weights")],
+            "memory": ["--database", str(runs / "memory.sqlite")],
+            "trainer": [
+                *("--runs-folder", str(runs / "runs"), "--checkpoint-folder", str(runs / "checkpoints")),
+                *("--weights-folder", str(runs / "weights")),
+                *("--env-address", address["env"], "--policy-address", address["policy"]),
+                *("--memory-address", address["memory"]),
+            ],
+        }
+        self._processes = {
+            name: self._process(name, [*flags[name], *extra.get(name, ())]) for name in DEFAULT_ADDRESSES
+        }
+        self._supervisor: asyncio.Task[None] | None = None
+
+    def _process(self, name: str, flags: list[str]) -> _Process:
+        host, _, port = self.addresses[name].rpartition(":")
+        command = [sys.executable, "-m", f"services.{name}", "--host", host, "--port", port, *flags]
+        return _Process(name, self.addresses[name], command, self.folder / "logs" / f"{name}.log")
+
+    async def __aenter__(self) -> LocalServices:
+        for folder in ("logs", "weights", "runs", "checkpoints"):
+            (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        for process in self._processes.values():
+            process.start()
+        try:
+            await asyncio.gather(*(self._wait_until_healthy(process) for process in self._processes.values()))
+        except BaseException:
+            await self._end()
+            raise
+        self._supervisor = asyncio.create_task(self._supervise())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end()
+
+    async def failed(self) -> None:
+        """Returns never; raises ServiceFailed when a service cannot be kept running."""
+        assert self._supervisor is not None
+        await asyncio.shield(self._supervisor)
+
+    async def _wait_until_healthy(self, process: _Process) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        async with grpc.aio.insecure_channel(process.address) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know only the synchronous one
+            while time.monotonic() < deadline:
+                if process.process is None or process.process.poll() is not None:
+                    raise ServiceFailed(f"{process.name} ended at start:\n{process.log_end()}")
+                try:
+                    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2)
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                except grpc.aio.AioRpcError:
+                    pass
+                await asyncio.sleep(0.1)
+        raise ServiceFailed(f"{process.name} was not healthy after {START_SECONDS:.0f} s:\n{process.log_end()}")
+
+    async def _supervise(self) -> None:
+        while True:
+            await asyncio.sleep(0.5)
+            for process in self._processes.values():
+                if process.process is not None and process.process.poll() is not None:
+                    recent = [start for start in process.started if start > time.monotonic() - 60]
+                    if len(recent) > RESTARTS:
+                        raise ServiceFailed(f"{process.name} keeps dying:\n{process.log_end()}")
+                    process.start()
+
+    async def _end(self) -> None:
+        """SIGTERM, trainer first, so that it finishes its step while the others still serve; SIGKILL at last."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+        for name in reversed(self._processes):
+            process = self._processes[name].process
+            if process is None or process.poll() is not None:
+                continue
+            process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.to_thread(process.wait, STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                await asyncio.to_thread(process.wait)
+
+
+def free_ports() -> dict[str, int]:
+    """A free port per service. All are held until each has one, so that they differ."""
+    sockets: dict[str, socket.socket] = {}
+    for name in DEFAULT_ADDRESSES:
+        sockets[name] = socket.socket()
+        sockets[name].bind(("127.0.0.1", 0))
+    ports = {name: held.getsockname()[1] for name, held in sockets.items()}
+    for held in sockets.values():
+        held.close()
+    return ports
+
+
+def _environment() -> dict[str, str]:
+    """The processes import what this one does, wherever it was started."""
+    roots = [str(ROOT), str(ROOT / "proto" / "gen")] if (ROOT / "proto" / "gen").is_dir() else []
+    path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path} if path else dict(os.environ)

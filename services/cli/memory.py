@@ -1,0 +1,83 @@
+"""`mulligan memory`: what the reflection memory holds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from services.cli.connection import DEFAULT_ADDRESSES, MemoryAddress, endpoint, run
+from services.common.types import StoredReflection
+from services.memory.client import MemoryClient
+
+memory = typer.Typer(help="Look into the reflection memory: `list`, `show`, `forget`.", no_args_is_help=True)
+ReflectionId = Annotated[str, typer.Argument(help="As `mulligan memory list` shows it.")]
+
+
+@memory.command("list")
+def list_reflections(
+    scope: Annotated[str, typer.Option(help="A run's id, by default; all scopes when left out.")] = "",
+    deleted: Annotated[bool, typer.Option("--deleted", help="Show forgotten ones, too.")] = False,
+    address: MemoryAddress = DEFAULT_ADDRESSES["memory"],
+) -> None:
+    """List reflections, oldest first.
+
+    Example: `mulligan memory list --scope demo-1`
+    """
+    table = Table("reflection", "scope", "version", "reward", "text", box=None)
+    for entry in run(_list(scope, deleted, address)):
+        gain = f"{entry.provenance.reward_before:g} → {entry.provenance.reward_after:g}"
+        text = " / ".join(entry.text.split("\n"))
+        forgotten = f" (forgotten in {entry.deleted_version})" if entry.deleted_version is not None else ""
+        table.add_row(entry.reflection_id, entry.scope, str(entry.version), gain, text[:80] + forgotten)
+    Console().print(table)
+
+
+@memory.command()
+def show(reflection_id: ReflectionId, address: MemoryAddress = DEFAULT_ADDRESSES["memory"]) -> None:
+    """Print one reflection with where it comes from.
+
+    Example: `mulligan memory show 8f14e45f`
+    """
+    entry = run(_show(reflection_id, address))
+    origin = entry.provenance
+    print(f"scope       {entry.scope}, version {entry.version}, {entry.created_at:%Y-%m-%d %H:%M:%S}")
+    print(f"experience  {origin.experience_id} ({origin.environment} {origin.task_id})")
+    print(f"written by  policy version {origin.policy_version} in run {origin.run_id}")
+    print(f"reward      {origin.reward_before:g} → {origin.reward_after:g}\n")
+    print(entry.text)
+
+
+@memory.command()
+def forget(reflection_id: ReflectionId, address: MemoryAddress = DEFAULT_ADDRESSES["memory"]) -> None:
+    """Forget a reflection: from now on it is not retrieved.
+
+    Example: `mulligan memory forget 8f14e45f`
+    """
+    print(f"forgotten from version {run(_forget(reflection_id, address))} on")
+
+
+async def _list(scope: str, deleted: bool, address: str) -> list[StoredReflection]:
+    client = MemoryClient(endpoint(address))
+    try:
+        return await client.list(scope, include_deleted=deleted)
+    finally:
+        await client.close()
+
+
+async def _show(reflection_id: str, address: str) -> StoredReflection:
+    client = MemoryClient(endpoint(address))
+    try:
+        return await client.get(reflection_id)
+    finally:
+        await client.close()
+
+
+async def _forget(reflection_id: str, address: str) -> int:
+    client = MemoryClient(endpoint(address))
+    try:
+        return await client.delete(reflection_id)
+    finally:
+        await client.close()

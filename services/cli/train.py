@@ -1,0 +1,76 @@
+"""`mulligan train`: starts a run from a recipe."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from services.cli.watch import watch_run
+from services.common.errors import DomainError
+from services.trainer.client import RunClient
+from services.trainer.settings import RunSettings
+from services.trainer.wire import validated
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="TOML file with the run's settings.")],
+    run_id: Annotated[str, typer.Option(help="Names the run; made from recipe and time when left out.")] = "",
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE, over the recipe's; repeatable.")
+    ] = None,
+    watch: Annotated[bool, typer.Option(help="Show progress until the run ends.")] = True,
+    trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
+) -> None:
+    """Start a training run.
+
+    Example: `mulligan train recipes/frozenlake-3x3.toml --set steps=20 --set algorithm.second_attempt=none`
+    """
+    settings = read_settings(recipe, override or [])
+    name = run_id or f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    run(_train(name, settings, watch, trainer))
+
+
+async def _train(run_id: str, settings: RunSettings, watch: bool, trainer: str) -> None:
+    client = RunClient(endpoint(trainer))
+    try:
+        await client.start(run_id, settings)
+    finally:
+        await client.close()
+    print(f"run {run_id}")
+    if watch:
+        await watch_run(run_id, trainer)
+
+
+def read_settings(recipe: Path, overrides: list[str]) -> RunSettings:
+    """Ends the program with one line that names what is wrong."""
+    try:
+        plain: dict[str, Any] = tomllib.loads(recipe.read_text())
+        for override in overrides:
+            _override(plain, override)
+        return validated(RunSettings, plain)
+    except (OSError, tomllib.TOMLDecodeError, ValueError, DomainError) as error:
+        sys.exit(f"error: {recipe}: {error}")
+
+
+def _override(plain: dict[str, Any], override: str) -> None:
+    """`a.b=VALUE`; VALUE is TOML, or a string when it is none."""
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise ValueError(f"--set {override}: expected NAME=VALUE")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = name.split(".")
+    table = plain
+    for part in path:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"--set {override}: {part} is no table")
+    table[last] = value

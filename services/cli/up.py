@@ -1,0 +1,57 @@
+"""`mulligan up`: the four services on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from services.cli.connection import DEFAULT_ADDRESSES
+from services.cli.local import LocalServices, ServiceFailed
+
+
+def up(
+    folder: Annotated[Path, typer.Option(help="Gets runs, weights, checkpoints, memory and logs.")] = Path(
+        "runs/local"
+    ),
+    model: Annotated[str, typer.Option(help="Hub id, folder, or `embedded`.")] = "embedded",
+) -> None:
+    """Start the four services on loopback and keep them running until Ctrl-C.
+
+    Unfinished runs go on by themselves.
+
+    Example: `mulligan up --model Qwen/Qwen3-4B-Instruct-2507`
+    """
+    try:
+        asyncio.run(_up(folder, model))
+    except ServiceFailed as error:
+        sys.exit(f"error: {error}")
+
+
+async def _up(folder: Path, model: str) -> None:
+    console = Console(stderr=True)
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    console.print("starting env, policy, memory and trainer …")
+    async with LocalServices(folder, model=model, addresses=DEFAULT_ADDRESSES) as services:
+        table = Table("service", "address", "log", box=None)
+        for name, address in services.addresses.items():
+            table.add_row(name, address, str(services.folder / "logs" / f"{name}.log"))
+        console.print(table)
+        console.print(
+            "ready: `mulligan train recipes/frozenlake-3x3.toml` in another terminal; Ctrl-C ends the services"
+        )
+        stopped = asyncio.create_task(stop.wait())
+        failed = asyncio.create_task(services.failed())
+        await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
+        if failed.done():
+            await failed
+        failed.cancel()
+        console.print("ending …")
