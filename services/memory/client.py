@@ -1,0 +1,119 @@
+"""The memory service as the trainer's `MemoryPort`, and what the command line asks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC
+
+from mulligan.memory.v1 import memory_service_pb2 as pb
+from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
+
+from services.common.channel import Connection, Endpoint
+from services.common.types import Provenance, RetrievalStrategy, StoredReflection
+
+_PAGE_SIZE = 1000
+_STRATEGIES = {
+    RetrievalStrategy.LATEST_SUCCESS: pb.RETRIEVAL_STRATEGY_LATEST_SUCCESS,
+    RetrievalStrategy.TOP_GAIN: pb.RETRIEVAL_STRATEGY_TOP_GAIN,
+}
+
+
+class MemoryClient:
+    """`timeout` bounds each call, in seconds."""
+
+    def __init__(self, endpoint: Endpoint, *, timeout: float = 30.0, on_outage: Callable[[str], None] | None = None):
+        self._connection = Connection(endpoint, on_outage)
+        self._stub = pb_grpc.MemoryServiceStub(self._connection.channel)
+        self._timeout = timeout
+
+    async def snapshot(self, scope: str) -> int:
+        """The scope's version; 0 while it has no writes."""
+        request = pb.GetSnapshotRequest(scope=scope)
+        response = await self._connection.call(self._stub.GetSnapshot, request, timeout=self._timeout)
+        return response.version
+
+    async def query(
+        self, scope: str, environment: str, strategy: RetrievalStrategy, limit: int, as_of_version: int | None = None
+    ) -> tuple[StoredReflection, ...]:
+        """At most `limit` (1 to 100) successful reflections, best first."""
+        request = pb.QueryReflectionsRequest(
+            scope=scope,
+            environment=environment,
+            strategy=_STRATEGIES[strategy],
+            limit=limit,
+            as_of_version=as_of_version,
+        )
+        response = await self._connection.call(self._stub.QueryReflections, request, timeout=self._timeout)
+        return tuple(_reflection(reflection) for reflection in response.reflections)
+
+    async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
+        """The reflection's id. Repeating a request id changes nothing."""
+        request = pb.AddReflectionRequest(
+            request_id=request_id, scope=scope, text=text, provenance=_provenance(provenance)
+        )
+        response = await self._connection.call(self._stub.AddReflection, request, timeout=self._timeout)
+        return response.reflection_id
+
+    async def get(self, reflection_id: str) -> StoredReflection:
+        request = pb.GetReflectionRequest(reflection_id=reflection_id)
+        response = await self._connection.call(self._stub.GetReflection, request, timeout=self._timeout)
+        return _reflection(response.reflection)
+
+    async def list(self, scope: str = "", limit: int = 0, *, include_deleted: bool = False) -> list[StoredReflection]:
+        """The first `limit` reflections, oldest first; 0 means all, an empty scope every scope."""
+        found: list[StoredReflection] = []
+        token = ""
+        while True:
+            size = min(_PAGE_SIZE, limit - len(found)) if limit else _PAGE_SIZE
+            request = pb.ListReflectionsRequest(
+                scope=scope, page_size=size, page_token=token, include_deleted=include_deleted
+            )
+            response = await self._connection.call(self._stub.ListReflections, request, timeout=self._timeout)
+            found += [_reflection(reflection) for reflection in response.reflections]
+            token = response.next_page_token
+            if not token or (limit and len(found) >= limit):
+                return found
+
+    async def delete(self, reflection_id: str) -> int:
+        """The scope's version from which it is forgotten."""
+        request = pb.DeleteReflectionRequest(reflection_id=reflection_id)
+        response = await self._connection.call(self._stub.DeleteReflection, request, timeout=self._timeout)
+        return response.version
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+def _provenance(provenance: Provenance) -> pb.Provenance:
+    return pb.Provenance(
+        run_id=provenance.run_id,
+        experience_id=provenance.experience_id,
+        environment=provenance.environment,
+        task_id=provenance.task_id,
+        policy_version=provenance.policy_version,
+        reward_before=provenance.reward_before,
+        reward_after=provenance.reward_after,
+        success=provenance.success,
+    )
+
+
+def _reflection(message: pb.StoredReflection) -> StoredReflection:
+    origin = message.provenance
+    return StoredReflection(
+        reflection_id=message.reflection_id,
+        scope=message.scope,
+        text=message.text,
+        provenance=Provenance(
+            run_id=origin.run_id,
+            experience_id=origin.experience_id,
+            environment=origin.environment,
+            task_id=origin.task_id,
+            policy_version=origin.policy_version,
+            reward_before=origin.reward_before,
+            reward_after=origin.reward_after,
+            success=origin.success,
+        ),
+        version=message.version,
+        created_at=message.created_at.ToDatetime(UTC),
+        deleted_version=message.deleted_version if message.HasField("deleted_version") else None,
+    )
