@@ -1,0 +1,241 @@
+"""The contract of the environment service itself: exactly-once steps, leases, capacity, and environments that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from uuid import uuid4
+
+import grpc
+import pytest
+from mulligan.env.v1 import env_service_pb2 as pb
+from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
+
+from services.common.channel import Endpoint
+from services.common.errors import DomainError, Reason
+from services.common.types import EpisodeStep, Outcome, Split
+from services.env.client import EnvClient, RemoteEpisode
+from tests.support.environments import MAX_STEPS, TASKS
+from tests.support.processes import ServiceFailed, ServiceProcess, Services
+
+AWKWARD = {"kind": "tests.support.environments", "hang_seconds": 2.0}
+TIMEOUT = 0.5
+BREAKING = [task for task in TASKS if task not in ("good", "sleeps") and not task.endswith("-at-start")]
+
+
+@pytest.fixture(scope="module")
+def server(shared_services: Services) -> ServiceProcess:
+    return shared_services.start("env", environments={"awkward": AWKWARD}, step_timeout_seconds=TIMEOUT)
+
+
+@pytest.fixture
+async def client(server: ServiceProcess) -> AsyncIterator[EnvClient]:
+    client = EnvClient(Endpoint(server.address))
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+async def stub(server: ServiceProcess) -> AsyncIterator[pb_grpc.EnvServiceStub]:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield pb_grpc.EnvServiceStub(channel)
+
+
+async def start(client: EnvClient, task_id: str = "good", episode_id: str = "") -> RemoteEpisode:
+    return await client.start("awkward", task_id, episode_id or str(uuid4()))
+
+
+async def test_a_repeated_start_returns_the_first_observation(client: EnvClient) -> None:
+    episode_id = str(uuid4())
+    episodes = await asyncio.gather(*(start(client, "good", episode_id) for _ in range(10)))
+    assert {episode.observation for episode in episodes} == {"begin"}
+    await episodes[0].step("a")
+    assert (await start(client, "good", episode_id)).observation == "begin"
+    with pytest.raises(DomainError) as caught:
+        await start(client, "raises", episode_id)
+    assert caught.value.reason is Reason.EPISODE_CONFLICT
+
+
+async def test_unknown_names_are_not_found(client: EnvClient) -> None:
+    with pytest.raises(DomainError, match="there are: awkward") as caught:
+        await client.start("chess", "good", "e")
+    assert caught.value.reason is Reason.UNKNOWN_ENVIRONMENT
+    with pytest.raises(DomainError) as caught:
+        await client.list_tasks("chess", Split.TRAIN, 1)
+    assert caught.value.reason is Reason.UNKNOWN_ENVIRONMENT
+    with pytest.raises(DomainError) as caught:
+        await client.describe("chess")
+    assert caught.value.reason is Reason.UNKNOWN_ENVIRONMENT
+    with pytest.raises(DomainError) as caught:
+        await client.step("never-started", 0, "a")
+    assert caught.value.reason is Reason.UNKNOWN_EPISODE
+    await client.end("never-started")
+
+
+async def test_a_repeated_step_is_played_once(client: EnvClient) -> None:
+    episode = await start(client)
+    answers = await asyncio.gather(*(client.step(episode.episode_id, 0, "a") for _ in range(10)))
+    assert answers == [EpisodeStep("1: a", "good", 0.25, False)] * 10
+    assert (await client.step(episode.episode_id, 1, "b")).observation == "2: b"
+    assert await client.step(episode.episode_id, 0, "a") == answers[0]
+
+
+async def test_steps_out_of_order_are_refused(client: EnvClient) -> None:
+    episode = await start(client)
+    await episode.step("a")
+    with pytest.raises(DomainError) as caught:
+        await client.step(episode.episode_id, 2, "c")
+    assert (caught.value.reason, caught.value.metadata) == (Reason.STEP_SKIPPED, {"next_step_index": "1"})
+    with pytest.raises(DomainError) as caught:
+        await client.step(episode.episode_id, 0, "another")
+    assert caught.value.reason is Reason.STEP_CONFLICT
+
+
+async def test_an_episode_that_is_over_stays_repeatable(client: EnvClient) -> None:
+    episode = await start(client)
+    steps = [await episode.step(f"{n}") for n in range(MAX_STEPS)]
+    assert (steps[-1].done, steps[-1].outcome, steps[-1].feedback) == (True, Outcome.COMPLETED, "over")
+    with pytest.raises(DomainError) as caught:
+        await episode.step("more")
+    assert caught.value.reason is Reason.EPISODE_FINISHED
+    assert [await client.step(episode.episode_id, n, f"{n}") for n in range(MAX_STEPS)] == steps
+    await episode.end()
+    with pytest.raises(DomainError) as caught:
+        await client.step(episode.episode_id, 0, "0")
+    assert caught.value.reason is Reason.UNKNOWN_EPISODE
+
+
+@pytest.mark.parametrize("task_id", BREAKING)
+async def test_a_broken_environment_breaks_one_episode(client: EnvClient, task_id: str) -> None:
+    episode, *others = [await start(client, task) for task in (task_id, "good", "good", "good")]
+    assert (await episode.step("well")).reward == 0.0
+    began = time.monotonic()
+    broken, *fine = await asyncio.gather(*(e.step("a") for e in (episode, *others)))
+    assert [step.observation for step in fine] == ["1: a"] * 3
+    outcome = Outcome.TIMEOUT if task_id == "hangs" else Outcome.ENV_ERROR
+    assert (broken.done, broken.outcome, broken.reward) == (True, outcome, None)
+    assert broken.error
+    assert time.monotonic() - began < AWKWARD["hang_seconds"]  # type: ignore[operator]
+    assert await client.step(episode.episode_id, 1, "a") == broken
+    with pytest.raises(DomainError) as caught:
+        await client.step(episode.episode_id, 2, "a")
+    assert caught.value.reason is Reason.EPISODE_FINISHED
+
+
+@pytest.mark.parametrize(
+    ("task_id", "words"), [("raises-at-start", "no ice today"), ("hangs-at-start", "not finished within 0.5 s")]
+)
+async def test_an_episode_that_cannot_start_says_so(client: EnvClient, task_id: str, words: str) -> None:
+    episode_id = str(uuid4())
+    with pytest.raises(DomainError, match=words) as caught:
+        await start(client, task_id, episode_id)
+    assert caught.value.reason is Reason.ENVIRONMENT_FAILED
+    assert (await start(client, "good", episode_id)).observation == "begin"
+
+
+async def test_a_slow_step_holds_up_no_other(client: EnvClient) -> None:
+    slow, fast = await start(client, "sleeps"), await start(client)
+    began = time.monotonic()
+    slow_step = asyncio.create_task(slow.step("a"))
+    await fast.step("a")
+    assert time.monotonic() - began < 0.2
+    assert (await slow_step).observation == "1: a"
+
+
+async def test_slow_steps_run_side_by_side(client: EnvClient) -> None:
+    episodes = await asyncio.gather(*(start(client, "sleeps") for _ in range(8)))
+    began = time.monotonic()
+    await asyncio.gather(*(episode.step("a") for episode in episodes))
+    assert time.monotonic() - began < 8 * 0.2 / 2
+
+
+async def test_a_batch_answers_item_by_item(client: EnvClient, stub: pb_grpc.EnvServiceStub) -> None:
+    good, slow = await start(client), await start(client, "sleeps")
+    request = pb.StepEpisodesRequest(
+        steps=[
+            pb.StepEpisodeRequest(episode_id="nobody", action="a"),
+            pb.StepEpisodeRequest(episode_id=good.episode_id, action="a"),
+            pb.StepEpisodeRequest(episode_id=slow.episode_id, action="a"),
+        ]
+    )
+    request.max_wait.FromMilliseconds(40)
+    items = (await stub.StepEpisodes(request)).items
+    assert [item.WhichOneof("result") for item in items] == ["error", "step", "pending"]
+    assert (items[0].error.code, items[0].error.reason) == (grpc.StatusCode.NOT_FOUND.value[0], "UNKNOWN_EPISODE")
+    request.ClearField("max_wait")
+    again = (await stub.StepEpisodes(request)).items
+    assert again[1] == items[1]
+    assert again[2].step.observation == "1: a"
+
+
+async def test_one_bad_item_spoils_no_other(client: EnvClient) -> None:
+    good = [await start(client) for _ in range(3)]
+    steps = [client.step(episode.episode_id, 0, "a") for episode in good]
+    bad = [client.step(good[0].episode_id, -1, "a"), client.step("", 0, "a"), client.step("nobody", 0, "a")]
+    answers = await asyncio.gather(*steps, *bad, return_exceptions=True)
+    assert [getattr(answer, "observation", None) for answer in answers[:3]] == ["1: a"] * 3
+    reasons = [answer.reason for answer in answers[3:] if isinstance(answer, DomainError)]
+    assert reasons == [Reason.INVALID_FIELD, Reason.INVALID_FIELD, Reason.UNKNOWN_EPISODE]
+
+
+async def test_a_malformed_batch_is_refused(client: EnvClient, stub: pb_grpc.EnvServiceStub) -> None:
+    step = pb.StepEpisodeRequest(episode_id="a", action="a")
+    for steps, field in (([], "steps"), ([step] * 2, "steps.episode_id"), ([step] * 1025, "steps")):
+        with pytest.raises(grpc.aio.AioRpcError, match=f'"{field}: expected') as caught:
+            await stub.StepEpisodes(pb.StepEpisodesRequest(steps=steps))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_restarted_server_knows_no_episode(services: Services) -> None:
+    server = services.start("env")
+    client = EnvClient(Endpoint(server.address))
+    episode = await client.start("frozenlake", "train/00000", "e")
+    await episode.step("hm")
+    server.kill()
+    waiting = asyncio.create_task(episode.step("hm"))
+    await asyncio.sleep(0.2)
+    server.restart()
+    with pytest.raises(DomainError) as caught:
+        await waiting
+    assert caught.value.reason is Reason.UNKNOWN_EPISODE
+    assert (await client.start("frozenlake", "train/00000", "e")).observation == episode.observation
+    await client.close()
+
+
+async def test_capacity_and_leases_are_visible(services: Services) -> None:
+    server = services.start("env", max_episodes=2, lease_seconds=1.0, environments={"awkward": AWKWARD})
+    impatient = EnvClient(Endpoint(server.address, outage_seconds=0.0))
+    patient = EnvClient(Endpoint(server.address))
+    first, second = await start(impatient), await start(impatient)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        request = pb.StartEpisodeRequest(episode_id="third", environment="awkward", task_id="good")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await pb_grpc.EnvServiceStub(channel).StartEpisode(request)
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await first.end()
+        assert (await pb_grpc.EnvServiceStub(channel).StartEpisode(request)).lease.seconds == 1
+    began = time.monotonic()
+    fourth = await start(patient)  # waits until the leases of the idle ones end
+    assert 0.5 < time.monotonic() - began < 10
+    with pytest.raises(DomainError) as caught:
+        await second.step("a")
+    assert caught.value.reason is Reason.EPISODE_EXPIRED
+    assert (await fourth.step("a")).observation == "1: a"
+    await impatient.close()
+    await patient.close()
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"kind": "frozenlake", "size_mni": 3}, "environments.x: size_mni: no such setting; there are: size_min"),
+        ({"kind": "frozenlake", "size_min": "three"}, "environments.x: size_min: Input should be a valid integer"),
+        ({"kind": "frozenlake", "max_steps": 0}, "environments.x: .*max_steps must be at least 1"),
+        ({"kind": "no_such_game"}, "environments.x.kind: 'no_such_game' is no environment"),
+        ({"size_min": 3}, "environments.x.kind: names the module"),
+    ],
+)
+def test_bad_environment_settings_stop_the_start(services: Services, table: dict[str, object], words: str) -> None:
+    with pytest.raises(ServiceFailed, match=rf"ended with status 2:\senv: bad settings\s.*{words}"):
+        services.start("env", environments={"x": table})

@@ -1,0 +1,112 @@
+"""The four services as processes, wired together, and a client for each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from services.common.channel import Endpoint
+from services.common.types import Experience
+from services.memory.client import MemoryClient
+from services.trainer.client import RunClient, RunInfo
+from services.trainer.folder import RunState
+from services.trainer.journal import journal_file, journaled_steps, read_experiences
+from services.trainer.settings import RunSettings
+from tests.support.processes import ServiceProcess, Services
+
+RUN_SECONDS = 240.0
+
+
+def small_run(**changes: Any) -> RunSettings:
+    """ERL on 3×3 FrozenLake with the embedded model, small enough for a test."""
+    plain: dict[str, Any] = {
+        "environment": "frozenlake-3x3",
+        "steps": 4,
+        "checkpoint_every": 2,
+        "algorithm": {"optimizer_steps": 2},
+        "rollout": {
+            "tasks_per_step": 4,
+            "rollouts_per_task": 2,
+            "max_tokens": 4,
+            "reflection_max_tokens": 32,
+            "outage_seconds": 60,
+        },
+        "loss": {"kl_coefficient": 0.0},
+        "optimizer": {"learning_rate": 5e-4},
+        "evaluation": {"every": 0, "tasks": 4, "samples": 1},
+    }
+    for name, value in changes.items():
+        plain[name] = plain[name] | value if isinstance(value, dict) else value
+    return RunSettings.model_validate(plain)
+
+
+@dataclass
+class Loop:
+    folder: Path
+    env: ServiceProcess
+    policy: ServiceProcess
+    memory: ServiceProcess
+    trainer: ServiceProcess
+
+    @classmethod
+    def start(cls, services: Services, folder: Path, *, deterministic: bool = False, model: str = "embedded") -> Loop:
+        weights = folder / "weights"
+        weights.mkdir(parents=True, exist_ok=True)
+        env = services.start("env")
+        policy = services.start("policy", model=model, weights_folder=weights, deterministic=deterministic, threads=1)
+        memory = services.start("memory", database=folder / "memory.sqlite")
+        trainer = services.start(
+            "trainer",
+            runs_folder=folder / "runs",
+            checkpoint_folder=folder / "checkpoints",
+            weights_folder=weights,
+            env_address=env.address,
+            policy_address=policy.address,
+            memory_address=memory.address,
+            outage_seconds=60,
+            threads=1,
+        )
+        return cls(folder, env, policy, memory, trainer)
+
+    def client(self) -> RunClient:
+        return RunClient(Endpoint(self.trainer.address, outage_seconds=60))
+
+    async def train(self, run_id: str, settings: RunSettings) -> RunInfo:
+        client = self.client()
+        try:
+            await client.start(run_id, settings)
+            return await self.ended(client, run_id)
+        finally:
+            await client.close()
+
+    async def ended(self, client: RunClient, run_id: str) -> RunInfo:
+        async with asyncio.timeout(RUN_SECONDS):
+            async for _ in client.watch(run_id):
+                pass
+        info = await client.get(run_id)
+        assert info.state is RunState.COMPLETED, f"{info.state}: {info.error}\n{self.trainer.log[-4000:]}"
+        return info
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(RUN_SECONDS):
+            while not condition():  # noqa: ASYNC110 - the condition is on another process's disk
+                await asyncio.sleep(0.02)
+
+    def journaled(self, run_id: str) -> int:
+        """Bytes in the journal so far."""
+        return sum(path.stat().st_size for path in (self.folder / "runs" / run_id / "journal").glob("*"))
+
+    def experiences(self, run_id: str) -> list[Experience]:
+        journal = self.folder / "runs" / run_id / "journal"
+        return [chain for step in journaled_steps(journal) for chain in read_experiences(journal_file(journal, step))]
+
+    async def memorised(self, run_id: str) -> list[str]:
+        """Experience ids of the scope's reflections, in the order in which they were stored."""
+        client = MemoryClient(Endpoint(self.memory.address, outage_seconds=60))
+        try:
+            return [entry.provenance.experience_id for entry in await client.list(run_id)]
+        finally:
+            await client.close()
