@@ -1,0 +1,174 @@
+"""From data to tensors: checks of what a caller sent, and micro-batches of bounded size with little padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.common.errors import DomainError, invalid_field
+from services.trainer.data import Datum, PolicyGradient
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a model can take: token ids below `vocabulary_size`, sequences of at most `context_length` tokens."""
+
+    vocabulary_size: int
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Sequences of one kind of objective that run together. _B sequences, _T tokens padded on the right, _N trained
+    tokens, sequence by sequence.
+
+    No attention mask is needed: a causal model's real tokens never see the padding behind them, and no padding is
+    trained. Inputs end before the last trained token, which is only predicted.
+    """
+
+    rows: tuple[int, ...]  # index of each sequence in the caller's data
+    counts: tuple[int, ...]  # trained tokens of each sequence
+    input_ids_BT: Tensor
+    positions_N: Tensor  # in the flattened _BT: where each trained token is predicted
+    targets_N: Tensor
+    temperatures_N: Tensor
+    weights_N: Tensor
+    branches_N: Tensor  # index into the branches of the call
+    signal_N: Tensor  # advantage, or target weight of a distilled datum
+    rollout_log_probs_N: Tensor | None  # None: distilled
+    old_log_probs_N: Tensor | None  # NaN where the present weights are the old policy
+
+
+def check(data: Sequence[Datum], limits: Limits) -> None:
+    """Raises DomainError INVALID_FIELD that names the first bad datum and field. Nothing is computed before."""
+    objectives: dict[str, type] = {}
+    for index, datum in enumerate(data):
+        _check_tokens(index, datum, limits)
+        _check_numbers(index, datum)
+        kind = type(datum.objective)
+        if objectives.setdefault(datum.branch, kind) is not kind:
+            raise _invalid(index, datum, "branch", "one kind of objective in each branch", repr(datum.branch))
+
+
+def _check_tokens(index: int, datum: Datum, limits: Limits) -> None:
+    tokens, mask = datum.token_ids, datum.loss_mask
+    if not 2 <= len(tokens) <= limits.context_length:
+        raise _invalid(index, datum, "token_ids", f"2 to {limits.context_length} tokens", str(len(tokens)))
+    if min(tokens) < 0 or max(tokens) >= limits.vocabulary_size:
+        place = next(i for i, token in enumerate(tokens) if not 0 <= token < limits.vocabulary_size)
+        expected = f"a token id from 0 to {limits.vocabulary_size - 1}"
+        raise _invalid(index, datum, f"token_ids[{place}]", expected, str(tokens[place]))
+    if len(mask) != len(tokens):
+        raise _invalid(index, datum, "loss_mask", f"one value per token, {len(tokens)}", str(len(mask)))
+    if mask[0]:
+        raise _invalid(index, datum, "loss_mask[0]", "false: nothing predicts the first token", "true")
+    if not any(mask):
+        raise _invalid(index, datum, "loss_mask", "at least one trained token", "none")
+
+
+def _check_numbers(index: int, datum: Datum) -> None:
+    if not (math.isfinite(datum.temperature) and datum.temperature > 0):
+        raise _invalid(index, datum, "temperature", "a finite number above 0", str(datum.temperature))
+    if not math.isfinite(datum.weight):
+        raise _invalid(index, datum, "weight", "a finite number", str(datum.weight))
+    objective = datum.objective
+    if not isinstance(objective, PolicyGradient):
+        if not math.isfinite(objective.target_weight):
+            raise _invalid(index, datum, "distillation.target_weight", "a finite number", str(objective.target_weight))
+        return
+    if not math.isfinite(objective.advantage):
+        raise _invalid(index, datum, "policy_gradient.advantage", "a finite number", str(objective.advantage))
+    trained = sum(datum.loss_mask)
+    for name, values, optional in (
+        ("rollout_log_probs", objective.rollout_log_probs, False),
+        ("old_log_probs", objective.old_log_probs, True),
+    ):
+        if len(values) != trained and (values or not optional):
+            expected = f"one value per trained token, {trained}"
+            raise _invalid(index, datum, f"policy_gradient.{name}", expected, str(len(values)))
+        if not all(map(math.isfinite, values)):
+            raise _invalid(index, datum, f"policy_gradient.{name}", "finite numbers", "a non-finite one")
+
+
+def _invalid(index: int, datum: Datum, field: str, expected: str, got: str) -> DomainError:
+    return invalid_field(f"data[{index}].{field}", f"{expected}; got {got} (datum_id {datum.datum_id[:100]!r})")
+
+
+def length(datum: Datum) -> int:
+    """Tokens that go into the model: those before the last trained one."""
+    return len(datum.loss_mask) - 1 - datum.loss_mask[::-1].index(True)
+
+
+def pack(data: Sequence[Datum], rows: Sequence[int], tokens: int) -> list[list[int]]:
+    """Splits `rows` into groups of neighbours in length with at most `tokens` padded tokens each, the longest first.
+
+    A datum that is longer than `tokens` gets a group of its own.
+    """
+    groups: list[list[int]] = []
+    widest = 0
+    for row in sorted(rows, key=lambda row: (-length(data[row]), row)):
+        if not groups or (len(groups[-1]) + 1) * widest > tokens:
+            groups.append([])
+            widest = length(data[row])
+        groups[-1].append(row)
+    return groups
+
+
+def microbatch(data: Sequence[Datum], rows: Sequence[int], branches: Sequence[str], device: torch.device) -> Microbatch:
+    """Tensors of the data in `rows`, whose objectives are of one kind."""
+    width = max(length(data[row]) for row in rows)
+    inputs: list[list[int]] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    counts: list[int] = []
+    for place, row in enumerate(rows):
+        datum, size = data[row], length(data[row])
+        inputs.append([*datum.token_ids[:size], *([0] * (width - size))])
+        trained = [index for index, is_trained in enumerate(datum.loss_mask) if is_trained]
+        positions += [place * width + index - 1 for index in trained]
+        targets += [datum.token_ids[index] for index in trained]
+        counts.append(len(trained))
+    repeats = torch.tensor(counts, device=device)
+
+    def per_token(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device).repeat_interleave(repeats)
+
+    def floats(values: Sequence[float] | None) -> Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=torch.float32, device=device)
+
+    chosen = [data[row] for row in rows]
+    rollout, old = _log_probs(chosen, counts)
+    return Microbatch(
+        rows=tuple(rows),
+        counts=tuple(counts),
+        input_ids_BT=torch.tensor(inputs, device=device),
+        positions_N=torch.tensor(positions, device=device),
+        targets_N=torch.tensor(targets, device=device),
+        temperatures_N=per_token([datum.temperature for datum in chosen]),
+        weights_N=per_token([datum.weight for datum in chosen]),
+        branches_N=per_token([branches.index(datum.branch) for datum in chosen], torch.int64),
+        signal_N=per_token([signal(datum) for datum in chosen]),
+        rollout_log_probs_N=floats(rollout),
+        old_log_probs_N=floats(old),
+    )
+
+
+def signal(datum: Datum) -> float:
+    """What a datum's loss is proportional to, besides its weight."""
+    objective = datum.objective
+    return objective.advantage if isinstance(objective, PolicyGradient) else objective.target_weight
+
+
+def _log_probs(data: Sequence[Datum], counts: Sequence[int]) -> tuple[list[float] | None, list[float] | None]:
+    rollout: list[float] = []
+    old: list[float] = []
+    for datum, count in zip(data, counts, strict=True):
+        if not isinstance(datum.objective, PolicyGradient):
+            return None, None
+        rollout += datum.objective.rollout_log_probs
+        old += datum.objective.old_log_probs or [math.nan] * count
+    return rollout, old

@@ -1,0 +1,240 @@
+"""The learner: accumulates gradients over micro-batches, takes optimizer steps, saves, loads and publishes.
+
+Synchronous and not thread-safe: one worker thread runs it. The loss of a call is Σ_data weight · Σ_trained-tokens loss,
+with no normalisation of its own, so it does not depend on how the data are split into calls and micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from services.common.types import PublishedWeights, WeightsKind
+from services.trainer.data import Datum, PolicyGradient
+from services.trainer.learner import losses, storage
+from services.trainer.learner.batching import Microbatch, check, microbatch, pack, signal
+from services.trainer.learner.metrics import Tally
+from services.trainer.learner.model import PolicyModel, arithmetic
+from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from services.trainer.settings import LossSettings
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    uri: str
+    sha256: str
+
+
+class Learner:
+    """`learner_id` names its folder of checkpoints and its published files.
+
+    Raises DomainError INVALID_FIELD and MODEL_NOT_FOUND. An exception that is no DomainError, from any method, leaves
+    gradients or weights undefined: the learner is to be thrown away.
+    """
+
+    def __init__(self, learner_id: str, spec: LearnerSpec, server: LearnerServerSettings):
+        self.learner_id = storage.check_name("learner_id", learner_id)
+        self.spec = spec
+        self.server = server
+        self.optimizer_steps = 0
+        self._device = torch.device(server.device)
+        if spec.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        with self._arithmetic():
+            self.model = PolicyModel(spec.model, self._device, spec.seed)
+        self._parameters = list(self.model.trainable.values())
+        self.fingerprint: str = self.model.fingerprint
+        self.parameter_count: int = self.model.parameter_count
+        self.trainable_parameter_count: int = sum(parameter.numel() for parameter in self._parameters)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=spec.optimizer.learning_rate,
+            betas=(spec.optimizer.beta1, spec.optimizer.beta2),
+            weight_decay=spec.optimizer.weight_decay,
+            fused=True,
+        )
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return arithmetic(deterministic=self.spec.deterministic, threads=self.server.threads)
+
+    def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
+        """Log-probabilities of each datum's trained tokens under the present weights."""
+        check(data, self.model.limits)
+        results: list[tuple[float, ...]] = [()] * len(data)
+        branches = sorted({datum.branch for datum in data})
+        with self._arithmetic(), torch.no_grad():
+            for rows in _kinds(data).values():
+                for group in pack(data, rows, self.server.microbatch_tokens):
+                    batch = microbatch(data, group, branches, self._device)
+                    log_probs_N, _ = self.model.token_log_probs(batch)
+                    for row, part in zip(batch.rows, log_probs_N.split(list(batch.counts)), strict=True):
+                        results[row] = tuple(part.tolist())
+        return results
+
+    def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
+        """Adds the gradient of the loss over `data`; returns metrics of the call.
+
+        Data that cannot move the weights (weight or advantage 0, and no KL or entropy term) are run forward only, for
+        their metrics.
+        """
+        check(data, self.model.limits)
+        tally = Tally(sorted({datum.branch for datum in data}), self._device)
+        with self._arithmetic():
+            for kind, rows in _kinds(data).items():
+                regularized = kind is PolicyGradient and (loss.kl_coefficient > 0 or loss.entropy_coefficient > 0)
+                moving = [row for row in rows if data[row].weight and (regularized or signal(data[row]))]
+                still = sorted(set(rows) - set(moving))
+                for chosen, gradient in ((moving, True), (still, False)):
+                    for group in pack(data, chosen, self.server.microbatch_tokens):
+                        batch = microbatch(data, group, tally.branches, self._device)
+                        with torch.set_grad_enabled(gradient):
+                            total = self._loss(batch, loss, tally)
+                        if gradient:
+                            total.backward()
+        return tally.metrics()
+
+    def _loss(self, batch: Microbatch, loss: LossSettings, tally: Tally) -> Tensor:
+        log_probs_N, entropy_N = self.model.token_log_probs(batch, entropy_gradient=loss.entropy_coefficient > 0)
+        present_N = log_probs_N.detach()
+        if batch.rollout_log_probs_N is None or batch.old_log_probs_N is None:
+            loss_N = losses.distillation(log_probs_N, batch.signal_N)
+            columns = {"log_prob": present_N, "entropy": entropy_N}
+        else:
+            old_N = torch.where(batch.old_log_probs_N.isnan(), present_N, batch.old_log_probs_N)
+            loss_N, clipped_N = losses.clipped_policy_gradient(
+                log_probs_N,
+                old_N,
+                batch.signal_N,
+                clip_low=loss.clip_low,
+                clip_high=loss.clip_high,
+                dual_clip=loss.dual_clip,
+            )
+            rollout_N = batch.rollout_log_probs_N
+            weights_N = losses.mismatch_weights(old_N, rollout_N, loss.mismatch_correction, loss.mismatch_limit)
+            loss_N = weights_N * loss_N - loss.entropy_coefficient * entropy_N
+            columns = {
+                "log_prob": present_N,
+                "entropy": entropy_N,
+                "clip_fraction": clipped_N,
+                "mismatch_kl": losses.kl_estimate(rollout_N, old_N),
+            }
+            if loss.kl_coefficient > 0:
+                kl_N = losses.kl_estimate(log_probs_N, self.model.reference_log_probs(batch))
+                loss_N = loss_N + loss.kl_coefficient * kl_N
+                columns["kl"] = kl_N
+        weighted_N = batch.weights_N * loss_N
+        tally.add(batch.branches_N, {"loss": weighted_N, **columns})
+        return weighted_N.sum()
+
+    def optim_step(self) -> dict[str, float]:
+        """Clips the accumulated gradient to the global norm, steps, clears it. `grad_norm` is the norm before.
+
+        A gradient that is not finite, or absent, leaves weights and optimizer as they are; `skipped` is 1 then.
+        """
+        settings = self.spec.optimizer
+        with self._arithmetic():
+            gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+            norm_tensor = torch.nn.utils.get_total_norm(gradients)
+            norm = float(norm_tensor)
+            skipped = not gradients or not math.isfinite(norm)
+            if not skipped:
+                torch.nn.utils.clip_grads_with_norm_(self._parameters, settings.max_grad_norm, norm_tensor)
+                self._optimizer.step()
+                self.optimizer_steps += 1
+            self._optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "learning_rate": settings.learning_rate, "skipped": float(skipped)}
+
+    def save_checkpoint(self, name: str, next_sequence: int = 1) -> SavedCheckpoint:
+        """Writes weights, optimizer and random generator, whole or not at all; not accumulated gradients."""
+        folder = self._checkpoints / storage.check_name("name", name)
+        optimizer = {
+            f"{name}/{slot}": value.detach().cpu()
+            for name, parameter in self.model.trainable.items()
+            for slot, value in self._optimizer.state.get(parameter, {}).items()
+        }
+        parts = {"weights": self._weights(), "optimizer": optimizer, "random": _random_state(self._device)}
+        state = storage.CheckpointState(self.fingerprint, next_sequence, self.optimizer_steps)
+        sha256 = storage.save_checkpoint(folder, parts, state)
+        if self.spec.keep_checkpoints:
+            # The caller may not have noted the newest yet: the one before it stays, too.
+            storage.keep_checkpoints(self._checkpoints, max(2, self.spec.keep_checkpoints))
+        return SavedCheckpoint(folder.resolve().as_uri(), sha256)
+
+    def load_checkpoint(self, name: str) -> storage.CheckpointState:
+        """Restores what was saved and clears accumulated gradients; on an error nothing has changed.
+
+        Raises DomainError CHECKPOINT_NOT_FOUND, or CHECKPOINT_MISMATCH: damaged, or of another model.
+        """
+        parts, state = storage.load_checkpoint(self._checkpoints / storage.check_name("name", name))
+        self._check_checkpoint(name, parts, state)
+        with torch.no_grad():
+            for key, parameter in self.model.trainable.items():
+                parameter.copy_(parts["weights"][key])
+        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.state.clear()
+        for key, value in parts["optimizer"].items():
+            owner, slot = key.rsplit("/", 1)
+            self._optimizer.state[self.model.trainable[owner]][slot] = value.to(self._device)
+        torch.set_rng_state(parts["random"]["cpu"])
+        if "cuda" in parts["random"] and self._device.type == "cuda":
+            torch.cuda.set_rng_state(parts["random"]["cuda"], self._device)
+        self.optimizer_steps = state.optimizer_steps
+        return state
+
+    def _check_checkpoint(self, name: str, parts: dict[str, dict[str, Tensor]], state: storage.CheckpointState) -> None:
+        if state.fingerprint != self.fingerprint:
+            raise storage.damaged(name, "it belongs to another model")
+        if {"weights", "optimizer", "random"} - set(parts) or "cpu" not in parts["random"]:
+            raise storage.damaged(name, "parts are missing")
+        expected = {key: parameter.shape for key, parameter in self.model.trainable.items()}
+        if {key: tensor.shape for key, tensor in parts["weights"].items()} != expected:
+            raise storage.damaged(name, "other parameters were trained (full or LoRA, rank, target modules)")
+        if {key.rsplit("/", 1)[0] for key in parts["optimizer"]} - set(expected):
+            raise storage.damaged(name, "the optimizer's state is of other parameters")
+
+    def publish_weights(self, policy_version: int) -> PublishedWeights:
+        """Writes the weights (all, or the LoRA adapter) where the policy service can read them; keeps the last few.
+
+        Repeating it under unchanged weights gives the same file.
+        """
+        stem = f"{self.learner_id}-v{policy_version:06d}"
+        folder = self.server.weights_folder
+        if self.model.adapter is None:
+            kind, path = WeightsKind.FULL, folder / f"{stem}.safetensors"
+            sha256 = storage.publish_file(self.model.full_weights(), path)
+        else:
+            kind, path = WeightsKind.LORA, folder / stem
+            sha256 = storage.publish_folder(
+                self.model.save_adapter, path, ("adapter_config.json", "adapter_model.safetensors")
+            )
+        storage.keep_published(folder, self.learner_id, self.server.keep_weights)
+        return PublishedWeights(policy_version, kind, path.resolve().as_uri(), sha256, self.fingerprint)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.server.checkpoint_folder / self.learner_id
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().cpu().contiguous() for name, parameter in self.model.trainable.items()}
+
+
+def _kinds(data: Sequence[Datum]) -> dict[type, list[int]]:
+    """Rows by kind of objective, in order of first appearance."""
+    kinds: dict[type, list[int]] = {}
+    for row, datum in enumerate(data):
+        kinds.setdefault(type(datum.objective), []).append(row)
+    return kinds
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state

@@ -1,0 +1,64 @@
+"""A learner in this process, behind the port that the algorithm is written against."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Self, TypeVar
+
+from services.common.types import PublishedWeights
+from services.trainer.data import Datum
+from services.trainer.learner.learner import Learner
+from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from services.trainer.settings import LossSettings
+
+R = TypeVar("R")
+
+
+class LocalLearner:
+    """LearnerPort. One worker thread runs the learner, so that nothing blocks the event loop."""
+
+    def __init__(self, learner_id: str, spec: LearnerSpec, server: LearnerServerSettings):
+        self._make: Callable[[], Learner] = partial(Learner, learner_id, spec, server)
+        self._learner: Learner | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
+
+    @classmethod
+    async def create(cls, learner_id: str, spec: LearnerSpec, server: LearnerServerSettings) -> Self:
+        """Loads the model. Raises DomainError INVALID_FIELD or MODEL_NOT_FOUND."""
+        local = cls(learner_id, spec, server)
+        await local._run(lambda learner: None)
+        return local
+
+    async def _run(self, work: Callable[[Learner], R]) -> R:
+        def on_thread() -> R:
+            if self._learner is None:
+                self._learner = self._make()
+            return work(self._learner)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, on_thread)
+
+    async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
+        return await self._run(lambda learner: learner.forward(data))
+
+    async def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
+        return await self._run(lambda learner: learner.forward_backward(data, loss))
+
+    async def optim_step(self) -> dict[str, float]:
+        return await self._run(lambda learner: learner.optim_step())
+
+    async def save_checkpoint(self, name: str) -> None:
+        await self._run(lambda learner: learner.save_checkpoint(name))
+
+    async def load_checkpoint(self, name: str) -> None:
+        await self._run(lambda learner: learner.load_checkpoint(name))
+
+    async def publish_weights(self, policy_version: int) -> PublishedWeights:
+        return await self._run(lambda learner: learner.publish_weights(policy_version))
+
+    async def close(self) -> None:
+        """Waits for what is running, and frees the model."""
+        self._learner = None
+        await asyncio.to_thread(self._thread.shutdown)

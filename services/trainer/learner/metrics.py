@@ -1,0 +1,72 @@
+"""Metrics of training: summed on the device while micro-batches run, read once at the end.
+
+A metric is `loss` (a sum: the loss that was differentiated), `tokens` (a count) or a mean per trained token. Each is
+reported per branch as BRANCH/NAME and over all branches that have it as NAME.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_SUMS = ("loss", "tokens")
+
+
+class Tally:
+    """Sums and counts per branch of what micro-batches add."""
+
+    def __init__(self, branches: Sequence[str], device: torch.device):
+        self.branches = list(branches)
+        self._device = device
+        self._sums: dict[str, Tensor] = {}  # each of one value per branch
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, branches_N: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Adds one value per token and column; `branches_N` holds indices into `branches`."""
+        ones_N = torch.ones_like(branches_N, dtype=torch.float64)
+        for name, values_N in {"tokens": ones_N, **columns}.items():
+            if name not in self._sums:
+                zeros = torch.zeros(len(self.branches), dtype=torch.float64, device=self._device)
+                self._sums[name], self._counts[name] = zeros, zeros.clone()
+            self._sums[name].index_add_(0, branches_N, values_N.detach().double())
+            self._counts[name].index_add_(0, branches_N, ones_N)
+
+    def metrics(self) -> dict[str, float]:
+        branches: dict[str, dict[str, float]] = {branch: {} for branch in self.branches}
+        for name, sums in self._sums.items():
+            counts = self._counts[name].tolist()
+            for branch, total, count in zip(self.branches, sums.tolist(), counts, strict=True):
+                if count:
+                    branches[branch][name] = total if name in _SUMS else total / count
+        return _flatten(branches)
+
+
+def merge(calls: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of several calls as if they had been one."""
+    branches: dict[str, dict[str, float]] = {}
+    for metrics in calls:
+        for key, value in metrics.items():
+            branch, slash, name = key.rpartition("/")
+            if slash:
+                factor = 1.0 if name in _SUMS else metrics[f"{branch}/tokens"]
+                sums = branches.setdefault(branch, {})
+                sums[name] = sums.get(name, 0.0) + value * factor
+    for values in branches.values():
+        for name in values:
+            if name not in _SUMS:
+                values[name] /= values["tokens"]
+    return _flatten(branches)
+
+
+def _flatten(branches: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    flat = {f"{branch}/{name}": value for branch, values in branches.items() for name, value in values.items()}
+    for name in sorted({name for values in branches.values() for name in values}):
+        having = [values for values in branches.values() if name in values]
+        if name in _SUMS:
+            flat[name] = sum(values[name] for values in having)
+        else:
+            tokens = sum(values["tokens"] for values in having)
+            flat[name] = sum(values[name] * values["tokens"] for values in having) / tokens
+    return flat

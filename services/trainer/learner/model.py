@@ -1,0 +1,191 @@
+"""The model that is trained: loading, LoRA, and log-probabilities of chosen tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from models import EMBEDDED
+from services.common.errors import DomainError, Reason, invalid_field
+from services.common.fingerprint import model_fingerprint
+from services.trainer.learner.batching import Limits, Microbatch
+from services.trainer.settings import LoraSettings, ModelSettings
+
+# Logits are computed for so many (token, vocabulary entry) pairs at a time: 64 Mi float32 values are 256 MiB. With a
+# vocabulary of 152 thousand this is 441 tokens; backward computes them again, piece by piece.
+LOGITS_AT_ONCE = 2**26
+
+
+class PolicyModel:
+    """A causal language model in training, on one device.
+
+    The module stays in evaluation mode: without dropout, `Forward` and `ForwardBackward` give the same probabilities.
+    Trained parameters are float32 whatever the dtype, which is that of the arithmetic (autocast) and of published
+    weights: updates with a small learning rate vanish in bfloat16. What LoRA does not train is kept in the dtype.
+    """
+
+    def __init__(self, settings: ModelSettings, device: torch.device, seed: int):
+        if settings.dtype == "float16":
+            raise invalid_field("model.dtype", "float32 or bfloat16: gradients underflow in float16")
+        self.settings = settings
+        self.device = device
+        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._reference: Any = None
+        base, tokenizer = _load(settings.source, torch.float32 if settings.lora is None else self.dtype)
+        self.fingerprint = model_fingerprint(base, tokenizer)
+        self.limits = Limits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
+        self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
+        _check_head(base)
+        self.base = base.to(device).eval()
+        self.adapter = None if settings.lora is None else _attach(self.base, settings.lora, seed).eval()
+        self.trainable: dict[str, torch.nn.Parameter] = {
+            name: parameter for name, parameter in self._module().named_parameters() if parameter.requires_grad
+        }
+
+    def _module(self) -> Any:
+        return self.base if self.adapter is None else self.adapter
+
+    def token_log_probs(self, batch: Microbatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the trained tokens and entropies of the distributions they are drawn from, both _N.
+
+        Of softmax(logits / temperature). The entropy has a gradient only when asked for: it costs memory.
+        """
+        return self._run(self.base, batch, entropy_gradient)
+
+    def reference_log_probs(self, batch: Microbatch) -> Tensor:
+        """The same under the initial weights, without gradient: the adapter switched off, or a second, frozen model.
+
+        That model is loaded again from its source at first use, so that it is the initial one after a checkpoint, too.
+        """
+        with torch.no_grad():
+            if self.adapter is not None:
+                with self.adapter.disable_adapter():
+                    return self._run(self.base, batch, False)[0]
+            if self._reference is None:
+                reference, _ = _load(self.settings.source, self.dtype)
+                self._reference = reference.to(self.device).eval().requires_grad_(False)
+            return self._run(self._reference, batch, False)[0]
+
+    def _run(self, model: Any, batch: Microbatch, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            hidden_BTH = model.base_model(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
+            hidden_NH = hidden_BTH.flatten(0, 1)[batch.positions_N]
+            return _score(model, hidden_NH, batch.targets_N, batch.temperatures_N, entropy_gradient)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Every weight by its name in `state_dict()`, tied ones once, in the model's dtype, on the CPU."""
+        weights: dict[str, Tensor] = {}
+        seen: set[tuple[int, tuple[int, ...]]] = set()
+        for name, tensor in self.base.state_dict().items():
+            identity = (tensor.data_ptr(), tuple(tensor.shape))
+            if identity not in seen:
+                seen.add(identity)
+                dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+                weights[name] = tensor.detach().to("cpu", dtype).contiguous()
+        return weights
+
+    def save_adapter(self, folder: Path) -> None:
+        """Writes adapter_config.json and adapter_model.safetensors, as peft and inference engines read them."""
+        assert self.adapter is not None
+        self.adapter.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer. Raises DomainError MODEL_NOT_FOUND when there is none, or weights are missing."""
+    path = str(EMBEDDED) if source == "embedded" else source
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        model, info = loaded
+        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+    except Exception as error:  # noqa: BLE001 - a loader fails in many ways, which mean the same to callers
+        raise DomainError(Reason.MODEL_NOT_FOUND, f"{source}: {error}"[:1000], source=source) from error
+    missing = sorted(info["missing_keys"])
+    if missing:  # from_pretrained fills them with random numbers
+        raise DomainError(Reason.MODEL_NOT_FOUND, f"{source}: weights are missing: {missing[:5]}", source=source)
+    return model, tokenizer
+
+
+def _context_length(config: Any) -> int:
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def _attach(base: Any, settings: LoraSettings, seed: int) -> PeftModel:
+    """LoRA on `base` (changed in place). The adapter's random start depends on the seed alone."""
+    alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft types it as int and divides it by the rank
+        target_modules=list(settings.target_modules) or "all-linear",
+        lora_dropout=0.0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(base, config)
+        except ValueError as error:  # a name that no layer has
+            raise invalid_field("model.lora.target_modules", f"names of linear layers ({error})"[:1000]) from error
+
+
+def _score(
+    model: Any, hidden_NH: Tensor, targets_N: Tensor, temperatures_N: Tensor, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The head, on the trained positions only, in pieces of bounded size."""
+    head = model.get_output_embeddings()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def piece(hidden_NH: Tensor, targets_N: Tensor, temperatures_N: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NV = _logits(head, cap, hidden_NH) / temperatures_N[:, None]
+        log_probs_NV = logits_NV.log_softmax(-1)
+        with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
+            entropy_N = -(log_probs_NV.exp() * log_probs_NV).sum(-1)
+        return log_probs_NV.gather(-1, targets_N[:, None])[:, 0], entropy_N
+
+    size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
+    if len(targets_N) <= size:
+        return piece(hidden_NH, targets_N, temperatures_N)
+    results = [
+        checkpoint(piece, *parts, use_reentrant=False)
+        for parts in zip(hidden_NH.split(size), targets_N.split(size), temperatures_N.split(size), strict=True)
+    ]
+    return torch.cat([result[0] for result in results]), torch.cat([result[1] for result in results])
+
+
+def _logits(head: Any, cap: float | None, hidden_NH: Tensor) -> Tensor:
+    logits_NV: Tensor = head(hidden_NH).float()
+    return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
+
+
+def _check_head(model: Any) -> None:
+    """Refuses a model that does more to its last hidden states than `_logits`: losses would be of another model."""
+    ids_BT = torch.arange(4)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids_BT, use_cache=False).logits
+        hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        actual = _logits(model.get_output_embeddings(), cap, hidden_BTH)
+    if not torch.allclose(expected.float(), actual, rtol=1e-2, atol=1e-3):
+        raise DomainError(Reason.MODEL_NOT_FOUND, f"{model.config.model_type}: this kind of output head is unsupported")
+
+
+@contextlib.contextmanager
+def arithmetic(*, deterministic: bool, threads: int) -> Iterator[None]:
+    """Sets torch's mode for the block. It is the process's: learners of one process run one at a time."""
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic or threads:
+        torch.set_num_threads(1 if deterministic else threads)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was)
