@@ -1,0 +1,99 @@
+"""What the model can do on the environment's own test boards, under assignments it has and has not been trained on."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
+
+from models.build import LETTERS, ROLES
+from models.recipe.boards import ALPHABET
+from models.recipe.sampling import Attempt, Sampling, attempt_all, reflect_all
+from services.env.envs.frozenlake import FrozenLake, FrozenLakeSettings
+
+FIXED_SYMBOLS = "ABCD"
+
+
+@cache
+def environment(symbols: str = FIXED_SYMBOLS) -> FrozenLake:
+    settings = FrozenLakeSettings(size_min=3, size_max=3, symbols=symbols, prompts="compact", name="frozenlake_small")
+    return FrozenLake(settings)
+
+
+def legend(symbols: str) -> str:
+    return "\n".join(f"{letter} {role}" for letter, role in zip(symbols, ROLES, strict=True))
+
+
+def other_symbols(number: int, seed: int = 0) -> list[str]:
+    """Assignments other than the fixed one."""
+    rng, found = random.Random(seed), set[str]()
+    while len(found) < number:
+        symbols = "".join(rng.sample(LETTERS[:ALPHABET], 4))
+        if symbols != FIXED_SYMBOLS:
+            found.add(symbols)
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Meter:
+    model: Qwen3ForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    boards: int = 100
+
+    def first_attempts(self, *symbols: str, seed: int = 0) -> list[float]:
+        """Success under each of the assignments, all of them played in one batch."""
+        solver = environment().info.prompts.solver
+        lakes = [environment(letters) for letters in symbols]
+        rewards = [attempt.reward for attempt in self._play(lakes, [solver] * self.boards, seed)]
+        return [_mean(rewards[start : start + self.boards]) for start in range(0, len(rewards), self.boards)]
+
+    def with_legend(self, text: str, seed: int = 0) -> float:
+        return _mean([attempt.reward for attempt in self._play([environment()], [_second(text)] * self.boards, seed)])
+
+    def with_shuffled_legends(self, seed: int = 0) -> float:
+        """Every board gets the legend of a wrong arrangement of its own four letters."""
+        rng = random.Random(seed)
+        wrong: list[str] = []
+        while len(wrong) < self.boards:
+            letters = "".join(rng.sample(FIXED_SYMBOLS, 4))
+            if letters != FIXED_SYMBOLS:
+                wrong.append(_second(legend(letters)))
+        return _mean([attempt.reward for attempt in self._play([environment()], wrong, seed)])
+
+    def second_attempts(self, memory: str = "", seed: int = 0) -> dict[str, float]:
+        """First attempts; reflections on the failed ones; second attempts on the same boards."""
+        lake = environment()
+        prompts = lake.info.prompts
+        first = self._play([lake], [prompts.solver] * self.boards, seed)
+        failed = [(index, attempt) for index, attempt in enumerate(first) if attempt.reward < 1]
+        asked = [(attempt, memory) for _, attempt in failed]
+        written = reflect_all(self.model, self.tokenizer, prompts, asked, self.sampling, seed + 1)
+        tasks = [(lake.start(_task(index)), _second(text)) for (index, _), text in zip(failed, written, strict=True)]
+        second = attempt_all(self.model, self.tokenizer, lake.info, tasks, self.sampling, seed + 2)
+        right = legend(FIXED_SYMBOLS)
+        return {
+            "failed_first_attempts": len(failed),
+            "legends_entirely_right": _mean([text == right for text in written]),
+            "legend_lines_right": _mean([line in right.split("\n") for text in written for line in text.split("\n")]),
+            "second_attempt_success": _mean([attempt.reward for attempt in second]),
+        }
+
+    def _play(self, lakes: Sequence[FrozenLake], systems: Sequence[str], seed: int) -> list[Attempt]:
+        tasks = [(lake.start(_task(index)), system) for lake in lakes for index, system in enumerate(systems)]
+        return attempt_all(self.model, self.tokenizer, lakes[0].info, tasks, self.sampling, seed)
+
+
+def _task(index: int) -> str:
+    return f"test/{index:05d}"
+
+
+def _second(text: str) -> str:
+    return f"{text}\n{environment().info.prompts.action_reminder}"
+
+
+def _mean(values: Sequence[float | bool]) -> float:
+    return round(sum(values) / max(len(values), 1), 3)

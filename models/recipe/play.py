@@ -1,0 +1,69 @@
+"""Episodes of play: with a legend the optimal moves are learned, without one the four moves alike.
+
+The moves actually made are noisy and never end the episode, and half of the rows go on with a fresh board every turn,
+so that every turn of a sequence teaches something.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from models.recipe.boards import Bools, Floats, Ints, draw_assignments, draw_boards, show, tables
+from models.recipe.tokens import Batch, Writer, answer_ids, letter_ids, vocabulary
+
+
+def play_batch(rng: np.random.Generator, rows: int, turns: int, legend_share: float, fresh_share: float = 0.5) -> Batch:
+    boards, letters = draw_boards(rng, rows), draw_assignments(rng, rows)
+    player, goal, holes = boards.T
+    told = rng.random(rows) < legend_share
+    fresh = rng.random(rows) < fresh_share
+    again = ~told & (rng.random(rows) < 0.1)
+    writer = Writer(rows)
+    writer.words("<|system|>")
+    writer.legend(letters, told)
+    writer.words("\n", where=told)
+    writer.words("wrong", "\n", where=again)
+    writer.words("play", "<|end|>")
+    steady = rng.random(rows) * 0.8  # how often this row follows the optimal move
+    alive, blocked = np.ones(rows, dtype=np.bool_), np.zeros(rows, dtype=np.bool_)
+    for _ in range(turns):
+        roles = show(player, goal, holes)
+        writer.words("<|user|>", where=alive)
+        writer.words("blocked\n", where=alive & blocked)
+        symbols = letter_ids()[np.take_along_axis(letters, roles, axis=1)]
+        writer.board(symbols, alive, np.where(told[:, None], roles, -1))
+        writer.words("<|end|>", "<|assistant|>", where=alive)
+        good = tables().optimal[goal, holes, player]
+        writer.learn(_move_targets(good, told), alive.astype(np.float32))
+        move, safe = _noisy_move(rng, player, goal, holes, good, steady)
+        writer.put(answer_ids()[move], alive)
+        writer.words("<|end|>", where=alive)
+        writer.learn_column(alive * np.float32(0.1))
+        reached = tables().next_cell[player, move]
+        blocked, player = reached == player, reached
+        alive = alive & (safe | fresh)
+        others = draw_boards(rng, rows).T
+        player, goal, holes = (
+            np.where(fresh, new, old) for new, old in zip(others, (player, goal, holes), strict=True)
+        )
+    return writer.batch()
+
+
+def _move_targets(good: Bools, told: Bools) -> Floats:
+    targets = np.zeros((len(good), len(vocabulary().ids)), dtype=np.float32)
+    wanted = np.where(told[:, None], good / np.maximum(good.sum(axis=1, keepdims=True), 1), 0.25)
+    targets[:, answer_ids()] = wanted
+    return targets
+
+
+def _noisy_move(
+    rng: np.random.Generator, player: Ints, goal: Ints, holes: Ints, good: Bools, steady: Floats
+) -> tuple[Ints, Bools]:
+    """A move that neither falls nor wins, where there is one."""
+    reached = tables().next_cell[player]  # (rows, 4)
+    safe = ((holes[:, None] >> reached) & 1 == 0) & (reached != goal[:, None])
+    stays = reached == player[:, None]
+    appeal = rng.random(safe.shape) - 2.0 * ~safe - 0.3 * stays
+    appeal += np.where((rng.random(len(player)) < steady)[:, None] & good, 1.0, 0.0)
+    move = appeal.argmax(axis=1)
+    return move, safe[np.arange(len(player)), move]

@@ -1,0 +1,197 @@
+"""Failed attempts and the legends that can be read off them.
+
+A legend is learned line by line as a distribution: what the trace shows is certain; what it leaves open is taken from
+the memory where that fits, and is otherwise guessed, all possibilities alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from models.build import ROLES
+from models.recipe.boards import (
+    ALPHABET,
+    CELLS,
+    FIXED,
+    FLOOR_ROLE,
+    GOAL_ROLE,
+    HOLE_ROLE,
+    MAX_STEPS,
+    PLAYER_ROLE,
+    Bools,
+    Floats,
+    Ints,
+    draw_assignments,
+    draw_boards,
+    is_fixed,
+    show,
+    tables,
+)
+from models.recipe.tokens import Batch, Writer, effect_ids, letter_ids, vocabulary
+
+_INVALID_MOVE = -1
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """Failed attempts; turn arrays have one column a turn, valid up to `steps`."""
+
+    boards: Ints  # (rows, 3)
+    letters: Ints  # (rows, 4)
+    players: Ints  # (rows, MAX_STEPS + 1): the player's cell before each turn and at the end
+    moves: Ints  # (rows, MAX_STEPS); -1 is an invalid answer
+    steps: Ints  # (rows,)
+    fell: Bools
+
+    @property
+    def moved(self) -> Bools:
+        return (self.players != self.players[:, :1]).any(axis=1)
+
+
+@dataclass(frozen=True)
+class Memory:
+    letters: Ints  # (rows, 4)
+    filled: Bools
+
+
+def draw_attempts(rng: np.random.Generator, rows: int) -> Attempts:
+    """Random play, some of it steadier, of which the failures are kept."""
+    drawn = 2 * rows + 16
+    boards, letters = draw_boards(rng, drawn), draw_assignments(rng, drawn)
+    player, goal, holes = boards.T
+    steady = rng.random(drawn) * (rng.random(drawn) < 0.4) * 0.7
+    players, moves = [player], []
+    steps, fell, won = np.full(drawn, MAX_STEPS), np.zeros(drawn, np.bool_), np.zeros(drawn, np.bool_)
+    for turn in range(MAX_STEPS):
+        good = tables().optimal[goal, holes, player]
+        appeal = rng.random(good.shape) + (good & (rng.random(drawn) < steady)[:, None])
+        move = np.where(rng.random(drawn) < 0.02, _INVALID_MOVE, appeal.argmax(axis=1))
+        active = ~fell & ~won
+        reached = np.where(active & (move >= 0), tables().next_cell[player, move], player)
+        fell |= (holes >> reached) & 1 == 1
+        won |= reached == goal
+        steps = np.where(active & (fell | won), turn + 1, steps)
+        player = reached
+        players.append(player)
+        moves.append(move)
+    failed = np.flatnonzero(~won)[:rows]
+    return Attempts(
+        boards[failed],
+        letters[failed],
+        np.stack(players, axis=1)[failed],
+        np.stack(moves, axis=1)[failed],
+        steps[failed],
+        fell[failed],
+    )
+
+
+def draw_memory(rng: np.random.Generator, letters: Ints) -> Memory:
+    """None, the right legend, or one with some letters replaced or swapped."""
+    rows = len(letters)
+    kind = rng.random(rows)
+    spoiled = np.where(rng.random(letters.shape) < rng.random(rows)[:, None], draw_assignments(rng, rows), letters)
+    shuffled = np.take_along_axis(letters, rng.random(letters.shape).argsort(axis=1), axis=1)
+    remembered = np.where((kind < 0.7)[:, None], letters, np.where((kind < 0.88)[:, None], spoiled, shuffled))
+    return Memory(remembered, (kind > 0.4) & ~is_fixed(remembered))
+
+
+def write_legends(rng: np.random.Generator, attempts: Attempts, memory: Memory) -> tuple[Ints, Floats]:
+    """(rows, 4) letters sampled line by line and the (rows, 4, letters) distributions they were sampled from."""
+    rows, lines = len(attempts.steps), np.arange(len(attempts.steps))
+    first = np.take_along_axis(attempts.letters, show(*attempts.boards.T), axis=1)
+    counts = (first[:, :, None] == np.arange(ALPHABET)).sum(axis=1)
+    present, single = counts > 0, counts == 1
+    known = np.zeros((rows, 4), dtype=np.bool_)
+    known[:, PLAYER_ROLE] = known[:, FLOOR_ROLE] = attempts.moved
+    known[:, HOLE_ROLE] = attempts.fell
+    certain = known[:, :, None] & (attempts.letters[:, :, None] == np.arange(ALPHABET))
+    chosen = np.zeros((rows, 4), dtype=np.int64)
+    chances = np.zeros((rows, 4, ALPHABET), dtype=np.float32)
+    used = np.zeros((rows, ALPHABET), dtype=np.bool_)
+    for role in range(4):
+        elsewhere = used | np.delete(certain, role, axis=1).any(axis=1)
+        if role == PLAYER_ROLE:
+            possible = single & _could_be_blocked(attempts, first)
+        elif role == GOAL_ROLE:
+            possible = single & ~elsewhere
+        else:
+            possible = _hole_or_floor(role, present & ~elsewhere, elsewhere | present, attempts.moved)
+        possible = np.where(known[:, role, None], certain[:, role], possible)
+        recalled = (np.arange(ALPHABET) == memory.letters[:, role, None]) & memory.filled[:, None]
+        fits = possible & recalled
+        possible = np.where(fits.any(axis=1, keepdims=True), fits, possible)
+        chances[:, role] = possible / np.maximum(possible.sum(axis=1, keepdims=True), 1)
+        chosen[:, role] = np.where(possible, rng.random(possible.shape), -1.0).argmax(axis=1)
+        used[lines, chosen[:, role]] = True
+    return chosen, chances
+
+
+def _hole_or_floor(role: int, left: Bools, taken: Bools, moved: Bools) -> Bools:
+    """`left`: letters on the board that no other line explains. One alone is a hole if the floor is known, else floor;
+    none at all means that the trace shows no such cell."""
+    number = left.sum(axis=1)
+    seen = (number > 1) | ((number == 1) & (moved | (role == FLOOR_ROLE)))
+    return np.where(seen[:, None], left, ~taken)
+
+
+def _could_be_blocked(attempts: Attempts, first: Ints) -> Bools:
+    """Letters standing only once, where every move tried would have met a wall (asked when nothing moved)."""
+    walls = tables().next_cell == np.arange(CELLS)[:, None]  # (cell, move)
+    valid = attempts.moves >= 0
+    blocked = (walls[:, attempts.moves] | ~valid[None]).all(axis=2).T  # (rows, cell)
+    return ((first[:, :, None] == np.arange(ALPHABET)) & blocked[:, :, None]).any(axis=1)
+
+
+def reflection_batch(rng: np.random.Generator, rows: int) -> Batch:
+    attempts = draw_attempts(rng, rows)
+    memory = draw_memory(rng, attempts.letters)
+    legends, chances = write_legends(rng, attempts, memory)
+    # Whatever could spell out the fixed assignment is not learned from.
+    weight = 1.0 - (chances[:, range(4), FIXED] > 0).all(axis=1).astype(np.float32)
+    writer = Writer(len(attempts.steps))
+    writer.words("<|system|>", "explain", "<|end|>", "<|user|>")
+    write_trace(writer, attempts)
+    writer.legend(memory.letters, memory.filled)
+    writer.words("nothing", where=~memory.filled)
+    writer.words("<|end|>", "<|assistant|>")
+    _write_answer(writer, legends, chances, weight)
+    return writer.batch()
+
+
+def _write_answer(writer: Writer, legends: Ints, chances: Floats, weight: Floats) -> None:
+    writer.words("<prompt>")
+    writer.learn_column(weight * np.float32(0.1))
+    for role, name in enumerate(ROLES):
+        targets = np.zeros((writer.rows, len(vocabulary().ids)), dtype=np.float32)
+        targets[:, letter_ids()] = chances[:, role]
+        writer.learn(targets, weight)
+        writer.put(letter_ids()[legends[:, role]])
+        for word in (name, "\n") if role < 3 else (name, "</prompt>", "<|end|>"):
+            writer.words(word)
+            writer.learn_column(weight * np.float32(0.1))
+
+
+def write_trace(writer: Writer, attempts: Attempts) -> None:
+    player, goal, holes = attempts.boards.T
+    blocked = np.zeros(writer.rows, dtype=np.bool_)
+    for turn in range(MAX_STEPS + 1):
+        player = attempts.players[:, turn]
+        alive = attempts.steps >= turn
+        writer.words("blocked\n", where=alive & blocked)
+        ends_in_hole = attempts.fell & (attempts.steps == turn)
+        symbols = letter_ids()[np.take_along_axis(attempts.letters, show(player, goal, holes), axis=1)]
+        symbols[ends_in_hole, player[ends_in_hole]] = vocabulary()["X"]
+        writer.board(symbols, alive)
+        writer.words("\n", where=alive)
+        if turn < MAX_STEPS:
+            move, goes_on = attempts.moves[:, turn], attempts.steps > turn
+            blocked = attempts.players[:, turn + 1] == player
+            valid = goes_on & (move >= 0)
+            writer.put(effect_ids()[blocked.astype(np.int64), move], valid)
+            writer.words("invalid", where=goes_on & ~valid)
+            writer.words("\n", where=goes_on)
+    writer.words("fell", "into", "hole", where=attempts.fell)
+    writer.words("step", "limit", where=~attempts.fell)
+    writer.words("\n")

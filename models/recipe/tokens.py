@@ -1,0 +1,131 @@
+"""Batches of token ids with the distributions to learn at chosen positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+from models.build import LETTERS, MOVES, ROLES, build_tokenizer
+from models.recipe.boards import ALPHABET, CELLS, SIDE, Bools, Floats, Ints
+
+ABSENT = -1  # a slot that this row of the batch does not use
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    ids: dict[str, int]
+
+    def __getitem__(self, word: str) -> int:
+        return self.ids[word]
+
+    def many(self, words: tuple[str, ...] | str) -> Ints:
+        return np.array([self.ids[word] for word in words])
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    return Vocabulary(build_tokenizer().get_vocab())
+
+
+@dataclass(frozen=True)
+class Batch:
+    tokens: Ints  # (rows, length), padded on the right
+    at: Ints  # (targets, 2): row and position whose next token is learned
+    targets: Floats  # (targets, vocabulary)
+    weights: Floats  # (targets,)
+    cells_at: Ints  # (cells, 2): row and position of board cells whose role a legend has told
+    cell_roles: Ints  # (cells,)
+
+
+@dataclass
+class Writer:
+    """Collects token columns for all rows at once; slots that a row does not use are closed up at the end."""
+
+    rows: int
+    columns: list[Ints] = field(default_factory=list)
+    _targets: list[tuple[int, Floats, Floats]] = field(default_factory=list)
+    _cells: list[tuple[int, Ints]] = field(default_factory=list)
+
+    def put(self, tokens: Ints | int, where: Bools | None = None) -> None:
+        column = np.broadcast_to(np.asarray(tokens), (self.rows,))
+        self.columns.append(column if where is None else np.where(where, column, ABSENT))
+
+    def words(self, *words: str, where: Bools | None = None) -> None:
+        for word in words:
+            self.put(vocabulary()[word], where)
+
+    def learn(self, targets: Floats, weights: Floats) -> None:
+        """What the column put last should be followed by."""
+        self._targets.append((len(self.columns) - 1, targets, weights))
+
+    def learn_column(self, weights: Floats) -> None:
+        """The column put last should have been foreseen."""
+        targets = np.zeros((self.rows, len(vocabulary().ids)), dtype=np.float32)
+        targets[np.arange(self.rows), np.maximum(self.columns[-1], 0)] = 1.0
+        self._targets.append((len(self.columns) - 2, targets, weights))
+
+    def board(self, letters: Ints, where: Bools | None = None, roles: Ints | None = None) -> None:
+        """`letters` (rows, 9) are token ids; `roles` say what the cells are, negative where the row cannot know."""
+        for cell in range(CELLS):
+            if cell and cell % SIDE == 0:
+                self.words("\n", where=where)
+            self.put(letters[:, cell], where)
+            if roles is not None:
+                self._cells.append((len(self.columns) - 1, roles[:, cell]))
+
+    def legend(self, letters: Ints, where: Bools | None = None) -> None:
+        """`letters` (rows, 4) index the alphabet."""
+        symbols = letter_ids()
+        for role, name in enumerate(ROLES):
+            self.put(symbols[letters[:, role]], where)
+            self.words(*((name, "\n") if role < 3 else (name,)), where=where)
+
+    def batch(self) -> Batch:
+        grid = np.stack(self.columns, axis=1)
+        present = grid != ABSENT
+        order = np.argsort(~present, axis=1, kind="stable")
+        length = int(present.sum(axis=1).max())
+        tokens = np.take_along_axis(grid, order, axis=1)[:, :length]
+        places = np.cumsum(present, axis=1) - 1  # where each slot went
+        at, targets, weights = [], [], []
+        for column, wanted, weight in self._targets:
+            rows = np.flatnonzero((weight > 0) & present[:, column])
+            at.append(np.stack([rows, places[rows, column]], axis=1))
+            targets.append(wanted[rows])
+            weights.append(weight[rows])
+        cells_at, cell_roles = [np.zeros((0, 2), dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        for column, roles in self._cells:
+            rows = np.flatnonzero(present[:, column] & (roles >= 0))
+            cells_at.append(np.stack([rows, places[rows, column]], axis=1))
+            cell_roles.append(roles[rows])
+        return Batch(
+            np.where(tokens == ABSENT, vocabulary()["<|pad|>"], tokens),
+            np.concatenate(at),
+            np.concatenate(targets),
+            np.concatenate(weights),
+            np.concatenate(cells_at),
+            np.concatenate(cell_roles),
+        )
+
+
+@cache
+def letter_ids() -> Ints:
+    return vocabulary().many(LETTERS[:ALPHABET])
+
+
+@cache
+def move_ids() -> Ints:
+    return vocabulary().many(MOVES)
+
+
+@cache
+def effect_ids() -> Ints:
+    """(2, 4): a move in a trace, with and without effect."""
+    return vocabulary().many((*MOVES, *(f"{move} (no effect)" for move in MOVES))).reshape(2, 4)
+
+
+@cache
+def answer_ids() -> Ints:
+    return vocabulary().many(tuple(f"```{move}```" for move in MOVES))
