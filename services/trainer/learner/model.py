@@ -107,7 +107,7 @@ def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         )
         model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
-    except Exception as error:  # noqa: BLE001 - a loader fails in many ways, which mean the same to callers
+    except Exception as error:  # a loader fails in many ways, which mean the same to callers
         raise DomainError(Reason.MODEL_NOT_FOUND, f"{source}: {error}"[:1000], source=source) from error
     missing = sorted(info["missing_keys"])
     if missing:  # from_pretrained fills them with random numbers

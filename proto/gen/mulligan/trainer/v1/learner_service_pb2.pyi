@@ -85,9 +85,11 @@ class ModelConfig(_message.Message):
     LORA_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """Hub id, folder, or "embedded" for the very small model that ships with Mulligan."""
+    """Hub id, folder, or "embedded" (default) for the very small model that ships with Mulligan."""
     dtype: _builtins.str
-    """"float32" (default), "bfloat16" or "float16"."""
+    """"float32" (default) or "bfloat16": of the arithmetic and of published weights. Trained weights are float32 in the
+    learner. "float16" is refused: gradients underflow.
+    """
     @_builtins.property
     def lora(self) -> Global___LoraConfig:
         """Full fine-tuning when absent."""
@@ -181,15 +183,21 @@ class CreateLearnerRequest(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
+    KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     learner_id: _builtins.str
+    """Names files: 1 to 128 letters, digits, '.', '_' and '-', the first not '.' or '-'."""
     owner: _builtins.str
     """Who may call it, usually a run's id."""
     seed: _builtins.int
     """Of the learner's random generators. Default 0."""
     deterministic: _builtins.bool
     """Use deterministic algorithms and fix the number of threads: the same calls give bit-equal weights."""
+    keep_checkpoints: _builtins.int
+    """How many checkpoints to keep; older ones are deleted, but never the last two. 0 keeps all."""
     @_builtins.property
-    def model(self) -> Global___ModelConfig: ...
+    def model(self) -> Global___ModelConfig:
+        """Default: "embedded", full fine-tuning."""
+
     @_builtins.property
     def optimizer(self) -> Global___OptimizerConfig: ...
     def __init__(
@@ -201,10 +209,11 @@ class CreateLearnerRequest(_message.Message):
         optimizer: Global___OptimizerConfig | None = ...,
         seed: _builtins.int | None = ...,
         deterministic: _builtins.bool = ...,
+        keep_checkpoints: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "model", b"model", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "deterministic", b"deterministic", "learner_id", b"learner_id", "model", b"model", "optimizer", b"optimizer", "owner", b"owner", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "deterministic", b"deterministic", "keep_checkpoints", b"keep_checkpoints", "learner_id", b"learner_id", "model", b"model", "optimizer", b"optimizer", "owner", b"owner", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -402,16 +411,18 @@ class Datum(_message.Message):
     datum_id: _builtins.str
     """Appears in errors."""
     weight: _builtins.float
-    """The datum's loss is the sum over its trained tokens times this."""
+    """The datum's loss is the sum over its trained tokens times this. All numbers of a datum are finite."""
     temperature: _builtins.float
     """Sampling temperature; logits are divided by it. Greater than 0."""
     branch: _builtins.str
-    """Metrics are reported per branch: "first", "reflection", "second", "distilled"."""
+    """Metrics are reported per branch: "first", "reflection", "second", "distilled". One kind of objective in each."""
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """At least 2, at most the model's context length."""
+
     @_builtins.property
     def loss_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
-        """One per token: whether it is trained on. The first token never is."""
+        """One per token: whether it is trained on. The first token never is; at least one other is."""
 
     @_builtins.property
     def policy_gradient(self) -> Global___PolicyGradient: ...
@@ -638,8 +649,9 @@ class ForwardBackwardResponse(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """loss, kl, entropy, clip_fraction, mismatch_kl (log-probability gap between engine and learner), and
-        BRANCH/loss, BRANCH/log_prob.
+        """Per branch as BRANCH/NAME and over all branches that have it as NAME: loss and tokens are sums over the call's
+        trained tokens; log_prob, entropy and, of policy gradients, clip_fraction, mismatch_kl (the k3 estimate of the
+        divergence between engine and learner) and kl (only with a kl_coefficient) are means per trained token.
         """
 
     def __init__(
@@ -707,7 +719,9 @@ class OptimStepResponse(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """grad_norm (before clipping), learning_rate, and skipped: 1 when the gradient was not finite and the step left out."""
+        """grad_norm (before clipping), learning_rate, and skipped: 1 when the gradient was not finite, or nothing had been
+        accumulated, and the step was left out.
+        """
 
     def __init__(
         self,
@@ -732,7 +746,7 @@ class SaveCheckpointRequest(_message.Message):
     learner_id: _builtins.str
     owner: _builtins.str
     name: _builtins.str
-    """One folder name: letters, digits, '.', '_' and '-'."""
+    """One folder name, as learner_id."""
     def __init__(
         self,
         *,

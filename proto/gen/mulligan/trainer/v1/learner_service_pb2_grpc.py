@@ -30,10 +30,12 @@ class LearnerServiceStub:
     publish_weights (the habit is tinker-cookbook's).
 
     Calls that change the learner carry a `sequence`: 1 for the first such call after CreateLearner or LoadCheckpoint
-    (which answer where counting stands), then one more each time. The call with the last sequence, repeated, returns
-    the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with metadata
-    `next_sequence`. A restarted server knows no learner (NOT_FOUND UNKNOWN_LEARNER): accumulated gradients are lost, and
-    its owner creates it again and loads a checkpoint.
+    (which answer where counting stands), then one more each time. The last one that succeeded, repeated with the same
+    content, returns the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with
+    metadata `next_sequence`. A call that fails with a declared reason has changed nothing, and its sequence is still the
+    next. A restarted server knows no learner, and neither does one in which a call failed with INTERNAL (NOT_FOUND
+    UNKNOWN_LEARNER): accumulated gradients are lost, and its owner creates it again and loads a checkpoint. Calls run
+    one at a time; one that its caller gave up on still runs to its end.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
     INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
@@ -98,10 +100,12 @@ class LearnerServiceServicer:
     publish_weights (the habit is tinker-cookbook's).
 
     Calls that change the learner carry a `sequence`: 1 for the first such call after CreateLearner or LoadCheckpoint
-    (which answer where counting stands), then one more each time. The call with the last sequence, repeated, returns
-    the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with metadata
-    `next_sequence`. A restarted server knows no learner (NOT_FOUND UNKNOWN_LEARNER): accumulated gradients are lost, and
-    its owner creates it again and loads a checkpoint.
+    (which answer where counting stands), then one more each time. The last one that succeeded, repeated with the same
+    content, returns the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with
+    metadata `next_sequence`. A call that fails with a declared reason has changed nothing, and its sequence is still the
+    next. A restarted server knows no learner, and neither does one in which a call failed with INTERNAL (NOT_FOUND
+    UNKNOWN_LEARNER): accumulated gradients are lost, and its owner creates it again and loads a checkpoint. Calls run
+    one at a time; one that its caller gave up on still runs to its end.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
     INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
@@ -111,6 +115,7 @@ class LearnerServiceServicer:
     def CreateLearner(self, request, context):
         """Loads a model to train. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION LEARNER_OWNED;
         ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,21 +157,24 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SaveCheckpoint(self, request, context):
-        """Writes weights, optimizer and random generators to `name`, whole or not at all. Idempotent on name.
+        """Writes weights, optimizer and random generators to `name`, whole or not at all. Accumulated gradients are not
+        saved. Idempotent on name; saving another state under the name replaces what it held.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadCheckpoint(self, request, context):
-        """NOT_FOUND CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION CHECKPOINT_MISMATCH: it belongs to another model or is damaged.
+        """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients. NOT_FOUND
+        CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION CHECKPOINT_MISMATCH: it belongs to another model or is damaged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PublishWeights(self, request, context):
-        """Writes the present weights where the policy service can read them. Idempotent on policy_version.
+        """Writes the present weights where the policy service can read them. Idempotent on policy_version while the weights
+        are the same. The server keeps the versions that were published last.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -233,10 +241,12 @@ class LearnerService:
     publish_weights (the habit is tinker-cookbook's).
 
     Calls that change the learner carry a `sequence`: 1 for the first such call after CreateLearner or LoadCheckpoint
-    (which answer where counting stands), then one more each time. The call with the last sequence, repeated, returns
-    the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with metadata
-    `next_sequence`. A restarted server knows no learner (NOT_FOUND UNKNOWN_LEARNER): accumulated gradients are lost, and
-    its owner creates it again and loads a checkpoint.
+    (which answer where counting stands), then one more each time. The last one that succeeded, repeated with the same
+    content, returns the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with
+    metadata `next_sequence`. A call that fails with a declared reason has changed nothing, and its sequence is still the
+    next. A restarted server knows no learner, and neither does one in which a call failed with INTERNAL (NOT_FOUND
+    UNKNOWN_LEARNER): accumulated gradients are lost, and its owner creates it again and loads a checkpoint. Calls run
+    one at a time; one that its caller gave up on still runs to its end.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
     INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION

@@ -17,10 +17,12 @@ class LearnerServiceStub:
     publish_weights (the habit is tinker-cookbook's).
 
     Calls that change the learner carry a `sequence`: 1 for the first such call after CreateLearner or LoadCheckpoint
-    (which answer where counting stands), then one more each time. The call with the last sequence, repeated, returns
-    the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with metadata
-    `next_sequence`. A restarted server knows no learner (NOT_FOUND UNKNOWN_LEARNER): accumulated gradients are lost, and
-    its owner creates it again and loads a checkpoint.
+    (which answer where counting stands), then one more each time. The last one that succeeded, repeated with the same
+    content, returns the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with
+    metadata `next_sequence`. A call that fails with a declared reason has changed nothing, and its sequence is still the
+    next. A restarted server knows no learner, and neither does one in which a call failed with INTERNAL (NOT_FOUND
+    UNKNOWN_LEARNER): accumulated gradients are lost, and its owner creates it again and loads a checkpoint. Calls run
+    one at a time; one that its caller gave up on still runs to its end.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
     INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
@@ -31,6 +33,7 @@ class LearnerServiceStub:
     CreateLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.CreateLearnerRequest, _learner_service_pb2.CreateLearnerResponse]
     """Loads a model to train. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION LEARNER_OWNED;
     ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND.
+    RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
     """
     GetLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.GetLearnerRequest, _learner_service_pb2.GetLearnerResponse]
     """Idempotent."""
@@ -43,21 +46,29 @@ class LearnerServiceStub:
     OptimStep: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.OptimStepRequest, _learner_service_pb2.OptimStepResponse]
     """Clips the accumulated gradient, takes one optimizer step, and clears it. Exactly once on sequence."""
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.SaveCheckpointRequest, _learner_service_pb2.SaveCheckpointResponse]
-    """Writes weights, optimizer and random generators to `name`, whole or not at all. Idempotent on name."""
+    """Writes weights, optimizer and random generators to `name`, whole or not at all. Accumulated gradients are not
+    saved. Idempotent on name; saving another state under the name replaces what it held.
+    """
     LoadCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.LoadCheckpointRequest, _learner_service_pb2.LoadCheckpointResponse]
-    """NOT_FOUND CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION CHECKPOINT_MISMATCH: it belongs to another model or is damaged."""
+    """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients. NOT_FOUND
+    CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION CHECKPOINT_MISMATCH: it belongs to another model or is damaged.
+    """
     PublishWeights: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.PublishWeightsRequest, _learner_service_pb2.PublishWeightsResponse]
-    """Writes the present weights where the policy service can read them. Idempotent on policy_version."""
+    """Writes the present weights where the policy service can read them. Idempotent on policy_version while the weights
+    are the same. The server keeps the versions that were published last.
+    """
 
 class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Holds the model that is trained. A training loop is four verbs: forward_backward, optim_step, save_checkpoint,
     publish_weights (the habit is tinker-cookbook's).
 
     Calls that change the learner carry a `sequence`: 1 for the first such call after CreateLearner or LoadCheckpoint
-    (which answer where counting stands), then one more each time. The call with the last sequence, repeated, returns
-    the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with metadata
-    `next_sequence`. A restarted server knows no learner (NOT_FOUND UNKNOWN_LEARNER): accumulated gradients are lost, and
-    its owner creates it again and loads a checkpoint.
+    (which answer where counting stands), then one more each time. The last one that succeeded, repeated with the same
+    content, returns the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with
+    metadata `next_sequence`. A call that fails with a declared reason has changed nothing, and its sequence is still the
+    next. A restarted server knows no learner, and neither does one in which a call failed with INTERNAL (NOT_FOUND
+    UNKNOWN_LEARNER): accumulated gradients are lost, and its owner creates it again and loads a checkpoint. Calls run
+    one at a time; one that its caller gave up on still runs to its end.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
     INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
@@ -72,6 +83,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_learner_service_pb2.CreateLearnerResponse]:
         """Loads a model to train. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION LEARNER_OWNED;
         ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
         """
 
     @_abc_1.abstractmethod
@@ -120,7 +132,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.SaveCheckpointRequest,
         context: _aio.ServicerContext[_learner_service_pb2.SaveCheckpointRequest, _abc.Awaitable[_learner_service_pb2.SaveCheckpointResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.SaveCheckpointResponse]:
-        """Writes weights, optimizer and random generators to `name`, whole or not at all. Idempotent on name."""
+        """Writes weights, optimizer and random generators to `name`, whole or not at all. Accumulated gradients are not
+        saved. Idempotent on name; saving another state under the name replaces what it held.
+        """
 
     @_abc_1.abstractmethod
     def LoadCheckpoint(
@@ -128,7 +142,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.LoadCheckpointRequest,
         context: _aio.ServicerContext[_learner_service_pb2.LoadCheckpointRequest, _abc.Awaitable[_learner_service_pb2.LoadCheckpointResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.LoadCheckpointResponse]:
-        """NOT_FOUND CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION CHECKPOINT_MISMATCH: it belongs to another model or is damaged."""
+        """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients. NOT_FOUND
+        CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION CHECKPOINT_MISMATCH: it belongs to another model or is damaged.
+        """
 
     @_abc_1.abstractmethod
     def PublishWeights(
@@ -136,6 +152,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.PublishWeightsRequest,
         context: _aio.ServicerContext[_learner_service_pb2.PublishWeightsRequest, _abc.Awaitable[_learner_service_pb2.PublishWeightsResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.PublishWeightsResponse]:
-        """Writes the present weights where the policy service can read them. Idempotent on policy_version."""
+        """Writes the present weights where the policy service can read them. Idempotent on policy_version while the weights
+        are the same. The server keeps the versions that were published last.
+        """
 
 def add_LearnerServiceServicer_to_server(servicer: LearnerServiceServicer, server: _aio.Server) -> None: ...

@@ -1,0 +1,137 @@
+"""Client of `LearnerService`: the algorithm's learner port over gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from typing import Self
+
+import structlog
+from mulligan.trainer.v1 import learner_service_pb2 as pb
+from mulligan.trainer.v1 import learner_service_pb2_grpc
+
+from services.common.channel import Connection, Endpoint
+from services.common.errors import CallFailed, DomainError, ServiceUnavailable
+from services.common.types import PublishedWeights, WeightsKind
+from services.trainer.data import Datum
+from services.trainer.learner.metrics import merge
+from services.trainer.learner.settings import LearnerSpec
+from services.trainer.learner.wire import data_to_proto, loss_to_proto, spec_to_proto
+from services.trainer.settings import LossSettings
+
+log = structlog.get_logger()
+CALL_SECONDS = 3600.0  # large models learn, load and save slowly
+DELETE_SECONDS = 10.0
+CALL_BYTES = 8 * 2**20  # of data in one call; more are sent in several, which add up to the same gradient
+
+
+class LearnerClient:
+    """LearnerPort. It counts the calls itself, so that one repeated after a lost answer accumulates nothing twice.
+
+    Not for concurrent use. After any error that is not a DomainError of the call itself, the owner creates the learner
+    again and loads a checkpoint: `create` on the same ids, then `load_checkpoint`.
+    """
+
+    def __init__(self, endpoint: Endpoint, learner_id: str, owner: str, on_outage: Callable[[str], None] | None = None):
+        self._connection = Connection(endpoint, on_outage)
+        self._stub = learner_service_pb2_grpc.LearnerServiceStub(self._connection.channel)
+        self._ids = {"learner_id": learner_id, "owner": owner}
+        self._next_sequence = 1
+        self.fingerprint = ""
+
+    @classmethod
+    async def create(
+        cls,
+        endpoint: Endpoint,
+        learner_id: str,
+        owner: str,
+        spec: LearnerSpec,
+        on_outage: Callable[[str], None] | None = None,
+    ) -> Self:
+        """A learner that is ready. Raises DomainError LEARNER_OWNED, LEARNER_CONFLICT, CAPACITY_REACHED,
+        MODEL_NOT_FOUND or INVALID_FIELD."""
+        client = cls(endpoint, learner_id, owner, on_outage)
+        request = pb.CreateLearnerRequest(learner_id=learner_id, owner=owner)
+        spec_to_proto(spec, request)
+        try:
+            response = await client._connection.call(client._stub.CreateLearner, request, timeout=CALL_SECONDS)
+        except BaseException:
+            await client._connection.close()
+            raise
+        client._next_sequence = response.next_sequence
+        client.fingerprint = response.fingerprint
+        return client
+
+    async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
+        results: list[tuple[float, ...]] = []
+        for part in self._parts(data):
+            request = pb.ForwardRequest(**self._ids, data=data_to_proto(part))
+            response = await self._connection.call(self._stub.Forward, request, timeout=CALL_SECONDS)
+            results += [tuple(item.log_probs) for item in response.log_probs]
+        return results
+
+    async def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
+        """In several calls where the data are many; when a later one fails, the earlier ones have accumulated."""
+        metrics: list[dict[str, float]] = []
+        for part in self._parts(data):
+            request = pb.ForwardBackwardRequest(
+                **self._ids, sequence=self._next_sequence, data=data_to_proto(part), loss=loss_to_proto(loss)
+            )
+            response = await self._connection.call(self._stub.ForwardBackward, request, timeout=CALL_SECONDS)
+            self._next_sequence += 1
+            metrics.append(dict(response.metrics))
+        return merge(metrics)
+
+    async def optim_step(self) -> dict[str, float]:
+        request = pb.OptimStepRequest(**self._ids, sequence=self._next_sequence)
+        response = await self._connection.call(self._stub.OptimStep, request, timeout=CALL_SECONDS)
+        self._next_sequence += 1
+        return dict(response.metrics)
+
+    async def save_checkpoint(self, name: str) -> None:
+        request = pb.SaveCheckpointRequest(**self._ids, name=name)
+        await self._connection.call(self._stub.SaveCheckpoint, request, timeout=CALL_SECONDS)
+
+    async def load_checkpoint(self, name: str) -> None:
+        """Raises DomainError CHECKPOINT_NOT_FOUND or CHECKPOINT_MISMATCH."""
+        request = pb.LoadCheckpointRequest(**self._ids, name=name)
+        response = await self._connection.call(self._stub.LoadCheckpoint, request, timeout=CALL_SECONDS)
+        self._next_sequence = response.next_sequence
+
+    async def publish_weights(self, policy_version: int) -> PublishedWeights:
+        request = pb.PublishWeightsRequest(**self._ids, policy_version=policy_version)
+        response = await self._connection.call(self._stub.PublishWeights, request, timeout=CALL_SECONDS)
+        kind = WeightsKind.LORA if response.lora else WeightsKind.FULL
+        return PublishedWeights(policy_version, kind, response.uri, response.sha256, response.fingerprint)
+
+    async def delete(self) -> None:
+        """Frees the learner. An unknown one succeeds; another owner's is LEARNER_OWNED."""
+        request = pb.DeleteLearnerRequest(**self._ids)
+        await self._connection.call(self._stub.DeleteLearner, request, timeout=DELETE_SECONDS)
+
+    async def close(self) -> None:
+        """Gives the learner back, as well as that goes, and closes the connection."""
+        try:
+            async with asyncio.timeout(DELETE_SECONDS):
+                await self.delete()
+        except (DomainError, CallFailed, ServiceUnavailable, TimeoutError) as error:
+            log.warning("learner not deleted", **self._ids, cause=str(error))
+        finally:
+            await self._connection.close()
+
+    def _parts(self, data: Sequence[Datum]) -> Iterator[Sequence[Datum]]:
+        """Runs of data of which each fits into one message. No data: one empty run."""
+        limit = min(CALL_BYTES, self._connection.endpoint.max_message_bytes // 2)
+        start, size = 0, 0
+        for index, datum in enumerate(data):
+            cost = _message_bytes(datum)
+            if size + cost > limit and index > start:
+                yield data[start:index]
+                start, size = index, 0
+            size += cost
+        yield data[start:]
+
+
+def _message_bytes(datum: Datum) -> int:
+    """At least what a datum takes in a message: 5 bytes a token id, 1 a mask value, 4 each of two log-probabilities."""
+    return 14 * len(datum.token_ids) + len(datum.datum_id.encode()) + len(datum.branch.encode()) + 100

@@ -1,0 +1,199 @@
+"""`LearnerService` of `mulligan.trainer.v1`.
+
+One worker thread does everything that changes a learner: the check of a sequence number, the work, and storing the
+answer are one piece of work to it. A caller that gives up in between finds the stored answer when it asks again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import structlog
+from google.protobuf.message import Message
+from mulligan.trainer.v1 import learner_service_pb2 as pb
+from mulligan.trainer.v1 import learner_service_pb2_grpc
+
+from services.common.errors import DomainError, Reason
+from services.common.types import WeightsKind
+from services.trainer.learner.learner import Learner
+from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from services.trainer.learner.wire import data_from_proto, loss_from_proto, model_to_proto, spec_from_proto
+
+log = structlog.get_logger()
+Context = Any
+R = TypeVar("R")
+
+
+@dataclass
+class _Held:
+    """A learner, who owns it, and the last call that changed it."""
+
+    learner: Learner
+    owner: str
+    spec: LearnerSpec
+    next_sequence: int = 1
+    last_request: bytes = b""  # its digest
+    last_answer: dict[str, float] | None = None
+
+
+class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
+    def __init__(self, settings: LearnerServerSettings):
+        self._settings = settings
+        self._held: dict[str, _Held] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
+
+    async def close(self) -> None:
+        """Waits for what is running; learners are gone afterwards."""
+        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
+        self._held.clear()
+
+    async def CreateLearner(self, request: pb.CreateLearnerRequest, context: Context) -> pb.CreateLearnerResponse:
+        held = await self._on_thread(partial(self._create, request))
+        return pb.CreateLearnerResponse(
+            next_sequence=held.next_sequence,
+            fingerprint=held.learner.fingerprint,
+            parameter_count=held.learner.parameter_count,
+            trainable_parameter_count=held.learner.trainable_parameter_count,
+        )
+
+    async def GetLearner(self, request: pb.GetLearnerRequest, context: Context) -> pb.GetLearnerResponse:
+        held = self._find(request.learner_id)
+        return pb.GetLearnerResponse(
+            owner=held.owner,
+            next_sequence=held.next_sequence,
+            optimizer_steps=held.learner.optimizer_steps,
+            model=model_to_proto(held.spec.model),
+        )
+
+    async def DeleteLearner(self, request: pb.DeleteLearnerRequest, context: Context) -> pb.DeleteLearnerResponse:
+        def delete() -> None:
+            if request.learner_id in self._held:
+                self._owned(request)
+                del self._held[request.learner_id]
+
+        await self._on_thread(delete)
+        return pb.DeleteLearnerResponse()
+
+    async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
+        def forward(held: _Held) -> pb.ForwardResponse:
+            results = held.learner.forward(data_from_proto(request.data))
+            return pb.ForwardResponse(
+                log_probs=[pb.ForwardResponse.LogProbs(log_probs=log_probs) for log_probs in results]
+            )
+
+        return await self._with_learner(request, forward)
+
+    async def ForwardBackward(self, request: pb.ForwardBackwardRequest, context: Context) -> pb.ForwardBackwardResponse:
+        def forward_backward(learner: Learner) -> dict[str, float]:
+            return learner.forward_backward(data_from_proto(request.data), loss_from_proto(request.loss))
+
+        return pb.ForwardBackwardResponse(metrics=await self._exactly_once(request, forward_backward))
+
+    async def OptimStep(self, request: pb.OptimStepRequest, context: Context) -> pb.OptimStepResponse:
+        return pb.OptimStepResponse(metrics=await self._exactly_once(request, Learner.optim_step))
+
+    async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Context) -> pb.SaveCheckpointResponse:
+        saved = await self._with_learner(
+            request, lambda held: held.learner.save_checkpoint(request.name, held.next_sequence)
+        )
+        return pb.SaveCheckpointResponse(uri=saved.uri, sha256=saved.sha256)
+
+    async def LoadCheckpoint(self, request: pb.LoadCheckpointRequest, context: Context) -> pb.LoadCheckpointResponse:
+        def load(held: _Held) -> pb.LoadCheckpointResponse:
+            state = held.learner.load_checkpoint(request.name)
+            held.next_sequence, held.last_request, held.last_answer = state.next_sequence, b"", None
+            return pb.LoadCheckpointResponse(next_sequence=state.next_sequence, optimizer_steps=state.optimizer_steps)
+
+        return await self._with_learner(request, load)
+
+    async def PublishWeights(self, request: pb.PublishWeightsRequest, context: Context) -> pb.PublishWeightsResponse:
+        weights = await self._with_learner(request, lambda held: held.learner.publish_weights(request.policy_version))
+        return pb.PublishWeightsResponse(
+            uri=weights.uri,
+            sha256=weights.sha256,
+            fingerprint=weights.fingerprint,
+            lora=weights.kind is WeightsKind.LORA,
+        )
+
+    async def _on_thread(self, work: Callable[[], R]) -> R:
+        """Work that waits is dropped with the call that asked for it; work that runs goes on to its end."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def _with_learner(self, request: Any, work: Callable[[_Held], R]) -> R:
+        def on_thread() -> R:
+            held = self._owned(request)
+            try:
+                return work(held)
+            except DomainError:
+                raise
+            except Exception:  # gradients or weights may be half changed
+                log.error("learner dropped", learner_id=request.learner_id)
+                self._held.pop(request.learner_id, None)
+                raise
+
+        return await self._on_thread(on_thread)
+
+    async def _exactly_once(self, request: Any, work: Callable[[Learner], dict[str, float]]) -> dict[str, float]:
+        def unless_done(held: _Held) -> dict[str, float]:
+            digest = _digest(request)
+            if request.sequence == held.next_sequence - 1 and digest == held.last_request:
+                assert held.last_answer is not None
+                return held.last_answer
+            if request.sequence != held.next_sequence:
+                raise DomainError(
+                    Reason.SEQUENCE_MISMATCH,
+                    f"sequence: expected {held.next_sequence}, or the last call again; got {request.sequence}",
+                    next_sequence=held.next_sequence,
+                )
+            answer = work(held.learner)
+            held.last_request, held.last_answer = digest, answer
+            held.next_sequence += 1
+            return answer
+
+        return await self._with_learner(request, unless_done)
+
+    def _create(self, request: pb.CreateLearnerRequest) -> _Held:
+        spec = spec_from_proto(request)
+        if request.learner_id in self._held:
+            held = self._owned(request)
+            if held.spec != spec:
+                raise DomainError(Reason.LEARNER_CONFLICT, f"learner {request.learner_id!r} exists with other settings")
+            return held
+        if len(self._held) >= self._settings.max_learners:
+            owners = ", ".join(sorted({held.owner for held in self._held.values()}))
+            raise DomainError(
+                Reason.CAPACITY_REACHED,
+                f"this server holds {len(self._held)} of at most {self._settings.max_learners} learners, of {owners}",
+            )
+        held = _Held(Learner(request.learner_id, spec, self._settings), request.owner, spec)
+        self._held[request.learner_id] = held
+        return held
+
+    def _find(self, learner_id: str) -> _Held:
+        held = self._held.get(learner_id)
+        if held is None:
+            raise DomainError(
+                Reason.UNKNOWN_LEARNER,
+                f"there is no learner {learner_id[:128]!r}: create it, and load its checkpoint",
+                learner_id=learner_id[:128],
+            )
+        return held
+
+    def _owned(self, request: Any) -> _Held:
+        held = self._find(request.learner_id)
+        if held.owner != request.owner:
+            raise DomainError(
+                Reason.LEARNER_OWNED, f"learner {request.learner_id!r} belongs to {held.owner!r}", owner=held.owner
+            )
+        return held
+
+
+def _digest(request: Message) -> bytes:
+    name = type(request).__name__.encode()
+    return hashlib.sha256(name + request.SerializeToString(deterministic=True)).digest()
