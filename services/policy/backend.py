@@ -45,6 +45,10 @@ class WeightsFile:
     policy_version: int
     sha256: str
 
+    @property
+    def safetensors(self) -> Path:
+        return self.path / "adapter_model.safetensors" if self.kind is WeightsKind.LORA else self.path
+
 
 class Backend(Protocol):
     """One model, its tokenizer and its chat template. All calls may be made concurrently on one event loop."""

@@ -18,7 +18,6 @@ from services.common.errors import DomainError, Reason
 from services.common.types import WeightsKind
 from services.policy.backend import WeightsFile
 
-ADAPTER_FILE = "adapter_model.safetensors"
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_PREFIX = "base_model.model."
 # Variants of LoRA that change more than W0 + scale * B A, and the setting's value that leaves them off.
@@ -32,10 +31,6 @@ _PLAIN = {
 }
 
 
-def safetensors_of(weights: WeightsFile) -> Path:
-    return weights.path / ADAPTER_FILE if weights.kind is WeightsKind.LORA else weights.path
-
-
 class Weights:
     """The parameters of one module. `load_original` loads it anew, as it came."""
 
@@ -47,7 +42,7 @@ class Weights:
 
     def read(self, weights: WeightsFile) -> dict[str, torch.Tensor]:
         """All parameters to change, verified. Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND."""
-        tensors = _read(safetensors_of(weights))
+        tensors = _read(weights.safetensors)
         if weights.kind is WeightsKind.FULL:
             return self._full(tensors)
         return self._merged(tensors, _scale(weights.path / _ADAPTER_CONFIG, tensors))

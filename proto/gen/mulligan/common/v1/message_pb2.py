@@ -22,17 +22,20 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n mulligan/common/v1/message.proto\x12\x12mulligan.common.v1\"B\n\x07Message\x12&\n\x04role\x18\x01 \x01(\x0e\x32\x18.mulligan.common.v1.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n mulligan/common/v1/message.proto\x12\x12mulligan.common.v1\x1a\x1b\x62uf/validate/validate.proto\"N\n\x07Message\x12\x32\n\x04role\x18\x01 \x01(\x0e\x32\x18.mulligan.common.v1.RoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mulligan.common.v1.message_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=124
-  _globals['_ROLE']._serialized_end=204
-  _globals['_MESSAGE']._serialized_start=56
-  _globals['_MESSAGE']._serialized_end=122
+  _globals['_MESSAGE'].fields_by_name['role']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['role']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
+  _globals['_ROLE']._serialized_start=165
+  _globals['_ROLE']._serialized_end=245
+  _globals['_MESSAGE']._serialized_start=85
+  _globals['_MESSAGE']._serialized_end=163
 # @@protoc_insertion_point(module_scope)

@@ -22,53 +22,98 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from mulligan.common.v1 import experience_pb2 as mulligan_dot_common_dot_v1_dot_experience__pb2
 from mulligan.common.v1 import message_pb2 as mulligan_dot_common_dot_v1_dot_message__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'mulligan/policy/v1/policy_service.proto\x12\x12mulligan.policy.v1\x1a#mulligan/common/v1/experience.proto\x1a mulligan/common/v1/message.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"9\n\x08Messages\x12-\n\x08messages\x18\x01 \x03(\x0b\x32\x1b.mulligan.common.v1.Message\"e\n\x0c\x43ontinuation\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x13\n\x0bturn_closed\x18\x02 \x01(\x08\x12-\n\x08messages\x18\x03 \x03(\x0b\x32\x1b.mulligan.common.v1.Message\"\xc8\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\tB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seed\"\xbc\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x30\n\x08messages\x18\x02 \x01(\x0b\x32\x1c.mulligan.policy.v1.MessagesH\x00\x12\x31\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1c.mulligan.policy.v1.TokenIdsH\x00\x12\x38\n\x0c\x63ontinuation\x18\x04 \x01(\x0b\x32 .mulligan.policy.v1.ContinuationH\x00\x12\x34\n\x08sampling\x18\x05 \x01(\x0b\x32\".mulligan.policy.v1.SamplingParams\x12\x1f\n\x12min_policy_version\x18\x06 \x01(\x03H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_min_policy_version\"\xcf\x01\n\x10GenerateResponse\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x11\n\tlog_probs\x18\x03 \x03(\x02\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x33\n\x0bstop_reason\x18\x05 \x01(\x0e\x32\x1e.mulligan.policy.v1.StopReason\x12\x38\n\x0fpolicy_versions\x18\x06 \x03(\x0b\x32\x1f.mulligan.common.v1.VersionSpan\"\xa1\x01\n\x0cScoreRequest\x12/\n\tsequences\x18\x01 \x03(\x0b\x32\x1c.mulligan.policy.v1.TokenIds\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1f\n\x12min_policy_version\x18\x03 \x01(\x03H\x01\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x15\n\x13_min_policy_version\"~\n\rScoreResponse\x12\x38\n\x06scores\x18\x01 \x03(\x0b\x32(.mulligan.policy.v1.ScoreResponse.Scores\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x1a\x1b\n\x06Scores\x12\x11\n\tlog_probs\x18\x01 \x03(\x02\"\x96\x01\n\x0fTokenizeRequest\x12\x30\n\x08messages\x18\x01 \x01(\x0b\x32\x1c.mulligan.policy.v1.MessagesH\x00\x12\x38\n\x0c\x63ontinuation\x18\x02 \x01(\x0b\x32 .mulligan.policy.v1.ContinuationH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x42\x07\n\x05input\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\x12\n\x10GetPolicyRequest\"\xd0\x01\n\x11GetPolicyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\x05 \x01(\x05\x12\x1d\n\x15\x65nd_of_turn_token_ids\x18\x06 \x03(\x05\x12\x18\n\x10rewrites_history\x18\x07 \x01(\x08\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\"\x8f\x01\n\x14UpdateWeightsRequest\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.mulligan.policy.v1.WeightsKind\x12\x0b\n\x03uri\x18\x03 \x01(\t\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"/\n\x15UpdateWeightsResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03*\x9d\x01\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17STOP_REASON_END_OF_TURN\x10\x01\x12\x1b\n\x17STOP_REASON_STOP_STRING\x10\x02\x12\x1a\n\x16STOP_REASON_MAX_TOKENS\x10\x03\x12\x1c\n\x18STOP_REASON_CONTEXT_FULL\x10\x04*Y\n\x0bWeightsKind\x12\x1c\n\x18WEIGHTS_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHTS_KIND_FULL\x10\x01\x12\x15\n\x11WEIGHTS_KIND_LORA\x10\x02\x32\xe5\x02\n\rPolicyService\x12U\n\x08Generate\x12#.mulligan.policy.v1.GenerateRequest\x1a$.mulligan.policy.v1.GenerateResponse\x12L\n\x05Score\x12 .mulligan.policy.v1.ScoreRequest\x1a!.mulligan.policy.v1.ScoreResponse\x12U\n\x08Tokenize\x12#.mulligan.policy.v1.TokenizeRequest\x1a$.mulligan.policy.v1.TokenizeResponse\x12X\n\tGetPolicy\x12$.mulligan.policy.v1.GetPolicyRequest\x1a%.mulligan.policy.v1.GetPolicyResponse2z\n\x12PolicyAdminService\x12\x64\n\rUpdateWeights\x12(.mulligan.policy.v1.UpdateWeightsRequest\x1a).mulligan.policy.v1.UpdateWeightsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'mulligan/policy/v1/policy_service.proto\x12\x12mulligan.policy.v1\x1a\x1b\x62uf/validate/validate.proto\x1a#mulligan/common/v1/experience.proto\x1a mulligan/common/v1/message.proto\"$\n\x08TokenIds\x12\x18\n\x03ids\x18\x01 \x03(\x05\x42\x0b\xbaH\x08\x92\x01\x05\x10\x80\x80\x80\x02\"D\n\x08Messages\x12\x38\n\x08messages\x18\x01 \x03(\x0b\x32\x1b.mulligan.common.v1.MessageB\t\xbaH\x06\x92\x01\x03\x10\x80 \"}\n\x0c\x43ontinuation\x12\x1e\n\ttoken_ids\x18\x01 \x03(\x05\x42\x0b\xbaH\x08\x92\x01\x05\x10\x80\x80\x80\x02\x12\x13\n\x0bturn_closed\x18\x02 \x01(\x08\x12\x38\n\x08messages\x18\x03 \x03(\x0b\x32\x1b.mulligan.common.v1.MessageB\t\xbaH\x06\x92\x01\x03\x10\x80 \"\x9f\x02\n\x0eSamplingParams\x12\x31\n\x0btemperature\x18\x01 \x01(\x01\x42\x17\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00\x00Y@)\x00\x00\x00\x00\x00\x00\x00\x00H\x00\x88\x01\x01\x12+\n\x05top_p\x18\x02 \x01(\x01\x42\x17\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00\x00\xf0?!\x00\x00\x00\x00\x00\x00\x00\x00H\x01\x88\x01\x01\x12\x1b\n\x05top_k\x18\x03 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00H\x02\x88\x01\x01\x12 \n\nmax_tokens\x18\x04 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x1f\n\x04stop\x18\x06 \x03(\tB\x11\xbaH\x0e\x92\x01\x0b\x10\x10\"\x07r\x05\x10\x01\x18\xc8\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\r\n\x0b_max_tokensB\x07\n\x05_seed\"\xd6\x02\n\x0fGenerateRequest\x12\x1c\n\nrequest_id\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x30\n\x08messages\x18\x02 \x01(\x0b\x32\x1c.mulligan.policy.v1.MessagesH\x00\x12\x31\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x1c.mulligan.policy.v1.TokenIdsH\x00\x12\x38\n\x0c\x63ontinuation\x18\x04 \x01(\x0b\x32 .mulligan.policy.v1.ContinuationH\x00\x12\x34\n\x08sampling\x18\x05 \x01(\x0b\x32\".mulligan.policy.v1.SamplingParams\x12(\n\x12min_policy_version\x18\x06 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00H\x01\x88\x01\x01\x42\x0f\n\x06prompt\x12\x05\xbaH\x02\x08\x01\x42\x15\n\x13_min_policy_version\"\xcf\x01\n\x10GenerateResponse\x12\x18\n\x10prompt_token_ids\x18\x01 \x03(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x11\n\tlog_probs\x18\x03 \x03(\x02\x12\x0c\n\x04text\x18\x04 \x01(\t\x12\x33\n\x0bstop_reason\x18\x05 \x01(\x0e\x32\x1e.mulligan.policy.v1.StopReason\x12\x38\n\x0fpolicy_versions\x18\x06 \x03(\x0b\x32\x1f.mulligan.common.v1.VersionSpan\"\xd0\x01\n\x0cScoreRequest\x12<\n\tsequences\x18\x01 \x03(\x0b\x32\x1c.mulligan.policy.v1.TokenIdsB\x0b\xbaH\x08\x92\x01\x05\x08\x01\x10\x80 \x12\x31\n\x0btemperature\x18\x02 \x01(\x01\x42\x17\xbaH\x14\x12\x12\x19\x00\x00\x00\x00\x00\x00Y@!\x00\x00\x00\x00\x00\x00\x00\x00H\x00\x88\x01\x01\x12(\n\x12min_policy_version\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00H\x01\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x15\n\x13_min_policy_version\"~\n\rScoreResponse\x12\x38\n\x06scores\x18\x01 \x03(\x0b\x32(.mulligan.policy.v1.ScoreResponse.Scores\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\x1a\x1b\n\x06Scores\x12\x11\n\tlog_probs\x18\x01 \x03(\x02\"\xa9\x01\n\x0fTokenizeRequest\x12\x30\n\x08messages\x18\x01 \x01(\x0b\x32\x1c.mulligan.policy.v1.MessagesH\x00\x12\x38\n\x0c\x63ontinuation\x18\x02 \x01(\x0b\x32 .mulligan.policy.v1.ContinuationH\x00\x12\x1a\n\x04text\x18\x03 \x01(\tB\n\xbaH\x07r\x05(\x80\x80\x80\x08H\x00\x42\x0e\n\x05input\x12\x05\xbaH\x02\x08\x01\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\x12\n\x10GetPolicyRequest\"\xd0\x01\n\x11GetPolicyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x03\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\x05\x12\x17\n\x0fvocabulary_size\x18\x05 \x01(\x05\x12\x1d\n\x15\x65nd_of_turn_token_ids\x18\x06 \x03(\x05\x12\x18\n\x10rewrites_history\x18\x07 \x01(\x08\x12\x15\n\rdeterministic\x18\x08 \x01(\x08\"\xd3\x01\n\x14UpdateWeightsRequest\x12\x1f\n\x0epolicy_version\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12\x39\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.mulligan.policy.v1.WeightsKindB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x17\n\x03uri\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12%\n\x06sha256\x18\x04 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\x12\x1f\n\x0b\x66ingerprint\x18\x05 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\"/\n\x15UpdateWeightsResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03*\x9d\x01\n\nStopReason\x12\x1b\n\x17STOP_REASON_UNSPECIFIED\x10\x00\x12\x1b\n\x17STOP_REASON_END_OF_TURN\x10\x01\x12\x1b\n\x17STOP_REASON_STOP_STRING\x10\x02\x12\x1a\n\x16STOP_REASON_MAX_TOKENS\x10\x03\x12\x1c\n\x18STOP_REASON_CONTEXT_FULL\x10\x04*Y\n\x0bWeightsKind\x12\x1c\n\x18WEIGHTS_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHTS_KIND_FULL\x10\x01\x12\x15\n\x11WEIGHTS_KIND_LORA\x10\x02\x32\xe5\x02\n\rPolicyService\x12U\n\x08Generate\x12#.mulligan.policy.v1.GenerateRequest\x1a$.mulligan.policy.v1.GenerateResponse\x12L\n\x05Score\x12 .mulligan.policy.v1.ScoreRequest\x1a!.mulligan.policy.v1.ScoreResponse\x12U\n\x08Tokenize\x12#.mulligan.policy.v1.TokenizeRequest\x1a$.mulligan.policy.v1.TokenizeResponse\x12X\n\tGetPolicy\x12$.mulligan.policy.v1.GetPolicyRequest\x1a%.mulligan.policy.v1.GetPolicyResponse2z\n\x12PolicyAdminService\x12\x64\n\rUpdateWeights\x12(.mulligan.policy.v1.UpdateWeightsRequest\x1a).mulligan.policy.v1.UpdateWeightsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mulligan.policy.v1.policy_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STOPREASON']._serialized_start=1964
-  _globals['_STOPREASON']._serialized_end=2121
-  _globals['_WEIGHTSKIND']._serialized_start=2123
-  _globals['_WEIGHTSKIND']._serialized_end=2212
-  _globals['_TOKENIDS']._serialized_start=134
-  _globals['_TOKENIDS']._serialized_end=157
-  _globals['_MESSAGES']._serialized_start=159
-  _globals['_MESSAGES']._serialized_end=216
-  _globals['_CONTINUATION']._serialized_start=218
-  _globals['_CONTINUATION']._serialized_end=319
-  _globals['_SAMPLINGPARAMS']._serialized_start=322
-  _globals['_SAMPLINGPARAMS']._serialized_end=522
-  _globals['_GENERATEREQUEST']._serialized_start=525
-  _globals['_GENERATEREQUEST']._serialized_end=841
-  _globals['_GENERATERESPONSE']._serialized_start=844
-  _globals['_GENERATERESPONSE']._serialized_end=1051
-  _globals['_SCOREREQUEST']._serialized_start=1054
-  _globals['_SCOREREQUEST']._serialized_end=1215
-  _globals['_SCORERESPONSE']._serialized_start=1217
-  _globals['_SCORERESPONSE']._serialized_end=1343
-  _globals['_SCORERESPONSE_SCORES']._serialized_start=1316
-  _globals['_SCORERESPONSE_SCORES']._serialized_end=1343
-  _globals['_TOKENIZEREQUEST']._serialized_start=1346
-  _globals['_TOKENIZEREQUEST']._serialized_end=1496
-  _globals['_TOKENIZERESPONSE']._serialized_start=1498
-  _globals['_TOKENIZERESPONSE']._serialized_end=1535
-  _globals['_GETPOLICYREQUEST']._serialized_start=1537
-  _globals['_GETPOLICYREQUEST']._serialized_end=1555
-  _globals['_GETPOLICYRESPONSE']._serialized_start=1558
-  _globals['_GETPOLICYRESPONSE']._serialized_end=1766
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=1769
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=1912
-  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_start=1914
-  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_end=1961
-  _globals['_POLICYSERVICE']._serialized_start=2215
-  _globals['_POLICYSERVICE']._serialized_end=2572
-  _globals['_POLICYADMINSERVICE']._serialized_start=2574
-  _globals['_POLICYADMINSERVICE']._serialized_end=2696
+  _globals['_TOKENIDS'].fields_by_name['ids']._loaded_options = None
+  _globals['_TOKENIDS'].fields_by_name['ids']._serialized_options = b'\272H\010\222\001\005\020\200\200\200\002'
+  _globals['_MESSAGES'].fields_by_name['messages']._loaded_options = None
+  _globals['_MESSAGES'].fields_by_name['messages']._serialized_options = b'\272H\006\222\001\003\020\200 '
+  _globals['_CONTINUATION'].fields_by_name['token_ids']._loaded_options = None
+  _globals['_CONTINUATION'].fields_by_name['token_ids']._serialized_options = b'\272H\010\222\001\005\020\200\200\200\002'
+  _globals['_CONTINUATION'].fields_by_name['messages']._loaded_options = None
+  _globals['_CONTINUATION'].fields_by_name['messages']._serialized_options = b'\272H\006\222\001\003\020\200 '
+  _globals['_SAMPLINGPARAMS'].fields_by_name['temperature']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['temperature']._serialized_options = b'\272H\024\022\022\031\000\000\000\000\000\000Y@)\000\000\000\000\000\000\000\000'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_p']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_p']._serialized_options = b'\272H\024\022\022\031\000\000\000\000\000\000\360?!\000\000\000\000\000\000\000\000'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_k']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['top_k']._serialized_options = b'\272H\004\032\002(\000'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['max_tokens']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['max_tokens']._serialized_options = b'\272H\004\032\002(\001'
+  _globals['_SAMPLINGPARAMS'].fields_by_name['stop']._loaded_options = None
+  _globals['_SAMPLINGPARAMS'].fields_by_name['stop']._serialized_options = b'\272H\016\222\001\013\020\020\"\007r\005\020\001\030\310\001'
+  _globals['_GENERATEREQUEST'].oneofs_by_name['prompt']._loaded_options = None
+  _globals['_GENERATEREQUEST'].oneofs_by_name['prompt']._serialized_options = b'\272H\002\010\001'
+  _globals['_GENERATEREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['request_id']._serialized_options = b'\272H\005r\003\030\310\001'
+  _globals['_GENERATEREQUEST'].fields_by_name['min_policy_version']._loaded_options = None
+  _globals['_GENERATEREQUEST'].fields_by_name['min_policy_version']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_SCOREREQUEST'].fields_by_name['sequences']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['sequences']._serialized_options = b'\272H\010\222\001\005\010\001\020\200 '
+  _globals['_SCOREREQUEST'].fields_by_name['temperature']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['temperature']._serialized_options = b'\272H\024\022\022\031\000\000\000\000\000\000Y@!\000\000\000\000\000\000\000\000'
+  _globals['_SCOREREQUEST'].fields_by_name['min_policy_version']._loaded_options = None
+  _globals['_SCOREREQUEST'].fields_by_name['min_policy_version']._serialized_options = b'\272H\004\"\002(\000'
+  _globals['_TOKENIZEREQUEST'].oneofs_by_name['input']._loaded_options = None
+  _globals['_TOKENIZEREQUEST'].oneofs_by_name['input']._serialized_options = b'\272H\002\010\001'
+  _globals['_TOKENIZEREQUEST'].fields_by_name['text']._loaded_options = None
+  _globals['_TOKENIZEREQUEST'].fields_by_name['text']._serialized_options = b'\272H\007r\005(\200\200\200\010'
+  _globals['_UPDATEWEIGHTSREQUEST'].fields_by_name['policy_version']._loaded_options = None
+  _globals['_UPDATEWEIGHTSREQUEST'].fields_by_name['policy_version']._serialized_options = b'\272H\004\"\002(\001'
+  _globals['_UPDATEWEIGHTSREQUEST'].fields_by_name['kind']._loaded_options = None
+  _globals['_UPDATEWEIGHTSREQUEST'].fields_by_name['kind']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
+  _globals['_UPDATEWEIGHTSREQUEST'].fields_by_name['uri']._loaded_options = None
+  _globals['_UPDATEWEIGHTSREQUEST'].fields_by_name['uri']._serialized_options = b'\272H\007r\005\020\001\030\200 '
+  _globals['_UPDATEWEIGHTSREQUEST'].fields_by_name['sha256']._loaded_options = None
+  _globals['_UPDATEWEIGHTSREQUEST'].fields_by_name['sha256']._serialized_options = b'\272H\022r\0202\016^[0-9a-f]{64}$'
+  _globals['_UPDATEWEIGHTSREQUEST'].fields_by_name['fingerprint']._loaded_options = None
+  _globals['_UPDATEWEIGHTSREQUEST'].fields_by_name['fingerprint']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_STOPREASON']._serialized_start=2288
+  _globals['_STOPREASON']._serialized_end=2445
+  _globals['_WEIGHTSKIND']._serialized_start=2447
+  _globals['_WEIGHTSKIND']._serialized_end=2536
+  _globals['_TOKENIDS']._serialized_start=163
+  _globals['_TOKENIDS']._serialized_end=199
+  _globals['_MESSAGES']._serialized_start=201
+  _globals['_MESSAGES']._serialized_end=269
+  _globals['_CONTINUATION']._serialized_start=271
+  _globals['_CONTINUATION']._serialized_end=396
+  _globals['_SAMPLINGPARAMS']._serialized_start=399
+  _globals['_SAMPLINGPARAMS']._serialized_end=686
+  _globals['_GENERATEREQUEST']._serialized_start=689
+  _globals['_GENERATEREQUEST']._serialized_end=1031
+  _globals['_GENERATERESPONSE']._serialized_start=1034
+  _globals['_GENERATERESPONSE']._serialized_end=1241
+  _globals['_SCOREREQUEST']._serialized_start=1244
+  _globals['_SCOREREQUEST']._serialized_end=1452
+  _globals['_SCORERESPONSE']._serialized_start=1454
+  _globals['_SCORERESPONSE']._serialized_end=1580
+  _globals['_SCORERESPONSE_SCORES']._serialized_start=1553
+  _globals['_SCORERESPONSE_SCORES']._serialized_end=1580
+  _globals['_TOKENIZEREQUEST']._serialized_start=1583
+  _globals['_TOKENIZEREQUEST']._serialized_end=1752
+  _globals['_TOKENIZERESPONSE']._serialized_start=1754
+  _globals['_TOKENIZERESPONSE']._serialized_end=1791
+  _globals['_GETPOLICYREQUEST']._serialized_start=1793
+  _globals['_GETPOLICYREQUEST']._serialized_end=1811
+  _globals['_GETPOLICYRESPONSE']._serialized_start=1814
+  _globals['_GETPOLICYRESPONSE']._serialized_end=2022
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=2025
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=2236
+  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_start=2238
+  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_end=2285
+  _globals['_POLICYSERVICE']._serialized_start=2539
+  _globals['_POLICYSERVICE']._serialized_end=2896
+  _globals['_POLICYADMINSERVICE']._serialized_start=2898
+  _globals['_POLICYADMINSERVICE']._serialized_end=3020
 # @@protoc_insertion_point(module_scope)

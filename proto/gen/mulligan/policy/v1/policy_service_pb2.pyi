@@ -152,7 +152,7 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy. Default 1. Log-probabilities are of softmax(logits / temperature); of softmax(logits) when greedy."""
+    """0 is greedy; otherwise at least 0.001. Default 1. Log-probabilities are of softmax(logits / temperature); of softmax(logits) when greedy."""
     top_p: _builtins.float
     """Nucleus sampling, in (0, 1]. Default 1."""
     top_k: _builtins.int
@@ -163,7 +163,7 @@ class SamplingParams(_message.Message):
     """Makes sampling repeatable. Drawn by the server when absent."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The completion ends after the first occurrence of one of these, which it includes."""
+        """The completion ends with the token that completes one of these, which it includes."""
 
     def __init__(
         self,
@@ -310,7 +310,7 @@ class ScoreRequest(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     MIN_POLICY_VERSION_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Greater than 0. Default 1."""
+    """At least 0.001. Default 1."""
     min_policy_version: _builtins.int
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIds]: ...

@@ -97,10 +97,15 @@ class PolicyAdminServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UpdateWeights: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.UpdateWeightsRequest, _policy_service_pb2.UpdateWeightsResponse]
-    """Loads weights and serves them as `version`. Atomic: on any error the old version keeps serving. Calls that are in
-    flight finish on the version they started with. Idempotent on (version, sha256).
-    INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder. NOT_FOUND WEIGHTS_NOT_FOUND.
-    FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: names, shapes or fingerprint belong to another model;
+    """Loads weights and serves them as `policy_version`. Atomic: on any error the old version keeps serving. Calls that
+    run finish on the version they started with; the update waits for them, and calls that come meanwhile wait for the
+    update: every completion has one version. Idempotent on (policy_version, sha256) while that version serves.
+    Nothing is kept over a restart: the service then serves version 0, and refuses calls with a min_policy_version
+    above it (POLICY_VERSION_TOO_OLD) until it is given the weights again.
+    INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder, symbolic links resolved.
+    NOT_FOUND WEIGHTS_NOT_FOUND.
+    FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, or
+    names, shapes or a fingerprint of another model;
     VERSION_CONFLICT: the version exists with another checksum, or is not greater than the one that serves.
     """
 
@@ -115,10 +120,15 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.UpdateWeightsRequest,
         context: _aio.ServicerContext[_policy_service_pb2.UpdateWeightsRequest, _abc.Awaitable[_policy_service_pb2.UpdateWeightsResponse]],
     ) -> _abc.Awaitable[_policy_service_pb2.UpdateWeightsResponse]:
-        """Loads weights and serves them as `version`. Atomic: on any error the old version keeps serving. Calls that are in
-        flight finish on the version they started with. Idempotent on (version, sha256).
-        INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder. NOT_FOUND WEIGHTS_NOT_FOUND.
-        FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: names, shapes or fingerprint belong to another model;
+        """Loads weights and serves them as `policy_version`. Atomic: on any error the old version keeps serving. Calls that
+        run finish on the version they started with; the update waits for them, and calls that come meanwhile wait for the
+        update: every completion has one version. Idempotent on (policy_version, sha256) while that version serves.
+        Nothing is kept over a restart: the service then serves version 0, and refuses calls with a min_policy_version
+        above it (POLICY_VERSION_TOO_OLD) until it is given the weights again.
+        INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder, symbolic links resolved.
+        NOT_FOUND WEIGHTS_NOT_FOUND.
+        FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, or
+        names, shapes or a fingerprint of another model;
         VERSION_CONFLICT: the version exists with another checksum, or is not greater than the one that serves.
         """
 
