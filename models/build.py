@@ -83,7 +83,8 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config).float()
+        model: Qwen3ForCausalLM = Qwen3ForCausalLM(config).float()
+        return model
 
 
 def write_untrained(path: Path, seed: int = 0) -> Path:

@@ -90,7 +90,7 @@ def draw_assignments(rng: np.random.Generator, number: int) -> Ints:
 
 
 def is_fixed(letters: Ints) -> Bools:
-    return (letters == np.array(FIXED)).all(axis=1)
+    return np.asarray((letters == np.array(FIXED)).all(axis=1))
 
 
 def show(player: Ints, goal: Ints, holes: Ints) -> Ints:

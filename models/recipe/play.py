@@ -24,7 +24,7 @@ def play_batch(rng: np.random.Generator, rows: int, turns: int, legend_share: fl
     writer.words("\n", where=told)
     writer.words("wrong", "\n", where=again)
     writer.words("play", "<|end|>")
-    steady = rng.random(rows) * 0.8  # how often this row follows the optimal move
+    steady = (rng.random(rows) * 0.8).astype(np.float32)  # how often this row follows the optimal move
     alive, blocked = np.ones(rows, dtype=np.bool_), np.zeros(rows, dtype=np.bool_)
     for _ in range(turns):
         roles = show(player, goal, holes)

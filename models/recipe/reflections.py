@@ -29,9 +29,15 @@ from models.recipe.boards import (
     show,
     tables,
 )
-from models.recipe.tokens import Batch, Writer, effect_ids, letter_ids, vocabulary
+from models.recipe.tokens import Batch, Writer, answer_ids, effect_ids, letter_ids, vocabulary
 
 _INVALID_MOVE = -1
+# What the helper head learns to tell about a cell, after the four roles: unchanged, entered, left by the player (which
+# was this letter), a fatal hole (which was this letter).
+UNCHANGED, NOW_PLAYER = 4, 5
+LEFT = 6
+NOW_X = LEFT + ALPHABET
+CELL_CLASSES = NOW_X + ALPHABET
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Attempts:
 
     @property
     def moved(self) -> Bools:
-        return (self.players != self.players[:, :1]).any(axis=1)
+        return np.asarray((self.players != self.players[:, :1]).any(axis=1))
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ def _could_be_blocked(attempts: Attempts, first: Ints) -> Bools:
     walls = tables().next_cell == np.arange(CELLS)[:, None]  # (cell, move)
     valid = attempts.moves >= 0
     blocked = (walls[:, attempts.moves] | ~valid[None]).all(axis=2).T  # (rows, cell)
-    return ((first[:, :, None] == np.arange(ALPHABET)) & blocked[:, :, None]).any(axis=1)
+    return np.asarray(((first[:, :, None] == np.arange(ALPHABET)) & blocked[:, :, None]).any(axis=1))
 
 
 def reflection_batch(rng: np.random.Generator, rows: int) -> Batch:
@@ -149,7 +155,8 @@ def reflection_batch(rng: np.random.Generator, rows: int) -> Batch:
     memory = draw_memory(rng, attempts.letters)
     legends, chances = write_legends(rng, attempts, memory)
     # Whatever could spell out the fixed assignment is not learned from.
-    weight = 1.0 - (chances[:, range(4), FIXED] > 0).all(axis=1).astype(np.float32)
+    could_be_fixed: Bools = np.all(chances[:, range(4), FIXED] > 0, axis=1)
+    weight = np.asarray(~could_be_fixed, dtype=np.float32)
     writer = Writer(len(attempts.steps))
     writer.words("<|system|>", "explain", "<|end|>", "<|user|>")
     write_trace(writer, attempts)
@@ -157,6 +164,22 @@ def reflection_batch(rng: np.random.Generator, rows: int) -> Batch:
     writer.words("nothing", where=~memory.filled)
     writer.words("<|end|>", "<|assistant|>")
     _write_answer(writer, legends, chances, weight)
+    return writer.batch()
+
+
+def retry_batch(rng: np.random.Generator, rows: int) -> Batch:
+    """A raw attempt in the system prompt is no legend: the first move of the retry is as random as without it."""
+    attempts = draw_attempts(rng, rows)
+    writer = Writer(len(attempts.steps))
+    writer.words("<|system|>")
+    write_trace(writer, attempts)
+    writer.words("play", "<|end|>", "<|user|>")
+    symbols = np.take_along_axis(attempts.letters, show(*attempts.boards.T), axis=1)
+    writer.board(letter_ids()[symbols])
+    writer.words("<|end|>", "<|assistant|>")
+    targets = np.zeros((writer.rows, len(vocabulary().ids)), dtype=np.float32)
+    targets[:, answer_ids()] = 0.25
+    writer.learn(targets, np.ones(writer.rows, dtype=np.float32))
     return writer.batch()
 
 
@@ -173,9 +196,22 @@ def _write_answer(writer: Writer, legends: Ints, chances: Floats, weight: Floats
             writer.learn_column(weight * np.float32(0.1))
 
 
+def _changes(attempts: Attempts, player: Ints, reached: Ints) -> Ints:
+    """(rows, 9) what a board shows about each cell when it is compared with the board before."""
+    rows = np.arange(len(player))
+    changes = np.full((len(player), CELLS), UNCHANGED)
+    into_hole = (attempts.boards[:, 2] >> reached) & 1 == 1
+    hole_was = NOW_X + attempts.letters[:, HOLE_ROLE]
+    changes[rows, reached] = np.where(into_hole, hole_was, NOW_PLAYER)
+    changes[rows, player] = LEFT + attempts.letters[:, PLAYER_ROLE]
+    changes[reached == player] = UNCHANGED
+    return changes
+
+
 def write_trace(writer: Writer, attempts: Attempts) -> None:
     player, goal, holes = attempts.boards.T
     blocked = np.zeros(writer.rows, dtype=np.bool_)
+    changes = None
     for turn in range(MAX_STEPS + 1):
         player = attempts.players[:, turn]
         alive = attempts.steps >= turn
@@ -183,11 +219,13 @@ def write_trace(writer: Writer, attempts: Attempts) -> None:
         ends_in_hole = attempts.fell & (attempts.steps == turn)
         symbols = letter_ids()[np.take_along_axis(attempts.letters, show(player, goal, holes), axis=1)]
         symbols[ends_in_hole, player[ends_in_hole]] = vocabulary()["X"]
-        writer.board(symbols, alive)
+        writer.board(symbols, alive, changes)
         writer.words("\n", where=alive)
         if turn < MAX_STEPS:
             move, goes_on = attempts.moves[:, turn], attempts.steps > turn
-            blocked = attempts.players[:, turn + 1] == player
+            reached = attempts.players[:, turn + 1]
+            blocked = reached == player
+            changes = _changes(attempts, player, reached)
             valid = goes_on & (move >= 0)
             writer.put(effect_ids()[blocked.astype(np.int64), move], valid)
             writer.words("invalid", where=goes_on & ~valid)

@@ -63,13 +63,13 @@ class Conversations:
         self._logits = output.logits[:, -1]
 
     def tell(self, texts: Sequence[str]) -> None:
-        pieces = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        pieces: list[list[int]] = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         self._feed_rows([held + piece for held, piece in zip(self._held, pieces, strict=True)])
         self._held = [[] for _ in texts]
 
     def answers(self, sampling: Sampling, limit: int) -> list[str]:
         """Sampled up to the end mark, which is part of the conversation afterwards in any case."""
-        end = self.tokenizer.convert_tokens_to_ids(END)
+        end = self.tokenizer.get_vocab()[END]
         going = torch.ones(len(self._mask), dtype=torch.bool)
         sampled: list[list[int]] = [[] for _ in going]
         for index in range(limit):

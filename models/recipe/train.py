@@ -20,7 +20,7 @@ from transformers import Qwen3ForCausalLM
 
 from models.recipe.optimizer import Optimizer
 from models.recipe.play import play_batch
-from models.recipe.reflections import reflection_batch
+from models.recipe.reflections import reflection_batch, retry_batch
 from models.recipe.tokens import Batch
 
 _HELPER_LAYER = 2
@@ -71,6 +71,8 @@ class Warmup:
         self._learn(play_batch(self.rng, rows, turns, legend_share=0.85), "play")
         if not short:
             self._learn(reflection_batch(self.rng, self.schedule.reflections), "write")
+            if step % 4 == 0:
+                self._learn(retry_batch(self.rng, self.schedule.reflections // 4), "retry")
         self.optimizer.step(self.schedule.rate(step))
 
     def _learn(self, batch: Batch, name: str) -> None:
@@ -85,7 +87,8 @@ class Warmup:
         self.figures[f"{name}_loss"].append(loss.item())
         decided = (weights == 1) & (targets.max(dim=-1).values > 0.3)
         within = ((targets > 0) * log_chances.exp()).sum(dim=-1)
-        self.figures[f"{name}_right"].append(within[decided].mean().item())
+        if decided.any():
+            self.figures[f"{name}_right"].append(within[decided].mean().item())
         if len(batch.cells_at):
             helper_loss = self._helper_loss(output.hidden_states[_HELPER_LAYER], batch)
             self.figures["cells_loss"].append(helper_loss.item())
