@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -43,11 +44,20 @@ class TrainerSettings(ServiceSettings):
             keep_weights=self.keep_weights,
         )
 
-    def endpoint(self, address: str, token: SecretStr | None = None) -> Endpoint:
-        secret = token or self.client_token
+    @property
+    def admin_token(self) -> str | None:
+        return self.policy_admin_token.get_secret_value() if self.policy_admin_token else None
+
+    def endpoint(self, address: str) -> Endpoint:
+        """Another service's."""
         return Endpoint(
             address,
-            token=secret.get_secret_value() if secret else None,
+            token=self.client_token.get_secret_value() if self.client_token else None,
             outage_seconds=self.outage_seconds,
             max_message_bytes=self.max_message_bytes,
         )
+
+    def own_endpoint(self, address: str) -> Endpoint:
+        """This process's, as it protects itself."""
+        token = self.token.get_secret_value() if self.token else None
+        return replace(self.endpoint(address), token=token, tls_ca=self.tls_certificate)

@@ -93,6 +93,11 @@ class RunManager:
         self._drive(run)
         return run
 
+    def notice(self, text: str) -> None:
+        """Tells the watchers of the run that is trained."""
+        if self._active is not None and not self._active.done():
+            self._runs[self._active_id].notice(text)
+
     async def drain(self) -> None:
         """Ends after the step that runs; the run stays marked as running, so that the next start goes on with it."""
         self._draining = True

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 from mulligan.trainer.v1 import run_service_pb2 as pb
 from mulligan.trainer.v1 import run_service_pb2_grpc
 
@@ -29,6 +30,11 @@ from services.trainer.wire import (
 )
 
 Context = Any
+
+
+def add_to_server(server: grpc.aio.Server, manager: RunManager) -> list[str]:
+    run_service_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(manager), server)
+    return [pb.DESCRIPTOR.services_by_name["RunService"].full_name]
 
 
 class RunServicer(run_service_pb2_grpc.RunServiceServicer):

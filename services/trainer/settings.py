@@ -97,7 +97,6 @@ class RolloutSettings(_Settings):
     reflection_max_tokens: int = Field(1024, ge=1)
     concurrency: int = Field(256, ge=1)
     max_restarts: int = Field(3, ge=0)
-    outage_seconds: float = Field(120.0, gt=0)
     train_tasks: int = Field(0, ge=0)
 
 

@@ -82,8 +82,10 @@ class Awkward:
         self._seconds = seconds
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
+        if split is Split.TEST:
+            raise RuntimeError("the list is torn")
         tasks = [TaskInfo(task_id, split, 1.0) for task_id in TASKS]
-        return tasks[offset : offset + limit] if split is Split.TRAIN else []
+        return tasks[offset : offset + limit]
 
     def start(self, task_id: str) -> AwkwardEpisode:
         if task_id not in TASKS:

@@ -81,7 +81,8 @@ class ServiceProcess:
         with grpc.insecure_channel(self.address) as channel:
             try:
                 stub = health_pb2_grpc.HealthStub(channel)
-                response = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5.0)
+                request = health_pb2.HealthCheckRequest(service=service)
+                response = stub.Check(request, timeout=5.0)  # type: ignore[attr-defined]  # the type stub lacks it
             except grpc.RpcError:
                 return False
         return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
@@ -123,8 +124,11 @@ def flags(settings: Mapping[str, object]) -> list[str]:
     """Settings as command-line flags: `max_episodes=2` is `--max-episodes 2`; a mapping or list is JSON."""
     found: list[str] = []
     for name, value in settings.items():
-        text = json.dumps(value) if isinstance(value, dict | list | tuple | bool) else str(value)
-        found += [f"--{name.replace('_', '-')}", text]
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list | tuple) else str(value)]
     return found
 
 

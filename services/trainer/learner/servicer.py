@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import grpc
 import structlog
 from google.protobuf.message import Message
 from mulligan.trainer.v1 import learner_service_pb2 as pb
@@ -40,6 +41,11 @@ class _Held:
     next_sequence: int = 1
     last_request: bytes = b""  # its digest
     last_answer: dict[str, float] | None = None
+
+
+def add_to_server(server: grpc.aio.Server, servicer: LearnerServicer) -> list[str]:
+    learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(servicer, server)
+    return [pb.DESCRIPTOR.services_by_name["LearnerService"].full_name]
 
 
 class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):

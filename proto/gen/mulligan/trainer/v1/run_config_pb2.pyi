@@ -279,7 +279,6 @@ class RolloutConfig(_message.Message):
     REFLECTION_MAX_TOKENS_FIELD_NUMBER: _builtins.int
     CONCURRENCY_FIELD_NUMBER: _builtins.int
     MAX_RESTARTS_FIELD_NUMBER: _builtins.int
-    OUTAGE_SECONDS_FIELD_NUMBER: _builtins.int
     TRAIN_TASKS_FIELD_NUMBER: _builtins.int
     tasks_per_step: _builtins.int
     """Tasks of one training step. Default 64."""
@@ -299,8 +298,6 @@ class RolloutConfig(_message.Message):
     """Chains that run at a time. Default 256."""
     max_restarts: _builtins.int
     """How often an attempt that failed for its infrastructure is started over before it is excluded. Default 3."""
-    outage_seconds: _builtins.float
-    """Seconds that a service may be unreachable before the run fails with its name. Default 120."""
     train_tasks: _builtins.int
     """Only the first so many training tasks are used; 0, the default, means all."""
     def __init__(
@@ -317,12 +314,11 @@ class RolloutConfig(_message.Message):
         reflection_max_tokens: _builtins.int | None = ...,
         concurrency: _builtins.int | None = ...,
         max_restarts: _builtins.int | None = ...,
-        outage_seconds: _builtins.float | None = ...,
         train_tasks: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_tokens", b"_max_tokens", "_outage_seconds", b"_outage_seconds", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_tokens", b"max_tokens", "outage_seconds", b"outage_seconds", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_tokens", b"_max_tokens", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_tokens", b"max_tokens", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_tokens", b"_max_tokens", "_outage_seconds", b"_outage_seconds", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_tokens", b"max_tokens", "outage_seconds", b"outage_seconds", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_tokens", b"_max_tokens", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_tokens", b"max_tokens", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__concurrency: _TypeAlias = _typing.Literal["concurrency"]  # noqa: Y015
     _WhichOneofArgType__concurrency: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency"]  # noqa: Y015
@@ -330,8 +326,6 @@ class RolloutConfig(_message.Message):
     _WhichOneofArgType__max_restarts: _TypeAlias = _typing.Literal["_max_restarts", b"_max_restarts"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
-    _WhichOneofReturnType__outage_seconds: _TypeAlias = _typing.Literal["outage_seconds"]  # noqa: Y015
-    _WhichOneofArgType__outage_seconds: _TypeAlias = _typing.Literal["_outage_seconds", b"_outage_seconds"]  # noqa: Y015
     _WhichOneofReturnType__reflection_max_tokens: _TypeAlias = _typing.Literal["reflection_max_tokens"]  # noqa: Y015
     _WhichOneofArgType__reflection_max_tokens: _TypeAlias = _typing.Literal["_reflection_max_tokens", b"_reflection_max_tokens"]  # noqa: Y015
     _WhichOneofReturnType__reflection_temperature: _TypeAlias = _typing.Literal["reflection_temperature"]  # noqa: Y015
@@ -356,8 +350,6 @@ class RolloutConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_restarts) -> _WhichOneofReturnType__max_restarts | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
-    @_typing.overload
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__outage_seconds) -> _WhichOneofReturnType__outage_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reflection_max_tokens) -> _WhichOneofReturnType__reflection_max_tokens | None: ...
     @_typing.overload

@@ -1,0 +1,78 @@
+"""`python -m services.trainer --config trainer.toml`: serves runs, and a learner for them, until SIGTERM."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from services.common.config import refuse
+from services.common.server import run, serve
+from services.env.client import EnvClient
+from services.memory.client import MemoryClient
+from services.policy.client import PolicyClient
+from services.trainer import servicer as runs
+from services.trainer.config import TrainerSettings
+from services.trainer.interfaces import LearnerPort
+from services.trainer.learner import servicer as learners
+from services.trainer.learner.client import LearnerClient
+from services.trainer.learner.settings import LearnerSpec
+from services.trainer.manager import RunManager
+from services.trainer.run import Services
+from services.trainer.settings import RunSettings
+
+
+def main() -> None:
+    settings = TrainerSettings.load(sys.argv[1:])
+    run(settings, partial(_serve, settings))
+
+
+async def _serve(settings: TrainerSettings) -> None:
+    learner_servicer = learners.LearnerServicer(settings.learner)
+    own_address = ""
+
+    def notice(text: str) -> None:
+        manager.notice(text)
+
+    async def open_learner(run_id: str, run_settings: RunSettings) -> LearnerPort:
+        spec = LearnerSpec(
+            model=run_settings.model,
+            optimizer=run_settings.optimizer,
+            seed=run_settings.seed,
+            deterministic=run_settings.deterministic,
+            keep_checkpoints=run_settings.keep_checkpoints,
+        )
+        other = settings.learner_address
+        endpoint = settings.endpoint(other) if other else settings.own_endpoint(own_address)
+        return await LearnerClient.create(endpoint, run_id, run_id, spec, notice)
+
+    env = EnvClient(settings.endpoint(settings.env_address), on_outage=notice)
+    policy = PolicyClient(
+        settings.endpoint(settings.policy_address), admin_token=settings.admin_token, on_outage=notice
+    )
+    memory = MemoryClient(settings.endpoint(settings.memory_address), on_outage=notice)
+    try:
+        manager = RunManager(settings.runs_folder, Services(env, policy, memory, open_learner))
+    except OSError as error:
+        refuse(settings.service, str(error))
+
+    async def go_on(address: str) -> None:
+        nonlocal own_address
+        own_address = address
+        manager.go_on()
+
+    try:
+        await serve(
+            settings,
+            lambda server: [*runs.add_to_server(server, manager), *learners.add_to_server(server, learner_servicer)],
+            on_started=go_on,
+            on_drain=manager.drain,
+        )
+    finally:
+        await manager.close()
+        for client in (env, policy, memory):
+            await client.close()
+        await learner_servicer.close()
+
+
+if __name__ == "__main__":
+    main()

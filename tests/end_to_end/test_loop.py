@@ -1,0 +1,127 @@
+"""Four real processes train, lose each other, and end as if nothing had happened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from services.common.channel import Endpoint
+from services.common.types import Experience, Outcome, SegmentKind
+from services.env.client import EnvClient
+from services.policy.client import PolicyClient
+from services.trainer.folder import RunState
+from tests.support.loop import Loop, small_run
+from tests.support.processes import Services
+
+
+def check_experiences(chains: list[Experience], steps: int, tasks: int, rollouts: int) -> None:
+    """Each chain once, every token sampled by a stamped version, every distilled target without the reflection."""
+    assert len(chains) == len({chain.experience_id for chain in chains}) == steps * tasks * rollouts
+    for chain in chains:
+        for part in chain.parts():
+            for sequence in part.sequences:
+                sampled = [segment for segment in sequence.segments if segment.kind is SegmentKind.SAMPLED]
+                assert sampled and all(len(s.log_probs) == len(s.token_ids) for s in sampled)
+                assert all(sum(v.token_count for v in s.policy_versions) == len(s.token_ids) for s in sampled)
+                assert all(value <= 0 for value in sequence.log_probs)
+        if chain.distilled is not None and chain.second_attempt is not None:
+            for target, source in zip(chain.distilled.sequences, chain.second_attempt.sequences, strict=True):
+                assert target.segments[0].token_ids == chain.first_attempt.sequences[0].segments[0].token_ids
+                assert [s.token_ids for s in target.segments[1:]] == [s.token_ids for s in source.segments[1:]]
+
+
+def successes(chains: list[Experience]) -> list[str]:
+    return [c.experience_id for c in chains if c.second_attempt is not None and (c.second_attempt.reward or 0) >= 1]
+
+
+async def test_the_loop_over_four_processes(services: Services, tmp_path: Path) -> None:
+    loop = Loop.start(services, tmp_path)
+    info = await loop.train("first", small_run())
+    assert info.step == 4
+    chains = loop.experiences("first")
+    check_experiences(chains, steps=4, tasks=4, rollouts=2)
+    assert any(chain.reflection is not None for chain in chains)
+    assert await loop.memorised("first") == successes(chains)
+    versions = {
+        span.policy_version for c in chains for s in c.first_attempt.sequences[0].segments for span in s.policy_versions
+    }
+    assert versions == {1, 2, 3, 4}, "each step is sampled by the weights of the step before"
+    policy = PolicyClient(Endpoint(loop.policy.address))
+    assert (await policy.info()).policy_version == 5
+    await policy.close()
+    summary = json.loads((tmp_path / "runs" / "first" / "summary.json").read_text())
+    assert {"test_success_before", "test_success_after", "train_seconds", "steps", "rollouts"} <= set(summary)
+    client = loop.client()
+    fetched = await client.experiences("first", limit=100)
+    assert fetched == chains, "the trainer answers what its journal holds"
+    again = await client.start("first", small_run())
+    assert again.state is RunState.COMPLETED, "starting a run again changes nothing"
+    result, version = await client.evaluate("frozenlake-3x3", small_run().evaluation)
+    assert result.attempts == 4 and version == 5
+    await client.close()
+
+
+@pytest.mark.parametrize("victim", ["env", "policy", "memory", "trainer"])
+async def test_a_killed_service_comes_back_and_the_run_ends(services: Services, tmp_path: Path, victim: str) -> None:
+    loop = Loop.start(services, tmp_path)
+    settings = small_run(steps=6)
+    client = loop.client()
+    await client.start("cut", settings)
+    for kill in range(2):
+        await loop.until(lambda already=loop.journaled("cut") + 20_000: loop.journaled("cut") > already)  # type: ignore[misc]
+        process = getattr(loop, victim)
+        process.kill()
+        await asyncio.sleep(0.3 * kill)
+        process.start()
+    info = await loop.ended(client, "cut")
+    await client.close()
+    assert info.step == 6
+    chains = loop.experiences("cut")
+    check_experiences(chains, steps=6, tasks=4, rollouts=2)
+    assert await loop.memorised("cut") == successes(chains), "nothing is lost or counted twice"
+    ended = {part.outcome for chain in chains for part in chain.parts()}
+    assert ended <= {Outcome.COMPLETED, Outcome.TRUNCATED}, "lost episodes were run again"
+
+
+def weights(loop: Loop, run_id: str, step: int) -> dict[str, Any]:
+    (file,) = (loop.folder / "checkpoints").rglob(f"*{run_id}-{step:06}*/*odel*.safetensors")
+    return load_file(file)
+
+
+async def test_a_deterministic_run_killed_and_resumed_ends_with_bit_equal_weights(
+    services: Services, tmp_path: Path
+) -> None:
+    settings = small_run(deterministic=True, steps=3, rollout={"tasks_per_step": 2})
+    whole = Loop.start(services, tmp_path / "whole", deterministic=True)
+    await whole.train("run", settings)
+    cut = Loop.start(services, tmp_path / "cut", deterministic=True)
+    client = cut.client()
+    await client.start("run", settings)
+    for _ in range(3):
+        await cut.until(lambda already=cut.journaled("run") + 8_000: cut.journaled("run") > already)  # type: ignore[misc]
+        cut.trainer.restart()
+    await cut.ended(client, "run")
+    await client.close()
+    expected, found = weights(whole, "run", 3), weights(cut, "run", 3)
+    assert expected.keys() == found.keys()
+    assert all((expected[name] == found[name]).all() for name in expected)
+    texts = [
+        [part.sequences[0].token_ids for chain in loop.experiences("run") for part in chain.parts()]
+        for loop in (whole, cut)
+    ]
+    assert texts[0] == texts[1]
+
+
+async def test_episodes_of_a_killed_env_server_are_never_a_reward(services: Services, tmp_path: Path) -> None:
+    env = services.start("env")
+    client = EnvClient(Endpoint(env.address, outage_seconds=30))
+    episode = await client.start("frozenlake-3x3", "train/00000", "lost")
+    env.restart()
+    with pytest.raises(Exception, match="UNKNOWN_EPISODE"):
+        await episode.step("```Up```")
+    await client.close()

@@ -1,0 +1,39 @@
+"""A model folder that loads in milliseconds: Qwen3's shape with random weights and tied embeddings, and a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+VOCABULARY_SIZE = 32
+CONTEXT_LENGTH = 64
+
+
+def write_tiny_model(folder: Path, seed: int = 0, *, layers: int = 2) -> Path:
+    config = Qwen3Config(
+        vocab_size=VOCABULARY_SIZE,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=CONTEXT_LENGTH,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    words = {"<pad>": 0, "<end>": 1, **{f"w{index}": index for index in range(2, VOCABULARY_SIZE)}}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), eos_token="<end>", pad_token="<pad>"
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
