@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from services.cli.local import free_ports
 from services.common.channel import Endpoint
 from services.common.types import Experience
 from services.memory.client import MemoryClient
@@ -49,21 +51,27 @@ class Loop:
     def start(cls, services: Services, folder: Path, *, deterministic: bool = False, model: str = "embedded") -> Loop:
         weights = folder / "weights"
         weights.mkdir(parents=True, exist_ok=True)
-        env = services.start("env")
-        policy = services.start("policy", model=model, weights_folder=weights, deterministic=deterministic, threads=1)
-        memory = services.start("memory", database=folder / "memory.sqlite")
-        trainer = services.start(
-            "trainer",
-            runs_folder=folder / "runs",
-            checkpoint_folder=folder / "checkpoints",
-            weights_folder=weights,
-            env_address=env.address,
-            policy_address=policy.address,
-            memory_address=memory.address,
-            outage_seconds=60,
-            threads=1,
-        )
-        return cls(folder, env, policy, memory, trainer)
+        address = {name: f"127.0.0.1:{port}" for name, port in free_ports().items()}
+        settings: dict[str, dict[str, object]] = {
+            "env": {},
+            "policy": {"model": model, "weights_folder": weights, "deterministic": deterministic, "threads": 1},
+            "memory": {"database": folder / "memory.sqlite"},
+            "trainer": {
+                "runs_folder": folder / "runs",
+                "checkpoint_folder": folder / "checkpoints",
+                "weights_folder": weights,
+                "env_address": address["env"],
+                "policy_address": address["policy"],
+                "memory_address": address["memory"],
+                "outage_seconds": 60,
+                "threads": 1,
+            },
+        }
+        with ThreadPoolExecutor() as pool:  # all at once: importing torch takes seconds
+            started = {
+                name: pool.submit(services.start, name, address=address[name], **settings[name]) for name in settings
+            }
+        return cls(folder, **{name: process.result() for name, process in started.items()})
 
     def client(self) -> RunClient:
         return RunClient(Endpoint(self.trainer.address, outage_seconds=60))

@@ -139,10 +139,12 @@ class Services:
         self._folder = folder
         self.started: list[ServiceProcess] = []
 
-    def start(self, name: str, *, environment: Mapping[str, str] | None = None, **settings: object) -> ServiceProcess:
-        """Starts `python -m services.NAME` with these settings and waits until it serves."""
+    def start(
+        self, name: str, *, environment: Mapping[str, str] | None = None, address: str = "", **settings: object
+    ) -> ServiceProcess:
+        """Starts `python -m services.NAME` with these settings and waits until it serves, at a free port by default."""
         log_path = self._folder / f"{name}-{len(self.started)}.log"
-        service = ServiceProcess(name, flags(settings), log_path, environment or {})
+        service = ServiceProcess(name, flags(settings), log_path, environment or {}, address)
         self.started.append(service)
         service.start()
         return service
