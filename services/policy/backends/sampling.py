@@ -10,14 +10,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+_MASK = 2**64 - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
 
 
 def stream(seed: int) -> int:
     """The start of a request's sequence of random numbers; neighbouring seeds lie far apart."""
-    state = np.asarray([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
-    return int(_mix(_mix(state + _GOLDEN) + _GOLDEN)[0])
+    state = seed & _MASK
+    for _ in range(2):
+        state = state + int(_GOLDEN) & _MASK
+        for shift, factor in _MIX:
+            state = (state ^ state >> int(shift)) * int(factor) & _MASK
+        state ^= state >> 31
+    return state
 
 
 def uniforms(streams_R: npt.NDArray[np.uint64], counts_R: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
