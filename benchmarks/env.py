@@ -95,13 +95,19 @@ async def coalesced(episodes: list[RemoteEpisode]) -> None:
     await asyncio.gather(*(play(episode) for episode in episodes))
 
 
+async def one_after_another(episodes: list[RemoteEpisode]) -> None:
+    """Nothing to coalesce: what the client costs a lone caller."""
+    for episode in episodes:
+        await coalesced([episode])
+
+
 async def measure(address: str, rounds: int) -> dict[str, list[float]]:
     client = EnvClient(Endpoint(address))
     async with grpc.aio.insecure_channel(address) as channel:
         stub = pb_grpc.EnvServiceStub(channel)
         ways: dict[str, Callable[[], Awaitable[float]]] = {
             "bare Python": partial(bare, 512),
-            "client, 1 episode": partial(with_episodes, client, 1, coalesced),
+            "client, 1 episode": partial(with_episodes, client, 32, one_after_another),
             "unary, 1 at a time": partial(with_episodes, client, 32, partial(unary, stub, 1)),
             "unary, 64 at a time": partial(with_episodes, client, 64, partial(unary, stub, 64)),
             "batches of 64": partial(with_episodes, client, 64, partial(batched, stub)),

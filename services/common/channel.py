@@ -18,6 +18,7 @@ from services.common.status import from_rpc_error
 
 log = structlog.get_logger()
 R = TypeVar("R")
+_FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.05, 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,30 +64,30 @@ class Connection:
         ServiceUnavailable after `outage_seconds` without an answer.
         """
         down_since: float | None = None
-        delay = 0.05
+        delay = _FIRST_DELAY_SECONDS
         while True:
             try:
                 return await method(request, timeout=timeout, metadata=self.metadata)
             except grpc.aio.AioRpcError as error:
-                cause = self._retryable(error, type(request).__name__.removesuffix("Request"))
+                cause, not_before = self._retryable(error, type(request).__name__.removesuffix("Request"))
             now = time.monotonic()
             if down_since is None:
                 down_since = now
                 self._report(cause)
             if now - down_since >= self.endpoint.outage_seconds:
                 raise ServiceUnavailable(self.endpoint.address, now - down_since, cause)
-            await asyncio.sleep(delay * random.uniform(0.5, 1.5))
-            delay = min(delay * 2, 2.0)
+            await asyncio.sleep(max(delay, not_before) * random.uniform(1.0, 1.5))
+            delay = min(delay * 2, _MAX_DELAY_SECONDS)
 
-    def _retryable(self, error: grpc.aio.AioRpcError, method: str) -> str:
-        """The cause, when the call should be repeated; raises otherwise."""
+    def _retryable(self, error: grpc.aio.AioRpcError, method: str) -> tuple[str, float]:
+        """The cause, and the least wait in seconds, when the call should be repeated; raises otherwise."""
         domain_error = from_rpc_error(error)
         if domain_error is not None:
             if domain_error.code is Code.RESOURCE_EXHAUSTED and domain_error.retry_after is not None:
-                return str(domain_error)
+                return str(domain_error), domain_error.retry_after.total_seconds()
             raise domain_error from None
         if error.code() is grpc.StatusCode.UNAVAILABLE:
-            return error.details() or "unavailable"
+            return error.details() or "unavailable", 0.0
         raise CallFailed(self.endpoint.address, method, error.code().name, error.details() or "") from error
 
     def _report(self, cause: str) -> None:

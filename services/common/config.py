@@ -6,6 +6,8 @@ A service subclasses `ServiceSettings`, sets `service`, and calls `load`. `pytho
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,14 +47,25 @@ class ServiceSettings(BaseSettings):
         return self
 
     @classmethod
-    def load(cls, argv: Sequence[str]) -> Self:
+    def _refuse_unknown_variables(cls, prefix: str) -> None:
+        """A mistyped variable would be ignored in silence: pydantic-settings only looks for those that it knows."""
+        for variable in os.environ:
+            name = variable.removeprefix(prefix).partition("__")[0].lower()
+            if variable.startswith(prefix) and name not in cls.model_fields:
+                refuse(cls.service, f"{variable}: no such setting")
+
+    @classmethod
+    def load(cls, arguments: Sequence[str]) -> Self:
         """Reads all sources. Exits with status 2 and a line per bad setting, named, when one is invalid."""
-        argv = list(argv)
+        argv = list(arguments)
         config = _take_config(argv)
+        if config == "":
+            refuse(cls.service, "--config: needs a file")
         toml = Path(config) if config else None
         if toml is not None and not toml.is_file():
             refuse(cls.service, f"--config {toml}: no such file")
         prefix = f"MULLIGAN_{cls.service.upper()}_"
+        cls._refuse_unknown_variables(prefix)
 
         class Loaded(cls):  # type: ignore[valid-type,misc]
             @classmethod
@@ -60,7 +73,7 @@ class ServiceSettings(BaseSettings):
                 cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
             ) -> tuple[PydanticBaseSettingsSource, ...]:
                 return (
-                    CliSettingsSource(settings_cls, cli_prog_name=f"services.{cls.service}", cli_parse_args=list(argv)),
+                    CliSettingsSource(settings_cls, root_parser=_parser(cls.service), cli_parse_args=argv),
                     EnvSettingsSource(settings_cls, env_prefix=prefix, env_nested_delimiter="__"),
                     TomlConfigSettingsSource(settings_cls, toml_file=toml or Path()),
                 )
@@ -80,11 +93,19 @@ def refuse(service: str, *problems: str) -> NoReturn:
     sys.exit(2)
 
 
+def _parser(service: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m services.{service}",
+        epilog=f"--config FILE.toml reads settings from a file; MULLIGAN_{service.upper()}_NAME=VALUE sets one, too. "
+        "Flags win over variables, variables over the file.",
+    )
+
+
 def _take_config(argv: list[str]) -> str | None:
     for index, argument in enumerate(argv):
-        if argument == "--config" and index + 1 < len(argv):
+        if argument == "--config":
             del argv[index]
-            return argv.pop(index)
+            return argv.pop(index) if index < len(argv) else ""
         if argument.startswith("--config="):
             del argv[index]
             return argument.removeprefix("--config=")

@@ -1,0 +1,196 @@
+"""What every service does alike, shown on the environment service: `services/common/{server,channel}.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from services.common.channel import Endpoint
+from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from services.common.types import Split
+from services.env.client import EnvClient
+from tests.support.processes import ServiceFailed, ServiceProcess, Services
+
+AWKWARD = {"awkward": {"kind": "tests.support.environments"}}
+SERVICE = "mulligan.env.v1.EnvService"
+
+
+@pytest.fixture(scope="module")
+def server(shared_services: Services) -> ServiceProcess:
+    """Logs each request, and takes requests of up to 4 KiB."""
+    return shared_services.start("env", environments=AWKWARD, log_level="debug", max_message_bytes=4096)
+
+
+@pytest.fixture
+async def client(server: ServiceProcess) -> AsyncIterator[EnvClient]:
+    client = EnvClient(Endpoint(server.address))
+    yield client
+    await client.close()
+
+
+def requests_logged(server: ServiceProcess, **having: object) -> list[dict[str, Any]]:
+    """Log lines of requests with these values; waits a moment for them, as they follow the answer."""
+    for _ in range(100):
+        lines = [line for line in server.log_lines if line["event"] == "request" and having.items() <= line.items()]
+        if lines:
+            return lines
+        time.sleep(0.02)
+    return []
+
+
+def test_it_is_healthy_as_a_whole_and_by_name(server: ServiceProcess) -> None:
+    assert server.is_healthy()
+    assert server.is_healthy(SERVICE)
+    assert not server.is_healthy("mulligan.no.Such")
+
+
+def test_reflection_lists_its_services(server: ServiceProcess) -> None:
+    with grpc.insecure_channel(server.address) as channel:
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        (answer,) = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]), timeout=10)
+    names = {service.name for service in answer.list_services_response.service}
+    assert {SERVICE, "grpc.health.v1.Health"} <= names
+
+
+async def test_each_request_is_one_line_of_json(server: ServiceProcess, client: EnvClient) -> None:
+    await client.start("awkward", "good", "logged-episode")
+    (line,) = requests_logged(server, episode_id="logged-episode")
+    assert (line["method"], line["status"], line["level"]) == ("StartEpisode", "OK", "debug")
+    assert line["milliseconds"] > 0
+    with pytest.raises(DomainError):
+        await client.start("awkward", "no-such-task", "failed-episode")
+    (line,) = requests_logged(server, episode_id="failed-episode")
+    assert (line["status"], line["reason"], line["level"]) == ("NOT_FOUND", "UNKNOWN_TASK", "info")
+
+
+async def test_a_fault_of_ours_is_internal_and_logged_with_its_trace(server: ServiceProcess, client: EnvClient) -> None:
+    """The test environment cannot list its test tasks: no declared error covers that."""
+    with pytest.raises(CallFailed, match=r"ListTasks at .* failed: INTERNAL: RuntimeError: the list is torn"):
+        await client.list_tasks("awkward", Split.TEST, 1)
+    (line,) = requests_logged(server, method="ListTasks", status="INTERNAL")
+    assert line["level"] == "error"
+    assert "the list is torn" in line["exception"]
+
+
+async def test_a_bad_field_is_named(client: EnvClient) -> None:
+    with pytest.raises(DomainError) as caught:
+        await client.start("", "good", "e")
+    assert caught.value.reason is Reason.INVALID_FIELD
+    assert caught.value.metadata == {"field": "environment", "expected": "must be at least 1 characters"}
+
+
+async def test_an_oversized_message_is_refused_and_harms_nobody(client: EnvClient) -> None:
+    large, small = await client.start("awkward", "good", "large"), await client.start("awkward", "good", "small")
+    steps = asyncio.gather(large.step("x" * 5000), small.step("x"), return_exceptions=True)
+    failed, fine = await steps
+    assert isinstance(failed, CallFailed)
+    assert failed.code == "RESOURCE_EXHAUSTED"
+    assert not isinstance(fine, BaseException)
+    assert fine.observation == "1: x"
+
+
+async def test_calls_need_the_token_and_probes_do_not(services: Services, server: ServiceProcess) -> None:
+    guarded = services.start("env", log_level="debug", token="hunter2")
+    assert guarded.is_healthy(SERVICE)
+    for token in (None, "hunter3", ""):
+        client = EnvClient(Endpoint(guarded.address, token=token))
+        with pytest.raises(DomainError) as caught:
+            await client.list_environments()
+        assert caught.value.reason is Reason.BAD_CREDENTIAL
+        await client.close()
+    client = EnvClient(Endpoint(guarded.address, token="hunter2"))
+    assert len(await client.list_environments()) == 2
+    await client.close()
+    assert requests_logged(guarded, status="OK")
+    assert "hunter" not in guarded.log
+
+
+@pytest.fixture
+def key_pair(tmp_path: Path) -> tuple[Path, Path]:
+    """A private key, and a certificate for 127.0.0.1 signed with it."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    make += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
+    subprocess.run([*make, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
+    return key, certificate
+
+
+async def test_it_speaks_tls(services: Services, key_pair: tuple[Path, Path]) -> None:
+    key, certificate = key_pair
+    server = services.start("env", tls_key=key, tls_certificate=certificate)
+    client = EnvClient(Endpoint(server.address, tls_ca=certificate))
+    assert len(await client.list_environments()) == 2
+    await client.close()
+    stranger = EnvClient(Endpoint(server.address, outage_seconds=0.3))
+    with pytest.raises(ServiceUnavailable):
+        await stranger.list_environments()
+    await stranger.close()
+
+
+def test_unreadable_tls_files_stop_the_start(services: Services, tmp_path: Path) -> None:
+    with pytest.raises(ServiceFailed, match=r"status 2:\senv: .*missing\.pem"):
+        services.start("env", tls_key=tmp_path / "missing.pem", tls_certificate=tmp_path / "missing.pem")
+
+
+def test_a_taken_port_stops_the_start(services: Services) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServiceFailed, match=rf"status 2:(\s.*)*env: port: cannot listen on 127\.0\.0\.1:{port}"):
+            services.start("env", port=port)
+
+
+async def test_sigterm_finishes_what_is_in_flight(services: Services) -> None:
+    server = services.start("env", environments=AWKWARD)
+    client = EnvClient(Endpoint(server.address, outage_seconds=1.0))
+    slow, idle = await client.start("awkward", "sleeps", "slow"), await client.start("awkward", "good", "idle")
+    assert not (await slow.step("well")).done
+    in_flight = asyncio.create_task(slow.step("a"))
+    await asyncio.sleep(0.1)  # past the wait of a batch: the step is in a call of its own by now
+    server.terminate()
+    assert (await in_flight).observation == "2: a"
+    assert await asyncio.to_thread(server.wait) == 0
+    assert [line["event"] for line in server.log_lines][-2:] == ["draining", "stopped"]
+    with pytest.raises(ServiceUnavailable, match=server.address):
+        await idle.step("a")
+    await client.close()
+
+
+async def test_an_endpoint_that_is_down_is_named_and_waited_for(services: Services) -> None:
+    server = services.start("env", environments=AWKWARD)
+    outages: list[str] = []
+    patient = EnvClient(Endpoint(server.address), on_outage=outages.append)
+    hasty = EnvClient(Endpoint(server.address, outage_seconds=0.2))
+    assert len(await patient.list_environments()) == 1
+    server.kill()
+    with pytest.raises(ServiceUnavailable, match=rf"{server.address} was unreachable for"):
+        await hasty.list_environments()
+    waiting = asyncio.create_task(patient.list_environments())
+    await asyncio.sleep(0.3)
+    server.restart()
+    assert len(await waiting) == 1
+    assert len(outages) == 1
+    assert outages[0].startswith(f"waiting for {server.address}: ")
+    await patient.close()
+    await hasty.close()
+
+
+async def test_a_deadline_ends_a_call(server: ServiceProcess) -> None:
+    client = EnvClient(Endpoint(server.address), timeout=0.1)
+    episode = await client.start("awkward", "sleeps", "deadline")
+    with pytest.raises(CallFailed) as caught:
+        await episode.step("a")
+    assert caught.value.timed_out
+    await asyncio.sleep(0.2)
+    assert (await episode.step("a")).observation == "1: a"  # the same step: played once, answered now
+    await client.close()

@@ -1,0 +1,123 @@
+"""Settings: which source wins, and that every bad one stops the start with its name and status 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.env.config import EnvSettings
+from services.memory.config import MemorySettings
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "env.toml"
+    path.write_text(
+        """
+        max_episodes = 1
+        lease_seconds = 1.5
+        drain_seconds = 1
+        [environments.lake]
+        kind = "frozenlake"
+        size_max = 4
+        """
+    )
+    return path
+
+
+def test_flags_win_over_variables_over_toml_over_defaults(toml: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULLIGAN_ENV_MAX_EPISODES", "2")
+    monkeypatch.setenv("MULLIGAN_ENV_LEASE_SECONDS", "2.5")
+    settings = EnvSettings.load(["--config", str(toml), "--max-episodes", "3"])
+    assert (settings.max_episodes, settings.lease_seconds, settings.drain_seconds) == (3, 2.5, 1.0)
+    assert settings.step_timeout_seconds == 60.0
+    assert settings.environments == {"lake": {"kind": "frozenlake", "size_max": 4}}
+    assert settings.create_environments()["lake"].info.name == "lake"
+
+
+def test_each_service_reads_its_own_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MULLIGAN_ENV_PORT", "1111")
+    assert EnvSettings.load([]).port == 1111
+    assert MemorySettings.load([]).port == 0
+
+
+def test_the_defaults_serve_both_games() -> None:
+    environments = EnvSettings.load([]).create_environments()
+    assert {name: environment.info.name for name, environment in environments.items()} == {
+        "frozenlake": "frozenlake",
+        "frozenlake-3x3": "frozenlake-3x3",
+    }
+
+
+def test_a_secret_is_not_shown() -> None:
+    settings = EnvSettings.load(["--token", "hunter2"])
+    assert settings.token is not None
+    assert settings.token.get_secret_value() == "hunter2"
+    assert "hunter2" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--port", "70000"], "port: Input should be less than or equal to 65535"),
+        (["--port", "x"], "port: Input should be a valid integer"),
+        (["--max-episodes", "0"], "max_episodes: Input should be greater than or equal to 1"),
+        (["--lease-seconds", "-1"], "lease_seconds: Input should be greater than 0"),
+        (["--log-level", "loud"], "log_level: Input should be 'debug', 'info'"),
+        (["--tls-key", "key.pem"], "tls_certificate and tls_key belong together"),
+        (["--environments", "{}"], "environments: Dictionary should have at least 1 item"),
+        (["--config", "/no/such.toml"], "--config /no/such.toml: no such file"),
+        (["--config"], "--config: needs a file"),
+    ],
+)
+def test_a_bad_flag_is_named(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(flags, message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_epsiodes = 3", "max_epsiodes: Extra inputs are not permitted"),
+        ("max_episodes = 'many'", "max_episodes: Input should be a valid integer"),
+        ("max_episodes = ", "Invalid value"),
+        ("[environments]\nlake = 3", "environments.lake: Input should be a valid dictionary"),
+    ],
+)
+def test_a_bad_line_of_toml_is_named(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    refused([f"--config={path}"], message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("MULLIGAN_ENV_MAX_EPSIODES", "MULLIGAN_ENV_MAX_EPSIODES: no such setting"),
+        ("MULLIGAN_ENV_MAX_EPISODES", "max_episodes: Input should be a valid integer"),
+        ("MULLIGAN_ENV_ENVIRONMENTS", "environments"),
+    ],
+)
+def test_a_bad_variable_is_named(
+    variable: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(variable, "many")
+    refused([], message, capsys)
+
+
+def test_an_unknown_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        EnvSettings.load(["--max-epsiodes", "3"])
+    assert ended.value.code == 2
+    assert "--max-epsiodes" in capsys.readouterr().err
+
+
+def refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        EnvSettings.load(flags)
+    assert ended.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("env: bad settings\n")
+    assert message in shown

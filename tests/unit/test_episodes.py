@@ -1,0 +1,209 @@
+"""The episode table and its threads, in one process, with a clock that the test turns."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from services.common.errors import DomainError, Reason
+from services.common.types import EpisodeStep, Outcome
+from services.env.episodes import EpisodeTable, Limits, StepRequest
+from services.env.workers import Job, TimedOut, WorkerPool
+from tests.support.environments import MAX_STEPS, Awkward
+
+LEASE = 100.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def workers() -> AsyncIterator[WorkerPool]:
+    pool = WorkerPool(size=4, limit_seconds=5.0, max_abandoned=2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def table(workers: WorkerPool, clock: Clock) -> EpisodeTable:
+    limits = Limits(max_episodes=3, max_finished=2, max_remembered=4, lease_seconds=LEASE, remember_seconds=1000.0)
+    return EpisodeTable({"awkward": Awkward("awkward", 0.3)}, workers, limits, clock)
+
+
+async def step(table: EpisodeTable, episode_id: str, index: int, action: str = "a") -> EpisodeStep:
+    (answer,) = await table.step([StepRequest(episode_id, index, action)])
+    if isinstance(answer, DomainError):
+        raise answer
+    assert answer is not None
+    return answer
+
+
+async def finish(table: EpisodeTable, episode_id: str) -> None:
+    await table.start(episode_id, "awkward", "good")
+    for index in range(MAX_STEPS):
+        await step(table, episode_id, index)
+
+
+async def reason_of(table: EpisodeTable, episode_id: str, index: int = 0) -> Reason:
+    with pytest.raises(DomainError) as caught:
+        await step(table, episode_id, index)
+    return caught.value.reason
+
+
+async def test_every_call_renews_the_lease(table: EpisodeTable, clock: Clock) -> None:
+    await table.start("used", "awkward", "good")
+    await table.start("idle", "awkward", "good")
+    for index in range(MAX_STEPS - 1):
+        clock.now += LEASE * 0.6
+        await step(table, "used", index)
+    assert await reason_of(table, "idle") is Reason.EPISODE_EXPIRED
+    assert table.live_count == 1
+    clock.now += LEASE
+    assert (await step(table, "used", MAX_STEPS - 1)).done
+
+
+async def test_expired_ids_are_remembered_for_a_while_and_not_without_end(table: EpisodeTable, clock: Clock) -> None:
+    for n in range(3):
+        await table.start(f"a{n}", "awkward", "good")
+    clock.now += LEASE + 1
+    for n in range(3):
+        await table.start(f"b{n}", "awkward", "good")
+    assert await reason_of(table, "a0") is Reason.EPISODE_EXPIRED
+    clock.now += LEASE + 1
+    assert await reason_of(table, "b0") is Reason.EPISODE_EXPIRED
+    assert await reason_of(table, "a0") is Reason.UNKNOWN_EPISODE  # six ids, of which four are remembered
+    clock.now += 1001
+    assert await reason_of(table, "b0") is Reason.UNKNOWN_EPISODE
+
+
+async def test_an_expired_id_may_be_started_anew(table: EpisodeTable, clock: Clock) -> None:
+    await table.start("e", "awkward", "good")
+    await step(table, "e", 0)
+    clock.now += LEASE + 1
+    assert await reason_of(table, "e", 1) is Reason.EPISODE_EXPIRED
+    await table.start("e", "awkward", "good")
+    assert (await step(table, "e", 0, "b")).observation == "1: b"
+
+
+async def test_episodes_that_are_over_take_no_place_and_are_kept_in_bounds(table: EpisodeTable) -> None:
+    for n in range(5):
+        await finish(table, f"e{n}")
+    assert table.live_count == 0
+    assert (await step(table, "e4", 0)).observation == "1: a"
+    assert (await step(table, "e3", 0)).observation == "1: a"
+    assert await reason_of(table, "e2") is Reason.EPISODE_EXPIRED
+
+
+async def test_capacity_is_refused_at_once_and_comes_back(table: EpisodeTable) -> None:
+    for n in range(3):
+        await table.start(f"e{n}", "awkward", "good")
+    with pytest.raises(DomainError) as caught:
+        await table.start("one-more", "awkward", "good")
+    assert caught.value.reason is Reason.CAPACITY_REACHED
+    assert caught.value.retry_after is not None
+    assert await table.start("e0", "awkward", "good") == "begin"  # repeated: takes no new place
+    table.end("e1")
+    await table.start("one-more", "awkward", "good")
+
+
+async def test_a_failed_start_gives_its_place_back(table: EpisodeTable) -> None:
+    for n in range(10):
+        with pytest.raises(DomainError):
+            await table.start(f"e{n}", "awkward", "raises-at-start")
+        with pytest.raises(DomainError):
+            await table.start(f"e{n}", "awkward", "unknown")
+    assert table.live_count == 0
+
+
+async def test_a_running_step_keeps_its_episode(table: EpisodeTable, clock: Clock) -> None:
+    await table.start("e", "awkward", "sleeps")
+    running = asyncio.create_task(step(table, "e", 0))
+    await asyncio.sleep(0.02)
+    clock.now += 10 * LEASE
+    table.expire()
+    assert (await running).observation == "1: a"
+    assert (await step(table, "e", 0)).observation == "1: a"
+
+
+async def test_a_caller_that_leaves_does_not_stop_the_step(table: EpisodeTable) -> None:
+    await table.start("e", "awkward", "sleeps")
+    leaving = asyncio.create_task(step(table, "e", 0))
+    await asyncio.sleep(0.02)
+    leaving.cancel()
+    again = asyncio.create_task(step(table, "e", 0))
+    await asyncio.sleep(0.02)
+    assert await reason_of(table, "e", 1) is Reason.STEP_SKIPPED
+    with pytest.raises(DomainError) as caught:
+        await step(table, "e", 0, "another")
+    assert caught.value.reason is Reason.STEP_CONFLICT
+    assert (await again).observation == "1: a"
+    assert leaving.cancelled()
+
+
+async def test_an_episode_ended_during_its_step_is_gone(table: EpisodeTable) -> None:
+    await table.start("e", "awkward", "sleeps")
+    running = asyncio.create_task(step(table, "e", 0))
+    await asyncio.sleep(0.02)
+    table.end("e")
+    assert (await running).observation == "1: a"
+    assert await reason_of(table, "e") is Reason.UNKNOWN_EPISODE
+    assert table.live_count == 0
+
+
+async def test_hanging_threads_are_replaced_up_to_a_limit(clock: Clock) -> None:
+    pool = WorkerPool(size=1, limit_seconds=0.05, max_abandoned=2)
+    table = EpisodeTable({"awkward": Awkward("awkward", 1.0)}, pool, Limits(), clock)
+    episodes = [f"e{n}" for n in range(5)]
+    for episode_id in episodes:
+        await table.start(episode_id, "awkward", "hangs")
+    answers = [await step(table, episode_id, 0) for episode_id in episodes]
+    assert [answer.outcome for answer in answers] == [Outcome.TIMEOUT] * 5
+    assert pool.exhausted
+    assert "threads hang" in answers[-1].error
+    with pytest.raises(DomainError, match="threads hang"):
+        await table.start("another", "awkward", "good")
+    await asyncio.sleep(1.2)  # by then the hanging calls have returned after all
+    assert await table.start("another", "awkward", "good") == "begin"
+    pool.close()
+
+
+async def test_the_event_loop_stays_free_while_environments_block(table: EpisodeTable) -> None:
+    await table.start("e", "awkward", "sleeps")
+    running = asyncio.create_task(step(table, "e", 0))
+    longest, last = 0.0, time.monotonic()
+    while not running.done():
+        await asyncio.sleep(0.001)
+        longest, last = max(longest, time.monotonic() - last), time.monotonic()
+    assert longest < 0.15  # the step sleeps for 0.2 s
+
+
+async def test_a_batch_runs_in_one_thread_when_it_is_fast(workers: WorkerPool) -> None:
+    threads: list[object] = []
+    workers.submit([Job(threading.get_ident, threads.append) for _ in range(20)])
+    await workers.run(lambda: None)
+    await asyncio.sleep(0.01)
+    assert len(threads) == 20
+    assert len(set(threads)) == 1
+    assert threading.get_ident() not in threads
+
+
+async def test_a_call_that_takes_too_long_raises_timed_out() -> None:
+    pool = WorkerPool(size=1, limit_seconds=0.05, max_abandoned=1)
+    with pytest.raises(TimedOut, match=r"0\.05 s"):
+        await pool.run(lambda: time.sleep(0.4))
+    assert await pool.run(lambda: 7) == 7
+    pool.close()
