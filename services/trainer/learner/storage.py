@@ -80,8 +80,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], Checkpo
     parts: dict[str, dict[str, Tensor]] = {}
     try:
         for part, entry in manifest["files"].items():
-            path = folder / check_name("file", entry["file"])
-            if file_sha256(path) != entry["sha256"]:
+            path = folder / entry["file"]
+            if path.parent != folder or file_sha256(path) != entry["sha256"]:
                 raise damaged(folder.name, f"{entry['file']} is not what was saved")
             parts[part] = load_file(path)
         return parts, CheckpointState(**manifest["state"])

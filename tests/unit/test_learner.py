@@ -1,0 +1,251 @@
+"""The learner in process: gradients, optimizer steps, bad data, and what micro-batches must not change."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from services.common.errors import DomainError, Reason
+from services.trainer.data import Datum
+from services.trainer.learner import model as model_module
+from services.trainer.learner.batching import length, pack
+from services.trainer.learner.learner import Learner
+from services.trainer.learner.local import LocalLearner
+from services.trainer.learner.metrics import merge
+from services.trainer.settings import LoraSettings, LossSettings, ModelSettings
+from tests.support.learning import FULL, LORA, PLAIN, distilled, many, sampled, server_settings, spec
+from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tiny_model
+
+ALL_TERMS = LossSettings(kl_coefficient=0.1, entropy_coefficient=0.01)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+def make(tiny: Path, folder: Path, lora: LoraSettings | None = None, **server: object) -> Learner:
+    return Learner("learner", spec(tiny, lora), server_settings(folder, **server))
+
+
+def gradients(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in learner.model.trainable.items() if parameter.grad is not None}
+
+
+def reference_log_probs(tiny: Path, datum: Datum) -> list[float]:
+    """One sequence at a time, through the model's own forward."""
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([datum.token_ids])).logits[0] / datum.temperature
+    table = logits.log_softmax(-1)
+    return [table[i - 1, datum.token_ids[i]].item() for i, trained in enumerate(datum.loss_mask) if trained]
+
+
+@pytest.mark.parametrize("lora", [FULL, LORA])
+def test_forward_is_the_model_itself(tiny: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
+    data = many(12)
+    for datum, found in zip(data, make(tiny, tmp_path, lora).forward(data), strict=True):
+        assert list(found) == pytest.approx(reference_log_probs(tiny, datum), abs=1e-5)
+
+
+def test_large_vocabularies_are_scored_in_pieces(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, pieces = make(tiny, tmp_path), make(tiny, tmp_path)
+    expected = whole.forward_backward(many(12), ALL_TERMS)
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 5 * VOCABULARY_SIZE)
+    assert pieces.forward_backward(many(12), ALL_TERMS) == pytest.approx(expected, abs=1e-5)
+    for name, gradient in gradients(pieces).items():
+        assert torch.allclose(gradient, gradients(whole)[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [FULL, LORA])
+def test_the_gradient_does_not_depend_on_micro_batches_or_calls(
+    tiny: Path, tmp_path: Path, lora: LoraSettings | None
+) -> None:
+    data = many(20)
+    whole, split, calls = (make(tiny, tmp_path, lora, microbatch_tokens=tokens) for tokens in (10_000, 50, 100))
+    expected = whole.forward_backward(data, ALL_TERMS)
+    assert split.forward_backward(data, ALL_TERMS) == pytest.approx(expected, abs=1e-5)
+    merged = merge([calls.forward_backward(data[:7], ALL_TERMS), calls.forward_backward(data[7:], ALL_TERMS)])
+    assert merged == pytest.approx(expected, abs=1e-5)
+    assert gradients(whole)
+    for name, gradient in gradients(whole).items():
+        assert torch.allclose(gradients(split)[name], gradient, atol=1e-6)
+        assert torch.allclose(gradients(calls)[name], gradient, atol=1e-6)
+
+
+def test_data_that_cannot_move_the_weights_leave_no_gradient(tiny: Path, tmp_path: Path) -> None:
+    learner = make(tiny, tmp_path)
+    metrics = learner.forward_backward([sampled(advantage=0.0), sampled(weight=0.0)], PLAIN)
+    assert gradients(learner) == {} and metrics["first/tokens"] == 4
+    assert learner.optim_step()["skipped"] == 1
+
+
+def test_micro_batches_hold_neighbours_in_length_within_the_budget() -> None:
+    data = many(50)
+    groups = pack(data, range(50), 100)
+    assert sorted(row for group in groups for row in group) == list(range(50))
+    assert all(len(group) == 1 or len(group) * length(data[group[0]]) <= 100 for group in groups)
+    sizes = [length(data[row]) for group in groups for row in group]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("lora", [FULL, LORA])
+def test_good_tokens_become_likelier_and_bad_ones_rarer(tiny: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
+    learner = make(tiny, tmp_path, lora)
+    good, bad = sampled("good", (2, 3, 4, 5, 6)), sampled("bad", (9, 8, 7, 6, 5), advantage=-1.0)
+    taught = distilled("taught", (11, 12, 13, 14, 15))
+    data = [good, bad, taught]
+    before = learner.forward(data)
+    for _ in range(3):
+        learner.forward_backward(data, PLAIN)
+        metrics = learner.optim_step()
+        assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
+    change = [sum(after) - sum(old) for after, old in zip(learner.forward(data), before, strict=True)]
+    assert change[0] > 0 > change[1] and change[2] > 0
+    assert learner.optimizer_steps == 3
+
+
+@pytest.mark.parametrize("lora", [FULL, LORA])
+def test_the_initial_policy_stays_the_reference(tiny: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
+    learner = make(tiny, tmp_path, lora)
+    loss = LossSettings(kl_coefficient=0.1)
+    assert learner.forward_backward([sampled()], loss)["first/kl"] == pytest.approx(0.0, abs=1e-9)
+    learner.optim_step()
+    datum = sampled()
+    new, old = learner.forward([datum])[0], reference_log_probs(tiny, datum)
+    expected = sum(math.expm1(b - a) - (b - a) for a, b in zip(new, old, strict=True)) / 2
+    assert learner.forward_backward([datum], loss)["first/kl"] == pytest.approx(expected, rel=1e-3)
+    assert "first/kl" not in learner.forward_backward([datum], PLAIN)
+
+
+def test_metrics_say_what_was_learned_from(tiny: Path, tmp_path: Path) -> None:
+    learner = make(tiny, tmp_path)
+    now = learner.forward([sampled()])[0]
+    data = [
+        sampled(rollout=now, advantage=2.0, weight=0.5),
+        sampled(rollout=[value - 5 for value in now], old=[value - 1 for value in now], branch="second"),
+        distilled(target_weight=0.25),
+    ]
+    metrics = learner.forward_backward(data, PLAIN)
+    mean = sum(now) / 2
+    assert metrics["first/loss"] == pytest.approx(-2.0)  # 0.5 · 2 tokens · −2 · ratio 1
+    assert metrics["second/loss"] == pytest.approx(-2 * 2 * 1.28)  # truncated weight 2, clipped ratio 1.28
+    assert metrics["distilled/loss"] == pytest.approx(-0.25 * sum(now))
+    assert metrics["loss"] == pytest.approx(sum(metrics[f"{b}/loss"] for b in ("first", "second", "distilled")))
+    assert (metrics["first/clip_fraction"], metrics["second/clip_fraction"], metrics["clip_fraction"]) == (0, 1, 0.5)
+    assert metrics["first/mismatch_kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics["second/mismatch_kl"] == pytest.approx(math.exp(4) - 4 - 1, rel=1e-4)
+    assert metrics["distilled/log_prob"] == pytest.approx(mean)
+    assert (metrics["first/tokens"], metrics["tokens"]) == (2, 6)
+    assert 0 < metrics["entropy"] <= math.log(VOCABULARY_SIZE)
+    assert "distilled/mismatch_kl" not in metrics
+
+
+BAD = {
+    "data[1].token_ids[2]": [sampled(tokens=(2, 3, VOCABULARY_SIZE, 4, 5)), sampled(tokens=(2, 3, -1, 4, 5))],
+    "data[1].token_ids": [sampled(tokens=[2] * (CONTEXT_LENGTH + 1)), replace(sampled(), token_ids=(1,))],
+    "data[1].loss_mask": [replace(sampled(), loss_mask=(False, True)), sampled(trained=(), rollout=())],
+    "data[1].loss_mask[0]": [sampled(trained=(0, 1))],
+    "data[1].weight": [sampled(weight=math.inf)],
+    "data[1].temperature": [sampled(temperature=0.0), sampled(temperature=math.nan), sampled(temperature=-1.0)],
+    "data[1].policy_gradient.advantage": [sampled(advantage=math.nan)],
+    "data[1].policy_gradient.rollout_log_probs": [sampled(rollout=(-1.0,)), sampled(rollout=(-1.0, -math.inf))],
+    "data[1].policy_gradient.old_log_probs": [sampled(old=(-1.0,)), sampled(old=(-1.0, math.nan))],
+    "data[1].distillation.target_weight": [distilled(target_weight=math.nan)],
+    "data[1].branch": [replace(distilled(), branch="first")],
+}
+
+
+@pytest.mark.parametrize(("field", "datum"), [(field, datum) for field, data in BAD.items() for datum in data])
+def test_bad_data_are_named_and_change_nothing(
+    tiny: Path, tmp_path_factory: pytest.TempPathFactory, field: str, datum: Datum
+) -> None:
+    learner = make(tiny, tmp_path_factory.getbasetemp())
+    bad = replace(datum, datum_id="culprit")
+    for call in (lambda: learner.forward([sampled(), bad]), lambda: learner.forward_backward([sampled(), bad], PLAIN)):
+        with pytest.raises(DomainError) as caught:
+            call()
+        assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.INVALID_FIELD, field)
+        assert "culprit" in caught.value.message
+    assert gradients(learner) == {}
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step(tiny: Path, tmp_path: Path) -> None:
+    learner = make(tiny, tmp_path)
+    before = learner.forward([sampled()])
+    learner.forward_backward([sampled(weight=1e300)], PLAIN)
+    metrics = learner.optim_step()
+    assert metrics["skipped"] == 1 and not math.isfinite(metrics["grad_norm"])
+    assert learner.forward([sampled()]) == before and learner.optimizer_steps == 0
+    learner.forward_backward([sampled()], PLAIN)
+    assert learner.optim_step()["skipped"] == 0  # nothing of the bad gradient is left
+
+
+def test_the_gradient_is_clipped_to_the_norm(tiny: Path, tmp_path: Path) -> None:
+    small, large = make(tiny, tmp_path), make(tiny, tmp_path)
+    small.forward_backward([sampled(weight=100.0)], PLAIN)
+    large.forward_backward([sampled(weight=1000.0)], PLAIN)
+    norms = small.optim_step()["grad_norm"], large.optim_step()["grad_norm"]
+    assert norms[1] == pytest.approx(10 * norms[0], rel=1e-4) and norms[0] > 1
+    for one, other in zip(small.model.trainable.values(), large.model.trainable.values(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora", [FULL, LORA])
+def test_bfloat16_learns_with_float32_weights(tiny: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
+    settings = replace(spec(tiny), model=ModelSettings(source=str(tiny), lora=lora, dtype="bfloat16"))
+    learner = Learner("learner", settings, server_settings(tmp_path))
+    assert {parameter.dtype for parameter in learner.model.trainable.values()} == {torch.float32}
+    before = sum(learner.forward([sampled()])[0])
+    assert before == pytest.approx(sum(reference_log_probs(tiny, sampled())), rel=0.05)
+    learner.forward_backward([sampled()], LossSettings(kl_coefficient=0.01))
+    learner.optim_step()
+    assert sum(learner.forward([sampled()])[0]) > before
+
+
+@pytest.mark.parametrize(
+    ("model", "reason", "field"),
+    [
+        (ModelSettings(source="/nowhere"), Reason.MODEL_NOT_FOUND, None),
+        (ModelSettings(dtype="float16"), Reason.INVALID_FIELD, "model.dtype"),
+        (
+            ModelSettings(lora=LoraSettings(rank=2, target_modules=("no_such",))),
+            Reason.INVALID_FIELD,
+            "model.lora.target_modules",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused(
+    tiny: Path, tmp_path: Path, model: ModelSettings, reason: Reason, field: str | None
+) -> None:
+    source = str(tiny) if model.source == "embedded" else model.source
+    settings = replace(spec(tiny), model=model.model_copy(update={"source": source}))
+    with pytest.raises(DomainError) as caught:
+        Learner("learner", settings, server_settings(tmp_path))
+    assert (caught.value.reason, caught.value.metadata.get("field")) == (reason, field)
+
+
+def test_missing_weights_are_not_made_up(tiny: Path, tmp_path: Path) -> None:
+    deep = write_tiny_model(tmp_path / "deep", layers=3)
+    (deep / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
+    with pytest.raises(DomainError, match="weights are missing") as caught:
+        make(deep, tmp_path)
+    assert caught.value.reason is Reason.MODEL_NOT_FOUND
+
+
+async def test_a_learner_in_this_process_is_a_port(tiny: Path, tmp_path: Path) -> None:
+    local = await LocalLearner.create("learner", spec(tiny), server_settings(tmp_path))
+    before = await local.forward([sampled()])
+    await local.save_checkpoint("start")
+    assert (await local.forward_backward([sampled()], PLAIN))["tokens"] == 2
+    assert (await local.optim_step())["skipped"] == 0
+    assert await local.forward([sampled()]) != before
+    await local.load_checkpoint("start")
+    assert await local.forward([sampled()]) == before
+    assert (await local.publish_weights(3)).policy_version == 3
+    await local.close()
