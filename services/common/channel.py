@@ -43,12 +43,15 @@ class Connection:
     def __init__(self, endpoint: Endpoint, on_outage: Callable[[str], None] | None = None):
         self.endpoint = endpoint
         self._on_outage = on_outage
+        self._is_down = False
         self.metadata = (("authorization", f"Bearer {endpoint.token}"),) if endpoint.token else None
         options = [
             ("grpc.max_send_message_length", endpoint.max_message_bytes),
             ("grpc.max_receive_message_length", endpoint.max_message_bytes),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
+            ("grpc.keepalive_time_ms", 30_000),  # a machine that vanished is noticed within a minute
+            ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.use_local_subchannel_pool", 1),  # a channel of its own: no state shared between clients
         ]
         if endpoint.tls or endpoint.tls_ca is not None:
@@ -67,13 +70,14 @@ class Connection:
         delay = _FIRST_DELAY_SECONDS
         while True:
             try:
-                return await method(request, timeout=timeout, metadata=self.metadata)
+                response = await method(request, timeout=timeout, metadata=self.metadata)
+                self._is_down = False
+                return response
             except grpc.aio.AioRpcError as error:
                 cause, not_before = self._retryable(error, type(request).__name__.removesuffix("Request"))
             now = time.monotonic()
-            if down_since is None:
-                down_since = now
-                self._report(cause)
+            down_since = down_since or now
+            self._report(cause)
             if now - down_since >= self.endpoint.outage_seconds:
                 raise ServiceUnavailable(self.endpoint.address, now - down_since, cause)
             await asyncio.sleep(max(delay, not_before) * random.uniform(1.0, 1.5))
@@ -91,6 +95,10 @@ class Connection:
         raise CallFailed(self.endpoint.address, method, error.code().name, error.details() or "") from error
 
     def _report(self, cause: str) -> None:
+        """Once per outage, however many calls wait."""
+        if self._is_down:
+            return
+        self._is_down = True
         log.warning("waiting for a service", endpoint=self.endpoint.address, cause=cause)
         if self._on_outage is not None:
             self._on_outage(f"waiting for {self.endpoint.address}: {cause}")

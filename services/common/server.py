@@ -183,6 +183,7 @@ async def serve(
         options=[
             ("grpc.max_send_message_length", settings.max_message_bytes),
             ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients send keep-alive pings
             ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server
         ],
     )

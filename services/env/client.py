@@ -92,21 +92,27 @@ class EnvClient:
 
 
 class RemoteEpisode:
-    """Counts its steps: one that failed on the way may be repeated with the same action."""
+    """Counts its steps: one that failed on the way may be repeated with the same action.
+
+    Ending one that is over costs no call: it takes no place at the server, which forgets it in time.
+    """
 
     def __init__(self, episode_id: str, observation: str, client: EnvClient):
         self.episode_id = episode_id
         self.observation = observation
         self._client = client
         self._next_step = 0
+        self._is_over = False
 
     async def step(self, action: str) -> EpisodeStep:
         answer = await self._client.step(self.episode_id, self._next_step, action)
         self._next_step += 1
+        self._is_over = answer.done
         return answer
 
     async def end(self) -> None:
-        await self._client.end(self.episode_id)
+        if not self._is_over:
+            await self._client.end(self.episode_id)
 
 
 _Answer = EpisodeStep | None  # None: the step still runs

@@ -32,7 +32,7 @@ class EnvSettings(ServiceSettings):
         DEFAULT_ENVIRONMENTS, min_length=1, description="Tables with `kind` and that environment's own settings."
     )
     max_episodes: int = Field(4096, ge=1, description="Live episodes; more are refused with CAPACITY_REACHED.")
-    max_finished: int = Field(16_384, ge=0, description="Episodes that are over whose answers stay repeatable.")
+    max_finished: int = Field(4096, ge=0, description="Episodes that are over whose answers stay repeatable.")
     lease_seconds: float = Field(600.0, gt=0, le=86_400, description="An episode idle for longer expires.")
     step_timeout_seconds: float = Field(60.0, gt=0, description="A step that takes longer is a TIMEOUT.")
     worker_threads: int = Field(16, ge=1, le=512, description="Threads for environment code.")

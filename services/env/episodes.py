@@ -29,7 +29,7 @@ class Limits:
     """`max_finished` bounds the stored answers of episodes that are over; `max_remembered` the ids of expired ones."""
 
     max_episodes: int = 4096
-    max_finished: int = 16_384
+    max_finished: int = 4096
     max_remembered: int = 100_000
     lease_seconds: float = 600.0
     remember_seconds: float = 3600.0
@@ -258,9 +258,8 @@ class EpisodeTable:
 
     def _unknown(self, episode_id: str) -> DomainError:
         if episode_id in self._expired:
-            seconds = self.limits.lease_seconds
-            message = f"episode {episode_id!r} was idle for longer than its lease of {seconds:g} s"
-            return DomainError(Reason.EPISODE_EXPIRED, message)
+            lease = f"idle for longer than its lease of {self.limits.lease_seconds:g} s"
+            return DomainError(Reason.EPISODE_EXPIRED, f"episode {episode_id!r} was {lease}, or over long ago")
         return DomainError(Reason.UNKNOWN_EPISODE, f"episode {episode_id!r} was not started here, or was lost or ended")
 
 

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import grpc
 import pytest
+from mulligan.common.v1 import outcome_pb2
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 
@@ -99,8 +100,9 @@ async def test_an_episode_that_is_over_stays_repeatable(client: EnvClient) -> No
     with pytest.raises(DomainError) as caught:
         await episode.step("more")
     assert caught.value.reason is Reason.EPISODE_FINISHED
-    assert [await client.step(episode.episode_id, n, f"{n}") for n in range(MAX_STEPS)] == steps
     await episode.end()
+    assert [await client.step(episode.episode_id, n, f"{n}") for n in range(MAX_STEPS)] == steps
+    await client.end(episode.episode_id)
     with pytest.raises(DomainError) as caught:
         await client.step(episode.episode_id, 0, "0")
     assert caught.value.reason is Reason.UNKNOWN_EPISODE
@@ -135,12 +137,11 @@ async def test_an_episode_that_cannot_start_says_so(client: EnvClient, task_id: 
 
 
 async def test_a_slow_step_holds_up_no_other(client: EnvClient) -> None:
-    slow, fast = await start(client, "sleeps"), await start(client)
-    began = time.monotonic()
+    slow, fast = await start(client, "hangs"), await start(client)
     slow_step = asyncio.create_task(slow.step("a"))
     await fast.step("a")
-    assert time.monotonic() - began < 0.2
-    assert (await slow_step).observation == "1: a"
+    assert not slow_step.done()
+    assert (await slow_step).outcome is Outcome.TIMEOUT
 
 
 async def test_slow_steps_run_side_by_side(client: EnvClient) -> None:
@@ -151,7 +152,7 @@ async def test_slow_steps_run_side_by_side(client: EnvClient) -> None:
 
 
 async def test_a_batch_answers_item_by_item(client: EnvClient, stub: pb_grpc.EnvServiceStub) -> None:
-    good, slow = await start(client), await start(client, "sleeps")
+    good, slow = await start(client), await start(client, "hangs")
     request = pb.StepEpisodesRequest(
         steps=[
             pb.StepEpisodeRequest(episode_id="nobody", action="a"),
@@ -159,14 +160,14 @@ async def test_a_batch_answers_item_by_item(client: EnvClient, stub: pb_grpc.Env
             pb.StepEpisodeRequest(episode_id=slow.episode_id, action="a"),
         ]
     )
-    request.max_wait.FromMilliseconds(40)
+    request.max_wait.FromMilliseconds(250)
     items = (await stub.StepEpisodes(request)).items
     assert [item.WhichOneof("result") for item in items] == ["error", "step", "pending"]
     assert (items[0].error.code, items[0].error.reason) == (grpc.StatusCode.NOT_FOUND.value[0], "UNKNOWN_EPISODE")
     request.ClearField("max_wait")
     again = (await stub.StepEpisodes(request)).items
     assert again[1] == items[1]
-    assert again[2].step.observation == "1: a"
+    assert again[2].step.outcome == outcome_pb2.OUTCOME_TIMEOUT
 
 
 async def test_one_bad_item_spoils_no_other(client: EnvClient) -> None:
@@ -215,9 +216,7 @@ async def test_capacity_and_leases_are_visible(services: Services) -> None:
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         await first.end()
         assert (await pb_grpc.EnvServiceStub(channel).StartEpisode(request)).lease.seconds == 1
-    began = time.monotonic()
     fourth = await start(patient)  # waits until the leases of the idle ones end
-    assert 0.5 < time.monotonic() - began < 10
     with pytest.raises(DomainError) as caught:
         await second.step("a")
     assert caught.value.reason is Reason.EPISODE_EXPIRED

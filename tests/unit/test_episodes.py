@@ -184,11 +184,11 @@ async def test_hanging_threads_are_replaced_up_to_a_limit(clock: Clock) -> None:
 async def test_the_event_loop_stays_free_while_environments_block(table: EpisodeTable) -> None:
     await table.start("e", "awkward", "sleeps")
     running = asyncio.create_task(step(table, "e", 0))
-    longest, last = 0.0, time.monotonic()
+    turns = 0
     while not running.done():
         await asyncio.sleep(0.001)
-        longest, last = max(longest, time.monotonic() - last), time.monotonic()
-    assert longest < 0.15  # the step sleeps for 0.2 s
+        turns += 1
+    assert turns > 10  # the step sleeps for 0.2 s
 
 
 async def test_a_batch_runs_in_one_thread_when_it_is_fast(workers: WorkerPool) -> None:
