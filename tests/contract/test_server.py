@@ -155,7 +155,7 @@ async def test_sigterm_finishes_what_is_in_flight(services: Services) -> None:
     client = EnvClient(Endpoint(server.address, outage_seconds=1.0))
     slow, idle = await client.start("awkward", "hangs", "slow"), await client.start("awkward", "good", "idle")
     in_flight = asyncio.create_task(slow.step("a"))
-    await asyncio.sleep(0.5)  # past the wait of a batch: the step is in a call of its own by now
+    await asyncio.sleep(0.5)
     server.terminate()
     assert (await in_flight).observation == "1: a"
     assert await asyncio.to_thread(server.wait) == 0

@@ -39,8 +39,15 @@ def successes(chains: list[Experience]) -> list[str]:
     return [c.experience_id for c in chains if c.second_attempt is not None and (c.second_attempt.reward or 0) >= 1]
 
 
-async def test_the_loop_over_four_processes(services: Services, tmp_path: Path) -> None:
-    loop = Loop.start(services, tmp_path)
+@pytest.fixture(scope="module")
+def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    """One set of services for all tests that leave them running."""
+    return Loop.start(shared_services, tmp_path_factory.mktemp("loop"))
+
+
+async def test_the_loop_over_four_processes(loop: Loop) -> None:
+    policy = PolicyClient(Endpoint(loop.policy.address))
+    before = (await policy.info()).policy_version
     info = await loop.train("first", small_run())
     assert info.step == 4
     chains = loop.experiences("first")
@@ -50,11 +57,10 @@ async def test_the_loop_over_four_processes(services: Services, tmp_path: Path) 
     versions = {
         span.policy_version for c in chains for s in c.first_attempt.sequences[0].segments for span in s.policy_versions
     }
-    assert versions == {1, 2, 3, 4}, "each step is sampled by the weights of the step before"
-    policy = PolicyClient(Endpoint(loop.policy.address))
-    assert (await policy.info()).policy_version == 5
+    assert versions == {before + 1 + n for n in range(4)}, "each step is sampled by the weights of the step before"
+    assert (await policy.info()).policy_version == before + 5
     await policy.close()
-    summary = json.loads((tmp_path / "runs" / "first" / "summary.json").read_text())
+    summary = json.loads((loop.folder / "runs" / "first" / "summary.json").read_text())
     assert {"test_success_before", "test_success_after", "train_seconds", "steps", "rollouts"} <= set(summary)
     client = loop.client()
     fetched = await client.experiences("first", limit=100)
@@ -62,59 +68,60 @@ async def test_the_loop_over_four_processes(services: Services, tmp_path: Path) 
     again = await client.start("first", small_run())
     assert again.state is RunState.COMPLETED, "starting a run again changes nothing"
     result, version = await client.evaluate("frozenlake-3x3", small_run().evaluation)
-    assert result.attempts == 4 and version == 5
+    assert result.attempts == 4 and version == before + 5
     await client.close()
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("victim", ["env", "policy", "memory", "trainer"])
-async def test_a_killed_service_comes_back_and_the_run_ends(services: Services, tmp_path: Path, victim: str) -> None:
-    loop = Loop.start(services, tmp_path)
-    settings = small_run(steps=6)
+async def test_a_killed_service_comes_back_and_the_run_ends(loop: Loop, victim: str) -> None:
+    run_id = f"without-{victim}"
     client = loop.client()
-    await client.start("cut", settings)
+    await client.start(run_id, small_run(steps=6))
     for kill in range(2):
-        await loop.until(lambda already=loop.journaled("cut") + 20_000: loop.journaled("cut") > already)  # type: ignore[misc]
+        await loop.journal_grows(run_id, 20_000)
         process = getattr(loop, victim)
         process.kill()
         await asyncio.sleep(0.3 * kill)
         process.start()
-    info = await loop.ended(client, "cut")
+    info = await loop.ended(client, run_id)
     await client.close()
     assert info.step == 6
-    chains = loop.experiences("cut")
+    chains = loop.experiences(run_id)
     check_experiences(chains, steps=6, tasks=4, rollouts=2)
-    assert await loop.memorised("cut") == successes(chains), "nothing is lost or counted twice"
+    assert await loop.memorised(run_id) == successes(chains), "nothing is lost or counted twice"
     ended = {part.outcome for chain in chains for part in chain.parts()}
     assert ended <= {Outcome.COMPLETED, Outcome.TRUNCATED}, "lost episodes were run again"
 
 
 def weights(loop: Loop, run_id: str, step: int) -> dict[str, Any]:
-    (file,) = (loop.folder / "checkpoints").rglob(f"*{run_id}-{step:06}*/*odel*.safetensors")
-    return load_file(file)
+    folder = loop.folder / "checkpoints" / run_id / f"{run_id}-{step:06}"
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    return load_file(folder / files["weights"]["file"])
 
 
+@pytest.mark.timeout(400)
 async def test_a_deterministic_run_killed_and_resumed_ends_with_bit_equal_weights(
     services: Services, tmp_path: Path
 ) -> None:
+    loop = Loop.start(services, tmp_path, deterministic=True)
     settings = small_run(deterministic=True, steps=3, rollout={"tasks_per_step": 2})
-    whole = Loop.start(services, tmp_path / "whole", deterministic=True)
-    await whole.train("run", settings)
-    cut = Loop.start(services, tmp_path / "cut", deterministic=True)
-    client = cut.client()
-    await client.start("run", settings)
+    await loop.train("whole", settings)
+    client = loop.client()
+    await client.start("cut", settings)
     for _ in range(3):
-        await cut.until(lambda already=cut.journaled("run") + 8_000: cut.journaled("run") > already)  # type: ignore[misc]
-        cut.trainer.restart()
-    await cut.ended(client, "run")
+        await loop.journal_grows("cut", 8_000)
+        loop.trainer.restart()
+    await loop.ended(client, "cut")
     await client.close()
-    expected, found = weights(whole, "run", 3), weights(cut, "run", 3)
+    expected, found = weights(loop, "whole", 3), weights(loop, "cut", 3)
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
-    texts = [
-        [part.sequences[0].token_ids for chain in loop.experiences("run") for part in chain.parts()]
-        for loop in (whole, cut)
-    ]
-    assert texts[0] == texts[1]
+    whole, cut = (
+        [part.sequences[0].token_ids for chain in loop.experiences(run_id) for part in chain.parts()]
+        for run_id in ("whole", "cut")
+    )
+    assert whole == cut
 
 
 async def test_episodes_of_a_killed_env_server_are_never_a_reward(services: Services, tmp_path: Path) -> None:

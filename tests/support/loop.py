@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,13 +91,14 @@ class Loop:
         assert info.state is RunState.COMPLETED, f"{info.state}: {info.error}\n{self.trainer.log[-4000:]}"
         return info
 
-    async def until(self, condition: Callable[[], bool]) -> None:
+    async def journal_grows(self, run_id: str, count: int) -> None:
+        """Waits until the run has journaled so many bytes more: it is in the middle of something."""
+        start = self._journaled(run_id)
         async with asyncio.timeout(RUN_SECONDS):
-            while not condition():  # noqa: ASYNC110 - the condition is on another process's disk
+            while self._journaled(run_id) < start + count:  # noqa: ASYNC110 - another process writes it
                 await asyncio.sleep(0.02)
 
-    def journaled(self, run_id: str) -> int:
-        """Bytes in the journal so far."""
+    def _journaled(self, run_id: str) -> int:
         return sum(path.stat().st_size for path in (self.folder / "runs" / run_id / "journal").glob("*"))
 
     def experiences(self, run_id: str) -> list[Experience]:
