@@ -2,14 +2,14 @@
 
 A unary call costs a few hundred microseconds of Python whatever it carries, so steps are coalesced: all that callers
 ask for in one tick of the event loop, or while earlier batches are under way, travels in one StepEpisodes. A lone step
-goes out at once. The server answers a batch within `_MAX_WAIT_SECONDS`; what is still running then is repeated by a
-call of its own, so that a slow or hanging episode holds up no other. Steps are exactly-once, so repeating is safe.
+goes out at once. The server answers a batch within `_FIRST_WAIT_SECONDS`; what still runs then is asked for again,
+apart from the rest, so that a slow or hanging episode holds up no other. Steps are exactly-once: repeating is safe.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
@@ -23,7 +23,8 @@ from services.common.wire import outcome_from_proto
 _MAX_BATCH = 512
 _MAX_BATCH_CHARACTERS = 4 * 2**20  # far below the limit of a message; a longer action travels alone
 _MAX_IN_FLIGHT = 2  # the server works on one batch while the other one travels
-_MAX_WAIT_SECONDS = 0.05
+_FIRST_WAIT_SECONDS = 0.05
+_STILL_RUNS = ("DEADLINE_EXCEEDED", "the step still runs")
 _PAGE_SIZE = 1000
 _SPLITS = {Split.TRAIN: pb.SPLIT_TRAIN, Split.TEST: pb.SPLIT_TEST}
 _SPLITS_BACK = {number: split for split, number in _SPLITS.items()}
@@ -115,7 +116,7 @@ class RemoteEpisode:
             await self._client.end(self.episode_id)
 
 
-_Answer = EpisodeStep | None  # None: the step still runs
+_Answer = EpisodeStep | None  # None: to be tried by a call of its own
 _Waiting = tuple[pb.StepEpisodeRequest, "asyncio.Future[_Answer]"]
 
 
@@ -127,7 +128,8 @@ class _StepQueue:
         self._stub = stub
         self._timeout = timeout
         self._waiting: list[_Waiting] = []
-        self._in_flight: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_flight = 0  # batches that wait for their first answer
         self._flush_is_due = False
 
     async def put(self, request: pb.StepEpisodeRequest) -> _Answer:
@@ -140,40 +142,59 @@ class _StepQueue:
         return await future
 
     async def close(self) -> None:
-        for task in tuple(self._in_flight):
+        for task in tuple(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._in_flight, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _flush(self) -> None:
         self._flush_is_due = False
-        self._waiting = [(request, future) for request, future in self._waiting if not future.done()]
-        while self._waiting and len(self._in_flight) < _MAX_IN_FLIGHT:
+        self._waiting = [item for item in self._waiting if not item[1].done()]
+        while self._waiting and self._in_flight < _MAX_IN_FLIGHT:
             batch, self._waiting = _split_off(self._waiting)
+            self._in_flight += 1
             task = asyncio.create_task(self._send(batch))
-            self._in_flight.add(task)
-            task.add_done_callback(self._sent)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    def _sent(self, task: asyncio.Task[None]) -> None:
-        self._in_flight.discard(task)
-        self._flush()
-
-    async def _send(self, batch: Sequence[_Waiting]) -> None:
-        request = pb.StepEpisodesRequest(steps=[request for request, _ in batch])
-        request.max_wait.FromNanoseconds(int(_MAX_WAIT_SECONDS * 1e9))
+    async def _send(self, batch: list[_Waiting]) -> None:
+        """Settles the batch, whatever happens. Items that still run are asked for again, with twice the wait, while
+        the next batches go ahead: a slow step delays others of its kind by no more than it has taken itself."""
         try:
-            response = await self._connection.call(self._stub.StepEpisodes, request, timeout=self._timeout)
-            for (_, future), item in zip(batch, response.items, strict=True):
-                _settle(future, item)
+            slow = await self._call(batch, _FIRST_WAIT_SECONDS)
+        finally:
+            self._in_flight -= 1
+            self._flush()
+        wait = waited = _FIRST_WAIT_SECONDS
+        while slow:
+            wait = min(2 * wait, self._timeout - waited)
+            if wait <= 0:
+                self._fail(slow, CallFailed(self._connection.endpoint.address, "StepEpisodes", *_STILL_RUNS))
+                return
+            slow = await self._call(slow, wait)
+            waited += wait
+
+    async def _call(self, batch: list[_Waiting], wait: float) -> list[_Waiting]:
+        """Settles the items that are answered within the wait, and returns the others."""
+        request = pb.StepEpisodesRequest(steps=[step for step, _ in batch])
+        request.max_wait.FromNanoseconds(int(wait * 1e9))
+        try:
+            response = await self._connection.call(self._stub.StepEpisodes, request, timeout=wait + self._timeout)
         except asyncio.CancelledError:
             for _, future in batch:
                 future.cancel()
             raise
         except Exception as error:  # noqa: BLE001 - each caller gets it, whatever it is
-            # One bad item may have spoilt the batch for all: each is then tried by a call of its own.
-            one_by_one = len(batch) > 1 and _is_about_the_content(error)
-            for _, future in batch:
-                if not future.done():
-                    future.set_result(None) if one_by_one else future.set_exception(error)
+            self._fail(batch, error)
+            return []
+        pairs = zip(batch, response.items, strict=True)
+        return [waiting for waiting, item in pairs if not _settle(waiting[1], item)]
+
+    def _fail(self, batch: list[_Waiting], error: Exception) -> None:
+        # One bad item may have spoilt the batch for all: each is then tried by a call of its own.
+        one_by_one = len(batch) > 1 and _is_about_the_content(error)
+        for _, future in batch:
+            if not future.done():
+                future.set_result(None) if one_by_one else future.set_exception(error)
 
 
 def _is_about_the_content(error: Exception) -> bool:
@@ -198,16 +219,16 @@ def _split_off(waiting: list[_Waiting]) -> tuple[list[_Waiting], list[_Waiting]]
     return batch, rest
 
 
-def _settle(future: asyncio.Future[_Answer], item: pb.StepEpisodesResponse.Item) -> None:
-    if future.done():
-        return
+def _settle(future: asyncio.Future[_Answer], item: pb.StepEpisodesResponse.Item) -> bool:
+    """Whether nothing is left to wait for."""
     kind = item.WhichOneof("result")
+    if future.done():  # its caller has left
+        return True
     if kind == "step":
         future.set_result(_step(item.step))
-    elif kind == "pending":
-        future.set_result(None)
-    else:
+    elif kind == "error":
         future.set_exception(_error(item.error))
+    return future.done()
 
 
 def _error(error: pb.StepError) -> Exception:

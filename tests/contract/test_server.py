@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from mulligan.env.v1 import env_service_pb2 as pb
+from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 
 from services.common.channel import Endpoint
 from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
@@ -153,11 +155,13 @@ def test_a_taken_port_stops_the_start(services: Services) -> None:
 async def test_sigterm_finishes_what_is_in_flight(services: Services) -> None:
     server = services.start("env", environments={"awkward": {**AWKWARD["awkward"], "hang_seconds": 1.0}})
     client = EnvClient(Endpoint(server.address, outage_seconds=1.0))
-    slow, idle = await client.start("awkward", "hangs", "slow"), await client.start("awkward", "good", "idle")
-    in_flight = asyncio.create_task(slow.step("a"))
-    await asyncio.sleep(0.5)
-    server.terminate()
-    assert (await in_flight).observation == "1: a"
+    await client.start("awkward", "hangs", "slow")
+    idle = await client.start("awkward", "good", "idle")
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        call = pb_grpc.EnvServiceStub(channel).StepEpisode(pb.StepEpisodeRequest(episode_id="slow", action="a"))
+        await asyncio.sleep(0.3)
+        server.terminate()
+        assert (await call).observation == "1: a"
     assert await asyncio.to_thread(server.wait) == 0
     assert [line["event"] for line in server.log_lines][-2:] == ["draining", "stopped"]
     with pytest.raises(ServiceUnavailable, match=server.address):
