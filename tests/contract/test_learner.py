@@ -346,6 +346,19 @@ async def test_a_failure_in_the_middle_drops_the_learner(
     assert caught.value.reason is Reason.UNKNOWN_LEARNER
 
 
+async def test_a_full_disk_costs_no_learner(client: LearnerClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(learner: Learner, *arguments: Any) -> None:
+        raise OSError("no space left on device")
+
+    before = await client.forward([sampled()])
+    monkeypatch.setattr(Learner, "save_checkpoint", fails)
+    with pytest.raises(CallFailed):
+        await client.save_checkpoint("one")
+    monkeypatch.undo()
+    assert await client.forward([sampled()]) == before
+    await client.save_checkpoint("one")
+
+
 async def test_deleting_is_idempotent(client: LearnerClient) -> None:
     await client.delete()
     await client.delete()

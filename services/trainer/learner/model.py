@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from models import EMBEDDED
 from services.common.errors import DomainError, Reason, invalid_field
@@ -101,6 +102,7 @@ class PolicyModel:
 def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer. Raises DomainError MODEL_NOT_FOUND when there is none, or weights are missing."""
     path = str(EMBEDDED) if source == "embedded" else source
+    disable_progress_bar()  # a service's log is no place for it
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
@@ -181,7 +183,7 @@ def _check_head(model: Any) -> None:
 @contextlib.contextmanager
 def arithmetic(*, deterministic: bool, threads: int) -> Iterator[None]:
     """Sets torch's mode for the block. It is the process's: learners of one process run one at a time."""
-    was = torch.are_deterministic_algorithms_enabled()
+    was, threads_before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
     torch.use_deterministic_algorithms(deterministic)
     if deterministic or threads:
         torch.set_num_threads(1 if deterministic else threads)
@@ -189,3 +191,4 @@ def arithmetic(*, deterministic: bool, threads: int) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(was)
+        torch.set_num_threads(threads_before)

@@ -116,7 +116,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             held.next_sequence, held.last_request, held.last_answer = state.next_sequence, b"", None
             return pb.LoadCheckpointResponse(next_sequence=state.next_sequence, optimizer_steps=state.optimizer_steps)
 
-        return await self._with_learner(request, load)
+        return await self._with_learner(request, load, changes=True)
 
     async def PublishWeights(self, request: pb.PublishWeightsRequest, context: Context) -> pb.PublishWeightsResponse:
         weights = await self._with_learner(request, lambda held: held.learner.publish_weights(request.policy_version))
@@ -131,16 +131,17 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         """Work that waits is dropped with the call that asked for it; work that runs goes on to its end."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def _with_learner(self, request: Any, work: Callable[[_Held], R]) -> R:
+    async def _with_learner(self, request: Any, work: Callable[[_Held], R], *, changes: bool = False) -> R:
         def on_thread() -> R:
             held = self._owned(request)
             try:
                 return work(held)
             except DomainError:
                 raise
-            except Exception:  # gradients or weights may be half changed
-                log.error("learner dropped", learner_id=request.learner_id)
-                self._held.pop(request.learner_id, None)
+            except Exception:
+                if changes:  # gradients or weights may be half changed
+                    log.error("learner dropped", learner_id=request.learner_id)
+                    self._held.pop(request.learner_id, None)
                 raise
 
         return await self._on_thread(on_thread)
@@ -162,7 +163,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             held.next_sequence += 1
             return answer
 
-        return await self._with_learner(request, unless_done)
+        return await self._with_learner(request, unless_done, changes=True)
 
     def _create(self, request: pb.CreateLearnerRequest) -> _Held:
         spec = spec_from_proto(request)

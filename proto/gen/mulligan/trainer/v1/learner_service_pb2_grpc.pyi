@@ -20,9 +20,10 @@ class LearnerServiceStub:
     (which answer where counting stands), then one more each time. The last one that succeeded, repeated with the same
     content, returns the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with
     metadata `next_sequence`. A call that fails with a declared reason has changed nothing, and its sequence is still the
-    next. A restarted server knows no learner, and neither does one in which a call failed with INTERNAL (NOT_FOUND
-    UNKNOWN_LEARNER): accumulated gradients are lost, and its owner creates it again and loads a checkpoint. Calls run
-    one at a time; one that its caller gave up on still runs to its end.
+    next. A restarted server knows no learner, and one drops a learner when ForwardBackward, OptimStep or LoadCheckpoint
+    fails with INTERNAL, because it may be half changed (NOT_FOUND UNKNOWN_LEARNER): accumulated gradients are lost, and
+    the owner creates it again and loads a checkpoint. Calls run one at a time; one that its caller gave up on still runs
+    to its end.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
     INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
@@ -66,9 +67,10 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
     (which answer where counting stands), then one more each time. The last one that succeeded, repeated with the same
     content, returns the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with
     metadata `next_sequence`. A call that fails with a declared reason has changed nothing, and its sequence is still the
-    next. A restarted server knows no learner, and neither does one in which a call failed with INTERNAL (NOT_FOUND
-    UNKNOWN_LEARNER): accumulated gradients are lost, and its owner creates it again and loads a checkpoint. Calls run
-    one at a time; one that its caller gave up on still runs to its end.
+    next. A restarted server knows no learner, and one drops a learner when ForwardBackward, OptimStep or LoadCheckpoint
+    fails with INTERNAL, because it may be half changed (NOT_FOUND UNKNOWN_LEARNER): accumulated gradients are lost, and
+    the owner creates it again and loads a checkpoint. Calls run one at a time; one that its caller gave up on still runs
+    to its end.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
     INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
