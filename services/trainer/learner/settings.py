@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
-from services.trainer.settings import ModelSettings, OptimizerSettings, RunSettings
+from services.trainer.settings import ModelSettings, OptimizerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +31,3 @@ class LearnerSpec:
     seed: int = 0
     deterministic: bool = False
     keep_checkpoints: int = 0  # older ones are deleted, but never the last two; 0 keeps all
-
-    @classmethod
-    def of_run(cls, settings: RunSettings) -> Self:
-        return cls(
-            model=settings.model,
-            optimizer=settings.optimizer,
-            seed=settings.seed,
-            deterministic=settings.deterministic,
-            keep_checkpoints=settings.keep_checkpoints,
-        )
