@@ -35,8 +35,8 @@ class Batch:
     at: Ints  # (targets, 2): row and position whose next token is learned
     targets: Floats  # (targets, vocabulary)
     weights: Floats  # (targets,)
-    cells_at: Ints  # (cells, 2): row and position of board cells whose role a legend has told
-    cell_roles: Ints  # (cells,)
+    cells_at: Ints  # (cells, 2): row and position of board cells
+    cell_classes: Ints  # (cells,): what can be known about each of them
 
 
 @dataclass
@@ -66,14 +66,14 @@ class Writer:
         targets[np.arange(self.rows), np.maximum(self.columns[-1], 0)] = 1.0
         self._targets.append((len(self.columns) - 2, targets, weights))
 
-    def board(self, letters: Ints, where: Bools | None = None, roles: Ints | None = None) -> None:
-        """`letters` (rows, 9) are token ids; `roles` say what the cells are, negative where the row cannot know."""
+    def board(self, letters: Ints, where: Bools | None = None, classes: Ints | None = None) -> None:
+        """`letters` (rows, 9) are token ids; `classes` say what can be known about the cells, negative for nothing."""
         for cell in range(CELLS):
             if cell and cell % SIDE == 0:
                 self.words("\n", where=where)
             self.put(letters[:, cell], where)
-            if roles is not None:
-                self._cells.append((len(self.columns) - 1, roles[:, cell]))
+            if classes is not None:
+                self._cells.append((len(self.columns) - 1, classes[:, cell]))
 
     def legend(self, letters: Ints, where: Bools | None = None) -> None:
         """`letters` (rows, 4) index the alphabet."""
@@ -95,18 +95,18 @@ class Writer:
             at.append(np.stack([rows, places[rows, column]], axis=1))
             targets.append(wanted[rows])
             weights.append(weight[rows])
-        cells_at, cell_roles = [np.zeros((0, 2), dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-        for column, roles in self._cells:
-            rows = np.flatnonzero(present[:, column] & (roles >= 0))
+        cells_at, cell_classes = [np.zeros((0, 2), dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        for column, classes in self._cells:
+            rows = np.flatnonzero(present[:, column] & (classes >= 0))
             cells_at.append(np.stack([rows, places[rows, column]], axis=1))
-            cell_roles.append(roles[rows])
+            cell_classes.append(classes[rows])
         return Batch(
             np.where(tokens == ABSENT, vocabulary()["<|pad|>"], tokens),
             np.concatenate(at),
             np.concatenate(targets),
             np.concatenate(weights),
             np.concatenate(cells_at),
-            np.concatenate(cell_roles),
+            np.concatenate(cell_classes),
         )
 
 

@@ -1,7 +1,7 @@
 """The warm-up: short games first, so that looking symbols up in a legend is learned cheaply, then whole episodes.
 
-A helper head reads the meaning of every board cell off the middle layer while a legend is in context. It makes the
-lookup appear hundreds of batches sooner and is thrown away afterwards.
+A helper head reads two things off the middle layer at every board cell: its meaning while a legend is in context, and
+in a trace how it differs from the board before. Both circuits appear hundreds of batches sooner; the head is dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import Qwen3ForCausalLM
 
 from models.recipe.optimizer import Optimizer
 from models.recipe.play import play_batch
-from models.recipe.reflections import reflection_batch, retry_batch
+from models.recipe.reflections import CELL_CLASSES, reflection_batch, retry_batch
 from models.recipe.tokens import Batch
 
 _HELPER_LAYER = 2
@@ -47,7 +47,7 @@ class Warmup:
         self.model, self.schedule = model, schedule
         with torch.random.fork_rng():
             torch.manual_seed(schedule.seed)
-            self.helper = nn.Linear(model.config.hidden_size, 4)
+            self.helper = nn.Linear(model.config.hidden_size, CELL_CLASSES)
         self.optimizer = Optimizer(model, self.helper)
         self.rng = np.random.default_rng(schedule.seed)
         self.tokens = 0
@@ -91,11 +91,11 @@ class Warmup:
             self.figures[f"{name}_right"].append(within[decided].mean().item())
         if len(batch.cells_at):
             helper_loss = self._helper_loss(output.hidden_states[_HELPER_LAYER], batch)
-            self.figures["cells_loss"].append(helper_loss.item())
+            self.figures[f"{name}_cells_loss"].append(helper_loss.item())
             loss = loss + helper_loss
         loss.backward()
 
     def _helper_loss(self, hidden: Tensor, batch: Batch) -> Tensor:
         at = torch.from_numpy(batch.cells_at)
         cells = F.rms_norm(hidden[at[:, 0], at[:, 1]], (hidden.shape[-1],))
-        return F.cross_entropy(self.helper(cells), torch.from_numpy(batch.cell_roles))
+        return F.cross_entropy(self.helper(cells), torch.from_numpy(batch.cell_classes))
