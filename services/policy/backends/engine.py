@@ -48,7 +48,7 @@ class Engine:
         self._batch_wait = batch_wait
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._pending = 0  # on the event loop
+        self.pending = 0  # requests that run or wait; changed on the event loop
         self._waiting: deque[_Work] = deque()  # from here on in the thread
         self._scoring: deque[_Work] = deque()
         self._active: dict[Request, _Work] = {}
@@ -70,7 +70,7 @@ class Engine:
 
     async def exclusively(self, action: Callable[[], T]) -> T:
         """Runs this in the thread once all that was submitted before has finished, before anything submitted later."""
-        self._pending += 1
+        self.pending += 1
         result: T = await self._do(_Work(self._loop.create_future(), exclusive=action))
         return result
 
@@ -80,11 +80,11 @@ class Engine:
         await asyncio.to_thread(self._thread.join)
 
     def _admit(self) -> None:
-        if self._pending >= self._max_pending:
+        if self.pending >= self._max_pending:
             raise DomainError(
-                Reason.QUEUE_FULL, f"{self._pending} requests run or wait already", retry_after=_RETRY_AFTER
+                Reason.QUEUE_FULL, f"{self.pending} requests run or wait already", retry_after=_RETRY_AFTER
             )
-        self._pending += 1
+        self.pending += 1
 
     async def _do(self, work: _Work) -> Any:
         self._inbox.put(work)
@@ -95,7 +95,7 @@ class Engine:
             self._inbox.put(work)
             raise
         finally:
-            self._pending -= 1
+            self.pending -= 1
 
     def _run(self) -> None:
         while not self._closing:

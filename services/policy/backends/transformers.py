@@ -106,6 +106,11 @@ class TransformersBackend:
     def serving_sha256(self) -> str | None:
         return self._serving_sha256
 
+    @property
+    def pending(self) -> int:
+        """Requests that run or wait."""
+        return self._engine.pending
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids

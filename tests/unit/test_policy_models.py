@@ -1,0 +1,151 @@
+"""Which models the transformers backend computes exactly, and which it refuses to load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from models.build import build_tokenizer
+from services.common.types import SamplingParams
+from services.policy.backend import UnsupportedModel
+from services.policy.backends.attention import SlotCache
+from services.policy.backends.model import Model
+from services.policy.backends.runner import Request, Runner
+from services.policy.config import PolicySettings
+from tests.support.policy import load, plain_log_probs
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 319,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+SUPPORTED: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaConfig(**SMALL),
+    "tied": lambda: hf.Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "sliding window": lambda: hf.MistralConfig(**SMALL, sliding_window=8),
+    "some layers slide": lambda: hf.Gemma3TextConfig(
+        **SMALL, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
+    ),
+    "experts": lambda: hf.Qwen3MoeConfig(
+        **SMALL, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    "learned positions": lambda: hf.GPT2Config(
+        vocab_size=319, n_positions=256, n_embd=32, n_layer=3, n_head=4, eos_token_id=1, bos_token_id=1
+    ),
+}
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "softcap": (lambda: hf.Gemma2Config(**SMALL, head_dim=8), "softcap"),
+    "recurrent": (
+        lambda: hf.MambaConfig(vocab_size=319, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4),
+        "linear_attention",
+    ),
+    "chunked": (lambda: hf.Qwen3Config(**SMALL, layer_types=["chunked_attention"] * 3), "chunked_attention"),
+    "positions in the attention": (
+        lambda: hf.BloomConfig(vocab_size=319, hidden_size=32, n_layer=2, n_head=4, max_position_embeddings=64),
+        "no attention of their own",
+    ),
+}
+
+
+def saved(folder: Path, config: Any) -> Path:
+    torch.manual_seed(0)
+    hf.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def settings(path: Path) -> PolicySettings:
+    return PolicySettings(model=str(path), device="cpu", context_length=200)
+
+
+def runner_of(model: Model, *, reuse_prefixes: bool = True, slots: int = 4) -> Runner:
+    cache = SlotCache(model.layers, slots, model.context_length, torch.float32, model.device)
+    return Runner(model.forward, cache, model.device, [1], str, reuse_prefixes=reuse_prefixes, tokens_per_pass=24)
+
+
+@pytest.mark.parametrize("name", list(SUPPORTED))
+def test_passes_over_slots_give_the_log_probs_of_the_models_own_code(name: str, tmp_path: Path) -> None:
+    """Sequences far longer than the windows, prompts in several passes, and prefixes taken over from other slots."""
+    path = saved(tmp_path, SUPPORTED[name]())
+    model, reference = Model(settings(path)), load(path)
+    runner = runner_of(model)
+    rng = np.random.default_rng(0)
+    shared = rng.integers(5, 319, 30).tolist()
+    finished: list[tuple[Request, Any]] = []
+    for number in range(9):
+        prompt = [*shared, *rng.integers(5, 319, 1 + 4 * number).tolist()]
+        if runner.full:
+            finished += runner.step()
+        while runner.full:
+            finished += runner.step()
+        runner.admit(Request(prompt, SamplingParams(max_tokens=3 + 5 * (number % 3)), seed=number))
+        finished += runner.step()
+    while runner.running:
+        finished += runner.step()
+    assert len(finished) == 9
+    for request, sampled in finished:
+        tokens = [*request.prompt, *sampled.token_ids]
+        expected = plain_log_probs(reference, tokens)
+        assert sampled.log_probs == pytest.approx(expected[len(request.prompt) - 1 :], abs=1e-4)
+        [[scored]] = list(model.score([tokens], 1.0))
+        assert scored == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_what_would_be_computed_wrongly_is_not_loaded(name: str, tmp_path: Path) -> None:
+    make, words = REFUSED[name]
+    path = saved(tmp_path, make())
+    with pytest.raises(UnsupportedModel, match=words):
+        Model(settings(path))
+
+
+def test_a_model_that_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModel, match="/nowhere/at/all"):
+        Model(settings(Path("/nowhere/at/all")))
+
+
+def test_only_new_tokens_of_a_conversation_are_computed(tmp_path: Path) -> None:
+    """In its own slot where it goes on; copied where another begins alike, which leaves the first one whole."""
+    model = Model(settings(saved(tmp_path, SUPPORTED["llama"]())))
+    computed: list[int] = []
+
+    def forward(ids: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        computed.append(ids.shape[1])
+        return model.forward(ids, positions, last)
+
+    cache = SlotCache(model.layers, 3, model.context_length, torch.float32, model.device)
+    runner = Runner(forward, cache, model.device, [1], str, reuse_prefixes=True, tokens_per_pass=4096)
+
+    def run(prompt: list[int]) -> list[int]:
+        computed.clear()
+        runner.admit(Request(prompt, SamplingParams(max_tokens=2, temperature=0.0), seed=0))
+        while not (done := runner.step()):
+            pass
+        return [*prompt, *done[0][1].token_ids]
+
+    system = list(range(10, 50))
+    first = run([*system, 60, 61])
+    assert computed == [42, 1]
+    second = run([*system, 70])
+    assert computed == [1, 1]  # the system prompt was copied
+    run([*first, 80, 81])
+    assert computed == [3, 1]  # the last sampled token was never computed
+    run([*second, 82])
+    assert computed == [2, 1]
+    runner.flush()
+    run([*second, 82])
+    assert computed[0] == len(second) + 1
