@@ -22,17 +22,17 @@ DEFAULT_ADDRESSES = {
 OUTAGE_SECONDS = 5.0  # a person waits at the terminal
 
 TrainerAddress = Annotated[
-    str, typer.Option("--trainer", envvar="MULLIGAN_TRAINER_ADDRESS", help="Address of the trainer service.")
+    str, typer.Option("--trainer", envvar="MULLIGAN_CLI_TRAINER", help="Address of the trainer service.")
 ]
 MemoryAddress = Annotated[
-    str, typer.Option("--memory", envvar="MULLIGAN_MEMORY_ADDRESS", help="Address of the memory service.")
+    str, typer.Option("--memory", envvar="MULLIGAN_CLI_MEMORY", help="Address of the memory service.")
 ]
 T = TypeVar("T")
 
 
 def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
-    """The token, if any, is in MULLIGAN_TOKEN: a flag would show it in the process list."""
-    return Endpoint(address, token=os.environ.get("MULLIGAN_TOKEN"), outage_seconds=outage_seconds)
+    """The token, if any, is in MULLIGAN_CLI_TOKEN: a flag would show it in the process list."""
+    return Endpoint(address, token=os.environ.get("MULLIGAN_CLI_TOKEN"), outage_seconds=outage_seconds)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

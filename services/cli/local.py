@@ -9,16 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.cli.connection import DEFAULT_ADDRESSES
+from services.common.channel import is_healthy
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
@@ -60,7 +57,8 @@ class _Process:
 class LocalServices:
     """`async with LocalServices(folder) as services:` all four are healthy inside.
 
-    `folder` gets runs, weights, checkpoints, the memory's database and the logs. `settings` are flags per service.
+    `folder` gets runs, weights, checkpoints, the memory's database and the logs. At `log_level` info,
+    each service logs a line per request.
     """
 
     def __init__(
@@ -69,11 +67,10 @@ class LocalServices:
         *,
         model: str = "embedded",
         addresses: Mapping[str, str] | None = None,
-        settings: Mapping[str, Sequence[str]] | None = None,
+        log_level: str = "warning",
     ):
         self.folder = folder.resolve()
         self.addresses = dict(addresses or {name: f"127.0.0.1:{port}" for name, port in free_ports().items()})
-        extra = settings or {}
         runs = self.folder
         address = self.addresses
         flags = {
@@ -87,9 +84,8 @@ class LocalServices:
                 *("--memory-address", address["memory"]),
             ],
         }
-        self._processes = {
-            name: self._process(name, [*flags[name], *extra.get(name, ())]) for name in DEFAULT_ADDRESSES
-        }
+        quiet = ["--log-level", log_level]
+        self._processes = {name: self._process(name, [*flags[name], *quiet]) for name in DEFAULT_ADDRESSES}
         self._supervisor: asyncio.Task[None] | None = None
 
     def _process(self, name: str, flags: list[str]) -> _Process:
@@ -122,19 +118,12 @@ class LocalServices:
 
     async def _wait_until_healthy(self, process: _Process) -> None:
         deadline = time.monotonic() + START_SECONDS
-        async with grpc.aio.insecure_channel(process.address) as channel:
-            stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know only the synchronous one
-            while time.monotonic() < deadline:
-                if process.process is None or process.process.poll() is not None:
-                    raise ServiceFailed(f"{process.name} ended at start:\n{process.log_end()}")
-                try:
-                    answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=2)
-                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                        return
-                except grpc.aio.AioRpcError:
-                    pass
-                await asyncio.sleep(0.1)
-        raise ServiceFailed(f"{process.name} was not healthy after {START_SECONDS:.0f} s:\n{process.log_end()}")
+        while not await is_healthy(process.address):
+            if process.process is None or process.process.poll() is not None:
+                raise ServiceFailed(f"{process.name} ended at start:\n{process.log_end()}")
+            if time.monotonic() > deadline:
+                raise ServiceFailed(f"{process.name} was not healthy after {START_SECONDS:.0f} s:\n{process.log_end()}")
+            await asyncio.sleep(0.1)
 
     async def _supervise(self) -> None:
         while True:

@@ -21,6 +21,7 @@ def up(
         "runs/local"
     ),
     model: Annotated[str, typer.Option(help="Hub id, folder, or `embedded`.")] = "embedded",
+    log_level: Annotated[str, typer.Option(help="debug, info (a line per request), warning or error.")] = "info",
 ) -> None:
     """Start the four services on loopback and keep them running until Ctrl-C.
 
@@ -29,18 +30,18 @@ def up(
     Example: `mulligan up --model Qwen/Qwen3-4B-Instruct-2507`
     """
     try:
-        asyncio.run(_up(folder, model))
+        asyncio.run(_up(folder, model, log_level))
     except ServiceFailed as error:
         sys.exit(f"error: {error}")
 
 
-async def _up(folder: Path, model: str) -> None:
+async def _up(folder: Path, model: str, log_level: str) -> None:
     console = Console(stderr=True)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     console.print("starting env, policy, memory and trainer …")
-    async with LocalServices(folder, model=model, addresses=DEFAULT_ADDRESSES) as services:
+    async with LocalServices(folder, model=model, addresses=DEFAULT_ADDRESSES, log_level=log_level) as services:
         table = Table("service", "address", "log", box=None)
         for name, address in services.addresses.items():
             table.add_row(name, address, str(services.folder / "logs" / f"{name}.log"))

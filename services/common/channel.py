@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import grpc
 import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.common.errors import CallFailed, Code, ServiceUnavailable
 from services.common.status import from_rpc_error
@@ -105,3 +106,14 @@ class Connection:
 
     async def close(self) -> None:
         await self.channel.close()
+
+
+async def is_healthy(address: str, timeout: float = 2.0) -> bool:
+    """Whether a service without TLS answers SERVING to a health check."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know only the synchronous one
+        try:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -93,7 +93,7 @@ class SegmentKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens of one origin. Only sampled segments carry loss; log-probabilities only where they were sampled."""
+    """A run of tokens of one origin. Only sampled ones carry loss, and log-probabilities in the context of sampling."""
 
     kind: SegmentKind
     token_ids: tuple[int, ...]
@@ -133,8 +133,10 @@ class TokenSequence:
         first, *rest = self.segments
         assert first.kind is SegmentKind.PROMPT
         return TokenSequence(
-            (Segment(SegmentKind.PROMPT, tuple(prompt_token_ids)),)
-            + tuple(Segment(segment.kind, segment.token_ids) for segment in rest)
+            (
+                Segment(SegmentKind.PROMPT, tuple(prompt_token_ids)),
+                *(Segment(segment.kind, segment.token_ids) for segment in rest),
+            )
         )
 
 
@@ -179,7 +181,9 @@ class Reflection:
     @property
     def policy_version(self) -> int:
         """The version that wrote its last token; 0 when nothing was sampled."""
-        spans = [span for sequence in self.sequences for segment in sequence.segments for span in segment.policy_versions]
+        spans = [
+            span for sequence in self.sequences for segment in sequence.segments for span in segment.policy_versions
+        ]
         return spans[-1].policy_version if spans else 0
 
 

@@ -29,7 +29,7 @@ SERVICE = "mulligan.env.v1.EnvService"
 @pytest.fixture(scope="module")
 def server(shared_services: Services) -> ServiceProcess:
     """Logs each request, and takes requests of up to 4 KiB."""
-    return shared_services.start("env", environments=AWKWARD, log_level="debug", max_message_bytes=4096)
+    return shared_services.start("env", environments=AWKWARD, max_message_bytes=4096)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_reflection_lists_its_services(server: ServiceProcess) -> None:
 async def test_each_request_is_one_line_of_json(server: ServiceProcess, client: EnvClient) -> None:
     await client.start("awkward", "good", "logged-episode")
     (line,) = requests_logged(server, episode_id="logged-episode")
-    assert (line["method"], line["status"], line["level"]) == ("StartEpisode", "OK", "debug")
+    assert (line["method"], line["status"], line["level"]) == ("StartEpisode", "OK", "info")
     assert line["milliseconds"] > 0
     with pytest.raises(DomainError):
         await client.start("awkward", "no-such-task", "failed-episode")
@@ -101,7 +101,7 @@ async def test_an_oversized_message_is_refused_and_harms_nobody(client: EnvClien
 
 
 async def test_calls_need_the_token_and_probes_do_not(services: Services, server: ServiceProcess) -> None:
-    guarded = services.start("env", log_level="debug", token="hunter2")
+    guarded = services.start("env", token="hunter2")
     assert guarded.is_healthy(SERVICE)
     for token in (None, "hunter3", ""):
         client = EnvClient(Endpoint(guarded.address, token=token))
@@ -163,7 +163,8 @@ async def test_sigterm_finishes_what_is_in_flight(services: Services) -> None:
         server.terminate()
         assert (await call).observation == "1: a"
     assert await asyncio.to_thread(server.wait) == 0
-    assert [line["event"] for line in server.log_lines][-2:] == ["draining", "stopped"]
+    events = [line["event"] for line in server.log_lines]
+    assert events[events.index("draining") :] == ["draining", "request", "stopped"]
     with pytest.raises(ServiceUnavailable, match=server.address):
         await idle.step("a")
     await client.close()
