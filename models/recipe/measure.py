@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from models.build import LETTERS, ROLES
-from models.recipe.boards import ALPHABET
+from models.recipe.boards import ALPHABET, CELLS, tables
 from models.recipe.sampling import Attempt, Sampling, attempt_all, reflect_all
-from services.env.envs.frozenlake import FrozenLake, FrozenLakeSettings
+from services.env.envs.frozenlake import GOAL, HOLE, PLAYER, FrozenLake, FrozenLakeSettings
 
 FIXED_SYMBOLS = "ABCD"
 
@@ -35,6 +36,20 @@ def other_symbols(number: int, seed: int = 0) -> list[str]:
         if symbols != FIXED_SYMBOLS:
             found.add(symbols)
     return sorted(found)
+
+
+def random_play(boards: int) -> float:
+    """The exact success of uniformly random moves on the test boards: what an agent without knowledge reaches."""
+    lake, wins = environment(), 0.0
+    for index in range(boards):
+        cells = np.array(list("".join(lake.board(_task(index)).rows)))
+        chances = (cells == PLAYER).astype(np.float64)
+        for _ in range(lake.info.max_steps):
+            reached = np.zeros(CELLS)
+            np.add.at(reached, tables().next_cell, np.repeat(chances[:, None] / 4, 4, axis=1))
+            wins += float(reached[cells == GOAL].sum())
+            chances = np.where((cells == GOAL) | (cells == HOLE), 0.0, reached)
+    return round(wins / boards, 3)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ _TOKENS_PER_TURN = 17
 
 @dataclass(frozen=True)
 class Schedule:
-    steps: int = 800
+    steps: int = 900
     seed: int = 0
     short_share: float = 0.2  # of the steps, with games of one and two turns and no legends to write
     learning_rate: float = 3e-3
