@@ -18,7 +18,9 @@ class PolicySettings(ServiceSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Of weights and cache; auto: float32 on a CPU, what the model was saved in elsewhere."
     )
-    threads: int = Field(0, ge=0, le=1024, description="Threads per forward pass on a CPU; 0: as many as it has cores.")
+    threads: int = Field(
+        0, ge=0, le=1024, description="Threads per forward pass on a CPU; 0: half of the cores, the rest serve calls."
+    )
     deterministic: bool = Field(
         False, description="Every request runs alone, on one thread, and a repeated one gives exactly the same answer."
     )

@@ -38,7 +38,10 @@ class Model:
         self.dtype = _dtype(settings.dtype, self.device)
         self.tokenizer = self._load_tokenizer()
         self.module = self.load_weights()
-        self.module.to(self.device)
+        try:
+            self.module.to(self.device)
+        except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there, or is full
+            raise UnsupportedModel(f"{self.source} cannot be put on the device {self.device}: {error}") from error
         self.dtype = next(self.module.parameters()).dtype
         self.config = self.module.config.get_text_config()
         own = int(getattr(self.config, "max_position_embeddings", 0) or 0)
@@ -65,6 +68,8 @@ class Model:
             raise UnsupportedModel(f"the tokenizer of {self.source} cannot be loaded: {error}") from error
         if not hasattr(tokenizer, "backend_tokenizer"):
             raise UnsupportedModel(f"the tokenizer of {self.source} has no tokenizer.json form")
+        tokenizer.backend_tokenizer.no_truncation()  # some files state one; a prompt that is too long is an error here
+        tokenizer.backend_tokenizer.no_padding()
         return tokenizer
 
     @torch.inference_mode()
@@ -174,7 +179,10 @@ class Model:
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UnsupportedModel(f"device {name!r}: {error}") from error
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | None:

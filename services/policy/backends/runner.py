@@ -191,18 +191,16 @@ class Runner:
         A conversation continues in its own slot. Any other takes the slot that was unused for longest, and copies
         what it shares with another, such as a system prompt: that one's conversation may go on.
         """
+        length = len(prompt)
+        if self._reuse_prefixes and (own := self._own_slot(prompt)) is not None:
+            return own, min(int(self._cached[own]), length - 1)
         oldest = int(np.where(self._running, np.iinfo(np.int64).max, self._used).argmin())
         if not self._reuse_prefixes:
             return oldest, 0
-        length = len(prompt)
         differs = self._tokens[:, :length] != prompt
         first_difference = np.where(differs.any(axis=1), differs.argmax(axis=1), length)
         shared = np.minimum(first_difference, self._cached)
-        whole = np.where((shared == self._cached) & ~self._running, shared, 0)
-        best = int(whole.argmax())
         source = int(shared.argmax())
-        if whole[best] >= min(int(shared[source]), length - 1) and whole[best] > 0:
-            return best, min(int(whole[best]), length - 1)
         count = min(int(shared[source]), length - 1)
         if source == oldest:
             return oldest, count
@@ -210,6 +208,18 @@ class Runner:
             return oldest, 0
         self._cache.copy_prefix(source, oldest, count)
         return oldest, count
+
+    def _own_slot(self, prompt: npt.NDArray[np.int32]) -> int | None:
+        """The free slot of which the prompt continues the most tokens: all that it holds, and half of the prompt."""
+        last = self._cached - 1
+        fits = ~self._running & (last >= len(prompt) // 2) & (last < len(prompt))
+        candidates = np.flatnonzero(fits)
+        candidates = candidates[self._tokens[candidates, last[candidates]] == prompt[last[candidates]]]
+        for slot in candidates[np.argsort(-last[candidates])]:
+            count = self._cached[slot]
+            if np.array_equal(self._tokens[slot, :count], prompt[:count]):
+                return int(slot)
+        return None
 
     def _within_budget(self, slots_R: Ints, counts_R: Ints) -> Ints:
         """How many tokens of each request this pass computes: requests that sample first, then the oldest prompts."""

@@ -29,7 +29,7 @@ class TransformersBackend:
     """Create it on the event loop that will call it. Raises UnsupportedModel."""
 
     def __init__(self, settings: PolicySettings):
-        torch.set_num_threads(1 if settings.deterministic else settings.threads or torch.get_num_threads())
+        torch.set_num_threads(1 if settings.deterministic else settings.threads or max(1, torch.get_num_threads() // 2))
         self._model = Model(settings)
         self._tokenizer = self._model.tokenizer
         self._name = settings.model
@@ -112,7 +112,8 @@ class TransformersBackend:
         return self._engine.pending
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        # The tokenizer itself: transformers' wrapper takes five times as long, and is not made for several threads.
+        ids: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
