@@ -1,0 +1,99 @@
+"""The command line as a person uses it: in a terminal, on processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from services.cli.__main__ import app
+from services.trainer.journal import journaled_steps, read_experiences
+from tests.support.processes import ROOT
+
+TINY = [
+    *("--set", "steps=3", "--set", "rollout.tasks_per_step=4", "--set", "rollout.rollouts_per_task=2"),
+    *("--set", "evaluation.tasks=5", "--set", "evaluation.samples=1", "--set", "evaluation.every=2"),
+    *("--set", "checkpoint_every=1"),
+]
+
+
+def mulligan(*arguments: str) -> subprocess.Popen[str]:
+    roots = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "services.cli", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": roots, "COLUMNS": "160"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False).stdout
+    return [int(line) for line in found.split()]
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_is_interrupted_and_goes_on_to_its_end(tmp_path: Path) -> None:
+    first = mulligan("demo", "--folder", str(tmp_path), *TINY)
+    journal = tmp_path / "runs" / "demo-1" / "journal"
+    deadline = time.monotonic() + 120
+    while not list(journal.glob("*")) and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    processes = children(first.pid)
+    assert len(processes) == 4
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=90)
+    assert first.returncode == 130, output
+    assert f"goes on where it was: mulligan demo --folder {tmp_path}" in output
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes), "nothing is left running"
+
+    second = mulligan("demo", "--folder", str(tmp_path), *TINY)
+    output, _ = second.communicate(timeout=200)
+    assert second.returncode == 0, output
+    run = tmp_path / "runs" / "demo-1"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 3 and 0 <= summary["test_success_before"] <= 1
+    assert (run / "chart.png").read_bytes().startswith(b"\x89PNG")
+    assert "success on the test boards" in output and "go on" in output
+    chains = [chain for step in journaled_steps(journal) for chain in read_experiences(journal / f"{step:06}.msgpack")]
+    assert len({chain.experience_id for chain in chains}) == len(chains) == 3 * 4 * 2
+    assert summary["rollouts"] == sum(len(list(chain.parts())) for chain in chains)
+    told = CliRunner().invoke(app, ["experiences", str(run), "--step", "1", "--limit", "2"])
+    assert told.exit_code == 0 and told.stdout.count("─── first attempt") == 2
+
+
+def test_every_command_explains_itself_with_an_example() -> None:
+    runner = CliRunner()
+    commands = ["demo", "up", "train", "watch", "runs", "stop", "resume", "experiences", "eval"]
+    for command in [[name] for name in commands] + [["memory", name] for name in ("list", "show", "forget")]:
+        shown = runner.invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0 and f"mulligan {' '.join(command)}" in shown.stdout.replace("\n", " "), command
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("steps=0", "steps: Input should be greater than or equal to 1"),
+        ("rollout.temprature=1", "rollout.temprature: Extra inputs are not permitted"),
+        ("algorithm.second_attempt=often", "algorithm.second_attempt: Input should be"),
+        ("steps", "--set steps: expected NAME=VALUE"),
+    ],
+)
+def test_a_bad_setting_is_named(override: str, complaint: str) -> None:
+    shown = CliRunner().invoke(app, ["train", str(ROOT / "recipes" / "frozenlake-3x3.toml"), "--set", override])
+    assert shown.exit_code == 1 and complaint in str(shown.output) + str(shown.exception)
+
+
+def test_a_service_that_is_away_is_one_line() -> None:
+    shown = mulligan("runs", "--trainer", "127.0.0.1:1")
+    output, _ = shown.communicate(timeout=60)
+    assert shown.returncode == 1 and "error: 127.0.0.1:1 was unreachable" in output and "Traceback" not in output
