@@ -142,7 +142,7 @@ class SlotCache:
         self.values: dict[int, torch.Tensor] = {}
         for layer, shape in layers.items():
             for store, size in ((self.keys, shape.key_size), (self.values, shape.value_size)):
-                store[layer] = _zeros((slots, shape.heads, capacity, size), dtype, device)
+                store[layer] = torch.zeros(slots, shape.heads, capacity, size, dtype=dtype, device=device)
 
     @staticmethod
     def bytes_per_slot(layers: dict[int, LayerShape], capacity: int, dtype: torch.dtype) -> int:
@@ -153,13 +153,6 @@ class SlotCache:
         for store in (self.keys, self.values):
             for tensor in store.values():
                 tensor[target, :, :length] = tensor[source, :, :length]
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """On a CPU without touching the memory: the system provides it as it is used (torch.zeros writes all of it)."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), dtype=np.uint8)).view(dtype)
 
 
 class _Group:
