@@ -42,7 +42,7 @@ class LoraSettings(_Settings):
 class ModelSettings(_Settings):
     source: str = "embedded"
     lora: LoraSettings | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class OptimizerSettings(_Settings):
