@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import save_file
 
 from models.build import build_tokenizer
-from services.common.types import SamplingParams
-from services.policy.backend import UnsupportedModel
+from services.common.errors import DomainError
+from services.common.types import SamplingParams, WeightsKind
+from services.policy.backend import UnsupportedModel, WeightsFile
 from services.policy.backends.attention import SlotCache
 from services.policy.backends.model import Model
 from services.policy.backends.runner import Request, Runner
+from services.policy.backends.weights import Weights
 from services.policy.config import PolicySettings
 from tests.support.policy import load, plain_log_probs
 
@@ -116,6 +119,25 @@ def test_what_would_be_computed_wrongly_is_not_loaded(name: str, tmp_path: Path)
 def test_a_model_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModel, match="/nowhere/at/all"):
         Model(settings(Path("/nowhere/at/all")))
+
+
+def test_tied_weights_are_in_a_file_once_under_either_name(tmp_path: Path) -> None:
+    model = Model(settings(saved(tmp_path / "model", SUPPORTED["tied"]())))
+    weights = Weights(model.module, model.load_weights)
+    tensors = {name: torch.randn_like(tensor) for name, tensor in model.module.state_dict().items()}
+    embedding = tensors.pop("model.embed_tokens.weight")
+    head = tensors.pop("lm_head.weight")
+
+    def file(number: int, **named: torch.Tensor) -> WeightsFile:
+        save_file(tensors | {name.replace("__", "."): tensor for name, tensor in named.items()}, tmp_path / str(number))
+        return WeightsFile(tmp_path / str(number), WeightsKind.FULL, number, "")
+
+    for number, named in enumerate(({"model__embed_tokens__weight": embedding}, {"lm_head__weight": head})):
+        weights.apply(weights.read(file(number, **named)), WeightsKind.FULL)
+        assert torch.equal(model.module.lm_head.weight, next(iter(named.values())))
+        assert model.module.lm_head.weight is model.module.model.embed_tokens.weight
+    with pytest.raises(DomainError, match="twice"):
+        weights.read(file(3, model__embed_tokens__weight=embedding, lm_head__weight=head))
 
 
 def test_only_new_tokens_of_a_conversation_are_computed(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Largest difference between log-probabilities of this engine and of the model's own code: float32, and the others.
 _TOLERANCE = {torch.float32: 2e-3}
 _LOW_PRECISION_TOLERANCE = 0.25
-# Scores are computed for batches of at most this many logits.
+# Scores are computed for batches of at most this many logits, or for one sequence.
 _SCORE_LOGITS = 2**26
 
 
@@ -34,6 +34,7 @@ class Model:
 
     def __init__(self, settings: PolicySettings):
         self.source = source_of(settings)
+        self._score_logits = 0 if settings.deterministic else _SCORE_LOGITS
         self.device = _device(settings.device)
         self.dtype = _dtype(settings.dtype, self.device)
         self.tokenizer = self._load_tokenizer()
@@ -86,7 +87,7 @@ class Model:
             end, longest = begin, 0
             while end < len(sequences):
                 longest = max(longest, len(sequences[end]))
-                if end > begin and (end + 1 - begin) * longest * self.vocabulary_size > _SCORE_LOGITS:
+                if end > begin and (end + 1 - begin) * longest * self.vocabulary_size > self._score_logits:
                     break
                 end += 1
             yield self._score_batch(sequences[begin:end], temperature)

@@ -51,7 +51,8 @@ class TransformersBackend:
         model = self._model
         dtype = model.dtype or torch.float32
         size = SlotCache.bytes_per_slot(model.layers, model.context_length, dtype)
-        self._slots = min(settings.slots, int(settings.cache_gib * 2**30 // size))
+        wanted = 1 if settings.deterministic else settings.slots
+        self._slots = min(wanted, int(settings.cache_gib * 2**30 // size))
         if self._slots < 1:
             raise UnsupportedModel(
                 f"one conversation of {model.context_length} tokens needs {size / 2**30:.1f} GiB of cache: "
