@@ -73,7 +73,11 @@ model: $(INSTALLED) ## make the embedded model again, from its recipe
 
 .PHONY: bench
 bench: $(INSTALLED) ## measure; each benchmark prints its own table
-	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python -m benchmarks.$$(basename $$file .py); done
+	@for name in env policy learner run validation; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+
+.PHONY: proof
+proof: $(INSTALLED) ## the long proofs: hours; goes on with the cases that have no result in docs/proof
+	@$(BIN)/python -m proof $(ARGS)
 
 .PHONY: clean
 clean: ## remove caches and the virtual environment

@@ -168,4 +168,6 @@ def _environment() -> dict[str, str]:
     """The processes import what this one does, wherever it was started."""
     roots = [str(ROOT), str(ROOT / "proto" / "gen")] if (ROOT / "proto" / "gen").is_dir() else []
     path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path} if path else dict(os.environ)
+    found = {**os.environ, "PYTHONPATH": path} if path else dict(os.environ)
+    # Threads of one service that spin while they wait would take the cores from the others.
+    return {"OMP_WAIT_POLICY": "PASSIVE", **found}
