@@ -1,35 +1,26 @@
-"""The four ports without gRPC: the same environment, engine, store and learner, called directly.
+"""Environment and memory without gRPC, as `Policy` and `LocalLearner` are for the other two ports.
 
-What `benchmarks.run` holds the services against, and the quickest way to try settings.
+What `benchmarks.run` holds the services against.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from services.common.errors import DomainError, Reason
 from services.common.types import (
-    Completion,
-    Continuation,
     EnvironmentInfo,
     EpisodeStep,
     Outcome,
-    PolicyInfo,
-    Prompt,
     Provenance,
-    PublishedWeights,
     RetrievalStrategy,
-    SamplingParams,
     Split,
     StoredReflection,
     TaskInfo,
-    VersionSpan,
 )
 from services.env.base import Environment, Episode
 from services.memory.store import Store
-from services.policy.backend import Backend, WeightsFile
 
 
 class LocalEnvironment:
@@ -46,62 +37,23 @@ class LocalEnvironment:
         return list(self._environments[environment].list_tasks(split, 0, min(limit, count) if limit else count))
 
     async def start(self, environment: str, task_id: str, episode_id: str) -> LocalEpisode:
-        return LocalEpisode(episode_id, self._environments[environment].start(task_id))
+        episode = self._environments[environment].start(task_id)
+        return LocalEpisode(episode_id, episode.observation, episode)
 
 
 @dataclass
 class LocalEpisode:
     episode_id: str
+    observation: str
     episode: Episode
-
-    @property
-    def observation(self) -> str:
-        return self.episode.observation
 
     async def step(self, action: str) -> EpisodeStep:
         result = self.episode.step(action)
         outcome = (Outcome.TRUNCATED if result.truncated else Outcome.COMPLETED) if result.done else None
-        return EpisodeStep(
-            result.observation, result.action, result.reward, result.done, outcome, result.feedback
-        )
+        return EpisodeStep(result.observation, result.action, result.reward, result.done, outcome, result.feedback)
 
     async def end(self) -> None:
         return None
-
-
-class LocalPolicy:
-    def __init__(self, backend: Backend):
-        self._backend = backend
-
-    async def info(self) -> PolicyInfo:
-        return self._backend.info
-
-    async def tokenize(self, prompt: Prompt | str) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self._backend.encode(prompt))
-        if isinstance(prompt, Continuation):
-            return self._backend.chat.extend(prompt)
-        return self._backend.chat.render(prompt) if isinstance(prompt, tuple) else ()
-
-    async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, *, request_id: str = "", min_policy_version: int | None = None
-    ) -> Completion:
-        added = await self.tokenize(prompt)
-        start = prompt.token_ids if isinstance(prompt, Continuation) else prompt if isinstance(prompt, list) else ()
-        sampled = await self._backend.generate((*start, *added), sampling)
-        return Completion(
-            prompt_token_ids=added,
-            token_ids=sampled.token_ids,
-            log_probs=sampled.log_probs,
-            text=self._backend.decode(sampled.token_ids),
-            stop_reason=sampled.stop_reason,
-            policy_versions=(VersionSpan(sampled.policy_version, len(sampled.token_ids)),),
-        )
-
-    async def update_weights(self, weights: PublishedWeights) -> None:
-        path = Path(weights.uri.removeprefix("file://"))
-        file = WeightsFile(path, weights.kind, weights.policy_version, weights.sha256)
-        await self._backend.update_weights(file)
 
 
 class LocalMemory:

@@ -232,6 +232,7 @@ class PolicyInfo:
     end_of_turn_token_ids: tuple[int, ...]
     rewrites_history: bool
     deterministic: bool
+    compute_seconds: float = 0.0  # in the model, since the service started
 
 
 class WeightsKind(StrEnum):

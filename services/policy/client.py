@@ -52,6 +52,7 @@ class PolicyClient:
             end_of_turn_token_ids=tuple(response.end_of_turn_token_ids),
             rewrites_history=response.rewrites_history,
             deterministic=response.deterministic,
+            compute_seconds=response.compute_seconds,
         )
 
     async def generate(

@@ -83,6 +83,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
             end_of_turn_token_ids=info.end_of_turn_token_ids,
             rewrites_history=info.rewrites_history,
             deterministic=info.deterministic,
+            compute_seconds=info.compute_seconds,
         )
 
 

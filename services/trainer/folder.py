@@ -6,7 +6,7 @@ Every file is replaced whole: written beside, synced, renamed.
 from __future__ import annotations
 
 import os
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,10 @@ class RunFolder:
         self.journal = path / "journal"
         self.events_file = path / "events.jsonl"
 
-    def create(self, record: RunRecord) -> None:
+    def create(self, run_id: str, settings: RunSettings) -> None:
         """Whole or not at all: a folder without run.json is no run."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.write_record(record)
+        self.write_record(RunRecord(run_id, RunState.RUNNING, datetime.now(UTC), settings.model_dump(mode="json")))
 
     def record(self) -> RunRecord:
         return msgspec.json.decode((self.path / "run.json").read_bytes(), type=RunRecord)

@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import os
 import re
-from datetime import UTC, datetime
 from pathlib import Path
 
 import structlog
@@ -65,13 +64,12 @@ class RunManager:
         if not _RUN_ID.fullmatch(run_id):
             raise invalid_field("run_id", "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit")
         folder = RunFolder(self._folder / run_id)
-        plain = settings.model_dump(mode="json")
         if (folder.path / "run.json").exists():
-            if folder.record().settings != plain:
+            if folder.settings() != settings:
                 raise DomainError(Reason.RUN_CONFLICT, f"run {run_id} exists with other settings")
             return self.run(run_id)
         self._refuse_a_second()
-        folder.create(RunRecord(run_id, RunState.RUNNING, datetime.now(UTC), plain))
+        folder.create(run_id, settings)
         run = self._open(run_id)
         self._drive(run)
         return run

@@ -212,7 +212,6 @@ def test_bfloat16_learns_with_float32_weights(tiny: Path, tmp_path: Path, lora: 
     ("model", "reason", "field"),
     [
         (ModelSettings(source="/nowhere"), Reason.MODEL_NOT_FOUND, None),
-        (ModelSettings(dtype="float16"), Reason.INVALID_FIELD, "model.dtype"),
         (
             ModelSettings(lora=LoraSettings(rank=2, target_modules=("no_such",))),
             Reason.INVALID_FIELD,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from services.common.errors import ServiceUnavailable
 from services.common.types import Experience, PublishedWeights
 from services.trainer.events import EvaluationEvent, NoticeEvent, StepEvent
-from services.trainer.folder import RunFolder, RunRecord, RunState
+from services.trainer.folder import RunFolder, RunState
 from services.trainer.journal import StepJournal, journal_file, journaled_steps, read_experiences
 from services.trainer.manager import RunManager
 from services.trainer.published import ForeignWeights
@@ -42,7 +41,7 @@ class World:
         self.environment = FakeEnvironment({f"t{n}": "go" for n in range(4)}, fail=lambda episode: self.happen())
         self.memory = FakeMemory()
         self.learner = FakeLearner()
-        plain = RunSettings.model_validate(
+        settings = RunSettings.model_validate(
             {
                 "environment": "fake",
                 "steps": STEPS,
@@ -52,8 +51,8 @@ class World:
                 "evaluation": {"every": 2, "samples": 1},
                 "loss": {"kl_coefficient": 0.1},
             }
-        ).model_dump(mode="json")
-        self.folder.create(RunRecord("run", RunState.RUNNING, datetime.now(UTC), plain))
+        )
+        self.folder.create("run", settings)
 
     def happen(self) -> None:
         if self.budget is not None:

@@ -48,6 +48,7 @@ class Engine:
         self._batch_wait = batch_wait
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self.compute_seconds = 0.0  # in the model; changed by the thread alone
         self.pending = 0  # requests that run or wait; changed on the event loop
         self._waiting: deque[_Work] = deque()  # from here on in the thread
         self._scoring: deque[_Work] = deque()
@@ -151,11 +152,13 @@ class Engine:
                 self._runner.admit(work.request)
             else:
                 self._scoring.append(work)
+        start = time.perf_counter()
         if self._active:
             finished = self._runner.step()
             self._deliver([(self._active.pop(request), sampled) for request, sampled in finished])
         if self._scoring:
             self._score_step()
+        self.compute_seconds += time.perf_counter() - start
 
     def _perform(self, work: _Work) -> None:
         assert work.exclusive is not None

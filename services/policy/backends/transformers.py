@@ -97,6 +97,7 @@ class TransformersBackend:
             end_of_turn_token_ids=self._end_of_turn,
             rewrites_history=self._chat.rewrites_history,
             deterministic=self._deterministic,
+            compute_seconds=self._engine.compute_seconds,
         )
 
     @property

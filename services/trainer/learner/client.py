@@ -104,6 +104,12 @@ class LearnerClient:
         kind = WeightsKind.LORA if response.lora else WeightsKind.FULL
         return PublishedWeights(policy_version, kind, response.uri, response.sha256, response.fingerprint)
 
+    async def compute_seconds(self) -> float:
+        """That the learner has computed since it was created."""
+        request = pb.GetLearnerRequest(learner_id=self._ids["learner_id"])
+        response = await self._connection.call(self._stub.GetLearner, request, timeout=CALL_SECONDS)
+        return response.compute_seconds
+
     async def delete(self) -> None:
         """Frees the learner. An unknown one succeeds; another owner's is LEARNER_OWNED."""
         request = pb.DeleteLearnerRequest(**self._ids)

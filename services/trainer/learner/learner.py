@@ -139,6 +139,8 @@ class Learner:
         A gradient that is not finite, or absent, leaves weights and optimizer as they are; `skipped` is 1 then.
         """
         settings = self.spec.optimizer
+        warm = min(1.0, (self.optimizer_steps + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        rate = settings.learning_rate * warm
         with self._arithmetic():
             gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
             norm_tensor = torch.nn.utils.get_total_norm(gradients)
@@ -146,10 +148,11 @@ class Learner:
             skipped = not gradients or not math.isfinite(norm)
             if not skipped:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, settings.max_grad_norm, norm_tensor)
+                self._optimizer.param_groups[0]["lr"] = rate
                 self._optimizer.step()
                 self.optimizer_steps += 1
             self._optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": norm, "learning_rate": settings.learning_rate, "skipped": float(skipped)}
+        return {"grad_norm": norm, "learning_rate": rate, "skipped": float(skipped)}
 
     def save_checkpoint(self, name: str, next_sequence: int = 1) -> SavedCheckpoint:
         """Writes weights, optimizer and random generator, whole or not at all; not accumulated gradients."""

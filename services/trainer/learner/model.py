@@ -34,8 +34,6 @@ class PolicyModel:
     """
 
     def __init__(self, settings: ModelSettings, device: torch.device, seed: int):
-        if settings.dtype == "float16":
-            raise invalid_field("model.dtype", "float32 or bfloat16: gradients underflow in float16")
         self.settings = settings
         self.device = device
         self.dtype: torch.dtype = getattr(torch, settings.dtype)

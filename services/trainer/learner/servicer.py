@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class _Held:
     next_sequence: int = 1
     last_request: bytes = b""  # its digest
     last_answer: dict[str, float] | None = None
+    compute_seconds: float = 0.0
 
 
 def add_to_server(server: grpc.aio.Server, servicer: LearnerServicer) -> list[str]:
@@ -75,6 +77,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             next_sequence=held.next_sequence,
             optimizer_steps=held.learner.optimizer_steps,
             model=model_to_proto(held.spec.model),
+            compute_seconds=held.compute_seconds,
         )
 
     async def DeleteLearner(self, request: pb.DeleteLearnerRequest, context: Context) -> pb.DeleteLearnerResponse:
@@ -134,6 +137,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     async def _with_learner(self, request: Any, work: Callable[[_Held], R], *, changes: bool = False) -> R:
         def on_thread() -> R:
             held = self._owned(request)
+            start = time.perf_counter()
             try:
                 return work(held)
             except DomainError:
@@ -143,6 +147,8 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
                     log.error("learner dropped", learner_id=request.learner_id)
                     self._held.pop(request.learner_id, None)
                 raise
+            finally:
+                held.compute_seconds += time.perf_counter() - start
 
         return await self._on_thread(on_thread)
 

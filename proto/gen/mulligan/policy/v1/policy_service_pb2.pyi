@@ -460,6 +460,7 @@ class GetPolicyResponse(_message.Message):
     END_OF_TURN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     REWRITES_HISTORY_FIELD_NUMBER: _builtins.int
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
+    COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Hub id or folder name."""
     fingerprint: _builtins.str
@@ -474,6 +475,8 @@ class GetPolicyResponse(_message.Message):
     """
     deterministic: _builtins.bool
     """Every request runs in a batch of its own."""
+    compute_seconds: _builtins.float
+    """Seconds that the engine has spent in the model since the service started."""
     @_builtins.property
     def end_of_turn_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -487,10 +490,11 @@ class GetPolicyResponse(_message.Message):
         end_of_turn_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         rewrites_history: _builtins.bool = ...,
         deterministic: _builtins.bool = ...,
+        compute_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "deterministic", b"deterministic", "end_of_turn_token_ids", b"end_of_turn_token_ids", "fingerprint", b"fingerprint", "model", b"model", "policy_version", b"policy_version", "rewrites_history", b"rewrites_history", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "context_length", b"context_length", "deterministic", b"deterministic", "end_of_turn_token_ids", b"end_of_turn_token_ids", "fingerprint", b"fingerprint", "model", b"model", "policy_version", b"policy_version", "rewrites_history", b"rewrites_history", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,140 @@
+"""`python -m benchmarks.run [--quick]`: what a training run costs beyond the model.
+
+Two loops over the same tasks with the same algorithm: four service processes, and everything in this process
+(`benchmarks.in_process`). Reported: rollouts (episodes + reflections) per second of both and their ratio
+(`in_process_ratio`), and the share of the services' wall time in which the policy's engine or the learner computes
+(`model_share`). The first steps of each run warm up and are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads spin otherwise
+
+from benchmarks.common import median, print_result, print_table, spread
+from benchmarks.in_process import LocalEnvironment, LocalMemory
+from services.cli.local import ROOT, LocalServices
+from services.cli.train import read_settings
+from services.common.channel import Endpoint
+from services.env.config import EnvSettings
+from services.memory.stores.sqlite import open_store
+from services.policy.backends.transformers import TransformersBackend
+from services.policy.client import PolicyClient
+from services.policy.config import PolicySettings
+from services.policy.policy import Policy
+from services.trainer.client import RunClient
+from services.trainer.events import StepEvent
+from services.trainer.folder import RunFolder
+from services.trainer.learner.client import LearnerClient
+from services.trainer.learner.local import LocalLearner
+from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from services.trainer.run import Run, Services
+from services.trainer.settings import RunSettings
+
+WARM_UP = 2  # steps
+ENVIRONMENT = "frozenlake-3x3"
+
+
+@dataclass(frozen=True)
+class Measured:
+    rollouts_per_second: float
+    model_share: float | None = None
+
+
+async def over_services(services: LocalServices, settings: RunSettings, run_id: str) -> Measured:
+    """One run; its last step is only there to keep the learner alive while it is asked what it has done."""
+    runs = RunClient(Endpoint(services.addresses["trainer"]))
+    policy = PolicyClient(Endpoint(services.addresses["policy"]))
+    learner = LearnerClient(Endpoint(services.addresses["trainer"]), run_id, run_id)
+    await runs.start(run_id, settings)
+    rollouts = start = computed = share = 0.0
+    async for entry in runs.watch(run_id):
+        if not isinstance(entry.event, StepEvent):
+            continue
+        step, metrics = entry.event.step, entry.event.metrics
+        if step == WARM_UP - 1:
+            start = time.perf_counter()
+            computed = (await policy.info()).compute_seconds + await learner.compute_seconds()
+        elif WARM_UP <= step < settings.steps - 1:
+            rollouts += metrics["rollouts"]
+        if step == settings.steps - 2:
+            seconds = time.perf_counter() - start
+            share = ((await policy.info()).compute_seconds + await learner.compute_seconds() - computed) / seconds
+    for client in (runs, policy):
+        await client.close()
+    return Measured(rollouts / seconds, share)
+
+
+async def in_process(backend: TransformersBackend, settings: RunSettings, folder: Path) -> Measured:
+    async def open_learner(run_id: str, wanted: RunSettings) -> LocalLearner:
+        spec = LearnerSpec(wanted.model, wanted.optimizer, wanted.seed, wanted.deterministic)
+        server = LearnerServerSettings(folder.parent / "weights", folder / "checkpoints", threads=1)
+        return await LocalLearner.create(run_id, spec, server)
+
+    store = await open_store(str(folder / "memory.sqlite"))
+    environment = LocalEnvironment({ENVIRONMENT: EnvSettings().create_environments()[ENVIRONMENT]})
+    run_folder = RunFolder(folder / "run")
+    run_folder.create("run", settings)
+    services = Services(environment, Policy(backend, folder.parent / "weights"), LocalMemory(store), open_learner)
+    run = Run("run", run_folder, services)
+    await run.train()
+    await store.close()
+    steps = [event.metrics for step, event in run.events.steps().items() if WARM_UP <= step < settings.steps - 1]
+    return Measured(sum(step["rollouts"] for step in steps) / sum(step["seconds"] for step in steps))
+
+
+async def measure(steps: int, rounds: int) -> None:
+    recipe = ROOT / "recipes" / "frozenlake-3x3.toml"
+    overrides = [f"steps={WARM_UP + steps + 1}", "evaluation.every=0", "evaluation.tasks=1", "evaluation.samples=1"]
+    settings = read_settings(recipe, overrides)
+    remote: list[Measured] = []
+    local: list[Measured] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "weights").mkdir()
+        backend = TransformersBackend(PolicySettings(weights_folder=folder / "weights", threads=1))
+        async with LocalServices(folder / "services") as services:
+            for number in range(rounds):
+                remote.append(await over_services(services, settings, f"round-{number}"))
+                (folder / f"local-{number}").mkdir()
+                local.append(await in_process(backend, settings, folder / f"local-{number}"))
+        await backend.close()
+    report(remote, local)
+
+
+def report(remote: list[Measured], local: list[Measured]) -> None:
+    rates = {
+        "four services": [m.rollouts_per_second for m in remote],
+        "one process": [m.rollouts_per_second for m in local],
+    }
+    rows = [[name, f"{median(values):,.0f}", spread(values)] for name, values in rates.items()]
+    print_table(["loop", "rollouts/s", "range"], rows)
+    ratio = median([a.rollouts_per_second / b.rollouts_per_second for a, b in zip(remote, local, strict=True)])
+    share = median([m.model_share for m in remote if m.model_share is not None])
+    print(f"\nfour services / one process: {ratio:.2f}; {share:.0%} of the services' time is spent in the model")
+    print_result(
+        "run",
+        {
+            "in_process_ratio": round(ratio, 3),
+            "model_share": round(share, 3),
+            "rollouts_per_second": round(median(rates["four services"]), 1),
+        },
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="within a minute")
+    arguments = parser.parse_args()
+    asyncio.run(measure(3, 2) if arguments.quick else measure(12, 5))
+
+
+if __name__ == "__main__":
+    main()
