@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 
 from services.common.types import Attempt, DistilledTarget, Experience, Reflection, TokenSequence
 from services.trainer.advantages import distillation_weight, group_advantages
 from services.trainer.data import Datum, Distillation, PolicyGradient
-from services.trainer.settings import AlgorithmSettings
+from services.trainer.settings import AlgorithmSettings, BranchNormalization
 
 Group = list[Experience]
 FIRST, REFLECTION, SECOND, DISTILLED = "first", "reflection", "second", "distilled"
@@ -29,11 +29,17 @@ def groups(experiences: Iterable[Experience]) -> list[Group]:
 
 
 def training_data(experiences: Sequence[Experience], settings: AlgorithmSettings) -> list[Datum]:
-    """All data of one step, each branch weighted and normalised by its own count (of samples, zero advantage included).
+    """All data of one step, each branch weighted and normalised by a count of samples, zero advantage included: its own,
+    or that of the step's chains.
 
     first: advantage within the task's chains. reflection and second: advantage of r2 within the task's failing chains
     whose second attempt has a reward. distilled: no group, no advantage, no log-probabilities.
     """
+    chains = sum(len(group) for group in groups(experiences))
+
+    def count(samples: Sized) -> int:
+        return chains if settings.branch_normalization is BranchNormalization.CHAINS else len(samples)
+
     data: list[Datum] = []
     for branch, weight, samples in (
         (FIRST, settings.first_weight, _first(experiences, settings)),
@@ -41,11 +47,11 @@ def training_data(experiences: Sequence[Experience], settings: AlgorithmSettings
         (SECOND, settings.second_weight, _second_chance(experiences, settings, SECOND)),
     ):
         for sample, advantage in samples:
-            data.extend(_policy_gradient(sample, advantage, weight / len(samples), branch))
+            data.extend(_policy_gradient(sample, advantage, weight / count(samples), branch))
     if settings.distillation_weight > 0:
         targets = _distilled(experiences, settings)
         for target, weight in targets:
-            data.extend(_distillation(target, weight, settings.distillation_weight / len(targets)))
+            data.extend(_distillation(target, weight, settings.distillation_weight / count(targets)))
     return data
 
 

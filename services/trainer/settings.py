@@ -23,6 +23,11 @@ class DistillationLoss(StrEnum):
     CROSS_ENTROPY = "cross_entropy"
 
 
+class BranchNormalization(StrEnum):
+    OWN_COUNT = "own_count"
+    CHAINS = "chains"
+
+
 class MismatchCorrection(StrEnum):
     NONE = "none"
     TRUNCATED = "truncated"
@@ -84,6 +89,7 @@ class AlgorithmSettings(_Settings):
     second_weight: float = Field(1.0, ge=0)
     normalize_by_std: bool = True
     optimizer_steps: int = Field(1, ge=1, le=1000)
+    branch_normalization: BranchNormalization = BranchNormalization.OWN_COUNT
 
 
 class RolloutSettings(_Settings):

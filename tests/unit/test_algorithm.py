@@ -82,6 +82,14 @@ async def test_one_step_of_the_paper() -> None:
     assert loop.metrics["rollouts"] == 4 + 3 + 3
 
 
+async def test_branches_may_be_normalised_by_the_chains_instead() -> None:
+    say = scripted(["go", "a", "b", "c"], ["go", "d", "go"])
+    loop = Loop(say, algorithm={"branch_normalization": "chains", "distillation_weight": 2})
+    await loop.step()
+    weights = {datum.branch: datum.weight for step in loop.learner.steps for datum in step}
+    assert weights == {"first": 1 / 4, "reflection": 1 / 4, "second": 1 / 4, "distilled": 2 / 4}
+
+
 async def test_the_distilled_sample_is_the_second_attempt_without_the_reflection() -> None:
     environment = FakeEnvironment({"t0": "go"}, turns=3)
     loop = Loop(scripted(["a"] * 3, ["b", "c", "go"]), environment=environment, rollout={"rollouts_per_task": 1})

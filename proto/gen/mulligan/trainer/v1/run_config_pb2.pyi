@@ -70,6 +70,28 @@ DISTILLATION_LOSS_CROSS_ENTROPY: DistillationLoss.ValueType  # 2
 """Weight 1."""
 Global___DistillationLoss: _TypeAlias = DistillationLoss  # noqa: Y015
 
+class _BranchNormalization:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BranchNormalizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BranchNormalization.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BRANCH_NORMALIZATION_UNSPECIFIED: _BranchNormalization.ValueType  # 0
+    BRANCH_NORMALIZATION_OWN_COUNT: _BranchNormalization.ValueType  # 1
+    """The branch's own count: each branch weighs the same however few its samples are."""
+    BRANCH_NORMALIZATION_CHAINS: _BranchNormalization.ValueType  # 2
+    """The number of the step's chains: each sample weighs the same. A branch fades as its samples become few."""
+
+class BranchNormalization(_BranchNormalization, metaclass=_BranchNormalizationEnumTypeWrapper):
+    """By what a branch's losses are divided."""
+
+BRANCH_NORMALIZATION_UNSPECIFIED: BranchNormalization.ValueType  # 0
+BRANCH_NORMALIZATION_OWN_COUNT: BranchNormalization.ValueType  # 1
+"""The branch's own count: each branch weighs the same however few its samples are."""
+BRANCH_NORMALIZATION_CHAINS: BranchNormalization.ValueType  # 2
+"""The number of the step's chains: each sample weighs the same. A branch fades as its samples become few."""
+Global___BranchNormalization: _TypeAlias = BranchNormalization  # noqa: Y015
+
 @_typing.final
 class RunConfig(_message.Message):
     """Every setting of a training run. Absent fields take the default that is named, which is the paper's
@@ -176,6 +198,7 @@ class AlgorithmConfig(_message.Message):
     SECOND_WEIGHT_FIELD_NUMBER: _builtins.int
     NORMALIZE_BY_STD_FIELD_NUMBER: _builtins.int
     OPTIMIZER_STEPS_FIELD_NUMBER: _builtins.int
+    BRANCH_NORMALIZATION_FIELD_NUMBER: _builtins.int
     second_attempt: Global___SecondAttempt.ValueType
     """Default REFLECTION."""
     memory_strategy: _memory_service_pb2.RetrievalStrategy.ValueType
@@ -200,6 +223,8 @@ class AlgorithmConfig(_message.Message):
     """Divide advantages by the group's standard deviation (GRPO, arXiv 2402.03300). Default true."""
     optimizer_steps: _builtins.int
     """Optimizer steps into which a training step's data is split. Default 1."""
+    branch_normalization: Global___BranchNormalization.ValueType
+    """Default OWN_COUNT, as in the reference."""
     def __init__(
         self,
         *,
@@ -216,10 +241,11 @@ class AlgorithmConfig(_message.Message):
         second_weight: _builtins.float | None = ...,
         normalize_by_std: _builtins.bool | None = ...,
         optimizer_steps: _builtins.int | None = ...,
+        branch_normalization: Global___BranchNormalization.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "success_threshold", b"success_threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "success_threshold", b"success_threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "success_threshold", b"success_threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__distillation_baseline: _TypeAlias = _typing.Literal["distillation_baseline"]  # noqa: Y015
     _WhichOneofArgType__distillation_baseline: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline"]  # noqa: Y015
