@@ -12,7 +12,6 @@ from mulligan.trainer.v1 import run_service_pb2_grpc
 
 from services.common.errors import DomainError, Reason
 from services.common.wire import experience_to_proto
-from services.trainer.events import StateEvent
 from services.trainer.folder import RunState
 from services.trainer.journal import journal_file, journaled_steps, read_experiences
 from services.trainer.manager import RunManager
@@ -64,10 +63,12 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         run = self._manager.run(request.run_id)
+        entries = run.events.entries
+        if request.after_event >= len(entries) and self._ended(run):
+            return
         async for entry in run.events.follow(request.after_event):
             yield pb.WatchRunResponse(event=entry_to_proto(entry))
-            ended = isinstance(entry.event, StateEvent) and entry.event.state != RunState.RUNNING
-            if ended and entry is run.events.entries[-1]:
+            if entry is entries[-1] and self._ended(run):
                 return
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
@@ -110,6 +111,9 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         return pb.ListExperiencesResponse(
             experiences=[experience_to_proto(experience) for experience in found], next_page_token=token
         )
+
+    def _ended(self, run: Run) -> bool:
+        return self._manager.record(run.run_id).state is not RunState.RUNNING
 
     def _message(self, run: Run) -> pb.Run:
         record = self._manager.record(run.run_id)
