@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from services.common.errors import Code, DomainError, Reason
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = ROOT / "proto" / "generate.py"
@@ -84,3 +87,51 @@ def test_buf_lint_is_in_force(tmp_path: Path) -> None:
 def test_no_init_file_turns_the_contracts_into_an_ordinary_package() -> None:
     """`mulligan` is a namespace package, so that other distributions can add contracts to it."""
     assert list((ROOT / "proto").rglob("__init__.py")) == []
+
+
+# What else the comments write in capitals: codes that carry no reason of ours, and names of enum values.
+OTHER_CODES = {"DEADLINE_EXCEEDED", "UNAVAILABLE"}
+CAPITALS = re.compile(r"\b[A-Z]{2,}(?:_[A-Z]+)+\b|\b(?:INTERNAL|UNAVAILABLE|UNAUTHENTICATED)\b")
+
+
+def prose(path: Path) -> list[str]:
+    """The comments of a contract, one block each."""
+    lines = path.read_text().splitlines()
+    text = "\n".join(match[1] if (match := re.match(r"\s*// ?(.*)", line)) else "\f" for line in lines)
+    return [block.replace("\n", " ") for block in text.split("\f") if block.strip()]
+
+
+def enum_values() -> set[str]:
+    """With and without their prefixes."""
+    names = {name for path in CONTRACTS for name in re.findall(r"^\s+([A-Z0-9_]+) = \d+;", path.read_text(), re.M)}
+    return names | {name[index + 1 :] for name in names for index, letter in enumerate(name) if letter == "_"}
+
+
+@pytest.mark.parametrize("path", CONTRACTS, ids=lambda path: path.stem)
+def test_every_reason_in_a_contract_exists_under_the_code_before_it(path: Path) -> None:
+    known = enum_values() | OTHER_CODES
+    for block in prose(path):
+        code = None
+        for word in CAPITALS.findall(block):
+            if word in Code.__members__:
+                code = word
+            elif word in Reason.__members__:
+                assert code in (None, DomainError(Reason(word), "").code), f"{word} under {code}: {block}"
+            else:
+                code = None
+                assert word in known, f"{word} is neither a reason nor a code: {block}"
+
+
+def test_every_reason_is_named_in_a_contract() -> None:
+    named = {word for path in CONTRACTS for block in prose(path) for word in CAPITALS.findall(block)}
+    assert set(Reason.__members__) <= named
+
+
+@pytest.mark.parametrize(
+    "comment", ["NOT_FOUND EPISODE_CONFLICT", "NOT_FOUND UNKNOWN_EPISODE, UNKNOWN_THING", "INTERNAL UNKNOWN_TASK"]
+)
+def test_a_wrong_reason_is_noticed(tmp_path: Path, comment: str) -> None:
+    path = tmp_path / "wrong.proto"
+    path.write_text(f"// {comment}: why.\nservice S {{}}\n")
+    with pytest.raises(AssertionError):
+        test_every_reason_in_a_contract_exists_under_the_code_before_it(path)

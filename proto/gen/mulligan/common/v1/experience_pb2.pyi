@@ -72,7 +72,9 @@ Global___VersionSpan: _TypeAlias = VersionSpan  # noqa: Y015
 
 @_typing.final
 class Segment(_message.Message):
-    """A run of tokens of one origin. A sequence of segments is only ever appended to; it is never decoded and encoded again."""
+    """A run of tokens of one origin. A sequence of segments is only ever appended to; it is never decoded and encoded
+    again.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

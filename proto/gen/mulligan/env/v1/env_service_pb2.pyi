@@ -112,8 +112,9 @@ class EnvironmentInfo(_message.Message):
     name: _builtins.str
     description: _builtins.str
     max_steps: _builtins.int
-    """An episode ends after this many steps."""
+    """An episode ends after this many steps, with outcome TRUNCATED unless it reaches its own end on the last."""
     max_reward: _builtins.float
+    """The largest sum of an episode's rewards."""
     deterministic: _builtins.bool
     """Whether the same task and actions always lead to the same observations and rewards."""
     train_task_count: _builtins.int
@@ -216,7 +217,7 @@ class TaskInfo(_message.Message):
     """A task is reproducible from its id alone, on any machine with the same environment settings."""
     split: Global___Split.ValueType
     difficulty: _builtins.float
-    """In the environment's own unit."""
+    """In the environment's own unit; greater is harder. FrozenLake: moves of the shortest path."""
     def __init__(
         self,
         *,

@@ -30,7 +30,10 @@ class EnvServiceStub:
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details; the reasons are named at
     each call. Every call can also return INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`),
-    DEADLINE_EXCEEDED, and UNAVAILABLE while the server drains or is down: retry that one with the same ids.
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without
+    ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel):
@@ -76,7 +79,10 @@ class EnvServiceServicer:
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details; the reasons are named at
     each call. Every call can also return INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`),
-    DEADLINE_EXCEEDED, and UNAVAILABLE while the server drains or is down: retry that one with the same ids.
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without
+    ErrorInfo (a fault of the server, which its log explains).
     """
 
     def ListEnvironments(self, request, context):
@@ -109,8 +115,9 @@ class EnvServiceServicer:
     def StepEpisode(self, request, context):
         """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer, and one
         that is repeated while the step still runs waits for it. Answers are kept until EndEpisode or the end of the lease.
-        NOT_FOUND UNKNOWN_EPISODE: never started here, or lost in a restart; EPISODE_EXPIRED: idle for longer than its
-        lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
+        An environment that fails is no error of the call: the step's outcome is ENV_ERROR or TIMEOUT, and it is the last.
+        NOT_FOUND UNKNOWN_EPISODE: never started here, ended, or lost in a restart; EPISODE_EXPIRED: idle for longer than
+        its lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
         another action; EPISODE_FINISHED: the episode is over.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -179,7 +186,10 @@ class EnvService:
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details; the reasons are named at
     each call. Every call can also return INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`),
-    DEADLINE_EXCEEDED, and UNAVAILABLE while the server drains or is down: retry that one with the same ids.
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without
+    ErrorInfo (a fault of the server, which its log explains).
     """
 
     @staticmethod

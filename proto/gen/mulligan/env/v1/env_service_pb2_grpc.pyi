@@ -17,7 +17,10 @@ class EnvServiceStub:
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details; the reasons are named at
     each call. Every call can also return INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`),
-    DEADLINE_EXCEEDED, and UNAVAILABLE while the server drains or is down: retry that one with the same ids.
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without
+    ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -39,8 +42,9 @@ class EnvServiceStub:
     StepEpisode: _aio.UnaryUnaryMultiCallable[_env_service_pb2.StepEpisodeRequest, _env_service_pb2.StepEpisodeResponse]
     """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer, and one
     that is repeated while the step still runs waits for it. Answers are kept until EndEpisode or the end of the lease.
-    NOT_FOUND UNKNOWN_EPISODE: never started here, or lost in a restart; EPISODE_EXPIRED: idle for longer than its
-    lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
+    An environment that fails is no error of the call: the step's outcome is ENV_ERROR or TIMEOUT, and it is the last.
+    NOT_FOUND UNKNOWN_EPISODE: never started here, ended, or lost in a restart; EPISODE_EXPIRED: idle for longer than
+    its lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
     another action; EPISODE_FINISHED: the episode is over.
     """
     StepEpisodes: _aio.UnaryUnaryMultiCallable[_env_service_pb2.StepEpisodesRequest, _env_service_pb2.StepEpisodesResponse]
@@ -56,7 +60,10 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details; the reasons are named at
     each call. Every call can also return INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`),
-    DEADLINE_EXCEEDED, and UNAVAILABLE while the server drains or is down: retry that one with the same ids.
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without
+    ErrorInfo (a fault of the server, which its log explains).
     """
 
     @_abc_1.abstractmethod
@@ -100,8 +107,9 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_env_service_pb2.StepEpisodeResponse]:
         """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer, and one
         that is repeated while the step still runs waits for it. Answers are kept until EndEpisode or the end of the lease.
-        NOT_FOUND UNKNOWN_EPISODE: never started here, or lost in a restart; EPISODE_EXPIRED: idle for longer than its
-        lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
+        An environment that fails is no error of the call: the step's outcome is ENV_ERROR or TIMEOUT, and it is the last.
+        NOT_FOUND UNKNOWN_EPISODE: never started here, ended, or lost in a restart; EPISODE_EXPIRED: idle for longer than
+        its lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
         another action; EPISODE_FINISHED: the episode is over.
         """
 

@@ -325,6 +325,7 @@ class ListReflectionsResponse(_message.Message):
     REFLECTIONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """Empty on the last page."""
     @_builtins.property
     def reflections(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredReflection]: ...
     def __init__(

@@ -152,7 +152,9 @@ class SamplingParams(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """0 is greedy; otherwise at least 0.001. Default 1. Log-probabilities are of softmax(logits / temperature); of softmax(logits) when greedy."""
+    """0 is greedy; otherwise at least 0.001. Default 1. Log-probabilities are of softmax(logits / temperature); of
+    softmax(logits) when greedy.
+    """
     top_p: _builtins.float
     """Nucleus sampling, in (0, 1]. Default 1."""
     top_k: _builtins.int
@@ -160,7 +162,7 @@ class SamplingParams(_message.Message):
     max_tokens: _builtins.int
     """Default 256. A completion also ends where the context is full."""
     seed: _builtins.int
-    """Makes sampling repeatable. Drawn by the server when absent."""
+    """Makes sampling repeatable; any number. Drawn by the server when absent."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The completion ends with the token that completes one of these, which it includes."""
@@ -215,7 +217,7 @@ class GenerateRequest(_message.Message):
     request_id: _builtins.str
     """Chosen by the caller; appears in the logs of both sides."""
     min_policy_version: _builtins.int
-    """The oldest policy version that may answer."""
+    """The oldest policy version that may answer. Any when absent."""
     @_builtins.property
     def messages(self) -> Global___Messages:
         """Rendered with the model's chat template, with a header for the assistant's turn."""
@@ -310,8 +312,9 @@ class ScoreRequest(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     MIN_POLICY_VERSION_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """At least 0.001. Default 1."""
+    """At least 0.001. Default 1. Log-probabilities are of softmax(logits / temperature)."""
     min_policy_version: _builtins.int
+    """The oldest policy version that may answer. Any when absent."""
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIds]: ...
     def __init__(
@@ -363,8 +366,11 @@ class ScoreResponse(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
+    """The version that scored them all."""
     @_builtins.property
-    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoreResponse.Scores]: ...
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoreResponse.Scores]:
+        """In the order of the request."""
+
     def __init__(
         self,
         *,
@@ -468,7 +474,9 @@ class GetPolicyResponse(_message.Message):
     policy_version: _builtins.int
     """0 until the first update."""
     context_length: _builtins.int
+    """Tokens of prompt and completion together."""
     vocabulary_size: _builtins.int
+    """Token ids are less than this."""
     rewrites_history: _builtins.bool
     """The chat template changes earlier turns when later ones are added: continuations are refused, and an attempt
     becomes one sequence per turn.
@@ -478,7 +486,9 @@ class GetPolicyResponse(_message.Message):
     compute_seconds: _builtins.float
     """Seconds that the engine has spent in the model since the service started."""
     @_builtins.property
-    def end_of_turn_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def end_of_turn_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """A sampled token among these closes the turn."""
+
     def __init__(
         self,
         *,

@@ -30,7 +30,10 @@ class PolicyServiceStub:
     unchanged, and a conversation is never rendered again.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
+    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
+    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
+    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel):
@@ -66,13 +69,18 @@ class PolicyServiceServicer:
     unchanged, and a conversation is never rendered again.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
+    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
+    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
+    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def Generate(self, request, context):
-        """Samples one completion. A cancelled call stops generating. With a seed a repeated call samples the same tokens
+        """Samples one completion. A cancelled call stops generating. Changes nothing and stores no answer: a repeated call
+        samples again, whatever its request_id. With a seed a repeated call samples the same tokens
         from the same policy version: exactly in deterministic mode, up to floating-point near-ties otherwise.
-        INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, TEMPLATE_ERROR.
+        INVALID_ARGUMENT EMPTY_PROMPT: metadata `field`; TOKEN_OUT_OF_VOCABULARY: metadata `field` and `index`;
+        PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR.
         FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: a continuation
         was asked of a model whose chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
         """
@@ -82,7 +90,9 @@ class PolicyServiceServicer:
 
     def Score(self, request, context):
         """Computes the log-probability of every token of given sequences. Idempotent.
-        INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG. RESOURCE_EXHAUSTED QUEUE_FULL.
+        INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, with metadata as in Generate.
+        FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`. RESOURCE_EXHAUSTED QUEUE_FULL, with a
+        RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -139,7 +149,10 @@ class PolicyService:
     unchanged, and a conversation is never rendered again.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
+    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
+    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
+    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     @staticmethod
@@ -284,7 +297,8 @@ class PolicyAdminServiceServicer:
         NOT_FOUND WEIGHTS_NOT_FOUND.
         FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, or
         names, shapes or a fingerprint of another model;
-        VERSION_CONFLICT: the version exists with another checksum, or is not greater than the one that serves.
+        VERSION_CONFLICT: the version serves with another checksum, or is not greater than the one that serves; metadata
+        `policy_version`, the one that serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -17,20 +17,27 @@ class PolicyServiceStub:
     unchanged, and a conversation is never rendered again.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
+    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
+    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
+    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GenerateRequest, _policy_service_pb2.GenerateResponse]
-    """Samples one completion. A cancelled call stops generating. With a seed a repeated call samples the same tokens
+    """Samples one completion. A cancelled call stops generating. Changes nothing and stores no answer: a repeated call
+    samples again, whatever its request_id. With a seed a repeated call samples the same tokens
     from the same policy version: exactly in deterministic mode, up to floating-point near-ties otherwise.
-    INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, TEMPLATE_ERROR.
+    INVALID_ARGUMENT EMPTY_PROMPT: metadata `field`; TOKEN_OUT_OF_VOCABULARY: metadata `field` and `index`;
+    PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR.
     FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: a continuation
     was asked of a model whose chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
     """
     Score: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ScoreRequest, _policy_service_pb2.ScoreResponse]
     """Computes the log-probability of every token of given sequences. Idempotent.
-    INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG. RESOURCE_EXHAUSTED QUEUE_FULL.
+    INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, with metadata as in Generate.
+    FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`. RESOURCE_EXHAUSTED QUEUE_FULL, with a
+    RetryInfo.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.TokenizeRequest, _policy_service_pb2.TokenizeResponse]
     """Turns messages into token ids as Generate would. Idempotent.
@@ -44,7 +51,10 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     unchanged, and a conversation is never rendered again.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
+    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
+    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
+    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     @_abc_1.abstractmethod
@@ -53,9 +63,11 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.GenerateRequest,
         context: _aio.ServicerContext[_policy_service_pb2.GenerateRequest, _abc.Awaitable[_policy_service_pb2.GenerateResponse]],
     ) -> _abc.Awaitable[_policy_service_pb2.GenerateResponse]:
-        """Samples one completion. A cancelled call stops generating. With a seed a repeated call samples the same tokens
+        """Samples one completion. A cancelled call stops generating. Changes nothing and stores no answer: a repeated call
+        samples again, whatever its request_id. With a seed a repeated call samples the same tokens
         from the same policy version: exactly in deterministic mode, up to floating-point near-ties otherwise.
-        INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, TEMPLATE_ERROR.
+        INVALID_ARGUMENT EMPTY_PROMPT: metadata `field`; TOKEN_OUT_OF_VOCABULARY: metadata `field` and `index`;
+        PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR.
         FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: a continuation
         was asked of a model whose chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
         """
@@ -67,7 +79,9 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_policy_service_pb2.ScoreRequest, _abc.Awaitable[_policy_service_pb2.ScoreResponse]],
     ) -> _abc.Awaitable[_policy_service_pb2.ScoreResponse]:
         """Computes the log-probability of every token of given sequences. Idempotent.
-        INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG. RESOURCE_EXHAUSTED QUEUE_FULL.
+        INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, with metadata as in Generate.
+        FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`. RESOURCE_EXHAUSTED QUEUE_FULL, with a
+        RetryInfo.
         """
 
     @_abc_1.abstractmethod
@@ -106,7 +120,8 @@ class PolicyAdminServiceStub:
     NOT_FOUND WEIGHTS_NOT_FOUND.
     FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, or
     names, shapes or a fingerprint of another model;
-    VERSION_CONFLICT: the version exists with another checksum, or is not greater than the one that serves.
+    VERSION_CONFLICT: the version serves with another checksum, or is not greater than the one that serves; metadata
+    `policy_version`, the one that serves.
     """
 
 class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -129,7 +144,8 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         NOT_FOUND WEIGHTS_NOT_FOUND.
         FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, or
         names, shapes or a fingerprint of another model;
-        VERSION_CONFLICT: the version exists with another checksum, or is not greater than the one that serves.
+        VERSION_CONFLICT: the version serves with another checksum, or is not greater than the one that serves; metadata
+        `policy_version`, the one that serves.
         """
 
 def add_PolicyAdminServiceServicer_to_server(servicer: PolicyAdminServiceServicer, server: _aio.Server) -> None: ...

@@ -55,7 +55,7 @@ class LoraConfig(_message.Message):
     rank: _builtins.int
     """At least 1."""
     alpha: _builtins.float
-    """Scale is alpha / rank. Default: 2 × rank."""
+    """Scale is alpha / rank. Greater than 0. Default: 2 × rank."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the linear layers; all linear layers when empty."""
@@ -129,15 +129,15 @@ class OptimizerConfig(_message.Message):
     MAX_GRAD_NORM_FIELD_NUMBER: _builtins.int
     WARMUP_STEPS_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
-    """Constant after the warm-up. Default 1e-6."""
+    """Constant after the warm-up. Not negative. Default 1e-6."""
     weight_decay: _builtins.float
-    """Default 0.01."""
+    """Decoupled. Not negative. Default 0.01."""
     beta1: _builtins.float
-    """Default 0.9."""
+    """In [0, 1). Default 0.9."""
     beta2: _builtins.float
-    """Default 0.999."""
+    """In [0, 1). Default 0.999."""
     max_grad_norm: _builtins.float
-    """Global L2 norm; default 1."""
+    """The gradient is clipped to this global L2 norm. Greater than 0. Default 1."""
     warmup_steps: _builtins.int
     """Optimizer steps over which the learning rate rises linearly from 0 to its value. Default 0."""
     def __init__(
@@ -238,6 +238,7 @@ class CreateLearnerResponse(_message.Message):
     PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
     TRAINABLE_PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
     next_sequence: _builtins.int
+    """What the next call that changes the learner must carry."""
     fingerprint: _builtins.str
     """Identifies architecture and tokenizer; equals the policy's when both hold the same model."""
     parameter_count: _builtins.int
@@ -478,19 +479,19 @@ class LossConfig(_message.Message):
     MISMATCH_CORRECTION_FIELD_NUMBER: _builtins.int
     MISMATCH_LIMIT_FIELD_NUMBER: _builtins.int
     clip_low: _builtins.float
-    """Ratios below 1 - clip_low are clipped. Default 0.2."""
+    """Ratios below 1 - clip_low are clipped. In (0, 1). Default 0.2."""
     clip_high: _builtins.float
-    """Ratios above 1 + clip_high are clipped. Default 0.28."""
+    """Ratios above 1 + clip_high are clipped. Greater than 0. Default 0.28."""
     dual_clip: _builtins.float
     """Bound on the loss of a negative advantage, greater than 1. Default 3; 0 switches it off."""
     kl_coefficient: _builtins.float
-    """Default 0.001; with 0 the initial policy is not computed."""
+    """Not negative. Default 0.001; with 0 the initial policy is not computed."""
     entropy_coefficient: _builtins.float
-    """Default 0."""
+    """Of the entropy bonus. Not negative. Default 0."""
     mismatch_correction: Global___MismatchCorrection.ValueType
     """Default TRUNCATED."""
     mismatch_limit: _builtins.float
-    """Default 2."""
+    """Greater than 1. Default 2."""
     def __init__(
         self,
         *,

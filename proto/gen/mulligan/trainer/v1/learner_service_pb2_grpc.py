@@ -38,9 +38,14 @@ class LearnerServiceStub:
     the owner creates it again and loads a checkpoint. Calls run one at a time; one that its caller gave up on still runs
     to its end.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
-    LEARNER_OWNED (another owner holds it), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
+    learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
+    FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
+    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
+    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
+    the server, which its log explains).
     """
 
     def __init__(self, channel):
@@ -109,14 +114,20 @@ class LearnerServiceServicer:
     the owner creates it again and loads a checkpoint. Calls run one at a time; one that its caller gave up on still runs
     to its end.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
-    LEARNER_OWNED (another owner holds it), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
+    learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
+    FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
+    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
+    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
+    the server, which its log explains).
     """
 
     def CreateLearner(self, request, context):
-        """Loads a model to train. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION LEARNER_OWNED;
-        ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND.
+        """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
+        LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND:
+        metadata `source`.
         RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -131,7 +142,7 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteLearner(self, request, context):
-        """Frees the learner. Idempotent: an unknown one succeeds.
+        """Frees the learner; what it has not saved is lost. Idempotent: an unknown one succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,8 +178,9 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadCheckpoint(self, request, context):
-        """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients. NOT_FOUND
-        CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION CHECKPOINT_MISMATCH: it belongs to another model or is damaged.
+        """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients, and the
+        sequence counts on from where it stood at the save. Idempotent. NOT_FOUND CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION
+        CHECKPOINT_MISMATCH: it belongs to another model or is damaged. Both have metadata `name`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -251,9 +263,14 @@ class LearnerService:
     the owner creates it again and loads a checkpoint. Calls run one at a time; one that its caller gave up on still runs
     to its end.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
-    LEARNER_OWNED (another owner holds it), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
+    learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
+    FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
+    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
+    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
+    the server, which its log explains).
     """
 
     @staticmethod

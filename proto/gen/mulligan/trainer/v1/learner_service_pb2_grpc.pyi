@@ -25,21 +25,27 @@ class LearnerServiceStub:
     the owner creates it again and loads a checkpoint. Calls run one at a time; one that its caller gave up on still runs
     to its end.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
-    LEARNER_OWNED (another owner holds it), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
+    learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
+    FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
+    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
+    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
+    the server, which its log explains).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.CreateLearnerRequest, _learner_service_pb2.CreateLearnerResponse]
-    """Loads a model to train. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION LEARNER_OWNED;
-    ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND.
+    """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
+    LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND:
+    metadata `source`.
     RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
     """
     GetLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.GetLearnerRequest, _learner_service_pb2.GetLearnerResponse]
     """Idempotent."""
     DeleteLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _learner_service_pb2.DeleteLearnerResponse]
-    """Frees the learner. Idempotent: an unknown one succeeds."""
+    """Frees the learner; what it has not saved is lost. Idempotent: an unknown one succeeds."""
     Forward: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ForwardRequest, _learner_service_pb2.ForwardResponse]
     """Log-probabilities of the trained tokens under the present weights: PPO's old policy. Changes nothing. Idempotent."""
     ForwardBackward: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ForwardBackwardRequest, _learner_service_pb2.ForwardBackwardResponse]
@@ -51,8 +57,9 @@ class LearnerServiceStub:
     saved. Idempotent on name; saving another state under the name replaces what it held.
     """
     LoadCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.LoadCheckpointRequest, _learner_service_pb2.LoadCheckpointResponse]
-    """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients. NOT_FOUND
-    CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION CHECKPOINT_MISMATCH: it belongs to another model or is damaged.
+    """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients, and the
+    sequence counts on from where it stood at the save. Idempotent. NOT_FOUND CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION
+    CHECKPOINT_MISMATCH: it belongs to another model or is damaged. Both have metadata `name`.
     """
     PublishWeights: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.PublishWeightsRequest, _learner_service_pb2.PublishWeightsResponse]
     """Writes the present weights where the policy service can read them. Idempotent on policy_version while the weights
@@ -72,9 +79,14 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
     the owner creates it again and loads a checkpoint. Calls run one at a time; one that its caller gave up on still runs
     to its end.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND UNKNOWN_LEARNER, FAILED_PRECONDITION
-    LEARNER_OWNED (another owner holds it), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
+    learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
+    FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
+    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
+    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
+    the server, which its log explains).
     """
 
     @_abc_1.abstractmethod
@@ -83,8 +95,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.CreateLearnerRequest,
         context: _aio.ServicerContext[_learner_service_pb2.CreateLearnerRequest, _abc.Awaitable[_learner_service_pb2.CreateLearnerResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.CreateLearnerResponse]:
-        """Loads a model to train. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION LEARNER_OWNED;
-        ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND.
+        """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
+        LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND:
+        metadata `source`.
         RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
         """
 
@@ -102,7 +115,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.DeleteLearnerRequest,
         context: _aio.ServicerContext[_learner_service_pb2.DeleteLearnerRequest, _abc.Awaitable[_learner_service_pb2.DeleteLearnerResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.DeleteLearnerResponse]:
-        """Frees the learner. Idempotent: an unknown one succeeds."""
+        """Frees the learner; what it has not saved is lost. Idempotent: an unknown one succeeds."""
 
     @_abc_1.abstractmethod
     def Forward(
@@ -144,8 +157,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.LoadCheckpointRequest,
         context: _aio.ServicerContext[_learner_service_pb2.LoadCheckpointRequest, _abc.Awaitable[_learner_service_pb2.LoadCheckpointResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.LoadCheckpointResponse]:
-        """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients. NOT_FOUND
-        CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION CHECKPOINT_MISMATCH: it belongs to another model or is damaged.
+        """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients, and the
+        sequence counts on from where it stood at the save. Idempotent. NOT_FOUND CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION
+        CHECKPOINT_MISMATCH: it belongs to another model or is damaged. Both have metadata `name`.
         """
 
     @_abc_1.abstractmethod

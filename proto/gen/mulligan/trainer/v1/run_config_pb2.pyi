@@ -115,17 +115,17 @@ class RunConfig(_message.Message):
     environment: _builtins.str
     """Name of an environment at the environment service. Required."""
     steps: _builtins.int
-    """Training steps. Default 100."""
+    """Training steps, at least 1. Default 100."""
     seed: _builtins.int
-    """All random choices of the run derive from it. Default 0."""
+    """All random choices of the run derive from it. Not negative. Default 0."""
     deterministic: _builtins.bool
     """One request at a time and fixed thread counts: a killed and resumed run ends with bit-equal weights. Slow. The
     policy must be deterministic, too. Default false.
     """
     checkpoint_every: _builtins.int
-    """Steps between checkpoints. Default 10. There is always one at the end."""
+    """Steps between checkpoints, at least 1. Default 10. There is always one at the end."""
     keep_checkpoints: _builtins.int
-    """Checkpoints to keep. Default 2."""
+    """Checkpoints to keep, at least 1. Default 2."""
     @_builtins.property
     def model(self) -> _learner_service_pb2.ModelConfig: ...
     @_builtins.property
@@ -204,7 +204,7 @@ class AlgorithmConfig(_message.Message):
     memory_strategy: _memory_service_pb2.RetrievalStrategy.ValueType
     """Which reflections of the memory the reflector sees. Default LATEST_SUCCESS. Only with REFLECTION."""
     memory_entries: _builtins.int
-    """How many of them; 0 switches the memory off. Default 1."""
+    """How many of them, at most 100; 0 switches the memory off. Default 1."""
     memory_scope: _builtins.str
     """Scope of the memory; the run's id when absent, so that runs do not share."""
     success_threshold: _builtins.float
@@ -216,13 +216,15 @@ class AlgorithmConfig(_message.Message):
     distillation_baseline: _builtins.bool
     """Subtract the mean reward of the task's first attempts from the distillation weight (RLTF). Default false."""
     first_weight: _builtins.float
-    """Weights of the policy-gradient branches. Default 1; 0 leaves a branch out of training."""
+    """Weight of the first attempts' policy gradient. Default 1; 0 leaves the branch out of training."""
     reflection_weight: _builtins.float
+    """Of the reflections'. Default 1; 0 leaves the branch out of training."""
     second_weight: _builtins.float
+    """Of the second attempts'. Default 1; 0 leaves the branch out of training."""
     normalize_by_std: _builtins.bool
     """Divide advantages by the group's standard deviation (GRPO, arXiv 2402.03300). Default true."""
     optimizer_steps: _builtins.int
-    """Optimizer steps into which a training step's data is split. Default 1."""
+    """Optimizer steps into which a training step's data is split: 1 to 1,000. Default 1."""
     branch_normalization: Global___BranchNormalization.ValueType
     """Default OWN_COUNT, as in the reference."""
     def __init__(
@@ -311,13 +313,13 @@ class RolloutConfig(_message.Message):
     rollouts_per_task: _builtins.int
     """Chains per task: the group's size. Default 4."""
     temperature: _builtins.float
-    """Of the attempts. Defaults 0.7, 1 and 0 (all)."""
+    """Of the attempts: temperature greater than 0, top_p in (0, 1], top_k tokens. Defaults 0.7, 1 and 0 (all)."""
     top_p: _builtins.float
     top_k: _builtins.int
     max_tokens: _builtins.int
-    """Tokens of one turn of an attempt. Default 1024."""
+    """Sampled tokens of one turn of an attempt, at most. Default 1024."""
     reflection_temperature: _builtins.float
-    """Of the reflections. Defaults 0.5, 0.9 and 1024."""
+    """Of the reflections, as above. Defaults 0.5, 0.9 and 1024."""
     reflection_top_p: _builtins.float
     reflection_max_tokens: _builtins.int
     concurrency: _builtins.int
@@ -416,7 +418,7 @@ class EvaluationConfig(_message.Message):
     samples: _builtins.int
     """Attempts per task. Default 4."""
     temperature: _builtins.float
-    """Defaults 0.7, 0.8 and 20."""
+    """As in RolloutConfig, but 0 is a legal temperature: greedy. Defaults 0.7, 0.8 and 20."""
     top_p: _builtins.float
     top_k: _builtins.int
     def __init__(

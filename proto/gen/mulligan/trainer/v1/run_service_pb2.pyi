@@ -30,8 +30,11 @@ class _RunStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunState.Val
     DESCRIPTOR: _descriptor.EnumDescriptor
     RUN_STATE_UNSPECIFIED: _RunState.ValueType  # 0
     RUN_STATE_RUNNING: _RunState.ValueType  # 1
+    """It trains, or will go on by itself when its server is back."""
     RUN_STATE_COMPLETED: _RunState.ValueType  # 2
+    """All its steps are trained."""
     RUN_STATE_STOPPED: _RunState.ValueType  # 3
+    """By StopRun."""
     RUN_STATE_FAILED: _RunState.ValueType  # 4
     """`error` says why."""
 
@@ -39,8 +42,11 @@ class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper): ...
 
 RUN_STATE_UNSPECIFIED: RunState.ValueType  # 0
 RUN_STATE_RUNNING: RunState.ValueType  # 1
+"""It trains, or will go on by itself when its server is back."""
 RUN_STATE_COMPLETED: RunState.ValueType  # 2
+"""All its steps are trained."""
 RUN_STATE_STOPPED: RunState.ValueType  # 3
+"""By StopRun."""
 RUN_STATE_FAILED: RunState.ValueType  # 4
 """`error` says why."""
 Global___RunState: _TypeAlias = RunState  # noqa: Y015
@@ -60,6 +66,7 @@ class Run(_message.Message):
     run_id: _builtins.str
     state: Global___RunState.ValueType
     error: _builtins.str
+    """Why it is FAILED; empty otherwise."""
     step: _builtins.int
     """Completed training steps."""
     train_seconds: _builtins.float
@@ -99,7 +106,7 @@ class StartRunRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """One folder name: letters, digits, '.', '_' and '-', at most 64."""
+    """One folder name: 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit."""
     @_builtins.property
     def config(self) -> _run_config_pb2.RunConfig: ...
     def __init__(
@@ -184,6 +191,7 @@ class ListRunsRequest(_message.Message):
     page_size: _builtins.int
     """At most 1,000; 0 means 100."""
     page_token: _builtins.str
+    """next_page_token of the answer before; empty for the first page."""
     def __init__(
         self,
         *,
@@ -205,6 +213,7 @@ class ListRunsResponse(_message.Message):
     RUNS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """Empty on the last page."""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Run]: ...
     def __init__(
@@ -275,8 +284,12 @@ class StepCompleted(_message.Message):
     step: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """success_first, success_second, reward_first, reward_second, reflections, distilled, excluded, tokens, rollouts,
-        and the learner's metrics.
+        """success_first, success_second: shares of the attempts whose reward reached the threshold; reward_first,
+        reward_second: means. Absent when no attempt of the kind has a reward. reflections, distilled: counts. excluded:
+        attempts and reflections that ended without a reward for a failure of the infrastructure. restarts: attempts
+        started over. rollouts: episodes started plus reflections written. sampled_tokens. seconds, and of these
+        sample_seconds and learn_seconds. policy_version that the step published. And the learner's metrics, averaged over
+        optimizer steps.
         """
 
     def __init__(
@@ -303,13 +316,14 @@ class EvaluationCompleted(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     EXCLUDED_FIELD_NUMBER: _builtins.int
     step: _builtins.int
-    """Steps trained before it."""
+    """Steps trained before it; 0 in an answer of Evaluate."""
     success: _builtins.float
     """Share of the attempts whose reward reached the threshold."""
     mean_reward: _builtins.float
     attempts: _builtins.int
     """Attempts measured, without excluded ones."""
     excluded: _builtins.int
+    """Attempts without a reward, for a failure of the infrastructure."""
     def __init__(
         self,
         *,
@@ -525,9 +539,11 @@ class EvaluateRequest(_message.Message):
     success_threshold: _builtins.float
     """Default 1."""
     max_tokens: _builtins.int
-    """Tokens of one turn. Default 1024."""
+    """Sampled tokens of one turn, at most. Default 1024."""
     @_builtins.property
-    def config(self) -> _run_config_pb2.EvaluationConfig: ...
+    def config(self) -> _run_config_pb2.EvaluationConfig:
+        """`every` means nothing here."""
+
     def __init__(
         self,
         *,
@@ -563,6 +579,7 @@ class EvaluateResponse(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
+    """The version that served when it began."""
     @_builtins.property
     def result(self) -> Global___EvaluationCompleted: ...
     def __init__(
@@ -593,6 +610,7 @@ class ListExperiencesRequest(_message.Message):
     page_size: _builtins.int
     """At most 100; 0 means 10."""
     page_token: _builtins.str
+    """next_page_token of the answer before; empty for the first page."""
     def __init__(
         self,
         *,
@@ -618,6 +636,7 @@ class ListExperiencesResponse(_message.Message):
     EXPERIENCES_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """Empty on the last page."""
     @_builtins.property
     def experiences(self) -> _containers.RepeatedCompositeFieldContainer[_experience_pb2.Experience]: ...
     def __init__(

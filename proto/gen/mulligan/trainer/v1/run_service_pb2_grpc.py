@@ -29,7 +29,10 @@ class RunServiceStub:
     """Starts and watches training runs. A run goes on by itself when its server is restarted.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
+    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
+    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
+    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel):
@@ -84,12 +87,18 @@ class RunServiceServicer:
     """Starts and watches training runs. A run goes on by itself when its server is restarted.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
+    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
+    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
+    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def StartRun(self, request, context):
-        """Starts a run. Idempotent on run_id; ALREADY_EXISTS RUN_CONFLICT when it exists with other settings.
-        FAILED_PRECONDITION LEARNER_OWNED: the server trains another run. INVALID_ARGUMENT INVALID_SETTING.
+        """Starts a run. Idempotent on run_id: one that exists with the same settings is answered as it is, and an ended one
+        is not taken up again (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
+        FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
+        INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. What only training finds out, such as an unknown
+        environment or model, or a service that stays away, ends the run as FAILED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,14 +120,15 @@ class RunServiceServicer:
 
     def WatchRun(self, request, context):
         """Streams the events of a run from a given one on, then new ones as they come, and ends when the run has ended. A
-        broken stream is taken up with after_event set to the last one seen. NOT_FOUND UNKNOWN_RUN.
+        broken stream is taken up with after_event set to the number of the last one seen. NOT_FOUND UNKNOWN_RUN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StopRun(self, request, context):
-        """Asks a run to stop after what it is at; it keeps its place. Idempotent. NOT_FOUND UNKNOWN_RUN.
+        """Asks a run to stop after the step that it is at; it keeps its place. The answer does not wait for that: WatchRun
+        shows when it is STOPPED. A run that has ended stays as it is. Idempotent. NOT_FOUND UNKNOWN_RUN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,15 +136,18 @@ class RunServiceServicer:
 
     def ResumeRun(self, request, context):
         """Goes on with a stopped or failed run from its last checkpoint, reusing the journaled attempts of the steps after
-        it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED.
+        it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED; LEARNER_OWNED: the server
+        trains another run, metadata `run_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Evaluate(self, request, context):
-        """Measures first attempts, without reflection in context, of the policy as it serves now. Not idempotent, harmless to
-        repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
+        """Measures first attempts, without reflection in context, of the policy as it serves now. Takes as long as the
+        attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
+        INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. INTERNAL when a service that it needs stays
+        away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -203,7 +216,10 @@ class RunService:
     """Starts and watches training runs. A run goes on by itself when its server is restarted.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
+    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
+    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
+    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     @staticmethod

@@ -16,13 +16,19 @@ class RunServiceStub:
     """Starts and watches training runs. A run goes on by itself when its server is restarted.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
+    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
+    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
+    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.StartRunRequest, _run_service_pb2.StartRunResponse]
-    """Starts a run. Idempotent on run_id; ALREADY_EXISTS RUN_CONFLICT when it exists with other settings.
-    FAILED_PRECONDITION LEARNER_OWNED: the server trains another run. INVALID_ARGUMENT INVALID_SETTING.
+    """Starts a run. Idempotent on run_id: one that exists with the same settings is answered as it is, and an ended one
+    is not taken up again (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
+    FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
+    INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. What only training finds out, such as an unknown
+    environment or model, or a service that stays away, ends the run as FAILED.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]
     """NOT_FOUND UNKNOWN_RUN. Idempotent."""
@@ -30,17 +36,22 @@ class RunServiceStub:
     """Newest first. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN."""
     WatchRun: _aio.UnaryStreamMultiCallable[_run_service_pb2.WatchRunRequest, _run_service_pb2.WatchRunResponse]
     """Streams the events of a run from a given one on, then new ones as they come, and ends when the run has ended. A
-    broken stream is taken up with after_event set to the last one seen. NOT_FOUND UNKNOWN_RUN.
+    broken stream is taken up with after_event set to the number of the last one seen. NOT_FOUND UNKNOWN_RUN.
     """
     StopRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.StopRunRequest, _run_service_pb2.StopRunResponse]
-    """Asks a run to stop after what it is at; it keeps its place. Idempotent. NOT_FOUND UNKNOWN_RUN."""
+    """Asks a run to stop after the step that it is at; it keeps its place. The answer does not wait for that: WatchRun
+    shows when it is STOPPED. A run that has ended stays as it is. Idempotent. NOT_FOUND UNKNOWN_RUN.
+    """
     ResumeRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ResumeRunRequest, _run_service_pb2.ResumeRunResponse]
     """Goes on with a stopped or failed run from its last checkpoint, reusing the journaled attempts of the steps after
-    it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED.
+    it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED; LEARNER_OWNED: the server
+    trains another run, metadata `run_id`.
     """
     Evaluate: _aio.UnaryUnaryMultiCallable[_run_service_pb2.EvaluateRequest, _run_service_pb2.EvaluateResponse]
-    """Measures first attempts, without reflection in context, of the policy as it serves now. Not idempotent, harmless to
-    repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
+    """Measures first attempts, without reflection in context, of the policy as it serves now. Takes as long as the
+    attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
+    INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. INTERNAL when a service that it needs stays
+    away.
     """
     ListExperiences: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListExperiencesRequest, _run_service_pb2.ListExperiencesResponse]
     """Pages through the journaled experiences of a run, in the order of (step, task, rollout). NOT_FOUND UNKNOWN_RUN.
@@ -51,7 +62,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     """Starts and watches training runs. A run goes on by itself when its server is restarted.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), DEADLINE_EXCEEDED, and UNAVAILABLE.
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
+    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
+    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
+    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     @_abc_1.abstractmethod
@@ -60,8 +74,11 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.StartRunRequest,
         context: _aio.ServicerContext[_run_service_pb2.StartRunRequest, _abc.Awaitable[_run_service_pb2.StartRunResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.StartRunResponse]:
-        """Starts a run. Idempotent on run_id; ALREADY_EXISTS RUN_CONFLICT when it exists with other settings.
-        FAILED_PRECONDITION LEARNER_OWNED: the server trains another run. INVALID_ARGUMENT INVALID_SETTING.
+        """Starts a run. Idempotent on run_id: one that exists with the same settings is answered as it is, and an ended one
+        is not taken up again (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
+        FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
+        INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. What only training finds out, such as an unknown
+        environment or model, or a service that stays away, ends the run as FAILED.
         """
 
     @_abc_1.abstractmethod
@@ -87,7 +104,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_run_service_pb2.WatchRunRequest, _abc.AsyncIterator[_run_service_pb2.WatchRunResponse]],
     ) -> _abc.AsyncIterator[_run_service_pb2.WatchRunResponse]:
         """Streams the events of a run from a given one on, then new ones as they come, and ends when the run has ended. A
-        broken stream is taken up with after_event set to the last one seen. NOT_FOUND UNKNOWN_RUN.
+        broken stream is taken up with after_event set to the number of the last one seen. NOT_FOUND UNKNOWN_RUN.
         """
 
     @_abc_1.abstractmethod
@@ -96,7 +113,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.StopRunRequest,
         context: _aio.ServicerContext[_run_service_pb2.StopRunRequest, _abc.Awaitable[_run_service_pb2.StopRunResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.StopRunResponse]:
-        """Asks a run to stop after what it is at; it keeps its place. Idempotent. NOT_FOUND UNKNOWN_RUN."""
+        """Asks a run to stop after the step that it is at; it keeps its place. The answer does not wait for that: WatchRun
+        shows when it is STOPPED. A run that has ended stays as it is. Idempotent. NOT_FOUND UNKNOWN_RUN.
+        """
 
     @_abc_1.abstractmethod
     def ResumeRun(
@@ -105,7 +124,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_run_service_pb2.ResumeRunRequest, _abc.Awaitable[_run_service_pb2.ResumeRunResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.ResumeRunResponse]:
         """Goes on with a stopped or failed run from its last checkpoint, reusing the journaled attempts of the steps after
-        it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED.
+        it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED; LEARNER_OWNED: the server
+        trains another run, metadata `run_id`.
         """
 
     @_abc_1.abstractmethod
@@ -114,8 +134,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.EvaluateRequest,
         context: _aio.ServicerContext[_run_service_pb2.EvaluateRequest, _abc.Awaitable[_run_service_pb2.EvaluateResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.EvaluateResponse]:
-        """Measures first attempts, without reflection in context, of the policy as it serves now. Not idempotent, harmless to
-        repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
+        """Measures first attempts, without reflection in context, of the policy as it serves now. Takes as long as the
+        attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
+        INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. INTERNAL when a service that it needs stays
+        away.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,223 @@
+"""A run's settings are written twice, for people and for the wire. Both say the same: names, values, defaults."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mulligan.trainer.v1 import run_config_pb2
+from pydantic import BaseModel
+
+from services.common.types import RetrievalStrategy
+from services.trainer.settings import (
+    AlgorithmSettings,
+    DistillationLoss,
+    EvaluationSettings,
+    LoraSettings,
+    LossSettings,
+    MismatchCorrection,
+    ModelSettings,
+    OptimizerSettings,
+    RolloutSettings,
+    RunSettings,
+    SecondAttempt,
+)
+from services.trainer.wire import plain_from_proto, settings_from_proto, settings_to_proto
+
+ROOT = Path(__file__).resolve().parents[2]
+MESSAGES: dict[str, type[BaseModel]] = {
+    "RunConfig": RunSettings,
+    "ModelConfig": ModelSettings,
+    "LoraConfig": LoraSettings,
+    "AlgorithmConfig": AlgorithmSettings,
+    "RolloutConfig": RolloutSettings,
+    "LossConfig": LossSettings,
+    "OptimizerConfig": OptimizerSettings,
+    "EvaluationConfig": EvaluationSettings,
+}
+NUMBERS = {int: "INT", float: "DOUBLE", bool: "BOOL", str: "STRING"}
+
+
+def inner(annotation: Any) -> Any:
+    """`X` of `X | None`, of `tuple[X, ...]`, and the type of a literal's values."""
+    if get_origin(annotation) in (Union, UnionType):
+        (annotation,) = (part for part in get_args(annotation) if part is not type(None))
+    if get_origin(annotation) is tuple:
+        return get_args(annotation)[0]
+    if get_origin(annotation) is Literal:
+        return type(get_args(annotation)[0])
+    return annotation
+
+
+def pairs(message: Descriptor, model: type[BaseModel], path: str = "") -> Iterator[tuple[str, FieldDescriptor, Any]]:
+    """Every setting: its full name, its field, its type in Python. Fails where one side lacks it."""
+    names = {field.name for field in message.fields}
+    assert names == set(model.model_fields), path or "RunConfig"
+    for name in sorted(names):
+        field, kind = message.fields_by_name[name], inner(model.model_fields[name].annotation)
+        yield path + name, field, kind
+        if field.message_type is not None:
+            yield from pairs(field.message_type, kind, f"{path}{name}.")
+
+
+def test_both_sides_have_the_same_settings_of_the_same_types() -> None:
+    found = list(pairs(run_config_pb2.RunConfig.DESCRIPTOR, RunSettings))
+    assert len(found) > 50
+    for path, field, kind in found:
+        if field.message_type is not None:
+            assert MESSAGES[field.message_type.name] is kind, path
+        elif field.enum_type is not None:
+            names = [value.name for value in field.enum_type.values]
+            prefix = names[0].removesuffix("UNSPECIFIED")
+            assert issubclass(kind, StrEnum), path
+            assert {name.removeprefix(prefix).lower() for name in names[1:]} == {str(value) for value in kind}, path
+        else:
+            wire_type = next(name for name in dir(FieldDescriptor) if _is_type(name, field))
+            assert NUMBERS[kind] in wire_type, path
+
+
+def _is_type(name: str, field: FieldDescriptor) -> bool:
+    return name.startswith("TYPE_") and getattr(FieldDescriptor, name) == field.type
+
+
+def test_a_setting_whose_zero_is_legal_has_presence() -> None:
+    """Else a client could not ask for 0 where the default is another number."""
+    for path, field, _ in pairs(run_config_pb2.RunConfig.DESCRIPTOR, RunSettings):
+        always_meant = ("environment", "model.source", "model.lora.rank")
+        assert field.has_presence or field.enum_type or field.is_repeated or path in always_meant, path
+
+
+def test_an_empty_config_is_the_defaults() -> None:
+    assert settings_from_proto(run_config_pb2.RunConfig(environment="e")) == RunSettings(environment="e")
+    whole = settings_to_proto(RunSettings(environment="e"))
+    for path, field, _ in pairs(run_config_pb2.RunConfig.DESCRIPTOR, RunSettings):
+        absent = path.startswith("model.lora") or path == "algorithm.memory_scope"
+        if not absent and not field.is_repeated:
+            assert _value(plain_from_proto(whole), path) is not None, f"{path} is stored with the run"
+
+
+def _value(plain: dict[str, Any], path: str) -> Any:
+    for name in path.split("."):
+        plain = plain[name]
+    return plain
+
+
+positive = st.floats(1e-9, 1e6)
+counts = st.integers(1, 1000)
+fractions = st.floats(0.01, 1)
+texts = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
+LORA = st.builds(
+    LoraSettings,
+    rank=st.integers(1, 64),
+    alpha=st.none() | positive,
+    target_modules=st.lists(texts, max_size=3).map(tuple),
+)
+RUNS = st.builds(
+    RunSettings,
+    environment=texts,
+    model=st.builds(ModelSettings, source=texts, lora=st.none() | LORA, dtype=st.sampled_from(["float32", "bfloat16"])),
+    algorithm=st.builds(
+        AlgorithmSettings,
+        second_attempt=st.sampled_from(SecondAttempt),
+        memory_strategy=st.sampled_from(RetrievalStrategy),
+        memory_entries=st.integers(0, 100),
+        memory_scope=st.none() | texts,
+        distillation_loss=st.sampled_from(DistillationLoss),
+        distillation_weight=st.just(0.0) | positive,
+        normalize_by_std=st.booleans(),
+        optimizer_steps=counts,
+    ),
+    rollout=st.builds(RolloutSettings, tasks_per_step=counts, temperature=positive, top_p=fractions, top_k=counts),
+    loss=st.builds(
+        LossSettings,
+        kl_coefficient=st.just(0.0) | positive,
+        dual_clip=st.sampled_from([0.0, 2.0]),
+        mismatch_correction=st.sampled_from(MismatchCorrection),
+    ),
+    optimizer=st.builds(OptimizerSettings, learning_rate=st.just(0.0) | positive, warmup_steps=st.integers(0, 9)),
+    evaluation=st.builds(EvaluationSettings, every=st.integers(0, 9), temperature=st.just(0.0) | positive),
+    seed=st.integers(0, 2**63 - 1),
+    deterministic=st.booleans(),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(run=RUNS)
+def test_settings_survive_the_wire_and_a_file(run: RunSettings) -> None:
+    assert settings_from_proto(settings_to_proto(run)) == run
+    assert RunSettings.model_validate_json(run.model_dump_json()) == run
+
+
+def comments() -> dict[tuple[str, str], str]:
+    """(message, field) → the comment above the field, as the contract has it."""
+    found: dict[tuple[str, str], str] = {}
+    for path in sorted((ROOT / "proto" / "mulligan" / "trainer" / "v1").glob("*.proto")):
+        message, lines = "", list[str]()
+        for line in map(str.strip, path.read_text().splitlines()):
+            if match := re.match(r"message (\w+) \{", line):
+                message = match[1]
+            if line.startswith("//"):
+                lines.append(line.removeprefix("//").strip())
+                continue
+            if match := re.match(r"(?:optional |repeated )?[\w.]+ (\w+) = \d+", line):
+                found[message, match[1]] = " ".join(lines)
+            lines = []
+    return found
+
+
+COMMENTS = comments()
+# Comments that name the defaults of a group of fields, in order: the first of them carries it.
+GROUPS = [
+    ("RolloutConfig", ("temperature", "top_p", "top_k")),
+    ("RolloutConfig", ("reflection_temperature", "reflection_top_p", "reflection_max_tokens")),
+    ("EvaluationConfig", ("temperature", "top_p", "top_k")),
+]
+WITHOUT_DEFAULT = {("RunConfig", "environment"), ("LoraConfig", "rank")}
+
+
+def documented_default(message: str, name: str) -> str | None:
+    for group_message, names in GROUPS:
+        if message == group_message and name in names:
+            match = re.search(r"Defaults (\S+), (\S+) and ([^\s.]+)", COMMENTS[message, names[0]])
+            assert match, COMMENTS[message, names[0]]
+            return match[names.index(name) + 1]
+    comment = COMMENTS[message, name]
+    if match := re.search(r"\bDefault:? ([^\s;,]+?)(?:[.;,]*(?:\s|$))", comment, re.IGNORECASE):
+        return match[1]
+    if match := re.search(r"\"?([\w.-]+)\"?(?:,| \()(?:the )?default\b", comment.replace(", the default", ",default")):
+        return match[1]
+    return None
+
+
+def cases() -> list[tuple[str, str]]:
+    found = [(message, name) for message, model in MESSAGES.items() for name in model.model_fields]
+    return [(message, name) for message, name in found if not _is_message(message, name)]
+
+
+def _is_message(message: str, name: str) -> bool:
+    kind = inner(MESSAGES[message].model_fields[name].annotation)
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+@pytest.mark.parametrize(("message", "name"), cases())
+def test_the_default_that_the_contract_names_is_the_default(message: str, name: str) -> None:
+    field = MESSAGES[message].model_fields[name]
+    if (message, name) in WITHOUT_DEFAULT:
+        assert field.is_required()
+        return
+    said = documented_default(message, name)
+    default = field.default
+    if default in (None, ()):
+        assert re.search(r"when absent|when empty|Default: 2 × rank", COMMENTS[message, name]), COMMENTS[message, name]
+    else:
+        assert said is not None, f"{message}.{name} names no default: {COMMENTS[message, name]!r}"
+        expected = str(default).lower() if isinstance(default, bool | StrEnum) else default
+        assert (float(said) if isinstance(expected, int | float) else said.strip('"').lower()) == expected
