@@ -1,0 +1,75 @@
+"""The published settings are files; baselines and ablations are the same code with other settings."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.cli.train import read_settings
+from services.env.config import EnvSettings
+from services.trainer.settings import RunSettings, SecondAttempt
+
+FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = sorted(FOLDER.glob("*.toml"))
+PAPER = FOLDER / "frozenlake-paper.toml"
+
+
+def changed(one: Any, other: Any, path: str = "") -> set[str]:
+    """Names of the settings in which two runs differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {found for name in one for found in changed(one[name], other[name], f"{path}.{name}".lstrip("."))}
+    return set() if one == other else {path}
+
+
+def plain(settings: RunSettings) -> dict[str, Any]:
+    return settings.model_dump(mode="json")
+
+
+def test_the_recipes_are_there() -> None:
+    names = {path.stem for path in RECIPES}
+    assert {"frozenlake-3x3", "frozenlake-3x3-rlvr", "frozenlake-paper", "frozenlake-paper-rlvr"} <= names
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_valid_and_names_an_environment_that_is_served(path: Path) -> None:
+    settings = RunSettings.model_validate(tomllib.loads(path.read_text()))
+    assert settings.environment in EnvSettings.load([]).environments
+
+
+def test_the_published_settings() -> None:
+    run = read_settings(PAPER, [])
+    assert (run.model.source, run.environment) == ("Qwen/Qwen3-4B-Instruct-2507", "frozenlake")
+    rollout, evaluation, loss = run.rollout, run.evaluation, run.loss
+    assert (rollout.tasks_per_step, rollout.rollouts_per_task, rollout.temperature, rollout.top_p) == (64, 4, 0.7, 1.0)
+    assert (rollout.reflection_temperature, rollout.reflection_top_p) == (0.5, 0.9)
+    assert (rollout.max_tokens * 8, rollout.reflection_max_tokens) == (10_240, 10_240)
+    assert (evaluation.every, evaluation.samples, evaluation.tasks) == (5, 4, 0)
+    assert (evaluation.temperature, evaluation.top_p, evaluation.top_k) == (0.7, 0.8, 20)
+    assert (loss.clip_low, loss.clip_high, loss.dual_clip, loss.kl_coefficient) == (0.2, 0.28, 3.0, 0.001)
+    assert (run.optimizer.learning_rate, run.optimizer.weight_decay, run.optimizer.max_grad_norm) == (1e-6, 0.01, 1.0)
+    assert run.algorithm.second_attempt is SecondAttempt.REFLECTION and run.algorithm.memory_entries == 1
+
+
+def test_rlvr_is_the_same_run_without_a_second_attempt_at_the_same_budget() -> None:
+    erl, rlvr = read_settings(PAPER, []), read_settings(FOLDER / "frozenlake-paper-rlvr.toml", [])
+    differences = changed(plain(erl), plain(rlvr))
+    differences = {name for name in differences if not name.startswith("rollout.reflection_")}  # there are none
+    assert differences == {"algorithm.second_attempt", "rollout.rollouts_per_task"}
+    assert rlvr.algorithm.second_attempt is SecondAttempt.NONE and rlvr.rollout.rollouts_per_task == 10
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "algorithm.memory_entries=0",
+        "algorithm.second_attempt=raw_retry",
+        "algorithm.second_attempt=try_again",
+        "algorithm.distillation_weight=0",
+    ],
+)
+def test_an_ablation_is_one_setting(setting: str) -> None:
+    whole, ablated = read_settings(PAPER, []), read_settings(PAPER, [setting])
+    assert changed(plain(whole), plain(ablated)) == {setting.partition("=")[0]}
