@@ -65,7 +65,7 @@ async def _demo(folder: Path, settings: RunSettings) -> bool:
             console.print(f"run {run.run_id} in {run.folder}", highlight=False)
             ended = await _until_end_or_interrupt(client, run, services, interrupted, console)
             if ended:
-                await _report(client, run, console)
+                await _report(client, run)
                 return True
             console.print("stopping after this step …")
         finally:
@@ -110,27 +110,22 @@ async def _until_end_or_interrupt(
         await asyncio.gather(showing, *others, return_exceptions=True)
 
 
-async def _report(client: RunClient, run: RunInfo, console: Console) -> None:
-    summary: dict[str, Any] = json.loads((Path(run.folder) / "summary.json").read_text())
+async def _report(client: RunClient, run: RunInfo) -> None:
+    folder = Path(run.folder)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     entries = [entry async for entry in client.watch(run.run_id)]
-    chart = Path(run.folder) / "chart.png"
     recorded = _recorded_rlvr(summary)
-    await asyncio.to_thread(draw_chart, chart, entries, recorded)
-    found = await client.experiences(run.run_id, step=summary["steps"] // 2, limit=100)
+    await asyncio.to_thread(draw_chart, folder / "chart.png", entries, recorded)
+    found = await client.experiences(run.run_id, step=0, limit=1000)
     told = next((experience for experience in found if experience.distilled is not None), None)
     if told is not None:
-        console.print("\none experience, whole:")
-        console.print("\n".join(lines(told)), highlight=False, markup=False)
-    console.print()
-    for line in result_lines(summary, recorded):
-        console.print(line, highlight=False)
-    console.print(f"\nchart       {chart}\nsummary     {Path(run.folder) / 'summary.json'}", highlight=False)
-    console.print(
-        f"go on       mulligan experiences {run.folder} --step 0\n"
-        f"            mulligan up --folder {Path(run.folder).parents[1]}   then: mulligan runs, eval, memory list\n"
-        "            your own model: mulligan up --model FOLDER, mulligan train RECIPE --set model.source=FOLDER",
-        highlight=False,
-    )
+        print("\none experience, whole:", *lines(told), sep="\n")
+    print()
+    print(*result_lines(summary, recorded), sep="\n")
+    print(f"\nchart       {folder / 'chart.png'}\nsummary     {folder / 'summary.json'}")
+    print(f"go on       mulligan experiences {folder} --step 10")
+    print(f"            mulligan up --folder {folder.parents[1]}   then: mulligan runs, eval, memory list")
+    print("            your own model: mulligan up --model FOLDER, mulligan train RECIPE --set model.source=FOLDER")
 
 
 def _recorded_rlvr(summary: dict[str, Any]) -> dict[str, Any] | None:

@@ -34,10 +34,8 @@ async def show(run: RunInfo, entries: AsyncIterator[Entry], console: Console) ->
                     seconds.append(metrics["seconds"])
                     recent = seconds[-20:]
                     left = timedelta(seconds=round(sum(recent) / len(recent) * (total - step - 1)))
-                    text = step_text(metrics)
-                    bar.update(
-                        live, completed=step + 1, description=f"step {step + 1}/{total}", text=f"{text}  left {left}"
-                    )
+                    text = f"{step_text(metrics)}  left {left}"
+                    bar.update(live, completed=step + 1, description=f"step {step + 1}/{total}", text=text)
                     if not console.is_terminal or (step + 1) % 10 == 0:
                         console.print(f"step {step + 1:4}/{total}  {text}", highlight=False)
                 case EvaluationEvent():
