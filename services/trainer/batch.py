@@ -29,8 +29,8 @@ def groups(experiences: Iterable[Experience]) -> list[Group]:
 
 
 def training_data(experiences: Sequence[Experience], settings: AlgorithmSettings) -> list[Datum]:
-    """All data of one step, each branch weighted and normalised by a count of samples, zero advantage included: its own,
-    or that of the step's chains.
+    """All data of one step, each branch weighted and normalised by a count of samples, zero advantage included: its
+    own, or that of the step's chains.
 
     first: advantage within the task's chains. reflection and second: advantage of r2 within the task's failing chains
     whose second attempt has a reward. distilled: no group, no advantage, no log-probabilities.
