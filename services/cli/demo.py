@@ -58,11 +58,11 @@ async def _demo(folder: Path, settings: RunSettings) -> bool:
     console.print("starting four services: env, policy, memory, trainer …")
     async with LocalServices(folder) as services:
         places = "  ".join(f"{name} {address}" for name, address in services.addresses.items())
-        console.print(f"healthy: {places}  (logs in {services.folder / 'logs'})", highlight=False)
+        console.print(f"healthy: {places}  (logs in {services.folder / 'logs'})", highlight=False, soft_wrap=True)
         client = RunClient(endpoint(services.addresses["trainer"], OUTAGE_SECONDS))
         try:
             run = await _begin(client, settings)
-            console.print(f"run {run.run_id} in {run.folder}", highlight=False)
+            console.print(f"run {run.run_id} in {run.folder}", highlight=False, soft_wrap=True)
             ended = await _until_end_or_interrupt(client, run, services, interrupted, console)
             if ended:
                 await _report(client, run)

@@ -37,15 +37,17 @@ async def show(run: RunInfo, entries: AsyncIterator[Entry], console: Console) ->
                     text = f"{step_text(metrics)}  left {left}"
                     bar.update(live, completed=step + 1, description=f"step {step + 1}/{total}", text=text)
                     if not console.is_terminal or (step + 1) % 10 == 0:
-                        console.print(f"step {step + 1:4}/{total}  {text}", highlight=False)
+                        console.print(f"step {step + 1:4}/{total}  {text}", highlight=False, soft_wrap=True)
                 case EvaluationEvent():
-                    console.print(evaluation_text(entry.event), highlight=False)
+                    console.print(evaluation_text(entry.event), highlight=False, soft_wrap=True)
                 case NoticeEvent(text):
-                    console.print(f"note: {text}", highlight=False)
+                    console.print(f"note: {text}", highlight=False, soft_wrap=True)
                 case StateEvent():
                     state = entry.event
                     if state.state != RunState.RUNNING:
-                        console.print(f"run {run.run_id}: {state.state} {state.error}".rstrip(), highlight=False)
+                        console.print(
+                            f"run {run.run_id}: {state.state} {state.error}".rstrip(), highlight=False, soft_wrap=True
+                        )
     return state
 
 

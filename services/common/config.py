@@ -33,6 +33,9 @@ class ServiceSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all interfaces.")
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 picks a free one, printed at start.")
     max_message_bytes: int = Field(64 * 2**20, ge=2**10, description="Largest request or response.")
+    default_deadline_seconds: float = Field(
+        3600.0, gt=0, description="How long a call may take whose caller sets no deadline."
+    )
     drain_seconds: float = Field(30.0, ge=0, description="How long calls in flight may go on after SIGTERM.")
     log_format: Literal["console", "json"] = Field("console", description="One line per request either way.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -50,13 +50,14 @@ def configure_logging(settings: ServiceSettings) -> None:
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
-    """What every call goes through: credential, field constraints, error translation, one log line.
+    """What every call goes through: credential, field constraints, deadline, error translation, log line.
 
     `credentials` maps a gRPC service's full name to the token that its calls need; "" is for all others.
     """
 
-    def __init__(self, credentials: Mapping[str, SecretStr | None]):
+    def __init__(self, credentials: Mapping[str, SecretStr | None], default_deadline: float = 3600.0):
         self._credentials = credentials
+        self._default_deadline = default_deadline  # seconds
         self._handlers: dict[str, _Handler | None] = {}
 
     async def intercept_service(
@@ -102,11 +103,17 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             with _Logged(method, request) as logged:
                 try:
                     self._check(method, request, context)
-                    return await call(request, context)
+                    # gRPC itself cancels a call whose caller's deadline has passed.
+                    own = None if context.time_remaining() is not None else self._default_deadline
+                    async with asyncio.timeout(own) as limit:
+                        return await call(request, context)
                 except DomainError as error:
                     logged.failed(error)
                     await context.abort_with_status(to_status(error))
                 except Exception as error:  # noqa: BLE001 - not a declared error: a fault of ours
+                    if isinstance(error, TimeoutError) and limit.expired():
+                        logged.timed_out()
+                        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the server's default deadline passed")
                     logged.broke(error)
                     await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
@@ -143,6 +150,9 @@ class _Logged:
     def failed(self, error: DomainError) -> None:
         self._status, self._reason = error.code, error.reason
 
+    def timed_out(self) -> None:
+        self._status = "DEADLINE_EXCEEDED"
+
     def broke(self, error: Exception) -> None:
         self._status, self._error = "INTERNAL", error
 
@@ -178,7 +188,9 @@ async def serve(
     taken.
     """
     server = grpc.aio.server(
-        interceptors=[RequestInterceptor({"": settings.token, **(credentials or {})})],
+        interceptors=[
+            RequestInterceptor({"": settings.token, **(credentials or {})}, settings.default_deadline_seconds)
+        ],
         options=[
             ("grpc.max_send_message_length", settings.max_message_bytes),
             ("grpc.max_receive_message_length", settings.max_message_bytes),

@@ -10,7 +10,7 @@ from statistics import fmean
 
 import structlog
 
-from services.common.errors import DomainError, Reason, ServiceUnavailable
+from services.common.errors import DomainError, Reason
 from services.common.types import Attempt, EnvironmentInfo, Split, TaskInfo
 from services.trainer.algorithm import Erl, NoRecorder, evaluate
 from services.trainer.episode import Player
@@ -25,6 +25,10 @@ from services.trainer.settings import RunSettings
 
 log = structlog.get_logger()
 LEARNER_LOSSES = 3  # how often in a row, without a step in between, a lost learner is set up again
+
+
+class EvaluationFailed(RuntimeError):
+    """None of an evaluation's attempts could be finished."""
 
 
 @dataclass(frozen=True)
@@ -206,10 +210,10 @@ class Run:
 
 
 def evaluation_of(step: int, attempts: list[Attempt], threshold: float) -> EvaluationEvent:
-    """Raises ServiceUnavailable when no attempt has a reward: there is nothing to average."""
+    """Raises EvaluationFailed when no attempt has a reward: there is nothing to average."""
     rewards = rewards_of(attempts)
     if not rewards:
         causes = sorted({attempt.error for attempt in attempts})
-        raise ServiceUnavailable("evaluation", 0, "no attempt could be finished: " + "; ".join(causes[:3]))
+        raise EvaluationFailed("no attempt could be finished: " + "; ".join(causes[:3]))
     success = fmean(reward >= threshold for reward in rewards)
     return EvaluationEvent(step, success, fmean(rewards), len(rewards), len(attempts) - len(rewards))

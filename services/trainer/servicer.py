@@ -10,7 +10,7 @@ import grpc
 from mulligan.trainer.v1 import run_service_pb2 as pb
 from mulligan.trainer.v1 import run_service_pb2_grpc
 
-from services.common.errors import DomainError, Reason
+from services.common.errors import DomainError, Reason, ServiceUnavailable
 from services.common.wire import experience_to_proto
 from services.trainer.folder import RunState
 from services.trainer.journal import journal_file, journaled_steps, read_experiences
@@ -81,13 +81,14 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         rollout = (
             RolloutSettings(max_tokens=request.max_tokens) if request.HasField("max_tokens") else RolloutSettings()
         )
-        event, version = await self._manager.evaluate(
-            request.environment,
-            validated(EvaluationSettings, plain_from_proto(request.config)),
-            rollout,
-            request.seed,
-            request.success_threshold if request.HasField("success_threshold") else 1.0,
-        )
+        settings = validated(EvaluationSettings, plain_from_proto(request.config))
+        threshold = request.success_threshold if request.HasField("success_threshold") else 1.0
+        try:
+            event, version = await self._manager.evaluate(
+                request.environment, settings, rollout, request.seed, threshold
+            )
+        except ServiceUnavailable as error:
+            raise DomainError(Reason.SERVICE_UNAVAILABLE, str(error), endpoint=error.endpoint) from error
         return pb.EvaluateResponse(result=evaluation_to_proto(event), policy_version=version)
 
     async def ListExperiences(self, request: pb.ListExperiencesRequest, context: Context) -> pb.ListExperiencesResponse:

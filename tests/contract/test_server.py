@@ -152,6 +152,18 @@ def test_a_taken_port_stops_the_start(services: Services) -> None:
             services.start("env", port=port)
 
 
+async def test_a_call_without_a_deadline_gets_the_servers(services: Services) -> None:
+    awkward = {"awkward": {**AWKWARD["awkward"], "hang_seconds": 30.0}}
+    server = services.start("env", environments=awkward, default_deadline_seconds=0.5)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = pb_grpc.EnvServiceStub(channel)
+        await stub.StartEpisode(pb.StartEpisodeRequest(episode_id="slow", environment="awkward", task_id="hangs"))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.StepEpisode(pb.StepEpisodeRequest(episode_id="slow", action="a"))
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert any(line.get("status") == "DEADLINE_EXCEEDED" for line in server.log_lines)
+
+
 async def test_sigterm_finishes_what_is_in_flight(services: Services) -> None:
     server = services.start("env", environments={"awkward": {**AWKWARD["awkward"], "hang_seconds": 1.0}})
     client = EnvClient(Endpoint(server.address, outage_seconds=1.0))

@@ -72,6 +72,14 @@ async def test_the_loop_over_four_processes(loop: Loop) -> None:
     await client.close()
 
 
+async def test_a_run_with_lora_publishes_adapters(loop: Loop) -> None:
+    info = await loop.train("lora", small_run(steps=2, model={"source": "embedded", "lora": {"rank": 4}}))
+    assert info.step == 2
+    check_experiences(loop.experiences("lora"), steps=2, tasks=4, rollouts=2)
+    gaps = [metrics["mismatch_kl"] for metrics in await loop.metrics("lora") if "mismatch_kl" in metrics]
+    assert all(abs(gap) < 1e-6 for gap in gaps), "engine and learner agree on the merged adapter"
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("victim", ["env", "policy", "memory", "trainer"])
 async def test_a_killed_service_comes_back_and_the_run_ends(loop: Loop, victim: str) -> None:

@@ -13,6 +13,7 @@ from services.common.channel import Endpoint
 from services.common.types import Experience
 from services.memory.client import MemoryClient
 from services.trainer.client import RunClient, RunInfo
+from services.trainer.events import StepEvent
 from services.trainer.folder import RunState
 from services.trainer.journal import journal_file, journaled_steps, read_experiences
 from services.trainer.settings import RunSettings
@@ -34,7 +35,7 @@ def small_run(**changes: Any) -> RunSettings:
         "evaluation": {"every": 0, "tasks": 4, "samples": 1},
     }
     for name, value in changes.items():
-        plain[name] = plain[name] | value if isinstance(value, dict) else value
+        plain[name] = plain.get(name, {}) | value if isinstance(value, dict) else value
     return RunSettings.model_validate(plain)
 
 
@@ -104,6 +105,14 @@ class Loop:
     def experiences(self, run_id: str) -> list[Experience]:
         journal = self.folder / "runs" / run_id / "journal"
         return [chain for step in journaled_steps(journal) for chain in read_experiences(journal_file(journal, step))]
+
+    async def metrics(self, run_id: str) -> list[dict[str, float]]:
+        """Of each step."""
+        client = self.client()
+        try:
+            return [e.event.metrics async for e in client.watch(run_id) if isinstance(e.event, StepEvent)]
+        finally:
+            await client.close()
 
     async def memorised(self, run_id: str) -> list[str]:
         """Experience ids of the scope's reflections, in the order in which they were stored."""

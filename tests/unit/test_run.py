@@ -143,6 +143,21 @@ def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
     world.budget = None
     asyncio.run(world.run().train())
     assert world.result() == uninterrupted
+    sampled = sampled_parts(world)
+    assert len(sampled) == len(set(sampled)), "what was journaled before a crash is not sampled again after it"
+
+
+def sampled_parts(world: World) -> list[str]:
+    """Ids of all journaled attempts and reflections, in order, with repetitions."""
+    found = []
+    for path in sorted(world.folder.journal.glob("*")):
+        with path.open("rb") as file:
+            records = [msgpack.unpackb(payload) for _, payload in msgpack.Unpacker(file)]
+        parts = [
+            record.get("attempt") or record.get("reflection") for record in records if record["type"] != "experience"
+        ]
+        found += [part.get("attempt_id") or part.get("reflection_id") for part in parts if part]
+    return found
 
 
 async def test_a_stopped_run_goes_on(tmp_path: Path, uninterrupted: Any) -> None:

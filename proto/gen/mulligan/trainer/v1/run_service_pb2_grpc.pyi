@@ -50,8 +50,8 @@ class RunServiceStub:
     Evaluate: _aio.UnaryUnaryMultiCallable[_run_service_pb2.EvaluateRequest, _run_service_pb2.EvaluateResponse]
     """Measures first attempts, without reflection in context, of the policy as it serves now. Takes as long as the
     attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
-    INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. INTERNAL when a service that it needs stays
-    away.
+    INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. UNAVAILABLE SERVICE_UNAVAILABLE: a service
+    that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
     """
     ListExperiences: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListExperiencesRequest, _run_service_pb2.ListExperiencesResponse]
     """Pages through the journaled experiences of a run, in the order of (step, task, rollout). NOT_FOUND UNKNOWN_RUN.
@@ -136,8 +136,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_run_service_pb2.EvaluateResponse]:
         """Measures first attempts, without reflection in context, of the policy as it serves now. Takes as long as the
         attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
-        INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. INTERNAL when a service that it needs stays
-        away.
+        INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. UNAVAILABLE SERVICE_UNAVAILABLE: a service
+        that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
         """
 
     @_abc_1.abstractmethod

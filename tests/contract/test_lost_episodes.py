@@ -1,0 +1,75 @@
+"""Episodes that live in an environment server that is killed: played again under new ids, a bounded number of times."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from services.common.channel import Endpoint
+from services.common.types import Experience, Outcome, SamplingParams
+from services.env.client import EnvClient
+from services.trainer.algorithm import Erl, NoRecorder
+from services.trainer.batch import groups, training_data
+from services.trainer.episode import Player
+from services.trainer.settings import RunSettings
+from tests.support.fakes import FakeLearner, FakeMemory, FakePolicy
+from tests.support.processes import ServiceProcess, Services
+
+MAX_RESTARTS = 2
+
+
+@pytest.fixture(scope="module")
+def env(shared_services: Services) -> ServiceProcess:
+    return shared_services.start("env")
+
+
+class Killer:
+    """A policy that bumps into walls, and has the server killed at its third answer in the first `kills` episodes."""
+
+    def __init__(self, kill: Callable[[], None], kills: int):
+        self.left = kills
+        self.kill = kill
+        self.turn = 0
+
+    def answer(self, system: str, last: str, sampling: SamplingParams) -> str:
+        self.turn += 1
+        if self.turn == 3 and self.left:
+            self.left -= 1
+            self.turn = 0
+            self.kill()
+        return "```Up```"
+
+
+async def chain(env: ServiceProcess, kills: int) -> tuple[Erl, list[Experience]]:
+    killer = Killer(env.restart, kills)
+    client = EnvClient(Endpoint(env.address, outage_seconds=60))
+    policy = FakePolicy(killer.answer)
+    settings = RunSettings.model_validate(
+        {"environment": "frozenlake-3x3", "algorithm": {"second_attempt": "none"}, "rollout": {"rollouts_per_task": 1}}
+    )
+    info = await client.describe("frozenlake-3x3")
+    player = Player(client, policy, info, await policy.info(), f"{kills}", MAX_RESTARTS)
+    erl = Erl(f"killed-{kills}", settings, player, FakeMemory(), FakeLearner(), NoRecorder())
+    try:
+        async with asyncio.timeout(100):
+            return erl, list(await erl.sample(0, ["train/00000"], 0))
+    finally:
+        await client.close()
+
+
+async def test_a_lost_episode_is_played_again_under_a_new_id(env: ServiceProcess) -> None:
+    erl, (experience,) = await chain(env, kills=1)
+    attempt = experience.first_attempt
+    assert attempt.outcome.has_reward and attempt.restarts == 1 and attempt.episode_id.endswith("-1")
+    assert erl.metrics([experience])["restarts"] == 1 and erl.metrics([experience])["excluded"] == 0
+
+
+async def test_after_the_last_restart_it_is_excluded_and_counted(env: ServiceProcess) -> None:
+    erl, (experience,) = await chain(env, kills=MAX_RESTARTS + 1)
+    attempt = experience.first_attempt
+    assert attempt.outcome is Outcome.ENV_ERROR and attempt.reward is None and attempt.restarts == MAX_RESTARTS
+    assert "UNKNOWN_EPISODE" in attempt.error
+    assert groups([experience]) == [] and training_data([experience], erl.settings.algorithm) == []
+    assert erl.metrics([experience])["excluded"] == 1
