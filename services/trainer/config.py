@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -29,7 +30,7 @@ class TrainerSettings(ServiceSettings):
     policy_admin_token: SecretStr | None = Field(None, description="Sent to PolicyAdminService as Bearer token.")
     outage_seconds: float = Field(120.0, gt=0, description="How long a service may be away before a run fails.")
     device: str = Field("cpu", description="Of the learner, as torch names it: cpu, cuda, cuda:1.")
-    threads: int = Field(0, ge=0, description="Of torch on the CPU; 0 leaves torch's own choice.")
+    threads: int = Field(0, ge=0, description="Of torch on the CPU; 0: half of the cores, as the policy's.")
     microbatch_tokens: int = Field(4096, ge=1, description="Padded tokens that the learner holds in memory at once.")
     keep_weights: int = Field(3, ge=1, description="Published versions to keep.")
 
@@ -39,7 +40,7 @@ class TrainerSettings(ServiceSettings):
             weights_folder=self.weights_folder,
             checkpoint_folder=self.checkpoint_folder,
             device=self.device,
-            threads=self.threads,
+            threads=self.threads or max(1, (os.cpu_count() or 1) // 2),
             microbatch_tokens=self.microbatch_tokens,
             keep_weights=self.keep_weights,
         )
