@@ -124,7 +124,8 @@ async def _report(client: RunClient, run: RunInfo) -> None:
     print(*result_lines(summary, recorded), sep="\n")
     print(f"\nchart       {folder / 'chart.png'}\nsummary     {folder / 'summary.json'}")
     print(f"go on       mulligan experiences {folder} --step 10")
-    print(f"            mulligan up --folder {folder.parents[1]}   then: mulligan runs, eval, memory list")
+    print(f"            mulligan up --folder {folder.parents[1]}   then: mulligan runs, mulligan memory list,")
+    print(f"            mulligan eval {run.settings.environment} --run {run.run_id}")
     print("            your own model: mulligan up --model FOLDER, mulligan train RECIPE --set model.source=FOLDER")
 
 

@@ -20,20 +20,23 @@ def evaluate(
     top_k: Annotated[int, typer.Option(help="0 means all.")] = 20,
     max_tokens: Annotated[int, typer.Option(help="Tokens of one turn.")] = 1024,
     seed: Annotated[int, typer.Option()] = 0,
+    run_id: Annotated[str, typer.Option("--run", help="Publish this run's last checkpoint first.")] = "",
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
-    """Measure the policy that serves now: first attempts alone, no reflection in context.
+    """Measure the policy that serves now, or a run's last checkpoint: first attempts, no reflection in context.
 
-    Example: `mulligan eval frozenlake-3x3 --samples 1 --temperature 0`
+    Example: `mulligan eval frozenlake-3x3 --run demo-1 --samples 1 --temperature 0`
     """
     settings = EvaluationSettings(tasks=tasks, samples=samples, temperature=temperature, top_p=top_p, top_k=top_k)
-    run(_evaluate(environment, settings, seed, max_tokens, trainer))
+    run(_evaluate(environment, settings, seed, max_tokens, run_id, trainer))
 
 
-async def _evaluate(environment: str, settings: EvaluationSettings, seed: int, max_tokens: int, trainer: str) -> None:
+async def _evaluate(
+    environment: str, settings: EvaluationSettings, seed: int, max_tokens: int, run_id: str, trainer: str
+) -> None:
     client = RunClient(endpoint(trainer))
     try:
-        result, version = await client.evaluate(environment, settings, seed=seed, max_tokens=max_tokens)
+        result, version = await client.evaluate(environment, settings, seed=seed, max_tokens=max_tokens, run_id=run_id)
     finally:
         await client.close()
     print(f"success      {result.success:.3f}")

@@ -65,7 +65,7 @@ async def _serve(settings: TrainerSettings) -> None:
             settings,
             lambda server: [*runs.add_to_server(server, manager), *learners.add_to_server(server, learner_servicer)],
             on_started=go_on,
-            on_drain=manager.drain,
+            on_drain=partial(manager.drain, settings.drain_seconds),
         )
     finally:
         await manager.close()

@@ -90,10 +90,16 @@ class RunClient:
         return _info((await self._connection.call(self._stub.ResumeRun, request, timeout=CALL_SECONDS)).run)
 
     async def evaluate(
-        self, environment: str, settings: EvaluationSettings, *, seed: int = 0, max_tokens: int | None = None
+        self,
+        environment: str,
+        settings: EvaluationSettings,
+        *,
+        seed: int = 0,
+        max_tokens: int | None = None,
+        run_id: str = "",
     ) -> tuple[EvaluationEvent, int]:
-        """The result and the policy version that was measured."""
-        request = pb.EvaluateRequest(environment=environment, seed=seed, max_tokens=max_tokens)
+        """The result and the policy version that was measured; with a run, its last checkpoint is published first."""
+        request = pb.EvaluateRequest(environment=environment, seed=seed, max_tokens=max_tokens, run_id=run_id)
         fill_proto(request.config, settings.model_dump(mode="json"))
         response = await self._connection.call(self._stub.Evaluate, request, timeout=EVALUATE_SECONDS)
         return evaluation_from_proto(response.result), response.policy_version

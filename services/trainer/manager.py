@@ -16,6 +16,7 @@ from services.trainer.algorithm import evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, StateEvent
 from services.trainer.folder import RunFolder, RunRecord, RunState
+from services.trainer.published import PublishedPolicy
 from services.trainer.run import Run, Services, evaluation_of
 from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 
@@ -33,6 +34,7 @@ class RunManager:
         self._runs: dict[str, Run] = {}
         self._active: asyncio.Task[None] | None = None
         self._active_id = ""
+        self._publishing = ""
         self._draining = False
         self._lock = (folder / ".lock").open("w")
         try:
@@ -96,18 +98,37 @@ class RunManager:
         if self._active is not None and not self._active.done():
             self._runs[self._active_id].notice(text)
 
-    async def drain(self) -> None:
-        """Ends after the step that runs; the run stays marked as running, so that the next start goes on with it."""
+    async def drain(self, seconds: float) -> None:
+        """Ends after the step that runs, or within `seconds`; the run stays marked as running, so that the next start
+        goes on with it."""
         self._draining = True
         if self._active is not None and not self._active.done():
             self._runs[self._active_id].stop()
-            await asyncio.wait([self._active])
+            await asyncio.wait([self._active], timeout=seconds)
 
     async def close(self) -> None:
         if self._active is not None:
             self._active.cancel()
             await asyncio.gather(self._active, return_exceptions=True)
         self._lock.close()
+
+    async def publish(self, run_id: str) -> None:
+        """Makes the policy serve a run's last checkpoint. Raises CHECKPOINT_NOT_FOUND, LEARNER_OWNED."""
+        run = self.run(run_id)
+        checkpoint = run.folder.checkpoint()
+        if checkpoint is None:
+            raise DomainError(Reason.CHECKPOINT_NOT_FOUND, f"run {run_id} has no checkpoint yet")
+        self._refuse_a_second()
+        self._publishing = run_id
+        try:
+            learner = await self._services.open_learner(run_id, run.settings)
+            try:
+                await learner.load_checkpoint(checkpoint.name)
+                await PublishedPolicy(self._services.policy, learner, run.notice).publish()
+            finally:
+                await learner.close()
+        finally:
+            self._publishing = ""
 
     async def evaluate(
         self, environment: str, settings: EvaluationSettings, rollout: RolloutSettings, seed: int, threshold: float
@@ -138,12 +159,10 @@ class RunManager:
         return self._active is not None and not self._active.done() and self._active_id == run_id
 
     def _refuse_a_second(self) -> None:
-        if self._active is not None and not self._active.done():
-            raise DomainError(
-                Reason.LEARNER_OWNED,
-                f"this trainer trains run {self._active_id}; stop it first, or start another trainer",
-                run_id=self._active_id,
-            )
+        busy = self._active_id if self._active is not None and not self._active.done() else self._publishing
+        if busy:
+            message = f"this trainer trains run {busy}; stop it first, or start another trainer"
+            raise DomainError(Reason.LEARNER_OWNED, message, run_id=busy)
 
     def _drive(self, run: Run) -> None:
         self._active_id = run.run_id

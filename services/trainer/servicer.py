@@ -84,6 +84,8 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         settings = validated(EvaluationSettings, plain_from_proto(request.config))
         threshold = request.success_threshold if request.HasField("success_threshold") else 1.0
         try:
+            if request.run_id:
+                await self._manager.publish(request.run_id)
             event, version = await self._manager.evaluate(
                 request.environment, settings, rollout, request.seed, threshold
             )

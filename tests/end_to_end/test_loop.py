@@ -69,6 +69,8 @@ async def test_the_loop_over_four_processes(loop: Loop) -> None:
     assert again.state is RunState.COMPLETED, "starting a run again changes nothing"
     result, version = await client.evaluate("frozenlake-3x3", small_run().evaluation)
     assert result.attempts == 4 and version == before + 5
+    same, version = await client.evaluate("frozenlake-3x3", small_run().evaluation, run_id="first")
+    assert version == before + 6 and same.success == result.success, "the last checkpoint is what served"
     await client.close()
 
 

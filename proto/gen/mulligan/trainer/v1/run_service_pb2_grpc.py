@@ -144,7 +144,7 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Evaluate(self, request, context):
-        """Measures first attempts, without reflection in context, of the policy as it serves now. Takes as long as the
+        """Measures first attempts, without reflection in context, of the policy as it serves now, or of a run's last checkpoint. Takes as long as the
         attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
         INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. UNAVAILABLE SERVICE_UNAVAILABLE: a service
         that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.

@@ -48,7 +48,7 @@ class RunServiceStub:
     trains another run, metadata `run_id`.
     """
     Evaluate: _aio.UnaryUnaryMultiCallable[_run_service_pb2.EvaluateRequest, _run_service_pb2.EvaluateResponse]
-    """Measures first attempts, without reflection in context, of the policy as it serves now. Takes as long as the
+    """Measures first attempts, without reflection in context, of the policy as it serves now, or of a run's last checkpoint. Takes as long as the
     attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
     INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. UNAVAILABLE SERVICE_UNAVAILABLE: a service
     that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
@@ -134,7 +134,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.EvaluateRequest,
         context: _aio.ServicerContext[_run_service_pb2.EvaluateRequest, _abc.Awaitable[_run_service_pb2.EvaluateResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.EvaluateResponse]:
-        """Measures first attempts, without reflection in context, of the policy as it serves now. Takes as long as the
+        """Measures first attempts, without reflection in context, of the policy as it serves now, or of a run's last checkpoint. Takes as long as the
         attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
         INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. UNAVAILABLE SERVICE_UNAVAILABLE: a service
         that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
