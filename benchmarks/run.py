@@ -38,7 +38,7 @@ from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
 from services.trainer.run import Run, Services
 from services.trainer.settings import RunSettings
 
-WARM_UP = 2  # steps
+WARM_UP = 1  # steps
 ENVIRONMENT = "frozenlake-3x3"
 
 
