@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -28,6 +29,11 @@ MemoryAddress = Annotated[
     str, typer.Option("--memory", envvar="MULLIGAN_CLI_MEMORY", help="Address of the memory service.")
 ]
 T = TypeVar("T")
+
+
+def program() -> str:
+    """How this program was called, for commands that a person may paste."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "mulligan" else "mulligan"
 
 
 def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:

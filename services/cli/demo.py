@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from services.cli.connection import endpoint
+from services.cli.connection import endpoint, program
 from services.cli.experiences import lines
 from services.cli.local import ROOT, LocalServices, ServiceFailed
 from services.cli.progress import show
@@ -70,7 +70,7 @@ async def _demo(folder: Path, settings: RunSettings) -> bool:
             console.print("stopping after this step …")
         finally:
             await client.close()
-    console.print(f"stopped. The same command goes on where it was: mulligan demo --folder {folder}")
+    console.print(f"stopped. The same command goes on where it was: {program()} demo --folder {folder}")
     return False
 
 
@@ -123,10 +123,14 @@ async def _report(client: RunClient, run: RunInfo) -> None:
     print()
     print(*result_lines(summary, recorded), sep="\n")
     print(f"\nchart       {folder / 'chart.png'}\nsummary     {folder / 'summary.json'}")
-    print(f"go on       mulligan experiences {folder} --step 10")
-    print(f"            mulligan up --folder {folder.parents[1]}   then: mulligan runs, mulligan memory list,")
-    print(f"            mulligan eval {run.settings.environment} --run {run.run_id}")
-    print("            your own model: mulligan up --model FOLDER, mulligan train RECIPE --set model.source=FOLDER")
+    mulligan = program()
+    print(f"go on       {mulligan} experiences {folder} --step 10")
+    print(f"            {mulligan} up --folder {folder.parents[1]}   then, in another terminal:")
+    print(f"            {mulligan} runs, {mulligan} memory list,")
+    print(f"            {mulligan} eval {run.settings.environment} --run {run.run_id}")
+    print(
+        f"            your own model: {mulligan} up --model FOLDER, {mulligan} train RECIPE --set model.source=FOLDER"
+    )
 
 
 def _recorded_rlvr(summary: dict[str, Any]) -> dict[str, Any] | None:

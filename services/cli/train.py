@@ -19,7 +19,7 @@ from services.trainer.wire import validated
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="TOML file with the run's settings.")],
+    recipe: Annotated[Path | None, typer.Argument(help="TOML file with the run's settings.")] = None,
     run_id: Annotated[str, typer.Option(help="Names the run; made from recipe and time when left out.")] = "",
     override: Annotated[
         list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE, over the recipe's; repeatable.")
@@ -27,12 +27,12 @@ def train(
     watch: Annotated[bool, typer.Option(help="Show progress until the run ends.")] = True,
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
-    """Start a training run.
+    """Start a training run, from a recipe, from --set alone, or both. What is not set has the paper's value.
 
     Example: `mulligan train recipes/frozenlake-3x3.toml --set steps=20 --set algorithm.second_attempt=none`
     """
     settings = read_settings(recipe, override or [])
-    name = run_id or f"{recipe.stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = run_id or f"{recipe.stem if recipe else settings.environment}-{datetime.now():%Y%m%d-%H%M%S}"
     run(_train(name, settings, watch, trainer))
 
 
@@ -47,15 +47,15 @@ async def _train(run_id: str, settings: RunSettings, watch: bool, trainer: str) 
         await watch_run(run_id, trainer)
 
 
-def read_settings(recipe: Path, overrides: list[str]) -> RunSettings:
+def read_settings(recipe: Path | None, overrides: list[str]) -> RunSettings:
     """Ends the program with one line that names what is wrong."""
     try:
-        plain: dict[str, Any] = tomllib.loads(recipe.read_text())
+        plain: dict[str, Any] = tomllib.loads(recipe.read_text()) if recipe else {}
         for override in overrides:
             _override(plain, override)
         return validated(RunSettings, plain)
     except (OSError, tomllib.TOMLDecodeError, ValueError, DomainError) as error:
-        sys.exit(f"error: {recipe}: {error}")
+        sys.exit(f"error: {recipe or 'settings'}: {error}")
 
 
 def _override(plain: dict[str, Any], override: str) -> None:
