@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,20 +50,19 @@ class EventLog:
 
     def __init__(self, path: Path):
         self.entries: list[Entry] = []
-        end = 0
+        self._path = path
         if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break
-                self.entries.append(_DECODER.decode(line))
-                end += len(line)
-        self._file = path.open("ab", buffering=0)
-        self._file.truncate(end)
+            lines = path.read_bytes().splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith(b"\n")]
+            self.entries.extend(map(_DECODER.decode, whole))
+            if len(whole) < len(lines):
+                os.truncate(path, sum(map(len, whole)))
         self._changed = asyncio.Event()
 
     def add(self, event: Event) -> None:
         entry = Entry(len(self.entries) + 1, datetime.now(UTC), event)
-        self._file.write(msgspec.json.encode(entry) + b"\n")
+        with self._path.open("ab", buffering=0) as file:  # not kept open: a trainer may have thousands of runs
+            file.write(msgspec.json.encode(entry) + b"\n")
         self.entries.append(entry)
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
