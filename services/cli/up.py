@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.connection import DEFAULT_ADDRESSES
+from services.cli.connection import DEFAULT_ADDRESSES, program
 from services.cli.local import LocalServices, ServiceFailed
 
 
@@ -46,9 +46,8 @@ async def _up(folder: Path, model: str, log_level: str) -> None:
         for name, address in services.addresses.items():
             table.add_row(name, address, str(services.folder / "logs" / f"{name}.log"))
         console.print(table)
-        console.print(
-            "ready: `mulligan train recipes/frozenlake-3x3.toml` in another terminal; Ctrl-C ends the services"
-        )
+        hint = f"ready: in another terminal, {program()} train recipes/frozenlake-3x3.toml; Ctrl-C ends the services"
+        console.print(hint, highlight=False, soft_wrap=True)
         stopped = asyncio.create_task(stop.wait())
         failed = asyncio.create_task(services.failed())
         await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
