@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="within a minute")
     arguments = parser.parse_args()
-    asyncio.run(measure(2, 2) if arguments.quick else measure(12, 5))
+    asyncio.run(measure(1, 2) if arguments.quick else measure(12, 5))
 
 
 if __name__ == "__main__":
