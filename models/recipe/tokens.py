@@ -116,11 +116,6 @@ def letter_ids() -> Ints:
 
 
 @cache
-def move_ids() -> Ints:
-    return vocabulary().many(MOVES)
-
-
-@cache
 def effect_ids() -> Ints:
     """(2, 4): a move in a trace, with and without effect."""
     return vocabulary().many((*MOVES, *(f"{move} (no effect)" for move in MOVES))).reshape(2, 4)

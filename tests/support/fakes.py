@@ -216,10 +216,3 @@ class FakeLearner:
 
 def timeout() -> CallFailed:
     return CallFailed("fake", "StepEpisode", "DEADLINE_EXCEEDED", "late")
-
-
-@dataclass
-class StopEarly(Exception):
-    """What a test throws in to end a run as a crash would."""
-
-    reason: str = "crash"

@@ -28,7 +28,7 @@ def buf() -> Path:
     path = ROOT / os.environ["BUF"] if "BUF" in os.environ else places[-1] if places else None
     if path is not None and path.exists():
         return path
-    if shutil.which("npm") is None:
+    if shutil.which("npm") is None and "CI" not in os.environ:
         pytest.skip("buf comes from npm, which this machine does not have; `make check` lints the contracts elsewhere")
     pytest.fail("buf is not installed: run `make buf`")
 
