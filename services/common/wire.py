@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mulligan.common.v1 import experience_pb2, message_pb2, outcome_pb2
-from mulligan.policy.v1 import policy_service_pb2
+from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
 
 from services.common import types
 
-_ROLES = {
-    types.Role.SYSTEM: message_pb2.ROLE_SYSTEM,
-    types.Role.USER: message_pb2.ROLE_USER,
-    types.Role.ASSISTANT: message_pb2.ROLE_ASSISTANT,
-}
+_ROLES = {role: message_pb2.Role.Value(f"ROLE_{role.name}") for role in types.Role}
 _ROLES_BACK = {value: key for key, value in _ROLES.items()}
 _OUTCOMES = {outcome: outcome_pb2.Outcome.Value(f"OUTCOME_{outcome.name}") for outcome in types.Outcome}
 _OUTCOMES_BACK = {value: key for key, value in _OUTCOMES.items()}
@@ -21,16 +17,42 @@ _KINDS = {kind: experience_pb2.SegmentKind.Value(f"SEGMENT_KIND_{kind.name}") fo
 _KINDS_BACK = {value: key for key, value in _KINDS.items()}
 _STOPS = {stop: policy_service_pb2.StopReason.Value(f"STOP_REASON_{stop.name}") for stop in types.StopReason}
 _STOPS_BACK = {value: key for key, value in _STOPS.items()}
-_WEIGHTS = {kind: policy_service_pb2.WeightsKind.Value(f"WEIGHTS_KIND_{kind.name}") for kind in types.WeightsKind}
+_WEIGHTS = {kind: policy_admin_service_pb2.WeightsKind.Value(f"WEIGHTS_KIND_{kind.name}") for kind in types.WeightsKind}
 _WEIGHTS_BACK = {value: key for key, value in _WEIGHTS.items()}
 
 
 def messages_to_proto(messages: Iterable[types.Message]) -> list[message_pb2.Message]:
-    return [message_pb2.Message(role=_ROLES[message.role], content=message.content) for message in messages]
+    return [
+        message_pb2.Message(
+            role=_ROLES[message.role],
+            content=message.content,
+            tool_calls=[message_pb2.ToolCall(name=call.name, arguments=call.arguments) for call in message.tool_calls],
+            name=message.name,
+        )
+        for message in messages
+    ]
 
 
 def messages_from_proto(messages: Iterable[message_pb2.Message]) -> tuple[types.Message, ...]:
-    return tuple(types.Message(_ROLES_BACK[message.role], message.content) for message in messages)
+    return tuple(
+        types.Message(
+            _ROLES_BACK[message.role],
+            message.content,
+            tuple(types.ToolCall(call.name, call.arguments) for call in message.tool_calls),
+            message.name,
+        )
+        for message in messages
+    )
+
+
+def tools_to_proto(tools: Iterable[types.Tool]) -> list[message_pb2.Tool]:
+    return [
+        message_pb2.Tool(name=tool.name, description=tool.description, parameters=tool.parameters) for tool in tools
+    ]
+
+
+def tools_from_proto(tools: Iterable[message_pb2.Tool]) -> tuple[types.Tool, ...]:
+    return tuple(types.Tool(tool.name, tool.description, tool.parameters) for tool in tools)
 
 
 def outcome_to_proto(outcome: types.Outcome | None) -> outcome_pb2.Outcome.ValueType:
@@ -49,11 +71,11 @@ def stop_reason_from_proto(reason: policy_service_pb2.StopReason.ValueType) -> t
     return _STOPS_BACK[reason]
 
 
-def weights_kind_to_proto(kind: types.WeightsKind) -> policy_service_pb2.WeightsKind.ValueType:
+def weights_kind_to_proto(kind: types.WeightsKind) -> policy_admin_service_pb2.WeightsKind.ValueType:
     return _WEIGHTS[kind]
 
 
-def weights_kind_from_proto(kind: policy_service_pb2.WeightsKind.ValueType) -> types.WeightsKind:
+def weights_kind_from_proto(kind: policy_admin_service_pb2.WeightsKind.ValueType) -> types.WeightsKind:
     return _WEIGHTS_BACK[kind]
 
 

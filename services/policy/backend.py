@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from services.common.types import PolicyInfo, SamplingParams, StopReason, WeightsKind
+from services.common.types import (
+    CanaryProbe,
+    Feature,
+    Message,
+    ReplicaInfo,
+    SamplingParams,
+    StopReason,
+    Tool,
+    VersionSpan,
+    WeightsKind,
+)
 from services.policy.chat import Chat
 
 
@@ -16,13 +26,52 @@ class UnsupportedModel(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What a backend serves, whatever the version of its weights. Sizes are 0, and the fingerprint is empty, where the
+    engine does not tell."""
+
+    model: str
+    fingerprint: str
+    context_length: int
+    vocabulary_size: int
+    end_of_turn_token_ids: tuple[int, ...]
+    rewrites_history: bool
+    deterministic: bool
+    dtype: str  # of the arithmetic, as torch names it: "float32", "bfloat16", …; "" where it is not known
+    features: frozenset[Feature]
+    adapters: tuple[str, ...] = ()  # fixed LoRA adapters by name
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One sample to draw. All of it was checked: the prompt is not empty, in vocabulary and shorter than the context,
+    and every option is among the backend's features.
+
+    `token_ids` is the prompt; without Feature.TOKEN_IDS it is empty, and `messages` and `tools` are the prompt.
+    """
+
+    token_ids: Sequence[int]
+    sampling: SamplingParams
+    messages: tuple[Message, ...] = ()
+    tools: tuple[Tool, ...] = ()
+    session_id: str = ""  # asks of one session share their prefix
+    priority: int = 0  # greater goes first
+    adapter: str = ""
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
-    """What one request sampled, all of it by one version."""
+    """What one ask sampled, or, in a stream, a part of it. `stop_reason` is None in all parts but the last.
+
+    `text` is set without Feature.TOKEN_IDS alone; otherwise the caller decodes the token ids.
+    """
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
-    stop_reason: StopReason
-    policy_version: int
+    stop_reason: StopReason | None
+    policy_versions: tuple[VersionSpan, ...]
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,33 +84,63 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class WeightsFile:
-    """Weights on disk, below the folder that the settings allow and with the right checksum.
+    """Weights on disk, with the right checksum, that stay there while they serve.
 
-    `path` is a safetensors file, or the folder of a LoRA adapter.
+    `path` is a safetensors file, or the folder of a LoRA adapter; None, with kind ORIGINAL, for the weights that the
+    model came with. `canary` is what the trainer says of them.
     """
 
-    path: Path
+    path: Path | None
     kind: WeightsKind
     policy_version: int
     sha256: str
+    canary: tuple[CanaryProbe, ...] = field(default=(), repr=False)
 
     @property
-    def safetensors(self) -> Path:
+    def safetensors(self) -> Path | None:
+        if self.path is None:
+            return None
         return self.path / "adapter_model.safetensors" if self.kind is WeightsKind.LORA else self.path
+
+
+class Replica(Protocol):
+    """One engine that holds a copy of the weights."""
+
+    @property
+    def info(self) -> ReplicaInfo: ...
+
+    async def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> Scored:
+        """By this engine, with the weights that it holds now, even while it serves nobody."""
+
+    async def checksum(self) -> str:
+        """The engine's own, of all weights that it holds: equal for equal weights in engines that are set up alike."""
+
+
+# Checks a replica that has loaded these weights before it serves them. Raises DomainError CANARY_FAILED.
+Admission = Callable[[Replica, WeightsFile], Awaitable[None]]
 
 
 class Backend(Protocol):
     """One model, its tokenizer and its chat template. All calls may be made concurrently on one event loop."""
 
     @property
-    def info(self) -> PolicyInfo: ...
+    def model(self) -> ModelInfo: ...
 
     @property
-    def chat(self) -> Chat: ...
+    def policy_version(self) -> int:
+        """Of the weights that were loaded last. 0, at first, for those that the model came with."""
 
     @property
-    def serving_sha256(self) -> str | None:
-        """Checksum of the weights that serve; None for those the model came with."""
+    def replicas(self) -> Sequence[Replica]:
+        """All engines, also those that do not serve now."""
+
+    @property
+    def chat(self) -> Chat | None:
+        """None without Feature.TOKEN_IDS."""
+
+    @property
+    def compute_seconds(self) -> float:
+        """Spent in the model since the start; 0 where the engine is elsewhere."""
 
     def encode(self, text: str) -> list[int]:
         """Without special tokens."""
@@ -69,19 +148,26 @@ class Backend(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Without special tokens."""
 
-    async def generate(self, token_ids: Sequence[int], sampling: SamplingParams) -> Sampled:
-        """Samples after a valid prompt: not empty, in vocabulary, shorter than the context.
+    async def generate(self, ask: Ask) -> Sampled:
+        """Raises DomainError QUEUE_FULL, ENGINE_UNAVAILABLE. Cancelling the task stops the generation."""
 
-        Raises DomainError QUEUE_FULL. Cancelling the task stops the generation.
+    def stream(self, ask: Ask) -> AsyncIterator[Sampled]:
+        """The same in parts, as they are sampled. Closing the iterator stops the generation."""
+
+    async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
+        """Log-probabilities of softmax(logits / temperature) of valid sequences. Raises as `generate` does."""
+
+    async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
+        """Loads these weights into every replica, has each checked by `admit`, and serves them from now on.
+
+        Running requests finish on the old ones first, or tell by their versions which tokens came from which weights.
+        `admit` is kept: a replica that comes back later loads the present weights and passes it before it serves.
+        Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND or ENGINE_UNAVAILABLE, and then serves what it served
+        before; or what `admit` raises, and then the caller loads other weights.
         """
 
-    async def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> Scored:
-        """Log-probabilities of softmax(logits / temperature) of valid sequences. Raises DomainError QUEUE_FULL."""
+    async def release_memory(self) -> None: ...
 
-    async def update_weights(self, weights: WeightsFile) -> None:
-        """Serves these weights from now on; running requests finish on the old ones first.
-
-        Raises DomainError MODEL_MISMATCH or WEIGHTS_NOT_FOUND, and then serves what it served before.
-        """
+    async def resume_memory(self) -> None: ...
 
     async def close(self) -> None: ...

@@ -25,17 +25,33 @@ _sym_db = _symbol_database.Default()
 from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n mulligan/common/v1/message.proto\x12\x12mulligan.common.v1\x1a\x1b\x62uf/validate/validate.proto\"N\n\x07Message\x12\x32\n\x04role\x18\x01 \x01(\x0e\x32\x18.mulligan.common.v1.RoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n mulligan/common/v1/message.proto\x12\x12mulligan.common.v1\x1a\x1b\x62uf/validate/validate.proto\"@\n\x08ToolCall\x12\x18\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x1a\n\targuments\x18\x02 \x01(\tB\x07\xbaH\x04r\x02\x10\x02\"\xa3\x01\n\x07Message\x12\x32\n\x04role\x18\x01 \x01(\x0e\x32\x18.mulligan.common.v1.RoleB\n\xbaH\x07\x82\x01\x04\x10\x01 \x00\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12;\n\ntool_calls\x18\x03 \x03(\x0b\x32\x1c.mulligan.common.v1.ToolCallB\t\xbaH\x06\x92\x01\x03\x10\x80\x01\x12\x16\n\x04name\x18\x04 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"R\n\x04Tool\x12\x18\n\x04name\x18\x01 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x1b\n\nparameters\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x10\x02*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mulligan.common.v1.message_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_TOOLCALL'].fields_by_name['name']._loaded_options = None
+  _globals['_TOOLCALL'].fields_by_name['name']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_TOOLCALL'].fields_by_name['arguments']._loaded_options = None
+  _globals['_TOOLCALL'].fields_by_name['arguments']._serialized_options = b'\272H\004r\002\020\002'
   _globals['_MESSAGE'].fields_by_name['role']._loaded_options = None
   _globals['_MESSAGE'].fields_by_name['role']._serialized_options = b'\272H\007\202\001\004\020\001 \000'
-  _globals['_ROLE']._serialized_start=165
-  _globals['_ROLE']._serialized_end=245
-  _globals['_MESSAGE']._serialized_start=85
-  _globals['_MESSAGE']._serialized_end=163
+  _globals['_MESSAGE'].fields_by_name['tool_calls']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['tool_calls']._serialized_options = b'\272H\006\222\001\003\020\200\001'
+  _globals['_MESSAGE'].fields_by_name['name']._loaded_options = None
+  _globals['_MESSAGE'].fields_by_name['name']._serialized_options = b'\272H\005r\003\030\310\001'
+  _globals['_TOOL'].fields_by_name['name']._loaded_options = None
+  _globals['_TOOL'].fields_by_name['name']._serialized_options = b'\272H\007r\005\020\001\030\310\001'
+  _globals['_TOOL'].fields_by_name['parameters']._loaded_options = None
+  _globals['_TOOL'].fields_by_name['parameters']._serialized_options = b'\272H\004r\002\020\002'
+  _globals['_ROLE']._serialized_start=401
+  _globals['_ROLE']._serialized_end=496
+  _globals['_TOOLCALL']._serialized_start=85
+  _globals['_TOOLCALL']._serialized_end=149
+  _globals['_MESSAGE']._serialized_start=152
+  _globals['_MESSAGE']._serialized_end=315
+  _globals['_TOOL']._serialized_start=317
+  _globals['_TOOL']._serialized_end=399
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -33,6 +34,8 @@ class _StopReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopReason
     STOP_REASON_STOP_STRING: _StopReason.ValueType  # 2
     STOP_REASON_MAX_TOKENS: _StopReason.ValueType  # 3
     STOP_REASON_CONTEXT_FULL: _StopReason.ValueType  # 4
+    STOP_REASON_STOP_TOKEN: _StopReason.ValueType  # 5
+    """One of stop_token_ids, which is the last of token_ids."""
 
 class StopReason(_StopReason, metaclass=_StopReasonEnumTypeWrapper): ...
 
@@ -42,28 +45,96 @@ STOP_REASON_END_OF_TURN: StopReason.ValueType  # 1
 STOP_REASON_STOP_STRING: StopReason.ValueType  # 2
 STOP_REASON_MAX_TOKENS: StopReason.ValueType  # 3
 STOP_REASON_CONTEXT_FULL: StopReason.ValueType  # 4
+STOP_REASON_STOP_TOKEN: StopReason.ValueType  # 5
+"""One of stop_token_ids, which is the last of token_ids."""
 Global___StopReason: _TypeAlias = StopReason  # noqa: Y015
 
-class _WeightsKind:
+class _Feature:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _WeightsKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WeightsKind.ValueType], _builtins.type):
+class _FeatureEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Feature.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    WEIGHTS_KIND_UNSPECIFIED: _WeightsKind.ValueType  # 0
-    WEIGHTS_KIND_FULL: _WeightsKind.ValueType  # 1
-    """A safetensors file with every parameter of the model."""
-    WEIGHTS_KIND_LORA: _WeightsKind.ValueType  # 2
-    """A folder with a peft LoRA adapter: adapter_config.json and adapter_model.safetensors."""
+    FEATURE_UNSPECIFIED: _Feature.ValueType  # 0
+    FEATURE_TOKEN_IDS: _Feature.ValueType  # 1
+    """Prompts and samples as token ids, continuations, Tokenize. Without it a prompt is messages and a sample is text."""
+    FEATURE_LOG_PROBS: _Feature.ValueType  # 2
+    """Log-probabilities of the sampled tokens. Without it they are empty."""
+    FEATURE_SCORE: _Feature.ValueType  # 3
+    """Score."""
+    FEATURE_SCORE_TEMPERATURE: _Feature.ValueType  # 4
+    """Score at a temperature other than 1."""
+    FEATURE_STREAM: _Feature.ValueType  # 5
+    FEATURE_TOP_K: _Feature.ValueType  # 6
+    FEATURE_SEED: _Feature.ValueType  # 7
+    FEATURE_STOP_TOKEN_IDS: _Feature.ValueType  # 8
+    FEATURE_REGEX: _Feature.ValueType  # 9
+    FEATURE_JSON_SCHEMA: _Feature.ValueType  # 10
+    FEATURE_PRIORITY: _Feature.ValueType  # 11
+    FEATURE_TOOLS: _Feature.ValueType  # 12
+    FEATURE_FULL_WEIGHTS: _Feature.ValueType  # 13
+    """UpdateWeights of the kind."""
+    FEATURE_LORA_WEIGHTS: _Feature.ValueType  # 14
+    FEATURE_MEMORY_RELEASE: _Feature.ValueType  # 15
+    """ReleaseMemory and ResumeMemory."""
 
-class WeightsKind(_WeightsKind, metaclass=_WeightsKindEnumTypeWrapper): ...
+class Feature(_Feature, metaclass=_FeatureEnumTypeWrapper):
+    """What a policy's engine can do."""
 
-WEIGHTS_KIND_UNSPECIFIED: WeightsKind.ValueType  # 0
-WEIGHTS_KIND_FULL: WeightsKind.ValueType  # 1
-"""A safetensors file with every parameter of the model."""
-WEIGHTS_KIND_LORA: WeightsKind.ValueType  # 2
-"""A folder with a peft LoRA adapter: adapter_config.json and adapter_model.safetensors."""
-Global___WeightsKind: _TypeAlias = WeightsKind  # noqa: Y015
+FEATURE_UNSPECIFIED: Feature.ValueType  # 0
+FEATURE_TOKEN_IDS: Feature.ValueType  # 1
+"""Prompts and samples as token ids, continuations, Tokenize. Without it a prompt is messages and a sample is text."""
+FEATURE_LOG_PROBS: Feature.ValueType  # 2
+"""Log-probabilities of the sampled tokens. Without it they are empty."""
+FEATURE_SCORE: Feature.ValueType  # 3
+"""Score."""
+FEATURE_SCORE_TEMPERATURE: Feature.ValueType  # 4
+"""Score at a temperature other than 1."""
+FEATURE_STREAM: Feature.ValueType  # 5
+FEATURE_TOP_K: Feature.ValueType  # 6
+FEATURE_SEED: Feature.ValueType  # 7
+FEATURE_STOP_TOKEN_IDS: Feature.ValueType  # 8
+FEATURE_REGEX: Feature.ValueType  # 9
+FEATURE_JSON_SCHEMA: Feature.ValueType  # 10
+FEATURE_PRIORITY: Feature.ValueType  # 11
+FEATURE_TOOLS: Feature.ValueType  # 12
+FEATURE_FULL_WEIGHTS: Feature.ValueType  # 13
+"""UpdateWeights of the kind."""
+FEATURE_LORA_WEIGHTS: Feature.ValueType  # 14
+FEATURE_MEMORY_RELEASE: Feature.ValueType  # 15
+"""ReleaseMemory and ResumeMemory."""
+Global___Feature: _TypeAlias = Feature  # noqa: Y015
+
+class _PolicyState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PolicyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicyState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POLICY_STATE_UNSPECIFIED: _PolicyState.ValueType  # 0
+    POLICY_STATE_SERVING: _PolicyState.ValueType  # 1
+    POLICY_STATE_UPDATING: _PolicyState.ValueType  # 2
+    """New weights are being loaded or checked; calls wait."""
+    POLICY_STATE_REFUSED: _PolicyState.ValueType  # 3
+    """The weights failed their canary and so did those before them; calls are refused."""
+    POLICY_STATE_UNAVAILABLE: _PolicyState.ValueType  # 4
+    """No engine answers; they are tried again and again."""
+    POLICY_STATE_RELEASED: _PolicyState.ValueType  # 5
+    """Its memory was given back by ReleaseMemory; calls wait."""
+
+class PolicyState(_PolicyState, metaclass=_PolicyStateEnumTypeWrapper): ...
+
+POLICY_STATE_UNSPECIFIED: PolicyState.ValueType  # 0
+POLICY_STATE_SERVING: PolicyState.ValueType  # 1
+POLICY_STATE_UPDATING: PolicyState.ValueType  # 2
+"""New weights are being loaded or checked; calls wait."""
+POLICY_STATE_REFUSED: PolicyState.ValueType  # 3
+"""The weights failed their canary and so did those before them; calls are refused."""
+POLICY_STATE_UNAVAILABLE: PolicyState.ValueType  # 4
+"""No engine answers; they are tried again and again."""
+POLICY_STATE_RELEASED: PolicyState.ValueType  # 5
+"""Its memory was given back by ReleaseMemory; calls wait."""
+Global___PolicyState: _TypeAlias = PolicyState  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
@@ -151,6 +222,9 @@ class SamplingParams(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 is greedy; otherwise at least 0.001. Default 1. Log-probabilities are of softmax(logits / temperature); of
     softmax(logits) when greedy.
@@ -162,10 +236,20 @@ class SamplingParams(_message.Message):
     max_tokens: _builtins.int
     """Default 256. A completion also ends where the context is full."""
     seed: _builtins.int
-    """Makes sampling repeatable; any number. Drawn by the server when absent."""
+    """Makes sampling repeatable; any number. Drawn by the server when absent. Sample i of a request uses a seed that
+    derives from it and i; sample 0 uses it as it is.
+    """
+    regex: _builtins.str
+    """A regular expression that all of it matches."""
+    json_schema: _builtins.str
+    """A JSON schema."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The completion ends with the token that completes one of these, which it includes."""
+
+    @_builtins.property
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The completion ends with any of these tokens, which it includes."""
 
     def __init__(
         self,
@@ -176,10 +260,13 @@ class SamplingParams(_message.Message):
         max_tokens: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
         stop: _abc.Iterable[_builtins.str] | None = ...,
+        stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        regex: _builtins.str = ...,
+        json_schema: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "constraint", b"constraint", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "regex", b"regex", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "seed", b"seed", "stop", b"stop", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "constraint", b"constraint", "json_schema", b"json_schema", "max_tokens", b"max_tokens", "regex", b"regex", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
@@ -191,6 +278,8 @@ class SamplingParams(_message.Message):
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     _WhichOneofReturnType__top_p: _TypeAlias = _typing.Literal["top_p"]  # noqa: Y015
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
+    _WhichOneofReturnType_constraint: _TypeAlias = _typing.Literal["regex", "json_schema"]  # noqa: Y015
+    _WhichOneofArgType_constraint: _TypeAlias = _typing.Literal["constraint", b"constraint"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
     @_typing.overload
@@ -201,6 +290,8 @@ class SamplingParams(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_constraint) -> _WhichOneofReturnType_constraint | None: ...
 
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
@@ -214,10 +305,29 @@ class GenerateRequest(_message.Message):
     CONTINUATION_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     MIN_POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    VERSION_WAIT_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller; appears in the logs of both sides."""
     min_policy_version: _builtins.int
     """The oldest policy version that may answer. Any when absent."""
+    policy: _builtins.str
+    """Name of a policy; the default one when empty."""
+    session_id: _builtins.str
+    """Requests of one session go to the same engine while it lives, which holds their prefix, and to the same model even
+    while LoadModel replaces it: an episode finishes on the model that began it. Any when empty.
+    """
+    n: _builtins.int
+    """Samples to draw; 0 means 1. More than one needs a temperature above 0."""
+    priority: _builtins.int
+    """Where requests wait, those with a greater one go first. Default 0."""
+    adapter: _builtins.str
+    """Name of one of the policy's fixed LoRA adapters, see GetPolicy. The version that serves when empty."""
     @_builtins.property
     def messages(self) -> Global___Messages:
         """Rendered with the model's chat template, with a header for the assistant's turn."""
@@ -230,6 +340,16 @@ class GenerateRequest(_message.Message):
     def continuation(self) -> Global___Continuation: ...
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...
+    @_builtins.property
+    def version_wait(self) -> _duration_pb2.Duration:
+        """How long to wait for min_policy_version; when absent, or when it has passed, the call fails with
+        FAILED_PRECONDITION POLICY_VERSION_TOO_OLD.
+        """
+
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Tool]:
+        """Tools that the chat template shows to the model; only with `messages`."""
+
     def __init__(
         self,
         *,
@@ -239,10 +359,17 @@ class GenerateRequest(_message.Message):
         continuation: Global___Continuation | None = ...,
         sampling: Global___SamplingParams | None = ...,
         min_policy_version: _builtins.int | None = ...,
+        version_wait: _duration_pb2.Duration | None = ...,
+        policy: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        n: _builtins.int = ...,
+        priority: _builtins.int = ...,
+        adapter: _builtins.str = ...,
+        tools: _abc.Iterable[_message_pb2.Tool] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "continuation", b"continuation", "messages", b"messages", "min_policy_version", b"min_policy_version", "prompt", b"prompt", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "continuation", b"continuation", "messages", b"messages", "min_policy_version", b"min_policy_version", "prompt", b"prompt", "sampling", b"sampling", "token_ids", b"token_ids", "version_wait", b"version_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "continuation", b"continuation", "messages", b"messages", "min_policy_version", b"min_policy_version", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "adapter", b"adapter", "continuation", b"continuation", "messages", b"messages", "min_policy_version", b"min_policy_version", "n", b"n", "policy", b"policy", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "token_ids", b"token_ids", "tools", b"tools", "version_wait", b"version_wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_policy_version: _TypeAlias = _typing.Literal["min_policy_version"]  # noqa: Y015
     _WhichOneofArgType__min_policy_version: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version"]  # noqa: Y015
@@ -256,10 +383,11 @@ class GenerateRequest(_message.Message):
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
-class GenerateResponse(_message.Message):
+class Completion(_message.Message):
+    """One sample."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOG_PROBS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
@@ -269,14 +397,8 @@ class GenerateResponse(_message.Message):
     """The sampled tokens decoded, without special tokens."""
     stop_reason: Global___StopReason.ValueType
     @_builtins.property
-    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """What the policy saw: the whole rendered prompt for `messages`, only the ids appended to the caller's for
-        `continuation`, nothing for `token_ids`.
-        """
-
-    @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """What it sampled."""
+        """What was sampled. Empty where the engine gives no token ids (FEATURE_TOKEN_IDS)."""
 
     @_builtins.property
     def log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
@@ -289,7 +411,6 @@ class GenerateResponse(_message.Message):
     def __init__(
         self,
         *,
-        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         log_probs: _abc.Iterable[_builtins.float] | None = ...,
         text: _builtins.str = ...,
@@ -298,11 +419,109 @@ class GenerateResponse(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_probs", b"log_probs", "policy_versions", b"policy_versions", "prompt_token_ids", b"prompt_token_ids", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_probs", b"log_probs", "policy_versions", b"policy_versions", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Completion: _TypeAlias = Completion  # noqa: Y015
+
+@_typing.final
+class GenerateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    COMPLETIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What the policy saw: the whole rendered prompt for `messages`, only the ids appended to the caller's for
+        `continuation`, nothing for `token_ids`.
+        """
+
+    @_builtins.property
+    def completions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Completion]:
+        """As many as were asked for."""
+
+    def __init__(
+        self,
+        *,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        completions: _abc.Iterable[Global___Completion] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completions", b"completions", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class StreamGenerateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___GenerateRequest: ...
+    def __init__(
+        self,
+        *,
+        request: Global___GenerateRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamGenerateRequest: _TypeAlias = StreamGenerateRequest  # noqa: Y015
+
+@_typing.final
+class StreamGenerateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOG_PROBS_FIELD_NUMBER: _builtins.int
+    POLICY_VERSIONS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    STOP_REASON_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Which sample this belongs to, from 0."""
+    text: _builtins.str
+    """The text that is new; characters whose tokens are not complete come with a later message."""
+    stop_reason: Global___StopReason.ValueType
+    """Set in the last message of the sample."""
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in GenerateResponse; in the first message alone."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What has been sampled since the sample's last message, and its log-probabilities and versions."""
+
+    @_builtins.property
+    def log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    @_builtins.property
+    def policy_versions(self) -> _containers.RepeatedCompositeFieldContainer[_experience_pb2.VersionSpan]: ...
+    def __init__(
+        self,
+        *,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        index: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        log_probs: _abc.Iterable[_builtins.float] | None = ...,
+        policy_versions: _abc.Iterable[_experience_pb2.VersionSpan] | None = ...,
+        text: _builtins.str = ...,
+        stop_reason: Global___StopReason.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "log_probs", b"log_probs", "policy_versions", b"policy_versions", "prompt_token_ids", b"prompt_token_ids", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamGenerateResponse: _TypeAlias = StreamGenerateResponse  # noqa: Y015
 
 @_typing.final
 class ScoreRequest(_message.Message):
@@ -311,22 +530,32 @@ class ScoreRequest(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     MIN_POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    VERSION_WAIT_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    ADAPTER_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """At least 0.001. Default 1. Log-probabilities are of softmax(logits / temperature)."""
     min_policy_version: _builtins.int
-    """The oldest policy version that may answer. Any when absent."""
+    """As in GenerateRequest."""
+    policy: _builtins.str
+    adapter: _builtins.str
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIds]: ...
+    @_builtins.property
+    def version_wait(self) -> _duration_pb2.Duration: ...
     def __init__(
         self,
         *,
         sequences: _abc.Iterable[Global___TokenIds] | None = ...,
         temperature: _builtins.float | None = ...,
         min_policy_version: _builtins.int | None = ...,
+        version_wait: _duration_pb2.Duration | None = ...,
+        policy: _builtins.str = ...,
+        adapter: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "_temperature", b"_temperature", "min_policy_version", b"min_policy_version", "temperature", b"temperature"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "_temperature", b"_temperature", "min_policy_version", b"min_policy_version", "temperature", b"temperature", "version_wait", b"version_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "_temperature", b"_temperature", "min_policy_version", b"min_policy_version", "sequences", b"sequences", "temperature", b"temperature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version", "_temperature", b"_temperature", "adapter", b"adapter", "min_policy_version", b"min_policy_version", "policy", b"policy", "sequences", b"sequences", "temperature", b"temperature", "version_wait", b"version_wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__min_policy_version: _TypeAlias = _typing.Literal["min_policy_version"]  # noqa: Y015
     _WhichOneofArgType__min_policy_version: _TypeAlias = _typing.Literal["_min_policy_version", b"_min_policy_version"]  # noqa: Y015
@@ -392,8 +621,14 @@ class TokenizeRequest(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     CONTINUATION_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Encoded without template or special tokens."""
+    policy: _builtins.str
+    """As in GenerateRequest."""
+    session_id: _builtins.str
     @_builtins.property
     def messages(self) -> Global___Messages:
         """Rendered with the chat template and a header for the assistant's turn."""
@@ -402,16 +637,21 @@ class TokenizeRequest(_message.Message):
     def continuation(self) -> Global___Continuation:
         """Answers only the ids to append."""
 
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Tool]: ...
     def __init__(
         self,
         *,
         messages: Global___Messages | None = ...,
         continuation: Global___Continuation | None = ...,
         text: _builtins.str = ...,
+        policy: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        tools: _abc.Iterable[_message_pb2.Tool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "input", b"input", "messages", b"messages", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "input", b"input", "messages", b"messages", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continuation", b"continuation", "input", b"input", "messages", b"messages", "policy", b"policy", "session_id", b"session_id", "text", b"text", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["messages", "continuation", "text"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -443,12 +683,17 @@ Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
 class GetPolicyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    POLICY_FIELD_NUMBER: _builtins.int
+    policy: _builtins.str
+    """The default one when empty."""
     def __init__(
         self,
+        *,
+        policy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -458,6 +703,110 @@ Global___GetPolicyRequest: _TypeAlias = GetPolicyRequest  # noqa: Y015
 class GetPolicyResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___Policy: ...
+    def __init__(
+        self,
+        *,
+        policy: Global___Policy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetPolicyResponse: _TypeAlias = GetPolicyResponse  # noqa: Y015
+
+@_typing.final
+class ListPoliciesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most 1,000; 0 means 100."""
+    page_token: _builtins.str
+    """next_page_token of the answer before; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPoliciesRequest: _TypeAlias = ListPoliciesRequest  # noqa: Y015
+
+@_typing.final
+class ListPoliciesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICIES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def policies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Policy]: ...
+    def __init__(
+        self,
+        *,
+        policies: _abc.Iterable[Global___Policy] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "policies", b"policies"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListPoliciesResponse: _TypeAlias = ListPoliciesResponse  # noqa: Y015
+
+@_typing.final
+class Replica(_message.Message):
+    """One engine behind a policy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    SERVING_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """Where it is; empty for one in the service's own process."""
+    serving: _builtins.bool
+    """Whether requests go to it."""
+    in_flight: _builtins.int
+    """Requests that it works on."""
+    problem: _builtins.str
+    """Why it does not serve."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        serving: _builtins.bool = ...,
+        in_flight: _builtins.int = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "in_flight", b"in_flight", "problem", b"problem", "serving", b"serving"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Replica: _TypeAlias = Replica  # noqa: Y015
+
+@_typing.final
+class Policy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    BACKEND_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
@@ -467,16 +816,28 @@ class GetPolicyResponse(_message.Message):
     REWRITES_HISTORY_FIELD_NUMBER: _builtins.int
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
     COMPUTE_SECONDS_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    DRAINING_MODELS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    backend: _builtins.str
+    """The backend that runs it: transformers, sglang, openai, …."""
     model: _builtins.str
     """Hub id or folder name."""
     fingerprint: _builtins.str
-    """Identifies architecture and tokenizer; weights of another fingerprint are refused."""
+    """Identifies architecture and tokenizer; weights of another fingerprint are refused. Empty where the engine does not
+    tell (without FEATURE_TOKEN_IDS).
+    """
     policy_version: _builtins.int
-    """0 until the first update."""
+    """0 until the first update. A model that LoadModel brought begins with the next version, so that none repeats."""
     context_length: _builtins.int
-    """Tokens of prompt and completion together."""
+    """Tokens of prompt and completion together; 0 where it is not known."""
     vocabulary_size: _builtins.int
-    """Token ids are less than this."""
+    """Token ids are less than this; 0 where it is not known."""
     rewrites_history: _builtins.bool
     """The chat template changes earlier turns when later ones are added: continuations are refused, and an attempt
     becomes one sequence per turn.
@@ -484,14 +845,33 @@ class GetPolicyResponse(_message.Message):
     deterministic: _builtins.bool
     """Every request runs in a batch of its own."""
     compute_seconds: _builtins.float
-    """Seconds that the engine has spent in the model since the service started."""
+    """Seconds that the engines have spent in the model since the service started, where they are in its process; 0
+    otherwise.
+    """
+    state: Global___PolicyState.ValueType
+    problem: _builtins.str
+    """What keeps it from serving, or what went wrong with the last update; empty when all is well."""
+    frozen: _builtins.bool
+    """Its weights can't be updated."""
+    draining_models: _builtins.int
+    """Models that LoadModel has replaced and that finish their sessions."""
     @_builtins.property
     def end_of_turn_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """A sampled token among these closes the turn."""
 
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[Global___Feature.ValueType]: ...
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the fixed LoRA adapters that requests may ask for."""
+
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
     def __init__(
         self,
         *,
+        name: _builtins.str = ...,
+        backend: _builtins.str = ...,
         model: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
         policy_version: _builtins.int = ...,
@@ -501,65 +881,18 @@ class GetPolicyResponse(_message.Message):
         rewrites_history: _builtins.bool = ...,
         deterministic: _builtins.bool = ...,
         compute_seconds: _builtins.float = ...,
+        features: _abc.Iterable[Global___Feature.ValueType] | None = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
+        state: Global___PolicyState.ValueType = ...,
+        problem: _builtins.str = ...,
+        frozen: _builtins.bool = ...,
+        replicas: _abc.Iterable[Global___Replica] | None = ...,
+        draining_models: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_seconds", b"compute_seconds", "context_length", b"context_length", "deterministic", b"deterministic", "end_of_turn_token_ids", b"end_of_turn_token_ids", "fingerprint", b"fingerprint", "model", b"model", "policy_version", b"policy_version", "rewrites_history", b"rewrites_history", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "compute_seconds", b"compute_seconds", "context_length", b"context_length", "deterministic", b"deterministic", "draining_models", b"draining_models", "end_of_turn_token_ids", b"end_of_turn_token_ids", "features", b"features", "fingerprint", b"fingerprint", "frozen", b"frozen", "model", b"model", "name", b"name", "policy_version", b"policy_version", "problem", b"problem", "replicas", b"replicas", "rewrites_history", b"rewrites_history", "state", b"state", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetPolicyResponse: _TypeAlias = GetPolicyResponse  # noqa: Y015
-
-@_typing.final
-class UpdateWeightsRequest(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    POLICY_VERSION_FIELD_NUMBER: _builtins.int
-    KIND_FIELD_NUMBER: _builtins.int
-    URI_FIELD_NUMBER: _builtins.int
-    SHA256_FIELD_NUMBER: _builtins.int
-    FINGERPRINT_FIELD_NUMBER: _builtins.int
-    policy_version: _builtins.int
-    """Greater than the version that serves."""
-    kind: Global___WeightsKind.ValueType
-    uri: _builtins.str
-    """file:// URI below a folder that the server's settings allow."""
-    sha256: _builtins.str
-    """Lower-case hexadecimal SHA-256 of the safetensors file."""
-    fingerprint: _builtins.str
-    """Fingerprint of the model that the weights were trained on; see GetPolicy."""
-    def __init__(
-        self,
-        *,
-        policy_version: _builtins.int = ...,
-        kind: Global___WeightsKind.ValueType = ...,
-        uri: _builtins.str = ...,
-        sha256: _builtins.str = ...,
-        fingerprint: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "kind", b"kind", "policy_version", b"policy_version", "sha256", b"sha256", "uri", b"uri"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UpdateWeightsRequest: _TypeAlias = UpdateWeightsRequest  # noqa: Y015
-
-@_typing.final
-class UpdateWeightsResponse(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    POLICY_VERSION_FIELD_NUMBER: _builtins.int
-    policy_version: _builtins.int
-    def __init__(
-        self,
-        *,
-        policy_version: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_version", b"policy_version"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___UpdateWeightsResponse: _TypeAlias = UpdateWeightsResponse  # noqa: Y015
+Global___Policy: _TypeAlias = Policy  # noqa: Y015

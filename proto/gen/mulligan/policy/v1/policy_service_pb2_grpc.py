@@ -26,14 +26,20 @@ if _version_not_supported:
 
 
 class PolicyServiceStub:
-    """Inference on a language model. Tokens in, tokens out: sampled ids and their log-probabilities reach the trainer
+    """Inference on language models. Tokens in, tokens out: sampled ids and their log-probabilities reach the trainer
     unchanged, and a conversation is never rendered again.
 
+    One service holds several named policies (an actor, a frozen reference, a reflector, an opponent), each with a model
+    of its own; a request without a name is for the default one. What a policy's engine can't do is in its features, and
+    an option that needs an absent one is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
+
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
-    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
-    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
-    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND (UNKNOWN_POLICY), UNAUTHENTICATED
+    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE with a RetryInfo:
+    no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those before them),
+    RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and
+    INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel):
@@ -46,6 +52,11 @@ class PolicyServiceStub:
                 '/mulligan.policy.v1.PolicyService/Generate',
                 request_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateResponse.FromString,
+                _registered_method=True)
+        self.StreamGenerate = channel.unary_stream(
+                '/mulligan.policy.v1.PolicyService/StreamGenerate',
+                request_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.StreamGenerateRequest.SerializeToString,
+                response_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.StreamGenerateResponse.FromString,
                 _registered_method=True)
         self.Score = channel.unary_unary(
                 '/mulligan.policy.v1.PolicyService/Score',
@@ -62,25 +73,37 @@ class PolicyServiceStub:
                 request_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GetPolicyRequest.SerializeToString,
                 response_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GetPolicyResponse.FromString,
                 _registered_method=True)
+        self.ListPolicies = channel.unary_unary(
+                '/mulligan.policy.v1.PolicyService/ListPolicies',
+                request_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.ListPoliciesRequest.SerializeToString,
+                response_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.ListPoliciesResponse.FromString,
+                _registered_method=True)
 
 
 class PolicyServiceServicer:
-    """Inference on a language model. Tokens in, tokens out: sampled ids and their log-probabilities reach the trainer
+    """Inference on language models. Tokens in, tokens out: sampled ids and their log-probabilities reach the trainer
     unchanged, and a conversation is never rendered again.
 
+    One service holds several named policies (an actor, a frozen reference, a reflector, an opponent), each with a model
+    of its own; a request without a name is for the default one. What a policy's engine can't do is in its features, and
+    an option that needs an absent one is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
+
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
-    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
-    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
-    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND (UNKNOWN_POLICY), UNAUTHENTICATED
+    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE with a RetryInfo:
+    no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those before them),
+    RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and
+    INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def Generate(self, request, context):
-        """Samples one completion. A cancelled call stops generating. Changes nothing and stores no answer: a repeated call
-        samples again, whatever its request_id. With a seed a repeated call samples the same tokens
+        """Samples completions. A cancelled call, or one whose deadline passes, stops generating. Changes nothing and stores no
+        answer: a repeated call samples again, whatever its request_id. With a seed a repeated call samples the same tokens
         from the same policy version: exactly in deterministic mode, up to floating-point near-ties otherwise.
         INVALID_ARGUMENT EMPTY_PROMPT: metadata `field`; TOKEN_OUT_OF_VOCABULARY: metadata `field` and `index`;
-        PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR.
+        PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR;
+        UNSUPPORTED_OPTION. NOT_FOUND UNKNOWN_ADAPTER: metadata `adapter`.
         FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: a continuation
         was asked of a model whose chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
         """
@@ -88,11 +111,19 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamGenerate(self, request, context):
+        """The same, token by token. The answers of several samples alternate; each sample ends with a message that has a
+        stop_reason. Errors as in Generate; one can also come after the first tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Score(self, request, context):
         """Computes the log-probability of every token of given sequences. Idempotent.
-        INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, with metadata as in Generate.
-        FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`. RESOURCE_EXHAUSTED QUEUE_FULL, with a
-        RetryInfo.
+        INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, UNSUPPORTED_OPTION, with metadata as in
+        Generate. NOT_FOUND UNKNOWN_ADAPTER. FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`.
+        RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,14 +131,21 @@ class PolicyServiceServicer:
 
     def Tokenize(self, request, context):
         """Turns messages into token ids as Generate would. Idempotent.
-        INVALID_ARGUMENT EMPTY_PROMPT, TEMPLATE_ERROR. FAILED_PRECONDITION TEMPLATE_REWRITES_HISTORY.
+        INVALID_ARGUMENT EMPTY_PROMPT, TEMPLATE_ERROR, UNSUPPORTED_OPTION. FAILED_PRECONDITION TEMPLATE_REWRITES_HISTORY.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetPolicy(self, request, context):
-        """Describes the model and the version that serves. Idempotent.
+        """Describes a policy: its model and the version that serves. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListPolicies(self, request, context):
+        """All policies by name. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,6 +158,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateRequest.FromString,
                     response_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateResponse.SerializeToString,
+            ),
+            'StreamGenerate': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamGenerate,
+                    request_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.StreamGenerateRequest.FromString,
+                    response_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.StreamGenerateResponse.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
@@ -136,6 +179,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     request_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GetPolicyRequest.FromString,
                     response_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GetPolicyResponse.SerializeToString,
             ),
+            'ListPolicies': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListPolicies,
+                    request_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.ListPoliciesRequest.FromString,
+                    response_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.ListPoliciesResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'mulligan.policy.v1.PolicyService', rpc_method_handlers)
@@ -145,14 +193,20 @@ def add_PolicyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PolicyService:
-    """Inference on a language model. Tokens in, tokens out: sampled ids and their log-probabilities reach the trainer
+    """Inference on language models. Tokens in, tokens out: sampled ids and their log-probabilities reach the trainer
     unchanged, and a conversation is never rendered again.
 
+    One service holds several named policies (an actor, a frozen reference, a reflector, an opponent), each with a model
+    of its own; a request without a name is for the default one. What a policy's engine can't do is in its features, and
+    an option that needs an absent one is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
+
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
-    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
-    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
-    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND (UNKNOWN_POLICY), UNAUTHENTICATED
+    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE with a RetryInfo:
+    no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those before them),
+    RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and
+    INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     @staticmethod
@@ -172,6 +226,33 @@ class PolicyService:
             '/mulligan.policy.v1.PolicyService/Generate',
             mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateRequest.SerializeToString,
             mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamGenerate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mulligan.policy.v1.PolicyService/StreamGenerate',
+            mulligan_dot_policy_dot_v1_dot_policy__service__pb2.StreamGenerateRequest.SerializeToString,
+            mulligan_dot_policy_dot_v1_dot_policy__service__pb2.StreamGenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -263,70 +344,8 @@ class PolicyService:
             metadata,
             _registered_method=True)
 
-
-class PolicyAdminServiceStub:
-    """Administration of weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's metadata
-    when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise).
-    """
-
-    def __init__(self, channel):
-        """Constructor.
-
-        Args:
-            channel: A grpc.Channel.
-        """
-        self.UpdateWeights = channel.unary_unary(
-                '/mulligan.policy.v1.PolicyAdminService/UpdateWeights',
-                request_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.UpdateWeightsRequest.SerializeToString,
-                response_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.UpdateWeightsResponse.FromString,
-                _registered_method=True)
-
-
-class PolicyAdminServiceServicer:
-    """Administration of weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's metadata
-    when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise).
-    """
-
-    def UpdateWeights(self, request, context):
-        """Loads weights and serves them as `policy_version`. Atomic: on any error the old version keeps serving. Calls that
-        run finish on the version they started with; the update waits for them, and calls that come meanwhile wait for the
-        update: every completion has one version. Idempotent on (policy_version, sha256) while that version serves.
-        Nothing is kept over a restart: the service then serves version 0, and refuses calls with a min_policy_version
-        above it (POLICY_VERSION_TOO_OLD) until it is given the weights again.
-        INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder, symbolic links resolved.
-        NOT_FOUND WEIGHTS_NOT_FOUND.
-        FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, or
-        names, shapes or a fingerprint of another model;
-        VERSION_CONFLICT: the version serves with another checksum, or is not greater than the one that serves; metadata
-        `policy_version`, the one that serves.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-
-def add_PolicyAdminServiceServicer_to_server(servicer, server):
-    rpc_method_handlers = {
-            'UpdateWeights': grpc.unary_unary_rpc_method_handler(
-                    servicer.UpdateWeights,
-                    request_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.UpdateWeightsRequest.FromString,
-                    response_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.UpdateWeightsResponse.SerializeToString,
-            ),
-    }
-    generic_handler = grpc.method_handlers_generic_handler(
-            'mulligan.policy.v1.PolicyAdminService', rpc_method_handlers)
-    server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('mulligan.policy.v1.PolicyAdminService', rpc_method_handlers)
-
-
- # This class is part of an EXPERIMENTAL API.
-class PolicyAdminService:
-    """Administration of weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's metadata
-    when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise).
-    """
-
     @staticmethod
-    def UpdateWeights(request,
+    def ListPolicies(request,
             target,
             options=(),
             channel_credentials=None,
@@ -339,9 +358,9 @@ class PolicyAdminService:
         return grpc.experimental.unary_unary(
             request,
             target,
-            '/mulligan.policy.v1.PolicyAdminService/UpdateWeights',
-            mulligan_dot_policy_dot_v1_dot_policy__service__pb2.UpdateWeightsRequest.SerializeToString,
-            mulligan_dot_policy_dot_v1_dot_policy__service__pb2.UpdateWeightsResponse.FromString,
+            '/mulligan.policy.v1.PolicyService/ListPolicies',
+            mulligan_dot_policy_dot_v1_dot_policy__service__pb2.ListPoliciesRequest.SerializeToString,
+            mulligan_dot_policy_dot_v1_dot_policy__service__pb2.ListPoliciesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -13,48 +13,67 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PolicyServiceStub:
-    """Inference on a language model. Tokens in, tokens out: sampled ids and their log-probabilities reach the trainer
+    """Inference on language models. Tokens in, tokens out: sampled ids and their log-probabilities reach the trainer
     unchanged, and a conversation is never rendered again.
 
+    One service holds several named policies (an actor, a frozen reference, a reflector, an opponent), each with a model
+    of its own; a request without a name is for the default one. What a policy's engine can't do is in its features, and
+    an option that needs an absent one is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
+
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
-    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
-    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
-    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND (UNKNOWN_POLICY), UNAUTHENTICATED
+    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE with a RetryInfo:
+    no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those before them),
+    RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and
+    INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GenerateRequest, _policy_service_pb2.GenerateResponse]
-    """Samples one completion. A cancelled call stops generating. Changes nothing and stores no answer: a repeated call
-    samples again, whatever its request_id. With a seed a repeated call samples the same tokens
+    """Samples completions. A cancelled call, or one whose deadline passes, stops generating. Changes nothing and stores no
+    answer: a repeated call samples again, whatever its request_id. With a seed a repeated call samples the same tokens
     from the same policy version: exactly in deterministic mode, up to floating-point near-ties otherwise.
     INVALID_ARGUMENT EMPTY_PROMPT: metadata `field`; TOKEN_OUT_OF_VOCABULARY: metadata `field` and `index`;
-    PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR.
+    PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR;
+    UNSUPPORTED_OPTION. NOT_FOUND UNKNOWN_ADAPTER: metadata `adapter`.
     FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: a continuation
     was asked of a model whose chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
     """
+    StreamGenerate: _aio.UnaryStreamMultiCallable[_policy_service_pb2.StreamGenerateRequest, _policy_service_pb2.StreamGenerateResponse]
+    """The same, token by token. The answers of several samples alternate; each sample ends with a message that has a
+    stop_reason. Errors as in Generate; one can also come after the first tokens.
+    """
     Score: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ScoreRequest, _policy_service_pb2.ScoreResponse]
     """Computes the log-probability of every token of given sequences. Idempotent.
-    INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, with metadata as in Generate.
-    FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`. RESOURCE_EXHAUSTED QUEUE_FULL, with a
-    RetryInfo.
+    INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, UNSUPPORTED_OPTION, with metadata as in
+    Generate. NOT_FOUND UNKNOWN_ADAPTER. FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`.
+    RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.TokenizeRequest, _policy_service_pb2.TokenizeResponse]
     """Turns messages into token ids as Generate would. Idempotent.
-    INVALID_ARGUMENT EMPTY_PROMPT, TEMPLATE_ERROR. FAILED_PRECONDITION TEMPLATE_REWRITES_HISTORY.
+    INVALID_ARGUMENT EMPTY_PROMPT, TEMPLATE_ERROR, UNSUPPORTED_OPTION. FAILED_PRECONDITION TEMPLATE_REWRITES_HISTORY.
     """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GetPolicyRequest, _policy_service_pb2.GetPolicyResponse]
-    """Describes the model and the version that serves. Idempotent."""
+    """Describes a policy: its model and the version that serves. Idempotent."""
+    ListPolicies: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ListPoliciesRequest, _policy_service_pb2.ListPoliciesResponse]
+    """All policies by name. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN."""
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Inference on a language model. Tokens in, tokens out: sampled ids and their log-probabilities reach the trainer
+    """Inference on language models. Tokens in, tokens out: sampled ids and their log-probabilities reach the trainer
     unchanged, and a conversation is never rendered again.
 
+    One service holds several named policies (an actor, a frozen reference, a reflector, an opponent), each with a model
+    of its own; a request without a name is for the default one. What a policy's engine can't do is in its features, and
+    an option that needs an absent one is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
+
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
-    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
-    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
-    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND (UNKNOWN_POLICY), UNAUTHENTICATED
+    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
+    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE with a RetryInfo:
+    no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those before them),
+    RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and
+    INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     @_abc_1.abstractmethod
@@ -63,13 +82,24 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.GenerateRequest,
         context: _aio.ServicerContext[_policy_service_pb2.GenerateRequest, _abc.Awaitable[_policy_service_pb2.GenerateResponse]],
     ) -> _abc.Awaitable[_policy_service_pb2.GenerateResponse]:
-        """Samples one completion. A cancelled call stops generating. Changes nothing and stores no answer: a repeated call
-        samples again, whatever its request_id. With a seed a repeated call samples the same tokens
+        """Samples completions. A cancelled call, or one whose deadline passes, stops generating. Changes nothing and stores no
+        answer: a repeated call samples again, whatever its request_id. With a seed a repeated call samples the same tokens
         from the same policy version: exactly in deterministic mode, up to floating-point near-ties otherwise.
         INVALID_ARGUMENT EMPTY_PROMPT: metadata `field`; TOKEN_OUT_OF_VOCABULARY: metadata `field` and `index`;
-        PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR.
+        PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR;
+        UNSUPPORTED_OPTION. NOT_FOUND UNKNOWN_ADAPTER: metadata `adapter`.
         FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: a continuation
         was asked of a model whose chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamGenerate(
+        self,
+        request: _policy_service_pb2.StreamGenerateRequest,
+        context: _aio.ServicerContext[_policy_service_pb2.StreamGenerateRequest, _abc.AsyncIterator[_policy_service_pb2.StreamGenerateResponse]],
+    ) -> _abc.AsyncIterator[_policy_service_pb2.StreamGenerateResponse]:
+        """The same, token by token. The answers of several samples alternate; each sample ends with a message that has a
+        stop_reason. Errors as in Generate; one can also come after the first tokens.
         """
 
     @_abc_1.abstractmethod
@@ -79,9 +109,9 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_policy_service_pb2.ScoreRequest, _abc.Awaitable[_policy_service_pb2.ScoreResponse]],
     ) -> _abc.Awaitable[_policy_service_pb2.ScoreResponse]:
         """Computes the log-probability of every token of given sequences. Idempotent.
-        INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, with metadata as in Generate.
-        FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`. RESOURCE_EXHAUSTED QUEUE_FULL, with a
-        RetryInfo.
+        INVALID_ARGUMENT EMPTY_PROMPT, TOKEN_OUT_OF_VOCABULARY, PROMPT_TOO_LONG, UNSUPPORTED_OPTION, with metadata as in
+        Generate. NOT_FOUND UNKNOWN_ADAPTER. FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`.
+        RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
         """
 
     @_abc_1.abstractmethod
@@ -91,7 +121,7 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_policy_service_pb2.TokenizeRequest, _abc.Awaitable[_policy_service_pb2.TokenizeResponse]],
     ) -> _abc.Awaitable[_policy_service_pb2.TokenizeResponse]:
         """Turns messages into token ids as Generate would. Idempotent.
-        INVALID_ARGUMENT EMPTY_PROMPT, TEMPLATE_ERROR. FAILED_PRECONDITION TEMPLATE_REWRITES_HISTORY.
+        INVALID_ARGUMENT EMPTY_PROMPT, TEMPLATE_ERROR, UNSUPPORTED_OPTION. FAILED_PRECONDITION TEMPLATE_REWRITES_HISTORY.
         """
 
     @_abc_1.abstractmethod
@@ -100,52 +130,14 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.GetPolicyRequest,
         context: _aio.ServicerContext[_policy_service_pb2.GetPolicyRequest, _abc.Awaitable[_policy_service_pb2.GetPolicyResponse]],
     ) -> _abc.Awaitable[_policy_service_pb2.GetPolicyResponse]:
-        """Describes the model and the version that serves. Idempotent."""
-
-def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _aio.Server) -> None: ...
-
-class PolicyAdminServiceStub:
-    """Administration of weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's metadata
-    when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise).
-    """
-
-    def __init__(self, channel: _aio.Channel) -> None: ...
-    UpdateWeights: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.UpdateWeightsRequest, _policy_service_pb2.UpdateWeightsResponse]
-    """Loads weights and serves them as `policy_version`. Atomic: on any error the old version keeps serving. Calls that
-    run finish on the version they started with; the update waits for them, and calls that come meanwhile wait for the
-    update: every completion has one version. Idempotent on (policy_version, sha256) while that version serves.
-    Nothing is kept over a restart: the service then serves version 0, and refuses calls with a min_policy_version
-    above it (POLICY_VERSION_TOO_OLD) until it is given the weights again.
-    INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder, symbolic links resolved.
-    NOT_FOUND WEIGHTS_NOT_FOUND.
-    FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, or
-    names, shapes or a fingerprint of another model;
-    VERSION_CONFLICT: the version serves with another checksum, or is not greater than the one that serves; metadata
-    `policy_version`, the one that serves.
-    """
-
-class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Administration of weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's metadata
-    when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise).
-    """
+        """Describes a policy: its model and the version that serves. Idempotent."""
 
     @_abc_1.abstractmethod
-    def UpdateWeights(
+    def ListPolicies(
         self,
-        request: _policy_service_pb2.UpdateWeightsRequest,
-        context: _aio.ServicerContext[_policy_service_pb2.UpdateWeightsRequest, _abc.Awaitable[_policy_service_pb2.UpdateWeightsResponse]],
-    ) -> _abc.Awaitable[_policy_service_pb2.UpdateWeightsResponse]:
-        """Loads weights and serves them as `policy_version`. Atomic: on any error the old version keeps serving. Calls that
-        run finish on the version they started with; the update waits for them, and calls that come meanwhile wait for the
-        update: every completion has one version. Idempotent on (policy_version, sha256) while that version serves.
-        Nothing is kept over a restart: the service then serves version 0, and refuses calls with a min_policy_version
-        above it (POLICY_VERSION_TOO_OLD) until it is given the weights again.
-        INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder, symbolic links resolved.
-        NOT_FOUND WEIGHTS_NOT_FOUND.
-        FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, or
-        names, shapes or a fingerprint of another model;
-        VERSION_CONFLICT: the version serves with another checksum, or is not greater than the one that serves; metadata
-        `policy_version`, the one that serves.
-        """
+        request: _policy_service_pb2.ListPoliciesRequest,
+        context: _aio.ServicerContext[_policy_service_pb2.ListPoliciesRequest, _abc.Awaitable[_policy_service_pb2.ListPoliciesResponse]],
+    ) -> _abc.Awaitable[_policy_service_pb2.ListPoliciesResponse]:
+        """All policies by name. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN."""
 
-def add_PolicyAdminServiceServicer_to_server(servicer: PolicyAdminServiceServicer, server: _aio.Server) -> None: ...
+def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _aio.Server) -> None: ...
