@@ -225,7 +225,8 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Reflection:
-    """`outcome` is of the generation; `reward` is the second attempt's, None until that has one."""
+    """`outcome` is of the generation; `reward` is the second attempt's, None until that has one. `policy` names the
+    policy that wrote it, where that is not the one that is trained."""
 
     reflection_id: str
     text: str
@@ -234,6 +235,7 @@ class Reflection:
     outcome: Outcome
     reward: float | None = None
     error: str = ""
+    policy: str = ""
 
     @property
     def policy_version(self) -> int:

@@ -79,6 +79,16 @@ def weights_kind_from_proto(kind: policy_admin_service_pb2.WeightsKind.ValueType
     return _WEIGHTS_BACK[kind]
 
 
+def canary_to_proto(probes: Iterable[types.CanaryProbe]) -> list[policy_admin_service_pb2.CanaryProbe]:
+    return [
+        policy_admin_service_pb2.CanaryProbe(token_ids=probe.token_ids, log_probs=probe.log_probs) for probe in probes
+    ]
+
+
+def canary_from_proto(probes: Iterable[policy_admin_service_pb2.CanaryProbe]) -> tuple[types.CanaryProbe, ...]:
+    return tuple(types.CanaryProbe(tuple(probe.token_ids), tuple(probe.log_probs)) for probe in probes)
+
+
 def spans_to_proto(spans: Iterable[types.VersionSpan]) -> list[experience_pb2.VersionSpan]:
     return [
         experience_pb2.VersionSpan(policy_version=span.policy_version, token_count=span.token_count) for span in spans
@@ -162,6 +172,7 @@ def reflection_to_proto(reflection: types.Reflection) -> experience_pb2.Reflecti
         outcome=_OUTCOMES[reflection.outcome],
         reward=reflection.reward,
         error=reflection.error,
+        policy=reflection.policy,
     )
 
 
@@ -174,6 +185,7 @@ def reflection_from_proto(reflection: experience_pb2.Reflection) -> types.Reflec
         outcome=_OUTCOMES_BACK[reflection.outcome],
         reward=reflection.reward if reflection.HasField("reward") else None,
         error=reflection.error,
+        policy=reflection.policy,
     )
 
 

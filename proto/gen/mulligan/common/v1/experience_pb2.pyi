@@ -237,7 +237,7 @@ Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
 
 @_typing.final
 class Reflection(_message.Message):
-    """What the policy wrote about a failed first attempt."""
+    """What a policy wrote about a failed first attempt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -248,6 +248,7 @@ class Reflection(_message.Message):
     OUTCOME_FIELD_NUMBER: _builtins.int
     REWARD_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     reflection_id: _builtins.str
     text: _builtins.str
     """The rules that the second attempt is given."""
@@ -256,6 +257,10 @@ class Reflection(_message.Message):
     reward: _builtins.float
     """The second attempt's reward. Present when the second attempt has one."""
     error: _builtins.str
+    policy: _builtins.str
+    """Name of the policy that wrote it, where that is not the one that is trained. The versions in `sequences` are its
+    own; where it gives no token ids, the segments hold none.
+    """
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSequence]: ...
     def __init__(
@@ -268,10 +273,11 @@ class Reflection(_message.Message):
         outcome: _outcome_pb2.Outcome.ValueType = ...,
         reward: _builtins.float | None = ...,
         error: _builtins.str = ...,
+        policy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "reward", b"reward"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "error", b"error", "outcome", b"outcome", "reflection_id", b"reflection_id", "reward", b"reward", "sequences", b"sequences", "temperature", b"temperature", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "error", b"error", "outcome", b"outcome", "policy", b"policy", "reflection_id", b"reflection_id", "reward", b"reward", "sequences", b"sequences", "temperature", b"temperature", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__reward: _TypeAlias = _typing.Literal["reward"]  # noqa: Y015
     _WhichOneofArgType__reward: _TypeAlias = _typing.Literal["_reward", b"_reward"]  # noqa: Y015

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from mulligan.policy.v1 import policy_admin_service_pb2 as _policy_admin_service_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -879,12 +880,19 @@ class PublishWeightsResponse(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
+    CANARY_FIELD_NUMBER: _builtins.int
     uri: _builtins.str
     """As in PolicyAdminService.UpdateWeights."""
     sha256: _builtins.str
     fingerprint: _builtins.str
     lora: _builtins.bool
     """Whether the file holds a LoRA adapter."""
+    @_builtins.property
+    def canary(self) -> _containers.RepeatedCompositeFieldContainer[_policy_admin_service_pb2.CanaryProbe]:
+        """For PolicyAdminService.UpdateWeights: the learner's own forward pass, under the weights as the file holds them, over
+        sequences that depend on the model alone.
+        """
+
     def __init__(
         self,
         *,
@@ -892,10 +900,11 @@ class PublishWeightsResponse(_message.Message):
         sha256: _builtins.str = ...,
         fingerprint: _builtins.str = ...,
         lora: _builtins.bool = ...,
+        canary: _abc.Iterable[_policy_admin_service_pb2.CanaryProbe] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "lora", b"lora", "sha256", b"sha256", "uri", b"uri"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "fingerprint", b"fingerprint", "lora", b"lora", "sha256", b"sha256", "uri", b"uri"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

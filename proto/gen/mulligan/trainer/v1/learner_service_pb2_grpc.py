@@ -187,8 +187,8 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PublishWeights(self, request, context):
-        """Writes the present weights where the policy service can read them. Idempotent on policy_version while the weights
-        are the same. The server keeps the versions that were published last.
+        """Writes the present weights where the policy service can read them, and computes what its canary is compared with.
+        Idempotent on policy_version while the weights are the same. The server keeps the versions that were published last.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,8 +62,8 @@ class LearnerServiceStub:
     CHECKPOINT_MISMATCH: it belongs to another model or is damaged. Both have metadata `name`.
     """
     PublishWeights: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.PublishWeightsRequest, _learner_service_pb2.PublishWeightsResponse]
-    """Writes the present weights where the policy service can read them. Idempotent on policy_version while the weights
-    are the same. The server keeps the versions that were published last.
+    """Writes the present weights where the policy service can read them, and computes what its canary is compared with.
+    Idempotent on policy_version while the weights are the same. The server keeps the versions that were published last.
     """
 
 class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -168,8 +168,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.PublishWeightsRequest,
         context: _aio.ServicerContext[_learner_service_pb2.PublishWeightsRequest, _abc.Awaitable[_learner_service_pb2.PublishWeightsResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.PublishWeightsResponse]:
-        """Writes the present weights where the policy service can read them. Idempotent on policy_version while the weights
-        are the same. The server keeps the versions that were published last.
+        """Writes the present weights where the policy service can read them, and computes what its canary is compared with.
+        Idempotent on policy_version while the weights are the same. The server keeps the versions that were published last.
         """
 
 def add_LearnerServiceServicer_to_server(servicer: LearnerServiceServicer, server: _aio.Server) -> None: ...

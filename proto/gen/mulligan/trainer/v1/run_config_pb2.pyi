@@ -112,6 +112,7 @@ class RunConfig(_message.Message):
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
     CHECKPOINT_EVERY_FIELD_NUMBER: _builtins.int
     KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    POLICIES_FIELD_NUMBER: _builtins.int
     environment: _builtins.str
     """Name of an environment at the environment service. Required."""
     steps: _builtins.int
@@ -138,6 +139,8 @@ class RunConfig(_message.Message):
     def optimizer(self) -> _learner_service_pb2.OptimizerConfig: ...
     @_builtins.property
     def evaluation(self) -> Global___EvaluationConfig: ...
+    @_builtins.property
+    def policies(self) -> Global___PoliciesConfig: ...
     def __init__(
         self,
         *,
@@ -153,10 +156,11 @@ class RunConfig(_message.Message):
         deterministic: _builtins.bool | None = ...,
         checkpoint_every: _builtins.int | None = ...,
         keep_checkpoints: _builtins.int | None = ...,
+        policies: Global___PoliciesConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "rollout", b"rollout", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "environment", b"environment", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "rollout", b"rollout", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "environment", b"environment", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
@@ -180,6 +184,43 @@ class RunConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
 
 Global___RunConfig: _TypeAlias = RunConfig  # noqa: Y015
+
+@_typing.final
+class PoliciesConfig(_message.Message):
+    """Policies of the policy service, by name."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTOR_FIELD_NUMBER: _builtins.int
+    REFLECTOR_FIELD_NUMBER: _builtins.int
+    actor: _builtins.str
+    """Plays the attempts and is trained; it gives token ids and log-probabilities, takes weights, and serves the model
+    that the run trains. Default "", the service's default policy.
+    """
+    reflector: _builtins.str
+    """Writes the reflections, on any model. They are not trained on: the branch "reflection" is left out. Default "", the
+    actor itself, whose reflections are trained on.
+    """
+    def __init__(
+        self,
+        *,
+        actor: _builtins.str | None = ...,
+        reflector: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_actor", b"_actor", "_reflector", b"_reflector", "actor", b"actor", "reflector", b"reflector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actor", b"_actor", "_reflector", b"_reflector", "actor", b"actor", "reflector", b"reflector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__actor: _TypeAlias = _typing.Literal["actor"]  # noqa: Y015
+    _WhichOneofArgType__actor: _TypeAlias = _typing.Literal["_actor", b"_actor"]  # noqa: Y015
+    _WhichOneofReturnType__reflector: _TypeAlias = _typing.Literal["reflector"]  # noqa: Y015
+    _WhichOneofArgType__reflector: _TypeAlias = _typing.Literal["_reflector", b"_reflector"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__actor) -> _WhichOneofReturnType__actor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reflector) -> _WhichOneofReturnType__reflector | None: ...
+
+Global___PoliciesConfig: _TypeAlias = PoliciesConfig  # noqa: Y015
 
 @_typing.final
 class AlgorithmConfig(_message.Message):

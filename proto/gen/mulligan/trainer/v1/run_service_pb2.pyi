@@ -534,6 +534,7 @@ class EvaluateRequest(_message.Message):
     SUCCESS_THRESHOLD_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
     environment: _builtins.str
     seed: _builtins.int
     """Default 0."""
@@ -542,9 +543,11 @@ class EvaluateRequest(_message.Message):
     max_tokens: _builtins.int
     """Sampled tokens of one turn, at most. Default 1024."""
     run_id: _builtins.str
-    """Publishes this run's last checkpoint to the policy first. The policy as it serves when empty.
+    """Publishes this run's last checkpoint to its actor first, and measures that. The policy as it serves when empty.
     NOT_FOUND UNKNOWN_RUN, CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION LEARNER_OWNED: the server trains a run.
     """
+    policy: _builtins.str
+    """Name of any policy of the policy service, also one without token ids; the default one when empty. Not with run_id."""
     @_builtins.property
     def config(self) -> _run_config_pb2.EvaluationConfig:
         """`every` means nothing here."""
@@ -558,10 +561,11 @@ class EvaluateRequest(_message.Message):
         success_threshold: _builtins.float | None = ...,
         max_tokens: _builtins.int | None = ...,
         run_id: _builtins.str = ...,
+        policy: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_success_threshold", b"_success_threshold", "config", b"config", "max_tokens", b"max_tokens", "seed", b"seed", "success_threshold", b"success_threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_success_threshold", b"_success_threshold", "config", b"config", "environment", b"environment", "max_tokens", b"max_tokens", "run_id", b"run_id", "seed", b"seed", "success_threshold", b"success_threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens", "_seed", b"_seed", "_success_threshold", b"_success_threshold", "config", b"config", "environment", b"environment", "max_tokens", b"max_tokens", "policy", b"policy", "run_id", b"run_id", "seed", b"seed", "success_threshold", b"success_threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015

@@ -144,10 +144,11 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Evaluate(self, request, context):
-        """Measures first attempts, without reflection in context, of the policy as it serves now, or of a run's last checkpoint. Takes as long as the
-        attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
-        INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. UNAVAILABLE SERVICE_UNAVAILABLE: a service
-        that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
+        """Measures first attempts, without reflection in context, of a policy as it serves now, or of a run's last checkpoint.
+        Takes as long as the attempts do: minutes for a large model. Not idempotent, harmless to repeat.
+        NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
+        UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt
+        could be finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,10 +48,11 @@ class RunServiceStub:
     trains another run, metadata `run_id`.
     """
     Evaluate: _aio.UnaryUnaryMultiCallable[_run_service_pb2.EvaluateRequest, _run_service_pb2.EvaluateResponse]
-    """Measures first attempts, without reflection in context, of the policy as it serves now, or of a run's last checkpoint. Takes as long as the
-    attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
-    INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. UNAVAILABLE SERVICE_UNAVAILABLE: a service
-    that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
+    """Measures first attempts, without reflection in context, of a policy as it serves now, or of a run's last checkpoint.
+    Takes as long as the attempts do: minutes for a large model. Not idempotent, harmless to repeat.
+    NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
+    UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt
+    could be finished.
     """
     ListExperiences: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListExperiencesRequest, _run_service_pb2.ListExperiencesResponse]
     """Pages through the journaled experiences of a run, in the order of (step, task, rollout). NOT_FOUND UNKNOWN_RUN.
@@ -134,10 +135,11 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.EvaluateRequest,
         context: _aio.ServicerContext[_run_service_pb2.EvaluateRequest, _abc.Awaitable[_run_service_pb2.EvaluateResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.EvaluateResponse]:
-        """Measures first attempts, without reflection in context, of the policy as it serves now, or of a run's last checkpoint. Takes as long as the
-        attempts do: minutes for a large model. Not idempotent, harmless to repeat. NOT_FOUND UNKNOWN_ENVIRONMENT.
-        INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`. UNAVAILABLE SERVICE_UNAVAILABLE: a service
-        that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
+        """Measures first attempts, without reflection in context, of a policy as it serves now, or of a run's last checkpoint.
+        Takes as long as the attempts do: minutes for a large model. Not idempotent, harmless to repeat.
+        NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
+        UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt
+        could be finished.
         """
 
     @_abc_1.abstractmethod
