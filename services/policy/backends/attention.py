@@ -154,6 +154,11 @@ class SlotCache:
             for tensor in store.values():
                 tensor[target, :, :length] = tensor[source, :, :length]
 
+    def close(self) -> None:
+        """Frees the memory. Nothing may use it any longer."""
+        self.keys.clear()
+        self.values.clear()
+
 
 class _Group:
     """Requests that attend together: their queries padded to Q, their keys read up to L.

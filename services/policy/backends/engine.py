@@ -1,23 +1,28 @@
 """The thread that owns the model: takes requests from the event loop and runs them together, pass by pass.
 
-New requests join between two forward passes. An update of the weights waits until what runs has finished, while
-requests that come later wait for the update: so each completion has one version, and nothing is cut short.
+New requests join between two forward passes. A pause, in which weights are changed, begins when all that was submitted
+before it has finished, and what is submitted later waits for its end: so each completion has one version of the
+weights, and nothing is cut short.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import itertools
+import math
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 from services.common.errors import DomainError, Reason
+from services.common.types import VersionSpan
 from services.policy.backend import Sampled
 from services.policy.backends.runner import Request, Runner
 
@@ -27,86 +32,154 @@ _RETRY_AFTER = timedelta(milliseconds=200)
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """One thing to do, and the future that waits for it. One of request, steps and exclusive is set.
+    """One thing to do: a request, steps, or, with neither, a pause.
 
-    `steps` is done a step at a time between forward passes, `exclusive` alone, when nothing runs.
+    Steps are done one at a time between forward passes; urgent ones before what waits, even during a pause.
     """
 
-    future: asyncio.Future[Any]
+    future: asyncio.Future[Any]  # of the answer, or of the beginning of the pause
     request: Request | None = None
     steps: Iterator[Any] | None = None
-    exclusive: Callable[[], Any] | None = None
+    urgent: bool = False
+    priority: int = 0  # greater goes first
+    parts: asyncio.Queue[Sampled | BaseException] | None = None  # where a stream's answer goes instead
     results: list[Any] = field(default_factory=list)  # of `steps`, so far
-    cancelled: bool = False
+    over: bool = False  # nobody waits for it any longer; a pause ends
+
+    def resolve(self, result: Any) -> None:
+        if self.parts is not None:
+            self.parts.put_nowait(result)
+        elif not self.future.done():
+            self.future.set_result(result)
+
+    def reject(self, error: BaseException) -> None:
+        if self.parts is not None:
+            self.parts.put_nowait(error)
+        elif not self.future.done():
+            self.future.set_exception(error)
 
 
 class Engine:
-    """Created on the event loop that will use it. All methods are called there; the rest runs in the thread."""
+    """Created on the event loop that will use it. All methods are called there; the rest runs in the thread.
 
-    def __init__(self, runner: Runner, *, max_batch: int, max_queue: int, batch_wait: float):
+    `prepare` is called first in the thread.
+    """
+
+    def __init__(
+        self, runner: Runner, *, max_batch: int, max_queue: int, batch_wait: float, prepare: Callable[[], None]
+    ):
         self._runner, self._max_batch, self._max_pending = runner, max_batch, max_batch + max_queue
-        self._batch_wait = batch_wait
+        self._batch_wait, self._prepare = batch_wait, prepare
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self.compute_seconds = 0.0  # in the model; changed by the thread alone
         self.pending = 0  # requests that run or wait; changed on the event loop
-        self._waiting: deque[_Work] = deque()  # from here on in the thread
+        self._closed = False  # changed on the event loop
+        # From here on in the thread. Work waits in the order of the pauses before it, its priority and its arrival.
+        self._waiting: list[tuple[int, float, int, _Work]] = []
+        self._pauses, self._arrivals = 0, itertools.count()
+        self._urgent: deque[_Work] = deque()
         self._scoring: deque[_Work] = deque()
         self._active: dict[Request, _Work] = {}
+        self._streaming: dict[Request, _Work] = {}  # those of `_active` whose answer is taken in parts
+        self._pause: _Work | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="policy-engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, request: Request) -> Sampled:
-        """Raises DomainError QUEUE_FULL."""
-        self._admit()
-        result: Sampled = await self._do(_Work(self._loop.create_future(), request=request))
-        return result
+    async def generate(self, request: Request, priority: int = 0) -> Sampled:
+        """Raises DomainError QUEUE_FULL, ENGINE_UNAVAILABLE."""
+        with self._admitted():
+            work = _Work(self._loop.create_future(), request=request, priority=priority)
+            result: Sampled = await self._do(work)
+            return result
+
+    async def stream(self, request: Request, priority: int = 0) -> AsyncIterator[Sampled]:
+        """The same in parts: each is what was sampled since the last was taken."""
+        with self._admitted():
+            parts: asyncio.Queue[Sampled | BaseException] = asyncio.Queue()
+            work = _Work(self._loop.create_future(), request=request, priority=priority, parts=parts)
+            self._submit(work)
+            finished = False
+            try:
+                while not finished:
+                    part = await parts.get()
+                    while not parts.empty() and isinstance(part, Sampled):
+                        part = _joined(part, parts.get_nowait())
+                    finished = not isinstance(part, Sampled) or part.stop_reason is not None
+                    if not isinstance(part, Sampled):
+                        raise part
+                    yield part
+            finally:
+                if not finished:
+                    self._withdraw(work)
 
     async def in_steps(self, steps: Iterator[T]) -> list[T]:
-        """Runs an iterator in the thread, other requests in between; returns what it yielded. Raises QUEUE_FULL."""
-        self._admit()
-        result: list[T] = await self._do(_Work(self._loop.create_future(), steps=steps))
+        """Runs an iterator in the thread, other requests in between; returns what it yielded. Raises as `generate`."""
+        with self._admitted():
+            result: list[T] = await self._do(_Work(self._loop.create_future(), steps=steps))
+            return result
+
+    async def urgently(self, steps: Iterator[T]) -> list[T]:
+        """The same, but before all that waits, even during a pause and when the queue is full. One after the other."""
+        result: list[T] = await self._do(_Work(self._loop.create_future(), steps=steps, urgent=True))
         return result
 
-    async def exclusively(self, action: Callable[[], T]) -> T:
-        """Runs this in the thread once all that was submitted before has finished, before anything submitted later."""
-        self.pending += 1
-        result: T = await self._do(_Work(self._loop.create_future(), exclusive=action))
-        return result
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Begins once all that was submitted before has finished. What is submitted later waits for its end."""
+        work = _Work(self._loop.create_future())
+        await self._do(work)
+        try:
+            yield
+        finally:
+            self._withdraw(work)
 
     async def close(self) -> None:
-        """Fails whatever has not finished."""
+        """Fails whatever has not finished, and what is asked later."""
+        self._closed = True
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    def _admit(self) -> None:
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
         if self.pending >= self._max_pending:
             raise DomainError(
                 Reason.QUEUE_FULL, f"{self.pending} requests run or wait already", retry_after=_RETRY_AFTER
             )
         self.pending += 1
-
-    async def _do(self, work: _Work) -> Any:
-        self._inbox.put(work)
         try:
-            return await work.future
-        except asyncio.CancelledError:
-            work.cancelled = True
-            self._inbox.put(work)
-            raise
+            yield
         finally:
             self.pending -= 1
 
+    async def _do(self, work: _Work) -> Any:
+        self._submit(work)
+        try:
+            return await work.future
+        except asyncio.CancelledError:
+            self._withdraw(work)
+            raise
+
+    def _submit(self, work: _Work) -> None:
+        if self._closed:
+            raise _shut_down()
+        self._inbox.put(work)
+
+    def _withdraw(self, work: _Work) -> None:
+        work.over = True
+        self._inbox.put(work)
+
     def _run(self) -> None:
+        self._prepare()
         while not self._closing:
-            idle = not (self._active or self._waiting or self._scoring)
-            self._receive(wait=idle)
+            blocked = self._pause is not None or not self._waiting
+            self._receive(wait=blocked and not (self._active or self._scoring or self._urgent))
             try:
                 self._advance()
             except Exception as error:  # noqa: BLE001 - a failed pass fails its requests, not the service
                 self._fail(error)
-        self._fail(RuntimeError("the policy is shutting down"))
+        self._fail(_shut_down())
 
     def _receive(self, *, wait: bool) -> None:
         """Takes what has arrived. When idle it waits for the first, and a moment for those that come with it."""
@@ -127,74 +200,97 @@ class Engine:
     def _file(self, work: _Work | None) -> None:
         if work is None:
             self._closing = True
-        elif not work.cancelled:
-            self._waiting.append(work)
+        elif work.over:
+            self._drop(work)
+        elif work.urgent:
+            self._urgent.append(work)
+        else:
+            is_pause = work.request is None and work.steps is None
+            order = math.inf if is_pause else -work.priority
+            heapq.heappush(self._waiting, (self._pauses, order, next(self._arrivals), work))
+            self._pauses += is_pause
+
+    def _drop(self, work: _Work) -> None:
+        if work is self._pause:
+            self._pause = None
         elif work.request is not None and self._active.pop(work.request, None) is not None:
+            self._streaming.pop(work.request, None)
             self._runner.cancel(work.request)
 
     def _advance(self) -> None:
-        """Starts what may start, then does one forward pass and one step of scoring."""
-        while self._waiting and not self._closing:
-            work = self._waiting[0]
-            if work.exclusive is not None and not work.cancelled:
-                if self._active or self._scoring:
-                    break
-                self._waiting.popleft()
-                self._perform(work)
-                continue
-            if work.request is not None and len(self._active) >= self._max_batch:
-                break
-            self._waiting.popleft()
-            if work.cancelled:
+        """Starts what may start, then does one forward pass and one step of each kind."""
+        start = time.perf_counter()
+        if self._urgent:
+            self._step(self._urgent)
+        self._start_waiting()
+        if self._active:
+            finished = [(self._active.pop(request), sampled) for request, sampled in self._runner.step()]
+            if self._streaming:
+                finished += self._take_parts(finished)
+            self._deliver(finished)
+        if self._scoring:
+            self._step(self._scoring)
+        self.compute_seconds += time.perf_counter() - start
+
+    def _start_waiting(self) -> None:
+        while self._waiting and self._pause is None and not self._closing:
+            work = self._waiting[0][-1]
+            if work.request is not None:
+                if len(self._active) >= self._max_batch and not work.over:
+                    return
+            elif work.steps is None and (self._active or self._scoring) and not work.over:
+                return
+            heapq.heappop(self._waiting)
+            if work.over:
                 continue
             if work.request is not None:
                 self._active[work.request] = work
+                if work.parts is not None:
+                    self._streaming[work.request] = work
                 self._runner.admit(work.request)
-            else:
+            elif work.steps is not None:
                 self._scoring.append(work)
-        start = time.perf_counter()
-        if self._active:
-            finished = self._runner.step()
-            self._deliver([(self._active.pop(request), sampled) for request, sampled in finished])
-        if self._scoring:
-            self._score_step()
-        self.compute_seconds += time.perf_counter() - start
+            else:
+                self._pause = work
+                self._deliver([(work, None)])
 
-    def _perform(self, work: _Work) -> None:
-        assert work.exclusive is not None
-        try:
-            self._deliver([(work, work.exclusive())])
-        except Exception as error:  # noqa: BLE001 - it belongs to the caller
-            self._deliver_error([work], error)
+    def _take_parts(self, finished: list[tuple[_Work, Sampled]]) -> list[tuple[_Work, Sampled]]:
+        """What the streams that go on have sampled since the last pass."""
+        for work, _ in finished:
+            assert work.request is not None
+            self._streaming.pop(work.request, None)
+        parts = [(work, self._runner.take_part(request)) for request, work in self._streaming.items()]
+        return [(work, part) for work, part in parts if part is not None]
 
-    def _score_step(self) -> None:
-        work = self._scoring[0]
-        if work.cancelled:
-            self._scoring.popleft()
+    def _step(self, works: deque[_Work]) -> None:
+        """One step of the first of these works."""
+        work = works[0]
+        if work.over:
+            works.popleft()
             return
         assert work.steps is not None
         try:
             results = list(itertools.islice(work.steps, 1))
         except Exception as error:  # noqa: BLE001 - it belongs to the caller
-            self._scoring.popleft()
+            works.popleft()
             self._deliver_error([work], error)
             return
         work.results.extend(results)
         if not results:
-            self._scoring.popleft()
+            works.popleft()
             self._deliver([(work, work.results)])
 
     def _fail(self, error: BaseException) -> None:
-        works = [*self._active.values(), *self._scoring, *self._waiting]
+        waiting = [work for *_, work in self._waiting]
+        works = [*self._active.values(), *self._scoring, *self._urgent, *waiting]
         for request in self._active:
             self._runner.cancel(request)
-        self._active.clear()
-        self._scoring.clear()
-        self._waiting.clear()
+        for kept in (self._active, self._streaming, self._scoring, self._urgent, self._waiting):
+            kept.clear()
         self._deliver_error(works, error)
 
     def _deliver(self, results: list[tuple[_Work, Any]]) -> None:
-        """Wakes the event loop once for all that one pass finished."""
+        """Wakes the event loop once for all that one pass brought."""
         if results:
             self._loop.call_soon_threadsafe(_resolve, results)
 
@@ -205,11 +301,27 @@ class Engine:
 
 def _resolve(results: list[tuple[_Work, Any]]) -> None:
     for work, result in results:
-        if not work.future.done():
-            work.future.set_result(result)
+        work.resolve(result)
 
 
 def _reject(works: list[_Work], error: BaseException) -> None:
     for work in works:
-        if not work.future.done():
-            work.future.set_exception(error)
+        work.reject(error)
+
+
+def _joined(first: Sampled, second: Sampled | BaseException) -> Sampled | BaseException:
+    """Two parts of one stream as one; they are of one version, since weights change when nothing runs."""
+    if not isinstance(second, Sampled):
+        return second
+    (before,), (after,) = first.policy_versions, second.policy_versions
+    count = before.token_count + after.token_count
+    return Sampled(
+        first.token_ids + second.token_ids,
+        first.log_probs + second.log_probs,
+        second.stop_reason,
+        (VersionSpan(after.policy_version, count),),
+    )
+
+
+def _shut_down() -> DomainError:
+    return DomainError(Reason.ENGINE_UNAVAILABLE, "the model is being closed", retry_after=_RETRY_AFTER)

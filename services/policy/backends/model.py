@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
+from services.common.fingerprint import model_fingerprint
 from services.policy.backend import UnsupportedModel
 from services.policy.backends import attention
-from services.policy.config import PolicySettings
+from services.policy.config import ModelSettings
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Largest difference between log-probabilities of this engine and of the model's own code: float32, and the others.
@@ -25,25 +26,25 @@ _LOW_PRECISION_TOLERANCE = 0.25
 _SCORE_LOGITS = 2**26
 
 
-def source_of(settings: PolicySettings) -> str:
+def source_of(settings: ModelSettings) -> str:
     return str(models.EMBEDDED) if settings.model == "embedded" else settings.model
 
 
 class Model:
     """Raises UnsupportedModel, when loaded, for a model that it would not compute exactly as transformers does."""
 
-    def __init__(self, settings: PolicySettings):
+    def __init__(self, settings: ModelSettings):
         self.source = source_of(settings)
         self._score_logits = 0 if settings.deterministic else _SCORE_LOGITS
         self.device = _device(settings.device)
-        self.dtype = _dtype(settings.dtype, self.device)
+        self._wanted_dtype = _dtype(settings.dtype, self.device)
         self.tokenizer = self._load_tokenizer()
         self.module = self.load_weights()
         try:
             self.module.to(self.device)
         except (RuntimeError, AssertionError) as error:  # what torch raises for a device that is not there, or is full
             raise UnsupportedModel(f"{self.source} cannot be put on the device {self.device}: {error}") from error
-        self.dtype = next(self.module.parameters()).dtype
+        self.dtype: torch.dtype = next(self.module.parameters()).dtype
         self.config = self.module.config.get_text_config()
         own = int(getattr(self.config, "max_position_embeddings", 0) or 0)
         self.context_length = min(filter(None, (settings.context_length, own)), default=0)
@@ -52,15 +53,22 @@ class Model:
         self.vocabulary_size = int(self.config.vocab_size)
         self._refuse_other_layers()
         self.layers = self._check()
+        self.fingerprint = model_fingerprint(self.module, self.tokenizer)
 
     def load_weights(self) -> Any:
         """The module with the weights that the model came with, on the CPU."""
-        dtype = "auto" if self.dtype is None else self.dtype
+        dtype = "auto" if self._wanted_dtype is None else self._wanted_dtype
         try:
             module = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype)
         except (OSError, ValueError) as error:
             raise UnsupportedModel(f"{self.source} cannot be loaded: {error}") from error
         return module.eval().requires_grad_(False)
+
+    def close(self) -> None:
+        """Frees the memory of the weights. Nothing may use them any longer."""
+        self.module.to("meta")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _load_tokenizer(self) -> Any:
         try:
@@ -131,7 +139,7 @@ class Model:
             raise UnsupportedModel(f"{self.source} does not run with another attention function: {error}") from error
         last = torch.log_softmax(expected[:, -1].float(), -1)
         difference = (torch.log_softmax(found.float(), -1) - last).abs().max().item()
-        tolerance = _TOLERANCE.get(self.dtype or torch.float32, _LOW_PRECISION_TOLERANCE)
+        tolerance = _TOLERANCE.get(self.dtype, _LOW_PRECISION_TOLERANCE)
         if not difference <= tolerance:
             raise UnsupportedModel(
                 f"{self.source} gives other log-probabilities here than in transformers, by up to {difference:.3g}"
@@ -159,7 +167,7 @@ class Model:
     def _packed_logits(self, rows: Any, layers: dict[int, attention.LayerShape]) -> torch.Tensor:
         """Logits [2, V] after both rows, computed in three passes of unlike lengths."""
         length = rows.shape[1]
-        cache = attention.SlotCache(layers, 2, length, self.dtype or torch.float32, self.device)
+        cache = attention.SlotCache(layers, 2, length, self.dtype, self.device)
         slots_R = np.array([0, 1])
         past_R = np.zeros(2, dtype=np.int64)
         for first, second in ((length // 2, 1), (length - length // 2 - 1, length - 2), (1, 1)):

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.common.types import SamplingParams, StopReason
+from services.common.types import SamplingParams, StopReason, VersionSpan
 from services.policy.backend import Sampled
 from services.policy.backends import attention, sampling
 
@@ -28,12 +28,13 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A prompt to sample after. `slot` is set while it runs."""
+    """A prompt to sample after. `slot` is set while it runs; `taken` tokens were answered in parts already."""
 
     prompt: Sequence[int]
     sampling: SamplingParams
     seed: int
     slot: int = field(default=-1, init=False)
+    taken: int = field(default=0, init=False)
 
 
 class Runner:
@@ -70,6 +71,7 @@ class Runner:
         self._top_k = np.zeros(slots, dtype=np.int64)
         self._stream = np.zeros(slots, dtype=np.uint64)
         self._has_stop = np.zeros(slots, dtype=bool)
+        self._has_stop_token = np.zeros(slots, dtype=bool)
 
     @property
     def running(self) -> int:
@@ -94,6 +96,7 @@ class Runner:
         self._temperature[slot], self._top_p[slot], self._top_k[slot] = params.temperature, params.top_p, params.top_k
         self._stream[slot] = sampling.stream(request.seed)
         self._has_stop[slot] = bool(params.stop)
+        self._has_stop_token[slot] = bool(params.stop_token_ids)
         self._touch(slot)
 
     def cancel(self, request: Request) -> None:
@@ -107,7 +110,10 @@ class Runner:
         self._used[:] = -1
 
     def step(self) -> list[tuple[Request, Sampled]]:
-        """One forward pass, with one new token for each request whose prompt is complete. Returns what finished."""
+        """One forward pass, with one new token for each request whose prompt is complete.
+
+        Returns what finished, without what was taken in parts.
+        """
         slots_R = np.flatnonzero(self._running)
         pasts_R = self._cached[slots_R]
         counts_R = self._known[slots_R] - pasts_R
@@ -148,32 +154,48 @@ class Runner:
         self._known[slots_S] = known_S + 1
         ended_S = np.isin(tokens_S, self._end_of_turn)
         full_S = known_S + 1 >= self._limit[slots_S]
-        done_S = ended_S | full_S
-        stopped_S = np.zeros(len(slots_S), dtype=bool)
-        for index in np.flatnonzero(self._has_stop[slots_S] & ~ended_S):
-            stopped_S[index] = self._found_stop(int(slots_S[index]))
-        done_S |= stopped_S
-        return [
-            self._finish(int(slots_S[index]), bool(ended_S[index]), bool(stopped_S[index]))
-            for index in np.flatnonzero(done_S)
-        ]
+        watched_S = self._has_stop[slots_S] | self._has_stop_token[slots_S]
+        finished = []
+        for index in np.flatnonzero(ended_S | full_S | watched_S):
+            slot = int(slots_S[index])
+            reason = StopReason.END_OF_TURN if ended_S[index] else self._stop_reason(slot, int(tokens_S[index]))
+            if reason is not None:
+                finished.append(self._finish(slot, reason))
+        return finished
 
-    def _finish(self, slot: int, ended: bool, stopped: bool) -> tuple[Request, Sampled]:
+    def _stop_reason(self, slot: int, token: int) -> StopReason | None:
+        """Why the slot's request ends with this token, the last that it sampled; None if it goes on."""
         request = self._requests[slot]
         assert request is not None
-        begin, end = int(self._prompt[slot]), int(self._known[slot])
-        if ended:
-            reason = StopReason.END_OF_TURN
-        elif stopped:
-            reason = StopReason.STOP_STRING
-        elif end - begin >= request.sampling.max_tokens:
-            reason = StopReason.MAX_TOKENS
-        else:
-            reason = StopReason.CONTEXT_FULL
+        if token in request.sampling.stop_token_ids:
+            return StopReason.STOP_TOKEN
+        if self._has_stop[slot] and self._found_stop(slot):
+            return StopReason.STOP_STRING
+        if self._known[slot] < self._limit[slot]:
+            return None
+        sampled = int(self._known[slot] - self._prompt[slot])
+        return StopReason.MAX_TOKENS if sampled >= request.sampling.max_tokens else StopReason.CONTEXT_FULL
+
+    def take_part(self, request: Request) -> Sampled | None:
+        """What a running request has sampled since its last part, if anything."""
+        slot = request.slot
+        begin, end = int(self._prompt[slot]) + request.taken, int(self._known[slot])
+        if begin == end:
+            return None
+        request.taken += end - begin
+        return self._sampled(slot, begin, end, None)
+
+    def _finish(self, slot: int, reason: StopReason) -> tuple[Request, Sampled]:
+        request = self._requests[slot]
+        assert request is not None
+        begin, end = int(self._prompt[slot]) + request.taken, int(self._known[slot])
+        self._free(request)
+        return request, self._sampled(slot, begin, end, reason)
+
+    def _sampled(self, slot: int, begin: int, end: int, reason: StopReason | None) -> Sampled:
         token_ids = tuple(self._tokens[slot, begin:end].tolist())
         log_probs = tuple(self._log_probs[slot, begin:end].tolist())
-        self._free(request)
-        return request, Sampled(token_ids, log_probs, reason, self.version)
+        return Sampled(token_ids, log_probs, reason, (VersionSpan(self.version, end - begin),))
 
     def _free(self, request: Request) -> None:
         slot, request.slot = request.slot, -1

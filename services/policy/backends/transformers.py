@@ -7,66 +7,112 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 
-from services.common.fingerprint import model_fingerprint
-from services.common.types import PolicyInfo, SamplingParams
-from services.policy.backend import Sampled, Scored, UnsupportedModel, WeightsFile
+from services.common.errors import DomainError, Reason
+from services.common.types import Feature, ReplicaInfo
+from services.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, UnsupportedModel, WeightsFile
 from services.policy.backends.attention import SlotCache
 from services.policy.backends.engine import Engine
 from services.policy.backends.model import Model
 from services.policy.backends.runner import Request, Runner
 from services.policy.backends.weights import Weights
 from services.policy.chat import Chat, TemplateFailure
-from services.policy.config import PolicySettings
+from services.policy.config import ModelSettings
+
+# Of the process when it starts: what an engine's thread is told changes what torch answers later.
+_CORES = torch.get_num_threads()
+_FEATURES = frozenset(
+    [
+        Feature.TOKEN_IDS,
+        Feature.LOG_PROBS,
+        Feature.SCORE,
+        Feature.SCORE_TEMPERATURE,
+        Feature.STREAM,
+        Feature.TOP_K,
+        Feature.SEED,
+        Feature.STOP_TOKEN_IDS,
+        Feature.PRIORITY,
+        Feature.FULL_WEIGHTS,
+        Feature.LORA_WEIGHTS,
+    ]
+)
+
+
+async def open_backend(settings: ModelSettings, folder: Path, first_version: int) -> TransformersBackend:
+    """`folder` is not needed. Raises UnsupportedModel."""
+    loaded = await asyncio.to_thread(_Loaded, settings)
+    return TransformersBackend(settings, loaded, first_version)
+
+
+class _Loaded:
+    """What takes long to make, and needs no event loop: the model, and a cache for it."""
+
+    def __init__(self, settings: ModelSettings):
+        if settings.adapters:
+            raise UnsupportedModel("adapters: the transformers backend serves no fixed adapters")
+        self.model = Model(settings)
+        layers, capacity, dtype = self.model.layers, self.model.context_length, self.model.dtype
+        size = SlotCache.bytes_per_slot(layers, capacity, dtype)
+        slots = min(1 if settings.deterministic else settings.slots, int(settings.cache_gib * 2**30 // size))
+        if slots < 1:
+            raise UnsupportedModel(
+                f"one conversation of {capacity} tokens needs {size / 2**30:.1f} GiB of cache: "
+                "raise cache_gib or lower context_length"
+            )
+        self.cache = SlotCache(layers, slots, capacity, dtype, self.model.device)
 
 
 class TransformersBackend:
-    """Create it on the event loop that will call it. Raises UnsupportedModel."""
+    """Create it on the event loop that will call it. That takes as long as loading the model does, which
+    `open_backend` does in a thread.
 
-    def __init__(self, settings: PolicySettings):
-        torch.set_num_threads(1 if settings.deterministic else settings.threads or max(1, torch.get_num_threads() // 2))
-        self._model = Model(settings)
+    Raises UnsupportedModel.
+    """
+
+    def __init__(self, settings: ModelSettings, loaded: _Loaded | None = None, first_version: int = 0):
+        loaded = loaded or _Loaded(settings)
+        self._model, self._cache = loaded.model, loaded.cache
         self._tokenizer = self._model.tokenizer
-        self._name = settings.model
-        self._deterministic = settings.deterministic
-        self._fingerprint = model_fingerprint(self._model.module, self._tokenizer)
-        self._end_of_turn = self._end_of_turn_tokens()
-        self._chat = Chat(self._template if self._tokenizer.chat_template else None, self.encode, self._end_of_turn)
-        self._runner = self._create_runner(settings)
-        self._engine = Engine(
-            self._runner,
-            max_batch=1 if settings.deterministic else min(settings.max_batch, self._slots),
-            max_queue=settings.max_queue,
-            batch_wait=0 if settings.deterministic else settings.batch_wait_ms / 1000,
+        end_of_turn = self._end_of_turn_tokens()
+        self._chat = Chat(self._template if self._tokenizer.chat_template else None, self.encode, end_of_turn)
+        self._info = ModelInfo(
+            model=settings.model,
+            fingerprint=self._model.fingerprint,
+            context_length=self._model.context_length,
+            vocabulary_size=self._model.vocabulary_size,
+            end_of_turn_token_ids=end_of_turn,
+            rewrites_history=self._chat.rewrites_history,
+            deterministic=settings.deterministic,
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            features=_FEATURES,
         )
-        self._weights = Weights(self._model.module, self._model.load_weights)
-        self._serving_sha256: str | None = None
-
-    def _create_runner(self, settings: PolicySettings) -> Runner:
-        model = self._model
-        dtype = model.dtype or torch.float32
-        size = SlotCache.bytes_per_slot(model.layers, model.context_length, dtype)
-        wanted = 1 if settings.deterministic else settings.slots
-        self._slots = min(wanted, int(settings.cache_gib * 2**30 // size))
-        if self._slots < 1:
-            raise UnsupportedModel(
-                f"one conversation of {model.context_length} tokens needs {size / 2**30:.1f} GiB of cache: "
-                "raise cache_gib or lower context_length"
-            )
-        return Runner(
-            model.forward,
-            SlotCache(model.layers, self._slots, model.context_length, dtype, model.device),
-            model.device,
-            self._end_of_turn,
+        self._runner = Runner(
+            self._model.forward,
+            self._cache,
+            self._model.device,
+            end_of_turn,
             lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=False)),
             reuse_prefixes=not settings.deterministic,
-            tokens_per_pass=model.context_length if settings.deterministic else settings.tokens_per_pass,
+            tokens_per_pass=self._model.context_length if settings.deterministic else settings.tokens_per_pass,
         )
+        self._runner.version = first_version
+        threads = 1 if settings.deterministic else settings.threads or max(1, _CORES // 2)
+        self._engine = Engine(
+            self._runner,
+            max_batch=1 if settings.deterministic else min(settings.max_batch, self._cache.slots),
+            max_queue=settings.max_queue,
+            batch_wait=0 if settings.deterministic else settings.batch_wait_ms / 1000,
+            prepare=lambda: torch.set_num_threads(threads),  # of the calling thread, where torch uses OpenMP
+        )
+        self._weights = Weights(self._model.module, self._model.load_weights)
+        self._updating = asyncio.Lock()
+        self._replica = _LocalReplica(self._engine, self._runner, self._model, self._weights)
 
     def _end_of_turn_tokens(self) -> tuple[int, ...]:
         """What the model's generation settings, its configuration or its tokenizer call the end of a turn."""
@@ -87,26 +133,24 @@ class TransformersBackend:
         return str(text)
 
     @property
-    def info(self) -> PolicyInfo:
-        return PolicyInfo(
-            model=self._name,
-            fingerprint=self._fingerprint,
-            policy_version=self._runner.version,
-            context_length=self._model.context_length,
-            vocabulary_size=self._model.vocabulary_size,
-            end_of_turn_token_ids=self._end_of_turn,
-            rewrites_history=self._chat.rewrites_history,
-            deterministic=self._deterministic,
-            compute_seconds=self._engine.compute_seconds,
-        )
+    def model(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def policy_version(self) -> int:
+        return self._runner.version
+
+    @property
+    def replicas(self) -> Sequence[Replica]:
+        return (self._replica,)
 
     @property
     def chat(self) -> Chat:
         return self._chat
 
     @property
-    def serving_sha256(self) -> str | None:
-        return self._serving_sha256
+    def compute_seconds(self) -> float:
+        return self._engine.compute_seconds
 
     @property
     def pending(self) -> int:
@@ -121,27 +165,84 @@ class TransformersBackend:
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
 
-    async def generate(self, token_ids: Sequence[int], sampling: SamplingParams) -> Sampled:
-        seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
-        return await self._engine.generate(Request(token_ids, sampling, seed))
+    async def generate(self, ask: Ask) -> Sampled:
+        return await self._engine.generate(_request(ask), ask.priority)
 
-    async def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> Scored:
-        if not sequences:
-            return Scored((), self._runner.version)
-        steps = ((rows, self._runner.version) for rows in self._model.score(sequences, temperature))
-        results = await self._engine.in_steps(steps)
-        return Scored(tuple(row for rows, _ in results for row in rows), results[0][1])
+    def stream(self, ask: Ask) -> AsyncIterator[Sampled]:
+        return self._engine.stream(_request(ask), ask.priority)
 
-    async def update_weights(self, weights: WeightsFile) -> None:
-        tensors = await asyncio.to_thread(self._weights.read, weights)
+    async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
+        """`adapter` is empty: there are none."""
+        return await _score(self._engine.in_steps, self._model, self._runner, sequences, temperature)
 
-        def apply() -> None:
-            self._weights.apply(tensors, weights.kind)
-            self._runner.flush()
-            self._runner.version = weights.policy_version
-            self._serving_sha256 = weights.sha256
+    async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
+        """Nothing is sampled from the new weights before `admit` has passed them."""
+        async with self._updating:
+            tensors = await asyncio.to_thread(self._weights.read, weights)
 
-        await self._engine.exclusively(apply)
+            def apply() -> Iterator[None]:
+                self._weights.apply(tensors, weights.kind)
+                self._runner.flush()
+                self._runner.version = weights.policy_version
+                yield
+
+            async with self._engine.paused():
+                await self._engine.urgently(apply())
+                await admit(self._replica, weights)
+
+    async def release_memory(self) -> None:
+        raise _no_memory_release()
+
+    async def resume_memory(self) -> None:
+        raise _no_memory_release()
 
     async def close(self) -> None:
+        """Frees the memory of weights and cache, whoever still holds this object."""
         await self._engine.close()
+        self._weights.close()
+        self._cache.close()
+        self._model.close()
+
+
+class _LocalReplica:
+    """The engine of this process."""
+
+    def __init__(self, engine: Engine, runner: Runner, model: Model, weights: Weights):
+        self._engine, self._runner, self._model, self._weights = engine, runner, model, weights
+
+    @property
+    def info(self) -> ReplicaInfo:
+        return ReplicaInfo(address="", serving=True, in_flight=self._engine.pending)
+
+    async def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> Scored:
+        return await _score(self._engine.urgently, self._model, self._runner, sequences, temperature)
+
+    async def checksum(self) -> str:
+        """Lower-case hexadecimal SHA-256 of all that the module holds."""
+        [*_, digest] = await self._engine.urgently(self._weights.checksum())
+        return digest
+
+
+async def _score(
+    run: Callable[[Iterator[Any]], Awaitable[list[Any]]],
+    model: Model,
+    runner: Runner,
+    sequences: Sequence[Sequence[int]],
+    temperature: float,
+) -> Scored:
+    if not sequences:
+        return Scored((), runner.version)
+    results = await run((rows, runner.version) for rows in model.score(sequences, temperature))
+    return Scored(tuple(row for rows, _ in results for row in rows), results[0][1])
+
+
+def _request(ask: Ask) -> Request:
+    seed = random.getrandbits(63) if ask.sampling.seed is None else ask.sampling.seed
+    return Request(ask.token_ids, ask.sampling, seed)
+
+
+def _no_memory_release() -> DomainError:
+    feature = Feature.MEMORY_RELEASE
+    return DomainError(
+        Reason.UNSUPPORTED_OPTION, "the transformers backend keeps its memory while it serves", feature=feature.value
+    )

@@ -6,8 +6,9 @@ W = W0 + scale * B A, whatever was served before it.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from services.common.errors import DomainError, Reason
 from services.common.types import WeightsKind
-from services.policy.backend import WeightsFile
+from services.policy.backend import UnsupportedModel, WeightsFile
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_PREFIX = "base_model.model."
@@ -35,13 +36,16 @@ class Weights:
     """The parameters of one module. `load_original` loads it anew, as it came."""
 
     def __init__(self, module: torch.nn.Module, load_original: Callable[[], torch.nn.Module]):
-        self._load_original = load_original
+        self._module, self._load_original = module, load_original
         self._parameters, self._names = _parameters(module)
         self._changed: set[str] = set()
         self._originals: dict[str, torch.Tensor] = {}
 
     def read(self, weights: WeightsFile) -> dict[str, torch.Tensor]:
         """All parameters to change, verified. Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND."""
+        if weights.path is None or weights.safetensors is None:
+            parameters, _ = self._load()
+            return parameters
         tensors = _read(weights.safetensors)
         if weights.kind is WeightsKind.FULL:
             return self._full(tensors)
@@ -52,11 +56,30 @@ class Weights:
         """Nothing may run meanwhile. Cannot fail on what `read` returned."""
         for name, tensor in tensors.items():
             self._parameters[name].copy_(tensor)
-        if kind is WeightsKind.FULL:
+        if kind is WeightsKind.ORIGINAL:
+            self._changed, self._originals = set(), {}
+        elif kind is WeightsKind.FULL:
             self._changed, self._originals = set(tensors), {}
         else:
             self._changed = {name for name in tensors if tensors[name] is not self._originals.get(name)}
             self._originals = {name: self._originals[name] for name in self._changed}
+
+    def checksum(self) -> Iterator[str]:
+        """SHA-256 of names, types, shapes and bytes of all that the module holds now: the digest so far, by tensor.
+
+        In steps, since gigabytes take seconds; nothing may change the weights meanwhile.
+        """
+        digest = hashlib.sha256()
+        parameters, _ = _parameters(self._module)
+        for name in sorted(parameters):
+            tensor = parameters[name].detach()
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            yield digest.hexdigest()
+
+    def close(self) -> None:
+        """Forgets all tensors. Nothing may use them any longer."""
+        self._parameters, self._originals = {}, {}
 
     def _full(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result: dict[str, torch.Tensor] = {}
@@ -96,9 +119,15 @@ class Weights:
     def _original(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         wanted = set(names)
         if not wanted <= set(self._originals):
-            parameters, _ = _parameters(self._load_original())
-            return {name: parameters[name].detach() for name in wanted}
+            parameters, _ = self._load()
+            return {name: parameters[name] for name in wanted}
         return {name: self._originals[name] for name in wanted}
+
+    def _load(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        try:
+            return _parameters(self._load_original())
+        except UnsupportedModel as error:
+            raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"what the model came with: {error}") from error
 
     def _check_shape(self, name: str, shape: Iterable[int]) -> None:
         expected = list(self._parameters[name].shape)
@@ -113,7 +142,7 @@ def _parameters(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[
     names: dict[str, str] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         names[name] = by_identity.setdefault(id(tensor), name)
-        parameters.setdefault(names[name], tensor)
+        parameters.setdefault(names[name], tensor.detach())
     return parameters, names
 
 
