@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr
 
 from services.common.config import ServiceSettings
 
@@ -41,7 +41,14 @@ class OpenAISettings(BaseModel):
     api_key: SecretStr | None = Field(None, description="Sent as bearer token.")
     request_seconds: float = Field(600.0, gt=0, description="How long the endpoint may take for one request.")
     max_retries: int = Field(3, ge=0, le=20, description="Of requests that it refuses for the moment.")
-    context_length: int = Field(0, ge=0, description="The model's, to be told to callers; 0: not known.")
+    context_length: int = Field(0, ge=0, description="The model's, to be told to callers; 0: as the endpoint says.")
+    concurrency: int = Field(256, ge=1, le=65536, description="Requests at the endpoint together; others wait here.")
+    without: tuple[Literal["stream", "seed", "tools", "json_schema"], ...] = Field(
+        (), description="What the endpoint ignores or lacks; options that need it are refused."
+    )
+    extra_body: dict[str, JsonValue] = Field(
+        {}, description='Put over the body of every request: {"top_k": -1}, {"reasoning_effort": "low"}, …'
+    )
 
 
 class ModelSettings(BaseModel):

@@ -68,7 +68,9 @@ class Endpoint:
             timeout=openai.Timeout(chosen.request_seconds, connect=10.0),
             max_retries=chosen.max_retries,
         )
-        self.client.organization = self.client.project = None
+        self._prober = self.client.with_options(max_retries=0, timeout=_PROBE_TIMEOUT)
+        for client in (self.client, self._prober):
+            client.organization = client.project = None  # nor others of the environment's
         self.context_length = 0  # as the endpoint tells it
         self._model = settings.model
         self._seconds = chosen.request_seconds
@@ -92,7 +94,7 @@ class Endpoint:
         """Why the endpoint cannot serve the model; empty when it can, or does not tell. Raises openai.APIError when it
         does not answer."""
         try:
-            listed = await self.client.with_options(max_retries=0, timeout=_PROBE_TIMEOUT).models.list()
+            listed = await self._prober.models.list()
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
                 return _refuses_credential(self.address, error.status_code)
