@@ -207,13 +207,16 @@ async def test_it_says_what_it_cannot_do() -> None:
         assert opened.chat is None and info.rewrites_history and opened.policy_version == 4
         weights = WeightsFile(Path("w"), WeightsKind.FULL, 5, "0" * 64)
 
-        async def admit(*_: object) -> None:
-            raise AssertionError
+        async def passes(*_: object) -> None:
+            return None
 
-        for call in (opened.score([[1]], 1.0), opened.update_weights(weights, admit), opened.release_memory()):
+        for call in (opened.score([[1]], 1.0), opened.update_weights(weights, passes), opened.release_memory()):
             with pytest.raises(DomainError) as caught:
                 await call
             assert caught.value.reason is Reason.UNSUPPORTED_OPTION
+        assert await opened.replicas[0].checksum() == ""
+        await opened.update_weights(WeightsFile(None, WeightsKind.ORIGINAL, 9, ""), passes)
+        assert (await opened.generate(asks())).policy_versions == (VersionSpan(9, 0),)
         for refused in (lambda: opened.encode("x"), lambda: opened.decode([1])):
             with pytest.raises(DomainError, match="token_ids"):
                 refused()

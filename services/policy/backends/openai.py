@@ -22,7 +22,7 @@ import openai
 import structlog
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import Feature, ReplicaInfo, VersionSpan
+from services.common.types import Feature, ReplicaInfo, VersionSpan, WeightsKind
 from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, UnsupportedModel, WeightsFile
 from services.policy.backends.openai_chat import NotAnAnswer, StreamedAnswer, chat_request, ending, only_choice, text_of
 from services.policy.config import ModelSettings
@@ -88,7 +88,7 @@ class Endpoint:
         raise _unsupported("sequences", Feature.SCORE)
 
     async def checksum(self) -> str:
-        raise _unsupported("weights", Feature.FULL_WEIGHTS)
+        return ""  # it tells none
 
     async def check(self) -> str:
         """Why the endpoint cannot serve the model; empty when it can, or does not tell. Raises openai.APIError when it
@@ -281,8 +281,12 @@ class OpenAIBackend:
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
         return await self._endpoint.score(sequences, temperature)
 
-    async def update_weights(self, weights: WeightsFile, admit: Admission) -> NoReturn:
-        raise _unsupported("kind", Feature.FULL_WEIGHTS)
+    async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
+        """Only that those that the endpoint has are called another version."""
+        if weights.kind is not WeightsKind.ORIGINAL:
+            raise _unsupported("kind", Feature.FULL_WEIGHTS)
+        await admit(self._endpoint, weights)
+        self._version = weights.policy_version
 
     async def release_memory(self) -> NoReturn:
         raise _unsupported("policy", Feature.MEMORY_RELEASE)
