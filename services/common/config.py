@@ -39,6 +39,9 @@ class ServiceSettings(BaseSettings):
     drain_seconds: float = Field(30.0, ge=0, description="How long calls in flight may go on after SIGTERM.")
     log_format: Literal["console", "json"] = Field("console", description="One line per request either way.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    metrics_port: int = Field(
+        -1, ge=-1, le=65535, description="Port of Prometheus metrics over HTTP, at `host`; 0 picks one, -1: none."
+    )
     token: SecretStr | None = Field(None, description="When set, calls need `authorization: Bearer TOKEN`.")
     tls_certificate: Path | None = Field(None, description="PEM file; with tls_key, the server speaks TLS.")
     tls_key: Path | None = None

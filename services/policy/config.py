@@ -118,7 +118,4 @@ class PolicySettings(ModelSettings, ServiceSettings):
         60.0, gt=0, description="A replaced model is closed when none of its sessions has asked for so long."
     )
     upload_gib: float = Field(1024.0, gt=0, description="Uploaded weights that wait for their UpdateWeights, at most.")
-    metrics_port: int = Field(
-        -1, ge=-1, le=65535, description="Port of Prometheus metrics over HTTP; 0 picks a free one, -1: none."
-    )
     admin_token: SecretStr | None = Field(None, description="When set, PolicyAdminService needs it as bearer token.")

@@ -1,0 +1,80 @@
+"""Whether two files hold the same weights, in the numbers that an engine computes with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+import models
+from services.common.types import WeightsKind
+from services.policy.backend import WeightsFile
+
+
+def alike(first: WeightsFile, second: WeightsFile, dtype: str) -> bool:
+    """Of the same kind, and equal once rounded to `dtype`, a torch name."""
+    if first.kind is not second.kind or first.safetensors is None or second.safetensors is None:
+        return False
+    if first.kind is WeightsKind.LORA and _config(first) != _config(second):
+        return False
+    return _equal([first.safetensors], [second.safetensors], dtype)
+
+
+def alike_original(weights: WeightsFile, model: str, dtype: str) -> bool:
+    """The same with the weights that a model, a folder or hub id, came with. An adapter is when it adds nothing.
+
+    True also for a model without safetensors files: then nothing can tell.
+    """
+    if weights.safetensors is None:
+        return False
+    if weights.kind is WeightsKind.LORA:
+        return _adds_nothing(weights.safetensors)
+    folder = models.EMBEDDED if model == "embedded" else Path(model)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model, local_files_only=True))
+    originals = sorted(folder.glob("*.safetensors"))
+    return not originals or _equal([weights.safetensors], originals, dtype)
+
+
+def _equal(first: list[Path], second: list[Path], dtype: str) -> bool:
+    """Tensors that only one side has are other names of tied ones: both were found complete when they were loaded."""
+    places = {name: path for path in second for name in _names(path)}
+    kind = getattr(torch, dtype, None)
+    compared = 0
+    for path in first:
+        for name in _names(path):
+            if name not in places:
+                continue
+            one, other = (_tensor(place, name) for place in (path, places[name]))
+            if isinstance(kind, torch.dtype):
+                one, other = one.to(kind), other.to(kind)
+            if one.shape != other.shape or not torch.equal(one, other):
+                return False
+            compared += 1
+    return compared > 0
+
+
+def _adds_nothing(adapter: Path) -> bool:
+    return all(not bool(_tensor(adapter, name).any()) for name in _names(adapter) if ".lora_B." in name)
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError):
+        return []
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _config(weights: WeightsFile) -> object:
+    assert weights.path is not None
+    return json.loads((weights.path / "adapter_config.json").read_text())

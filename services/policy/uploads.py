@@ -1,0 +1,206 @@
+"""Weights that come to this server: below its weights folder, or uploaded where no file system is shared."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote, urlsplit
+
+import structlog
+
+from services.common.errors import DomainError, Reason, invalid_field
+from services.common.types import WeightsKind
+
+log = structlog.get_logger()
+_SCHEME = "upload"
+_PART = ".part"
+_KEPT_SECONDS = 3600.0
+_HEAD = 9  # bytes that tell a safetensors file: the length of its header, and the brace that the header begins with
+
+
+@dataclass(frozen=True, slots=True)
+class UploadHeader:
+    """What is about to come; `sha256` and `size_bytes` are of the safetensors file."""
+
+    kind: WeightsKind
+    size_bytes: int
+    sha256: str
+    adapter_config: bytes = b""
+
+
+class Uploads:
+    """Create it on the event loop that will use it. `folder` is its own; None: a temporary one."""
+
+    def __init__(self, folder: Path | None, limit_bytes: int):
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="mulligan-uploads-")
+        self._folder = folder or Path(self._temporary.name)  # type: ignore[union-attr]
+        self._limit = limit_bytes
+        self._coming = 0  # bytes that were announced and are not complete
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for path in self._folder.iterdir():
+            age = time.time() - path.stat().st_mtime
+            if path.name.endswith(_PART) or age > _KEPT_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                self._expire(path.name, _KEPT_SECONDS - age)
+
+    def close(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    async def receive(self, header: UploadHeader, chunks: AsyncIterator[bytes]) -> str:
+        """Spools an upload to disk and returns its URI. One that breaks off, or is not what was announced, leaves
+        nothing. Raises DomainError as PolicyAdminService.UploadWeights does."""
+        _check_config(header)
+        await asyncio.to_thread(self._check_room, header.size_bytes)
+        name = uuid.uuid4().hex
+        part, folder = self._folder / f"{name}{_PART}", self._folder / name
+        self._coming += header.size_bytes
+        try:
+            await asyncio.to_thread(part.mkdir)
+            await _spool(header, part, chunks)
+            await asyncio.to_thread(part.rename, folder)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        finally:
+            self._coming -= header.size_bytes
+        self._expire(name, _KEPT_SECONDS)
+        return f"{_SCHEME}:///{name}"
+
+    def path(self, uri: str) -> Path:
+        """The safetensors file, or the adapter's folder. Raises DomainError WEIGHTS_NOT_FOUND."""
+        folder = self._folder / self._name(uri)
+        file = folder / "model.safetensors"
+        if file.is_file():
+            return file
+        if not folder.is_dir():
+            raise DomainError(
+                Reason.WEIGHTS_NOT_FOUND, "uri: there is no such upload; it may have been used, or expired"
+            )
+        return folder
+
+    def remove(self, uri: str) -> None:
+        """Of an upload that was used; other URIs are none of its business."""
+        if is_upload(uri):
+            shutil.rmtree(self._folder / self._name(uri), ignore_errors=True)
+
+    def _name(self, uri: str) -> str:
+        name = uri.removeprefix(f"{_SCHEME}:///")
+        try:
+            return uuid.UUID(hex=name).hex
+        except ValueError:
+            raise DomainError(Reason.BAD_WEIGHTS_URI, "uri: not one that UploadWeights answered") from None
+
+    def _expire(self, name: str, seconds: float) -> None:
+        def remove() -> None:
+            del self._timers[name]
+            if (self._folder / name).exists():
+                log.info("an upload was not used", upload=name)
+                shutil.rmtree(self._folder / name, ignore_errors=True)
+
+        self._timers[name] = asyncio.get_running_loop().call_later(seconds, remove)
+
+    def _check_room(self, size: int) -> None:
+        waiting = sum(path.stat().st_size for path in self._folder.glob("*/*.safetensors") if path.is_file())
+        room = min(self._limit - waiting - self._coming, shutil.disk_usage(self._folder).free)
+        if size > room:
+            message = f"{size} bytes; there is room for {max(0, room)}"
+            raise DomainError(Reason.UPLOAD_TOO_LARGE, message, size_bytes=size, room_bytes=max(0, room))
+
+
+def is_upload(uri: str) -> bool:
+    return uri.startswith(f"{_SCHEME}:")
+
+
+def find_weights(uri: str, weights_folder: Path | None, uploads: Uploads | None) -> Path:
+    """Where the weights are. Raises DomainError BAD_WEIGHTS_URI for what is not below the folder, symbolic links
+    resolved, and WEIGHTS_NOT_FOUND for an upload that is gone."""
+    if uploads is not None and is_upload(uri):
+        return uploads.path(uri)
+    if weights_folder is None:
+        raise DomainError(Reason.BAD_WEIGHTS_URI, "uri: this server loads uploads alone: it has no weights_folder")
+    try:
+        parts = urlsplit(uri)
+        path = Path(unquote(parts.path)).resolve()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise DomainError(Reason.BAD_WEIGHTS_URI, f"uri: {error}") from error
+    if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise DomainError(Reason.BAD_WEIGHTS_URI, "uri: expected file:///…")
+    root = weights_folder.resolve()
+    content = [path / "adapter_model.safetensors", path / "adapter_config.json"] if path.is_dir() else []
+    for each in (path, *(entry.resolve() for entry in content)):
+        if each == root or not each.is_relative_to(root):
+            raise DomainError(Reason.BAD_WEIGHTS_URI, "uri: not below the server's weights folder")
+    return path
+
+
+def _check_config(header: UploadHeader) -> None:
+    if header.kind is WeightsKind.FULL:
+        if header.adapter_config:
+            raise invalid_field("header.adapter_config", "nothing with full weights")
+        return
+    try:
+        config = json.loads(header.adapter_config)
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise invalid_field("header.adapter_config", "a JSON object")
+
+
+async def _spool(header: UploadHeader, folder: Path, chunks: AsyncIterator[bytes]) -> None:
+    lora = header.kind is WeightsKind.LORA
+    path = folder / ("adapter_model.safetensors" if lora else "model.safetensors")
+    digest = hashlib.sha256()
+    written, head = 0, b""
+
+    def write(file: IO[bytes], chunk: bytes) -> None:
+        file.write(chunk)
+        digest.update(chunk)
+
+    with await asyncio.to_thread(path.open, "wb") as file:
+        async for chunk in chunks:
+            if len(head) < _HEAD:
+                head = (head + chunk)[:_HEAD]
+                _check_head(head, header.size_bytes)
+            written += len(chunk)
+            if written > header.size_bytes:
+                raise _incomplete(f"more than the {header.size_bytes} bytes that were announced")
+            await asyncio.to_thread(write, file, chunk)
+        if written < header.size_bytes:
+            raise _incomplete(f"{written} of the {header.size_bytes} bytes that were announced")
+        if digest.hexdigest() != header.sha256:
+            message = f"the upload has sha256 {digest.hexdigest()}, not {header.sha256}"
+            raise DomainError(Reason.CHECKSUM_MISMATCH, message)
+        await asyncio.to_thread(_finish, file)
+    if lora:
+        await asyncio.to_thread((folder / "adapter_config.json").write_bytes, header.adapter_config)
+
+
+def _check_head(head: bytes, size: int) -> None:
+    """Nothing but safetensors is written: what else loaders accept can hold code."""
+    length = int.from_bytes(head[:8], "little")
+    if len(head) == _HEAD and (head[8:] != b"{" or length + 8 > size):
+        raise DomainError(Reason.MODEL_MISMATCH, "the upload is not a safetensors file")
+
+
+def _finish(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _incomplete(message: str) -> DomainError:
+    return DomainError(Reason.UPLOAD_INCOMPLETE, message)

@@ -1,0 +1,352 @@
+"""The versions of one policy on disk: a record of each that was ever seen, and the files of those that are kept.
+
+The records are in a SQLite database: what a change touches is changed at once, and after SIGKILL or a loss of power it
+is there completely or not at all. A version's file is whole on disk before its record says so, and it is deleted after
+its record says so; what a kill leaves in between is deleted when the store is opened.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from services.common.errors import DomainError, Reason
+from services.common.types import CanaryProbe, PolicyVersion, VersionState, WeightsKind
+from services.policy.backend import WeightsFile
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_CREATE = """
+CREATE TABLE versions (
+    policy_version INTEGER PRIMARY KEY,
+    origin INTEGER NOT NULL,
+    source TEXT NOT NULL,
+    setup TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    state TEXT NOT NULL,
+    sha256 TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    problem TEXT NOT NULL,
+    canary_difference REAL,
+    engine_checksum TEXT NOT NULL,
+    model TEXT NOT NULL,
+    canary TEXT NOT NULL
+);
+CREATE UNIQUE INDEX one_serves ON versions (state) WHERE state = 'serving';
+CREATE INDEX of_a_model ON versions (origin);
+"""
+_COLUMNS = (
+    "policy_version, origin, source, setup, kind, state, sha256, fingerprint, created_at, problem, canary_difference, "
+    "engine_checksum, model, canary"
+)
+_ON_DISK = (VersionState.SERVING, VersionState.KEPT)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is known of a version.
+
+    `origin` is the version of the weights that its model came with, so it is the same for all versions of one loaded
+    model. `source` names that model as the settings do. Checksums of engines can be compared where `setup` is equal.
+    """
+
+    version: PolicyVersion
+    origin: int
+    source: str
+    setup: str
+    canary: tuple[CanaryProbe, ...] = ()
+
+    @property
+    def number(self) -> int:
+        return self.version.policy_version
+
+    def now(self, **changes: Any) -> Record:
+        """With these fields of the version changed."""
+        return replace(self, version=replace(self.version, **changes))
+
+
+class VersionStore:
+    """`folder` is this policy's own; None: a temporary one. Methods wait for the disk: call them in a thread.
+
+    Raises OSError when the folder cannot be used, or another process uses it.
+    """
+
+    def __init__(self, folder: Path | None, keep: int):
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="mulligan-versions-")
+        self._folder = folder or Path(self._temporary.name)  # type: ignore[union-attr]
+        self._files = self._folder / "files"
+        self._keep = keep
+        self._files.mkdir(parents=True, exist_ok=True)
+        self._lock_file = _lock(self._folder)
+        self._lock = threading.Lock()
+        self._held: dict[int, int] = {}  # what the models serve that are loaded, by origin
+        try:
+            self._db = _open(self._folder / "versions.db")
+        except BaseException:
+            self._lock_file.close()
+            raise
+        self._clean()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+            self._lock_file.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    @property
+    def next_version(self) -> int:
+        """Greater than all that are known."""
+        [(greatest,)] = self._query("SELECT max(policy_version) FROM versions")
+        return 0 if greatest is None else int(greatest) + 1
+
+    def first_version(self, source: str) -> int:
+        """For the weights that a model comes with which is loaded when the service starts: what they had before the
+        restart, if it served this one."""
+        serving = self.serving
+        return serving.origin if serving is not None and serving.source == source else self.next_version
+
+    @property
+    def serving(self) -> Record | None:
+        found = self._records("WHERE state = ?", VersionState.SERVING)
+        return found[0] if found else None
+
+    def get(self, number: int) -> Record | None:
+        found = self._records("WHERE policy_version = ?", number)
+        return found[0] if found else None
+
+    def of_model(self, origin: int) -> list[Record]:
+        """All versions of one loaded model, newest first."""
+        return self._records("WHERE origin = ? ORDER BY policy_version DESC", origin)
+
+    def versions(self, below: int | None, limit: int) -> tuple[PolicyVersion, ...]:
+        """Newest first, those less than `below`."""
+        bound = 2**63 - 1 if below is None else below
+        rows = self._records("WHERE policy_version < ? ORDER BY policy_version DESC LIMIT ?", bound, limit)
+        return tuple(record.version for record in rows)
+
+    def begin(self, record: Record) -> None:
+        """A model is served from now on, with the weights that it came with. The one before it has no future; the file
+        that it serves stays until `end`."""
+        with self._transaction() as db:
+            db.execute("UPDATE versions SET state = 'removed', canary = '[]' WHERE state IN ('serving', 'kept')")
+            _put(db, record.now(state=VersionState.SERVING))
+        self._held[record.origin] = record.number
+
+    def end(self, origin: int) -> None:
+        """The model is closed: its files are not needed any more, unless it is to serve after a restart."""
+        self._held.pop(origin, None)
+        self._clean()
+
+    def serve(self, record: Record, withdrawn: str = "") -> None:
+        """This version serves from now on; the file of a new one was staged. With `withdrawn`, a reason, greater
+        versions that were kept are withdrawn. Then deletes what is not kept any more."""
+        with self._transaction() as db:
+            if withdrawn:
+                change = "UPDATE versions SET state = 'withdrawn', problem = ?, canary = '[]' "
+                where = "WHERE origin = ? AND policy_version > ? AND state IN ('serving', 'kept', 'removed')"
+                db.execute(change + where, (withdrawn, record.origin, record.number))
+            db.execute("UPDATE versions SET state = 'kept' WHERE state = 'serving'")
+            _put(db, record.now(state=VersionState.SERVING))
+            kept = db.execute(
+                "SELECT policy_version FROM versions WHERE state IN ('serving', 'kept') AND kind != 'original' "
+                "ORDER BY state = 'serving' DESC, policy_version DESC LIMIT -1 OFFSET ?",
+                (self._keep,),
+            ).fetchall()
+            db.executemany("UPDATE versions SET state = 'removed', canary = '[]' WHERE policy_version = ?", kept)
+        self._held[record.origin] = record.number
+        self._clean()
+
+    def refuse(self, record: Record) -> None:
+        """It is never served."""
+        with self._transaction() as db:
+            _put(db, replace(record.now(state=VersionState.REFUSED), canary=()))
+        self._clean()
+
+    def lose(self, record: Record) -> None:
+        """Its file is gone, or another one."""
+        with self._transaction() as db:
+            _put(db, replace(record.now(state=VersionState.REMOVED), canary=()))
+        self._clean()
+
+    def stage(self, weights: WeightsFile) -> WeightsFile:
+        """Brings the files of a new version into the store and verifies them there.
+
+        A file is linked where that is possible: it costs nothing, and the sender may delete its own. A link shares its
+        content with the original, so the checksum is verified again before each later use. Raises DomainError
+        WEIGHTS_NOT_FOUND or CHECKSUM_MISMATCH, and OSError when there is no room.
+        """
+        source = weights.safetensors
+        assert weights.path is not None and source is not None
+        folder = self._files / str(weights.policy_version)
+        self.discard(weights.policy_version)
+        folder.mkdir()
+        lora = weights.kind is WeightsKind.LORA
+        staged = replace(weights, path=folder if lora else folder / "model.safetensors")
+        assert staged.safetensors is not None
+        try:
+            _bring(source, staged.safetensors)
+            if lora:  # no checksum covers it: a copy, which nobody changes
+                _bring(weights.path / _ADAPTER_CONFIG, folder / _ADAPTER_CONFIG, link=False)
+            verify(staged)
+            _sync(folder)
+            _sync(self._files)
+        except BaseException:
+            self.discard(weights.policy_version)
+            raise
+        return staged
+
+    def discard(self, number: int) -> None:
+        """Deletes what was staged of a version."""
+        shutil.rmtree(self._files / str(number), ignore_errors=True)
+
+    def file(self, record: Record) -> WeightsFile:
+        """The files of a kept version, verified. Raises DomainError WEIGHTS_NOT_FOUND or CHECKSUM_MISMATCH."""
+        folder = self._files / str(record.number)
+        paths = {WeightsKind.FULL: folder / "model.safetensors", WeightsKind.LORA: folder, WeightsKind.ORIGINAL: None}
+        version = record.version
+        weights = WeightsFile(paths[version.kind], version.kind, record.number, version.sha256, record.canary)
+        verify(weights)
+        return weights
+
+    def _clean(self) -> None:
+        """Deletes the files of versions that are not kept."""
+        kept = {str(record.number) for record in self._records("WHERE state IN (?, ?)", *_ON_DISK)}
+        kept |= {str(number) for number in self._held.values()}
+        for folder in self._files.iterdir():
+            if folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _query(self, statement: str, *values: object) -> list[tuple[Any, ...]]:
+        with self._lock:
+            return self._db.execute(statement, values).fetchall()
+
+    def _records(self, clause: str, *values: object) -> list[Record]:
+        return [_record(row) for row in self._query(f"SELECT {_COLUMNS} FROM versions {clause}", *values)]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._db:  # commits, or rolls back on an exception
+            self._db.execute("BEGIN IMMEDIATE")
+            yield self._db
+
+
+def verify(weights: WeightsFile) -> None:
+    """Raises DomainError WEIGHTS_NOT_FOUND or CHECKSUM_MISMATCH."""
+    file = weights.safetensors
+    if file is None:
+        return
+    try:
+        with file.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise _not_found(file, error) from error
+    if found != weights.sha256:
+        raise DomainError(Reason.CHECKSUM_MISMATCH, f"{file.name} has sha256 {found}, not {weights.sha256}")
+
+
+def _not_found(file: Path, error: OSError) -> DomainError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return DomainError(Reason.WEIGHTS_NOT_FOUND, f"uri: there is no file {file.name}")
+    return DomainError(Reason.WEIGHTS_NOT_FOUND, f"uri: {file.name} cannot be read: {error.strerror}")
+
+
+def _bring(source: Path, target: Path, *, link: bool = True) -> None:
+    try:
+        source.open("rb").close()
+    except OSError as error:
+        raise _not_found(source, error) from error
+    try:
+        if not link:
+            raise OSError
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+    _sync(target)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of files, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    """Held as long as the process lives, and gone with it."""
+    file = (folder / "lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise OSError(f"state_folder: {folder} is in use by another process") from None
+    return file
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        db.execute("PRAGMA synchronous = FULL")
+        if db.execute("PRAGMA user_version").fetchone() == (0,):
+            db.executescript(f"BEGIN; {_CREATE} PRAGMA user_version = 1; COMMIT;")
+    except sqlite3.Error as error:
+        raise OSError(f"state_folder: cannot use {path}: {error}") from error
+    return db
+
+
+def _put(db: sqlite3.Connection, record: Record) -> None:
+    version = record.version
+    row = (
+        version.policy_version,
+        record.origin,
+        record.source,
+        record.setup,
+        version.kind,
+        version.state,
+        version.sha256,
+        version.fingerprint,
+        version.created_at.astimezone(UTC).isoformat(),
+        version.problem,
+        version.canary_difference,
+        version.engine_checksum,
+        version.model,
+        json.dumps([[probe.token_ids, probe.log_probs] for probe in record.canary]),
+    )
+    changes = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS.split(", "))
+    places = ", ".join("?" * len(row))
+    db.execute(
+        f"INSERT INTO versions ({_COLUMNS}) VALUES ({places}) ON CONFLICT (policy_version) DO UPDATE SET {changes}", row
+    )
+
+
+def _record(row: Sequence[Any]) -> Record:
+    number, origin, source, setup, kind, state, sha256, fingerprint, created, problem, difference, *rest = row
+    checksum, model, canary = rest
+    version = PolicyVersion(
+        policy_version=number,
+        kind=WeightsKind(kind),
+        state=VersionState(state),
+        sha256=sha256,
+        fingerprint=fingerprint,
+        created_at=datetime.fromisoformat(created),
+        problem=problem,
+        canary_difference=difference,
+        engine_checksum=checksum,
+        model=model,
+    )
+    probes = tuple(CanaryProbe(tuple(ids), tuple(log_probs)) for ids, log_probs in json.loads(canary))
+    return Record(version, origin, source, setup, probes)
