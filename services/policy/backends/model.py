@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import models
 from services.common.fingerprint import model_fingerprint
 from services.policy.backend import UnsupportedModel
 from services.policy.backends import attention
+from services.policy.backends.tokenizer import Tokenizer
 from services.policy.config import ModelSettings
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -38,7 +39,7 @@ class Model:
         self._score_logits = 0 if settings.deterministic else _SCORE_LOGITS
         self.device = _device(settings.device)
         self._wanted_dtype = _dtype(settings.dtype, self.device)
-        self.tokenizer = self._load_tokenizer()
+        self.tokenizer = Tokenizer(self.source)
         self.module = self.load_weights()
         try:
             self.module.to(self.device)
@@ -53,7 +54,7 @@ class Model:
         self.vocabulary_size = int(self.config.vocab_size)
         self._refuse_other_layers()
         self.layers = self._check()
-        self.fingerprint = model_fingerprint(self.module, self.tokenizer)
+        self.fingerprint = model_fingerprint(self.module, self.tokenizer.inner)
 
     def load_weights(self) -> Any:
         """The module with the weights that the model came with, on the CPU."""
@@ -69,17 +70,6 @@ class Model:
         self.module.to("meta")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _load_tokenizer(self) -> Any:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.source)
-        except (OSError, ValueError) as error:
-            raise UnsupportedModel(f"the tokenizer of {self.source} cannot be loaded: {error}") from error
-        if not hasattr(tokenizer, "backend_tokenizer"):
-            raise UnsupportedModel(f"the tokenizer of {self.source} has no tokenizer.json form")
-        tokenizer.backend_tokenizer.no_truncation()  # some files state one; a prompt that is too long is an error here
-        tokenizer.backend_tokenizer.no_padding()
-        return tokenizer
 
     @torch.inference_mode()
     def forward(self, ids_1N: torch.Tensor, positions_1N: torch.Tensor, last_R: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from services.common.errors import DomainError, Reason
 from services.common.types import Feature, ReplicaInfo
@@ -22,7 +21,7 @@ from services.policy.backends.engine import Engine
 from services.policy.backends.model import Model
 from services.policy.backends.runner import Request, Runner
 from services.policy.backends.weights import Weights
-from services.policy.chat import Chat, TemplateFailure
+from services.policy.chat import Chat
 from services.policy.config import ModelSettings
 
 # Of the process when it starts: what an engine's thread is told changes what torch answers later.
@@ -79,8 +78,8 @@ class TransformersBackend:
         loaded = loaded or _Loaded(settings)
         self._model, self._cache = loaded.model, loaded.cache
         self._tokenizer = self._model.tokenizer
-        end_of_turn = self._end_of_turn_tokens()
-        self._chat = Chat(self._template if self._tokenizer.chat_template else None, self.encode, end_of_turn)
+        end_of_turn = self._tokenizer.end_of_turn(self._model.config, self._model.module.generation_config)
+        self._chat = self._tokenizer.chat(end_of_turn)
         self._info = ModelInfo(
             model=settings.model,
             fingerprint=self._model.fingerprint,
@@ -90,14 +89,14 @@ class TransformersBackend:
             rewrites_history=self._chat.rewrites_history,
             deterministic=settings.deterministic,
             dtype=str(self._model.dtype).removeprefix("torch."),
-            features=_FEATURES,
+            features=_FEATURES | ({Feature.TOOLS} if self._chat.has_tools else set()),
         )
         self._runner = Runner(
             self._model.forward,
             self._cache,
             self._model.device,
             end_of_turn,
-            lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=False)),
+            lambda ids: self._tokenizer.decode(ids, special=True),
             reuse_prefixes=not settings.deterministic,
             tokens_per_pass=self._model.context_length if settings.deterministic else settings.tokens_per_pass,
         )
@@ -113,24 +112,6 @@ class TransformersBackend:
         self._weights = Weights(self._model.module, self._model.load_weights)
         self._updating = asyncio.Lock()
         self._replica = _LocalReplica(self._engine, self._runner, self._model, self._weights)
-
-    def _end_of_turn_tokens(self) -> tuple[int, ...]:
-        """What the model's generation settings, its configuration or its tokenizer call the end of a turn."""
-        found: set[int] = set()
-        sources: list[Any] = [self._model.module.generation_config, self._model.config, self._tokenizer]
-        for source in sources:
-            value = getattr(source, "eos_token_id", None)
-            found |= {value} if isinstance(value, int) else set(value or ())
-        return tuple(sorted(found))
-
-    def _template(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise TemplateFailure(str(error)) from error
-        return str(text)
 
     @property
     def model(self) -> ModelInfo:
@@ -158,12 +139,10 @@ class TransformersBackend:
         return self._engine.pending
 
     def encode(self, text: str) -> list[int]:
-        # The tokenizer itself: transformers' wrapper takes five times as long, and is not made for several threads.
-        ids: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._tokenizer.encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+        return self._tokenizer.decode(token_ids)
 
     async def generate(self, ask: Ask) -> Sampled:
         return await self._engine.generate(_request(ask), ask.priority)

@@ -1,0 +1,61 @@
+"""A tokenizer and chat template in the form in which transformers stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from services.policy.backend import UnsupportedModel
+from services.policy.chat import Chat, TemplateFailure
+
+
+class Tokenizer:
+    """Of a hub id or a folder. `inner` is transformers' own. Raises UnsupportedModel."""
+
+    def __init__(self, source: str):
+        try:
+            self.inner: Any = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModel(f"the tokenizer of {source} cannot be loaded: {error}") from error
+        if not hasattr(self.inner, "backend_tokenizer"):
+            raise UnsupportedModel(f"the tokenizer of {source} has no tokenizer.json form")
+        self.inner.backend_tokenizer.no_truncation()  # some files state one; a prompt that is too long is an error here
+        self.inner.backend_tokenizer.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        """Special tokens are recognised, and none is added."""
+        # The inner tokenizer: transformers' wrapper takes five times as long, and is not made for several threads.
+        ids: list[int] = self.inner.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """With or without special tokens."""
+        return str(self.inner.decode(token_ids, skip_special_tokens=not special))
+
+    def end_of_turn(self, *others: object) -> tuple[int, ...]:
+        """What the tokenizer and these, a model's configuration or generation settings, call the end of a turn."""
+        found: set[int] = set()
+        for source in (self.inner, *others):
+            value = getattr(source, "eos_token_id", None)
+            found |= {value} if isinstance(value, int) else set(value or ())
+        return tuple(sorted(found))
+
+    def chat(self, end_of_turn: Sequence[int]) -> Chat:
+        return Chat(self._template if self.inner.chat_template else None, self.encode, end_of_turn)
+
+    def _template(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> str:
+        try:
+            text = self.inner.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise TemplateFailure(str(error)) from error
+        return str(text)
