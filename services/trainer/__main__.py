@@ -51,7 +51,8 @@ async def _serve(settings: TrainerSettings) -> None:
     )
     memory = MemoryClient(settings.endpoint(settings.memory_address), on_outage=notice)
     try:
-        manager = RunManager(settings.runs_folder, Services(env, policy, memory, open_learner))
+        services = Services(env, policy, memory, open_learner, settings.weights_transfer == "upload")
+        manager = RunManager(settings.runs_folder, services)
     except OSError as error:
         refuse(settings.service, str(error))
 

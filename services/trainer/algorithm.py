@@ -7,7 +7,8 @@
     r2 ≥ τ: m ← Δ                 memory
     L = RL(y1) + RL(Δ) + RL(y2) − E[1(r2 > 0) log π(y2|x)]
 
-RLVR and the paper's ablations are settings of the same code (`AlgorithmSettings`).
+RLVR and the paper's ablations are settings of the same code (`AlgorithmSettings`). With a policy of its own that
+reflects (`policies.reflector`), RL(Δ) is left out: its tokens are not those of the policy that is trained.
 
 Deviations from the paper and its reference code:
 1. The memory takes Δ when r2 ≥ τ. The paper writes r2 > τ, which cannot fire when the largest reward is τ.

@@ -33,7 +33,8 @@ def training_data(experiences: Sequence[Experience], settings: AlgorithmSettings
     own, or that of the step's chains.
 
     first: advantage within the task's chains. reflection and second: advantage of r2 within the task's failing chains
-    whose second attempt has a reward. distilled: no group, no advantage, no log-probabilities.
+    whose second attempt has a reward; what another policy than the trained one reflected is no sample. distilled: no
+    group, no advantage, no log-probabilities.
     """
     chains = sum(len(group) for group in groups(experiences))
 
@@ -94,9 +95,10 @@ def _second_chance(
         ]
         advantages = _advantages([second for _, second in chains], settings)
         for (reflection, second), advantage in zip(chains, advantages, strict=True):
-            sample = second if branch == SECOND else reflection
-            if sample is not None:  # the ablations without reflection have none
-                result.append((sample, advantage))
+            if branch == SECOND:
+                result.append((second, advantage))
+            elif reflection is not None and not reflection.policy:  # the ablations without reflection have none
+                result.append((reflection, advantage))
     return result
 
 

@@ -97,9 +97,13 @@ class RunClient:
         seed: int = 0,
         max_tokens: int | None = None,
         run_id: str = "",
+        policy: str = "",
     ) -> tuple[EvaluationEvent, int]:
-        """The result and the policy version that was measured; with a run, its last checkpoint is published first."""
-        request = pb.EvaluateRequest(environment=environment, seed=seed, max_tokens=max_tokens, run_id=run_id)
+        """The result and the policy version that was measured; with a run, its last checkpoint is published first, and
+        without, `policy` names one of the policy service."""
+        request = pb.EvaluateRequest(
+            environment=environment, seed=seed, max_tokens=max_tokens, run_id=run_id, policy=policy
+        )
         fill_proto(request.config, settings.model_dump(mode="json"))
         response = await self._connection.call(self._stub.Evaluate, request, timeout=EVALUATE_SECONDS)
         return evaluation_from_proto(response.result), response.policy_version

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, SecretStr
 
@@ -21,6 +21,9 @@ class TrainerSettings(ServiceSettings):
     checkpoint_folder: Path = Field(Path("runs/checkpoints"), description="Checkpoints of the learner.")
     weights_folder: Path = Field(
         Path("runs/weights"), description="Published weights; the policy service reads them in the same place."
+    )
+    weights_transfer: Literal["shared", "upload"] = Field(
+        "shared", description="upload: the policy service does not see weights_folder, and files are streamed to it."
     )
     env_address: str = Field("127.0.0.1:50051", description="The environment service.")
     policy_address: str = Field("127.0.0.1:50052", description="The policy service.")

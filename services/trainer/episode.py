@@ -12,9 +12,11 @@ from dataclasses import dataclass, field, replace
 from services.common.errors import CallFailed, DomainError, Reason
 from services.common.types import (
     Attempt,
+    CallOptions,
     Completion,
     Continuation,
     EnvironmentInfo,
+    Feature,
     Message,
     Outcome,
     PolicyInfo,
@@ -29,7 +31,8 @@ from services.common.types import (
     TokenSequence,
     Turn,
 )
-from services.trainer.interfaces import EnvironmentPort, EpisodeHandle, PolicyPort
+from services.trainer.interfaces import EnvironmentPort, EpisodeHandle, Speaker
+from services.trainer.named import NamedPolicy
 from services.trainer.seeds import derive_seed
 
 
@@ -53,22 +56,23 @@ def reflection_in(answer: str, prompts: PromptSet) -> str:
 
 @dataclass
 class _Conversation:
-    """Grows turn by turn. `sequences` is one, or one per turn when the template rewrites earlier turns."""
+    """Grows turn by turn. `sequences` is one, or one per turn when each turn is prompted with all messages: where the
+    template rewrites earlier turns, or the engine takes no token ids."""
 
     messages: list[Message]
-    rewrites_history: bool
+    by_messages: bool
     segments: list[Segment] = field(default_factory=list)
     finished: list[TokenSequence] = field(default_factory=list)
     turn_closed: bool = True
 
     def prompt(self) -> Prompt:
-        if not self.segments or self.rewrites_history:
+        if not self.segments or self.by_messages:
             return tuple(self.messages)
         tokens = tuple(token for segment in self.segments for token in segment.token_ids)
         return Continuation(tokens, self.turn_closed, (self.messages[-1],))
 
     def add(self, completion: Completion) -> None:
-        if self.segments and self.rewrites_history:
+        if self.segments and self.by_messages:
             self.finished.append(TokenSequence(tuple(self.segments)))
             self.segments = []
         kind = SegmentKind.ENVIRONMENT if self.segments else SegmentKind.PROMPT
@@ -76,6 +80,7 @@ class _Conversation:
         self.segments.append(
             Segment(SegmentKind.SAMPLED, completion.token_ids, completion.log_probs, completion.policy_versions)
         )
+        self.by_messages = self.by_messages or not completion.token_ids
         self.turn_closed = completion.stop_reason is StopReason.END_OF_TURN
         self.messages.append(Message(Role.ASSISTANT, completion.text))
 
@@ -88,15 +93,18 @@ class _Conversation:
 class Player:
     """Plays attempts and writes reflections.
 
-    `incarnation` is new for each process, so that a resumed run never meets an episode of its former life.
+    `incarnation` is new for each process, so that a resumed run never meets an episode of its former life. `reflector`
+    writes the reflections; None: `policy`, which plays. An episode, and a reflection, is a session of its own at the
+    policy service: it finishes on the model that it began with.
     """
 
     environment: EnvironmentPort
-    policy: PolicyPort
+    policy: Speaker
     info: EnvironmentInfo
     policy_info: PolicyInfo
     incarnation: str
     max_restarts: int
+    reflector: NamedPolicy | None = None
 
     async def attempt(self, attempt_id: str, task_id: str, system: str, sampling: SamplingParams, seed: int) -> Attempt:
         """One try at a task, started over under a new episode id when the infrastructure failed, at most
@@ -113,7 +121,8 @@ class Player:
         self, attempt_id: str, episode_id: str, task_id: str, system: str, sampling: SamplingParams, seed: int
     ) -> Attempt:
         turns: list[Turn] = []
-        conversation = _Conversation([Message(Role.SYSTEM, system)], self.policy_info.rewrites_history)
+        by_messages = self.policy_info.rewrites_history or Feature.TOKEN_IDS not in self.policy_info.features
+        conversation = _Conversation([Message(Role.SYSTEM, system)], by_messages)
         observation, outcome, feedback, error = "", Outcome.TRUNCATED, "", ""
         blame = Outcome.ENV_ERROR  # whose failure an exception is
         episode: EpisodeHandle | None = None
@@ -123,7 +132,8 @@ class Player:
             for turn in range(self.info.max_steps):
                 conversation.messages.append(Message(Role.USER, observation))
                 blame = Outcome.POLICY_ERROR
-                completion = await self._generate(conversation.prompt(), sampling, attempt_id, seed, turn)
+                options = CallOptions(request_id=f"{attempt_id}-{turn}", session_id=episode_id)
+                completion = await self._answer(conversation, replace(sampling, seed=derive_seed(seed, turn)), options)
                 if completion is None:
                     break
                 conversation.add(completion)
@@ -168,9 +178,12 @@ class Player:
         conversation = _Conversation(
             [Message(Role.SYSTEM, prompts.reflection_system), Message(Role.USER, request)], False
         )
+        options = CallOptions(request_id=f"{reflection_id}-0", session_id=f"{reflection_id}-{self.incarnation}")
+        speaker, writer = (self.reflector, self.reflector.name) if self.reflector else (self.policy, "")
         outcome, text, error = Outcome.COMPLETED, "", ""
         try:
-            completion = await self._generate(conversation.prompt(), sampling, reflection_id, seed, 0)
+            sampling = replace(sampling, seed=derive_seed(seed, 0))
+            completion = await _generate(speaker, conversation.prompt(), sampling, options)
             if completion is None:
                 outcome, error = Outcome.POLICY_ERROR, "the attempt does not fit into the policy's context"
             else:
@@ -180,7 +193,9 @@ class Player:
                     outcome = Outcome.TRUNCATED
         except (DomainError, CallFailed) as failure:
             outcome, error = _outcome_of(failure, Outcome.POLICY_ERROR), str(failure)
-        return Reflection(reflection_id, text, conversation.sequences, sampling.temperature, outcome, error=error)
+        return Reflection(
+            reflection_id, text, conversation.sequences, sampling.temperature, outcome, error=error, policy=writer
+        )
 
     def second_system(self, reflection: Reflection) -> str:
         """The second attempt's system prompt: the reflection, followed only by the action-format reminder."""
@@ -194,24 +209,33 @@ class Player:
         prompts = []
         for turn in second.turns[: len(second.sequences)]:
             messages.append(Message(Role.USER, turn.observation))
-            prompts.append(await self.policy.tokenize(tuple(messages)))
+            prompts.append(await self.policy.tokenize(tuple(messages), CallOptions(session_id=second.episode_id)))
             messages.append(Message(Role.ASSISTANT, turn.text))
         return prompts
 
-    async def _generate(
-        self, prompt: Prompt, sampling: SamplingParams, request_id: str, seed: int, turn: int
+    async def _answer(
+        self, conversation: _Conversation, sampling: SamplingParams, options: CallOptions
     ) -> Completion | None:
         """None when the conversation has outgrown the policy's context."""
         try:
-            return await self.policy.generate(
-                prompt,
-                replace(sampling, seed=derive_seed(seed, turn)),
-                request_id=f"{request_id}-{turn}",
-            )
+            return await _generate(self.policy, conversation.prompt(), sampling, options)
         except DomainError as error:
-            if error.reason is Reason.PROMPT_TOO_LONG:
-                return None
-            raise
+            if error.reason is not Reason.TEMPLATE_REWRITES_HISTORY or conversation.by_messages:
+                raise
+        conversation.by_messages = True  # the policy was given another model since its `policy_info` was asked for
+        return await _generate(self.policy, conversation.prompt(), sampling, options)
+
+
+async def _generate(
+    speaker: Speaker, prompt: Prompt, sampling: SamplingParams, options: CallOptions
+) -> Completion | None:
+    """None when the prompt is longer than the policy's context."""
+    try:
+        return await speaker.generate(prompt, sampling, options)
+    except DomainError as error:
+        if error.reason is Reason.PROMPT_TOO_LONG:
+            return None
+        raise
 
 
 def _outcome_of(failure: DomainError | CallFailed, blame: Outcome) -> Outcome:

@@ -7,13 +7,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from services.common.types import (
+    CallOptions,
     Completion,
     EnvironmentInfo,
     EpisodeStep,
     PolicyInfo,
+    PolicyVersion,
     Prompt,
     Provenance,
     PublishedWeights,
@@ -22,6 +25,7 @@ from services.common.types import (
     Split,
     StoredReflection,
     TaskInfo,
+    WeightsKind,
 )
 from services.trainer.data import Datum
 from services.trainer.settings import LossSettings
@@ -48,17 +52,32 @@ class EnvironmentPort(Protocol):
     async def start(self, environment: str, task_id: str, episode_id: str) -> EpisodeHandle: ...
 
 
-class PolicyPort(Protocol):
-    async def info(self) -> PolicyInfo: ...
+class Speaker(Protocol):
+    """What a player asks."""
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, *, request_id: str = "", min_policy_version: int | None = None
+        self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
     ) -> Completion: ...
 
-    async def tokenize(self, prompt: Prompt | str) -> tuple[int, ...]:
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
         """What `generate` would report as prompt_token_ids; a string is encoded without template."""
 
-    async def update_weights(self, weights: PublishedWeights) -> None: ...
+
+class PolicyPort(Speaker, Protocol):
+    """All policies of a service. A name that is empty is the default policy's."""
+
+    async def info(self, policy: str = "") -> PolicyInfo:
+        """Raises DomainError UNKNOWN_POLICY."""
+
+    async def versions(self, policy: str = "") -> Sequence[PolicyVersion]:
+        """Newest first."""
+
+    async def upload_weights(self, path: Path, kind: WeightsKind, sha256: str, policy: str = "") -> str:
+        """Brings a safetensors file, or an adapter's folder, to a service that cannot read it. The URI for one
+        `update_weights`."""
+
+    async def update_weights(self, weights: PublishedWeights, policy: str = "") -> float | None:
+        """The difference that the canary found; None without one."""
 
 
 class MemoryPort(Protocol):
@@ -74,6 +93,10 @@ class MemoryPort(Protocol):
 
 
 class LearnerPort(Protocol):
+    @property
+    def fingerprint(self) -> str:
+        """Of the model that is trained."""
+
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         """Log-probabilities of each datum's trained tokens under the present weights."""
 

@@ -16,7 +16,7 @@ from services.trainer.algorithm import evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, StateEvent
 from services.trainer.folder import RunFolder, RunRecord, RunState
-from services.trainer.published import PublishedPolicy
+from services.trainer.named import NamedPolicy, check_top_k
 from services.trainer.run import Run, Services, evaluation_of
 from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 
@@ -113,7 +113,8 @@ class RunManager:
         self._lock.close()
 
     async def publish(self, run_id: str) -> None:
-        """Makes the policy serve a run's last checkpoint. Raises CHECKPOINT_NOT_FOUND, LEARNER_OWNED."""
+        """Makes the run's actor serve its last checkpoint. Raises CHECKPOINT_NOT_FOUND, LEARNER_OWNED, and what keeps a
+        run from starting."""
         run = self.run(run_id)
         checkpoint = run.folder.checkpoint()
         if checkpoint is None:
@@ -124,24 +125,31 @@ class RunManager:
             learner = await self._services.open_learner(run_id, run.settings)
             try:
                 await learner.load_checkpoint(checkpoint.name)
-                await PublishedPolicy(self._services.policy, learner, run.notice).publish()
+                await (await self._services.published(run.settings, learner, run.notice)).policy.publish()
             finally:
                 await learner.close()
         finally:
             self._publishing = ""
 
     async def evaluate(
-        self, environment: str, settings: EvaluationSettings, rollout: RolloutSettings, seed: int, threshold: float
+        self,
+        environment: str,
+        settings: EvaluationSettings,
+        rollout: RolloutSettings,
+        seed: int,
+        threshold: float,
+        policy: str = "",
     ) -> tuple[EvaluationEvent, int]:
-        """First attempts of the policy as it serves now, and its version."""
+        """First attempts of a policy as it serves now, and its version. Raises UNKNOWN_POLICY, INVALID_SETTING."""
         services = self._services
         info = await services.environment.describe(environment)
-        policy_info = await services.policy.info()
+        named = await NamedPolicy.open(services.policy, policy)
+        check_top_k(named.info, settings.top_k, "top_k")
         tasks = await services.environment.list_tasks(environment, Split.TEST, settings.tasks)
         name = f"evaluation-{os.urandom(4).hex()}"
-        player = Player(services.environment, services.policy, info, policy_info, "0", rollout.max_restarts)
+        player = Player(services.environment, named, info, named.info, "0", rollout.max_restarts)
         attempts = await evaluate(player, name, [task.task_id for task in tasks], settings, rollout, seed)
-        return evaluation_of(0, attempts, threshold), policy_info.policy_version
+        return evaluation_of(0, attempts, threshold), named.info.policy_version
 
     def _run_folder(self, run_id: str) -> RunFolder:
         folder = RunFolder(self._folder / run_id)

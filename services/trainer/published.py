@@ -1,15 +1,31 @@
-"""The policy as a run uses it: always at the version that the run published last."""
+"""The policy that a run trains, as the run uses it: always at the version that the run published last."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Completion, PolicyInfo, Prompt, PublishedWeights, SamplingParams
+from services.common.types import CallOptions, Completion, Prompt, PublishedWeights, SamplingParams, VersionState
 from services.trainer.interfaces import LearnerPort, PolicyPort
 
 RESTORE_ATTEMPTS = 3
+_GOES_ON = "`mulligan resume RUN` goes on from the run's last checkpoint under a new version"
+_ADVICE = {
+    Reason.CANARY_FAILED: "the engine's log-probabilities under these weights are not the trainer's, so the policy "
+    f"serves the version before. The policy service's log and `mulligan policy versions` say more; {_GOES_ON}",
+    Reason.VERSION_CONFLICT: "this version was refused or rolled back, or somebody else publishes to this policy: see "
+    f"`mulligan policy versions`; {_GOES_ON}",
+    Reason.MODEL_MISMATCH: "the policy was given another model: load the run's own again with `mulligan policy load`, "
+    "then `mulligan resume RUN`",
+    Reason.BAD_WEIGHTS_URI: "the policy service reads weights from below its weights_folder alone: give it the "
+    "trainer's, or set the trainer's weights_transfer to \"upload\"",
+    Reason.WEIGHTS_NOT_FOUND: "where the policy service does not see the trainer's weights_folder, set the trainer's "
+    'weights_transfer to "upload"',
+}
 
 
 class ForeignWeights(RuntimeError):
@@ -17,18 +33,31 @@ class ForeignWeights(RuntimeError):
 
 
 class PublishedPolicy:
-    """A `PolicyPort` that asks every call for the run's version.
+    """A `Speaker` that asks every call for the run's version.
 
-    A policy service that was restarted has forgotten its weights: it refuses, is given them again, and the call is
-    repeated. Raises ForeignWeights when an answer comes from a version that the run did not publish.
+    `name` is the policy's, "" for the default one. With `upload` the service shares no file system with the trainer,
+    and weights are streamed to it. A policy service that was restarted and has forgotten its weights refuses, is given
+    them again, and the call is repeated. Raises ForeignWeights when an answer comes from a version that the run did not
+    publish.
     """
 
-    def __init__(self, policy: PolicyPort, learner: LearnerPort, notice: Callable[[str], None]):
+    def __init__(
+        self,
+        policy: PolicyPort,
+        learner: LearnerPort,
+        notice: Callable[[str], None],
+        *,
+        name: str = "",
+        upload: bool = False,
+    ):
         self._policy = policy
         self._learner = learner
         self._notice = notice
+        self._name = name
+        self._upload = upload
         self._weights: PublishedWeights | None = None
         self._restoring = asyncio.Lock()
+        self.canary_difference: float | None = None  # in log-probability, of the last version; None: not compared
 
     @property
     def version(self) -> int:
@@ -36,30 +65,22 @@ class PublishedPolicy:
 
     async def publish(self) -> int:
         """Makes the learner's present weights the policy's next version. Versions never repeat, over all runs."""
-        version = max(self.version, (await self._policy.info()).policy_version) + 1
+        version = (await self._check() if self._weights else await self._newest()) + 1
         weights = await self._learner.publish_weights(version)
-        await self._policy.update_weights(weights)
+        await self._update(weights)
         self._weights = weights
         return version
 
-    async def info(self) -> PolicyInfo:
-        return await self._policy.info()
-
-    async def update_weights(self, weights: PublishedWeights) -> None:
-        await self._policy.update_weights(weights)
-        self._weights = weights
-
-    async def tokenize(self, prompt: Prompt | str) -> tuple[int, ...]:
-        return await self._policy.tokenize(prompt)
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
+        return await self._policy.tokenize(prompt, replace(options, policy=self._name))
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, *, request_id: str = "", min_policy_version: int | None = None
+        self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
     ) -> Completion:
+        options = replace(options, policy=self._name, min_policy_version=self.version)
         for attempt in range(RESTORE_ATTEMPTS + 1):
             try:
-                completion = await self._policy.generate(
-                    prompt, sampling, request_id=request_id, min_policy_version=self.version
-                )
+                completion = await self._policy.generate(prompt, sampling, options)
             except DomainError as error:
                 if error.reason is not Reason.POLICY_VERSION_TOO_OLD or attempt == RESTORE_ATTEMPTS:
                     raise
@@ -67,16 +88,55 @@ class PublishedPolicy:
                 continue
             for span in completion.policy_versions:
                 if span.policy_version != self.version:
-                    raise ForeignWeights(
-                        f"the policy serves version {span.policy_version}, but this run published {self.version}: "
-                        "another run or an administrator updates the same policy"
-                    )
+                    raise self._foreign(span.policy_version)
             return completion
         raise AssertionError("unreachable")
 
+    async def _newest(self) -> int:
+        """The greatest version that the policy ever had, those that were refused or rolled back included."""
+        known = await self._policy.versions(self._name)
+        served = (await self._policy.info(self._name)).policy_version
+        return max([served, *(version.policy_version for version in known)])
+
+    async def _check(self) -> int:
+        """The run's version, if it is the one to go on from. A lesser one that serves is a policy that forgot, unless
+        the run's was withdrawn."""
+        served = (await self._policy.info(self._name)).policy_version
+        if served > self.version:
+            raise self._foreign(served)
+        if served < self.version:
+            for version in await self._policy.versions(self._name):
+                if version.policy_version == self.version and version.state is VersionState.WITHDRAWN:
+                    problem = version.problem or "it was rolled back"
+                    raise _advised(DomainError(Reason.VERSION_CONFLICT, f"version {self.version}: {problem}"))
+        return self.version
+
     async def _restore(self) -> None:
         async with self._restoring:
-            if self._weights is None or (await self._policy.info()).policy_version >= self.version:
+            if self._weights is None or (await self._policy.info(self._name)).policy_version >= self.version:
                 return
             self._notice(f"the policy service lost version {self.version}; publishing it again")
-            await self._policy.update_weights(self._weights)
+            await self._update(self._weights)
+
+    async def _update(self, weights: PublishedWeights) -> None:
+        if self._upload:
+            path = Path(unquote(urlsplit(weights.uri).path))
+            uri = await self._policy.upload_weights(path, weights.kind, weights.sha256, self._name)
+            weights = replace(weights, uri=uri)
+        try:
+            self.canary_difference = await self._policy.update_weights(weights, self._name)
+        except DomainError as error:
+            raise _advised(error) from error
+
+    def _foreign(self, version: int) -> ForeignWeights:
+        return ForeignWeights(
+            f"the policy serves version {version}, but this run published {self.version}: another run or an "
+            "administrator updates the same policy, or gave it another model"
+        )
+
+
+def _advised(error: DomainError) -> DomainError:
+    """The same, with what a person can do about it."""
+    advice = _ADVICE.get(error.reason)
+    message = f"{error.message.rstrip('.')}: {advice}" if advice else error.message
+    return DomainError(error.reason, message, retry_after=error.retry_after, **error.metadata)

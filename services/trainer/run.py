@@ -11,7 +11,7 @@ from statistics import fmean
 import structlog
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Attempt, EnvironmentInfo, Split, TaskInfo
+from services.common.types import Attempt, EnvironmentInfo, PolicyInfo, Split, TaskInfo
 from services.trainer.algorithm import Erl, NoRecorder, evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
@@ -19,6 +19,7 @@ from services.trainer.folder import Checkpoint, RunFolder
 from services.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort
 from services.trainer.journal import StepCompleted, StepJournal, StepStarted
 from services.trainer.metrics import rewards_of
+from services.trainer.named import NamedPolicy, check_actor, check_reflector
 from services.trainer.published import PublishedPolicy
 from services.trainer.seeds import tasks_of_step
 from services.trainer.settings import RunSettings
@@ -33,12 +34,35 @@ class EvaluationFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Services:
-    """The four ports of a run. `open_learner` gives (run id, settings) → a learner that the run owns."""
+    """The four ports of a run. `open_learner` gives (run id, settings) → a learner that the run owns. With
+    `upload_weights` the policy service shares no file system with the trainer."""
 
     environment: EnvironmentPort
     policy: PolicyPort
     memory: MemoryPort
     open_learner: Callable[[str, RunSettings], Awaitable[LearnerPort]]
+    upload_weights: bool = False
+
+    async def published(self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None]) -> Actor:
+        """The policy that a run trains. Raises DomainError INVALID_SETTING, MODEL_MISMATCH or UNKNOWN_POLICY."""
+        name = settings.policies.actor
+        info = await self.policy.info(name)
+        check_actor(info, settings, learner.fingerprint)
+        return Actor(PublishedPolicy(self.policy, learner, notice, name=name, upload=self.upload_weights), info)
+
+    async def reflector(self, settings: RunSettings, actor: PolicyInfo) -> NamedPolicy | None:
+        """Raises DomainError INVALID_SETTING or UNKNOWN_POLICY."""
+        if not settings.policies.reflector:
+            return None
+        found = await NamedPolicy.open(self.policy, settings.policies.reflector)
+        check_reflector(found.info, actor)
+        return found
+
+
+@dataclass(frozen=True)
+class Actor:
+    policy: PublishedPolicy
+    info: PolicyInfo
 
 
 class Run:
@@ -101,26 +125,23 @@ class Run:
         self, learner: LearnerPort, info: EnvironmentInfo, tasks: list[TaskInfo], tests: list[TaskInfo]
     ) -> None:
         settings, services = self.settings, self.services
-        policy = PublishedPolicy(services.policy, learner, self.notice)
-        policy_info = await policy.info()
-        if settings.deterministic and not policy_info.deterministic:
-            raise DomainError(Reason.INVALID_SETTING, "deterministic: the policy service is not deterministic itself")
+        actor = await services.published(settings, learner, self.notice)
+        reflector = await services.reflector(settings, actor.info)
         checkpoint = self.folder.checkpoint()
         if checkpoint is not None:
             await learner.load_checkpoint(checkpoint.name)
         self.step = checkpoint.step if checkpoint else 0
-        player = Player(
-            services.environment, policy, info, policy_info, uuid.uuid4().hex[:8], settings.rollout.max_restarts
-        )
+        incarnation, restarts = uuid.uuid4().hex[:8], settings.rollout.max_restarts
+        player = Player(services.environment, actor.policy, info, actor.info, incarnation, restarts, reflector)
         algorithm = Erl(self.run_id, settings, player, services.memory, learner, NoRecorder())
-        await policy.publish()
+        await actor.policy.publish()
         if checkpoint is None:
             await self._save(algorithm, 0)
         test_ids = [task.task_id for task in tests]
         while self.step < settings.steps and not self._stopping:
             if self._evaluation_due():
                 await self._evaluate(algorithm, test_ids)
-            await self._step(algorithm, policy, [task.task_id for task in tasks])
+            await self._step(algorithm, actor.policy, [task.task_id for task in tasks])
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps or self._stopping:
                 await self._save(algorithm, self.step)
         if self.step == settings.steps:
@@ -155,6 +176,8 @@ class Run:
                 "sample_seconds": sampled - start,
                 "learn_seconds": learned - sampled,
             }
+            if policy.canary_difference is not None:
+                metrics["canary_difference"] = policy.canary_difference
             if journal.completed is None:
                 journal.finish(StepCompleted(self.step, metrics))
             journal.sync()

@@ -10,7 +10,7 @@ import grpc
 from mulligan.trainer.v1 import run_service_pb2 as pb
 from mulligan.trainer.v1 import run_service_pb2_grpc
 
-from services.common.errors import DomainError, Reason, ServiceUnavailable
+from services.common.errors import DomainError, Reason, ServiceUnavailable, invalid_field
 from services.common.wire import experience_to_proto
 from services.trainer.folder import RunState
 from services.trainer.journal import journal_file, journaled_steps, read_experiences
@@ -83,11 +83,15 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         )
         settings = validated(EvaluationSettings, plain_from_proto(request.config))
         threshold = request.success_threshold if request.HasField("success_threshold") else 1.0
+        policy = request.policy
+        if request.run_id and policy:
+            raise invalid_field("policy", "nothing beside run_id: the run's own is measured")
         try:
             if request.run_id:
                 await self._manager.publish(request.run_id)
+                policy = self._manager.run(request.run_id).settings.policies.actor
             event, version = await self._manager.evaluate(
-                request.environment, settings, rollout, request.seed, threshold
+                request.environment, settings, rollout, request.seed, threshold, policy
             )
         except ServiceUnavailable as error:
             raise DomainError(Reason.SERVICE_UNAVAILABLE, str(error), endpoint=error.endpoint) from error

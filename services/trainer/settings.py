@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from services.common.types import RetrievalStrategy
 
+_POLICY_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
+
 
 class SecondAttempt(StrEnum):
     NONE = "none"
@@ -116,6 +118,17 @@ class EvaluationSettings(_Settings):
     top_k: int = Field(20, ge=0)
 
 
+class PoliciesSettings(_Settings):
+    actor: str = Field("", pattern=_POLICY_NAME)
+    reflector: str = Field("", pattern=_POLICY_NAME)
+
+    @model_validator(mode="after")
+    def _reflector_is_another(self) -> Self:
+        if self.reflector and self.reflector == self.actor:
+            raise ValueError("reflector: expected another policy than the actor, or nothing: then the actor reflects")
+        return self
+
+
 class RunSettings(_Settings):
     environment: str = Field(min_length=1)
     model: ModelSettings = ModelSettings()
@@ -129,6 +142,7 @@ class RunSettings(_Settings):
     deterministic: bool = False
     checkpoint_every: int = Field(10, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    policies: PoliciesSettings = PoliciesSettings()
 
     @model_validator(mode="after")
     def _deterministic_is_one_at_a_time(self) -> Self:

@@ -104,7 +104,8 @@ async def test_over_the_wire_is_as_in_process(client: LearnerClient, tiny: Path,
     assert await client.forward(data) == local.forward(data)
     published = await client.publish_weights(7)
     assert (published.policy_version, published.kind) == (7, WeightsKind.FULL)
-    assert published.sha256 == local.publish_weights(7).sha256
+    expected = local.publish_weights(7)
+    assert (published.sha256, published.canary) == (expected.sha256, expected.canary) and published.canary
 
 
 async def test_many_data_go_in_several_messages(

@@ -6,18 +6,23 @@ Tokens are characters: the policy "samples" the characters of a scripted answer,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from services.common.errors import CallFailed, DomainError, Reason
 from services.common.types import (
+    CallOptions,
+    CanaryProbe,
     Completion,
     Continuation,
     EnvironmentInfo,
     EpisodeStep,
+    Feature,
     Message,
     Outcome,
     PolicyInfo,
+    PolicyVersion,
     Prompt,
     PromptSet,
     Provenance,
@@ -29,6 +34,7 @@ from services.common.types import (
     StoredReflection,
     TaskInfo,
     VersionSpan,
+    VersionState,
     WeightsKind,
 )
 from services.trainer.data import Datum
@@ -107,28 +113,72 @@ class FakeEpisode:
 
 @dataclass
 class FakePolicy:
-    """`answer(system, text of the last user message, turn)` is what the model says."""
+    """`answer(system, text of the last user message, sampling)` is what the model says. `others` are further policies
+    by name: none of them is trained."""
 
     answer: Callable[[str, str, SamplingParams], str]
     version: int = 0
     calls: list[tuple[Prompt, SamplingParams]] = field(default_factory=list)
+    options: list[CallOptions] = field(default_factory=list)
     updates: list[PublishedWeights] = field(default_factory=list)
+    uploads: list[Path] = field(default_factory=list)
+    withdrawn: set[int] = field(default_factory=set)
     systems: dict[tuple[int, ...], str] = field(default_factory=dict)
     rewrites_history: bool = False
+    fingerprint: str = "f"
+    features: frozenset[Feature] = frozenset(Feature)
+    frozen: bool = False
+    canary_difference: float | None = None
+    others: dict[str, FakePolicy] = field(default_factory=dict)
 
-    async def info(self) -> PolicyInfo:
-        return PolicyInfo("fake", "f", self.version, 4096, 2**16, (ord("]"),), self.rewrites_history, True)
+    def named(self, policy: str) -> FakePolicy:
+        if policy in ("", "actor"):
+            return self
+        if policy not in self.others:
+            raise DomainError(Reason.UNKNOWN_POLICY, f"there is no policy {policy!r}")
+        return self.others[policy]
 
-    async def tokenize(self, prompt: Prompt | str) -> tuple[int, ...]:
+    async def info(self, policy: str = "") -> PolicyInfo:
+        found = self.named(policy)
+        return PolicyInfo(
+            "fake",
+            found.fingerprint,
+            found.version,
+            4096,
+            2**16,
+            (ord("]"),),
+            found.rewrites_history,
+            True,
+            name=policy or "actor",
+            backend="fake",
+            features=found.features,
+            frozen=found.frozen,
+        )
+
+    async def versions(self, policy: str = "") -> tuple[PolicyVersion, ...]:
+        def record(version: int, state: VersionState) -> PolicyVersion:
+            return PolicyVersion(version, WeightsKind.FULL, state, "0" * 64, "f", datetime.now(UTC))
+
+        found = self.named(policy)
+        gone = [record(version, VersionState.WITHDRAWN) for version in sorted(found.withdrawn, reverse=True)]
+        return (*gone, record(found.version, VersionState.SERVING))
+
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
         assert isinstance(prompt, tuple)
         return encode(render(prompt))
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, *, request_id: str = "", min_policy_version: int | None = None
+        self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
     ) -> Completion:
-        if min_policy_version is not None and self.version < min_policy_version:
+        found = self.named(options.policy)
+        if found is not self:
+            return await found.generate(prompt, sampling, replace(options, policy=""))
+        if options.min_policy_version is not None and self.version < options.min_policy_version:
             raise DomainError(Reason.POLICY_VERSION_TOO_OLD, "forgotten")
+        if isinstance(prompt, Continuation) and self.rewrites_history:
+            raise DomainError(Reason.TEMPLATE_REWRITES_HISTORY, "no continuations")
         self.calls.append((prompt, sampling))
+        self.options.append(options)
         if isinstance(prompt, Continuation):
             ids = encode("".join(f"[{message.role}:{message.content}]" for message in prompt.messages) + "[assistant:")
             system = next(text for start, text in self.systems.items() if prompt.token_ids[: len(start)] == start)
@@ -139,6 +189,8 @@ class FakePolicy:
             self.systems[ids] = system
         text = self.answer(system, last, sampling)
         tokens = encode(text + "]")
+        if Feature.TOKEN_IDS not in self.features:
+            return Completion((), (), (), text, StopReason.END_OF_TURN, (VersionSpan(self.version, 0),))
         return Completion(
             ids,
             tokens,
@@ -148,9 +200,17 @@ class FakePolicy:
             (VersionSpan(self.version, len(tokens)),),
         )
 
-    async def update_weights(self, weights: PublishedWeights) -> None:
-        self.updates.append(weights)
-        self.version = weights.policy_version
+    async def upload_weights(self, path: Path, kind: WeightsKind, sha256: str, policy: str = "") -> str:
+        self.named(policy).uploads.append(path)
+        return f"upload://{len(self.named(policy).uploads)}"
+
+    async def update_weights(self, weights: PublishedWeights, policy: str = "") -> float | None:
+        found = self.named(policy)
+        if weights.policy_version in found.withdrawn:
+            raise DomainError(Reason.VERSION_CONFLICT, f"version {weights.policy_version} was rolled back")
+        found.updates.append(weights)
+        found.version = weights.policy_version
+        return found.canary_difference
 
 
 @dataclass
@@ -182,6 +242,7 @@ class FakeLearner:
     state: int = 0
     checkpoints: dict[str, int] = field(default_factory=dict)
     lose_at: int | None = None
+    fingerprint: str = "f"
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         self.forwards.append(list(data))
@@ -205,7 +266,8 @@ class FakeLearner:
         self.state = self.checkpoints[name]
 
     async def publish_weights(self, policy_version: int) -> PublishedWeights:
-        return PublishedWeights(policy_version, WeightsKind.FULL, f"file:///w{policy_version}", "0" * 64, "f")
+        uri, canary = f"file:///w%20{policy_version}", (CanaryProbe((1, 2), (LOG_PROB,)),)
+        return PublishedWeights(policy_version, WeightsKind.FULL, uri, "0" * 64, self.fingerprint, canary)
 
     async def close(self) -> None:
         return None

@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -20,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from services.common.errors import DomainError, Reason
 from services.common.fingerprint import model_fingerprint
 from services.common.types import PublishedWeights, WeightsKind
+from services.trainer.learner.canary import RANDOM_SEQUENCES
 from services.trainer.learner.learner import Learner
+from services.trainer.learner.settings import LearnerSpec
 from services.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA, PLAIN, many, sampled, server_settings, spec
 from tests.support.tiny_model import write_tiny_model
@@ -264,3 +267,66 @@ def test_publishing_again_is_idempotent_and_old_versions_go(
     learner.publish_weights(2)  # after going back to an older checkpoint: the newest publication stays
     names = {path.name.removesuffix(".safetensors") for path in (tmp_path / "weights").iterdir()}
     assert names == {"somebody-else", *(f"learner-v{version:06d}" for version in (2, 3, 4))}
+
+
+def expected_canary(weights: PublishedWeights, tiny: Path, dtype: torch.dtype) -> list[list[float]]:
+    """By transformers' own code, from the published file alone, one sequence at a time."""
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
+    if weights.kind is WeightsKind.LORA:
+        model = PeftModel.from_pretrained(model, str(path_of(weights)), autocast_adapter_dtype=False).to(dtype)
+    else:
+        model.load_state_dict(load_file(path_of(weights)), strict=False)
+    found = []
+    for probe in weights.canary:
+        ids = torch.tensor([probe.token_ids])
+        with torch.no_grad():
+            log_probs = model.eval()(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        found.append(log_probs.gather(1, ids[0, 1:, None])[:, 0].tolist())
+    return found
+
+
+@pytest.mark.parametrize("lora", [FULL, LORA])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.1)])
+def test_the_canary_is_of_the_published_weights(
+    tiny: Path, tmp_path: Path, lora: LoraSettings | None, dtype: str, tolerance: float
+) -> None:
+    settings = spec(tiny, lora, learning_rate=0.1)
+    settings = replace(settings, model=settings.model.model_copy(update={"dtype": dtype}))
+    learner = Learner("learner", settings, server_settings(tmp_path))
+    initial = learner.publish_weights(1)
+    learn(learner, range(2))
+    weights = learner.publish_weights(2)
+    assert [len(probe.token_ids) for probe in weights.canary] == [len(probe.log_probs) + 1 for probe in weights.canary]
+    expected = expected_canary(weights, tiny, getattr(torch, dtype))
+    for probe, log_probs in zip(weights.canary, expected, strict=True):
+        assert list(probe.log_probs) == pytest.approx(log_probs, abs=tolerance)
+    change = [abs(a - b) for old, new in pairs_of(initial, weights) for a, b in zip(old, new, strict=True)]
+    assert max(change) > 10 * tolerance, "what was learned shows"
+
+
+def pairs_of(one: PublishedWeights, other: PublishedWeights) -> Iterator[tuple[tuple[float, ...], tuple[float, ...]]]:
+    for old, new in zip(one.canary, other.canary, strict=True):
+        assert old.token_ids == new.token_ids, "the sequences are of the model, whatever it has learned"
+        yield old.log_probs, new.log_probs
+
+
+@pytest.mark.parametrize("lora", [FULL, LORA])
+def test_equal_weights_have_the_same_canary(tiny: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
+    one = make(tiny, tmp_path, lora)
+    learn(one, range(1))
+    one.save_checkpoint("one")
+    other = make(tiny, tmp_path, lora)
+    assert other.publish_weights(1).canary != one.publish_weights(1).canary
+    other.load_checkpoint("one")
+    assert other.publish_weights(2).canary == one.publish_weights(2).canary
+
+
+def test_the_canary_stays_inside_vocabulary_and_context(tiny: Path, tmp_path: Path) -> None:
+    embedded = Learner("embedded", LearnerSpec(), server_settings(tmp_path))
+    for learner in (make(tiny, tmp_path), embedded):
+        limits, canary = learner.model.limits, learner.model.canary()
+        assert len(canary) >= RANDOM_SEQUENCES
+        for probe in canary:
+            assert 2 <= len(probe.token_ids) <= limits.context_length
+            assert min(probe.token_ids) >= 0 and max(probe.token_ids) < limits.vocabulary_size
+    assert len(embedded.model.canary()) == RANDOM_SEQUENCES + 1, "text, too"

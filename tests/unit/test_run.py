@@ -221,7 +221,7 @@ async def test_the_manager_keeps_state_and_goes_on_with_what_was_running(tmp_pat
 async def test_an_outage_fails_the_run_with_the_endpoint(tmp_path: Path) -> None:
     world = World(tmp_path)
 
-    async def update_weights(weights: PublishedWeights) -> None:
+    async def update_weights(weights: PublishedWeights, policy: str = "") -> float | None:
         raise ServiceUnavailable("10.0.0.1:1", 120, "connection refused")
 
     world.policy.update_weights = update_weights  # type: ignore[method-assign]

@@ -26,6 +26,7 @@ from services.trainer.settings import (
     MismatchCorrection,
     ModelSettings,
     OptimizerSettings,
+    PoliciesSettings,
     RolloutSettings,
     RunSettings,
     SecondAttempt,
@@ -42,6 +43,7 @@ MESSAGES: dict[str, type[BaseModel]] = {
     "LossConfig": LossSettings,
     "OptimizerConfig": OptimizerSettings,
     "EvaluationConfig": EvaluationSettings,
+    "PoliciesConfig": PoliciesSettings,
 }
 NUMBERS = {int: "INT", float: "DOUBLE", bool: "BOOL", str: "STRING"}
 
@@ -144,6 +146,7 @@ RUNS = st.builds(
     ),
     optimizer=st.builds(OptimizerSettings, learning_rate=st.just(0.0) | positive, warmup_steps=st.integers(0, 9)),
     evaluation=st.builds(EvaluationSettings, every=st.integers(0, 9), temperature=st.just(0.0) | positive),
+    policies=st.builds(PoliciesSettings, actor=st.sampled_from(["", "a"]), reflector=st.sampled_from(["", "R-2.b_c"])),
     seed=st.integers(0, 2**63 - 1),
     deterministic=st.booleans(),
 )

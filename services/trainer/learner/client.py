@@ -13,6 +13,7 @@ from mulligan.trainer.v1 import learner_service_pb2_grpc
 from services.common.channel import Connection, Endpoint
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
 from services.common.types import PublishedWeights, WeightsKind
+from services.common.wire import canary_from_proto
 from services.trainer.data import Datum
 from services.trainer.learner.metrics import merge
 from services.trainer.learner.settings import LearnerSpec
@@ -102,7 +103,8 @@ class LearnerClient:
         request = pb.PublishWeightsRequest(**self._ids, policy_version=policy_version)
         response = await self._connection.call(self._stub.PublishWeights, request, timeout=CALL_SECONDS)
         kind = WeightsKind.LORA if response.lora else WeightsKind.FULL
-        return PublishedWeights(policy_version, kind, response.uri, response.sha256, response.fingerprint)
+        canary = canary_from_proto(response.canary)
+        return PublishedWeights(policy_version, kind, response.uri, response.sha256, response.fingerprint, canary)
 
     async def compute_seconds(self) -> float:
         """That the learner has computed since it was created."""

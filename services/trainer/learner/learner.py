@@ -205,7 +205,7 @@ class Learner:
     def publish_weights(self, policy_version: int) -> PublishedWeights:
         """Writes the weights (all, or the LoRA adapter) where the policy service can read them; keeps the last few.
 
-        Repeating it under unchanged weights gives the same file.
+        Repeating it under unchanged weights gives the same file and the same canary.
         """
         stem = f"{self.learner_id}-v{policy_version:06d}"
         folder = self.server.weights_folder
@@ -218,7 +218,9 @@ class Learner:
                 self.model.save_adapter, path, ("adapter_config.json", "adapter_model.safetensors")
             )
         storage.keep_published(folder, self.learner_id, self.server.keep_weights)
-        return PublishedWeights(policy_version, kind, path.resolve().as_uri(), sha256, self.fingerprint)
+        with self._arithmetic():
+            canary = self.model.canary()
+        return PublishedWeights(policy_version, kind, path.resolve().as_uri(), sha256, self.fingerprint, canary)
 
     @property
     def _checkpoints(self) -> Path:

@@ -32,6 +32,11 @@ class LocalLearner:
         await local._run(lambda learner: None)
         return local
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the model; empty before `create` has loaded it."""
+        return self._learner.fingerprint if self._learner is not None else ""
+
     async def _run(self, work: Callable[[Learner], R]) -> R:
         def on_thread() -> R:
             if self._learner is None:

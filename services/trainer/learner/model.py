@@ -17,6 +17,8 @@ from transformers.utils.logging import disable_progress_bar
 from models import EMBEDDED
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.fingerprint import model_fingerprint
+from services.common.types import CanaryProbe
+from services.trainer.learner import canary
 from services.trainer.learner.batching import Limits, Microbatch
 from services.trainer.settings import LoraSettings, ModelSettings
 
@@ -41,6 +43,7 @@ class PolicyModel:
         base, tokenizer = _load(settings.source, torch.float32 if settings.lora is None else self.dtype)
         self.fingerprint = model_fingerprint(base, tokenizer)
         self.limits = Limits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
+        self._probes = canary.probe_sequences(tokenizer, self.limits)
         self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
         _check_head(base)
         self.base = base.to(device).eval()
@@ -78,6 +81,10 @@ class PolicyModel:
             hidden_BTH = model.base_model(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
             hidden_NH = hidden_BTH.flatten(0, 1)[batch.positions_N]
             return _score(model, hidden_NH, batch.targets_N, batch.temperatures_N, entropy_gradient)
+
+    def canary(self) -> tuple[CanaryProbe, ...]:
+        """What an engine that serves the published weights must agree with."""
+        return canary.probes(self.base, self._probes, self.dtype)
 
     def full_weights(self) -> dict[str, Tensor]:
         """Every weight by its name in `state_dict()`, tied ones once, in the model's dtype, on the CPU."""

@@ -23,6 +23,7 @@ from mulligan.trainer.v1 import learner_service_pb2_grpc
 
 from services.common.errors import DomainError, Reason
 from services.common.types import WeightsKind
+from services.common.wire import canary_to_proto
 from services.trainer.learner.learner import Learner
 from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
 from services.trainer.learner.wire import data_from_proto, loss_from_proto, model_to_proto, spec_from_proto
@@ -128,6 +129,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             sha256=weights.sha256,
             fingerprint=weights.fingerprint,
             lora=weights.kind is WeightsKind.LORA,
+            canary=canary_to_proto(weights.canary),
         )
 
     async def _on_thread(self, work: Callable[[], R]) -> R:

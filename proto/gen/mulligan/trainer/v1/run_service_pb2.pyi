@@ -288,7 +288,8 @@ class StepCompleted(_message.Message):
         reward_second: means. Absent when no attempt of the kind has a reward. reflections, distilled: counts. excluded:
         attempts and reflections that ended without a reward for a failure of the infrastructure. restarts: attempts
         started over. rollouts: episodes started plus reflections written. sampled_tokens. seconds, and of these
-        sample_seconds and learn_seconds. policy_version that the step published. And the learner's metrics, averaged over
+        sample_seconds and learn_seconds. policy_version that the step published, and canary_difference: the greatest
+        difference in log-probability between trainer and engine under it. And the learner's metrics, averaged over
         optimizer steps.
         """
 

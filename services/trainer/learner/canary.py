@@ -1,0 +1,51 @@
+"""What an engine's log-probabilities are compared with after an update: the learner's own, on fixed sequences.
+
+The sequences depend on the model alone, so that equal weights give equal probes, whatever was trained before.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from services.common.types import CanaryProbe
+from services.trainer.learner.batching import Limits
+
+# Random tokens reach rows of the embedding that text seldom uses; text reaches what training changes most.
+RANDOM_SEQUENCES, RANDOM_TOKENS, TEXT_TOKENS = 4, 32, 64
+TEXT = """The canary went down into the mine before the people did. It sang while the air was good, and when it fell \
+silent they turned back. Nobody asked the bird how it felt: 1, 2, 3 steps, then up again, into the light."""
+
+Sequences = tuple[tuple[int, ...], ...]
+
+
+def probe_sequences(tokenizer: Any, limits: Limits) -> Sequences:
+    """In vocabulary, within the context, each of at least two tokens."""
+    vocabulary = min(limits.vocabulary_size, len(tokenizer))  # embeddings may be padded with rows that mean nothing
+    drawn = random.Random(f"canary/{vocabulary}")
+    length = min(RANDOM_TOKENS, limits.context_length)
+    text = tokenizer.encode(TEXT, add_special_tokens=False)[: min(TEXT_TOKENS, limits.context_length)]
+    sequences = [[drawn.randrange(vocabulary) for _ in range(length)] for _ in range(RANDOM_SEQUENCES)]
+    return tuple(tuple(sequence) for sequence in [*sequences, text] if len(sequence) > 1)
+
+
+def probes(model: Any, sequences: Sequences, dtype: torch.dtype) -> tuple[CanaryProbe, ...]:
+    """Log-probabilities of softmax(logits) of each token after the first.
+
+    The forward pass is of the weights as they are published: rounded to `dtype`, and in its arithmetic.
+    """
+    weights = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
+    ids_BT = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)  # no real token sees the padding
+    ids_BT = ids_BT.to(next(iter(weights.values())).device)
+    with torch.no_grad():
+        arguments = {"input_ids": ids_BT, "use_cache": False}
+        logits_BTV: Tensor = torch.func.functional_call(model, weights, kwargs=arguments).logits
+        log_probs_BTV = logits_BTV[:, :-1].float().log_softmax(-1)
+        log_probs_BT = log_probs_BTV.gather(-1, ids_BT[:, 1:, None])[..., 0]
+    return tuple(
+        CanaryProbe(ids, tuple(row[: len(ids) - 1])) for ids, row in zip(sequences, log_probs_BT.tolist(), strict=True)
+    )

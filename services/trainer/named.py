@@ -1,0 +1,75 @@
+"""One policy of a service, as a player asks it, and what is asked of it before a run or an evaluation begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from services.common.errors import DomainError, Reason
+from services.common.types import CallOptions, Completion, Feature, PolicyInfo, Prompt, SamplingParams
+from services.trainer.interfaces import PolicyPort
+from services.trainer.settings import RunSettings
+
+
+@dataclass(frozen=True)
+class NamedPolicy:
+    """A `Speaker`. `name` is as the service's settings have it, "" for the default policy; `info` is what it said of
+    itself when it was opened. An engine that takes no seed is asked without: its answers can't be repeated."""
+
+    port: PolicyPort
+    name: str
+    info: PolicyInfo
+
+    @classmethod
+    async def open(cls, port: PolicyPort, name: str) -> NamedPolicy:
+        """Raises DomainError UNKNOWN_POLICY."""
+        return cls(port, name, await port.info(name))
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
+    ) -> Completion:
+        if Feature.SEED not in self.info.features:
+            sampling = replace(sampling, seed=None)
+        return await self.port.generate(prompt, sampling, replace(options, policy=self.name))
+
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
+        return await self.port.tokenize(prompt, replace(options, policy=self.name))
+
+
+def check_actor(info: PolicyInfo, settings: RunSettings, fingerprint: str) -> None:
+    """That the policy can be trained, and serves the model of this `fingerprint`, which the learner holds.
+
+    Raises DomainError INVALID_SETTING, with metadata `field`, or MODEL_MISMATCH.
+    """
+    weights = Feature.FULL_WEIGHTS if settings.model.lora is None else Feature.LORA_WEIGHTS
+    missing = [feature for feature in (Feature.TOKEN_IDS, Feature.LOG_PROBS, weights) if feature not in info.features]
+    if missing:
+        raise _invalid("policies.actor", f"policy {info.name!r} ({info.backend}) cannot be trained: no {missing[0]}")
+    if info.frozen:
+        raise _invalid("policies.actor", f"policy {info.name!r} is frozen, and this run would update its weights")
+    if settings.deterministic and not info.deterministic:
+        raise _invalid("deterministic", "the policy service is not deterministic itself")
+    if info.fingerprint != fingerprint:
+        source, name = settings.model.source, info.name or "NAME"
+        raise DomainError(
+            Reason.MODEL_MISMATCH,
+            f"policy {info.name!r} serves {info.model}, and this run trains {source}. Make the policy serve it "
+            f"(`mulligan policy load {name} --model {source}`), or have the run train what is served (model.source)",
+        )
+    check_top_k(info, settings.rollout.top_k, "rollout.top_k")
+    check_top_k(info, settings.evaluation.top_k, "evaluation.top_k")
+
+
+def check_reflector(info: PolicyInfo, actor: PolicyInfo) -> None:
+    """Raises DomainError INVALID_SETTING."""
+    if info.name == actor.name:  # one of the two names may be empty
+        raise _invalid("policies.reflector", "it is the actor; leave it empty, then the actor reflects and learns to")
+
+
+def check_top_k(info: PolicyInfo, top_k: int, field: str) -> None:
+    """Raises DomainError INVALID_SETTING."""
+    if top_k and Feature.TOP_K not in info.features:
+        raise _invalid(field, f"policy {info.name!r} ({info.backend}) has no top_k; expected 0")
+
+
+def _invalid(field: str, problem: str) -> DomainError:
+    return DomainError(Reason.INVALID_SETTING, f"{field}: {problem}", field=field)

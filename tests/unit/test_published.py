@@ -1,0 +1,151 @@
+"""The policy that a run trains: its versions, how weights reach it, and what ends the run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from services.common.errors import DomainError, Reason
+from services.common.types import CallOptions, Feature, Message, PublishedWeights, Role, SamplingParams
+from services.trainer.named import check_actor, check_reflector, check_top_k
+from services.trainer.published import ForeignWeights, PublishedPolicy
+from services.trainer.settings import LoraSettings, ModelSettings, RunSettings
+from tests.support.fakes import FakeLearner, FakePolicy
+
+PROMPT = (Message(Role.USER, "say"),)
+notices: list[str] = []
+
+
+def policies(**changes: object) -> tuple[FakePolicy, PublishedPolicy]:
+    fake = FakePolicy(lambda system, last, sampling: "said")
+    return fake, PublishedPolicy(fake, FakeLearner(), notices.append, **changes)  # type: ignore[arg-type]
+
+
+async def test_every_call_asks_for_the_version_that_was_published() -> None:
+    fake, policy = policies(name="actor")
+    assert (await policy.publish(), await policy.publish()) == (1, 2)
+    await policy.generate(PROMPT, SamplingParams(), CallOptions(request_id="r", session_id="s"))
+    assert fake.options == [CallOptions(policy="actor", request_id="r", session_id="s", min_policy_version=2)]
+    assert all(weights.canary for weights in fake.updates), "the policy gets what the learner's forward pass says"
+
+
+async def test_the_canarys_difference_is_kept() -> None:
+    fake, policy = policies()
+    fake.canary_difference = 2e-6
+    await policy.publish()
+    assert policy.canary_difference == 2e-6
+
+
+async def test_weights_are_uploaded_where_no_file_system_is_shared() -> None:
+    fake, policy = policies(upload=True)
+    await policy.publish()
+    assert fake.uploads == [Path("/w 1")] and fake.updates[0].uri == "upload://1"
+    fake.version = 0
+    await policy.generate(PROMPT, SamplingParams())
+    assert fake.updates[1].uri == "upload://2", "a URI is for one update"
+
+
+async def test_a_new_run_goes_on_above_all_versions_that_ever_were() -> None:
+    fake, policy = policies()
+    fake.version, fake.withdrawn = 5, {6, 7}
+    assert await policy.publish() == 8
+
+
+async def test_a_rollback_ends_the_run_that_trains_the_policy() -> None:
+    fake, policy = policies()
+    await policy.publish()
+    await policy.publish()
+    fake.version, fake.withdrawn = 1, {2}
+    for call in (policy.publish(), policy.generate(PROMPT, SamplingParams())):
+        with pytest.raises(DomainError, match=r"version 2.*rolled back.*`mulligan resume RUN`") as caught:
+            await call
+        assert caught.value.reason is Reason.VERSION_CONFLICT
+    assert fake.version == 1, "what an administrator decided stays"
+
+
+async def test_a_forgetful_policy_gets_the_next_version() -> None:
+    fake, policy = policies()
+    await policy.publish()
+    fake.version = 0
+    assert await policy.publish() == 2
+
+
+async def test_versions_of_somebody_else_are_not_published_over() -> None:
+    fake, policy = policies()
+    await policy.publish()
+    fake.version = 9
+    with pytest.raises(ForeignWeights, match="version 9, but this run published 1"):
+        await policy.publish()
+
+
+@pytest.mark.parametrize(
+    ("reason", "words"),
+    [
+        (Reason.CANARY_FAILED, "difference 3.2.*serves the version before.*mulligan resume"),
+        (Reason.MODEL_MISMATCH, "mulligan policy load"),
+        (Reason.BAD_WEIGHTS_URI, 'weights_transfer to "upload"'),
+        (Reason.ENGINE_UNAVAILABLE, "difference 3.2$"),
+    ],
+)
+async def test_what_a_policy_refuses_says_what_to_do(
+    reason: Reason, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, policy = policies()
+
+    async def refuses(weights: PublishedWeights, policy: str = "") -> float | None:
+        raise DomainError(reason, "difference 3.2", policy_version=4)
+
+    monkeypatch.setattr(fake, "update_weights", refuses)
+    with pytest.raises(DomainError, match=words) as caught:
+        await policy.publish()
+    assert (caught.value.reason, caught.value.metadata) == (reason, {"policy_version": "4"})
+    assert policy.version == 0
+
+
+RUN = RunSettings(environment="e", model=ModelSettings(source="our/model"))
+LORA = RUN.model_copy(update={"model": ModelSettings(source="our/model", lora=LoraSettings(rank=2))})
+ALL = frozenset(Feature)
+
+
+@pytest.mark.parametrize(
+    ("without", "settings", "field"),
+    [
+        (Feature.TOKEN_IDS, RUN, "policies.actor"),
+        (Feature.LOG_PROBS, RUN, "policies.actor"),
+        (Feature.FULL_WEIGHTS, RUN, "policies.actor"),
+        (Feature.LORA_WEIGHTS, LORA, "policies.actor"),
+        (Feature.TOP_K, RUN, "evaluation.top_k"),
+    ],
+)
+async def test_a_policy_that_cannot_be_trained_is_refused(without: Feature, settings: RunSettings, field: str) -> None:
+    info = await FakePolicy(lambda system, last, sampling: "").info()
+    check_actor(info, settings, "f")
+    with pytest.raises(DomainError) as caught:
+        check_actor(replace(info, features=ALL - {without}), settings, "f")
+    assert (caught.value.reason, caught.value.metadata) == (Reason.INVALID_SETTING, {"field": field})
+    assert str(without) in caught.value.message
+
+
+async def test_what_is_not_needed_is_not_asked_for() -> None:
+    info = await FakePolicy(lambda system, last, sampling: "").info()
+    check_actor(replace(info, features=ALL - {Feature.LORA_WEIGHTS, Feature.SCORE}), RUN, "f")
+    check_actor(replace(info, features=ALL - {Feature.FULL_WEIGHTS}), LORA, "f")
+    check_top_k(replace(info, features=frozenset()), 0, "top_k")
+
+
+async def test_another_model_is_refused_by_name() -> None:
+    info = await FakePolicy(lambda system, last, sampling: "").info()
+    with pytest.raises(DomainError, match=r"serves fake, and this run trains our/model.*policy load actor") as caught:
+        check_actor(info, RUN, "another fingerprint")
+    assert caught.value.reason is Reason.MODEL_MISMATCH
+    with pytest.raises(DomainError, match="frozen"):
+        check_actor(replace(info, frozen=True), RUN, "f")
+
+
+async def test_the_actor_is_no_reflector_of_its_own() -> None:
+    fake = FakePolicy(lambda system, last, sampling: "")
+    with pytest.raises(DomainError) as caught:
+        check_reflector(await fake.info("actor"), await fake.info(""))
+    assert caught.value.metadata == {"field": "policies.reflector"}
