@@ -98,13 +98,24 @@ async def test_what_is_not_asked_for_is_not_sent_and_an_adapter_is_another_model
     assert set(body) == {"model", "messages", "temperature", "top_p", "max_tokens"} and body["model"] == "m:lora"
 
 
+def told(message: Message) -> Ask:
+    return Ask((), SamplingParams(), (message,))
+
+
 @pytest.mark.parametrize(
     ("ask", "reason", "field"),
     [
         (asks(json_schema="{"), Reason.INVALID_FIELD, "sampling.json_schema"),
         (asks(json_schema="[]"), Reason.INVALID_FIELD, "sampling.json_schema"),
         (Ask((), SamplingParams(), QUESTION, (Tool("t", "", "1"),)), Reason.INVALID_FIELD, "tools[0].parameters"),
-        (Ask((), SamplingParams(), (Message(Role.TOOL, "x", name="go"),)), Reason.TEMPLATE_ERROR, None),
+        (told(Message(Role.TOOL, "x", name="go")), Reason.TEMPLATE_ERROR, None),
+        (told(Message(Role.USER, "x", name="go")), Reason.INVALID_FIELD, "messages[0].name"),
+        (told(Message(Role.USER, "x", (ToolCall("go", "{}"),))), Reason.INVALID_FIELD, "messages[0].tool_calls"),
+        (
+            told(Message(Role.ASSISTANT, "x", (ToolCall("go", "[]"),))),
+            Reason.INVALID_FIELD,
+            "messages[0].tool_calls[0].arguments",
+        ),
     ],
 )
 async def test_what_cannot_be_expressed_is_refused_before_the_endpoint_sees_it(
@@ -116,6 +127,22 @@ async def test_what_cannot_be_expressed_is_refused_before_the_endpoint_sees_it(
                 await call
             assert caught.value.reason is reason and caught.value.metadata.get("field") == field
     assert endpoint.chats == []
+
+
+@pytest.mark.parametrize(
+    ("ask", "field"),
+    [
+        (Ask((), SamplingParams(), QUESTION, (Tool("t", "", "{}"),)), "tools"),
+        (told(Message(Role.TOOL, "x")), "messages"),
+        (told(Message(Role.ASSISTANT, "x", (ToolCall("go", "{}"),))), "messages"),
+    ],
+)
+async def test_tools_are_refused_of_an_endpoint_that_knows_none(ask: Ask, field: str) -> None:
+    async with scripted(chats(answer())) as endpoint, backend(endpoint, openai={"without": ("tools",)}) as opened:
+        with pytest.raises(DomainError) as caught:
+            await opened.generate(ask)
+    assert caught.value.reason is Reason.UNSUPPORTED_OPTION and endpoint.chats == []
+    assert caught.value.metadata == {"field": field, "feature": "tools"}
 
 
 CALLS = [

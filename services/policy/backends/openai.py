@@ -24,7 +24,15 @@ import structlog
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.types import Feature, ReplicaInfo, VersionSpan, WeightsKind
 from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, UnsupportedModel, WeightsFile
-from services.policy.backends.openai_chat import NotAnAnswer, StreamedAnswer, chat_request, ending, only_choice, text_of
+from services.policy.backends.openai_chat import (
+    NotAnAnswer,
+    StreamedAnswer,
+    chat_request,
+    ending,
+    needs_tools,
+    only_choice,
+    text_of,
+)
 from services.policy.config import ModelSettings
 
 log = structlog.get_logger()
@@ -256,6 +264,8 @@ class OpenAIBackend:
         yield Sampled((), (), reason, (VersionSpan(self._version, 0),), missing)
 
     def _request(self, ask: Ask) -> dict[str, Any]:
+        if Feature.TOOLS not in self.model.features and (field := needs_tools(ask)):
+            raise _unsupported(field, Feature.TOOLS)
         model = self._settings.adapters[ask.adapter] if ask.adapter else self._settings.model
         return chat_request(model, ask)
 

@@ -55,24 +55,37 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     open_calls: list[tuple[str, str]] = []
     made = 0
     for index, message in enumerate(messages):
+        field = f"messages[{index}]"
+        if message.tool_calls and message.role is not Role.ASSISTANT:
+            raise invalid_field(f"{field}.tool_calls", "none: only the assistant calls tools")
+        if message.name and message.role is not Role.TOOL:
+            raise invalid_field(f"{field}.name", "none: only a tool's answer has a name")
         entry: dict[str, Any] = {"role": message.role.value, "content": message.content}
         if message.tool_calls:
             entry["tool_calls"] = []
-            for call in message.tool_calls:
-                identifier = f"call{made:05d}"  # nine letters and digits: Mistral's templates take no other
-                made += 1
-                open_calls.append((call.name, identifier))
-                function = {"name": call.name, "arguments": call.arguments}
-                entry["tool_calls"].append({"id": identifier, "type": "function", "function": function})
-        elif message.role is Role.TOOL:
+        for position, call in enumerate(message.tool_calls):
+            _object(f"{field}.tool_calls[{position}].arguments", call.arguments)
+            identifier = f"call{made:05d}"  # nine letters and digits: Mistral's templates take no other
+            made += 1
+            open_calls.append((call.name, identifier))
+            function = {"name": call.name, "arguments": call.arguments}
+            entry["tool_calls"].append({"id": identifier, "type": "function", "function": function})
+        if message.role is Role.TOOL:
             answered = next((call for call in open_calls if message.name in ("", call[0])), None)
             if answered is None:
                 what = f"no call of {message.name!r}" if message.name else "no call"
-                raise DomainError(Reason.TEMPLATE_ERROR, f"messages[{index}]: there is {what} before it to answer")
+                raise DomainError(Reason.TEMPLATE_ERROR, f"{field}: there is {what} before it to answer")
             open_calls.remove(answered)
             entry["tool_call_id"] = answered[1]
         shown.append(entry)
     return shown
+
+
+def needs_tools(ask: Ask) -> str:
+    """The field for which the endpoint must know tools; empty when there is none."""
+    if ask.tools:
+        return "tools"
+    return "messages" if any(one.tool_calls or one.role is Role.TOOL for one in ask.messages) else ""
 
 
 def _tool(index: int, tool: Tool) -> dict[str, Any]:
@@ -84,8 +97,8 @@ def _tool(index: int, tool: Tool) -> dict[str, Any]:
 def _object(field: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise invalid_field(field, f"a JSON schema; {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise invalid_field(field, f"a JSON object ({error})") from error
     if not isinstance(value, dict):
         raise invalid_field(field, "a JSON object")
     return value
