@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -19,12 +19,14 @@ from pydantic import SecretStr
 
 from services.common.config import ServiceSettings
 from services.common.errors import DomainError, Reason, invalid_field
+from services.common.metrics import MethodMetrics, exported
 from services.common.status import to_status
 from services.common.validation import prepare, violations
 
 log = structlog.get_logger()
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # probes carry no credential
+_HEALTH_SECONDS = 0.5  # between two looks at the health that a service reports of its parts
 _REQUEST_KEYS = ("run_id", "episode_id", "request_id", "learner_id", "reflection_id", "sequence", "step_index")
 
 
@@ -52,11 +54,18 @@ def configure_logging(settings: ServiceSettings) -> None:
 class RequestInterceptor(grpc.aio.ServerInterceptor):
     """What every call goes through: credential, field constraints, deadline, error translation, log line.
 
-    `credentials` maps a gRPC service's full name to the token that its calls need; "" is for all others.
+    `credentials` maps a gRPC service's full name to the token that its calls need; "" is for all others. With `metrics`
+    calls are counted and timed in the registry of `metrics.py`.
     """
 
-    def __init__(self, credentials: Mapping[str, SecretStr | None], default_deadline: float = 3600.0):
-        self._credentials = credentials
+    def __init__(
+        self,
+        credentials: Mapping[str, SecretStr | None],
+        default_deadline: float = 3600.0,
+        *,
+        metrics: bool = False,
+    ):
+        self._credentials, self._metrics = credentials, metrics
         self._default_deadline = default_deadline  # seconds
         self._handlers: dict[str, _Handler | None] = {}
 
@@ -76,54 +85,90 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     def _guard(self, method: str, handler: _Handler) -> _Handler:
         if method.startswith(_OPEN_SERVICES):
             return handler
+        metrics = MethodMetrics(method.lstrip("/")) if self._metrics else None
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, handler.unary_unary), handler.request_deserializer, handler.response_serializer
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, cast(Any, handler.unary_stream)),
+                self._unary(method, handler.unary_unary, metrics),
                 handler.request_deserializer,
                 handler.response_serializer,
             )
-        raise TypeError(f"{method} streams its requests, which nothing here checks yet")
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(method, cast(Any, handler.unary_stream), metrics),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(
+                self._collect(method, cast(Any, handler.stream_unary), metrics),
+                handler.request_deserializer,
+                handler.response_serializer,
+            )
+        raise TypeError(f"{method} streams in both directions, which nothing here checks yet")
 
-    def _check(self, method: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def _authorize(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         service = method.rsplit("/", 1)[0].lstrip("/")
         secret = self._credentials.get(service, self._credentials.get(""))
         if secret is not None:
             given = dict(context.invocation_metadata() or ()).get("authorization", "")
             if not hmac.compare_digest(str(given).encode(), f"Bearer {secret.get_secret_value()}".encode()):
                 raise DomainError(Reason.BAD_CREDENTIAL, f"{service} needs `authorization: Bearer TOKEN`")
-        for violation in violations(request):
-            raise invalid_field(violation.field, violation.expected)
 
-    def _unary(self, method: str, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def _unary(
+        self, method: str, call: Callable[..., Awaitable[Any]], metrics: MethodMetrics | None
+    ) -> Callable[..., Awaitable[Any]]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            with _Logged(method, request) as logged:
-                try:
-                    self._check(method, request, context)
-                    # gRPC itself cancels a call whose caller's deadline has passed.
-                    own = None if context.time_remaining() is not None else self._default_deadline
-                    async with asyncio.timeout(own) as limit:
-                        return await call(request, context)
-                except DomainError as error:
-                    logged.failed(error)
-                    await context.abort_with_status(to_status(error))
-                except Exception as error:  # noqa: BLE001 - not a declared error: a fault of ours
-                    if isinstance(error, TimeoutError) and limit.expired():
-                        logged.timed_out()
-                        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the server's default deadline passed")
-                    logged.broke(error)
-                    await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+            async def answer() -> Any:
+                self._authorize(method, context)
+                _validate(request)
+                return await call(request, context)
+
+            with _Logged(method, request, metrics) as logged:
+                return await self._answer(answer, context, logged)
 
         return handle
 
-    def _stream(self, method: str, call: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    def _collect(
+        self, method: str, call: Callable[..., Awaitable[Any]], metrics: MethodMetrics | None
+    ) -> Callable[..., Awaitable[Any]]:
+        """The caller streams, and gets one answer. The credential is checked before anything is read."""
+
+        async def handle(requests: AsyncIterable[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            async def answer() -> Any:
+                self._authorize(method, context)
+                return await call(_validated(requests), context)
+
+            with _Logged(method, None, metrics) as logged:
+                return await self._answer(answer, context, logged)
+
+        return handle
+
+    async def _answer(
+        self, answer: Callable[[], Awaitable[Any]], context: grpc.aio.ServicerContext[Any, Any], logged: _Logged
+    ) -> Any:
+        try:
+            # gRPC itself cancels a call whose caller's deadline has passed.
+            own = None if context.time_remaining() is not None else self._default_deadline
+            async with asyncio.timeout(own) as limit:
+                return await answer()
+        except DomainError as error:
+            logged.failed(error)
+            await context.abort_with_status(to_status(error))
+        except Exception as error:  # noqa: BLE001 - not a declared error: a fault of ours
+            if isinstance(error, TimeoutError) and limit.expired():
+                logged.timed_out()
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the server's default deadline passed")
+            logged.broke(error)
+            await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+
+    def _stream(
+        self, method: str, call: Callable[..., AsyncIterator[Any]], metrics: MethodMetrics | None
+    ) -> Callable[..., AsyncIterator[Any]]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            with _Logged(method, request) as logged:
+            with _Logged(method, request, metrics) as logged:
                 try:
-                    self._check(method, request, context)
+                    self._authorize(method, context)
+                    _validate(request)
                     async for response in call(request, context):
                         yield response
                 except DomainError as error:
@@ -136,12 +181,23 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         return handle
 
 
+def _validate(request: Any) -> None:
+    for violation in violations(request):
+        raise invalid_field(violation.field, violation.expected)
+
+
+async def _validated(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        _validate(request)
+        yield request
+
+
 class _Logged:
     """One line per request: method, ids, duration, status. `log_level = "warning"` leaves out those that went well."""
 
-    def __init__(self, method: str, request: Any):
+    def __init__(self, method: str, request: Any, metrics: MethodMetrics | None):
         self._method = method.rsplit("/", 1)[-1]
-        self._request = request
+        self._request, self._metrics = request, metrics
         self._status = "OK"
         self._reason: str | None = None
         self._error: BaseException | None = None
@@ -162,6 +218,9 @@ class _Logged:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is asyncio.CancelledError:
             self._status = "CANCELLED"
+        seconds = time.perf_counter() - self._start
+        if self._metrics is not None:
+            self._metrics.ended(self._status, seconds)
         level = logging.ERROR if self._status == "INTERNAL" else logging.INFO
         if not log.is_enabled_for(level):
             return
@@ -169,8 +228,37 @@ class _Logged:
         extra: dict[str, Any] = {"reason": self._reason} if self._reason else {}
         if self._error is not None:
             extra["exc_info"] = self._error
-        milliseconds = round((time.perf_counter() - self._start) * 1000, 2)
+        milliseconds = round(seconds * 1000, 2)
         log.log(level, "request", method=self._method, status=self._status, milliseconds=milliseconds, **ids, **extra)
+
+
+class _Health(health.aio.HealthServicer):
+    """Standard health. What `observe` reports, by name of a service or a part of one, is looked at whenever somebody
+    asks, and now and then for those who watch."""
+
+    def __init__(self, observe: Callable[[], Mapping[str, bool]]):
+        super().__init__()
+        self._observe = observe
+        self._reported: dict[str, bool] = {}
+
+    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - as in the contract
+        await self.refresh()
+        return await super().Check(request, context)
+
+    async def refresh(self) -> None:
+        present = dict(self._observe())
+        status = health_pb2.HealthCheckResponse
+        for name in self._reported.keys() - present.keys():
+            await self.set(name, status.SERVICE_UNKNOWN)
+        for name, serving in present.items():
+            if self._reported.get(name) != serving:
+                await self.set(name, status.SERVING if serving else status.NOT_SERVING)
+        self._reported = present
+
+    async def watch(self) -> None:
+        while True:
+            await self.refresh()
+            await asyncio.sleep(_HEALTH_SECONDS)
 
 
 async def serve(
@@ -178,29 +266,20 @@ async def serve(
     register: Callable[[grpc.aio.Server], Sequence[str]],
     *,
     credentials: Mapping[str, SecretStr | None] | None = None,
+    health_of_parts: Callable[[], Mapping[str, bool]] = dict,
     on_drain: Callable[[], Awaitable[None]] | None = None,
     on_started: Callable[[str], Awaitable[None]] | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT, then finishes what is in flight.
 
     `register` adds servicers and returns their full names. `on_started` gets the bound address once calls are served.
-    `on_drain` runs when the drain begins, before calls in flight are waited for. Raises OSError when the address is
-    taken.
+    `on_drain` runs when the drain begins, before calls in flight are waited for. `health_of_parts` tells which names of
+    the health service serve; it must be cheap. Raises OSError when an address is taken.
     """
-    server = grpc.aio.server(
-        interceptors=[
-            RequestInterceptor({"": settings.token, **(credentials or {})}, settings.default_deadline_seconds)
-        ],
-        options=[
-            ("grpc.max_send_message_length", settings.max_message_bytes),
-            ("grpc.max_receive_message_length", settings.max_message_bytes),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients send keep-alive pings
-            ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server
-        ],
-    )
+    server = _server(settings, credentials or {})
     names = list(register(server))
     prepare(names)
-    health_servicer = health.aio.HealthServicer()
+    health_servicer = _Health(health_of_parts)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names.append(health.SERVICE_NAME)
     reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
@@ -213,20 +292,40 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    await server.start()
-    for name in ["", *names]:
-        await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    bound = f"{settings.host}:{port}"
-    log.info("serving", address=bound)
-    if on_started is not None:
-        await on_started(bound)
-    await stopping.wait()
-    log.info("draining", seconds=settings.drain_seconds)
-    await health_servicer.enter_graceful_shutdown()
-    if on_drain is not None:
-        await on_drain()
-    await server.stop(settings.drain_seconds)
+    with exported(settings):
+        await server.start()
+        # "" stays SERVING whatever becomes of the parts: it is what a liveness probe asks for, and to restart a service
+        # does not bring back an engine that is elsewhere.
+        for name in ["", *names]:
+            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        watching = asyncio.create_task(health_servicer.watch())
+        bound = f"{settings.host}:{port}"
+        log.info("serving", address=bound)
+        if on_started is not None:
+            await on_started(bound)
+        await stopping.wait()
+        log.info("draining", seconds=settings.drain_seconds)
+        await health_servicer.enter_graceful_shutdown()
+        if on_drain is not None:
+            await on_drain()
+        await server.stop(settings.drain_seconds)
+        watching.cancel()
     log.info("stopped")
+
+
+def _server(settings: ServiceSettings, credentials: Mapping[str, SecretStr | None]) -> grpc.aio.Server:
+    interceptor = RequestInterceptor(
+        {"": settings.token, **credentials}, settings.default_deadline_seconds, metrics=settings.metrics_port >= 0
+    )
+    return grpc.aio.server(
+        interceptors=[interceptor],
+        options=[
+            ("grpc.max_send_message_length", settings.max_message_bytes),
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients send keep-alive pings
+            ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server
+        ],
+    )
 
 
 def _bind(server: grpc.aio.Server, address: str, settings: ServiceSettings) -> int:

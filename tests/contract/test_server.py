@@ -161,7 +161,7 @@ async def test_a_call_without_a_deadline_gets_the_servers(services: Services) ->
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.StepEpisode(pb.StepEpisodeRequest(episode_id="slow", action="a"))
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert any(line.get("status") == "DEADLINE_EXCEEDED" for line in server.log_lines)
+    assert requests_logged(server, status="DEADLINE_EXCEEDED")
 
 
 async def test_sigterm_finishes_what_is_in_flight(services: Services) -> None:
