@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 
-import jinja2
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Continuation, Message, Role
-from services.policy.chat import Chat, TemplateFailure
+from services.common.types import Continuation, Message, Role, Tool, ToolCall
+from services.policy.backends.tokenizer import Tokenizer as Wrapped
+from services.policy.chat import Chat
 
 SPECIAL = [
     "<|im_start|>",
@@ -68,7 +68,58 @@ MISTRAL = (  # leaves system messages out without a word; closes turns with a sp
     " ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + '</s>' }}{% endif %}"
     "{% endfor %}"
 )
+# What follows knows tools. Qwen 2.5: declared in the system turn, answered within a user's turn, many answers in one.
+QWEN2 = (
+    "{% if tools %}{{ '<|im_start|>system\n# Tools\n<tools>' }}{% for tool in tools %}{{ '\n' + (tool | tojson) }}"
+    "{% endfor %}{{ '\n</tools><|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{% if message.role == 'tool' %}"
+    "{% if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<tool_response>\n' + message.content + '\n</tool_response>' }}"
+    "{% if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% elif message.role == 'assistant' and message.tool_calls %}{{ '<|im_start|>assistant' }}"
+    "{% if message.content %}{{ '\n' + message.content }}{% endif %}{% for call in message.tool_calls %}"
+    '{{ \'\n<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{ call.function.arguments | tojson }}"
+    "{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Llama 3.1: declared in the first user's turn, one call at a time, answered by a role of its own, quoted as JSON.
+LLAMA31 = (
+    "{{ '<|begin_of_text|>' }}{% for message in messages %}"
+    "{% if message.role == 'user' and loop.first and tools %}{{ '<|start_header_id|>user<|end_header_id|>\n\n' }}"
+    "{% for tool in tools %}{{ (tool | tojson(indent=4)) + '\n\n' }}{% endfor %}"
+    "{{ (message.content | trim) + '<|eot_id|>' }}"
+    "{% elif 'tool_calls' in message %}{% if message.tool_calls | length != 1 %}"
+    "{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}"
+    "{% set call = message.tool_calls[0].function %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    "{{ '{\"name\": \"' + call.name + '\", \"parameters\": ' }}{{ (call.arguments | tojson) + '}<|eot_id|>' }}"
+    "{% elif message.role == 'tool' %}{{ '<|start_header_id|>ipython<|end_header_id|>\n\n' }}"
+    "{{ (message.content | tojson) + '<|eot_id|>' }}"
+    "{% else %}{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
+    "{{ (message.content | trim) + '<|eot_id|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+# Hermes: a template of its own for tools, in which an answer must follow a call.
+HERMES = {
+    "default": CHATML,
+    "tool_use": (
+        "{{ '<|im_start|>system\nYou may call' }}{% for tool in tools %}{{ ' ' + (tool.function | tojson) }}"
+        "{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% for message in messages %}{% if message.role == 'tool' %}"
+        "{% set before = messages[loop.index0 - 1] %}{% if before.role != 'tool' %}{% if not before.tool_calls %}"
+        "{{ raise_exception('a tool answers a call') }}{% endif %}{{ '<|im_start|>tool\n' }}{% endif %}"
+        "{{ '<tool_response>\n' + message.content + '\n</tool_response>' }}"
+        "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% else %}{{ '\n' }}{% endif %}"
+        "{% elif message.tool_calls %}{{ '<|im_start|>assistant' }}{% for call in message.tool_calls %}"
+        "{{ '\n<tool_call>\n' + (call.function | tojson) + '\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
+        "{% else %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+WITH_TOOLS = {"qwen2": QWEN2, "llama3.1": LLAMA31, "hermes": HERMES}
 END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "qwen3": "<|im_end|>"}
+END_OF_TURN |= {"qwen2": "<|im_end|>", "llama3.1": "<|eot_id|>", "hermes": "<|im_end|>"}
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "gemma": GEMMA, "qwen3": QWEN3}
 KEEPING = ("chatml", "llama3", "gemma")
 
@@ -90,25 +141,14 @@ def encode(text: str) -> list[int]:
     return TOKENIZER.encode(text, add_special_tokens=False).ids
 
 
-def chat(source: str, end_of_turn: str) -> Chat:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    environment.globals["raise_exception"] = raise_exception
-    compiled = environment.from_string(source)
-
-    def template(messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        try:
-            return compiled.render(messages=list(messages), add_generation_prompt=add_generation_prompt)
-        except jinja2.TemplateError as error:
-            raise TemplateFailure(str(error)) from error
-
-    return Chat(template, encode, encode(end_of_turn))
+def chat(source: str | dict[str, str], end_of_turn: str) -> Chat:
+    inner = PreTrainedTokenizerFast(tokenizer_object=TOKENIZER)
+    inner.chat_template = source
+    return Wrapped(inner).chat(encode(end_of_turn))
 
 
-CHATS = {name: chat(source, END_OF_TURN[name]) for name, source in TEMPLATES.items()}
+CHATS = {name: chat(source, END_OF_TURN[name]) for name, source in (TEMPLATES | WITH_TOOLS).items()}
+TOOLS = (Tool("weather", 'Of a "city"', '{"type": "object", "properties": {"city": {"type": "string"}}}'),)
 # Templates trim what surrounds a message, and a mark of a special token is one, wherever it stands.
 contents = st.text(min_size=1, max_size=30).map(str.strip).filter(lambda text: text and "<" not in text)
 
@@ -209,3 +249,97 @@ def test_nothing_is_an_empty_prompt_and_no_template_an_error() -> None:
         assert caught.value.reason is Reason.EMPTY_PROMPT
     with pytest.raises(DomainError, match="no chat template"):
         Chat(None, encode, []).render(list(user))
+
+
+@pytest.mark.parametrize("name", list(WITH_TOOLS))
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), closed=st.booleans(), turns=st.integers(1, 3))
+def test_appending_what_tools_answer_gives_the_tokens_that_rendering_would(
+    name: str, data: st.DataObject, closed: bool, turns: int
+) -> None:
+    """Calls and answers in turn, then a question."""
+    subject = CHATS[name]
+    messages = [Message(Role.USER, data.draw(contents))]
+    tokens = subject.render(messages, TOOLS)
+    for turn in range(turns):
+        city = data.draw(contents)
+        call = Message(Role.ASSISTANT, "", (ToolCall("weather", json.dumps({"city": city})),))
+        answers = data.draw(st.lists(contents, min_size=1, max_size=3))
+        following = [Message(Role.TOOL, answer, name="weather") for answer in answers]
+        if data.draw(st.booleans()) and turn == turns - 1:
+            following.append(Message(Role.USER, data.draw(contents)))
+        sampled = sampled_call(subject, [*messages, call], END_OF_TURN[name])
+        tokens += sampled if closed else sampled[: -len(encode(END_OF_TURN[name]))]
+        tokens += subject.extend(Continuation(tokens, closed, tuple(following)))
+        messages += [call, *following]
+    assert tokens == subject.render(messages, TOOLS)
+
+
+def sampled_call(subject: Chat, messages: list[Message], end: str) -> tuple[int, ...]:
+    """What a model that follows its template samples as its last turn: the call, up to the end of the turn."""
+    prompt = subject.render(messages[:-1], TOOLS)
+    rest = subject.render(messages, TOOLS)[len(prompt) :]
+    (closing,) = encode(end)
+    return rest[: rest.index(closing) + 1]
+
+
+@pytest.mark.parametrize("name", list(WITH_TOOLS))
+def test_tools_calls_and_answers_are_shown_to_the_model(name: str) -> None:
+    call = Message(Role.ASSISTANT, "", (ToolCall("weather", '{"city": "Ulm", "days": [1, 2.5]}'),))
+    messages = [Message(Role.USER, "How is it?"), call, Message(Role.TOOL, "sunny", name="weather")]
+    text = TOKENIZER.decode(list(CHATS[name].render(messages, TOOLS)), skip_special_tokens=False)
+    shown = [part.strip() for part in ('"weather"', '{"city": "Ulm", "days": [1, 2.5]}', "sunny", 'Of a \\"city\\"')]
+    assert CHATS[name].has_tools
+    assert [part for part in shown if part not in text] == []
+
+
+@pytest.mark.parametrize("name", list(TEMPLATES))
+def test_what_a_template_would_leave_out_is_refused(name: str) -> None:
+    subject, user = CHATS[name], Message(Role.USER, "x")
+    assert not subject.has_tools
+    calls = [lambda: subject.render([user], TOOLS), lambda: subject.render([user, Message(Role.TOOL, "y")])]
+    calls.append(lambda: subject.render([Message(Role.ASSISTANT, "", (ToolCall("weather", "{}"),)), user]))
+    if not subject.rewrites_history:
+        calls.append(lambda: subject.extend(Continuation((1,), True, (Message(Role.TOOL, "y"),))))
+    for call in calls:
+        with pytest.raises(DomainError) as caught:
+            call()
+        assert caught.value.reason is Reason.UNSUPPORTED_OPTION
+        assert caught.value.metadata["feature"] == "tools"
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools", "field"),
+    [
+        ((), (Tool("a", "", "{"),), "tools[0].parameters"),
+        ((), (*TOOLS, Tool("a", "", "[]")), "tools[1].parameters"),
+        ((Message(Role.ASSISTANT, "", (ToolCall("a", "{}"), ToolCall("a", "x"))),), (), "[1].tool_calls[1].arguments"),
+        ((Message(Role.USER, "", (ToolCall("a", "{}"),)),), (), "[1].tool_calls"),
+        ((Message(Role.USER, "", name="a"),), (), "[1].name"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(messages: tuple[Message, ...], tools: tuple[Tool, ...], field: str) -> None:
+    user = Message(Role.USER, "x")
+    with pytest.raises(DomainError) as caught:
+        CHATS["qwen2"].render([user, *messages], tools)
+    assert caught.value.reason is Reason.INVALID_FIELD
+    assert caught.value.metadata["field"] == (f"messages{field}" if messages else field)
+    if messages:
+        with pytest.raises(DomainError) as caught:
+            CHATS["qwen2"].extend(Continuation((1,), True, (user, *messages)))
+        assert caught.value.metadata["field"] == f"continuation.messages{field}"
+
+
+def test_answers_of_tools_are_not_appended_where_that_would_change_what_was_said() -> None:
+    """A template that sums up earlier calls, and keeps all else."""
+    summing = QWEN2.replace(
+        "{% elif message.role == 'assistant' and message.tool_calls %}",
+        "{% elif message.tool_calls and not loop.last %}{{ '<|im_start|>assistant\nI called '"
+        " + message.tool_calls[0].function.name + '<|im_end|>\n' }}{% elif message.tool_calls %}",
+    )
+    subject = chat(summing, "<|im_end|>")
+    assert subject.has_tools and not subject.rewrites_history
+    assert subject.extend(Continuation((1,), True, (Message(Role.USER, "y"),)))
+    with pytest.raises(DomainError) as caught:
+        subject.extend(Continuation((1,), True, (Message(Role.TOOL, "y"),)))
+    assert caught.value.reason is Reason.TEMPLATE_REWRITES_HISTORY

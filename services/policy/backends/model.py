@@ -39,7 +39,7 @@ class Model:
         self._score_logits = 0 if settings.deterministic else _SCORE_LOGITS
         self.device = _device(settings.device)
         self._wanted_dtype = _dtype(settings.dtype, self.device)
-        self.tokenizer = Tokenizer(self.source)
+        self.tokenizer = Tokenizer.load(self.source)
         self.module = self.load_weights()
         try:
             self.module.to(self.device)

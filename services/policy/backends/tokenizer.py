@@ -13,17 +13,23 @@ from services.policy.chat import Chat, TemplateFailure
 
 
 class Tokenizer:
-    """Of a hub id or a folder. `inner` is transformers' own. Raises UnsupportedModel."""
+    """`inner` is transformers' own, of the fast kind."""
 
-    def __init__(self, source: str):
+    def __init__(self, inner: Any):
+        self.inner = inner
+        inner.backend_tokenizer.no_truncation()  # some files state one; a prompt that is too long is an error here
+        inner.backend_tokenizer.no_padding()
+
+    @classmethod
+    def load(cls, source: str) -> Tokenizer:
+        """Of a hub id or a folder. Raises UnsupportedModel."""
         try:
-            self.inner: Any = AutoTokenizer.from_pretrained(source)
+            inner = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise UnsupportedModel(f"the tokenizer of {source} cannot be loaded: {error}") from error
-        if not hasattr(self.inner, "backend_tokenizer"):
+        if not hasattr(inner, "backend_tokenizer"):
             raise UnsupportedModel(f"the tokenizer of {source} has no tokenizer.json form")
-        self.inner.backend_tokenizer.no_truncation()  # some files state one; a prompt that is too long is an error here
-        self.inner.backend_tokenizer.no_padding()
+        return cls(inner)
 
     def encode(self, text: str) -> list[int]:
         """Special tokens are recognised, and none is added."""
