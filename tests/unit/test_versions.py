@@ -1,0 +1,321 @@
+"""The versions of a policy on disk: whatever happens, and whenever the process dies."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from services.common.errors import DomainError, Reason
+from services.common.types import CanaryProbe, PolicyVersion, VersionState, WeightsKind
+from services.policy.backend import WeightsFile
+from services.policy.versions import Record, VersionStore
+from tests.support.processes import ROOT
+
+KEEP = 2
+PROBES = (CanaryProbe((1, 2, 3), (-0.5, -1.25)),)
+
+
+def record_of(number: int, origin: int, content: bytes | None, **changes: object) -> Record:
+    version = PolicyVersion(
+        policy_version=number,
+        kind=WeightsKind.ORIGINAL if content is None else WeightsKind.FULL,
+        state=VersionState.SERVING,
+        sha256="" if content is None else hashlib.sha256(content).hexdigest(),
+        fingerprint="f",
+        created_at=datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
+        model="m",
+    )
+    return replace(Record(version, origin, "transformers:m", "s", () if content is None else PROBES), **changes)  # type: ignore[arg-type]
+
+
+def staged(store: VersionStore, folder: Path, number: int, content: bytes) -> WeightsFile:
+    path = folder / f"{number}.published"
+    path.write_bytes(content)
+    weights = WeightsFile(path, WeightsKind.FULL, number, hashlib.sha256(content).hexdigest(), PROBES)
+    return store.stage(weights)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[VersionStore]:
+    store = VersionStore(tmp_path / "store", KEEP)
+    yield store
+    store.close()
+
+
+def test_a_record_comes_back_as_it_was(store: VersionStore, tmp_path: Path) -> None:
+    store.begin(record_of(0, 0, None))
+    staged(store, tmp_path, 4, b"four")
+    record = record_of(4, 0, b"four").now(canary_difference=0.25, engine_checksum="c", problem="p")
+    store.serve(record)
+    assert store.get(4) == record == store.serving
+    assert store.get(5) is None
+    assert store.next_version == 5
+    assert [version.policy_version for version in store.versions(None, 10)] == [4, 0]
+    assert [version.policy_version for version in store.versions(4, 10)] == [0]
+    assert [version.policy_version for version in store.versions(None, 1)] == [4]
+
+
+def test_a_file_is_linked_and_outlives_the_senders(store: VersionStore, tmp_path: Path) -> None:
+    store.begin(record_of(0, 0, None))
+    file = staged(store, tmp_path, 1, b"one")
+    published = tmp_path / "1.published"
+    assert file.path is not None and file.path.samefile(published)
+    store.serve(record_of(1, 0, b"one"))
+    published.unlink()
+    record = store.serving
+    assert record is not None
+    assert store.file(record) == WeightsFile(file.path, WeightsKind.FULL, 1, record.version.sha256, PROBES)
+
+
+def test_a_file_that_its_writer_changes_is_noticed(store: VersionStore, tmp_path: Path) -> None:
+    store.begin(record_of(0, 0, None))
+    staged(store, tmp_path, 1, b"one")
+    store.serve(record_of(1, 0, b"one"))
+    (tmp_path / "1.published").write_bytes(b"uno")
+    with pytest.raises(DomainError) as caught:
+        store.file(record_of(1, 0, b"one"))
+    assert caught.value.reason is Reason.CHECKSUM_MISMATCH
+
+
+def test_where_links_are_impossible_it_copies(
+    store: VersionStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store.begin(record_of(0, 0, None))
+    file = staged(store, tmp_path, 1, b"one")
+    assert file.path is not None and not file.path.samefile(tmp_path / "1.published")
+    assert file.path.read_bytes() == b"one"
+
+
+def test_of_an_adapter_two_files_are_taken_and_the_settings_are_copied(store: VersionStore, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name, content in {"adapter_model.safetensors": b"x", "adapter_config.json": b"{}", "evil.bin": b"p"}.items():
+        (folder / name).write_bytes(content)
+    checksum = hashlib.sha256(b"x").hexdigest()
+    file = store.stage(WeightsFile(folder, WeightsKind.LORA, 1, checksum))
+    assert file.path is not None
+    assert sorted(path.name for path in file.path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (file.path / "adapter_model.safetensors").samefile(folder / "adapter_model.safetensors")
+    assert not (file.path / "adapter_config.json").samefile(folder / "adapter_config.json")
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(DomainError) as caught:
+        store.stage(WeightsFile(folder, WeightsKind.LORA, 2, checksum))
+    assert caught.value.reason is Reason.WEIGHTS_NOT_FOUND
+    assert not (file.path.parent / "2").exists()
+
+
+def test_a_folder_has_one_process(store: VersionStore, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="state_folder: .* is in use by another process"):
+        VersionStore(tmp_path / "store", KEEP)
+
+
+def test_a_temporary_folder_is_gone_at_the_end() -> None:
+    store = VersionStore(None, KEEP)
+    with tempfile.TemporaryDirectory() as folder:
+        file = staged(store, Path(folder), 1, b"one")
+    assert file.path is not None and file.path.exists()
+    store.close()
+    assert not file.path.exists()
+
+
+def test_a_model_keeps_its_number_over_a_restart_and_another_gets_the_next(tmp_path: Path) -> None:
+    store = VersionStore(tmp_path / "store", KEEP)
+    assert store.first_version("transformers:m") == 0
+    store.begin(record_of(0, 0, None))
+    staged(store, tmp_path, 3, b"three")
+    store.serve(record_of(3, 0, b"three"))
+    assert store.first_version("transformers:m") == 0
+    assert store.first_version("sglang:m") == 4
+    store.begin(record_of(4, 4, None))
+    kept = tmp_path / "store" / "files" / "3"
+    assert kept.exists(), "the model that was replaced finishes its sessions"
+    store.end(0)
+    assert not kept.exists()
+    states = {version.policy_version: version.state for version in store.versions(None, 10)}
+    assert states == {0: VersionState.REMOVED, 3: VersionState.REMOVED, 4: VersionState.SERVING}
+    store.close()
+
+
+class Versions(RuleBasedStateMachine):
+    """Any sequence of updates, refusals, rollbacks, other models and restarts, against what should be known."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.root = tempfile.TemporaryDirectory()
+        self.folder = Path(self.root.name)
+        self.store = VersionStore(self.folder / "store", KEEP)
+        self.states: dict[int, VersionState] = {0: VersionState.SERVING}
+        self.contents: dict[int, bytes | None] = {0: None}
+        self.origin = self.serving = 0
+        self.store.begin(record_of(0, 0, None))
+
+    def teardown(self) -> None:
+        self.store.close()
+        self.root.cleanup()
+
+    def next_version(self, gap: int) -> int:
+        return max(self.states) + gap
+
+    def record(self, number: int) -> Record:
+        return record_of(number, self.origin, self.contents[number])
+
+    def kept(self) -> list[int]:
+        return sorted(number for number, state in self.states.items() if state is VersionState.KEPT)
+
+    @rule(gap=st.integers(1, 3), content=st.binary(max_size=4))
+    def update(self, gap: int, content: bytes) -> None:
+        number = self.next_version(gap)
+        staged(self.store, self.folder, number, content)
+        self.contents[number] = content
+        self.store.serve(self.record(number))
+        self.states[self.serving] = VersionState.KEPT
+        self.states[number], self.serving = VersionState.SERVING, number
+        files = [old for old in self.kept() if self.contents[old] is not None]
+        for old in files[: max(0, len(files) - (KEEP - 1))]:
+            self.states[old] = VersionState.REMOVED
+
+    @rule(content=st.binary(max_size=4))
+    def refuse(self, content: bytes) -> None:
+        number = self.next_version(1)
+        staged(self.store, self.folder, number, content)
+        self.contents[number] = content
+        self.store.refuse(self.record(number).now(problem="bad"))
+        self.states[number] = VersionState.REFUSED
+
+    @rule(content=st.binary(max_size=4))
+    def stage_and_no_more(self, content: bytes) -> None:
+        staged(self.store, self.folder, self.next_version(1), content)
+        self.restart()
+
+    @precondition(lambda self: self.kept())
+    @rule(data=st.data())
+    def roll_back(self, data: st.DataObject) -> None:
+        older = [number for number in self.kept() if number < self.serving]
+        if not older:
+            return
+        number = data.draw(st.sampled_from(older))
+        self.store.serve(self.record(number), withdrawn=f"rolled back to {number}")
+        for later, state in self.states.items():
+            if later > number and later > self.origin and state is not VersionState.REFUSED:
+                self.states[later] = VersionState.WITHDRAWN
+        self.states[number], self.serving = VersionState.SERVING, number
+
+    @rule()
+    def load_another_model(self) -> None:
+        before, number = self.origin, self.store.next_version
+        self.contents[number] = None
+        self.store.begin(record_of(number, number, None))
+        self.store.end(before)
+        for old, state in self.states.items():
+            if state in (VersionState.SERVING, VersionState.KEPT):
+                self.states[old] = VersionState.REMOVED
+        self.states[number], self.origin, self.serving = VersionState.SERVING, number, number
+
+    @rule()
+    def restart(self) -> None:
+        self.store.close()
+        self.store = VersionStore(self.folder / "store", KEEP)
+        assert self.store.first_version("transformers:m") == self.origin
+
+    @invariant()
+    def all_is_known_and_what_is_kept_is_there(self) -> None:
+        versions = self.store.versions(None, 1000)
+        assert {version.policy_version: version.state for version in versions} == self.states
+        assert self.store.serving is not None and self.store.serving.number == self.serving
+        assert self.store.next_version == max(self.states) + 1
+        for number, state in self.states.items():
+            if state in (VersionState.SERVING, VersionState.KEPT):
+                record = self.store.get(number)
+                assert record is not None
+                file = self.store.file(record)  # verifies it
+                assert (file.path is None) == (self.contents[number] is None)
+                assert record.canary == (() if self.contents[number] is None else PROBES)
+        on_disk = {int(path.name) for path in (self.folder / "store" / "files").iterdir()}
+        files = [number for number, state in self.states.items() if state in (VersionState.SERVING, VersionState.KEPT)]
+        assert on_disk == {number for number in files if self.contents[number] is not None}
+        assert len(on_disk) <= KEEP
+
+
+TestVersions = Versions.TestCase
+TestVersions.settings = settings(
+    max_examples=40, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+_WRITER = """
+import hashlib, sys
+from pathlib import Path
+from tests.unit.test_versions import record_of, staged
+from services.policy.versions import VersionStore
+
+folder = Path(sys.argv[1])
+store = VersionStore(folder / "store", 2)
+if store.serving is None:
+    store.begin(record_of(0, 0, None))
+print("ready", flush=True)
+while True:
+    number = store.next_version
+    content = str(number).encode() * 50_000
+    staged(store, folder, number, content)
+    if number % 7 == 3:
+        store.refuse(record_of(number, 0, content).now(problem="bad"))
+        continue
+    store.serve(record_of(number, 0, content))
+    print(number, flush=True)
+    if number % 5 == 4:
+        older = [r for r in store.of_model(0) if r.version.state == "kept"][0]
+        store.serve(older, withdrawn="rolled back")
+        print(older.number, flush=True)
+"""
+
+
+def test_killed_at_any_moment_it_comes_back_whole(tmp_path: Path) -> None:
+    """The version that was acknowledged last serves, or the one that was on its way; and its file is right."""
+    seen = 0
+    for round_number in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _WRITER, str(tmp_path)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        acknowledged = ""
+        for _ in range(3 + 2 * round_number):
+            acknowledged = process.stdout.readline().strip()
+        process.send_signal(signal.SIGKILL)
+        lines = [line.strip() for line in process.stdout.read().splitlines()]
+        process.wait()
+        process.stdout.close()
+        acknowledged = lines[-1] if lines else acknowledged
+        store = VersionStore(tmp_path / "store", KEEP)
+        serving = store.serving
+        assert serving is not None
+        states = {version.policy_version: version.state for version in store.versions(None, 1000)}
+        assert states[int(acknowledged)] in (VersionState.SERVING, VersionState.KEPT, VersionState.WITHDRAWN)
+        assert serving.number >= int(acknowledged) or states[int(acknowledged)] is VersionState.WITHDRAWN
+        for number, state in states.items():
+            if state in (VersionState.SERVING, VersionState.KEPT):
+                record = store.get(number)
+                assert record is not None
+                store.file(record)
+        assert len(states) > seen
+        seen = len(states)
+        store.close()
