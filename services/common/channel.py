@@ -19,6 +19,7 @@ from services.common.status import from_rpc_error
 
 log = structlog.get_logger()
 R = TypeVar("R")
+_LATER = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
 _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.05, 2.0
 
 
@@ -26,8 +27,8 @@ _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.05, 2.0
 class Endpoint:
     """Where a service is and how to call it.
 
-    `outage_seconds` bounds how long one call keeps retrying while the service is unreachable or says
-    RESOURCE_EXHAUSTED. Every call must be safe to repeat: the contracts see to that.
+    `outage_seconds` bounds how long one call keeps retrying while the service is unreachable, or asks for a later call:
+    RESOURCE_EXHAUSTED or UNAVAILABLE with a RetryInfo. Every call must be safe to repeat: the contracts see to that.
     """
 
     address: str
@@ -88,7 +89,7 @@ class Connection:
         """The cause, and the least wait in seconds, when the call should be repeated; raises otherwise."""
         domain_error = from_rpc_error(error)
         if domain_error is not None:
-            if domain_error.code is Code.RESOURCE_EXHAUSTED and domain_error.retry_after is not None:
+            if domain_error.code in _LATER and domain_error.retry_after is not None:
                 return str(domain_error), domain_error.retry_after.total_seconds()
             raise domain_error from None
         if error.code() is grpc.StatusCode.UNAVAILABLE:

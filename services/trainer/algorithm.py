@@ -137,12 +137,13 @@ class Erl:
         return mean_metrics(metrics)
 
     async def memorise(self, experiences: Sequence[Experience]) -> None:
-        """m ← Δ for each reflection whose second attempt succeeded. Request ids make a repetition harmless."""
+        """m ← Δ for each reflection, unless it is empty, whose second attempt succeeded. Request ids make a repetition
+        harmless."""
         for experience in experiences:
             first, reflection, second = experience.first_attempt, experience.reflection, experience.second_attempt
             if reflection is None or second is None or second.reward is None or first.reward is None:
                 continue
-            if second.reward >= self.settings.algorithm.success_threshold:
+            if second.reward >= self.settings.algorithm.success_threshold and reflection.text:
                 provenance = Provenance(
                     run_id=self.run_id,
                     experience_id=experience.experience_id,

@@ -32,13 +32,18 @@ class ForeignWeights(RuntimeError):
     """Somebody else has published to the policy that the run trains."""
 
 
+class VersionLost(RuntimeError):
+    """The policy has lost the version that the run published, and does not take it again."""
+
+
 class PublishedPolicy:
     """A `Speaker` that asks every call for the run's version.
 
     `name` is the policy's, "" for the default one. With `upload` the service shares no file system with the trainer,
     and weights are streamed to it. A policy service that was restarted and has forgotten its weights refuses, is given
     them again, and the call is repeated. Raises ForeignWeights when an answer comes from a version that the run did not
-    publish.
+    publish, and VersionLost when the run's was rolled back, or the policy was given another model: no attempt is to
+    blame, so the run ends.
     """
 
     def __init__(
@@ -116,7 +121,12 @@ class PublishedPolicy:
             if self._weights is None or (await self._policy.info(self._name)).policy_version >= self.version:
                 return
             self._notice(f"the policy service lost version {self.version}; publishing it again")
-            await self._update(self._weights)
+            try:
+                await self._update(self._weights)
+            except DomainError as error:
+                if error.reason not in _ADVICE:
+                    raise
+                raise VersionLost(str(error)) from error
 
     async def _update(self, weights: PublishedWeights) -> None:
         if self._upload:

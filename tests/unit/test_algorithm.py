@@ -165,6 +165,13 @@ async def test_an_infrastructure_failure_is_no_sample() -> None:
     assert len(rest) == 3 and loop.metrics["excluded"] == 1 and loop.metrics["success_first"] == 0
 
 
+async def test_an_empty_reflection_is_not_remembered() -> None:
+    loop = Loop(lambda system, last: {"reflect": "", "solve": "a"}.get(system, "go"))
+    experiences = await loop.step()
+    assert all(chain.second_attempt.reward == 1 and chain.reflection.text == "" for chain in experiences)
+    assert loop.memory.entries == []
+
+
 async def test_memory_is_read_as_it_was_at_the_start_of_the_step() -> None:
     loop = Loop(scripted(["a"] * 8, ["go"] * 8))
     await loop.step(0)

@@ -10,7 +10,7 @@ import pytest
 from services.common.errors import DomainError, Reason
 from services.common.types import CallOptions, Feature, Message, PublishedWeights, Role, SamplingParams
 from services.trainer.named import check_actor, check_reflector, check_top_k
-from services.trainer.published import ForeignWeights, PublishedPolicy
+from services.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
 from services.trainer.settings import LoraSettings, ModelSettings, RunSettings
 from tests.support.fakes import FakeLearner, FakePolicy
 
@@ -58,10 +58,11 @@ async def test_a_rollback_ends_the_run_that_trains_the_policy() -> None:
     await policy.publish()
     await policy.publish()
     fake.version, fake.withdrawn = 1, {2}
-    for call in (policy.publish(), policy.generate(PROMPT, SamplingParams())):
-        with pytest.raises(DomainError, match=r"version 2.*rolled back.*`mulligan resume RUN`") as caught:
-            await call
-        assert caught.value.reason is Reason.VERSION_CONFLICT
+    said = r"VERSION_CONFLICT: version 2.*rolled back.*`mulligan resume RUN`"
+    with pytest.raises(DomainError, match=said):
+        await policy.publish()
+    with pytest.raises(VersionLost, match=said):
+        await policy.generate(PROMPT, SamplingParams())
     assert fake.version == 1, "what an administrator decided stays"
 
 

@@ -1,0 +1,60 @@
+"""When a client calls again by itself, and when it says what it was told."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.empty_pb2 import Empty
+
+from services.common.channel import Connection, Endpoint
+from services.common.errors import DomainError, Reason, ServiceUnavailable
+from services.common.status import to_status
+
+SOON = timedelta(milliseconds=1)
+
+
+class Method:
+    """Answers with these errors, then well."""
+
+    def __init__(self, *errors: DomainError):
+        self.left = list(errors)
+        self.calls = 0
+
+    async def __call__(self, request: Any, **options: Any) -> str:
+        self.calls += 1
+        if not self.left:
+            return "well"
+        status = to_status(self.left.pop(0))
+        raise grpc.aio.AioRpcError(
+            status.code,
+            grpc.aio.Metadata(),
+            grpc.aio.Metadata(*status.trailing_metadata),
+            status.details,
+        )
+
+
+async def call(method: Method, outage_seconds: float = 60) -> Any:
+    connection = Connection(Endpoint("127.0.0.1:1", outage_seconds=outage_seconds))
+    try:
+        return await connection.call(method, Empty(), timeout=1)
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("reason", [Reason.QUEUE_FULL, Reason.ENGINE_UNAVAILABLE])
+async def test_a_call_that_is_to_come_again_later_does(reason: Reason) -> None:
+    method = Method(*[DomainError(reason, "later", retry_after=SOON)] * 2)
+    assert await call(method) == "well" and method.calls == 3
+    with pytest.raises(ServiceUnavailable, match=f"{reason}: later"):
+        await call(Method(DomainError(reason, "later", retry_after=SOON)), outage_seconds=0)
+
+
+@pytest.mark.parametrize("reason", [Reason.ENGINE_UNAVAILABLE, Reason.POLICY_REFUSED, Reason.CAPACITY_REACHED])
+async def test_without_a_time_to_come_again_it_is_the_answer(reason: Reason) -> None:
+    method = Method(DomainError(reason, "no"))
+    with pytest.raises(DomainError) as caught:
+        await call(method)
+    assert caught.value.reason is reason and method.calls == 1
