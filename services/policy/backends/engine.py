@@ -172,9 +172,11 @@ class Engine:
 
     def _run(self) -> None:
         self._prepare()
-        while not self._closing:
+        while True:
             blocked = self._pause is not None or not self._waiting
             self._receive(wait=blocked and not (self._active or self._scoring or self._urgent))
+            if self._closing:
+                break
             try:
                 self._advance()
             except Exception as error:  # noqa: BLE001 - a failed pass fails its requests, not the service
@@ -233,7 +235,7 @@ class Engine:
         self.compute_seconds += time.perf_counter() - start
 
     def _start_waiting(self) -> None:
-        while self._waiting and self._pause is None and not self._closing:
+        while self._waiting and self._pause is None:
             work = self._waiting[0][-1]
             if work.request is not None:
                 if len(self._active) >= self._max_batch and not work.over:
