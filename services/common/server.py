@@ -299,17 +299,20 @@ async def serve(
         for name in ["", *names]:
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         watching = asyncio.create_task(health_servicer.watch())
-        bound = f"{settings.host}:{port}"
-        log.info("serving", address=bound)
-        if on_started is not None:
-            await on_started(bound)
-        await stopping.wait()
-        log.info("draining", seconds=settings.drain_seconds)
-        await health_servicer.enter_graceful_shutdown()
-        if on_drain is not None:
-            await on_drain()
-        await server.stop(settings.drain_seconds)
-        watching.cancel()
+        try:
+            bound = f"{settings.host}:{port}"
+            log.info("serving", address=bound)
+            if on_started is not None:
+                await on_started(bound)
+            await stopping.wait()
+            log.info("draining", seconds=settings.drain_seconds)
+            await health_servicer.enter_graceful_shutdown()
+            if on_drain is not None:
+                await on_drain()
+            await server.stop(settings.drain_seconds)
+        finally:
+            watching.cancel()
+            await server.stop(None)
     log.info("stopped")
 
 

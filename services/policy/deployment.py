@@ -267,6 +267,7 @@ class Deployment:
                 return
             await self.backend.resume_memory()
             await self._loader.reload()
+            self._gate.refuse_refused()
         log.info("memory resumed", **self._facts())
 
     def _refuse_without_release(self) -> None:

@@ -74,12 +74,16 @@ class Gate:
         """Waits while a version of these is being checked. False when one was refused, or not loaded after all: the
         caller samples again from the start. Raises DomainError POLICY_REFUSED when there is nothing to sample from."""
         while not (passed := self._all_passed(spans)):
-            if self._phase is PolicyState.REFUSED:
-                raise self._refused()
+            self.refuse_refused()
             if self._phase is not PolicyState.UPDATING:
                 break
             await self._changed.wait()
         return passed
+
+    def refuse_refused(self) -> None:
+        """Raises DomainError POLICY_REFUSED where that is the state."""
+        if self._phase is PolicyState.REFUSED:
+            raise DomainError(Reason.POLICY_REFUSED, f"the policy {self._name} serves nothing: {self.problem}")
 
     async def drained(self) -> None:
         """Returns when no call is in flight."""
@@ -92,8 +96,7 @@ class Gate:
     async def _pass(self, version: int, wait: float) -> None:
         deadline = time.monotonic() + wait
         while True:
-            if self._phase is PolicyState.REFUSED:
-                raise self._refused()
+            self.refuse_refused()
             if self._phase is not PolicyState.SERVING:
                 await self._changed.wait()
                 continue
@@ -109,9 +112,6 @@ class Gate:
     def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-
-    def _refused(self) -> DomainError:
-        return DomainError(Reason.POLICY_REFUSED, f"the policy {self._name} serves nothing: {self.problem}")
 
     def _too_old(self, version: int) -> DomainError:
         return DomainError(

@@ -122,7 +122,7 @@ def test_of_an_adapter_two_files_are_taken_and_the_settings_are_copied(store: Ve
 
 
 def test_a_folder_has_one_process(store: VersionStore, tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="state_folder: .* is in use by another process"):
+    with pytest.raises(OSError, match=r"state_folder: .* is in use by another process"):
         VersionStore(tmp_path / "store", KEEP)
 
 
