@@ -7,17 +7,25 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
+from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
+from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_pb_grpc
+from pydantic import SecretStr
 
 from services.common.channel import Endpoint
+from services.common.config import ServiceSettings
 from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from services.common.server import RequestInterceptor, serve
+from services.common.status import from_rpc_error
 from services.common.types import Split
 from services.env.client import EnvClient
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
@@ -210,3 +218,136 @@ async def test_a_deadline_ends_a_call(server: ServiceProcess) -> None:
     await asyncio.sleep(0.2)
     assert (await episode.step("a")).observation == "1: a"  # the same step: played once, answered now
     await client.close()
+
+
+class Collecting(admin_pb_grpc.PolicyAdminServiceServicer):
+    """Its one call streams requests: it answers how many bytes came."""
+
+    def __init__(self) -> None:
+        self.read = 0
+        self.begun, self.ended = asyncio.Event(), asyncio.Event()
+
+    async def UploadWeights(
+        self, requests: AsyncIterator[admin_pb.UploadWeightsRequest], context: Any
+    ) -> admin_pb.UploadWeightsResponse:
+        try:
+            async for request in requests:
+                self.read += 1
+                self.begun.set()
+                if request.chunk == b"refuse":
+                    raise DomainError(Reason.UPLOAD_TOO_LARGE, "no room", room_bytes=3)
+                if request.chunk == b"break":
+                    raise RuntimeError("broken")
+        finally:
+            self.ended.set()
+        return admin_pb.UploadWeightsResponse(uri=str(self.read))
+
+
+HEADER = admin_pb.UploadWeightsRequest(
+    header=admin_pb.UploadWeightsRequest.Header(kind=admin_pb.WEIGHTS_KIND_FULL, size_bytes=1, sha256="0" * 64)
+)
+
+
+def chunk(content: bytes) -> admin_pb.UploadWeightsRequest:
+    return admin_pb.UploadWeightsRequest(chunk=content)
+
+
+@asynccontextmanager
+async def collecting(**settings: Any) -> AsyncIterator[tuple[Collecting, grpc.aio.Channel]]:
+    servicer = Collecting()
+    server = grpc.aio.server(interceptors=[RequestInterceptor({"": SecretStr("open sesame")}, **settings)])
+    admin_pb_grpc.add_PolicyAdminServiceServicer_to_server(servicer, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield servicer, channel
+    await server.stop(None)
+
+
+async def upload(
+    channel: grpc.aio.Channel, *requests: admin_pb.UploadWeightsRequest, token: str = "open sesame"
+) -> str:
+    stub = admin_pb_grpc.PolicyAdminServiceStub(channel)
+    call = stub.UploadWeights(iter(requests), metadata=(("authorization", f"Bearer {token}"),))
+    return str((await call).uri)
+
+
+async def upload_fails(channel: grpc.aio.Channel, *requests: Any, **options: str) -> DomainError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await upload(channel, *requests, **options)
+    error = from_rpc_error(caught.value)
+    assert error is not None
+    return error
+
+
+async def test_a_call_that_streams_its_requests_goes_through_all_that_others_do() -> None:
+    async with collecting() as (servicer, channel):
+        assert await upload(channel, HEADER, chunk(b"a"), chunk(b"b")) == "3"
+        servicer.read = 0
+        assert (await upload_fails(channel, HEADER, token="wrong")).reason is Reason.BAD_CREDENTIAL
+        assert servicer.read == 0, "nothing is read of a stranger"
+        error = await upload_fails(channel, HEADER, chunk(b"a"), admin_pb.UploadWeightsRequest(), chunk(b"b"))
+        assert error.reason is Reason.INVALID_FIELD and error.metadata["field"] == "part"
+        assert servicer.read == 2, "each message is checked before it is seen"
+        error = await upload_fails(channel, HEADER, chunk(b"refuse"))
+        assert error.reason is Reason.UPLOAD_TOO_LARGE and error.metadata == {"room_bytes": "3"}
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await upload(channel, HEADER, chunk(b"break"))
+        assert caught.value.code() is grpc.StatusCode.INTERNAL and from_rpc_error(caught.value) is None
+
+
+async def test_a_stream_of_requests_has_a_deadline_and_may_break_off() -> None:
+    async with collecting(default_deadline=0.2) as (servicer, channel):
+
+        async def endless() -> AsyncIterator[admin_pb.UploadWeightsRequest]:
+            yield HEADER
+            await asyncio.sleep(3600)
+
+        stub = admin_pb_grpc.PolicyAdminServiceStub(channel)
+        metadata = (("authorization", "Bearer open sesame"),)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.UploadWeights(endless(), metadata=metadata)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        await servicer.ended.wait()
+        servicer.begun.clear()
+        servicer.ended.clear()
+        call = stub.UploadWeights(endless(), metadata=metadata, timeout=3600)
+        await servicer.begun.wait()
+        call.cancel()
+        await servicer.ended.wait()
+
+
+async def test_parts_of_a_service_have_a_health_of_their_own() -> None:
+    parts = {"test.Service": True, "test.Service/part": True}
+    started: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    class Settings(ServiceSettings):
+        service = "test"
+
+    async def begin(address: str) -> None:
+        started.set_result(address)
+
+    serving = asyncio.create_task(
+        serve(Settings(), lambda _: [], health_of_parts=lambda: dict(parts), on_started=begin)
+    )
+    async with grpc.aio.insecure_channel(await started) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+
+        async def status(name: str) -> str:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=name))
+            return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+        assert [await status(name) for name in ("", *parts)] == ["SERVING"] * 3
+        watched = stub.Watch(health_pb2.HealthCheckRequest(service="test.Service/part"))
+        assert (await watched.read()).status == health_pb2.HealthCheckResponse.SERVING
+        parts["test.Service/part"] = False
+        assert [await status(name) for name in ("", *parts)] == ["SERVING", "SERVING", "NOT_SERVING"]
+        assert (await watched.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        parts["test.Service/part"] = True
+        assert (await watched.read()).status == health_pb2.HealthCheckResponse.SERVING  # though nobody asks
+        del parts["test.Service/part"]
+        assert await status("test.Service/part") == "SERVICE_UNKNOWN"
+        watched.cancel()
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
