@@ -21,9 +21,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from services.common.channel import Endpoint
-from services.common.types import Attempt, Experience, Message, Role, SamplingParams, StopReason
+from services.common.types import Attempt, Experience, Message, Role, StopReason
 from services.env.client import EnvClient
-from services.policy.backend import Sampled
+from services.policy.backend import Ask, Sampled
 from services.trainer.algorithm import Erl
 from services.trainer.data import Datum
 from services.trainer.episode import Player
@@ -115,7 +115,7 @@ def env_address(shared_services: Services) -> str:
 async def policy(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Serving]:
     model = write_lossy_model(tmp_path / "model", TEMPLATES[request.param])
     async with serving(model) as running:
-        assert running.backend.info.rewrites_history == (request.param != "only appends")
+        assert running.backend.model.rewrites_history == (request.param != "only appends")
         yield running
 
 
@@ -123,9 +123,9 @@ async def policy(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 def recorded(policy: Serving, monkeypatch: pytest.MonkeyPatch) -> Recorded:
     recorded, generate = Recorded(), policy.backend.generate
 
-    async def recording(token_ids: Sequence[int], sampling: SamplingParams) -> Sampled:
-        answer = await generate(token_ids, sampling)
-        recorded.prompts.append(list(token_ids))
+    async def recording(ask: Ask) -> Sampled:
+        answer = await generate(ask)
+        recorded.prompts.append(list(ask.token_ids))
         recorded.answers.append(answer)
         return answer
 
@@ -164,7 +164,7 @@ def trained_ids(datum: Datum) -> list[int]:
 async def test_over_eight_turns_the_ids_trained_on_are_the_ids_sampled(
     policy: Serving, recorded: Recorded, env_address: str, tmp_path: Path
 ) -> None:
-    rewrites = policy.backend.info.rewrites_history
+    rewrites = policy.backend.model.rewrites_history
     chains, data = await one_step(policy, env_address, tmp_path)
     assert len(chains) == 4
     closed: list[bool] = []
