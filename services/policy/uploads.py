@@ -193,7 +193,7 @@ async def _spool(header: UploadHeader, folder: Path, chunks: AsyncIterator[bytes
 def _check_head(head: bytes, size: int) -> None:
     """Nothing but safetensors is written: what else loaders accept can hold code."""
     length = int.from_bytes(head[:8], "little")
-    if len(head) == _HEAD and (head[8:] != b"{" or length + 8 > size):
+    if size < _HEAD or (len(head) == _HEAD and (head[8:] != b"{" or length + 8 > size)):
         raise DomainError(Reason.MODEL_MISMATCH, "the upload is not a safetensors file")
 
 

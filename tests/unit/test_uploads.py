@@ -1,0 +1,177 @@
+"""Uploads on disk: complete or absent, and only weights."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import time
+from collections import namedtuple
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from services.common.errors import DomainError, Reason
+from services.common.types import WeightsKind
+from services.policy.uploads import UploadHeader, Uploads, find_weights
+
+_TENSORS = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+FILE = len(_TENSORS).to_bytes(8, "little") + _TENSORS + bytes(8)
+FULL = UploadHeader(WeightsKind.FULL, len(FILE), hashlib.sha256(FILE).hexdigest())
+LORA = replace(FULL, kind=WeightsKind.LORA, adapter_config=b'{"r": 4}')
+
+
+async def pieces(*content: bytes) -> AsyncIterator[bytes]:
+    for piece in content:
+        yield piece
+
+
+@pytest.fixture
+async def uploads(tmp_path: Path) -> AsyncIterator[Uploads]:
+    uploads = Uploads(tmp_path / "uploads", 10 * len(FILE))
+    yield uploads
+    uploads.close()
+
+
+@pytest.fixture
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    yield
+    assert list((tmp_path / "uploads").iterdir()) == []
+
+
+async def fails(uploads: Uploads, header: UploadHeader, *content: bytes) -> DomainError:
+    with pytest.raises(DomainError) as caught:
+        await uploads.receive(header, pieces(*content))
+    return caught.value
+
+
+async def test_a_file_arrives_in_pieces(uploads: Uploads) -> None:
+    uri = await uploads.receive(FULL, pieces(*(FILE[i : i + 3] for i in range(0, len(FILE), 3))))
+    path = find_weights(uri, None, uploads)
+    assert path.name == "model.safetensors" and path.read_bytes() == FILE
+    uploads.remove(uri)
+    with pytest.raises(DomainError) as caught:
+        uploads.path(uri)
+    assert caught.value.reason is Reason.WEIGHTS_NOT_FOUND
+    uploads.remove(uri)
+    uploads.remove("file:///etc/passwd")  # not its business
+
+
+async def test_an_adapter_is_a_folder(uploads: Uploads) -> None:
+    folder = uploads.path(await uploads.receive(LORA, pieces(FILE)))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "adapter_model.safetensors": FILE,
+        "adapter_config.json": b'{"r": 4}',
+    }
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_what_was_not_announced_leaves_nothing(uploads: Uploads) -> None:
+    evil = pickle.dumps({"x": 1})
+    cases = [
+        (FULL, [FILE[:-1]], Reason.UPLOAD_INCOMPLETE),
+        (FULL, [], Reason.UPLOAD_INCOMPLETE),
+        (FULL, [FILE, b"x"], Reason.UPLOAD_INCOMPLETE),
+        (replace(FULL, sha256="0" * 64), [FILE], Reason.CHECKSUM_MISMATCH),
+        (replace(FULL, size_bytes=10 * len(FILE) + 1), [FILE], Reason.UPLOAD_TOO_LARGE),
+        (UploadHeader(WeightsKind.FULL, len(evil), hashlib.sha256(evil).hexdigest()), [evil], Reason.MODEL_MISMATCH),
+        (UploadHeader(WeightsKind.FULL, 3, hashlib.sha256(b"abc").hexdigest()), [b"abc"], Reason.MODEL_MISMATCH),
+        (replace(LORA, adapter_config=b""), [FILE], Reason.INVALID_FIELD),
+        (replace(LORA, adapter_config=b"[]"), [FILE], Reason.INVALID_FIELD),
+        (replace(LORA, adapter_config=b"\xff"), [FILE], Reason.INVALID_FIELD),
+        (replace(LORA, kind=WeightsKind.FULL), [FILE], Reason.INVALID_FIELD),
+    ]
+    for header, content, reason in cases:
+        error = await fails(uploads, header, *content)
+        assert error.reason is reason, f"{header} {error}"
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_one_that_breaks_off_leaves_nothing(uploads: Uploads) -> None:
+    begun = asyncio.Event()
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield FILE[:20]
+        begun.set()
+        await asyncio.sleep(3600)
+
+    receiving = asyncio.create_task(uploads.receive(FULL, endless()))
+    await begun.wait()
+    receiving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await receiving
+
+
+async def test_what_waits_counts_towards_the_limit(uploads: Uploads) -> None:
+    uris = [await uploads.receive(FULL, pieces(FILE)) for _ in range(10)]
+    error = await fails(uploads, FULL, FILE)
+    assert error.reason is Reason.UPLOAD_TOO_LARGE and error.metadata["room_bytes"] == "0"
+    uploads.remove(uris[3])
+    await uploads.receive(FULL, pieces(FILE))
+
+
+async def test_what_is_announced_counts_already(uploads: Uploads) -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield FILE[:20]
+        begun.set()
+        await go_on.wait()
+        yield FILE[20:]
+
+    for _ in range(9):
+        await uploads.receive(FULL, pieces(FILE))
+    receiving = asyncio.create_task(uploads.receive(FULL, slow()))
+    await begun.wait()
+    assert (await fails(uploads, FULL, FILE)).reason is Reason.UPLOAD_TOO_LARGE
+    go_on.set()
+    await receiving
+
+
+async def test_a_full_disk_is_noticed_before_it_is_full(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 990, 10))
+    error = await fails(uploads, FULL, FILE)
+    assert error.reason is Reason.UPLOAD_TOO_LARGE and error.metadata["room_bytes"] == "10"
+
+
+async def test_a_restart_finds_what_is_complete_and_not_too_old(tmp_path: Path) -> None:
+    folder = tmp_path / "uploads"
+    before = Uploads(folder, 10**6)
+    young, old = [await before.receive(FULL, pieces(FILE)) for _ in range(2)]
+    before.close()
+    hours_ago = time.time() - 7200
+    os.utime(before.path(old).parent, (hours_ago, hours_ago))
+    (folder / "broken.part").mkdir()
+    after = Uploads(folder, 10**6)
+    assert after.path(young).read_bytes() == FILE
+    assert [path.name for path in folder.iterdir()] == [after.path(young).parent.name]
+    after.close()
+
+
+async def test_what_is_not_used_is_removed(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.policy.uploads._KEPT_SECONDS", 0.05)
+    uri = await uploads.receive(FULL, pieces(FILE))
+    for _ in range(200):
+        try:
+            uploads.path(uri)
+        except DomainError:
+            return
+        await asyncio.sleep(0.02)
+    pytest.fail("the upload is still there")
+
+
+async def test_no_other_path_is_an_upload(uploads: Uploads, tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    for uri in ("upload:///../secret", "upload:///", "upload:///" + "g" * 32, "upload:///%2e%2e/secret", "upload:x"):
+        with pytest.raises(DomainError) as caught:
+            find_weights(uri, None, uploads)
+        assert caught.value.reason is Reason.BAD_WEIGHTS_URI, uri
+    with pytest.raises(DomainError) as caught:
+        find_weights("upload:///" + "0" * 32, None, uploads)
+    assert caught.value.reason is Reason.WEIGHTS_NOT_FOUND
