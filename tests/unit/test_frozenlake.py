@@ -12,8 +12,8 @@ from services.env.envs.frozenlake import (
     FrozenLake,
     FrozenLakeEpisode,
     FrozenLakeSettings,
-    parse_action,
 )
+from services.env.grid import parse_action
 
 SMALL = FrozenLakeSettings(size_min=3, size_max=3, prompts="compact", name="frozenlake_small")
 

@@ -1,32 +1,32 @@
 """FrozenLake with hidden symbols: walk over frozen tiles to a goal, past holes, not being told which letter is which.
 
 Boards are described internally by the canonical letters A–D and rendered in the configured symbols, so that the same
-task is the same board whatever the symbols. Train and test are split by a hash of that canonical content: no board can
-be in both, whatever the seed.
+task is the same board whatever the symbols.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import count
 
-from services.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, UnknownTask, read_settings
+from services.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, read_settings
+from services.env.grid import (
+    MAX_TASKS,
+    MOVES,
+    NO_EFFECT,
+    PROMPTS,
+    TEST_SHARE,
+    BoardTasks,
+    is_test,
+    parse_action,
+    reading_of,
+    with_limit,
+)
 
 PLAYER, GOAL, HOLE, FROZEN = "A", "B", "C", "D"
 PLAYER_IN_HOLE, PLAYER_ON_GOAL = "X", "√"
-MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
-INVALID = "invalid"
-_BY_FOLDED_NAME = {name.casefold(): name for name in MOVES}
-_FENCE = "```"
-_TEST_SHARE = 10  # one board in ten is a test board
-_DRAWS = 4_000  # boards drawn for one task before the settings are declared impossible
-_CACHED_BOARDS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class FrozenLakeSettings:
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, not {self.max_steps}")
         for setting, number in (("train_tasks", self.train_tasks), ("test_tasks", self.test_tasks)):
-            if not 0 <= number <= 99_999:
+            if not 0 <= number <= MAX_TASKS:
                 raise ValueError(f"{setting} must be between 0 and 99999 (ids have five digits), not {number}")
         if len(self.symbols) != 4 or len(set(self.symbols)) != 4:
             raise ValueError(
@@ -76,10 +76,10 @@ class FrozenLakeSettings:
     def _check_enough_boards(self) -> None:
         sides = range(self.size_min, min(self.size_max, 5) + 1)  # from 5 on there are always enough
         boards = sum(cells * (cells - 1) * 2 ** (cells - 2) for cells in (side * side for side in sides))
-        if self.size_max < 5 and self.test_tasks > boards // (2 * _TEST_SHARE):
+        if self.size_max < 5 and self.test_tasks > boards // (2 * TEST_SHARE):
             raise ValueError(
                 f"test_tasks={self.test_tasks} unique test boards cannot be had from sides {self.size_min} to "
-                f"{self.size_max}: raise size_max or lower test_tasks to at most {boards // (2 * _TEST_SHARE)}"
+                f"{self.size_max}: raise size_max or lower test_tasks to at most {boards // (2 * TEST_SHARE)}"
             )
 
 
@@ -91,8 +91,7 @@ class Board:
 
     @property
     def is_test(self) -> bool:
-        digest = hashlib.sha256("\n".join(self.rows).encode()).digest()
-        return int.from_bytes(digest[:8]) % _TEST_SHARE == 0
+        return is_test(self.rows)
 
     def find(self, letter: str) -> tuple[int, int]:
         for y, row in enumerate(self.rows):
@@ -130,15 +129,6 @@ def draw_board(settings: FrozenLakeSettings, rng: random.Random) -> Board:
     return Board(tuple("".join(cells[y * side : (y + 1) * side]) for y in range(side)))
 
 
-def parse_action(text: str) -> str | None:
-    """The move in the last complete triple-backtick block; linear in the length of hostile text."""
-    parts = text.split(_FENCE)
-    if len(parts) < 3:
-        return None
-    last_block = parts[-2] if len(parts) % 2 else parts[-3]
-    return _BY_FOLDED_NAME.get(last_block.strip().casefold()) if len(last_block) < 64 else None
-
-
 class FrozenLakeEpisode:
     def __init__(self, board: Board, settings: FrozenLakeSettings) -> None:
         self._cells = [list(row) for row in board.rows]
@@ -153,7 +143,7 @@ class FrozenLakeEpisode:
         self._steps += 1
         move = parse_action(action)
         entered = self._move(move) if move else None
-        reading = INVALID if move is None else move if entered else f"{move} (no effect)"
+        reading = reading_of(move, bool(entered))
         notice = "" if entered else self._texts.no_effect + "\n"
         self.observation = notice + self._render()
         reward = 1.0 if entered == GOAL else 0.0
@@ -185,73 +175,38 @@ class FrozenLake:
 
     def __init__(self, settings: FrozenLakeSettings | None = None) -> None:
         self.settings = settings or FrozenLakeSettings()
-        self._test_boards: tuple[Board, ...] | None = None
-        self._lock = threading.Lock()
-        self._train_board = lru_cache(_CACHED_BOARDS)(self._draw_train_board)
         counts = {Split.TRAIN: self.settings.train_tasks, Split.TEST: self.settings.test_tasks}
         self.info = EnvironmentInfo(
             name=self.settings.name,
             description=f"FrozenLake with hidden symbols, {self.settings.size_min}x{self.settings.size_min} to "
             f"{self.settings.size_max}x{self.settings.size_max}, {self.settings.max_steps} moves",
-            prompts=_TEXTS[self.settings.prompts].prompts(self.settings.max_steps),
+            prompts=with_limit(_TEXTS[self.settings.prompts].prompts, self.settings.max_steps),
             max_steps=self.settings.max_steps,
             max_reward=1.0,
             deterministic=True,
             task_counts=counts,
         )
+        self._tasks = BoardTasks(
+            self.settings.name,
+            self.settings.seed,
+            counts,
+            lambda rng: draw_board(self.settings, rng),
+            self._solve,
+            f"size_min, size_max, frozen_min, frozen_max and max_steps of {self.settings}",
+        )
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
-        total = self.info.task_counts[split]
-        first = max(offset, 0)
-        ids = (f"{split}/{index:05d}" for index in range(first, min(total, first + max(limit, 0))))
-        return [TaskInfo(task_id, split, float(self.board(task_id).shortest_path() or 0)) for task_id in ids]
+        return self._tasks.list(split, offset, limit)
 
     def start(self, task_id: str) -> FrozenLakeEpisode:
         return FrozenLakeEpisode(self.board(task_id), self.settings)
 
     def board(self, task_id: str) -> Board:
-        split, _, digits = task_id.partition("/")
-        well_formed = split in tuple(Split) and len(digits) == 5 and digits.isascii() and digits.isdigit()
-        if not well_formed or int(digits) >= self.info.task_counts[Split(split)]:
-            raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")
-        return self._train_board(int(digits)) if split == Split.TRAIN else self._tests()[int(digits)]
+        return self._tasks.board(task_id)
 
-    def _playable(self, board: Board) -> bool:
+    def _solve(self, board: Board) -> int | None:
         moves = board.shortest_path()
-        return moves is not None and moves <= self.settings.max_steps
-
-    def _draw_train_board(self, index: int) -> Board:
-        rng = random.Random(f"{self.settings.seed}/train/{index}")
-        for _ in range(_DRAWS):
-            board = draw_board(self.settings, rng)
-            if not board.is_test and self._playable(board):
-                return board
-        raise self._impossible()
-
-    def _tests(self) -> tuple[Board, ...]:
-        with self._lock:
-            if self._test_boards is None:
-                self._test_boards = self._draw_test_boards()
-            return self._test_boards
-
-    def _draw_test_boards(self) -> tuple[Board, ...]:
-        rng = random.Random(f"{self.settings.seed}/test")
-        found: dict[Board, None] = {}  # a set that keeps its order
-        for draws in count(1):
-            board = draw_board(self.settings, rng)
-            if board.is_test and self._playable(board):
-                found[board] = None
-            if len(found) == self.settings.test_tasks:
-                break
-            if draws > _DRAWS * (len(found) + 1):
-                raise self._impossible()
-        return tuple(found)
-
-    def _impossible(self) -> ValueError:
-        return ValueError(
-            "no board (or too few different ones) can be drawn under size_min, size_max, frozen_min, frozen_max and "
-            f"max_steps of {self.settings}"
-        )
+        return moves if moves is not None and moves <= self.settings.max_steps else None
 
 
 def create(name: str, settings: Mapping[str, object]) -> FrozenLake:
@@ -264,101 +219,21 @@ def create(name: str, settings: Mapping[str, object]) -> FrozenLake:
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    """What the environment says, apart from boards; `{max_steps}` in a solver text is the true limit."""
+    """What the environment says, apart from boards."""
 
     no_effect: str
     fell: str
     reached_goal: str
     limit: str
-    solver: str
-    action_reminder: str
-    reflection_system: str
-    reflection: str
-    memory_empty: str
-    trace_turn: str
-    retry: str
-    try_again: str
+    prompts: PromptSet
 
-    def prompts(self, max_steps: int) -> PromptSet:
-        def true_limit(text: str) -> str:
-            return text.replace("{max_steps}", str(max_steps))
-
-        return PromptSet(
-            solver=true_limit(self.solver),
-            action_reminder=true_limit(self.action_reminder),
-            reflection_system=self.reflection_system,
-            reflection=self.reflection,
-            memory_empty=self.memory_empty,
-            trace_turn=self.trace_turn,
-            retry=true_limit(self.retry),
-            try_again=true_limit(self.try_again),
-        )
-
-
-_ACTION_FORMAT = """\
-You have at most {max_steps} moves; the episode ends then. End every answer with exactly one action between triple \
-backticks: ```Up```, ```Down```, ```Left``` or ```Right```. An answer without such an action changes nothing and \
-still costs a move."""
 
 _PUBLISHED = _Texts(
-    no_effect="Your last action had no effect: the board is unchanged.",
+    no_effect=NO_EFFECT,
     fell="The player fell into a hole.",
     reached_goal="The player reached the goal.",
     limit="The step limit was reached without reaching the goal.",
-    solver="""\
-You are a reasoning agent in a grid world. Each turn shows you the board: one row a line, its cells separated by tabs, \
-every cell one symbol. Nobody has told you what the symbols mean or what wins; any rule you believe in may be wrong, \
-so check it against what you see.
-
-Before each move:
-1. Summarise the state of the board, and what your previous moves did to it.
-2. Weigh the two best actions: what you expect of each, and what could go wrong.
-3. Choose one.
-
-"""
-    + _ACTION_FORMAT,
-    action_reminder=_ACTION_FORMAT,
-    reflection_system="""\
-You study an agent's attempt at a grid world whose symbols and rules were hidden from it, and you write the rule book \
-that would have let it succeed. The rule book must help on every board of this game, not only on this one: never write \
-down a route or a particular position.""",
-    reflection="""\
-The attempt, board by board, each with the action that followed; "(no effect)" marks a move that changed nothing, \
-"invalid" an answer without a valid action. The last board is how it ended.
-
-{trace}
-
-Feedback: {feedback}
-Reward: {reward}
-
-The rule book that served best so far, which may be wrong:
-{memory}
-
-Compare each board with the next to find out what the action did to which symbol. Keep what the evidence confirms, \
-correct what it contradicts. Then write one rule book between <prompt> and </prompt> that stands alone, with:
-- the meaning of each symbol;
-- how to read the board;
-- the actions and their effects;
-- the objective, and what ends an episode;
-- the core strategy;
-- tactics against the mistakes you saw.""",
-    memory_empty="(none yet)",
-    trace_turn="Board:\n{observation}\nAction: {action}\n\n",
-    retry="""\
-You are a reasoning agent in a grid world. This is your first attempt at the board below, which failed; the same board \
-starts again now, and you should do better.
-
-{trace}
-
-Feedback: {feedback}
-
-"""
-    + _ACTION_FORMAT,
-    try_again="""\
-You are a reasoning agent in a grid world. You have attempted this board before, and that was wrong. Try again.
-
-"""
-    + _ACTION_FORMAT,
+    prompts=PROMPTS,
 )
 
 _COMPACT = _Texts(
@@ -366,14 +241,16 @@ _COMPACT = _Texts(
     fell="fell into hole",
     reached_goal="reached goal",
     limit="step limit",
-    solver="play",
-    action_reminder="play",
-    reflection_system="explain",
-    reflection="{trace}\n{feedback}\n{memory}",
-    memory_empty="nothing",
-    trace_turn="{observation}\n{action}\n",
-    retry="{trace}\n{feedback}\nplay",
-    try_again="wrong\nplay",
+    prompts=PromptSet(
+        solver="play",
+        action_reminder="play",
+        reflection_system="explain",
+        reflection="{trace}\n{feedback}\n{memory}",
+        memory_empty="nothing",
+        trace_turn="{observation}\n{action}\n",
+        retry="{trace}\n{feedback}\nplay",
+        try_again="wrong\nplay",
+    ),
 )
 
 _TEXTS = {"published": _PUBLISHED, "compact": _COMPACT}

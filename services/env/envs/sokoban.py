@@ -1,0 +1,178 @@
+"""Sokoban with hidden symbols: push boxes onto goals, not being told which letter is which.
+
+As published (arXiv 2602.13949): rooms of side 6–8 with a border of walls, one box, at most 8 moves, reward 1 when the
+box is on the goal. Deviations from the reference code:
+1. An episode ends after the number of moves that the agent is told (the reference says 64 and ends at 8).
+2. The second attempt's reminder gives no rule away (the reference's says when a box can be pushed).
+3. Test boards are told from training boards by a hash of their content, so that no seed can mix them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, read_settings
+from services.env.envs.sokoban_boards import (
+    BOX,
+    BOX_ON_GOAL,
+    FLOOR,
+    GOAL,
+    LETTERS,
+    PLAYER,
+    PLAYER_ON_GOAL,
+    WALL,
+    Board,
+    draw_board,
+    move,
+    offsets,
+    solve,
+)
+from services.env.grid import (
+    MAX_TASKS,
+    NO_EFFECT,
+    PROMPTS,
+    TEST_SHARE,
+    BoardTasks,
+    parse_action,
+    reading_of,
+    with_limit,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SokobanSettings:
+    """The published game by default. `wall_share` is the probability that an inner cell is a wall."""
+
+    size_min: int = 6
+    size_max: int = 8
+    boxes: int = 1
+    wall_share: float = 0.0
+    max_steps: int = 8
+    seed: int = 0
+    train_tasks: int = 10_000
+    test_tasks: int = 100
+    symbols: str = LETTERS  # player, player on goal, box, box on goal, goal, floor, wall
+    name: str = "sokoban"
+
+    def __post_init__(self) -> None:
+        if not 5 <= self.size_min <= self.size_max <= 16:
+            raise ValueError(
+                "size_min and size_max must satisfy 5 <= size_min <= size_max <= 16, "
+                f"not {self.size_min}, {self.size_max}"
+            )
+        if not 1 <= self.boxes <= 4:
+            raise ValueError(f"boxes must be between 1 and 4, not {self.boxes}")
+        if not 0.0 <= self.wall_share <= 0.5:
+            raise ValueError(f"wall_share must be between 0 and 0.5, not {self.wall_share}")
+        if not 1 <= self.max_steps <= 40:
+            raise ValueError(f"max_steps must be between 1 and 40, not {self.max_steps}")
+        for setting, number in (("train_tasks", self.train_tasks), ("test_tasks", self.test_tasks)):
+            if not 0 <= number <= MAX_TASKS:
+                raise ValueError(f"{setting} must be between 0 and {MAX_TASKS} (ids have five digits), not {number}")
+        if len(self.symbols) != len(LETTERS) or len(set(self.symbols)) != len(LETTERS) or not self.symbols.isalpha():
+            raise ValueError(
+                "symbols must be seven distinct letters (player, player on goal, box, box on goal, goal, floor, wall), "
+                f"not {self.symbols!r}"
+            )
+        if not self.name:
+            raise ValueError("name must not be empty")
+
+
+class SokobanEpisode:
+    def __init__(self, board: Board, settings: SokobanSettings) -> None:
+        self._side, self._walls, self._goals = board.side, board.walls, board.goals
+        self._state = board.start
+        self._offsets = offsets(board.side)
+        self._symbols = str.maketrans(LETTERS, settings.symbols)
+        self._max_steps = settings.max_steps
+        self._steps = 0
+        self._blocked = 0
+        self.observation = self._render()
+
+    def step(self, action: str) -> StepResult:
+        self._steps += 1
+        name = parse_action(action)
+        after = move(self._state, self._offsets[name], self._walls) if name else None
+        self._state = after or self._state
+        self._blocked += name is not None and after is None
+        reading = reading_of(name, after is not None)
+        self.observation = ("" if after else NO_EFFECT + "\n") + self._render()
+        if self._state[1] == self._goals:
+            return StepResult(self.observation, reading, 1.0, done=True, feedback="Every box is on a goal: solved.")
+        if self._steps >= self._max_steps:
+            return StepResult(self.observation, reading, done=True, truncated=True, feedback=self._failure())
+        return StepResult(self.observation, reading)
+
+    def _failure(self) -> str:
+        missing = len(self._state[1] - self._goals)
+        where = "a box was not on a goal" if missing == 1 else f"{missing} boxes were not on a goal"
+        text = f"The step limit was reached while {where}."
+        if self._blocked:
+            text += f" Moves without effect: {self._blocked}, into a wall or against a box that could not be pushed."
+        return text
+
+    def _render(self) -> str:
+        player, boxes = self._state
+        letters = []
+        for cell in range(self._side**2):
+            on_goal = cell in self._goals
+            if cell == player:
+                letters.append(PLAYER_ON_GOAL if on_goal else PLAYER)
+            elif cell in boxes:
+                letters.append(BOX_ON_GOAL if on_goal else BOX)
+            else:
+                letters.append(WALL if cell in self._walls else GOAL if on_goal else FLOOR)
+        rows = (letters[start : start + self._side] for start in range(0, len(letters), self._side))
+        return "\n".join("\t".join(row).translate(self._symbols) for row in rows)
+
+
+class Sokoban:
+    """Starts at once: training boards are drawn from their id, test boards on first use."""
+
+    def __init__(self, settings: SokobanSettings | None = None) -> None:
+        self.settings = settings or SokobanSettings()
+        counts = {Split.TRAIN: self.settings.train_tasks, Split.TEST: self.settings.test_tasks}
+        boxes = "1 box" if self.settings.boxes == 1 else f"{self.settings.boxes} boxes"
+        self.info = EnvironmentInfo(
+            name=self.settings.name,
+            description=f"Sokoban with hidden symbols, {self.settings.size_min}x{self.settings.size_min} to "
+            f"{self.settings.size_max}x{self.settings.size_max}, {boxes}, {self.settings.max_steps} moves",
+            prompts=with_limit(PROMPTS, self.settings.max_steps),
+            max_steps=self.settings.max_steps,
+            max_reward=1.0,
+            deterministic=True,
+            task_counts=counts,
+        )
+        self._tasks = BoardTasks(
+            self.settings.name,
+            self.settings.seed,
+            counts,
+            lambda rng: draw_board(
+                rng, self.settings.size_min, self.settings.size_max, self.settings.boxes, self.settings.wall_share
+            ),
+            self._solve,
+            f"size_min, size_max, boxes, wall_share and max_steps of {self.settings}; one board in {TEST_SHARE} is a "
+            "test board",
+        )
+
+    def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
+        return self._tasks.list(split, offset, limit)
+
+    def start(self, task_id: str) -> SokobanEpisode:
+        return SokobanEpisode(self.board(task_id), self.settings)
+
+    def board(self, task_id: str) -> Board:
+        return self._tasks.board(task_id)
+
+    def _solve(self, board: Board) -> int | None:
+        solution = solve(board, self.settings.max_steps)
+        return None if solution is None else len(solution)
+
+
+def create(name: str, settings: Mapping[str, object]) -> Sokoban:
+    """From a table of the server's configuration. Draws a board, so that impossible settings stop the server."""
+    sokoban = Sokoban(read_settings(SokobanSettings, {**settings, "name": name}))
+    for split in Split:
+        sokoban.list_tasks(split, 0, 1)
+    return sokoban

@@ -1,0 +1,133 @@
+"""Sokoban boards and their shortest solution.
+
+A board is written in the canonical letters A–E: player `A` (`a` on a goal), box `B` (`b` on a goal), goal `C`,
+floor `D`, wall `E`. Its cells are numbered row by row; a state of the game is the player's cell and those of the boxes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass
+
+from services.env.grid import MOVES, is_test
+
+PLAYER, PLAYER_ON_GOAL, BOX, BOX_ON_GOAL, GOAL, FLOOR, WALL = "A", "a", "B", "b", "C", "D", "E"
+LETTERS = PLAYER + PLAYER_ON_GOAL + BOX + BOX_ON_GOAL + GOAL + FLOOR + WALL
+_DEAD = 1_000_000  # more than any number of moves
+State = tuple[int, frozenset[int]]  # the player's cell, the boxes' cells
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """Square rows of canonical letters, as the task begins, with a border of walls."""
+
+    rows: tuple[str, ...]
+
+    @property
+    def is_test(self) -> bool:
+        return is_test(self.rows)
+
+    @property
+    def side(self) -> int:
+        return len(self.rows)
+
+    def cells(self, letters: str) -> frozenset[int]:
+        """Numbers of all cells that hold one of the letters."""
+        return frozenset(index for index, letter in enumerate("".join(self.rows)) if letter in letters)
+
+    @property
+    def start(self) -> State:
+        (player,) = self.cells(PLAYER + PLAYER_ON_GOAL)
+        return player, self.cells(BOX + BOX_ON_GOAL)
+
+    @property
+    def goals(self) -> frozenset[int]:
+        return self.cells(GOAL + PLAYER_ON_GOAL + BOX_ON_GOAL)
+
+    @property
+    def walls(self) -> frozenset[int]:
+        return self.cells(WALL)
+
+
+def move(state: State, offset: int, walls: frozenset[int]) -> State | None:
+    """The state after a move by `offset` cells, pushing a box that is there; None when it has no effect."""
+    player, boxes = state
+    to = player + offset
+    if to in walls:
+        return None
+    if to not in boxes:
+        return to, boxes
+    pushed_to = to + offset
+    if pushed_to in walls or pushed_to in boxes:
+        return None
+    return to, boxes - {to} | {pushed_to}
+
+
+def offsets(side: int) -> dict[str, int]:
+    """How far each move goes in the numbering of cells."""
+    return {name: dy * side + dx for name, (dy, dx) in MOVES.items()}
+
+
+def solve(board: Board, max_moves: int) -> tuple[str, ...] | None:
+    """A shortest solution, None when there is none of at most `max_moves` moves.
+
+    Breadth first. States are left out that cannot be won in the moves left: each push moves one box by one cell.
+    """
+    goals, walls, steps = board.goals, board.walls, offsets(board.side)
+    pushes = _pushes(board)
+    came_from: dict[State, tuple[State, str] | None] = {board.start: None}
+    queue = deque([(board.start, 0)])
+    while queue:
+        state, moves = queue.popleft()
+        if state[1] == goals:
+            return _path(came_from, state)
+        for name, offset in steps.items():
+            after = move(state, offset, walls)
+            if after is None or after in came_from:
+                continue
+            if moves + 1 + sum(pushes[box] for box in after[1]) <= max_moves:
+                came_from[after] = (state, name)
+                queue.append((after, moves + 1))
+    return None
+
+
+def _pushes(board: Board) -> list[int]:
+    """How many pushes a box on each cell is at least away from the nearest goal, were it alone; `_DEAD` where it can
+    never get to one. Found backwards from the goals: a box that came to a cell came from beside it, pushed by a player
+    who stood one cell further."""
+    walls = board.walls
+    pushes = [_DEAD] * board.side**2
+    queue = deque(board.goals)
+    for goal in board.goals:
+        pushes[goal] = 0
+    while queue:
+        cell = queue.popleft()
+        for offset in offsets(board.side).values():
+            before = cell - offset
+            if before not in walls and before - offset not in walls and pushes[before] == _DEAD:
+                pushes[before] = pushes[cell] + 1
+                queue.append(before)
+    return pushes
+
+
+def _path(came_from: dict[State, tuple[State, str] | None], state: State) -> tuple[str, ...]:
+    names: list[str] = []
+    while (step := came_from[state]) is not None:
+        state, name = step
+        names.append(name)
+    return tuple(reversed(names))
+
+
+def draw_board(rng: random.Random, side_min: int, side_max: int, boxes: int, wall_share: float) -> Board:
+    """One draw, which may be unsolvable and of either split: an empty room, inner walls with a probability of
+    `wall_share` a cell, and as many goals as boxes, which start elsewhere."""
+    side = rng.randint(side_min, side_max)
+    inner = [y * side + x for y in range(1, side - 1) for x in range(1, side - 1)]
+    placed = rng.sample(inner, 2 * boxes + 1)
+    cells = [WALL] * (side * side)
+    for cell in inner:
+        cells[cell] = WALL if wall_share and rng.random() < wall_share else FLOOR
+    for cell, letter in zip(placed, PLAYER + BOX * boxes + GOAL * boxes, strict=True):
+        cells[cell] = letter
+    return Board(tuple("".join(cells[y * side : (y + 1) * side]) for y in range(side)))
