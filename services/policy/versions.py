@@ -114,7 +114,7 @@ class VersionStore:
 
     def first_version(self, source: str) -> int:
         """For the weights that a model comes with which is loaded when the service starts: what they had before the
-        restart, if it served this one."""
+        restart, if it served this one. `source` is `loading.source_of` its settings."""
         serving = self.serving
         return serving.origin if serving is not None and serving.source == source else self.next_version
 

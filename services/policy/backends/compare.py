@@ -26,7 +26,7 @@ def alike(first: WeightsFile, second: WeightsFile, dtype: str) -> bool:
 def alike_original(weights: WeightsFile, model: str, dtype: str) -> bool:
     """The same with the weights that a model, a folder or hub id, came with. An adapter is when it adds nothing.
 
-    True also for a model without safetensors files: then nothing can tell.
+    True also for a model that has no safetensors files on this machine: then nothing can tell.
     """
     if weights.safetensors is None:
         return False
@@ -34,7 +34,10 @@ def alike_original(weights: WeightsFile, model: str, dtype: str) -> bool:
         return _adds_nothing(weights.safetensors)
     folder = models.EMBEDDED if model == "embedded" else Path(model)
     if not folder.is_dir():
-        folder = Path(snapshot_download(model, local_files_only=True))
+        try:
+            folder = Path(snapshot_download(model, local_files_only=True))
+        except (OSError, ValueError):
+            return True
     originals = sorted(folder.glob("*.safetensors"))
     return not originals or _equal([weights.safetensors], originals, dtype)
 
