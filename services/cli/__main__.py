@@ -8,6 +8,7 @@ from services.cli.demo import demo
 from services.cli.evaluate import evaluate
 from services.cli.experiences import experiences
 from services.cli.memory import memory
+from services.cli.policy import policy
 from services.cli.runs import runs
 from services.cli.stop import resume, stop
 from services.cli.train import train
@@ -26,6 +27,7 @@ for command in (demo, up, train, watch, runs, stop, resume, experiences):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(memory, name="memory")
+app.add_typer(policy, name="policy")
 
 
 def main() -> None:

@@ -28,6 +28,10 @@ TrainerAddress = Annotated[
 MemoryAddress = Annotated[
     str, typer.Option("--memory", envvar="MULLIGAN_CLI_MEMORY", help="Address of the memory service.")
 ]
+# `mulligan eval --policy` is a policy's name.
+PolicyAddress = Annotated[
+    str, typer.Option("--policy-address", envvar="MULLIGAN_CLI_POLICY", help="Address of the policy service.")
+]
 T = TypeVar("T")
 
 
@@ -39,6 +43,11 @@ def program() -> str:
 def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
     """The token, if any, is in MULLIGAN_CLI_TOKEN: a flag would show it in the process list."""
     return Endpoint(address, token=os.environ.get("MULLIGAN_CLI_TOKEN"), outage_seconds=outage_seconds)
+
+
+def admin_token() -> str | None:
+    """Of PolicyAdminService, where that has one of its own: in MULLIGAN_CLI_ADMIN_TOKEN."""
+    return os.environ.get("MULLIGAN_CLI_ADMIN_TOKEN")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

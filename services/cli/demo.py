@@ -128,9 +128,8 @@ async def _report(client: RunClient, run: RunInfo) -> None:
     print(f"            {mulligan} up --folder {folder.parents[1]}   then, in another terminal:")
     print(f"            {mulligan} runs, {mulligan} memory list,")
     print(f"            {mulligan} eval {run.settings.environment} --run {run.run_id}")
-    print(
-        f"            your own model: {mulligan} up --model FOLDER, {mulligan} train RECIPE --set model.source=FOLDER"
-    )
+    print(f"            your own model: {mulligan} policy load actor --model FOLDER, then")
+    print(f"            {mulligan} train RECIPE --set model.source=FOLDER")
 
 
 def _recorded_rlvr(summary: dict[str, Any]) -> dict[str, Any] | None:

@@ -62,7 +62,8 @@ def lines(experience: Experience) -> Iterator[str]:
     reflection = experience.reflection
     if reflection is not None:
         used = ", ".join(experience.memory_entry_ids) or "nothing"
-        yield f"─── reflection, written by policy version {reflection.policy_version}; shown from memory: {used}"
+        writer = f"{reflection.policy or 'policy'} version {reflection.policy_version}"
+        yield f"─── reflection, written by {writer}; shown from memory: {used}"
         yield from _indented(reflection.text or f"({reflection.outcome}: {reflection.error})")
     if experience.second_attempt is not None:
         yield from _attempt("second attempt", experience.second_attempt)

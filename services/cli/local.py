@@ -57,15 +57,19 @@ class _Process:
 class LocalServices:
     """`async with LocalServices(folder) as services:` all four are healthy inside.
 
-    `folder` gets runs, weights, checkpoints, the memory's database and the logs. At `log_level` info,
-    each service logs a line per request.
+    `folder` gets runs, weights, checkpoints, the memory's database, the policy service's state and the logs. At
+    `log_level` info, each service logs a line per request. `policy_config` is a TOML file of settings of the policy
+    service; `model` wins over its model, and without either it is the embedded one. `LoadModel` takes folders below
+    `models_folder`.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        model: str = "embedded",
+        model: str = "",
+        policy_config: Path | None = None,
+        models_folder: Path = Path(),
         addresses: Mapping[str, str] | None = None,
         log_level: str = "warning",
     ):
@@ -75,7 +79,12 @@ class LocalServices:
         address = self.addresses
         flags = {
             "env": [],
-            "policy": ["--model", model, "--weights-folder", str(runs / "weights")],
+            "policy": [
+                *(("--config", str(policy_config.resolve())) if policy_config else ()),
+                *(("--model", model) if model else ()),
+                *("--weights-folder", str(runs / "weights"), "--state-folder", str(runs / "policy")),
+                *("--models-folder", str(models_folder.resolve())),
+            ],
             "memory": ["--database", str(runs / "memory.sqlite")],
             "trainer": [
                 *("--runs-folder", str(runs / "runs"), "--checkpoint-folder", str(runs / "checkpoints")),
@@ -94,7 +103,7 @@ class LocalServices:
         return _Process(name, self.addresses[name], command, self.folder / "logs" / f"{name}.log")
 
     async def __aenter__(self) -> LocalServices:
-        for folder in ("logs", "weights", "runs", "checkpoints"):
+        for folder in ("logs", "weights", "runs", "checkpoints", "policy"):
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
         for process in self._processes.values():
             process.start()

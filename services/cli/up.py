@@ -20,7 +20,20 @@ def up(
     folder: Annotated[Path, typer.Option(help="Gets runs, weights, checkpoints, memory and logs.")] = Path(
         "runs/local"
     ),
-    model: Annotated[str, typer.Option(help="Hub id, folder, or `embedded`.")] = "embedded",
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder, or `embedded`: the default when no file names another.")
+    ] = "",
+    policy_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of the policy service's settings: other backends, further policies ([policies.NAME]).",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    models_folder: Annotated[
+        Path, typer.Option(help="`mulligan policy load` takes folders below this one.", exists=True, file_okay=False)
+    ] = Path(),
     log_level: Annotated[str, typer.Option(help="debug, info (a line per request), warning or error.")] = "info",
 ) -> None:
     """Start the four services on loopback and keep them running until Ctrl-C.
@@ -30,18 +43,26 @@ def up(
     Example: `mulligan up --model Qwen/Qwen3-4B-Instruct-2507`
     """
     try:
-        asyncio.run(_up(folder, model, log_level))
+        services = LocalServices(
+            folder,
+            model=model,
+            policy_config=policy_config,
+            models_folder=models_folder,
+            addresses=DEFAULT_ADDRESSES,
+            log_level=log_level,
+        )
+        asyncio.run(_up(services))
     except ServiceFailed as error:
         sys.exit(f"error: {error}")
 
 
-async def _up(folder: Path, model: str, log_level: str) -> None:
+async def _up(services: LocalServices) -> None:
     console = Console(stderr=True)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     console.print("starting env, policy, memory and trainer …")
-    async with LocalServices(folder, model=model, addresses=DEFAULT_ADDRESSES, log_level=log_level) as services:
+    async with services:
         table = Table("service", "address", "log", box=None)
         for name, address in services.addresses.items():
             table.add_row(name, address, str(services.folder / "logs" / f"{name}.log"))

@@ -17,7 +17,7 @@ from services.common.status import from_rpc_error
 from services.trainer.client import RunClient
 from services.trainer.events import StateEvent
 from services.trainer.folder import RunState
-from services.trainer.settings import ModelSettings
+from services.trainer.settings import ModelSettings, PoliciesSettings
 from services.trainer.wire import settings_to_proto
 from tests.support.loop import Loop, small_run
 from tests.support.processes import Services
@@ -96,6 +96,8 @@ BAD_SETTINGS: dict[str, config_pb.RunConfig] = {
     "optimizer.learning_rate": config_pb.RunConfig(environment="x", optimizer={"learning_rate": float("nan")}),
     "algorithm.memory_entries": config_pb.RunConfig(environment="x", algorithm={"memory_entries": -1}),
     "algorithm.second_attempt": config_pb.RunConfig(environment="x", algorithm={"second_attempt": 99}),
+    "policies.actor": config_pb.RunConfig(environment="x", policies={"actor": "no name"}),
+    "policies": config_pb.RunConfig(environment="x", policies={"actor": "one", "reflector": "one"}),
     "model.dtype": config_pb.RunConfig(environment="x", model={"dtype": "float16"}),
 }
 
@@ -150,6 +152,7 @@ async def test_a_trainer_trains_one_run_at_a_time(loop: Loop, client: RunClient,
     [
         ("no-environment", DONE.model_copy(update={"environment": "chess"}), "UNKNOWN_ENVIRONMENT"),
         ("no-model", DONE.model_copy(update={"model": ModelSettings(source="/nowhere")}), "MODEL_NOT_FOUND"),
+        ("no-actor", DONE.model_copy(update={"policies": PoliciesSettings(actor="nobody")}), "UNKNOWN_POLICY"),
     ],
 )
 async def test_what_ends_a_run_is_its_error(client: RunClient, run_id: str, settings: Any, words: str) -> None:
@@ -210,6 +213,7 @@ async def test_bad_fields_are_named(stub: pb_grpc.RunServiceStub) -> None:
         (stub.ListExperiences(pb.ListExperiencesRequest(run_id="done", page_size=-1)), "page_size"),
         (first_of(stub.WatchRun(pb.WatchRunRequest(run_id="done", after_event=-1))), "after_event"),
         (stub.Evaluate(pb.EvaluateRequest(environment="frozenlake-3x3", max_tokens=0)), "max_tokens"),
+        (stub.Evaluate(pb.EvaluateRequest(environment="frozenlake-3x3", run_id="done", policy="actor")), "policy"),
     ):
         assert await refusal(stub, call) == ("INVALID_ARGUMENT", "INVALID_FIELD", field)
 
@@ -217,5 +221,7 @@ async def test_bad_fields_are_named(stub: pb_grpc.RunServiceStub) -> None:
 async def test_bad_evaluations_are_refused(stub: pb_grpc.RunServiceStub) -> None:
     unknown = stub.Evaluate(pb.EvaluateRequest(environment="chess"))
     assert (await refusal(stub, unknown))[:2] == ("NOT_FOUND", "UNKNOWN_ENVIRONMENT")
+    nobody = stub.Evaluate(pb.EvaluateRequest(environment="frozenlake-3x3", policy="nobody"))
+    assert (await refusal(stub, nobody))[:2] == ("NOT_FOUND", "UNKNOWN_POLICY")
     setting = stub.Evaluate(pb.EvaluateRequest(environment="frozenlake-3x3", config={"samples": 0}))
     assert await refusal(stub, setting) == ("INVALID_ARGUMENT", "INVALID_SETTING", "samples")

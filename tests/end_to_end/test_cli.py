@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from services.cli.__main__ import app
 from services.trainer.journal import journaled_steps, read_experiences
-from tests.support.processes import ROOT
+from tests.support.llama_model import write_llama_model
+from tests.support.processes import ROOT, Services
 
 TINY = [
     *("--set", "steps=3", "--set", "rollout.tasks_per_step=4", "--set", "rollout.rollouts_per_task=2"),
@@ -74,7 +75,9 @@ def test_the_demo_is_interrupted_and_goes_on_to_its_end(tmp_path: Path) -> None:
 def test_every_command_explains_itself_with_an_example() -> None:
     runner = CliRunner()
     commands = ["demo", "up", "train", "watch", "runs", "stop", "resume", "experiences", "eval"]
-    for command in [[name] for name in commands] + [["memory", name] for name in ("list", "show", "forget")]:
+    memory = [["memory", name] for name in ("list", "show", "forget")]
+    policy = [["policy", name] for name in ("list", "show", "load", "unload", "versions", "rollback")]
+    for command in [[name] for name in commands] + memory + policy:
         shown = runner.invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
         assert shown.exit_code == 0 and f"mulligan {' '.join(command)}" in shown.stdout.replace("\n", " "), command
 
@@ -97,3 +100,40 @@ def test_a_service_that_is_away_is_one_line() -> None:
     shown = mulligan("runs", "--trainer", "127.0.0.1:1")
     output, _ = shown.communicate(timeout=60)
     assert shown.returncode == 1 and "error: 127.0.0.1:1 was unreachable" in output and "Traceback" not in output
+
+
+def test_policies_are_looked_after(services: Services, tmp_path: Path) -> None:
+    address = services.start("policy", threads=1, models_folder=tmp_path, admin_token="secret").address
+
+    def call(*arguments: str, token: str = "secret") -> Result:
+        environment = {"MULLIGAN_CLI_POLICY": address, "MULLIGAN_CLI_ADMIN_TOKEN": token, "COLUMNS": "200"}
+        return CliRunner().invoke(app, ["policy", *arguments], env=environment)
+
+    def said(*arguments: str) -> str:
+        result = call(*arguments)
+        assert result.exit_code == 0, result.output + str(result.exception)
+        return result.output
+
+    def refused(*arguments: str, token: str = "secret") -> str:
+        result = call(*arguments, token=token)
+        assert result.exit_code == 1 and "Traceback" not in result.output
+        return str(result.exception) + result.output
+
+    llama = write_llama_model(tmp_path / "llama")
+    assert "policy other serves" in said("load", "other", "--model", str(llama), "--set", "context_length=512")
+    shown = said("show", "other")
+    assert "llama (transformers)" in shown and "512 tokens" in shown and "token_ids" in shown
+    listed = said("list")
+    assert "embedded" in listed and "llama" in listed and "1 of 1 serve" in listed
+    assert "as version 1 " in said("load", "other", "--model", "embedded")
+    versions = said("versions", "other").splitlines()
+    assert versions[1].split()[:2] == ["1", "serving"] and "embedded" in versions[1] and "llama" in versions[2]
+    assert "VERSION_NOT_KEPT" in refused("rollback", "other", "0")
+    said("unload", "other")
+    assert "UNKNOWN_POLICY" in refused("show", "other")
+    assert "DEFAULT_POLICY" in refused("unload", "actor")
+    assert "BAD_MODEL" in refused("load", "actor", "--model", str(ROOT / "tests"))
+    assert "UNSUPPORTED_MODEL" in refused("load", "actor", "--model", str(tmp_path))
+    assert "BAD_CREDENTIAL" in refused("load", "actor", "--model", "embedded", token="guess")
+    assert "expected NAME=VALUE" in refused("load", "actor", "--model", "embedded", "--set", "context_length")
+    assert "embedded" in said("show"), "what was refused changed nothing"

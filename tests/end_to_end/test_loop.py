@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from safetensors.numpy import load_file
 
 from services.common.channel import Endpoint
 from services.common.types import Experience, Outcome, SegmentKind
@@ -82,10 +80,59 @@ async def test_a_run_with_lora_publishes_adapters(loop: Loop) -> None:
     assert all(abs(gap) < 1e-6 for gap in gaps), "engine and learner agree on the merged adapter"
 
 
+async def test_a_policy_of_its_own_reflects_and_is_measured(loop: Loop) -> None:
+    policy = PolicyClient(Endpoint(loop.policy.address))
+    await policy.load_model("wise", "embedded", options={"frozen": True})
+    await loop.train("reflected", small_run(steps=2, policies={"reflector": "wise"}))
+    reflections = [chain.reflection for chain in loop.experiences("reflected") if chain.reflection is not None]
+    assert reflections and {(r.policy, r.policy_version) for r in reflections} == {("wise", 0)}
+    learned = {name.partition("/")[0] for metrics in await loop.metrics("reflected") for name in metrics if "/" in name}
+    assert "reflection" not in learned and "first" in learned
+    trainer = loop.client()
+    _, version = await trainer.evaluate("frozenlake-3x3", small_run().evaluation, max_tokens=4, policy="wise")
+    assert version == 0 != (await policy.info()).policy_version
+    await trainer.start("frozen", small_run(steps=1, policies={"actor": "wise"}))
+    assert "policies.actor: policy 'wise' is frozen" in await loop.failure("frozen")
+    await policy.unload_model("wise")
+    for client in (policy, trainer):
+        await client.close()
+
+
+async def test_weights_are_streamed_where_no_file_system_is_shared(loop: Loop) -> None:
+    shared = loop.trainer.arguments
+    loop.trainer.kill()
+    loop.trainer.arguments = [*shared, "--weights-transfer", "upload"]
+    loop.trainer.start()
+    await loop.train("uploaded", small_run(steps=2))
+    uploads = [line for line in loop.policy.log_lines if line.get("method") == "UploadWeights"]
+    assert [line["status"] for line in uploads] == ["OK"] * 3, "the initial weights and those of two steps"
+    loop.trainer.kill()
+    loop.trainer.arguments = shared
+    loop.trainer.start()
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("victim", ["env", "policy", "memory", "trainer"])
 async def test_a_killed_service_comes_back_and_the_run_ends(loop: Loop, victim: str) -> None:
-    run_id = f"without-{victim}"
+    """The policy has no state folder here: it forgets its weights, and is given them again."""
+    await kill_twice(loop, victim, f"without-{victim}")
+
+
+@pytest.mark.timeout(300)
+async def test_a_killed_policy_with_a_state_folder_knows_its_weights(loop: Loop, tmp_path: Path) -> None:
+    forgetful = loop.policy.arguments
+    loop.policy.kill()
+    loop.policy.arguments = [*forgetful, "--state-folder", str(tmp_path)]
+    loop.policy.start()
+    notices = await kill_twice(loop, "policy", "remembered")
+    assert not [text for text in notices if "lost version" in text]
+    loop.policy.kill()
+    loop.policy.arguments = forgetful
+    loop.policy.start()
+
+
+async def kill_twice(loop: Loop, victim: str, run_id: str) -> list[str]:
+    """What the run said in passing."""
     client = loop.client()
     await client.start(run_id, small_run(steps=6))
     for kill in range(2):
@@ -102,12 +149,7 @@ async def test_a_killed_service_comes_back_and_the_run_ends(loop: Loop, victim: 
     assert await loop.memorised(run_id) == successes(chains), "nothing is lost or counted twice"
     ended = {part.outcome for chain in chains for part in chain.parts()}
     assert ended <= {Outcome.COMPLETED, Outcome.TRUNCATED}, "lost episodes were run again"
-
-
-def weights(loop: Loop, run_id: str, step: int) -> dict[str, Any]:
-    folder = loop.folder / "checkpoints" / run_id / f"{run_id}-{step:06}"
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    return load_file(folder / files["weights"]["file"])
+    return await loop.notices(run_id)
 
 
 @pytest.mark.timeout(400)
@@ -124,7 +166,7 @@ async def test_a_deterministic_run_killed_and_resumed_ends_with_bit_equal_weight
         loop.trainer.restart()
     await loop.ended(client, "cut")
     await client.close()
-    expected, found = weights(loop, "whole", 3), weights(loop, "cut", 3)
+    expected, found = loop.weights("whole", 3), loop.weights("cut", 3)
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
     whole, cut = (

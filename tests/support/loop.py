@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors.numpy import load_file
 
 from services.cli.local import free_ports
 from services.common.channel import Endpoint
 from services.common.types import Experience
 from services.memory.client import MemoryClient
 from services.trainer.client import RunClient, RunInfo
-from services.trainer.events import StepEvent
+from services.trainer.events import NoticeEvent, StepEvent
 from services.trainer.folder import RunState
 from services.trainer.journal import journal_file, journaled_steps, read_experiences
 from services.trainer.settings import RunSettings
@@ -48,13 +51,21 @@ class Loop:
     trainer: ServiceProcess
 
     @classmethod
-    def start(cls, services: Services, folder: Path, *, deterministic: bool = False, model: str = "embedded") -> Loop:
+    def start(
+        cls, services: Services, folder: Path, *, deterministic: bool = False, **settings: dict[str, Any]
+    ) -> Loop:
+        """`settings` are further ones of a service: `policy={"state_folder": …}`."""
         weights = folder / "weights"
         weights.mkdir(parents=True, exist_ok=True)
         address = {name: f"127.0.0.1:{port}" for name, port in free_ports().items()}
-        settings: dict[str, dict[str, object]] = {
+        common: dict[str, dict[str, object]] = {
             "env": {},
-            "policy": {"model": model, "weights_folder": weights, "deterministic": deterministic, "threads": 1},
+            "policy": {
+                "weights_folder": weights,
+                "models_folder": folder,
+                "deterministic": deterministic,
+                "threads": 1,
+            },
             "memory": {"database": folder / "memory.sqlite"},
             "trainer": {
                 "runs_folder": folder / "runs",
@@ -69,7 +80,8 @@ class Loop:
         }
         with ThreadPoolExecutor() as pool:  # all at once: importing torch takes seconds
             started = {
-                name: pool.submit(services.start, name, address=address[name], **settings[name]) for name in settings
+                name: pool.submit(services.start, name, address=address[name], **(values | settings.get(name, {})))
+                for name, values in common.items()
             }
         return cls(folder, **{name: process.result() for name, process in started.items()})
 
@@ -106,6 +118,12 @@ class Loop:
         journal = self.folder / "runs" / run_id / "journal"
         return [chain for step in journaled_steps(journal) for chain in read_experiences(journal_file(journal, step))]
 
+    def weights(self, run_id: str, step: int) -> dict[str, Any]:
+        """Of a checkpoint, by their names."""
+        folder = self.folder / "checkpoints" / run_id / f"{run_id}-{step:06}"
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        return load_file(folder / files["weights"]["file"])
+
     async def metrics(self, run_id: str) -> list[dict[str, float]]:
         """Of each step."""
         client = self.client()
@@ -113,6 +131,26 @@ class Loop:
             return [e.event.metrics async for e in client.watch(run_id) if isinstance(e.event, StepEvent)]
         finally:
             await client.close()
+
+    async def notices(self, run_id: str) -> list[str]:
+        client = self.client()
+        try:
+            return [e.event.text async for e in client.watch(run_id) if isinstance(e.event, NoticeEvent)]
+        finally:
+            await client.close()
+
+    async def failure(self, run_id: str) -> str:
+        """The error of a run that is to fail."""
+        client = self.client()
+        try:
+            async with asyncio.timeout(RUN_SECONDS):
+                async for _ in client.watch(run_id):
+                    pass
+            info = await client.get(run_id)
+        finally:
+            await client.close()
+        assert info.state is RunState.FAILED
+        return info.error
 
     async def memorised(self, run_id: str) -> list[str]:
         """Experience ids of the scope's reflections, in the order in which they were stored."""

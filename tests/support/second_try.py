@@ -12,7 +12,7 @@ from typing import Any
 from services.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, UnknownTask
 
 MAX_STEPS = 8
-TASKS = ("dad", "cab")
+TASKS = {Split.TRAIN: ("dad", "cab"), Split.TEST: ("bad",)}
 
 
 class SecondTryEpisode:
@@ -52,16 +52,15 @@ class SecondTry:
             max_steps=MAX_STEPS,
             max_reward=1.0,
             deterministic=False,
-            task_counts={Split.TRAIN: len(TASKS), Split.TEST: 0},
+            task_counts={split: len(tasks) for split, tasks in TASKS.items()},
         )
         self._started: Counter[str] = Counter()
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
-        tasks = TASKS if split is Split.TRAIN else ()
-        return [TaskInfo(task_id, split, 1.0) for task_id in tasks][offset : offset + limit]
+        return [TaskInfo(task_id, split, 1.0) for task_id in TASKS[split]][offset : offset + limit]
 
     def start(self, task_id: str) -> SecondTryEpisode:
-        if task_id not in TASKS:
+        if not any(task_id in tasks for tasks in TASKS.values()):
             raise UnknownTask(task_id)
         self._started[task_id] += 1
         return SecondTryEpisode(task_id, self._started[task_id] % 2 == 0)

@@ -1,0 +1,177 @@
+"""A Qwen3 gives way to a Llama with another tokenizer while everything runs; then one setting trains the Llama."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from services.cli.__main__ import app
+from services.common.channel import Endpoint
+from services.common.errors import DomainError, Reason
+from services.common.types import (
+    Attempt,
+    CallOptions,
+    Completion,
+    PolicyInfo,
+    Prompt,
+    PublishedWeights,
+    SamplingParams,
+    Split,
+    WeightsKind,
+)
+from services.env.client import EnvClient
+from services.policy.client import PolicyClient
+from services.trainer.algorithm import evaluate
+from services.trainer.episode import Player
+from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+from tests.support.llama_model import write_llama_model
+from tests.support.loop import Loop, small_run
+from tests.support.processes import Services
+
+LAKE = "frozenlake-3x3"
+ENVIRONMENTS = {
+    LAKE: {"kind": "frozenlake", "size_min": 3, "size_max": 3, "prompts": "compact"},
+    "second-try": {"kind": "tests.support.second_try"},  # even a model that knows nothing has something to learn
+}
+SETTINGS = small_run(environment="second-try", steps=2, evaluation={"tasks": 1})
+
+
+class Watched:
+    """A speaker that notes which versions answered each session."""
+
+    def __init__(self, policy: PolicyClient):
+        self._policy = policy
+        self.versions: dict[str, set[int]] = defaultdict(set)
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
+    ) -> Completion:
+        completion = await self._policy.generate(prompt, sampling, options)
+        self.versions[options.session_id] |= {span.policy_version for span in completion.policy_versions}
+        return completion
+
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
+        return await self._policy.tokenize(prompt, options)
+
+
+async def play(env: EnvClient, watched: Watched, info: PolicyInfo) -> list[Attempt]:
+    """Episode after episode, until another version than the first has answered some."""
+    lake = await env.describe(LAKE)
+    tasks = [task.task_id for task in await env.list_tasks(LAKE, Split.TEST, 50)]
+    player = Player(env, watched, lake, info, "x", max_restarts=0)
+    attempts: list[Attempt] = []
+    while len(set().union(*watched.versions.values())) < 2:
+        name, settings = f"watched-{len(attempts)}", EvaluationSettings(samples=1, top_k=0)
+        attempts += await evaluate(player, name, tasks, settings, RolloutSettings(concurrency=16, max_tokens=4), 0)
+    return attempts
+
+
+async def swap(loop: Loop, policy: PolicyClient, llama: Path) -> None:
+    """While episodes of two evaluations run: each of them finishes on the model that it began with."""
+    env, trainer, watched = EnvClient(Endpoint(loop.env.address)), loop.client(), Watched(policy)
+    before = await policy.info()
+    playing = asyncio.create_task(play(env, watched, before))
+    settings = EvaluationSettings(samples=4, top_k=0)
+    evaluating = asyncio.create_task(trainer.evaluate(LAKE, settings, max_tokens=4))
+    async with asyncio.timeout(60):
+        while len(watched.versions) < 20:  # noqa: ASYNC110 - other tasks fill it
+            await asyncio.sleep(0.01)
+    command = ["policy", "load", "actor", "--model", str(llama), "--policy-address", loop.policy.address]
+    loaded = await asyncio.to_thread(CliRunner().invoke, app, command)
+    assert loaded.exit_code == 0, loaded.output + str(loaded.exception)
+    attempts = await playing
+    result, version = await evaluating
+    await env.close()
+    await trainer.close()
+
+    after = await policy.info()
+    assert (before.model, after.model) == ("embedded", "llama") and before.fingerprint != after.fingerprint
+    assert after.policy_version == before.policy_version + 1 and after.vocabulary_size != before.vocabulary_size
+    assert [attempt.error for attempt in attempts if not attempt.outcome.has_reward] == []
+    answered = set(map(frozenset, watched.versions.values()))
+    assert answered == {frozenset({before.policy_version}), frozenset({after.policy_version})}, "never both in one"
+    assert (result.excluded, result.attempts, version) == (0, 400, before.policy_version)
+
+
+def weights_of(loop: Loop, run_id: str, version: int, fingerprint: str) -> PublishedWeights:
+    """What a run published last, to be published again."""
+    path = max((loop.folder / "weights").glob(f"{run_id}-v*.safetensors"))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return PublishedWeights(version, WeightsKind.FULL, path.resolve().as_uri(), sha256, fingerprint)
+
+
+def pids(loop: Loop) -> dict[str, int | None]:
+    processes = {name: getattr(loop, name).process for name in ("env", "policy", "memory", "trainer")}
+    return {name: process.pid for name, process in processes.items() if process.poll() is None}
+
+
+def changed(one: Any, other: Any, path: str = "") -> set[str]:
+    """Names of the settings in which two runs differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return {found for name in one for found in changed(one[name], other[name], f"{path}.{name}".lstrip("."))}
+    return set() if one == other else {path}
+
+
+@pytest.mark.timeout(300)
+async def test_a_llama_takes_the_place_of_a_qwen_and_is_trained(services: Services, tmp_path: Path) -> None:
+    llama = write_llama_model(tmp_path / "models" / "llama")
+    loop = Loop.start(
+        services,
+        tmp_path,
+        env={"environments": ENVIRONMENTS},
+        policy={"session_idle_seconds": 5, "state_folder": tmp_path / "state"},
+    )
+    started = pids(loop)
+    assert len(started) == 4
+    policy = PolicyClient(Endpoint(loop.policy.address))
+    assert (await loop.train("qwen", SETTINGS)).step == 2
+    qwen = await policy.info()
+
+    await swap(loop, policy, llama)
+
+    foreign = weights_of(loop, "qwen", (await policy.info()).policy_version + 1, qwen.fingerprint)
+    with pytest.raises(DomainError) as caught:
+        await policy.update_weights(foreign)
+    assert caught.value.reason is Reason.MODEL_MISMATCH
+    await the_old_settings_are_refused(loop)
+
+    settings = SETTINGS.model_copy(update={"model": SETTINGS.model.model_copy(update={"source": str(llama)})})
+    assert changed(SETTINGS.model_dump(), settings.model_dump()) == {"model.source"}
+    await the_llama_is_trained(loop, policy, llama, settings)
+
+    async with asyncio.timeout(60):
+        while (await policy.info()).draining_models:  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.5)
+    assert pids(loop) == started, "nothing was restarted"
+    await policy.close()
+
+
+async def the_old_settings_are_refused(loop: Loop) -> None:
+    client = loop.client()
+    await client.start("qwen-again", SETTINGS)
+    await client.close()
+    error = await loop.failure("qwen-again")
+    assert "MODEL_MISMATCH" in error and "serves llama, and this run trains embedded" in error
+
+
+async def the_llama_is_trained(loop: Loop, policy: PolicyClient, llama: Path, settings: RunSettings) -> None:
+    before = await policy.info()
+    assert (await loop.train("llama", settings)).step == 2
+    after = await policy.info()
+    assert after.fingerprint == before.fingerprint and after.policy_version == before.policy_version + 3
+    original, trained = load_file(llama / "model.safetensors"), loop.weights("llama", 2)
+    assert original.keys() == trained.keys()
+    assert all((original[name] != trained[name]).any() for name in original)
+    for metrics in await loop.metrics("llama"):
+        assert all(map(math.isfinite, metrics.values()))
+        assert metrics["grad_norm"] > 0 and metrics["canary_difference"] < 1e-3
+        assert metrics["excluded"] == 0
+    assert any(chain.distilled for chain in loop.experiences("llama"))
