@@ -266,7 +266,7 @@ class Deployment:
             if self._gate.phase is not PolicyState.RELEASED:
                 return
             await self.backend.resume_memory()
-            await self._loader.reload()
+            await self._loader.resume()
             self._gate.refuse_refused()
         log.info("memory resumed", **self._facts())
 

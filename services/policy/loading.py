@@ -97,9 +97,19 @@ class Loader:
             raise
         self._now_serves(found)
 
-    async def reload(self, problem: str = "") -> None:
-        """Loads the version that serves again, and checks it. On failure calls are refused, and this returns."""
-        await self._mend(self.record, problem)
+    async def resume(self) -> None:
+        """Serves the version that served before the engines were resumed. Where they do not hold it, it is loaded; on
+        failure calls are refused, and this returns."""
+        trial = self._trials.get(self.record.number)
+        try:
+            if trial is None or not trial.checksum:
+                raise DomainError(Reason.CANARY_FAILED, "the engine tells no checksum")
+            await self._check_all(trial.weights)
+        except DomainError as error:
+            log.info("weights are loaded again", policy=self._name, problem=error.message)
+            await self._mend(self.record, "")
+        else:
+            self._now_serves(self.record)
 
     async def _begin(self, first: int) -> None:
         """Serves what the model came with as version `first`."""
@@ -128,13 +138,21 @@ class Loader:
         if not self.takes_weights:
             return record
         try:
-            for replica in self._backend.replicas:
-                await self._admit(replica, file)
+            await self._check_all(file)
         except DomainError as error:
-            if error.reason is not Reason.CANARY_FAILED:
-                raise
+            log.warning("the engines do not hold what they should", policy=self._name, problem=error.message)
             return await self._load(record, file)
         return self._found(record, trial)
+
+    async def _check_all(self, file: WeightsFile) -> None:
+        """Raises DomainError CANARY_FAILED. An engine that is away is checked when it comes back, by the backend."""
+        for replica in self._backend.replicas:
+            try:
+                if replica.info.serving:
+                    await self._admit(replica, file)
+            except DomainError as error:
+                if error.reason is not Reason.ENGINE_UNAVAILABLE:
+                    raise
 
     async def _is_same_model(self, served: Record) -> bool:
         """Whether the folder that a model is loaded from has the content that it had."""
@@ -143,7 +161,11 @@ class Loader:
         before = served.version.engine_checksum
         if served.version.kind is not WeightsKind.ORIGINAL or served.setup != self._setup or not before:
             return True
-        return all([await replica.checksum() == before for replica in self._backend.replicas if replica.info.serving])
+        try:
+            found = [await replica.checksum() for replica in self._backend.replicas if replica.info.serving]
+        except DomainError:  # it is away: whether it holds the right weights is checked when it comes back
+            return True
+        return all(checksum == before for checksum in found)
 
     async def _recover(self, served: Record) -> None:
         """After a restart: the version that served, or the newest before it whose file is whole and passes."""
