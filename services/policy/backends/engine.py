@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -47,7 +47,9 @@ class _Work:
     over: bool = False  # nobody waits for it any longer; a pause ends
 
     def resolve(self, result: Any) -> None:
-        if self.parts is not None:
+        if isinstance(result, DomainError):
+            self.reject(result)
+        elif self.parts is not None:
             self.parts.put_nowait(result)
         elif not self.future.done():
             self.future.set_result(result)
@@ -94,7 +96,7 @@ class Engine:
             result: Sampled = await self._do(work)
             return result
 
-    async def stream(self, request: Request, priority: int = 0) -> AsyncIterator[Sampled]:
+    async def stream(self, request: Request, priority: int = 0) -> AsyncGenerator[Sampled]:
         """The same in parts: each is what was sampled since the last was taken."""
         with self._admitted():
             parts: asyncio.Queue[Sampled | BaseException] = asyncio.Queue()
@@ -226,7 +228,9 @@ class Engine:
             self._step(self._urgent)
         self._start_waiting()
         if self._active:
-            finished = [(self._active.pop(request), sampled) for request, sampled in self._runner.step()]
+            finished: list[tuple[_Work, Any]] = [
+                (self._active.pop(request), end) for request, end in self._runner.step()
+            ]
             if self._streaming:
                 finished += self._take_parts(finished)
             self._deliver(finished)
@@ -256,7 +260,7 @@ class Engine:
                 self._pause = work
                 self._deliver([(work, None)])
 
-    def _take_parts(self, finished: list[tuple[_Work, Sampled]]) -> list[tuple[_Work, Sampled]]:
+    def _take_parts(self, finished: list[tuple[_Work, Any]]) -> list[tuple[_Work, Any]]:
         """What the streams that go on have sampled since the last pass."""
         for work, _ in finished:
             assert work.request is not None

@@ -14,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from services.common.errors import DomainError, Reason
 from services.common.types import SamplingParams, StopReason, VersionSpan
 from services.policy.backend import Sampled
 from services.policy.backends import attention, sampling
+from services.policy.backends.constraints import Constraint
 
 # A prefix that another slot holds is copied from this length on; computing fewer tokens is as fast.
 _SHORTEST_COPY = 16
@@ -33,6 +35,7 @@ class Request:
     prompt: Sequence[int]
     sampling: SamplingParams
     seed: int
+    constraint: Constraint | None = None
     slot: int = field(default=-1, init=False)
     taken: int = field(default=0, init=False)
 
@@ -72,6 +75,7 @@ class Runner:
         self._stream = np.zeros(slots, dtype=np.uint64)
         self._has_stop = np.zeros(slots, dtype=bool)
         self._has_stop_token = np.zeros(slots, dtype=bool)
+        self._constrained = np.zeros(slots, dtype=bool)
 
     @property
     def running(self) -> int:
@@ -97,6 +101,7 @@ class Runner:
         self._stream[slot] = sampling.stream(request.seed)
         self._has_stop[slot] = bool(params.stop)
         self._has_stop_token[slot] = bool(params.stop_token_ids)
+        self._constrained[slot] = request.constraint is not None
         self._touch(slot)
 
     def cancel(self, request: Request) -> None:
@@ -109,10 +114,10 @@ class Runner:
         self._cached[:] = 0
         self._used[:] = -1
 
-    def step(self) -> list[tuple[Request, Sampled]]:
+    def step(self) -> list[tuple[Request, Sampled | DomainError]]:
         """One forward pass, with one new token for each request whose prompt is complete.
 
-        Returns what finished, without what was taken in parts.
+        Returns what finished, without what was taken in parts, and what failed.
         """
         slots_R = np.flatnonzero(self._running)
         pasts_R = self._cached[slots_R]
@@ -142,12 +147,16 @@ class Runner:
                 torch.from_numpy(packed.last).to(self._device),
             )
 
-    def _extend(self, slots_S: Ints, logits_SV: torch.Tensor) -> list[tuple[Request, Sampled]]:
+    def _extend(self, slots_S: Ints, logits_SV: torch.Tensor) -> list[tuple[Request, Sampled | DomainError]]:
         """Samples one token for each of these slots."""
         known_S = self._known[slots_S]
+        finished: list[tuple[Request, Sampled | DomainError]] = []
+        allowed_SV = None
+        if self._constrained[slots_S].any():
+            allowed_SV = self._allowed(slots_S, logits_SV.shape[1], finished)
         uniform_S = sampling.uniforms(self._stream[slots_S], known_S - self._prompt[slots_S])
         tokens_S, log_probs_S = sampling.sample(
-            logits_SV, self._temperature[slots_S], self._top_p[slots_S], self._top_k[slots_S], uniform_S
+            logits_SV, self._temperature[slots_S], self._top_p[slots_S], self._top_k[slots_S], uniform_S, allowed_SV
         )
         self._tokens[slots_S, known_S] = tokens_S
         self._log_probs[slots_S, known_S] = log_probs_S
@@ -155,13 +164,38 @@ class Runner:
         ended_S = np.isin(tokens_S, self._end_of_turn)
         full_S = known_S + 1 >= self._limit[slots_S]
         watched_S = self._has_stop[slots_S] | self._has_stop_token[slots_S]
-        finished = []
-        for index in np.flatnonzero(ended_S | full_S | watched_S):
+        if allowed_SV is not None:
+            self._advance_constraints(slots_S, tokens_S)
+        for index in np.flatnonzero((ended_S | full_S | watched_S) & self._running[slots_S]):
             slot = int(slots_S[index])
             reason = StopReason.END_OF_TURN if ended_S[index] else self._stop_reason(slot, int(tokens_S[index]))
             if reason is not None:
                 finished.append(self._finish(slot, reason))
         return finished
+
+    def _allowed(
+        self, slots_S: Ints, size: int, failed: list[tuple[Request, Sampled | DomainError]]
+    ) -> npt.NDArray[np.bool_]:
+        """[S, V]. What can't go on is taken out, and added to `failed`."""
+        allowed_SV = np.ones((len(slots_S), size), dtype=bool)
+        for index in np.flatnonzero(self._constrained[slots_S]):
+            request = self._requests[slots_S[index]]
+            assert request is not None
+            assert request.constraint is not None
+            allowed = request.constraint.allowed()
+            if allowed is None:
+                self._free(request)
+                failed.append((request, _unfulfillable(request.constraint.problem)))
+            else:
+                allowed_SV[index] = allowed
+        return allowed_SV
+
+    def _advance_constraints(self, slots_S: Ints, tokens_S: Ints) -> None:
+        for index in np.flatnonzero(self._constrained[slots_S] & self._running[slots_S]):
+            request = self._requests[slots_S[index]]
+            assert request is not None
+            assert request.constraint is not None
+            request.constraint.advance(int(tokens_S[index]))
 
     def _stop_reason(self, slot: int, token: int) -> StopReason | None:
         """Why the slot's request ends with this token, the last that it sampled; None if it goes on."""
@@ -259,3 +293,7 @@ class Runner:
         begin = max(int(self._prompt[slot]), end - longest - _STOP_MARGIN)
         text = self._decode(self._tokens[slot, begin:end].tolist())
         return any(stop in text for stop in request.sampling.stop)
+
+
+def _unfulfillable(problem: str) -> DomainError:
+    return DomainError(Reason.UNSUPPORTED_OPTION, f"sampling: the completion can't be made to match: {problem}")

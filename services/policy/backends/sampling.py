@@ -47,27 +47,34 @@ def sample(
     top_p_R: npt.NDArray[np.float32],
     top_k_R: npt.NDArray[np.int64],
     uniform_R: npt.NDArray[np.float64],
+    allowed_RV: npt.NDArray[np.bool_] | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
     """Tokens [R] and their log-probabilities [R] of softmax(logits / temperature), before top-p and top-k.
 
-    Temperature 0 takes the likeliest token, with its log-probability of softmax(logits).
+    Temperature 0 takes the likeliest token, with its log-probability of softmax(logits). With `allowed_RV` only those
+    tokens are drawn, at least one of each row, in proportion to their probabilities; the log-probabilities remain.
     """
     device = logits_RV.device
     greedy_R = temperature_R == 0
     scaled_RV = logits_RV.float() / torch.from_numpy(np.where(greedy_R, 1, temperature_R)).to(device)[:, None]
     log_probs_RV = torch.log_softmax(scaled_RV, dim=-1)
+    drawn_RV = log_probs_RV
+    if allowed_RV is not None:  # normalised anew, since what is allowed may be too unlikely for float32
+        drawn_RV = torch.log_softmax(
+            scaled_RV.masked_fill(~torch.from_numpy(allowed_RV).to(device), -torch.inf), dim=-1
+        )
     restricted_R = ~greedy_R & ((top_p_R < 1) | (top_k_R > 0))
     target_R = torch.from_numpy(uniform_R).to(device)
-    tokens_R = log_probs_RV.argmax(-1) if greedy_R.all() else _inverse_cdf(log_probs_RV.exp(), target_R)
+    tokens_R = drawn_RV.argmax(-1) if greedy_R.all() else _inverse_cdf(drawn_RV.exp(), target_R)
     if greedy_R.any() and not greedy_R.all():
         rows = torch.from_numpy(np.flatnonzero(greedy_R)).to(device)
-        tokens_R[rows] = log_probs_RV[rows].argmax(-1)
+        tokens_R[rows] = drawn_RV[rows].argmax(-1)
     if restricted_R.any():
         chosen = np.flatnonzero(restricted_R)
         rows = torch.from_numpy(chosen).to(device)
         top_p = torch.from_numpy(top_p_R[chosen]).to(device)
         top_k = torch.from_numpy(top_k_R[chosen]).to(device)
-        tokens_R[rows] = _restricted(log_probs_RV[rows].exp(), top_p, top_k, target_R[rows])
+        tokens_R[rows] = _restricted(drawn_RV[rows].exp(), top_p, top_k, target_R[rows])
     picked_R = log_probs_RV.gather(1, tokens_R[:, None])[:, 0]
     return tokens_R.cpu().numpy(), picked_R.cpu().numpy()
 

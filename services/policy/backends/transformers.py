@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from services.common.errors import DomainError, Reason
 from services.common.types import Feature, ReplicaInfo
 from services.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, UnsupportedModel, WeightsFile
 from services.policy.backends.attention import SlotCache
+from services.policy.backends.constraints import Constraints
 from services.policy.backends.engine import Engine
 from services.policy.backends.model import Model
 from services.policy.backends.runner import Request, Runner
@@ -65,6 +67,11 @@ class _Loaded:
                 "raise cache_gib or lower context_length"
             )
         self.cache = SlotCache(layers, slots, capacity, dtype, self.model.device)
+        tokenizer, module = self.model.tokenizer, self.model.module
+        self.end_of_turn = tokenizer.end_of_turn(self.model.config, module.generation_config)
+        self.constraints: Constraints | None = None
+        with suppress(UnsupportedModel):
+            self.constraints = Constraints(tokenizer, self.model.vocabulary_size, self.end_of_turn)
 
 
 class TransformersBackend:
@@ -78,24 +85,24 @@ class TransformersBackend:
         loaded = loaded or _Loaded(settings)
         self._model, self._cache = loaded.model, loaded.cache
         self._tokenizer = self._model.tokenizer
-        end_of_turn = self._tokenizer.end_of_turn(self._model.config, self._model.module.generation_config)
-        self._chat = self._tokenizer.chat(end_of_turn)
+        self._constraints = loaded.constraints
+        self._chat = self._tokenizer.chat(loaded.end_of_turn)
         self._info = ModelInfo(
             model=settings.model,
             fingerprint=self._model.fingerprint,
             context_length=self._model.context_length,
             vocabulary_size=self._model.vocabulary_size,
-            end_of_turn_token_ids=end_of_turn,
+            end_of_turn_token_ids=loaded.end_of_turn,
             rewrites_history=self._chat.rewrites_history,
             deterministic=settings.deterministic,
             dtype=str(self._model.dtype).removeprefix("torch."),
-            features=_FEATURES | ({Feature.TOOLS} if self._chat.has_tools else set()),
+            features=self._features(),
         )
         self._runner = Runner(
             self._model.forward,
             self._cache,
             self._model.device,
-            end_of_turn,
+            loaded.end_of_turn,
             lambda ids: self._tokenizer.decode(ids, special=True),
             reuse_prefixes=not settings.deterministic,
             tokens_per_pass=self._model.context_length if settings.deterministic else settings.tokens_per_pass,
@@ -112,6 +119,11 @@ class TransformersBackend:
         self._weights = Weights(self._model.module, self._model.load_weights)
         self._updating = asyncio.Lock()
         self._replica = _LocalReplica(self._engine, self._runner, self._model, self._weights)
+
+    def _features(self) -> frozenset[Feature]:
+        tools = {Feature.TOOLS} if self._chat.has_tools else set()
+        constraints = {Feature.REGEX, Feature.JSON_SCHEMA} if self._constraints is not None else set()
+        return _FEATURES | tools | constraints
 
     @property
     def model(self) -> ModelInfo:
@@ -145,10 +157,19 @@ class TransformersBackend:
         return self._tokenizer.decode(token_ids)
 
     async def generate(self, ask: Ask) -> Sampled:
-        return await self._engine.generate(_request(ask), ask.priority)
+        return await self._engine.generate(await self._request(ask), ask.priority)
 
-    def stream(self, ask: Ask) -> AsyncIterator[Sampled]:
-        return self._engine.stream(_request(ask), ask.priority)
+    async def stream(self, ask: Ask) -> AsyncIterator[Sampled]:
+        async with aclosing(self._engine.stream(await self._request(ask), ask.priority)) as parts:
+            async for part in parts:
+                yield part
+
+    async def _request(self, ask: Ask) -> Request:
+        sampling = ask.sampling
+        seed = random.getrandbits(63) if sampling.seed is None else sampling.seed
+        if self._constraints is None or (sampling.regex is None and sampling.json_schema is None):
+            return Request(ask.token_ids, sampling, seed)
+        return Request(ask.token_ids, sampling, seed, await asyncio.to_thread(self._constraints.of, sampling))
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
         """`adapter` is empty: there are none."""
@@ -213,11 +234,6 @@ async def _score(
         return Scored((), runner.version)
     results = await run((rows, runner.version) for rows in model.score(sequences, temperature))
     return Scored(tuple(row for rows, _ in results for row in rows), results[0][1])
-
-
-def _request(ask: Ask) -> Request:
-    seed = random.getrandbits(63) if ask.sampling.seed is None else ask.sampling.seed
-    return Request(ask.token_ids, ask.sampling, seed)
 
 
 def _no_memory_release() -> DomainError:

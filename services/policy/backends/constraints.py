@@ -1,0 +1,106 @@
+"""Completions that match a regular expression or a JSON schema: which tokens keep that possible, token by token.
+
+https://github.com/guidance-ai/llguidance
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+from llguidance.hf import from_tokenizer
+
+from services.common.errors import DomainError, invalid_field
+from services.common.types import SamplingParams
+from services.policy.backend import UnsupportedModel
+from services.policy.backends.tokenizer import Tokenizer
+
+_SILENT = 0
+_PROBES = 500
+
+
+class Constraint:
+    """How far one completion has come."""
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocabulary_size: int):
+        self._matcher, self._size = matcher, vocabulary_size
+
+    def allowed(self) -> npt.NDArray[np.bool_] | None:
+        """For each token of the vocabulary whether it may come next; None when the completion can't be ended well."""
+        if self._matcher.is_error():
+            return None
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.unpackbits(bits, count=self._size, bitorder="little").astype(bool)
+        return allowed if allowed.any() and not self._matcher.is_error() else None
+
+    def advance(self, token: int) -> None:
+        """Takes a token that was allowed."""
+        self._matcher.consume_token(token)
+
+    @property
+    def problem(self) -> str:
+        return self._matcher.get_error().partition("\n")[0] or "no token of the vocabulary continues it"
+
+
+class Constraints:
+    """For one tokenizer; takes a second for a large one.
+
+    Raises UnsupportedModel where a text is not what its tokens are in bytes, one after the other: some tokenizers put
+    spaces between words only when they decode, and what the grammar sees would not be what the caller gets.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary_size: int, end_of_turn: Sequence[int]):
+        self._size = vocabulary_size
+        if not end_of_turn:
+            raise UnsupportedModel("no token ends a turn, and so a constrained completion")
+        try:
+            self._tokenizer = from_tokenizer(tokenizer.inner, n_vocab=vocabulary_size, eos_token=list(end_of_turn))
+        except ValueError as error:
+            raise UnsupportedModel(f"the tokenizer's tokens are not known as bytes: {error}") from error
+        if not self._decodes_as(tokenizer):
+            raise UnsupportedModel("the tokenizer's tokens are not the bytes of the text that they are decoded to")
+        self._compiled = lru_cache(maxsize=256)(self._compile)
+
+    def _decodes_as(self, tokenizer: Tokenizer) -> bool:
+        """Tried on tokens at random, a few in a row."""
+        rng = np.random.default_rng(0)
+        for row in rng.integers(0, min(self._size, len(tokenizer.inner)), (_PROBES, 4)).tolist():
+            ids = [token for token in row if not self._tokenizer.is_special_token(token)]
+            try:
+                text = b"".join(self._tokenizer.decode_bytes([token]) for token in ids).decode()
+            except UnicodeDecodeError:  # a part of a character
+                continue
+            if tokenizer.decode(ids) != text:
+                return False
+        return True
+
+    def of(self, sampling: SamplingParams) -> Constraint:
+        """May take a second. Raises DomainError INVALID_FIELD."""
+        return Constraint(self._compiled(sampling.regex, sampling.json_schema).deep_copy(), self._size)
+
+    def _compile(self, regex: str | None, json_schema: str | None) -> llguidance.LLMatcher:
+        if regex is not None:
+            matcher = self._matcher(llguidance.LLMatcher.grammar_from_regex(regex))
+            if matcher.is_error():
+                raise _refused("regex", "a regular expression that can be followed", matcher.get_error())
+            return matcher
+        assert json_schema is not None
+        try:
+            schema = json.loads(json_schema)
+            matcher = self._matcher(llguidance.LLMatcher.grammar_from_json_schema(schema))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _refused("json_schema", "a JSON schema", str(error)) from error
+        if matcher.is_error():
+            raise _refused("json_schema", "a JSON schema that can be followed", matcher.get_error())
+        return matcher
+
+    def _matcher(self, grammar: str) -> llguidance.LLMatcher:
+        return llguidance.LLMatcher(self._tokenizer, grammar, log_level=_SILENT)
+
+
+def _refused(field: str, expected: str, error: str) -> DomainError:
+    return invalid_field(f"sampling.{field}", f"{expected} ({' '.join(error.split())[:300]})")
