@@ -29,6 +29,7 @@ class SglangSettings(BaseModel):
     )
     folder_in_engine: str = Field("", description="What the servers call `folder`, where they see it elsewhere.")
     request_seconds: float = Field(600.0, gt=0, description="How long a server may take for one request.")
+    wait_seconds: float = Field(10.0, ge=0, description="How long a request waits for a server when none serves.")
     probe_seconds: float = Field(1.0, gt=0, description="How often a server is asked whether it lives.")
 
 

@@ -1,0 +1,335 @@
+"""SGLang servers: some that run, or some that this service launches.  https://github.com/sgl-project/sglang
+
+Token ids go to /generate and come back. Each answer tells by which weights, as the server calls them, each of its
+tokens was sampled; one from weights that the server was not given is discarded, the server is taken out, loaded and checked
+again, and the request goes to another.
+
+What the engine itself does not do is done here: log-probabilities under a regex or schema are scored anew, since SGLang
+gives those of the constrained logits (and a stream of such a request comes in one part); and Score at a temperature
+other than 1 costs a request of one token per token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import aiohttp
+
+from services.common.errors import DomainError, Reason, invalid_field
+from services.common.types import Feature, VersionSpan
+from services.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
+from services.policy.backends.sglang_engine import requests
+from services.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable
+from services.policy.backends.sglang_engine.folders import Folders, Target
+from services.policy.backends.sglang_engine.launch import LaunchedServer
+from services.policy.backends.sglang_engine.opening import Opened, open_servers
+from services.policy.backends.sglang_engine.pool import Pool, Stale, place_of
+from services.policy.backends.sglang_engine.server import Server, score_one
+from services.policy.backends.sglang_engine.skeleton import Skeleton
+from services.policy.backends.sglang_engine.updates import Updates
+from services.policy.chat import Chat
+from services.policy.config import ModelSettings
+
+_ATTEMPTS = 10  # at servers that fail one after the other
+_RETRY_SECONDS = 0.05
+_RETRY_AFTER = timedelta(seconds=1)
+_FAILURES = (Unreachable, Stale, requests.BadAnswer, requests.Aborted)
+
+
+async def open_backend(settings: ModelSettings, folder: Path, first_version: int) -> SglangBackend:
+    """Launched servers are ready when it returns; of those that run, one at least. Raises UnsupportedModel."""
+    return SglangBackend(settings, await open_servers(settings, folder, first_version))
+
+
+class SglangBackend:
+    def __init__(self, settings: ModelSettings, opened: Opened):
+        self._settings = settings
+        self._session: aiohttp.ClientSession = opened.session
+        self._skeleton: Skeleton = opened.skeleton
+        self._folders: Folders = opened.folders
+        self._pool: Pool = opened.pool
+        self._launched: Sequence[LaunchedServer] = opened.launched
+        self._fixed = opened.fixed
+        self._router: Connection | None = opened.router
+        self._info = opened.info
+        self._chat = opened.chat
+        self._updates = Updates(self._pool, self._folders)
+        self._seconds = settings.sglang.request_seconds
+        self._in_flight = 0
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def policy_version(self) -> int:
+        return self._pool.target.weights.policy_version
+
+    @property
+    def replicas(self) -> Sequence[Replica]:
+        return self._pool.servers
+
+    @property
+    def chat(self) -> Chat:
+        return self._chat
+
+    @property
+    def compute_seconds(self) -> float:
+        return 0.0
+
+    def encode(self, text: str) -> list[int]:
+        return self._skeleton.tokenizer.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._skeleton.tokenizer.decode(token_ids)
+
+    async def generate(self, ask: Ask) -> Sampled:
+        self._enter()
+        try:
+            return await self._generate(ask)
+        finally:
+            self._in_flight -= 1
+
+    async def stream(self, ask: Ask) -> AsyncIterator[Sampled]:
+        """A server that fails in the middle is replaced by another, which goes on from the tokens that there are."""
+        self._enter()
+        try:
+            if _is_constrained(ask):
+                yield await self._generate(ask)
+                return
+            parts = self._stream(ask)
+            try:
+                async for part in parts:
+                    yield part
+            finally:
+                await parts.aclose()
+        finally:
+            self._in_flight -= 1
+
+    async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
+        if not sequences:
+            return Scored((), self.policy_version)
+        found = await asyncio.gather(*(self._score(ids, temperature, adapter) for ids in sequences))
+        while len({version for version, _ in found}) > 1:  # the weights changed in between
+            found = await asyncio.gather(*(self._score(ids, temperature, adapter) for ids in sequences))
+        return Scored(tuple(row for _, row in found), found[0][0])
+
+    async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
+        """Requests on other full weights go on with the new ones; on an adapter they finish with it."""
+        await self._updates.update(weights, admit)
+
+    async def release_memory(self) -> None:
+        self._need(Feature.MEMORY_RELEASE)
+        await self._updates.release_memory()
+
+    async def resume_memory(self) -> None:
+        self._need(Feature.MEMORY_RELEASE)
+        await self._updates.resume_memory()
+
+    async def close(self) -> None:
+        await self._pool.close()
+        await asyncio.gather(*(launched.stop() for launched in self._launched))
+        await self._session.close()
+        await asyncio.to_thread(self._folders.close)
+
+    def _enter(self) -> None:
+        limit = self._settings.max_queue
+        if self._in_flight >= limit:
+            raise DomainError(Reason.QUEUE_FULL, f"{self._in_flight} requests wait", retry_after=_RETRY_AFTER)
+        self._in_flight += 1
+
+    def _need(self, feature: Feature) -> None:
+        if feature not in self._info.features:
+            raise DomainError(
+                Reason.UNSUPPORTED_OPTION, f"the SGLang servers lack {feature.value}", feature=feature.value
+            )
+
+    async def _generate(self, ask: Ask) -> Sampled:
+        key = place_of(ask.session_id, ask.adapter, ask.token_ids)
+        for attempt in range(_ATTEMPTS):
+            async with self._pool.dispatch(key) as (server, target):
+                times_let_in = server.times_let_in
+                try:
+                    return await self._generate_at(server, target, ask)
+                except _FAILURES as error:
+                    self._failed(server, error, times_let_in)
+            await asyncio.sleep(_RETRY_SECONDS * attempt)
+        raise self._gave_up()
+
+    async def _generate_at(self, server: Server, target: Target, ask: Ask) -> Sampled:
+        rid = uuid.uuid4().hex
+        connection = self._router or server.connection
+        body = self._encode(ask, rid, target, stream=False)
+        try:
+            answer = requests.decode(await connection.generate(body, self._seconds))
+        except Refused as error:
+            raise _refusal(ask, error) from error
+        except (asyncio.CancelledError, Unreachable):
+            self._abort(server, rid)
+            raise
+        requests.check_finish(answer)
+        count = len(answer.output_ids)
+        spans = self._spans(ask, target, answer, 0, count)
+        if _is_constrained(ask):
+            log_probs = await self._unconstrained(connection, target, ask, answer)
+        else:
+            log_probs = requests.log_probs(answer, 0, count)
+        return self._sampled(ask, answer, answer.output_ids, log_probs, spans, count)
+
+    async def _unconstrained(
+        self, connection: Connection, target: Target, ask: Ask, answer: requests.Answer
+    ) -> tuple[float, ...]:
+        ids = [*ask.token_ids, *answer.output_ids]
+        adapter, temperature = self._adapter(ask, target), ask.sampling.temperature
+        labels, row = await score_one(connection, ids, len(ask.token_ids), temperature, adapter, self._seconds)
+        sampled_by = {label for label, _ in answer.labels(0, len(answer.output_ids))}
+        if labels | sampled_by != labels & sampled_by:
+            raise requests.Aborted("the weights changed between sampling and scoring")
+        return row
+
+    async def _stream(self, ask: Ask) -> AsyncGenerator[Sampled, None]:
+        key = place_of(ask.session_id, ask.adapter, ask.token_ids)
+        rest = ask
+        for attempt in range(_ATTEMPTS):
+            async with self._pool.dispatch(key) as (server, target):
+                times_let_in = server.times_let_in
+                try:
+                    async for part in self._stream_at(server, target, rest):
+                        rest = _after(rest, part)
+                        yield part
+                        if part.stop_reason is not None:
+                            return
+                except _FAILURES as error:
+                    self._failed(server, error, times_let_in)
+            if rest is not ask and ask.sampling.stop:  # a stop string may have begun in what is already sampled
+                raise self._gave_up()
+            await asyncio.sleep(_RETRY_SECONDS * attempt)
+        raise self._gave_up()
+
+    async def _stream_at(self, server: Server, target: Target, ask: Ask) -> AsyncIterator[Sampled]:
+        rid = uuid.uuid4().hex
+        connection = self._router or server.connection
+        body = self._encode(ask, rid, target, stream=True)
+        seen, finished = 0, False
+        try:
+            async for event in connection.generate_stream(body, self._seconds):
+                answer = requests.decode_event(event)
+                finished = answer.meta_info.finish_reason is not None
+                requests.check_finish(answer)
+                begin = 0 if server.incremental else seen  # of what is new, in what the answer tells
+                # Of what was sampled while the answer was written, the versions are in the next.
+                count = min(len(answer.output_ids) - begin, answer.covered - seen)
+                token_ids = answer.output_ids[begin : begin + count]
+                if not count and not finished:
+                    continue
+                spans = self._spans(ask, target, answer, seen, seen + count)
+                log_probs = requests.log_probs(answer, begin, count)
+                seen += count
+                yield self._sampled(ask, answer, token_ids, log_probs, spans, seen)
+        except Refused as error:
+            raise _refusal(ask, error) from error
+        finally:
+            if not finished:
+                self._abort(server, rid)
+
+    async def _score(self, ids: Sequence[int], temperature: float, adapter: str) -> tuple[int, tuple[float, ...]]:
+        for attempt in range(_ATTEMPTS):
+            async with self._pool.dispatch(place_of("", adapter, ids)) as (server, target):
+                times_let_in = server.times_let_in
+                name = self._fixed[adapter] if adapter else target.adapter
+                try:
+                    labels, row = await score_one(
+                        self._router or server.connection, ids, 1, temperature, name, self._seconds
+                    )
+                    spans = self._pool.spans(target, [(label, 0) for label in sorted(labels)], own=not adapter)
+                except Refused as error:
+                    if "LoRA adapter" not in str(error):
+                        raise invalid_field("sequences", f"what SGLang takes, which says: {error}") from error
+                    self._failed(server, Stale(str(error)), times_let_in)
+                except _FAILURES as error:
+                    self._failed(server, error, times_let_in)
+                else:
+                    if len(spans) == 1:
+                        return spans[0].policy_version, row
+            await asyncio.sleep(_RETRY_SECONDS * attempt)
+        raise self._gave_up()
+
+    def _encode(self, ask: Ask, rid: str, target: Target, *, stream: bool) -> bytes:
+        return requests.encode(
+            ask,
+            rid,
+            self._adapter(ask, target),
+            self._info.context_length,
+            stream=stream,
+            priority=Feature.PRIORITY in self._info.features,
+        )
+
+    def _adapter(self, ask: Ask, target: Target) -> str:
+        return self._fixed[ask.adapter] if ask.adapter else target.adapter
+
+    def _spans(
+        self, ask: Ask, target: Target, answer: requests.Answer, begin: int, end: int
+    ) -> tuple[VersionSpan, ...]:
+        return self._pool.spans(target, answer.labels(begin, end), own=not ask.adapter)
+
+    def _sampled(
+        self,
+        ask: Ask,
+        answer: requests.Answer,
+        token_ids: Sequence[int],
+        log_probs: tuple[float, ...],
+        spans: tuple[VersionSpan, ...],
+        count: int,
+    ) -> Sampled:
+        reason = None
+        if answer.meta_info.finish_reason is not None:
+            last = answer.output_ids[-1] if answer.output_ids else -1
+            reason = requests.stop_reason(answer, last, ask.sampling, count, self._info.end_of_turn_token_ids)
+        return Sampled(tuple(token_ids), log_probs, reason, spans)
+
+    def _failed(self, server: Server, error: Exception, times_let_in: int) -> None:
+        """Whoever aborted a request did not make the server worse. Behind a router nobody knows who answered, and the
+        probes find it out."""
+        if self._router is None and not isinstance(error, requests.Aborted):
+            self._pool.take_out(server, str(error), times_let_in)
+
+    def _gave_up(self) -> DomainError:
+        return DomainError(
+            Reason.ENGINE_UNAVAILABLE, "the SGLang servers fail one after the other", retry_after=_RETRY_AFTER
+        )
+
+    def _abort(self, server: Server, rid: str) -> None:
+        """Closing the connection does it, too, but only some seconds later."""
+
+        async def abort() -> None:
+            for one in self._pool.servers if self._router is not None else [server]:
+                try:
+                    await one.abort(rid)
+                except (Unreachable, Refused):
+                    continue
+
+        self._pool.run(abort())
+
+
+def _is_constrained(ask: Ask) -> bool:
+    return ask.sampling.regex is not None or ask.sampling.json_schema is not None
+
+
+def _after(ask: Ask, part: Sampled) -> Ask:
+    """What is still to be sampled."""
+    sampling = replace(ask.sampling, max_tokens=ask.sampling.max_tokens - len(part.token_ids))
+    return replace(ask, token_ids=[*ask.token_ids, *part.token_ids], sampling=sampling)
+
+
+def _refusal(ask: Ask, error: Refused) -> Exception:
+    """What the caller asked for in vain; an adapter that is not there is the server's fault."""
+    message = str(error)
+    if "LoRA adapter" in message:
+        return Stale(message)
+    field = "regex" if ask.sampling.regex is not None else "json_schema" if ask.sampling.json_schema else "sampling"
+    return invalid_field(f"sampling.{field}" if field != "sampling" else field, f"what SGLang takes: {message}")

@@ -1,0 +1,144 @@
+"""HTTP to one SGLang server. Its endpoints are those of sglang.srt.entrypoints.http_server, as of SGLang 0.5.23."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import aiohttp
+import msgspec
+from pydantic import SecretStr
+
+CONTROL_SECONDS = 30.0  # for what needs no work in the model
+_MESSAGE_LENGTH = 2000  # of what a server says that is passed on
+_END = b"[DONE]"
+
+
+class Unreachable(Exception):
+    """The server does not answer, or not as one that works does."""
+
+
+class Refused(Exception):
+    """The server says no (HTTP 4xx); the message is its own."""
+
+
+class Connection:
+    """`session` is shared by all servers, and whoever made it closes it."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        address: str,
+        api_key: SecretStr | None = None,
+        admin_api_key: SecretStr | None = None,
+    ):
+        self._session = session
+        self.address = address.rstrip("/")
+        self._headers = _headers(api_key)
+        self._control_headers = _headers(admin_api_key or api_key)
+
+    async def get(self, path: str, timeout: float = CONTROL_SECONDS) -> dict[str, Any]:
+        answer = await self._call("GET", path, None, self._headers, timeout)
+        return _decoded(answer)
+
+    async def control(
+        self, path: str, body: Mapping[str, object] | None = None, timeout: float = CONTROL_SECONDS
+    ) -> dict[str, Any]:
+        """A call that changes the server; it needs the administrator's key where there is one."""
+        answer = await self._call("POST", path, msgspec.json.encode(body or {}), self._control_headers, timeout)
+        return _decoded(answer)
+
+    async def generate(self, body: bytes, timeout: float) -> bytes:
+        return await self._call("POST", "/generate", body, self._headers, timeout)
+
+    async def generate_stream(self, body: bytes, timeout: float) -> AsyncIterator[bytes]:
+        """The events, each the JSON of an answer, as they come."""
+        try:
+            async with self._session.post(
+                f"{self.address}/generate", data=body, headers=self._headers, timeout=_timeout(None, between=timeout)
+            ) as response:
+                if response.status != 200:
+                    raise _failure(response.status, await response.read(), self.address)
+                buffer = b""
+                async for chunk in response.content.iter_any():
+                    *events, buffer = (buffer + chunk).split(b"\n\n")
+                    for event in events:
+                        data = event.strip().removeprefix(b"data:").strip()
+                        if data == _END:
+                            return
+                        yield data
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unreachable(f"{self.address} does not answer: {error or type(error).__name__}") from error
+        raise Unreachable(f"{self.address} broke off")
+
+    async def _call(
+        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str], timeout: float
+    ) -> bytes:
+        try:
+            async with self._session.request(
+                method, f"{self.address}{path}", data=body, headers=headers, timeout=_timeout(timeout)
+            ) as response:
+                answer = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise Unreachable(f"{self.address} does not answer: {error or type(error).__name__}") from error
+        if response.status != 200:
+            raise _failure(response.status, answer, self.address)
+        return answer
+
+
+def new_session() -> aiohttp.ClientSession:
+    """Without a limit on connections: SGLang has a queue of its own."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0), cookie_jar=aiohttp.DummyCookieJar()
+    )
+
+
+def _headers(key: SecretStr | None) -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key.get_secret_value()}"
+    return headers
+
+
+def _timeout(total: float | None, between: float | None = None) -> aiohttp.ClientTimeout:
+    return aiohttp.ClientTimeout(total=total, sock_connect=10.0, sock_read=between)
+
+
+def _decoded(answer: bytes) -> dict[str, Any]:
+    try:
+        found = msgspec.json.decode(answer) if answer else None
+    except msgspec.DecodeError as error:
+        raise Unreachable(f"not an answer of SGLang: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _failure(status: int, answer: bytes, address: str) -> Exception:
+    message = answer[:_MESSAGE_LENGTH].decode(errors="replace")
+    try:
+        found = msgspec.json.decode(answer)
+        error = found.get("error", found) if isinstance(found, dict) else found
+        if isinstance(error, dict):
+            message = str(error.get("message") or error.get("error_message") or error.get("detail") or message)
+        else:
+            message = str(error)
+    except msgspec.DecodeError:
+        pass
+    if status in (401, 403):
+        return Unreachable(f"{address} refuses the credential (HTTP {status}): see sglang.api_key and admin_api_key")
+    if status >= 500 or status == 404:
+        return Unreachable(f"{address} (HTTP {status}): {message[:_MESSAGE_LENGTH]}")
+    return Refused(message[:_MESSAGE_LENGTH])
+
+
+async def first_to_answer(connections: list[Connection], seconds: float) -> None:
+    """Waits until a server answers. Raises Unreachable when none does in time."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while True:
+        results = await asyncio.gather(*(one.get("/model_info", 10.0) for one in connections), return_exceptions=True)
+        failures = [result for result in results if isinstance(result, BaseException)]
+        if len(failures) < len(results):
+            return
+        if asyncio.get_running_loop().time() >= deadline:
+            raise Unreachable("; ".join(sorted({str(failure) for failure in failures})))
+        await asyncio.sleep(0.5)

@@ -1,0 +1,112 @@
+"""Weights on disk in the form that SGLang loads: a folder with a configuration and safetensors, one per version."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.common.errors import DomainError, Reason
+from services.common.types import WeightsKind
+from services.policy.backend import WeightsFile
+from services.policy.backends.sglang_engine.skeleton import ADAPTER_CONFIG, ADAPTER_FILE, Skeleton
+from services.policy.config import SglangSettings
+
+_FULL, _ADAPTERS = "full", "adapters"
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """What every server has to hold, by names of its own. `label` is its weight_version, of the base weights alone;
+    `adapter` its name of a LoRA adapter, which no other version ever had.
+
+    `path` is empty for the model's own, wherever a server has that. `generation` counts what was loaded.
+    """
+
+    weights: WeightsFile
+    label: str
+    path: str = ""
+    adapter: str = ""
+    adapter_path: str = ""
+    generation: int = 0
+    running: int = 0  # requests
+
+
+class Folders:
+    """`folder` is for this alone; what is left in it from before a restart is removed."""
+
+    def __init__(self, settings: SglangSettings, folder: Path, skeleton: Skeleton, first_version: int):
+        self._root = (settings.folder or folder).resolve()
+        self._in_engine = settings.folder_in_engine or str(self._root)
+        self._shared = settings.folder is not None
+        self._skeleton = skeleton
+        # Two services with one shared folder must not remove each other's.
+        self._name = f"weights-{secrets.token_hex(4)}" if self._shared else "weights"
+        if not self._shared:
+            shutil.rmtree(self._root / self._name, ignore_errors=True)
+        self.original_label = f"{first_version}-original"
+
+    def original(self, policy_version: int) -> Target:
+        weights = WeightsFile(None, WeightsKind.ORIGINAL, policy_version, "")
+        return Target(weights, label=f"{policy_version}-original")
+
+    def prepare(self, weights: WeightsFile) -> Target:
+        """Verifies the file and puts it where the servers find it.
+
+        Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND.
+        """
+        if weights.path is None:
+            target = self.original(weights.policy_version)
+            target.weights = weights
+            return target
+        label = f"{weights.policy_version}-{weights.sha256[:12]}"
+        if weights.kind is WeightsKind.FULL:
+            self._skeleton.check_full(weights.path)
+            folder = self._new(_FULL, label)
+            self._skeleton.config.to_json_file(folder / "config.json")
+            self._put(weights.path, folder / "model.safetensors")
+            return Target(weights, label, path=self._engine_path(folder))
+        # A name that no server has ever seen: one that was unloaded is loaded again by whoever names it.
+        name = f"mulligan-{label}-{secrets.token_hex(4)}"
+        adapter_path = self.put_adapter(weights.path, name)
+        return Target(weights, self.original_label, adapter=name, adapter_path=adapter_path)
+
+    def put_adapter(self, source: Path, name: str) -> str:
+        """The folder in which the servers find it. Raises as `prepare` does."""
+        config = self._skeleton.check_adapter(source)
+        folder = self._new(_ADAPTERS, name)
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+        self._put(source / ADAPTER_FILE, folder / ADAPTER_FILE)
+        return self._engine_path(folder)
+
+    def remove(self, target: Target) -> None:
+        """What no server will load any more."""
+        for path in filter(None, (target.path, target.adapter_path)):
+            relative = Path(path).relative_to(self._in_engine)
+            shutil.rmtree(self._root / relative, ignore_errors=True)
+
+    def close(self) -> None:
+        shutil.rmtree(self._root / self._name, ignore_errors=True)
+
+    def _new(self, kind: str, name: str) -> Path:
+        folder = self._root / self._name / kind / f"{name}-{secrets.token_hex(4)}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def _engine_path(self, folder: Path) -> str:
+        return f"{self._in_engine.rstrip('/')}/{folder.relative_to(self._root).as_posix()}"
+
+    def _put(self, source: Path, path: Path) -> None:
+        """A link, so that gigabytes are not copied; of the hard kind, where a server may not see what it leads to."""
+        try:
+            os.link(source.resolve(), path)
+        except FileNotFoundError as error:
+            raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"{source.name} does not exist") from error
+        except OSError:  # another file system
+            if self._shared:
+                shutil.copyfile(source, path)
+            else:
+                path.symlink_to(source.resolve())

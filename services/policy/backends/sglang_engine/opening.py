@@ -1,0 +1,218 @@
+"""From settings to servers that serve what the model came with."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import aiohttp
+
+from services.common.errors import DomainError
+from services.common.types import Feature, SamplingParams
+from services.policy.backend import Ask, ModelInfo, UnsupportedModel
+from services.policy.backends.model import source_of
+from services.policy.backends.sglang_engine import requests
+from services.policy.backends.sglang_engine.connection import (
+    Connection,
+    Refused,
+    Unreachable,
+    first_to_answer,
+    new_session,
+)
+from services.policy.backends.sglang_engine.folders import Folders
+from services.policy.backends.sglang_engine.launch import LaunchedServer
+from services.policy.backends.sglang_engine.pool import Pool
+from services.policy.backends.sglang_engine.server import Server, Unsuitable
+from services.policy.backends.sglang_engine.skeleton import Skeleton
+from services.policy.chat import Chat
+from services.policy.config import ModelSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    session: aiohttp.ClientSession
+    skeleton: Skeleton
+    folders: Folders
+    pool: Pool
+    launched: Sequence[LaunchedServer]
+    fixed: Mapping[str, str]  # adapters: what the servers call each
+    router: Connection | None
+    info: ModelInfo
+    chat: Chat
+
+
+async def open_servers(settings: ModelSettings, folder: Path, first_version: int) -> Opened:
+    """Raises UnsupportedModel."""
+    chosen = settings.sglang
+    if chosen.router and not chosen.servers:
+        raise UnsupportedModel("sglang.router: expected the servers behind it in sglang.servers")
+    source = source_of(settings)
+    skeleton = await asyncio.to_thread(Skeleton, source)
+    folders = await asyncio.to_thread(Folders, chosen, folder, skeleton, first_version)
+    fixed, paths = await asyncio.to_thread(_fixed_adapters, settings, folders)
+    async with AsyncExitStack() as stack:
+        stack.callback(folders.close)
+        session = new_session()
+        stack.push_async_callback(session.close)
+
+        def connect(address: str) -> Connection:
+            return Connection(session, address, chosen.api_key, chosen.admin_api_key)
+
+        addresses = chosen.servers or ("http://127.0.0.1",) * chosen.launch
+        servers = [Server(connect(address), chosen.request_seconds, paths) for address in addresses]
+        launched = [
+            LaunchedServer(chosen, source, folders.original_label, folder, index)
+            for index in range(0 if chosen.servers else chosen.launch)
+        ]
+        for process in launched:
+            stack.push_async_callback(process.stop)
+        if launched:
+            pairs = zip(launched, servers, strict=True)
+            started = [process.start(server, connect) for process, server in pairs]
+            _raise_first(await asyncio.gather(*started, return_exceptions=True))
+        present = await _look_at_all(servers, skeleton, chosen.start_seconds)
+        chat = skeleton.tokenizer.chat(skeleton.end_of_turn)
+        info = await _describe(settings, skeleton, chat, present, fixed)
+        pool = Pool(
+            servers,
+            folders.original(first_version),
+            lambda server: _look(server, skeleton, info),
+            probe_seconds=chosen.probe_seconds,
+            wait_seconds=chosen.wait_seconds,
+        )
+        stack.push_async_callback(pool.close)
+        await _load(pool, present, loaded=bool(launched))
+        for process, server in zip(launched, servers, strict=False):
+            pool.run(process.supervise(server, connect, partial(pool.take_out, server)))
+        pool.start()
+        stack.pop_all()
+    router = connect(chosen.router) if chosen.router else None
+    return Opened(session, skeleton, folders, pool, launched, fixed, router, info, chat)
+
+
+def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str, str], dict[str, str]]:
+    """What the servers are to call each, and where they find it."""
+    names, paths = {}, {}
+    for name, folder in settings.adapters.items():
+        names[name] = f"mulligan-{name}-{secrets.token_hex(4)}"
+        try:
+            paths[names[name]] = folders.put_adapter(Path(folder), names[name])
+        except DomainError as error:
+            raise UnsupportedModel(f"adapters.{name}: {error.message}") from error
+    return names, paths
+
+
+async def _look_at_all(servers: Sequence[Server], skeleton: Skeleton, seconds: float) -> list[Server]:
+    """Those that answer."""
+    try:
+        await first_to_answer([server.connection for server in servers], seconds)
+    except Unreachable as error:
+        raise UnsupportedModel(f"no SGLang server answers: {error}") from error
+    results = await asyncio.gather(*(server.look(skeleton) for server in servers), return_exceptions=True)
+    for server, result in zip(servers, results, strict=True):
+        if isinstance(result, Unsuitable | Refused):
+            raise UnsupportedModel(f"{server.address}: {result}") from result
+    _raise_first([result for result in results if not isinstance(result, Unreachable)])
+    present = [server for server, result in zip(servers, results, strict=True) if result is None]
+    if not present:
+        raise UnsupportedModel("; ".join(str(result) for result in results))
+    return present
+
+
+async def _describe(
+    settings: ModelSettings, skeleton: Skeleton, chat: Chat, servers: Sequence[Server], fixed: Mapping[str, str]
+) -> ModelInfo:
+    """What all servers can do."""
+    features = frozenset.intersection(*(server.features for server in servers))
+    if fixed and Feature.LORA_WEIGHTS not in features:
+        raise UnsupportedModel("adapters: the SGLang servers were not started with --enable-lora")
+    if Feature.SEED in features and not all(await asyncio.gather(*(_repeats(server) for server in servers))):
+        features -= {Feature.SEED}
+    if chat.has_tools:
+        features |= {Feature.TOOLS}
+    lengths = [server.context_length for server in servers]
+    [dtype, *others] = {_dtype(server, skeleton) for server in servers}
+    if others:
+        raise UnsupportedModel(f"the SGLang servers compute in {', '.join([dtype, *others])}: expected one --dtype")
+    return ModelInfo(
+        model=settings.model,
+        fingerprint=skeleton.fingerprint,
+        context_length=min([*lengths, settings.context_length or lengths[0]]),
+        vocabulary_size=skeleton.vocabulary_size,
+        end_of_turn_token_ids=skeleton.end_of_turn,
+        rewrites_history=chat.rewrites_history,
+        deterministic=all(server.settings.get("enable_deterministic_inference") for server in servers),
+        dtype=dtype,
+        features=features,
+        adapters=tuple(fixed),
+    )
+
+
+async def _look(server: Server, skeleton: Skeleton, info: ModelInfo) -> None:
+    """Of a server that is to come in: as those were that the policy was described by. Raises Unsuitable, too."""
+    await server.look(skeleton)
+    missing = info.features - server.features - {Feature.TOOLS}
+    if missing:
+        raise Unsuitable(f"it lacks {', '.join(sorted(missing))}, which the other servers have")
+    if server.context_length < info.context_length:
+        raise Unsuitable(f"it takes {server.context_length} tokens, the others {info.context_length}")
+    if _dtype(server, skeleton) != info.dtype:
+        raise Unsuitable(f"it computes in {_dtype(server, skeleton)}, the others in {info.dtype}")
+
+
+async def _load(pool: Pool, present: Sequence[Server], *, loaded: bool) -> None:
+    """`loaded`: they were just started, with the label of what they came with."""
+    target = pool.target
+
+    async def load(server: Server) -> None:
+        if loaded:
+            server.label, server.path = target.label, server.own_path
+            if Feature.LORA_WEIGHTS in server.features:
+                await server.load_adapters(target)
+            server.held = target
+        else:
+            await pool.load(server, target)
+        await server.unload_others(target)
+        pool.let_in(server)
+
+    results = await asyncio.gather(*(load(server) for server in present), return_exceptions=True)
+    for server, result in zip(present, results, strict=True):
+        if isinstance(result, Refused):
+            raise UnsupportedModel(f"{server.address} does not take what the model came with: {result}") from result
+        if isinstance(result, BaseException) and not isinstance(result, Unreachable):
+            raise result
+    if not any(server.serving for server in present):
+        raise UnsupportedModel("; ".join(str(result) for result in results))
+    for server in pool.servers:
+        if not server.serving:
+            pool.take_out(server, "it does not answer")
+
+
+async def _repeats(server: Server) -> bool:
+    """Whether a seed makes sampling repeatable, rather than being ignored."""
+    ask = Ask([0], SamplingParams(temperature=1.0, max_tokens=8, seed=1))
+    bodies = [requests.encode(ask, uuid.uuid4().hex, "", 16, stream=False, priority=False) for _ in range(2)]
+    try:
+        first, second = [requests.decode(await server.connection.generate(body, 60.0)) for body in bodies]
+    except (Unreachable, Refused, requests.BadAnswer):
+        return False
+    return first.output_ids == second.output_ids
+
+
+def _dtype(server: Server, skeleton: Skeleton) -> str:
+    told = str(server.settings.get("dtype") or "auto")
+    if told == "auto":  # SGLang does not run a float32 model as such unless it is told to
+        return "float16" if skeleton.dtype == "float32" else skeleton.dtype
+    return {"half": "float16", "float": "float32"}.get(told, told)
+
+
+def _raise_first(results: Sequence[object]) -> None:
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

@@ -1,0 +1,250 @@
+"""The servers of one policy: which one is asked, which are out, and how those come in again."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import Any
+
+import structlog
+
+from services.common.errors import DomainError, Reason
+from services.common.types import Feature, VersionSpan
+from services.policy.backend import Admission
+from services.policy.backends.sglang_engine.connection import Refused, Unreachable
+from services.policy.backends.sglang_engine.folders import Target
+from services.policy.backends.sglang_engine.server import Server, Unsuitable
+
+log = structlog.get_logger()
+_MISSED_PROBES = 3  # that a busy server may leave unanswered
+_RETRY_AFTER = timedelta(seconds=1)
+_KEPT_PLACES = 65536  # conversations whose server is remembered
+_PREFIX = 256  # tokens by which prompts without a session are kept together
+_SLACK = 8  # requests that a conversation's server may have above one and a half times the least
+
+
+class Stale(Exception):
+    """An answer came from weights that the server was not given, or no longer should hold."""
+
+
+class Pool:
+    """`look` finds out what a server is, and raises Unsuitable. `admit`, once there is one, passes each server before
+    it serves. `changing` is held by whoever changes what servers hold, and guards `target`: what all have to hold.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        target: Target,
+        look: Callable[[Server], Coroutine[Any, Any, None]],
+        *,
+        probe_seconds: float,
+        wait_seconds: float,
+    ):
+        self.servers = servers
+        self.target = target
+        self.admit: Admission | None = None
+        self.changing = asyncio.Lock()
+        self.released = False
+        self._look = look
+        self._probe_seconds, self._wait_seconds = probe_seconds, wait_seconds
+        self._versions: dict[str, tuple[int, int]] = {}  # of each label: policy version, generation
+        self._places: OrderedDict[object, Server] = OrderedDict()
+        self._changed = asyncio.Event()  # replaced by another with each change
+        self._held_back = False
+        self._restoring: set[Server] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.know(target)
+
+    def start(self) -> None:
+        for server in self.servers:
+            self.run(self._probe(server))
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def know(self, target: Target) -> None:
+        """Its label is accepted from now on, of requests that come after it as well as of those before."""
+        target.generation = 1 + max((generation for _, generation in self._versions.values()), default=0)
+        if target.adapter:  # the base below it is what the model came with, whoever loaded that when
+            version, _ = self._versions[target.label]
+        else:
+            version = target.weights.policy_version
+        self._versions[target.label] = (version, target.generation)
+
+    def spans(self, target: Target, labels: Sequence[tuple[str, int]], *, own: bool) -> tuple[VersionSpan, ...]:
+        """Policy versions for what the servers call weights, of a request that was sent while `target` was to be
+        served; with `own` it used the target's adapter. Raises Stale."""
+        found: list[VersionSpan] = []
+        for label, count in labels:
+            version, generation = self._versions.get(label, (0, -1))
+            if own and target.adapter:
+                if label != target.label:
+                    raise Stale(f"an adapter was used over the weights {label!r} instead of {target.label!r}")
+                version = target.weights.policy_version
+            elif generation < target.generation:
+                raise Stale(f"an answer came from weights {label!r} instead of {target.label!r}")
+            if found and found[-1].policy_version == version:
+                found[-1] = VersionSpan(version, found[-1].token_count + count)
+            else:
+                found.append(VersionSpan(version, count))
+        return tuple(found)
+
+    # Requests
+
+    @asynccontextmanager
+    async def dispatch(self, key: object) -> AsyncIterator[tuple[Server, Target]]:
+        """A server for one request, and what it has to be answered from. Waits for one, if not for ever.
+
+        Raises DomainError ENGINE_UNAVAILABLE.
+        """
+        server = await self._choose(key)
+        target = self.target
+        server.in_flight += 1
+        target.running += 1
+        try:
+            yield server, target
+        finally:
+            server.in_flight -= 1
+            target.running -= 1
+            if target.running == 0:
+                self._wake()
+
+    async def _choose(self, key: object) -> Server:
+        deadline = asyncio.get_running_loop().time() + self._wait_seconds
+        while self._held_back or not (serving := [server for server in self.servers if server.serving]):
+            try:
+                async with asyncio.timeout_at(None if self._held_back else deadline):
+                    await self._changed.wait()
+            except TimeoutError:
+                raise self.unavailable() from None
+        least = min(server.in_flight for server in serving)
+        place = self._places.get(key)
+        if place is None or not place.serving or place.in_flight > 1.5 * least + _SLACK:
+            place = min(serving, key=lambda server: server.in_flight)
+            self._places[key] = place
+            if len(self._places) > _KEPT_PLACES:
+                self._places.popitem(last=False)
+        else:
+            self._places.move_to_end(key)
+        return place
+
+    def unavailable(self) -> DomainError:
+        problems = "; ".join(f"{server.address}: {server.problem}" for server in self.servers if not server.serving)
+        return DomainError(Reason.ENGINE_UNAVAILABLE, f"no SGLang server serves: {problems}", retry_after=_RETRY_AFTER)
+
+    @asynccontextmanager
+    async def drained(self) -> AsyncIterator[None]:
+        """No request runs, and new ones wait."""
+        self._held_back = True
+        try:
+            while any(server.in_flight for server in self.servers):
+                await self._changed.wait()
+            yield
+        finally:
+            self._held_back = False
+            self._wake()
+
+    async def finished(self, target: Target) -> None:
+        """Returns when no request runs that was sent for this target."""
+        while target.running:
+            await self._changed.wait()
+
+    # Health
+
+    def take_out(self, server: Server, problem: str, times_let_in: int | None = None) -> None:
+        """Until it is there again, holds what it has to, and was admitted. What is known from before it was let in
+        last, as `times_let_in` tells, says nothing of it now."""
+        if times_let_in not in (None, server.times_let_in):
+            return
+        if server.serving:
+            log.warning("server taken out", server=server.address, problem=problem)
+        server.serving, server.problem, server.held = False, problem, None
+        self._wake()
+        if server not in self._restoring:
+            self._restoring.add(server)
+            self.run(self._restore(server))
+
+    def let_in(self, server: Server) -> None:
+        log.info("server serves", server=server.address, policy_version=self.target.weights.policy_version)
+        server.serving, server.problem = True, ""
+        server.times_let_in += 1
+        self._wake()
+
+    async def load(self, server: Server, target: Target, *, checked: bool = True) -> None:
+        """Whatever it holds now. Raises Unreachable, Refused."""
+        await server.pause()
+        await server.load_base(target, checked=checked)
+        await server.go_on()
+        if Feature.LORA_WEIGHTS in server.features:
+            await server.load_adapters(target)
+        server.held = target
+
+    async def _restore(self, server: Server) -> None:
+        delay = min(0.2, self._probe_seconds)
+        try:
+            while True:
+                try:
+                    await self._bring_back(server)
+                    return
+                except (Unreachable, Refused, Unsuitable, DomainError) as error:
+                    if str(error) != server.problem:
+                        log.warning("server stays out", server=server.address, problem=str(error))
+                    server.problem = str(error)
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, max(self._probe_seconds, 0.2) * 8)
+        finally:
+            self._restoring.discard(server)
+
+    async def _bring_back(self, server: Server) -> None:
+        await self._look(server)
+        async with self.changing:
+            if self.released:
+                raise Unreachable("its memory is released")
+            await self.load(server, self.target, checked=False)
+            if self.admit is not None:
+                await self.admit(server, self.target.weights)
+            await server.accept()
+            await server.unload_others(self.target)
+            self.let_in(server)
+
+    async def _probe(self, server: Server) -> None:
+        missed = 0
+        while True:
+            await asyncio.sleep(self._probe_seconds)
+            if not server.serving or self.changing.locked() or self.released:
+                missed = 0
+                continue
+            try:
+                await server.probe()
+                missed = 0
+            except Unsuitable as error:
+                if not self.changing.locked():
+                    self.take_out(server, str(error))
+            except (Unreachable, Refused) as error:
+                missed += 1
+                if missed >= _MISSED_PROBES:
+                    self.take_out(server, str(error))
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def place_of(session_id: str, adapter: str, token_ids: Sequence[int]) -> object:
+    """What requests that share a prefix have in common: the session, or else how the prompt begins."""
+    if session_id:
+        return session_id
+    return adapter, hashlib.blake2b(array("q", token_ids[:_PREFIX]).tobytes(), digest_size=16).digest()

@@ -1,0 +1,163 @@
+"""New weights for all servers of a pool."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+
+import structlog
+
+from services.common.errors import DomainError, Reason
+from services.common.types import Feature
+from services.policy.backend import Admission, WeightsFile
+from services.policy.backends.sglang_engine.connection import Refused, Unreachable
+from services.policy.backends.sglang_engine.folders import Folders, Target
+from services.policy.backends.sglang_engine.pool import Pool
+from services.policy.backends.sglang_engine.server import Server
+
+log = structlog.get_logger()
+
+
+class Updates:
+    def __init__(self, pool: Pool, folders: Folders):
+        self._pool, self._folders = pool, folders
+
+    async def update(self, weights: WeightsFile, admit: Admission) -> None:
+        """As `Backend.update_weights`. A server that dies meanwhile is taken out, and the others go on."""
+        pool = self._pool
+        target = await asyncio.to_thread(self._folders.prepare, weights)
+        try:
+            async with pool.changing:
+                if pool.released:
+                    raise DomainError(Reason.ENGINE_UNAVAILABLE, "the servers' memory is released")
+                await self._exchange(target, admit)
+        finally:
+            if pool.target is not target:
+                await asyncio.to_thread(self._folders.remove, target)
+
+    async def _exchange(self, target: Target, admit: Admission) -> None:
+        pool, before = self._pool, self._pool.target
+        serving = [server for server in pool.servers if server.serving]
+        if not serving:
+            raise pool.unavailable()
+        async with AsyncExitStack() as stack:
+            # A request on an adapter cannot go on over other base weights, nor one on other weights below an adapter.
+            rebase = not target.adapter or any(server.label != target.label for server in serving)
+            if rebase and (before.adapter or target.adapter):
+                await stack.enter_async_context(pool.drained())
+            pool.know(target)
+            refused = await (self._load_all(serving, target) if rebase else self._load_adapters(serving, target))
+            if refused:
+                await self._put_back(serving, before, rebase=rebase)
+                raise DomainError(Reason.MODEL_MISMATCH, f"SGLang refuses the weights: {refused}")
+            if not any(server.held is target for server in serving):
+                raise pool.unavailable()
+            pool.target, pool.admit = target, admit
+        for server in serving:
+            await self._admit(server, target, admit)
+        if not any(server.serving for server in serving):
+            pool.target = before
+            pool.know(before)
+            raise pool.unavailable()
+        pool.run(self._retire(before))
+
+    async def _admit(self, server: Server, target: Target, admit: Admission) -> None:
+        if server.held is not target:  # it died
+            return
+        try:
+            await admit(server, target.weights)
+        except DomainError as error:
+            if error.reason is not Reason.ENGINE_UNAVAILABLE:
+                raise
+            self._pool.take_out(server, error.message)
+
+    async def _load_all(self, servers: Sequence[Server], target: Target) -> str:
+        """Returns why a server refused, "" when none did."""
+        live = await self._each(servers, lambda server: server.pause())
+        refused: list[str] = []
+
+        async def load(server: Server) -> None:
+            try:
+                await server.load_base(target)
+            except Refused as error:
+                refused.append(str(error))
+
+        live = await self._each(live, load)
+        if refused:
+            return refused[0]
+        live = await self._each(live, lambda server: server.go_on())
+        return await self._load_adapters(live, target)
+
+    async def _load_adapters(self, servers: Sequence[Server], target: Target) -> str:
+        refused: list[str] = []
+
+        async def load(server: Server) -> None:
+            try:
+                if Feature.LORA_WEIGHTS in server.features:
+                    await server.load_adapters(target)
+                server.held = target
+            except Refused as error:
+                refused.append(str(error))
+
+        await self._each(servers, load)
+        return refused[0] if refused else ""
+
+    async def _put_back(self, servers: Sequence[Server], before: Target, *, rebase: bool) -> None:
+        """What was loaded before. A failed load may have left a part of the new weights behind."""
+        self._pool.know(before)
+
+        async def put_back(server: Server) -> None:
+            if rebase:
+                await self._pool.load(server, before)
+            else:
+                server.held = before
+            await server.unload_others(before)
+
+        await self._each(servers, put_back)
+
+    async def _each(self, servers: Sequence[Server], work: Callable[[Server], Awaitable[None]]) -> list[Server]:
+        """At once. Returns those that are still there."""
+
+        async def one(server: Server) -> bool:
+            if not server.serving:
+                return False
+            try:
+                await work(server)
+            except (Unreachable, Refused) as error:
+                self._pool.take_out(server, str(error))
+                return False
+            return True
+
+        alive = await asyncio.gather(*(one(server) for server in servers))
+        return [server for server, lives in zip(servers, alive, strict=True) if lives]
+
+    async def _retire(self, target: Target) -> None:
+        """Unloads an adapter after its last request, and removes the files."""
+        await self._pool.finished(target)
+        async with self._pool.changing:
+            if target is self._pool.target:
+                return
+            if target.adapter:
+                await self._each(self._pool.servers, lambda server: server.unload(target.adapter))
+            await asyncio.to_thread(self._folders.remove, target)
+
+    async def release_memory(self) -> None:
+        """Of servers that serve; nothing runs."""
+        async with self._pool.changing:
+            if not await self._each(self._pool.servers, lambda server: server.release_memory()):
+                raise self._pool.unavailable()
+            self._pool.released = True
+
+    async def resume_memory(self) -> None:
+        """What was released is empty afterwards: the weights are loaded again."""
+        pool = self._pool
+
+        async def resume(server: Server) -> None:
+            await server.resume_memory()
+            await pool.load(server, pool.target)
+
+        async with pool.changing:
+            pool.released = False
+            if not await self._each(pool.servers, resume):
+                raise pool.unavailable()
