@@ -21,6 +21,7 @@ def draw(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    allowed: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     rows = torch.tensor(logits).expand(count, -1)
     uniform = uniforms(np.full(count, stream(seed), dtype=np.uint64), np.arange(count))
@@ -30,6 +31,7 @@ def draw(
         np.full(count, top_p, dtype=np.float32),
         np.full(count, top_k, dtype=np.int64),
         uniform,
+        None if allowed is None else np.tile(np.isin(np.arange(len(logits)), allowed), (count, 1)),
     )
 
 
@@ -48,6 +50,22 @@ def test_greedy_takes_the_likeliest_with_its_log_probability_at_temperature_1() 
     tokens, log_probs = draw(logits, 5, temperature=0.0, top_p=0.1, top_k=1)
     assert tokens.tolist() == [1] * 5
     assert log_probs == pytest.approx(float(torch.log_softmax(torch.tensor(logits), -1)[1]))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 3.0])
+def test_what_is_allowed_is_drawn_in_proportion_and_keeps_the_log_probs_of_all(temperature: float) -> None:
+    logits = [1.0, -200.0, 0.3, 90.0, -201.0]
+    scaled = torch.tensor(logits) / temperature
+    for allowed in ([0, 2], [1, 4], [0, 1, 2, 3, 4]):  # the second so unlikely that float32 calls it impossible
+        tokens, log_probs = draw(logits, DRAWS, temperature=temperature, allowed=allowed)
+        frequency = np.bincount(tokens, minlength=len(logits)) / DRAWS
+        expected = np.zeros(len(logits))
+        expected[allowed] = torch.softmax(scaled[allowed], -1).numpy()
+        assert frequency == pytest.approx(expected, abs=0.012)
+        assert log_probs == pytest.approx(torch.log_softmax(scaled, -1)[torch.from_numpy(tokens)].numpy(), abs=1e-4)
+    assert draw(logits, temperature=0.0, allowed=[1, 4])[0].tolist() == [1]
+    assert set(draw(logits, 200, temperature=temperature, allowed=[1, 4], top_k=1)[0].tolist()) == {1}
+    assert set(draw(logits, 200, temperature=temperature, allowed=[0, 2], top_p=0.1)[0].tolist()) == {0}
 
 
 @pytest.mark.parametrize(
