@@ -109,6 +109,10 @@ async def test_those_beside_it_are_sampled_as_without_it_and_parts_are_the_whole
     [
         ({"regex": "("}, "regex"),
         ({"regex": "(?=a)b"}, "regex"),
+        ({"regex": r"[^\x00-\U0010FFFF]"}, "regex"),
+        ({"regex": "(" * 5000 + "a" + ")" * 5000}, "regex"),
+        ({"json_schema": '{"items":' * 3000 + "{}" + "}" * 3000}, "json_schema"),
+        ({"json_schema": '{"$ref": "file:///nowhere.json"}'}, "json_schema"),
         ({"json_schema": "{"}, "json_schema"),
         ({"json_schema": "[1]"}, "json_schema"),
         ({"json_schema": '{"type": "nope"}'}, "json_schema"),

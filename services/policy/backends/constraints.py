@@ -20,6 +20,7 @@ from services.policy.backend import UnsupportedModel
 from services.policy.backends.tokenizer import Tokenizer
 
 _SILENT = 0
+_SCHEMA = ("json_schema", "a JSON schema")
 _PROBES = 500
 
 
@@ -43,7 +44,9 @@ class Constraint:
 
     @property
     def problem(self) -> str:
-        return self._matcher.get_error().partition("\n")[0] or "no token of the vocabulary continues it"
+        """Why not, in a line."""
+        error = " ".join(self._matcher.get_error().partition("<state>")[0].split())
+        return error or "no token of the vocabulary continues it"
 
 
 class Constraints:
@@ -79,28 +82,25 @@ class Constraints:
         return True
 
     def of(self, sampling: SamplingParams) -> Constraint:
-        """May take a second. Raises DomainError INVALID_FIELD."""
-        return Constraint(self._compiled(sampling.regex, sampling.json_schema).deep_copy(), self._size)
+        """May take seconds. Raises DomainError INVALID_FIELD."""
+        field, expected = ("regex", "a regular expression") if sampling.regex is not None else _SCHEMA
+        try:
+            constraint = Constraint(self._compiled(sampling.regex, sampling.json_schema).deep_copy(), self._size)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise _refused(field, expected, str(error)) from error
+        # The first step takes longest: better here than in the engine's thread, where others wait for it.
+        if constraint.allowed() is None:
+            raise _refused(field, f"{expected} that can be followed", constraint.problem)
+        return constraint
 
     def _compile(self, regex: str | None, json_schema: str | None) -> llguidance.LLMatcher:
         if regex is not None:
-            matcher = self._matcher(llguidance.LLMatcher.grammar_from_regex(regex))
-            if matcher.is_error():
-                raise _refused("regex", "a regular expression that can be followed", matcher.get_error())
-            return matcher
-        assert json_schema is not None
-        try:
-            schema = json.loads(json_schema)
-            matcher = self._matcher(llguidance.LLMatcher.grammar_from_json_schema(schema))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise _refused("json_schema", "a JSON schema", str(error)) from error
-        if matcher.is_error():
-            raise _refused("json_schema", "a JSON schema that can be followed", matcher.get_error())
-        return matcher
+            return self._matcher(llguidance.LLMatcher.grammar_from_regex(regex))
+        return self._matcher(llguidance.LLMatcher.grammar_from_json_schema(json.loads(json_schema or "")))
 
     def _matcher(self, grammar: str) -> llguidance.LLMatcher:
         return llguidance.LLMatcher(self._tokenizer, grammar, log_level=_SILENT)
 
 
 def _refused(field: str, expected: str, error: str) -> DomainError:
-    return invalid_field(f"sampling.{field}", f"{expected} ({' '.join(error.split())[:300]})")
+    return invalid_field(f"sampling.{field}", f"{expected} ({error[:300]})")
