@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from prometheus_client import Counter, Histogram
@@ -56,6 +57,17 @@ class PolicyCollector(Collector):
             for each in PolicyState:
                 state.add_metric([name, each], each is present)
         yield from (version, in_flight, serving, replicas, difference, state)
+
+
+@contextmanager
+def collected(deployments: Callable[[], Iterable[Deployment]]) -> Iterator[None]:
+    """The gauges are in the service's metrics while the block runs."""
+    collector = PolicyCollector(deployments)
+    REGISTRY.register(collector)
+    try:
+        yield
+    finally:
+        REGISTRY.unregister(collector)
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:
