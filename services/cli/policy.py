@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tomllib
 from collections.abc import Awaitable, Callable, Sequence
@@ -141,17 +142,18 @@ def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> T:
     return run(main())
 
 
-def _options(overrides: Sequence[str]) -> dict[str, Any]:
-    """Each value is TOML, or a string when it is none."""
-    found: dict[str, Any] = {}
+def _options(overrides: Sequence[str]) -> dict[str, str]:
+    """As JSON. Each value is TOML, or a string when it is none."""
+    found: dict[str, str] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator or not name:
             sys.exit(f"error: --set {override}: expected NAME=VALUE")
         try:
-            found[name] = tomllib.loads(f"value = {text}")["value"]
+            value: Any = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            found[name] = text
+            value = text
+        found[name] = json.dumps(value)
     return found
 
 

@@ -51,7 +51,8 @@ async def _serve(settings: TrainerSettings) -> None:
     )
     memory = MemoryClient(settings.endpoint(settings.memory_address), on_outage=notice)
     try:
-        services = Services(env, policy, memory, open_learner, settings.weights_transfer == "upload")
+        upload = policy.upload_weights if settings.weights_transfer == "upload" else None
+        services = Services(env, policy, memory, open_learner, upload)
         manager = RunManager(settings.runs_folder, services)
     except OSError as error:
         refuse(settings.service, str(error))

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -70,14 +70,15 @@ class PolicyPort(Speaker, Protocol):
         """Raises DomainError UNKNOWN_POLICY."""
 
     async def versions(self, policy: str = "") -> Sequence[PolicyVersion]:
-        """Newest first."""
-
-    async def upload_weights(self, path: Path, kind: WeightsKind, sha256: str, policy: str = "") -> str:
-        """Brings a safetensors file, or an adapter's folder, to a service that cannot read it. The URI for one
-        `update_weights`."""
+        """Newest first; the last ones, where there are many."""
 
     async def update_weights(self, weights: PublishedWeights, policy: str = "") -> float | None:
         """The difference that the canary found; None without one."""
+
+
+# Brings weights to a policy service that cannot read them where they are: (path of a safetensors file or of an adapter's
+# folder, its kind, the file's SHA-256, the policy's name) → the URI for one `update_weights`.
+Upload = Callable[[Path, WeightsKind, str, str], Awaitable[str]]
 
 
 class MemoryPort(Protocol):

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from services.common.errors import DomainError, Reason
 from services.common.types import CallOptions, Completion, Prompt, PublishedWeights, SamplingParams, VersionState
-from services.trainer.interfaces import LearnerPort, PolicyPort
+from services.trainer.interfaces import LearnerPort, PolicyPort, Upload
 
 RESTORE_ATTEMPTS = 3
 _GOES_ON = "`mulligan resume RUN` goes on from the run's last checkpoint under a new version"
@@ -39,8 +39,8 @@ class VersionLost(RuntimeError):
 class PublishedPolicy:
     """A `Speaker` that asks every call for the run's version.
 
-    `name` is the policy's, "" for the default one. With `upload` the service shares no file system with the trainer,
-    and weights are streamed to it. A policy service that was restarted and has forgotten its weights refuses, is given
+    `name` is the policy's, "" for the default one. With `upload`, the service does not see the trainer's files, and they
+    are brought to it. A policy service that was restarted and has forgotten its weights refuses, is given
     them again, and the call is repeated. Raises ForeignWeights when an answer comes from a version that the run did not
     publish, and VersionLost when the run's was rolled back, or the policy was given another model: no attempt is to
     blame, so the run ends.
@@ -53,7 +53,7 @@ class PublishedPolicy:
         notice: Callable[[str], None],
         *,
         name: str = "",
-        upload: bool = False,
+        upload: Upload | None = None,
     ):
         self._policy = policy
         self._learner = learner
@@ -131,7 +131,7 @@ class PublishedPolicy:
     async def _update(self, weights: PublishedWeights) -> None:
         if self._upload:
             path = Path(unquote(urlsplit(weights.uri).path))
-            uri = await self._policy.upload_weights(path, weights.kind, weights.sha256, self._name)
+            uri = await self._upload(path, weights.kind, weights.sha256, self._name)
             weights = replace(weights, uri=uri)
         try:
             self.canary_difference = await self._policy.update_weights(weights, self._name)

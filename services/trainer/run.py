@@ -16,7 +16,7 @@ from services.trainer.algorithm import Erl, NoRecorder, evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
 from services.trainer.folder import Checkpoint, RunFolder
-from services.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort
+from services.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from services.trainer.journal import StepCompleted, StepJournal, StepStarted
 from services.trainer.metrics import rewards_of
 from services.trainer.named import NamedPolicy, check_actor, check_reflector
@@ -34,21 +34,21 @@ class EvaluationFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Services:
-    """The four ports of a run. `open_learner` gives (run id, settings) → a learner that the run owns. With
-    `upload_weights` the policy service shares no file system with the trainer."""
+    """The four ports of a run. `open_learner` gives (run id, settings) → a learner that the run owns. `upload` is for a
+    policy service that does not see the trainer's files."""
 
     environment: EnvironmentPort
     policy: PolicyPort
     memory: MemoryPort
     open_learner: Callable[[str, RunSettings], Awaitable[LearnerPort]]
-    upload_weights: bool = False
+    upload: Upload | None = None
 
     async def published(self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None]) -> Actor:
         """The policy that a run trains. Raises DomainError INVALID_SETTING, MODEL_MISMATCH or UNKNOWN_POLICY."""
         name = settings.policies.actor
         info = await self.policy.info(name)
         check_actor(info, settings, learner.fingerprint)
-        return Actor(PublishedPolicy(self.policy, learner, notice, name=name, upload=self.upload_weights), info)
+        return Actor(PublishedPolicy(self.policy, learner, notice, name=name, upload=self.upload), info)
 
     async def reflector(self, settings: RunSettings, actor: PolicyInfo) -> NamedPolicy | None:
         """Raises DomainError INVALID_SETTING or UNKNOWN_POLICY."""

@@ -18,13 +18,14 @@ PROMPT = (Message(Role.USER, "say"),)
 notices: list[str] = []
 
 
-def policies(**changes: object) -> tuple[FakePolicy, PublishedPolicy]:
+def policies(*, upload: bool = False) -> tuple[FakePolicy, PublishedPolicy]:
     fake = FakePolicy(lambda system, last, sampling: "said")
-    return fake, PublishedPolicy(fake, FakeLearner(), notices.append, **changes)  # type: ignore[arg-type]
+    how = fake.upload_weights if upload else None
+    return fake, PublishedPolicy(fake, FakeLearner(), notices.append, name="actor", upload=how)
 
 
 async def test_every_call_asks_for_the_version_that_was_published() -> None:
-    fake, policy = policies(name="actor")
+    fake, policy = policies()
     assert (await policy.publish(), await policy.publish()) == (1, 2)
     await policy.generate(PROMPT, SamplingParams(), CallOptions(request_id="r", session_id="s"))
     assert fake.options == [CallOptions(policy="actor", request_id="r", session_id="s", min_policy_version=2)]
