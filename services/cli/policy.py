@@ -153,7 +153,7 @@ def _options(overrides: Sequence[str]) -> dict[str, str]:
             value: Any = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        found[name] = json.dumps(value)
+        found[name] = json.dumps(value, default=str)
     return found
 
 

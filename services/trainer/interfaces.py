@@ -76,8 +76,8 @@ class PolicyPort(Speaker, Protocol):
         """The difference that the canary found; None without one."""
 
 
-# Brings weights to a policy service that cannot read them where they are: (path of a safetensors file or of an adapter's
-# folder, its kind, the file's SHA-256, the policy's name) → the URI for one `update_weights`.
+# Brings weights to a policy service that cannot read them where they are: (path of a safetensors file or of the folder
+# of an adapter, its kind, the file's SHA-256, the policy's name) → the URI for one `update_weights`.
 Upload = Callable[[Path, WeightsKind, str, str], Awaitable[str]]
 
 

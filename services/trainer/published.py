@@ -39,11 +39,12 @@ class VersionLost(RuntimeError):
 class PublishedPolicy:
     """A `Speaker` that asks every call for the run's version.
 
-    `name` is the policy's, "" for the default one. With `upload`, the service does not see the trainer's files, and they
-    are brought to it. A policy service that was restarted and has forgotten its weights refuses, is given
-    them again, and the call is repeated. Raises ForeignWeights when an answer comes from a version that the run did not
-    publish, and VersionLost when the run's was rolled back, or the policy was given another model: no attempt is to
-    blame, so the run ends.
+    `name` is the policy's, "" for the default one. With `upload`, weights are brought to a service
+    that does not see the trainer's files.
+
+    A policy service that was restarted and has forgotten its weights refuses, is given them again, and the call is
+    repeated. Raises ForeignWeights when an answer comes from a version that the run did not publish, and VersionLost
+    when the run's was rolled back, or the policy was given another model: no attempt is to blame, so the run ends.
     """
 
     def __init__(
