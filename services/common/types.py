@@ -427,6 +427,8 @@ class EnvironmentInfo:
     max_reward: float
     deterministic: bool  # same task, same actions → same observations and rewards
     task_counts: dict[Split, int]
+    tools: tuple[Tool, ...] = ()  # what the agent may call; the environment finds the calls in its answer
+    unavailable: str = ""  # why no episode can be started here
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,7 +437,7 @@ class TaskInfo:
 
     task_id: str
     split: Split
-    difficulty: float  # in the environment's own unit; FrozenLake: length of the shortest path
+    difficulty: float  # in the environment's own unit; FrozenLake, Sokoban: moves of the shortest solution
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,7 +446,8 @@ class StepResult:
 
     `observation` is all that the agent sees during the attempt, no-effect notices included. `action` is the
     environment's reading of the agent's text ("Up", "Up (no effect)", "invalid"): it appears in traces shown to a
-    reflector. `feedback` is set on the last step only and never enters the attempt's own context.
+    reflector. `feedback` is set on the last step only and never enters the attempt's own context. `tool` names the tool
+    whose answer the observation is; empty: it speaks as the user.
     """
 
     observation: str
@@ -453,6 +456,7 @@ class StepResult:
     done: bool = False
     truncated: bool = False  # done because the step limit was reached
     feedback: str = ""
+    tool: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,6 +471,7 @@ class EpisodeStep:
     outcome: Outcome | None = None
     feedback: str = ""
     error: str = ""
+    tool: str = ""
 
 
 class RetrievalStrategy(StrEnum):

@@ -5,7 +5,8 @@ Both may block: the server runs them on worker threads, never on its event loop.
 ENV_ERROR and touches no other.
 
 The module also has `create(name, settings) -> Environment`, which the server calls for each `[environments.NAME]` table
-of its configuration that names the module; a ValueError stops the server and is shown to whoever started it.
+of its configuration that names the module; a ValueError stops the server and is shown to whoever started it, and a
+MissingExtra lists the environment as unavailable.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from typing import Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
+from services.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, Tool
 
 __all__ = [
     "Environment",
     "EnvironmentInfo",
     "Episode",
+    "MissingExtra",
     "PromptSet",
     "Split",
     "StepResult",
     "TaskInfo",
+    "Tool",
     "UnknownTask",
     "read_settings",
 ]
@@ -49,6 +52,13 @@ class Environment(Protocol):
 
 class UnknownTask(LookupError):
     """The task id is not one of the environment's."""
+
+
+class MissingExtra(Exception):
+    """The environment needs packages that are not installed; `extra` of this distribution installs them."""
+
+    def __init__(self, extra: str, cause: ImportError) -> None:
+        super().__init__(f"needs the extra {extra!r} ({cause}): pip install 'mulligan[{extra}]'")
 
 
 S = TypeVar("S")

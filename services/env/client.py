@@ -18,7 +18,7 @@ from services.common.channel import Connection, Endpoint
 from services.common.errors import CallFailed, DomainError, Reason, invalid_field
 from services.common.status import domain_error
 from services.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split, TaskInfo
-from services.common.wire import outcome_from_proto
+from services.common.wire import outcome_from_proto, tools_from_proto
 
 _MAX_BATCH = 512
 _MAX_BATCH_CHARACTERS = 4 * 2**20  # far below the limit of a message; a longer action travels alone
@@ -245,6 +245,7 @@ def _step(response: pb.StepEpisodeResponse) -> EpisodeStep:
         outcome_from_proto(response.outcome),
         response.feedback,
         response.error,
+        response.tool,
     )
 
 
@@ -257,6 +258,8 @@ def _info(info: pb.EnvironmentInfo) -> EnvironmentInfo:
         max_reward=info.max_reward,
         deterministic=info.deterministic,
         task_counts={Split.TRAIN: info.train_task_count, Split.TEST: info.test_task_count},
+        tools=tools_from_proto(info.tools),
+        unavailable=info.unavailable,
     )
 
 

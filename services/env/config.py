@@ -1,27 +1,33 @@
 """Settings of the environment service, and which environments it serves.
 
-Each TOML table `[environments.NAME]` is one: `kind` is the module that makes it, the rest are that environment's own
-settings. A kind without a dot is a file in `services/env/envs/`; one with a dot is any module that can be imported:
+Each TOML table `[environments.NAME]` is one: `kind` is the module that makes it, `feedback` how much an agent is told
+at the end (full, unary or silent), the rest are that environment's own settings. A kind without a dot is a file in
+`services/env/envs/`; one with a dot is any module that can be imported:
 
     [environments.small-lake]
     kind = "frozenlake"
     size_max = 4
+    feedback = "unary"
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NoReturn
 
 from pydantic import Field
 
 from services.common.config import ServiceSettings
-from services.env.base import Environment
+from services.env.base import Environment, EnvironmentInfo, MissingExtra, PromptSet, Split, TaskInfo, UnknownTask
 from services.env.episodes import Limits
+from services.env.feedback import Feedback, with_feedback
 
 DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "frozenlake": {"kind": "frozenlake"},
     "frozenlake-3x3": {"kind": "frozenlake", "size_min": 3, "size_max": 3, "prompts": "compact"},
+    "sokoban": {"kind": "sokoban"},
+    "hotpotqa": {"kind": "hotpotqa"},
 }
 
 
@@ -51,6 +57,9 @@ def _create(name: str, settings: dict[str, Any]) -> Environment:
     kind = settings.pop("kind", None)
     if not isinstance(kind, str) or not kind:
         raise ValueError(f"environments.{name}.kind: names the module that makes the environment, e.g. frozenlake")
+    given = settings.pop("feedback", Feedback.FULL)
+    if given not in tuple(Feedback):
+        raise ValueError(f"environments.{name}.feedback: expected {', '.join(Feedback)}, not {given!r}")
     module = kind if "." in kind else f"services.env.envs.{kind}"
     try:
         create = importlib.import_module(module).create
@@ -60,4 +69,28 @@ def _create(name: str, settings: dict[str, Any]) -> Environment:
         environment: Environment = create(name, settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"environments.{name}: {error}") from error
-    return environment
+    except MissingExtra as error:
+        return _Unavailable(name, str(error))
+    return with_feedback(environment, Feedback(given))
+
+
+class _Unavailable:
+    """Stands for an environment that is not installed, so that a client is told why and what to install."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.info = EnvironmentInfo(
+            name=name,
+            description="not installed",
+            prompts=PromptSet("", "", "", "", "", "", "", ""),
+            max_steps=0,
+            max_reward=0.0,
+            deterministic=False,
+            task_counts=dict.fromkeys(Split, 0),
+            unavailable=reason,
+        )
+
+    def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
+        return ()
+
+    def start(self, task_id: str) -> NoReturn:
+        raise UnknownTask(f"{self.info.name!r} {self.info.unavailable}")

@@ -129,6 +129,8 @@ class EpisodeTable:
 
     def _admit(self, episode_id: str, name: str, task_id: str) -> _Record:
         environment = self.environment(name)
+        if environment.info.unavailable:
+            raise DomainError(Reason.ENVIRONMENT_UNAVAILABLE, f"{name!r}: {environment.info.unavailable}")
         if len(self._live) >= self.limits.max_episodes:
             message = f"{len(self._live)} episodes are live, which is this server's limit"
             raise DomainError(Reason.CAPACITY_REACHED, message, retry_after=_RETRY_AFTER)
@@ -294,6 +296,7 @@ def _checked_step(episode: Episode, action: str) -> EpisodeStep:
         result.done,
         outcome,
         _text("feedback", result.feedback) if result.done else "",
+        tool=_text("tool", result.tool),
     )
 
 

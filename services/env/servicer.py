@@ -13,7 +13,7 @@ from services.common.errors import DomainError, invalid_field
 from services.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
 from services.common.status import code_number
 from services.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split
-from services.common.wire import outcome_to_proto
+from services.common.wire import outcome_to_proto, tools_to_proto
 from services.env.episodes import EpisodeTable, StepAnswer, StepRequest
 
 SERVICE = "mulligan.env.v1.EnvService"
@@ -92,6 +92,7 @@ def _step(answer: EpisodeStep) -> pb.StepEpisodeResponse:
         outcome=outcome_to_proto(answer.outcome),
         feedback=answer.feedback,
         error=answer.error,
+        tool=answer.tool,
     )
 
 
@@ -116,6 +117,8 @@ def _info(name: str, info: EnvironmentInfo) -> pb.EnvironmentInfo:
         deterministic=info.deterministic,
         train_task_count=info.task_counts[Split.TRAIN],
         test_task_count=info.task_counts[Split.TEST],
+        tools=tools_to_proto(info.tools),
+        unavailable=info.unavailable,
     )
 
 

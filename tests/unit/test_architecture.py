@@ -24,7 +24,7 @@ WIRE_PACKAGES = ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "googl
 WIRE_FILES = ("servicer.py", "client.py", "wire.py")
 WIRE_COMMON = ("status.py", "server.py", "validation.py", "channel.py")
 TORCH_PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
-TORCH_FOLDERS = ("services/trainer", "services/policy/backends", "models")
+TORCH_FOLDERS = ("services/trainer", "services/policy/backends", "services/env/encoders", "models")
 
 Checker = Callable[[str, PurePosixPath], list[str]]
 

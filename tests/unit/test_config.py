@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from services.env.base import Split, UnknownTask
 from services.env.config import EnvSettings
 from services.memory.config import MemorySettings
 
@@ -42,12 +44,24 @@ def test_each_service_reads_its_own_variables(monkeypatch: pytest.MonkeyPatch) -
     assert MemorySettings.load([]).port == 0
 
 
-def test_the_defaults_serve_both_games() -> None:
+def test_the_defaults_serve_the_published_tasks() -> None:
     environments = EnvSettings.load([]).create_environments()
-    assert {name: environment.info.name for name, environment in environments.items()} == {
-        "frozenlake": "frozenlake",
-        "frozenlake-3x3": "frozenlake-3x3",
-    }
+    assert list(environments) == ["frozenlake", "frozenlake-3x3", "sokoban", "hotpotqa"]
+    assert all(environment.info.name == name for name, environment in environments.items())
+    assert not any(environment.info.unavailable for environment in environments.values())
+
+
+def test_an_environment_whose_packages_are_missing_is_listed_with_the_extra_that_installs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tantivy", None)
+    environments = EnvSettings.load([]).create_environments()
+    missing = environments["hotpotqa"]
+    assert "pip install 'mulligan[hotpotqa]'" in missing.info.unavailable
+    assert not environments["sokoban"].info.unavailable
+    assert not missing.list_tasks(Split.TRAIN, 0, 10)
+    with pytest.raises(UnknownTask):
+        missing.start("train/00000")
 
 
 def test_a_secret_is_not_shown() -> None:
@@ -116,6 +130,12 @@ def test_a_bad_variable_is_named(
         ({"kind": "no_such_game"}, r"environments\.x\.kind: 'no_such_game' is no environment"),
         ({"kind": "json.decoder"}, r"environments\.x\.kind: 'json\.decoder' is no environment"),
         ({"size_min": 3}, r"environments\.x\.kind: names the module"),
+        ({"kind": "frozenlake", "feedback": "loud"}, r"environments\.x\.feedback: expected full, unary, silent, not"),
+        ({"kind": "sokoban", "boxes": 9}, r"environments\.x: .*boxes must be between 1 and 4, not 9"),
+        (
+            {"kind": "hotpotqa", "test_file": "/no/such.json"},
+            r"environments\.x: test_file: no such file: /no/such.json",
+        ),
     ],
 )
 def test_a_bad_setting_of_an_environment_is_named(table: dict[str, object], words: str) -> None:

@@ -9,6 +9,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from mulligan.common.v1 import message_pb2 as _message_pb2
 from mulligan.common.v1 import outcome_pb2 as _outcome_pb2
 import builtins as _builtins
 import sys
@@ -109,6 +110,8 @@ class EnvironmentInfo(_message.Message):
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
     TRAIN_TASK_COUNT_FIELD_NUMBER: _builtins.int
     TEST_TASK_COUNT_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     description: _builtins.str
     max_steps: _builtins.int
@@ -119,8 +122,16 @@ class EnvironmentInfo(_message.Message):
     """Whether the same task and actions always lead to the same observations and rewards."""
     train_task_count: _builtins.int
     test_task_count: _builtins.int
+    unavailable: _builtins.str
+    """Why no episode can be started here, such as an extra that is not installed; empty where one can."""
     @_builtins.property
     def prompts(self) -> Global___PromptSet: ...
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Tool]:
+        """What the agent may call. The chat template of its model shows them to it and says how a call is written; the
+        environment finds the calls in the agent's answer.
+        """
+
     def __init__(
         self,
         *,
@@ -132,10 +143,12 @@ class EnvironmentInfo(_message.Message):
         deterministic: _builtins.bool = ...,
         train_task_count: _builtins.int = ...,
         test_task_count: _builtins.int = ...,
+        tools: _abc.Iterable[_message_pb2.Tool] | None = ...,
+        unavailable: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "deterministic", b"deterministic", "max_reward", b"max_reward", "max_steps", b"max_steps", "name", b"name", "prompts", b"prompts", "test_task_count", b"test_task_count", "train_task_count", b"train_task_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "deterministic", b"deterministic", "max_reward", b"max_reward", "max_steps", b"max_steps", "name", b"name", "prompts", b"prompts", "test_task_count", b"test_task_count", "tools", b"tools", "train_task_count", b"train_task_count", "unavailable", b"unavailable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -217,7 +230,9 @@ class TaskInfo(_message.Message):
     """A task is reproducible from its id alone, on any machine with the same environment settings."""
     split: Global___Split.ValueType
     difficulty: _builtins.float
-    """In the environment's own unit; greater is harder. FrozenLake: moves of the shortest path."""
+    """In the environment's own unit; greater is harder. FrozenLake, Sokoban: moves of the shortest solution. HotpotQA: 1
+    easy, 2 medium, 3 hard.
+    """
     def __init__(
         self,
         *,
@@ -346,6 +361,7 @@ class StepEpisodeResponse(_message.Message):
     OUTCOME_FIELD_NUMBER: _builtins.int
     FEEDBACK_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    TOOL_FIELD_NUMBER: _builtins.int
     observation: _builtins.str
     """What the agent sees next, no-effect notices included."""
     action: _builtins.str
@@ -360,6 +376,8 @@ class StepEpisodeResponse(_message.Message):
     """Closing words, on the last step only. Not for the attempt's own context."""
     error: _builtins.str
     """What went wrong, for ENV_ERROR and TIMEOUT."""
+    tool: _builtins.str
+    """Name of the tool whose answer the observation is: a message with ROLE_TOOL. Empty: one with ROLE_USER."""
     def __init__(
         self,
         *,
@@ -370,10 +388,11 @@ class StepEpisodeResponse(_message.Message):
         outcome: _outcome_pb2.Outcome.ValueType = ...,
         feedback: _builtins.str = ...,
         error: _builtins.str = ...,
+        tool: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "reward", b"reward"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "action", b"action", "done", b"done", "error", b"error", "feedback", b"feedback", "observation", b"observation", "outcome", b"outcome", "reward", b"reward"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "action", b"action", "done", b"done", "error", b"error", "feedback", b"feedback", "observation", b"observation", "outcome", b"outcome", "reward", b"reward", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__reward: _TypeAlias = _typing.Literal["reward"]  # noqa: Y015
     _WhichOneofArgType__reward: _TypeAlias = _typing.Literal["_reward", b"_reward"]  # noqa: Y015

@@ -36,6 +36,7 @@ class EnvServiceStub:
     """Starts an episode under an id that the caller chooses. Idempotent on episode_id: a repeated call returns the first
     answer.
     NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_TASK. ALREADY_EXISTS EPISODE_CONFLICT: the id is in use for another task.
+    FAILED_PRECONDITION ENVIRONMENT_UNAVAILABLE: `unavailable` of the environment says why.
     RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo. INTERNAL ENVIRONMENT_FAILED: the environment
     raised, or took longer than a step may; the id is free again.
     """
@@ -95,6 +96,7 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         """Starts an episode under an id that the caller chooses. Idempotent on episode_id: a repeated call returns the first
         answer.
         NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_TASK. ALREADY_EXISTS EPISODE_CONFLICT: the id is in use for another task.
+        FAILED_PRECONDITION ENVIRONMENT_UNAVAILABLE: `unavailable` of the environment says why.
         RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo. INTERNAL ENVIRONMENT_FAILED: the environment
         raised, or took longer than a step may; the id is free again.
         """

@@ -1,0 +1,70 @@
+"""Encoders of the Hugging Face hub, or from a folder: the last hidden states, pooled and brought to length 1.
+
+The defaults are those of E5, with which the published experiments searched: https://huggingface.co/intfloat/e5-base-v2
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from services.env.base import read_settings
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersSettings:
+    """`model` is a hub id or a folder. `pooling`: the mean over tokens, or the first token's state ("cls")."""
+
+    model: str = "intfloat/e5-base-v2"
+    pooling: str = "mean"
+    query_prefix: str = "query: "
+    passage_prefix: str = "passage: "
+    max_tokens: int = 512
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.pooling not in ("mean", "cls"):
+            raise ValueError(f'pooling must be "mean" or "cls", not {self.pooling!r}')
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+
+
+class TransformersEncoder:
+    def __init__(self, settings: TransformersSettings) -> None:
+        self._settings = settings
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(settings.model)
+            self._model = AutoModel.from_pretrained(settings.model, dtype=torch.float32).to(settings.device).eval()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"model: {settings.model!r} cannot be loaded: {error}") from error
+        self._lock = threading.Lock()  # a tokenizer's padding is state that its calls share
+
+    def encode(self, texts: Sequence[str], *, query: bool) -> np.ndarray:
+        prefix = self._settings.query_prefix if query else self._settings.passage_prefix
+        with self._lock:
+            batch = self._tokenizer(
+                [prefix + text for text in texts],
+                padding=True,
+                truncation=True,
+                max_length=self._settings.max_tokens,
+                return_tensors="pt",
+            ).to(self._settings.device)
+        with torch.inference_mode():
+            states = self._model(**batch).last_hidden_state
+            if self._settings.pooling == "mean":
+                mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+                states = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+            else:
+                states = states[:, 0]
+            vectors: np.ndarray = torch.nn.functional.normalize(states, dim=-1).cpu().numpy()
+        return vectors
+
+
+def create(settings: Mapping[str, object]) -> TransformersEncoder:
+    """From the table `encoder_settings`. Raises ValueError that names the setting."""
+    return TransformersEncoder(read_settings(TransformersSettings, settings))

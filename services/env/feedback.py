@@ -1,0 +1,64 @@
+"""How much an agent is told once an attempt is over: an option of every environment, `feedback` in its table.
+
+Only the closing words change. What is seen during the attempt, notices of moves without effect included, is the same
+under each, so that runs under different feedback stay comparable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from enum import StrEnum
+
+from services.env.base import Environment, EnvironmentInfo, Episode, Split, StepResult, TaskInfo
+
+RIGHT = "That was right."
+WRONG = "That was wrong, try again."
+_ROUNDING = 1e-9  # of a sum of rewards
+
+
+class Feedback(StrEnum):
+    """`full`: what the environment says. `unary`: only whether the task was solved, which is to say that the rewards
+    reached the largest sum there is. `silent`: nothing."""
+
+    FULL = "full"
+    UNARY = "unary"
+    SILENT = "silent"
+
+
+def with_feedback(environment: Environment, feedback: Feedback) -> Environment:
+    return environment if feedback is Feedback.FULL else _Limited(environment, feedback)
+
+
+class _Limited:
+    """An environment whose closing words are replaced."""
+
+    def __init__(self, environment: Environment, feedback: Feedback) -> None:
+        self._environment = environment
+        self._feedback = feedback
+        described = f"{environment.info.description}; {feedback} feedback"
+        self.info: EnvironmentInfo = replace(environment.info, description=described)
+
+    def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
+        return self._environment.list_tasks(split, offset, limit)
+
+    def start(self, task_id: str) -> _LimitedEpisode:
+        return _LimitedEpisode(self._environment.start(task_id), self._feedback, self.info.max_reward)
+
+
+class _LimitedEpisode:
+    def __init__(self, episode: Episode, feedback: Feedback, max_reward: float) -> None:
+        self.observation = episode.observation
+        self._episode = episode
+        self._feedback = feedback
+        self._missing = max_reward  # the reward that is not earned yet
+
+    def step(self, action: str) -> StepResult:
+        result = self._episode.step(action)
+        if not isinstance(result, StepResult):  # an environment's mistake, which the server reports
+            return result
+        self._missing -= result.reward
+        if not result.done:
+            return result
+        unary = RIGHT if self._missing <= _ROUNDING else WRONG
+        return replace(result, feedback=unary if self._feedback is Feedback.UNARY else "")

@@ -1,0 +1,214 @@
+"""Search over passages: BM25 by tantivy, or by the nearest vectors of any encoder. Knows no environment.
+
+Both may be called from many threads at once: tantivy releases the interpreter while it searches, and so does the matrix
+product of the dense index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from services.env.base import MissingExtra
+
+if TYPE_CHECKING:
+    import numpy as np
+    import tantivy
+
+_MAX_TERMS = 64  # different words of a query that are searched for
+_MAX_QUERY = 2_000  # characters of a query that are read
+_MAX_WORD = 40  # characters; longer ones are in no index
+_TIES = 16  # passages fetched beyond those asked for, so that equal scores are ordered by the passages' numbers
+_WRITER_BYTES = 128 * 2**20
+_FORMAT = "1"  # of the index on disk
+_BATCH = 256  # passages that are encoded at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """`number` is its place in the corpus."""
+
+    number: int
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    passage: Passage
+    score: float
+
+
+class Index(Protocol):
+    def search(self, query: str, limit: int) -> Sequence[Hit]:
+        """The best passages, best first; among equals the earlier one. Any text is a query."""
+
+
+class Encoder(Protocol):
+    """Text to vectors of length 1, whose inner product is their likeness."""
+
+    def encode(self, texts: Sequence[str], *, query: bool) -> np.ndarray:
+        """float32, one row per text. Queries and passages may be encoded differently. Thread-safe."""
+
+
+class Bm25:
+    """BM25 over titles and texts, English stemming.  https://github.com/quickwit-oss/tantivy"""
+
+    def __init__(self, index: tantivy.Index, analyzer: tantivy.TextAnalyzer) -> None:
+        self._schema = index.schema
+        self._searcher = index.searcher()
+        self._analyzer = analyzer
+
+    @classmethod
+    def build(cls, passages: Iterable[tuple[str, str]], folder: Path | None = None) -> Bm25:
+        """Of (title, text) pairs; in memory without a folder."""
+        import tantivy
+
+        analyzer = _analyzer()
+        schema = tantivy.SchemaBuilder()
+        schema.add_text_field("words", tokenizer_name="passage", index_option="freq")
+        schema.add_bytes_field("title", stored=True)
+        schema.add_bytes_field("text", stored=True)
+        schema.add_unsigned_field("number", stored=True)
+        index = tantivy.Index(schema.build(), path=None if folder is None else str(folder))
+        index.register_tokenizer("passage", analyzer)
+        writer = index.writer(_WRITER_BYTES, 1)
+        for number, (title, text) in enumerate(passages):
+            stored = {"title": title.encode(), "text": text.encode(), "number": number}
+            writer.add_document(tantivy.Document(words=f"{title}\n{text}", **stored))
+        writer.commit()
+        writer.wait_merging_threads()
+        index.reload()
+        return cls(index, analyzer)
+
+    @classmethod
+    def open(cls, folder: Path) -> Bm25:
+        import tantivy
+
+        index, analyzer = tantivy.Index.open(str(folder)), _analyzer()
+        index.register_tokenizer("passage", analyzer)
+        return cls(index, analyzer)
+
+    def search(self, query: str, limit: int) -> Sequence[Hit]:
+        import tantivy
+
+        readable = query[:_MAX_QUERY].encode("utf-8", "replace").decode()
+        terms = dict.fromkeys(self._analyzer.analyze(readable))
+        wanted = [
+            (tantivy.Occur.Should, tantivy.Query.term_query(self._schema, "words", term, "freq"))
+            for term in islice(terms, _MAX_TERMS)
+        ]
+        if not wanted:
+            return []
+        found = self._searcher.search(tantivy.Query.boolean_query(wanted), limit + _TIES, count=False).hits
+        hits = [self._hit(float(score), address) for score, address in found]
+        hits.sort(key=lambda hit: (-hit.score, hit.passage.number))
+        return hits[:limit]
+
+    def _hit(self, score: float, address: tantivy.DocAddress) -> Hit:
+        stored: dict[str, Any] = self._searcher.doc(address).to_dict()
+        title, text = (bytes(stored[field][0]).decode() for field in ("title", "text"))
+        return Hit(Passage(stored["number"][0], title, text), score)
+
+
+class Dense:
+    """The nearest vectors, compared with all of them."""
+
+    def __init__(self, passages: Sequence[Passage], vectors: np.ndarray, encoder: Encoder) -> None:
+        self._passages = passages
+        self._vectors = vectors
+        self._encoder = encoder
+
+    @classmethod
+    def build(cls, passages: Iterable[tuple[str, str]], encoder: Encoder, place: Path | None = None) -> Dense:
+        """`place` is the file that keeps the vectors; they are computed when it is not there yet."""
+        import numpy as np
+
+        kept = [Passage(number, title, text) for number, (title, text) in enumerate(passages)]
+        if place is not None and place.is_file():
+            return cls(kept, np.load(place, mmap_mode="r", allow_pickle=False), encoder)
+        texts = [f"{passage.title}\n{passage.text}" for passage in kept]
+        batches = [encoder.encode(texts[at : at + _BATCH], query=False) for at in range(0, len(texts), _BATCH)]
+        vectors = np.concatenate(batches) if batches else np.zeros((0, 1), np.float32)
+        if place is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(prefix=".making-", dir=place.parent, delete=False) as file:
+                np.save(file, vectors, allow_pickle=False)
+            os.replace(file.name, place)
+        return cls(kept, vectors, encoder)
+
+    def search(self, query: str, limit: int) -> Sequence[Hit]:
+        import numpy as np
+
+        if not self._passages or not query.strip():
+            return []
+        readable = query[:_MAX_QUERY].encode("utf-8", "replace").decode()
+        scores = self._vectors @ self._encoder.encode([readable], query=True)[0]
+        best = np.argsort(-scores, kind="stable")[:limit]
+        return [Hit(self._passages[number], float(scores[number])) for number in best.tolist()]
+
+
+def kept_bm25(passages: Iterable[tuple[str, str]], folder: Path, content: str) -> Bm25:
+    """The index in `folder/<fingerprint of content>`, built on first use. It appears there whole or not at all, so that
+    servers may share the folder and one that is killed leaves nothing half-made behind."""
+    place = folder / f"bm25-{_digest(version('tantivy'), content)}"
+    if not place.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
+        try:
+            Bm25.build(passages, making)
+            os.replace(making, place)
+        except OSError:
+            if not place.is_dir():  # else: another server was quicker
+                raise
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+    return Bm25.open(place)
+
+
+def kept_dense(
+    passages: Iterable[tuple[str, str]], folder: Path, content: str, encoder: Encoder, described: str
+) -> Dense:
+    """As `kept_bm25`, with the vectors kept; `described` tells one encoder from another."""
+    return Dense.build(passages, encoder, folder / f"dense-{_digest(described, content)}.npy")
+
+
+def load_encoder(name: str, settings: Mapping[str, object]) -> Encoder:
+    """`name` is a file in `services/env/encoders/` or any module that can be imported; its `create` makes the encoder.
+
+    Raises ValueError that names what is wrong, MissingExtra when its packages are not installed.
+    """
+    module = name if "." in name else f"services.env.encoders.{name}"
+    try:
+        create = importlib.import_module(module).create
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name):
+            raise ValueError(f"encoder: {name!r} is no encoder: {error}") from error
+        raise MissingExtra("hotpotqa-dense", error) from error
+    except AttributeError as error:
+        raise ValueError(f"encoder: {name!r} is no encoder: {error}") from error
+    made: Encoder = create(settings)
+    return made
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join((_FORMAT, *parts)).encode()).hexdigest()[:16]
+
+
+def _analyzer() -> tantivy.TextAnalyzer:
+    import tantivy
+
+    builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
+    filters = (tantivy.Filter.remove_long(_MAX_WORD), tantivy.Filter.lowercase(), tantivy.Filter.stemmer("english"))
+    for one in filters:
+        builder = builder.filter(one)
+    return builder.build()
