@@ -1,8 +1,8 @@
 """SGLang servers: some that run, or some that this service launches.  https://github.com/sgl-project/sglang
 
 Token ids go to /generate and come back. Each answer tells by which weights, as the server calls them, each of its
-tokens was sampled; one from weights that the server was not given is discarded, the server is taken out, loaded and checked
-again, and the request goes to another.
+tokens was sampled; one from weights that the server was not given is discarded, the server is taken out, loaded and
+checked again, and the request goes to another.
 
 What the engine itself does not do is done here: log-probabilities under a regex or schema are scored anew, since SGLang
 gives those of the constrained logits (and a stream of such a request comes in one part); and Score at a temperature
@@ -21,7 +21,7 @@ from pathlib import Path
 import aiohttp
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import Feature, VersionSpan
+from services.common.types import Feature, StopReason
 from services.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
 from services.policy.backends.sglang_engine import requests
 from services.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable
@@ -174,12 +174,12 @@ class SglangBackend:
             raise
         requests.check_finish(answer)
         count = len(answer.output_ids)
-        spans = self._spans(ask, target, answer, 0, count)
+        spans = self._pool.spans(target, answer.labels(0, count), own=not ask.adapter)
         if _is_constrained(ask):
             log_probs = await self._unconstrained(connection, target, ask, answer)
         else:
-            log_probs = requests.log_probs(answer, 0, count)
-        return self._sampled(ask, answer, answer.output_ids, log_probs, spans, count)
+            log_probs = requests.log_probs(answer)
+        return Sampled(tuple(answer.output_ids), log_probs, self._stop_reason(ask, answer, answer.output_ids), spans)
 
     async def _unconstrained(
         self, connection: Connection, target: Target, ask: Ask, answer: requests.Answer
@@ -215,22 +215,19 @@ class SglangBackend:
         rid = uuid.uuid4().hex
         connection = self._router or server.connection
         body = self._encode(ask, rid, target, stream=True)
-        seen, finished = 0, False
+        label = target.label if self._router is not None else server.label
+        reader, finished = requests.Reader(label, incremental=server.incremental), False
         try:
             async for event in connection.generate_stream(body, self._seconds):
                 answer = requests.decode_event(event)
                 finished = answer.meta_info.finish_reason is not None
                 requests.check_finish(answer)
-                begin = 0 if server.incremental else seen  # of what is new, in what the answer tells
-                # Of what was sampled while the answer was written, the versions are in the next.
-                count = min(len(answer.output_ids) - begin, answer.covered - seen)
-                token_ids = answer.output_ids[begin : begin + count]
-                if not count and not finished:
-                    continue
-                spans = self._spans(ask, target, answer, seen, seen + count)
-                log_probs = requests.log_probs(answer, begin, count)
-                seen += count
-                yield self._sampled(ask, answer, token_ids, log_probs, spans, seen)
+                news = reader.read(answer)
+                if news is not None:
+                    token_ids, log_probs, labels = news
+                    spans = self._pool.spans(target, labels, own=not ask.adapter)
+                    reason = self._stop_reason(ask, answer, reader.token_ids)
+                    yield Sampled(tuple(token_ids), log_probs, reason, spans)
         except Refused as error:
             raise _refusal(ask, error) from error
         finally:
@@ -272,25 +269,10 @@ class SglangBackend:
     def _adapter(self, ask: Ask, target: Target) -> str:
         return self._fixed[ask.adapter] if ask.adapter else target.adapter
 
-    def _spans(
-        self, ask: Ask, target: Target, answer: requests.Answer, begin: int, end: int
-    ) -> tuple[VersionSpan, ...]:
-        return self._pool.spans(target, answer.labels(begin, end), own=not ask.adapter)
-
-    def _sampled(
-        self,
-        ask: Ask,
-        answer: requests.Answer,
-        token_ids: Sequence[int],
-        log_probs: tuple[float, ...],
-        spans: tuple[VersionSpan, ...],
-        count: int,
-    ) -> Sampled:
-        reason = None
-        if answer.meta_info.finish_reason is not None:
-            last = answer.output_ids[-1] if answer.output_ids else -1
-            reason = requests.stop_reason(answer, last, ask.sampling, count, self._info.end_of_turn_token_ids)
-        return Sampled(tuple(token_ids), log_probs, reason, spans)
+    def _stop_reason(self, ask: Ask, answer: requests.Answer, token_ids: Sequence[int]) -> StopReason | None:
+        if answer.meta_info.finish_reason is None:
+            return None
+        return requests.stop_reason(answer, token_ids, ask.sampling, self._info.end_of_turn_token_ids)
 
     def _failed(self, server: Server, error: Exception, times_let_in: int) -> None:
         """Whoever aborted a request did not make the server worse. Behind a router nobody knows who answered, and the

@@ -56,11 +56,6 @@ class Answer(msgspec.Struct):
     meta_info: _Meta
     output_ids: list[int] = []
 
-    @property
-    def covered(self) -> int:
-        """Of how many tokens it tells by which weights they were sampled."""
-        return max((span.end for span in self.meta_info.weight_versions), default=0)
-
     def labels(self, begin: int, end: int) -> list[tuple[str, int]]:
         """By which weights, as the server calls them, these of its tokens were sampled, and how many each."""
         if begin == end:  # also what sampled nothing was computed by somebody
@@ -198,25 +193,68 @@ def check_finish(answer: Answer) -> None:
         raise BadAnswer("the model's logits are not numbers")
 
 
-def log_probs(answer: Answer, begin: int, count: int) -> tuple[float, ...]:
-    """Of `count` sampled tokens, from the one at `begin` of those that the answer tells."""
-    found = (answer.meta_info.output_token_logprobs or [])[begin : begin + count]
-    values = tuple(value for value, _, _ in found if value is not None)
-    if len(values) != count:
+def log_probs(answer: Answer) -> tuple[float, ...]:
+    """Of all sampled tokens. Raises BadAnswer."""
+    found = [value for value, _, _ in answer.meta_info.output_token_logprobs or []]
+    return _known(found, len(answer.output_ids))
+
+
+def _known(found: Sequence[float | None], count: int) -> tuple[float, ...]:
+    values = tuple(value for value in found if value is not None)
+    if len(found) != count or len(values) != count:
         raise BadAnswer(f"{len(values)} log-probabilities of {count} tokens")
     return values
 
 
+class Reader:
+    """Of the events of one stream, which hold what is new (`incremental`) or all that there is so far.
+
+    Only the last tells by which weights each token was sampled; those before it tell what the server holds while it
+    sends them. Until that changes from `label`, which it was when the request was sent, it is true of the tokens, too.
+    From then on they are kept back until the last comes.
+    """
+
+    def __init__(self, label: str, *, incremental: bool):
+        self._label, self._incremental = label, incremental
+        self._certain = True
+        self._values: list[float | None] = []
+        self.token_ids: list[int] = []
+        self.told = 0
+
+    def read(self, answer: Answer) -> tuple[list[int], tuple[float, ...], list[tuple[str, int]]] | None:
+        """Token ids, log-probabilities and labels to pass on now. Raises BadAnswer."""
+        values = [value for value, _, _ in answer.meta_info.output_token_logprobs or []]
+        if self._incremental:
+            self.token_ids += answer.output_ids
+            self._values += values
+        else:
+            self.token_ids, self._values = answer.output_ids, values
+        begin, end = self.told, len(self.token_ids)
+        if answer.meta_info.finish_reason is not None:
+            if begin and any(label != self._label for label, _ in answer.labels(0, begin)):
+                raise BadAnswer("tokens that were sent were not sampled by the weights that the server held")
+            labels = answer.labels(begin, end)
+        else:
+            self._certain = self._certain and answer.meta_info.weight_version == self._label
+            end = min(end, len(self._values))
+            if not self._certain or begin == end:
+                return None
+            labels = [(self._label, end - begin)]
+        self.told = end
+        return self.token_ids[begin:end], _known(self._values[begin:end], end - begin), labels
+
+
 def stop_reason(
-    answer: Answer, last_token: int, sampling: SamplingParams, tokens: int, end_of_turn: Collection[int]
+    answer: Answer, token_ids: Sequence[int], sampling: SamplingParams, end_of_turn: Collection[int]
 ) -> StopReason:
-    """`tokens` is how many were sampled. The order is that of the transformers backend."""
+    """Of these tokens, all that were sampled. The order is that of the transformers backend."""
     finish = answer.meta_info.finish_reason
     assert finish is not None
     if finish.type == "stop":
-        if last_token in end_of_turn:
+        last = token_ids[-1] if token_ids else -1
+        if last in end_of_turn:
             return StopReason.END_OF_TURN
-        if last_token in sampling.stop_token_ids:
+        if last in sampling.stop_token_ids:
             return StopReason.STOP_TOKEN
         return StopReason.STOP_STRING if isinstance(finish.matched, str) else StopReason.END_OF_TURN
-    return StopReason.MAX_TOKENS if tokens >= sampling.max_tokens else StopReason.CONTEXT_FULL
+    return StopReason.MAX_TOKENS if len(token_ids) >= sampling.max_tokens else StopReason.CONTEXT_FULL
