@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.common.errors import CallFailed, Code, ServiceUnavailable
+from services.common.errors import CallFailed, Code, DomainError, ServiceUnavailable
 from services.common.status import from_rpc_error
 
 log = structlog.get_logger()
@@ -40,7 +41,7 @@ class Endpoint:
 
 
 class Connection:
-    """One HTTP/2 channel. `call` is the only way in."""
+    """One HTTP/2 channel. `call` and `stream` are the ways in."""
 
     def __init__(self, endpoint: Endpoint, on_outage: Callable[[str], None] | None = None):
         self.endpoint = endpoint
@@ -68,33 +69,62 @@ class Connection:
         Raises DomainError, CallFailed (with `timed_out` when the deadline of `timeout` seconds passed), or
         ServiceUnavailable after `outage_seconds` without an answer.
         """
-        down_since: float | None = None
-        delay = _FIRST_DELAY_SECONDS
+        waits = _Waits(self.endpoint)
         while True:
             try:
                 response = await method(request, timeout=timeout, metadata=self.metadata)
                 self._is_down = False
                 return response
             except grpc.aio.AioRpcError as error:
-                cause, not_before = self._retryable(error, type(request).__name__.removesuffix("Request"))
-            now = time.monotonic()
-            down_since = down_since or now
+                cause, not_before = self._retryable(error, _method(request))
             self._report(cause)
-            if now - down_since >= self.endpoint.outage_seconds:
-                raise ServiceUnavailable(self.endpoint.address, now - down_since, cause)
-            await asyncio.sleep(max(delay, not_before) * random.uniform(1.0, 1.5))
-            delay = min(delay * 2, _MAX_DELAY_SECONDS)
+            await waits.wait(cause, not_before)
+
+    @asynccontextmanager
+    async def stream(
+        self, method: Callable[..., AsyncIterable[R]], request: Any, *, timeout: float
+    ) -> AsyncIterator[AsyncIterator[R]]:
+        """`async with connection.stream(…) as parts:` makes one call whose answer comes in parts, and cancels it at the
+        end of the block. Until the first part it repeats the call, and raises, as `call` does; afterwards it raises
+        DomainError or CallFailed."""
+        async with aclosing(self._parts(method, request, timeout)) as parts:
+            yield parts
+
+    async def _parts(
+        self, method: Callable[..., AsyncIterable[R]], request: Any, timeout: float
+    ) -> AsyncGenerator[R, None]:
+        waits = _Waits(self.endpoint)
+        while True:
+            call: Any = method(request, timeout=timeout, metadata=self.metadata)
+            begun = False
+            try:
+                async for response in call:
+                    begun, self._is_down = True, False
+                    yield response
+                return
+            except grpc.aio.AioRpcError as error:
+                if begun:
+                    raise self._failure(error, _method(request)) from error
+                cause, not_before = self._retryable(error, _method(request))
+            finally:
+                call.cancel()
+            self._report(cause)
+            await waits.wait(cause, not_before)
 
     def _retryable(self, error: grpc.aio.AioRpcError, method: str) -> tuple[str, float]:
         """The cause, and the least wait in seconds, when the call should be repeated; raises otherwise."""
-        domain_error = from_rpc_error(error)
-        if domain_error is not None:
-            if domain_error.code in _LATER and domain_error.retry_after is not None:
-                return str(domain_error), domain_error.retry_after.total_seconds()
-            raise domain_error from None
+        failure = self._failure(error, method)
+        if isinstance(failure, DomainError):
+            if failure.code in _LATER and failure.retry_after is not None:
+                return str(failure), failure.retry_after.total_seconds()
+            raise failure from None
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             return error.details() or "unavailable", 0.0
-        raise CallFailed(self.endpoint.address, method, error.code().name, error.details() or "") from error
+        raise failure from error
+
+    def _failure(self, error: grpc.aio.AioRpcError, method: str) -> DomainError | CallFailed:
+        found = from_rpc_error(error)
+        return found or CallFailed(self.endpoint.address, method, error.code().name, error.details() or "")
 
     def _report(self, cause: str) -> None:
         """Once per outage, however many calls wait."""
@@ -107,6 +137,28 @@ class Connection:
 
     async def close(self) -> None:
         await self.channel.close()
+
+
+class _Waits:
+    """Between the attempts of one call: longer each time, and not for ever."""
+
+    def __init__(self, endpoint: Endpoint):
+        self._endpoint = endpoint
+        self._since: float | None = None
+        self._delay = _FIRST_DELAY_SECONDS
+
+    async def wait(self, cause: str, not_before: float) -> None:
+        """Raises ServiceUnavailable after `outage_seconds`."""
+        now = time.monotonic()
+        self._since = self._since or now
+        if now - self._since >= self._endpoint.outage_seconds:
+            raise ServiceUnavailable(self._endpoint.address, now - self._since, cause)
+        await asyncio.sleep(max(self._delay, not_before) * random.uniform(1.0, 1.5))
+        self._delay = min(self._delay * 2, _MAX_DELAY_SECONDS)
+
+
+def _method(request: Any) -> str:
+    return type(request).__name__.removesuffix("Request")
 
 
 async def is_healthy(address: str, timeout: float = 2.0) -> bool:

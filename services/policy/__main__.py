@@ -1,14 +1,14 @@
-"""`python -m services.policy --config policy.toml`: serves a language model until SIGTERM."""
+"""`python -m services.policy --config policy.toml`: serves language models until SIGTERM."""
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 
 from services.common.config import refuse
 from services.common.server import run, serve
-from services.policy.backend import UnsupportedModel
 from services.policy.config import PolicySettings
-from services.policy.policy import Policy
+from services.policy.policies import CannotServe, Policies
 from services.policy.servicer import add_to_server, credentials
 
 # The event loop and the engine's thread take turns in the interpreter; each forward pass needs it hundreds of times.
@@ -17,22 +17,34 @@ _SWITCH_SECONDS = 2e-4
 
 def main() -> None:
     settings = PolicySettings.load(sys.argv[1:])
+    if not _is_guarded(settings):
+        refuse(
+            settings.service,
+            f"admin_token: needed at {settings.host}, where others could load models and weights without one",
+        )
     sys.setswitchinterval(_SWITCH_SECONDS)
 
-    async def serve_policy() -> None:
-        from services.policy.backends.transformers import TransformersBackend
-
+    async def serve_policies() -> None:
         try:
-            backend = TransformersBackend(settings)
-        except UnsupportedModel as error:
-            refuse(settings.service, f"model: {error}")
-        policy = Policy(backend, settings.weights_folder)
+            policies = await Policies.open(settings)
+        except CannotServe as error:
+            refuse(settings.service, *(f"{name}: {problem}" for name, problem in error.problems.items()))
         try:
-            await serve(settings, lambda server: add_to_server(server, policy), credentials=credentials(settings))
+            await serve(settings, lambda server: add_to_server(server, policies), credentials=credentials(settings))
         finally:
-            await policy.close()
+            await policies.close()
 
-    run(settings, serve_policy)
+    run(settings, serve_policies)
+
+
+def _is_guarded(settings: PolicySettings) -> bool:
+    """Whether the administration needs a token, or can be reached from this machine alone."""
+    if settings.admin_token is not None or settings.token is not None or settings.host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(settings.host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 if __name__ == "__main__":

@@ -1,30 +1,50 @@
-"""The policy service as the trainer's `PolicyPort`."""
+"""The policy service as the trainer's `PolicyPort`, and what else it offers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
+from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
+from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
 from services.common.channel import Connection, Endpoint
 from services.common.errors import invalid_field
 from services.common.types import (
+    CallOptions,
     Completion,
-    Continuation,
-    Message,
+    CompletionPart,
     PolicyInfo,
     Prompt,
     PublishedWeights,
     SamplingParams,
 )
-from services.common.wire import messages_to_proto, spans_from_proto, stop_reason_from_proto, weights_kind_to_proto
+from services.common.wire import canary_to_proto, weights_kind_to_proto
+from services.policy.backend import Scored
+from services.policy.wire import (
+    completions_from_proto,
+    generate_to_proto,
+    part_from_proto,
+    policy_from_proto,
+    score_to_proto,
+    tokenize_to_proto,
+)
+
+T = TypeVar("T")
+_PLAIN = CallOptions()
 
 
 class PolicyClient:
-    """Each call has a deadline in seconds: `timeout`, or `update_timeout` for new weights, which may be large and wait
-    for the calls that run. `admin_token` is sent with updates of the weights alone."""
+    """Each call has a deadline in seconds: `timeout`, or `update_timeout` for new weights and models, which may be
+    large and wait for the calls that run. `admin_token` is sent with calls of PolicyAdminService alone.
+
+    Calls raise DomainError as the contract says, CallFailed and ServiceUnavailable. A policy's name that is empty is
+    the default policy's; `options.policy` names the one that is asked.
+    """
 
     def __init__(
         self,
@@ -38,105 +58,92 @@ class PolicyClient:
         self._connection = Connection(endpoint, on_outage)
         self._stub = pb_grpc.PolicyServiceStub(self._connection.channel)
         self._admin = Connection(replace(endpoint, token=admin_token or endpoint.token), on_outage)
-        self._admin_stub = pb_grpc.PolicyAdminServiceStub(self._admin.channel)
+        self._admin_stub = admin_grpc.PolicyAdminServiceStub(self._admin.channel)
         self._timeout, self._update_timeout = timeout, update_timeout
 
-    async def info(self) -> PolicyInfo:
-        response = await self._connection.call(self._stub.GetPolicy, pb.GetPolicyRequest(), timeout=self._timeout)
-        return PolicyInfo(
-            model=response.model,
-            fingerprint=response.fingerprint,
-            policy_version=response.policy_version,
-            context_length=response.context_length,
-            vocabulary_size=response.vocabulary_size,
-            end_of_turn_token_ids=tuple(response.end_of_turn_token_ids),
-            rewrites_history=response.rewrites_history,
-            deterministic=response.deterministic,
-            compute_seconds=response.compute_seconds,
-        )
+    async def info(self, policy: str = "") -> PolicyInfo:
+        request = pb.GetPolicyRequest(policy=policy)
+        response = await self._connection.call(self._stub.GetPolicy, request, timeout=self._timeout)
+        return policy_from_proto(response.policy)
 
-    async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, *, request_id: str = "", min_policy_version: int | None = None
-    ) -> Completion:
-        request = pb.GenerateRequest(
-            request_id=request_id, sampling=_sampling(sampling), min_policy_version=min_policy_version
-        )
-        if isinstance(prompt, list):
-            request.token_ids.ids.extend(prompt)
-        elif isinstance(prompt, Continuation):
-            request.continuation.CopyFrom(_continuation(prompt))
-        else:
-            request.messages.CopyFrom(_messages(prompt))
-        response = await self._connection.call(self._stub.Generate, request, timeout=self._timeout)
-        return Completion(
-            prompt_token_ids=tuple(response.prompt_token_ids),
-            token_ids=tuple(response.token_ids),
-            log_probs=tuple(response.log_probs),
-            text=response.text,
-            stop_reason=stop_reason_from_proto(response.stop_reason),
-            policy_versions=spans_from_proto(response.policy_versions),
-        )
+    async def policies(self) -> tuple[PolicyInfo, ...]:
+        """All, by name."""
+        found: list[PolicyInfo] = []
+        request = pb.ListPoliciesRequest(page_size=1000)
+        while True:
+            response = await self._connection.call(self._stub.ListPolicies, request, timeout=self._timeout)
+            found += map(policy_from_proto, response.policies)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return tuple(found)
 
-    async def tokenize(self, prompt: Prompt | str) -> tuple[int, ...]:
+    async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:
+        [completion] = await self.sample(prompt, sampling, 1, options)
+        return completion
+
+    async def sample(
+        self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
+    ) -> tuple[Completion, ...]:
+        request = _encoded(generate_to_proto, prompt, sampling, n, options)
+        return completions_from_proto(await self._connection.call(self._stub.Generate, request, timeout=self._timeout))
+
+    async def stream(
+        self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
+    ) -> AsyncGenerator[CompletionPart, None]:
+        """Closing it cancels the call. An error can come after the first parts; then the call is not repeated."""
+        request = pb.StreamGenerateRequest(request=_encoded(generate_to_proto, prompt, sampling, n, options))
+        async with self._connection.stream(self._stub.StreamGenerate, request, timeout=self._timeout) as parts:
+            async for part in parts:
+                yield part_from_proto(part)
+
+    async def score(
+        self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, options: CallOptions = _PLAIN
+    ) -> Scored:
+        request = score_to_proto(sequences, temperature, options)
+        response = await self._connection.call(self._stub.Score, request, timeout=self._timeout)
+        return Scored(tuple(tuple(scores.log_probs) for scores in response.scores), response.policy_version)
+
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = _PLAIN) -> tuple[int, ...]:
         if isinstance(prompt, list):
             return ()  # as `generate`: nothing is added to token ids
-        if isinstance(prompt, str):
-            request = pb.TokenizeRequest(text=prompt)
-        elif isinstance(prompt, Continuation):
-            request = pb.TokenizeRequest(continuation=_continuation(prompt))
-        else:
-            request = pb.TokenizeRequest(messages=_messages(prompt))
+        request = _encoded(tokenize_to_proto, prompt, options)
         response = await self._connection.call(self._stub.Tokenize, request, timeout=self._timeout)
         return tuple(response.token_ids)
 
-    async def score(
-        self, sequences: Sequence[Sequence[int]], temperature: float, *, min_policy_version: int | None = None
-    ) -> tuple[list[tuple[float, ...]], int]:
-        """Log-probabilities of each token after the first, and the version that computed them."""
-        request = pb.ScoreRequest(
-            sequences=[pb.TokenIds(ids=sequence) for sequence in sequences],
-            temperature=temperature,
-            min_policy_version=min_policy_version,
-        )
-        response = await self._connection.call(self._stub.Score, request, timeout=self._timeout)
-        return [tuple(scores.log_probs) for scores in response.scores], response.policy_version
+    async def load_model(
+        self, policy: str, model: str, backend: str = "", options: Mapping[str, Any] | None = None
+    ) -> tuple[int, str]:
+        """The version that the model serves as, and its fingerprint. `options` are settings by dotted name."""
+        encoded = {name: json.dumps(value) for name, value in (options or {}).items()}
+        request = admin_pb.LoadModelRequest(policy=policy, model=model, backend=backend, options=encoded)
+        response = await self._admin.call(self._admin_stub.LoadModel, request, timeout=self._update_timeout)
+        return response.policy_version, response.fingerprint
 
-    async def update_weights(self, weights: PublishedWeights) -> None:
-        request = pb.UpdateWeightsRequest(
+    async def unload_model(self, policy: str) -> None:
+        request = admin_pb.UnloadModelRequest(policy=policy)
+        await self._admin.call(self._admin_stub.UnloadModel, request, timeout=self._update_timeout)
+
+    async def update_weights(self, weights: PublishedWeights, policy: str = "") -> float | None:
+        """The difference that the canary found; None without one."""
+        request = admin_pb.UpdateWeightsRequest(
             policy_version=weights.policy_version,
             kind=weights_kind_to_proto(weights.kind),
             uri=weights.uri,
             sha256=weights.sha256,
             fingerprint=weights.fingerprint,
+            policy=policy,
+            canary=canary_to_proto(weights.canary),
         )
-        await self._admin.call(self._admin_stub.UpdateWeights, request, timeout=self._update_timeout)
+        response = await self._admin.call(self._admin_stub.UpdateWeights, request, timeout=self._update_timeout)
+        return response.canary_difference if response.HasField("canary_difference") else None
 
     async def close(self) -> None:
         await self._connection.close()
         await self._admin.close()
 
 
-def _messages(messages: Sequence[Message]) -> pb.Messages:
+def _encoded(encode: Callable[..., T], *parts: Any) -> T:
     try:
-        return pb.Messages(messages=messages_to_proto(messages))
-    except ValueError as error:
+        return encode(*parts)
+    except UnicodeError as error:
         raise invalid_field("messages", f"text that UTF-8 can carry ({error})") from error
-
-
-def _continuation(continuation: Continuation) -> pb.Continuation:
-    return pb.Continuation(
-        token_ids=continuation.token_ids,
-        turn_closed=continuation.turn_closed,
-        messages=_messages(continuation.messages).messages,
-    )
-
-
-def _sampling(params: SamplingParams) -> pb.SamplingParams:
-    return pb.SamplingParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        max_tokens=params.max_tokens,
-        seed=params.seed,
-        stop=params.stop,
-    )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr, StringConstraints, model_validator
 
 from services.common.config import ServiceSettings
+
+PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class SglangSettings(BaseModel):
@@ -84,6 +86,11 @@ class ModelSettings(BaseModel):
         0.0, ge=0, le=1000, description="How long an idle engine waits, after a request, for others to join it."
     )
 
+    @property
+    def model_name(self) -> str:
+        """Hub id or name of a folder, without where the folder is."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
+
 
 class PolicyModelSettings(ModelSettings):
     """A further policy, as it stands in the settings."""
@@ -96,10 +103,8 @@ class PolicySettings(ModelSettings, ServiceSettings):
 
     service: ClassVar[str] = "policy"
 
-    default_policy: str = Field(
-        "actor", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="Name of the policy described here."
-    )
-    policies: dict[str, PolicyModelSettings] = Field({}, description="Further policies: [policies.reference] …")
+    default_policy: PolicyName = Field("actor", description="Name of the policy described here.")
+    policies: dict[PolicyName, PolicyModelSettings] = Field({}, description="Further policies: [policies.reference] …")
     weights_folder: Path | None = Field(
         None, description="UpdateWeights loads from below this folder only; without it, from uploads alone."
     )
@@ -120,3 +125,9 @@ class PolicySettings(ModelSettings, ServiceSettings):
     )
     upload_gib: float = Field(1024.0, gt=0, description="Uploaded weights that wait for their UpdateWeights, at most.")
     admin_token: SecretStr | None = Field(None, description="When set, PolicyAdminService needs it as bearer token.")
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        if self.default_policy in self.policies:
+            raise ValueError(f"policies.{self.default_policy}: the default policy is described outside of `policies`")
+        return self

@@ -1,190 +1,236 @@
-"""What the policy service does, in domain types: checks, prompts and answers around a backend.
-
-It is the `PolicyPort` of a trainer in the same process; `servicer.py` puts it on the wire.
-"""
+"""One named policy, in domain types: checks, prompts and answers around its models."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import cast
 
-import numpy as np
-
-from services.common.errors import DomainError, Reason, invalid_field
+from services.common.errors import DomainError, Reason
 from services.common.types import (
+    CallOptions,
     Completion,
+    CompletionPart,
     Continuation,
+    Feature,
+    Message,
     PolicyInfo,
     Prompt,
-    PublishedWeights,
     SamplingParams,
+    Tool,
     VersionSpan,
 )
-from services.policy.backend import Backend, Scored, WeightsFile
+from services.policy import checks
+from services.policy.backend import Ask, Backend, Sampled, Scored
+from services.policy.deployment import Deployment
+from services.policy.models import Models
+from services.policy.streams import TextStream, merged, together
 
-_LOWEST_TEMPERATURE = 1e-3  # below it, logits / temperature may exceed float32
 # Longer texts are rendered and encoded in a thread, so that other calls do not wait for them.
 _LONG_TEXT = 20_000
+_PLAIN = CallOptions()
 
 
 class Policy:
-    """`weights_folder` is where weights may be loaded from; None: nowhere."""
+    """Calls raise DomainError as those of PolicyService do. `options.policy` is of no account here."""
 
-    def __init__(self, backend: Backend, weights_folder: Path | None):
-        self._backend = backend
-        self._weights_folder = weights_folder
-        self._updating = asyncio.Lock()
+    def __init__(self, models: Models):
+        self.name = models.name
+        self.models = models
 
-    async def info(self) -> PolicyInfo:
-        return self._backend.info
-
-    async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, *, request_id: str = "", min_policy_version: int | None = None
-    ) -> Completion:
-        """Raises DomainError as PolicyService.Generate does."""
-        if sampling.temperature != 0:
-            _check_temperature("sampling.temperature", sampling.temperature)
-        self._check_version(min_policy_version)
-        shown = await self._shown(prompt)
-        held = prompt if isinstance(prompt, list) else prompt.token_ids if isinstance(prompt, Continuation) else ()
-        token_ids = [*held, *shown]
-        self._check_tokens("prompt", token_ids, self._backend.info.context_length - 1)
-        sampled = await self._backend.generate(token_ids, sampling)
-        return Completion(
-            prompt_token_ids=shown,
-            token_ids=sampled.token_ids,
-            log_probs=sampled.log_probs,
-            text=self._backend.decode(sampled.token_ids),
-            stop_reason=sampled.stop_reason,
-            policy_versions=(VersionSpan(sampled.policy_version, len(sampled.token_ids)),),
+    @property
+    def info(self) -> PolicyInfo:
+        deployment = self.models.newest.deployment
+        model = deployment.backend.model
+        return PolicyInfo(
+            model=model.model,
+            fingerprint=model.fingerprint,
+            policy_version=deployment.policy_version,
+            context_length=model.context_length,
+            vocabulary_size=model.vocabulary_size,
+            end_of_turn_token_ids=model.end_of_turn_token_ids,
+            rewrites_history=model.rewrites_history,
+            deterministic=model.deterministic,
+            compute_seconds=self.models.compute_seconds,
+            name=self.name,
+            backend=deployment.settings.backend,
+            features=model.features,
+            adapters=model.adapters,
+            state=deployment.state,
+            problem=deployment.problem,
+            frozen=deployment.settings.frozen,
+            replicas=tuple(replica.info for replica in deployment.backend.replicas),
+            draining_models=len(self.models.draining),
         )
 
-    async def tokenize(self, prompt: Prompt | str) -> tuple[int, ...]:
-        """What `generate` would report as prompt_token_ids; a string is encoded without template."""
-        if not isinstance(prompt, str):
-            return await self._shown(prompt)
-        if len(prompt) > _LONG_TEXT:
-            return tuple(await asyncio.to_thread(self._backend.encode, prompt))
-        return tuple(self._backend.encode(prompt))
+    async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:
+        with self.models.use(options.session_id) as model:
+            deployment = model.deployment
+            ask, shown = await _ask(deployment.backend, prompt, sampling, options)
+            async with deployment.serving(options.min_policy_version, options.version_wait):
+                return _completion(deployment.backend, shown, await _sample(deployment, ask))
+
+    async def sample(
+        self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
+    ) -> tuple[Completion, ...]:
+        """When one sample fails, all do."""
+        if n == 1:
+            return (await self.generate(prompt, sampling, options),)
+        checks.check_samples(n, sampling)
+        with self.models.use(options.session_id) as model:
+            deployment = model.deployment
+            ask, shown = await _ask(deployment.backend, prompt, sampling, options)
+            async with deployment.serving(options.min_policy_version, options.version_wait):
+                sampled = await together(_sample(deployment, each) for each in _asks(ask, n))
+                return tuple(_completion(deployment.backend, shown, each) for each in sampled)
+
+    async def stream(
+        self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
+    ) -> AsyncGenerator[CompletionPart, None]:
+        """Closing it stops the engine's work. Raises CANARY_FAILED when weights that came under way are refused."""
+        checks.check_samples(n, sampling)
+        with self.models.use(options.session_id) as model:
+            deployment = model.deployment
+            checks.need_stream(deployment.backend.model)
+            ask, shown = await _ask(deployment.backend, prompt, sampling, options)
+            async with deployment.serving(options.min_policy_version, options.version_wait):
+                streams = [_parts(deployment, each, index) for index, each in enumerate(_asks(ask, n))]
+                async with aclosing(streams[0] if n == 1 else merged(streams)) as parts:
+                    async for part in parts:
+                        yield replace(part, prompt_token_ids=shown) if shown else part
+                        shown = ()
 
     async def score(
-        self, sequences: Sequence[Sequence[int]], temperature: float, *, min_policy_version: int | None = None
+        self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, options: CallOptions = _PLAIN
     ) -> Scored:
-        """Raises DomainError as PolicyService.Score does."""
-        _check_temperature("temperature", temperature)
-        self._check_version(min_policy_version)
-        for index, sequence in enumerate(sequences):
-            self._check_tokens(f"sequences[{index}]", sequence, self._backend.info.context_length)
-        return await self._backend.score(sequences, temperature)
+        with self.models.use() as model:
+            deployment = model.deployment
+            checks.check_score(sequences, temperature, options.adapter, deployment.backend.model)
+            async with deployment.serving(options.min_policy_version, options.version_wait):
+                while True:
+                    scored = await deployment.backend.score(sequences, temperature, options.adapter)
+                    if await deployment.verified((VersionSpan(scored.policy_version, 0),)):
+                        return scored
 
-    async def update_weights(self, weights: PublishedWeights) -> None:
-        """Raises DomainError as PolicyAdminService.UpdateWeights does. Cancelling the caller does not stop it."""
-        await asyncio.shield(self._update(weights))
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = _PLAIN) -> tuple[int, ...]:
+        """What `generate` would report as prompt_token_ids; a string is encoded without template."""
+        with self.models.use(options.session_id) as model:
+            backend = model.deployment.backend
+            checks.check_tokenize(prompt, options, backend.model)
+            if not isinstance(prompt, str):
+                return await _shown(backend, prompt, options.tools)
+            encode = backend.encode
+            return tuple(await asyncio.to_thread(encode, prompt) if len(prompt) > _LONG_TEXT else encode(prompt))
 
-    async def close(self) -> None:
-        await self._backend.close()
 
-    async def _update(self, weights: PublishedWeights) -> None:
-        async with self._updating:
-            info = self._backend.info
-            if weights.policy_version == info.policy_version and weights.sha256 == self._backend.serving_sha256:
+async def _ask(
+    backend: Backend, prompt: Prompt, sampling: SamplingParams, options: CallOptions
+) -> tuple[Ask, tuple[int, ...]]:
+    """What the engine is asked, checked, and the token ids of it that the caller does not have."""
+    model = backend.model
+    checks.check_sampling(sampling, model)
+    checks.check_options(options, model)
+    checks.check_prompt(prompt, options, model)
+    token_ids: list[int] = []
+    messages: tuple[Message, ...] = ()
+    shown: tuple[int, ...] = ()
+    if Feature.TOKEN_IDS not in model.features:
+        assert isinstance(prompt, tuple)
+        messages = prompt
+    else:
+        shown = await _shown(backend, prompt, options.tools)
+        held = prompt if isinstance(prompt, list) else prompt.token_ids if isinstance(prompt, Continuation) else ()
+        token_ids = [*held, *shown]
+        checks.check_tokens("prompt", token_ids, model, model.context_length - 1)
+    ask = Ask(
+        token_ids,
+        sampling,
+        messages,
+        options.tools if messages else (),
+        options.session_id,
+        options.priority,
+        options.adapter,
+        options.request_id,
+    )
+    return ask, shown
+
+
+async def _shown(backend: Backend, prompt: Prompt, tools: tuple[Tool, ...]) -> tuple[int, ...]:
+    """The token ids that this service adds to a prompt."""
+    chat = backend.chat
+    if isinstance(prompt, list):
+        return ()
+    assert chat is not None
+    messages = prompt.messages if isinstance(prompt, Continuation) else prompt
+    long = sum(len(message.content) for message in messages) > _LONG_TEXT
+    if isinstance(prompt, Continuation):
+        return await asyncio.to_thread(chat.extend, prompt) if long else chat.extend(prompt)
+    return await asyncio.to_thread(chat.render, prompt, tools) if long else chat.render(prompt, tools)
+
+
+def _asks(ask: Ask, count: int) -> list[Ask]:
+    """One for each sample; the first is the given one."""
+    return [ask, *(replace(ask, sampling=_derived(ask.sampling, index)) for index in range(1, count))]
+
+
+def _derived(sampling: SamplingParams, index: int) -> SamplingParams:
+    if sampling.seed is None:
+        return sampling
+    digest = hashlib.sha256(f"{sampling.seed}:{index}".encode()).digest()
+    return replace(sampling, seed=int.from_bytes(digest[:8], "big") >> 1)  # seeds are signed
+
+
+async def _sample(deployment: Deployment, ask: Ask) -> Sampled:
+    while True:
+        sampled = await deployment.backend.generate(ask)
+        if await deployment.verified(sampled.policy_versions):
+            return sampled
+
+
+def _completion(backend: Backend, shown: tuple[int, ...], sampled: Sampled) -> Completion:
+    assert sampled.stop_reason is not None
+    return Completion(
+        prompt_token_ids=shown,
+        token_ids=sampled.token_ids,
+        log_probs=sampled.log_probs,
+        text=backend.decode(sampled.token_ids) if sampled.token_ids else sampled.text,
+        stop_reason=sampled.stop_reason,
+        policy_versions=sampled.policy_versions,
+    )
+
+
+async def _parts(deployment: Deployment, ask: Ask, index: int) -> AsyncGenerator[CompletionPart, None]:
+    """One sample. It begins anew while nothing has been given out."""
+    backend = deployment.backend
+    while True:
+        text = TextStream(backend.decode) if Feature.TOKEN_IDS in backend.model.features else None
+        given = False
+        async with aclosing(_closable(backend.stream(ask))) as stream:
+            async for sampled in stream:
+                if not await deployment.verified(sampled.policy_versions):
+                    break
+                last = sampled.stop_reason is not None
+                yield CompletionPart(
+                    index=index,
+                    prompt_token_ids=(),
+                    token_ids=sampled.token_ids,
+                    log_probs=sampled.log_probs,
+                    text=text.push(sampled.token_ids, last=last) if text is not None else sampled.text,
+                    policy_versions=sampled.policy_versions,
+                    stop_reason=sampled.stop_reason,
+                )
+                given = True
+            else:
                 return
-            if weights.policy_version <= info.policy_version:
-                raise DomainError(
-                    Reason.VERSION_CONFLICT,
-                    f"version {info.policy_version} serves: {weights.policy_version} is not greater, or other weights",
-                    policy_version=info.policy_version,
-                )
-            if weights.fingerprint != info.fingerprint:
-                raise DomainError(
-                    Reason.MODEL_MISMATCH,
-                    f"the weights are of a model {weights.fingerprint}; this one, {info.model}, is {info.fingerprint}",
-                )
-            path = self._allowed_path(weights.uri)
-            file = WeightsFile(path, weights.kind, weights.policy_version, weights.sha256)
-            self._refuse_outside(file.safetensors, *(path.glob("*.json") if path.is_dir() else ()))
-            await asyncio.to_thread(_verify, file)
-            await self._backend.update_weights(file)
-
-    async def _shown(self, prompt: Prompt) -> tuple[int, ...]:
-        """The token ids that this service adds to a prompt."""
-        if isinstance(prompt, list):
-            return ()
-        chat = self._backend.chat
-        messages = prompt.messages if isinstance(prompt, Continuation) else prompt
-        long = sum(len(message.content) for message in messages) > _LONG_TEXT
-        if isinstance(prompt, Continuation):
-            return await asyncio.to_thread(chat.extend, prompt) if long else chat.extend(prompt)
-        return await asyncio.to_thread(chat.render, prompt) if long else chat.render(prompt)
-
-    def _check_version(self, min_policy_version: int | None) -> None:
-        version = self._backend.info.policy_version
-        if min_policy_version is not None and version < min_policy_version:
+        if given:
             raise DomainError(
-                Reason.POLICY_VERSION_TOO_OLD,
-                f"version {version} serves; at least {min_policy_version} was asked for",
-                policy_version=version,
+                Reason.CANARY_FAILED, "the weights changed under way, and the new ones were refused: ask again"
             )
 
-    def _check_tokens(self, field: str, token_ids: Sequence[int], longest: int) -> None:
-        if len(token_ids) == 0:
-            raise DomainError(Reason.EMPTY_PROMPT, f"{field}: at least one token is needed", field=field)
-        if len(token_ids) > longest:
-            raise DomainError(
-                Reason.PROMPT_TOO_LONG,
-                f"{field}: {len(token_ids)} tokens; the context leaves room for {longest}",
-                field=field,
-                token_count=len(token_ids),
-                context_length=self._backend.info.context_length,
-            )
-        ids = np.fromiter(token_ids, dtype=np.int64, count=len(token_ids))
-        size = self._backend.info.vocabulary_size
-        if int(ids.min()) < 0 or int(ids.max()) >= size:
-            index = int(np.flatnonzero((ids < 0) | (ids >= size))[0])
-            raise DomainError(
-                Reason.TOKEN_OUT_OF_VOCABULARY,
-                f"{field}: token {ids[index]} at {index} is not in the vocabulary of {size}",
-                field=field,
-                index=index,
-            )
 
-    def _allowed_path(self, uri: str) -> Path:
-        if self._weights_folder is None:
-            raise DomainError(Reason.BAD_WEIGHTS_URI, "uri: this server loads no weights: it has no weights_folder")
-        try:
-            parts = urlsplit(uri)
-            path = Path(unquote(parts.path)).resolve()
-        except (ValueError, OSError, RuntimeError) as error:
-            raise DomainError(Reason.BAD_WEIGHTS_URI, f"uri: {error}") from error
-        if parts.scheme != "file" or parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-            raise DomainError(Reason.BAD_WEIGHTS_URI, "uri: expected file:///…")
-        self._refuse_outside(path)
-        return path
-
-    def _refuse_outside(self, *paths: Path) -> None:
-        assert self._weights_folder is not None
-        root = self._weights_folder.resolve()
-        for path in map(Path.resolve, paths):
-            if path == root or not path.is_relative_to(root):
-                raise DomainError(Reason.BAD_WEIGHTS_URI, "uri: not below the server's weights folder")
-
-
-def _verify(weights: WeightsFile) -> None:
-    file = weights.safetensors
-    try:
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"uri: there is no file {file.name}") from error
-    except OSError as error:
-        raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"uri: {file.name} cannot be read: {error.strerror}") from error
-    if found != weights.sha256:
-        raise DomainError(Reason.CHECKSUM_MISMATCH, f"{file.name} has sha256 {found}, not {weights.sha256}")
-
-
-def _check_temperature(field: str, value: float) -> None:
-    if not value >= _LOWEST_TEMPERATURE:
-        raise invalid_field(field, f"at least {_LOWEST_TEMPERATURE}")
+def _closable(stream: AsyncIterator[Sampled]) -> AsyncGenerator[Sampled, None]:
+    """What backends return can be closed, as `Backend.stream` says."""
+    return cast("AsyncGenerator[Sampled, None]", stream)

@@ -1,66 +1,80 @@
-"""The policy service on the wire: protobuf in, `Policy`, protobuf out."""
+"""The policy service on the wire: protobuf in, `Policies`, protobuf out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import grpc
+from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
+from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from pydantic import SecretStr
 
-from services.common.types import Continuation, Prompt, PublishedWeights, SamplingParams
-from services.common.wire import (
-    messages_from_proto,
-    spans_to_proto,
-    stop_reason_to_proto,
-    weights_kind_from_proto,
-)
+from services.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
+from services.common.types import CallOptions, PublishedWeights
+from services.common.wire import canary_from_proto, tools_from_proto, weights_kind_from_proto
 from services.policy.config import PolicySettings
-from services.policy.policy import Policy
+from services.policy.policies import Policies
+from services.policy.wire import (
+    completions_to_proto,
+    options_from_proto,
+    part_to_proto,
+    policy_to_proto,
+    prompt_from_proto,
+    sampling_from_proto,
+    score_options_from_proto,
+    text_from_proto,
+    version_to_proto,
+)
 
 SERVICE = "mulligan.policy.v1.PolicyService"
 ADMIN_SERVICE = "mulligan.policy.v1.PolicyAdminService"
-_DEFAULTS = SamplingParams()
 
 
-def add_to_server(server: grpc.aio.Server, policy: Policy) -> list[str]:
-    pb_grpc.add_PolicyServiceServicer_to_server(PolicyServicer(policy), server)
-    pb_grpc.add_PolicyAdminServiceServicer_to_server(PolicyAdminServicer(policy), server)
+def add_to_server(server: grpc.aio.Server, policies: Policies) -> list[str]:
+    pb_grpc.add_PolicyServiceServicer_to_server(PolicyServicer(policies), server)
+    admin_grpc.add_PolicyAdminServiceServicer_to_server(PolicyAdminServicer(policies), server)
     return [SERVICE, ADMIN_SERVICE]
 
 
 def credentials(settings: PolicySettings) -> Mapping[str, SecretStr | None]:
-    """The administration of weights has a token of its own; without one it needs the token of all calls."""
+    """The administration has a token of its own; without one it needs the token of all calls."""
     return {ADMIN_SERVICE: settings.admin_token} if settings.admin_token is not None else {}
 
 
 class PolicyServicer(pb_grpc.PolicyServiceServicer):
-    def __init__(self, policy: Policy):
-        self._policy = policy
+    def __init__(self, policies: Policies):
+        self._policies = policies
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
-        completion = await self._policy.generate(
-            _prompt(request, request.WhichOneof("prompt")),
-            _sampling(request.sampling),
-            request_id=request.request_id,
-            min_policy_version=_optional(request, "min_policy_version"),
-        )
-        return pb.GenerateResponse(
-            prompt_token_ids=completion.prompt_token_ids,
-            token_ids=completion.token_ids,
-            log_probs=completion.log_probs,
-            text=completion.text,
-            stop_reason=stop_reason_to_proto(completion.stop_reason),
-            policy_versions=spans_to_proto(completion.policy_versions),
+        return completions_to_proto(
+            await self._policies.sample(
+                prompt_from_proto(request),
+                sampling_from_proto(request.sampling),
+                request.n or 1,
+                options_from_proto(request),
+            )
         )
 
+    async def StreamGenerate(
+        self, request: pb.StreamGenerateRequest, context: Any
+    ) -> AsyncIterator[pb.StreamGenerateResponse]:
+        asked = request.request
+        stream = self._policies.stream(
+            prompt_from_proto(asked), sampling_from_proto(asked.sampling), asked.n or 1, options_from_proto(asked)
+        )
+        async with aclosing(stream) as parts:
+            async for part in parts:
+                yield part_to_proto(part)
+
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        scored = await self._policy.score(
+        scored = await self._policies.score(
             [sequence.ids for sequence in request.sequences],
             request.temperature if request.HasField("temperature") else 1.0,
-            min_policy_version=_optional(request, "min_policy_version"),
+            score_options_from_proto(request),
         )
         return pb.ScoreResponse(
             scores=[pb.ScoreResponse.Scores(log_probs=row) for row in scored.log_probs],
@@ -68,60 +82,67 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         )
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
-        kind = request.WhichOneof("input")
-        prompt = request.text if kind == "text" else _prompt(request, kind)
-        return pb.TokenizeResponse(token_ids=await self._policy.tokenize(prompt))
+        options = CallOptions(
+            policy=request.policy, session_id=request.session_id, tools=tools_from_proto(request.tools)
+        )
+        return pb.TokenizeResponse(token_ids=await self._policies.tokenize(text_from_proto(request), options))
 
     async def GetPolicy(self, request: pb.GetPolicyRequest, context: Any) -> pb.GetPolicyResponse:
-        info = await self._policy.info()
-        return pb.GetPolicyResponse(
-            model=info.model,
-            fingerprint=info.fingerprint,
-            policy_version=info.policy_version,
-            context_length=info.context_length,
-            vocabulary_size=info.vocabulary_size,
-            end_of_turn_token_ids=info.end_of_turn_token_ids,
-            rewrites_history=info.rewrites_history,
-            deterministic=info.deterministic,
-            compute_seconds=info.compute_seconds,
+        return pb.GetPolicyResponse(policy=policy_to_proto(await self._policies.info(request.policy)))
+
+    async def ListPolicies(self, request: pb.ListPoliciesRequest, context: Any) -> pb.ListPoliciesResponse:
+        start = page_position(request.page_token, "policies")
+        end = start + (request.page_size or DEFAULT_PAGE_SIZE)
+        infos = await self._policies.policies()
+        return pb.ListPoliciesResponse(
+            policies=[policy_to_proto(info) for info in infos[start:end]],
+            next_page_token=page_token(end, "policies") if end < len(infos) else "",
         )
 
 
-class PolicyAdminServicer(pb_grpc.PolicyAdminServiceServicer):
-    def __init__(self, policy: Policy):
-        self._policy = policy
+class PolicyAdminServicer(admin_grpc.PolicyAdminServiceServicer):
+    def __init__(self, policies: Policies):
+        self._policies = policies
 
-    async def UpdateWeights(self, request: pb.UpdateWeightsRequest, context: Any) -> pb.UpdateWeightsResponse:
-        kind = weights_kind_from_proto(request.kind)
-        await self._policy.update_weights(
-            PublishedWeights(request.policy_version, kind, request.uri, request.sha256, request.fingerprint)
+    async def LoadModel(self, request: admin_pb.LoadModelRequest, context: Any) -> admin_pb.LoadModelResponse:
+        info = await self._policies.load_model(request.policy, request.model, request.backend, request.options)
+        return admin_pb.LoadModelResponse(policy_version=info.policy_version, fingerprint=info.fingerprint)
+
+    async def UnloadModel(self, request: admin_pb.UnloadModelRequest, context: Any) -> admin_pb.UnloadModelResponse:
+        await self._policies.unload_model(request.policy)
+        return admin_pb.UnloadModelResponse()
+
+    async def UpdateWeights(
+        self, request: admin_pb.UpdateWeightsRequest, context: Any
+    ) -> admin_pb.UpdateWeightsResponse:
+        weights = PublishedWeights(
+            policy_version=request.policy_version,
+            kind=weights_kind_from_proto(request.kind),
+            uri=request.uri,
+            sha256=request.sha256,
+            fingerprint=request.fingerprint,
+            canary=canary_from_proto(request.canary),
         )
-        return pb.UpdateWeightsResponse(policy_version=request.policy_version)
+        difference = await self._policies.update_weights(weights, request.policy)
+        return admin_pb.UpdateWeightsResponse(policy_version=request.policy_version, canary_difference=difference)
 
+    async def ListVersions(self, request: admin_pb.ListVersionsRequest, context: Any) -> admin_pb.ListVersionsResponse:
+        size = request.page_size or DEFAULT_PAGE_SIZE
+        below = page_position(request.page_token, "versions", request.policy)
+        found = await self._policies.versions(request.policy, below if request.page_token else None, size + 1)
+        more = page_token(found[size - 1].policy_version, "versions", request.policy) if len(found) > size else ""
+        return admin_pb.ListVersionsResponse(versions=map(version_to_proto, found[:size]), next_page_token=more)
 
-def _prompt(request: pb.GenerateRequest | pb.TokenizeRequest, kind: str | None) -> Prompt:
-    if kind == "messages":
-        return messages_from_proto(request.messages.messages)
-    if kind == "continuation":
-        given = request.continuation
-        return Continuation(tuple(given.token_ids), given.turn_closed, messages_from_proto(given.messages))
-    assert isinstance(request, pb.GenerateRequest)
-    return list(request.token_ids.ids)
+    async def Rollback(self, request: admin_pb.RollbackRequest, context: Any) -> admin_pb.RollbackResponse:
+        await self._policies.rollback(request.policy_version, request.policy)
+        return admin_pb.RollbackResponse(policy_version=request.policy_version)
 
+    async def ReleaseMemory(
+        self, request: admin_pb.ReleaseMemoryRequest, context: Any
+    ) -> admin_pb.ReleaseMemoryResponse:
+        await self._policies.release_memory(request.policy)
+        return admin_pb.ReleaseMemoryResponse()
 
-def _sampling(params: pb.SamplingParams) -> SamplingParams:
-    def given(name: str) -> Any:
-        return getattr(params, name) if params.HasField(name) else getattr(_DEFAULTS, name)  # type: ignore[arg-type]
-
-    return SamplingParams(
-        temperature=given("temperature"),
-        top_p=given("top_p"),
-        top_k=given("top_k"),
-        max_tokens=given("max_tokens"),
-        seed=given("seed"),
-        stop=tuple(params.stop),
-    )
-
-
-def _optional(request: pb.GenerateRequest | pb.ScoreRequest, name: Any) -> int | None:
-    return getattr(request, name) if request.HasField(name) else None
+    async def ResumeMemory(self, request: admin_pb.ResumeMemoryRequest, context: Any) -> admin_pb.ResumeMemoryResponse:
+        await self._policies.resume_memory(request.policy)
+        return admin_pb.ResumeMemoryResponse()

@@ -17,36 +17,47 @@ from transformers import AutoModelForCausalLM
 from services.common.channel import Endpoint
 from services.common.server import RequestInterceptor
 from services.common.types import PublishedWeights, WeightsKind
-from services.policy.backends.transformers import TransformersBackend
 from services.policy.client import PolicyClient
 from services.policy.config import PolicySettings
-from services.policy.policy import Policy
+from services.policy.deployment import Deployment
+from services.policy.factory import OpenBackend, create_backend
+from services.policy.policies import Policies
 from services.policy.servicer import add_to_server, credentials
 
 
 @dataclass
 class Serving:
     address: str
-    backend: TransformersBackend
+    policies: Policies
     client: PolicyClient
+
+    @property
+    def deployment(self) -> Deployment:
+        """The newest model of the default policy."""
+        return self.policies.get().models.newest.deployment
+
+    @property
+    def backend(self) -> Any:
+        return self.deployment.backend
 
 
 @asynccontextmanager
-async def serving(model: Path, **settings: Any) -> AsyncIterator[Serving]:
-    chosen = PolicySettings(model=str(model), threads=1, **settings)
-    backend = TransformersBackend(chosen)
-    policy = Policy(backend, chosen.weights_folder)
+async def serving(
+    model: Path | str = "embedded", *, create: OpenBackend = create_backend, **settings: Any
+) -> AsyncIterator[Serving]:
+    chosen = PolicySettings(**({"model": str(model), "threads": 1} | settings))
+    policies = await Policies.open(chosen, create)
     server = grpc.aio.server(interceptors=[RequestInterceptor({"": chosen.token, **credentials(chosen)})])
-    add_to_server(server, policy)
+    add_to_server(server, policies)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     client = PolicyClient(Endpoint(address, outage_seconds=0), timeout=30)
     try:
-        yield Serving(address, backend, client)
+        yield Serving(address, policies, client)
     finally:
         await client.close()
         await server.stop(None)
-        await policy.close()
+        await policies.close()
 
 
 @torch.inference_mode()

@@ -1,0 +1,258 @@
+"""The policies of a service by name, and the models that are loaded into them while it runs.
+
+It is the `PolicyPort` of a trainer in the same process; `servicer.py` puts it on the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+
+from services.common.errors import DomainError, Reason
+from services.common.types import (
+    CallOptions,
+    Completion,
+    CompletionPart,
+    PolicyInfo,
+    PolicyVersion,
+    Prompt,
+    PublishedWeights,
+    SamplingParams,
+)
+from services.policy.backend import Scored, UnsupportedModel
+from services.policy.config import ModelSettings, PolicySettings
+from services.policy.deployment import Deployment
+from services.policy.factory import OpenBackend, create_backend
+from services.policy.models import Models
+from services.policy.policy import Policy
+from services.policy.requested import Requested, check_folders, identity, plain
+from services.policy.uploads import Uploads
+
+log = structlog.get_logger()
+T = TypeVar("T")
+_PLAIN = CallOptions()
+
+
+class CannotServe(Exception):
+    """Policies that could not be opened, each with the reason."""
+
+    def __init__(self, problems: Mapping[str, str]):
+        super().__init__("; ".join(f"{name}: {problem}" for name, problem in problems.items()))
+        self.problems = problems
+
+
+class Policies:
+    """Made by `open`. A name that is empty is the default policy's. Calls raise DomainError as those of the contract
+    do, UNKNOWN_POLICY included."""
+
+    def __init__(self, settings: PolicySettings, create: OpenBackend):
+        self.settings = settings
+        self._create = create
+        self._own: dict[str, ModelSettings] = {settings.default_policy: plain(settings), **settings.policies}
+        self._policies: dict[str, Policy] = {}
+        self._loading: dict[str, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        uploads = settings.state_folder / "uploads" if settings.state_folder else None
+        self.uploads = Uploads(uploads, int(settings.upload_gib * 2**30))
+
+    @classmethod
+    async def open(cls, settings: PolicySettings, create: OpenBackend = create_backend) -> Policies:
+        """Serves the policies of the settings, and those that LoadModel brought before a restart.
+
+        Raises CannotServe, and OSError when the state folder cannot be used.
+        """
+        policies = cls(settings, create)
+        try:
+            await policies._restore_all()
+        except BaseException:
+            await policies.close()
+            raise
+        return policies
+
+    @property
+    def deployments(self) -> Iterator[Deployment]:
+        """The newest of each policy."""
+        return (policy.models.newest.deployment for policy in list(self._policies.values()))
+
+    def get(self, name: str = "") -> Policy:
+        found = self._policies.get(name or self.settings.default_policy)
+        if found is None:
+            known = ", ".join(sorted(self._policies))
+            raise DomainError(Reason.UNKNOWN_POLICY, f"no policy {name!r}; there are {known}", policy=name)
+        return found
+
+    async def info(self, policy: str = "") -> PolicyInfo:
+        return self.get(policy).info
+
+    async def policies(self) -> tuple[PolicyInfo, ...]:
+        """All, by name."""
+        return tuple(self._policies[name].info for name in sorted(self._policies))
+
+    async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:
+        return await self.get(options.policy).generate(prompt, sampling, options)
+
+    async def sample(
+        self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
+    ) -> tuple[Completion, ...]:
+        return await self.get(options.policy).sample(prompt, sampling, n, options)
+
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
+    ) -> AsyncGenerator[CompletionPart, None]:
+        return self.get(options.policy).stream(prompt, sampling, n, options)
+
+    async def score(
+        self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, options: CallOptions = _PLAIN
+    ) -> Scored:
+        return await self.get(options.policy).score(sequences, temperature, options)
+
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = _PLAIN) -> tuple[int, ...]:
+        return await self.get(options.policy).tokenize(prompt, options)
+
+    async def update_weights(self, weights: PublishedWeights, policy: str = "") -> float | None:
+        """Cancelling the caller does not stop it, nor any of the changes that follow."""
+        return await self._shielded(self.get(policy).models.update_weights(weights))
+
+    async def rollback(self, policy_version: int, policy: str = "") -> None:
+        await self._shielded(self.get(policy).models.rollback(policy_version))
+
+    async def release_memory(self, policy: str = "") -> None:
+        await self._shielded(self.get(policy).models.release_memory())
+
+    async def resume_memory(self, policy: str = "") -> None:
+        await self._shielded(self.get(policy).models.resume_memory())
+
+    async def versions(
+        self, policy: str = "", below: int | None = None, limit: int = 1000
+    ) -> tuple[PolicyVersion, ...]:
+        """Newest first, those less than `below`."""
+        return await self.get(policy).models.newest.deployment.versions(below, limit)
+
+    async def load_model(
+        self, policy: str, model: str, backend: str = "", options: Mapping[str, str] | None = None
+    ) -> PolicyInfo:
+        """`options` are settings by dotted name, values as JSON."""
+        own = identity(self._own.get(policy))
+        request = Requested(model=model, backend=backend, options=dict(options or {}), own=own)
+        return await self._shielded(self._load(policy, request))
+
+    async def unload_model(self, policy: str) -> None:
+        if policy == self.settings.default_policy:
+            raise DomainError(Reason.DEFAULT_POLICY, f"{policy} is the default policy, which stays")
+        self.get(policy)
+        await self._shielded(self._unload(policy))
+
+    async def close(self) -> None:
+        """Calls in flight fail."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        closing = [policy.models.close() for policy in self._policies.values()]
+        self._policies.clear()
+        results = await asyncio.gather(*closing, return_exceptions=True)
+        self.uploads.close()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    async def _load(self, name: str, request: Requested) -> PolicyInfo:
+        async with self._lock(name):
+            settings = request.settings(self._own.get(name))
+            await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
+            policy = self._policies.get(name)
+            if policy is not None and policy.models.serves(settings):
+                return policy.info
+            models = policy.models if policy is not None else await self._models(name)
+            try:
+                await models.load(settings, partial(self._remember, name, request))
+            except UnsupportedModel as error:
+                message = f"{settings.model_name} ({settings.backend}): {error}"
+                raise DomainError(Reason.UNSUPPORTED_MODEL, message) from error
+            finally:
+                if policy is None and not models.all:
+                    await models.close()
+            return self._policies.setdefault(name, Policy(models)).info
+
+    async def _unload(self, name: str) -> None:
+        async with self._lock(name):
+            policy = self.get(name)
+            del self._policies[name]
+            await asyncio.to_thread(self._forget, name)
+            await policy.models.finished()
+            await policy.models.close()
+            log.info("policy unloaded", policy=name)
+
+    async def _restore_all(self) -> None:
+        names = sorted({*self._own, *self._stored()})
+        results = await asyncio.gather(*map(self._restore, names), return_exceptions=True)
+        for result in results:
+            if result is not None and not isinstance(result, UnsupportedModel | DomainError | OSError):
+                raise result
+        problems = {name: str(result) for name, result in zip(names, results, strict=True) if result is not None}
+        if problems:
+            raise CannotServe(problems)
+
+    async def _restore(self, name: str) -> None:
+        own, path = self._own.get(name), self._request_file(name)
+        request = await asyncio.to_thread(Requested.read, path) if path is not None else None
+        if request is not None and request.own != identity(own):
+            log.warning("the settings of a policy changed: they replace what was loaded", policy=name)
+            request = None
+            await asyncio.to_thread(self._forget, name)
+        if request is None and own is None:
+            return
+        settings = request.settings(own) if request is not None else plain(own or self.settings)
+        models = await self._models(name)
+        try:
+            if request is not None:
+                await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
+            await models.load(settings)
+        except BaseException as error:
+            await models.close()
+            if request is not None and isinstance(error, UnsupportedModel | DomainError):
+                raise UnsupportedModel(f"{error} (it was loaded by LoadModel: {path})") from error
+            raise
+        self._policies[name] = Policy(models)
+
+    async def _models(self, name: str) -> Models:
+        return await Models.open(name, self.settings, self._folder(name), self._create, self.uploads)
+
+    def _folder(self, name: str) -> Path | None:
+        return self.settings.state_folder / "policies" / name if self.settings.state_folder else None
+
+    def _request_file(self, name: str) -> Path | None:
+        folder = self._folder(name)
+        return folder / "model.json" if folder else None
+
+    def _stored(self) -> list[str]:
+        """Policies into which a model was loaded."""
+        if self.settings.state_folder is None:
+            return []
+        return [path.parent.name for path in (self.settings.state_folder / "policies").glob("*/model.json")]
+
+    def _remember(self, name: str, request: Requested) -> None:
+        if (path := self._request_file(name)) is not None:
+            request.write(path)
+
+    def _forget(self, name: str) -> None:
+        if (path := self._request_file(name)) is not None:
+            path.unlink(missing_ok=True)
+
+    def _lock(self, name: str) -> asyncio.Lock:
+        return self._loading.setdefault(name, asyncio.Lock())
+
+    async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return await asyncio.shield(task)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # its caller may be gone: then nobody else would look

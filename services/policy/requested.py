@@ -1,0 +1,138 @@
+"""What LoadModel asks for: settings of a policy, checked before anything is loaded, and kept over a restart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from services.common.errors import DomainError, Reason
+from services.policy.config import ModelSettings, PolicyModelSettings
+
+# Repository at the hub, with or without its owner. https://huggingface.co/docs/huggingface_hub/package_reference/utilities
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# They name programs, files and variables of the server's machine: for whoever starts the server to say.
+_NOT_REMOTE = ("sglang.python", "sglang.flags", "sglang.environment", "sglang.folder", "sglang.folder_in_engine")
+# A credential is for the address that it was given with.
+_CREDENTIALS = {
+    "openai.base_url": {"openai.api_key"},
+    "sglang.servers": {"sglang.api_key", "sglang.admin_api_key"},
+    "sglang.router": {"sglang.api_key", "sglang.admin_api_key"},
+}
+
+
+class Requested(BaseModel):
+    """A LoadModel request, as it is kept. `own` identifies the policy's own settings at that time."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    backend: str = ""
+    options: dict[str, str] = {}
+    own: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> Requested | None:
+        """None where there is no file. Raises OSError, also for one that is damaged."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError as error:
+            raise OSError(f"{path} is damaged: {error.errors()[0]['msg']}") from error
+
+    def write(self, path: Path) -> None:
+        """Atomically. Options may hold a credential, so nobody else may read it."""
+        new = path.with_suffix(".new")
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(self.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+
+    def settings(self, own: ModelSettings | None) -> PolicyModelSettings:
+        """The request put over the policy's own settings. Raises DomainError INVALID_SETTING."""
+        merged = (own or PolicyModelSettings()).model_dump()
+        for name, text in sorted(self.options.items()):  # `adapters` comes before `adapters.small`
+            _put(merged, name, text)
+        for address, credentials in _CREDENTIALS.items():
+            if address in self.options:
+                for credential in credentials.difference(self.options):
+                    _put(merged, credential, "null")
+        merged["model"] = self.model
+        if self.backend:
+            merged["backend"] = self.backend
+        try:
+            return PolicyModelSettings.model_validate(merged)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _invalid(".".join(map(str, first["loc"])), first["msg"]) from error
+
+
+def identity(own: ModelSettings | None) -> str:
+    """Of a policy's own settings, credentials left out; "" where it has none."""
+    if own is None:
+        return ""
+    content = json.dumps(plain(own).model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def plain(settings: ModelSettings) -> PolicyModelSettings:
+    """Without the settings of the service: equal for equal models."""
+    return PolicyModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields})
+
+
+def check_folders(settings: ModelSettings, models_folder: Path | None) -> None:
+    """That the model and its adapters are hub ids, or below the folder. Raises DomainError BAD_MODEL."""
+    if settings.backend == "openai":  # what the endpoint calls them: nothing is read here
+        return
+    for field, source in {"model": settings.model, **_named("adapters", settings.adapters)}.items():
+        if source != "embedded" and (not _HUB_ID.fullmatch(source) or Path(source).exists()):
+            _check_below(field, source, models_folder)
+
+
+def _check_below(field: str, source: str, models_folder: Path | None) -> None:
+    if models_folder is None:
+        message = f"{field}: this server loads no folders, but hub ids: it has no models_folder"
+        raise DomainError(Reason.BAD_MODEL, message, field=field)
+    root = models_folder.resolve()
+    try:
+        path = Path(source).resolve()
+    except (ValueError, OSError, RuntimeError) as error:
+        raise DomainError(Reason.BAD_MODEL, f"{field}: {error}", field=field) from error
+    if path == root or not path.is_relative_to(root):
+        message = f"{field}: neither a hub id nor below the server's models folder"
+        raise DomainError(Reason.BAD_MODEL, message, field=field)
+
+
+def _put(settings: dict[str, Any], name: str, text: str) -> None:
+    if name in ("model", "backend"):
+        raise _invalid(name, "has a field of its own")
+    if name in ("sglang", "openai"):
+        raise _invalid(name, f"its fields are set one by one: {name}.…")
+    if name.startswith(_NOT_REMOTE):
+        raise _invalid(name, "is set in the server's settings alone")
+    *tables, last = name.split(".")
+    place: Any = settings
+    for table in tables:
+        place = place.get(table) if isinstance(place, dict) else None
+    if not isinstance(place, dict):
+        raise _invalid(name, "no such setting")
+    try:
+        place[last] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(name, f"expected a value as JSON ({error})") from error
+
+
+def _named(table: str, values: Mapping[str, str]) -> dict[str, str]:
+    return {f"{table}.{name}": value for name, value in values.items()}
+
+
+def _invalid(name: str, problem: str) -> DomainError:
+    return DomainError(Reason.INVALID_SETTING, f"{name}: {problem}", field=name)

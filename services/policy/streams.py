@@ -1,0 +1,93 @@
+"""What streams of tokens are turned into: text that is never taken back, and parts of several samples in one row."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_INCOMPLETE = "\ufffd"  # what decoders make of bytes that are no character, or not yet
+_AHEAD = 64  # parts that wait for a caller who is slow
+
+
+class TextStream:
+    """Decodes tokens as they come. The pieces add up to the text of all tokens together.
+
+    A character's bytes may come in several tokens, so text that ends in undecodable bytes is held back until more is
+    known. What a token reads as depends on those before it (a space between words, or none), so each is decoded
+    together with those that gave the last piece of text.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
+        self._token_ids: list[int] = []  # those that text to come depends on
+        self._shown = 0  # characters of their text that are out
+        self._last = 0  # where the tokens begin that gave the last piece
+
+    def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
+        """The text that is new. `last` says that no more tokens come."""
+        self._token_ids += token_ids
+        text = self._decode(self._token_ids)
+        stable = text if last else text.rstrip(_INCOMPLETE)
+        if len(stable) <= self._shown:
+            return ""
+        new = stable[self._shown :]
+        self._shown = len(stable)
+        if stable == text:
+            del self._token_ids[: self._last]
+            if self._last:
+                self._shown = len(self._decode(self._token_ids))
+            self._last = len(self._token_ids)
+        return new
+
+
+@dataclass(frozen=True, slots=True)
+class _Ended:
+    error: Exception | None = None
+
+
+async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """What all of them bring, as it comes. When one fails, or nobody listens any more, all are closed."""
+    queue: asyncio.Queue[T | _Ended] = asyncio.Queue(_AHEAD)
+
+    async def drain(stream: AsyncGenerator[T, None]) -> None:
+        try:
+            async with aclosing(stream):
+                async for item in stream:
+                    await queue.put(item)
+        except Exception as error:  # noqa: BLE001 - raised again where the items are taken
+            await queue.put(_Ended(error))
+        else:
+            await queue.put(_Ended())
+
+    tasks = [asyncio.create_task(drain(stream)) for stream in streams]
+    left = len(tasks)
+    try:
+        while left:
+            item = await queue.get()
+            if not isinstance(item, _Ended):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                left -= 1
+    finally:
+        await cancelled(tasks)
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, or the first error, and then the others were cancelled."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await cancelled(tasks)
+
+
+async def cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
