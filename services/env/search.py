@@ -82,11 +82,13 @@ class Bm25:
         index = tantivy.Index(schema.build(), path=None if folder is None else str(folder))
         index.register_tokenizer("passage", analyzer)
         writer = index.writer(_WRITER_BYTES, 1)
-        for number, (title, text) in enumerate(passages):
-            stored = {"title": title.encode(), "text": text.encode(), "number": number}
-            writer.add_document(tantivy.Document(words=f"{title}\n{text}", **stored))
-        writer.commit()
-        writer.wait_merging_threads()
+        try:
+            for number, (title, text) in enumerate(passages):
+                stored = {"title": title.encode(), "text": text.encode(), "number": number}
+                writer.add_document(tantivy.Document(words=f"{title}\n{text}", **stored))
+            writer.commit()
+        finally:
+            writer.wait_merging_threads()  # also ends its threads, which write to the folder
         index.reload()
         return cls(index, analyzer)
 
