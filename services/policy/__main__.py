@@ -8,8 +8,9 @@ import sys
 from services.common.config import refuse
 from services.common.server import run, serve
 from services.policy.config import PolicySettings
+from services.policy.metrics import collected
 from services.policy.policies import CannotServe, Policies
-from services.policy.servicer import add_to_server, credentials
+from services.policy.servicer import add_to_server, credentials, health
 
 # The event loop and the engine's thread take turns in the interpreter; each forward pass needs it hundreds of times.
 _SWITCH_SECONDS = 2e-4
@@ -30,7 +31,13 @@ def main() -> None:
         except CannotServe as error:
             refuse(settings.service, *(f"{name}: {problem}" for name, problem in error.problems.items()))
         try:
-            await serve(settings, lambda server: add_to_server(server, policies), credentials=credentials(settings))
+            with collected(lambda: policies.deployments):
+                await serve(
+                    settings,
+                    lambda server: add_to_server(server, policies),
+                    credentials=credentials(settings),
+                    health_of_parts=lambda: health(policies),
+                )
         finally:
             await policies.close()
 

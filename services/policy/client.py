@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
@@ -19,9 +21,11 @@ from services.common.types import (
     Completion,
     CompletionPart,
     PolicyInfo,
+    PolicyVersion,
     Prompt,
     PublishedWeights,
     SamplingParams,
+    WeightsKind,
 )
 from services.common.wire import canary_to_proto, weights_kind_to_proto
 from services.policy.backend import Scored
@@ -32,10 +36,12 @@ from services.policy.wire import (
     policy_from_proto,
     score_to_proto,
     tokenize_to_proto,
+    version_from_proto,
 )
 
 T = TypeVar("T")
 _PLAIN = CallOptions()
+_PIECE_BYTES = 2 * 2**20  # of an upload
 
 
 class PolicyClient:
@@ -137,6 +143,51 @@ class PolicyClient:
         response = await self._admin.call(self._admin_stub.UpdateWeights, request, timeout=self._update_timeout)
         return response.canary_difference if response.HasField("canary_difference") else None
 
+    async def upload_weights(self, path: Path, kind: WeightsKind, sha256: str, policy: str = "") -> str:
+        """Brings a safetensors file, or an adapter's folder, to a service that cannot read it. The URI for one
+        `update_weights`. When the service goes away in the middle, all of it is sent again. Raises OSError, too."""
+        lora = kind is WeightsKind.LORA
+        file = path / "adapter_model.safetensors" if lora else path
+        header = admin_pb.UploadWeightsRequest.Header(
+            policy=policy,
+            kind=weights_kind_to_proto(kind),
+            size_bytes=file.stat().st_size,
+            sha256=sha256,
+            adapter_config=(path / "adapter_config.json").read_bytes() if lora else b"",
+        )
+
+        async def send(header: admin_pb.UploadWeightsRequest.Header, **options: Any) -> admin_pb.UploadWeightsResponse:
+            with await asyncio.to_thread(file.open, "rb") as stream:
+                response: admin_pb.UploadWeightsResponse = await self._admin_stub.UploadWeights(
+                    _pieces(header, stream), **options
+                )
+                return response
+
+        return (await self._admin.call(send, header, timeout=self._update_timeout)).uri
+
+    async def versions(self, policy: str = "") -> tuple[PolicyVersion, ...]:
+        """All that were ever seen, newest first."""
+        found: list[PolicyVersion] = []
+        request = admin_pb.ListVersionsRequest(policy=policy, page_size=1000)
+        while True:
+            response = await self._admin.call(self._admin_stub.ListVersions, request, timeout=self._timeout)
+            found += map(version_from_proto, response.versions)
+            request.page_token = response.next_page_token
+            if not request.page_token:
+                return tuple(found)
+
+    async def rollback(self, policy_version: int, policy: str = "") -> None:
+        request = admin_pb.RollbackRequest(policy=policy, policy_version=policy_version)
+        await self._admin.call(self._admin_stub.Rollback, request, timeout=self._update_timeout)
+
+    async def release_memory(self, policy: str = "") -> None:
+        request = admin_pb.ReleaseMemoryRequest(policy=policy)
+        await self._admin.call(self._admin_stub.ReleaseMemory, request, timeout=self._update_timeout)
+
+    async def resume_memory(self, policy: str = "") -> None:
+        request = admin_pb.ResumeMemoryRequest(policy=policy)
+        await self._admin.call(self._admin_stub.ResumeMemory, request, timeout=self._update_timeout)
+
     async def close(self) -> None:
         await self._connection.close()
         await self._admin.close()
@@ -147,3 +198,11 @@ def _encoded(encode: Callable[..., T], *parts: Any) -> T:
         return encode(*parts)
     except UnicodeError as error:
         raise invalid_field("messages", f"text that UTF-8 can carry ({error})") from error
+
+
+async def _pieces(
+    header: admin_pb.UploadWeightsRequest.Header, file: IO[bytes]
+) -> AsyncIterator[admin_pb.UploadWeightsRequest]:
+    yield admin_pb.UploadWeightsRequest(header=header)
+    while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
+        yield admin_pb.UploadWeightsRequest(chunk=piece)

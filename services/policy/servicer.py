@@ -13,11 +13,13 @@ from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from pydantic import SecretStr
 
+from services.common.errors import DomainError, Reason
 from services.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
 from services.common.types import CallOptions, PublishedWeights
 from services.common.wire import canary_from_proto, tools_from_proto, weights_kind_from_proto
 from services.policy.config import PolicySettings
 from services.policy.policies import Policies
+from services.policy.uploads import UploadHeader
 from services.policy.wire import (
     completions_to_proto,
     options_from_proto,
@@ -43,6 +45,13 @@ def add_to_server(server: grpc.aio.Server, policies: Policies) -> list[str]:
 def credentials(settings: PolicySettings) -> Mapping[str, SecretStr | None]:
     """The administration has a token of its own; without one it needs the token of all calls."""
     return {ADMIN_SERVICE: settings.admin_token} if settings.admin_token is not None else {}
+
+
+def health(policies: Policies) -> dict[str, bool]:
+    """Whether calls are answered, by name of the health service: each policy's, and PolicyService's as a whole, which
+    is the default policy's. A policy that is being updated is healthy: its calls only wait."""
+    found = {f"{SERVICE}/{deployment.name}": deployment.healthy for deployment in policies.deployments}
+    return {**found, SERVICE: found[f"{SERVICE}/{policies.settings.default_policy}"]}
 
 
 class PolicyServicer(pb_grpc.PolicyServiceServicer):
@@ -126,6 +135,17 @@ class PolicyAdminServicer(admin_grpc.PolicyAdminServiceServicer):
         difference = await self._policies.update_weights(weights, request.policy)
         return admin_pb.UpdateWeightsResponse(policy_version=request.policy_version, canary_difference=difference)
 
+    async def UploadWeights(
+        self, requests: AsyncIterator[admin_pb.UploadWeightsRequest], context: Any
+    ) -> admin_pb.UploadWeightsResponse:
+        first = await anext(requests, None)
+        if first is None or not first.HasField("header"):
+            raise DomainError(Reason.UPLOAD_INCOMPLETE, "a header comes first")
+        sent = first.header
+        self._policies.get(sent.policy)
+        header = UploadHeader(weights_kind_from_proto(sent.kind), sent.size_bytes, sent.sha256, sent.adapter_config)
+        return admin_pb.UploadWeightsResponse(uri=await self._policies.uploads.receive(header, _chunks(requests)))
+
     async def ListVersions(self, request: admin_pb.ListVersionsRequest, context: Any) -> admin_pb.ListVersionsResponse:
         size = request.page_size or DEFAULT_PAGE_SIZE
         below = page_position(request.page_token, "versions", request.policy)
@@ -146,3 +166,10 @@ class PolicyAdminServicer(admin_grpc.PolicyAdminServiceServicer):
     async def ResumeMemory(self, request: admin_pb.ResumeMemoryRequest, context: Any) -> admin_pb.ResumeMemoryResponse:
         await self._policies.resume_memory(request.policy)
         return admin_pb.ResumeMemoryResponse()
+
+
+async def _chunks(requests: AsyncIterator[admin_pb.UploadWeightsRequest]) -> AsyncIterator[bytes]:
+    async for request in requests:
+        if not request.HasField("chunk"):
+            raise DomainError(Reason.UPLOAD_INCOMPLETE, "a second header")
+        yield request.chunk
