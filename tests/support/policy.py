@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import torch
+from pydantic import SecretStr
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -51,13 +52,21 @@ async def serving(
     add_to_server(server, policies)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    client = PolicyClient(Endpoint(address, outage_seconds=0), timeout=30)
+    client = PolicyClient(
+        Endpoint(address, token=_secret(chosen.token), outage_seconds=0),
+        admin_token=_secret(chosen.admin_token),
+        timeout=30,
+    )
     try:
         yield Serving(address, policies, client)
     finally:
         await client.close()
         await server.stop(None)
         await policies.close()
+
+
+def _secret(token: SecretStr | None) -> str | None:
+    return token.get_secret_value() if token is not None else None
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ Shapes: N packed tokens, R requests, B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ _TOLERANCE = {torch.float32: 2e-3}
 _LOW_PRECISION_TOLERANCE = 0.25
 # Scores are computed for batches of at most this many logits, or for one sequence.
 _SCORE_LOGITS = 2**26
+# Loading changes torch's default type for the whole process, and puts back what it found.
+_LOADING = threading.Lock()
 
 
 def source_of(settings: ModelSettings) -> str:
@@ -60,7 +63,8 @@ class Model:
         """The module with the weights that the model came with, on the CPU."""
         dtype = "auto" if self._wanted_dtype is None else self._wanted_dtype
         try:
-            module = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype)
+            with _LOADING:
+                module = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype)
         except (OSError, ValueError) as error:
             raise UnsupportedModel(f"{self.source} cannot be loaded: {error}") from error
         return module.eval().requires_grad_(False)

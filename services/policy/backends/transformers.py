@@ -88,7 +88,7 @@ class TransformersBackend:
         self._constraints = loaded.constraints
         self._chat = self._tokenizer.chat(loaded.end_of_turn)
         self._info = ModelInfo(
-            model=settings.model,
+            model=settings.model_name,
             fingerprint=self._model.fingerprint,
             context_length=self._model.context_length,
             vocabulary_size=self._model.vocabulary_size,

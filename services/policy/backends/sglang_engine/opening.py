@@ -141,7 +141,7 @@ async def _describe(
     if others:
         raise UnsupportedModel(f"the SGLang servers compute in {', '.join([dtype, *others])}: expected one --dtype")
     return ModelInfo(
-        model=settings.model,
+        model=settings.model_name,
         fingerprint=skeleton.fingerprint,
         context_length=min([*lengths, settings.context_length or lengths[0]]),
         vocabulary_size=skeleton.vocabulary_size,
