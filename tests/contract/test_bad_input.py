@@ -19,16 +19,16 @@ from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as learner_grpc
 from safetensors.torch import save_file
 
-from models.build import build_model, write_untrained
+from models.build import build_model
 from services.common.server import RequestInterceptor
 from services.common.status import from_rpc_error
 from services.trainer.learner.servicer import LearnerServicer
 from tests.support.learning import server_settings
-from tests.support.policy import Serving, serving, sha256
+from tests.support.policy import sha256
+from tests.support.policy_backends import WITH_WEIGHTS, Running, restore, running
 from tests.support.processes import ServiceProcess, Services
 from tests.support.tiny_model import write_tiny_model
 
-CONTEXT = 128
 TASK = {"environment": "frozenlake-3x3", "task_id": "train/00000"}
 
 
@@ -100,31 +100,29 @@ async def test_an_action_of_a_megabyte_is_an_action_and_one_of_five_is_refused(e
     assert (await env.StepEpisode(after)).action.startswith("Up")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_untrained(tmp_path_factory.mktemp("model"))
+@pytest.fixture(params=WITH_WEIGHTS)
+async def policy(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Running]:
+    try:
+        async with running(request.param, weights_folder=tmp_path) as served:
+            yield served
+    finally:
+        await restore(request.param)
 
 
-@pytest.fixture
-async def policy(model: Path, tmp_path: Path) -> AsyncIterator[Serving]:
-    async with serving(model, context_length=CONTEXT, weights_folder=tmp_path) as running:
-        yield running
-
-
-async def test_prompts(policy: Serving) -> None:
+async def test_prompts(policy: Running) -> None:
     def asked(**prompt: Any) -> policy_pb.GenerateRequest:
         return policy_pb.GenerateRequest(sampling=policy_pb.SamplingParams(max_tokens=2), **prompt)
 
     def ids(*values: int) -> policy_pb.TokenIds:
         return policy_pb.TokenIds(ids=values)
 
-    long = message_pb2.Message(role=message_pb2.ROLE_USER, content="A " * 200)
+    long = message_pb2.Message(role=message_pb2.ROLE_USER, content="A " * 1100)
     cases = {
         "empty": (asked(token_ids=ids()), "EMPTY_PROMPT"),
         "no messages": (asked(messages=policy_pb.Messages()), "EMPTY_PROMPT"),
         "id too high": (asked(token_ids=ids(5, 319)), "TOKEN_OUT_OF_VOCABULARY"),
         "negative id": (asked(token_ids=ids(5, -1)), "TOKEN_OUT_OF_VOCABULARY"),
-        "fills the context": (asked(token_ids=ids(*[5] * CONTEXT)), "PROMPT_TOO_LONG"),
+        "fills the context": (asked(token_ids=ids(*[5] * 1024)), "PROMPT_TOO_LONG"),
         "messages too long": (asked(messages=policy_pb.Messages(messages=[long])), "PROMPT_TOO_LONG"),
     }
     async with grpc.aio.insecure_channel(policy.address) as channel:
@@ -132,10 +130,11 @@ async def test_prompts(policy: Serving) -> None:
         for name, (request, reason) in cases.items():
             assert (await refusal(stub.Generate(request)))[:2] == ("INVALID_ARGUMENT", reason), name
             good = await stub.Generate(asked(token_ids=ids(5, 6, 7)))
-            assert 1 <= len(good.token_ids) == len(good.log_probs) <= 2, name
+            [completion] = good.completions
+            assert 1 <= len(completion.token_ids) == len(completion.log_probs) <= 2, name
 
 
-async def test_weights_of_another_model(policy: Serving, tmp_path: Path) -> None:
+async def test_weights_of_another_model(policy: Running, tmp_path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in build_model(1).state_dict().items()}
     other = {name: torch.zeros(2, 2) if name.endswith("up_proj.weight") else value for name, value in tensors.items()}
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
@@ -153,12 +152,12 @@ async def test_weights_of_another_model(policy: Serving, tmp_path: Path) -> None
 
     async with grpc.aio.insecure_channel(policy.address) as channel:
         admin, stub = policy_grpc.PolicyAdminServiceStub(channel), policy_grpc.PolicyServiceStub(channel)
-        own = (await stub.GetPolicy(policy_pb.GetPolicyRequest())).fingerprint
+        own = (await stub.GetPolicy(policy_pb.GetPolicyRequest())).policy.fingerprint
         for request in (update(bad, own), update(good, "f" * 64)):
             assert (await refusal(admin.UpdateWeights(request)))[:2] == ("FAILED_PRECONDITION", "MODEL_MISMATCH")
-            assert (await stub.GetPolicy(policy_pb.GetPolicyRequest())).policy_version == 0
+            assert (await stub.GetPolicy(policy_pb.GetPolicyRequest())).policy.policy_version == 0
             sampled = await stub.Generate(policy_pb.GenerateRequest(token_ids=policy_pb.TokenIds(ids=[5, 6])))
-            assert sampled.policy_versions[0].policy_version == 0
+            assert sampled.completions[0].policy_versions[0].policy_version == 0
         assert (await admin.UpdateWeights(update(good, own))).policy_version == 1
 
 
