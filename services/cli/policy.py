@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tomllib
 from collections.abc import Awaitable, Callable, Sequence
@@ -142,9 +141,9 @@ def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> T:
     return run(main())
 
 
-def _options(overrides: Sequence[str]) -> dict[str, str]:
-    """As JSON. Each value is TOML, or a string when it is none."""
-    found: dict[str, str] = {}
+def _options(overrides: Sequence[str]) -> dict[str, Any]:
+    """Each value is TOML, or a string when it is none, or a date, which no setting is."""
+    found: dict[str, Any] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator or not name:
@@ -153,7 +152,7 @@ def _options(overrides: Sequence[str]) -> dict[str, str]:
             value: Any = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        found[name] = json.dumps(value, default=str)
+        found[name] = value if isinstance(value, bool | int | float | str | list | dict) else text
     return found
 
 

@@ -82,7 +82,7 @@ async def test_a_run_with_lora_publishes_adapters(loop: Loop) -> None:
 
 async def test_a_policy_of_its_own_reflects_and_is_measured(loop: Loop) -> None:
     policy = PolicyClient(Endpoint(loop.policy.address))
-    await policy.load_model("wise", "embedded", options={"frozen": "true"})
+    await policy.load_model("wise", "embedded", options={"frozen": True})
     await loop.train("reflected", small_run(steps=2, policies={"reflector": "wise"}))
     reflections = [chain.reflection for chain in loop.experiences("reflected") if chain.reflection is not None]
     assert reflections and {(r.policy, r.policy_version) for r in reflections} == {("wise", 0)}
