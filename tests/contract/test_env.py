@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from uuid import uuid4
 
@@ -19,12 +20,25 @@ from services.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split
 from services.env.client import EnvClient
 from tests.support.processes import ServiceProcess, Services
 
-# Name → its table in the server's configuration, actions that mean something, and the tasks that the suite plays.
+# Name → its table in the server's configuration, with few enough tasks that the suite can list them.
 ENVIRONMENTS: dict[str, dict[str, object]] = {
     "frozenlake": {"kind": "frozenlake", "train_tasks": 250, "test_tasks": 20},
     "frozenlake-3x3": {"kind": "frozenlake", "size_min": 3, "size_max": 3, "prompts": "compact", "train_tasks": 120},
+    "sokoban": {"kind": "sokoban", "train_tasks": 250, "test_tasks": 20},
+    "sokoban-two-boxes": {"kind": "sokoban", "boxes": 2, "max_steps": 14, "train_tasks": 120, "test_tasks": 20},
+    "hotpotqa": {"kind": "hotpotqa", "train_tasks": 250},
+    "hotpotqa-unary": {"kind": "hotpotqa", "feedback": "unary", "tools": "prompt", "train_tasks": 120},
+    "frozenlake-silent": {"kind": "frozenlake", "feedback": "silent", "train_tasks": 120, "test_tasks": 20},
 }
-ACTIONS = ["```Up```", "```down```", "I go ```Left``` now", "``` RIGHT\n```"]
+# Actions that mean something in one environment or another.
+MOVES = ["```Up```", "```down```", "I go ```Left``` now", "``` RIGHT\n```"]
+SEARCHES = [
+    '<tool_call>{"name": "local_search", "arguments": {"query": "town river"}}</tool_call>',
+    '<tool_call>{"name": "local_search", "arguments": {"query": "founder", "top_k": 2}}</tool_call>',
+    '<function_calls>local_search(query="painter")</function_calls>',
+    "It is \\boxed{yes}",
+]
+ACTIONS = MOVES + SEARCHES
 PLACEHOLDERS = {
     "solver": "",
     "action_reminder": "",
@@ -34,12 +48,12 @@ PLACEHOLDERS = {
     "retry": "{trace} {feedback}",
     "try_again": "",
 }
+HOSTILE = ["```", "Up", "\n", "\x00", "{trace}", "√", "\U0001f9ca", "\u202e", "<tool_call>", "{", "\\boxed{"]
 hostile_texts = st.one_of(
     st.text(max_size=200),
     st.sampled_from(ACTIONS),
-    st.lists(st.sampled_from(["```", "Up", "\n", "\x00", "{trace}", "√", "\U0001f9ca", "\u202e"]), max_size=40).map(
-        "".join
-    ),
+    st.lists(st.sampled_from(HOSTILE), max_size=40).map("".join),
+    st.text(max_size=60).map(lambda text: f"<tool_call>{text}</tool_call>"),
 )
 
 
@@ -72,11 +86,18 @@ async def play(client: EnvClient, name: str, task_id: str, actions: list[str]) -
     return episode.observation, steps
 
 
+def actions_for(name: str, count: int) -> list[str]:
+    """Searches and an answer where there is something to search, moves elsewhere; not each time the same."""
+    kinds = SEARCHES if name.startswith("hotpotqa") else MOVES
+    return [kinds[(n * n + n // 3) % len(kinds)] for n in range(count)]
+
+
 def check(info: EnvironmentInfo, steps: list[EpisodeStep]) -> None:
     """What holds for the steps of every episode."""
     assert len(steps) <= info.max_steps
     for step in steps[:-1]:
         assert (step.done, step.outcome, step.feedback, step.error) == (False, None, "", "")
+    assert {step.tool for step in steps} <= {tool.name for tool in info.tools} | {""}
     assert all(step.reward is not None and step.observation and step.action for step in steps)
     assert sum(step.reward or 0.0 for step in steps) <= info.max_reward
     last = steps[-1]
@@ -95,6 +116,11 @@ async def test_it_describes_itself(client: EnvClient, name: str) -> None:
         text = getattr(info.prompts, prompt)
         assert text
         assert all(placeholder in text for placeholder in names.split()), prompt
+    assert not info.unavailable
+    for tool in info.tools:
+        schema = json.loads(tool.parameters)
+        assert tool.name and tool.description
+        assert schema["type"] == "object" and set(schema.get("required", [])) <= set(schema["properties"])
 
 
 async def test_its_tasks_are_listed_whole_page_by_page(server: ServiceProcess, client: EnvClient, name: str) -> None:
@@ -142,7 +168,7 @@ async def test_an_unknown_task_is_named(client: EnvClient, name: str) -> None:
 async def test_the_same_actions_lead_to_the_same_answers(client: EnvClient, name: str) -> None:
     info = await client.describe(name)
     tasks = await client.list_tasks(name, Split.TRAIN, 20) + await client.list_tasks(name, Split.TEST, 5)
-    actions = [ACTIONS[(n * n) % len(ACTIONS)] for n in range(info.max_steps)]
+    actions = actions_for(name, info.max_steps)
     first = await asyncio.gather(*(play(client, name, task.task_id, actions) for task in tasks))
     again = await asyncio.gather(*(play(client, name, task.task_id, actions) for task in tasks))
     for _, steps in first:
@@ -151,14 +177,17 @@ async def test_the_same_actions_lead_to_the_same_answers(client: EnvClient, name
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(actions=st.lists(hostile_texts, min_size=1, max_size=12))
-def test_no_action_breaks_it(server: ServiceProcess, name: str, actions: list[str]) -> None:
+@given(played=st.lists(st.lists(hostile_texts, min_size=1, max_size=14), min_size=1, max_size=12))
+def test_no_action_breaks_it(server: ServiceProcess, name: str, played: list[list[str]]) -> None:
+    """Episodes side by side, a task each: some thousand actions over all examples and environments."""
+
     async def body() -> None:
         client = EnvClient(Endpoint(server.address))
         info = await client.describe(name)
-        (task,) = await client.list_tasks(name, Split.TRAIN, 1)
-        _, steps = await play(client, name, task.task_id, actions)
-        check(info, steps)
+        tasks = await client.list_tasks(name, Split.TRAIN, len(played))
+        pairs = zip(tasks, played, strict=True)
+        for _, steps in await asyncio.gather(*(play(client, name, task.task_id, actions) for task, actions in pairs)):
+            check(info, steps)
         await client.close()
 
     asyncio.run(body())
@@ -187,7 +216,7 @@ async def test_text_that_cannot_travel_is_refused_by_name(client: EnvClient, nam
 async def test_many_episodes_at_once_do_not_mix(client: EnvClient, name: str) -> None:
     info = await client.describe(name)
     tasks = (await client.list_tasks(name, Split.TRAIN, 100)) * 2
-    actions = [ACTIONS[n % len(ACTIONS)] for n in range(info.max_steps)]
+    actions = actions_for(name, info.max_steps)
     alone = {task.task_id: await play(client, name, task.task_id, actions) for task in tasks[:10]}
     together = await asyncio.gather(*(play(client, name, task.task_id, actions) for task in tasks))
     for task, played in zip(tasks, together, strict=True):

@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from services.env.base import MissingExtra
 from services.env.search import Bm25, Dense, kept_bm25, kept_dense, load_encoder
+from tests.support.encoders import create
 
 TITLES = ["Ada", "Bor", "Cil", "Dun", "Eve"]
 TEXTS = [
@@ -131,30 +132,18 @@ def test_servers_that_start_together_share_a_folder(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-class Letters:
-    """Counts letters; queries and passages alike."""
-
-    def __init__(self) -> None:
-        self.passages = 0
-
-    def encode(self, texts: list[str], *, query: bool) -> np.ndarray:
-        self.passages += 0 if query else len(texts)
-        counts = np.array([[text.lower().count(chr(97 + n)) for n in range(26)] for text in texts], np.float32)
-        return counts / np.maximum(np.linalg.norm(counts, axis=1, keepdims=True), 1e-6)
-
-
 def test_dense_finds_the_nearest_vectors(tmp_path: Path) -> None:
-    encoder = Letters()
-    index = kept_dense(PASSAGES, tmp_path, "one", encoder, "letters")  # type: ignore[arg-type]
+    encoder = create({})
+    index = kept_dense(PASSAGES, tmp_path, "one", encoder, "letters")
     vectors = encoder.encode([f"{title}\n{text}" for title, text in PASSAGES], query=True)
     expected = vectors @ encoder.encode(["bridge over the river"], query=True)[0]
     hits = index.search("bridge over the river", 3)
     assert [hit.passage.number for hit in hits] == np.argsort(-expected)[:3].tolist()
     assert [hit.score for hit in hits] == pytest.approx(np.sort(expected)[::-1][:3])
-    assert index.search("", 3) == [] == Dense.build([], encoder).search("a", 3)  # type: ignore[arg-type]
-    again = kept_dense(PASSAGES, tmp_path, "one", encoder, "letters")  # type: ignore[arg-type]
+    assert index.search("", 3) == [] == Dense.build([], encoder).search("a", 3)
+    again = kept_dense(PASSAGES, tmp_path, "one", encoder, "letters")
     assert again.search("bridge over the river", 3) == hits
-    assert encoder.passages == len(PASSAGES)
+    assert encoder.encoded == len(PASSAGES)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
 
 

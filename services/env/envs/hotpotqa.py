@@ -129,7 +129,8 @@ class HotpotQaEpisode:
         answers = [self._answer(call) for call in calls]
         searched = any(found for found, _ in answers)
         text = "\n\n".join(text for _, text in answers)
-        return StepResult(text, _reading(calls), tool=SEARCH.name if searched else "")
+        is_tool = searched and self._settings.tools == "template"
+        return StepResult(text, _reading(calls), tool=SEARCH.name if is_tool else "")
 
     def _answer(self, call: Call) -> tuple[bool, str]:
         """Whether a search was made, and what it found or what is wrong with the call."""
