@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
+from typing import TypeVar
+
+M = TypeVar("M")
 
 
-async def alternate(measures: Mapping[str, Callable[[], Awaitable[float]]], rounds: int) -> dict[str, list[float]]:
+async def alternate(measures: Mapping[str, Callable[[], Awaitable[M]]], rounds: int) -> dict[str, list[M]]:
     """Runs the measures in turn, `rounds` times, so that what slows the machine for a while slows all of them."""
-    found: dict[str, list[float]] = {name: [] for name in measures}
+    found: dict[str, list[M]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
             found[name].append(await measure())
@@ -21,6 +25,12 @@ async def alternate(measures: Mapping[str, Callable[[], Awaitable[float]]], roun
 
 def median(values: Sequence[float]) -> float:
     return statistics.median(values)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The least of the values that so many percent of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -17,11 +17,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from proof import kills, learning
+from proof import Unavailable, agreement, kills, learning, sglang
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "proof"
-CASES: dict[str, Callable[[Path], dict[str, Any]]] = {**learning.CASES, **kills.CASES}
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    **learning.CASES,
+    **kills.CASES,
+    **agreement.CASES,
+    **sglang.CASES,
+}
 
 
 def main() -> None:
@@ -40,7 +45,11 @@ def main() -> None:
             continue
         print(f"[{number}/{len(chosen)}] {name} …", flush=True)
         start = time.monotonic()
-        measured = CASES[name](ROOT / "runs" / "proof" / name)
+        try:
+            measured = CASES[name](ROOT / "runs" / "proof" / name)
+        except Unavailable as lacking:
+            print(f"    not possible here: {lacking}")
+            continue
         result = {"case": name, **measured, **_circumstances(name), "seconds": round(time.monotonic() - start)}
         file.write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(measured))

@@ -1,0 +1,130 @@
+"""The models that are measured: none of them ends a turn, so that every request samples as many tokens as it may."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
+
+import models
+from models.build import CHAT_TEMPLATE, write_untrained
+from services.common.types import PublishedWeights, WeightsKind
+from services.trainer.learner import canary
+from services.trainer.learner.batching import Limits
+
+# Qwen3-4B's, as published in its config.json (https://huggingface.co/Qwen/Qwen3-4B).
+QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_theta": 1_000_000.0, "rope_type": "default"},
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.02,
+}
+_CHANGE = 1e-3  # standard deviation of what an update adds to each weight
+
+
+def embedded(folder: Path) -> Path:
+    """The embedded model, or where it was not made yet, its untrained shape."""
+    if (models.EMBEDDED / "config.json").exists():
+        return endless(models.EMBEDDED, folder)
+    return endless(write_untrained(folder / "untrained"), folder)
+
+
+def endless(source: Path, folder: Path) -> Path:
+    """The model of a folder, without a token that ends a turn."""
+    path = folder / "model"
+    path.mkdir()
+    for file in source.iterdir():
+        if file.suffix == ".safetensors":  # may be large
+            (path / file.name).symlink_to(file.resolve())
+        elif file.is_file():
+            shutil.copy(file, path)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        settings = path / name
+        if settings.exists():
+            content = json.loads(settings.read_text())
+            kept = {key: content[key] for key in content if key not in ("eos_token", "eos_token_id")}
+            settings.write_text(json.dumps(kept))
+    return path
+
+
+def random_model(
+    folder: Path, config: Mapping[str, Any], device: str, dtype: torch.dtype, shard_size: str = "5GB"
+) -> Path:
+    """A Qwen3 of this shape with random weights, and a tokenizer in which every id is one word."""
+    path = folder / "model"
+    words = {f"w{index}": index for index in range(config["vocab_size"])}
+    inner = Tokenizer(tokenizer_models.WordLevel(words, unk_token="w0"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    context = int(config["max_position_embeddings"])
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, unk_token="w0", pad_token="w1", chat_template=CHAT_TEMPLATE, model_max_length=context
+    ).save_pretrained(path)
+    shape = Qwen3Config(**config, bos_token_id=None, eos_token_id=None, pad_token_id=1)
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
+    model.save_pretrained(path, max_shard_size=shard_size)
+    return path
+
+
+class Updates:
+    """Weights for one update after the other: each adds a little to what the model came with."""
+
+    def __init__(self, model: Path, folder: Path, fingerprint: str, dtype: torch.dtype, device: str):
+        self._source, self._folder, self._fingerprint, self._dtype = model, folder, fingerprint, dtype
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        self._model = loaded.to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        text = self._model.config.get_text_config()
+        limits = Limits(self._model.get_input_embeddings().num_embeddings, text.max_position_embeddings)
+        self._probes = canary.probe_sequences(tokenizer, limits)
+        self._version = 0
+
+    @torch.no_grad()
+    def following(self) -> PublishedWeights:
+        """As a trainer publishes them, canary included."""
+        self._version += 1
+        for parameter in self._model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=_CHANGE)
+        path = self._folder / f"{self._version}.safetensors"
+        save_file(self._tensors(), path, metadata={"format": "pt"})
+        with path.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        probes = canary.probes(self._model, self._probes, self._dtype)
+        uri = path.resolve().as_uri()
+        return PublishedWeights(self._version, WeightsKind.FULL, uri, sha256, self._fingerprint, probes)
+
+    def folder_of(self, weights: PublishedWeights) -> Path:
+        """The same weights as the folder that SGLang's own update wants."""
+        folder = self._folder / f"folder-{weights.policy_version}"
+        folder.mkdir()
+        shutil.copy(self._source / "config.json", folder)
+        (folder / "model.safetensors").symlink_to((self._folder / f"{weights.policy_version}.safetensors").resolve())
+        return folder
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Tied ones once."""
+        seen: dict[int, str] = {}
+        return {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in self._model.state_dict(keep_vars=True).items()
+            if seen.setdefault(id(tensor), name) == name
+        }

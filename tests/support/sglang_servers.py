@@ -1,0 +1,67 @@
+"""SGLang servers that a policy service launches on the CPU, with the interpreter in MULLIGAN_TEST_SGLANG_PYTHON."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+# What makes SGLang work, and rest while it has nothing to do, without a GPU. It computes on the last core; the rest is
+# for everything else.
+CPU_FLAGS = (
+    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--dtype", "float32", "--max-total-tokens", "65536"),
+    *("--disable-overlap-schedule", "--disable-cuda-graph", "--sleep-on-idle"),
+)
+CPU_ENVIRONMENT = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "SGLANG_CPU_OMP_THREADS_BIND": str((os.cpu_count() or 1) - 1),
+    "HF_HUB_OFFLINE": "1",
+}
+LORA_FLAGS = (
+    *("--enable-lora", "--max-lora-rank", "8", "--lora-backend", "torch_native"),
+    *("--lora-target-modules", "q_proj", "k_proj", "v_proj", "o_proj"),
+)
+
+
+def python_of_sglang() -> str:
+    """Empty where there is none."""
+    return os.environ.get("MULLIGAN_TEST_SGLANG_PYTHON", "")
+
+
+def launch_settings(count: int = 1) -> dict[str, Any]:
+    """The policy service's `sglang` settings."""
+    python, flags = python_of_sglang(), (*CPU_FLAGS, *LORA_FLAGS)
+    return {"launch": count, "python": python, "flags": flags, "environment": CPU_ENVIRONMENT}
+
+
+def processes_of(address: str) -> list[int]:
+    """Of a launched server: first the one that was started, which has this port among its arguments, then those that
+    compute and decode for it."""
+    port, arguments = address.rpartition(":")[2].encode(), _arguments()
+    leaders = [pid for pid, given in arguments.items() if b"sglang.launch_server" in given and port in given]
+    return leaders + [
+        pid for pid, given in arguments.items() if given[0].startswith(b"sglang::") and _group(pid) in leaders
+    ]
+
+
+def runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def _arguments() -> dict[int, list[bytes]]:
+    """Of all processes."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().split(b"\0")
+    return found
+
+
+def _group(pid: int) -> int:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return 0
