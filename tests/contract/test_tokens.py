@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from services.common.channel import Endpoint
-from services.common.types import Attempt, Experience, Message, Role, StopReason
+from services.common.types import Attempt, Experience, Message, Role, Split, StopReason
 from services.env.client import EnvClient
 from services.policy.backend import Ask, Sampled
 from services.trainer.algorithm import Erl
@@ -139,9 +139,9 @@ async def one_step(policy: Serving, env_address: str, folder: Path) -> tuple[lis
     info = await environment.describe(SETTINGS.environment)
     player = Player(environment, policy.client, info, await policy.client.info(), uuid4().hex, max_restarts=0)
     journal, learner = StepJournal(folder, 0), FakeLearner()
-    journal.start(StepStarted(0, list(TASKS), 0, 0))
+    journal.start(StepStarted(0, list(TASKS[Split.TRAIN]), 0, 0))
     algorithm = Erl("run", SETTINGS, player, FakeMemory(), learner, journal)
-    await algorithm.sample(0, TASKS, 0)
+    await algorithm.sample(0, TASKS[Split.TRAIN], 0)
     journal.close()
     await environment.close()
     chains = read_experiences(journal_file(folder, 0))
