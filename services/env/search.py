@@ -112,7 +112,8 @@ class Bm25:
         if not wanted:
             return []
         found = self._searcher.search(tantivy.Query.boolean_query(wanted), limit + _TIES, count=False).hits
-        hits = [self._hit(float(score), address) for score, address in found]
+        least = found[limit - 1][0] if len(found) >= limit else 0.0
+        hits = [self._hit(float(score), address) for score, address in found if score >= least]
         hits.sort(key=lambda hit: (-hit.score, hit.passage.number))
         return hits[:limit]
 
