@@ -133,7 +133,8 @@ def test_policies_are_looked_after(services: Services, tmp_path: Path) -> None:
     assert "UNKNOWN_POLICY" in refused("show", "other")
     assert "DEFAULT_POLICY" in refused("unload", "actor")
     assert "BAD_MODEL" in refused("load", "actor", "--model", str(ROOT / "tests"))
-    assert "UNSUPPORTED_MODEL" in refused("load", "actor", "--model", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    assert "UNSUPPORTED_MODEL" in refused("load", "actor", "--model", str(tmp_path / "empty"))
     assert "BAD_CREDENTIAL" in refused("load", "actor", "--model", "embedded", token="guess")
     assert "expected NAME=VALUE" in refused("load", "actor", "--model", "embedded", "--set", "context_length")
     assert "embedded" in said("show"), "what was refused changed nothing"
