@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import tempfile
 import time
@@ -18,6 +19,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: its waiting threads spin otherwise
 
+import structlog
+
 from benchmarks.common import median, print_result, print_table, spread
 from benchmarks.in_process import LocalEnvironment, LocalMemory
 from services.cli.local import ROOT, LocalServices
@@ -25,10 +28,9 @@ from services.cli.train import read_settings
 from services.common.channel import Endpoint
 from services.env.config import EnvSettings
 from services.memory.stores.sqlite import open_store
-from services.policy.backends.transformers import TransformersBackend
 from services.policy.client import PolicyClient
 from services.policy.config import PolicySettings
-from services.policy.policy import Policy
+from services.policy.policies import Policies
 from services.trainer.client import RunClient
 from services.trainer.events import StepEvent
 from services.trainer.folder import RunFolder
@@ -72,7 +74,7 @@ async def over_services(services: LocalServices, settings: RunSettings, run_id: 
     return Measured(rollouts / seconds, share)
 
 
-async def in_process(backend: TransformersBackend, settings: RunSettings, folder: Path) -> Measured:
+async def in_process(policies: Policies, settings: RunSettings, folder: Path) -> Measured:
     async def open_learner(run_id: str, wanted: RunSettings) -> LocalLearner:
         spec = LearnerSpec(wanted.model, wanted.optimizer, wanted.seed, wanted.deterministic)
         server = LearnerServerSettings(folder.parent / "weights", folder / "checkpoints", threads=1)
@@ -82,7 +84,7 @@ async def in_process(backend: TransformersBackend, settings: RunSettings, folder
     environment = LocalEnvironment({ENVIRONMENT: EnvSettings().create_environments()[ENVIRONMENT]})
     run_folder = RunFolder(folder / "run")
     run_folder.create("run", settings)
-    services = Services(environment, Policy(backend, folder.parent / "weights"), LocalMemory(store), open_learner)
+    services = Services(environment, policies, LocalMemory(store), open_learner)
     run = Run("run", run_folder, services)
     await run.train()
     await store.close()
@@ -99,13 +101,13 @@ async def measure(steps: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "weights").mkdir()
-        backend = TransformersBackend(PolicySettings(weights_folder=folder / "weights", threads=1))
+        policies = await Policies.open(PolicySettings(weights_folder=folder / "weights", threads=1))
         async with LocalServices(folder / "services") as services:
             for number in range(rounds):
                 remote.append(await over_services(services, settings, f"round-{number}"))
                 (folder / f"local-{number}").mkdir()
-                local.append(await in_process(backend, settings, folder / f"local-{number}"))
-        await backend.close()
+                local.append(await in_process(policies, settings, folder / f"local-{number}"))
+        await policies.close()
     report(remote, local)
 
 
@@ -133,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="within a minute")
     arguments = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     asyncio.run(measure(1, 2) if arguments.quick else measure(12, 5))
 
 
