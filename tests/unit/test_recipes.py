@@ -15,6 +15,8 @@ from services.trainer.settings import RunSettings, SecondAttempt
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))
 PAPER = FOLDER / "frozenlake-paper.toml"
+# Published tasks: turns of an attempt, and tokens of a response, which are those of all its turns.
+PUBLISHED = {"frozenlake": (8, 10_240), "sokoban": (8, 10_240), "hotpotqa": (5, 8_192)}
 
 
 def changed(one: Any, other: Any, path: str = "") -> set[str]:
@@ -30,7 +32,8 @@ def plain(settings: RunSettings) -> dict[str, Any]:
 
 def test_the_recipes_are_there() -> None:
     names = {path.stem for path in RECIPES}
-    assert {"frozenlake-3x3", "frozenlake-3x3-rlvr", "frozenlake-paper", "frozenlake-paper-rlvr"} <= names
+    assert {"frozenlake-3x3", "frozenlake-3x3-rlvr"} <= names
+    assert {f"{game}-paper{arm}" for game in PUBLISHED for arm in ("", "-rlvr")} <= names
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -39,13 +42,16 @@ def test_every_recipe_is_valid_and_names_an_environment_that_is_served(path: Pat
     assert settings.environment in EnvSettings.load([]).environments
 
 
-def test_the_published_settings() -> None:
-    run = read_settings(PAPER, [])
-    assert (run.model.source, run.environment) == ("Qwen/Qwen3-4B-Instruct-2507", "frozenlake")
+@pytest.mark.parametrize("game", PUBLISHED)
+def test_the_published_settings(game: str) -> None:
+    run = read_settings(FOLDER / f"{game}-paper.toml", [])
+    turns, tokens = PUBLISHED[game]
+    assert (run.model.source, run.environment) == ("Qwen/Qwen3-4B-Instruct-2507", game)
+    assert EnvSettings.load([]).create_environments()[game].info.max_steps == turns
     rollout, evaluation, loss = run.rollout, run.evaluation, run.loss
     assert (rollout.tasks_per_step, rollout.rollouts_per_task, rollout.temperature, rollout.top_p) == (64, 4, 0.7, 1.0)
     assert (rollout.reflection_temperature, rollout.reflection_top_p) == (0.5, 0.9)
-    assert (rollout.max_tokens * 8, rollout.reflection_max_tokens) == (10_240, 10_240)
+    assert (rollout.max_tokens, rollout.reflection_max_tokens) == (tokens // turns, tokens)
     assert (evaluation.every, evaluation.samples, evaluation.tasks) == (5, 4, 0)
     assert (evaluation.temperature, evaluation.top_p, evaluation.top_k) == (0.7, 0.8, 20)
     assert (loss.clip_low, loss.clip_high, loss.dual_clip, loss.kl_coefficient) == (0.2, 0.28, 3.0, 0.001)
@@ -53,8 +59,9 @@ def test_the_published_settings() -> None:
     assert run.algorithm.second_attempt is SecondAttempt.REFLECTION and run.algorithm.memory_entries == 1
 
 
-def test_rlvr_is_the_same_run_without_a_second_attempt_at_the_same_budget() -> None:
-    erl, rlvr = read_settings(PAPER, []), read_settings(FOLDER / "frozenlake-paper-rlvr.toml", [])
+@pytest.mark.parametrize("game", PUBLISHED)
+def test_rlvr_is_the_same_run_without_a_second_attempt_at_the_same_budget(game: str) -> None:
+    erl, rlvr = (read_settings(FOLDER / f"{game}-paper{arm}.toml", []) for arm in ("", "-rlvr"))
     differences = changed(plain(erl), plain(rlvr))
     differences = {name for name in differences if not name.startswith("rollout.reflection_")}  # there are none
     assert differences == {"algorithm.second_attempt", "rollout.rollouts_per_task"}
