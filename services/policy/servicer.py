@@ -81,7 +81,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
         scored = await self._policies.score(
-            [sequence.ids for sequence in request.sequences],
+            [list(sequence.ids) for sequence in request.sequences],
             request.temperature if request.HasField("temperature") else 1.0,
             score_options_from_proto(request),
         )
