@@ -176,6 +176,17 @@ async def test_the_same_actions_lead_to_the_same_answers(client: EnvClient, name
     assert first == again or not info.deterministic
 
 
+async def test_a_tool_answers_as_a_tool_unless_the_prompt_tells_of_it(client: EnvClient) -> None:
+    tools = {info.name: info.tools for info in await client.list_environments() if info.tools}
+    assert [tool.name for tool in tools.pop("hotpotqa")] == ["local_search"] and not tools
+    for name, speaker in (("hotpotqa", "local_search"), ("hotpotqa-unary", "")):
+        (task,) = await client.list_tasks(name, Split.TEST, 1)
+        _, steps = await play(client, name, task.task_id, [SEARCHES[0], "I give up."])
+        assert [step.tool for step in steps] == [speaker, ""]
+        assert steps[0].observation.startswith("[Document 1]")
+    assert steps[1].feedback == "That was wrong, try again."
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(played=st.lists(st.lists(hostile_texts, min_size=1, max_size=14), min_size=1, max_size=12))
 def test_no_action_breaks_it(server: ServiceProcess, name: str, played: list[list[str]]) -> None:

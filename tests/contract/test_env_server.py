@@ -27,7 +27,8 @@ BREAKING = [task for task in TASKS if task not in ("good", "sleeps") and not tas
 
 @pytest.fixture(scope="module")
 def server(shared_services: Services) -> ServiceProcess:
-    return shared_services.start("env", environments={"awkward": AWKWARD}, step_timeout_seconds=TIMEOUT)
+    environments = {"awkward": AWKWARD, "missing": {"kind": "tests.support.environments", "missing": "ice"}}
+    return shared_services.start("env", environments=environments, step_timeout_seconds=TIMEOUT)
 
 
 @pytest.fixture
@@ -47,6 +48,15 @@ async def start(client: EnvClient, task_id: str = "good", episode_id: str = "") 
     return await client.start("awkward", task_id, episode_id or str(uuid4()))
 
 
+async def test_what_is_not_installed_is_listed_and_says_what_installs_it(client: EnvClient) -> None:
+    listed = {info.name: info for info in await client.list_environments()}
+    assert listed["awkward"].unavailable == "" and "mulligan[ice]" in listed["missing"].unavailable
+    assert await client.list_tasks("missing", Split.TRAIN, 0) == []
+    with pytest.raises(DomainError, match=r"pip install 'mulligan\[ice\]'") as caught:
+        await client.start("missing", "good", str(uuid4()))
+    assert caught.value.reason is Reason.ENVIRONMENT_UNAVAILABLE
+
+
 async def test_a_repeated_start_returns_the_first_observation(client: EnvClient) -> None:
     episode_id = str(uuid4())
     episodes = await asyncio.gather(*(start(client, "good", episode_id) for _ in range(10)))
@@ -59,7 +69,7 @@ async def test_a_repeated_start_returns_the_first_observation(client: EnvClient)
 
 
 async def test_unknown_names_are_not_found(client: EnvClient) -> None:
-    with pytest.raises(DomainError, match="there are: awkward") as caught:
+    with pytest.raises(DomainError, match="there are: awkward, missing") as caught:
         await client.start("chess", "good", "e")
     assert caught.value.reason is Reason.UNKNOWN_ENVIRONMENT
     with pytest.raises(DomainError) as caught:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, UnknownTask
+from services.env.base import EnvironmentInfo, MissingExtra, PromptSet, Split, StepResult, TaskInfo, UnknownTask
 
 MAX_STEPS = 4
 TASKS = (
@@ -98,5 +98,8 @@ class Awkward:
 
 
 def create(name: str, settings: Mapping[str, Any]) -> Awkward:
-    """`hang_seconds` is how long a hanging call takes: longer than the server waits for a step."""
+    """`hang_seconds` is how long a hanging call takes: longer than the server waits for a step. `missing` is an extra
+    that is not installed."""
+    if "missing" in settings:
+        raise MissingExtra(settings["missing"], ImportError("No module named 'ice'"))
     return Awkward(name, float(settings.get("hang_seconds", 3.0)))
