@@ -77,7 +77,7 @@ class Deployment:
 
     @property
     def canary_difference(self) -> float | None:
-        """Of the last version whose log-probabilities were compared, whether it passed or not."""
+        """Of the last version that was to serve, whether it passed or not; None where nothing was compared."""
         return self._loader.canary_difference
 
     async def start(self) -> None:

@@ -51,7 +51,7 @@ class Loader:
         self._tolerance = tolerance_of(canary_tolerance, backend.model.dtype)
         self._trials: dict[int, Trial] = {}  # of the version that serves, and of the one that is being loaded
         self.record: Record
-        self.canary_difference: float | None = None  # of the last check that compared log-probabilities
+        self.canary_difference: float | None = None  # of the last version that was to serve, passed or not
 
     @property
     def takes_weights(self) -> bool:
@@ -83,6 +83,7 @@ class Loader:
             found = await self._load(record, file)
             await asyncio.to_thread(commit, found)
         except DomainError as error:
+            self.canary_difference = self._trials[record.number].difference
             if error.reason in _UNTOUCHED and self._backend.policy_version == before.number:
                 self._gate.set(phase, problem)
                 self._trials.pop(record.number, None)
@@ -95,6 +96,7 @@ class Loader:
         except BaseException as error:  # a full disk, a fault of the backend: nobody knows what the engines hold
             await self._mend(before, f"the update to version {record.number} failed: {error!r}")
             raise
+        self.canary_difference = found.version.canary_difference
         self._now_serves(found)
 
     async def resume(self) -> None:
@@ -194,10 +196,7 @@ class Loader:
         trial = self._trials[record.number] = self._trial_of(record, file, known)
         self._gate.passed.discard(record.number)
         self._gate.set(PolicyState.UPDATING)
-        try:
-            await self._backend.update_weights(file, self._admit)
-        finally:
-            self.canary_difference = trial.difference
+        await self._backend.update_weights(file, self._admit)
         return self._found(record, trial)
 
     async def _mend(self, record: Record, problem: str) -> None:

@@ -63,11 +63,10 @@ def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> F
 
 
 def corrupted(tensors: dict[str, torch.Tensor]) -> None:
-    """One value of one tensor has a flipped bit: 2 ** 8 times as large or small."""
+    """The second half of one tensor is zeros: a read that broke off."""
     name = "model.layers.0.mlp.down_proj.weight"
     tensors[name] = tensors[name].clone()
-    flat = tensors[name].view(-1).view(torch.int32)
-    flat[int(flat.numel()) // 2] ^= 1 << 26
+    tensors[name].view(-1)[tensors[name].numel() // 2 :] = 0
 
 
 def swapped(tensors: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,183 @@
+"""Weights that are streamed to a service which shares no file system with the trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from mulligan.policy.v1 import policy_admin_service_pb2 as pb
+from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
+from safetensors.torch import save_file
+
+from models.build import build_model, write_untrained
+from services.common.channel import Endpoint
+from services.common.errors import DomainError, Reason
+from services.common.status import from_rpc_error
+from services.common.types import PublishedWeights, WeightsKind
+from services.policy.client import PolicyClient
+from tests.support.policy import Serving, full_weights, load, plain_log_probs, serving, sha256
+from tests.support.processes import Services
+
+PROMPT = list(range(7, 37))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_untrained(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    return tmp_path / "state"
+
+
+@pytest.fixture
+async def served(model: Path, state: Path) -> AsyncIterator[Serving]:
+    """It has no weights folder, and room for eleven megabytes."""
+    async with serving(model, state_folder=state, upload_gib=0.0105) as served:
+        yield served
+
+
+@pytest.fixture
+def client(served: Serving) -> PolicyClient:
+    return served.client
+
+
+@pytest.fixture
+def nothing_waits(state: Path) -> Iterator[None]:
+    yield
+    assert [path for path in (state / "uploads").rglob("*") if path.is_file()] == []
+
+
+async def next_weights(client: PolicyClient, path: Path, weights: torch.nn.Module) -> PublishedWeights:
+    info = await client.info()
+    return full_weights(path, weights.state_dict(), info.policy_version + 1, info.fingerprint)
+
+
+async def serves(client: PolicyClient, version: int, reference: Any) -> None:
+    scored = await client.score([PROMPT], 1.0)
+    assert scored.policy_version == version
+    assert scored.log_probs[0] == pytest.approx(plain_log_probs(reference, PROMPT), abs=1e-4)
+
+
+async def fails(call: Any, reason: Reason) -> DomainError:
+    with pytest.raises(DomainError) as caught:
+        await call
+    assert caught.value.reason is reason, str(caught.value)
+    return caught.value
+
+
+@pytest.mark.usefixtures("nothing_waits")
+async def test_full_weights_in_pieces(client: PolicyClient, tmp_path: Path) -> None:
+    large = build_model(1)
+    weights = await next_weights(client, tmp_path / "w", large)
+    await fails(client.update_weights(weights), Reason.BAD_WEIGHTS_URI)
+    uri = await client.upload_weights(tmp_path / "w", weights.kind, weights.sha256)
+    uploaded = replace(weights, uri=uri)
+    await client.update_weights(uploaded)
+    await serves(client, weights.policy_version, large)
+    await client.update_weights(uploaded)  # repeated
+    again = replace(uploaded, policy_version=weights.policy_version + 1)
+    await fails(client.update_weights(again), Reason.WEIGHTS_NOT_FOUND)  # it was for one
+
+
+@pytest.mark.usefixtures("nothing_waits")
+async def test_an_adapter(client: PolicyClient, model: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    torch.manual_seed(1)
+    reference = load(model)
+    target = reference.get_submodule(name)
+    down, up = torch.randn(4, target.in_features), torch.randn(target.out_features, 4)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    prefix = f"base_model.model.{name}"
+    path = folder / "adapter_model.safetensors"
+    save_file({f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}, path)
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 8, "r": 4, "target_modules": ["q_proj"]}))
+    with torch.no_grad():
+        target.weight.add_(2 * up @ down)
+    info = await client.info()
+    uri = await client.upload_weights(folder, WeightsKind.LORA, sha256(path))
+    version = info.policy_version + 1
+    await client.update_weights(PublishedWeights(version, WeightsKind.LORA, uri, sha256(path), info.fingerprint))
+    await serves(client, version, reference)
+
+
+@pytest.mark.usefixtures("nothing_waits")
+async def test_what_cannot_serve_is_not_kept(client: PolicyClient, tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    weights = await next_weights(client, path, build_model(2))
+    await fails(client.upload_weights(path, weights.kind, "0" * 64), Reason.CHECKSUM_MISMATCH)
+    await fails(client.upload_weights(path, weights.kind, weights.sha256, "nobody"), Reason.UNKNOWN_POLICY)
+    large = tmp_path / "large"
+    save_file({"x": torch.zeros(3 * 2**20)}, large)
+    error = await fails(client.upload_weights(large, weights.kind, sha256(large)), Reason.UPLOAD_TOO_LARGE)
+    assert int(error.metadata["size_bytes"]) == large.stat().st_size
+    text = tmp_path / "text"
+    text.write_text("not weights at all")
+    await fails(client.upload_weights(text, weights.kind, sha256(text)), Reason.MODEL_MISMATCH)
+    with pytest.raises(FileNotFoundError):
+        await client.upload_weights(tmp_path / "none", weights.kind, "0" * 64)
+
+
+@pytest.mark.usefixtures("nothing_waits")
+async def test_the_header_comes_first_and_once(served: Serving) -> None:
+    header = pb.UploadWeightsRequest(
+        header=pb.UploadWeightsRequest.Header(
+            kind=pb.WEIGHTS_KIND_FULL, size_bytes=3, sha256=hashlib.sha256(b"abc").hexdigest()
+        )
+    )
+    piece = pb.UploadWeightsRequest(chunk=b"abc")
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        stub = pb_grpc.PolicyAdminServiceStub(channel)
+        for requests in ([], [piece], [header, header, piece], [header]):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.UploadWeights(iter(requests))
+            error = from_rpc_error(caught.value)
+            assert error is not None and error.reason is Reason.UPLOAD_INCOMPLETE, requests
+
+
+async def test_one_that_breaks_off_leaves_nothing(served: Serving, state: Path) -> None:
+    header = pb.UploadWeightsRequest.Header(kind=pb.WEIGHTS_KIND_FULL, size_bytes=10**6, sha256="0" * 64)
+
+    async def requests() -> AsyncIterator[pb.UploadWeightsRequest]:
+        yield pb.UploadWeightsRequest(header=header)
+        yield pb.UploadWeightsRequest(chunk=(100).to_bytes(8, "little") + b"{" + bytes(1000))
+        await asyncio.sleep(3600)
+
+    async def until(present: bool) -> None:
+        for _ in range(500):
+            if any((state / "uploads").iterdir()) == present:
+                return
+            await asyncio.sleep(0.02)
+        pytest.fail(f"the upload is {'not ' if present else 'still '}there")
+
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        call = pb_grpc.PolicyAdminServiceStub(channel).UploadWeights(requests())
+        await until(True)
+        call.cancel()
+        await until(False)
+
+
+async def test_an_upload_is_repeated_while_the_service_is_away(
+    client: PolicyClient, services: Services, model: Path, tmp_path: Path
+) -> None:
+    weights = await next_weights(client, tmp_path / "w", build_model(3))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    patient = PolicyClient(Endpoint(address, outage_seconds=120))
+    uploading = asyncio.create_task(patient.upload_weights(tmp_path / "w", weights.kind, weights.sha256))
+    await asyncio.to_thread(services.start, "policy", address=address, model=model, threads=1)
+    await patient.update_weights(replace(weights, uri=await uploading))
+    await serves(patient, 1, build_model(3))
+    await patient.close()
