@@ -41,6 +41,7 @@ from services.policy.wire import (
 
 T = TypeVar("T")
 _PLAIN = CallOptions()
+_PAGE = 1000
 _PIECE_BYTES = 2 * 2**20  # of an upload
 
 
@@ -75,7 +76,7 @@ class PolicyClient:
     async def policies(self) -> tuple[PolicyInfo, ...]:
         """All, by name."""
         found: list[PolicyInfo] = []
-        request = pb.ListPoliciesRequest(page_size=1000)
+        request = pb.ListPoliciesRequest(page_size=_PAGE)
         while True:
             response = await self._connection.call(self._stub.ListPolicies, request, timeout=self._timeout)
             found += map(policy_from_proto, response.policies)

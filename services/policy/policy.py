@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 from services.common.errors import DomainError, Reason
@@ -27,7 +28,7 @@ from services.policy import checks
 from services.policy.backend import Ask, Backend, Sampled, Scored
 from services.policy.deployment import Deployment
 from services.policy.models import Models
-from services.policy.streams import TextStream, merged, together
+from services.policy.streams import TextStream, merged, together, unsettling_token
 
 # Longer texts are rendered and encoded in a thread, so that other calls do not wait for them.
 _LONG_TEXT = 20_000
@@ -97,7 +98,8 @@ class Policy:
             checks.need_stream(deployment.backend.model)
             ask, shown = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
-                streams = [_parts(deployment, each, index) for index, each in enumerate(_asks(ask, n))]
+                text = _text_streams(deployment.backend)
+                streams = [_parts(deployment, each, index, text) for index, each in enumerate(_asks(ask, n))]
                 async with aclosing(streams[0] if n == 1 else merged(streams)) as parts:
                     async for part in parts:
                         yield replace(part, prompt_token_ids=shown) if shown else part
@@ -202,11 +204,20 @@ def _completion(backend: Backend, shown: tuple[int, ...], sampled: Sampled) -> C
     )
 
 
-async def _parts(deployment: Deployment, ask: Ask, index: int) -> AsyncGenerator[CompletionPart, None]:
+def _text_streams(backend: Backend) -> Callable[[], TextStream] | None:
+    """None where engines answer text."""
+    if Feature.TOKEN_IDS not in backend.model.features:
+        return None
+    return partial(TextStream, backend.decode, unsettling_token(backend.encode, backend.decode))
+
+
+async def _parts(
+    deployment: Deployment, ask: Ask, index: int, new_text: Callable[[], TextStream] | None
+) -> AsyncGenerator[CompletionPart, None]:
     """One sample. It begins anew while nothing has been given out."""
     backend = deployment.backend
     while True:
-        text = TextStream(backend.decode) if Feature.TOKEN_IDS in backend.model.features else None
+        text = new_text() if new_text is not None else None
         given = False
         async with aclosing(_closable(backend.stream(ask))) as stream:
             async for sampled in stream:

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+import string
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_INCOMPLETE = "\ufffd"  # what decoders make of bytes that are no character, or not yet
+_UNDECODABLE = "\ufffd"  # what decoders make of bytes that are no character, or not yet
+_RARE = "\U0010fffd"  # a character for private use: no tokenizer has it, only its bytes
 _AHEAD = 64  # parts that wait for a caller who is slow
+
+
+def unsettling_token(encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str]) -> int | None:
+    """A token that can change how those before it read; None with a tokenizer that has none.
+
+    Some decoders (ByteFallback: Llama 2, Gemma) read a row of byte tokens as one, and all of it as undecodable when any
+    of it is, so no byte is certain until another kind of token follows.
+    """
+    ids = encode(_RARE)
+    if len(ids) < 2 or decode(ids) != _RARE or decode(ids[-1:]) != _UNDECODABLE:
+        return None
+    return None if decode([*ids, ids[-1]]).startswith(_RARE) else ids[-1]
 
 
 class TextStream:
     """Decodes tokens as they come. The pieces add up to the text of all tokens together.
 
     A character's bytes may come in several tokens, so text that ends in undecodable bytes is held back until more is
-    known. What a token reads as depends on those before it (a space between words, or none), so each is decoded
-    together with those that gave the last piece of text.
+    known; so is what an `unsettling` token would change. What a token reads as depends on those before it (a space
+    between words, or none), so each is decoded together with those that gave the last piece of text.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]):
-        self._decode = decode
+    def __init__(self, decode: Callable[[Sequence[int]], str], unsettling: int | None = None):
+        self._decode, self._unsettling = decode, unsettling
         self._token_ids: list[int] = []  # those that text to come depends on
         self._shown = 0  # characters of their text that are out
         self._last = 0  # where the tokens begin that gave the last piece
@@ -31,17 +45,27 @@ class TextStream:
         """The text that is new. `last` says that no more tokens come."""
         self._token_ids += token_ids
         text = self._decode(self._token_ids)
-        stable = text if last else text.rstrip(_INCOMPLETE)
-        if len(stable) <= self._shown:
+        certain = len(text) if last else self._certain(text)
+        if certain <= self._shown:
             return ""
-        new = stable[self._shown :]
-        self._shown = len(stable)
-        if stable == text:
+        new = text[self._shown : certain]
+        self._shown = certain
+        if certain == len(text):
             del self._token_ids[: self._last]
             if self._last:
                 self._shown = len(self._decode(self._token_ids))
             self._last = len(self._token_ids)
         return new
+
+    def _certain(self, text: str) -> int:
+        """How many characters no later token can change."""
+        base = len(text.rstrip(_UNDECODABLE + string.whitespace))  # some decoders put spaces between bytes
+        incomplete = text.find(_UNDECODABLE, base)
+        if incomplete >= 0:
+            return incomplete if self._unsettling is None else self._shown
+        if self._unsettling is not None and not self._decode([*self._token_ids, self._unsettling]).startswith(text):
+            return self._shown
+        return len(text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,148 @@
+"""A backend that answers as a test tells it to, for what the policy service does around any engine."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from services.common.types import Feature, Message, ReplicaInfo, StopReason, VersionSpan
+from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, UnsupportedModel, WeightsFile
+from services.policy.chat import Chat
+from services.policy.config import ModelSettings
+
+WORDS = ("up", "down", "left", "right")
+
+
+class ScriptedBackend:
+    """`asks` are those that arrived, `ended` those that were answered, failed or were cancelled.
+
+    Each sample is `words`, one per part, ids from 0. While `go_on` is clear, nothing is answered.
+    """
+
+    def __init__(self, settings: ModelSettings, first_version: int = 0, **info: Any):
+        plain = {
+            "model": settings.model,
+            "fingerprint": settings.model,
+            "context_length": settings.context_length or 32,
+            "vocabulary_size": 16,
+            "end_of_turn_token_ids": (15,),
+            "rewrites_history": False,
+            "deterministic": True,
+            "dtype": "float32",
+            "features": frozenset(Feature) - {Feature.LORA_WEIGHTS},
+            "adapters": tuple(settings.adapters),
+        }
+        self.model = ModelInfo(**(plain | info))
+        self.policy_version = first_version
+        self.compute_seconds = 1.5
+        self.replicas = (self,)
+        self.info = ReplicaInfo("", True)
+        self.asks: list[Ask] = []
+        self.ended: list[Ask] = []
+        self.failures: list[Exception] = []
+        self.words: tuple[str, ...] = WORDS
+        self.go_on = asyncio.Event()
+        self.go_on.set()
+        self.closed = False
+        self.versions: Callable[[int], int] = lambda index: self.policy_version  # of the sample's word
+
+    @property
+    def chat(self) -> Chat | None:
+        return None if Feature.TOKEN_IDS not in self.model.features else _WordChat()
+
+    def encode(self, text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return " ".join(self.words[index] if index < len(self.words) else f"<{index}>" for index in token_ids)
+
+    async def generate(self, ask: Ask) -> Sampled:
+        parts = [part async for part in self.stream(ask)]
+        tokens = sum((part.token_ids for part in parts), ())
+        spans = [VersionSpan(span.policy_version, 1) for part in parts for span in part.policy_versions]
+        text = "".join(part.text for part in parts)
+        return Sampled(tokens, (-0.5,) * len(tokens), StopReason.MAX_TOKENS, tuple(spans), text)
+
+    async def stream(self, ask: Ask) -> AsyncIterator[Sampled]:
+        self.asks.append(ask)
+        try:
+            for index, word in enumerate(self.words):
+                await self.go_on.wait()
+                await asyncio.sleep(0)
+                if self.failures:
+                    raise self.failures.pop(0)
+                last = StopReason.MAX_TOKENS if index == len(self.words) - 1 else None
+                span = (VersionSpan(self.versions(index), 1),)
+                if Feature.TOKEN_IDS in self.model.features:
+                    yield Sampled((index,), (-0.5,), last, span)
+                else:
+                    yield Sampled((), (), last, span, word)
+        finally:
+            self.ended.append(ask)
+
+    async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
+        return Scored(tuple((-1.0,) * (len(row) - 1) for row in sequences), self.policy_version)
+
+    async def checksum(self) -> str:
+        return ""
+
+    async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
+        before, self.policy_version = self.policy_version, weights.policy_version
+        try:
+            await admit(self, weights)
+        except BaseException:
+            self.policy_version = before
+            raise
+
+    async def release_memory(self) -> None:
+        return None
+
+    async def resume_memory(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class _WordChat(Chat):
+    """A token for each message, and one for the header of the assistant's turn."""
+
+    def __init__(self) -> None:
+        super().__init__(None, lambda text: [], ())
+        self.has_tools = True
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> tuple[int, ...]:
+        return (1,) * (len(messages) + len(tools) + 1)
+
+    def extend(self, continuation: Any) -> tuple[int, ...]:
+        return (2,) * (len(continuation.messages) + 1)
+
+
+class Opened:
+    """`create` for `serving`: scripted backends by the names of their models, those that were opened first first.
+
+    A model whose name begins with `bad` is refused. `info` changes what all say of themselves.
+    """
+
+    def __init__(self, **info: Any):
+        self.info = info
+        self.backends: list[ScriptedBackend] = []
+        self.folders: list[Path] = []
+        self.go_on = asyncio.Event()  # while it is clear, nothing is opened
+        self.go_on.set()
+
+    def __getitem__(self, model: str) -> ScriptedBackend:
+        return [backend for backend in self.backends if backend.model.model == model][-1]
+
+    async def create(self, settings: ModelSettings, folder: Path, first_version: int) -> ScriptedBackend:
+        await self.go_on.wait()
+        if settings.model.startswith("bad"):
+            raise UnsupportedModel(f"{settings.model} is bad")
+        backend = ScriptedBackend(settings, first_version, **self.info)
+        self.backends.append(backend)
+        self.folders.append(folder)
+        assert os.listdir(folder) == []
+        return backend
