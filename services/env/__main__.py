@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import sys
 
+import structlog
+
 from services.common.config import refuse
 from services.common.server import run, serve
 from services.env.config import EnvSettings
 from services.env.episodes import EpisodeTable
 from services.env.servicer import add_to_server
 from services.env.workers import WorkerPool
+
+log = structlog.get_logger()
 
 
 def main() -> None:
@@ -22,6 +26,9 @@ def main() -> None:
 
     async def serve_environments() -> None:
         workers = WorkerPool(settings.worker_threads, settings.step_timeout_seconds, settings.max_hanging_threads)
+        for name, environment in environments.items():
+            if environment.info.unavailable:
+                log.warning("environment unavailable", environment=name, reason=environment.info.unavailable)
         table = EpisodeTable(environments, workers, settings.limits)
         sweeping = asyncio.create_task(table.keep_expiring(min(settings.lease_seconds / 4, 10.0)))
         await serve(settings, lambda server: add_to_server(server, table))

@@ -48,7 +48,11 @@ async def start(client: EnvClient, task_id: str = "good", episode_id: str = "") 
     return await client.start("awkward", task_id, episode_id or str(uuid4()))
 
 
-async def test_what_is_not_installed_is_listed_and_says_what_installs_it(client: EnvClient) -> None:
+async def test_what_is_not_installed_is_listed_and_says_what_installs_it(
+    server: ServiceProcess, client: EnvClient
+) -> None:
+    (warned,) = (line for line in server.log_lines if line["event"] == "environment unavailable")
+    assert warned["environment"] == "missing" and "mulligan[ice]" in warned["reason"]
     listed = {info.name: info for info in await client.list_environments()}
     assert listed["awkward"].unavailable == "" and "mulligan[ice]" in listed["missing"].unavailable
     assert await client.list_tasks("missing", Split.TRAIN, 0) == []

@@ -28,6 +28,7 @@ from services.common.server import RequestInterceptor, serve
 from services.common.status import from_rpc_error
 from services.common.types import Split
 from services.env.client import EnvClient
+from services.env.config import DEFAULT_ENVIRONMENTS
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
 
 AWKWARD = {"awkward": {"kind": "tests.support.environments"}}
@@ -118,7 +119,7 @@ async def test_calls_need_the_token_and_probes_do_not(services: Services, server
         assert caught.value.reason is Reason.BAD_CREDENTIAL
         await client.close()
     client = EnvClient(Endpoint(guarded.address, token="hunter2"))
-    assert len(await client.list_environments()) == 2
+    assert len(await client.list_environments()) == len(DEFAULT_ENVIRONMENTS)
     await client.close()
     assert requests_logged(guarded, status="OK")
     assert "hunter" not in guarded.log
@@ -138,7 +139,7 @@ async def test_it_speaks_tls(services: Services, key_pair: tuple[Path, Path]) ->
     key, certificate = key_pair
     server = services.start("env", tls_key=key, tls_certificate=certificate)
     client = EnvClient(Endpoint(server.address, tls_ca=certificate))
-    assert len(await client.list_environments()) == 2
+    assert len(await client.list_environments()) == len(DEFAULT_ENVIRONMENTS)
     await client.close()
     stranger = EnvClient(Endpoint(server.address, outage_seconds=0.3))
     with pytest.raises(ServiceUnavailable):
