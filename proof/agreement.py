@@ -15,7 +15,7 @@ from services.common.types import WeightsKind
 from services.policy.client import PolicyClient
 from tests.support.agreement import MOVED, TOLERANCE, Compared, assert_agreement, compare_while_training
 from tests.support.processes import Services
-from tests.support.sglang_servers import launch_settings, python_of_sglang
+from tests.support.sglang_servers import LAUNCH_SECONDS, launch_settings, python_of_sglang
 
 UPDATES, SEQUENCES = 10, 64
 
@@ -31,6 +31,7 @@ def agree(kind: WeightsKind, folder: Path) -> dict[str, Any]:
     try:
         process = services.start(
             "policy",
+            start_seconds=LAUNCH_SECONDS,
             backend="sglang",
             model="embedded",
             sglang=launch_settings(),

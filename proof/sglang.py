@@ -25,7 +25,7 @@ from services.common.types import CallOptions, CanaryProbe, PublishedWeights, Re
 from services.policy.client import PolicyClient
 from tests.support.policy import full_weights, load, plain_log_probs
 from tests.support.processes import Services
-from tests.support.sglang_servers import launch_settings, processes_of, python_of_sglang, runs
+from tests.support.sglang_servers import LAUNCH_SECONDS, launch_settings, processes_of, python_of_sglang, runs
 
 KILLS = 20
 CALLERS = 12
@@ -131,6 +131,7 @@ def kill_servers(seed: int, folder: Path) -> dict[str, Any]:
     try:
         process = services.start(
             "policy",
+            start_seconds=LAUNCH_SECONDS,
             backend="sglang",
             model="embedded",
             sglang=launch_settings(2),

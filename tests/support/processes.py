@@ -35,6 +35,7 @@ class ServiceProcess:
     environment: Mapping[str, str] = field(default_factory=dict)
     address: str = ""
     process: subprocess.Popen[bytes] | None = None
+    start_seconds: float = START_SECONDS
     _log_start: int = 0
 
     @property
@@ -65,7 +66,7 @@ class ServiceProcess:
 
     def _wait_until_it_serves(self) -> str:
         """The address it printed, once its health service (or the log, for a server with TLS) says that it serves."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self.start_seconds
         while time.monotonic() < deadline:
             if self.process is not None and self.process.poll() is not None:
                 status, self.process = self.process.returncode, None
@@ -75,7 +76,7 @@ class ServiceProcess:
                     return str(line["address"])
             time.sleep(0.02)
         self.kill()
-        raise ServiceFailed(f"{self.name} did not serve within {START_SECONDS:g} s:\n{self.log}")
+        raise ServiceFailed(f"{self.name} did not serve within {self.start_seconds:g} s:\n{self.log}")
 
     def is_healthy(self, service: str = "") -> bool:
         with grpc.insecure_channel(self.address) as channel:
@@ -140,11 +141,19 @@ class Services:
         self.started: list[ServiceProcess] = []
 
     def start(
-        self, name: str, *, environment: Mapping[str, str] | None = None, address: str = "", **settings: object
+        self,
+        name: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        address: str = "",
+        start_seconds: float = START_SECONDS,
+        **settings: object,
     ) -> ServiceProcess:
         """Starts `python -m services.NAME` with these settings and waits until it serves, at a free port by default."""
         log_path = self._folder / f"{name}-{len(self.started)}.log"
-        service = ServiceProcess(name, flags(settings), log_path, environment or {}, address)
+        service = ServiceProcess(
+            name, flags(settings), log_path, environment or {}, address, start_seconds=start_seconds
+        )
         self.started.append(service)
         service.start()
         return service

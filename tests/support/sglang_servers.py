@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+LAUNCH_SECONDS = 600.0  # which a busy machine may take to start them
 # What makes SGLang work, and rest while it has nothing to do, without a GPU. It computes on the last core; the rest is
 # for everything else.
 CPU_FLAGS = (
