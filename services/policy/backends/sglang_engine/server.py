@@ -71,8 +71,8 @@ class Server:
 
     @property
     def context_length(self) -> int:
-        """SGLang keeps some tokens of a context to itself, and takes no longer prompt than this."""
-        return int(self.settings.get("max_req_input_len") or 0)
+        """SGLang keeps some tokens of a context to itself: what it scores must be shorter than max_req_input_len."""
+        return max(0, int(self.settings.get("max_req_input_len") or 0) - 1)
 
     @property
     def features(self) -> frozenset[Feature]:
