@@ -5,7 +5,7 @@ against. Calls are found in the agent's answer as its template has it write them
 
     <tool_call>{"name": "search", "arguments": {"query": "…"}}</tool_call>   Hermes, Qwen
     {"name": "search", "parameters": {"query": "…"}}                         Llama 3; the whole answer, fenced or not
-    [TOOL_CALLS] [{"name": "search", "arguments": {"query": "…"}}]           Mistral
+    [TOOL_CALLS] [{"name": "search", "arguments": {"query": "…"}}]           Mistral; later [TOOL_CALLS]search[ARGS]{…}
     <function_calls>search(query="…")</function_calls>                       Olmo 3; Llama 4: [search(query="…")]
 
 An answer is hostile until proven otherwise: time is linear in its length, nothing in it is evaluated, and what cannot
@@ -30,7 +30,8 @@ MAX_CALLS = 8  # in one answer; what follows is left out
 _MAX_CALL_CHARACTERS = 8_192
 _MAX_PROBLEM = 300  # of an error that is shown to the agent
 _BLOCKS = (("<tool_call>", "</tool_call>"), ("<function_calls>", "</function_calls>"))
-_MISTRAL = "[TOOL_CALLS]"
+_MISTRAL, _MISTRAL_ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
+_JSON_NAMES = {"null": None, "true": True, "false": False}
 _PYTHON_TAG = "<|python_tag|>"  # Llama 3.1 puts it before its JSON
 _FENCE = "```"
 _THOUGHT_END = "</think>"
@@ -88,7 +89,7 @@ def find_calls(answer: str, names: Collection[str]) -> list[Call]:
         if opening in text:
             return _first(call for block in _blocks(text, opening, closing) for call in _read(block))
     if _MISTRAL in text:
-        return _first(_read(text.partition(_MISTRAL)[2]))
+        return _first(call for part in text.split(_MISTRAL)[1:] for call in _read_mistral(part))
     bare = _unfenced(text.removeprefix(_PYTHON_TAG).strip())
     if len(bare) > _MAX_CALL_CHARACTERS or not bare.startswith(("{", "[")):
         return []
@@ -139,6 +140,14 @@ def _read(block: str) -> Iterator[Call]:
         yield from _read_python(text)
 
 
+def _read_mistral(part: str) -> Iterator[Call]:
+    """A list of calls, or a name and its arguments."""
+    name, has_name, arguments = part.partition(_MISTRAL_ARGUMENTS)
+    if has_name and len(name) < _MAX_PROBLEM:
+        part = f'{{"name": {json.dumps(name.strip())}, "arguments": {arguments.strip()}}}'
+    yield from _read(part)
+
+
 def _read_json(text: str) -> Iterator[Call]:
     try:
         found, _ = json.JSONDecoder().raw_decode(text)
@@ -182,6 +191,13 @@ def _expressions(module: ast.Module) -> Sequence[ast.AST]:
     return found
 
 
+class _JsonNames(ast.NodeTransformer):
+    """Olmo writes JSON's null, true and false among Python's literals."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(_JSON_NAMES[node.id]) if node.id in _JSON_NAMES else node
+
+
 def _from_python(node: ast.AST) -> Call:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         return Call("", {}, 'the call is neither JSON nor of the form name(argument="value")')
@@ -189,6 +205,7 @@ def _from_python(node: ast.AST) -> Call:
     if node.args or any(keyword.arg is None for keyword in node.keywords):
         return Call(name, {}, "arguments must be given by name")
     try:
-        return Call(name, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords})
+        values = {str(keyword.arg): _JsonNames().visit(keyword.value) for keyword in node.keywords}
+        return Call(name, {argument: ast.literal_eval(value) for argument, value in values.items()})
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return Call(name, {}, "arguments must be literal values")

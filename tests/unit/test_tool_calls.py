@@ -32,6 +32,7 @@ class Search(BaseModel):
         '```json\n{"name": "search", "arguments": {"query": "a \\"b\\"", "top_k": 2}}\n```',
         '```\n[{"name": "search", "arguments": {"query": "a \\"b\\"", "top_k": 2}}]\n```',
         '[TOOL_CALLS] [{"name": "search", "arguments": {"query": "a \\"b\\"", "top_k": 2}}]',
+        '[TOOL_CALLS]search[ARGS]{"query": "a \\"b\\"", "top_k": 2}',
         "<function_calls>search(query='a \"b\"', top_k=2)</function_calls>",
         "[search(query='a \"b\"', top_k=2)]",
     ],
@@ -46,6 +47,10 @@ def test_calls_are_found_in_order_and_no_more_than_a_turn_may_have() -> None:
     assert [call.arguments["query"] for call in calls] == [str(number) for number in range(MAX_CALLS)]
     olmo = '<function_calls>search(query="a")\nsearch(query="b")</function_calls>'
     assert [call.arguments for call in find_calls(olmo, NAMES)] == [{"query": "a"}, {"query": "b"}]
+    mistral = '[TOOL_CALLS]search[ARGS]{"query": "a"}[TOOL_CALLS]other[ARGS]{}'
+    assert [call.name for call in find_calls(mistral, NAMES)] == ["search", "other"]
+    names = "<function_calls>search(query='a', deep=[null, {'x': true}], no=false)</function_calls>"
+    assert find_calls(names, NAMES)[0].arguments == {"query": "a", "deep": [None, {"x": True}], "no": False}
     llama = '[search(query="a"), other(query="b")]'
     assert [call.name for call in find_calls(llama, NAMES)] == ["search"]
 
@@ -93,7 +98,9 @@ def test_what_cannot_be_read_is_said_in_words(block: str, problem: str) -> None:
     assert problem in first.problem
 
 
-@pytest.mark.parametrize("part", ["<tool_call>", "<tool_call>{", "<function_calls>f(", "</think>", "```", "{[", "\\"])
+@pytest.mark.parametrize(
+    "part", ["<tool_call>", "<tool_call>{", "<function_calls>f(", "[TOOL_CALLS]f[ARGS]{", "</think>", "```", "{[", "\\"]
+)
 def test_time_is_linear_in_the_length_of_hostile_text(part: str) -> None:
     started = time.perf_counter()
     find_calls(part * (4 * 2**20 // len(part)), NAMES)
@@ -103,7 +110,12 @@ def test_time_is_linear_in_the_length_of_hostile_text(part: str) -> None:
 hostile = st.text(alphabet='<tool_call>/{}[]"\\:,() search=\ud800\0\n', max_size=80) | st.text(max_size=80)
 
 
-@given(hostile, st.sampled_from(["{}", "<tool_call>{}</tool_call>", "<function_calls>{}", "[TOOL_CALLS]{}"]))
+@given(
+    hostile,
+    st.sampled_from(
+        ["{}", "<tool_call>{}</tool_call>", "<function_calls>{}", "[TOOL_CALLS]{}", "[TOOL_CALLS]f[ARGS]{}"]
+    ),
+)
 def test_any_text_is_read(text: str, frame: str) -> None:
     for call in find_calls(frame.replace("{}", text), NAMES):
         call.describe(200).encode()
