@@ -13,6 +13,8 @@ from pydantic import SecretStr
 CONTROL_SECONDS = 30.0  # for what needs no work in the model
 _MESSAGE_LENGTH = 2000  # of what a server says that is passed on
 _END = b"[DONE]"
+# For idle connections: SGLang closes them after 5, and a request that meets the end of one looks like a dead server.
+_KEEP_SECONDS = 3.0
 
 
 class Unreachable(Exception):
@@ -90,7 +92,7 @@ class Connection:
 def new_session() -> aiohttp.ClientSession:
     """Without a limit on connections: SGLang has a queue of its own."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30.0), cookie_jar=aiohttp.DummyCookieJar()
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS), cookie_jar=aiohttp.DummyCookieJar()
     )
 
 

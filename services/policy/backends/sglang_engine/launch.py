@@ -25,12 +25,20 @@ _LOG_END = 4000  # bytes that an error shows
 _BACKOFF = (0.0, 1.0, 5.0, 15.0, 60.0)  # seconds before the nth start in a row that failed
 _PORT_TAKEN = b"address already in use"
 _PORT_ATTEMPTS = 5
-# The kernel ends the server when this service dies, however that comes; SGLang's own processes end with the server.
+# The kernel ends the server when this service dies, however that comes. When the server dies, a process that watches it
+# ends what it has started: SGLang's own processes see to that themselves, but only once they have begun.
 _GUARD = """
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+prctl, server = ctypes.CDLL(None).prctl, os.getpid()
+prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv[1]):
     sys.exit("the policy service is gone")
+if os.fork() == 0:
+    signal.signal(signal.SIGUSR1, lambda *_: os.killpg(server, signal.SIGKILL))
+    prctl(1, signal.SIGUSR1)
+    while os.getppid() == server:
+        signal.pause()
+    os.killpg(server, signal.SIGKILL)
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 
