@@ -103,6 +103,7 @@ class Loader:
         """Serves the version that served before the engines were resumed. Where they do not hold it, it is loaded; on
         failure calls are refused, and this returns."""
         trial = self._trials.get(self.record.number)
+        self._gate.set(PolicyState.UPDATING)
         try:
             if trial is None or not trial.checksum:
                 raise DomainError(Reason.CANARY_FAILED, "the engine tells no checksum")

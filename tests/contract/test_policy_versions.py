@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -19,8 +20,10 @@ from models.build import build_model, write_untrained
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
 from services.common.status import from_rpc_error
-from services.common.types import CallOptions, PublishedWeights, SamplingParams, VersionState, WeightsKind
+from services.common.types import CallOptions, PolicyState, PublishedWeights, SamplingParams, VersionState, WeightsKind
 from services.policy.client import PolicyClient
+from services.policy.config import ModelSettings
+from tests.support.faulty import ForgetfulBackend, changed, corrupted
 from tests.support.policy import full_weights, load, plain_log_probs, serving
 from tests.support.processes import Services
 
@@ -241,3 +244,33 @@ async def test_frozen_weights_do_not_change(model: Path, tmp_path: Path) -> None
         error = await policy.refuses(policy.client.release_memory(), Reason.UNSUPPORTED_OPTION)
         assert error.metadata["feature"] == "memory_release"
         await policy.refuses(policy.client.resume_memory(), Reason.UNSUPPORTED_OPTION)
+
+
+async def test_memory_is_given_back_while_calls_wait(model: Path, tmp_path: Path) -> None:
+    backends: list[ForgetfulBackend] = []
+
+    async def create(settings: ModelSettings, folder: Path, first_version: int) -> ForgetfulBackend:
+        backends.append(ForgetfulBackend(settings, first_version))
+        return backends[0]
+
+    async with policy_of(model, tmp_path, create=create) as policy:
+        await policy.update(1)
+        [backend] = backends
+        for _ in range(2):
+            await policy.client.release_memory()
+        assert backend.released and (await policy.client.info()).state is PolicyState.RELEASED
+        call = asyncio.create_task(policy.client.generate(PROMPT, SamplingParams(max_tokens=2)))
+        await policy.refuses(policy.update(2), Reason.ENGINE_UNAVAILABLE)
+        await policy.refuses(policy.client.rollback(0), Reason.ENGINE_UNAVAILABLE)
+        await asyncio.sleep(0.1)
+        assert not call.done()
+        for _ in range(2):
+            await policy.client.resume_memory()
+        assert not backend.released
+        assert [span.policy_version for span in (await call).policy_versions] == [1]
+        await policy.serves(1, build_model(1))
+        await policy.client.release_memory()
+        backend.faults = [changed(tmp_path, corrupted)]
+        await policy.refuses(policy.client.resume_memory(), Reason.POLICY_REFUSED)
+        await policy.update(2)
+        await policy.serves(2, build_model(2))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.common.types import WeightsKind
+from services.common.types import Feature, WeightsKind
 from services.policy.backend import Admission, Replica, WeightsFile
 from services.policy.backends.transformers import TransformersBackend
 from services.policy.config import ModelSettings
@@ -73,3 +73,21 @@ def swapped(tensors: dict[str, torch.Tensor]) -> None:
     """Two tensors of the same shape in each other's place."""
     first, second = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
     tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
+
+
+class ForgetfulBackend(FaultyBackend):
+    """It can give its memory back, and then has lost its weights."""
+
+    def __init__(self, settings: ModelSettings, first_version: int = 0):
+        super().__init__(settings, first_version)
+        self._info = replace(self._info, features=self._info.features | {Feature.MEMORY_RELEASE})
+        self.released = False
+
+    async def release_memory(self) -> None:
+        self.released = True
+        with torch.no_grad():
+            for parameter in self._model.module.parameters():
+                parameter.zero_()
+
+    async def resume_memory(self) -> None:
+        self.released = False
