@@ -98,37 +98,11 @@ async def test_a_policy_of_its_own_reflects_and_is_measured(loop: Loop) -> None:
         await client.close()
 
 
-async def test_weights_are_streamed_where_no_file_system_is_shared(loop: Loop) -> None:
-    shared = loop.trainer.arguments
-    loop.trainer.kill()
-    loop.trainer.arguments = [*shared, "--weights-transfer", "upload"]
-    loop.trainer.start()
-    await loop.train("uploaded", small_run(steps=2))
-    uploads = [line for line in loop.policy.log_lines if line.get("method") == "UploadWeights"]
-    assert [line["status"] for line in uploads] == ["OK"] * 3, "the initial weights and those of two steps"
-    loop.trainer.kill()
-    loop.trainer.arguments = shared
-    loop.trainer.start()
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("victim", ["env", "policy", "memory", "trainer"])
 async def test_a_killed_service_comes_back_and_the_run_ends(loop: Loop, victim: str) -> None:
     """The policy has no state folder here: it forgets its weights, and is given them again."""
     await kill_twice(loop, victim, f"without-{victim}")
-
-
-@pytest.mark.timeout(300)
-async def test_a_killed_policy_with_a_state_folder_knows_its_weights(loop: Loop, tmp_path: Path) -> None:
-    forgetful = loop.policy.arguments
-    loop.policy.kill()
-    loop.policy.arguments = [*forgetful, "--state-folder", str(tmp_path)]
-    loop.policy.start()
-    notices = await kill_twice(loop, "policy", "remembered")
-    assert not [text for text in notices if "lost version" in text]
-    loop.policy.kill()
-    loop.policy.arguments = forgetful
-    loop.policy.start()
 
 
 async def kill_twice(loop: Loop, victim: str, run_id: str) -> list[str]:
@@ -150,6 +124,25 @@ async def kill_twice(loop: Loop, victim: str, run_id: str) -> list[str]:
     ended = {part.outcome for chain in chains for part in chain.parts()}
     assert ended <= {Outcome.COMPLETED, Outcome.TRUNCATED}, "lost episodes were run again"
     return await loop.notices(run_id)
+
+
+@pytest.mark.timeout(300)
+async def test_a_killed_policy_with_a_state_folder_knows_its_weights(loop: Loop, tmp_path: Path) -> None:
+    loop.policy.kill()
+    loop.policy.arguments += ["--state-folder", str(tmp_path)]
+    loop.policy.start()
+    notices = await kill_twice(loop, "policy", "remembered")
+    assert not [text for text in notices if "lost version" in text]
+
+
+async def test_weights_are_streamed_where_no_file_system_is_shared(loop: Loop) -> None:
+    """The last to use these services: they stay as they are."""
+    loop.trainer.kill()
+    loop.trainer.arguments += ["--weights-transfer", "upload"]
+    loop.trainer.start()
+    await loop.train("uploaded", small_run(steps=2))
+    uploads = [line for line in loop.policy.log_lines if line.get("method") == "UploadWeights"]
+    assert [line["status"] for line in uploads] == ["OK"] * 3, "the initial weights and those of two steps"
 
 
 @pytest.mark.timeout(400)

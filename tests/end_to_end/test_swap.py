@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,8 @@ from services.common.types import (
 )
 from services.env.client import EnvClient
 from services.policy.client import PolicyClient
-from services.trainer.algorithm import evaluate
 from services.trainer.episode import Player
-from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+from services.trainer.settings import EvaluationSettings, RunSettings
 from tests.support.llama_model import write_llama_model
 from tests.support.loop import Loop, small_run
 from tests.support.processes import Services
@@ -45,32 +43,43 @@ SETTINGS = small_run(environment="second-try", steps=2, evaluation={"tasks": 1})
 
 
 class Watched:
-    """A speaker that notes which versions answered each session."""
+    """A speaker that notes which version answered, session by session."""
 
     def __init__(self, policy: PolicyClient):
         self._policy = policy
-        self.versions: dict[str, set[int]] = defaultdict(set)
+        self.answers: list[tuple[str, int]] = []
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
     ) -> Completion:
         completion = await self._policy.generate(prompt, sampling, options)
-        self.versions[options.session_id] |= {span.policy_version for span in completion.policy_versions}
+        self.answers += [(options.session_id, span.policy_version) for span in completion.policy_versions]
         return completion
 
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
         return await self._policy.tokenize(prompt, options)
 
+    @property
+    def sessions(self) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {}
+        for session, version in self.answers:
+            found.setdefault(session, set()).add(version)
+        return found
+
 
 async def play(env: EnvClient, watched: Watched, info: PolicyInfo) -> list[Attempt]:
-    """Episode after episode, until another version than the first has answered some."""
+    """Sixteen play episode after episode, until another version than the first has answered one of them."""
     lake = await env.describe(LAKE)
-    tasks = [task.task_id for task in await env.list_tasks(LAKE, Split.TEST, 50)]
+    tasks = await env.list_tasks(LAKE, Split.TEST, 16)
     player = Player(env, watched, lake, info, "x", max_restarts=0)
     attempts: list[Attempt] = []
-    while len(set().union(*watched.versions.values())) < 2:
-        name, settings = f"watched-{len(attempts)}", EvaluationSettings(samples=1, top_k=0)
-        attempts += await evaluate(player, name, tasks, settings, RolloutSettings(concurrency=16, max_tokens=4), 0)
+
+    async def one_after_another(task_id: str) -> None:
+        while len({version for _, version in watched.answers}) < 2:
+            attempt_id, sampling = f"watched-{len(watched.answers)}-{task_id[-3:]}", SamplingParams(max_tokens=4)
+            attempts.append(await player.attempt(attempt_id, task_id, lake.prompts.solver, sampling, 0))
+
+    await asyncio.gather(*(one_after_another(task.task_id) for task in tasks))
     return attempts
 
 
@@ -79,10 +88,10 @@ async def swap(loop: Loop, policy: PolicyClient, llama: Path) -> None:
     env, trainer, watched = EnvClient(Endpoint(loop.env.address)), loop.client(), Watched(policy)
     before = await policy.info()
     playing = asyncio.create_task(play(env, watched, before))
-    settings = EvaluationSettings(samples=4, top_k=0)
+    settings = EvaluationSettings(samples=2, top_k=0)
     evaluating = asyncio.create_task(trainer.evaluate(LAKE, settings, max_tokens=4))
     async with asyncio.timeout(60):
-        while len(watched.versions) < 20:  # noqa: ASYNC110 - other tasks fill it
+        while len(watched.sessions) < 40:  # noqa: ASYNC110 - other tasks fill it
             await asyncio.sleep(0.01)
     command = ["policy", "load", "actor", "--model", str(llama), "--policy-address", loop.policy.address]
     loaded = await asyncio.to_thread(CliRunner().invoke, app, command)
@@ -96,9 +105,12 @@ async def swap(loop: Loop, policy: PolicyClient, llama: Path) -> None:
     assert (before.model, after.model) == ("embedded", "llama") and before.fingerprint != after.fingerprint
     assert after.policy_version == before.policy_version + 1 and after.vocabulary_size != before.vocabulary_size
     assert [attempt.error for attempt in attempts if not attempt.outcome.has_reward] == []
-    answered = set(map(frozenset, watched.versions.values()))
-    assert answered == {frozenset({before.policy_version}), frozenset({after.policy_version})}, "never both in one"
-    assert (result.excluded, result.attempts, version) == (0, 400, before.policy_version)
+    assert sorted(map(len, watched.sessions.values())) == [1] * len(attempts), "no episode was answered by both"
+    answers = [version for _, version in watched.answers]
+    assert set(answers) == {before.policy_version, after.policy_version}
+    late = answers[answers.index(after.policy_version) :]
+    assert before.policy_version in late, "the old model went on while the new one served"
+    assert (result.excluded, result.attempts, version) == (0, 200, before.policy_version)
 
 
 def weights_of(loop: Loop, run_id: str, version: int, fingerprint: str) -> PublishedWeights:
