@@ -43,14 +43,14 @@ def _requirements(name: str, extra: str) -> list[Requirement]:
     return [one for one in parsed if one.marker is None or one.marker.evaluate({"extra": extra})]
 
 
-@pytest.mark.parametrize("extra", ["env", "memory"])
+@pytest.mark.parametrize("extra", ["env", "memory", "hotpotqa"])
 def test_environment_and_memory_bring_no_torch(extra: str) -> None:
     packages = brings(extra)
     assert {"grpcio", "protobuf", "protovalidate", "structlog"} <= packages
     assert packages.isdisjoint({"torch", "transformers", "numpy"})
 
 
-@pytest.mark.parametrize("extra", ["policy", "trainer", "all"])
+@pytest.mark.parametrize("extra", ["policy", "trainer", "hotpotqa-dense", "all"])
 def test_policy_and_trainer_bring_it(extra: str) -> None:
     assert {"torch", "transformers"} <= brings(extra)
 

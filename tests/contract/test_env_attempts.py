@@ -1,0 +1,101 @@
+"""The published tasks as an agent meets them: attempts and reflections of the trainer's player, over gRPC."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from services.common.channel import Endpoint
+from services.common.types import Attempt, Message, Outcome, SamplingParams, Split
+from services.env.client import EnvClient
+from services.env.envs import hotpotqa_world
+from services.env.envs.sokoban import Sokoban
+from services.env.envs.sokoban_boards import solve
+from services.trainer.episode import Player, fill, trace_of
+from tests.support.fakes import FakePolicy
+from tests.support.processes import Services
+
+SAMPLING = SamplingParams()
+Answer = Callable[[str, str, SamplingParams], str]
+
+
+@pytest.fixture
+async def client(shared_services: Services) -> AsyncIterator[EnvClient]:
+    client = EnvClient(Endpoint(shared_services.start("env").address))
+    yield client
+    await client.close()
+
+
+async def player(client: EnvClient, environment: str, answer: Answer) -> Player:
+    policy = FakePolicy(answer)
+    return Player(client, policy, await client.describe(environment), await policy.info(), "i0", 0)
+
+
+async def attempt(made: Player, task_id: str) -> Attempt:
+    return await made.attempt(f"a-{task_id}", task_id, made.info.prompts.solver, SAMPLING, 0)
+
+
+def search(query: str) -> str:
+    return f"<tool_call>{json.dumps({'name': 'local_search', 'arguments': {'query': query}})}</tool_call>"
+
+
+async def test_whoever_knows_sokoban_solves_its_tasks(client: EnvClient) -> None:
+    sokoban = Sokoban()
+    for task in await client.list_tasks("sokoban", Split.TEST, 5):
+        moves = iter(solve(sokoban.board(task.task_id), 8) or ())
+        played = await attempt(
+            await player(client, "sokoban", lambda *_, moves=moves: f"```{next(moves)}```"), task.task_id
+        )
+        assert (played.outcome, played.reward) == (Outcome.COMPLETED, 1.0)
+        assert len(played.turns) == task.difficulty
+
+
+async def test_whoever_searches_hotpotqa_can_answer_it(client: EnvClient) -> None:
+    for record in hotpotqa_world.data_sets()[1][:5]:
+        turns = [search(title) for title, _ in record["supporting_facts"]] + [f"\\boxed{{{record['answer']}}}"]
+        said = iter(turns)
+        made = await player(client, "hotpotqa", lambda *_, said=said: next(said))
+        played = await attempt(made, f"test/{record['_id']}")
+        assert (played.outcome, played.reward) == (Outcome.COMPLETED, 1.0)
+        assert played.turns[0].observation == record["question"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "answer", "seen", "told"),
+    [
+        ("sokoban", "```Up```", "\t", "The step limit was reached"),
+        ("hotpotqa", search("{trace} river"), "[Document 1]", "The turns were used up."),
+        ("hotpotqa", "{feedback} \\boxed{nothing}", "Agent: answer: nothing", "Incorrect. Reward 0.00."),
+    ],
+)
+async def test_a_failure_is_reflected_on_and_tried_again(
+    client: EnvClient, environment: str, answer: str, seen: str, told: str
+) -> None:
+    """Every placeholder is filled, and what the agent wrote fills none."""
+    requests: list[str] = []
+
+    def say(system: str, last: str, sampling: SamplingParams) -> str:
+        if system == made.info.prompts.reflection_system:
+            requests.append(last)
+            return "<prompt>Do better.</prompt>"
+        return answer
+
+    made = await player(client, environment, say)
+    (task,) = await client.list_tasks(environment, Split.TRAIN, 1)
+    first = await attempt(made, task.task_id)
+    assert first.reward == 0.0 and first.feedback.startswith(told)
+    reflection = await made.reflect("r", first, "", SAMPLING, 0)
+    assert reflection.text == "Do better."
+    (request,) = requests
+    assert seen in request and told in request and made.info.prompts.memory_empty in request
+    retry = fill(made.info.prompts.retry, trace=trace_of(first, made.info.prompts), feedback=first.feedback)
+    for text in (request, retry):
+        left = set(re.findall(r"\{(trace|feedback|reward|memory|observation|action)\}", text))
+        assert left <= ({"trace"} if "{trace}" in answer else set())
+    second = await made.attempt("b", task.task_id, made.second_system(reflection), SAMPLING, 0)
+    assert second.turns[0].observation == first.turns[0].observation
+    prompt, _ = made.policy.calls[-len(second.turns)]  # type: ignore[attr-defined]
+    assert prompt[0] == Message(prompt[0].role, "Do better.\n" + made.info.prompts.action_reminder)
