@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 
 import structlog
 
@@ -38,7 +38,7 @@ class Model:
     def __init__(self, deployment: Deployment, folder: Path):
         self.deployment, self.folder = deployment, folder
         self.calls = 0
-        self.asked = float("-inf")  # when a session's last call ended, by time.monotonic
+        self.asked = float("-inf")  # when a session's last call ended, by `monotonic`
         self.closed = False
 
 
@@ -172,7 +172,7 @@ class Models:
         finally:
             model.calls -= 1
             if session_id:
-                model.asked = time.monotonic()
+                model.asked = monotonic()
 
     def _choose(self, session_id: str) -> Model:
         model = self._sessions.get(session_id)
@@ -185,7 +185,7 @@ class Models:
 
     async def _drain(self, model: Model) -> None:
         idle = self._service.session_idle_seconds
-        while model.calls or time.monotonic() - model.asked < idle:  # noqa: ASYNC110 - time must pass as well
+        while model.calls or monotonic() - model.asked < idle:  # noqa: ASYNC110 - time must pass as well
             await asyncio.sleep(_LOOK_SECONDS)
         try:
             await self._close(model)

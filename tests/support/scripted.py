@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ WORDS = ("up", "down", "left", "right")
 class ScriptedBackend:
     """`asks` are those that arrived, `ended` those that were answered, failed or were cancelled.
 
-    Each sample is `words`, one per part, ids from 0. While `go_on` is clear, nothing is answered.
+    Each sample is `words`, one per part, ids from 0. While `go_on` is clear, nothing is answered, and nothing scored
+    while `judge` is. Weights change under way, and tokens tell of which they are.
     """
 
     def __init__(self, settings: ModelSettings, first_version: int = 0, **info: Any):
@@ -46,8 +47,9 @@ class ScriptedBackend:
         self.words: tuple[str, ...] = WORDS
         self.go_on = asyncio.Event()
         self.go_on.set()
+        self.judge = asyncio.Event()
+        self.judge.set()
         self.closed = False
-        self.versions: Callable[[int], int] = lambda index: self.policy_version  # of the sample's word
 
     @property
     def chat(self) -> Chat | None:
@@ -75,7 +77,7 @@ class ScriptedBackend:
                 if self.failures:
                     raise self.failures.pop(0)
                 last = StopReason.MAX_TOKENS if index == len(self.words) - 1 else None
-                span = (VersionSpan(self.versions(index), 1),)
+                span = (VersionSpan(self.policy_version, 1),)
                 if Feature.TOKEN_IDS in self.model.features:
                     yield Sampled((index,), (-0.5,), last, span)
                 else:
@@ -84,6 +86,8 @@ class ScriptedBackend:
             self.ended.append(ask)
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
+        """-1 for each token."""
+        await self.judge.wait()
         return Scored(tuple((-1.0,) * (len(row) - 1) for row in sequences), self.policy_version)
 
     async def checksum(self) -> str:
