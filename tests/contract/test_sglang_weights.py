@@ -12,11 +12,11 @@ import torch
 
 from services.common.errors import DomainError, Reason
 from services.common.types import WeightsKind
-from services.policy.backend import Ask, Sampled, WeightsFile
-from services.policy.backends.sglang import SglangBackend
+from services.policy.backend import Sampled, WeightsFile
 from tests.support.policy import load
 from tests.support.sglang import (
     MODEL,
+    Load,
     admission,
     ask,
     assert_by_version,
@@ -26,7 +26,6 @@ from tests.support.sglang import (
     lora,
     opened,
     server_address,
-    streamed,
     until,
 )
 
@@ -36,32 +35,6 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 @pytest.fixture(autouse=True)
 def _there_is_a_server() -> None:
     server_address()
-
-
-class Load:
-    """Callers that ask until they are told to stop, each with prompts of its own, some as streams."""
-
-    def __init__(self, backend: SglangBackend, callers: int = 4):
-        self.answers: list[tuple[Ask, Sampled]] = []
-        self._backend = backend
-        self._running = True
-        self._tasks = [asyncio.create_task(self._call(number)) for number in range(callers)]
-
-    async def _call(self, number: int) -> None:
-        count = 0
-        while self._running:
-            request = ask(list(range(20, 40 + number + count % 5)), temperature=2.5, max_tokens=30)
-            call = streamed(self._backend, request) if number % 3 == 0 else self._backend.generate(request)
-            self.answers.append((request, await call))
-            count += 1
-
-    async def more(self, count: int = 4) -> None:
-        before = len(self.answers)
-        await until(lambda: len(self.answers) >= before + count or any(task.done() for task in self._tasks))
-
-    async def stop(self) -> None:
-        self._running = False
-        await asyncio.gather(*self._tasks)
 
 
 async def test_updates_under_load_are_told_apart_token_by_token(tmp_path: Path) -> None:

@@ -151,6 +151,32 @@ def admission(references: dict[int, Any], admitted: list[tuple[str, int]]) -> An
     return admit
 
 
+class Load:
+    """Callers that ask until they are told to stop, each with prompts of its own, some as streams."""
+
+    def __init__(self, backend: SglangBackend, callers: int = 4):
+        self.answers: list[tuple[Ask, Sampled]] = []
+        self._backend = backend
+        self._running = True
+        self._tasks = [asyncio.create_task(self._call(number)) for number in range(callers)]
+
+    async def _call(self, number: int) -> None:
+        count = 0
+        while self._running:
+            request = ask(list(range(20, 40 + number + count % 5)), temperature=2.5, max_tokens=30)
+            call = streamed(self._backend, request) if number % 3 == 0 else self._backend.generate(request)
+            self.answers.append((request, await call))
+            count += 1
+
+    async def more(self, count: int = 4) -> None:
+        before = len(self.answers)
+        await until(lambda: len(self.answers) >= before + count or any(task.done() for task in self._tasks))
+
+    async def stop(self) -> None:
+        self._running = False
+        await asyncio.gather(*self._tasks)
+
+
 async def control(path: str, **body: Any) -> dict[str, Any]:
     """What somebody else does to the server that runs."""
     async with aiohttp.ClientSession() as session, session.post(f"{server_address()}{path}", json=body) as response:

@@ -39,7 +39,10 @@ if os.fork() == 0:
     while os.getppid() == server:
         signal.pause()
     os.killpg(server, signal.SIGKILL)
-os.execvp(sys.argv[2], sys.argv[2:])
+try:
+    os.execvp(sys.argv[2], sys.argv[2:])
+except OSError as error:
+    sys.exit(f"{sys.argv[2]}: {error.strerror}")
 """
 
 

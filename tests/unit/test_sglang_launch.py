@@ -1,0 +1,98 @@
+"""Processes that the sglang backend starts: how their failures are told, and that none outlives the service. A shell
+script stands where the interpreter of SGLang's environment would be: these tests are about processes, not SGLang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import models
+from services.policy.backend import UnsupportedModel
+from services.policy.backends.sglang import open_backend
+from services.policy.config import ModelSettings, SglangSettings
+from tests.support.processes import ROOT
+
+_SERVICE = """
+import asyncio, sys
+from pathlib import Path
+from services.policy.backends.sglang_engine.connection import Connection, new_session
+from services.policy.backends.sglang_engine.launch import LaunchedServer
+from services.policy.backends.sglang_engine.server import Server
+from services.policy.config import SglangSettings
+
+async def main():
+    settings = SglangSettings(python=sys.argv[1])
+    session = new_session()
+    server = Server(Connection(session, "http://127.0.0.1:9"), 1.0, {})
+    launched = LaunchedServer(settings, "model", "0-original", Path(sys.argv[2]), 0)
+    await launched.start(server, lambda address: Connection(session, address))
+
+asyncio.run(main())
+"""
+
+
+def _script(folder: Path, text: str) -> str:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+async def _refused(folder: Path, **settings: object) -> str:
+    chosen = ModelSettings(backend="sglang", model=str(models.EMBEDDED), sglang=SglangSettings(**settings))
+    with pytest.raises(UnsupportedModel) as caught:
+        await open_backend(chosen, folder / "engine", 0)
+    return str(caught.value)
+
+
+async def test_the_end_of_the_log_says_why_a_server_did_not_start(tmp_path: Path) -> None:
+    python = _script(tmp_path, 'echo "out of memory, says $*"; exit 3')
+    message = await _refused(tmp_path, python=python, flags=("--tp", "2"))
+    assert "status 3" in message and "out of memory" in message
+    assert f"-m sglang.launch_server --model-path {models.EMBEDDED}" in message
+    assert "--weight-version 0-original" in message and message.rstrip().endswith("--tp 2")
+
+
+async def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
+    python = _script(tmp_path, f"echo $$ > {tmp_path}/pid; echo loading; exec sleep 600")
+    message = await _refused(tmp_path, python=python, start_seconds=0.5)
+    assert "not ready within 0.5 s" in message and "loading" in message
+    assert not _lives(int((tmp_path / "pid").read_text()))
+
+
+async def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "/no/such/python" in await _refused(tmp_path, python="/no/such/python")
+
+
+def test_a_server_ends_with_the_service_that_started_it(tmp_path: Path) -> None:
+    """However that ends."""
+    python = _script(tmp_path, f"echo $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid; exec sleep 600")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])}
+    command = [sys.executable, "-c", _SERVICE, python, str(tmp_path)]
+    service = subprocess.Popen(command, env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists():
+            assert time.monotonic() < deadline and service.poll() is None
+            time.sleep(0.05)
+    finally:
+        service.send_signal(signal.SIGKILL)
+        service.wait()
+    server = int((tmp_path / "pid").read_text())
+    while _lives(server):
+        assert time.monotonic() < deadline, "the server outlived its service"
+        time.sleep(0.05)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
