@@ -125,7 +125,7 @@ class RunManager:
             learner = await self._services.open_learner(run_id, run.settings)
             try:
                 await learner.load_checkpoint(checkpoint.name)
-                await (await self._services.published(run.settings, learner, run.notice)).policy.publish()
+                await (await self._services.actor(run.settings, learner, run.notice)).publish()
             finally:
                 await learner.close()
         finally:

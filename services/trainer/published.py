@@ -10,7 +10,8 @@ from urllib.parse import unquote, urlsplit
 
 from services.common.errors import DomainError, Reason
 from services.common.types import CallOptions, Completion, Prompt, PublishedWeights, SamplingParams, VersionState
-from services.trainer.interfaces import LearnerPort, PolicyPort, Upload
+from services.trainer.interfaces import LearnerPort, Upload
+from services.trainer.named import NamedPolicy
 
 RESTORE_ATTEMPTS = 3
 _GOES_ON = "`mulligan resume RUN` goes on from the run's last checkpoint under a new version"
@@ -39,8 +40,7 @@ class VersionLost(RuntimeError):
 class PublishedPolicy:
     """A `Speaker` that asks every call for the run's version.
 
-    `name` is the policy's, "" for the default one. With `upload`, weights are brought to a service
-    that does not see the trainer's files.
+    With `upload`, weights are brought to a service that does not see the trainer's files.
 
     A policy service that was restarted and has forgotten its weights refuses, is given them again, and the call is
     repeated. Raises ForeignWeights when an answer comes from a version that the run did not publish, and VersionLost
@@ -49,17 +49,16 @@ class PublishedPolicy:
 
     def __init__(
         self,
-        policy: PolicyPort,
+        actor: NamedPolicy,
         learner: LearnerPort,
         notice: Callable[[str], None],
-        *,
-        name: str = "",
         upload: Upload | None = None,
     ):
-        self._policy = policy
+        self.info = actor.info
+        self._actor = actor
+        self._policy, self._name = actor.port, actor.name
         self._learner = learner
         self._notice = notice
-        self._name = name
         self._upload = upload
         self._weights: PublishedWeights | None = None
         self._restoring = asyncio.Lock()
@@ -78,15 +77,15 @@ class PublishedPolicy:
         return version
 
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
-        return await self._policy.tokenize(prompt, replace(options, policy=self._name))
+        return await self._actor.tokenize(prompt, options)
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
     ) -> Completion:
-        options = replace(options, policy=self._name, min_policy_version=self.version)
+        options = replace(options, min_policy_version=self.version)
         for attempt in range(RESTORE_ATTEMPTS + 1):
             try:
-                completion = await self._policy.generate(prompt, sampling, options)
+                completion = await self._actor.generate(prompt, sampling, options)
             except DomainError as error:
                 if error.reason is not Reason.POLICY_VERSION_TOO_OLD or attempt == RESTORE_ATTEMPTS:
                     raise

@@ -43,12 +43,13 @@ class Services:
     open_learner: Callable[[str, RunSettings], Awaitable[LearnerPort]]
     upload: Upload | None = None
 
-    async def published(self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None]) -> Actor:
+    async def actor(
+        self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None]
+    ) -> PublishedPolicy:
         """The policy that a run trains. Raises DomainError INVALID_SETTING, MODEL_MISMATCH or UNKNOWN_POLICY."""
-        name = settings.policies.actor
-        info = await self.policy.info(name)
-        check_actor(info, settings, learner.fingerprint)
-        return Actor(PublishedPolicy(self.policy, learner, notice, name=name, upload=self.upload), info)
+        found = await NamedPolicy.open(self.policy, settings.policies.actor)
+        check_actor(found.info, settings, learner.fingerprint)
+        return PublishedPolicy(found, learner, notice, self.upload)
 
     async def reflector(self, settings: RunSettings, actor: PolicyInfo) -> NamedPolicy | None:
         """Raises DomainError INVALID_SETTING or UNKNOWN_POLICY."""
@@ -57,12 +58,6 @@ class Services:
         found = await NamedPolicy.open(self.policy, settings.policies.reflector)
         check_reflector(found.info, actor)
         return found
-
-
-@dataclass(frozen=True)
-class Actor:
-    policy: PublishedPolicy
-    info: PolicyInfo
 
 
 class Run:
@@ -125,23 +120,23 @@ class Run:
         self, learner: LearnerPort, info: EnvironmentInfo, tasks: list[TaskInfo], tests: list[TaskInfo]
     ) -> None:
         settings, services = self.settings, self.services
-        actor = await services.published(settings, learner, self.notice)
+        actor = await services.actor(settings, learner, self.notice)
         reflector = await services.reflector(settings, actor.info)
         checkpoint = self.folder.checkpoint()
         if checkpoint is not None:
             await learner.load_checkpoint(checkpoint.name)
         self.step = checkpoint.step if checkpoint else 0
         incarnation, restarts = uuid.uuid4().hex[:8], settings.rollout.max_restarts
-        player = Player(services.environment, actor.policy, info, actor.info, incarnation, restarts, reflector)
+        player = Player(services.environment, actor, info, actor.info, incarnation, restarts, reflector)
         algorithm = Erl(self.run_id, settings, player, services.memory, learner, NoRecorder())
-        await actor.policy.publish()
+        await actor.publish()
         if checkpoint is None:
             await self._save(algorithm, 0)
         test_ids = [task.task_id for task in tests]
         while self.step < settings.steps and not self._stopping:
             if self._evaluation_due():
                 await self._evaluate(algorithm, test_ids)
-            await self._step(algorithm, actor.policy, [task.task_id for task in tasks])
+            await self._step(algorithm, actor, [task.task_id for task in tasks])
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps or self._stopping:
                 await self._save(algorithm, self.step)
         if self.step == settings.steps:

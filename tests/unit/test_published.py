@@ -4,43 +4,53 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from services.common.errors import DomainError, Reason
 from services.common.types import CallOptions, Feature, Message, PublishedWeights, Role, SamplingParams
-from services.trainer.named import check_actor, check_reflector, check_top_k
+from services.trainer.named import NamedPolicy, check_actor, check_reflector, check_top_k
 from services.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
 from services.trainer.settings import LoraSettings, ModelSettings, RunSettings
 from tests.support.fakes import FakeLearner, FakePolicy
 
 PROMPT = (Message(Role.USER, "say"),)
+ALL = frozenset(Feature)
 notices: list[str] = []
 
 
-def policies(*, upload: bool = False) -> tuple[FakePolicy, PublishedPolicy]:
-    fake = FakePolicy(lambda system, last, sampling: "said")
-    how = fake.upload_weights if upload else None
-    return fake, PublishedPolicy(fake, FakeLearner(), notices.append, name="actor", upload=how)
+async def policies(*, upload: bool = False, **changes: Any) -> tuple[FakePolicy, PublishedPolicy]:
+    fake = FakePolicy(lambda system, last, sampling: "said", **changes)
+    actor = await NamedPolicy.open(fake, "actor")
+    return fake, PublishedPolicy(actor, FakeLearner(), notices.append, fake.upload_weights if upload else None)
 
 
 async def test_every_call_asks_for_the_version_that_was_published() -> None:
-    fake, policy = policies()
+    fake, policy = await policies()
     assert (await policy.publish(), await policy.publish()) == (1, 2)
     await policy.generate(PROMPT, SamplingParams(), CallOptions(request_id="r", session_id="s"))
     assert fake.options == [CallOptions(policy="actor", request_id="r", session_id="s", min_policy_version=2)]
     assert all(weights.canary for weights in fake.updates), "the policy gets what the learner's forward pass says"
 
 
+async def test_an_engine_without_seeds_is_asked_without() -> None:
+    for features, seed in ((ALL, 7), (ALL - {Feature.SEED}, None)):
+        fake, policy = await policies(features=features)
+        await policy.publish()
+        await policy.generate(PROMPT, SamplingParams(seed=7))
+        assert [sampling.seed for _, sampling in fake.calls] == [seed]
+
+
 async def test_the_canarys_difference_is_kept() -> None:
-    fake, policy = policies()
+    fake, policy = await policies()
     fake.canary_difference = 2e-6
     await policy.publish()
     assert policy.canary_difference == 2e-6
 
 
 async def test_weights_are_uploaded_where_no_file_system_is_shared() -> None:
-    fake, policy = policies(upload=True)
+    fake, policy = await policies(upload=True)
     await policy.publish()
     assert fake.uploads == [Path("/w 1")] and fake.updates[0].uri == "upload://1"
     fake.version = 0
@@ -49,13 +59,13 @@ async def test_weights_are_uploaded_where_no_file_system_is_shared() -> None:
 
 
 async def test_a_new_run_goes_on_above_all_versions_that_ever_were() -> None:
-    fake, policy = policies()
+    fake, policy = await policies()
     fake.version, fake.withdrawn = 5, {6, 7}
     assert await policy.publish() == 8
 
 
 async def test_a_rollback_ends_the_run_that_trains_the_policy() -> None:
-    fake, policy = policies()
+    fake, policy = await policies()
     await policy.publish()
     await policy.publish()
     fake.version, fake.withdrawn = 1, {2}
@@ -68,14 +78,14 @@ async def test_a_rollback_ends_the_run_that_trains_the_policy() -> None:
 
 
 async def test_a_forgetful_policy_gets_the_next_version() -> None:
-    fake, policy = policies()
+    fake, policy = await policies()
     await policy.publish()
     fake.version = 0
     assert await policy.publish() == 2
 
 
 async def test_versions_of_somebody_else_are_not_published_over() -> None:
-    fake, policy = policies()
+    fake, policy = await policies()
     await policy.publish()
     fake.version = 9
     with pytest.raises(ForeignWeights, match="version 9, but this run published 1"):
@@ -94,7 +104,7 @@ async def test_versions_of_somebody_else_are_not_published_over() -> None:
 async def test_what_a_policy_refuses_says_what_to_do(
     reason: Reason, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake, policy = policies()
+    fake, policy = await policies()
 
     async def refuses(weights: PublishedWeights, policy: str = "") -> float | None:
         raise DomainError(reason, "difference 3.2", policy_version=4)
@@ -108,7 +118,6 @@ async def test_what_a_policy_refuses_says_what_to_do(
 
 RUN = RunSettings(environment="e", model=ModelSettings(source="our/model"))
 LORA = RUN.model_copy(update={"model": ModelSettings(source="our/model", lora=LoraSettings(rank=2))})
-ALL = frozenset(Feature)
 
 
 @pytest.mark.parametrize(
