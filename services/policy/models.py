@@ -102,15 +102,19 @@ class Models:
     def compute_seconds(self) -> float:
         return self._computed + sum(model.deployment.backend.compute_seconds for model in self.all)
 
-    async def load(self, settings: ModelSettings, commit: Callable[[], None] = lambda: None) -> None:
-        """Opens a model and, once it serves, sends new calls and sessions to it. `commit` makes that last.
+    async def load(
+        self, settings: ModelSettings, commit: Callable[[], None] = lambda: None, *, restore: bool = False
+    ) -> None:
+        """Opens a model and, once it serves, sends new calls and sessions to it. `commit` makes that last. With
+        `restore` it serves the version that it served before a restart.
 
         Raises UnsupportedModel, DomainError or OSError; then all is as it was.
         """
         self._refuse_released()
         folder = await asyncio.to_thread(self._folder.for_engine)
         try:
-            backend = await self._create(settings, folder, await asyncio.to_thread(self._first_version, settings))
+            version = await asyncio.to_thread(self._first_version, settings, restore)
+            backend = await self._create(settings, folder, version)
             deployment = Deployment(self.name, settings, self._service, backend, self._store, self._uploads)
             async with self._changing:
                 await _or_close(self._start(deployment), backend.close)
@@ -151,8 +155,8 @@ class Models:
             message = f"the memory of {self.name} is released: ResumeMemory comes first"
             raise DomainError(Reason.ENGINE_UNAVAILABLE, message)
 
-    def _first_version(self, settings: ModelSettings) -> int:
-        return self._store.next_version if self._newest else self._store.first_version(source_of(settings))
+    def _first_version(self, settings: ModelSettings, restore: bool) -> int:
+        return self._store.first_version(source_of(settings)) if restore else self._store.next_version
 
     def _exchange(self, model: Model) -> None:
         old, self._newest = self._newest, model

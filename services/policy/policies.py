@@ -211,7 +211,7 @@ class Policies:
         try:
             if request is not None:
                 await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
-            await models.load(settings)
+            await models.load(settings, restore=True)
         except BaseException as error:
             await models.close()
             if request is not None and isinstance(error, UnsupportedModel | DomainError):

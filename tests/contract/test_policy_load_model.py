@@ -1,0 +1,420 @@
+"""LoadModel and UnloadModel: what they load, what they refuse, and what is left after a failure or a restart."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import structlog
+from mulligan.policy.v1 import policy_admin_service_pb2 as pb
+from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
+
+from services.common.channel import Endpoint
+from services.common.errors import Code, DomainError, Reason
+from services.common.types import CallOptions, SamplingParams
+from services.policy.client import PolicyClient
+from services.policy.config import PolicySettings
+from services.policy.policies import CannotServe, Policies
+from tests.support.llama_model import write_llama_model
+from tests.support.policy import Serving, full_weights, load, plain_log_probs, serving
+from tests.support.policy_backends import until
+from tests.support.processes import ServiceFailed, Services
+from tests.support.scripted import Opened
+from tests.support.tiny_model import write_tiny_model
+
+PROMPT = [1, 2, 3]
+PLAIN = SamplingParams()
+
+
+@dataclass
+class Running:
+    served: Serving
+    opened: Opened
+
+    @property
+    def client(self) -> PolicyClient:
+        return self.served.client
+
+    async def serves(self, model: str, version: int, policy: str = "") -> None:
+        info = await self.client.info(policy)
+        assert (info.model, info.policy_version) == (model, version)
+        completion = await self.client.generate(PROMPT, PLAIN, CallOptions(policy=policy))
+        assert {span.policy_version for span in completion.policy_versions} == {version}
+        assert self.opened[model].asks
+
+
+@asynccontextmanager
+async def started(opened: Opened | None = None, **settings: Any) -> AsyncIterator[Running]:
+    opened = opened or Opened()
+    async with serving(**({"model": "one", "create": opened.create} | settings)) as served:
+        yield Running(served, opened)
+
+
+@pytest.fixture
+async def running() -> AsyncIterator[Running]:
+    async with started() as found:
+        yield found
+
+
+async def refused(call: Awaitable[object], reason: Reason, code: Code = Code.INVALID_ARGUMENT) -> DomainError:
+    with pytest.raises(DomainError) as caught:
+        await call
+    assert (caught.value.reason, caught.value.code) == (reason, code), caught.value
+    return caught.value
+
+
+async def test_versions_go_on_and_never_repeat(running: Running) -> None:
+    load_model = running.client.load_model
+    assert await load_model("actor", "two") == (1, "two")
+    await running.serves("two", 1)
+    assert await load_model("actor", "one") == (2, "one")
+    await running.serves("one", 2)
+    assert await load_model("other", "one") == (0, "one")
+    await running.serves("one", 0, "other")
+    assert await load_model("other", "two") == (1, "two")
+    await running.serves("one", 2)
+
+
+async def test_the_same_model_again_changes_nothing(running: Running) -> None:
+    assert await running.client.load_model("actor", "one") == (0, "one")
+    assert len(running.opened.backends) == 1
+    for _ in range(2):
+        assert await running.client.load_model("actor", "one", "", {"context_length": 20}) == (1, "one")
+    assert len(running.opened.backends) == 2
+    assert (await running.client.info()).context_length == 20
+
+
+async def test_options_are_put_over_the_policy_s_own_settings() -> None:
+    async with started(context_length=24, adapters={"a": "x"}, policies={"other": {"max_queue": 7}}) as running:
+        await running.client.load_model("actor", "two", "", {"adapters.b": "y", "openai.extra_body": {"top_k": 1}})
+        settings = running.served.deployment.settings
+        assert (settings.context_length, settings.adapters) == (24, {"a": "x", "b": "y"})
+        assert settings.openai.extra_body == {"top_k": 1}
+        await running.client.load_model("actor", "three", "sglang", {"sglang.servers": ["http://h:1"], "max_queue": 0})
+        settings = running.served.deployment.settings
+        assert (settings.adapters, settings.openai.extra_body) == ({"a": "x"}, {}), "the settings' own, not the last"
+        assert (settings.sglang.servers, settings.max_queue) == (("http://h:1",), 0)
+        assert (await running.client.info()).backend == "sglang"
+        await running.client.load_model("other", "two")
+        assert running.served.policies.get("other").models.newest.deployment.settings.max_queue == 7
+
+
+async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for() -> None:
+    endpoint, servers = {"base_url": "https://good", "api_key": "secret"}, {"api_key": "s", "admin_api_key": "a"}
+    async with started(backend="openai", openai=endpoint, sglang=servers) as running:
+        await running.client.load_model("actor", "two", "", {"openai.without": ["seed"]})
+        kept = running.served.deployment.settings.openai.api_key
+        assert kept is not None and kept.get_secret_value() == "secret"
+        await running.client.load_model("actor", "two", "", {"openai.base_url": "https://evil"})
+        assert running.served.deployment.settings.openai.api_key is None
+        await running.client.load_model("actor", "two", "sglang", {"sglang.servers": ["http://evil"]})
+        sglang = running.served.deployment.settings.sglang
+        assert (sglang.api_key, sglang.admin_api_key) == (None, None)
+        options = {"sglang.servers": ["http://mine"], "sglang.api_key": "new"}
+        await running.client.load_model("actor", "two", "sglang", options)
+        given = running.served.deployment.settings.sglang.api_key
+        assert given is not None and given.get_secret_value() == "new"
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "field"),
+    [
+        ("vllm", {}, "backend"),
+        ("../x", {}, "backend"),
+        ("", {"context_length": -1}, "context_length"),
+        ("", {"context_length": "many"}, "context_length"),
+        ("", {"contxt_length": 1}, "contxt_length"),
+        ("", {"sglang.servrs": []}, "sglang.servrs"),
+        ("", {"nothing.at.all": 1}, "nothing.at.all"),
+        ("", {"context_length.x": 1}, "context_length.x"),
+        ("", {"openai": {}}, "openai"),
+        ("", {"sglang": {}}, "sglang"),
+        ("", {"model": "x"}, "model"),
+        ("", {"backend": "openai"}, "backend"),
+        ("", {"state_folder": "/x"}, "state_folder"),
+        ("", {"sglang.python": "/bin/sh"}, "sglang.python"),
+        ("", {"sglang.flags": ["--trust-remote-code"]}, "sglang.flags"),
+        ("", {"sglang.environment": {"LD_PRELOAD": "x"}}, "sglang.environment"),
+        ("", {"sglang.environment.LD_PRELOAD": "x"}, "sglang.environment.LD_PRELOAD"),
+        ("", {"sglang.folder": "/"}, "sglang.folder"),
+    ],
+)
+async def test_bad_settings_are_named(running: Running, backend: str, options: dict[str, Any], field: str) -> None:
+    error = await refused(running.client.load_model("actor", "two", backend, options), Reason.INVALID_SETTING)
+    assert error.metadata["field"] == field, error
+    await running.serves("one", 0)
+
+
+async def test_what_no_client_of_ours_would_send(running: Running) -> None:
+    async with grpc.aio.insecure_channel(running.served.address) as channel:
+        stub = pb_grpc.PolicyAdminServiceStub(channel)
+        for request, reason in (
+            (pb.LoadModelRequest(policy="actor", model="two", options={"max_queue": "{"}), "INVALID_SETTING"),
+            (pb.LoadModelRequest(policy="actor", model="two", options={"max_queue": "[" * 10**5}), "INVALID_SETTING"),
+            (pb.LoadModelRequest(policy="../up", model="two"), "INVALID_FIELD"),
+            (pb.LoadModelRequest(policy="", model="two"), "INVALID_FIELD"),
+            (pb.LoadModelRequest(policy="actor", model=""), "INVALID_FIELD"),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.LoadModel(request)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert reason.encode() in dict(caught.value.trailing_metadata() or ())["grpc-status-details-bin"]
+
+
+async def test_folders_are_loaded_from_below_the_models_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, outside = tmp_path / "models", tmp_path / "outside"
+    for folder in (models / "good", outside / "model", tmp_path / "here" / "model"):
+        folder.mkdir(parents=True)
+    (models / "link-in").symlink_to(models / "good")
+    (models / "link-out").symlink_to(outside / "model")
+    monkeypatch.chdir(tmp_path)
+    bad = [outside / "model", models, models / "link-out", models / ".." / "outside" / "model", "here/model", "here"]
+    bad += ["/nowhere", "./x", "~/x", "../x", "a/b/c", "a\\b", "a b", ".", "x/", "file:///x", "a/../here", "\x00"]
+    async with started(models_folder=models, model="one") as running:
+        for model in bad:
+            await refused(running.client.load_model("actor", str(model)), Reason.BAD_MODEL)
+            await refused(
+                running.client.load_model("actor", "hub/id", "", {"adapters": {"a": str(model)}}), Reason.BAD_MODEL
+            )
+        await running.serves("one", 0)
+        for model in (models / "good", models / "link-in", "embedded", "hub-id", "owner/name-1.5_x"):
+            await running.client.load_model("actor", str(model), "", {"adapters": {"a": str(models / "good")}})
+        await running.client.load_model("actor", "/endpoint/calls/it/so", "openai")
+    async with started() as running:
+        await refused(running.client.load_model("actor", str(models / "good")), Reason.BAD_MODEL)
+        await running.client.load_model("actor", "owner/name")
+
+
+async def test_a_model_that_cannot_be_served_leaves_all_as_it_was(running: Running) -> None:
+    error = await refused(running.client.load_model("actor", "bad-one"), Reason.UNSUPPORTED_MODEL)
+    assert error.message == "bad-one (transformers): bad-one is bad"
+    await refused(running.client.load_model("new", "bad-one"), Reason.UNSUPPORTED_MODEL)
+    await running.serves("one", 0)
+    assert [info.name for info in await running.client.policies()] == ["actor"]
+    assert await running.client.load_model("actor", "two") == (1, "two")
+    assert await running.client.load_model("new", "two") == (0, "two")
+
+
+async def test_loads_of_one_policy_come_one_after_the_other(running: Running) -> None:
+    running.opened.go_on.clear()
+    names = ["two", "bad", "three", "three", "four"]
+    loads = [asyncio.create_task(running.client.load_model("actor", name)) for name in names]
+    other = asyncio.create_task(running.client.load_model("other", "two"))
+    await asyncio.sleep(0.1)
+    await running.serves("one", 0)
+    running.opened.go_on.set()
+    assert await other == (0, "two"), "policies do not wait for one another"
+    results = await asyncio.gather(*loads, return_exceptions=True)
+    assert isinstance(results.pop(1), DomainError)
+    versions = {}
+    for name, result in zip(["two", "three", "three", "four"], results, strict=True):
+        assert isinstance(result, tuple)
+        versions.setdefault(result[0], result[1])
+        assert result[1] == name == versions[result[0]]
+    assert sorted(versions) == list(range(1, len(versions) + 1))
+    await running.serves(versions[max(versions)], max(versions))
+
+
+async def test_a_caller_who_leaves_does_not_leave_half_a_model(running: Running) -> None:
+    running.opened.go_on.clear()
+    load = asyncio.create_task(running.client.load_model("actor", "two"))
+    await asyncio.sleep(0.1)
+    load.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await load
+    await running.serves("one", 0)
+    running.opened.go_on.set()
+    await until(lambda: running.served.policies.get().info.model == "two")
+    await running.serves("two", 1)
+    assert await running.client.load_model("actor", "two") == (1, "two")
+
+
+async def test_a_service_that_stops_while_it_loads_leaves_nothing_behind() -> None:
+    opened = Opened()
+    async with started(opened) as running:
+        opened.go_on.clear()
+        load = asyncio.create_task(running.client.load_model("actor", "two"))
+        await asyncio.sleep(0.1)
+    with pytest.raises(asyncio.CancelledError):
+        await load
+    assert [backend.closed for backend in opened.backends] == [True]
+
+
+async def test_a_model_whose_memory_is_released_is_not_replaced(running: Running) -> None:
+    await running.served.policies.release_memory()
+    error = await refused(running.client.load_model("actor", "two"), Reason.ENGINE_UNAVAILABLE, Code.UNAVAILABLE)
+    assert "ResumeMemory" in error.message
+    await running.served.policies.resume_memory()
+    assert await running.client.load_model("actor", "two") == (1, "two")
+
+
+async def test_a_policy_is_unloaded_when_its_calls_have_finished(running: Running) -> None:
+    await running.client.load_model("other", "two")
+    backend, options = running.opened["two"], CallOptions(policy="other")
+    backend.go_on.clear()
+    call = asyncio.create_task(running.client.generate(PROMPT, PLAIN, options))
+    await until(lambda: len(backend.asks) == 1)
+    unloading = asyncio.create_task(running.client.unload_model("other"))
+    await until(lambda: "other" not in [deployment.name for deployment in running.served.policies.deployments])
+    await refused(running.client.generate(PROMPT, PLAIN, options), Reason.UNKNOWN_POLICY, Code.NOT_FOUND)
+    assert not unloading.done() and not backend.closed
+    backend.go_on.set()
+    assert (await call).token_ids
+    await unloading
+    assert backend.closed
+    await refused(running.client.unload_model("other"), Reason.UNKNOWN_POLICY, Code.NOT_FOUND)
+    assert await running.client.load_model("other", "two") == (0, "two")
+
+
+async def test_the_default_policy_stays(running: Running) -> None:
+    await refused(running.client.unload_model("actor"), Reason.DEFAULT_POLICY, Code.FAILED_PRECONDITION)
+    await running.serves("one", 0)
+
+
+async def test_what_was_loaded_is_there_after_a_restart(tmp_path: Path) -> None:
+    state, policies = tmp_path / "state", {"fixed": {"model": "three"}}
+    async with started(state_folder=state, policies=policies) as running:
+        await running.client.load_model("actor", "two", "", {"context_length": 20})
+        await running.client.load_model("other", "one")
+        await running.client.load_model("gone", "one")
+        await running.client.unload_model("gone")
+        await refused(running.client.load_model("fixed", "bad"), Reason.UNSUPPORTED_MODEL)
+    for _ in range(2):
+        async with started(state_folder=state, policies=policies) as running:
+            assert [info.name for info in await running.client.policies()] == ["actor", "fixed", "other"]
+            await running.serves("two", 1)
+            await running.serves("one", 0, "other")
+            await running.serves("three", 0, "fixed")
+            assert (await running.client.info()).context_length == 20
+            assert len(running.opened.backends) == 3
+    async with started(state_folder=state, policies=policies) as running:
+        assert await running.client.load_model("gone", "one") == (1, "one"), "versions never repeat"
+    assert sorted(path.name for path in (state / "policies" / "actor").iterdir()) == [
+        "files",
+        "lock",
+        "model.json",
+        "versions.db",
+    ]
+    assert (state / "policies" / "actor" / "model.json").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"model": "one"}, {"model": "three"}),
+        ({"model": "one"}, {"model": "one", "context_length": 16}),
+        ({"model": "three", "policies": {"actor2": {"model": "one"}}}, {"model": "three", "default_policy": "actor"}),
+    ],
+)
+async def test_settings_that_changed_replace_what_was_loaded(
+    tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    name = next(iter(before.get("policies", {"actor": {}})))
+    async with started(state_folder=tmp_path, **before) as running:
+        await running.client.load_model(name, "two")
+    with structlog.testing.capture_logs() as logs:
+        async with started(state_folder=tmp_path, **after) as running:
+            if name in ("actor",):
+                await running.serves(after["model"], 2)
+            assert [info.model for info in await running.client.policies()] == [after["model"]]
+    [warning] = [entry for entry in logs if entry["log_level"] == "warning" and "settings" in entry["event"]]
+    assert warning["policy"] == name
+    with structlog.testing.capture_logs() as logs:
+        async with started(state_folder=tmp_path, **after) as running:
+            assert [info.model for info in await running.client.policies()] == [after["model"]]
+    assert [entry for entry in logs if entry["log_level"] == "warning"] == []
+
+
+async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "m"
+    folder.mkdir(parents=True)
+    settings = {"state_folder": tmp_path / "state", "models_folder": tmp_path / "models"}
+    async with started(**settings) as running:
+        await running.client.load_model("actor", str(folder))
+    with pytest.raises(CannotServe, match=r"actor: .*loads no folders.*model\.json"):
+        await Policies.open(PolicySettings(model="one", threads=1, state_folder=tmp_path / "state"), Opened().create)
+    (tmp_path / "state" / "policies" / "actor" / "model.json").write_text("{")
+    with pytest.raises(CannotServe, match=r"actor: .*model\.json is damaged"):
+        await Policies.open(PolicySettings(model="one", threads=1, **settings), Opened().create)
+
+
+async def test_under_load_a_llama_replaces_a_qwen_and_takes_weights(tmp_path: Path) -> None:
+    """Real models. No call fails; answers are those of one model each, and afterwards of the trained Llama."""
+    qwen, llama = write_tiny_model(tmp_path / "qwen"), write_llama_model(tmp_path / "llama")
+    settings: dict[str, Any] = {"models_folder": tmp_path, "weights_folder": tmp_path, "slots": 32}
+    references = {0: load(qwen), 1: load(llama)}
+    async with serving(qwen, **settings) as served:
+        foreign = full_weights(tmp_path / "w0", references[0].state_dict(), 1, (await served.client.info()).fingerprint)
+        stop = asyncio.Event()
+        answers = []
+
+        async def call() -> None:
+            while not stop.is_set():
+                answers.append(await served.client.generate([5, 6, 7], SamplingParams(max_tokens=4)))
+
+        callers = [asyncio.create_task(call()) for _ in range(8)]
+        await until(lambda: len(answers) > 20)
+        version, fingerprint = await served.client.load_model("actor", str(llama))
+        count = len(answers)
+        await until(lambda: len(answers) > count + 20)
+        stop.set()
+        await asyncio.gather(*callers)
+        assert version == 1
+        for answer in answers:
+            [span] = answer.policy_versions
+            expected = plain_log_probs(references[span.policy_version], [5, 6, 7, *answer.token_ids])[2:]
+            assert answer.log_probs == pytest.approx(expected, abs=1e-4)
+        assert {answer.policy_versions[0].policy_version for answer in answers} == {0, 1}
+        assert all(answer.policy_versions[0].policy_version == 1 for answer in answers[count + 8 :])
+        with pytest.raises(DomainError) as caught:
+            await served.client.update_weights(foreign)
+        assert caught.value.reason in (Reason.MODEL_MISMATCH, Reason.VERSION_CONFLICT)
+        tensors = {name: tensor * 1.5 for name, tensor in references[1].state_dict().items()}
+        await served.client.update_weights(full_weights(tmp_path / "w2", tensors, 2, fingerprint))
+        references[1].load_state_dict(tensors)
+        answer = await served.client.generate([5, 6, 7], SamplingParams(max_tokens=4))
+        expected = plain_log_probs(references[1], [5, 6, 7, *answer.token_ids])[2:]
+        assert answer.policy_versions[0].policy_version == 2
+        assert answer.log_probs == pytest.approx(expected, abs=1e-4)
+
+
+async def test_a_killed_service_comes_back_with_what_was_loaded(tmp_path: Path, services: Services) -> None:
+    llama = write_llama_model(tmp_path / "models" / "llama")
+    settings = {"state_folder": tmp_path / "state", "models_folder": tmp_path / "models", "weights_folder": tmp_path}
+    process = services.start("policy", model=write_tiny_model(tmp_path / "tiny"), threads=1, **settings)
+    client = PolicyClient(Endpoint(process.address))
+    version, fingerprint = await client.load_model("actor", str(llama))
+    tensors = {name: tensor * 1.5 for name, tensor in load(llama).state_dict().items()}
+    await client.update_weights(full_weights(tmp_path / "w", tensors, version + 1, fingerprint))
+    before = await client.score([[5, 6, 7]])
+    process.restart()
+    assert await client.score([[5, 6, 7]]) == before
+    info = await client.info()
+    assert (info.model, info.fingerprint, info.policy_version) == ("llama", fingerprint, version + 1)
+    assert await client.load_model("actor", str(llama)) == (version + 1, fingerprint)
+    await client.close()
+    assert process.stop() == 0
+
+
+def test_a_policy_that_cannot_be_opened_is_named_at_the_start(services: Services) -> None:
+    policies = {"judge": {"backend": "openai"}, "reference": {"backend": "openai", "openai": {"base_url": "x"}}}
+    with pytest.raises(ServiceFailed) as caught:
+        services.start("policy", backend="openai", openai={"base_url": "http://127.0.0.1:1/v1"}, policies=policies)
+    text = str(caught.value)
+    assert "ended with status 2" in text
+    assert "\n  judge: openai.base_url: " in text and "\n  reference: openai.base_url: " in text
+    assert "\n  actor" not in text, "its endpoint may come later"
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_without_a_token_the_administration_is_not_open_to_others(services: Services, host: str) -> None:
+    with pytest.raises(ServiceFailed, match=f"admin_token: needed at {host}"):
+        services.start("policy", host=host)
