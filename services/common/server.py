@@ -8,7 +8,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, TypeAlias, cast
 
 import grpc
@@ -162,15 +163,16 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
     def _stream(
-        self, method: str, call: Callable[..., AsyncIterator[Any]], metrics: MethodMetrics | None
+        self, method: str, call: Callable[..., AsyncGenerator[Any, None]], metrics: MethodMetrics | None
     ) -> Callable[..., AsyncIterator[Any]]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             with _Logged(method, request, metrics) as logged:
                 try:
                     self._authorize(method, context)
                     _validate(request)
-                    async for response in call(request, context):
-                        yield response
+                    async with aclosing(call(request, context)) as responses:
+                        async for response in responses:
+                            yield response
                 except DomainError as error:
                     logged.failed(error)
                     await context.abort_with_status(to_status(error))

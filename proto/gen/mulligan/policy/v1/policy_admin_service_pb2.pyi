@@ -113,7 +113,8 @@ class LoadModelRequest(_message.Message):
     @_builtins.property
     def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Settings of a policy by dotted name, values as JSON: {"context_length": "2048", "sglang.servers":
-        "[\\"http://127.0.0.1:30000\\"]"}. They are put over the policy's own.
+        "[\\"http://127.0.0.1:30000\\"]"}. They are put over the policy's own; a credential of its own is not sent to an
+        address that is given here. Programs, their flags and environment, and folders are the server's settings' alone.
         """
 
     def __init__(

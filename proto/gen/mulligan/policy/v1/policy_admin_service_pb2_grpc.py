@@ -88,11 +88,13 @@ class PolicyAdminServiceServicer:
     def LoadModel(self, request, context):
         """Puts a model in the place of a policy's, or adds a policy, while the service runs. It answers once the new model
         serves; until then, and when it cannot be loaded, the old one does. Sessions that began on the old model finish on
-        it; it is closed when none of them has asked for a while. Without options and servers the policy's own settings are
-        kept. The loaded model is the policy's next version. Survives a restart of the service when it has a state folder.
-        Idempotent while that model serves under the same options.
+        it; it is closed when none of them has asked for a while. The policy's own settings, those of the server's settings,
+        hold where no option is given. The loaded model is the policy's next version. Survives a restart of the service when
+        it has a state folder, unless the policy's own settings changed. Idempotent while that model serves under the same
+        options.
         INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; INVALID_SETTING: metadata `field`;
-        BAD_MODEL: a folder that is not below the server's models folder.
+        BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the
+        policy is released.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,7 +102,7 @@ class PolicyAdminServiceServicer:
 
     def UnloadModel(self, request, context):
         """Removes a policy once its calls have finished; what comes meanwhile is UNKNOWN_POLICY. FAILED_PRECONDITION
-        DEFAULT_POLICY: the default one stays.
+        DEFAULT_POLICY: the default one stays. One of the server's settings is back after a restart.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,15 +22,17 @@ class PolicyAdminServiceStub:
     LoadModel: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.LoadModelRequest, _policy_admin_service_pb2.LoadModelResponse]
     """Puts a model in the place of a policy's, or adds a policy, while the service runs. It answers once the new model
     serves; until then, and when it cannot be loaded, the old one does. Sessions that began on the old model finish on
-    it; it is closed when none of them has asked for a while. Without options and servers the policy's own settings are
-    kept. The loaded model is the policy's next version. Survives a restart of the service when it has a state folder.
-    Idempotent while that model serves under the same options.
+    it; it is closed when none of them has asked for a while. The policy's own settings, those of the server's settings,
+    hold where no option is given. The loaded model is the policy's next version. Survives a restart of the service when
+    it has a state folder, unless the policy's own settings changed. Idempotent while that model serves under the same
+    options.
     INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; INVALID_SETTING: metadata `field`;
-    BAD_MODEL: a folder that is not below the server's models folder.
+    BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the
+    policy is released.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.UnloadModelRequest, _policy_admin_service_pb2.UnloadModelResponse]
     """Removes a policy once its calls have finished; what comes meanwhile is UNKNOWN_POLICY. FAILED_PRECONDITION
-    DEFAULT_POLICY: the default one stays.
+    DEFAULT_POLICY: the default one stays. One of the server's settings is back after a restart.
     """
     UploadWeights: _aio.StreamUnaryMultiCallable[_policy_admin_service_pb2.UploadWeightsRequest, _policy_admin_service_pb2.UploadWeightsResponse]
     """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
@@ -85,11 +87,13 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_policy_admin_service_pb2.LoadModelResponse]:
         """Puts a model in the place of a policy's, or adds a policy, while the service runs. It answers once the new model
         serves; until then, and when it cannot be loaded, the old one does. Sessions that began on the old model finish on
-        it; it is closed when none of them has asked for a while. Without options and servers the policy's own settings are
-        kept. The loaded model is the policy's next version. Survives a restart of the service when it has a state folder.
-        Idempotent while that model serves under the same options.
+        it; it is closed when none of them has asked for a while. The policy's own settings, those of the server's settings,
+        hold where no option is given. The loaded model is the policy's next version. Survives a restart of the service when
+        it has a state folder, unless the policy's own settings changed. Idempotent while that model serves under the same
+        options.
         INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; INVALID_SETTING: metadata `field`;
-        BAD_MODEL: a folder that is not below the server's models folder.
+        BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the
+        policy is released.
         """
 
     @_abc_1.abstractmethod
@@ -99,7 +103,7 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_policy_admin_service_pb2.UnloadModelRequest, _abc.Awaitable[_policy_admin_service_pb2.UnloadModelResponse]],
     ) -> _abc.Awaitable[_policy_admin_service_pb2.UnloadModelResponse]:
         """Removes a policy once its calls have finished; what comes meanwhile is UNKNOWN_POLICY. FAILED_PRECONDITION
-        DEFAULT_POLICY: the default one stays.
+        DEFAULT_POLICY: the default one stays. One of the server's settings is back after a restart.
         """
 
     @_abc_1.abstractmethod

@@ -113,7 +113,8 @@ class PolicyServiceServicer:
 
     def StreamGenerate(self, request, context):
         """The same, token by token. The answers of several samples alternate; each sample ends with a message that has a
-        stop_reason. Errors as in Generate; one can also come after the first tokens.
+        stop_reason. Errors as in Generate; one can also come after the first tokens: FAILED_PRECONDITION CANARY_FAILED says
+        that the weights changed under way and the new ones were refused, so that the call is to be repeated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

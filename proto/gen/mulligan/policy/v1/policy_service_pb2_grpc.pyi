@@ -42,7 +42,8 @@ class PolicyServiceStub:
     """
     StreamGenerate: _aio.UnaryStreamMultiCallable[_policy_service_pb2.StreamGenerateRequest, _policy_service_pb2.StreamGenerateResponse]
     """The same, token by token. The answers of several samples alternate; each sample ends with a message that has a
-    stop_reason. Errors as in Generate; one can also come after the first tokens.
+    stop_reason. Errors as in Generate; one can also come after the first tokens: FAILED_PRECONDITION CANARY_FAILED says
+    that the weights changed under way and the new ones were refused, so that the call is to be repeated.
     """
     Score: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ScoreRequest, _policy_service_pb2.ScoreResponse]
     """Computes the log-probability of every token of given sequences. Idempotent.
@@ -99,7 +100,8 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_policy_service_pb2.StreamGenerateRequest, _abc.AsyncIterator[_policy_service_pb2.StreamGenerateResponse]],
     ) -> _abc.AsyncIterator[_policy_service_pb2.StreamGenerateResponse]:
         """The same, token by token. The answers of several samples alternate; each sample ends with a message that has a
-        stop_reason. Errors as in Generate; one can also come after the first tokens.
+        stop_reason. Errors as in Generate; one can also come after the first tokens: FAILED_PRECONDITION CANARY_FAILED says
+        that the weights changed under way and the new ones were refused, so that the call is to be repeated.
         """
 
     @_abc_1.abstractmethod
