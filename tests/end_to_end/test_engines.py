@@ -1,0 +1,65 @@
+"""A run on engines of other makers: SGLang is trained, and reflects through its OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from models import EMBEDDED
+from services.common.channel import Endpoint
+from services.common.errors import DomainError, Reason
+from services.policy.client import PolicyClient
+from services.trainer.settings import EvaluationSettings
+from tests.support.loop import Loop, small_run
+from tests.support.policy_backends import restore, served_name, sglang_address
+from tests.support.processes import Services
+
+LAKE = "frozenlake-3x3"
+LORA = {"rank": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # what the server was started for
+
+
+@pytest.fixture(scope="module")
+def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    address = sglang_address()
+    hosted = {"backend": "openai", "model": served_name(address), "openai": {"base_url": f"{address}/v1"}}
+    policy = {"backend": "sglang", "model": EMBEDDED, "sglang": {"servers": [address]}, "policies": {"hosted": hosted}}
+    yield Loop.start(shared_services, tmp_path_factory.mktemp("loop"), policy=policy)
+    shared_services.end()
+    asyncio.run(restore("sglang"))
+
+
+async def test_sglang_is_trained_and_an_endpoint_reflects(loop: Loop) -> None:
+    policy = PolicyClient(Endpoint(loop.policy.address))
+    before = (await policy.info()).policy_version
+    await loop.train("full", small_run(steps=2, policies={"actor": "actor", "reflector": "hosted"}))
+    assert (await policy.info()).policy_version == before + 3
+    await policy.close()
+    chains = loop.experiences("full")
+    reflections = [chain.reflection for chain in chains if chain.reflection is not None]
+    assert reflections and all(reflection.policy == "hosted" and reflection.text for reflection in reflections)
+    assert [sequence.sampled_count for r in reflections for sequence in r.sequences] == [0] * len(reflections)
+    for metrics in await loop.metrics("full"):
+        assert metrics["canary_difference"] < 1e-4 and metrics["excluded"] == 0
+        assert "reflection/loss" not in metrics and metrics["grad_norm"] > 0
+        assert abs(metrics.get("mismatch_kl", 0)) < 1e-6, "engine and learner agree"
+
+
+async def test_adapters_are_trained_on_sglang(loop: Loop) -> None:
+    await loop.train("lora", small_run(steps=1, model={"source": "embedded", "lora": LORA}))
+    (metrics,) = await loop.metrics("lora")
+    assert metrics["canary_difference"] < 1e-4 and metrics["excluded"] == 0 and metrics["grad_norm"] > 0
+
+
+async def test_an_endpoint_is_measured_and_not_trained(loop: Loop) -> None:
+    trainer = loop.client()
+    settings = EvaluationSettings(tasks=4, samples=1, top_k=0)
+    result, _ = await trainer.evaluate(LAKE, settings, max_tokens=8, policy="hosted")
+    assert (result.attempts, result.excluded) == (4, 0)
+    with pytest.raises(DomainError) as caught:
+        await trainer.evaluate(LAKE, settings.model_copy(update={"top_k": 20}), policy="hosted")
+    assert (caught.value.reason, caught.value.metadata) == (Reason.INVALID_SETTING, {"field": "top_k"})
+    await trainer.start("hosted", small_run(steps=1, policies={"actor": "hosted"}))
+    assert "policies.actor: policy 'hosted' (openai) cannot be trained: no token_ids" in await loop.failure("hosted")
+    await trainer.close()
