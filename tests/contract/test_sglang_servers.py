@@ -91,7 +91,7 @@ async def test_no_server_at_all_is_said(tmp_path: Path) -> None:
 
 
 def _processes(address: str) -> list[int]:
-    """Of servers that were told to listen there."""
+    """Of servers that were told to listen there, the first of each."""
     port = address.rpartition(":")[2].encode()
     found = []
     for folder in Path("/proc").iterdir():
@@ -100,6 +100,7 @@ def _processes(address: str) -> list[int]:
                 arguments = (folder / "cmdline").read_bytes().split(b"\0")
             except OSError:  # it ended
                 continue
-            if b"sglang.launch_server" in arguments and port in arguments:
-                found.append(int(folder.name))
+            pid = int(folder.name)
+            if b"sglang.launch_server" in arguments and port in arguments and os.getsid(pid) == pid:
+                found.append(pid)
     return found

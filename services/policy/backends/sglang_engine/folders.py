@@ -9,6 +9,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.torch import save_file
+
 from services.common.errors import DomainError, Reason
 from services.common.types import WeightsKind
 from services.policy.backend import WeightsFile
@@ -78,8 +80,13 @@ class Folders:
         """The folder in which the servers find it. Raises as `prepare` does."""
         config = self._skeleton.check_adapter(source)
         folder = self._new(_ADAPTERS, name)
+        completed = self._skeleton.completed_adapter(source, config["r"])
+        if completed:
+            save_file(completed, folder / ADAPTER_FILE)
+            config["target_modules"] = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in completed})
+        else:
+            self._put(source / ADAPTER_FILE, folder / ADAPTER_FILE)
         (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
-        self._put(source / ADAPTER_FILE, folder / ADAPTER_FILE)
         return self._engine_path(folder)
 
     def remove(self, target: Target) -> None:

@@ -116,6 +116,7 @@ async def _look_at_all(servers: Sequence[Server], skeleton: Skeleton, seconds: f
         raise UnsupportedModel(f"no SGLang server answers: {error}") from error
     results = await asyncio.gather(*(server.look(skeleton) for server in servers), return_exceptions=True)
     for server, result in zip(servers, results, strict=True):
+        server.problem = str(result)
         if isinstance(result, Unsuitable | Refused):
             raise UnsupportedModel(f"{server.address}: {result}") from result
     _raise_first([result for result in results if not isinstance(result, Unreachable)])
@@ -183,6 +184,7 @@ async def _load(pool: Pool, present: Sequence[Server], *, loaded: bool) -> None:
 
     results = await asyncio.gather(*(load(server) for server in present), return_exceptions=True)
     for server, result in zip(present, results, strict=True):
+        server.problem = str(result or "")
         if isinstance(result, Refused):
             raise UnsupportedModel(f"{server.address} does not take what the model came with: {result}") from result
         if isinstance(result, BaseException) and not isinstance(result, Unreachable):
@@ -191,7 +193,7 @@ async def _load(pool: Pool, present: Sequence[Server], *, loaded: bool) -> None:
         raise UnsupportedModel("; ".join(str(result) for result in results))
     for server in pool.servers:
         if not server.serving:
-            pool.take_out(server, "it does not answer")
+            pool.take_out(server, server.problem)
 
 
 async def _repeats(server: Server) -> bool:

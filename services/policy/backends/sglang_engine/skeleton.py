@@ -29,6 +29,8 @@ _PLAIN = {
     "alpha_pattern": {},
     "lora_bias": False,
 }
+# Layers that SGLang stacks into one. A server dies when an adapter has some of them and lacks others.
+_STACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Skeleton:
@@ -109,6 +111,24 @@ class Skeleton:
             alpha *= math.sqrt(rank)
         return {**config, "r": rank, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}}
 
+    def completed_adapter(self, folder: Path, rank: int) -> dict[str, torch.Tensor]:
+        """The tensors of an adapter that was checked, with factors that change nothing where SGLang needs some; empty
+        when it needs none."""
+        with _Reader(folder / ADAPTER_FILE) as tensors:
+            parts = {key.removeprefix(_ADAPTER_PREFIX).rpartition(".lora_")[0]: key for key in tensors.names}
+            added: dict[str, torch.Tensor] = {}
+            for module, key in parts.items():
+                parent, _, leaf = module.rpartition(".")
+                [group] = [group for group in _STACKED if leaf in group] or [()]
+                for other in (f"{parent}.{name}" for name in group):
+                    if other in parts or f"{other}.weight" not in self._shapes:
+                        continue
+                    rows, columns = self._shapes[f"{other}.weight"]
+                    for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                        name = f"{_ADAPTER_PREFIX}{other}.lora_{factor}.weight"
+                        added[name] = torch.zeros(shape, dtype=tensors.tensor(key).dtype)
+            return {key: tensors.tensor(key) for key in tensors.names} | added if added else {}
+
 
 class _Reader:
     """A safetensors file, one tensor at a time."""
@@ -132,8 +152,12 @@ class _Reader:
     def shape(self, name: str) -> list[int]:
         return list(self._file.get_slice(name).get_shape())
 
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
+
     def check_values(self, name: str) -> None:
-        tensor = self._file.get_tensor(name)
+        tensor = self.tensor(name)
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise _mismatch(f"{name} holds values that are not finite numbers")
 
