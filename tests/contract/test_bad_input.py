@@ -13,6 +13,8 @@ import torch
 from mulligan.common.v1 import message_pb2
 from mulligan.env.v1 import env_service_pb2 as env_pb
 from mulligan.env.v1 import env_service_pb2_grpc as env_grpc
+from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
+from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as policy_pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as policy_grpc
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
@@ -141,17 +143,17 @@ async def test_weights_of_another_model(policy: Running, tmp_path: Path) -> None
     save_file(tensors, good)
     save_file(other, bad)
 
-    def update(path: Path, fingerprint: str) -> policy_pb.UpdateWeightsRequest:
-        return policy_pb.UpdateWeightsRequest(
+    def update(path: Path, fingerprint: str) -> admin_pb.UpdateWeightsRequest:
+        return admin_pb.UpdateWeightsRequest(
             policy_version=1,
-            kind=policy_pb.WEIGHTS_KIND_FULL,
+            kind=admin_pb.WEIGHTS_KIND_FULL,
             uri=path.resolve().as_uri(),
             sha256=sha256(path),
             fingerprint=fingerprint,
         )
 
     async with grpc.aio.insecure_channel(policy.address) as channel:
-        admin, stub = policy_grpc.PolicyAdminServiceStub(channel), policy_grpc.PolicyServiceStub(channel)
+        admin, stub = admin_grpc.PolicyAdminServiceStub(channel), policy_grpc.PolicyServiceStub(channel)
         own = (await stub.GetPolicy(policy_pb.GetPolicyRequest())).policy.fingerprint
         for request in (update(bad, own), update(good, "f" * 64)):
             assert (await refusal(admin.UpdateWeights(request)))[:2] == ("FAILED_PRECONDITION", "MODEL_MISMATCH")

@@ -20,7 +20,7 @@ from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
 from services.common.types import CallOptions, CanaryProbe, PublishedWeights, SamplingParams, WeightsKind
 from services.policy.client import PolicyClient
-from tests.support.policy import full_weights, load, plain_log_probs, sha256
+from tests.support.policy import full_weights, load, plain_log_probs, serving, sha256
 from tests.support.policy_backends import WITH_WEIGHTS, Running, reference, restore, running, until
 from tests.support.processes import Services
 
@@ -110,21 +110,21 @@ async def test_full_weights_replace_all_and_forget_what_was_cached(policy: Runni
     await serves(policy, other, 5)
 
 
-async def test_ten_updates_of_either_kind_end_where_the_trainer_is(policy: Running, tmp_path: Path) -> None:
+async def test_small_updates_of_either_kind_end_where_the_trainer_is(policy: Running, tmp_path: Path) -> None:
     """Small steps, as training makes them: a version that was not taken would show in the log-probabilities."""
     trained = load(EMBEDDED)
     generator = torch.Generator().manual_seed(0)
-    for version in range(1, 11):
+    for version in range(1, 5):
         with torch.no_grad():
             for parameter in trained.parameters():
                 parameter.add_(0.003 * torch.randn(parameter.shape, generator=generator))
         await update(policy, published(policy, tmp_path, trained, version))
-    await serves(policy, trained, 10)
-    for version in range(11, 21):
+    await serves(policy, trained, 4)
+    for version in range(5, 9):
         folder = tmp_path / "weights" / f"adapter-{version}"
         tuned = adapter(folder, ATTENTION, version)
         await update(policy, adapted(policy, folder, version, tuned))
-    await serves(policy, tuned, 20)
+    await serves(policy, tuned, 8)
 
 
 async def test_an_adapter_changes_the_weights_that_the_model_came_with(policy: Running, tmp_path: Path) -> None:
@@ -254,11 +254,11 @@ async def test_updates_under_load_never_mix_versions(policy: Running, tmp_path: 
         count = 0
         while not pause.is_set():
             prompt = PROMPT[: 20 + (number + count) % 10]
-            answers.append((prompt, await policy.client.generate(prompt, SamplingParams(max_tokens=1 + 3 * number))))
+            answers.append((prompt, await policy.client.generate(prompt, SamplingParams(max_tokens=1 + 2 * number))))
             count += 1
 
     async def more_answers() -> None:
-        wanted = len(answers) + 12
+        wanted = len(answers) + 8
         await until(lambda: len(answers) >= wanted)
 
     callers = [asyncio.create_task(call(number)) for number in range(8)]
@@ -283,10 +283,10 @@ async def test_updates_under_load_never_mix_versions(policy: Running, tmp_path: 
 
 
 async def test_weights_have_a_credential_of_their_own(tmp_path: Path) -> None:
-    (tmp_path / "weights").mkdir()
     settings = {"weights_folder": tmp_path, "token": "everyone", "admin_token": "trainer"}
-    async with running("batched", **settings) as policy:
-        weights = published(policy, tmp_path, build_model(1), 1)
+    async with serving(EMBEDDED, **settings) as policy:
+        fingerprint = policy.backend.model.fingerprint
+        weights = full_weights(tmp_path / "w", build_model(1).state_dict(), 1, fingerprint)
         for endpoint_token, admin_token, allowed in (
             (None, "trainer", (False, True)),
             ("everyone", None, (True, False)),
