@@ -3,70 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import structlog
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
 
-from services.common.channel import Endpoint
 from services.common.errors import Code, DomainError, Reason
 from services.common.types import CallOptions, SamplingParams
-from services.policy.client import PolicyClient
-from services.policy.config import PolicySettings
-from services.policy.policies import CannotServe, Policies
 from tests.support.llama_model import write_llama_model
-from tests.support.policy import Serving, full_weights, load, plain_log_probs, serving
+from tests.support.policy import full_weights, load, plain_log_probs, serving
 from tests.support.policy_backends import until
-from tests.support.processes import ServiceFailed, Services
-from tests.support.scripted import Opened
+from tests.support.scripted import Opened, Running, refused, started
 from tests.support.tiny_model import write_tiny_model
 
 PROMPT = [1, 2, 3]
 PLAIN = SamplingParams()
 
 
-@dataclass
-class Running:
-    served: Serving
-    opened: Opened
-
-    @property
-    def client(self) -> PolicyClient:
-        return self.served.client
-
-    async def serves(self, model: str, version: int, policy: str = "") -> None:
-        info = await self.client.info(policy)
-        assert (info.model, info.policy_version) == (model, version)
-        completion = await self.client.generate(PROMPT, PLAIN, CallOptions(policy=policy))
-        assert {span.policy_version for span in completion.policy_versions} == {version}
-        assert self.opened[model].asks
-
-
-@asynccontextmanager
-async def started(opened: Opened | None = None, **settings: Any) -> AsyncIterator[Running]:
-    opened = opened or Opened()
-    async with serving(**({"model": "one", "create": opened.create} | settings)) as served:
-        yield Running(served, opened)
-
-
 @pytest.fixture
 async def running() -> AsyncIterator[Running]:
     async with started() as found:
         yield found
-
-
-async def refused(call: Awaitable[object], reason: Reason, code: Code = Code.INVALID_ARGUMENT) -> DomainError:
-    with pytest.raises(DomainError) as caught:
-        await call
-    assert (caught.value.reason, caught.value.code) == (reason, code), caught.value
-    return caught.value
 
 
 async def test_versions_go_on_and_never_repeat(running: Running) -> None:
@@ -279,73 +240,6 @@ async def test_the_default_policy_stays(running: Running) -> None:
     await running.serves("one", 0)
 
 
-async def test_what_was_loaded_is_there_after_a_restart(tmp_path: Path) -> None:
-    state, policies = tmp_path / "state", {"fixed": {"model": "three"}}
-    async with started(state_folder=state, policies=policies) as running:
-        await running.client.load_model("actor", "two", "", {"context_length": 20})
-        await running.client.load_model("other", "one")
-        await running.client.load_model("gone", "one")
-        await running.client.unload_model("gone")
-        await refused(running.client.load_model("fixed", "bad"), Reason.UNSUPPORTED_MODEL)
-    for _ in range(2):
-        async with started(state_folder=state, policies=policies) as running:
-            assert [info.name for info in await running.client.policies()] == ["actor", "fixed", "other"]
-            await running.serves("two", 1)
-            await running.serves("one", 0, "other")
-            await running.serves("three", 0, "fixed")
-            assert (await running.client.info()).context_length == 20
-            assert len(running.opened.backends) == 3
-    async with started(state_folder=state, policies=policies) as running:
-        assert await running.client.load_model("gone", "one") == (1, "one"), "versions never repeat"
-    assert sorted(path.name for path in (state / "policies" / "actor").iterdir()) == [
-        "files",
-        "lock",
-        "model.json",
-        "versions.db",
-    ]
-    assert (state / "policies" / "actor" / "model.json").stat().st_mode & 0o077 == 0
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ({"model": "one"}, {"model": "three"}),
-        ({"model": "one"}, {"model": "one", "context_length": 16}),
-        ({"model": "three", "policies": {"actor2": {"model": "one"}}}, {"model": "three", "default_policy": "actor"}),
-    ],
-)
-async def test_settings_that_changed_replace_what_was_loaded(
-    tmp_path: Path, before: dict[str, Any], after: dict[str, Any]
-) -> None:
-    name = next(iter(before.get("policies", {"actor": {}})))
-    async with started(state_folder=tmp_path, **before) as running:
-        await running.client.load_model(name, "two")
-    with structlog.testing.capture_logs() as logs:
-        async with started(state_folder=tmp_path, **after) as running:
-            if name in ("actor",):
-                await running.serves(after["model"], 2)
-            assert [info.model for info in await running.client.policies()] == [after["model"]]
-    [warning] = [entry for entry in logs if entry["log_level"] == "warning" and "settings" in entry["event"]]
-    assert warning["policy"] == name
-    with structlog.testing.capture_logs() as logs:
-        async with started(state_folder=tmp_path, **after) as running:
-            assert [info.model for info in await running.client.policies()] == [after["model"]]
-    assert [entry for entry in logs if entry["log_level"] == "warning"] == []
-
-
-async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path: Path) -> None:
-    folder = tmp_path / "models" / "m"
-    folder.mkdir(parents=True)
-    settings = {"state_folder": tmp_path / "state", "models_folder": tmp_path / "models"}
-    async with started(**settings) as running:
-        await running.client.load_model("actor", str(folder))
-    with pytest.raises(CannotServe, match=r"actor: .*loads no folders.*model\.json"):
-        await Policies.open(PolicySettings(model="one", threads=1, state_folder=tmp_path / "state"), Opened().create)
-    (tmp_path / "state" / "policies" / "actor" / "model.json").write_text("{")
-    with pytest.raises(CannotServe, match=r"actor: .*model\.json is damaged"):
-        await Policies.open(PolicySettings(model="one", threads=1, **settings), Opened().create)
-
-
 async def test_under_load_a_llama_replaces_a_qwen_and_takes_weights(tmp_path: Path) -> None:
     """Real models. No call fails; answers are those of one model each, and afterwards of the trained Llama."""
     qwen, llama = write_tiny_model(tmp_path / "qwen"), write_llama_model(tmp_path / "llama")
@@ -384,37 +278,3 @@ async def test_under_load_a_llama_replaces_a_qwen_and_takes_weights(tmp_path: Pa
         expected = plain_log_probs(references[1], [5, 6, 7, *answer.token_ids])[2:]
         assert answer.policy_versions[0].policy_version == 2
         assert answer.log_probs == pytest.approx(expected, abs=1e-4)
-
-
-async def test_a_killed_service_comes_back_with_what_was_loaded(tmp_path: Path, services: Services) -> None:
-    llama = write_llama_model(tmp_path / "models" / "llama")
-    settings = {"state_folder": tmp_path / "state", "models_folder": tmp_path / "models", "weights_folder": tmp_path}
-    process = services.start("policy", model=write_tiny_model(tmp_path / "tiny"), threads=1, **settings)
-    client = PolicyClient(Endpoint(process.address))
-    version, fingerprint = await client.load_model("actor", str(llama))
-    tensors = {name: tensor * 1.5 for name, tensor in load(llama).state_dict().items()}
-    await client.update_weights(full_weights(tmp_path / "w", tensors, version + 1, fingerprint))
-    before = await client.score([[5, 6, 7]])
-    process.restart()
-    assert await client.score([[5, 6, 7]]) == before
-    info = await client.info()
-    assert (info.model, info.fingerprint, info.policy_version) == ("llama", fingerprint, version + 1)
-    assert await client.load_model("actor", str(llama)) == (version + 1, fingerprint)
-    await client.close()
-    assert process.stop() == 0
-
-
-def test_a_policy_that_cannot_be_opened_is_named_at_the_start(services: Services) -> None:
-    policies = {"judge": {"backend": "openai"}, "reference": {"backend": "openai", "openai": {"base_url": "x"}}}
-    with pytest.raises(ServiceFailed) as caught:
-        services.start("policy", backend="openai", openai={"base_url": "http://127.0.0.1:1/v1"}, policies=policies)
-    text = str(caught.value)
-    assert "ended with status 2" in text
-    assert "\n  judge: openai.base_url: " in text and "\n  reference: openai.base_url: " in text
-    assert "\n  actor" not in text, "its endpoint may come later"
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_without_a_token_the_administration_is_not_open_to_others(services: Services, host: str) -> None:
-    with pytest.raises(ServiceFailed, match=f"admin_token: needed at {host}"):
-        services.start("policy", host=host)

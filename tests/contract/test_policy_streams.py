@@ -65,16 +65,23 @@ async def test_text_of_any_tokens_adds_up_and_no_character_is_split(tmp_path: Pa
 
 
 async def test_parts_come_while_the_engine_works(served: Serving) -> None:
+    backend = only_first(served)
     async with aclosing(served.client.stream(PROMPT, PLAIN)) as stream:
-        backend = served.backend
         first = await anext(stream)
         assert (first.index, first.token_ids, first.text, first.stop_reason) == (0, (0,), WORDS[0], None)
-        backend.go_on.clear()
         rest = asyncio.create_task(collect(stream))
         await asyncio.sleep(0.05)
         assert not rest.done()
         backend.go_on.set()
         assert (await rest)[-1].stop_reason is StopReason.MAX_TOKENS
+
+
+def only_first(served: Serving) -> ScriptedBackend:
+    """The engine stops after the first part of each sample until it is told to go on."""
+    backend: ScriptedBackend = served.backend
+    backend.ahead = 1
+    backend.go_on.clear()
+    return backend
 
 
 async def collect(stream: AsyncIterator[CompletionPart]) -> list[CompletionPart]:
@@ -90,10 +97,10 @@ async def test_the_prompt_is_told_once(served: Serving) -> None:
 
 @pytest.mark.parametrize("n", [1, 4])
 async def test_a_stream_that_is_closed_ends_all_its_samples(served: Serving, n: int) -> None:
-    backend: ScriptedBackend = served.backend
+    backend = only_first(served)
     async with aclosing(served.client.stream(PROMPT, PLAIN, n)) as stream:
         await anext(stream)
-        backend.go_on.clear()
+        assert backend.ended == []
     await until(lambda: len(backend.ended) == n)
     await until(lambda: served.deployment.in_flight == 0)
 
@@ -146,7 +153,7 @@ async def test_samples_have_seeds_that_derive_from_the_one_given(served: Serving
 
 
 async def test_an_error_after_the_first_part_is_told_and_the_call_is_not_repeated(served: Serving) -> None:
-    backend: ScriptedBackend = served.backend
+    backend = only_first(served)
     for error, raised in (
         (DomainError(Reason.ENGINE_UNAVAILABLE, "gone", retry_after=timedelta(0)), DomainError),
         (RuntimeError("broken"), CallFailed),
@@ -155,9 +162,11 @@ async def test_an_error_after_the_first_part_is_told_and_the_call_is_not_repeate
         async with aclosing(served.client.stream(PROMPT, PLAIN)) as stream:
             await anext(stream)
             backend.failures.append(error)
+            backend.go_on.set()
             with pytest.raises(raised, match=str(error).rpartition(": ")[2]):
                 await collect(stream)
         assert len(backend.asks) == 1
+        backend.go_on.clear()
 
 
 async def test_before_the_first_part_a_stream_is_repeated_as_a_call_is(served: Serving) -> None:
@@ -229,10 +238,10 @@ async def test_a_part_of_new_weights_waits_until_they_are_checked(changing: Chan
 async def test_what_refused_weights_sampled_is_not_answered(changing: Changing) -> None:
     """A call, and a stream of which nothing was given out, are sampled again; a stream that had begun ends."""
     client = changing.served.client
-    changing.backend.go_on.set()
+    only_first(changing.served)
     async with aclosing(client.stream(PROMPT, PLAIN)) as begun:
         first = await anext(begun)
-        changing.backend.go_on.clear()
+        changing.backend.ahead = 0
         rest = asyncio.create_task(collect(begun))
         others = [
             asyncio.create_task(collect(client.stream(PROMPT, PLAIN))),

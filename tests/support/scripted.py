@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.common.types import Feature, Message, ReplicaInfo, StopReason, VersionSpan
+import pytest
+
+from services.common.errors import Code, DomainError, Reason
+from services.common.types import CallOptions, Feature, Message, ReplicaInfo, SamplingParams, StopReason, VersionSpan
 from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, UnsupportedModel, WeightsFile
 from services.policy.chat import Chat
+from services.policy.client import PolicyClient
 from services.policy.config import ModelSettings
+from tests.support.policy import Serving, serving
 
 WORDS = ("up", "down", "left", "right")
 
@@ -19,8 +26,8 @@ WORDS = ("up", "down", "left", "right")
 class ScriptedBackend:
     """`asks` are those that arrived, `ended` those that were answered, failed or were cancelled.
 
-    Each sample is `words`, one per part, ids from 0. While `go_on` is clear, nothing is answered, and nothing scored
-    while `judge` is. Weights change under way, and tokens tell of which they are.
+    Each sample is `words`, one per part, ids from 0. While `go_on` is clear, only the first `ahead` words come, and
+    nothing is scored while `judge` is. Weights change under way, and tokens tell of which they are.
     """
 
     def __init__(self, settings: ModelSettings, first_version: int = 0, **info: Any):
@@ -47,6 +54,7 @@ class ScriptedBackend:
         self.words: tuple[str, ...] = WORDS
         self.go_on = asyncio.Event()
         self.go_on.set()
+        self.ahead = 0
         self.judge = asyncio.Event()
         self.judge.set()
         self.closed = False
@@ -72,7 +80,8 @@ class ScriptedBackend:
         self.asks.append(ask)
         try:
             for index, word in enumerate(self.words):
-                await self.go_on.wait()
+                if index >= self.ahead:
+                    await self.go_on.wait()
                 await asyncio.sleep(0)
                 if self.failures:
                     raise self.failures.pop(0)
@@ -150,3 +159,34 @@ class Opened:
         self.folders.append(folder)
         assert os.listdir(folder) == []
         return backend
+
+
+@dataclass
+class Running:
+    served: Serving
+    opened: Opened
+
+    @property
+    def client(self) -> PolicyClient:
+        return self.served.client
+
+    async def serves(self, model: str, version: int, policy: str = "") -> None:
+        info = await self.client.info(policy)
+        assert (info.model, info.policy_version) == (model, version)
+        completion = await self.client.generate([1, 2, 3], SamplingParams(), CallOptions(policy=policy))
+        assert {span.policy_version for span in completion.policy_versions} == {version}
+        assert self.opened[model].asks
+
+
+@asynccontextmanager
+async def started(opened: Opened | None = None, **settings: Any) -> AsyncIterator[Running]:
+    opened = opened or Opened()
+    async with serving(**({"model": "one", "create": opened.create} | settings)) as served:
+        yield Running(served, opened)
+
+
+async def refused(call: Awaitable[object], reason: Reason, code: Code = Code.INVALID_ARGUMENT) -> DomainError:
+    with pytest.raises(DomainError) as caught:
+        await call
+    assert (caught.value.reason, caught.value.code) == (reason, code), caught.value
+    return caught.value
