@@ -41,7 +41,8 @@ def processes_of(address: str) -> list[int]:
     """Of a launched server: first the one that was started, which has this port among its arguments, then those that
     compute and decode for it."""
     port, arguments = address.rpartition(":")[2].encode(), _arguments()
-    leaders = [pid for pid, given in arguments.items() if b"sglang.launch_server" in given and port in given]
+    named = [pid for pid, given in arguments.items() if b"sglang.launch_server" in given and port in given]
+    leaders = [pid for pid in named if _group(pid) == pid]
     return leaders + [
         pid for pid, given in arguments.items() if given[0].startswith(b"sglang::") and _group(pid) in leaders
     ]
