@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,8 +22,10 @@ import torch
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
+from models import EMBEDDED
 from services.common.errors import DomainError, Reason
 from services.common.types import (
+    CallOptions,
     Completion,
     Continuation,
     Feature,
@@ -31,6 +35,8 @@ from services.common.types import (
     Role,
     SamplingParams,
     StopReason,
+    Tool,
+    ToolCall,
     VersionSpan,
 )
 from tests.support.policy import plain_log_probs
@@ -334,3 +340,41 @@ async def test_every_policy_is_listed(policy: Running) -> None:
         answer: Any = await pb_grpc.PolicyServiceStub(channel).ListPolicies(pb.ListPoliciesRequest())
     assert [(one.name, one.backend) for one in answer.policies] == [(policy.info.name, policy.info.backend)]
     assert policy.info.name == "actor" and len(answer.policies[0].features) == len(policy.info.features)
+
+
+TOOL_TEMPLATE = (
+    "{% if tools %}{{ '<|system|>' }}{% for tool in tools %}{{ tool['function'] | tojson }}{% endfor %}{{ '<|end|>' }}"
+    "{% endif %}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}{{ '<tool_call>' + (call['function'] | tojson) + '</tool_call>' }}"
+    "{% endfor %}{{ '<|end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", ["batched", "sglang"])
+async def test_tools_are_shown_by_the_template(name: str, tmp_path: Path) -> None:
+    """By the one that belongs to the policy's model: prompts are rendered here, whatever the engine has."""
+    folder = shutil.copytree(EMBEDDED, tmp_path / EMBEDDED.name)  # SGLang serves what is called so
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    go = Tool("go", "Moves.", '{"type": "object", "properties": {"to": {"type": "string"}}}')
+    turns = (
+        Message(Role.USER, "A B"),
+        Message(Role.ASSISTANT, "", (ToolCall("go", '{"to": "B"}'),)),
+        Message(Role.TOOL, "blocked", name="go"),
+    )
+    shown = (
+        '<|system|>{"name": "go", "description": "Moves.", "parameters": {"type": "object", "properties": {"to": '
+        '{"type": "string"}}}}<|end|><|user|>A B<|end|><|assistant|><tool_call>{"name": "go", "arguments": '
+        '{"to": "B"}}</tool_call><|end|><|tool|>blocked<|end|><|assistant|>'
+    )
+    async with running(name, model=str(folder)) as policy:
+        assert policy.info.features == FEATURES[name] | {Feature.TOOLS}
+        options = CallOptions(tools=(go,))
+        completion = await policy.client.generate(turns, greedy(max_tokens=5), options)
+        assert completion.prompt_token_ids == tuple(encode(shown))
+        assert completion.prompt_token_ids == await policy.client.tokenize(turns, options)
+        assert agrees(completion.prompt_token_ids, completion)
+        continuation = Continuation(completion.token_ids, True, (Message(Role.TOOL, "blocked", name="go"),))
+        assert await policy.client.tokenize(continuation) == tuple(encode("<|tool|>blocked<|end|><|assistant|>"))
+        with pytest.raises(DomainError) as caught:
+            await policy.client.generate(turns, greedy(), CallOptions(tools=(replace(go, parameters="[]"),)))
+        assert caught.value.metadata["field"] == "tools[0].parameters"
