@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from models.build import build_tokenizer
 from services.common.errors import DomainError
@@ -171,3 +171,12 @@ def test_only_new_tokens_of_a_conversation_are_computed(tmp_path: Path) -> None:
     runner.flush()
     run([*second, 82])
     assert computed[0] == len(second) + 1
+
+
+def test_a_model_without_some_of_its_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers."""
+    path = saved(tmp_path, SUPPORTED["llama"]())
+    file = path / "model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "layers.1.mlp.up" not in name}, file)
+    with pytest.raises(UnsupportedModel, match=r"lacks 1 of its weights, first model\.layers\.1\.mlp\.up_proj\.weight"):
+        Model(settings(path))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 import models
 from services.common.fingerprint import model_fingerprint
@@ -62,11 +63,14 @@ class Model:
     def load_weights(self) -> Any:
         """The module with the weights that the model came with, on the CPU."""
         dtype = "auto" if self._wanted_dtype is None else self._wanted_dtype
+        disable_progress_bar()  # a service's log is no place for it
         try:
             with _LOADING:
-                module = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype)
+                module, found = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise UnsupportedModel(f"{self.source} cannot be loaded: {error}") from error
+        if missing := sorted(found["missing_keys"]):  # they would be random numbers
+            raise UnsupportedModel(f"{self.source} lacks {len(missing)} of its weights, first {missing[0]}")
         return module.eval().requires_grad_(False)
 
     def close(self) -> None:
