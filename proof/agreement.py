@@ -11,7 +11,7 @@ from typing import Any
 
 from proof import Unavailable
 from services.common.channel import Endpoint
-from services.common.types import WeightsKind
+from services.common.inference import WeightsKind
 from services.policy.client import PolicyClient
 from tests.support.agreement import MOVED, TOLERANCE, Compared, assert_agreement, compare_while_training
 from tests.support.processes import Services

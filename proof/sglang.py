@@ -21,7 +21,14 @@ from models import EMBEDDED
 from proof import Unavailable
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
-from services.common.types import CallOptions, CanaryProbe, PublishedWeights, ReplicaInfo, SamplingParams, VersionSpan
+from services.common.inference import (
+    CallOptions,
+    CanaryProbe,
+    PublishedWeights,
+    ReplicaInfo,
+    SamplingParams,
+    VersionSpan,
+)
 from services.policy.client import PolicyClient
 from tests.support.policy import full_weights, load, plain_log_probs
 from tests.support.processes import Services

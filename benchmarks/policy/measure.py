@@ -23,7 +23,7 @@ from benchmarks.policy.load import (
 )
 from benchmarks.policy.shapes import Updates
 from benchmarks.policy.ways import SglangHttp
-from services.common.types import CallOptions, PublishedWeights, SamplingParams
+from services.common.inference import CallOptions, PublishedWeights, SamplingParams
 from services.policy.client import PolicyClient
 
 _LOAD_CALLERS = 8  # that go on while weights are updated

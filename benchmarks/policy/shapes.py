@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import models
 from models.build import CHAT_TEMPLATE, write_untrained
-from services.common.types import PublishedWeights, WeightsKind
+from services.common.inference import PublishedWeights, WeightsKind
 from services.trainer.learner import canary
 from services.trainer.learner.batching import Limits
 

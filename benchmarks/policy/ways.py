@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from benchmarks.policy.load import NEW_TOKENS, Engine, Round, prompts, turns_of
-from services.common.types import CallOptions, CompletionPart, SamplingParams
+from services.common.inference import CallOptions, CompletionPart, SamplingParams
 from services.policy.backend import Ask, Sampled
 from services.policy.backends.transformers import TransformersBackend
 from services.policy.client import PolicyClient

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, admin_token, endpoint, run
-from services.common.types import PolicyInfo, PolicyVersion
+from services.common.inference import PolicyInfo, PolicyVersion
 from services.policy.client import PolicyClient
 
 policy = typer.Typer(

@@ -7,21 +7,23 @@ from collections.abc import Iterable
 from mulligan.common.v1 import experience_pb2, message_pb2, outcome_pb2
 from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
 
-from services.common import types
+from services.common import inference, types
 
-_ROLES = {role: message_pb2.Role.Value(f"ROLE_{role.name}") for role in types.Role}
+_ROLES = {role: message_pb2.Role.Value(f"ROLE_{role.name}") for role in inference.Role}
 _ROLES_BACK = {value: key for key, value in _ROLES.items()}
 _OUTCOMES = {outcome: outcome_pb2.Outcome.Value(f"OUTCOME_{outcome.name}") for outcome in types.Outcome}
 _OUTCOMES_BACK = {value: key for key, value in _OUTCOMES.items()}
 _KINDS = {kind: experience_pb2.SegmentKind.Value(f"SEGMENT_KIND_{kind.name}") for kind in types.SegmentKind}
 _KINDS_BACK = {value: key for key, value in _KINDS.items()}
-_STOPS = {stop: policy_service_pb2.StopReason.Value(f"STOP_REASON_{stop.name}") for stop in types.StopReason}
+_STOPS = {stop: policy_service_pb2.StopReason.Value(f"STOP_REASON_{stop.name}") for stop in inference.StopReason}
 _STOPS_BACK = {value: key for key, value in _STOPS.items()}
-_WEIGHTS = {kind: policy_admin_service_pb2.WeightsKind.Value(f"WEIGHTS_KIND_{kind.name}") for kind in types.WeightsKind}
+_WEIGHTS = {
+    kind: policy_admin_service_pb2.WeightsKind.Value(f"WEIGHTS_KIND_{kind.name}") for kind in inference.WeightsKind
+}
 _WEIGHTS_BACK = {value: key for key, value in _WEIGHTS.items()}
 
 
-def messages_to_proto(messages: Iterable[types.Message]) -> list[message_pb2.Message]:
+def messages_to_proto(messages: Iterable[inference.Message]) -> list[message_pb2.Message]:
     return [
         message_pb2.Message(
             role=_ROLES[message.role],
@@ -33,26 +35,26 @@ def messages_to_proto(messages: Iterable[types.Message]) -> list[message_pb2.Mes
     ]
 
 
-def messages_from_proto(messages: Iterable[message_pb2.Message]) -> tuple[types.Message, ...]:
+def messages_from_proto(messages: Iterable[message_pb2.Message]) -> tuple[inference.Message, ...]:
     return tuple(
-        types.Message(
+        inference.Message(
             _ROLES_BACK[message.role],
             message.content,
-            tuple(types.ToolCall(call.name, call.arguments) for call in message.tool_calls),
+            tuple(inference.ToolCall(call.name, call.arguments) for call in message.tool_calls),
             message.name,
         )
         for message in messages
     )
 
 
-def tools_to_proto(tools: Iterable[types.Tool]) -> list[message_pb2.Tool]:
+def tools_to_proto(tools: Iterable[inference.Tool]) -> list[message_pb2.Tool]:
     return [
         message_pb2.Tool(name=tool.name, description=tool.description, parameters=tool.parameters) for tool in tools
     ]
 
 
-def tools_from_proto(tools: Iterable[message_pb2.Tool]) -> tuple[types.Tool, ...]:
-    return tuple(types.Tool(tool.name, tool.description, tool.parameters) for tool in tools)
+def tools_from_proto(tools: Iterable[message_pb2.Tool]) -> tuple[inference.Tool, ...]:
+    return tuple(inference.Tool(tool.name, tool.description, tool.parameters) for tool in tools)
 
 
 def outcome_to_proto(outcome: types.Outcome | None) -> outcome_pb2.Outcome.ValueType:
@@ -63,40 +65,40 @@ def outcome_from_proto(outcome: outcome_pb2.Outcome.ValueType) -> types.Outcome 
     return _OUTCOMES_BACK.get(outcome)
 
 
-def stop_reason_to_proto(reason: types.StopReason) -> policy_service_pb2.StopReason.ValueType:
+def stop_reason_to_proto(reason: inference.StopReason) -> policy_service_pb2.StopReason.ValueType:
     return _STOPS[reason]
 
 
-def stop_reason_from_proto(reason: policy_service_pb2.StopReason.ValueType) -> types.StopReason:
+def stop_reason_from_proto(reason: policy_service_pb2.StopReason.ValueType) -> inference.StopReason:
     return _STOPS_BACK[reason]
 
 
-def weights_kind_to_proto(kind: types.WeightsKind) -> policy_admin_service_pb2.WeightsKind.ValueType:
+def weights_kind_to_proto(kind: inference.WeightsKind) -> policy_admin_service_pb2.WeightsKind.ValueType:
     return _WEIGHTS[kind]
 
 
-def weights_kind_from_proto(kind: policy_admin_service_pb2.WeightsKind.ValueType) -> types.WeightsKind:
+def weights_kind_from_proto(kind: policy_admin_service_pb2.WeightsKind.ValueType) -> inference.WeightsKind:
     return _WEIGHTS_BACK[kind]
 
 
-def canary_to_proto(probes: Iterable[types.CanaryProbe]) -> list[policy_admin_service_pb2.CanaryProbe]:
+def canary_to_proto(probes: Iterable[inference.CanaryProbe]) -> list[policy_admin_service_pb2.CanaryProbe]:
     return [
         policy_admin_service_pb2.CanaryProbe(token_ids=probe.token_ids, log_probs=probe.log_probs) for probe in probes
     ]
 
 
-def canary_from_proto(probes: Iterable[policy_admin_service_pb2.CanaryProbe]) -> tuple[types.CanaryProbe, ...]:
-    return tuple(types.CanaryProbe(tuple(probe.token_ids), tuple(probe.log_probs)) for probe in probes)
+def canary_from_proto(probes: Iterable[policy_admin_service_pb2.CanaryProbe]) -> tuple[inference.CanaryProbe, ...]:
+    return tuple(inference.CanaryProbe(tuple(probe.token_ids), tuple(probe.log_probs)) for probe in probes)
 
 
-def spans_to_proto(spans: Iterable[types.VersionSpan]) -> list[experience_pb2.VersionSpan]:
+def spans_to_proto(spans: Iterable[inference.VersionSpan]) -> list[experience_pb2.VersionSpan]:
     return [
         experience_pb2.VersionSpan(policy_version=span.policy_version, token_count=span.token_count) for span in spans
     ]
 
 
-def spans_from_proto(spans: Iterable[experience_pb2.VersionSpan]) -> tuple[types.VersionSpan, ...]:
-    return tuple(types.VersionSpan(span.policy_version, span.token_count) for span in spans)
+def spans_from_proto(spans: Iterable[experience_pb2.VersionSpan]) -> tuple[inference.VersionSpan, ...]:
+    return tuple(inference.VersionSpan(span.policy_version, span.token_count) for span in spans)
 
 
 def sequence_to_proto(sequence: types.TokenSequence) -> experience_pb2.TokenSequence:

@@ -17,7 +17,8 @@ from typing import Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, Tool
+from services.common.inference import Tool
+from services.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
 
 __all__ = [
     "Environment",

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from services.common.types import Tool
+from services.common.inference import Tool
 
 MAX_CALLS = 8  # in one answer; what follows is left out
 _MAX_CALL_CHARACTERS = 8_192

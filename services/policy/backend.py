@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from services.common.types import (
+from services.common.inference import (
     CanaryProbe,
     Feature,
     Message,

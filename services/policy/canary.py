@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import CanaryProbe, Feature
+from services.common.inference import CanaryProbe, Feature
 from services.policy.backend import ModelInfo, Replica, WeightsFile
 from services.policy.versions import Record
 

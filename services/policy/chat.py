@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import Continuation, Feature, Message, Role, Tool, ToolCall
+from services.common.inference import Continuation, Feature, Message, Role, Tool, ToolCall
 
 _OPENING = Message(Role.USER, "Hi")
 _STAND_IN = "standin"

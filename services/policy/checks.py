@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import CallOptions, Continuation, Feature, Prompt, SamplingParams
+from services.common.inference import CallOptions, Continuation, Feature, Prompt, SamplingParams
 from services.policy.backend import ModelInfo
 
 _LOWEST_TEMPERATURE = 1e-3  # below it, logits / temperature may exceed float32

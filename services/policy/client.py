@@ -16,7 +16,7 @@ from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
 from services.common.channel import Connection, Endpoint
 from services.common.errors import invalid_field
-from services.common.types import (
+from services.common.inference import (
     CallOptions,
     Completion,
     CompletionPart,

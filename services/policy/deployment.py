@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import structlog
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Feature, PolicyState, PolicyVersion, PublishedWeights, VersionSpan, VersionState
+from services.common.inference import Feature, PolicyState, PolicyVersion, PublishedWeights, VersionSpan, VersionState
 from services.policy import metrics
 from services.policy.backend import Backend, WeightsFile
 from services.policy.canary import check_probes

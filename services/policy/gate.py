@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 
 from services.common.errors import DomainError, Reason
-from services.common.types import PolicyState, VersionSpan
+from services.common.inference import PolicyState, VersionSpan
 
 _RETRY_AFTER = timedelta(seconds=1)
 

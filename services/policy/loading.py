@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import structlog
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Feature, PolicyState, PolicyVersion, VersionState, WeightsKind
+from services.common.inference import Feature, PolicyState, PolicyVersion, VersionState, WeightsKind
 from services.policy import metrics
 from services.policy.backend import Backend, Replica, WeightsFile
 from services.policy.canary import Trial, tolerance_of

@@ -10,8 +10,8 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.common.inference import PolicyState
 from services.common.metrics import REGISTRY
-from services.common.types import PolicyState
 
 if TYPE_CHECKING:
     from services.policy.deployment import Deployment

@@ -18,7 +18,7 @@ from time import monotonic
 import structlog
 
 from services.common.errors import DomainError, Reason
-from services.common.types import PolicyState, PublishedWeights
+from services.common.inference import PolicyState, PublishedWeights
 from services.policy.config import ModelSettings, PolicySettings
 from services.policy.deployment import Deployment
 from services.policy.factory import OpenBackend

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import structlog
 
 from services.common.errors import DomainError, Reason
-from services.common.types import (
+from services.common.inference import (
     CallOptions,
     Completion,
     CompletionPart,
@@ -30,7 +31,7 @@ from services.policy.deployment import Deployment
 from services.policy.factory import OpenBackend, create_backend
 from services.policy.models import Models
 from services.policy.policy import Policy
-from services.policy.requested import Requested, check_folders, identity, plain
+from services.policy.requested import Requested, check_folders, identity, plain, servers_of
 from services.policy.uploads import Uploads
 
 log = structlog.get_logger()
@@ -55,6 +56,7 @@ class Policies:
         self._create = create
         self._own: dict[str, ModelSettings] = {settings.default_policy: plain(settings), **settings.policies}
         self._policies: dict[str, Policy] = {}
+        self._opening: list[tuple[str, ModelSettings]] = []
         self._loading: dict[str, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         uploads = settings.state_folder / "uploads" if settings.state_folder else None
@@ -167,16 +169,17 @@ class Policies:
             policy = self._policies.get(name)
             if policy is not None and policy.models.serves(settings):
                 return policy.info
-            models = policy.models if policy is not None else await self._models(name)
-            try:
-                await models.load(settings, partial(self._remember, name, request))
-            except UnsupportedModel as error:
-                message = f"{settings.model_name} ({settings.backend}): {error}"
-                raise DomainError(Reason.UNSUPPORTED_MODEL, message) from error
-            finally:
-                if policy is None and not models.all:
-                    await models.close()
-            return self._policies.setdefault(name, Policy(models)).info
+            with self._servers_of(name, settings):
+                models = policy.models if policy is not None else await self._models(name)
+                try:
+                    await models.load(settings, partial(self._remember, name, request))
+                except UnsupportedModel as error:
+                    message = f"{settings.model_name} ({settings.backend}): {error}"
+                    raise DomainError(Reason.UNSUPPORTED_MODEL, message) from error
+                finally:
+                    if policy is None and not models.all:
+                        await models.close()
+                return self._policies.setdefault(name, Policy(models)).info
 
     async def _unload(self, name: str) -> None:
         async with self._lock(name):
@@ -207,17 +210,36 @@ class Policies:
         if request is None and own is None:
             return
         settings = request.settings(own) if request is not None else plain(own or self.settings)
-        models = await self._models(name)
+        with self._servers_of(name, settings):
+            models = await self._models(name)
+            try:
+                if request is not None:
+                    await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
+                await models.load(settings, restore=True)
+            except BaseException as error:
+                await models.close()
+                if request is not None and isinstance(error, UnsupportedModel | DomainError):
+                    raise UnsupportedModel(f"{error} (it was loaded by LoadModel: {path})") from error
+                raise
+            self._policies[name] = Policy(models)
+
+    @contextmanager
+    def _servers_of(self, name: str, settings: ModelSettings) -> Iterator[None]:
+        """Around the opening of a model: two that set the weights of one server would be in each other's way."""
+        models = [(known, model) for known, policy in self._policies.items() for model in policy.models.all]
+        used = [*((known, model.deployment.settings) for known, model in models), *self._opening]
+        for other, taken in used:
+            shared = sorted(servers_of(settings) & servers_of(taken))
+            if shared:
+                message = (
+                    f"sglang.servers: {shared[0]} serves the policy {other}, and a server holds one model's weights"
+                )
+                raise DomainError(Reason.INVALID_SETTING, message, field="sglang.servers")
+        self._opening.append((name, settings))
         try:
-            if request is not None:
-                await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
-            await models.load(settings, restore=True)
-        except BaseException as error:
-            await models.close()
-            if request is not None and isinstance(error, UnsupportedModel | DomainError):
-                raise UnsupportedModel(f"{error} (it was loaded by LoadModel: {path})") from error
-            raise
-        self._policies[name] = Policy(models)
+            yield
+        finally:
+            self._opening.remove((name, settings))
 
     async def _models(self, name: str) -> Models:
         return await Models.open(name, self.settings, self._folder(name), self._create, self.uploads)

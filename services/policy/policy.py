@@ -11,7 +11,7 @@ from functools import partial
 from typing import cast
 
 from services.common.errors import DomainError, Reason
-from services.common.types import (
+from services.common.inference import (
     CallOptions,
     Completion,
     CompletionPart,

@@ -88,6 +88,11 @@ def plain(settings: ModelSettings) -> PolicyModelSettings:
     return PolicyModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields})
 
 
+def servers_of(settings: ModelSettings) -> set[str]:
+    """Addresses of servers whose weights the policy sets."""
+    return {address.rstrip("/") for address in settings.sglang.servers} if settings.backend == "sglang" else set()
+
+
 def check_folders(settings: ModelSettings, models_folder: Path | None) -> None:
     """That the model and its adapters are hub ids, or below the folder. Raises DomainError BAD_MODEL."""
     if settings.backend == "openai":  # what the endpoint calls them: nothing is read here

@@ -14,8 +14,8 @@ from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from pydantic import SecretStr
 
 from services.common.errors import DomainError, Reason
+from services.common.inference import CallOptions, PublishedWeights
 from services.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
-from services.common.types import CallOptions, PublishedWeights
 from services.common.wire import canary_from_proto, tools_from_proto, weights_kind_from_proto
 from services.policy.config import PolicySettings
 from services.policy.policies import Policies

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 import structlog
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import WeightsKind
+from services.common.inference import WeightsKind
 
 log = structlog.get_logger()
 _SCHEME = "upload"

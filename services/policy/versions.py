@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from services.common.errors import DomainError, Reason
-from services.common.types import CanaryProbe, PolicyVersion, VersionState, WeightsKind
+from services.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from services.policy.backend import WeightsFile
 
 _ADAPTER_CONFIG = "adapter_config.json"

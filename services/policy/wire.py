@@ -9,7 +9,7 @@ from typing import Any
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_service_pb2 as pb
 
-from services.common.types import (
+from services.common.inference import (
     CallOptions,
     Completion,
     CompletionPart,

@@ -27,15 +27,8 @@ from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from services.common.types import (
-    Attempt,
-    DistilledTarget,
-    Experience,
-    Provenance,
-    Reflection,
-    SamplingParams,
-    StoredReflection,
-)
+from services.common.inference import SamplingParams
+from services.common.types import Attempt, DistilledTarget, Experience, Provenance, Reflection, StoredReflection
 from services.trainer.batch import minibatches, training_data
 from services.trainer.data import Datum, PolicyGradient
 from services.trainer.episode import Player, fill, trace_of

@@ -10,24 +10,26 @@ import re
 from dataclasses import dataclass, field, replace
 
 from services.common.errors import CallFailed, DomainError, Reason
-from services.common.types import (
-    Attempt,
+from services.common.inference import (
     CallOptions,
     Completion,
     Continuation,
-    EnvironmentInfo,
     Feature,
     Message,
-    Outcome,
     PolicyInfo,
     Prompt,
-    PromptSet,
-    Reflection,
     Role,
     SamplingParams,
+    StopReason,
+)
+from services.common.types import (
+    Attempt,
+    EnvironmentInfo,
+    Outcome,
+    PromptSet,
+    Reflection,
     Segment,
     SegmentKind,
-    StopReason,
     TokenSequence,
     Turn,
 )

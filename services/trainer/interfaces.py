@@ -10,22 +10,24 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from services.common.types import (
+from services.common.inference import (
     CallOptions,
     Completion,
-    EnvironmentInfo,
-    EpisodeStep,
     PolicyInfo,
     PolicyVersion,
     Prompt,
-    Provenance,
     PublishedWeights,
-    RetrievalStrategy,
     SamplingParams,
+    WeightsKind,
+)
+from services.common.types import (
+    EnvironmentInfo,
+    EpisodeStep,
+    Provenance,
+    RetrievalStrategy,
     Split,
     StoredReflection,
     TaskInfo,
-    WeightsKind,
 )
 from services.trainer.data import Datum
 from services.trainer.settings import LossSettings

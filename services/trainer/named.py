@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from services.common.errors import DomainError, Reason
-from services.common.types import CallOptions, Completion, Feature, PolicyInfo, Prompt, SamplingParams
+from services.common.inference import CallOptions, Completion, Feature, PolicyInfo, Prompt, SamplingParams
 from services.trainer.interfaces import PolicyPort
 from services.trainer.settings import RunSettings
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from services.common.errors import DomainError, Reason
-from services.common.types import CallOptions, Completion, Prompt, PublishedWeights, SamplingParams, VersionState
+from services.common.inference import CallOptions, Completion, Prompt, PublishedWeights, SamplingParams, VersionState
 from services.trainer.interfaces import LearnerPort, Upload
 from services.trainer.named import NamedPolicy
 

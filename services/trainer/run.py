@@ -11,7 +11,8 @@ from statistics import fmean
 import structlog
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Attempt, EnvironmentInfo, PolicyInfo, Split, TaskInfo
+from services.common.inference import PolicyInfo
+from services.common.types import Attempt, EnvironmentInfo, Split, TaskInfo
 from services.trainer.algorithm import Erl, NoRecorder, evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent

@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Callable
 import pytest
 
 from services.common.channel import Endpoint
-from services.common.types import Attempt, Message, Outcome, SamplingParams, Split
+from services.common.inference import Message, SamplingParams
+from services.common.types import Attempt, Outcome, Split
 from services.env.client import EnvClient
 from services.env.envs import hotpotqa_world
 from services.env.envs.sokoban import Sokoban

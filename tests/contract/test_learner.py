@@ -17,9 +17,9 @@ from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
 
 from services.common.channel import Endpoint
 from services.common.errors import CallFailed, DomainError, Reason
+from services.common.inference import WeightsKind
 from services.common.server import RequestInterceptor
 from services.common.status import from_rpc_error
-from services.common.types import WeightsKind
 from services.trainer.learner import client as client_module
 from services.trainer.learner.client import LearnerClient
 from services.trainer.learner.learner import Learner

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from services.common.channel import Endpoint
-from services.common.types import Experience, Outcome, SamplingParams
+from services.common.inference import SamplingParams
+from services.common.types import Experience, Outcome
 from services.env.client import EnvClient
 from services.trainer.algorithm import Erl, NoRecorder
 from services.trainer.batch import groups, training_data

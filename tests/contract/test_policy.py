@@ -24,7 +24,7 @@ from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
 from models import EMBEDDED
 from services.common.errors import DomainError, Reason
-from services.common.types import (
+from services.common.inference import (
     CallOptions,
     Completion,
     Continuation,

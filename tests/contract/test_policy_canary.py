@@ -19,9 +19,7 @@ from prometheus_client import generate_latest
 from models.build import build_model, write_untrained
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
-from services.common.metrics import REGISTRY
-from services.common.server import serve
-from services.common.types import (
+from services.common.inference import (
     CallOptions,
     CanaryProbe,
     PolicyState,
@@ -29,6 +27,8 @@ from services.common.types import (
     SamplingParams,
     VersionState,
 )
+from services.common.metrics import REGISTRY
+from services.common.server import serve
 from services.policy.backend import Backend
 from services.policy.client import PolicyClient
 from services.policy.config import ModelSettings, PolicySettings

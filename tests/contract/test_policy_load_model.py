@@ -13,7 +13,7 @@ from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
 
 from services.common.errors import Code, DomainError, Reason
-from services.common.types import CallOptions, SamplingParams
+from services.common.inference import CallOptions, SamplingParams
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import full_weights, load, plain_log_probs, serving
 from tests.support.policy_backends import until

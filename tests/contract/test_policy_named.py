@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import Code, DomainError, Reason
-from services.common.types import (
+from services.common.inference import (
     CallOptions,
     Continuation,
     Feature,

@@ -11,7 +11,7 @@ from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
 from services.common.errors import DomainError, Reason
-from services.common.types import (
+from services.common.inference import (
     CallOptions,
     Continuation,
     Feature,

@@ -11,7 +11,7 @@ import pytest
 
 from models import EMBEDDED
 from services.common.errors import DomainError, Reason
-from services.common.types import CallOptions, Continuation, Message, Role, SamplingParams, StopReason
+from services.common.inference import CallOptions, Continuation, Message, Role, SamplingParams, StopReason
 from services.policy import models
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import Serving, load, plain_log_probs, serving

@@ -16,7 +16,7 @@ from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
 from services.common.channel import Endpoint
 from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
-from services.common.types import (
+from services.common.inference import (
     CanaryProbe,
     CompletionPart,
     Continuation,

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from models.build import build_model, write_untrained
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
+from services.common.inference import PublishedWeights, WeightsKind
 from services.common.status import from_rpc_error
-from services.common.types import PublishedWeights, WeightsKind
 from services.policy.client import PolicyClient
 from tests.support.policy import Serving, full_weights, load, plain_log_probs, serving, sha256
 from tests.support.processes import Services

@@ -19,8 +19,15 @@ from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
 from models.build import build_model, write_untrained
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
+from services.common.inference import (
+    CallOptions,
+    PolicyState,
+    PublishedWeights,
+    SamplingParams,
+    VersionState,
+    WeightsKind,
+)
 from services.common.status import from_rpc_error
-from services.common.types import CallOptions, PolicyState, PublishedWeights, SamplingParams, VersionState, WeightsKind
 from services.policy.client import PolicyClient
 from services.policy.config import ModelSettings
 from tests.support.faulty import ForgetfulBackend, changed, corrupted

@@ -18,7 +18,7 @@ from models import EMBEDDED
 from models.build import build_model
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
-from services.common.types import CallOptions, CanaryProbe, PublishedWeights, SamplingParams, WeightsKind
+from services.common.inference import CallOptions, CanaryProbe, PublishedWeights, SamplingParams, WeightsKind
 from services.policy.client import PolicyClient
 from tests.support.policy import full_weights, load, plain_log_probs, serving, sha256
 from tests.support.policy_backends import WITH_WEIGHTS, Running, reference, restore, running, until

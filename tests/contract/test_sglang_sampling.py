@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Feature, SamplingParams, StopReason, VersionSpan
+from services.common.inference import Feature, SamplingParams, StopReason, VersionSpan
 from services.policy.backend import Ask
 from tests.support.policy import load, plain_log_probs
 from tests.support.sglang import MODEL, PROMPT, ask, assert_by_version, opened, server_address, streamed

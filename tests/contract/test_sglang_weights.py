@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from services.common.errors import DomainError, Reason
-from services.common.types import WeightsKind
+from services.common.inference import WeightsKind
 from services.policy.backend import Sampled, WeightsFile
 from tests.support.policy import load
 from tests.support.sglang import (

@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from services.common.channel import Endpoint
-from services.common.types import Attempt, Experience, Message, Role, Split, StopReason
+from services.common.inference import Message, Role, StopReason
+from services.common.types import Attempt, Experience, Split
 from services.env.client import EnvClient
 from services.policy.backend import Ask, Sampled
 from services.trainer.algorithm import Erl

@@ -15,17 +15,16 @@ from typer.testing import CliRunner
 from services.cli.__main__ import app
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
-from services.common.types import (
-    Attempt,
+from services.common.inference import (
     CallOptions,
     Completion,
     PolicyInfo,
     Prompt,
     PublishedWeights,
     SamplingParams,
-    Split,
     WeightsKind,
 )
+from services.common.types import Attempt, Split
 from services.env.client import EnvClient
 from services.policy.client import PolicyClient
 from services.trainer.episode import Player

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models import EMBEDDED
-from services.common.types import CallOptions, Completion, Message, Prompt, Role, SamplingParams, WeightsKind
+from services.common.inference import CallOptions, Completion, Message, Prompt, Role, SamplingParams, WeightsKind
 from services.policy.client import PolicyClient
 from services.trainer.data import Datum, PolicyGradient
 from services.trainer.learner.local import LocalLearner

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.common.types import Message, Role, SamplingParams
+from services.common.inference import Message, Role, SamplingParams
 from services.policy.backend import Ask, Sampled
 from services.policy.backends.openai import OpenAIBackend, open_backend
 from services.policy.config import ModelSettings, OpenAISettings

@@ -11,31 +11,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from services.common.errors import CallFailed, DomainError, Reason
-from services.common.types import (
+from services.common.inference import (
     CallOptions,
     CanaryProbe,
     Completion,
     Continuation,
-    EnvironmentInfo,
-    EpisodeStep,
     Feature,
     Message,
-    Outcome,
     PolicyInfo,
     PolicyVersion,
     Prompt,
-    PromptSet,
-    Provenance,
     PublishedWeights,
-    RetrievalStrategy,
     SamplingParams,
-    Split,
     StopReason,
-    StoredReflection,
-    TaskInfo,
     VersionSpan,
     VersionState,
     WeightsKind,
+)
+from services.common.types import (
+    EnvironmentInfo,
+    EpisodeStep,
+    Outcome,
+    PromptSet,
+    Provenance,
+    RetrievalStrategy,
+    Split,
+    StoredReflection,
+    TaskInfo,
 )
 from services.trainer.data import Datum
 from services.trainer.settings import LossSettings

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.common.types import Feature, WeightsKind
+from services.common.inference import Feature, WeightsKind
 from services.policy.backend import Admission, Replica, WeightsFile
 from services.policy.backends.transformers import TransformersBackend
 from services.policy.config import ModelSettings

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from services.common.channel import Endpoint
+from services.common.inference import PublishedWeights, WeightsKind
 from services.common.server import RequestInterceptor
-from services.common.types import PublishedWeights, WeightsKind
 from services.policy.client import PolicyClient
 from services.policy.config import PolicySettings
 from services.policy.deployment import Deployment

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from models import EMBEDDED
 from services.common.errors import Code, DomainError, Reason
-from services.common.types import CallOptions, Feature, Message, PolicyInfo, Role, SamplingParams
+from services.common.inference import CallOptions, Feature, Message, PolicyInfo, Role, SamplingParams
 from services.policy.client import PolicyClient
 from tests.support.policy import load, serving
 

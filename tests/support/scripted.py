@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 
 from services.common.errors import Code, DomainError, Reason
-from services.common.types import CallOptions, Feature, Message, ReplicaInfo, SamplingParams, StopReason, VersionSpan
+from services.common.inference import (
+    CallOptions,
+    Feature,
+    Message,
+    ReplicaInfo,
+    SamplingParams,
+    StopReason,
+    VersionSpan,
+)
 from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, UnsupportedModel, WeightsFile
 from services.policy.chat import Chat
 from services.policy.client import PolicyClient

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from services.common.types import Outcome, PolicyInfo, SamplingParams, SegmentKind
+from services.common.inference import PolicyInfo, SamplingParams
+from services.common.types import Outcome, SegmentKind
 from services.trainer.algorithm import Erl, NoRecorder
 from services.trainer.data import Distillation, PolicyGradient
 from services.trainer.episode import Player

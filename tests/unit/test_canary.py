@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from services.common.errors import DomainError, Reason
-from services.common.types import CanaryProbe, Feature, PolicyState, ReplicaInfo, VersionSpan, WeightsKind
+from services.common.inference import CanaryProbe, Feature, PolicyState, ReplicaInfo, VersionSpan, WeightsKind
 from services.policy.backend import ModelInfo, Scored, WeightsFile
 from services.policy.backends.compare import alike, alike_original
 from services.policy.canary import Trial, check_probes, greatest_difference, tolerance_of

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Continuation, Message, Role, Tool, ToolCall
+from services.common.inference import Continuation, Message, Role, Tool, ToolCall
 from services.policy.backends.tokenizer import Tokenizer as Wrapped
 from services.policy.chat import Chat
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import DomainError, Reason
-from services.common.types import SamplingParams, StopReason, VersionSpan
+from services.common.inference import SamplingParams, StopReason, VersionSpan
 from services.policy.backend import Sampled
 from services.policy.backends.attention import SlotCache
 from services.policy.backends.engine import Engine

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import models
 from services.common.errors import DomainError, Reason
-from services.common.types import Feature, SamplingParams, StopReason
+from services.common.inference import Feature, SamplingParams, StopReason
 from services.policy.backend import Ask, UnsupportedModel
 from services.policy.backends.constraints import Constraints
 from services.policy.backends.tokenizer import Tokenizer

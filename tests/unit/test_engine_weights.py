@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from services.common.errors import DomainError, Reason
-from services.common.types import Feature, SamplingParams, VersionSpan, WeightsKind
+from services.common.inference import Feature, SamplingParams, VersionSpan, WeightsKind
 from services.policy.backend import Ask, Replica, UnsupportedModel, WeightsFile
 from services.policy.backends.model import Model
 from services.policy.backends.transformers import TransformersBackend, open_backend

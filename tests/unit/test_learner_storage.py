@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from services.common.errors import DomainError, Reason
 from services.common.fingerprint import model_fingerprint
-from services.common.types import PublishedWeights, WeightsKind
+from services.common.inference import PublishedWeights, WeightsKind
 from services.trainer.learner.canary import RANDOM_SEQUENCES
 from services.trainer.learner.learner import Learner
 from services.trainer.learner.settings import LearnerSpec

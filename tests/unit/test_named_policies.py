@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Continuation, Feature, Outcome, SamplingParams
+from services.common.inference import Continuation, Feature, SamplingParams
+from services.common.types import Outcome
 from services.trainer.algorithm import Erl, NoRecorder, evaluate
 from services.trainer.batch import REFLECTION
 from services.trainer.data import PolicyGradient

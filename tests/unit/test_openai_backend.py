@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import DomainError, Reason
-from services.common.types import (
+from services.common.inference import (
     Feature,
     Message,
     Role,

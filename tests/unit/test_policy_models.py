@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from models.build import build_tokenizer
 from services.common.errors import DomainError
-from services.common.types import SamplingParams, WeightsKind
+from services.common.inference import SamplingParams, WeightsKind
 from services.policy.backend import UnsupportedModel, WeightsFile
 from services.policy.backends.attention import SlotCache
 from services.policy.backends.model import Model

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import DomainError, Reason
-from services.common.types import CallOptions, Feature, Message, PublishedWeights, Role, SamplingParams
+from services.common.inference import CallOptions, Feature, Message, PublishedWeights, Role, SamplingParams
 from services.trainer.named import NamedPolicy, check_actor, check_reflector, check_top_k
 from services.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
 from services.trainer.settings import LoraSettings, ModelSettings, RunSettings

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.common.errors import ServiceUnavailable
-from services.common.types import Experience, PublishedWeights
+from services.common.inference import PublishedWeights
+from services.common.types import Experience
 from services.trainer.events import EvaluationEvent, NoticeEvent, StepEvent
 from services.trainer.folder import RunFolder, RunState
 from services.trainer.journal import StepJournal, journal_file, journaled_steps, read_experiences

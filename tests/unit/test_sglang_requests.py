@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import models
 from services.common.errors import DomainError, Reason
 from services.common.fingerprint import model_fingerprint
-from services.common.types import SamplingParams, StopReason, VersionSpan, WeightsKind
+from services.common.inference import SamplingParams, StopReason, VersionSpan, WeightsKind
 from services.policy.backend import Ask, UnsupportedModel, WeightsFile
 from services.policy.backends.sglang_engine import requests
 from services.policy.backends.sglang_engine.connection import Refused

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import DomainError, Reason
-from services.common.types import WeightsKind
+from services.common.inference import WeightsKind
 from services.policy.uploads import UploadHeader, Uploads, find_weights
 
 _TENSORS = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()

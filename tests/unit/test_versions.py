@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from services.common.errors import DomainError, Reason
-from services.common.types import CanaryProbe, PolicyVersion, VersionState, WeightsKind
+from services.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from services.policy.backend import WeightsFile
 from services.policy.versions import Record, VersionStore
 from tests.support.processes import ROOT

@@ -10,7 +10,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 import models
-from services.common.types import WeightsKind
+from services.common.inference import WeightsKind
 from services.policy.backend import WeightsFile
 
 

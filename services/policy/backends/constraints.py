@@ -15,7 +15,7 @@ import numpy.typing as npt
 from llguidance.hf import from_tokenizer
 
 from services.common.errors import DomainError, invalid_field
-from services.common.types import SamplingParams
+from services.common.inference import SamplingParams
 from services.policy.backend import UnsupportedModel
 from services.policy.backends.tokenizer import Tokenizer
 

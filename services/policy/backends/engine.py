@@ -22,7 +22,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from services.common.errors import DomainError, Reason
-from services.common.types import VersionSpan
+from services.common.inference import VersionSpan
 from services.policy.backend import Sampled
 from services.policy.backends.runner import Request, Runner
 

@@ -66,9 +66,10 @@ class Model:
         disable_progress_bar()  # a service's log is no place for it
         try:
             with _LOADING:
-                module, found = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype, output_loading_info=True)
+                loaded: Any = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype, output_loading_info=True)
         except (OSError, ValueError) as error:
             raise UnsupportedModel(f"{self.source} cannot be loaded: {error}") from error
+        module, found = loaded
         if missing := sorted(found["missing_keys"]):  # they would be random numbers
             raise UnsupportedModel(f"{self.source} lacks {len(missing)} of its weights, first {missing[0]}")
         return module.eval().requires_grad_(False)

@@ -22,7 +22,7 @@ import openai
 import structlog
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import Feature, ReplicaInfo, VersionSpan, WeightsKind
+from services.common.inference import Feature, ReplicaInfo, VersionSpan, WeightsKind
 from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, UnsupportedModel, WeightsFile
 from services.policy.backends.openai_chat import (
     NotAnAnswer,

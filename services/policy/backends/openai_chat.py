@@ -15,7 +15,7 @@ from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import Message, Role, SamplingParams, StopReason, Tool, ToolCall
+from services.common.inference import Message, Role, SamplingParams, StopReason, Tool, ToolCall
 from services.policy.backend import Ask
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from services.common.errors import DomainError, Reason
-from services.common.types import SamplingParams, StopReason, VersionSpan
+from services.common.inference import SamplingParams, StopReason, VersionSpan
 from services.policy.backend import Sampled
 from services.policy.backends import attention, sampling
 from services.policy.backends.constraints import Constraint

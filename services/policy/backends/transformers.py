@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Feature, ReplicaInfo
+from services.common.inference import Feature, ReplicaInfo
 from services.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, UnsupportedModel, WeightsFile
 from services.policy.backends.attention import SlotCache
 from services.policy.backends.constraints import Constraints

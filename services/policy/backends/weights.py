@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from services.common.errors import DomainError, Reason
-from services.common.types import WeightsKind
+from services.common.inference import WeightsKind
 from services.policy.backend import UnsupportedModel, WeightsFile
 
 _ADAPTER_CONFIG = "adapter_config.json"

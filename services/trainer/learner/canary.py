@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from services.common.types import CanaryProbe
+from services.common.inference import CanaryProbe
 from services.trainer.learner.batching import Limits
 
 # Random tokens reach rows of the embedding that text seldom uses; text reaches what training changes most.

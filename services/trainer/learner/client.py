@@ -12,7 +12,7 @@ from mulligan.trainer.v1 import learner_service_pb2_grpc
 
 from services.common.channel import Connection, Endpoint
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
-from services.common.types import PublishedWeights, WeightsKind
+from services.common.inference import PublishedWeights, WeightsKind
 from services.common.wire import canary_from_proto
 from services.trainer.data import Datum
 from services.trainer.learner.metrics import merge

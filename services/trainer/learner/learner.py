@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from services.common.types import PublishedWeights, WeightsKind
+from services.common.inference import PublishedWeights, WeightsKind
 from services.trainer.data import Datum, PolicyGradient
 from services.trainer.learner import losses, storage
 from services.trainer.learner.batching import Microbatch, check, microbatch, pack, signal

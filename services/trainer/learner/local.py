@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Self, TypeVar
 
-from services.common.types import PublishedWeights
+from services.common.inference import PublishedWeights
 from services.trainer.data import Datum
 from services.trainer.learner.learner import Learner
 from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from models import EMBEDDED
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.fingerprint import model_fingerprint
-from services.common.types import CanaryProbe
+from services.common.inference import CanaryProbe
 from services.trainer.learner import canary
 from services.trainer.learner.batching import Limits, Microbatch
 from services.trainer.settings import LoraSettings, ModelSettings

@@ -22,7 +22,7 @@ from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc
 
 from services.common.errors import DomainError, Reason
-from services.common.types import WeightsKind
+from services.common.inference import WeightsKind
 from services.common.wire import canary_to_proto
 from services.trainer.learner.learner import Learner
 from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from services.common.errors import DomainError, Reason
-from services.common.types import WeightsKind
+from services.common.inference import WeightsKind
 from services.policy.backend import WeightsFile
 from services.policy.backends.sglang_engine.skeleton import ADAPTER_CONFIG, ADAPTER_FILE, Skeleton
 from services.policy.config import SglangSettings

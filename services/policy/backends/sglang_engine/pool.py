@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Feature, VersionSpan
+from services.common.inference import Feature, VersionSpan
 from services.policy.backend import Admission
 from services.policy.backends.sglang_engine.connection import Refused, Unreachable
 from services.policy.backends.sglang_engine.folders import Target

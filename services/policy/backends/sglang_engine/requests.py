@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from services.common.types import SamplingParams, StopReason
+from services.common.inference import SamplingParams, StopReason
 from services.policy.backend import Ask
 from services.policy.backends.sglang_engine.connection import Refused
 

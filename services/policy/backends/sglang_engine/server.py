@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Feature, ReplicaInfo
+from services.common.inference import Feature, ReplicaInfo
 from services.policy.backend import Scored
 from services.policy.backends.sglang_engine import requests
 from services.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 import structlog
 
 from services.common.errors import DomainError, Reason
-from services.common.types import Feature
+from services.common.inference import Feature
 from services.policy.backend import Admission, WeightsFile
 from services.policy.backends.sglang_engine.connection import Refused, Unreachable
 from services.policy.backends.sglang_engine.folders import Folders, Target

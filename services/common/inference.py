@@ -1,0 +1,238 @@
+"""What a policy is asked and answers, and what describes it. Frozen; none knows protobuf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+
+class Role(StrEnum):
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """`arguments` is a JSON object."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """`tool_calls` are the assistant's; `name` is that of the tool which answers, with Role.TOOL."""
+
+    role: Role
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: str
+    description: str
+    parameters: str
+
+
+class StopReason(StrEnum):
+    END_OF_TURN = "end_of_turn"
+    STOP_STRING = "stop_string"
+    MAX_TOKENS = "max_tokens"
+    CONTEXT_FULL = "context_full"
+    STOP_TOKEN = "stop_token"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Log-probabilities are of softmax(logits / temperature), before top-p and top-k; temperature 0 is greedy.
+
+    At most one of `regex` and `json_schema` is set.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    max_tokens: int = 256
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    regex: str | None = None
+    json_schema: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    policy_version: int
+    token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """The next turn of a conversation: exactly `token_ids`, then what the template puts before the next turn."""
+
+    token_ids: tuple[int, ...]
+    turn_closed: bool  # whether the last sampled token closed its turn
+    messages: tuple[Message, ...]
+
+
+# What a policy is prompted with: messages are rendered, token ids are used as they are.
+Prompt = tuple[Message, ...] | list[int] | Continuation
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """How a policy is asked, whatever the prompt. `GenerateRequest` of mulligan.policy.v1 says what each means."""
+
+    policy: str = ""
+    request_id: str = ""
+    session_id: str = ""
+    min_policy_version: int | None = None
+    version_wait: float = 0.0  # seconds
+    priority: int = 0
+    adapter: str = ""
+    tools: tuple[Tool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionPart:
+    """What a stream brings at a time. `prompt_token_ids` are in the first part alone, `stop_reason` in a sample's
+    last."""
+
+    index: int  # of the sample
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    text: str
+    policy_versions: tuple[VersionSpan, ...]
+    stop_reason: StopReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """`prompt_token_ids`: the whole rendered prompt for messages, only the appended ids for a continuation."""
+
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    text: str
+    stop_reason: StopReason
+    policy_versions: tuple[VersionSpan, ...]
+
+
+class Feature(StrEnum):
+    """What an engine can do; `Feature` of mulligan.policy.v1 says what each means."""
+
+    TOKEN_IDS = "token_ids"
+    LOG_PROBS = "log_probs"
+    SCORE = "score"
+    SCORE_TEMPERATURE = "score_temperature"
+    STREAM = "stream"
+    TOP_K = "top_k"
+    SEED = "seed"
+    STOP_TOKEN_IDS = "stop_token_ids"
+    REGEX = "regex"
+    JSON_SCHEMA = "json_schema"
+    PRIORITY = "priority"
+    TOOLS = "tools"
+    FULL_WEIGHTS = "full_weights"
+    LORA_WEIGHTS = "lora_weights"
+    MEMORY_RELEASE = "memory_release"
+
+
+class PolicyState(StrEnum):
+    SERVING = "serving"
+    UPDATING = "updating"
+    REFUSED = "refused"
+    UNAVAILABLE = "unavailable"
+    RELEASED = "released"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaInfo:
+    """One engine behind a policy. `address` is empty for one in the service's own process."""
+
+    address: str
+    serving: bool
+    in_flight: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyInfo:
+    model: str
+    fingerprint: str
+    policy_version: int
+    context_length: int
+    vocabulary_size: int
+    end_of_turn_token_ids: tuple[int, ...]
+    rewrites_history: bool
+    deterministic: bool
+    compute_seconds: float = 0.0  # in the model, since the service started
+    name: str = ""
+    backend: str = ""
+    features: frozenset[Feature] = frozenset(Feature)
+    adapters: tuple[str, ...] = ()
+    state: PolicyState = PolicyState.SERVING
+    problem: str = ""
+    frozen: bool = False
+    replicas: tuple[ReplicaInfo, ...] = ()
+    draining_models: int = 0
+
+
+class WeightsKind(StrEnum):
+    """`WeightsKind` of mulligan.policy.v1."""
+
+    FULL = "full"
+    LORA = "lora"
+    ORIGINAL = "original"  # what the model came with
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryProbe:
+    """What a trainer's forward pass says: a log-probability of softmax(logits) for each token after the first."""
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedWeights:
+    """Weights in a file that the policy service can read."""
+
+    policy_version: int
+    kind: WeightsKind
+    uri: str
+    sha256: str
+    fingerprint: str
+    canary: tuple[CanaryProbe, ...] = ()
+
+
+class VersionState(StrEnum):
+    SERVING = "serving"
+    KEPT = "kept"
+    REMOVED = "removed"
+    REFUSED = "refused"
+    WITHDRAWN = "withdrawn"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVersion:
+    """`PolicyVersion` of mulligan.policy.v1."""
+
+    policy_version: int
+    kind: WeightsKind
+    state: VersionState
+    sha256: str
+    fingerprint: str
+    created_at: datetime
+    problem: str = ""
+    canary_difference: float | None = None
+    engine_checksum: str = ""
+    model: str = ""
