@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import models
 from services.common.errors import DomainError, Reason
-from services.common.types import SamplingParams, WeightsKind
+from services.common.inference import SamplingParams, WeightsKind
 from services.policy.backend import Ask, Replica, Sampled, WeightsFile
 from services.policy.backends.sglang import SglangBackend, open_backend
 from services.policy.config import ModelSettings, SglangSettings
@@ -152,11 +152,12 @@ def admission(references: dict[int, Any], admitted: list[tuple[str, int]]) -> An
 
 
 class Load:
-    """Callers that ask until they are told to stop, each with prompts of its own, some as streams."""
+    """Callers that ask until they are told to stop, each with prompts of its own, some as streams. `pause` is what they
+    wait between two requests, in seconds."""
 
-    def __init__(self, backend: SglangBackend, callers: int = 4):
+    def __init__(self, backend: SglangBackend, callers: int = 4, pause: float = 0.0):
         self.answers: list[tuple[Ask, Sampled]] = []
-        self._backend = backend
+        self._backend, self._pause = backend, pause
         self._running = True
         self._tasks = [asyncio.create_task(self._call(number)) for number in range(callers)]
 
@@ -166,6 +167,7 @@ class Load:
             request = ask(list(range(20, 40 + number + count % 5)), temperature=2.5, max_tokens=30)
             call = streamed(self._backend, request) if number % 3 == 0 else self._backend.generate(request)
             self.answers.append((request, await call))
+            await asyncio.sleep(self._pause)
             count += 1
 
     async def more(self, count: int = 4) -> None:
@@ -185,7 +187,7 @@ async def control(path: str, **body: Any) -> dict[str, Any]:
         return found
 
 
-async def until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+async def until(holds: Callable[[], bool], seconds: float = 100.0) -> None:
     async with asyncio.timeout(seconds):
         while not holds():  # noqa: ASYNC110 - what is waited for is another process's
             await asyncio.sleep(0.02)

@@ -21,7 +21,7 @@ from pathlib import Path
 import aiohttp
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import Feature, StopReason
+from services.common.inference import Feature, StopReason
 from services.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
 from services.policy.backends.sglang_engine import requests
 from services.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable
@@ -36,6 +36,7 @@ from services.policy.chat import Chat
 from services.policy.config import ModelSettings
 
 _ATTEMPTS = 10  # at servers that fail one after the other
+_ROUTED_ATTEMPTS = 2  # before a server is asked directly: a router may send a prompt to the same stale one each time
 _RETRY_SECONDS = 0.05
 _RETRY_AFTER = timedelta(seconds=1)
 _FAILURES = (Unreachable, Stale, requests.BadAnswer, requests.Aborted)
@@ -151,19 +152,20 @@ class SglangBackend:
 
     async def _generate(self, ask: Ask) -> Sampled:
         key = place_of(ask.session_id, ask.adapter, ask.token_ids)
+        problem = ""
         for attempt in range(_ATTEMPTS):
             async with self._pool.dispatch(key) as (server, target):
                 times_let_in = server.times_let_in
+                connection = self._connection(server, attempt)
                 try:
-                    return await self._generate_at(server, target, ask)
+                    return await self._generate_at(server, connection, target, ask)
                 except _FAILURES as error:
-                    self._failed(server, error, times_let_in)
+                    problem = self._failed(server, error, times_let_in, direct=connection is not self._router)
             await asyncio.sleep(_RETRY_SECONDS * attempt)
-        raise self._gave_up()
+        raise _gave_up(problem)
 
-    async def _generate_at(self, server: Server, target: Target, ask: Ask) -> Sampled:
+    async def _generate_at(self, server: Server, connection: Connection, target: Target, ask: Ask) -> Sampled:
         rid = uuid.uuid4().hex
-        connection = self._router or server.connection
         body = self._encode(ask, rid, target, stream=False)
         try:
             answer = requests.decode(await connection.generate(body, self._seconds))
@@ -176,17 +178,17 @@ class SglangBackend:
         count = len(answer.output_ids)
         spans = self._pool.spans(target, answer.labels(0, count), own=not ask.adapter)
         if _is_constrained(ask):
-            log_probs = await self._unconstrained(connection, target, ask, answer)
+            log_probs = await self._unconstrained(server, target, ask, answer)
         else:
             log_probs = requests.log_probs(answer)
         return Sampled(tuple(answer.output_ids), log_probs, self._stop_reason(ask, answer, answer.output_ids), spans)
 
     async def _unconstrained(
-        self, connection: Connection, target: Target, ask: Ask, answer: requests.Answer
+        self, server: Server, target: Target, ask: Ask, answer: requests.Answer
     ) -> tuple[float, ...]:
         ids = [*ask.token_ids, *answer.output_ids]
         adapter, temperature = self._adapter(ask, target), ask.sampling.temperature
-        labels, row = await score_one(connection, ids, len(ask.token_ids), temperature, adapter, self._seconds)
+        labels, row = await score_one(server.connection, ids, len(ask.token_ids), temperature, adapter, self._seconds)
         sampled_by = {label for label, _ in answer.labels(0, len(answer.output_ids))}
         if labels | sampled_by != labels & sampled_by:
             raise requests.Aborted("the weights changed between sampling and scoring")
@@ -195,27 +197,30 @@ class SglangBackend:
     async def _stream(self, ask: Ask) -> AsyncGenerator[Sampled, None]:
         key = place_of(ask.session_id, ask.adapter, ask.token_ids)
         rest = ask
+        problem = ""
         for attempt in range(_ATTEMPTS):
             async with self._pool.dispatch(key) as (server, target):
                 times_let_in = server.times_let_in
+                connection = self._connection(server, attempt)
                 try:
-                    async for part in self._stream_at(server, target, rest):
+                    async for part in self._stream_at(server, connection, target, rest):
                         rest = _after(rest, part)
                         yield part
                         if part.stop_reason is not None:
                             return
                 except _FAILURES as error:
-                    self._failed(server, error, times_let_in)
+                    problem = self._failed(server, error, times_let_in, direct=connection is not self._router)
             if rest is not ask and ask.sampling.stop:  # a stop string may have begun in what is already sampled
-                raise self._gave_up()
+                raise _gave_up(problem)
             await asyncio.sleep(_RETRY_SECONDS * attempt)
-        raise self._gave_up()
+        raise _gave_up(problem)
 
-    async def _stream_at(self, server: Server, target: Target, ask: Ask) -> AsyncIterator[Sampled]:
+    async def _stream_at(
+        self, server: Server, connection: Connection, target: Target, ask: Ask
+    ) -> AsyncIterator[Sampled]:
         rid = uuid.uuid4().hex
-        connection = self._router or server.connection
         body = self._encode(ask, rid, target, stream=True)
-        label = target.label if self._router is not None else server.label
+        label = target.label if connection is self._router else server.label
         reader, finished = requests.Reader(label, incremental=server.incremental), False
         try:
             async for event in connection.generate_stream(body, self._seconds):
@@ -235,26 +240,29 @@ class SglangBackend:
                 self._abort(server, rid)
 
     async def _score(self, ids: Sequence[int], temperature: float, adapter: str) -> tuple[int, tuple[float, ...]]:
+        """Not by a router, whose requests have not all that this needs."""
+        problem = ""
         for attempt in range(_ATTEMPTS):
             async with self._pool.dispatch(place_of("", adapter, ids)) as (server, target):
                 times_let_in = server.times_let_in
                 name = self._fixed[adapter] if adapter else target.adapter
                 try:
-                    labels, row = await score_one(
-                        self._router or server.connection, ids, 1, temperature, name, self._seconds
-                    )
+                    labels, row = await score_one(server.connection, ids, 1, temperature, name, self._seconds)
                     spans = self._pool.spans(target, [(label, 0) for label in sorted(labels)], own=not adapter)
                 except Refused as error:
                     if "LoRA adapter" not in str(error):
                         raise invalid_field("sequences", f"what SGLang takes, which says: {error}") from error
-                    self._failed(server, Stale(str(error)), times_let_in)
+                    problem = self._failed(server, Stale(str(error)), times_let_in, direct=True)
                 except _FAILURES as error:
-                    self._failed(server, error, times_let_in)
+                    problem = self._failed(server, error, times_let_in, direct=True)
                 else:
                     if len(spans) == 1:
                         return spans[0].policy_version, row
             await asyncio.sleep(_RETRY_SECONDS * attempt)
-        raise self._gave_up()
+        raise _gave_up(problem)
+
+    def _connection(self, server: Server, attempt: int) -> Connection:
+        return self._router if self._router is not None and attempt < _ROUTED_ATTEMPTS else server.connection
 
     def _encode(self, ask: Ask, rid: str, target: Target, *, stream: bool) -> bytes:
         return requests.encode(
@@ -274,16 +282,12 @@ class SglangBackend:
             return None
         return requests.stop_reason(answer, token_ids, ask.sampling, self._info.end_of_turn_token_ids)
 
-    def _failed(self, server: Server, error: Exception, times_let_in: int) -> None:
-        """Whoever aborted a request did not make the server worse. Behind a router nobody knows who answered, and the
-        probes find it out."""
-        if self._router is None and not isinstance(error, requests.Aborted):
+    def _failed(self, server: Server, error: Exception, times_let_in: int, *, direct: bool) -> str:
+        """What went wrong. Whoever aborted a request did not make the server worse; and who answered behind a router
+        nobody knows, but the probes find it out."""
+        if direct and not isinstance(error, requests.Aborted):
             self._pool.take_out(server, str(error), times_let_in)
-
-    def _gave_up(self) -> DomainError:
-        return DomainError(
-            Reason.ENGINE_UNAVAILABLE, "the SGLang servers fail one after the other", retry_after=_RETRY_AFTER
-        )
+        return str(error)
 
     def _abort(self, server: Server, rid: str) -> None:
         """Closing the connection does it, too, but only some seconds later."""
@@ -296,6 +300,11 @@ class SglangBackend:
                     continue
 
         self._pool.run(abort())
+
+
+def _gave_up(problem: str) -> DomainError:
+    message = f"the SGLang servers fail one after the other: {problem}"
+    return DomainError(Reason.ENGINE_UNAVAILABLE, message, retry_after=_RETRY_AFTER)
 
 
 def _is_constrained(ask: Ask) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 
 from services.common.errors import DomainError
-from services.common.types import Feature, SamplingParams
+from services.common.inference import Feature, SamplingParams
 from services.policy.backend import Ask, ModelInfo, UnsupportedModel
 from services.policy.backends.model import source_of
 from services.policy.backends.sglang_engine import requests
@@ -135,6 +135,8 @@ async def _describe(
         raise UnsupportedModel("adapters: the SGLang servers were not started with --enable-lora")
     if Feature.SEED in features and not all(await asyncio.gather(*(_repeats(server) for server in servers))):
         features -= {Feature.SEED}
+    if settings.sglang.router:
+        features -= {Feature.PRIORITY}  # its requests have none
     if chat.has_tools:
         features |= {Feature.TOOLS}
     lengths = [server.context_length for server in servers]
