@@ -14,6 +14,8 @@ from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
 
 from services.common.errors import Code, DomainError, Reason
 from services.common.inference import CallOptions, SamplingParams
+from services.policy.config import PolicySettings
+from services.policy.policies import CannotServe, Policies
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import full_weights, load, plain_log_probs, serving
 from tests.support.policy_backends import until
@@ -81,6 +83,24 @@ async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for(
         await running.client.load_model("actor", "two", "sglang", options)
         given = running.served.deployment.settings.sglang.api_key
         assert given is not None and given.get_secret_value() == "new"
+
+
+async def test_no_two_models_set_the_weights_of_one_server() -> None:
+    first, second = {"servers": ("http://h:1", "http://h:2")}, {"servers": ("http://h:3",)}
+    policies = {"other": {"backend": "sglang", "sglang": second, "model": "two"}}
+    async with started(backend="sglang", sglang=first, policies=policies) as running:
+        for name, servers in (("actor", None), ("new", ["http://h:4", "http://h:3"]), ("other", ["http://h:2/"])):
+            options = {} if servers is None else {"sglang.servers": servers}
+            call = running.client.load_model(name, "three", "sglang", options)
+            error = await refused(call, Reason.INVALID_SETTING)
+            assert error.metadata["field"] == "sglang.servers"
+        await running.serves("one", 0)
+        await running.client.load_model("actor", "three", "", {"sglang.servers": ["http://h:5"]})
+        await until(lambda: running.opened["one"].closed)
+        await running.client.load_model("new", "four", "sglang", {"sglang.servers": ["http://h:1"]})
+    settings = PolicySettings(model="one", backend="sglang", sglang=second, policies=policies)
+    with pytest.raises(CannotServe, match="http://h:3 serves the policy actor"):
+        await Policies.open(settings, Opened().create)
 
 
 @pytest.mark.parametrize(
