@@ -72,7 +72,7 @@ class Policy:
             deployment = model.deployment
             ask, shown = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
-                return _completion(deployment.backend, shown, await _sample(deployment, ask))
+                return _completion(deployment.backend, shown, await _sample(deployment, ask, options))
 
     async def sample(
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
@@ -85,7 +85,7 @@ class Policy:
             deployment = model.deployment
             ask, shown = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
-                sampled = await together(_sample(deployment, each) for each in _asks(ask, n))
+                sampled = await together(_sample(deployment, each, options) for each in _asks(ask, n))
                 return tuple(_completion(deployment.backend, shown, each) for each in sampled)
 
     async def stream(
@@ -102,6 +102,7 @@ class Policy:
                 streams = [_parts(deployment, each, index, text) for index, each in enumerate(_asks(ask, n))]
                 async with aclosing(streams[0] if n == 1 else merged(streams)) as parts:
                     async for part in parts:
+                        _check_versions(part.policy_versions, options)
                         yield replace(part, prompt_token_ids=shown) if shown else part
                         shown = ()
 
@@ -114,7 +115,9 @@ class Policy:
             async with deployment.serving(options.min_policy_version, options.version_wait):
                 while True:
                     scored = await deployment.backend.score(sequences, temperature, options.adapter)
-                    if await deployment.verified((VersionSpan(scored.policy_version, 0),)):
+                    span = VersionSpan(scored.policy_version, 0)
+                    if await deployment.verified((span,)):
+                        _check_versions((span,), options)
                         return scored
 
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = _PLAIN) -> tuple[int, ...]:
@@ -185,11 +188,23 @@ def _derived(sampling: SamplingParams, index: int) -> SamplingParams:
     return replace(sampling, seed=int.from_bytes(digest[:8], "big") >> 1)  # seeds are signed
 
 
-async def _sample(deployment: Deployment, ask: Ask) -> Sampled:
+async def _sample(deployment: Deployment, ask: Ask, options: CallOptions) -> Sampled:
     while True:
         sampled = await deployment.backend.generate(ask)
         if await deployment.verified(sampled.policy_versions):
+            _check_versions(sampled.policy_versions, options)
             return sampled
+
+
+def _check_versions(spans: Sequence[VersionSpan], options: CallOptions) -> None:
+    """A rollback while a call is under way can bring a version that the call must not be answered by."""
+    oldest, wanted = min((span.policy_version for span in spans), default=None), options.min_policy_version
+    if oldest is not None and wanted is not None and oldest < wanted:
+        raise DomainError(
+            Reason.POLICY_VERSION_TOO_OLD,
+            f"the policy went back to version {oldest} under way; at least {wanted} was asked for",
+            policy_version=oldest,
+        )
 
 
 def _completion(backend: Backend, shown: tuple[int, ...], sampled: Sampled) -> Completion:

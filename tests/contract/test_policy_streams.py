@@ -17,6 +17,7 @@ from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from services.common.channel import Endpoint
 from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from services.common.inference import (
+    CallOptions,
     CanaryProbe,
     CompletionPart,
     Continuation,
@@ -266,3 +267,21 @@ async def test_what_refused_weights_sampled_is_not_answered(changing: Changing) 
     assert {span.policy_version for each in spans for span in each} == {0}
     assert len(changing.backend.asks) > 9
     assert (await client.info()).policy_version == 0
+
+
+async def test_a_rollback_under_way_does_not_answer_with_less_than_was_asked_for(changing: Changing) -> None:
+    client, options = changing.served.client, CallOptions(min_policy_version=1)
+    await changing.update(-1.0)
+    calls = [
+        asyncio.create_task(collect(client.stream(PROMPT, PLAIN, 1, options))),
+        asyncio.create_task(client.sample(PROMPT, PLAIN, 1, options)),
+        asyncio.create_task(client.sample(PROMPT, PLAIN, 3, options)),
+    ]
+    await until(lambda: len(changing.backend.asks) == 5)
+    await client.rollback(0)
+    changing.backend.go_on.set()
+    for call in calls:
+        with pytest.raises(DomainError, match="at least 1") as caught:
+            await call
+        assert caught.value.reason is Reason.POLICY_VERSION_TOO_OLD
+        assert caught.value.metadata["policy_version"] == "0"
