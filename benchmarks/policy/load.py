@@ -50,8 +50,8 @@ def turns_of(callers: int) -> int:
     return max(1, _LEAST_REQUESTS // callers)
 
 
-async def ask(generate: Generate, vocabulary: int, callers: int) -> Round:
-    """Each caller asks again as soon as it is answered."""
+async def ask(generate: Generate, vocabulary: int, least_turns: int, callers: int) -> Round:
+    """Each caller asks again as soon as it is answered, at least so often."""
 
     async def call(asked: Sequence[list[int]]) -> tuple[int, list[float]]:
         tokens, latencies = 0, []
@@ -61,7 +61,8 @@ async def ask(generate: Generate, vocabulary: int, callers: int) -> Round:
             latencies.append(time.perf_counter() - start)
         return tokens, latencies
 
-    asked = [prompts(turns_of(callers), vocabulary) for _ in range(callers)]
+    turns = max(least_turns, turns_of(callers))
+    asked = [prompts(turns, vocabulary) for _ in range(callers)]
     start = time.perf_counter()
     found = await asyncio.gather(*(call(mine) for mine in asked))
     seconds = time.perf_counter() - start

@@ -26,6 +26,7 @@ from benchmarks.policy.ways import SglangHttp
 from services.common.inference import CallOptions, PublishedWeights, SamplingParams
 from services.policy.client import PolicyClient
 
+_STEADY_TURNS = 3
 _LOAD_CALLERS = 8  # that go on while weights are updated
 _SETTLE_SECONDS = 0.5  # of that load, before an update begins
 
@@ -57,11 +58,13 @@ async def measure(
     vocabulary: int,
     rounds: int,
 ) -> None:
-    """`others` are asked before the two, with a number of callers."""
+    """`others` are asked before the two, with a number of callers. Where they are compared with one batch that is
+    computed at once, each caller asks once; where two servers are compared, often enough for a steady load."""
+    least_turns = 1 if others else _STEADY_TURNS
     named = dict(zip(figures.ways[len(others) :], (direct, service), strict=True))
     ways = dict(others)
     for name, engine in named.items():
-        ways[name] = partial(ask, engine.generate, vocabulary)
+        ways[name] = partial(ask, engine.generate, vocabulary, least_turns)
     assert list(ways) == figures.ways
     figures.rounds = await throughput(ways, rounds)
     for callers in STREAMING_CALLERS:
