@@ -7,7 +7,6 @@ the openai backend asks the same server's OpenAI endpoint.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from services.common.errors import Code, DomainError, Reason
 from services.common.inference import CallOptions, Feature, Message, PolicyInfo, Role, SamplingParams
 from services.policy.client import PolicyClient
 from tests.support.policy import load, serving
+from tests.support.sglang_servers import sglang_variable
 
 BOARD = (Message(Role.SYSTEM, "play"), Message(Role.USER, "A B C\nD E F"))
 # The model answers with a legend of some forty tokens.
@@ -80,13 +80,8 @@ class Running:
 
 
 def sglang_address() -> str:
-    """Of the server that all tests share. Where CI promises one, its absence is a failure."""
-    address = os.environ.get("MULLIGAN_TEST_SGLANG", "")
-    if not address and os.environ.get("CI") == "true":
-        pytest.fail("MULLIGAN_TEST_SGLANG is not set: CI starts an SGLang server for these tests")
-    if not address:
-        pytest.skip("MULLIGAN_TEST_SGLANG is not set: the address of an SGLang server of models/embedded with LoRA")
-    return address.rstrip("/")
+    """Of the server that all tests share."""
+    return sglang_variable("MULLIGAN_TEST_SGLANG").rstrip("/")
 
 
 @cache

@@ -1,12 +1,10 @@
-"""A real SGLang: the server at MULLIGAN_TEST_SGLANG, which serves the embedded model with LoRA, and further ones that
-MULLIGAN_TEST_SGLANG_PYTHON launches. Where they are missing, tests say so; in continuous integration they fail."""
+"""A real SGLang behind the backend itself, without a policy service: see sglang_servers.py for where it comes from."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
 import hashlib
-import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,35 +23,23 @@ from services.policy.backend import Ask, Replica, Sampled, WeightsFile
 from services.policy.backends.sglang import SglangBackend, open_backend
 from services.policy.config import ModelSettings, SglangSettings
 from tests.support.policy import load, plain_log_probs
+from tests.support.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS, sglang_variable
 
 MODEL = models.EMBEDDED
 PROMPT = list(range(20, 60))
 START_SECONDS = 400  # on a machine that does something else, too
-CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": "1", "HF_HUB_OFFLINE": "1"}
-CPU_FLAGS = (
-    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch", "--dtype", "float32"),
-    *("--max-total-tokens", "32768", "--disable-overlap-schedule", "--disable-cuda-graph", "--sleep-on-idle"),
-)
 
 
 def server_address() -> str:
     """Of the server that runs."""
-    return _environment("MULLIGAN_TEST_SGLANG")
+    return sglang_variable("MULLIGAN_TEST_SGLANG")
 
 
 def launching(count: int = 1, **changes: Any) -> SglangSettings:
     """Settings that launch servers on the CPU."""
-    python = _environment("MULLIGAN_TEST_SGLANG_PYTHON")
+    python = sglang_variable("MULLIGAN_TEST_SGLANG_PYTHON")
     plain = {"launch": count, "python": python, "flags": CPU_FLAGS, "environment": CPU_ENVIRONMENT}
     return SglangSettings(**(plain | changes))
-
-
-def _environment(name: str) -> str:
-    value = os.environ.get(name, "")
-    if not value:
-        message = f"{name} is not set: no SGLang to test with"
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(message)
-    return value
 
 
 @asynccontextmanager
