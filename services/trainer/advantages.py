@@ -1,7 +1,7 @@
 """Advantages of every branch of ERL. Pure functions on plain numbers.
 
-Groups are per task and per role; attempts of different roles are never mixed in one normalisation (erl.md, table
-"Groups and advantages"; GRPO: arXiv 2402.03300, eq. 3).
+Groups are per task and per role; attempts of different roles are never mixed in one normalisation (ERL: arXiv
+2602.13949; GRPO: arXiv 2402.03300, eq. 3).
 """
 
 from __future__ import annotations
