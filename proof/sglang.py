@@ -34,7 +34,7 @@ from tests.support.policy import full_weights, load, plain_log_probs
 from tests.support.processes import Services
 from tests.support.sglang_servers import LAUNCH_SECONDS, launch_settings, processes_of, python_of_sglang, runs
 
-KILLS = 12
+KILLS = 6
 CALLERS = 12
 PROMPTS = 40
 CHECKED = 1500  # answers whose log-probabilities are compared with a forward pass
