@@ -112,10 +112,6 @@ def check_temperature(field: str, value: float) -> None:
         raise invalid_field(field, f"at least {_LOWEST_TEMPERATURE}")
 
 
-def unknown_policy(name: str, known: Collection[str]) -> DomainError:
-    return DomainError(Reason.UNKNOWN_POLICY, f"no policy {name!r}: there are {_listed(sorted(known))}", policy=name)
-
-
 def _need(model: ModelInfo, feature: Feature, field: str) -> None:
     if feature not in model.features:
         raise DomainError(
