@@ -86,6 +86,7 @@ class Turn:
     text: str  # the agent's answer, decoded, for people; training reads the token sequences
     action: str  # the environment's reading of it
     reward: float
+    tool: str = ""  # whose answer the observation was; empty: the environment spoke as the user
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,8 @@ class EnvironmentInfo:
     task_counts: dict[Split, int]
     tools: tuple[Tool, ...] = ()  # what the agent may call; the environment finds the calls in its answer
     unavailable: str = ""  # why no episode can be started here
+    can_fork: bool = False  # its episodes have `fork`
+    player_count: int = 1  # how many take turns in an episode
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +221,8 @@ class StepResult:
     `observation` is all that the agent sees during the attempt, no-effect notices included. `action` is the
     environment's reading of the agent's text ("Up", "Up (no effect)", "invalid"): it appears in traces shown to a
     reflector. `feedback` is set on the last step only and never enters the attempt's own context. `tool` names the tool
-    whose answer the observation is; empty: it speaks as the user.
+    whose answer the observation is; empty: it speaks as the user. In a game of several players `player` is whose turn
+    it is next, and who sees the observation; `reward` is of the one who acted, and `rewards` has one of each player.
     """
 
     observation: str
@@ -228,6 +232,8 @@ class StepResult:
     truncated: bool = False  # done because the step limit was reached
     feedback: str = ""
     tool: str = ""
+    player: int = 0
+    rewards: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +249,8 @@ class EpisodeStep:
     feedback: str = ""
     error: str = ""
     tool: str = ""
+    player: int = 0  # whose turn it is next
+    rewards: tuple[float, ...] = ()  # of each player, where there are several
 
 
 class RetrievalStrategy(StrEnum):

@@ -138,7 +138,9 @@ def attempt_to_proto(attempt: types.Attempt) -> experience_pb2.Attempt:
         reward=attempt.reward,
         feedback=attempt.feedback,
         turns=[
-            experience_pb2.Turn(observation=turn.observation, text=turn.text, action=turn.action, reward=turn.reward)
+            experience_pb2.Turn(
+                observation=turn.observation, text=turn.text, action=turn.action, reward=turn.reward, tool=turn.tool
+            )
             for turn in attempt.turns
         ],
         final_observation=attempt.final_observation,
@@ -156,7 +158,7 @@ def attempt_from_proto(attempt: experience_pb2.Attempt) -> types.Attempt:
         outcome=_OUTCOMES_BACK[attempt.outcome],
         reward=attempt.reward if attempt.HasField("reward") else None,
         feedback=attempt.feedback,
-        turns=tuple(types.Turn(turn.observation, turn.text, turn.action, turn.reward) for turn in attempt.turns),
+        turns=tuple(types.Turn(turn.observation, turn.text, turn.action, turn.reward, turn.tool) for turn in attempt.turns),
         final_observation=attempt.final_observation,
         sequences=tuple(sequence_from_proto(sequence) for sequence in attempt.sequences),
         temperature=attempt.temperature,

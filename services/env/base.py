@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -24,6 +24,7 @@ __all__ = [
     "Environment",
     "EnvironmentInfo",
     "Episode",
+    "Forkable",
     "MissingExtra",
     "PromptSet",
     "Split",
@@ -36,10 +37,20 @@ __all__ = [
 
 
 class Episode(Protocol):
+    """An episode of a game of several players also has `player: int`, whose turn it is at the start (0 without)."""
+
     observation: str  # the first observation
 
     def step(self, action: str) -> StepResult:
         """Applies the agent's text. Never called again after `done`."""
+
+
+@runtime_checkable
+class Forkable(Episode, Protocol):
+    """What the episodes of an environment with `info.can_fork` offer besides."""
+
+    def fork(self) -> Episode:
+        """An independent episode in exactly this state, random generators included. Never called during `step`."""
 
 
 class Environment(Protocol):

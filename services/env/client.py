@@ -246,6 +246,8 @@ def _step(response: pb.StepEpisodeResponse) -> EpisodeStep:
         response.feedback,
         response.error,
         response.tool,
+        response.player,
+        tuple(response.rewards),
     )
 
 
@@ -260,6 +262,8 @@ def _info(info: pb.EnvironmentInfo) -> EnvironmentInfo:
         task_counts={Split.TRAIN: info.train_task_count, Split.TEST: info.test_task_count},
         tools=tools_from_proto(info.tools),
         unavailable=info.unavailable,
+        can_fork=info.can_fork,
+        player_count=max(info.player_count, 1),  # a server that knows nothing of players has one
     )
 
 

@@ -297,6 +297,8 @@ def _checked_step(episode: Episode, action: str) -> EpisodeStep:
         outcome,
         _text("feedback", result.feedback) if result.done else "",
         tool=_text("tool", result.tool),
+        player=result.player,
+        rewards=result.rewards,
     )
 
 

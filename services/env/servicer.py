@@ -93,6 +93,8 @@ def _step(answer: EpisodeStep) -> pb.StepEpisodeResponse:
         feedback=answer.feedback,
         error=answer.error,
         tool=answer.tool,
+        player=answer.player,
+        rewards=answer.rewards,
     )
 
 
@@ -119,6 +121,8 @@ def _info(name: str, info: EnvironmentInfo) -> pb.EnvironmentInfo:
         test_task_count=info.task_counts[Split.TEST],
         tools=tools_to_proto(info.tools),
         unavailable=info.unavailable,
+        can_fork=info.can_fork,
+        player_count=info.player_count,
     )
 
 

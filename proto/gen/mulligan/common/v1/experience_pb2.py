@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from mulligan.common.v1 import outcome_pb2 as mulligan_dot_common_dot_v1_dot_outcome__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#mulligan/common/v1/experience.proto\x12\x12mulligan.common.v1\x1a mulligan/common/v1/outcome.proto\":\n\x0bVersionSpan\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\"\xa6\x01\n\x07Segment\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.mulligan.common.v1.SegmentKind\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x11\n\tlog_probs\x18\x03 \x03(\x02\x12\x38\n\x0fpolicy_versions\x18\x04 \x03(\x0b\x32\x1f.mulligan.common.v1.VersionSpan\x12\x0c\n\x04loss\x18\x05 \x01(\x08\">\n\rTokenSequence\x12-\n\x08segments\x18\x01 \x03(\x0b\x32\x1b.mulligan.common.v1.Segment\"I\n\x04Turn\x12\x13\n\x0bobservation\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0e\n\x06reward\x18\x04 \x01(\x01\"\xc1\x02\n\x07\x41ttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x12\n\nepisode_id\x18\x02 \x01(\t\x12,\n\x07outcome\x18\x03 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x13\n\x06reward\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x05 \x01(\t\x12\'\n\x05turns\x18\x06 \x03(\x0b\x32\x18.mulligan.common.v1.Turn\x12\x19\n\x11\x66inal_observation\x18\x07 \x01(\t\x12\x34\n\tsequences\x18\x08 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x13\n\x0btemperature\x18\t \x01(\x01\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x10\n\x08restarts\x18\x0b \x01(\x05\x42\t\n\x07_reward\"\xe9\x01\n\nReflection\x12\x15\n\rreflection_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x34\n\tsequences\x18\x03 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x13\n\x06reward\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x0e\n\x06policy\x18\x08 \x01(\tB\t\n\x07_reward\"\x88\x01\n\x0f\x44istilledTarget\x12\x14\n\x0c\x64istilled_id\x18\x01 \x01(\t\x12\x19\n\x11source_attempt_id\x18\x02 \x01(\t\x12\x34\n\tsequences\x18\x03 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x0e\n\x06reward\x18\x04 \x01(\x01\"\xa6\x03\n\nExperience\x12\x15\n\rexperience_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x13\n\x0b\x65nvironment\x18\x04 \x01(\t\x12\x0f\n\x07task_id\x18\x05 \x01(\t\x12\x0f\n\x07rollout\x18\x06 \x01(\x05\x12\x32\n\rfirst_attempt\x18\x07 \x01(\x0b\x32\x1b.mulligan.common.v1.Attempt\x12\x37\n\nreflection\x18\x08 \x01(\x0b\x32\x1e.mulligan.common.v1.ReflectionH\x00\x88\x01\x01\x12\x38\n\x0esecond_attempt\x18\t \x01(\x0b\x32\x1b.mulligan.common.v1.AttemptH\x01\x88\x01\x01\x12;\n\tdistilled\x18\n \x01(\x0b\x32#.mulligan.common.v1.DistilledTargetH\x02\x88\x01\x01\x12\x18\n\x10memory_entry_ids\x18\x0b \x03(\tB\r\n\x0b_reflectionB\x11\n\x0f_second_attemptB\x0c\n\n_distilled*|\n\x0bSegmentKind\x12\x1c\n\x18SEGMENT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13SEGMENT_KIND_PROMPT\x10\x01\x12\x18\n\x14SEGMENT_KIND_SAMPLED\x10\x02\x12\x1c\n\x18SEGMENT_KIND_ENVIRONMENT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#mulligan/common/v1/experience.proto\x12\x12mulligan.common.v1\x1a mulligan/common/v1/outcome.proto\":\n\x0bVersionSpan\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\"\xa6\x01\n\x07Segment\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.mulligan.common.v1.SegmentKind\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x11\n\tlog_probs\x18\x03 \x03(\x02\x12\x38\n\x0fpolicy_versions\x18\x04 \x03(\x0b\x32\x1f.mulligan.common.v1.VersionSpan\x12\x0c\n\x04loss\x18\x05 \x01(\x08\">\n\rTokenSequence\x12-\n\x08segments\x18\x01 \x03(\x0b\x32\x1b.mulligan.common.v1.Segment\"W\n\x04Turn\x12\x13\n\x0bobservation\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0e\n\x06reward\x18\x04 \x01(\x01\x12\x0c\n\x04tool\x18\x05 \x01(\t\"\xc1\x02\n\x07\x41ttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x12\n\nepisode_id\x18\x02 \x01(\t\x12,\n\x07outcome\x18\x03 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x13\n\x06reward\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x05 \x01(\t\x12\'\n\x05turns\x18\x06 \x03(\x0b\x32\x18.mulligan.common.v1.Turn\x12\x19\n\x11\x66inal_observation\x18\x07 \x01(\t\x12\x34\n\tsequences\x18\x08 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x13\n\x0btemperature\x18\t \x01(\x01\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x10\n\x08restarts\x18\x0b \x01(\x05\x42\t\n\x07_reward\"\xe9\x01\n\nReflection\x12\x15\n\rreflection_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x34\n\tsequences\x18\x03 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x13\n\x06reward\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x0e\n\x06policy\x18\x08 \x01(\tB\t\n\x07_reward\"\x88\x01\n\x0f\x44istilledTarget\x12\x14\n\x0c\x64istilled_id\x18\x01 \x01(\t\x12\x19\n\x11source_attempt_id\x18\x02 \x01(\t\x12\x34\n\tsequences\x18\x03 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x0e\n\x06reward\x18\x04 \x01(\x01\"\xa6\x03\n\nExperience\x12\x15\n\rexperience_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x13\n\x0b\x65nvironment\x18\x04 \x01(\t\x12\x0f\n\x07task_id\x18\x05 \x01(\t\x12\x0f\n\x07rollout\x18\x06 \x01(\x05\x12\x32\n\rfirst_attempt\x18\x07 \x01(\x0b\x32\x1b.mulligan.common.v1.Attempt\x12\x37\n\nreflection\x18\x08 \x01(\x0b\x32\x1e.mulligan.common.v1.ReflectionH\x00\x88\x01\x01\x12\x38\n\x0esecond_attempt\x18\t \x01(\x0b\x32\x1b.mulligan.common.v1.AttemptH\x01\x88\x01\x01\x12;\n\tdistilled\x18\n \x01(\x0b\x32#.mulligan.common.v1.DistilledTargetH\x02\x88\x01\x01\x12\x18\n\x10memory_entry_ids\x18\x0b \x03(\tB\r\n\x0b_reflectionB\x11\n\x0f_second_attemptB\x0c\n\n_distilled*|\n\x0bSegmentKind\x12\x1c\n\x18SEGMENT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13SEGMENT_KIND_PROMPT\x10\x01\x12\x18\n\x14SEGMENT_KIND_SAMPLED\x10\x02\x12\x1c\n\x18SEGMENT_KIND_ENVIRONMENT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mulligan.common.v1.experience_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SEGMENTKIND']._serialized_start=1585
-  _globals['_SEGMENTKIND']._serialized_end=1709
+  _globals['_SEGMENTKIND']._serialized_start=1599
+  _globals['_SEGMENTKIND']._serialized_end=1723
   _globals['_VERSIONSPAN']._serialized_start=93
   _globals['_VERSIONSPAN']._serialized_end=151
   _globals['_SEGMENT']._serialized_start=154
@@ -41,13 +41,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENSEQUENCE']._serialized_start=322
   _globals['_TOKENSEQUENCE']._serialized_end=384
   _globals['_TURN']._serialized_start=386
-  _globals['_TURN']._serialized_end=459
-  _globals['_ATTEMPT']._serialized_start=462
-  _globals['_ATTEMPT']._serialized_end=783
-  _globals['_REFLECTION']._serialized_start=786
-  _globals['_REFLECTION']._serialized_end=1019
-  _globals['_DISTILLEDTARGET']._serialized_start=1022
-  _globals['_DISTILLEDTARGET']._serialized_end=1158
-  _globals['_EXPERIENCE']._serialized_start=1161
-  _globals['_EXPERIENCE']._serialized_end=1583
+  _globals['_TURN']._serialized_end=473
+  _globals['_ATTEMPT']._serialized_start=476
+  _globals['_ATTEMPT']._serialized_end=797
+  _globals['_REFLECTION']._serialized_start=800
+  _globals['_REFLECTION']._serialized_end=1033
+  _globals['_DISTILLEDTARGET']._serialized_start=1036
+  _globals['_DISTILLEDTARGET']._serialized_end=1172
+  _globals['_EXPERIENCE']._serialized_start=1175
+  _globals['_EXPERIENCE']._serialized_end=1597
 # @@protoc_insertion_point(module_scope)

@@ -149,6 +149,7 @@ class Turn(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     ACTION_FIELD_NUMBER: _builtins.int
     REWARD_FIELD_NUMBER: _builtins.int
+    TOOL_FIELD_NUMBER: _builtins.int
     observation: _builtins.str
     """What the agent saw."""
     text: _builtins.str
@@ -157,6 +158,8 @@ class Turn(_message.Message):
     """How the environment read the answer, e.g. "Up (no effect)"."""
     reward: _builtins.float
     """Reward of this step alone."""
+    tool: _builtins.str
+    """Name of the tool whose answer the observation was; empty where the environment spoke as the user."""
     def __init__(
         self,
         *,
@@ -164,10 +167,11 @@ class Turn(_message.Message):
         text: _builtins.str = ...,
         action: _builtins.str = ...,
         reward: _builtins.float = ...,
+        tool: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "observation", b"observation", "reward", b"reward", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "observation", b"observation", "reward", b"reward", "text", b"text", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

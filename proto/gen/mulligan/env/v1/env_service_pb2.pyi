@@ -112,6 +112,8 @@ class EnvironmentInfo(_message.Message):
     TEST_TASK_COUNT_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_FIELD_NUMBER: _builtins.int
+    CAN_FORK_FIELD_NUMBER: _builtins.int
+    PLAYER_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     description: _builtins.str
     max_steps: _builtins.int
@@ -124,6 +126,10 @@ class EnvironmentInfo(_message.Message):
     test_task_count: _builtins.int
     unavailable: _builtins.str
     """Why no episode can be started here, such as an extra that is not installed; empty where one can."""
+    can_fork: _builtins.bool
+    """Whether ForkEpisode works."""
+    player_count: _builtins.int
+    """How many players take turns in an episode; 1 for an environment with one agent, which has player 0."""
     @_builtins.property
     def prompts(self) -> Global___PromptSet: ...
     @_builtins.property
@@ -145,10 +151,12 @@ class EnvironmentInfo(_message.Message):
         test_task_count: _builtins.int = ...,
         tools: _abc.Iterable[_message_pb2.Tool] | None = ...,
         unavailable: _builtins.str = ...,
+        can_fork: _builtins.bool = ...,
+        player_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prompts", b"prompts"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "deterministic", b"deterministic", "max_reward", b"max_reward", "max_steps", b"max_steps", "name", b"name", "prompts", b"prompts", "test_task_count", b"test_task_count", "tools", b"tools", "train_task_count", b"train_task_count", "unavailable", b"unavailable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["can_fork", b"can_fork", "description", b"description", "deterministic", b"deterministic", "max_reward", b"max_reward", "max_steps", b"max_steps", "name", b"name", "player_count", b"player_count", "prompts", b"prompts", "test_task_count", b"test_task_count", "tools", b"tools", "train_task_count", b"train_task_count", "unavailable", b"unavailable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -304,7 +312,10 @@ class StartEpisodeResponse(_message.Message):
 
     OBSERVATION_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    PLAYER_FIELD_NUMBER: _builtins.int
     observation: _builtins.str
+    player: _builtins.int
+    """Whose turn it is, and who sees the observation: 0 to player_count - 1."""
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
         """The episode expires when it is not called for this long."""
@@ -314,10 +325,11 @@ class StartEpisodeResponse(_message.Message):
         *,
         observation: _builtins.str = ...,
         lease: _duration_pb2.Duration | None = ...,
+        player: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "observation", b"observation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "observation", b"observation", "player", b"player"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -362,12 +374,14 @@ class StepEpisodeResponse(_message.Message):
     FEEDBACK_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     TOOL_FIELD_NUMBER: _builtins.int
+    PLAYER_FIELD_NUMBER: _builtins.int
+    REWARDS_FIELD_NUMBER: _builtins.int
     observation: _builtins.str
     """What the agent sees next, no-effect notices included."""
     action: _builtins.str
     """How the environment read the answer, e.g. "Up (no effect)"."""
     reward: _builtins.float
-    """Reward of this step. Absent when the step failed (outcome ENV_ERROR or TIMEOUT)."""
+    """Reward of this step, of the player who acted. Absent when the step failed (outcome ENV_ERROR or TIMEOUT)."""
     done: _builtins.bool
     """Whether the episode is over."""
     outcome: _outcome_pb2.Outcome.ValueType
@@ -378,6 +392,12 @@ class StepEpisodeResponse(_message.Message):
     """What went wrong, for ENV_ERROR and TIMEOUT."""
     tool: _builtins.str
     """Name of the tool whose answer the observation is: a message with ROLE_TOOL. Empty: one with ROLE_USER."""
+    player: _builtins.int
+    """Whose turn it is next, and who sees the observation. The same player may act several times in a row."""
+    @_builtins.property
+    def rewards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Reward of this step of each player, in order; empty where there is one player."""
+
     def __init__(
         self,
         *,
@@ -389,10 +409,12 @@ class StepEpisodeResponse(_message.Message):
         feedback: _builtins.str = ...,
         error: _builtins.str = ...,
         tool: _builtins.str = ...,
+        player: _builtins.int = ...,
+        rewards: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "reward", b"reward"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "action", b"action", "done", b"done", "error", b"error", "feedback", b"feedback", "observation", b"observation", "outcome", b"outcome", "reward", b"reward", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "action", b"action", "done", b"done", "error", b"error", "feedback", b"feedback", "observation", b"observation", "outcome", b"outcome", "player", b"player", "reward", b"reward", "rewards", b"rewards", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__reward: _TypeAlias = _typing.Literal["reward"]  # noqa: Y015
     _WhichOneofArgType__reward: _TypeAlias = _typing.Literal["_reward", b"_reward"]  # noqa: Y015
@@ -547,6 +569,63 @@ class StepEpisodesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepEpisodesResponse: _TypeAlias = StepEpisodesResponse  # noqa: Y015
+
+@_typing.final
+class ForkEpisodeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPISODE_ID_FIELD_NUMBER: _builtins.int
+    STEP_INDEX_FIELD_NUMBER: _builtins.int
+    NEW_EPISODE_ID_FIELD_NUMBER: _builtins.int
+    episode_id: _builtins.str
+    step_index: _builtins.int
+    """How many steps the episode has played."""
+    new_episode_id: _builtins.str
+    """Chosen by the caller, as in StartEpisode."""
+    def __init__(
+        self,
+        *,
+        episode_id: _builtins.str = ...,
+        step_index: _builtins.int = ...,
+        new_episode_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["episode_id", b"episode_id", "new_episode_id", b"new_episode_id", "step_index", b"step_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkEpisodeRequest: _TypeAlias = ForkEpisodeRequest  # noqa: Y015
+
+@_typing.final
+class ForkEpisodeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBSERVATION_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    PLAYER_FIELD_NUMBER: _builtins.int
+    observation: _builtins.str
+    """What the agent saw last."""
+    player: _builtins.int
+    """Whose turn it is."""
+    @_builtins.property
+    def lease(self) -> _duration_pb2.Duration:
+        """The new episode expires when it is not called for this long."""
+
+    def __init__(
+        self,
+        *,
+        observation: _builtins.str = ...,
+        lease: _duration_pb2.Duration | None = ...,
+        player: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "observation", b"observation", "player", b"player"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkEpisodeResponse: _TypeAlias = ForkEpisodeResponse  # noqa: Y015
 
 @_typing.final
 class EndEpisodeRequest(_message.Message):

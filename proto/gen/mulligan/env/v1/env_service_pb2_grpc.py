@@ -67,6 +67,11 @@ class EnvServiceStub:
                 request_serializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StepEpisodesRequest.SerializeToString,
                 response_deserializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StepEpisodesResponse.FromString,
                 _registered_method=True)
+        self.ForkEpisode = channel.unary_unary(
+                '/mulligan.env.v1.EnvService/ForkEpisode',
+                request_serializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.ForkEpisodeRequest.SerializeToString,
+                response_deserializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.ForkEpisodeResponse.FromString,
+                _registered_method=True)
         self.EndEpisode = channel.unary_unary(
                 '/mulligan.env.v1.EnvService/EndEpisode',
                 request_serializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.EndEpisodeRequest.SerializeToString,
@@ -134,6 +139,19 @@ class EnvServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForkEpisode(self, request, context):
+        """Starts another episode in the state that an episode has after `step_index` steps. The copy is exact: from there on
+        both answer the same actions alike, where the environment is deterministic. Idempotent on new_episode_id. The steps
+        that were played before belong to the copy, too, and are repeatable in it.
+        UNIMPLEMENTED FORK_UNSUPPORTED: the environment cannot (`can_fork`). NOT_FOUND UNKNOWN_EPISODE, EPISODE_EXPIRED.
+        FAILED_PRECONDITION STEP_SKIPPED: the episode has played fewer steps; STEP_CONFLICT: it has played more, or plays
+        one now; EPISODE_FINISHED. ALREADY_EXISTS EPISODE_CONFLICT: the new id is in use for something else.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo. INTERNAL ENVIRONMENT_FAILED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EndEpisode(self, request, context):
         """Ends an episode and frees its place. Idempotent: ending an unknown episode succeeds.
         """
@@ -168,6 +186,11 @@ def add_EnvServiceServicer_to_server(servicer, server):
                     servicer.StepEpisodes,
                     request_deserializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StepEpisodesRequest.FromString,
                     response_serializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.StepEpisodesResponse.SerializeToString,
+            ),
+            'ForkEpisode': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkEpisode,
+                    request_deserializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.ForkEpisodeRequest.FromString,
+                    response_serializer=mulligan_dot_env_dot_v1_dot_env__service__pb2.ForkEpisodeResponse.SerializeToString,
             ),
             'EndEpisode': grpc.unary_unary_rpc_method_handler(
                     servicer.EndEpisode,
@@ -318,6 +341,33 @@ class EnvService:
             '/mulligan.env.v1.EnvService/StepEpisodes',
             mulligan_dot_env_dot_v1_dot_env__service__pb2.StepEpisodesRequest.SerializeToString,
             mulligan_dot_env_dot_v1_dot_env__service__pb2.StepEpisodesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkEpisode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mulligan.env.v1.EnvService/ForkEpisode',
+            mulligan_dot_env_dot_v1_dot_env__service__pb2.ForkEpisodeRequest.SerializeToString,
+            mulligan_dot_env_dot_v1_dot_env__service__pb2.ForkEpisodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

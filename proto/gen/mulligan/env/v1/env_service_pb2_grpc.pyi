@@ -53,6 +53,15 @@ class EnvServiceStub:
     fails only when the request is malformed. An episode may appear once. Exactly once per (episode_id, step_index):
     that is why an item that came back as `pending` can be repeated.
     """
+    ForkEpisode: _aio.UnaryUnaryMultiCallable[_env_service_pb2.ForkEpisodeRequest, _env_service_pb2.ForkEpisodeResponse]
+    """Starts another episode in the state that an episode has after `step_index` steps. The copy is exact: from there on
+    both answer the same actions alike, where the environment is deterministic. Idempotent on new_episode_id. The steps
+    that were played before belong to the copy, too, and are repeatable in it.
+    UNIMPLEMENTED FORK_UNSUPPORTED: the environment cannot (`can_fork`). NOT_FOUND UNKNOWN_EPISODE, EPISODE_EXPIRED.
+    FAILED_PRECONDITION STEP_SKIPPED: the episode has played fewer steps; STEP_CONFLICT: it has played more, or plays
+    one now; EPISODE_FINISHED. ALREADY_EXISTS EPISODE_CONFLICT: the new id is in use for something else.
+    RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo. INTERNAL ENVIRONMENT_FAILED.
+    """
     EndEpisode: _aio.UnaryUnaryMultiCallable[_env_service_pb2.EndEpisodeRequest, _env_service_pb2.EndEpisodeResponse]
     """Ends an episode and frees its place. Idempotent: ending an unknown episode succeeds."""
 
@@ -124,6 +133,21 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         """Applies one action to each of many episodes. Each item has the result or the error of StepEpisode; the call itself
         fails only when the request is malformed. An episode may appear once. Exactly once per (episode_id, step_index):
         that is why an item that came back as `pending` can be repeated.
+        """
+
+    @_abc_1.abstractmethod
+    def ForkEpisode(
+        self,
+        request: _env_service_pb2.ForkEpisodeRequest,
+        context: _aio.ServicerContext[_env_service_pb2.ForkEpisodeRequest, _abc.Awaitable[_env_service_pb2.ForkEpisodeResponse]],
+    ) -> _abc.Awaitable[_env_service_pb2.ForkEpisodeResponse]:
+        """Starts another episode in the state that an episode has after `step_index` steps. The copy is exact: from there on
+        both answer the same actions alike, where the environment is deterministic. Idempotent on new_episode_id. The steps
+        that were played before belong to the copy, too, and are repeatable in it.
+        UNIMPLEMENTED FORK_UNSUPPORTED: the environment cannot (`can_fork`). NOT_FOUND UNKNOWN_EPISODE, EPISODE_EXPIRED.
+        FAILED_PRECONDITION STEP_SKIPPED: the episode has played fewer steps; STEP_CONFLICT: it has played more, or plays
+        one now; EPISODE_FINISHED. ALREADY_EXISTS EPISODE_CONFLICT: the new id is in use for something else.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED, with a google.rpc.RetryInfo. INTERNAL ENVIRONMENT_FAILED.
         """
 
     @_abc_1.abstractmethod
