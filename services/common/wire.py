@@ -158,7 +158,9 @@ def attempt_from_proto(attempt: experience_pb2.Attempt) -> types.Attempt:
         outcome=_OUTCOMES_BACK[attempt.outcome],
         reward=attempt.reward if attempt.HasField("reward") else None,
         feedback=attempt.feedback,
-        turns=tuple(types.Turn(turn.observation, turn.text, turn.action, turn.reward, turn.tool) for turn in attempt.turns),
+        turns=tuple(
+            types.Turn(turn.observation, turn.text, turn.action, turn.reward, turn.tool) for turn in attempt.turns
+        ),
         final_observation=attempt.final_observation,
         sequences=tuple(sequence_from_proto(sequence) for sequence in attempt.sequences),
         temperature=attempt.temperature,

@@ -11,8 +11,8 @@ def generic_prompts(task: str, action_format: str) -> PromptSet:
         solver=f"{task}\n\n{action_format}",
         action_reminder=action_format,
         reflection_system="""\
-You study an agent's attempt at a task and improve the instruction under which it works. The instruction must serve for \
-every task of this kind: never write down a solution to this one.""",
+You study an agent's attempt at a task and improve the instruction under which it works. The instruction must serve \
+for every task of this kind: never write down a solution to this one.""",
         reflection="""\
 The attempt: what the agent saw, and what it did.
 
