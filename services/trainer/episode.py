@@ -125,14 +125,14 @@ class Player:
         turns: list[Turn] = []
         by_messages = self.policy_info.rewrites_history or Feature.TOKEN_IDS not in self.policy_info.features
         conversation = _Conversation([Message(Role.SYSTEM, system)], by_messages)
-        observation, outcome, feedback, error = "", Outcome.TRUNCATED, "", ""
+        observation, tool, outcome, feedback, error = "", "", Outcome.TRUNCATED, "", ""
         blame = Outcome.ENV_ERROR  # whose failure an exception is
         episode: EpisodeHandle | None = None
         try:
             episode = await self.environment.start(self.info.name, task_id, episode_id)
             observation = episode.observation
             for turn in range(self.info.max_steps):
-                conversation.messages.append(Message(Role.USER, observation))
+                conversation.messages.append(_shown(observation, tool))
                 blame = Outcome.POLICY_ERROR
                 options = CallOptions(request_id=f"{attempt_id}-{turn}", session_id=episode_id)
                 completion = await self._answer(conversation, replace(sampling, seed=derive_seed(seed, turn)), options)
@@ -141,8 +141,8 @@ class Player:
                 conversation.add(completion)
                 blame = Outcome.ENV_ERROR
                 step = await episode.step(completion.text)
-                turns.append(Turn(observation, completion.text, step.action, step.reward or 0.0))
-                observation = step.observation
+                turns.append(Turn(observation, completion.text, step.action, step.reward or 0.0, tool))
+                observation, tool = step.observation, step.tool
                 if step.done:
                     outcome, feedback, error = step.outcome or Outcome.ENV_ERROR, step.feedback, step.error
                     break
@@ -208,10 +208,11 @@ class Player:
         if not self.policy_info.rewrites_history and first.turns[0].observation == second.turns[0].observation:
             return [first.sequences[0].segments[0].token_ids]
         messages = [Message(Role.SYSTEM, self.info.prompts.solver)]
+        options = CallOptions(session_id=second.episode_id, tools=self.info.tools)
         prompts = []
         for turn in second.turns[: len(second.sequences)]:
-            messages.append(Message(Role.USER, turn.observation))
-            prompts.append(await self.policy.tokenize(tuple(messages), CallOptions(session_id=second.episode_id)))
+            messages.append(_shown(turn.observation, turn.tool))
+            prompts.append(await self.policy.tokenize(tuple(messages), options))
             messages.append(Message(Role.ASSISTANT, turn.text))
         return prompts
 
@@ -219,13 +220,22 @@ class Player:
         self, conversation: _Conversation, sampling: SamplingParams, options: CallOptions
     ) -> Completion | None:
         """None when the conversation has outgrown the policy's context."""
-        try:
-            return await _generate(self.policy, conversation.prompt(), sampling, options)
+        shows_tools = replace(options, tools=self.info.tools)
+        prompt = conversation.prompt()
+        try:  # what a continuation goes on from has shown the tools
+            return await _generate(
+                self.policy, prompt, sampling, options if isinstance(prompt, Continuation) else shows_tools
+            )
         except DomainError as error:
             if error.reason is not Reason.TEMPLATE_REWRITES_HISTORY or conversation.by_messages:
                 raise
         conversation.by_messages = True  # the policy was given another model since its `policy_info` was asked for
-        return await _generate(self.policy, conversation.prompt(), sampling, options)
+        return await _generate(self.policy, conversation.prompt(), sampling, shows_tools)
+
+
+def _shown(observation: str, tool: str) -> Message:
+    """What the environment said: as the answer of a tool, or as the user."""
+    return Message(Role.TOOL, observation, name=tool) if tool else Message(Role.USER, observation)
 
 
 async def _generate(

@@ -16,7 +16,7 @@ from services.trainer.algorithm import evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, StateEvent
 from services.trainer.folder import RunFolder, RunRecord, RunState
-from services.trainer.named import NamedPolicy, check_top_k
+from services.trainer.named import NamedPolicy, check_environment, check_top_k
 from services.trainer.run import Run, Services, evaluation_of
 from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 
@@ -144,6 +144,7 @@ class RunManager:
         services = self._services
         info = await services.environment.describe(environment)
         named = await NamedPolicy.open(services.policy, policy)
+        check_environment(info, named.info)
         check_top_k(named.info, settings.top_k, "top_k")
         tasks = await services.environment.list_tasks(environment, Split.TEST, settings.tasks)
         name = f"evaluation-{os.urandom(4).hex()}"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from services.common.errors import DomainError, Reason
 from services.common.inference import CallOptions, Completion, Feature, PolicyInfo, Prompt, SamplingParams
+from services.common.types import EnvironmentInfo
 from services.trainer.interfaces import PolicyPort
 from services.trainer.settings import RunSettings
 
@@ -57,6 +58,25 @@ def check_actor(info: PolicyInfo, settings: RunSettings, fingerprint: str) -> No
         )
     check_top_k(info, settings.rollout.top_k, "rollout.top_k")
     check_top_k(info, settings.evaluation.top_k, "evaluation.top_k")
+
+
+def check_environment(environment: EnvironmentInfo, policy: PolicyInfo) -> None:
+    """That attempts of this policy in this environment can be made. Raises DomainError INVALID_SETTING."""
+    name = environment.name
+    if environment.unavailable:
+        raise _invalid("environment", f"{name!r} is unavailable: {environment.unavailable}")
+    if environment.player_count > 1:
+        raise _invalid(
+            "environment",
+            f"{name!r} is a game of {environment.player_count} players; expected one in which a single agent acts",
+        )
+    if environment.tools and Feature.TOOLS not in policy.features:
+        raise _invalid(
+            "environment",
+            f"{name!r} shows its tools through the chat template, and that of policy {policy.name!r} ({policy.model}) "
+            "has no place for any; expected an environment whose prompt tells of its tools (HotpotQA's setting "
+            '`tools = "prompt"`)',
+        )
 
 
 def check_reflector(info: PolicyInfo, actor: PolicyInfo) -> None:

@@ -20,7 +20,7 @@ from services.trainer.folder import Checkpoint, RunFolder
 from services.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from services.trainer.journal import StepCompleted, StepJournal, StepStarted
 from services.trainer.metrics import rewards_of
-from services.trainer.named import NamedPolicy, check_actor, check_reflector
+from services.trainer.named import NamedPolicy, check_actor, check_environment, check_reflector
 from services.trainer.published import PublishedPolicy
 from services.trainer.seeds import tasks_of_step
 from services.trainer.settings import RunSettings
@@ -122,6 +122,7 @@ class Run:
     ) -> None:
         settings, services = self.settings, self.services
         actor = await services.actor(settings, learner, self.notice)
+        check_environment(info, actor.info)
         reflector = await services.reflector(settings, actor.info)
         checkpoint = self.folder.checkpoint()
         if checkpoint is not None:

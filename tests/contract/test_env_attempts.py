@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ from services.env.envs.sokoban import Sokoban
 from services.env.envs.sokoban_boards import solve
 from services.trainer.episode import Player, fill, trace_of
 from tests.support.fakes import FakePolicy
+from tests.support.llama_model import TOOLS_TEMPLATE, write_llama_model
+from tests.support.policy import serving
 from tests.support.processes import Services
 
 SAMPLING = SamplingParams()
@@ -62,6 +65,22 @@ async def test_whoever_searches_hotpotqa_can_answer_it(client: EnvClient) -> Non
         played = await attempt(made, f"test/{record['_id']}")
         assert (played.outcome, played.reward) == (Outcome.COMPLETED, 1.0)
         assert played.turns[0].observation == record["question"]
+
+
+async def test_a_model_searches_hotpotqa_through_its_chat_template(client: EnvClient, tmp_path: Path) -> None:
+    """The tool is in the first prompt, its answers come in the template's role for them, and no token is rendered
+    twice. What the model says is forced on it: it has random weights."""
+    info = await client.describe("hotpotqa")
+    (task,) = await client.list_tasks("hotpotqa", Split.TEST, 1)
+    forced = SamplingParams(regex=re.escape(search("river")), max_tokens=200)
+    async with serving(write_llama_model(tmp_path / "llama", template=TOOLS_TEMPLATE)) as policy:
+        made = Player(client, policy.client, info, await policy.client.info(), "i0", 0)
+        played = await made.attempt("a", task.task_id, info.prompts.solver, forced, 0)
+        text = policy.backend.decode(played.sequences[0].token_ids)
+    assert played.error == "" and len(played.turns) > 1 and len(played.sequences) == 1
+    assert [turn.tool for turn in played.turns] == ["", *["local_search"] * (len(played.turns) - 1)]
+    assert text.count('"name": "local_search", "description"') == 1
+    assert text.count("ipython\n\n[Document 1]") == len(played.turns) - 1
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from services.common.inference import (
     PublishedWeights,
     SamplingParams,
     StopReason,
+    Tool,
     VersionSpan,
     VersionState,
     WeightsKind,
@@ -73,11 +74,23 @@ class FakeEnvironment:
     answers: dict[str, str]
     turns: int = 1
     fail: Callable[[str], None] = lambda episode_id: None
+    tools: tuple[Tool, ...] = ()  # the first of them answers every step but the last
+    unavailable: str = ""
+    player_count: int = 1
     started: list[str] = field(default_factory=list)
 
     async def describe(self, environment: str) -> EnvironmentInfo:
         return EnvironmentInfo(
-            "fake", "", PROMPTS, self.turns, 1.0, True, {Split.TRAIN: len(self.answers), Split.TEST: 1}
+            "fake",
+            "",
+            PROMPTS,
+            self.turns,
+            1.0,
+            True,
+            {Split.TRAIN: len(self.answers), Split.TEST: 1},
+            self.tools,
+            self.unavailable,
+            player_count=self.player_count,
         )
 
     async def list_tasks(self, environment: str, split: Split, limit: int) -> list[TaskInfo]:
@@ -107,7 +120,8 @@ class FakeEpisode:
         right = done and action == self.environment.answers[self.task_id]
         feedback = ("right" if right else "wrong") if done else ""
         outcome = Outcome.COMPLETED if done else None
-        return EpisodeStep(f"after {action}", action.upper(), float(right), done, outcome, feedback)
+        tool = self.environment.tools[0].name if self.environment.tools and not done else ""
+        return EpisodeStep(f"after {action}", action.upper(), float(right), done, outcome, feedback, tool=tool)
 
     async def end(self) -> None:
         return None

@@ -22,14 +22,25 @@ TEMPLATE = (
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
+# The same with tools, as Llama 3.1 has them: told of in the first user's turn, answered by a role of its own.
+TOOLS_TEMPLATE = (
+    "{{ '<|begin_of_text|>' }}{% for message in messages %}"
+    "{% set role = 'ipython' if message['role'] == 'tool' else message['role'] %}"
+    "{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}"
+    "{% if role == 'user' and tools %}{% for tool in tools %}{{ (tool | tojson) + '\n\n' }}{% endfor %}{% endif %}"
+    "{% for call in message.get('tool_calls', []) %}{{ call.function | tojson }}{% endfor %}"
+    "{{ message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 # What the byte pairs are learned from, as often as it takes; any other text is spelled in bytes.
 CORPUS = [
     "system user assistant Up Down Left Right A A B C D prompt reward feedback goal hole frozen player symbol"
 ] * 9
 
 
-def write_llama_model(folder: Path, seed: int = 0) -> Path:
+def write_llama_model(folder: Path, seed: int = 0, template: str = TEMPLATE) -> Path:
     tokenizer = _tokenizer()
+    tokenizer.chat_template = template
     config = LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=32,
@@ -62,6 +73,4 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END_OF_TURN, pad_token=PAD, chat_template=TEMPLATE
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END_OF_TURN, pad_token=PAD)
