@@ -8,7 +8,6 @@ its record says so; what a kill leaves in between is deleted when the store is o
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from services.common.errors import DomainError, Reason
+from services.common.files import file_sha256, sync
 from services.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from services.policy.backend import WeightsFile
 
@@ -201,8 +201,8 @@ class VersionStore:
             if lora:  # no checksum covers it: a copy, which nobody changes
                 _bring(weights.path / _ADAPTER_CONFIG, folder / _ADAPTER_CONFIG, link=False)
             verify(staged)
-            _sync(folder)
-            _sync(self._files)
+            sync(folder)
+            sync(self._files)
         except BaseException:
             self.discard(weights.policy_version)
             raise
@@ -249,8 +249,7 @@ def verify(weights: WeightsFile) -> None:
     if file is None:
         return
     try:
-        with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = file_sha256(file)
     except OSError as error:
         raise _not_found(file, error) from error
     if found != weights.sha256:
@@ -274,16 +273,7 @@ def _bring(source: Path, target: Path, *, link: bool = True) -> None:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-    _sync(target)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of files, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target)
 
 
 def _lock(folder: Path) -> IO[bytes]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from services.common.files import sync
 from services.trainer.settings import RunSettings
 
 
@@ -78,8 +79,4 @@ def write_json(path: Path, value: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     beside.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.common.errors import DomainError, Reason, invalid_field
+from services.common.files import file_sha256, sync
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MANIFEST = "manifest.json"
@@ -156,20 +157,6 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
     save_file(dict(tensors), path)
     sync(path)
     return file_sha256(path)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
