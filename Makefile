@@ -18,6 +18,10 @@ export BUF := $(BUF_HOME)/node_modules/.bin/buf
 # Without npm only the test suite runs, and it reports the lint of the contracts as skipped.
 MAYBE_BUF := $(if $(shell command -v npm),$(BUF))
 
+OPENENV_PINS := benchmarks/openenv/requirements.txt
+OPENENV_HOME := .stamps/openenv-$(shell sed -n 's/^openenv-core==//p' $(OPENENV_PINS))
+OPENENV := $(OPENENV_HOME)/.installed-$(shell cksum < $(OPENENV_PINS) | cut -d' ' -f1)
+
 .PHONY: help
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,8 +47,18 @@ $(BUF):
 .PHONY: buf
 buf: $(BUF) ## install buf, which lints the contracts
 
+$(OPENENV):
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer on the PATH; set PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "installing OpenEnv in an environment of its own: $(OPENENV_HOME)"
+	@rm -rf $(OPENENV_HOME) && $(PYTHON) -m venv $(OPENENV_HOME)
+	@$(OPENENV_HOME)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --requirement $(OPENENV_PINS)
+	@touch $@
+
+.PHONY: openenv
+openenv: $(OPENENV) ## install OpenEnv, which the adapter is tested with
+
 .PHONY: test
-test: $(INSTALLED) $(MAYBE_BUF) ## run all tests
+test: $(INSTALLED) $(MAYBE_BUF) $(OPENENV) ## run all tests
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 .PHONY: check
@@ -72,7 +86,7 @@ model: $(INSTALLED) ## make the embedded model again, from its recipe
 	@$(BIN)/python -m models.recipe $(ARGS)
 
 .PHONY: bench
-bench: $(INSTALLED) ## measure; each benchmark prints its own table
+bench: $(INSTALLED) $(OPENENV) ## measure; each benchmark prints its own table
 	@for name in env policy learner run validation; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 .PHONY: proof
