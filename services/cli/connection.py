@@ -41,13 +41,26 @@ def program() -> str:
 
 
 def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
-    """The token, if any, is in MULLIGAN_CLI_TOKEN: a flag would show it in the process list."""
-    return Endpoint(address, token=os.environ.get("MULLIGAN_CLI_TOKEN"), outage_seconds=outage_seconds)
+    """The token, if any, is in MULLIGAN_CLI_TOKEN, or in the file that MULLIGAN_CLI_TOKEN_FILE names: a flag would show
+    it in the process list."""
+    return Endpoint(address, token=_secret("MULLIGAN_CLI_TOKEN"), outage_seconds=outage_seconds)
 
 
 def admin_token() -> str | None:
-    """Of PolicyAdminService, where that has one of its own: in MULLIGAN_CLI_ADMIN_TOKEN."""
-    return os.environ.get("MULLIGAN_CLI_ADMIN_TOKEN")
+    """Of PolicyAdminService, where that has one of its own: in MULLIGAN_CLI_ADMIN_TOKEN, or the file that
+    MULLIGAN_CLI_ADMIN_TOKEN_FILE names."""
+    return _secret("MULLIGAN_CLI_ADMIN_TOKEN")
+
+
+def _secret(variable: str) -> str | None:
+    """Ends the program when the file cannot be read."""
+    file = os.environ.get(f"{variable}_FILE")
+    if not file:
+        return os.environ.get(variable)
+    try:
+        return Path(file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        sys.exit(f"error: {variable}_FILE: {error}")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -161,9 +161,15 @@ def _method(request: Any) -> str:
     return type(request).__name__.removesuffix("Request")
 
 
-async def is_healthy(address: str, timeout: float = 2.0) -> bool:
-    """Whether a service without TLS answers SERVING to a health check."""
-    async with grpc.aio.insecure_channel(address) as channel:
+async def is_healthy(address: str, timeout: float = 2.0, *, tls_ca: bytes | None = None, tls_name: str = "") -> bool:
+    """Whether a service answers SERVING to a health check. With `tls_ca`, a PEM file's content, over TLS; `tls_name` is
+    then the name in the service's certificate, where that is not the host of `address`."""
+    if tls_ca is None:
+        opened = grpc.aio.insecure_channel(address)
+    else:
+        options = [("grpc.ssl_target_name_override", tls_name)] if tls_name else []
+        opened = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(tls_ca), options)
+    async with opened as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know only the synchronous one
         try:
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)

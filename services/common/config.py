@@ -43,6 +43,7 @@ class ServiceSettings(BaseSettings):
         -1, ge=-1, le=65535, description="Port of Prometheus metrics over HTTP, at `host`; 0 picks one, -1: none."
     )
     token: SecretStr | None = Field(None, description="When set, calls need `authorization: Bearer TOKEN`.")
+    token_file: Path | None = Field(None, description="File that holds `token`, so that no variable does.")
     tls_certificate: Path | None = Field(None, description="PEM file; with tls_key, the server speaks TLS.")
     tls_key: Path | None = None
 
@@ -50,6 +51,25 @@ class ServiceSettings(BaseSettings):
     def _tls_is_complete(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together")
+        return self
+
+    @model_validator(mode="after")
+    def _read_secrets(self) -> Self:
+        """A secret with a `NAME_file` beside it is that file's content, without white space around it: container
+        platforms hand out secrets as files."""
+        for name in type(self).model_fields:
+            file = getattr(self, f"{name}_file", None)
+            if file is None:
+                continue
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} and {name}_file exclude each other")
+            try:
+                secret = file.read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"{name}_file: cannot be read: {error}") from error
+            if not secret:
+                raise ValueError(f"{name}_file: {file} is empty")
+            setattr(self, name, SecretStr(secret))
         return self
 
     @classmethod

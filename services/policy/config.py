@@ -125,6 +125,7 @@ class PolicySettings(ModelSettings, ServiceSettings):
     )
     upload_gib: float = Field(1024.0, gt=0, description="Uploaded weights that wait for their UpdateWeights, at most.")
     admin_token: SecretStr | None = Field(None, description="When set, PolicyAdminService needs it as bearer token.")
+    admin_token_file: Path | None = Field(None, description="File that holds `admin_token`.")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

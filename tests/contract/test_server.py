@@ -24,6 +24,7 @@ from pydantic import SecretStr
 from services.common.channel import Endpoint
 from services.common.config import ServiceSettings
 from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from services.common.healthcheck import main as check_health
 from services.common.server import RequestInterceptor, serve
 from services.common.status import from_rpc_error
 from services.common.types import Split
@@ -145,6 +146,27 @@ async def test_it_speaks_tls(services: Services, key_pair: tuple[Path, Path]) ->
     with pytest.raises(ServiceUnavailable):
         await stranger.list_environments()
     await stranger.close()
+
+
+def healthcheck(*arguments: object) -> bool:
+    """Whether what the images' health checks run ends with status 0."""
+    try:
+        check_health([str(argument) for argument in arguments])
+    except SystemExit:
+        return False
+    return True
+
+
+def test_the_images_health_check(server: ServiceProcess, services: Services, key_pair: tuple[Path, Path]) -> None:
+    key, certificate = key_pair
+    assert healthcheck(server.address)
+    secure = services.start("env", tls_key=key, tls_certificate=certificate)
+    port = secure.address.rpartition(":")[2]
+    assert not healthcheck(secure.address, "--timeout", 1)
+    assert healthcheck(secure.address, "--tls-ca", certificate)
+    assert healthcheck(f"localhost:{port}", "--tls-ca", certificate, "--tls-name", "127.0.0.1")
+    secure.kill()
+    assert not healthcheck(secure.address, "--tls-ca", certificate, "--timeout", 1)
 
 
 def test_unreadable_tls_files_stop_the_start(services: Services, tmp_path: Path) -> None:

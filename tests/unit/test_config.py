@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from services.env.base import Split, UnknownTask
 from services.env.config import EnvSettings
 from services.memory.config import MemorySettings
+from services.policy.config import PolicySettings
+from services.trainer.config import TrainerSettings
 
 
 @pytest.fixture
@@ -69,6 +72,34 @@ def test_a_secret_is_not_shown() -> None:
     assert settings.token is not None
     assert settings.token.get_secret_value() == "hunter2"
     assert "hunter2" not in repr(settings)
+
+
+def test_a_secret_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "token"
+    file.write_text("hunter2\n")
+    monkeypatch.setenv("MULLIGAN_POLICY_ADMIN_TOKEN_FILE", str(file))
+    monkeypatch.setenv("MULLIGAN_TRAINER_POLICY_ADMIN_TOKEN_FILE", str(file))
+    policy, trainer = PolicySettings.load(["--token-file", str(file)]), TrainerSettings.load([])
+    assert policy.token == policy.admin_token == trainer.policy_admin_token == SecretStr("hunter2")
+    assert (trainer.token, trainer.client_token) == (None, None)
+    assert "hunter2" not in repr(policy) + repr(trainer)
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (None, [], "token_file: cannot be read"),
+        (" \n", [], "/token is empty"),
+        ("hunter2", ["--token", "hunter3"], "token and token_file exclude each other"),
+    ],
+)
+def test_a_bad_file_with_a_secret_is_named(
+    content: str | None, flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "token"
+    if content is not None:
+        file.write_text(content)
+    refused(["--token-file", str(file), *flags], message, capsys)
 
 
 @pytest.mark.parametrize(
