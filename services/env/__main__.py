@@ -15,6 +15,7 @@ from services.env.servicer import add_to_server
 from services.env.workers import WorkerPool
 
 log = structlog.get_logger()
+_CLOSING_SECONDS = 5.0  # for what episodes and environments hold, once no call is in flight
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
         sweeping = asyncio.create_task(table.keep_expiring(min(settings.lease_seconds / 4, 10.0)))
         await serve(settings, lambda server: add_to_server(server, table))
         sweeping.cancel()
+        await table.close(_CLOSING_SECONDS)
         workers.close()
 
     run(settings, serve_environments)

@@ -4,6 +4,15 @@ An environment is a factory of single-use episodes (there is no `reset`; the hab
 Both may block: the server runs them on worker threads, never on its event loop. An exception ends that episode as
 ENV_ERROR and touches no other.
 
+What holds more than memory (a process, a connection, a file) may also have `close(self) -> None`:
+
+- of an episode: called once, when the episode is over, ended or expired, or the server drains; on a worker thread,
+  after its last call has returned. A call that was given up because it took too long may still run: `close` then is
+  what should make it return.
+- of an environment: called once, as the server ends, after its episodes were closed.
+
+What it raises is logged, no more.
+
 The module also has `create(name, settings) -> Environment`, which the server calls for each `[environments.NAME]` table
 of its configuration that names the module; a ValueError stops the server and is shown to whoever started it, and a
 MissingExtra lists the environment as unavailable.
@@ -11,7 +20,7 @@ MissingExtra lists the environment as unavailable.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -32,12 +41,16 @@ __all__ = [
     "TaskInfo",
     "Tool",
     "UnknownTask",
+    "close",
+    "fork",
     "read_settings",
 ]
 
 
 class Episode(Protocol):
-    """An episode of a game of several players also has `player: int`, whose turn it is at the start (0 without)."""
+    """An episode of a game of several players also has `player: int`, whose turn it is at the start (0 without).
+
+    The server makes one call into an episode at a time, though not always on the same thread."""
 
     observation: str  # the first observation
 
@@ -50,7 +63,8 @@ class Forkable(Episode, Protocol):
     """What the episodes of an environment with `info.can_fork` offer besides."""
 
     def fork(self) -> Episode:
-        """An independent episode in exactly this state, random generators included. Never called during `step`."""
+        """An independent episode in exactly this state, random generators included. Never called during `step`. What
+        it raises fails the fork alone."""
 
 
 class Environment(Protocol):
@@ -71,6 +85,24 @@ class MissingExtra(Exception):
 
     def __init__(self, extra: str, cause: ImportError) -> None:
         super().__init__(f"needs the extra {extra!r} ({cause}): pip install 'mulligan[{extra}]'")
+
+
+def fork(episode: Episode) -> Episode:
+    """Raises TypeError when an episode, whose environment says `can_fork`, cannot."""
+    if not isinstance(episode, Forkable):
+        raise TypeError(f"can_fork is set, but {type(episode).__name__} has no fork")
+    copied = episode.fork()
+    if copied is episode or not callable(getattr(copied, "step", None)):
+        what = "the episode itself" if copied is episode else type(copied).__name__
+        raise TypeError(f"fork returned {what}, not another episode")
+    return copied
+
+
+def close(held: Episode | Environment) -> None:
+    """Frees what it holds, where it holds anything."""
+    method: Callable[[], None] | None = getattr(held, "close", None)
+    if method is not None:
+        method()
 
 
 S = TypeVar("S")

@@ -69,7 +69,13 @@ class EnvClient:
     async def start(self, environment: str, task_id: str, episode_id: str) -> RemoteEpisode:
         request = pb.StartEpisodeRequest(episode_id=episode_id, environment=environment, task_id=task_id)
         response = await self._connection.call(self._stub.StartEpisode, request, timeout=self._timeout)
-        return RemoteEpisode(episode_id, response.observation, self)
+        return RemoteEpisode(episode_id, response.observation, self, response.player)
+
+    async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> RemoteEpisode:
+        """Another episode in the state that this one has after `step_index` steps."""
+        request = pb.ForkEpisodeRequest(episode_id=episode_id, step_index=step_index, new_episode_id=new_episode_id)
+        response = await self._connection.call(self._stub.ForkEpisode, request, timeout=self._timeout)
+        return RemoteEpisode(new_episode_id, response.observation, self, response.player, step_index)
 
     async def step(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
         """Repeating it with the same action returns the same answer."""
@@ -93,23 +99,30 @@ class EnvClient:
 
 
 class RemoteEpisode:
-    """Counts its steps: one that failed on the way may be repeated with the same action.
+    """Counts its steps: one that failed on the way may be repeated with the same action. `observation` is what the
+    agent is shown first, `player` whose turn it is.
 
     Ending one that is over costs no call: it takes no place at the server, which forgets it in time.
     """
 
-    def __init__(self, episode_id: str, observation: str, client: EnvClient):
+    def __init__(self, episode_id: str, observation: str, client: EnvClient, player: int = 0, next_step: int = 0):
         self.episode_id = episode_id
         self.observation = observation
+        self.player = player
         self._client = client
-        self._next_step = 0
+        self._next_step = next_step
         self._is_over = False
 
     async def step(self, action: str) -> EpisodeStep:
         answer = await self._client.step(self.episode_id, self._next_step, action)
         self._next_step += 1
         self._is_over = answer.done
+        self.player = answer.player
         return answer
+
+    async def fork(self, new_episode_id: str) -> RemoteEpisode:
+        """A copy in the state that this one is in. Raises DomainError FORK_UNSUPPORTED where `can_fork` is false."""
+        return await self._client.fork(self.episode_id, self._next_step, new_episode_id)
 
     async def end(self) -> None:
         if not self._is_over:

@@ -1,26 +1,31 @@
 """The episode table: exactly-once steps, leases, capacity. Knows neither gRPC nor any particular environment.
 
 All of it runs on one event loop and needs no locks; environment code alone runs elsewhere, on the threads of
-`workers.py`. An episode is live until it is over. Only live episodes take a place; the answers of one that is over stay
-repeatable until its lease ends, it is ended, or newer ones that are over push it out.
+`workers.py`, and of each episode one call at a time: what arrives meanwhile is held back. An episode is live until it
+is over. Only live episodes take a place; the answers of one that is over stay repeatable until its lease ends, it is
+ended, or newer ones that are over push it out.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
+import structlog
+
 from services.common.errors import DomainError, Reason
-from services.common.types import EpisodeStep, Outcome
-from services.env.base import Environment, Episode, StepResult, UnknownTask
+from services.common.types import EpisodeStep
+from services.env import calls
+from services.env.base import Environment, Episode, close, fork
+from services.env.calls import Begun
+from services.env.records import Gate, Record, RunningStep, StepRequest, check_place, conflict, episode_of, in_use
 from services.env.workers import Job, TimedOut, WorkerPool
 
-_ERROR_LENGTH = 500
+log = structlog.get_logger()
 _RETRY_AFTER = timedelta(seconds=0.5)
 
 
@@ -35,59 +40,7 @@ class Limits:
     remember_seconds: float = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
-class StepRequest:
-    episode_id: str
-    step_index: int
-    action: str
-
-
 StepAnswer = EpisodeStep | DomainError
-
-
-class _Gate:
-    """Opens once all the steps that a call waits for have their answers."""
-
-    __slots__ = ("left", "opened")
-
-    def __init__(self, opened: asyncio.Future[None]):
-        self.opened = opened
-        self.left = 0
-
-    def pass_one(self) -> None:
-        self.left -= 1
-        if self.left == 0 and not self.opened.done():
-            self.opened.set_result(None)
-
-
-class _RunningStep:
-    __slots__ = ("action", "answer", "gates")
-
-    def __init__(self, action: str):
-        self.action = action
-        self.answer: EpisodeStep | None = None
-        self.gates: list[_Gate] = []
-
-
-@dataclass(slots=True)
-class _Record:
-    environment: str
-    task_id: str
-    started: asyncio.Future[str]  # the first observation
-    touched: float
-    episode: Episode | None = None
-    # Actions as their hashes: Python's are 64 bits with a key of the process, and an action may be megabytes.
-    actions: list[int] = field(default_factory=list)
-    answers: list[EpisodeStep] = field(default_factory=list)
-    running: _RunningStep | None = None
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.answers) and self.answers[-1].done
-
-    @property
-    def busy(self) -> bool:
-        return self.running is not None or not self.started.done()
 
 
 class EpisodeTable:
@@ -102,9 +55,10 @@ class EpisodeTable:
         self.workers = workers
         self.limits = limits or Limits()
         self._clock = clock
-        self._live: OrderedDict[str, _Record] = OrderedDict()  # both: longest untouched first
-        self._finished: OrderedDict[str, _Record] = OrderedDict()
+        self._live: OrderedDict[str, Record] = OrderedDict()  # both: longest untouched first
+        self._finished: OrderedDict[str, Record] = OrderedDict()
         self._expired: dict[str, float] = {}  # id → when; oldest first
+        self._closing: set[asyncio.Future[None]] = set()
 
     @property
     def live_count(self) -> int:
@@ -116,54 +70,105 @@ class EpisodeTable:
             raise DomainError(Reason.UNKNOWN_ENVIRONMENT, f"no environment {name!r} here; there are: {offered}")
         return self.environments[name]
 
-    async def start(self, episode_id: str, environment: str, task_id: str) -> str:
-        """The first observation. Repeatable; a start under way is waited for."""
+    async def start(self, episode_id: str, environment: str, task_id: str) -> Begun:
+        """Repeatable; a start under way is waited for. The id of a copy is in use for something else."""
         self.expire()
         record = self._find(episode_id)
         if record is None:
             record = self._admit(episode_id, environment, task_id)
-        elif (record.environment, record.task_id) != (environment, task_id):
-            message = f"episode {episode_id!r} plays {record.task_id!r} of {record.environment!r}"
-            raise DomainError(Reason.EPISODE_CONFLICT, message)
+        elif record.source is not None or (record.environment, record.task_id) != (environment, task_id):
+            raise in_use(episode_id, record)
         return await asyncio.shield(record.started)
 
-    def _admit(self, episode_id: str, name: str, task_id: str) -> _Record:
+    def _admit(self, episode_id: str, name: str, task_id: str) -> Record:
         environment = self.environment(name)
         if environment.info.unavailable:
             raise DomainError(Reason.ENVIRONMENT_UNAVAILABLE, f"{name!r}: {environment.info.unavailable}")
+        record = self._place(episode_id, name, task_id)
+
+        def done(result: object) -> None:
+            if isinstance(result, tuple):
+                self._begun(record, *result)
+            else:
+                self._not_begun(episode_id, record, calls.start_error(name, task_id, result))
+
+        job = Job(lambda: calls.kept(calls.begin(environment, task_id), job), done)
+        self.workers.submit([job])
+        return record
+
+    async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> Begun:
+        """What the agent saw last, and whose turn it is. Repeatable; a fork under way is waited for."""
+        self.expire()
+        record = self._find(new_episode_id)
+        if record is None:
+            record = self._copy(episode_id, step_index, new_episode_id)
+        elif record.source != (episode_id, step_index):
+            raise in_use(new_episode_id, record)
+        return await asyncio.shield(record.started)
+
+    def _copy(self, episode_id: str, step_index: int, new_episode_id: str) -> Record:
+        source = self._find(episode_id)
+        if source is None or (source.episode is None and not source.finished):
+            raise self._unknown(episode_id)
+        if not self.environment(source.environment).info.can_fork:
+            raise DomainError(Reason.FORK_UNSUPPORTED, f"episodes of {source.environment!r} cannot be forked")
+        check_place(source, episode_id, step_index)
+        record = self._place(new_episode_id, source.environment, source.task_id)
+        record.source = (episode_id, step_index)
+        record.actions, record.answers = list(source.actions), list(source.answers)
+        last = source.answers[-1] if source.answers else source.started.result()
+
+        def done(result: object) -> None:
+            if isinstance(result, tuple):
+                self._begun(record, *result)
+            else:
+                self._not_begun(new_episode_id, record, calls.fork_error(source.environment, episode_id, result))
+                if isinstance(result, TimedOut) and source.episode is not None:
+                    source.episode = calls.stuck(source.episode, result)
+            self._returned(source)
+
+        begun = Begun(last.observation, last.player)
+        job = Job(lambda: calls.kept((fork(episode_of(source)), begun), job), done)
+        if self._may_call(source, job):
+            self.workers.submit([job])
+        return record
+
+    def _place(self, episode_id: str, name: str, task_id: str) -> Record:
+        """A new record; raises CAPACITY_REACHED."""
         if len(self._live) >= self.limits.max_episodes:
             message = f"{len(self._live)} episodes are live, which is this server's limit"
             raise DomainError(Reason.CAPACITY_REACHED, message, retry_after=_RETRY_AFTER)
-        record = _Record(name, task_id, asyncio.get_running_loop().create_future(), self._clock())
+        players = self.environments[name].info.player_count
+        record = Record(name, task_id, players, asyncio.get_running_loop().create_future(), self._clock())
         self._live[episode_id] = record
         self._expired.pop(episode_id, None)
-
-        def done(result: object) -> None:
-            if isinstance(result, _Started):
-                record.episode = result.episode
-                record.started.set_result(result.observation)
-                return
-            if self._live.get(episode_id) is record:
-                del self._live[episode_id]
-            record.started.set_exception(_start_error(name, task_id, result))
-            record.started.exception()  # retrieved here: every caller may have gone
-
-        self.workers.submit([Job(lambda: _begin(environment, task_id), done)])
         return record
+
+    def _begun(self, record: Record, episode: Episode, begun: Begun) -> None:
+        record.episode = episode
+        record.started.set_result(begun)
+        if record.released:  # ended meanwhile
+            self._release(record)
+
+    def _not_begun(self, episode_id: str, record: Record, error: DomainError) -> None:
+        if self._live.get(episode_id) is record:
+            del self._live[episode_id]
+        record.started.set_exception(error)
+        record.started.exception()  # retrieved here: every caller may have gone
 
     async def step(self, requests: Sequence[StepRequest], max_wait: float | None = None) -> list[StepAnswer | None]:
         """An answer per request, in order: None for a step that still runs after `max_wait` seconds."""
         self.expire()
-        gate = _Gate(asyncio.get_running_loop().create_future())
+        gate = Gate(asyncio.get_running_loop().create_future())
         jobs: list[Job] = []
-        pending: list[StepAnswer | _RunningStep] = []
+        pending: list[StepAnswer | RunningStep] = []
         for request in requests:
             try:
                 found = self._take(request, jobs)
             except DomainError as error:
                 pending.append(error)
                 continue
-            if isinstance(found, _RunningStep):
+            if isinstance(found, RunningStep):
                 gate.left += 1
                 found.gates.append(gate)
             pending.append(found)
@@ -171,9 +176,9 @@ class EpisodeTable:
             self.workers.submit(jobs)
         if gate.left:
             await asyncio.wait((gate.opened,), timeout=max_wait) if max_wait is not None else await gate.opened
-        return [item.answer if isinstance(item, _RunningStep) else item for item in pending]
+        return [item.answer if isinstance(item, RunningStep) else item for item in pending]
 
-    def _take(self, request: StepRequest, jobs: list[Job]) -> EpisodeStep | _RunningStep:
+    def _take(self, request: StepRequest, jobs: list[Job]) -> EpisodeStep | RunningStep:
         """The stored answer, or the running step; adds a job when the step is a new one."""
         record = self._find(request.episode_id)
         if record is None or (record.episode is None and not record.finished):
@@ -181,7 +186,7 @@ class EpisodeTable:
         index, played = request.step_index, len(record.answers)
         if index < played:
             if hash(request.action) != record.actions[index]:
-                raise _conflict(request)
+                raise conflict(request)
             return record.answers[index]
         if record.finished:
             raise DomainError(Reason.EPISODE_FINISHED, f"episode {request.episode_id!r} was over after {played} steps")
@@ -189,22 +194,26 @@ class EpisodeTable:
             message = f"step {index} of episode {request.episode_id!r} came before step {played}"
             raise DomainError(Reason.STEP_SKIPPED, message, next_step_index=played)
         if record.running is None:
-            record.running = _RunningStep(request.action)
-            jobs.append(self._step_job(request.episode_id, record, record.running))
+            record.running = RunningStep(request.action)
+            job = self._step_job(request.episode_id, record, record.running)
+            if self._may_call(record, job):
+                jobs.append(job)
         elif record.running.action != request.action:
-            raise _conflict(request)
+            raise conflict(request)
         return record.running
 
-    def _step_job(self, episode_id: str, record: _Record, running: _RunningStep) -> Job:
-        episode, action = record.episode, running.action
-        assert episode is not None
+    def _step_job(self, episode_id: str, record: Record, running: RunningStep) -> Job:
+        action, players = running.action, record.players
 
         def done(result: object) -> None:
-            answer = result if isinstance(result, EpisodeStep) else _failed_step(result)
+            answer = result if isinstance(result, EpisodeStep) else calls.failed_step(result)
             record.running = None
             record.actions.append(hash(action))
             record.answers.append(answer)
+            self._returned(record)
             if answer.done:
+                if not record.released:
+                    self._release(record)
                 record.episode = None
                 if self._live.get(episode_id) is record:
                     del self._live[episode_id]
@@ -214,11 +223,65 @@ class EpisodeTable:
             for gate in running.gates:
                 gate.pass_one()
 
-        return Job(lambda: _checked_step(episode, action), done)
+        return Job(lambda: calls.play(episode_of(record), action, players), done)
+
+    def _may_call(self, record: Record, job: Job) -> bool:
+        """Whether the job may run now; otherwise it is held back until the call that is under way has returned."""
+        if record.calling:
+            record.held.append(job)
+            return False
+        record.calling = True
+        return True
+
+    def _returned(self, record: Record) -> None:
+        record.calling = bool(record.held)
+        if record.held:
+            self.workers.submit([record.held.pop(0)])
+
+    def _release(self, record: Record) -> None:
+        """Frees what the episode holds: on a worker's thread, after the calls into it that are under way. One that was
+        given up may still run then."""
+        record.released = True
+        episode = record.episode
+        if episode is None or not hasattr(episode, "close"):
+            return
+        closed = asyncio.get_running_loop().create_future()
+        self._closing.add(closed)
+
+        def done(result: object) -> None:
+            if isinstance(result, BaseException):
+                log.warning("an episode was not closed", environment=record.environment, error=calls.describe(result))
+            self._returned(record)
+            self._closing.discard(closed)
+            closed.set_result(None)
+
+        if self._may_call(record, job := Job(lambda: close(episode), done)):
+            self.workers.submit([job])
 
     def end(self, episode_id: str) -> None:
-        self._live.pop(episode_id, None)
         self._finished.pop(episode_id, None)
+        record = self._live.pop(episode_id, None)
+        if record is not None:
+            self._release(record)
+
+    async def close(self, seconds: float) -> None:
+        """Ends every episode and closes the environments; waits for what they hold to be freed, at most this long."""
+        for episode_id in tuple(self._live):
+            self.end(episode_id)
+        try:
+            async with asyncio.timeout(seconds):
+                if self._closing:
+                    await asyncio.wait(self._closing)
+                for name, environment in self.environments.items():
+                    await self._close_environment(name, environment)
+        except TimeoutError:
+            log.warning("not all episodes and environments were closed", seconds=seconds)
+
+    async def _close_environment(self, name: str, environment: Environment) -> None:
+        try:
+            await self.workers.run(lambda: close(environment))
+        except Exception as error:  # noqa: BLE001 - foreign code may raise anything
+            log.warning("an environment was not closed", environment=name, error=calls.describe(error))
 
     def expire(self) -> None:
         """Forgets what was not called for longer than its lease. Every call does this; each episode is met once."""
@@ -235,6 +298,8 @@ class EpisodeTable:
                     records.move_to_end(episode_id)
                 else:
                     del records[episode_id]
+                    if records is self._live:
+                        self._release(record)
                     self._expired.pop(episode_id, None)
                     self._expired[episode_id] = now
         while self._expired:
@@ -250,7 +315,7 @@ class EpisodeTable:
             await asyncio.sleep(every_seconds)
             self.expire()
 
-    def _find(self, episode_id: str) -> _Record | None:
+    def _find(self, episode_id: str) -> Record | None:
         records = self._live if episode_id in self._live else self._finished
         record = records.get(episode_id)
         if record is not None:
@@ -263,70 +328,3 @@ class EpisodeTable:
             lease = f"idle for longer than its lease of {self.limits.lease_seconds:g} s"
             return DomainError(Reason.EPISODE_EXPIRED, f"episode {episode_id!r} was {lease}, or over long ago")
         return DomainError(Reason.UNKNOWN_EPISODE, f"episode {episode_id!r} was not started here, or was lost or ended")
-
-
-@dataclass(frozen=True, slots=True)
-class _Started:
-    episode: Episode
-    observation: str
-
-
-def _begin(environment: Environment, task_id: str) -> _Started:
-    """On a worker's thread."""
-    episode = environment.start(task_id)
-    return _Started(episode, _text("observation", episode.observation))
-
-
-def _checked_step(episode: Episode, action: str) -> EpisodeStep:
-    """On a worker's thread. What an environment answers is checked here, so that a bad answer fails this step alone."""
-    result = episode.step(action)
-    if not isinstance(result, StepResult):
-        raise TypeError(f"step returned {type(result).__name__}, not StepResult")
-    if not math.isfinite(result.reward):
-        raise ValueError(f"step returned reward {result.reward}")
-    if result.truncated and not result.done:
-        raise ValueError("step returned truncated without done")
-    outcome = None
-    if result.done:
-        outcome = Outcome.TRUNCATED if result.truncated else Outcome.COMPLETED
-    return EpisodeStep(
-        _text("observation", result.observation),
-        _text("action", result.action),
-        float(result.reward),
-        result.done,
-        outcome,
-        _text("feedback", result.feedback) if result.done else "",
-        tool=_text("tool", result.tool),
-        player=result.player,
-        rewards=result.rewards,
-    )
-
-
-def _text(name: str, value: object) -> str:
-    """Text that can travel: raises TypeError for what is no string, UnicodeEncodeError for lone surrogates."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is {type(value).__name__}, not str")
-    if not value.isascii():
-        value.encode()
-    return value
-
-
-def _failed_step(result: object) -> EpisodeStep:
-    outcome = Outcome.TIMEOUT if isinstance(result, TimedOut) else Outcome.ENV_ERROR
-    return EpisodeStep("", "", None, True, outcome, error=_describe(result))
-
-
-def _start_error(environment: str, task_id: str, error: object) -> DomainError:
-    if isinstance(error, UnknownTask):
-        return DomainError(Reason.UNKNOWN_TASK, f"{environment!r} has no task {task_id!r}")
-    return DomainError(Reason.ENVIRONMENT_FAILED, f"{environment!r} could not start {task_id!r}: {_describe(error)}")
-
-
-def _describe(error: object) -> str:
-    text = f"{type(error).__name__}: {error}"[:_ERROR_LENGTH]
-    return text.encode("utf-8", "replace").decode()
-
-
-def _conflict(request: StepRequest) -> DomainError:
-    message = f"step {request.step_index} of episode {request.episode_id!r} was played with another action"
-    return DomainError(Reason.STEP_CONFLICT, message)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 
-from services.env.base import Environment, EnvironmentInfo, Episode, Split, StepResult, TaskInfo
+from services.env.base import Environment, EnvironmentInfo, Episode, Split, StepResult, TaskInfo, close, fork
 
 RIGHT = "That was right."
 WRONG = "That was wrong, try again."
@@ -45,13 +45,17 @@ class _Limited:
     def start(self, task_id: str) -> _LimitedEpisode:
         return _LimitedEpisode(self._environment.start(task_id), self._feedback, self.info.max_reward)
 
+    def close(self) -> None:
+        close(self._environment)
+
 
 class _LimitedEpisode:
-    def __init__(self, episode: Episode, feedback: Feedback, max_reward: float) -> None:
+    def __init__(self, episode: Episode, feedback: Feedback, missing: float) -> None:
         self.observation = episode.observation
+        self.player = getattr(episode, "player", 0)
         self._episode = episode
         self._feedback = feedback
-        self._missing = max_reward  # the reward that is not earned yet
+        self._missing = missing  # the reward that is not earned yet
 
     def step(self, action: str) -> StepResult:
         result = self._episode.step(action)
@@ -62,3 +66,9 @@ class _LimitedEpisode:
             return result
         unary = RIGHT if self._missing <= _ROUNDING else WRONG
         return replace(result, feedback=unary if self._feedback is Feedback.UNARY else "")
+
+    def fork(self) -> _LimitedEpisode:
+        return _LimitedEpisode(fork(self._episode), self._feedback, self._missing)
+
+    def close(self) -> None:
+        close(self._episode)

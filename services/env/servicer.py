@@ -14,7 +14,8 @@ from services.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
 from services.common.status import code_number
 from services.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split
 from services.common.wire import outcome_to_proto, tools_to_proto
-from services.env.episodes import EpisodeTable, StepAnswer, StepRequest
+from services.env.episodes import EpisodeTable, StepAnswer
+from services.env.records import StepRequest
 
 SERVICE = "mulligan.env.v1.EnvService"
 _SPLITS = {pb.SPLIT_TRAIN: Split.TRAIN, pb.SPLIT_TEST: Split.TEST}
@@ -51,8 +52,8 @@ class EnvServicer(pb_grpc.EnvServiceServicer):
         )
 
     async def StartEpisode(self, request: pb.StartEpisodeRequest, context: Any) -> pb.StartEpisodeResponse:
-        observation = await self._table.start(request.episode_id, request.environment, request.task_id)
-        return pb.StartEpisodeResponse(observation=observation, lease=self._lease)
+        begun = await self._table.start(request.episode_id, request.environment, request.task_id)
+        return pb.StartEpisodeResponse(observation=begun.observation, lease=self._lease, player=begun.player)
 
     async def StepEpisode(self, request: pb.StepEpisodeRequest, context: Any) -> pb.StepEpisodeResponse:
         (answer,) = await self._table.step([_step_request(request)])
@@ -68,6 +69,10 @@ class EnvServicer(pb_grpc.EnvServiceServicer):
         max_wait = request.max_wait.ToNanoseconds() / 1e9 if request.HasField("max_wait") else None
         answers = await self._table.step(steps, max_wait)
         return pb.StepEpisodesResponse(items=[_item(answer) for answer in answers])
+
+    async def ForkEpisode(self, request: pb.ForkEpisodeRequest, context: Any) -> pb.ForkEpisodeResponse:
+        begun = await self._table.fork(request.episode_id, request.step_index, request.new_episode_id)
+        return pb.ForkEpisodeResponse(observation=begun.observation, lease=self._lease, player=begun.player)
 
     async def EndEpisode(self, request: pb.EndEpisodeRequest, context: Any) -> pb.EndEpisodeResponse:
         self._table.end(request.episode_id)

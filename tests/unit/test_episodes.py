@@ -11,7 +11,8 @@ import pytest
 
 from services.common.errors import DomainError, Reason
 from services.common.types import EpisodeStep, Outcome
-from services.env.episodes import EpisodeTable, Limits, StepRequest
+from services.env.episodes import EpisodeTable, Limits
+from services.env.records import StepRequest
 from services.env.workers import Job, TimedOut, WorkerPool
 from tests.support.environments import MAX_STEPS, Awkward
 
@@ -115,7 +116,7 @@ async def test_capacity_is_refused_at_once_and_comes_back(table: EpisodeTable) -
         await table.start("one-more", "awkward", "good")
     assert caught.value.reason is Reason.CAPACITY_REACHED
     assert caught.value.retry_after is not None
-    assert await table.start("e0", "awkward", "good") == "begin"  # repeated: takes no new place
+    assert (await table.start("e0", "awkward", "good")).observation == "begin"  # repeated: takes no new place
     table.end("e1")
     await table.start("one-more", "awkward", "good")
 
@@ -177,7 +178,7 @@ async def test_hanging_threads_are_replaced_up_to_a_limit(clock: Clock) -> None:
     with pytest.raises(DomainError, match="threads hang"):
         await table.start("another", "awkward", "good")
     await asyncio.sleep(1.2)  # by then the hanging calls have returned after all
-    assert await table.start("another", "awkward", "good") == "begin"
+    assert (await table.start("another", "awkward", "good")).observation == "begin"
     pool.close()
 
 

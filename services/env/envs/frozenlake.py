@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from services.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, read_settings
@@ -154,6 +155,11 @@ class FrozenLakeEpisode:
             return StepResult(self.observation, reading, done=True, truncated=True, feedback=self._texts.limit)
         return StepResult(self.observation, reading)
 
+    def fork(self) -> FrozenLakeEpisode:
+        copied = copy(self)
+        copied._cells = [list(row) for row in self._cells]
+        return copied
+
     def _move(self, move: str) -> str | None:
         """Moves the player; returns what the entered cell was, or None at a wall."""
         (y, x), (dy, dx) = self._at, MOVES[move]
@@ -185,6 +191,7 @@ class FrozenLake:
             max_reward=1.0,
             deterministic=True,
             task_counts=counts,
+            can_fork=True,
         )
         self._tasks = BoardTasks(
             self.settings.name,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,6 +125,9 @@ class HotpotQaEpisode:
         feedback = _feedback(result, truncated)
         return StepResult(OVER, reading, result.reward, done=True, truncated=truncated, feedback=feedback)
 
+    def fork(self) -> HotpotQaEpisode:
+        return copy(self)  # with the same index, which only reads
+
     def _answer_calls(self, calls: Sequence[Call]) -> StepResult:
         """Every call of the turn is answered. A turn without a readable one gets the problem from the user's side."""
         answers = [self._answer(call) for call in calls]
@@ -175,6 +179,7 @@ class HotpotQa:
             deterministic=True,
             task_counts={split: len(ids) for split, ids in self._ids.items()},
             tools=(SEARCH,) if in_template else (),
+            can_fork=True,
         )
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:

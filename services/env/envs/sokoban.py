@@ -10,6 +10,7 @@ box is on the goal. Deviations from the reference code:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, read_settings
@@ -104,6 +105,9 @@ class SokobanEpisode:
             return StepResult(self.observation, reading, done=True, truncated=True, feedback=self._failure())
         return StepResult(self.observation, reading)
 
+    def fork(self) -> SokobanEpisode:
+        return copy(self)  # nothing that it holds ever changes: each move makes a new state
+
     def _failure(self) -> str:
         missing = len(self._state[1] - self._goals)
         where = "a box was not on a goal" if missing == 1 else f"{missing} boxes were not on a goal"
@@ -143,6 +147,7 @@ class Sokoban:
             max_reward=1.0,
             deterministic=True,
             task_counts=counts,
+            can_fork=True,
         )
         self._tasks = BoardTasks(
             self.settings.name,

@@ -1,0 +1,127 @@
+"""Calls into environment code: they run on worker threads, and what comes back is checked here, so that a bad answer
+fails the one episode that gave it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NoReturn
+
+from services.common.errors import DomainError, Reason
+from services.common.types import EpisodeStep, Outcome
+from services.env.base import Environment, Episode, StepResult, UnknownTask, close
+from services.env.workers import Job, TimedOut
+
+_ERROR_LENGTH = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What an episode shows before its next step, and whose turn it is."""
+
+    observation: str
+    player: int
+
+
+def begin(environment: Environment, task_id: str) -> tuple[Episode, Begun]:
+    episode = environment.start(task_id)
+    player = _player(getattr(episode, "player", 0), environment.info.player_count)
+    return episode, Begun(_text("observation", episode.observation), player)
+
+
+def play(episode: Episode, action: str, players: int) -> EpisodeStep:
+    result = episode.step(action)
+    if not isinstance(result, StepResult):
+        raise TypeError(f"step returned {type(result).__name__}, not StepResult")
+    if not math.isfinite(result.reward):
+        raise ValueError(f"step returned reward {result.reward}")
+    if result.truncated and not result.done:
+        raise ValueError("step returned truncated without done")
+    outcome = None
+    if result.done:
+        outcome = Outcome.TRUNCATED if result.truncated else Outcome.COMPLETED
+    return EpisodeStep(
+        _text("observation", result.observation),
+        _text("action", result.action),
+        float(result.reward),
+        bool(result.done),
+        outcome,
+        _text("feedback", result.feedback) if result.done else "",
+        tool=_text("tool", result.tool),
+        player=_player(result.player, players),
+        rewards=_rewards(result.rewards, players) if players > 1 or result.rewards else (),
+    )
+
+
+def kept(begun: tuple[Episode, Begun], job: Job) -> tuple[Episode, Begun]:
+    """Closes what a start or a fork made that was given up meanwhile."""
+    if job.settled:
+        close(begun[0])
+    return begun
+
+
+def stuck(episode: Episode, error: TimedOut) -> Episode:
+    return episode if isinstance(episode, _Stuck) else _Stuck(episode, error)
+
+
+class _Stuck:
+    """Stands for an episode in which a call still runs that was given up: no other may run beside it."""
+
+    observation = ""
+
+    def __init__(self, episode: Episode, error: TimedOut) -> None:
+        self._episode, self._error = episode, error
+
+    def step(self, action: str) -> NoReturn:
+        raise TimedOut(f"an earlier call into the episode never ended: {self._error}")
+
+    def fork(self) -> NoReturn:
+        self.step("")
+
+    def close(self) -> None:
+        close(self._episode)
+
+
+def failed_step(result: object) -> EpisodeStep:
+    outcome = Outcome.TIMEOUT if isinstance(result, TimedOut) else Outcome.ENV_ERROR
+    return EpisodeStep("", "", None, True, outcome, error=describe(result))
+
+
+def start_error(environment: str, task_id: str, error: object) -> DomainError:
+    if isinstance(error, UnknownTask):
+        return DomainError(Reason.UNKNOWN_TASK, f"{environment!r} has no task {task_id!r}")
+    return DomainError(Reason.ENVIRONMENT_FAILED, f"{environment!r} could not start {task_id!r}: {describe(error)}")
+
+
+def fork_error(environment: str, episode_id: str, error: object) -> DomainError:
+    return DomainError(Reason.ENVIRONMENT_FAILED, f"{environment!r} could not fork {episode_id!r}: {describe(error)}")
+
+
+def describe(error: object) -> str:
+    text = f"{type(error).__name__}: {error}"[:_ERROR_LENGTH]
+    return text.encode("utf-8", "replace").decode()
+
+
+def _player(player: object, players: int) -> int:
+    if not isinstance(player, int) or not 0 <= player < players:
+        raise ValueError(f"player is {player!r}, not one of {players} from 0")
+    return int(player)
+
+
+def _rewards(rewards: object, players: int) -> tuple[float, ...]:
+    expected = "none, as there is one player" if players == 1 else f"{players} finite numbers"
+    if not isinstance(rewards, tuple | list) or len(rewards) != (players if players > 1 else 0):
+        raise ValueError(f"rewards are {rewards!r:.100}, not {expected}")
+    values = tuple(float(reward) for reward in rewards)
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"rewards are {rewards!r:.100}, not {expected}")
+    return values
+
+
+def _text(name: str, value: object) -> str:
+    """Text that can travel: raises TypeError for what is no string, UnicodeEncodeError for lone surrogates."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {type(value).__name__}, not str")
+    if not value.isascii():
+        value.encode()
+    return value
