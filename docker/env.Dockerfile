@@ -1,0 +1,36 @@
+# The environment service.
+# From the repository's root: docker build -f docker/env.Dockerfile .
+ARG BASE=python:3.11-slim
+
+FROM ${BASE} AS build
+WORKDIR /src
+COPY pyproject.toml constraints.txt docker/install.sh ./
+# Extras of pyproject.toml: gymnasium, reasoning-gym and textarena are others.
+ARG EXTRAS=env,hotpotqa,openenv
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
+    sh install.sh /opt/mulligan ".[${EXTRAS}]"
+COPY services/__init__.py /app/services/__init__.py
+COPY services/common /app/services/common
+COPY services/env /app/services/env
+COPY proto/gen /app/proto/gen
+RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/mulligan
+
+FROM ${BASE}
+LABEL org.opencontainers.image.title="mulligan-env" \
+    org.opencontainers.image.description="Environments for language agents, served over gRPC"
+RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
+    sh /harden.sh
+COPY --from=build /opt/mulligan /opt/mulligan
+COPY --from=build /app /app
+ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app:/app/proto/gen PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    MULLIGAN_ENV_HOST=0.0.0.0 MULLIGAN_ENV_PORT=50051
+# The commit that the image was built from.
+ARG REVISION=""
+LABEL org.opencontainers.image.version="0.1.0" org.opencontainers.image.revision="$REVISION"
+WORKDIR /app
+USER 10001:10001
+EXPOSE 50051
+HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --start-interval=2s --retries=4 \
+    CMD ["python", "-m", "services.common.healthcheck", "127.0.0.1:50051"]
+ENTRYPOINT ["python", "-m", "services.env"]

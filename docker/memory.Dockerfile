@@ -1,0 +1,34 @@
+# The memory service.
+# From the repository's root: docker build -f docker/memory.Dockerfile .
+ARG BASE=python:3.11-slim
+
+FROM ${BASE} AS build
+WORKDIR /src
+COPY pyproject.toml constraints.txt docker/install.sh ./
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
+    sh install.sh /opt/mulligan ".[memory]"
+COPY services/__init__.py /app/services/__init__.py
+COPY services/common /app/services/common
+COPY services/memory /app/services/memory
+COPY proto/gen /app/proto/gen
+RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/mulligan
+
+FROM ${BASE}
+LABEL org.opencontainers.image.title="mulligan-memory" \
+    org.opencontainers.image.description="Reflections of language agents, kept over gRPC"
+RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
+    sh /harden.sh /data/memory /run/credentials
+COPY --from=build /opt/mulligan /opt/mulligan
+COPY --from=build /app /app
+ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app:/app/proto/gen PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    HOME=/tmp MULLIGAN_MEMORY_DATABASE=sqlite:/data/memory/memory.db \
+    MULLIGAN_MEMORY_HOST=0.0.0.0 MULLIGAN_MEMORY_PORT=50053
+# The commit that the image was built from.
+ARG REVISION=""
+LABEL org.opencontainers.image.version="0.1.0" org.opencontainers.image.revision="$REVISION"
+WORKDIR /app
+USER 10001:10001
+EXPOSE 50053
+HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --start-interval=2s --retries=4 \
+    CMD ["python", "-m", "services.common.healthcheck", "127.0.0.1:50053"]
+ENTRYPOINT ["python", "-m", "services.memory"]

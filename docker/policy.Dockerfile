@@ -1,0 +1,46 @@
+# The policy service.
+# From the repository's root: docker build -f docker/policy.Dockerfile .
+ARG BASE=python:3.11-slim
+
+# The same in policy.Dockerfile and trainer.Dockerfile, so that it is built and stored once.
+FROM ${BASE} AS torch
+WORKDIR /src
+COPY constraints.txt docker/install.sh ./
+# An index to look for torch in, besides pip's own: that of PyTorch's CPU builds makes images smaller by gigabytes.
+ARG TORCH_INDEX=""
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
+    sh install.sh /opt/torch torch transformers tokenizers safetensors numpy
+
+FROM torch AS build
+COPY pyproject.toml ./
+RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
+    sh install.sh /opt/mulligan ".[policy,openai,sglang]"
+COPY services/__init__.py /app/services/__init__.py
+COPY services/common /app/services/common
+COPY services/policy /app/services/policy
+COPY models /app/models
+COPY proto/gen /app/proto/gen
+RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/mulligan
+
+FROM ${BASE}
+LABEL org.opencontainers.image.title="mulligan-policy" \
+    org.opencontainers.image.description="Language models with versioned weights, served over gRPC"
+RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
+    sh /harden.sh /data/weights /data/policy /data/models /run/credentials
+COPY --from=torch /opt/torch /opt/torch
+COPY --from=build /opt/mulligan /opt/mulligan
+COPY --from=build /app /app
+ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app:/app/proto/gen PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+    HOME=/tmp HF_HOME=/data/models/hub OMP_WAIT_POLICY=PASSIVE \
+    MULLIGAN_POLICY_WEIGHTS_FOLDER=/data/weights MULLIGAN_POLICY_STATE_FOLDER=/data/policy \
+    MULLIGAN_POLICY_MODELS_FOLDER=/data/models \
+    MULLIGAN_POLICY_HOST=0.0.0.0 MULLIGAN_POLICY_PORT=50052
+# The commit that the image was built from.
+ARG REVISION=""
+LABEL org.opencontainers.image.version="0.1.0" org.opencontainers.image.revision="$REVISION"
+WORKDIR /app
+USER 10001:10001
+EXPOSE 50052
+HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --start-interval=2s --retries=4 \
+    CMD ["python", "-m", "services.common.healthcheck", "127.0.0.1:50052"]
+ENTRYPOINT ["python", "-m", "services.policy"]
