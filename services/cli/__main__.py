@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from services.cli.conformance import conformance
 from services.cli.demo import demo
 from services.cli.evaluate import evaluate
 from services.cli.experiences import experiences
@@ -26,6 +27,7 @@ app = typer.Typer(
 for command in (demo, up, train, watch, runs, stop, resume, experiences):
     app.command()(command)
 app.command("eval")(evaluate)
+app.add_typer(conformance, name="conformance")
 app.add_typer(memory, name="memory")
 app.add_typer(policy, name="policy")
 

@@ -1,0 +1,130 @@
+"""`mulligan conformance`: what an implementation of a service violates, whatever it is written in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from services.cli.connection import DEFAULT_ADDRESSES, endpoint
+from services.conformance.report import Report, Result, Verdict
+from services.conformance.target import Unreachable
+
+conformance = typer.Typer(
+    help="Tell what an implementation of a service violates, in any language: `env`, `policy`, `memory`, `trainer`.\n\n"
+    "Exit status: 0 it conforms, 1 it violates something, 2 it cannot be checked (unreachable, or no such service).",
+    no_args_is_help=True,
+)
+Only = Annotated[str, typer.Option(help="Only the checks whose call or title contains this, e.g. ForkEpisode.")]
+Token = Annotated[
+    str, typer.Option(envvar="MULLIGAN_CLI_TOKEN", help="The server's token; a flag shows in the process list.")
+]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that any call may take.")]
+Seed = Annotated[int, typer.Option(help="Of everything random: the same seed, the same actions.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, for machines, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print violations and the summary alone.")]
+TlsCa = Annotated[Path | None, typer.Option(help="Use TLS, with this CA.", exists=True, dir_okay=False)]
+
+
+def _target(service: str) -> Any:
+    return typer.Option("--target", "-t", help="HOST:PORT of the server.", show_default=DEFAULT_ADDRESSES[service])
+
+
+@conformance.command()
+def env(
+    target: Annotated[str, _target("env")] = DEFAULT_ADDRESSES["env"],
+    environment: Annotated[str, typer.Option(help="Only this one; all that are listed when left out.")] = "",
+    action: Annotated[
+        list[str] | None,
+        typer.Option(help="A text that is a sensible action there; repeatable. Finds more."),
+    ] = None,
+    actions: Annotated[int, typer.Option(min=0, help="How many random and hostile actions, per environment.")] = 300,
+    only: Only = "",
+    token: Token = "",
+    timeout: Timeout = 30.0,
+    seed: Seed = 0,
+    tls_ca: TlsCa = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check an environment service. Plays episodes, and ends all that it starts.
+
+    Example: `mulligan conformance env --target 127.0.0.1:50051 --environment frozenlake --action '```Up```'`
+    """
+    from services.conformance.env.game import Options
+    from services.conformance.env.run import check
+    from services.conformance.env.run import target as connect
+
+    options = Options(actions, seed, tuple(action or ()))
+
+    async def main(on_result: Callable[[Result], None]) -> Report:
+        opened = connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)
+        try:
+            return await check(opened, options, only=only, environment=environment, on_result=on_result)
+        finally:
+            await opened.close()
+
+    _run(main, as_json=as_json, quiet=quiet)
+
+
+def _token(given: str) -> str | None:
+    return given or endpoint("").token
+
+
+def _run(
+    main: Callable[[Callable[[Result], None]], Coroutine[Any, Any, Report]], *, as_json: bool, quiet: bool
+) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    group = ["", ""]
+
+    def tell(result: Result) -> None:
+        if not as_json and not (quiet and result.verdict is not Verdict.VIOLATED):
+            print_result(console, result, group)
+
+    try:
+        report = asyncio.run(main(tell))
+    except Unreachable as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        print_summary(console, report)
+    sys.exit(0 if report.conforms else 1)
+
+
+def print_result(console: Console, result: Result, group: list[str]) -> None:
+    """One line, and of a violation what was sent, what the contract demands and what came. `group` is the subject and
+    call of the line before."""
+    if group[0] != result.subject:
+        console.print(f"\n[bold]{escape(result.subject)}[/bold]")
+    if group != [result.subject, result.call]:
+        console.print(f"  [dim]{escape(result.call)}[/dim]")
+    group[:] = [result.subject, result.call]
+    mark = {Verdict.PASSED: "[green]✓[/]", Verdict.VIOLATED: "[red]✗[/]", Verdict.NOT_APPLICABLE: "[yellow]–[/]"}
+    why = f" [dim]({escape(result.why)})[/dim]" if result.why else ""
+    console.print(f"    {mark[result.verdict]} {escape(result.title)}{why}")
+    if result.verdict is Verdict.VIOLATED:
+        if result.sent:
+            console.print(f"      sent:     {escape(result.sent)}")
+        console.print(f"      contract: {escape(result.demanded)}")
+        console.print(f"      came:     {escape(result.came)}")
+
+
+def print_summary(console: Console, report: Report) -> None:
+    counts = ", ".join(f"{len(report.of(verdict))} {verdict}" for verdict in Verdict)
+    console.print(f"\n{report.service} at {escape(report.target)}: {counts}")
+    for result in report.violations:
+        of = f"{result.subject}: " if result.subject else ""
+        console.print(f"  [red]✗[/] {escape(of)}{escape(result.call)}: {escape(result.title)}")
+    if not report.results:
+        console.print("  no check has a title or call with that (--only)")

@@ -1,0 +1,1 @@
+"""Whether an implementation in any language keeps what the contracts in `proto/` promise: `mulligan conformance`."""

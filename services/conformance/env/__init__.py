@@ -1,0 +1,15 @@
+"""What `proto/mulligan/env/v1/env_service.proto` promises: of the server (`SERVER`), and of each of its environments
+(`ENVIRONMENT`; of one that is unavailable only `WITHOUT_EPISODES`)."""
+
+from __future__ import annotations
+
+from services.conformance.env import episodes, forks, hostile, listing, play, server, steps
+from services.conformance.env.game import Game
+from services.conformance.report import Suite
+from services.conformance.target import Session
+
+SERVER: Suite[Session] = server.suite
+ENVIRONMENT: Suite[Game] = Suite()
+ENVIRONMENT.extend([listing.suite, episodes.suite, steps.suite, play.suite, forks.suite, hostile.suite])
+WITHOUT_EPISODES: Suite[Game] = Suite()
+WITHOUT_EPISODES.checks = [*listing.suite.checks, episodes.suite.checks[0]]

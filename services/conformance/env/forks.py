@@ -1,0 +1,133 @@
+"""ForkEpisode: exact, independent copies, or an honest refusal."""
+
+from __future__ import annotations
+
+from uuid import uuid4
+
+from mulligan.env.v1 import env_service_pb2 as pb
+
+from services.conformance.env.game import Episode, Game
+from services.conformance.env.steps import unfinished
+from services.conformance.report import NotApplicable, Suite, Violation, demand
+
+suite: Suite[Game] = Suite()
+
+
+def forks(game: Game) -> None:
+    game.available()
+    if not game.info.can_fork:
+        raise NotApplicable("the environment does not say that it can be forked (can_fork)")
+
+
+def request_of(game: Game, episode: Episode, index: int | None = None, new_id: str = "") -> pb.ForkEpisodeRequest:
+    """A fork after all of the episode's steps, or after `index`. The copy is ended after the check."""
+    new_id = new_id or f"conformance-{uuid4()}"
+    game.session.later("EndEpisode", pb.EndEpisodeRequest(episode_id=new_id))
+    at = len(episode.steps) if index is None else index
+    return pb.ForkEpisodeRequest(episode_id=episode.episode_id, step_index=at, new_episode_id=new_id)
+
+
+async def fork(game: Game, episode: Episode) -> Episode:
+    """A copy that knows the steps that it has in common with the episode."""
+    request = request_of(game, episode)
+    answer = await game.session.ask("ForkEpisode", request)
+    last = episode.steps[-1] if episode.steps else episode.begun
+    same = (answer.observation, answer.player) == (last.observation, last.player)
+    demand(same, f"what the agent saw last, {last.observation!r}, and whose turn it is", answer, request)
+    demand(answer.lease.ToTimedelta().total_seconds() > 0, "a lease of more than 0 seconds", answer, request)
+    copy = Episode(game.session, request.new_episode_id, episode.task_id, episode.begun)
+    copy.actions, copy.steps = list(episode.actions), list(episode.steps)
+    return copy
+
+
+@suite.check("ForkEpisode", "an environment that cannot fork says so: UNIMPLEMENTED FORK_UNSUPPORTED")
+async def unsupported(game: Game) -> None:
+    game.available()
+    if game.info.can_fork:
+        raise NotApplicable("the environment can be forked")
+    episode = await game.start()
+    await game.session.refused("ForkEpisode", request_of(game, episode), "UNIMPLEMENTED", "FORK_UNSUPPORTED")
+    await episode.step(game.moves(1)[0])
+
+
+@suite.check("ForkEpisode", "a copy has the steps that were played before, and they are repeatable in it")
+async def shares_the_past(game: Game) -> None:
+    forks(game)
+    episode = await (await unfinished(game)).play(game.moves()[1:2])
+    if episode.over:
+        episode = await unfinished(game)
+    copy = await fork(game, episode)
+    for index, (action, step) in enumerate(zip(episode.actions, episode.steps, strict=True)):
+        request = copy.request(action, index)
+        again = await game.session.ask("StepEpisode", request)
+        demand(again == step, f"the stored answer, {step}", again, request)
+    request = copy.request("conformance: another", 0)
+    await game.session.refused("StepEpisode", request, "FAILED_PRECONDITION", "STEP_CONFLICT")
+
+
+@suite.check("ForkEpisode", "from there on both answer the same actions alike, in a deterministic environment")
+async def exact(game: Game) -> None:
+    forks(game)
+    game.deterministic()
+    moves = game.moves()
+    for depth, task in enumerate(await game.tasks(4)):
+        episode = await (await game.start(task.task_id)).play(moves[:depth])
+        if episode.over:
+            continue
+        first, second = await fork(game, episode), await fork(game, episode)
+        for played in (first, episode, second):
+            await played.play(moves[depth:])
+        if not first.shows() == episode.shows() == second.shows():
+            came = f"forked after {depth} steps of task {task.task_id!r}, the copies played {first.shows()} and"
+            raise Violation("exact copies", f"{came} {second.shows()}, the original {episode.shows()}")
+
+
+@suite.check("ForkEpisode", "a copy is independent: what is played in one changes nothing in the other")
+async def independent(game: Game) -> None:
+    forks(game)
+    game.deterministic()
+    moves = game.moves()
+    task_id = (await unfinished(game)).task_id
+    plain = await (await game.start(task_id)).play(moves)
+    episode = await (await game.start(task_id)).play(moves[:1])
+    copy = await fork(game, episode)
+    await copy.play(list(reversed(moves)))
+    await game.end(copy)
+    await episode.play(moves[1:])
+    came = f"after a copy had been played and ended, the original went {episode.shows()}, not {plain.shows()}"
+    demand(episode.shows() == plain.shows(), "the original goes on as if it had not been forked", came)
+
+
+@suite.check("ForkEpisode", "ending the original leaves the copy")
+async def outlives(game: Game) -> None:
+    forks(game)
+    episode = await unfinished(game)
+    copy = await fork(game, episode)
+    await game.end(episode)
+    await copy.step(game.moves(1)[0])
+
+
+@suite.check("ForkEpisode", "a repeated fork returns the first answer; a new id in use is EPISODE_CONFLICT")
+async def repeated(game: Game) -> None:
+    forks(game)
+    episode = await unfinished(game)
+    request = request_of(game, episode)
+    first, again = [await game.session.ask("ForkEpisode", request) for _ in range(2)]
+    same = (first.observation, first.player) == (again.observation, again.player)
+    demand(same, f"the first answer, {first}", again, request)
+    other = await game.start()
+    taken = request_of(game, episode, new_id=other.episode_id)
+    await game.session.refused("ForkEpisode", taken, "ALREADY_EXISTS", "EPISODE_CONFLICT")
+
+
+@suite.check("ForkEpisode", "a fork after fewer or more steps than were played, or after the end, is refused")
+async def at_the_right_place(game: Game) -> None:
+    forks(game)
+    episode = await unfinished(game)
+    for index, reason in ((2, "STEP_SKIPPED"), (0, "STEP_CONFLICT")):
+        request = request_of(game, episode, index)
+        await game.session.refused("ForkEpisode", request, "FAILED_PRECONDITION", reason)
+    await episode.play(game.moves())
+    if episode.over:
+        request = request_of(game, episode)
+        await game.session.refused("ForkEpisode", request, "FAILED_PRECONDITION", "EPISODE_FINISHED")

@@ -1,0 +1,208 @@
+"""One environment of a server, and episodes of it that a check plays."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
+from typing import Any
+from uuid import uuid4
+
+from mulligan.common.v1 import outcome_pb2
+from mulligan.env.v1 import env_service_pb2 as pb
+
+from services.conformance.report import NotApplicable, Violation
+from services.conformance.target import Refusal, Session
+
+SPLITS = (pb.SPLIT_TRAIN, pb.SPLIT_TEST)
+# What an agent may well answer, in one environment or another.
+ORDINARY = ("```Up```", "```Left```", "I go ```Right``` now", "[0]", "1", "yes", "\\boxed{42}", "I am not sure.")
+SIDE_BY_SIDE = 8  # episodes: few enough for a small server
+SAMPLES = 6  # episodes that are played to their end for the rules of play
+_FULL_WAITS = 20  # for a place at a full server
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`known` are actions that mean something in the environment: they are played among the others. `actions` is how
+    many random and hostile ones there are."""
+
+    actions: int = 300
+    seed: int = 0
+    known: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class Episode:
+    """An episode as it was played. `error` marks one that the environment broke."""
+
+    session: Session
+    episode_id: str
+    task_id: str
+    begun: pb.StartEpisodeResponse
+    actions: list[str] = field(default_factory=list)
+    steps: list[pb.StepEpisodeResponse] = field(default_factory=list)
+
+    def request(self, action: str, index: int | None = None) -> pb.StepEpisodeRequest:
+        """For the next step, or the one of this index."""
+        at = len(self.steps) if index is None else index
+        return pb.StepEpisodeRequest(episode_id=self.episode_id, step_index=at, action=action)
+
+    def took(self, action: str, step: pb.StepEpisodeResponse) -> pb.StepEpisodeResponse:
+        self.actions.append(action)
+        self.steps.append(step)
+        return step
+
+    async def step(self, action: str) -> pb.StepEpisodeResponse:
+        return self.took(action, await self.session.ask("StepEpisode", self.request(action)))
+
+    @property
+    def over(self) -> bool:
+        return bool(self.steps) and self.steps[-1].done
+
+    @property
+    def broken(self) -> bool:
+        broken = (outcome_pb2.OUTCOME_ENV_ERROR, outcome_pb2.OUTCOME_TIMEOUT)
+        return bool(self.steps) and self.steps[-1].outcome in broken
+
+    async def play(self, actions: Sequence[str]) -> Episode:
+        """Until the episode or the actions end."""
+        for action in actions:
+            if self.over:
+                break
+            await self.step(action)
+        return self
+
+    def shows(self) -> list[tuple[Any, ...]]:
+        """What an agent sees and gets, from the first observation on."""
+        seen: list[tuple[Any, ...]] = [(self.begun.observation, self.begun.player)]
+        for step in self.steps:
+            reward = step.reward if step.HasField("reward") else None
+            rest = (step.done, step.outcome, step.feedback, step.tool, step.player, tuple(step.rewards))
+            seen.append((step.observation, step.action, reward, *rest))
+        return seen
+
+
+class Game:
+    """What a check about one environment is given."""
+
+    def __init__(self, session: Session, info: pb.EnvironmentInfo, options: Options) -> None:
+        self.session, self.info, self.options = session, info, options
+        self.random = random.Random(f"{options.seed}/{info.name}")
+        self._tasks: list[pb.TaskInfo] | None = None
+        self._samples: list[Episode] | None = None
+        self._unplayable = ""
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    def available(self) -> None:
+        """Raises NotApplicable where no episode can be started."""
+        if self.info.unavailable:
+            raise NotApplicable(f"the environment is unavailable here: {self.info.unavailable}")
+
+    def deterministic(self) -> None:
+        self.available()
+        if not self.info.deterministic:
+            raise NotApplicable("the environment does not say that it is deterministic")
+
+    async def tasks(self, count: int) -> list[pb.TaskInfo]:
+        """At least one and at most `count`, of both splits in turn."""
+        self.available()
+        if self._tasks is None:
+            pages = [await self.page(split, 100) for split in SPLITS]
+            both = chain.from_iterable(zip_longest(*(page.tasks for page in pages)))
+            self._tasks = [task for task in both if task is not None]
+        if not self._tasks:
+            raise NotApplicable("the environment lists no tasks")
+        return self._tasks[:count]
+
+    async def page(self, split: Any, size: int, token: str = "") -> pb.ListTasksResponse:
+        request = pb.ListTasksRequest(environment=self.name, split=split, page_size=size, page_token=token)
+        page: pb.ListTasksResponse = await self.session.ask("ListTasks", request)
+        return page
+
+    def start_request(self, task_id: str, episode_id: str = "") -> pb.StartEpisodeRequest:
+        """Under an id of its own where none is given. The episode is ended after the check."""
+        episode_id = episode_id or f"conformance-{uuid4()}"
+        self.session.later("EndEpisode", pb.EndEpisodeRequest(episode_id=episode_id))
+        return pb.StartEpisodeRequest(episode_id=episode_id, environment=self.name, task_id=task_id)
+
+    async def start(self, task_id: str = "", episode_id: str = "") -> Episode:
+        """An episode of the task, or of the first one."""
+        if not task_id:
+            task_id = (await self.tasks(1))[0].task_id
+        request = self.start_request(task_id, episode_id)
+        begun = await self.place(request)
+        return Episode(self.session, request.episode_id, task_id, begun)
+
+    async def place(self, request: pb.StartEpisodeRequest) -> pb.StartEpisodeResponse:
+        """Starts the episode; waits for a place where the server is full, as its RetryInfo says."""
+        for _ in range(_FULL_WAITS):
+            answer = await self.session.attempt("StartEpisode", request)
+            if not isinstance(answer, Refusal):
+                begun: pb.StartEpisodeResponse = answer
+                return begun
+            if answer.code != "RESOURCE_EXHAUSTED":
+                raise Violation("a task that is listed can be started", answer, request)
+            if answer.reason != "CAPACITY_REACHED" or answer.retry_seconds is None:
+                raise Violation("RESOURCE_EXHAUSTED CAPACITY_REACHED, with a RetryInfo", answer, request)
+            await asyncio.sleep(min(answer.retry_seconds, 1.0))
+        raise NotApplicable("the server is full: all its places are taken by others")
+
+    async def end(self, episode: Episode) -> None:
+        await self.session.ask("EndEpisode", pb.EndEpisodeRequest(episode_id=episode.episode_id))
+
+    def moves(self, count: int = 0) -> list[str]:
+        """Actions, known ones where there are some; as many as an episode may have where no count is given. The same
+        each time: a check that needs others takes them from `random`."""
+        kinds = self.options.known or ORDINARY
+        return [kinds[(n * n + n // 3) % len(kinds)] for n in range(count or max(self.info.max_steps, 1))]
+
+    async def samples(self) -> list[Episode]:
+        """Some episodes, played to their end, of different tasks and under different actions. Played once."""
+        self.available()
+        if self._unplayable:
+            raise NotApplicable(f"no episode could be played to its end: {self._unplayable}")
+        if self._samples is None:
+            try:
+                self._samples = await self._play_samples()
+            except Violation as error:
+                self._unplayable = str(error)
+                raise
+        return self._samples
+
+    async def _play_samples(self) -> list[Episode]:
+        played = []
+        for number, task in enumerate(await self.tasks(SAMPLES)):
+            moves = self.moves()
+            if number % 2:
+                self.random.shuffle(moves)
+            episode = await self.start(task.task_id)
+            played.append(await episode.play(moves))
+            await self.end(episode)
+        return played
+
+    async def side_by_side(self, plays: Sequence[tuple[str, Sequence[str]]]) -> list[Episode]:
+        """An episode per (task id, actions), a few at a time, each ended after its actions."""
+        places = asyncio.Semaphore(SIDE_BY_SIDE)
+
+        async def one(task_id: str, actions: Sequence[str]) -> Episode:
+            async with places:
+                episode = await (await self.start(task_id)).play(actions)
+                await self.end(episode)
+                return episode
+
+        return await gathered(one(task_id, actions) for task_id, actions in plays)
+
+
+async def gathered(awaitables: Any) -> list[Any]:
+    """All results. After the first exception it waits for the rest, so that nothing goes on behind the check's back."""
+    results = await asyncio.gather(*awaitables, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results

@@ -1,0 +1,127 @@
+"""What an environment says of itself, and the lists of its tasks."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from mulligan.env.v1 import env_service_pb2 as pb
+
+from services.conformance.env.game import SPLITS, Game
+from services.conformance.report import Suite, Violation, demand
+
+suite: Suite[Game] = Suite()
+LISTED = 2000  # tasks of a split; of more only these are looked at
+_PLACEHOLDERS = {
+    "solver": (),
+    "reflection_system": (),
+    "reflection": ("{trace}", "{feedback}"),
+    "trace_turn": ("{observation}", "{action}"),
+    "retry": ("{trace}", "{feedback}"),
+    "try_again": (),
+}
+
+
+@suite.check("ListEnvironments", "limits, counts and players are numbers that make sense")
+async def numbers(game: Game) -> None:
+    game.available()
+    info = game.info
+    demand(info.max_steps >= 1, "max_steps is at least 1", info.max_steps)
+    demand(math.isfinite(info.max_reward), "max_reward is finite", info.max_reward)
+    demand(info.player_count >= 1, "player_count is at least 1: one agent is one player", info.player_count)
+    counts = (info.train_task_count, info.test_task_count)
+    demand(min(counts) >= 0, "task counts are not negative", counts)
+
+
+@suite.check("ListEnvironments", "each prompt is there and has its placeholders")
+async def prompts(game: Game) -> None:
+    game.available()
+    for name, placeholders in _PLACEHOLDERS.items():
+        text = getattr(game.info.prompts, name)
+        demand(bool(text), f"prompts.{name} is not empty", "an empty text")
+        missing = [placeholder for placeholder in placeholders if placeholder not in text]
+        demand(not missing, f"prompts.{name} contains {' and '.join(missing)}", text)
+
+
+@suite.check("ListEnvironments", "tools have a name and a JSON schema of an object")
+async def tools(game: Game) -> None:
+    names = [tool.name for tool in game.info.tools]
+    demand(all(names) and len(set(names)) == len(names), "each tool has a name of its own", names)
+    for tool in game.info.tools:
+        try:
+            schema: Any = json.loads(tool.parameters)
+        except ValueError as error:
+            raise Violation(f"parameters of {tool.name!r} are JSON", f"{tool.parameters!r}: {error}") from None
+        an_object = isinstance(schema, dict) and schema.get("type") == "object"
+        demand(an_object, f'parameters of {tool.name!r} are a JSON schema of type "object"', tool.parameters)
+
+
+async def walk(game: Game, split: Any, size: int) -> tuple[list[pb.TaskInfo], bool]:
+    """The tasks of a split, at most LISTED, and whether these are all."""
+    tasks: list[pb.TaskInfo] = []
+    token, seen = "", set()
+    while True:
+        page = await game.page(split, size, token)
+        limit = size or 100
+        demand(len(page.tasks) <= limit, f"a page of at most {limit} tasks", f"{len(page.tasks)} tasks")
+        tasks += page.tasks
+        token = page.next_page_token
+        if not token or len(tasks) >= LISTED:
+            return tasks, not token
+        demand(token not in seen, "each page has a token of its own: the list comes to an end", f"{token!r} again")
+        seen.add(token)
+
+
+def _split(split: Any) -> str:
+    return str(pb.Split.Name(split))
+
+
+@suite.check("ListTasks", "page by page it lists as many tasks as it counts, each in its split")
+async def whole(game: Game) -> None:
+    for split, count in zip(SPLITS, (game.info.train_task_count, game.info.test_task_count), strict=True):
+        tasks, all_of_them = await walk(game, split, 50)
+        if all_of_them:
+            demand(len(tasks) == count, f"{count} tasks in {_split(split)}, as EnvironmentInfo says", len(tasks))
+        else:
+            demand(count >= len(tasks), f"{_split(split)} has at least as many tasks as it lists", count)
+        for task in tasks:
+            demand(task.split == split, f"the split of each task is {_split(split)}, which was asked for", task)
+            demand(math.isfinite(task.difficulty), "a difficulty is a finite number", task)
+
+
+@suite.check("ListTasks", "no task is listed twice, and none in both splits")
+async def once(game: Game) -> None:
+    ids = [task.task_id for split in SPLITS for task in (await walk(game, split, 1000))[0]]
+    demand(all(0 < len(task_id) <= 200 for task_id in ids), "a task id has 1 to 200 characters", sorted(ids)[:1])
+    twice = sorted({task_id for task_id in ids if ids.count(task_id) > 1}) if len(set(ids)) < len(ids) else []
+    demand(not twice, "each task is listed once, in one split", f"{', '.join(twice[:5])} more than once")
+
+
+@suite.check("ListTasks", "pages of any size list the same tasks in the same order")
+async def sizes(game: Game) -> None:
+    for split in SPLITS:
+        expected = [task.task_id for task in (await game.page(split, 1000)).tasks]
+        few = expected[:20]
+        default = [task.task_id for task in (await game.page(split, 0)).tasks]
+        demand(len(default) <= 100, "page_size 0 means 100", f"{len(default)} tasks")
+        demand(default == expected[: len(default)], "the same order under page_size 0 and 1000", default[:5])
+        for size in (1, 7):
+            found: list[str] = []
+            token = ""
+            while len(found) < len(few):
+                page = await game.page(split, size, token)
+                demand(len(page.tasks) <= size, f"a page of at most {size} tasks", f"{len(page.tasks)} tasks")
+                found += [task.task_id for task in page.tasks]
+                token = page.next_page_token
+                if not token:
+                    break
+            same = found[: len(few)] == few
+            demand(same, f"pages of {size} list the tasks that a page of 1000 does", f"{found[:5]}, not {few[:5]}")
+
+
+@suite.check("ListTasks", "a page token that it did not make is INVALID_ARGUMENT BAD_PAGE_TOKEN")
+async def bad_tokens(game: Game) -> None:
+    for token in ("no such token", "é🧊", "\x00", "bnVsbA=="):
+        request = pb.ListTasksRequest(environment=game.name, split=pb.SPLIT_TRAIN, page_token=token)
+        await game.session.refused("ListTasks", request, "INVALID_ARGUMENT", "BAD_PAGE_TOKEN")

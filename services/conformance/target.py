@@ -1,0 +1,198 @@
+"""A server that is looked at: calls with a deadline, refusals as values, and a list of what is to be undone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from services.common.status import DOMAIN
+from services.conformance.report import Violation, shown
+
+CONNECT_SECONDS = 10.0
+_MESSAGE_BYTES = 64 * 2**20
+
+
+class Unreachable(Exception):
+    """Nothing can be said of the target: it does not answer, serves something else, or wants a credential."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A call's error as it came: status code and, where there is one of ours, the reason and metadata of its ErrorInfo.
+    `flaw` says what is wrong with the details."""
+
+    code: str
+    message: str
+    reason: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    retry_seconds: float | None = None
+    flaw: str = ""
+
+    def __str__(self) -> str:
+        metadata = f" {dict(self.metadata)}" if self.metadata else ""
+        reason = f" {self.reason}{metadata}" if self.reason else f" {self.flaw or 'without ErrorInfo'}"
+        return f"{self.code}{reason}: {self.message}"
+
+
+def refusal(error: grpc.aio.AioRpcError) -> Refusal:
+    code, message = error.code().name, error.details() or ""
+    try:
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # the stub knows synchronous calls alone
+    except ValueError as problem:
+        return Refusal(code, message, flaw=f"with details that contradict the status ({problem})")
+    found: dict[str, Any] = {}
+    for detail in status.details if status is not None else ():
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo.FromString(detail.value)
+            if info.domain == DOMAIN:
+                found |= {"reason": info.reason, "metadata": dict(info.metadata)}
+            else:
+                found["flaw"] = f"with an ErrorInfo of domain {info.domain!r}, not {DOMAIN!r}"
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo.FromString(detail.value)
+            found["retry_seconds"] = retry.retry_delay.ToTimedelta().total_seconds()
+    return Refusal(code, message, **found)
+
+
+class Target:
+    """One connection. `stubs` are the classes of the contract's services that the target serves."""
+
+    def __init__(
+        self,
+        address: str,
+        *stubs: Any,
+        token: str | None = None,
+        admin_token: str | None = None,
+        timeout: float = 30.0,
+        tls_ca: Path | None = None,
+        admin: Sequence[str] = (),
+    ) -> None:
+        self.address, self.token, self.timeout = address, token, timeout
+        self._admin, self._admin_token = frozenset(admin), admin_token
+        options = [
+            ("grpc.max_send_message_length", _MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        if tls_ca is None:
+            self.channel = grpc.aio.insecure_channel(address, options)
+        else:
+            credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes())
+            self.channel = grpc.aio.secure_channel(address, credentials, options)
+        self._methods = {name: method for stub in stubs for name, method in vars(stub(self.channel)).items()}
+
+    async def connect(self, method: str, request: Any) -> Any:
+        """The answer to a first, harmless call; raises Unreachable when there is none."""
+        try:
+            return await self._methods[method](
+                request, timeout=min(self.timeout, CONNECT_SECONDS), metadata=self.metadata(method), wait_for_ready=True
+            )
+        except grpc.aio.AioRpcError as error:
+            code = error.code()
+            hint = {
+                grpc.StatusCode.DEADLINE_EXCEEDED: "it did not answer in time: is something serving there?",
+                grpc.StatusCode.UNIMPLEMENTED: "it serves another service",
+                grpc.StatusCode.UNAUTHENTICATED: "it wants a token",
+            }.get(code, "")
+            details = "; ".join(filter(None, (hint, error.details())))
+            raise Unreachable(
+                f"{self.address} cannot be checked: {method} failed with {code.name}: {details}"
+            ) from None
+
+    def metadata(self, method: str, token: str | None = None) -> tuple[tuple[str, str], ...]:
+        token = token or (self._admin_token if method in self._admin and self._admin_token else self.token)
+        return (("authorization", f"Bearer {token}"),) if token else ()
+
+    def method(self, name: str) -> Any:
+        return self._methods[name]
+
+    async def close(self) -> None:
+        await self.channel.close()
+
+
+class Session:
+    """What one check does at a target, and what is to be undone afterwards."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._later: list[tuple[str, Any]] = []
+
+    async def ask(self, method: str, request: Any) -> Any:
+        """The answer. Raises Violation when there is none."""
+        answer = await self.attempt(method, request)
+        if isinstance(answer, Refusal):
+            raise Violation("this call is answered", answer, request)
+        return answer
+
+    async def attempt(self, method: str, request: Any, *, metadata: Any = None, timeout: float = 0.0) -> Any:
+        """The answer, or the Refusal."""
+        if metadata is None:
+            metadata = self.target.metadata(method)
+        try:
+            return await self.target.method(method)(request, timeout=timeout or self.target.timeout, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            return self._refusal(error, request, timeout)
+
+    async def stream(self, method: str, request: Any, *, enough: int = 0) -> list[Any] | Refusal:
+        """All messages of a streamed answer, or the first `enough`; the Refusal when it ended with one."""
+        call = self.target.method(method)(request, timeout=self.target.timeout, metadata=self.target.metadata(method))
+        messages: list[Any] = []
+        try:
+            async for message in call:
+                messages.append(message)
+                if len(messages) == enough:
+                    break
+        except grpc.aio.AioRpcError as error:
+            return self._refusal(error, request)
+        finally:
+            call.cancel()
+        return messages
+
+    def _refusal(self, error: grpc.aio.AioRpcError, request: Any, timeout: float = 0.0) -> Refusal:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED and not timeout:
+            raise Violation(f"an answer within {self.target.timeout:g} s (--timeout)", "none", request) from None
+        found = refusal(error)
+        if found.code == "UNAVAILABLE" and not found.reason:
+            raise Violation("the server goes on serving", found, request) from None
+        return found
+
+    async def refused(self, method: str, request: Any, code: str, reason: str, *metadata: str) -> Refusal:
+        """The refusal that the contract demands: code, reason, and the keys that its metadata has."""
+        answer = await self.attempt(method, request)
+        return as_demanded(answer, request, code, reason, *metadata)
+
+    async def bad_field(self, method: str, request: Any, field_name: str) -> None:
+        """The request is refused for this field."""
+        found = await self.refused(method, request, "INVALID_ARGUMENT", "INVALID_FIELD", "field", "expected")
+        named = found.metadata["field"]
+        if named != field_name and not named.startswith((f"{field_name}.", f"{field_name}[")):
+            raise Violation(f"INVALID_ARGUMENT INVALID_FIELD whose metadata `field` is {field_name!r}", found, request)
+
+    def later(self, method: str, request: Any) -> None:
+        """Makes this call once the check is over, whatever becomes of it."""
+        self._later.append((method, request))
+
+    async def clean_up(self) -> None:
+        while self._later:
+            method, request = self._later.pop()
+            try:
+                await self.target.method(method)(request, timeout=5.0, metadata=self.target.metadata(method))
+            except grpc.aio.AioRpcError:  # the checks report it; here nothing more can be done
+                continue
+
+
+def as_demanded(answer: Any, request: Any, code: str, reason: str, *metadata: str) -> Refusal:
+    """The answer as the refusal that the contract demands; raises Violation when it is none."""
+    keys = f" with metadata {', '.join(f'`{key}`' for key in metadata)}" if metadata else ""
+    demanded = f"{code} {reason}{keys}"
+    if not isinstance(answer, Refusal):
+        raise Violation(demanded, f"an answer: {shown(answer)}", request)
+    if (answer.code, answer.reason) != (code, reason) or any(not answer.metadata.get(key) for key in metadata):
+        raise Violation(demanded, answer, request)
+    return answer
