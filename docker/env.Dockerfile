@@ -7,6 +7,7 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt docker/install.sh ./
 # Extras of pyproject.toml: gymnasium, reasoning-gym and textarena are others.
 ARG EXTRAS=env,hotpotqa,openenv
+ARG WHEELS=docker/wheels
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[${EXTRAS}]"
 COPY services/__init__.py /app/services/__init__.py

@@ -12,7 +12,7 @@ fi
 # PIP_BUILD_CONSTRAINT is what newer versions of pip ask for.
 PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt \
     pip --python "$venv/bin/python" install --disable-pip-version-check --root-user-action=ignore --progress-bar=off \
-    --quiet --find-links docker/wheels ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"
+    --quiet ${WHEELS:+--find-links "$WHEELS"} ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"
 
 cd "$packages"
 rm -rf setuptools setuptools-*.dist-info pkg_resources _distutils_hack distutils-precedence.pth # torch builds with it

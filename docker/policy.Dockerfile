@@ -8,10 +8,13 @@ WORKDIR /src
 COPY constraints.txt docker/install.sh ./
 # An index to look for torch in, besides pip's own: that of PyTorch's CPU builds makes images smaller by gigabytes.
 ARG TORCH_INDEX=""
+# A folder of wheels that are preferred to every index; "" for none.
+ARG WHEELS=docker/wheels
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/torch torch transformers tokenizers safetensors numpy
 
 FROM torch AS build
+ARG WHEELS=docker/wheels
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[policy,openai,sglang]"
@@ -26,7 +29,7 @@ FROM ${BASE}
 LABEL org.opencontainers.image.title="mulligan-policy" \
     org.opencontainers.image.description="Language models with versioned weights, served over gRPC"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
-    sh /harden.sh /data/weights /data/policy /data/models /run/credentials
+    sh /harden.sh /data/weights /data/policy /data/engine /data/models /run/credentials
 COPY --from=torch /opt/torch /opt/torch
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app

@@ -8,10 +8,13 @@ WORKDIR /src
 COPY constraints.txt docker/install.sh ./
 # An index to look for torch in, besides pip's own: that of PyTorch's CPU builds makes images smaller by gigabytes.
 ARG TORCH_INDEX=""
+# A folder of wheels that are preferred to every index; "" for none.
+ARG WHEELS=docker/wheels
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/torch torch transformers tokenizers safetensors numpy
 
 FROM torch AS build
+ARG WHEELS=docker/wheels
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[trainer,cli]"

@@ -1,0 +1,129 @@
+"""The images that hold no torch, built and run on a real engine as compose.yaml runs them in production.
+
+The other two take minutes to build; `proof/docker.py` runs all four, and a training run across them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from uuid import uuid4
+
+import pytest
+
+from services.common.channel import Endpoint
+from services.common.types import Outcome, Provenance, Split
+from services.env.client import EnvClient
+from services.memory.client import MemoryClient
+from tests.support.docker import Project, image, project, require_engine
+
+SERVICES = ("env", "memory")
+BASE = os.environ.get("BASE", "python:3.11-slim")
+MAX_BYTES_OVER_BASE = 250 * 10**6
+MODULES = ("torch", "transformers", "numpy", "pip", "setuptools", "ensurepip._bundled", "pytest")
+PROGRAMS = ("pip", "pip3", "gcc", "cc", "make", "git", "curl", "mulligan")
+FIND = """
+import importlib.util, sys
+for name in sys.argv[1:]:
+    try:
+        print(name, importlib.util.find_spec(name) is not None)
+    except ImportError:
+        print(name, False)
+"""
+
+pytestmark = pytest.mark.timeout(600)  # the first build downloads packages
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Project]:
+    require_engine()
+    with project(f"mulligan-test-{uuid4().hex[:8]}", services=SERVICES) as started:
+        yield started
+
+
+@pytest.fixture(params=SERVICES)
+def service(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+async def test_an_episode_is_played_across_the_wall(running: Project) -> None:
+    client = EnvClient(Endpoint(running.address("env")))
+    names = {info.name: info.unavailable for info in await client.list_environments()}
+    assert {"frozenlake", "frozenlake-3x3", "sokoban", "hotpotqa"} <= set(names) and not any(names.values())
+    (task,) = await client.list_tasks("frozenlake", Split.TEST, 1)
+    episode = await client.start("frozenlake", task.task_id, "an-episode")
+    assert episode.observation
+    for _ in range(8):
+        step = await episode.step("```Down```")
+        if step.done:
+            break
+    assert step.done and step.outcome in (Outcome.COMPLETED, Outcome.TRUNCATED) and step.reward is not None
+    await client.close()
+
+
+async def test_a_new_container_has_what_the_old_one_kept(running: Project) -> None:
+    client = MemoryClient(Endpoint(running.address("memory")))
+    origin = Provenance("run", "experience", "frozenlake", "train/00001", 3, 0.0, 1.0, True)
+    before = [await client.add("first", "scope", "A is the player", origin)]
+    running.run("restart", "memory")
+    before.append(await client.add("second", "scope", "B is the goal", origin))
+    running.run("kill", "memory")
+    running.run("rm", "--force", "memory")
+    running.run("up", "--detach", "--wait", "--no-build", "memory")
+    stored = await client.list("scope")
+    assert [entry.reflection_id for entry in stored] == before
+    assert await client.add("second", "scope", "B is the goal", origin) == before[1]
+    await client.close()
+
+
+def test_it_runs_without_privileges(running: Project, service: str) -> None:
+    state = running.inspect(service)
+    assert state["State"]["Health"]["Status"] == "healthy"
+    assert state["HostConfig"]["ReadonlyRootfs"] and not state["HostConfig"]["Privileged"]
+    status = running.execute(service, "cat", "/proc/self/status").stdout
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    assert fields["Uid"].split() == ["10001"] * 4 and fields["Gid"].split() == ["10001"] * 4
+    assert int(fields["CapEff"], 16) == int(fields["CapBnd"], 16) == 0 and fields["NoNewPrivs"] == "1"
+    for path in ("/app/x", "/opt/mulligan/x", "/etc/x", "/x"):
+        assert running.execute(service, "touch", path).returncode != 0, path
+    assert running.execute(service, "touch", "/tmp/x").returncode == 0
+    for host in state["NetworkSettings"]["Ports"].values():
+        assert {binding["HostIp"] for binding in host or []} == {"127.0.0.1"}
+
+
+def test_nothing_is_in_it_that_it_does_not_run(running: Project, service: str) -> None:
+    found = running.execute(service, "python", "-c", FIND, "services.common", *MODULES)
+    assert found.stdout.split() == ["services.common", "True", *(word for name in MODULES for word in (name, "False"))]
+    for program in PROGRAMS:
+        assert running.execute(service, "sh", "-c", f"command -v {program}").returncode != 0, program
+    others = {"env": "memory", "memory": "env"}[service]
+    assert running.execute(service, "ls", f"/app/services/{others}", "/app/services/trainer").returncode != 0
+    # Nor packages on the shelf, as ensurepip has them.
+    assert running.execute(service, "sh", "-c", "find / -xdev -name '*.whl' 2>/dev/null | grep .").returncode != 0
+
+
+def test_what_the_image_says_of_itself(running: Project, service: str) -> None:
+    about = image(service)
+    config = about["Config"]
+    assert config["User"] == "10001:10001"
+    assert config["Healthcheck"]["Test"][:4] == ["CMD", "python", "-m", "services.common.healthcheck"]
+    labels = {name.rpartition(".")[2]: value for name, value in config["Labels"].items()}
+    assert labels["title"] == f"mulligan-{service}" and {"description", "version", "revision"} <= set(labels)
+    assert not [variable for variable in config["Env"] if "TOKEN" in variable or "SECRET" in variable]
+    over = about["Size"] - image(BASE)["Size"]
+    print(f"{service}: {about['Size'] / 1e6:.0f} MB, {over / 1e6:.0f} MB over the base")
+    assert 0 < over <= MAX_BYTES_OVER_BASE
+
+
+def test_the_health_check_notices_a_service_that_does_not_serve(running: Project, service: str) -> None:
+    check = ("python", "-m", "services.common.healthcheck")
+    (port,) = [port.partition("/")[0] for port in image(service)["Config"]["ExposedPorts"]]
+    assert running.execute(service, *check, f"127.0.0.1:{port}").returncode == 0
+    stuck = running.execute(service, *check, "127.0.0.1:1", "--timeout", "1")
+    assert stuck.returncode == 1 and "does not serve" in stuck.stderr
+
+
+def test_sigterm_ends_it_cleanly(running: Project) -> None:
+    """Last, as the others need the services."""
+    running.run("stop", *SERVICES)
+    assert [running.inspect(service)["State"]["ExitCode"] for service in SERVICES] == [0, 0]

@@ -1,0 +1,126 @@
+"""A real Docker engine, and the services in containers on it, for tests and proofs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+from testcontainers.compose import DockerCompose
+
+from services.cli.local import free_ports
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = ("compose.yaml",)
+REQUIRED = "MULLIGAN_TEST_DOCKER_REQUIRED"
+
+
+def missing() -> str:
+    """What keeps containers from being started here; empty when nothing does."""
+    if shutil.which("docker") is None:
+        return "there is no docker on the PATH"
+    compose = subprocess.run(["docker", "compose", "version"], capture_output=True, text=True, check=False)
+    if compose.returncode:
+        return f"docker compose does not run: {compose.stderr.strip()}"
+    try:
+        client = docker.from_env()
+        client.ping()
+        client.close()
+    except docker.errors.DockerException as error:
+        return f"no Docker engine answers: {error}"
+    return ""
+
+
+def require_engine() -> None:
+    """Skips where there is no engine, unless there must be one."""
+    problem = missing()
+    if problem and os.environ.get(REQUIRED):
+        pytest.fail(problem)
+    if problem:
+        pytest.skip(problem)
+
+
+class Project(DockerCompose):
+    """One compose project, apart from others on the same engine, at free ports of this machine."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        files: Sequence[str] = FILES,
+        services: Sequence[str] = (),
+        root: Path = ROOT,
+        variables: Mapping[str, str] | None = None,
+        build: bool = True,
+    ):
+        super().__init__(root / "docker", list(files), build=build, services=list(services) or None)
+        ports = {f"{service.upper()}_PORT": str(port) for service, port in free_ports().items()}
+        self.variables = {"COMPOSE_PROJECT_NAME": name, "MULLIGAN_TAG": "test", **ports, **(variables or {})}
+
+    def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """`docker compose …`."""
+        command = [*self.compose_command_property, *arguments]
+        done = subprocess.run(
+            command,
+            cwd=self.context,
+            env={**os.environ, **self.variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if check and done.returncode:
+            raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done
+
+    def _run_command(self, cmd: str | list[str]) -> Any:
+        """The parent's commands, in this project's surroundings."""
+        arguments = list(cmd)[len(self.compose_command_property) :]
+        done = self.run(*arguments)
+        return subprocess.CompletedProcess(cmd, done.returncode, done.stdout.encode(), done.stderr.encode())
+
+    def address(self, service: str) -> str:
+        return f"127.0.0.1:{self.variables[f'{service.upper()}_PORT']}"
+
+    def execute(self, service: str, *command: str) -> subprocess.CompletedProcess[str]:
+        """In a service's container; a status other than 0 is for the caller to judge."""
+        return self.run("exec", "-T", service, *command, check=False)
+
+    def inspect(self, service: str) -> dict[str, Any]:
+        client = docker.from_env()
+        try:
+            (identity,) = self.run("ps", "--all", "--quiet", service).stdout.split()
+            attributes: dict[str, Any] = client.containers.get(identity).attrs
+        finally:
+            client.close()
+        return attributes
+
+    def __exit__(self, *problem: object) -> None:
+        """All of the project goes, volumes included; after a failure the ends of its logs are shown."""
+        if problem[0] is not None:
+            print(self.run("logs", "--tail", "40", check=False).stdout, file=sys.stderr)
+        self.run("down", "--volumes", "--timeout", "5")
+
+
+def image(name: str, tag: str = "test") -> dict[str, Any]:
+    """What the engine knows about one of the images."""
+    client = docker.from_env()
+    try:
+        attributes: dict[str, Any] = client.images.get(name if ":" in name else f"mulligan/{name}:{tag}").attrs
+    finally:
+        client.close()
+    return attributes
+
+
+@contextmanager
+def project(name: str, **settings: Any) -> Iterator[Project]:
+    """Started, healthy, and gone at the end."""
+    with Project(name, **settings) as running:
+        yield running
