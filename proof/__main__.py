@@ -17,13 +17,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from proof import Unavailable, agreement, kills, learning, sglang
+from proof import Unavailable, agreement, docker, kills, learning, sglang
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "proof"
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **learning.CASES,
     **kills.CASES,
+    **docker.CASES,
     **agreement.CASES,
     **sglang.CASES,
 }

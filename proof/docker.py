@@ -1,0 +1,156 @@
+"""From a clean clone to a trained agent across containers on a real engine; every service is restarted on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from proof import Unavailable
+from services.common.channel import Endpoint
+from services.common.types import Outcome
+from services.memory.client import MemoryClient
+from services.trainer.client import RunClient
+from services.trainer.folder import RunState
+from services.trainer.journal import journal_file, journaled_steps, read_experiences
+from tests.support.docker import Project, image, missing
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVICES = ("env", "policy", "memory", "trainer")
+RECIPE = "recipes/frozenlake-3x3.toml"
+RUN = "proof"
+HEALTHY_SECONDS = 60.0
+DOWN_SECONDS = 10.0
+SUCCESS = 0.9  # of the test boards at the end; the demo's runs reached 0.94 and more
+BYTES_OVER_BASE = 250 * 10**6  # of the images without torch
+RUN_SECONDS = 3600.0
+
+
+def across_containers(folder: Path) -> dict[str, Any]:
+    """A run of the demo's recipe. At every seventh of it something happens to it: each service is restarted, and then
+    all containers are removed and made again."""
+    clone = clean_clone(folder)
+    commit = git("rev-parse", "HEAD")
+    base = image("python:3.11-slim")["Size"]
+    project = Project("mulligan-proof", root=clone, variables={"MULLIGAN_TAG": "proof", "REVISION": commit})
+    project.build = False
+    project.run("down", "--volumes")  # what an interrupted proof has left
+    result: dict[str, Any] = {"build_seconds": seconds(lambda: project.run("build", "--no-cache"))}
+    sizes = {name: image(name, "proof")["Size"] for name in SERVICES}
+    result["megabytes"] = {"base": round(base / 1e6)} | {name: round(size / 1e6) for name, size in sizes.items()}
+    result["megabytes_over_base"] = {name: round((size - base) / 1e6) for name, size in sizes.items()}
+    print(json.dumps(result), flush=True)
+    start = time.monotonic()
+    with project:
+        result["healthy_seconds"] = round(time.monotonic() - start, 1)
+        result |= asyncio.run(_train(project))
+        result |= asyncio.run(_check(project, folder / "runs"))
+        result["down_seconds"] = seconds(lambda: project.run("down"))
+    assert all(sizes[name] - base <= BYTES_OVER_BASE for name in ("env", "memory")), result
+    assert result["healthy_seconds"] <= HEALTHY_SECONDS, result
+    assert max(result["down_seconds"], result["down_seconds_during_the_run"]) < DOWN_SECONDS, result
+    assert result["test_success_after"] >= SUCCESS > result["test_success_before"], result
+    return result
+
+
+async def _train(project: Project) -> dict[str, Any]:
+    print(project.execute("trainer", "mulligan", "train", RECIPE, "--run-id", RUN, "--no-watch").stdout, flush=True)
+    client = RunClient(Endpoint(project.address("trainer"), outage_seconds=120))
+    steps = (await client.get(RUN)).settings.steps
+    restarts: dict[str, float] = {}
+    places: dict[str, int] = {}
+    try:
+        for number, name in enumerate(SERVICES, 1):
+            places[name] = await _reached(client, steps * number // 7)
+            restarts[name] = await asyncio.to_thread(seconds, lambda name=name: project.run("restart", name))
+            print(f"restarted {name} at step {places[name]}: {restarts[name]} s", flush=True)
+        places["down"] = await _reached(client, steps * 5 // 7)
+        down = await asyncio.to_thread(seconds, lambda: project.run("down"))
+        up = await asyncio.to_thread(seconds, lambda: project.run("up", "--wait"))
+        print(f"down at step {places['down']} in {down} s, up again in {up} s", flush=True)
+        await _reached(client, steps)
+        async for _ in client.watch(RUN):
+            pass
+        info = await client.get(RUN)
+    finally:
+        await client.close()
+    assert info.state is RunState.COMPLETED, f"{info.state}: {info.error}"
+    return {
+        "restarted_at_step": places,
+        "restart_seconds": restarts,
+        "down_seconds_during_the_run": down,
+        "up_seconds_during_the_run": up,
+    }
+
+
+async def _reached(client: RunClient, step: int) -> int:
+    """The run's step, once it is this one or a later one."""
+    async with asyncio.timeout(RUN_SECONDS):
+        while True:
+            info = await client.get(RUN)
+            assert info.state in (RunState.RUNNING, RunState.COMPLETED), f"{info.state}: {info.error}"
+            if info.step >= step:
+                return info.step
+            await asyncio.sleep(0.5)
+
+
+async def _check(project: Project, folder: Path) -> dict[str, Any]:
+    """What the run kept, read from its journal: all of it, once, and the same as in memory."""
+    shutil.rmtree(folder, ignore_errors=True)
+    project.run("cp", f"trainer:/data/runs/{RUN}", str(folder))
+    summary = json.loads((folder / "summary.json").read_text())
+    journal = folder / "journal"
+    chains = [chain for step in journaled_steps(journal) for chain in read_experiences(journal_file(journal, step))]
+    solved = [c.experience_id for c in chains if c.second_attempt is not None and (c.second_attempt.reward or 0) >= 1]
+    client = MemoryClient(Endpoint(project.address("memory"), outage_seconds=60))
+    memorised = [entry.provenance.experience_id for entry in await client.list(RUN)]
+    await client.close()
+    rollout = summary["settings"]["rollout"]
+    outcomes = [part.outcome for chain in chains for part in chain.parts()]
+    result = {
+        "test_success_before": summary["test_success_before"],
+        "test_success_after": summary["test_success_after"],
+        "train_seconds": round(summary["train_seconds"]),
+        "experiences": len(chains),
+        "experiences_expected": summary["steps"] * rollout["tasks_per_step"] * rollout["rollouts_per_task"],
+        "counted_twice": len(chains) - len({chain.experience_id for chain in chains}),
+        "memory_equals_journal": memorised == solved,
+        "excluded": sum(not outcome.has_reward for outcome in outcomes),
+        "outcomes": {str(outcome): outcomes.count(outcome) for outcome in Outcome},
+        "restarted_attempts": sum(chain.first_attempt.restarts > 0 for chain in chains),
+    }
+    assert result["experiences"] == result["experiences_expected"] and result["counted_twice"] == 0, result
+    assert result["memory_equals_journal"], result
+    return result
+
+
+def clean_clone(folder: Path) -> Path:
+    """Of the commit that is checked out, with the wheels that a user has put into docker/wheels."""
+    problem = missing()
+    if problem:
+        raise Unavailable(problem)
+    shutil.rmtree(folder, ignore_errors=True)
+    clone = folder / "clone"
+    clone.parent.mkdir(parents=True)
+    git("clone", "--quiet", str(ROOT), str(clone))
+    for wheel in (ROOT / "docker" / "wheels").glob("*.whl"):
+        shutil.copy2(wheel, clone / "docker" / "wheels")
+    return clone
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def seconds(action: Callable[[], object]) -> float:
+    start = time.monotonic()
+    action()
+    return round(time.monotonic() - start, 1)
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {"docker-run": across_containers}
