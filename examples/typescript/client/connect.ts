@@ -1,0 +1,65 @@
+/** Channels, deadlines and credentials; unary calls as promises. */
+
+import { readFileSync } from "node:fs";
+
+import * as grpc from "@grpc/grpc-js";
+
+export interface Options {
+  /** Sent as `authorization: Bearer TOKEN`. */
+  token?: string;
+  /** File with the certificate authority of a server with TLS; without it the connection is not encrypted. */
+  ca?: string;
+}
+
+const CALL_SECONDS = 60;
+
+// UNAVAILABLE means "repeat the call"; the contracts say of each call that it may be repeated.
+const RETRIES = JSON.stringify({
+  methodConfig: [
+    {
+      name: [{}],
+      retryPolicy: {
+        maxAttempts: 5,
+        initialBackoff: "0.2s",
+        maxBackoff: "5s",
+        backoffMultiplier: 2,
+        retryableStatusCodes: ["UNAVAILABLE"],
+      },
+    },
+  ],
+});
+
+/** `connect(mulligan.env.v1.EnvService, "127.0.0.1:50051")` is a client of it. */
+export function connect<Client extends grpc.Client>(
+  Service: new (...parameters: ConstructorParameters<typeof grpc.Client>) => Client,
+  address: string,
+  { token, ca }: Options = {},
+): Client {
+  const credentials = ca ? grpc.credentials.createSsl(readFileSync(ca)) : grpc.credentials.createInsecure();
+  return new Service(address, credentials, { interceptors: [prepare(token)], "grpc.service_config": RETRIES });
+}
+
+/** Gives every call the token, and a deadline where it has none. */
+function prepare(token?: string): grpc.Interceptor {
+  return (options, next) =>
+    new grpc.InterceptingCall(next({ ...options, deadline: options.deadline ?? after(CALL_SECONDS) }), {
+      start(metadata, listener, start) {
+        if (token) metadata.set("authorization", `Bearer ${token}`);
+        start(metadata, listener);
+      },
+    });
+}
+
+export function after(seconds: number): Date {
+  return new Date(Date.now() + seconds * 1000);
+}
+
+/** `await unary(env.endEpisode.bind(env), { episodeId })`: the answer, or the error thrown. */
+export function unary<Request, Response>(
+  method: (request: Request, answer: grpc.requestCallback<Response>) => grpc.ClientUnaryCall,
+  request: Request,
+): Promise<Response> {
+  return new Promise((resolve, reject) => {
+    method(request, (error, response) => (error ? reject(error) : resolve(response!)));
+  });
+}

@@ -1,0 +1,38 @@
+/** The constraints that the contract puts on requests (its buf.validate options). */
+
+import { invalidField } from "./errors.js";
+
+const ACTION_BYTES = 4 * 1024 * 1024;
+
+export function checkId(field: string, value: string): void {
+  const length = [...value].length; // characters, not UTF-16 units
+  if (length < 1 || length > 200) throw invalidField(field, "1 to 200 characters");
+}
+
+export function checkRange(field: string, value: number, least: number, most: number): void {
+  if (value < least || value > most) throw invalidField(field, `${least} to ${most}`);
+}
+
+export interface Step {
+  episodeId: string;
+  stepIndex: number;
+  action: string;
+}
+
+export function checkStep(step: Step, path = ""): void {
+  checkId(`${path}episode_id`, step.episodeId);
+  checkRange(`${path}step_index`, step.stepIndex, 0, 2 ** 31 - 1);
+  if (Buffer.byteLength(step.action) > ACTION_BYTES) throw invalidField(`${path}action`, `at most ${ACTION_BYTES} bytes`);
+}
+
+export function checkSteps(steps: Step[]): void {
+  if (steps.length < 1 || steps.length > 1024) throw invalidField("steps", "1 to 1024 items");
+  steps.forEach((step, index) => checkStep(step, `steps[${index}].`));
+  if (new Set(steps.map((step) => step.episodeId)).size < steps.length) {
+    throw invalidField("steps.episode_id", "each episode once");
+  }
+}
+
+export function checkSplit(split: string | number): asserts split is "SPLIT_TRAIN" | "SPLIT_TEST" {
+  if (split !== "SPLIT_TRAIN" && split !== "SPLIT_TEST") throw invalidField("split", "SPLIT_TRAIN or SPLIT_TEST");
+}
