@@ -1,0 +1,125 @@
+"""The manifests, checked without a cluster: against the published schemas, and against images and settings."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from services.common.config import ServiceSettings
+from services.env.config import EnvSettings
+from services.memory.config import MemorySettings
+from services.policy.config import PolicySettings
+from services.trainer.config import TrainerSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docker" / "kubernetes"
+KUSTOMIZATION: dict[str, Any] = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
+MANIFESTS: list[dict[str, Any]] = [
+    manifest for name in KUSTOMIZATION["resources"] for manifest in yaml.safe_load_all((FOLDER / name).read_text())
+]
+SETTINGS: dict[str, type[ServiceSettings]] = {
+    "env": EnvSettings,
+    "policy": PolicySettings,
+    "memory": MemorySettings,
+    "trainer": TrainerSettings,
+}
+
+
+def workload(name: str) -> dict[str, Any]:
+    (found,) = [m for m in MANIFESTS if m["kind"] in ("Deployment", "StatefulSet") and name in m["metadata"]["name"]]
+    return found
+
+
+def dockerfile(name: str) -> str:
+    return (ROOT / "docker" / f"{name}.Dockerfile").read_text()
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda m: f"{m['kind']}-{m['metadata']['name']}")
+def test_each_follows_the_schema(manifest: dict[str, Any]) -> None:
+    kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+
+
+def test_the_schema_notices_a_mistake() -> None:
+    planted = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "x"}, "spec": {"clusterIp": "None"}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="clusterIp"):
+        kubernetes_validate.validate(planted, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_service_is_probed_reached_and_locked_down(name: str) -> None:
+    pod = workload(name)["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    (service,) = [m for m in MANIFESTS if m["kind"] == "Service" and m["metadata"]["name"] == f"mulligan-{name}"]
+    exposed = re.search(r"^EXPOSE (\d+)$", dockerfile(name), re.MULTILINE)
+    assert exposed is not None
+    port = int(exposed[1])
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["ports"][0]["port"] == port
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert workload(name)["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    assert [each["containerPort"] for each in container["ports"]] == [port]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert container[probe]["grpc"]["port"] == port
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    security = pod["spec"]["securityContext"]
+    assert f"USER {security['runAsUser']}:{security['runAsGroup']}" in dockerfile(name)
+    assert security["runAsNonRoot"] and security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["spec"]["automountServiceAccountToken"] is pod["spec"]["enableServiceLinks"] is False
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_variables_name_settings_and_volumes_are_where_the_image_keeps_things(name: str) -> None:
+    spec = workload(name)["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    prefix = f"MULLIGAN_{name.upper()}_"
+    variables = [variable["name"] for variable in container.get("env", [])]
+    assert all(variable.startswith((prefix, "MULLIGAN_CLI_")) for variable in variables)
+    assert {v.removeprefix(prefix).lower() for v in variables if v.startswith(prefix)} <= set(
+        SETTINGS[name].model_fields
+    )
+    claims = {claim["metadata"]["name"] for claim in spec.get("volumeClaimTemplates", [])}
+    volumes = {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounts) == claims | volumes
+    assert all(path == "/tmp" or path in dockerfile(name).split() for path in mounts.values())
+
+
+def test_addresses_are_those_of_services() -> None:
+    services = {m["metadata"]["name"]: m["spec"]["ports"][0]["port"] for m in MANIFESTS if m["kind"] == "Service"}
+    found = 0
+    for name in SETTINGS:
+        for variable in workload(name)["spec"]["template"]["spec"]["containers"][0].get("env", []):
+            if address := re.fullmatch(r"(?:dns:///)?([a-z-]+):(\d+)", variable["value"]):
+                assert services[address[1]] == int(address[2])
+                found += 1
+    assert found == 5
+
+
+def test_no_secret_is_in_the_manifests() -> None:
+    assert not [manifest for manifest in MANIFESTS if manifest["kind"] == "Secret"]
+    assert not KUSTOMIZATION.get("secretGenerator")
+
+
+def test_kustomize_renders_them() -> None:
+    if shutil.which("kubectl") is None:
+        pytest.skip("there is no kubectl; the manifests themselves are checked above")
+    rendered = subprocess.run(
+        ["kubectl", "kustomize", str(FOLDER)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    manifests = list(yaml.safe_load_all(rendered))
+    assert len(manifests) == len(MANIFESTS)
+    for manifest in manifests:
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+        assert manifest["metadata"]["labels"]["app.kubernetes.io/part-of"] == "mulligan"
+    images = {word for word in rendered.split() if word.startswith("mulligan/")}
+    assert images == {f"mulligan/{name}:latest" for name in SETTINGS}
