@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-import tomllib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from services.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, admin_token, endpoint, run
+from services.cli.overrides import read_overrides
 from services.common.inference import PolicyInfo, PolicyVersion
 from services.policy.client import PolicyClient
 
@@ -80,7 +79,7 @@ def load(
 
     Example: `mulligan policy load actor --model Qwen/Qwen3-4B-Instruct-2507 --set context_length=8192`
     """
-    options = _options(override or [])
+    options = read_overrides(override or [])
     folder = Path(model)
     source = str(folder.resolve()) if folder.is_dir() else model
     with Console(stderr=True).status(f"loading {model} …"):
@@ -139,21 +138,6 @@ def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> T:
             await client.close()
 
     return run(main())
-
-
-def _options(overrides: Sequence[str]) -> dict[str, Any]:
-    """Each value is TOML, or a string when it is none, or a date, which no setting is."""
-    found: dict[str, Any] = {}
-    for override in overrides:
-        name, separator, text = override.partition("=")
-        if not separator or not name:
-            sys.exit(f"error: --set {override}: expected NAME=VALUE")
-        try:
-            value: Any = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        found[name] = value if isinstance(value, bool | int | float | str | list | dict) else text
-    return found
 
 
 def _state(info: PolicyInfo) -> str:

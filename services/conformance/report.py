@@ -27,10 +27,12 @@ class Verdict(StrEnum):
 
 
 class Violation(Exception):
-    """The target broke a promise. `came` is what it did instead, in words, a message or a refusal."""
+    """The target broke a promise. `came` is what it did instead, in words, a message or a refusal; `words` is the same
+    without status codes."""
 
-    def __init__(self, demanded: str, came: object, sent: object = "") -> None:
+    def __init__(self, demanded: str, came: object, sent: object = "", words: str = "") -> None:
         self.demanded, self.came, self.sent = demanded, shown(came), shown(sent)
+        self.words = words or shown(getattr(came, "message", came))
         super().__init__(f"{self.demanded}; came: {self.came}" + (f"; sent: {self.sent}" if self.sent else ""))
 
 
@@ -65,7 +67,8 @@ def demand(condition: bool, demanded: str, came: object, sent: object = "") -> N
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`subject` is the environment or policy that was looked at; empty for the server itself."""
+    """`subject` is the environment or policy that was looked at; empty for the server itself. `hint` and `traceback`
+    are for the author of an environment (`local.py`)."""
 
     call: str
     title: str
@@ -76,6 +79,15 @@ class Result:
     demanded: str = ""
     came: str = ""
     why: str = ""
+    words: str = ""
+    hint: str = ""
+    traceback: str = ""
+
+
+def _problem(result: Result) -> str:
+    lines = [f"✗ {result.title}", f"  {result.words}", result.hint and f"  {result.hint}"]
+    lines += [f"    {line}" for line in result.traceback.splitlines()]
+    return "\n".join(filter(None, lines))
 
 
 @dataclass(slots=True)
@@ -95,6 +107,10 @@ class Report:
     def conforms(self) -> bool:
         """Whether something was checked and nothing was violated."""
         return not self.violations and bool(self.of(Verdict.PASSED))
+
+    def problems(self) -> str:
+        """What is wrong, in words: a paragraph per violation, with a traceback where the author's code raised."""
+        return "\n\n".join(_problem(result) for result in self.violations)
 
     def as_dict(self) -> dict[str, Any]:
         """For machines: counts by verdict and every result."""
@@ -153,7 +169,7 @@ async def judge(
         await check.body(given)
         return result(Verdict.PASSED)
     except Violation as error:
-        return result(Verdict.VIOLATED, sent=error.sent, demanded=error.demanded, came=error.came)
+        return result(Verdict.VIOLATED, sent=error.sent, demanded=error.demanded, came=error.came, words=error.words)
     except NotApplicable as error:
         return result(Verdict.NOT_APPLICABLE, why=str(error))
     finally:

@@ -90,9 +90,8 @@ class Target:
     async def connect(self, method: str, request: Any) -> Any:
         """The answer to a first, harmless call; raises Unreachable when there is none."""
         try:
-            return await self._methods[method](
-                request, timeout=min(self.timeout, CONNECT_SECONDS), metadata=self.metadata(method), wait_for_ready=True
-            )
+            timeout = min(self.timeout, CONNECT_SECONDS)
+            return await self._methods[method](request, timeout=timeout, metadata=self.metadata(method))
         except grpc.aio.AioRpcError as error:
             code = error.code()
             hint = {
@@ -192,7 +191,8 @@ def as_demanded(answer: Any, request: Any, code: str, reason: str, *metadata: st
     keys = f" with metadata {', '.join(f'`{key}`' for key in metadata)}" if metadata else ""
     demanded = f"{code} {reason}{keys}"
     if not isinstance(answer, Refusal):
-        raise Violation(demanded, f"an answer: {shown(answer)}", request)
+        fields = shown(request).partition(" ")[2]
+        raise Violation(demanded, f"an answer: {shown(answer)}", request, words=f"with {fields} it should have refused")
     if (answer.code, answer.reason) != (code, reason) or any(not answer.metadata.get(key) for key in metadata):
         raise Violation(demanded, answer, request)
     return answer

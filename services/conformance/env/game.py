@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 from mulligan.common.v1 import outcome_pb2
@@ -75,14 +75,39 @@ class Episode:
             await self.step(action)
         return self
 
-    def shows(self) -> list[tuple[Any, ...]]:
+    def shows(self) -> list[Shown]:
         """What an agent sees and gets, from the first observation on."""
-        seen: list[tuple[Any, ...]] = [(self.begun.observation, self.begun.player)]
-        for step in self.steps:
-            reward = step.reward if step.HasField("reward") else None
-            rest = (step.done, step.outcome, step.feedback, step.tool, step.player, tuple(step.rewards))
-            seen.append((step.observation, step.action, reward, *rest))
-        return seen
+        first: Shown = {"observation": self.begun.observation, "player": self.begun.player}
+        return [first, *map(_shown, self.steps)]
+
+
+Shown: TypeAlias = dict[str, Any]
+
+
+def _shown(step: pb.StepEpisodeResponse) -> Shown:
+    return {
+        "observation": step.observation,
+        "action": step.action,
+        "reward": step.reward if step.HasField("reward") else None,
+        "done": step.done,
+        "outcome": outcome_pb2.Outcome.Name(step.outcome),
+        "feedback": step.feedback,
+        "tool": step.tool,
+        "player": step.player,
+        "rewards": tuple(step.rewards),
+    }
+
+
+def difference(found: Sequence[Shown], expected: Sequence[Shown]) -> str:
+    """Where two plays part, in words; empty for equal ones."""
+    for number, (one, other) in enumerate(zip_longest(found, expected)):
+        if one != other:
+            when = f"after step {number - 1}" if number else "at the start"
+            if one is None or other is None:
+                return f"{when} one was over and the other went on"
+            parts = (f"{key} {one[key]!r:.120} and {other[key]!r:.120}" for key in one if one[key] != other[key])
+            return f"{when} {', '.join(parts)}"
+    return ""
 
 
 class Game:
@@ -93,7 +118,9 @@ class Game:
         self.random = random.Random(f"{options.seed}/{info.name}")
         self._tasks: list[pb.TaskInfo] | None = None
         self._samples: list[Episode] | None = None
+        self.hostile: list[Episode] | None = None  # what `hostile.py` played
         self._unplayable = ""
+        self._varies: bool | None = None
 
     @property
     def name(self) -> str:
@@ -108,6 +135,20 @@ class Game:
         self.available()
         if not self.info.deterministic:
             raise NotApplicable("the environment does not say that it is deterministic")
+
+    async def comparable(self) -> None:
+        """Raises NotApplicable where one play says nothing about another: the environment isn't deterministic, or says
+        that it is and is not, which is a violation of its own."""
+        self.deterministic()
+        if self._varies is None:
+            plays = [(task.task_id, self.moves()) for task in await self.tasks(2)]
+            first, again = [
+                [await (await self.start(task_id)).play(moves) for task_id, moves in plays] for _ in range(2)
+            ]
+            parted = [difference(one.shows(), other.shows()) for one, other in zip(first, again, strict=True)]
+            self._varies = any(parted)
+        if self._varies:
+            raise NotApplicable("episodes of one task with the same actions differ, so that nothing can be compared")
 
     async def tasks(self, count: int) -> list[pb.TaskInfo]:
         """At least one and at most `count`, of both splits in turn."""

@@ -27,11 +27,15 @@ _PLACEHOLDERS = {
 async def numbers(game: Game) -> None:
     game.available()
     info = game.info
-    demand(info.max_steps >= 1, "max_steps is at least 1", info.max_steps)
-    demand(math.isfinite(info.max_reward), "max_reward is finite", info.max_reward)
-    demand(info.player_count >= 1, "player_count is at least 1: one agent is one player", info.player_count)
+    demand(info.max_steps >= 1, "max_steps is at least 1", f"max_steps is {info.max_steps}")
+    demand(math.isfinite(info.max_reward), "max_reward is finite", f"max_reward is {info.max_reward}")
+    demand(
+        info.player_count >= 1,
+        "player_count is at least 1: one agent is one player",
+        f"player_count is {info.player_count}",
+    )
     counts = (info.train_task_count, info.test_task_count)
-    demand(min(counts) >= 0, "task counts are not negative", counts)
+    demand(min(counts) >= 0, "task counts are not negative", f"the counts are {counts}")
 
 
 @suite.check("ListEnvironments", "each prompt is there and has its placeholders")
@@ -39,9 +43,9 @@ async def prompts(game: Game) -> None:
     game.available()
     for name, placeholders in _PLACEHOLDERS.items():
         text = getattr(game.info.prompts, name)
-        demand(bool(text), f"prompts.{name} is not empty", "an empty text")
+        demand(bool(text), f"prompts.{name} is not empty", f"prompts.{name} is empty")
         missing = [placeholder for placeholder in placeholders if placeholder not in text]
-        demand(not missing, f"prompts.{name} contains {' and '.join(missing)}", text)
+        demand(not missing, f"prompts.{name} contains {' and '.join(missing)}", f"prompts.{name} is {text!r:.200}")
 
 
 @suite.check("ListEnvironments", "tools have a name and a JSON schema of an object")
@@ -82,9 +86,15 @@ async def whole(game: Game) -> None:
     for split, count in zip(SPLITS, (game.info.train_task_count, game.info.test_task_count), strict=True):
         tasks, all_of_them = await walk(game, split, 50)
         if all_of_them:
-            demand(len(tasks) == count, f"{count} tasks in {_split(split)}, as EnvironmentInfo says", len(tasks))
+            demand(
+                len(tasks) == count,
+                f"{count} tasks in {_split(split)}, as EnvironmentInfo says",
+                f"it lists {len(tasks)}",
+            )
         else:
-            demand(count >= len(tasks), f"{_split(split)} has at least as many tasks as it lists", count)
+            demand(
+                count >= len(tasks), f"{_split(split)} has at least as many tasks as it lists", f"its count is {count}"
+            )
         for task in tasks:
             demand(task.split == split, f"the split of each task is {_split(split)}, which was asked for", task)
             demand(math.isfinite(task.difficulty), "a difficulty is a finite number", task)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from services.conformance.env import rules
-from services.conformance.env.game import Episode, Game
-from services.conformance.report import NotApplicable, Suite, Violation
+from services.conformance.env.game import Episode, Game, difference
+from services.conformance.report import NotApplicable, Suite, Violation, demand
 
 suite: Suite[Game] = Suite()
 
@@ -67,9 +67,7 @@ async def deterministic(game: Game) -> None:
 
 
 def same_play(first: Episode, second: Episode) -> None:
-    """Raises Violation at the first answer that differs."""
-    for number, (one, other) in enumerate(zip(first.shows(), second.shows(), strict=False)):
-        if one != other:
-            when = f"after {number} steps" if number else "at the start"
-            came = f"task {first.task_id!r} showed {one} {when}, and another time {other}"
-            raise Violation("the same task and actions lead to the same observations and rewards", came, first.actions)
+    """Raises Violation where they part."""
+    parted = difference(first.shows(), second.shows())
+    came = f"task {first.task_id!r} was played twice with the same actions: {parted}"
+    demand(not parted, "the same task and actions lead to the same observations and rewards", came, first.actions)

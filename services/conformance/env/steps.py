@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any
 
 from google.rpc import code_pb2
 from mulligan.env.v1 import env_service_pb2 as pb
 
-from services.conformance.env.game import SIDE_BY_SIDE, Episode, Game, gathered
-from services.conformance.report import NotApplicable, Suite, Violation, demand
+from services.conformance.env.game import SIDE_BY_SIDE, Episode, Game, difference, gathered
+from services.conformance.report import NotApplicable, Suite, demand
 from services.conformance.target import Refusal
 
 suite: Suite[Game] = Suite()
@@ -54,7 +53,7 @@ async def repeated_later(game: Game) -> None:
 
 @suite.check("StepEpisode", "a repeated step is not played again: the episode goes on as if it had come once")
 async def played_once(game: Game) -> None:
-    game.deterministic()
+    await game.comparable()
     moves = game.moves()
     for task in await game.tasks(3):
         plain = await (await game.start(task.task_id)).play(moves)
@@ -70,7 +69,7 @@ async def played_once(game: Game) -> None:
 
 @suite.check("StepEpisode", "copies of a step that come at the same time are played once and answered alike")
 async def concurrent(game: Game) -> None:
-    moves = game.moves()
+    moves, played = game.moves(), []
     for task in await game.tasks(3):
         episode = await game.start(task.task_id)
         for action in moves[:6]:
@@ -81,16 +80,17 @@ async def concurrent(game: Game) -> None:
             different = [answer for answer in answers if answer != answers[0]]
             demand(not different, f"{SIDE_BY_SIDE} times {answers[0]}", different[:1], request)
             episode.took(action, answers[0])
-        if game.info.deterministic:
-            plain = await (await game.start(task.task_id)).play(episode.actions)
-            _demand_same(episode, plain, f"{SIDE_BY_SIDE} copies of each step were sent at the same time")
+        played.append(episode)
+    await game.comparable()
+    for episode in played:
+        plain = await (await game.start(episode.task_id)).play(episode.actions)
+        _demand_same(episode, plain, f"{SIDE_BY_SIDE} copies of each step were sent at the same time")
 
 
 def _demand_same(found: Episode, plain: Episode, how: str) -> None:
-    for number, (one, other) in enumerate(zip_longest(found.shows(), plain.shows(), fillvalue="none: it was over")):
-        if one != other:
-            came = f"answer {number} of task {found.task_id!r} was {one}, and without that it is {other}"
-            raise Violation(f"the same episode, although {how}", came)
+    parted = difference(found.shows(), plain.shows())
+    came = f"task {found.task_id!r} was played so and, for comparison, plainly: {parted}"
+    demand(not parted, f"the same episode, although {how}", came, found.actions)
 
 
 @suite.check("StepEpisode", "an index that was played with another action is FAILED_PRECONDITION STEP_CONFLICT")
@@ -175,7 +175,7 @@ async def batch_in_order(game: Game) -> None:
 
 @suite.check("StepEpisodes", "a batch plays what single steps would, in a deterministic environment")
 async def batch_plays(game: Game) -> None:
-    game.deterministic()
+    await game.comparable()
     moves = game.moves()
     tasks = [task.task_id for task in await game.tasks(3)]
     plain = [await (await game.start(task_id)).play(moves) for task_id in tasks]

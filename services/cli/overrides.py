@@ -1,0 +1,24 @@
+"""`--set NAME=VALUE`, as several commands take it."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+
+def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings by name; ends the program at what is not NAME=VALUE. Each value is TOML, or a string when it is none, or a
+    date, which no setting is."""
+    found: dict[str, Any] = {}
+    for override in overrides:
+        name, separator, text = override.partition("=")
+        if not separator or not name:
+            sys.exit(f"error: --set {override}: expected NAME=VALUE")
+        try:
+            value: Any = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        found[name] = value if isinstance(value, bool | int | float | str | list | dict) else text
+    return found

@@ -1,0 +1,127 @@
+"""For the author of an environment: serves it in this process and says what is wrong with it, in words.
+
+`check_environment("my_package.my_environment").conforms` is what its test asks for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import structlog
+
+from services.common.server import RequestInterceptor
+from services.conformance.author import SUITE, WORDS, Made, typed_info
+from services.conformance.env import ENVIRONMENT
+from services.conformance.env.game import Game, Options
+from services.conformance.env.run import METHODS
+from services.conformance.env.run import target as connect
+from services.conformance.recorded import Recorded
+from services.conformance.replay import make
+from services.conformance.report import Check, Report, Result, Verdict, judge
+from services.conformance.target import Session
+from services.env.base import Environment, close
+from services.env.episodes import EpisodeTable
+from services.env.servicer import add_to_server
+from services.env.workers import WorkerPool
+
+_THREADS, _HANGING = 8, 64
+_MESSAGE_BYTES = 64 * 2**20
+
+
+def check_environment(
+    kind: str,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    actions: int = 300,
+    known: Sequence[str] = (),
+    seed: int = 0,
+    step_seconds: float = 30.0,
+    on_result: Callable[[Result], None] = lambda result: None,
+) -> Report:
+    """Plays the environment over gRPC and looks at its class. Blocks; for code that runs no event loop.
+
+    `kind` is as in a server's settings: a file in `services/env/envs/`, or a module with a dot in its name. `known` are
+    actions that mean something in it: they are played among `actions` random and hostile ones. A step that takes longer
+    than `step_seconds` hangs. `report.conforms` says whether all is well, `report.problems()` what is not.
+
+    Raises ValueError when the environment cannot be made: bad settings, or packages that are missing.
+    """
+    options = Options(actions, seed, tuple(known))
+    environment = make(kind, settings or {})
+    if environment.info.unavailable:
+        raise ValueError(f"{kind}: {environment.info.unavailable}")
+    try:
+        with _without_log():
+            return asyncio.run(_check(Made(kind, dict(settings or {}), environment, options), step_seconds, on_result))
+    finally:
+        close(environment)
+
+
+async def _check(made: Made, step_seconds: float, on_result: Callable[[Result], None]) -> Report:
+    report = Report("environment", made.kind)
+    recorded = Recorded(made.environment)
+
+    def add(result: Result, hint: str, *, told: bool = True) -> None:
+        raised = recorded.raised[-1] if recorded.raised else ""
+        if result.verdict is Verdict.VIOLATED:
+            result = replace(result, hint=hint, traceback=raised)
+        report.results.append(result)
+        if told or result.verdict is Verdict.VIOLATED:
+            on_result(result)
+
+    for own in SUITE.checks:
+        recorded.raised.clear()
+        result = await judge(own, replace(made, environment=recorded))
+        add(result, made.hint(own.body))
+        if own.body is typed_info and result.verdict is Verdict.VIOLATED:
+            return report  # no server could tell of it
+    async with _served(made.info.name, recorded, step_seconds) as address:
+        target = connect(address, timeout=step_seconds + 30.0)
+        (info,) = (await target.connect(*METHODS)).environments
+        game = Game(Session(target), info, made.options)
+        for check in ENVIRONMENT.checks:
+            recorded.raised.clear()
+            words = WORDS.get(check.body)
+            shown: Check[Game] = replace(check, call="", title=words.title) if words else check
+            result = await judge(shown, game, clean_up=game.session.clean_up)
+            add(result, words.hint if words else "", told=words is not None)
+        await target.close()
+    return report
+
+
+@asynccontextmanager
+async def _served(name: str, environment: Environment, step_seconds: float) -> AsyncIterator[str]:
+    """The address at which this process serves the environment."""
+    workers = WorkerPool(_THREADS, step_seconds, _HANGING)
+    table = EpisodeTable({name: environment}, workers)
+    options = [
+        ("grpc.max_send_message_length", _MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+    ]
+    server = grpc.aio.server(interceptors=[RequestInterceptor({})], options=options)
+    add_to_server(server, table)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(1.0)
+        await table.close(5.0)
+        workers.close()
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    """The server's log would say in its way what the report says in words."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
