@@ -33,6 +33,7 @@ __all__ = [
     "Environment",
     "EnvironmentInfo",
     "Episode",
+    "Faulted",
     "Forkable",
     "MissingExtra",
     "PromptSet",
@@ -78,6 +79,10 @@ class Environment(Protocol):
 
 class UnknownTask(LookupError):
     """The task id is not one of the environment's."""
+
+
+class Faulted(Exception):
+    """An environment failed; the message says all that is known of it."""
 
 
 class MissingExtra(Exception):

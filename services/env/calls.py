@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from services.common.errors import DomainError, Reason
 from services.common.types import EpisodeStep, Outcome
-from services.env.base import Environment, Episode, StepResult, UnknownTask, close
+from services.env.base import Environment, Episode, Faulted, StepResult, UnknownTask, close
 from services.env.workers import Job, TimedOut
 
 _ERROR_LENGTH = 500
@@ -88,18 +88,22 @@ def failed_step(result: object) -> EpisodeStep:
 
 
 def start_error(environment: str, task_id: str, error: object) -> DomainError:
+    if isinstance(error, DomainError):
+        return error
     if isinstance(error, UnknownTask):
         return DomainError(Reason.UNKNOWN_TASK, f"{environment!r} has no task {task_id!r}")
     return DomainError(Reason.ENVIRONMENT_FAILED, f"{environment!r} could not start {task_id!r}: {describe(error)}")
 
 
 def fork_error(environment: str, episode_id: str, error: object) -> DomainError:
+    if isinstance(error, DomainError):
+        return error
     return DomainError(Reason.ENVIRONMENT_FAILED, f"{environment!r} could not fork {episode_id!r}: {describe(error)}")
 
 
 def describe(error: object) -> str:
-    text = f"{type(error).__name__}: {error}"[:_ERROR_LENGTH]
-    return text.encode("utf-8", "replace").decode()
+    text = str(error) if isinstance(error, Faulted) else f"{type(error).__name__}: {error}"
+    return text[:_ERROR_LENGTH].encode("utf-8", "replace").decode()
 
 
 def _player(player: object, players: int) -> int:

@@ -1,8 +1,9 @@
 """Settings of the environment service, and which environments it serves.
 
 Each TOML table `[environments.NAME]` is one: `kind` is the module that makes it, `feedback` how much an agent is told
-at the end (full, unary or silent), the rest are that environment's own settings. A kind without a dot is a file in
-`services/env/envs/`; one with a dot is any module that can be imported:
+at the end (full, unary or silent), `untrusted` whether its code runs in processes with limits (`sandbox.py`), the rest
+are that environment's own settings. A kind without a dot is a file in `services/env/envs/`; one with a dot is any
+module that can be imported:
 
     [environments.small-lake]
     kind = "frozenlake"
@@ -12,16 +13,15 @@ at the end (full, unary or silent), the rest are that environment's own settings
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from services.common.config import ServiceSettings
-from services.env.base import Environment, EnvironmentInfo, MissingExtra, PromptSet, Split, TaskInfo, UnknownTask
+from services.env.base import Environment
 from services.env.episodes import Limits
-from services.env.feedback import Feedback, with_feedback
+from services.env.load import load_or_explain
 
 DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "frozenlake": {"kind": "frozenlake"},
@@ -50,47 +50,20 @@ class EnvSettings(ServiceSettings):
 
     def create_environments(self) -> dict[str, Environment]:
         """Raises ValueError that names the setting."""
-        return {name: _create(name, dict(settings)) for name, settings in self.environments.items()}
+        return {name: self._create(name, table) for name, table in self.environments.items()}
 
+    def _create(self, name: str, table: Mapping[str, Any]) -> Environment:
+        settings = dict(table)
+        untrusted = settings.pop("untrusted", False)
+        if not isinstance(untrusted, bool):
+            raise ValueError(f"environments.{name}.untrusted: expected true or false, not {untrusted!r}")
+        if not untrusted:
+            return load_or_explain(name, settings)
+        from services.env import sandbox
 
-def _create(name: str, settings: dict[str, Any]) -> Environment:
-    kind = settings.pop("kind", None)
-    if not isinstance(kind, str) or not kind:
-        raise ValueError(f"environments.{name}.kind: names the module that makes the environment, e.g. frozenlake")
-    given = settings.pop("feedback", Feedback.FULL)
-    if given not in tuple(Feedback):
-        raise ValueError(f"environments.{name}.feedback: expected {', '.join(Feedback)}, not {given!r}")
-    module = kind if "." in kind else f"services.env.envs.{kind}"
-    try:
-        create = importlib.import_module(module).create
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"environments.{name}.kind: {kind!r} is no environment: {error}") from error
-    try:
-        environment: Environment = create(name, settings)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"environments.{name}: {error}") from error
-    except MissingExtra as error:
-        return _Unavailable(name, str(error))
-    return with_feedback(environment, Feedback(given))
-
-
-class _Unavailable:
-    """Stands for an environment that is not installed, so that a client is told why and what to install."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        self.info = EnvironmentInfo(
-            name=name,
-            description="not installed",
-            prompts=PromptSet("", "", "", "", "", "", "", ""),
-            max_steps=0,
-            max_reward=0.0,
-            deterministic=False,
-            task_counts=dict.fromkeys(Split, 0),
-            unavailable=reason,
-        )
-
-    def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
-        return ()
-
-    def start(self, task_id: str) -> NoReturn:
-        raise UnknownTask(f"{self.info.name!r} {self.info.unavailable}")
+        given = {key: settings.pop(key) for key in sandbox.LIMITS if key in settings}
+        try:
+            limits = sandbox.read_limits(given)
+        except ValueError as error:
+            raise ValueError(f"environments.{name}: {error}") from error
+        return sandbox.sandboxed(name, settings, limits, self.step_timeout_seconds)

@@ -265,8 +265,10 @@ class EpisodeTable:
             self._release(record)
 
     async def close(self, seconds: float) -> None:
-        """Ends every episode and closes the environments; waits for what they hold to be freed, at most this long."""
-        for episode_id in tuple(self._live):
+        """Ends every episode and closes the environments; waits for what they hold to be freed, at most this long.
+        Calls under way are given up."""
+        for episode_id, record in tuple(self._live.items()):
+            record.calling = False
             self.end(episode_id)
         try:
             async with asyncio.timeout(seconds):

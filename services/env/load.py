@@ -1,0 +1,61 @@
+"""Makes an environment of its table in the configuration: in the server, or in the process of an untrusted one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from services.env.base import Environment, EnvironmentInfo, MissingExtra, PromptSet, Split, TaskInfo, UnknownTask
+from services.env.feedback import Feedback, with_feedback
+
+
+def load(name: str, table: Mapping[str, Any]) -> Environment:
+    """Raises ValueError that names the setting, and MissingExtra."""
+    settings = dict(table)
+    kind = settings.pop("kind", None)
+    if not isinstance(kind, str) or not kind:
+        raise ValueError(f"environments.{name}.kind: names the module that makes the environment, e.g. frozenlake")
+    given = settings.pop("feedback", Feedback.FULL)
+    if given not in tuple(Feedback):
+        raise ValueError(f"environments.{name}.feedback: expected {', '.join(Feedback)}, not {given!r}")
+    module = kind if "." in kind else f"services.env.envs.{kind}"
+    try:
+        create = importlib.import_module(module).create
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"environments.{name}.kind: {kind!r} is no environment: {error}") from error
+    try:
+        environment: Environment = create(name, settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"environments.{name}: {error}") from error
+    return with_feedback(environment, Feedback(given))
+
+
+class Unavailable:
+    """Stands for an environment that is not installed, so that a client is told why and what to install."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.info = EnvironmentInfo(
+            name=name,
+            description="not installed",
+            prompts=PromptSet("", "", "", "", "", "", "", ""),
+            max_steps=0,
+            max_reward=0.0,
+            deterministic=False,
+            task_counts=dict.fromkeys(Split, 0),
+            unavailable=reason,
+        )
+
+    def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
+        return ()
+
+    def start(self, task_id: str) -> NoReturn:
+        raise UnknownTask(f"{self.info.name!r} {self.info.unavailable}")
+
+
+def load_or_explain(name: str, table: Mapping[str, Any]) -> Environment:
+    """Raises ValueError that names the setting. What lacks packages is listed as unavailable."""
+    try:
+        return load(name, table)
+    except MissingExtra as error:
+        return Unavailable(name, str(error))

@@ -1,0 +1,367 @@
+"""Untrusted environments: none of their code runs in the server. An option of every environment, `untrusted` in its
+table, with `memory_mb` and `subprocesses`.
+
+A process of its own loads the environment (`sandbox_host.py`) and forks one for each episode, which shares what was
+loaded until it writes to it: a start costs milliseconds. What an episode's process does (raise, hang, eat memory,
+crash, write nonsense to its connection) ends that episode alone; the end of the process that forks them ends its
+episodes, and the next start brings another.
+
+This bounds what faulty code can do. It is no jail for hostile code, which can read the files that the server's user can
+read, and use the network: give that a container.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import msgspec
+import structlog
+
+from services.common.errors import DomainError, Reason
+from services.env.base import (
+    Environment,
+    EnvironmentInfo,
+    Faulted,
+    Split,
+    StepResult,
+    TaskInfo,
+    UnknownTask,
+    read_settings,
+)
+from services.env.load import Unavailable
+from services.env.sandbox_pipe import First, Garbled, Reply, Request, receive, send
+from services.env.workers import TimedOut
+
+log = structlog.get_logger()
+_MEMORY_STATUS = 77  # as in `sandbox_host.py`, which only runs on Linux
+_RETRY_AFTER = timedelta(seconds=1.0)
+_CONTROL_SECONDS = 10.0  # for a process that only forks and ends others
+# The kernel ends a host with the *thread* that started it: this one lives as long as the server.
+_SPAWNER = ThreadPoolExecutor(1, "sandbox")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`memory_mb`: what loading may take, and what each process after that may take on top. `subprocesses`: whether the
+    code may start processes, each of which has these limits; then episodes can also be forked, as their processes are.
+    `load_seconds`: how long loading may take."""
+
+    memory_mb: int = 1024
+    subprocesses: bool = False
+    load_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.memory_mb < 1:
+            raise ValueError(f"memory_mb must be at least 1, not {self.memory_mb}")
+        if self.load_seconds <= 0:
+            raise ValueError(f"load_seconds must be more than 0, not {self.load_seconds:g}")
+
+
+LIMITS = tuple(field.name for field in Limits.__dataclass_fields__.values())
+
+
+def read_limits(values: Mapping[str, object]) -> Limits:
+    """Raises ValueError that names the setting."""
+    if not sys.platform.startswith("linux"):
+        raise ValueError("untrusted: environments run in processes with limits on Linux alone")
+    try:
+        importlib.import_module("pyseccomp")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ValueError(f"untrusted: needs the system's libseccomp (package libseccomp2): {error}") from error
+    return read_settings(Limits, values)
+
+
+class _HostLost(Exception):
+    """The process that forks episodes is gone; the message says why."""
+
+
+class _Host:
+    """One process that has loaded the environment. Used from many threads."""
+
+    def __init__(self, name: str, table: Mapping[str, Any], limits: Limits) -> None:
+        """Raises ValueError that names a setting, and _HostLost."""
+        self._lock = threading.Lock()
+        self._lost = ""
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            arguments = (theirs.fileno(), os.getpid(), limits.memory_mb * 2**20, int(limits.subprocesses))
+            self._process = _SPAWNER.submit(_spawn, theirs.fileno(), [str(argument) for argument in arguments]).result()
+        reply = self.ask(Request("load", name, dict(table)), seconds=limits.load_seconds)
+        if reply.problem or reply.kind:
+            self.close()
+        if reply.kind == "missing extra":
+            self.info = Unavailable(name, reply.problem).info
+        elif reply.kind == "memory":
+            raise ValueError(f"environments.{name}: loading it took more than memory_mb = {limits.memory_mb}")
+        elif reply.problem:
+            raise ValueError(reply.problem if reply.kind == "setting" else f"environments.{name}: {reply.problem}")
+        else:
+            self.info = msgspec.msgpack.decode(reply.result, type=EnvironmentInfo)
+
+    @property
+    def lost(self) -> bool:
+        return bool(self._lost)
+
+    def ask(self, request: Request, descriptor: int | None = None, seconds: float = _CONTROL_SECONDS) -> Reply:
+        with self._lock:
+            if not self._lost:
+                try:
+                    send(self._control, request, descriptor, seconds)
+                    received = receive(self._control, Reply, seconds)
+                    if received is not None:
+                        return received[0]
+                    self._lost = _ending(self._stopped(_CONTROL_SECONDS))
+                except TimeoutError:
+                    self._lost = f"did not answer within {seconds:g} s"
+                except OSError:
+                    self._lost = _ending(self._stopped(_CONTROL_SECONDS))
+                except Garbled as error:
+                    self._lost = str(error)
+                self._stopped(0.0)
+            raise _HostLost(f"the process that loaded the environment {self._lost}")
+
+    def end(self, process: int) -> int:
+        """Kills a process; its status, as of waitpid."""
+        return msgspec.msgpack.decode(self.ask(Request("end", process=process)).result, type=int)
+
+    def close(self) -> None:
+        with self._lock:
+            self._lost = self._lost or "was closed"
+            self._control.close()
+            self._stopped(_CONTROL_SECONDS)
+
+    def _stopped(self, seconds: float) -> int:
+        """The status of the process, which is killed if it does not end in time."""
+        try:
+            status = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        return status
+
+
+def _spawn(descriptor: int, arguments: list[str]) -> subprocess.Popen[bytes]:
+    """With nothing of the server's variables but where Python looks for modules."""
+    variables = {
+        "PATH": os.defpath,
+        "LANG": "C.UTF-8",
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "OMP_NUM_THREADS": "1",  # a pool of threads would not survive a fork
+        "MALLOC_ARENA_MAX": "2",  # each arena takes address space, which is what is limited
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "services.env.sandbox_host", *arguments],
+        env=variables,
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+class _Process:
+    """One process of an episode, or of a listing."""
+
+    def __init__(self, host: _Host, limits: Limits, seconds: float, connection: socket.socket, process: int) -> None:
+        self._host, self._limits, self._seconds = host, limits, seconds
+        self._connection, self._id = connection, process
+        self._lock = threading.Lock()
+        self._ended: str | None = None  # how
+
+    def ask(self, request: Request, kind: type[T]) -> T:
+        self._send(request)
+        return self.answer(kind)
+
+    def answer(self, kind: type[T]) -> T:
+        """Raises UnknownTask, TimedOut, and Faulted for all else. After the latter two the process is gone."""
+        try:
+            received = receive(self._connection, Reply, self._seconds)
+            if received is None:
+                raise Faulted(self.end())
+            reply, descriptor = received
+            if descriptor is not None:
+                os.close(descriptor)
+            if reply.kind == "unknown task":
+                raise UnknownTask(reply.problem)
+            if reply.kind == "memory":
+                raise Faulted(self._too_much_memory())
+            if reply.problem:
+                raise Faulted(reply.problem)
+            return msgspec.msgpack.decode(reply.result, type=kind)
+        except TimeoutError:
+            self.end()
+            raise TimedOut(f"not finished within {self._seconds:g} s") from None
+        except Garbled as error:
+            self.end()
+            raise Faulted(f"its process {error}") from None
+        except msgspec.ValidationError as error:
+            self.end()
+            raise Faulted(f"its answer has another type than it should: {error}") from None
+        except OSError:
+            raise Faulted(self.end()) from None
+
+    def fork(self) -> tuple[_Process, First]:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._send(Request("fork"), theirs.fileno())
+        copied = _Process(self._host, self._limits, self._seconds, ours, 0)
+        first = copied.answer(First)
+        copied._id = first.process
+        return copied, first
+
+    def end(self) -> str:
+        """Kills it, where it still runs; how it ended."""
+        with self._lock:
+            if self._ended is None:
+                with suppress(OSError):
+                    self._connection.shutdown(socket.SHUT_RDWR)
+                self._ended = self._end()
+                self._connection.close()
+            return self._ended
+
+    def _end(self) -> str:
+        if not self._id:
+            return "its process did not start"
+        try:
+            waited = self._host.end(self._id)
+        except _HostLost as error:
+            return str(error)
+        if waited < 0:
+            return "its process is unknown"
+        status = os.waitstatus_to_exitcode(waited)
+        return self._too_much_memory() if status == _MEMORY_STATUS else f"its process {_ending(status)}"
+
+    def _send(self, request: Request, descriptor: int | None = None) -> None:
+        try:
+            send(self._connection, request, descriptor, self._seconds)
+        except TimeoutError:
+            self.end()
+            raise TimedOut(f"not finished within {self._seconds:g} s") from None
+        except OSError:
+            raise Faulted(self.end()) from None
+
+    def _too_much_memory(self) -> str:
+        return f"used more than memory_mb = {self._limits.memory_mb}"
+
+
+def _ending(status: int) -> str:
+    if status >= 0:
+        return f"exited with status {status}"
+    name = signal.Signals(-status).name if -status in tuple(signal.Signals) else "unknown"
+    return f"ended with signal {-status} ({name})"
+
+
+class SandboxedEpisode:
+    def __init__(self, process: _Process, observation: str, player: int) -> None:
+        self.observation, self.player = observation, player
+        self._process = process
+
+    def step(self, action: str) -> StepResult:
+        return self._process.ask(Request("step", action), StepResult)
+
+    def fork(self) -> SandboxedEpisode:
+        copied, _ = self._process.fork()
+        return SandboxedEpisode(copied, self.observation, self.player)
+
+    def close(self) -> None:
+        self._process.end()
+
+
+class Sandboxed:
+    """An environment whose code runs elsewhere. `seconds` bounds each call into it."""
+
+    def __init__(self, name: str, table: Mapping[str, Any], limits: Limits, seconds: float) -> None:
+        """Raises ValueError that names the setting."""
+        self._name, self._table, self._limits, self._seconds = name, dict(table), limits, seconds
+        self._lock = threading.Lock()
+        self._loading: Future[_Host] | None = None
+        try:
+            self._host = _Host(name, table, limits)
+        except _HostLost as error:
+            raise ValueError(f"environments.{name}: {error}") from error
+        can_fork = limits.subprocesses and not self._host.info.unavailable
+        self.info = replace(self._host.info, can_fork=can_fork)
+
+    def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
+        process = self._start(Request("list", split=split, offset=offset, limit=limit))
+        try:
+            return process.answer(list[TaskInfo])
+        finally:
+            process.end()
+
+    def start(self, task_id: str) -> SandboxedEpisode:
+        process = self._start(Request("start", task_id))
+        try:
+            first = process.answer(First)
+        except BaseException:
+            process.end()
+            raise
+        return SandboxedEpisode(process, first.observation, first.player)
+
+    def close(self) -> None:
+        self._host.close()
+
+    def _start(self, request: Request) -> _Process:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            host = self._running()
+            try:
+                reply = host.ask(request, theirs.fileno())
+            except _HostLost:  # that is found out only now
+                host = self._running()
+                try:
+                    reply = host.ask(request, theirs.fileno())
+                except _HostLost as error:
+                    raise Faulted(str(error)) from error
+        if reply.problem:
+            raise Faulted(reply.problem)
+        return _Process(host, self._limits, self._seconds, ours, msgspec.msgpack.decode(reply.result, type=int))
+
+    def _running(self) -> _Host:
+        """The host. One that is lost is replaced meanwhile: raises CAPACITY_REACHED while that takes long, and Faulted
+        when it fails."""
+        with self._lock:
+            if not self._host.lost:
+                return self._host
+            if self._loading is None or self._loading.done():
+                log.warning("an untrusted environment is loaded again", environment=self._name)
+                self._loading = Future()
+                threading.Thread(target=self._load, args=(self._loading,), name="loading", daemon=True).start()
+            loading = self._loading
+        try:
+            return loading.result(self._seconds / 2)
+        except TimeoutError:
+            message = f"{self._name!r} is being loaded again: its process was lost"
+            raise DomainError(Reason.CAPACITY_REACHED, message, retry_after=_RETRY_AFTER) from None
+        except (ValueError, _HostLost) as error:
+            raise Faulted(f"it could not be loaded again: {error}") from error
+
+    def _load(self, loading: Future[_Host]) -> None:
+        try:
+            host = _Host(self._name, self._table, self._limits)
+        except BaseException as error:  # noqa: BLE001 - who waits for it gets it
+            loading.set_exception(error)
+            return
+        with self._lock:
+            self._host = host
+        loading.set_result(host)
+
+
+def sandboxed(name: str, table: Mapping[str, Any], limits: Limits, seconds: float) -> Environment:
+    """What is not installed is listed as unavailable."""
+    environment = Sandboxed(name, table, limits, seconds)
+    return Unavailable(name, environment.info.unavailable) if environment.info.unavailable else environment
