@@ -15,6 +15,7 @@ INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cks
 BUF_VERSION := 1.75.0
 BUF_HOME := .stamps/buf-$(BUF_VERSION)
 export BUF := $(BUF_HOME)/node_modules/.bin/buf
+RELEASED := proto/released/v1.binpb
 # Without npm only the test suite runs, and it reports the lint of the contracts as skipped.
 MAYBE_BUF := $(if $(shell command -v npm),$(BUF))
 
@@ -24,7 +25,7 @@ OPENENV := $(OPENENV_HOME)/.installed-$(shell cksum < $(OPENENV_PINS) | cut -d' 
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: install
 install: $(INSTALLED) ## create .venv with the exact versions of constraints.txt
@@ -67,15 +68,23 @@ check: $(INSTALLED) $(BUF) ## lint, formatting, types, contracts
 	@echo "ruff: formatting" && $(BIN)/ruff format --check --quiet . || { echo "not formatted; run \`make format\`" >&2; exit 1; }
 	@echo "mypy" && $(BIN)/mypy --no-error-summary
 	@echo "buf: lint" && $(BUF) lint proto
+	@echo "buf: nothing that was released has changed" && $(BUF) breaking proto --against $(RELEASED)
 	@echo "stubs: fresh" && $(BIN)/python proto/generate.py --check
+	@echo "docs/contracts.md: fresh" && $(BIN)/python proto/document.py --check
 
 .PHONY: format
 format: $(INSTALLED) ## format the code and fix what the linter can fix
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
 .PHONY: proto
-proto: $(INSTALLED) ## generate the stubs from the contracts
+proto: $(INSTALLED) ## generate the stubs and docs/contracts.md from the contracts
 	@$(BIN)/python proto/generate.py
+	@$(BIN)/python proto/document.py
+
+.PHONY: release-contract
+release-contract: $(BUF) ## promise to keep what was added to the contracts (proto/compatibility.md)
+	@test ! -e $(RELEASED) || $(BUF) breaking proto --against $(RELEASED)
+	@mkdir -p $(dir $(RELEASED)) && $(BUF) build proto --exclude-source-info --output $(RELEASED)
 
 .PHONY: demo
 demo: $(INSTALLED) ## start the four services and let an agent learn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import Code, DomainError, Reason
+from tests.support.buf import buf
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = ROOT / "proto" / "generate.py"
@@ -20,17 +20,6 @@ CONTRACTS = sorted((ROOT / "proto" / "mulligan").rglob("*.proto"))
 
 def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False)
-
-
-def buf() -> Path:
-    """`make buf` installs it, and `make test` runs that first where there is npm."""
-    places = sorted(ROOT.glob(".stamps/buf-*/node_modules/.bin/buf"))
-    path = ROOT / os.environ["BUF"] if "BUF" in os.environ else places[-1] if places else None
-    if path is not None and path.exists():
-        return path
-    if shutil.which("npm") is None and "CI" not in os.environ:
-        pytest.skip("buf comes from npm, which this machine does not have; `make check` lints the contracts elsewhere")
-    pytest.fail("buf is not installed: run `make buf`")
 
 
 def copy_of_the_contracts(folder: Path) -> Path:
