@@ -9,8 +9,8 @@ from typing import Any
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Settings by name; ends the program at what is not NAME=VALUE. Each value is TOML, or a string when it is none, or a
-    date, which no setting is."""
+    """Settings by name; ends the program at what is not NAME=VALUE. Each value is TOML, or a string when it is none,
+    or a date, which no setting is."""
     found: dict[str, Any] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
