@@ -2,8 +2,7 @@
 
 Each TOML table `[environments.NAME]` is one: `kind` is the module that makes it, `feedback` how much an agent is told
 at the end (full, unary or silent), `untrusted` whether its code runs in processes with limits (`sandbox.py`), the rest
-are that environment's own settings. A kind without a dot is a file in `services/env/envs/`; one with a dot is any
-module that can be imported:
+are that environment's own settings. A kind is a file in `services/env/envs/`, or else any module that can be imported:
 
     [environments.small-lake]
     kind = "frozenlake"

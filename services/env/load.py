@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from services.env.base import Environment, EnvironmentInfo, MissingExtra, PromptSet, Split, TaskInfo, UnknownTask
 from services.env.feedback import Feedback, with_feedback
+
+_ENVIRONMENTS = "services.env.envs"
 
 
 def load(name: str, table: Mapping[str, Any]) -> Environment:
@@ -19,16 +22,27 @@ def load(name: str, table: Mapping[str, Any]) -> Environment:
     given = settings.pop("feedback", Feedback.FULL)
     if given not in tuple(Feedback):
         raise ValueError(f"environments.{name}.feedback: expected {', '.join(Feedback)}, not {given!r}")
-    module = kind if "." in kind else f"services.env.envs.{kind}"
+    create = _find(name, kind)
     try:
-        create = importlib.import_module(module).create
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"environments.{name}.kind: {kind!r} is no environment: {error}") from error
-    try:
-        environment: Environment = create(name, settings)
+        environment = create(name, settings)
     except (ValueError, TypeError) as error:
         raise ValueError(f"environments.{name}: {error}") from error
     return with_feedback(environment, Feedback(given))
+
+
+def _find(name: str, kind: str) -> Callable[[str, Mapping[str, Any]], Environment]:
+    """A kind without a dot is a file of `services/env/envs/`, or else a module like any other."""
+    module = kind if "." in kind or not _comes_along(kind) else f"{_ENVIRONMENTS}.{kind}"
+    try:
+        create: Callable[[str, Mapping[str, Any]], Environment] = importlib.import_module(module).create
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
+        tried = "" if "." in kind or module != kind else f"no file services/env/envs/{kind}.py, and as a module: "
+        raise ValueError(f"environments.{name}.kind: {kind!r} is no environment: {tried}{error}") from error
+    return create
+
+
+def _comes_along(kind: str) -> bool:
+    return kind.isidentifier() and importlib.util.find_spec(f"{_ENVIRONMENTS}.{kind}") is not None
 
 
 class Unavailable:
