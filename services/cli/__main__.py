@@ -6,6 +6,7 @@ import typer
 
 from services.cli.conformance import conformance
 from services.cli.demo import demo
+from services.cli.env import env
 from services.cli.evaluate import evaluate
 from services.cli.experiences import experiences
 from services.cli.memory import memory
@@ -28,6 +29,7 @@ for command in (demo, up, train, watch, runs, stop, resume, experiences):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(conformance, name="conformance")
+app.add_typer(env, name="env")
 app.add_typer(memory, name="memory")
 app.add_typer(policy, name="policy")
 

@@ -1,0 +1,25 @@
+"""`mulligan env`: write an environment, check it, play it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from services.cli.env_check import check
+from services.cli.env_new import new
+from services.cli.env_play import play
+
+env = typer.Typer(help="Write an environment, check it, play it: `new`, `check`, `play`.", no_args_is_help=True)
+
+
+@env.callback()
+def find_here() -> None:
+    """Modules of the current folder can be named as kinds. Behind all others, so that none of them is hidden."""
+    sys.path.append(os.getcwd())
+
+
+env.command("new")(new)
+env.command("check")(check)
+env.command("play")(play)

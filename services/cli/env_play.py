@@ -1,0 +1,289 @@
+"""`mulligan env play`: an environment as an agent meets it, played by a person in the terminal, or from a pipe."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+from uuid import uuid4
+
+import typer
+
+from services.cli.connection import endpoint
+from services.cli.overrides import read_overrides
+from services.common.errors import CallFailed, DomainError, ServiceUnavailable
+from services.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split
+from services.env import calls
+from services.env.base import Environment, Episode, UnknownTask, close
+from services.env.client import EnvClient, RemoteEpisode
+from services.env.config import EnvSettings
+
+_HELP = """\
+:prompt   what an agent is told before it begins
+:tools    what it may call
+:restart  the same task from its beginning
+:quit     leave; so do Ctrl-D and Ctrl-C
+Anything else is an answer. One that begins with a command's name: put a blank before it."""
+
+
+def play(
+    name: Annotated[str, typer.Argument(help="A kind, a name in the service's settings, or with --target a server's.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="HOST:PORT of a server; without it, here.")] = "",
+    task: Annotated[str, typer.Option(help="A task's id; the first of the split when left out.")] = "",
+    split: Annotated[Split, typer.Option(help="train or test.")] = Split.TRAIN,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the environment as NAME=VALUE; repeatable.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="The service's settings, with tables [environments.NAME].", dir_okay=False)
+    ] = None,
+    end: Annotated[
+        str, typer.Option("--end", metavar="MARK", help="Answers of several lines: each ends with a line that is MARK.")
+    ] = "",
+    prompt: Annotated[bool, typer.Option("--prompt", help="Begin with what an agent is told.")] = False,
+) -> None:
+    """Play an environment. A line is an answer; `:help` lists what else there is.
+
+    Exit status: 0 the episode is over or was left, 1 it failed, 2 there is no such environment.
+
+    Example: `mulligan env play frozenlake --split test --set size_max=4`
+    """
+    if target and (override or config):
+        sys.exit("error: --set and --config make an environment here; they do not go with --target")
+    table: Table | None = None
+    try:
+        table = _There(target, name) if target else _Here(name, read_overrides(override or []), config)
+        _Play(table, task, split, _reader(end)).run(tell_prompt=prompt)
+    except KeyboardInterrupt:
+        print("\nleft")
+        sys.exit(130)
+    except (DomainError, CallFailed, ServiceUnavailable) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if table is not None:
+            table.close()
+
+
+class Table(Protocol):
+    """Where one episode after the other is played."""
+
+    info: EnvironmentInfo
+
+    def first_task(self, split: Split) -> str:
+        """Empty when there is none."""
+
+    def start(self, task_id: str) -> tuple[str, int]:
+        """The observation, and whose turn it is. Ends the episode before. Raises DomainError for an unknown task."""
+
+    def step(self, action: str) -> EpisodeStep: ...
+
+    def close(self) -> None: ...
+
+
+class _Here:
+    """In this process."""
+
+    def __init__(self, name: str, overrides: dict[str, Any], config: Path | None) -> None:
+        named = EnvSettings.load(["--config", str(config)] if config else []).environments
+        shown = name if name in named else name.rpartition(".")[2]
+        table = {**named.get(name, {"kind": name}), **overrides}
+        try:
+            made = EnvSettings(environments={shown: table}).create_environments()
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        self._environment: Environment = made[shown]
+        self._episode: Episode | None = None
+        self.info = self._environment.info
+
+    def first_task(self, split: Split) -> str:
+        tasks = self._environment.list_tasks(split, 0, 1)
+        return tasks[0].task_id if tasks else ""
+
+    def start(self, task_id: str) -> tuple[str, int]:
+        self._end()
+        try:
+            self._episode, begun = calls.begin(self._environment, task_id)
+        except UnknownTask as error:
+            raise calls.start_error(self.info.name, task_id, error) from error
+        return begun.observation, begun.player
+
+    def step(self, action: str) -> EpisodeStep:
+        assert self._episode is not None
+        try:
+            return calls.play(self._episode, action, self.info.player_count)
+        except Exception as error:  # noqa: BLE001 - its author sees what it raises, whatever that is
+            traceback.print_exc()
+            return calls.failed_step(error)
+
+    def close(self) -> None:
+        self._end()
+        close(self._environment)
+
+    def _end(self) -> None:
+        if self._episode is not None:
+            close(self._episode)
+            self._episode = None
+
+
+class _There:
+    """At a server."""
+
+    def __init__(self, address: str, name: str) -> None:
+        self._runner = asyncio.Runner()
+        self._client = self._runner.run(self._connect(address))
+        self._episode: RemoteEpisode | None = None
+        try:
+            self.info = self._runner.run(self._client.describe(name))
+        except BaseException:
+            self.close()
+            raise
+
+    def first_task(self, split: Split) -> str:
+        tasks = self._runner.run(self._client.list_tasks(self.info.name, split, 1))
+        return tasks[0].task_id if tasks else ""
+
+    def start(self, task_id: str) -> tuple[str, int]:
+        self._end()
+        self._episode = self._runner.run(self._client.start(self.info.name, task_id, str(uuid4())))
+        return self._episode.observation, self._episode.player
+
+    def step(self, action: str) -> EpisodeStep:
+        assert self._episode is not None
+        return self._runner.run(self._episode.step(action))
+
+    def close(self) -> None:
+        with suppress(DomainError, CallFailed, ServiceUnavailable):  # it is gone already, or expires in time
+            self._end()
+        self._runner.run(self._client.close())
+        self._runner.close()
+
+    def _end(self) -> None:
+        episode, self._episode = self._episode, None
+        if episode is not None:
+            self._runner.run(episode.end())
+
+    @staticmethod
+    async def _connect(address: str) -> EnvClient:
+        return EnvClient(endpoint(address))
+
+
+class _Play:
+    """`read` gives the next answer, None at the end of the input."""
+
+    def __init__(self, table: Table, task: str, split: Split, read: Callable[[], str | None]) -> None:
+        self._table, self._info, self._read = table, table.info, read
+        if self._info.unavailable:
+            sys.exit(f"error: {self._info.name}: {self._info.unavailable}")
+        self._task = task or table.first_task(split)
+        if not self._task:
+            sys.exit(f"error: {self._info.name} has no task in {split}")
+        self._steps, self._reward = 0, 0.0
+        self._rewards = [0.0] * self._info.player_count
+
+    def run(self, *, tell_prompt: bool) -> None:
+        info = self._info
+        print(_shown(f"{info.name}: {info.description}"))
+        print(f"task {_shown(self._task)}, at most {info.max_steps} steps, reward at most {info.max_reward:g}")
+        if tell_prompt:
+            self._obey(":prompt")
+        self._begin()
+        while True:
+            answer = self._read()
+            if answer is None or answer.strip() == ":quit":
+                print(f"\nleft after {self._steps} steps, reward {self._sum()}")
+                return
+            if not self._obey(answer) and self._step(answer):
+                return
+
+    def _begin(self) -> None:
+        self._steps, self._reward = 0, 0.0
+        self._rewards = [0.0] * self._info.player_count
+        observation, player = self._table.start(self._task)
+        self._show(observation, player)
+
+    def _obey(self, command: str) -> bool:
+        """Whether it was a command."""
+        match command.rstrip():
+            case ":help":
+                print(_HELP)
+            case ":prompt":
+                print(f"\n{_shown(self._info.prompts.solver)}")
+            case ":tools":
+                lines = (f"{tool.name}: {tool.description}\n  {tool.parameters}" for tool in self._info.tools)
+                print(_shown("\n".join(lines) or "none"))
+            case ":restart":
+                print("\nfrom the beginning:")
+                self._begin()
+            case _:
+                return False
+        return True
+
+    def _step(self, answer: str) -> bool:
+        """Whether the episode is over. Ends the program when the environment failed."""
+        step = self._table.step(answer)
+        self._steps += 1
+        if step.outcome not in (None, Outcome.COMPLETED, Outcome.TRUNCATED):
+            sys.exit(f"error: {step.outcome}: {step.error}")
+        reward = step.reward or 0.0
+        self._reward += reward
+        for player, gained in enumerate(step.rewards):
+            self._rewards[player] += gained
+        gains = f", reward {reward:g}" if reward else ""
+        print(_shown(f"\nstep {self._steps}, read as: {step.action}{gains}"))
+        self._show(step.observation, step.player, step.tool, over=step.done)
+        if step.done:
+            print(f"\n{step.outcome} after {self._steps} steps, reward {self._sum()}")
+            if step.feedback:
+                print(f"feedback: {_shown(step.feedback)}")
+        return step.done
+
+    def _show(self, observation: str, player: int, tool: str = "", *, over: bool = False) -> None:
+        speaker = f"{tool} answers:\n" if tool else ""
+        print(f"\n{_shown(speaker + observation)}")
+        if self._info.player_count > 1 and not over:
+            print(f"\nplayer {player}'s turn")
+
+    def _sum(self) -> str:
+        if self._info.player_count == 1:
+            return f"{self._reward:g}"
+        return ", ".join(f"{reward:g} for player {player}" for player, reward in enumerate(self._rewards))
+
+
+def _reader(end: str) -> Callable[[], str | None]:
+    """Answers from the terminal, where a prompt asks for them, or from whatever standard input is."""
+    asks = sys.stdin.isatty()
+
+    def line(mark: str) -> str | None:
+        sys.stdout.flush()
+        try:
+            return input(mark if asks else "")
+        except EOFError:
+            return None
+        except UnicodeDecodeError as error:
+            sys.exit(f"error: the answer is not UTF-8: {error}")
+
+    def read() -> str | None:
+        first = line("> ")
+        if not end or first is None or first.startswith(":"):
+            return first
+        lines: list[str] = []
+        following: str | None = first
+        while following is not None and following != end:
+            lines.append(following)
+            following = line("… ")
+        return "\n".join(lines)
+
+    return read
+
+
+def _shown(text: str) -> str:
+    """Without what would steer the terminal."""
+    return "".join(
+        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
