@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Annotated
 
@@ -35,8 +34,6 @@ def check(
 
     Example: `mulligan env check frozenlake --set size_max=4 --action Up --actions 2000`
     """
-    if os.getcwd() not in sys.path:  # a module of the author's, where they are
-        sys.path.insert(0, os.getcwd())
     console = Console(highlight=False, soft_wrap=True)
     settings = read_overrides(override or [])
     try:
