@@ -26,11 +26,12 @@ COPY proto/gen /app/proto/gen
 RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/mulligan
 
 FROM ${BASE}
+# First, so that the layer has the same parents in both images and is stored once.
+COPY --from=torch /opt/torch /opt/torch
 LABEL org.opencontainers.image.title="mulligan-policy" \
     org.opencontainers.image.description="Language models with versioned weights, served over gRPC"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh /data/weights /data/policy /data/engine /data/models /run/credentials
-COPY --from=torch /opt/torch /opt/torch
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
 ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app:/app/proto/gen PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

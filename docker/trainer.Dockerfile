@@ -25,11 +25,12 @@ COPY proto/gen /app/proto/gen
 RUN chmod -R a+rX /app && python -m compileall -q /app
 
 FROM ${BASE}
+# First, so that the layer has the same parents in both images and is stored once.
+COPY --from=torch /opt/torch /opt/torch
 LABEL org.opencontainers.image.title="mulligan-trainer" \
     org.opencontainers.image.description="Language agents that learn by experience: the trainer and the command line"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh /data/runs /data/checkpoints /data/weights /data/models /run/credentials
-COPY --from=torch /opt/torch /opt/torch
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
 ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app:/app/proto/gen PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
