@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from rich.markup import escape
 
 from services.cli.connection import DEFAULT_ADDRESSES, endpoint
 from services.conformance.report import Report, Result, Verdict
-from services.conformance.target import Unreachable
+from services.conformance.target import Target, Unreachable
 
 conformance = typer.Typer(
     help="Tell what an implementation of a service violates, in any language: `env`, `policy`, `memory`, `trainer`.\n\n"
@@ -30,6 +31,7 @@ Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that any call may
 Seed = Annotated[int, typer.Option(help="Of everything random: the same seed, the same actions.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, for machines, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print violations and the summary alone.")]
+OnResult = Callable[[Result], None]
 TlsCa = Annotated[Path | None, typer.Option(help="Use TLS, with this CA.", exists=True, dir_okay=False)]
 
 
@@ -64,23 +66,50 @@ def env(
 
     options = Options(actions, seed, tuple(action or ()))
 
-    async def main(on_result: Callable[[Result], None]) -> Report:
-        opened = connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)
-        try:
+    async def main(on_result: OnResult) -> Report:
+        async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:
             return await check(opened, options, only=only, environment=environment, on_result=on_result)
-        finally:
-            await opened.close()
 
     _run(main, as_json=as_json, quiet=quiet)
+
+
+@conformance.command()
+def memory(
+    target: Annotated[str, _target("memory")] = DEFAULT_ADDRESSES["memory"],
+    only: Only = "",
+    token: Token = "",
+    timeout: Timeout = 30.0,
+    tls_ca: TlsCa = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a memory service. Writes to scopes of its own, with random names, and forgets what it wrote.
+
+    Example: `mulligan conformance memory --target 127.0.0.1:50053`
+    """
+    from services.conformance.memory import check
+    from services.conformance.memory import target as connect
+
+    async def main(on_result: OnResult) -> Report:
+        async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:
+            return await check(opened, only=only, on_result=on_result)
+
+    _run(main, as_json=as_json, quiet=quiet)
+
+
+@asynccontextmanager
+async def closing(target: Target) -> AsyncIterator[Target]:
+    try:
+        yield target
+    finally:
+        await target.close()
 
 
 def _token(given: str) -> str | None:
     return given or endpoint("").token
 
 
-def _run(
-    main: Callable[[Callable[[Result], None]], Coroutine[Any, Any, Report]], *, as_json: bool, quiet: bool
-) -> None:
+def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bool, quiet: bool) -> None:
     console = Console(highlight=False, soft_wrap=True)
     group = ["", ""]
 

@@ -33,6 +33,9 @@ class Made:
     def info(self) -> EnvironmentInfo:
         return self.environment.info
 
+    async def clean_up(self) -> None:
+        """There is nothing to undo."""
+
     def hint(self, body: Any) -> str:
         return WORDS[body].hint if body in WORDS else ""
 

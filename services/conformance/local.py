@@ -89,7 +89,7 @@ async def _check(made: Made, step_seconds: float, on_result: Callable[[Result], 
             recorded.raised.clear()
             words = WORDS.get(check.body)
             shown: Check[Game] = replace(check, call="", title=words.title) if words else check
-            result = await judge(shown, game, clean_up=game.session.clean_up)
+            result = await judge(shown, game)
             add(result, words.hint if words else "", told=words is not None)
         await target.close()
     return report

@@ -10,13 +10,22 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from google.protobuf import text_format
 from google.protobuf.message import Message
 
 SHOWN = 300  # characters of a message in a report
-S = TypeVar("S")
+
+
+class Given(Protocol):
+    """What a check is given."""
+
+    async def clean_up(self) -> None:
+        """Undoes what the check did. Raises nothing."""
+
+
+S = TypeVar("S", bound=Given)
 Body: TypeAlias = "Callable[[S], Awaitable[None]]"
 
 
@@ -156,9 +165,7 @@ class Suite(Generic[S]):
             self.checks += other.checks
 
 
-async def judge(
-    check: Check[S], given: S, subject: str = "", clean_up: Callable[[], Awaitable[None]] | None = None
-) -> Result:
+async def judge(check: Check[S], given: S, subject: str = "") -> Result:
     """Runs one check, then undoes what it did."""
     began = time.monotonic()
 
@@ -173,5 +180,21 @@ async def judge(
     except NotApplicable as error:
         return result(Verdict.NOT_APPLICABLE, why=str(error))
     finally:
-        if clean_up is not None:
-            await clean_up()
+        await given.clean_up()
+
+
+async def run_suite(
+    report: Report,
+    suite: Suite[S],
+    given: S,
+    *,
+    subject: str = "",
+    only: str = "",
+    on_result: Callable[[Result], None] = lambda result: None,
+) -> None:
+    """Adds a result for each check that is wanted."""
+    for check in suite.checks:
+        if check.wanted(only):
+            result = await judge(check, given, subject)
+            report.results.append(result)
+            on_result(result)

@@ -94,8 +94,7 @@ async def games(connected: Target) -> dict[str, Game]:
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("check", SERVER.checks, ids=lambda check: f"{check.call}: {check.title}")
 async def test_the_server_keeps_each_promise(connected: Target, check: Check[Session]) -> None:
-    session = Session(connected)
-    result = await judge(check, session, clean_up=session.clean_up)
+    result = await judge(check, Session(connected))
     if "token" in check.title:
         assert result.verdict is Verdict.NOT_APPLICABLE  # test_conformance.py has a server with one
     else:
@@ -120,7 +119,7 @@ def without(info: pb.EnvironmentInfo) -> list[Any]:
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: f"{check.call}: {check.title}")
 async def test_each_environment_keeps_each_promise(games: dict[str, Game], name: str, check: Check[Game]) -> None:
     game = games[name]
-    result = await judge(check, game, name, game.session.clean_up)
+    result = await judge(check, game, name)
     expected = Verdict.NOT_APPLICABLE if check.body in without(game.info) else Verdict.PASSED
     assert result.verdict is expected, result
 

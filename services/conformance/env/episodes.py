@@ -7,7 +7,8 @@ from uuid import uuid4
 
 from mulligan.env.v1 import env_service_pb2 as pb
 
-from services.conformance.env.game import SIDE_BY_SIDE, Game, difference, gathered
+from services.conformance.env.game import SIDE_BY_SIDE, Game, difference
+from services.conformance.gather import gathered
 from services.conformance.report import NotApplicable, Suite, demand
 from services.conformance.target import as_demanded
 

@@ -13,6 +13,7 @@ from uuid import uuid4
 from mulligan.common.v1 import outcome_pb2
 from mulligan.env.v1 import env_service_pb2 as pb
 
+from services.conformance.gather import gathered
 from services.conformance.report import NotApplicable, Violation
 from services.conformance.target import Refusal, Session
 
@@ -126,6 +127,9 @@ class Game:
     def name(self) -> str:
         return self.info.name
 
+    async def clean_up(self) -> None:
+        await self.session.clean_up()
+
     def available(self) -> None:
         """Raises NotApplicable where no episode can be started."""
         if self.info.unavailable:
@@ -238,12 +242,3 @@ class Game:
                 return episode
 
         return await gathered(one(task_id, actions) for task_id, actions in plays)
-
-
-async def gathered(awaitables: Any) -> list[Any]:
-    """All results. After the first exception it waits for the rest, so that nothing goes on behind the check's back."""
-    results = await asyncio.gather(*awaitables, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results

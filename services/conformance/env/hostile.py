@@ -9,7 +9,8 @@ from itertools import chain, cycle
 from mulligan.env.v1 import env_service_pb2 as pb
 
 from services.conformance.env import rules
-from services.conformance.env.game import ORDINARY, SIDE_BY_SIDE, Episode, Game, gathered
+from services.conformance.env.game import ORDINARY, SIDE_BY_SIDE, Episode, Game
+from services.conformance.gather import gathered
 from services.conformance.report import Suite, Violation, demand
 
 suite: Suite[Game] = Suite()

@@ -9,7 +9,7 @@ from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 
 from services.conformance.env import ENVIRONMENT, SERVER, WITHOUT_EPISODES
 from services.conformance.env.game import Game, Options
-from services.conformance.report import Report, Result, judge
+from services.conformance.report import Report, Result, run_suite
 from services.conformance.target import Session, Target, Unreachable
 
 METHODS = ("ListEnvironments", pb.ListEnvironmentsRequest())
@@ -36,17 +36,9 @@ async def check(
         raise Unreachable(f"{target.address} offers no environment {environment!r}; there are: {names}")
     report = Report("env", target.address)
 
-    def add(result: Result) -> None:
-        report.results.append(result)
-        on_result(result)
-
-    for server_check in SERVER.checks:
-        if server_check.wanted(only):
-            session = Session(target)
-            add(await judge(server_check, session, clean_up=session.clean_up))
+    await run_suite(report, SERVER, Session(target), only=only, on_result=on_result)
     for info in chosen:
+        suite = WITHOUT_EPISODES if info.unavailable else ENVIRONMENT
         game = Game(Session(target), info, options)
-        for game_check in ENVIRONMENT.checks:
-            if game_check.wanted(only) and (not info.unavailable or game_check in WITHOUT_EPISODES.checks):
-                add(await judge(game_check, game, info.name, game.session.clean_up))
+        await run_suite(report, suite, game, subject=info.name, only=only, on_result=on_result)
     return report

@@ -8,7 +8,8 @@ from typing import Any
 from google.rpc import code_pb2
 from mulligan.env.v1 import env_service_pb2 as pb
 
-from services.conformance.env.game import SIDE_BY_SIDE, Episode, Game, difference, gathered
+from services.conformance.env.game import SIDE_BY_SIDE, Episode, Game, difference
+from services.conformance.gather import gathered
 from services.conformance.report import NotApplicable, Suite, demand
 from services.conformance.target import Refusal
 

@@ -1,0 +1,349 @@
+"""What `proto/mulligan/memory/v1/memory_service.proto` promises. Each check writes to a scope of its own, and forgets
+what it wrote."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+from uuid import uuid4
+
+from mulligan.memory.v1 import memory_service_pb2 as pb
+from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
+
+from services.conformance import common
+from services.conformance.gather import gathered
+from services.conformance.report import Report, Result, Suite, demand, run_suite
+from services.conformance.target import Session, Target
+
+suite: Suite[Session] = Suite()
+LATEST, TOP_GAIN = pb.RETRIEVAL_STRATEGY_LATEST_SUCCESS, pb.RETRIEVAL_STRATEGY_TOP_GAIN
+SAME_TIME = 8  # calls
+CLOCKS_SECONDS = 600.0  # by which two machines' clocks may differ
+_FIRST = ("GetSnapshot", pb.GetSnapshotRequest(scope="conformance"))
+
+
+class Scope:
+    """A scope that nobody else writes to."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.name = f"conformance-{uuid4()}"
+
+    def request(self, request_id: str, text: str = "", **origin: Any) -> pb.AddReflectionRequest:
+        provenance = {"run_id": "run", "experience_id": request_id, "environment": "lake", "task_id": "train/1"}
+        given = {"policy_version": 3, "reward_before": 0.0, "reward_after": 1.0, "success": True} | origin
+        return pb.AddReflectionRequest(
+            request_id=request_id,
+            scope=self.name,
+            text=text or request_id,
+            provenance=pb.Provenance(**(provenance | given)),  # type: ignore[arg-type]  # by name
+        )
+
+    async def add(self, request_id: str, text: str = "", **origin: Any) -> pb.AddReflectionResponse:
+        return await self.send(self.request(request_id, text, **origin))
+
+    async def send(self, request: pb.AddReflectionRequest) -> pb.AddReflectionResponse:
+        added: pb.AddReflectionResponse = await self.session.ask("AddReflection", request)
+        self.session.later("DeleteReflection", pb.DeleteReflectionRequest(reflection_id=added.reflection_id))
+        return added
+
+    async def get(self, reflection_id: str) -> pb.StoredReflection:
+        answer = await self.session.ask("GetReflection", pb.GetReflectionRequest(reflection_id=reflection_id))
+        stored: pb.StoredReflection = answer.reflection
+        return stored
+
+    async def delete(self, reflection_id: str) -> int:
+        request = pb.DeleteReflectionRequest(reflection_id=reflection_id)
+        return int((await self.session.ask("DeleteReflection", request)).version)
+
+    def query(self, limit: int = 1, strategy: Any = LATEST, **more: Any) -> pb.QueryReflectionsRequest:
+        fields = {"environment": "lake"} | more
+        return pb.QueryReflectionsRequest(scope=self.name, strategy=strategy, limit=limit, **fields)
+
+    async def found(self, limit: int = 1, strategy: Any = LATEST, **more: Any) -> list[str]:
+        answer = await self.session.ask("QueryReflections", self.query(limit, strategy, **more))
+        return [reflection.text for reflection in answer.reflections]
+
+    async def finds(self, demanded: str, texts: list[str], limit: int = 9, strategy: Any = LATEST, **more: Any) -> None:
+        found = await self.found(limit, strategy, **more)
+        demand(found == texts, f"{demanded}: {texts}", found, self.query(limit, strategy, **more))
+
+    async def snapshot(self) -> tuple[int, int]:
+        answer = await self.session.ask("GetSnapshot", pb.GetSnapshotRequest(scope=self.name))
+        return answer.version, answer.reflection_count
+
+    async def page(self, size: int = 0, token: str = "", deleted: bool = False) -> pb.ListReflectionsResponse:
+        request = pb.ListReflectionsRequest(scope=self.name, page_size=size, page_token=token, include_deleted=deleted)
+        page: pb.ListReflectionsResponse = await self.session.ask("ListReflections", request)
+        return page
+
+
+@suite.check("AddReflection", "what is added is read back whole")
+async def whole(session: Session) -> None:
+    scope = Scope(session)
+    text = "A is you; √ ends it.\n\x00\t🧊" + "x" * 1000
+    request = scope.request("request", text, reward_before=0.25, reward_after=0.75)
+    added = await scope.send(request)
+    stored = await scope.get(added.reflection_id)
+    demand(bool(added.reflection_id), "a reflection_id", added, request)
+    same = (stored.reflection_id, stored.scope) == (added.reflection_id, scope.name)
+    demand(same, "the id and the scope under which it was added", stored, request)
+    demand(stored.text == text, "the text as it was added, to the last character", repr(stored.text), request)
+    demand(stored.provenance == request.provenance, f"the provenance, {request.provenance}", stored.provenance)
+    demand(stored.version == added.version, f"version {added.version}, of its write", stored, request)
+    demand(not stored.HasField("deleted_version"), "no deleted_version while it is kept", stored)
+    demand(abs(stored.created_at.ToSeconds() - time.time()) < CLOCKS_SECONDS, "created_at is now", stored)
+
+
+@suite.check("AddReflection", "a text of a mebibyte is stored, a longer one is INVALID_ARGUMENT INVALID_FIELD")
+async def long_text(session: Session) -> None:
+    scope = Scope(session)
+    text = "é" * 2**19
+    stored = await scope.get((await scope.add("long", text)).reflection_id)
+    demand(stored.text == text, "the text as it was added", f"{len(stored.text)} characters of {len(text)}")
+    await session.bad_field("AddReflection", scope.request("longer", text + "x"), "text")
+
+
+@suite.check("AddReflection", "every write makes a new version of its scope, counted from 1")
+async def versions(session: Session) -> None:
+    scope, other = Scope(session), Scope(session)
+    found = [(await scope.add(f"{n}")).version for n in range(3)]
+    demand(found == [1, 2, 3], "versions 1, 2 and 3", found)
+    demand((await other.add("0")).version == 1, "version 1 of another scope", "another version")
+
+
+@suite.check("AddReflection", "a repeated call returns the first answer and makes no version, also after forgetting")
+async def repeated(session: Session) -> None:
+    scope = Scope(session)
+    request = scope.request("request", "text")
+    first = await scope.send(request)
+    for again in await gathered(scope.send(request) for _ in range(SAME_TIME)):
+        demand(again == first, f"the first answer, {first}", again, request)
+    demand(await scope.snapshot() == (1, 1), "version 1 with 1 reflection", f"{await scope.snapshot()}", request)
+    await scope.delete(first.reflection_id)
+    again = await session.ask("AddReflection", request)
+    demand(again == first, f"the first answer, {first}", again, request)
+    await scope.finds("it stays forgotten", [])
+
+
+@suite.check("AddReflection", "calls with one request_id that come at the same time store one reflection")
+async def concurrent(session: Session) -> None:
+    scope = Scope(session)
+    request = scope.request("request", "text")
+    answers = await gathered(scope.send(request) for _ in range(SAME_TIME))
+    demand(all(answer == answers[0] for answer in answers), "the same answer to each", f"{answers}", request)
+    listed = len((await scope.page()).reflections)
+    demand(listed == 1, "one reflection in the scope", f"{listed} reflections", request)
+
+
+@suite.check("AddReflection", "a request_id in use for another reflection is ALREADY_EXISTS REQUEST_CONFLICT")
+async def conflict(session: Session) -> None:
+    scope = Scope(session)
+    await scope.add("request", "text")
+    for request in (scope.request("request", "other"), scope.request("request", "text", reward_before=0.5)):
+        await session.refused("AddReflection", request, "ALREADY_EXISTS", "REQUEST_CONFLICT")
+    elsewhere = Scope(session)
+    await elsewhere.add("request", "other")  # idempotent on (scope, request_id): another scope is another request
+
+
+def _bad(**change: Any) -> Callable[[Scope], pb.AddReflectionRequest]:
+    def make(scope: Scope) -> pb.AddReflectionRequest:
+        request = scope.request("request", "text")
+        for name, value in change.items():
+            holder = request if name in ("request_id", "scope", "text") else request.provenance
+            setattr(holder, name, value)
+        return request
+
+    return make
+
+
+BAD_ADDS: tuple[tuple[str, Callable[[Scope], pb.AddReflectionRequest]], ...] = (
+    ("request_id", _bad(request_id="")),
+    ("request_id", _bad(request_id="r" * 201)),
+    ("scope", _bad(scope="")),
+    ("scope", _bad(scope="s" * 201)),
+    ("text", _bad(text="")),
+    ("provenance", lambda scope: pb.AddReflectionRequest(request_id="r", scope=scope.name, text="t")),
+    ("provenance.environment", _bad(environment="")),
+    ("provenance.run_id", _bad(run_id="r" * 201)),
+    ("provenance.policy_version", _bad(policy_version=-1)),
+    ("provenance.reward_before", _bad(reward_before=float("inf"))),
+    ("provenance.reward_after", _bad(reward_after=float("nan"))),
+)
+
+
+@suite.check("AddReflection", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named, and stores nothing")
+async def bad_adds(session: Session) -> None:
+    scope = Scope(session)
+    for field, make in BAD_ADDS:
+        await session.bad_field("AddReflection", make(scope), field)
+    demand(await scope.snapshot() == (0, 0), "version 0 with no reflections", f"{await scope.snapshot()}")
+
+
+@suite.check("QueryReflections", "LATEST_SUCCESS finds the latest successful ones of the environment, newest first")
+async def latest(session: Session) -> None:
+    scope = Scope(session)
+    await scope.finds("nothing in an empty scope", [])
+    for text in ("first", "second"):
+        await scope.add(text)
+    await scope.add("failed", reward_after=0.0, success=False)
+    await scope.add("elsewhere", environment="maze")
+    await scope.finds("the latest success", ["second"], 1)
+    await scope.finds("limit 0 means 1", ["second"], 0)
+    await scope.finds("both successes, the latest first", ["second", "first"])
+    await scope.finds("those of the environment alone", ["elsewhere"], environment="maze")
+
+
+@suite.check("QueryReflections", "TOP_GAIN finds the successful ones with the greatest gain; among equals the latest")
+async def top_gain(session: Session) -> None:
+    scope = Scope(session)
+    for number, before in enumerate([0.5, 0.0, 0.25, 0.0]):
+        await scope.add(f"{number}", reward_before=before)
+    await scope.add("failed", reward_before=-9.0, reward_after=0.0, success=False)
+    await scope.finds("by gain, then newest", ["3", "1", "2"], 3, TOP_GAIN)
+    await scope.finds("by gain, then newest", ["3", "1", "2", "0"], 9, TOP_GAIN)
+
+
+@suite.check("QueryReflections", "scopes do not see each other")
+async def scopes(session: Session) -> None:
+    one, other = Scope(session), Scope(session)
+    await one.add("mine")
+    await other.finds("nothing of another scope", [])
+
+
+@suite.check("QueryReflections", "a read as of a version sees exactly that version")
+async def as_of(session: Session) -> None:
+    scope = Scope(session)
+    old = await scope.add("old")
+    await scope.add("new")
+    await scope.delete(old.reflection_id)
+    await scope.finds("nothing at version 0", [], as_of_version=0)
+    await scope.finds("what was there at version 1", ["old"], as_of_version=1)
+    await scope.finds("what was there at version 2", ["new", "old"], as_of_version=2)
+    await scope.finds("what is there now", ["new"])
+    for strategy in (LATEST, TOP_GAIN):
+        answer = await session.ask("QueryReflections", scope.query(9, strategy, as_of_version=2))
+        demand(answer.version == 2, "version 2, which was read", answer)
+    newest = await session.ask("QueryReflections", scope.query(9))
+    demand(newest.version == 3, "version 3, which was read", newest, scope.query(9))
+
+
+@suite.check("QueryReflections", "a version that is not reached yet is OUT_OF_RANGE UNKNOWN_VERSION")
+async def unknown_version(session: Session) -> None:
+    scope = Scope(session)
+    await scope.add("one")
+    await session.refused("QueryReflections", scope.query(as_of_version=2), "OUT_OF_RANGE", "UNKNOWN_VERSION")
+
+
+@suite.check("QueryReflections", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named")
+async def bad_queries(session: Session) -> None:
+    for field, change in (
+        ("scope", {"scope": ""}),
+        ("environment", {"environment": ""}),
+        ("strategy", {"strategy": 0}),
+        ("strategy", {"strategy": 99}),
+        ("limit", {"limit": -1}),
+        ("limit", {"limit": 101}),
+        ("as_of_version", {"as_of_version": -1}),
+    ):
+        good: dict[str, Any] = {"scope": "conformance", "environment": "lake", "strategy": LATEST}
+        await session.bad_field("QueryReflections", pb.QueryReflectionsRequest(**(good | change)), field)
+
+
+@suite.check("GetReflection", "an unknown reflection is NOT_FOUND UNKNOWN_REFLECTION")
+async def unknown(session: Session) -> None:
+    request = pb.GetReflectionRequest(reflection_id=f"conformance-{uuid4()}")
+    await session.refused("GetReflection", request, "NOT_FOUND", "UNKNOWN_REFLECTION")
+    await session.bad_field("GetReflection", pb.GetReflectionRequest(), "reflection_id")
+
+
+@suite.check("ListReflections", "page by page it lists a scope, oldest first")
+async def pages(session: Session) -> None:
+    scope = Scope(session)
+    await gathered(scope.add(f"{n}") for n in range(7))
+    for size in (1, 3, 7, 1000):
+        found: list[int] = []
+        token = ""
+        while len(found) < 8:
+            page = await scope.page(size, token)
+            demand(len(page.reflections) <= size, f"a page of at most {size}", f"{len(page.reflections)} reflections")
+            found += [reflection.version for reflection in page.reflections]
+            token = page.next_page_token
+            if not token:
+                break
+        demand(found == list(range(1, 8)), f"versions 1 to 7 in pages of {size}", found)
+    everything = pb.ListReflectionsRequest(page_size=1)
+    listed = len((await session.ask("ListReflections", everything)).reflections)
+    demand(listed == 1, "an empty scope means every scope", f"a page of {listed} reflections", everything)
+
+
+@suite.check("ListReflections", "a page token that it did not make is INVALID_ARGUMENT BAD_PAGE_TOKEN")
+async def bad_tokens(session: Session) -> None:
+    for token in ("no such token", "é🧊", "\x00", "bnVsbA=="):
+        request = pb.ListReflectionsRequest(scope="conformance", page_token=token)
+        await session.refused("ListReflections", request, "INVALID_ARGUMENT", "BAD_PAGE_TOKEN")
+    for field, bad in (
+        ("page_size", pb.ListReflectionsRequest(page_size=-1)),
+        ("page_size", pb.ListReflectionsRequest(page_size=1001)),
+        ("scope", pb.ListReflectionsRequest(scope="s" * 201)),
+    ):
+        await session.bad_field("ListReflections", bad, field)
+
+
+@suite.check(
+    "DeleteReflection", "a forgotten reflection is not retrieved from the next version on, but stays on record"
+)
+async def forgotten(session: Session) -> None:
+    scope = Scope(session)
+    added = await scope.add("one")
+    await scope.add("two")
+    demand((version := await scope.delete(added.reflection_id)) == 3, "version 3", f"version {version}")
+    await scope.finds("the other one", ["two"])
+    stored = await scope.get(added.reflection_id)
+    demand(stored.deleted_version == 3, "deleted_version 3", stored)
+    kept = [reflection.text for reflection in (await scope.page()).reflections]
+    demand(kept == ["two"], "the list without it", kept)
+    everything = [reflection.text for reflection in (await scope.page(deleted=True)).reflections]
+    demand(everything == ["one", "two"], "the list with it, under include_deleted", everything)
+    snapshot = await scope.snapshot()
+    demand(snapshot[0] == 3, "the scope at version 3", f"version {snapshot[0]}")
+
+
+@suite.check("DeleteReflection", "forgetting again changes nothing, and an unknown one is NOT_FOUND UNKNOWN_REFLECTION")
+async def forgotten_again(session: Session) -> None:
+    scope = Scope(session)
+    added = await scope.add("one")
+    first, again = [await scope.delete(added.reflection_id) for _ in range(2)]
+    demand(first == again == 2, "version 2 both times", f"{first} and {again}")
+    demand((await scope.snapshot())[0] == 2, "the scope at version 2", f"version {(await scope.snapshot())[0]}")
+    unknown = pb.DeleteReflectionRequest(reflection_id=f"conformance-{uuid4()}")
+    await session.refused("DeleteReflection", unknown, "NOT_FOUND", "UNKNOWN_REFLECTION")
+
+
+@suite.check("GetSnapshot", "a scope without writes has version 0, one with writes their number")
+async def snapshots(session: Session) -> None:
+    scope = Scope(session)
+    demand(await scope.snapshot() == (0, 0), "version 0, 0 reflections", f"{await scope.snapshot()}")
+    for count in (1, 2):
+        await scope.add(f"{count}")
+        found = await scope.snapshot()
+        demand(found == (count, count), f"version {count}, {count} reflections", f"{found}")
+    await session.bad_field("GetSnapshot", pb.GetSnapshotRequest(), "scope")
+
+
+common.add_credential(suite, *_FIRST)
+common.add_health(suite)
+common.add_reflection(suite, "mulligan.memory.v1.MemoryService")
+
+
+def target(address: str, **options: Any) -> Target:
+    return Target(address, pb_grpc.MemoryServiceStub, **options)
+
+
+async def check(target: Target, *, only: str = "", on_result: Callable[[Result], None] = lambda result: None) -> Report:
+    """Raises Unreachable."""
+    await target.connect(*_FIRST)
+    report = Report("memory", target.address)
+    await run_suite(report, suite, Session(target), only=only, on_result=on_result)
+    return report
