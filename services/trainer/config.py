@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 
+from services.common.addresses import Addresses, one_server
 from services.common.channel import Endpoint
 from services.common.config import ServiceSettings
 from services.trainer.learner.settings import LearnerServerSettings
+
+Server = Annotated[str, AfterValidator(one_server)]
+Servers = Annotated[str, AfterValidator(lambda text: Addresses.parse(text).text)]
 
 
 class TrainerSettings(ServiceSettings):
@@ -25,15 +29,22 @@ class TrainerSettings(ServiceSettings):
     weights_transfer: Literal["shared", "upload"] = Field(
         "shared", description="upload: the policy service does not see weights_folder, and files are streamed to it."
     )
-    env_address: str = Field("127.0.0.1:50051", description="The environment service.")
-    policy_address: str = Field("127.0.0.1:50052", description="The policy service.")
-    memory_address: str = Field("127.0.0.1:50053", description="The memory service.")
+    env_address: Servers = Field(
+        "127.0.0.1:50051", description="The environment service: HOST:PORT, HOST:FIRST-LAST, dns:///NAME:PORT, …, …"
+    )
+    policy_address: Servers = Field(
+        "127.0.0.1:50052", description="The policy service, likewise. New weights go to every server of it."
+    )
+    memory_address: Server = Field("127.0.0.1:50053", description="The memory service.")
     learner_address: str = Field("", description="Another trainer's LearnerService; this process's own when empty.")
     client_token: SecretStr | None = Field(None, description="Sent to the other services as Bearer token.")
     client_token_file: Path | None = Field(None, description="File that holds `client_token`.")
     policy_admin_token: SecretStr | None = Field(None, description="Sent to PolicyAdminService as Bearer token.")
     policy_admin_token_file: Path | None = Field(None, description="File that holds `policy_admin_token`.")
     outage_seconds: float = Field(120.0, gt=0, description="How long a service may be away before a run fails.")
+    lost_seconds: float = Field(
+        10.0, ge=0, description="How long one of several env servers may be away before its episodes count as lost."
+    )
     device: str = Field("cpu", description="Of the learner, as torch names it: cpu, cuda, cuda:1.")
     threads: int = Field(0, ge=0, description="Of torch on the CPU; 0: half of the cores, as the policy's.")
     microbatch_tokens: int = Field(4096, ge=1, description="Padded tokens that the learner holds in memory at once.")
