@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from proof import Unavailable, agreement, docker, kills, learning, sglang
+from proof import Unavailable, agreement, docker, faults, kills, learning, sglang
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "proof"
@@ -27,6 +27,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **docker.CASES,
     **agreement.CASES,
     **sglang.CASES,
+    **faults.CASES,
 }
 
 

@@ -20,6 +20,8 @@ from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, Unkn
 from services.env.prompts import generic_prompts
 
 TASKS = ("plain", "fork-raises", "fork-hangs", "fork-waits", "fork-is-itself", "fork-is-nothing", "bad-player")
+SLOW = "slow"  # an action that begins so takes SLOW_SECONDS
+SLOW_SECONDS = 0.1
 
 
 class Chain:
@@ -31,6 +33,9 @@ class Chain:
         self._digest = hashlib.sha256(self.nonce.encode()).digest()
         self._chance = random.Random(self.nonce)
 
+    def copy(self) -> Chain:
+        return deepcopy(self)
+
     def after(self, action: str) -> str:
         """The observation that the action must lead to."""
         self._steps += 1
@@ -41,12 +46,14 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class ChainedSettings:
-    """`hang_seconds` is how long a hanging fork takes."""
+    """`hang_seconds` is how long a hanging fork takes. `twice` is the step that is applied twice, as a server must
+    never do it; 0 for none."""
 
     max_steps: int = 8
     players: int = 1
     can_fork: bool = True
     hang_seconds: float = 2.0
+    twice: int = 0
 
 
 class ChainedEpisode:
@@ -61,7 +68,11 @@ class ChainedEpisode:
 
     def step(self, action: str) -> StepResult:
         self._steps += 1
+        if action.startswith(SLOW):
+            time.sleep(SLOW_SECONDS)
         shown = self._chain.after(action)
+        if self._steps == self._settings.twice:
+            shown = self._chain.after(action)
         players = self._settings.players
         rewards = tuple(float(player) for player in range(players)) if players > 1 else ()
         done = self._steps >= self._settings.max_steps
@@ -79,7 +90,7 @@ class ChainedEpisode:
         if self._task_id == "fork-is-itself":
             return self
         copied = copy(self)
-        copied._chain = deepcopy(self._chain)
+        copied._chain = self._chain.copy()
         return copied
 
     def close(self) -> None:

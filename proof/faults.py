@@ -1,0 +1,34 @@
+"""Dropped answers, duplicated calls, delays, and a server that is killed: every answer is the right one of the right
+episode, no step is played twice, and every loss is reported as one."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.support.faulty_play import play_under_faults
+from tests.support.processes import Services
+
+STEPS = 25_000  # of one case; the five are more than 100,000
+KILLS = 12
+
+
+def play(seed: int, folder: Path) -> dict[str, Any]:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    services = Services(folder)
+    try:
+        found = asyncio.run(play_under_faults(services, steps=STEPS, kills=KILLS, seed=seed))
+    finally:
+        services.end()
+    assert found["episodes"] == found["completed"] + sum(found["losses"].values()), found
+    assert found["server_kills"] == KILLS and found["connections_cut"] > KILLS, found
+    return found
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {f"faults-{seed}": partial(play, seed) for seed in range(5)}
