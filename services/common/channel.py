@@ -20,6 +20,9 @@ from services.common.status import from_rpc_error
 
 log = structlog.get_logger()
 R = TypeVar("R")
+# A server that shuts down cancels what is left when its time to drain is over. A call that this side gives up raises
+# asyncio.CancelledError instead.
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _LATER = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
 _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.05, 2.0
 
@@ -69,16 +72,16 @@ class Connection:
         Raises DomainError, CallFailed (with `timed_out` when the deadline of `timeout` seconds passed), or
         ServiceUnavailable after `outage_seconds` without an answer.
         """
-        waits = _Waits(self.endpoint)
+        waits = Waits(self.endpoint.address, self.endpoint.outage_seconds)
         while True:
             try:
                 response = await method(request, timeout=timeout, metadata=self.metadata)
                 self._is_down = False
                 return response
             except grpc.aio.AioRpcError as error:
-                cause, not_before = self._retryable(error, _method(request))
+                cause, refusal = self._retryable(error, _method(request))
             self._report(cause)
-            await waits.wait(cause, not_before)
+            await waits.wait(cause, refusal)
 
     @asynccontextmanager
     async def stream(
@@ -93,7 +96,7 @@ class Connection:
     async def _parts(
         self, method: Callable[..., AsyncIterable[R]], request: Any, timeout: float
     ) -> AsyncGenerator[R, None]:
-        waits = _Waits(self.endpoint)
+        waits = Waits(self.endpoint.address, self.endpoint.outage_seconds)
         while True:
             call: Any = method(request, timeout=timeout, metadata=self.metadata)
             begun = False
@@ -118,7 +121,7 @@ class Connection:
             if failure.code in _LATER and failure.retry_after is not None:
                 return str(failure), failure.retry_after.total_seconds()
             raise failure from None
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
+        if error.code() in _GONE:
             return error.details() or "unavailable", 0.0
         raise failure from error
 
@@ -127,8 +130,8 @@ class Connection:
         return found or CallFailed(self.endpoint.address, method, error.code().name, error.details() or "")
 
     def _report(self, cause: str) -> None:
-        """Once per outage, however many calls wait."""
-        if self._is_down:
+        """Once per outage, however many calls wait. One that does not wait tells its caller alone."""
+        if self._is_down or not self.endpoint.outage_seconds:
             return
         self._is_down = True
         log.warning("waiting for a service", endpoint=self.endpoint.address, cause=cause)
@@ -139,21 +142,22 @@ class Connection:
         await self.channel.close()
 
 
-class _Waits:
-    """Between the attempts of one call: longer each time, and not for ever."""
+class Waits:
+    """Between the attempts of one call, at `endpoint`: longer each time, and no longer than `seconds` in all."""
 
-    def __init__(self, endpoint: Endpoint):
-        self._endpoint = endpoint
+    def __init__(self, endpoint: str, seconds: float):
+        self._endpoint, self._seconds = endpoint, seconds
         self._since: float | None = None
         self._delay = _FIRST_DELAY_SECONDS
 
-    async def wait(self, cause: str, not_before: float) -> None:
-        """Raises ServiceUnavailable after `outage_seconds`."""
+    async def wait(self, cause: str, refusal: DomainError | None = None) -> None:
+        """At least as long as the service asked for in its `refusal`. Raises ServiceUnavailable when time is up."""
         now = time.monotonic()
         self._since = self._since or now
-        if now - self._since >= self._endpoint.outage_seconds:
-            raise ServiceUnavailable(self._endpoint.address, now - self._since, cause)
-        await asyncio.sleep(max(self._delay, not_before) * random.uniform(1.0, 1.5))
+        if now - self._since >= self._seconds:
+            raise ServiceUnavailable(self._endpoint, now - self._since, cause, refusal)
+        later = refusal.retry_after.total_seconds() if refusal is not None and refusal.retry_after is not None else 0.0
+        await asyncio.sleep(max(self._delay, later) * random.uniform(1.0, 1.5))
         self._delay = min(self._delay * 2, _MAX_DELAY_SECONDS)
 
 

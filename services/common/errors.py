@@ -167,11 +167,14 @@ class DomainError(Exception):
 
 
 class ServiceUnavailable(Exception):
-    """A service could not be reached for as long as the caller was willing to wait. Names the endpoint."""
+    """A service could not be reached for as long as the caller was willing to wait. Names the endpoint.
 
-    def __init__(self, endpoint: str, seconds: float, cause: str):
+    `cause` is what happened last; `refusal` what the service said, where it was reached and asked for a later call.
+    """
+
+    def __init__(self, endpoint: str, seconds: float, cause: str, refusal: DomainError | None = None):
         super().__init__(f"{endpoint} was unreachable for {seconds:.0f} s: {cause}")
-        self.endpoint = endpoint
+        self.endpoint, self.cause, self.refusal = endpoint, cause, refusal
 
 
 class CallFailed(Exception):
