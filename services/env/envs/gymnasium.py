@@ -1,0 +1,338 @@
+"""Any environment of Gymnasium (https://gymnasium.farama.org), its spaces put into words.
+
+A task is a seed with which the environment is reset; train and test seeds differ. The reward of a step is the
+environment's own, and an answer that is no valid action changes nothing and costs a step. Each episode has an
+environment of its own. A fork is made by playing the same actions again in another one, which is exact because the
+environment says that it is deterministic; those that say otherwise (`spec.nondeterministic`) do not fork.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from services.env.base import (
+    EnvironmentInfo,
+    MissingExtra,
+    PromptSet,
+    Split,
+    StepResult,
+    TaskInfo,
+    UnknownTask,
+    read_settings,
+)
+from services.env.prompts import generic_prompts
+
+if TYPE_CHECKING:
+    import gymnasium
+
+INVALID = "invalid"
+MAX_TASKS = 99_999  # ids have five digits
+_SEEDS = 2 * (MAX_TASKS + 1)  # of one `seed` setting: first those of training, then those of testing
+_MAX_SEED = 10_000
+_EMPTY = "(empty)"
+_COLORS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
+_ESCAPE = re.compile(r"\x1b\[([0-9;]*)m")
+
+
+@dataclass(frozen=True, slots=True)
+class GymnasiumSettings:
+    """`id` and `arguments` are what `gymnasium.make` takes; `module` is imported before, to register the environment.
+
+    `max_reward` is the largest sum of an episode's rewards: Gymnasium does not say it (`reward_threshold` is a mean
+    that counts as solved). `max_steps` is the environment's own limit by default. `actions` names discrete actions in
+    their order, `components` the parts of an observation. `observation` is what the agent sees: `render`, what the
+    environment draws as text; `values`, its observation in words; `auto`, the drawing where there is one. `task` tells
+    the agent what to do, `prompts` replaces texts of the PromptSet."""
+
+    id: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    module: str = ""
+    max_reward: float | None = None
+    max_steps: int = 0
+    train_tasks: int = 10_000
+    test_tasks: int = 100
+    seed: int = 0
+    actions: tuple[str, ...] = ()
+    components: tuple[str, ...] = ()
+    observation: str = "auto"
+    digits: int = 4
+    task: str = ""
+    prompts: dict[str, str] = field(default_factory=dict)
+    name: str = "gymnasium"
+
+    def __post_init__(self) -> None:
+        for setting, number in (("train_tasks", self.train_tasks), ("test_tasks", self.test_tasks)):
+            if not 0 <= number <= MAX_TASKS:
+                raise ValueError(f"{setting} must be between 0 and {MAX_TASKS} (ids have five digits), not {number}")
+        if not 0 <= self.seed <= _MAX_SEED:
+            raise ValueError(f"seed must be between 0 and {_MAX_SEED}, not {self.seed}")
+        if self.max_steps < 0:
+            raise ValueError(f"max_steps must be at least 1, or 0 for the environment's own, not {self.max_steps}")
+        if not 1 <= self.digits <= 17:
+            raise ValueError(f"digits must be between 1 and 17, not {self.digits}")
+        if self.observation not in ("auto", "render", "values"):
+            raise ValueError(f'observation must be "auto", "render" or "values", not {self.observation!r}')
+        known = [one.name for one in fields(PromptSet)]
+        if unknown := sorted(set(self.prompts) - set(known)):
+            raise ValueError(f"prompts.{unknown[0]}: no such text; there are: {', '.join(known)}")
+        folded = [name.casefold() for name in self.actions]
+        if len(set(folded)) < len(folded):
+            raise ValueError(f"actions must have different names, not {', '.join(self.actions)}")
+
+
+class GymnasiumEpisode:
+    def __init__(self, game: Gymnasium, seed: int) -> None:
+        self._game = game
+        self._seed = seed
+        self._taken: list[Any] = []  # what a fork plays again
+        self._steps = 0
+        self._reward = 0.0
+        self._env = game.make()
+        try:
+            observed, _ = self._env.reset(seed=seed)
+            self.observation = game.show(self._env, observed)
+        except BaseException:
+            self._env.close()
+            raise
+
+    def step(self, action: str) -> StepResult:
+        self._steps += 1
+        is_last = self._steps >= self._game.info.max_steps
+        try:
+            taken, reading = self._game.read(action)
+        except ValueError as problem:
+            shown = f"That is no valid action: {problem}. Nothing happened.\n\n{self.observation}"
+            return StepResult(
+                shown, INVALID, done=is_last, truncated=is_last, feedback=self._feedback(True) if is_last else ""
+            )
+        reward, terminated, truncated = self._take(taken)
+        self._reward += reward
+        over, cut = terminated or truncated or is_last, not terminated
+        return StepResult(
+            self.observation,
+            reading,
+            reward,
+            done=over,
+            truncated=over and cut,
+            feedback=self._feedback(cut) if over else "",
+        )
+
+    def fork(self) -> GymnasiumEpisode:
+        """Raises RuntimeError when the same actions lead elsewhere."""
+        copied = GymnasiumEpisode(self._game, self._seed)
+        try:
+            for taken in self._taken:
+                copied._take(taken)
+            if copied.observation != self.observation:
+                raise RuntimeError(f"{self._game.settings.id} is not deterministic: the same actions led elsewhere")
+        except BaseException:
+            copied.close()
+            raise
+        copied._steps, copied._reward = self._steps, self._reward
+        return copied
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _take(self, action: Any) -> tuple[float, bool, bool]:
+        """Reward, terminated, truncated."""
+        self._taken.append(action)
+        observed, reward, terminated, truncated, _ = self._env.step(action)
+        self.observation = self._game.show(self._env, observed)
+        return float(reward), bool(terminated), bool(truncated)
+
+    def _feedback(self, cut: bool) -> str:
+        ended = "The step limit was reached." if cut else "The episode came to its end."
+        return f"{ended} Steps: {self._steps}. Sum of rewards: {self._reward:g}."
+
+
+class Gymnasium:
+    """Makes an environment once, to learn of its spaces. Raises ValueError that names the setting."""
+
+    def __init__(self, settings: GymnasiumSettings) -> None:
+        import gymnasium
+
+        from services.env.envs import gymnasium_actions, gymnasium_spaces
+
+        self.settings = settings
+        self._gymnasium, self._words, self._answers = gymnasium, gymnasium_spaces, gymnasium_actions
+        self._draws = False
+        self._arguments = dict(settings.arguments)
+        self._max_steps: int | None = None  # the environment's own
+        probe = self._first()
+        try:
+            spec, self._actions, self._observations = probe.spec, probe.action_space, probe.observation_space
+            self._choose_view(probe)
+        finally:
+            probe.close()
+        assert spec is not None
+        self._max_steps = max_steps = settings.max_steps or spec.max_episode_steps or 0
+        self._check(spec)
+        is_deterministic = not spec.nondeterministic
+        self.info = EnvironmentInfo(
+            name=settings.name,
+            description=f"{settings.id} of Gymnasium, {self._max_steps} steps",
+            prompts=self._prompts(),
+            max_steps=max_steps,
+            max_reward=float(settings.max_reward or 0.0),
+            deterministic=is_deterministic,
+            task_counts={Split.TRAIN: settings.train_tasks, Split.TEST: settings.test_tasks},
+            can_fork=is_deterministic,
+        )
+        if is_deterministic:
+            self._check_start()
+
+    def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
+        """All of difficulty 1: Gymnasium knows of none."""
+        first = max(offset, 0)
+        last = min(self.info.task_counts[split], first + max(limit, 0))
+        return [TaskInfo(f"{split}/{index:05d}", split, 1.0) for index in range(first, last)]
+
+    def start(self, task_id: str) -> GymnasiumEpisode:
+        split, _, digits = task_id.partition("/")
+        well_formed = split in tuple(Split) and len(digits) == 5 and digits.isascii() and digits.isdigit()
+        if not well_formed or int(digits) >= self.info.task_counts[Split(split)]:
+            raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")
+        return GymnasiumEpisode(self, self._seed(Split(split), int(digits)))
+
+    def make(self) -> gymnasium.Env[Any, Any]:
+        """An environment of its own for an episode."""
+        return self._gymnasium.make(
+            self.settings.id, max_episode_steps=self._max_steps, disable_env_checker=True, **self._arguments
+        )
+
+    def show(self, env: gymnasium.Env[Any, Any], observed: Any) -> str:
+        text = without_escapes(str(env.render())).strip("\n") if self._draws else self._in_words(observed)
+        return text if text.strip() else _EMPTY
+
+    def read(self, answer: str) -> tuple[Any, str]:
+        """The action, and how a trace shows it. Raises ValueError in words."""
+        action = self._answers.read(self._actions, answer, self.settings.actions)
+        return action, self._answers.tell(self._actions, action, self.settings.actions)
+
+    def _in_words(self, observed: Any) -> str:
+        names, digits = self.settings.components, self.settings.digits
+        if names:
+            return self._words.show_named(self._observations, observed, digits, names)
+        return self._words.show(self._observations, observed, digits)
+
+    def _seed(self, split: Split, index: int) -> int:
+        return self.settings.seed * _SEEDS + (0 if split is Split.TRAIN else MAX_TASKS + 1) + index
+
+    def _first(self) -> gymnasium.Env[Any, Any]:
+        if self.settings.module:
+            try:
+                importlib.import_module(self.settings.module)
+            except ImportError as error:
+                raise ValueError(f"module: {self.settings.module!r} cannot be imported: {error}") from error
+        try:
+            return self.make()
+        except self._gymnasium.error.DependencyNotInstalled as error:
+            raise ValueError(f"id: {self.settings.id!r} needs more than Gymnasium itself: {error}") from error
+        except (self._gymnasium.error.Error, ImportError) as error:
+            raise ValueError(f"id: {self.settings.id!r}: {error}") from error
+        except Exception as error:  # an environment may raise anything at what it is given
+            shown = ", ".join(f"{key}={value!r}" for key, value in self._arguments.items()) or "none"
+            raise ValueError(f"arguments: {self.settings.id!r} cannot be made with {shown}: {error}") from error
+
+    def _choose_view(self, probe: gymnasium.Env[Any, Any]) -> None:
+        """Whether the agent sees what the environment draws, or its observation in words."""
+        given = self._arguments.get("render_mode")
+        can_draw = given in (None, "ansi") and "ansi" in probe.unwrapped.metadata.get("render_modes", ())
+        if self.settings.observation == "render" and not can_draw:
+            raise ValueError(
+                f'observation: {self.settings.id!r} does not draw itself as text: "values" is what there is'
+            )
+        self._draws = can_draw and self.settings.observation != "values"
+        if self._draws:
+            self._arguments["render_mode"] = "ansi"
+
+    def _check(self, spec: gymnasium.envs.registration.EnvSpec) -> None:
+        settings = self.settings
+        if not self._max_steps:
+            raise ValueError(f"max_steps: {settings.id!r} has no limit of its own: set one")
+        if settings.max_reward is None:
+            known = f" (its reward_threshold is {spec.reward_threshold:g})" if spec.reward_threshold is not None else ""
+            raise ValueError(f"max_reward: set the largest sum of an episode's rewards in {settings.id!r}{known}")
+        try:
+            self._answers.check(self._actions)
+            if not self._draws:
+                self._words.check_observations(self._observations)
+        except ValueError as error:
+            raise ValueError(f"id: {settings.id!r}: {error}") from error
+        count = int(getattr(self._actions, "n", 0)) if isinstance(self._actions, self._gymnasium.spaces.Discrete) else 0
+        if settings.actions and len(settings.actions) != count:
+            there_are = f"{count} to name" if count else "none to name: its actions are not discrete"
+            raise ValueError(f"actions: {len(settings.actions)} names, and of {settings.id!r} there are {there_are}")
+        parts = 0 if self._draws else self._words.component_count(self._observations)
+        if settings.components and len(settings.components) != parts:
+            raise ValueError(
+                f"components: {len(settings.components)} names, and the observation has {parts} that can be named"
+            )
+
+    def _check_start(self) -> None:
+        """Some arguments make an environment draw from a generator that no seed reaches."""
+        seed = self._seed(Split.TRAIN, 0)
+        episodes = [GymnasiumEpisode(self, seed), GymnasiumEpisode(self, seed)]
+        for episode in episodes:
+            episode.close()
+        if episodes[0].observation != episodes[1].observation:
+            raise ValueError(
+                f"arguments: with them {self.settings.id!r} begins differently under the same seed, so that no task "
+                "could be repeated"
+            )
+
+    def _prompts(self) -> PromptSet:
+        settings = self.settings
+        action = self._answers.form(self._actions, settings.actions)
+        if isinstance(self._actions, self._gymnasium.spaces.Text):
+            form = f"Your whole answer is the action: {action}."
+        else:
+            form = f"End every answer with one action between triple backticks: {action}."
+        view = "a drawing" if self._draws else self._words.words(self._observations)
+        task = settings.task or (
+            f"You act in the environment {settings.id}. Each turn shows you its state ({view}). Gain as much reward as "
+            "you can."
+        )
+        limit = f"You have at most {self._max_steps} steps; an answer without a valid action only costs one."
+        return replace(generic_prompts(task, f"{form} {limit}"), **settings.prompts)
+
+
+def create(name: str, settings: Mapping[str, object]) -> Gymnasium:
+    """From a table of the server's configuration."""
+    read = read_settings(GymnasiumSettings, {**settings, "name": name})
+    try:
+        import gymnasium  # noqa: F401 - to see whether it is there
+    except ImportError as error:
+        raise MissingExtra("gymnasium", error) from error
+    return Gymnasium(read)
+
+
+def without_escapes(text: str) -> str:
+    """What a terminal shows in colour, in words: `[S on red]`, `[R in blue]`."""
+    pieces: list[str] = []
+    opened: list[str] = []
+    at = 0
+    for match in _ESCAPE.finditer(text):
+        pieces.append(text[at : match.start()])
+        at = match.end()
+        color = _color(match.group(1))
+        if color:
+            pieces.append("[")
+            opened.append(color)
+        else:
+            pieces += [f" {opened.pop()}]" for _ in range(len(opened))]
+    return "".join([*pieces, text[at:], *(f" {color}]" for color in reversed(opened))])
+
+
+def _color(codes: str) -> str:
+    """Empty where the codes set none, which ends those before."""
+    for code in codes.split(";"):
+        for base, preposition in ((30, "in"), (40, "on")):
+            if code.isdigit() and 0 <= int(code) - base < len(_COLORS):
+                return f"{preposition} {_COLORS[int(code) - base]}"
+    return ""

@@ -1,0 +1,182 @@
+"""Actions of Gymnasium's spaces, read from an agent's answer.
+
+An action is JSON between triple backticks: numbers, lists and objects as its space is made. A discrete one may have a
+name; where the action is text, the whole answer is it. Nothing is made to fit: what is out of bounds is refused with a
+ValueError that says what was expected.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import singledispatch
+from typing import Any, NoReturn
+
+import numpy as np
+from gymnasium import spaces
+
+from services.env.envs.gymnasium_spaces import Space, is_whole, words
+from services.env.tool_calls import printable, without_thoughts
+
+_MAX_ANSWER = 20_000  # characters of an action
+_MAX_READING = 200
+_WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
+_FENCE = "```"
+_LEAVES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box, spaces.Text)
+
+
+def check(space: Space) -> None:
+    """Raises ValueError for a space whose values no answer can express."""
+    parts: Sequence[Space] = ()
+    if isinstance(space, spaces.Dict):
+        parts = list(space.values())
+    elif isinstance(space, spaces.Tuple | spaces.OneOf):
+        parts = space.spaces
+    elif isinstance(space, spaces.Sequence) and not space.stack:
+        parts = [space.feature_space]
+    elif not isinstance(space, _LEAVES):
+        raise ValueError(f"its actions cannot be written as text: there is a {type(space).__name__} space in them")
+    for part in parts:
+        check(part)
+
+
+def form(space: Space, names: Sequence[str]) -> str:
+    """What an action is. `names` are those of discrete ones, in their order."""
+    if isinstance(space, spaces.Discrete) and names:
+        return f"{', '.join(names)} (or {words(space)})"
+    return words(space)
+
+
+def read(space: Space, answer: str, names: Sequence[str]) -> Any:
+    """The action that an answer means: a sample of the space. Raises ValueError in words."""
+    if isinstance(space, spaces.Text):
+        return _decode(space, answer, "the answer")
+    text = _written(answer)
+    if len(text) > _MAX_ANSWER:
+        raise ValueError(f"it is longer than {_MAX_ANSWER} characters")
+    if isinstance(space, spaces.Discrete):
+        numbers = {name.casefold(): number for number, name in enumerate(names, start=int(space.start))}
+        if text.casefold() in numbers:
+            return np.int64(numbers[text.casefold()])
+        if not _WHOLE.fullmatch(text):
+            raise ValueError(f"expected {form(space, names)}")
+        return _decode(space, int(text), "it")
+    try:
+        value = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        raise ValueError(f"expected {words(space)}, as JSON") from None
+    return _decode(space, value, "it")
+
+
+def tell(space: Space, action: Any, names: Sequence[str]) -> str:
+    """How a trace shows an action."""
+    if isinstance(space, spaces.Discrete) and names:
+        return names[int(action) - int(space.start)]
+    if isinstance(action, str):
+        return printable(action, _MAX_READING) or "(empty)"
+    return printable(json.dumps(_plain(action), ensure_ascii=False), _MAX_READING)
+
+
+def _written(answer: str) -> str:
+    """The last complete block in triple backticks; the whole answer where there is none."""
+    text = without_thoughts(answer)
+    parts = text.split(_FENCE)
+    if len(parts) < 3:
+        return text.strip()
+    block = parts[-2] if len(parts) % 2 else parts[-3]
+    return block.strip().removeprefix("json\n").strip()
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(constant)  # NaN and infinities are no JSON
+
+
+@singledispatch
+def _decode(space: Space, value: Any, at: str) -> Any:
+    """A JSON value as a sample; `at` says where it stands."""
+    raise TypeError(f"check() lets no {type(space).__name__} pass")
+
+
+@_decode.register
+def _(space: spaces.Discrete, value: Any, at: str) -> Any:
+    if type(value) is not int or not space.start <= value < space.start + space.n:
+        raise ValueError(f"{at} must be {words(space)}")
+    return np.int64(value)
+
+
+@_decode.register
+def _(space: spaces.Text, value: Any, at: str) -> Any:
+    if not isinstance(value, str) or not space.contains(value):
+        raise ValueError(f"{at} must be {words(space)}")
+    return value
+
+
+@_decode.register
+def _(space: spaces.Dict, value: Any, at: str) -> Any:
+    if not isinstance(value, dict) or set(value) != set(space):
+        raise ValueError(f"{at} must be an object with {', '.join(map(json.dumps, space))}")
+    return {key: _decode(part, value[key], json.dumps(key)) for key, part in space.items()}
+
+
+@_decode.register(spaces.Tuple)
+def _(space: Any, value: Any, at: str) -> Any:
+    if not isinstance(value, list) or len(value) != len(space.spaces):
+        raise ValueError(f"{at} must be a list of {len(space.spaces)}")
+    pairs = enumerate(zip(space.spaces, value, strict=True), start=1)
+    return tuple(_decode(part, one, f"element {number}") for number, (part, one) in pairs)
+
+
+@_decode.register
+def _(space: spaces.Sequence, value: Any, at: str) -> Any:
+    if not isinstance(value, list):
+        raise ValueError(f"{at} must be a list")
+    return tuple(_decode(space.feature_space, one, f"element {number}") for number, one in enumerate(value, start=1))
+
+
+@_decode.register(spaces.OneOf)
+def _(space: Any, value: Any, at: str) -> Any:
+    is_pair = isinstance(value, list) and len(value) == 2 and type(value[0]) is int
+    if not is_pair or not 0 <= value[0] < len(space.spaces):
+        raise ValueError(f"{at} must be {words(space)}")
+    return np.int64(value[0]), _decode(space.spaces[value[0]], value[1], "element 2")
+
+
+@_decode.register(spaces.Box)
+@_decode.register(spaces.MultiDiscrete)
+@_decode.register(spaces.MultiBinary)
+def _(space: Any, value: Any, at: str) -> Any:
+    expected = f"{at} must be {words(space)}"
+    whole = is_whole(space)
+    try:
+        array = np.array(value)
+    except (ValueError, OverflowError, RecursionError):
+        raise ValueError(expected) from None
+    if array.dtype.kind not in ("iu" if whole else "iuf"):
+        raise ValueError(expected)
+    if array.ndim == 0 and math.prod(space.shape) == 1:  # a bare number for a list of one
+        array = array.reshape(space.shape)
+    if array.shape != space.shape:
+        raise ValueError(expected)
+    if not whole:
+        with np.errstate(over="ignore"):
+            array = array.astype(space.dtype)  # before it is compared: 0.7 must not lie beyond the bound 0.7
+    if isinstance(space, spaces.Box):
+        inside = np.isfinite(array).all() and (space.low <= array).all() and (array <= space.high).all()
+    else:
+        inside = space.contains(array)
+    if not inside:
+        raise ValueError(expected)
+    return array.astype(space.dtype)
+
+
+def _plain(value: Any) -> Any:
+    """A sample as JSON values; numbers with six digits."""
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    return float(f"{value:.6g}") if isinstance(value, float) else value
