@@ -108,21 +108,21 @@ class Connection:
             except grpc.aio.AioRpcError as error:
                 if begun:
                     raise self._failure(error, _method(request)) from error
-                cause, not_before = self._retryable(error, _method(request))
+                cause, refusal = self._retryable(error, _method(request))
             finally:
                 call.cancel()
             self._report(cause)
-            await waits.wait(cause, not_before)
+            await waits.wait(cause, refusal)
 
-    def _retryable(self, error: grpc.aio.AioRpcError, method: str) -> tuple[str, float]:
-        """The cause, and the least wait in seconds, when the call should be repeated; raises otherwise."""
+    def _retryable(self, error: grpc.aio.AioRpcError, method: str) -> tuple[str, DomainError | None]:
+        """The cause, and what the service said, if anything, when the call should be repeated; raises otherwise."""
         failure = self._failure(error, method)
         if isinstance(failure, DomainError):
             if failure.code in _LATER and failure.retry_after is not None:
-                return str(failure), failure.retry_after.total_seconds()
+                return str(failure), failure
             raise failure from None
         if error.code() in _GONE:
-            return error.details() or "unavailable", 0.0
+            return error.details() or "unavailable", None
         raise failure from error
 
     def _failure(self, error: grpc.aio.AioRpcError, method: str) -> DomainError | CallFailed:
