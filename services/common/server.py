@@ -27,6 +27,7 @@ from services.common.validation import prepare, violations
 log = structlog.get_logger()
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # probes carry no credential
+_PENDING_CALLS = 65_536
 _HEALTH_SECONDS = 0.5  # between two looks at the health that a service reports of its parts
 _REQUEST_KEYS = ("run_id", "episode_id", "request_id", "learner_id", "reflection_id", "sequence", "step_index")
 
@@ -329,6 +330,9 @@ def _server(settings: ServiceSettings, credentials: Mapping[str, SecretStr | Non
             ("grpc.max_receive_message_length", settings.max_message_bytes),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients send keep-alive pings
             ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server
+            # Calls that wait for the event loop. By default gRPC cancels them, at random, from 1,000 on.
+            ("grpc.server.max_pending_requests", _PENDING_CALLS),
+            ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
         ],
     )
 

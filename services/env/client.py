@@ -1,15 +1,18 @@
 """The environment service as the trainer's `EnvironmentPort`.
 
-A unary call costs a few hundred microseconds of Python whatever it carries, so steps are coalesced: all that callers
-ask for in one tick of the event loop, or while earlier batches are under way, travels in one StepEpisodes. A lone step
-goes out at once. The server answers a batch within `_FIRST_WAIT_SECONDS`; what still runs then is asked for again,
-apart from the rest, so that a slow or hanging episode holds up no other. Steps are exactly-once: repeating is safe.
+A unary call costs a few hundred microseconds of Python whatever it carries, so steps are coalesced: what callers ask
+for in one tick of the event loop, or while earlier batches are under way, travels in few StepEpisodes. Two are under
+way at a time, so that the server works on one while this side works on the other. A lone step goes out at once. The
+server answers a batch within `_FIRST_WAIT_SECONDS`; what still runs then is asked for again, apart from the rest, so
+that a slow or hanging episode holds up no other. Steps are exactly-once: repeating is safe.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, TypeVar
 
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
@@ -20,14 +23,16 @@ from services.common.status import domain_error
 from services.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split, TaskInfo
 from services.common.wire import outcome_from_proto, tools_from_proto
 
-_MAX_BATCH = 512
+_MIN_BATCH, _MAX_BATCH = 8, 128  # larger ones gain nothing: a call's own cost is then a tenth of what its steps cost
 _MAX_BATCH_CHARACTERS = 4 * 2**20  # far below the limit of a message; a longer action travels alone
-_MAX_IN_FLIGHT = 2  # the server works on one batch while the other one travels
+_MAX_IN_FLIGHT = 2
+_MAX_CALLS = 64  # at a time, of those that are not coalesced: thousands of starts at once swamp a server
 _FIRST_WAIT_SECONDS = 0.05
 _STILL_RUNS = ("DEADLINE_EXCEEDED", "the step still runs")
 _PAGE_SIZE = 1000
 _SPLITS = {Split.TRAIN: pb.SPLIT_TRAIN, Split.TEST: pb.SPLIT_TEST}
 _SPLITS_BACK = {number: split for split, number in _SPLITS.items()}
+R = TypeVar("R")
 
 
 class EnvClient:
@@ -37,11 +42,12 @@ class EnvClient:
         self._connection = Connection(endpoint, on_outage)
         self._stub = pb_grpc.EnvServiceStub(self._connection.channel)
         self._timeout = timeout
+        self._places = asyncio.Semaphore(_MAX_CALLS)
         self._steps = _StepQueue(self._connection, self._stub, timeout)
 
     async def list_environments(self) -> list[EnvironmentInfo]:
         request = pb.ListEnvironmentsRequest()
-        response = await self._connection.call(self._stub.ListEnvironments, request, timeout=self._timeout)
+        response = await self._call(self._stub.ListEnvironments, request)
         return [_info(info) for info in response.environments]
 
     async def describe(self, environment: str) -> EnvironmentInfo:
@@ -60,7 +66,7 @@ class EnvClient:
             request = pb.ListTasksRequest(
                 environment=environment, split=_SPLITS[split], page_size=size, page_token=token
             )
-            response = await self._connection.call(self._stub.ListTasks, request, timeout=self._timeout)
+            response = await self._call(self._stub.ListTasks, request)
             tasks += [TaskInfo(task.task_id, _SPLITS_BACK[task.split], task.difficulty) for task in response.tasks]
             token = response.next_page_token
             if not token or (limit and len(tasks) >= limit):
@@ -68,30 +74,35 @@ class EnvClient:
 
     async def start(self, environment: str, task_id: str, episode_id: str) -> RemoteEpisode:
         request = pb.StartEpisodeRequest(episode_id=episode_id, environment=environment, task_id=task_id)
-        response = await self._connection.call(self._stub.StartEpisode, request, timeout=self._timeout)
+        response = await self._call(self._stub.StartEpisode, request)
         return RemoteEpisode(episode_id, response.observation, self, response.player)
 
     async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> RemoteEpisode:
         """Another episode in the state that this one has after `step_index` steps."""
         request = pb.ForkEpisodeRequest(episode_id=episode_id, step_index=step_index, new_episode_id=new_episode_id)
-        response = await self._connection.call(self._stub.ForkEpisode, request, timeout=self._timeout)
+        response = await self._call(self._stub.ForkEpisode, request)
         return RemoteEpisode(new_episode_id, response.observation, self, response.player, step_index)
 
     async def step(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
         """Repeating it with the same action returns the same answer."""
-        try:
-            request = pb.StepEpisodeRequest(episode_id=episode_id, step_index=step_index, action=action)
-        except ValueError as error:
-            raise invalid_field("action", f"text that UTF-8 can carry ({error})") from error
-        answer = await self._steps.put(request)
+        if not action.isascii():
+            try:
+                action.encode()
+            except ValueError as error:
+                raise invalid_field("action", f"text that UTF-8 can carry ({error})") from error
+        answer = await self._steps.put(episode_id, step_index, action)
         if answer is None:
-            response = await self._connection.call(self._stub.StepEpisode, request, timeout=self._timeout)
-            return _step(response)
+            request = pb.StepEpisodeRequest(episode_id=episode_id, step_index=step_index, action=action)
+            return _step(await self._call(self._stub.StepEpisode, request))
         return answer
 
     async def end(self, episode_id: str) -> None:
         request = pb.EndEpisodeRequest(episode_id=episode_id)
-        await self._connection.call(self._stub.EndEpisode, request, timeout=self._timeout)
+        await self._call(self._stub.EndEpisode, request)
+
+    async def _call(self, method: Callable[..., Awaitable[R]], request: Any) -> R:
+        async with self._places:
+            return await self._connection.call(method, request, timeout=self._timeout)
 
     async def close(self) -> None:
         await self._steps.close()
@@ -130,7 +141,13 @@ class RemoteEpisode:
 
 
 _Answer = EpisodeStep | None  # None: to be tried by a call of its own
-_Waiting = tuple[pb.StepEpisodeRequest, "asyncio.Future[_Answer]"]
+
+
+class _Waiting(NamedTuple):
+    future: asyncio.Future[_Answer]
+    episode_id: str
+    step_index: int
+    action: str
 
 
 class _StepQueue:
@@ -140,19 +157,26 @@ class _StepQueue:
         self._connection = connection
         self._stub = stub
         self._timeout = timeout
-        self._waiting: list[_Waiting] = []
+        self._waiting: deque[_Waiting] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._in_flight = 0  # batches that wait for their first answer
+        self._batches = 0  # that wait for their first answer
+        self._travelling = 0  # steps in them
         self._flush_is_due = False
+        self._was_alone = False
 
-    async def put(self, request: pb.StepEpisodeRequest) -> _Answer:
+    async def put(self, episode_id: str, step_index: int, action: str) -> _Answer:
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[_Answer] = loop.create_future()
-        self._waiting.append((request, future))
-        if not self._flush_is_due:
-            self._flush_is_due = True
-            loop.call_soon(self._flush)  # after all that runs in this tick
-        return await future
+        item = _Waiting(loop.create_future(), episode_id, step_index, action)
+        if self._was_alone and not self._batches and not self._waiting:
+            # Whoever was alone last time probably is now: no tick to wait for others, and no task of its own, which
+            # would be a tenth of what a lone step costs. Others that come in this tick make up the second batch.
+            await self._send(self._counted([item]))
+        else:
+            self._waiting.append(item)
+            if not self._flush_is_due:
+                self._flush_is_due = True
+                loop.call_soon(self._flush)  # after all that runs in this tick
+        return await item.future
 
     async def close(self) -> None:
         for task in tuple(self._tasks):
@@ -161,13 +185,20 @@ class _StepQueue:
 
     def _flush(self) -> None:
         self._flush_is_due = False
-        self._waiting = [item for item in self._waiting if not item[1].done()]
-        while self._waiting and self._in_flight < _MAX_IN_FLIGHT:
-            batch, self._waiting = _split_off(self._waiting)
-            self._in_flight += 1
-            task = asyncio.create_task(self._send(batch))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        self._was_alone = not self._batches and len(self._waiting) == 1
+        while self._waiting and self._batches < _MAX_IN_FLIGHT:
+            # Equal shares, so that neither side waits for the other.
+            share = -(-(len(self._waiting) + self._travelling) // _MAX_IN_FLIGHT)
+            batch = _split_off(self._waiting, min(max(share, _MIN_BATCH), _MAX_BATCH))
+            if batch:
+                task = asyncio.create_task(self._send(self._counted(batch)))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    def _counted(self, batch: list[_Waiting]) -> list[_Waiting]:
+        self._batches += 1
+        self._travelling += len(batch)
+        return batch
 
     async def _send(self, batch: list[_Waiting]) -> None:
         """Settles the batch, whatever happens. Items that still run are asked for again, with twice the wait, while
@@ -175,8 +206,12 @@ class _StepQueue:
         try:
             slow = await self._call(batch, _FIRST_WAIT_SECONDS)
         finally:
-            self._in_flight -= 1
-            self._flush()
+            self._batches -= 1
+            self._travelling -= len(batch)
+            if self._waiting and not self._flush_is_due:
+                self._flush_is_due = True
+                # After the callers that have their answers now: their next steps are part of the next batch.
+                asyncio.get_running_loop().call_soon(self._flush)
         wait = waited = _FIRST_WAIT_SECONDS
         while slow:
             wait = min(2 * wait, self._timeout - waited)
@@ -188,55 +223,63 @@ class _StepQueue:
 
     async def _call(self, batch: list[_Waiting], wait: float) -> list[_Waiting]:
         """Settles the items that are answered within the wait, and returns the others."""
-        request = pb.StepEpisodesRequest(steps=[step for step, _ in batch])
-        request.max_wait.FromNanoseconds(int(wait * 1e9))
+        request = pb.StepEpisodesRequest()
+        request.max_wait.nanos, request.max_wait.seconds = int(wait % 1 * 1e9), int(wait)
+        add = request.steps.add
+        for _, episode_id, step_index, action in batch:
+            add(episode_id=episode_id, step_index=step_index, action=action)
         try:
             response = await self._connection.call(self._stub.StepEpisodes, request, timeout=wait + self._timeout)
         except asyncio.CancelledError:
-            for _, future in batch:
-                future.cancel()
+            for item in batch:
+                item.future.cancel()
             raise
         except Exception as error:  # noqa: BLE001 - each caller gets it, whatever it is
             self._fail(batch, error)
             return []
         pairs = zip(batch, response.items, strict=True)
-        return [waiting for waiting, item in pairs if not _settle(waiting[1], item)]
+        return [waiting for waiting, item in pairs if not _settle(waiting.future, item)]
 
     def _fail(self, batch: list[_Waiting], error: Exception) -> None:
         # One bad item may have spoilt the batch for all: each is then tried by a call of its own.
         one_by_one = len(batch) > 1 and _is_about_the_content(error)
-        for _, future in batch:
-            if not future.done():
-                future.set_result(None) if one_by_one else future.set_exception(error)
+        for item in batch:
+            if not item.future.done():
+                item.future.set_result(None) if one_by_one else item.future.set_exception(error)
 
 
 def _is_about_the_content(error: Exception) -> bool:
     return isinstance(error, DomainError) or (isinstance(error, CallFailed) and not error.timed_out)
 
 
-def _split_off(waiting: list[_Waiting]) -> tuple[list[_Waiting], list[_Waiting]]:
-    """A batch that is neither too long nor larger than a message may be, and the rest. An episode is in it once."""
+def _split_off(waiting: deque[_Waiting], count: int) -> list[_Waiting]:
+    """A batch that is neither longer nor larger than a message may be. An episode is in it once."""
     batch: list[_Waiting] = []
-    rest: list[_Waiting] = []
+    later: list[_Waiting] = []
     seen: set[str] = set()
-    size = 0
-    for item in waiting:
-        request = item[0]
-        size += len(request.action)
-        fits = not batch or (len(batch) < _MAX_BATCH and size <= _MAX_BATCH_CHARACTERS)
-        if fits and request.episode_id not in seen:
-            batch.append(item)
-            seen.add(request.episode_id)
-        else:
-            rest.append(item)
-    return batch, rest
+    characters = 0
+    while waiting and len(batch) < count:
+        item = waiting.popleft()
+        if item.future.done():  # its caller has left
+            continue
+        if item.episode_id in seen:
+            later.append(item)
+            continue
+        characters += len(item.action)
+        if batch and characters > _MAX_BATCH_CHARACTERS:
+            later.append(item)
+            break
+        batch.append(item)
+        seen.add(item.episode_id)
+    waiting.extendleft(reversed(later))
+    return batch
 
 
 def _settle(future: asyncio.Future[_Answer], item: pb.StepEpisodesResponse.Item) -> bool:
     """Whether nothing is left to wait for."""
-    kind = item.WhichOneof("result")
     if future.done():  # its caller has left
         return True
+    kind = item.WhichOneof("result")
     if kind == "step":
         future.set_result(_step(item.step))
     elif kind == "error":
@@ -250,14 +293,16 @@ def _error(error: pb.StepError) -> Exception:
 
 
 def _step(response: pb.StepEpisodeResponse) -> EpisodeStep:
+    done = response.done
     return EpisodeStep(
         response.observation,
         response.action,
         response.reward if response.HasField("reward") else None,
-        response.done,
-        outcome_from_proto(response.outcome),
-        response.feedback,
-        response.error,
+        done,
+        # Told with the last step alone, and to look costs time.
+        outcome_from_proto(response.outcome) if done else None,
+        response.feedback if done else "",
+        response.error if done else "",
         response.tool,
         response.player,
         tuple(response.rewards),

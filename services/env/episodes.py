@@ -23,7 +23,7 @@ from services.env import calls
 from services.env.base import Environment, Episode, close, fork
 from services.env.calls import Begun
 from services.env.records import Gate, Record, RunningStep, StepRequest, check_place, conflict, episode_of, in_use
-from services.env.workers import Job, TimedOut, WorkerPool
+from services.env.workers import Call, Job, TimedOut, WorkerPool
 
 log = structlog.get_logger()
 _RETRY_AFTER = timedelta(seconds=0.5)
@@ -92,7 +92,7 @@ class EpisodeTable:
             else:
                 self._not_begun(episode_id, record, calls.start_error(name, task_id, result))
 
-        job = Job(lambda: calls.kept(calls.begin(environment, task_id), job), done)
+        job = Call(lambda: calls.kept(calls.begin(environment, task_id), job), done)
         self.workers.submit([job])
         return record
 
@@ -128,7 +128,7 @@ class EpisodeTable:
             self._returned(source)
 
         begun = Begun(last.observation, last.player)
-        job = Job(lambda: calls.kept((fork(episode_of(source)), begun), job), done)
+        job = Call(lambda: calls.kept((fork(episode_of(source)), begun), job), done)
         if self._may_call(source, job):
             self.workers.submit([job])
         return record
@@ -139,7 +139,7 @@ class EpisodeTable:
             message = f"{len(self._live)} episodes are live, which is this server's limit"
             raise DomainError(Reason.CAPACITY_REACHED, message, retry_after=_RETRY_AFTER)
         players = self.environments[name].info.player_count
-        record = Record(name, task_id, players, asyncio.get_running_loop().create_future(), self._clock())
+        record = Record(episode_id, name, task_id, players, asyncio.get_running_loop().create_future(), self._clock())
         self._live[episode_id] = record
         self._expired.pop(episode_id, None)
         return record
@@ -159,24 +159,22 @@ class EpisodeTable:
     async def step(self, requests: Sequence[StepRequest], max_wait: float | None = None) -> list[StepAnswer | None]:
         """An answer per request, in order: None for a step that still runs after `max_wait` seconds."""
         self.expire()
-        gate = Gate(asyncio.get_running_loop().create_future())
         jobs: list[Job] = []
-        pending: list[StepAnswer | RunningStep] = []
+        found: list[StepAnswer | RunningStep] = []
         for request in requests:
             try:
-                found = self._take(request, jobs)
+                found.append(self._take(request, jobs))
             except DomainError as error:
-                pending.append(error)
-                continue
-            if isinstance(found, RunningStep):
-                gate.left += 1
-                found.gates.append(gate)
-            pending.append(found)
+                found.append(error)
         if jobs:
             self.workers.submit(jobs)
-        if gate.left:
+        running = [step for step in found if isinstance(step, RunningStep) and step.answer is None]
+        if running:
+            gate = Gate(asyncio.get_running_loop().create_future(), len(running))
+            for step in running:
+                step.gates.append(gate)
             await asyncio.wait((gate.opened,), timeout=max_wait) if max_wait is not None else await gate.opened
-        return [item.answer if isinstance(item, RunningStep) else item for item in pending]
+        return [step.answer if isinstance(step, RunningStep) else step for step in found]
 
     def _take(self, request: StepRequest, jobs: list[Job]) -> EpisodeStep | RunningStep:
         """The stored answer, or the running step; adds a job when the step is a new one."""
@@ -194,36 +192,31 @@ class EpisodeTable:
             message = f"step {index} of episode {request.episode_id!r} came before step {played}"
             raise DomainError(Reason.STEP_SKIPPED, message, next_step_index=played)
         if record.running is None:
-            record.running = RunningStep(request.action)
-            job = self._step_job(request.episode_id, record, record.running)
-            if self._may_call(record, job):
-                jobs.append(job)
+            record.running = RunningStep(record, request.action, self._played)
+            if self._may_call(record, record.running):
+                jobs.append(record.running)
         elif record.running.action != request.action:
             raise conflict(request)
         return record.running
 
-    def _step_job(self, episode_id: str, record: Record, running: RunningStep) -> Job:
-        action, players = running.action, record.players
-
-        def done(result: object) -> None:
-            answer = result if isinstance(result, EpisodeStep) else calls.failed_step(result)
-            record.running = None
-            record.actions.append(hash(action))
-            record.answers.append(answer)
-            self._returned(record)
-            if answer.done:
-                if not record.released:
-                    self._release(record)
-                record.episode = None
-                if self._live.get(episode_id) is record:
-                    del self._live[episode_id]
-                    self._finished[episode_id] = record
-                    record.touched = self._clock()
-            running.answer = answer
-            for gate in running.gates:
-                gate.pass_one()
-
-        return Job(lambda: calls.play(episode_of(record), action, players), done)
+    def _played(self, step: RunningStep, result: object) -> None:
+        record = step.record
+        answer = result if isinstance(result, EpisodeStep) else calls.failed_step(result)
+        record.running = None
+        record.actions.append(hash(step.action))
+        record.answers.append(answer)
+        self._returned(record)
+        if answer.done:
+            if not record.released:
+                self._release(record)
+            record.episode = None
+            if self._live.get(record.episode_id) is record:
+                del self._live[record.episode_id]
+                self._finished[record.episode_id] = record
+                record.touched = self._clock()
+        step.answer = answer
+        for gate in step.gates:
+            gate.pass_one()
 
     def _may_call(self, record: Record, job: Job) -> bool:
         """Whether the job may run now; otherwise it is held back until the call that is under way has returned."""
@@ -255,7 +248,7 @@ class EpisodeTable:
             self._closing.discard(closed)
             closed.set_result(None)
 
-        if self._may_call(record, job := Job(lambda: close(episode), done)):
+        if self._may_call(record, job := Call(lambda: close(episode), done)):
             self.workers.submit([job])
 
     def end(self, episode_id: str) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from services.common.errors import DomainError, Reason
 from services.common.types import EpisodeStep
 from services.env.base import Episode
-from services.env.calls import Begun
+from services.env.calls import Begun, play
 from services.env.workers import Job
 
 
-@dataclass(frozen=True, slots=True)
-class StepRequest:
+class StepRequest(NamedTuple):
     episode_id: str
     step_index: int
     action: str
@@ -24,9 +25,9 @@ class Gate:
 
     __slots__ = ("left", "opened")
 
-    def __init__(self, opened: asyncio.Future[None]):
+    def __init__(self, opened: asyncio.Future[None], left: int):
         self.opened = opened
-        self.left = 0
+        self.left = left
 
     def pass_one(self) -> None:
         self.left -= 1
@@ -34,17 +35,29 @@ class Gate:
             self.opened.set_result(None)
 
 
-class RunningStep:
-    __slots__ = ("action", "answer", "gates")
+class RunningStep(Job):
+    """The job of a step, and what those who wait for it find there."""
 
-    def __init__(self, action: str):
+    __slots__ = ("action", "answer", "gates", "played", "record")
+
+    def __init__(self, record: Record, action: str, played: Callable[[RunningStep, object], None]):
+        super().__init__()
+        self.record = record
         self.action = action
+        self.played = played
         self.answer: EpisodeStep | None = None
         self.gates: list[Gate] = []
+
+    def call(self) -> EpisodeStep:
+        return play(episode_of(self.record), self.action, self.record.players)
+
+    def done(self, result: object) -> None:
+        self.played(self, result)
 
 
 @dataclass(slots=True)
 class Record:
+    episode_id: str
     environment: str
     task_id: str
     players: int

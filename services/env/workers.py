@@ -4,6 +4,10 @@ The event loop hands over a batch as one queue entry, so that one worker is woke
 the hop (tens of microseconds) is paid once per batch, and fast environments run at nearly the speed of plain Python.
 Where a batch is still unfinished a few milliseconds later its calls are slow, and more workers are sent to help.
 
+Before the loop goes on to other things it gives the worker `_PATIENCE_SECONDS`: calls that take microseconds, as those
+of most games do, are done by then, and the loop is spared the three rounds in which it would hear of that. While calls
+take longer it does so only now and then.
+
 A call that takes longer than the limit is given up: its caller gets TimedOut, its thread is abandoned and replaced.
 Python cannot end a thread, so an abandoned one lives until its call returns. `max_abandoned` bounds how many there may
 be; from then on lost threads are not replaced, and once no thread is left every call fails at once.
@@ -14,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -21,6 +26,8 @@ from typing import TypeVar
 
 _HELP_AFTER_SECONDS = 0.003
 _TELL_AFTER_SECONDS = 0.001  # results are reported at the end of a batch, or when they have waited for this long
+_PATIENCE_SECONDS = 0.0005
+_PATIENT_ONE_IN = 64  # batches, after one that took longer
 R = TypeVar("R")
 
 
@@ -28,29 +35,53 @@ class TimedOut(Exception):
     """The call took longer than a call may, or no thread is left to run it."""
 
 
-class Job:
-    """One blocking call. `done` is called exactly once, on the event loop, with its result or its exception."""
+class Job(ABC):
+    """One blocking call."""
 
-    __slots__ = ("_done", "call", "settled")
+    __slots__ = ("settled",)
 
-    def __init__(self, call: Callable[[], object], done: Callable[[object], None]):
-        self.call = call
+    def __init__(self) -> None:
         self.settled = False
-        self._done = done
+
+    @abstractmethod
+    def call(self) -> object:
+        """On a worker's thread."""
+
+    @abstractmethod
+    def done(self, result: object) -> None:
+        """Called exactly once, on the event loop, with the result or the exception."""
 
     def settle(self, result: object) -> None:
         if not self.settled:
             self.settled = True
-            self._done(result)
+            self.done(result)
+
+
+class Call(Job):
+    """A job of two functions."""
+
+    __slots__ = ("_call", "_done")
+
+    def __init__(self, call: Callable[[], object], done: Callable[[object], None]):
+        super().__init__()
+        self._call, self._done = call, done
+
+    def call(self) -> object:
+        return self._call()
+
+    def done(self, result: object) -> None:
+        self._done(result)
 
 
 class _Batch:
-    __slots__ = ("helpers", "jobs", "waiting")
+    __slots__ = ("finished", "helpers", "is_awaited", "jobs", "waiting")
 
     def __init__(self, jobs: Sequence[Job]):
         self.jobs = jobs
         self.waiting = deque(jobs)
         self.helpers = 1
+        self.is_awaited = False  # the loop waits for `finished` to be released, and needs not be told
+        self.finished = threading.Lock()
 
     def is_settled(self) -> bool:
         return all(job.settled for job in self.jobs)
@@ -68,7 +99,10 @@ class _Worker:
     def _run(self) -> None:
         while not self.abandoned and (batch := self._pool.queue.get()) is not None:
             self._work(batch)
-            self._tell(self._pool.collect)
+            if batch.is_awaited:
+                batch.finished.release()
+            else:
+                self._tell(self._pool.collect)
         self._tell(lambda: self._pool.gone(self))
 
     def _work(self, batch: _Batch) -> None:
@@ -79,7 +113,7 @@ class _Worker:
             except IndexError:
                 return
             began = time.monotonic()
-            if began - told > _TELL_AFTER_SECONDS:
+            if began - told > _TELL_AFTER_SECONDS and not batch.is_awaited:
                 self._tell(self._pool.collect)
                 told = began
             self.current = (job, began)
@@ -111,6 +145,7 @@ class WorkerPool:
         self._look_timer: asyncio.TimerHandle | None = None
         self._next_watch = 0.0
         self._closed = False
+        self._impatient = 0  # batches for which the loop does not wait
         self._workers = {_Worker(self) for _ in range(size)}
 
     @property
@@ -119,11 +154,27 @@ class WorkerPool:
         return all(worker.abandoned for worker in self._workers)
 
     def submit(self, jobs: Sequence[Job]) -> None:
+        """The jobs of quick calls are done when it returns."""
         batch = _Batch(jobs)
+        if self._impatient:
+            self._impatient -= 1
+            self.queue.put(batch)
+        elif self._finishes_soon(batch):
+            return
         self._open.append(batch)
-        self.queue.put(batch)
         if self._look_timer is None:
             self._look_timer = self.loop.call_later(_HELP_AFTER_SECONDS, self._look)
+
+    def _finishes_soon(self, batch: _Batch) -> bool:
+        batch.is_awaited = True
+        batch.finished.acquire()
+        self.queue.put(batch)
+        finished = batch.finished.acquire(timeout=_PATIENCE_SECONDS)
+        batch.is_awaited = False  # a worker that has not seen this yet has left its results before: they are collected
+        self.collect()
+        if not finished:
+            self._impatient = _PATIENT_ONE_IN
+        return finished
 
     async def run(self, call: Callable[[], R]) -> R:
         """The result of one call; raises what it raises, or TimedOut."""
@@ -139,7 +190,7 @@ class WorkerPool:
             else:
                 future.set_result(result)  # type: ignore[arg-type]  # what `call` returned
 
-        self.submit([Job(call, done)])
+        self.submit([Call(call, done)])
         return await future
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 
@@ -13,7 +14,7 @@ from services.common.errors import DomainError, Reason
 from services.common.types import EpisodeStep, Outcome
 from services.env.episodes import EpisodeTable, Limits
 from services.env.records import StepRequest
-from services.env.workers import Job, TimedOut, WorkerPool
+from services.env.workers import Call, TimedOut, WorkerPool
 from tests.support.environments import MAX_STEPS, Awkward
 
 LEASE = 100.0
@@ -194,12 +195,34 @@ async def test_the_event_loop_stays_free_while_environments_block(table: Episode
 
 async def test_a_batch_runs_in_one_thread_when_it_is_fast(workers: WorkerPool) -> None:
     threads: list[object] = []
-    workers.submit([Job(threading.get_ident, threads.append) for _ in range(20)])
+    workers.submit([Call(threading.get_ident, threads.append) for _ in range(20)])
     await workers.run(lambda: None)
     await asyncio.sleep(0.01)
     assert len(threads) == 20
     assert len(set(threads)) == 1
     assert threading.get_ident() not in threads
+
+
+async def test_quick_calls_are_done_when_they_have_been_submitted(workers: WorkerPool) -> None:
+    seen: asyncio.Queue[object] = asyncio.Queue()
+    at_once = 0
+    for n in range(200):
+        before = seen.qsize()
+        workers.submit([Call(partial(int, n), seen.put_nowait)])
+        at_once += seen.qsize() > before
+    results = [await seen.get() for _ in range(200)]  # on a busy machine some have not been by then
+    assert sorted(results, key=repr) == sorted(range(200), key=repr)
+    assert at_once > 0
+
+
+async def test_slow_calls_are_not_waited_for(workers: WorkerPool) -> None:
+    go_on = threading.Event()
+    seen: asyncio.Queue[object] = asyncio.Queue()
+    for _ in range(4):
+        workers.submit([Call(partial(go_on.wait, 5.0), seen.put_nowait)])
+    assert seen.empty()
+    go_on.set()
+    assert [await seen.get() for _ in range(4)] == [True] * 4
 
 
 async def test_a_call_that_takes_too_long_raises_timed_out() -> None:
