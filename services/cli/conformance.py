@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from services.cli.connection import DEFAULT_ADDRESSES, endpoint
+from services.cli.connection import DEFAULT_ADDRESSES, admin_token, endpoint
 from services.conformance.report import Report, Result, Verdict
 from services.conformance.target import Target, Unreachable
 
@@ -31,6 +31,7 @@ Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that any call may
 Seed = Annotated[int, typer.Option(help="Of everything random: the same seed, the same actions.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, for machines, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print violations and the summary alone.")]
+Writes = Annotated[bool, typer.Option("--writes", help="Also checks that change what is served, for their time.")]
 OnResult = Callable[[Result], None]
 TlsCa = Annotated[Path | None, typer.Option(help="Use TLS, with this CA.", exists=True, dir_okay=False)]
 
@@ -93,6 +94,41 @@ def memory(
     async def main(on_result: OnResult) -> Report:
         async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:
             return await check(opened, only=only, on_result=on_result)
+
+    _run(main, as_json=as_json, quiet=quiet)
+
+
+@conformance.command()
+def policy(
+    target: Annotated[str, _target("policy")] = DEFAULT_ADDRESSES["policy"],
+    name: Annotated[str, typer.Option("--policy", help="Only this one; all that are listed when left out.")] = "",
+    writes: Writes = False,
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="How far log-probabilities of one token may lie apart.")
+    ] = 0.1,
+    only: Only = "",
+    token: Token = "",
+    timeout: Timeout = 60.0,
+    tls_ca: TlsCa = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a policy service. Samples a few hundred tokens of each policy.
+
+    The administration's token, where it has one of its own, is in MULLIGAN_CLI_ADMIN_TOKEN.
+
+    Example: `mulligan conformance policy --target 127.0.0.1:50052 --policy actor`
+    """
+    from services.conformance.policy.run import check
+    from services.conformance.policy.run import target as connect
+    from services.conformance.policy.served import Options
+
+    options = Options(tolerance, writes)
+
+    async def main(on_result: OnResult) -> Report:
+        connection = connect(target, token=_token(token), admin_token=admin_token(), timeout=timeout, tls_ca=tls_ca)
+        async with closing(connection) as opened:
+            return await check(opened, options, only=only, policy=name, on_result=on_result)
 
     _run(main, as_json=as_json, quiet=quiet)
 

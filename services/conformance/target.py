@@ -74,7 +74,7 @@ class Target:
         admin: Sequence[str] = (),
     ) -> None:
         self.address, self.token, self.timeout = address, token, timeout
-        self._admin, self._admin_token = frozenset(admin), admin_token
+        self._admin, self.admin_token = frozenset(admin), admin_token
         options = [
             ("grpc.max_send_message_length", _MESSAGE_BYTES),
             ("grpc.max_receive_message_length", _MESSAGE_BYTES),
@@ -104,8 +104,8 @@ class Target:
                 f"{self.address} cannot be checked: {method} failed with {code.name}: {details}"
             ) from None
 
-    def metadata(self, method: str, token: str | None = None) -> tuple[tuple[str, str], ...]:
-        token = token or (self._admin_token if method in self._admin and self._admin_token else self.token)
+    def metadata(self, method: str) -> tuple[tuple[str, str], ...]:
+        token = self.admin_token if method in self._admin and self.admin_token else self.token
         return (("authorization", f"Bearer {token}"),) if token else ()
 
     def method(self, name: str) -> Any:

@@ -1,0 +1,13 @@
+"""What `policy_service.proto` and `policy_admin_service.proto` promise: of the server (`SERVER`), and of each of its
+policies (`POLICY`) as far as its features go."""
+
+from __future__ import annotations
+
+from services.conformance.policy import admin, generate, refusals, scoring, server, stream
+from services.conformance.policy.served import Served
+from services.conformance.report import Suite
+from services.conformance.target import Session
+
+SERVER: Suite[Session] = server.suite
+POLICY: Suite[Served] = Suite()
+POLICY.extend([generate.suite, stream.suite, scoring.suite, refusals.suite, admin.suite])

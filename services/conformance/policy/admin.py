@@ -1,0 +1,148 @@
+"""PolicyAdminService, without touching what serves: lists and refusals. `--writes` adds calls that change it for the
+time of a check."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import uuid4
+
+from mulligan.policy.v1 import policy_admin_service_pb2 as pb
+from mulligan.policy.v1 import policy_service_pb2 as policy_pb
+
+from services.conformance.policy.served import Served
+from services.conformance.report import NotApplicable, Suite, demand
+from services.conformance.target import Refusal
+
+suite: Suite[Served] = Suite()
+_SHA256 = "0" * 64
+
+
+async def available(served: Served) -> None:
+    """Raises NotApplicable where this caller may not administer."""
+    answer = await served.session.attempt(
+        "ListVersions", pb.ListVersionsRequest(policy=served.policy.name, page_size=1)
+    )
+    if isinstance(answer, Refusal) and answer.code == "UNAUTHENTICATED":
+        raise NotApplicable("the administration wants a token of its own (MULLIGAN_CLI_ADMIN_TOKEN)")
+
+
+@suite.check("ListVersions", "page by page it lists the versions, newest first")
+async def versions(served: Served) -> None:
+    await available(served)
+    found: list[int] = []
+    token = ""
+    while len(found) < 50:
+        request = pb.ListVersionsRequest(policy=served.policy.name, page_size=2, page_token=token)
+        page = await served.session.ask("ListVersions", request)
+        demand(len(page.versions) <= 2, "a page of at most 2 versions", f"{len(page.versions)}", request)
+        found += [version.policy_version for version in page.versions]
+        token = page.next_page_token
+        if not token:
+            break
+    demand(found == sorted(set(found), reverse=True), "versions, newest first, each once", found)
+
+
+@suite.check("ListVersions", "a bad page token is BAD_PAGE_TOKEN, an unknown policy UNKNOWN_POLICY")
+async def bad_lists(served: Served) -> None:
+    await available(served)
+    request = pb.ListVersionsRequest(policy=served.policy.name, page_token="no such token")
+    await served.session.refused("ListVersions", request, "INVALID_ARGUMENT", "BAD_PAGE_TOKEN")
+    unknown = pb.ListVersionsRequest(policy=f"no-such-policy-{uuid4()}")
+    await served.session.refused("ListVersions", unknown, "NOT_FOUND", "UNKNOWN_POLICY")
+
+
+@suite.check("UpdateWeights", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named")
+async def bad_updates(served: Served) -> None:
+    await available(served)
+    good: dict[str, Any] = {
+        "policy": served.policy.name,
+        "policy_version": 2**40,
+        "kind": pb.WEIGHTS_KIND_FULL,
+        "uri": "file:///no/such/folder/weights.safetensors",
+        "sha256": _SHA256,
+        "fingerprint": "x",
+    }
+    for field, value in (
+        ("policy_version", 0),
+        ("kind", pb.WEIGHTS_KIND_ORIGINAL),
+        ("uri", ""),
+        ("sha256", "A" * 64),
+        ("sha256", ""),
+        ("fingerprint", ""),
+    ):
+        await served.session.bad_field("UpdateWeights", pb.UpdateWeightsRequest(**(good | {field: value})), field)
+
+
+@suite.check("UpdateWeights", "a file outside the weights folder is refused, and the old version serves on")
+async def outside(served: Served) -> None:
+    await available(served)
+    request = pb.UpdateWeightsRequest(
+        policy=served.policy.name,
+        policy_version=2**40,
+        kind=pb.WEIGHTS_KIND_FULL,
+        uri="file:///etc/passwd",
+        sha256=_SHA256,
+        fingerprint=served.policy.fingerprint or "x",
+    )
+    answer = await served.session.attempt("UpdateWeights", request)
+    allowed = [("INVALID_ARGUMENT", "BAD_WEIGHTS_URI"), ("FAILED_PRECONDITION", "POLICY_FROZEN")]
+    if not served.offers(policy_pb.FEATURE_FULL_WEIGHTS):
+        allowed.append(("INVALID_ARGUMENT", "UNSUPPORTED_OPTION"))
+    refused = isinstance(answer, Refusal) and (answer.code, answer.reason) in allowed
+    demand(refused, " or ".join(f"{code} {reason}" for code, reason in allowed), answer, request)
+    now = (await served.session.ask("GetPolicy", policy_pb.GetPolicyRequest(policy=served.policy.name))).policy
+    same = now.policy_version == served.policy.policy_version
+    demand(same, f"version {served.policy.policy_version} serves on", f"version {now.policy_version}", request)
+
+
+@suite.check("Rollback", "a version that is not kept is NOT_FOUND VERSION_NOT_KEPT")
+async def rollback(served: Served) -> None:
+    await available(served)
+    request = pb.RollbackRequest(policy=served.policy.name, policy_version=2**40)
+    answer = await served.session.attempt("Rollback", request)
+    allowed = (("NOT_FOUND", "VERSION_NOT_KEPT"), ("FAILED_PRECONDITION", "POLICY_FROZEN"))
+    refused = isinstance(answer, Refusal) and (answer.code, answer.reason) in allowed
+    demand(refused, "NOT_FOUND VERSION_NOT_KEPT, or FAILED_PRECONDITION POLICY_FROZEN", answer, request)
+
+
+@suite.check("LoadModel", "a bad name of a policy is INVALID_ARGUMENT INVALID_FIELD")
+async def bad_names(served: Served) -> None:
+    await available(served)
+    for name in ("", "../escape", ".hidden", "a b", "é", "p" * 65):
+        await served.session.bad_field("LoadModel", pb.LoadModelRequest(policy=name, model="embedded"), "policy")
+
+
+@suite.check("UnloadModel", "an unknown policy is NOT_FOUND UNKNOWN_POLICY")
+async def unload_unknown(served: Served) -> None:
+    await available(served)
+    request = pb.UnloadModelRequest(policy="no-such-policy")
+    await served.session.refused("UnloadModel", request, "NOT_FOUND", "UNKNOWN_POLICY")
+
+
+@suite.check("ReleaseMemory", "memory that was released is taken again, and the policy goes on at its version")
+async def memory(served: Served) -> None:
+    served.need(policy_pb.FEATURE_MEMORY_RELEASE)
+    if not served.options.writes:
+        raise NotApplicable("it would stop the policy for a while: --writes")
+    await available(served)
+    resume = pb.ResumeMemoryRequest(policy=served.policy.name)
+    served.session.later("ResumeMemory", resume)
+    for _ in range(2):
+        await served.session.ask("ReleaseMemory", pb.ReleaseMemoryRequest(policy=served.policy.name))
+    for _ in range(2):
+        await served.session.ask("ResumeMemory", resume)
+    request = served.request()
+    request.min_policy_version = served.policy.policy_version
+    await served.generate(request)
+
+
+@suite.check("UnloadModel", "the default policy stays: FAILED_PRECONDITION DEFAULT_POLICY")
+async def default_stays(served: Served) -> None:
+    default = (await served.session.ask("GetPolicy", policy_pb.GetPolicyRequest())).policy.name
+    if served.policy.name != default:
+        raise NotApplicable("it is not the default policy")
+    if not served.options.writes:
+        raise NotApplicable("a server that errs would lose the policy: --writes")
+    await available(served)
+    request = pb.UnloadModelRequest(policy=default)
+    await served.session.refused("UnloadModel", request, "FAILED_PRECONDITION", "DEFAULT_POLICY")

@@ -1,0 +1,46 @@
+"""Runs the policy suite against a server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
+from mulligan.policy.v1 import policy_service_pb2 as pb
+from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
+
+from services.conformance.policy import POLICY, SERVER
+from services.conformance.policy.served import Options, Served
+from services.conformance.report import Report, Result, run_suite
+from services.conformance.target import Session, Target, Unreachable
+
+_ADMIN = (
+    *("LoadModel", "UnloadModel", "UploadWeights", "UpdateWeights", "ListVersions", "Rollback"),
+    *("ReleaseMemory", "ResumeMemory"),
+)
+
+
+def target(address: str, **options: Any) -> Target:
+    return Target(address, pb_grpc.PolicyServiceStub, admin_grpc.PolicyAdminServiceStub, admin=_ADMIN, **options)
+
+
+async def check(
+    target: Target,
+    options: Options,
+    *,
+    only: str = "",
+    policy: str = "",
+    on_result: Callable[[Result], None] = lambda result: None,
+) -> Report:
+    """All checks of the server, then all of each policy, or of one. Raises Unreachable."""
+    listed = (await target.connect("ListPolicies", pb.ListPoliciesRequest(page_size=1000))).policies
+    chosen = [found for found in listed if not policy or found.name == policy]
+    if policy and not chosen:
+        names = ", ".join(found.name for found in listed)
+        raise Unreachable(f"{target.address} serves no policy {policy!r}; there are: {names}")
+    report = Report("policy", target.address)
+    await run_suite(report, SERVER, Session(target), only=only, on_result=on_result)
+    for found in chosen:
+        served = Served(Session(target), found, options)
+        await run_suite(report, POLICY, served, subject=found.name, only=only, on_result=on_result)
+    return report
