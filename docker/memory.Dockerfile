@@ -30,6 +30,6 @@ LABEL org.opencontainers.image.version="0.1.0" org.opencontainers.image.revision
 WORKDIR /app
 USER 10001:10001
 EXPOSE 50053
-HEALTHCHECK --interval=15s --timeout=10s --start-period=120s --start-interval=2s --retries=4 \
+HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --start-interval=2s --retries=3 \
     CMD ["python", "-m", "services.common.healthcheck", "127.0.0.1:50053"]
 ENTRYPOINT ["python", "-m", "services.memory"]

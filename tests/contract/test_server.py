@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import subprocess
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -30,6 +29,7 @@ from services.common.status import from_rpc_error
 from services.common.types import Split
 from services.env.client import EnvClient
 from services.env.config import DEFAULT_ENVIRONMENTS
+from tests.support.certificate import write_key_pair
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
 
 AWKWARD = {"awkward": {"kind": "tests.support.environments"}}
@@ -128,12 +128,7 @@ async def test_calls_need_the_token_and_probes_do_not(services: Services, server
 
 @pytest.fixture
 def key_pair(tmp_path: Path) -> tuple[Path, Path]:
-    """A private key, and a certificate for 127.0.0.1 signed with it."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    make += ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2"]
-    subprocess.run([*make, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
-    return key, certificate
+    return write_key_pair(tmp_path)
 
 
 async def test_it_speaks_tls(services: Services, key_pair: tuple[Path, Path]) -> None:
@@ -210,6 +205,20 @@ async def test_sigterm_finishes_what_is_in_flight(services: Services) -> None:
     assert events[events.index("draining") :] == ["draining", "request", "stopped"]
     with pytest.raises(ServiceUnavailable, match=server.address):
         await idle.step("a")
+    await client.close()
+
+
+async def test_a_call_that_a_stopping_server_gives_up_is_made_again(services: Services) -> None:
+    server = services.start("env", environments=AWKWARD, drain_seconds=0)
+    client = EnvClient(Endpoint(server.address))
+    episode = await client.start("awkward", "hangs", "given-up")
+    step = asyncio.create_task(episode.step("a"))
+    await asyncio.sleep(0.3)
+    await asyncio.to_thread(server.stop)
+    await asyncio.to_thread(server.start)
+    with pytest.raises(DomainError) as caught:
+        await step
+    assert caught.value.reason is Reason.UNKNOWN_EPISODE  # what the new server says
     await client.close()
 
 
