@@ -1,4 +1,5 @@
-# Everything a developer runs; `make help` lists it. Needs Python 3.11 or newer, and npm for buf (make check).
+# Everything a developer runs; `make help` lists it. Needs Python 3.11 or newer, and npm for buf (make check)
+# and the TypeScript examples.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -18,6 +19,14 @@ export BUF := $(BUF_HOME)/node_modules/.bin/buf
 RELEASED := proto/released/v1.binpb
 # Without npm only the test suite runs, and it reports the lint of the contracts as skipped.
 MAYBE_BUF := $(if $(shell command -v npm),$(BUF))
+
+# Packages of the TypeScript examples, as their lock file has them; tests build with these.
+TYPESCRIPT := examples/typescript
+TYPESCRIPT_FILES := $(addprefix $(TYPESCRIPT)/,package.json package-lock.json .npmrc)
+TYPESCRIPT_HOME := .stamps/typescript-$(shell cat $(TYPESCRIPT_FILES) | cksum | cut -d' ' -f1)
+TYPESCRIPT_INSTALLED := $(TYPESCRIPT_HOME)/.installed
+export TYPESCRIPT_MODULES := $(TYPESCRIPT_HOME)/node_modules
+MAYBE_TYPESCRIPT := $(if $(shell command -v npm),$(TYPESCRIPT_INSTALLED))
 
 OPENENV_PINS := benchmarks/openenv/requirements.txt
 OPENENV_HOME := .stamps/openenv-$(shell sed -n 's/^openenv-core==//p' $(OPENENV_PINS))
@@ -48,6 +57,15 @@ $(BUF):
 .PHONY: buf
 buf: $(BUF) ## install buf, which lints the contracts
 
+$(TYPESCRIPT_INSTALLED):
+	@echo "installing the packages of $(TYPESCRIPT)"
+	@rm -rf $(TYPESCRIPT_HOME) && mkdir -p $(TYPESCRIPT_HOME) && cp $(TYPESCRIPT_FILES) $(TYPESCRIPT_HOME)
+	@npm ci --prefix $(TYPESCRIPT_HOME) --no-audit --no-fund --loglevel=error
+	@touch $@
+
+.PHONY: typescript
+typescript: $(TYPESCRIPT_INSTALLED) ## install what the TypeScript examples need
+
 $(OPENENV):
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer on the PATH; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "installing OpenEnv in an environment of its own: $(OPENENV_HOME)"
@@ -59,7 +77,7 @@ $(OPENENV):
 openenv: $(OPENENV) ## install OpenEnv, which the adapter is tested with
 
 .PHONY: test
-test: $(INSTALLED) $(MAYBE_BUF) $(OPENENV) ## run all tests
+test: $(INSTALLED) $(MAYBE_BUF) $(MAYBE_TYPESCRIPT) $(OPENENV) ## run all tests
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 .PHONY: check

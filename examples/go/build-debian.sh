@@ -1,7 +1,6 @@
 #!/bin/sh
 # Builds ./client with Debian's packages instead of modules, without a network:
-#   apt-get install golang-go golang-google-grpc-dev golang-google-protobuf-dev golang-github-golang-protobuf-1-5-dev \
-#       protobuf-compiler protoc-gen-go protoc-gen-go-grpc
+#   xargs apt-get install --yes < debian-packages.txt
 set -eu
 cd "$(dirname "$0")"
 ./generate.sh

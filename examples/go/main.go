@@ -19,6 +19,8 @@ const usage = `usage: client play|stream|train [FLAGS]
   stream  stream a completion
   train   start a run and watch it
 
+The token of the services, if any, is in MULLIGAN_CLI_TOKEN: a flag would show in the process list.
+
 flags:
 `
 
@@ -33,16 +35,15 @@ type options struct {
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	var o options
+	o := options{token: os.Getenv("MULLIGAN_CLI_TOKEN")}
 	flags := flag.NewFlagSet("client", flag.ExitOnError)
 	flags.Usage = func() {
 		fmt.Fprint(flags.Output(), usage)
 		flags.PrintDefaults()
 	}
-	flags.StringVar(&o.env, "env", "127.0.0.1:50051", "`HOST:PORT` of the environment service")
-	flags.StringVar(&o.policy, "policy", "127.0.0.1:50052", "`HOST:PORT` of the policy service")
-	flags.StringVar(&o.trainer, "trainer", "127.0.0.1:50054", "`HOST:PORT` of the trainer service")
-	flags.StringVar(&o.token, "token", "", "`TOKEN` of the services, sent as authorization: Bearer TOKEN")
+	flags.StringVar(&o.env, "env", fallback("MULLIGAN_CLI_ENV", "127.0.0.1:50051"), "`HOST:PORT` of the environment service")
+	flags.StringVar(&o.policy, "policy", fallback("MULLIGAN_CLI_POLICY", "127.0.0.1:50052"), "`HOST:PORT` of the policy service")
+	flags.StringVar(&o.trainer, "trainer", fallback("MULLIGAN_CLI_TRAINER", "127.0.0.1:50054"), "`HOST:PORT` of the trainer service")
 	flags.StringVar(&o.ca, "ca", "", "`FILE` with the certificate authority of services with TLS")
 	flags.StringVar(&o.environment, "environment", "frozenlake-3x3", "play, train: `NAME` of the environment")
 	flags.StringVar(&o.task, "task", "", "play: `ID` of the task; the first of the test split by default")
@@ -60,6 +61,14 @@ func main() {
 		fmt.Fprintln(os.Stderr, "error:", explain(err))
 		os.Exit(1)
 	}
+}
+
+// fallback is the value of an environment variable, or another one where it is not set.
+func fallback(variable, value string) string {
+	if set := os.Getenv(variable); set != "" {
+		return set
+	}
+	return value
 }
 
 func run(ctx context.Context, command string, o options) error {

@@ -15,49 +15,55 @@ const USAGE = `usage: npm run client -- COMMAND [FLAGS]
   stream  stream a completion  --prompt TEXT --temperature T --max-tokens N
   train   start a run, watch   --run-id ID --environment NAME --steps N
 
-where the services are: --env, --policy, --trainer HOST:PORT; --token TOKEN; --ca FILE (TLS)`;
+where the services are: --env, --policy, --trainer HOST:PORT, or MULLIGAN_CLI_ENV, …; --ca FILE for TLS
+their token: MULLIGAN_CLI_TOKEN (a flag would show in the process list)`;
 
-const { values: flags, positionals } = parseArgs({
-  allowPositionals: true,
-  options: {
-    env: { type: "string", default: "127.0.0.1:50051" },
-    policy: { type: "string", default: "127.0.0.1:50052" },
-    trainer: { type: "string", default: "127.0.0.1:50054" },
-    token: { type: "string" },
-    ca: { type: "string" },
-    environment: { type: "string", default: "frozenlake-3x3" },
-    task: { type: "string" },
-    prompt: { type: "string", default: "Hello" },
-    temperature: { type: "string", default: "1" },
-    "max-tokens": { type: "string", default: "32" },
-    "run-id": { type: "string", default: "from-typescript" },
-    steps: { type: "string", default: "2" },
-  },
-});
-const { environment, task } = flags;
-const sampling = { temperature: Number(flags.temperature), maxTokens: Number(flags["max-tokens"]) };
-const env = connect(mulligan.env.v1.EnvService, flags.env, flags);
-const policy = connect(mulligan.policy.v1.PolicyService, flags.policy, flags);
-const trainer = connect(mulligan.trainer.v1.RunService, flags.trainer, flags);
+const { MULLIGAN_CLI_ENV, MULLIGAN_CLI_POLICY, MULLIGAN_CLI_TRAINER, MULLIGAN_CLI_TOKEN } = process.env;
+
+const OPTIONS = {
+  env: { type: "string", default: MULLIGAN_CLI_ENV ?? "127.0.0.1:50051" },
+  policy: { type: "string", default: MULLIGAN_CLI_POLICY ?? "127.0.0.1:50052" },
+  trainer: { type: "string", default: MULLIGAN_CLI_TRAINER ?? "127.0.0.1:50054" },
+  ca: { type: "string" },
+  environment: { type: "string", default: "frozenlake-3x3" },
+  task: { type: "string" },
+  prompt: { type: "string", default: "Hello" },
+  temperature: { type: "string", default: "1" },
+  "max-tokens": { type: "string", default: "32" },
+  "run-id": { type: "string", default: "from-typescript" },
+  steps: { type: "string", default: "2" },
+} as const;
+
+async function main(): Promise<number> {
+  const { values: flags, positionals } = parseArgs({ options: OPTIONS, allowPositionals: true });
+  const { environment, task } = flags;
+  const sampling = { temperature: Number(flags.temperature), maxTokens: Number(flags["max-tokens"]) };
+  const security = { token: MULLIGAN_CLI_TOKEN, ca: flags.ca };
+  const env = connect(mulligan.env.v1.EnvService, flags.env, security);
+  const policy = connect(mulligan.policy.v1.PolicyService, flags.policy, security);
+  const trainer = connect(mulligan.trainer.v1.RunService, flags.trainer, security);
+  try {
+    switch (positionals[0]) {
+      case "play":
+        await play(env, policy, { environment, task, ...sampling });
+        return 0;
+      case "stream":
+        await stream(policy, { text: flags.prompt, ...sampling });
+        return 0;
+      case "train":
+        return (await train(trainer, flags["run-id"], smallRun(environment, Number(flags.steps)))) ? 0 : 1;
+      default:
+        console.error(USAGE);
+        return 2;
+    }
+  } finally {
+    for (const client of [env, policy, trainer]) client.close();
+  }
+}
 
 try {
-  switch (positionals[0]) {
-    case "play":
-      await play(env, policy, { environment, task, ...sampling });
-      break;
-    case "stream":
-      await stream(policy, { text: flags.prompt, ...sampling });
-      break;
-    case "train":
-      process.exitCode = (await train(trainer, flags["run-id"], smallRun(environment, Number(flags.steps)))) ? 0 : 1;
-      break;
-    default:
-      console.error(USAGE);
-      process.exitCode = 2;
-  }
+  process.exitCode = await main();
 } catch (error) {
   console.error(`error: ${explain(error)}`);
   process.exitCode = 1;
-} finally {
-  for (const client of [env, policy, trainer]) client.close();
 }

@@ -1,0 +1,44 @@
+"""One loop for all examples: four live services with the embedded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.examples import Program, go, typescript
+from tests.support.loop import Loop
+from tests.support.processes import Services
+
+
+@pytest.fixture(scope="session")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    folder = tmp_path_factory.mktemp("examples")
+    services = Services(folder)
+    try:
+        yield Loop.start(services, folder)
+    finally:
+        services.end()
+
+
+@pytest.fixture(scope="session")
+def addresses(loop: Loop) -> dict[str, str]:
+    """What the command line and the clients read."""
+    return {
+        "MULLIGAN_CLI_ENV": loop.env.address,
+        "MULLIGAN_CLI_POLICY": loop.policy.address,
+        "MULLIGAN_CLI_MEMORY": loop.memory.address,
+        "MULLIGAN_CLI_TRAINER": loop.trainer.address,
+    }
+
+
+@pytest.fixture(scope="session", params=["typescript", "go"])
+def client(
+    request: pytest.FixtureRequest, addresses: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Program:
+    """The client in each language, told where the services are."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "go":
+        return Program(["./client"], go(folder), addresses)
+    contracts = {"PROTO": str(folder / "contracts")}
+    return Program(["node", "dist/client/main.js"], typescript(folder), {**addresses, **contracts})

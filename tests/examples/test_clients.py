@@ -1,0 +1,116 @@
+"""The clients in TypeScript and Go, built from nothing but themselves and the contracts, against live services."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from services.common.channel import Endpoint
+from services.common.inference import Message, Role, SamplingParams, StopReason
+from services.common.types import Attempt, Outcome, Split
+from services.env.client import EnvClient
+from services.policy.client import PolicyClient
+from services.trainer.episode import Player
+from services.trainer.folder import RunState
+from tests.support.certificate import write_key_pair
+from tests.support.examples import Program
+from tests.support.loop import Loop
+from tests.support.processes import Services
+
+LAKE = "frozenlake-3x3"
+GREEDY = ("--temperature", "0", "--max-tokens", "4")
+
+
+async def played_by_the_trainer(loop: Loop) -> Attempt:
+    """The first test task, greedily: what any client has to get."""
+    env = EnvClient(Endpoint(loop.env.address))
+    policy = PolicyClient(Endpoint(loop.policy.address))
+    try:
+        info = await env.describe(LAKE)
+        (task,) = await env.list_tasks(LAKE, Split.TEST, 1)
+        player = Player(env, policy, info, await policy.info(), uuid4().hex, max_restarts=0)
+        sampling = SamplingParams(temperature=0, max_tokens=4)
+        return await player.attempt("reference", task.task_id, info.prompts.solver, sampling, 0)
+    finally:
+        await env.close()
+        await policy.close()
+
+
+async def test_it_plays_an_episode_as_the_trainer_would(client: Program, loop: Loop) -> None:
+    """Prompts, sessions and continuations are put together right: the greedy policy answers the same, turn by turn."""
+    expected = await played_by_the_trainer(loop)
+    assert expected.turns, expected.error
+    output = client.output("play", *GREEDY)
+    assert [line[2:] for line in output.splitlines() if line.startswith("> ")] == [t.action for t in expected.turns]
+    ending = {Outcome.COMPLETED: "OUTCOME_COMPLETED", Outcome.TRUNCATED: "OUTCOME_TRUNCATED"}[expected.outcome]
+    assert f"\n{ending}: {expected.feedback}\nreward {expected.reward:g}\n" in output
+
+
+def test_it_says_the_reason_of_an_error(client: Program) -> None:
+    assert client.refusal("play", "--task", "nowhere").startswith("error: UNKNOWN_TASK: ")
+    assert LAKE in client.refusal("play", "--environment", "nowhere")
+    assert client.refusal("stream", "--max-tokens", "0").startswith("error: INVALID_FIELD: ")
+
+
+def test_it_says_that_a_service_is_down(client: Program) -> None:
+    assert re.match("error: unavailable: ", client.refusal("stream", "--policy", "127.0.0.1:1"), re.IGNORECASE)
+
+
+async def test_it_streams_tokens(client: Program, loop: Loop) -> None:
+    policy = PolicyClient(Endpoint(loop.policy.address))
+    try:
+        prompt = (Message(Role.USER, "Hello"),)
+        expected = await policy.generate(prompt, SamplingParams(temperature=0, max_tokens=8))
+    finally:
+        await policy.close()
+    output = client.output("stream", "--prompt", "Hello", "--temperature", "0", "--max-tokens", "8")
+    reasons = {StopReason.END_OF_TURN: "STOP_REASON_END_OF_TURN", StopReason.MAX_TOKENS: "STOP_REASON_MAX_TOKENS"}
+    last = f"{len(expected.token_ids)} tokens, {reasons[expected.stop_reason]}"
+    assert output == f"{expected.text}\n{last}\n"
+
+
+async def test_it_starts_a_run_and_watches_it_through_a_restart(client: Program, loop: Loop) -> None:
+    run_id = f"example-{Path(client.command[0]).name}"
+    watching = client.start("train", "--run-id", run_id, "--steps", "3")
+    assert watching.stdout is not None
+    lines: list[str] = []
+    for line in watching.stdout:
+        lines.append(line.rstrip())
+        if line.startswith("step 0:"):
+            loop.trainer.restart()
+    assert watching.wait() == 0, lines
+    assert lines[:2] == [f"run {run_id}", "RUN_STATE_RUNNING"] and lines[-1] == "RUN_STATE_COMPLETED"
+    assert [line.partition(":")[0] for line in lines if line.startswith("step ")] == ["step 0", "step 1", "step 2"]
+    assert [line[:18] for line in lines if line.startswith("eval")] == ["evaluation after 0", "evaluation after 3"]
+    trainer = loop.client()
+    try:
+        assert (await trainer.get(run_id)).state is RunState.COMPLETED
+    finally:
+        await trainer.close()
+    assert client.refusal("train", "--run-id", run_id, "--steps", "4").startswith("error: RUN_CONFLICT: ")
+
+
+def test_it_sends_the_token_and_speaks_tls(client: Program, services: Services, tmp_path: Path) -> None:
+    key, certificate = write_key_pair(tmp_path)
+    env = services.start("env", token="open sesame", tls_key=key, tls_certificate=certificate)
+    play = ("play", "--env", env.address, "--ca", str(certificate), "--environment", "nowhere")
+    assert "error: BAD_CREDENTIAL: " in client.refusal(*play)
+    assert "error: no environment" in client.refusal(*play, MULLIGAN_CLI_TOKEN="open sesame")
+
+
+def test_it_tells_how_it_is_used(client: Program) -> None:
+    result = client.run()
+    assert result.returncode == 2
+    assert "usage: " in result.stderr and "stream" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "named"), [("dance", "stream"), ("play --steps", "steps"), ("play --what 1", "what")]
+)
+def test_bad_flags_are_named_without_a_trace(client: Program, command: str, named: str) -> None:
+    result = client.run(*command.split())
+    assert result.returncode in (1, 2)
+    assert named in result.stderr and "at file:" not in result.stderr

@@ -1,0 +1,66 @@
+"""The calls of examples/grpcurl.md, as they stand there, by server reflection."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.buf import buf
+from tests.support.loop import Loop
+
+PAGE = Path(__file__).resolve().parents[2] / "examples" / "grpcurl.md"
+BLOCK = re.compile(r"^```sh ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def output(loop: Loop) -> str:
+    """What all the blocks print, with `buf curl` in grpcurl's place, whose flags differ but whose answers do not."""
+    blocks = [text for name, text in BLOCK.findall(PAGE.read_text()) if name in ("", "buf")]
+    assert len(blocks) == 5
+    script = "set -eu\n" + "\n".join(blocks)
+    for port, service in {50051: loop.env, 50052: loop.policy, 50054: loop.trainer}.items():
+        script = script.replace(f"127.0.0.1:{port}", service.address)
+    path = f"{buf().parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-c", script]
+    result = subprocess.run(
+        command, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        "mulligan.env.v1.EnvService/StepEpisodes\n",
+        '"name": "frozenlake-3x3"',
+        '"taskId": "test/00001"',
+        '"FEATURE_TOKEN_IDS"',
+        '"status": "SERVING"',
+        '"action": "Up',
+        '"stopReason": "STOP_REASON_',
+        '"stepCompleted"',
+        '"state": "RUN_STATE_COMPLETED"',
+    ],
+)
+def test_the_answers_are_there(output: str, expected: str) -> None:
+    assert expected in output
+
+
+def test_a_repeated_step_is_answered_alike(output: str) -> None:
+    steps = re.findall(r'\{\n  "observation": "[^"]*",\n  "action": .*?\n\}', output, re.DOTALL)
+    assert len(steps) == 2 and steps[0] == steps[1]
+
+
+def test_an_error_shows_its_details(loop: Loop) -> None:
+    """What the page says of it: `not_found`, with an ErrorInfo."""
+    call = [str(buf()), "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
+    url = f"http://{loop.env.address}/mulligan.env.v1.EnvService/StartEpisode"
+    request = '{"episode_id": "none", "environment": "frozenlake-3x3", "task_id": "nowhere"}'
+    result = subprocess.run([*call, "-d", request, url], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode != 0
+    assert '"not_found"' in result.stderr and "google.rpc.ErrorInfo" in result.stderr
