@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ DOWN_SECONDS = 10.0
 SUCCESS = 0.9  # of the test boards at the end; the demo's runs reached 0.94 and more
 BYTES_OVER_BASE = 250 * 10**6  # of the images without torch
 RUN_SECONDS = 3600.0
+SCALE_STEPS = 24
+VERSION = """
+import asyncio
+from services.common.channel import Endpoint
+from services.policy.client import PolicyClient
+
+async def main():
+    print((await PolicyClient(Endpoint("127.0.0.1:50052")).info("")).policy_version)
+
+asyncio.run(main())
+"""  # of one replica, asked in its own container
 
 
 def across_containers(folder: Path) -> dict[str, Any]:
@@ -88,6 +100,59 @@ async def _train(project: Project) -> dict[str, Any]:
     }
 
 
+def replicas(folder: Path) -> dict[str, Any]:
+    """A run over two env and two policy replicas. On the way a third policy replica joins and one env replica is killed
+    for good; at the end every policy replica serves the run's version."""
+    project = Project(
+        "mulligan-proof-scale",
+        files=("compose.yaml", "compose.scale.yaml"),
+        root=clean_clone(folder),
+        variables={"MULLIGAN_TAG": "proof"},
+    )
+    project.run("down", "--volumes")
+    with project:
+        result = asyncio.run(_spread(project))
+        result |= asyncio.run(_check(project, folder / "runs"))
+        for service in ("env", "policy"):
+            method = {"env": "StartEpisode", "policy": "Generate"}[service]
+            result[f"{service}_calls"] = calls(project.run("logs", "--no-color", service).stdout, method)
+            assert len(result[f"{service}_calls"]) == result[f"{service}_replicas"], result
+    return result
+
+
+async def _spread(project: Project) -> dict[str, Any]:
+    settings = ("--set", f"steps={SCALE_STEPS}", "--set", "evaluation.every=0", "--set", "evaluation.tasks=4")
+    started = project.execute("trainer", "mulligan", "train", RECIPE, "--run-id", RUN, "--no-watch", *settings)
+    assert started.returncode == 0, started.stderr
+    client = RunClient(Endpoint(project.address("trainer"), outage_seconds=120))
+    try:
+        await _reached(client, SCALE_STEPS // 4)
+        await asyncio.to_thread(project.run, "up", "--wait", "--no-recreate", "--scale", "policy=3")
+        joined = await _reached(client, SCALE_STEPS // 2)
+        (victim, _) = project.run("ps", "--quiet", "env").stdout.split()
+        await asyncio.to_thread(subprocess.run, ["docker", "kill", victim], check=True, capture_output=True)
+        await _reached(client, SCALE_STEPS)
+        async for _ in client.watch(RUN):
+            pass
+        info = await client.get(RUN)
+    finally:
+        await client.close()
+    assert info.state is RunState.COMPLETED, f"{info.state}: {info.error}"
+    versions = [
+        int(project.run("exec", "-T", "--index", str(index), "policy", "python", "-c", VERSION).stdout)
+        for index in (1, 2, 3)
+    ]
+    result = {"env_replicas": 2, "policy_replicas": 3, "third_policy_joined_by_step": joined, "versions": versions}
+    assert len(set(versions)) == 1 and versions[0] > SCALE_STEPS, result
+    return result
+
+
+def calls(log: str, method: str) -> dict[str, int]:
+    """How many calls of a method each replica answered."""
+    lines = [line for line in log.splitlines() if f"method={method}" in line]
+    return dict(Counter(line.partition("|")[0].strip() for line in lines))
+
+
 async def _reached(client: RunClient, step: int) -> int:
     """The run's step, once it is this one or a later one."""
     async with asyncio.timeout(RUN_SECONDS):
@@ -125,7 +190,7 @@ async def _check(project: Project, folder: Path) -> dict[str, Any]:
         "restarted_attempts": sum(chain.first_attempt.restarts > 0 for chain in chains),
     }
     assert result["experiences"] == result["experiences_expected"] and result["counted_twice"] == 0, result
-    assert result["memory_equals_journal"], result
+    assert result["memory_equals_journal"] and result["excluded"] == 0, result
     return result
 
 
@@ -153,4 +218,4 @@ def seconds(action: Callable[[], object]) -> float:
     return round(time.monotonic() - start, 1)
 
 
-CASES: dict[str, Callable[[Path], dict[str, Any]]] = {"docker-run": across_containers}
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {"docker-run": across_containers, "docker-scale": replicas}
