@@ -115,7 +115,7 @@ async def vocabulary(served: Served) -> None:
             "Generate", request, "INVALID_ARGUMENT", "TOKEN_OUT_OF_VOCABULARY", "field", "index"
         )
         demand(found.metadata["index"] == "2", "metadata `index` is 2, its place", found, request)
-named = found.metadata["field"].split(".")[0] in ("token_ids", "prompt")
+        named = found.metadata["field"].split(".")[0] in ("token_ids", "prompt")
         demand(named, "metadata `field` is token_ids, or the prompt that they are", found, request)
 
 
