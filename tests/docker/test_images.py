@@ -30,6 +30,14 @@ for name in sys.argv[1:]:
     except ImportError:
         print(name, False)
 """
+UNTRUSTED = """
+from services.env.base import Split
+from services.env.config import EnvSettings
+settings = EnvSettings(environments={"lake": {"kind": "frozenlake", "untrusted": True}})
+lake = settings.create_environments()["lake"]
+(task,) = lake.list_tasks(Split.TEST, 0, 1)
+print(lake.start(task.task_id).step("```Down```").observation)
+"""
 
 pytestmark = pytest.mark.timeout(600)  # the first build downloads packages
 
@@ -59,6 +67,11 @@ async def test_an_episode_is_played_across_the_wall(running: Project) -> None:
             break
     assert step.done and step.outcome in (Outcome.COMPLETED, Outcome.TRUNCATED) and step.reward is not None
     await client.close()
+
+
+def test_untrusted_environments_have_processes_of_their_own_in_there_too(running: Project) -> None:
+    played = running.execute("env", "python", "-c", UNTRUSTED)
+    assert played.returncode == 0 and played.stdout.strip(), played.stderr
 
 
 async def test_a_new_container_has_what_the_old_one_kept(running: Project) -> None:
