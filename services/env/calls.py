@@ -13,6 +13,7 @@ from services.env.base import Environment, Episode, Faulted, StepResult, Unknown
 from services.env.workers import Job, TimedOut
 
 _ERROR_LENGTH = 500
+_MAX_TEXT_BYTES = 16 * 2**20  # far below the limit of a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +124,11 @@ def _rewards(rewards: object, players: int) -> tuple[float, ...]:
 
 
 def _text(name: str, value: object) -> str:
-    """Text that can travel: raises TypeError for what is no string, UnicodeEncodeError for lone surrogates."""
+    """Text that can travel: raises TypeError for what is no string, UnicodeEncodeError for lone surrogates, ValueError
+    for what is too long."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is {type(value).__name__}, not str")
-    if not value.isascii():
-        value.encode()
+    size = len(value) if value.isascii() else len(value.encode())
+    if size > _MAX_TEXT_BYTES:
+        raise ValueError(f"{name} has {size} bytes; there may be {_MAX_TEXT_BYTES}")
     return value
