@@ -1,0 +1,150 @@
+"""The process in which reasoning-gym makes questions and scores answers. Its arguments: seconds and bytes.
+
+It is a process of its own for four reasons: what some generators draw depends on Python's hash seed, which is fixed
+here; importing them takes seconds; a question may take a second, all of it under the interpreter's lock; and scoring
+evaluates answers. Several datasets hand an answer to `eval` or to sympy's parser, which evaluates it, too. Here the
+former is replaced by `ast.literal_eval` and the latter sees only names that formulas have. The process can write no
+file and take no more memory than it is given, and the kernel ends it when a request takes too long.
+
+Reads requests from stdin and writes answers to stdout, a line of JSON each, until stdin ends.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TextIO
+
+from services.env.envs.reasoning_gym_pool import SIZE
+
+_LOAD_SECONDS = 300
+_KEPT = 256  # datasets, and entries: a score is mostly asked for soon after its question
+_EVALUATING = (
+    "algorithmic.string_insertion",
+    "algorithmic.spiral_matrix",
+    "algorithmic.binary_matrix",
+    "games.n_queens",
+)
+_PARSED = ("countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration")
+_FUNCTIONS = ("sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh")
+_FORMULA_NAMES = frozenset((*_FUNCTIONS, "exp", "log", "ln", "sqrt", "Abs", "pi", "erf", "Rational"))
+_NAME = re.compile(r"[^\W\d]\w*")
+_FORMULA = re.compile(r"[\w\s+\-*/^().,=]*")
+
+
+class Datasets:
+    """Those of the distribution, each made when it is first asked for."""
+
+    def __init__(self, settings: dict[str, dict[str, Any]]) -> None:
+        import numpy as np
+        from reasoning_gym import factory
+
+        for module in _EVALUATING:
+            setattr(importlib.import_module(f"reasoning_gym.{module}"), "eval", ast.literal_eval)  # noqa: B010 - for mypy
+        self._factory, self._numpy, self._settings = factory, np, settings
+        self._made: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, int, int], dict[str, Any]] = OrderedDict()
+
+    def check(self, name: str) -> None:
+        """Raises what the dataset raises at its settings."""
+        _, config = self._factory.DATASETS[name]
+        made = config(**self._settings.get(name, {}), seed=0, size=SIZE)
+        if hasattr(made, "validate"):
+            made.validate()
+
+    def entry(self, name: str, seed: int, index: int) -> dict[str, Any]:
+        """The same for the same arguments, whatever was asked for before."""
+        key = (name, seed, index)
+        if key not in self._entries:
+            dataset = self._dataset(name, seed)
+            self._seed_globals(name, seed, index)  # some generators draw from these
+            self._entries[key] = dataset[index]
+            if len(self._entries) > _KEPT:
+                self._entries.popitem(last=False)
+        return self._entries[key]
+
+    def score(self, name: str, seed: int, index: int, answer: str) -> float:
+        """In [0, 1]. What the dataset cannot read scores 0."""
+        entry = self.entry(name, seed, index)
+        if name in _PARSED and not is_formula(answer):
+            return 0.0
+        dataset = self._dataset(name, seed)
+        if name == "game_of_life_halting":  # its own score is 1 for any answer that is not empty
+            return float(answer.strip().casefold() == str(entry["answer"]).casefold())
+        try:
+            score = float(dataset.score_answer(answer, entry))
+        except Exception:  # noqa: BLE001 - some raise at an answer that is not of the expected form
+            return 0.0
+        return min(max(score, 0.0), 1.0) if math.isfinite(score) else 0.0
+
+    def do(self, request: dict[str, Any]) -> object:
+        """`check`, `question` or `score`, as the pool asks for it."""
+        if request["do"] == "check":
+            self.check(request["name"])
+            return None
+        task = request["name"], request["seed"], request["index"]
+        if request["do"] == "score":
+            return self.score(*task, request["answer"])
+        entry = self.entry(*task)
+        return {"question": str(entry["question"]), "answer": None if entry["answer"] is None else str(entry["answer"])}
+
+    def _dataset(self, name: str, seed: int) -> Any:
+        if (name, seed) not in self._made:
+            self._seed_globals(name, seed, 0)
+            settings = self._settings.get(name, {})
+            self._made[name, seed] = self._factory.create_dataset(name, **settings, seed=seed, size=SIZE)
+            if len(self._made) > _KEPT:
+                self._made.popitem(last=False)
+        return self._made[name, seed]
+
+    def _seed_globals(self, name: str, seed: int, index: int) -> None:
+        random.seed(f"{name}/{seed}/{index}")
+        self._numpy.random.seed((seed + index) % 2**32)
+
+
+def is_formula(answer: str) -> bool:
+    """Whether it has nothing but numbers, operators, one-letter variables and names of functions."""
+    if not _FORMULA.fullmatch(answer) or "__" in answer:
+        return False
+    return all(len(name) == 1 or name in _FORMULA_NAMES for name in _NAME.findall(answer))
+
+
+def main() -> None:
+    seconds, memory = int(sys.argv[1]), int(sys.argv[2])
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    warnings.simplefilter("ignore")
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what a dataset prints is no answer
+    signal.alarm(_LOAD_SECONDS)  # whose default action ends the process, whatever it is doing
+    datasets = Datasets(json.loads(sys.stdin.readline()))
+    _answer(answers, lambda: None)
+    for line in sys.stdin:
+        signal.alarm(seconds)
+        request = json.loads(line)
+        _answer(answers, lambda: datasets.do(request))  # noqa: B023 - called at once
+
+
+def _answer(answers: TextIO, call: Callable[[], object]) -> None:
+    try:
+        answer = {"ok": call()}
+    except Exception as error:  # noqa: BLE001 - told to whoever asked
+        answer = {"error": f"{type(error).__name__}: {error}"[:500]}
+    signal.alarm(0)
+    print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
