@@ -81,7 +81,7 @@ def main() -> None:
     with socket.create_server(("127.0.0.1", port), backlog=_BACKLOG) as listening:
         host, bound = listening.getsockname()
         print(json.dumps({"event": "serving", "address": f"{host}:{bound}"}), flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(app, log_level="critical")).run(sockets=[listening])
 
 
 if __name__ == "__main__":

@@ -304,7 +304,8 @@ async def serve(
         watching = asyncio.create_task(health_servicer.watch())
         try:
             bound = f"{settings.host}:{port}"
-            log.info("serving", address=bound)
+            # Whatever the log level: nothing else tells which port was picked.
+            log.bind()._proxy_to_logger("info", "serving", address=bound)
             if on_started is not None:
                 await on_started(bound)
             await stopping.wait()

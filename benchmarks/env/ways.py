@@ -1,4 +1,4 @@
-"""Environment steps per second, from bare Python to the coalescing client: `python -m benchmarks.env [--quick]`.
+"""Ways to step one server, from bare Python to the coalescing client.
 
 A server process on the loopback serves FrozenLake. Each way plays whole episodes (start, steps, end) of the same tasks
 with the same actions; only steps are counted, and only their time, except for the clients, whose loop is measured whole
@@ -7,28 +7,26 @@ minus its starts and ends, which are made beforehand and afterwards.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import grpc
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 
-from benchmarks.common import alternate, median, print_result, print_table, spread
+from benchmarks.common import alternate, median, print_table, spread
+from benchmarks.env.cores import on
+from benchmarks.env.sessions import ACTION, STEPS
 from services.common.channel import Endpoint
 from services.env.client import EnvClient, RemoteEpisode
 from services.env.envs.frozenlake import FrozenLake
 from tests.support.processes import Services
 
 ENVIRONMENT = "frozenlake"
-INVALID = "I would rather think about it for a while, and say nothing that counts as an action. " * 3
-STEPS = 8  # an invalid action keeps the episode alive until its step limit
 _ids = itertools.count()
 
 
@@ -43,7 +41,7 @@ async def bare(episodes: int) -> float:
     start = time.perf_counter()
     for episode in started:
         for _ in range(STEPS):
-            episode.step(INVALID)
+            episode.step(ACTION)
     return episodes * STEPS / (time.perf_counter() - start)
 
 
@@ -66,7 +64,7 @@ async def unary(stub: pb_grpc.EnvServiceStub, concurrent: int, episodes: list[Re
         for episode in waiting:
             for index in range(STEPS):
                 await stub.StepEpisode(
-                    pb.StepEpisodeRequest(episode_id=episode.episode_id, step_index=index, action=INVALID)
+                    pb.StepEpisodeRequest(episode_id=episode.episode_id, step_index=index, action=ACTION)
                 )
 
     await asyncio.gather(*(play() for _ in range(concurrent)))
@@ -78,7 +76,7 @@ async def batched(stub: pb_grpc.EnvServiceStub, episodes: list[RemoteEpisode]) -
         await stub.StepEpisodes(
             pb.StepEpisodesRequest(
                 steps=[
-                    pb.StepEpisodeRequest(episode_id=episode.episode_id, step_index=index, action=INVALID)
+                    pb.StepEpisodeRequest(episode_id=episode.episode_id, step_index=index, action=ACTION)
                     for episode in episodes
                 ]
             )
@@ -90,7 +88,7 @@ async def coalesced(episodes: list[RemoteEpisode]) -> None:
 
     async def play(episode: RemoteEpisode) -> None:
         for _ in range(STEPS):
-            await episode.step(INVALID)
+            await episode.step(ACTION)
 
     await asyncio.gather(*(play(episode) for episode in episodes))
 
@@ -121,17 +119,15 @@ async def measure(address: str, rounds: int) -> dict[str, list[float]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Environment steps per second.")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    rounds = 5 if parser.parse_args().quick else 25
-    with TemporaryDirectory() as folder:
-        services = Services(Path(folder))
-        try:
+def run(folder: Path, server_core: int | None, rounds: int) -> dict[str, int]:
+    """Prints the table, and returns the medians of steps per second by way."""
+    services = Services(folder)
+    try:
+        with on(server_core):
             server = services.start("env")
-            found = asyncio.run(measure(server.address, rounds))
-        finally:
-            services.end()
+        found = asyncio.run(measure(server.address, rounds))
+    finally:
+        services.end()
     base, one = median(found["bare Python"]), median(found["unary, 64 at a time"])
     print_table(
         ["way", "steps/s", "least–greatest", "of bare Python", "of unary, 64"],
@@ -140,8 +136,4 @@ def main() -> None:
             for name, v in found.items()
         ],
     )
-    print_result("env", {"rounds": rounds, "steps_per_second": {name: round(median(v)) for name, v in found.items()}})
-
-
-if __name__ == "__main__":
-    main()
+    return {name: round(median(v)) for name, v in found.items()}

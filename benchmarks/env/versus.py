@@ -1,0 +1,124 @@
+"""Ours and OpenEnv side by side: the same FrozenLake, tasks, actions and numbers of steps, in alternating rounds.
+
+Each side has a server process on one core and a load process, which plays all sessions, on another; whoever is not
+measured sleeps. Ours: `services.env` with its defaults, but for a log without a line per request, and one ordinary
+`EnvClient`. OpenEnv: `benchmarks/openenv`, with its own asynchronous client, a WebSocket per session; its limit of
+sessions is out of the way, uvicorn has uvloop and httptools and does not log requests either, as many files may be open
+as the system allows, and 64 connections are opened at a time. uvicorn's other processes would share the one core.
+
+A session plays whole episodes of eight steps. The time is that of the steps, from the first to the last of all
+sessions; beginnings and ends are made before and afterwards. The wait is that of one step, as its caller sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+from benchmarks.common import alternate, median
+from benchmarks.env.cores import Cores, on
+from benchmarks.env.sessions import Load, Measured
+from benchmarks.openenv import process as openenv
+from tests.support.processes import ROOT, Services
+
+OURS, OPENENV = "mulligan", "OpenEnv"
+EPISODES = {1: 100, 64: 12, 512: 3, 2048: 1, 4096: 1}  # of each session in a round, by the number of sessions
+FEW = 512  # up to so many sessions there are more rounds
+WARM_UP = (Load(1, 20), Load(64, 2))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Medians of rounds; `errors` are of all rounds together."""
+
+    steps_per_second: float
+    p50_ms: float
+    p99_ms: float
+    errors: int
+    error: str
+    rates: tuple[float, ...]
+
+
+class LoadProcess:
+    """`answer` of `sessions.py` in a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process):
+        self._process = process
+
+    async def play(self, load: Load) -> Measured:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(load)).encode() + b"\n")
+        line = await self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a load process ended with status {await self._process.wait()}")
+        return Measured(**json.loads(line))
+
+
+@asynccontextmanager
+async def load_process(command: list[str], environment: Mapping[str, str]) -> AsyncIterator[LoadProcess]:
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe)
+    try:
+        yield LoadProcess(process)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def compare(folder: Path, cores: Cores, rounds: int, rounds_of_many: int) -> dict[str, dict[int, Figures]]:
+    """By side and number of sessions. Raises NotInstalled where OpenEnv is missing."""
+    services = Services(folder)
+    roots = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
+    try:
+        with on(cores.server), openenv.serving() as url:
+            address = services.start("env", log_level="warning").address
+            ours = [sys.executable, "-m", "benchmarks.env.load", address]
+            theirs = [str(openenv.python()), "-m", "benchmarks.openenv.load", url]
+            with on(cores.client):
+                async with (
+                    load_process(ours, {**os.environ, "PYTHONPATH": roots}) as us,
+                    load_process(theirs, openenv.environment()) as them,
+                ):
+                    return await _compare({OURS: us, OPENENV: them}, rounds, rounds_of_many)
+    finally:
+        services.end()
+
+
+async def _compare(sides: dict[str, LoadProcess], rounds: int, rounds_of_many: int) -> dict[str, dict[int, Figures]]:
+    for side in sides.values():
+        for load in WARM_UP:
+            await side.play(load)
+    found: dict[str, dict[int, Figures]] = {name: {} for name in sides}
+    for sessions, episodes in EPISODES.items():
+        load = Load(sessions, episodes)
+        plays = {name: partial(side.play, load) for name, side in sides.items()}
+        measured = await alternate(plays, rounds if sessions <= FEW else rounds_of_many)
+        for name, results in measured.items():
+            found[name][sessions] = _figures(results)
+        rates = ", ".join(f"{name} {found[name][sessions].steps_per_second:,.0f} steps/s" for name in sides)
+        print(f"{sessions} sessions: {rates}", file=sys.stderr, flush=True)
+    return found
+
+
+def _figures(results: list[Measured]) -> Figures:
+    return Figures(
+        median([result.rate for result in results]),
+        median([result.p50_ms for result in results]),
+        median([result.p99_ms for result in results]),
+        sum(result.errors for result in results),
+        next((result.error for result in results if result.error), ""),
+        tuple(result.rate for result in results),
+    )
+
+
+def ratio(found: dict[str, dict[int, Figures]], sessions: int) -> float | None:
+    """Of the rates, ours to OpenEnv's; None where a side played no step."""
+    ours, theirs = (found[name][sessions].steps_per_second for name in (OURS, OPENENV))
+    return round(ours / theirs, 2) if ours and theirs else None
