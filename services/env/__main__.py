@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import sys
+from functools import partial
 
 import structlog
 
 from services.common.config import refuse
 from services.common.server import run, serve
+from services.env import processes
 from services.env.config import EnvSettings
 from services.env.episodes import EpisodeTable
 from services.env.servicer import add_to_server
@@ -21,6 +23,10 @@ _CLOSING_SECONDS = 5.0  # for what episodes and environments hold, once no call 
 
 def main() -> None:
     settings = EnvSettings.load(sys.argv[1:])
+    if settings.processes > 1:
+        run(settings, partial(processes.serve, settings, sys.argv[1:]))
+        return
+    processes.name_process()
     try:
         environments = settings.create_environments()
     except ValueError as error:
@@ -33,7 +39,7 @@ def main() -> None:
                 log.warning("environment unavailable", environment=name, reason=environment.info.unavailable)
         table = EpisodeTable(environments, workers, settings.limits)
         sweeping = asyncio.create_task(table.keep_expiring(min(settings.lease_seconds / 4, 10.0)))
-        await serve(settings, lambda server: add_to_server(server, table))
+        await serve(settings, lambda server: add_to_server(server, table), on_started=processes.served)
         sweeping.cancel()
         await table.close(_CLOSING_SECONDS)
         workers.close()

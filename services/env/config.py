@@ -13,9 +13,9 @@ are that environment's own settings. A kind is a file in `services/env/envs/`, o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from services.common.config import ServiceSettings
 from services.env.base import Environment
@@ -36,12 +36,27 @@ class EnvSettings(ServiceSettings):
     environments: dict[str, dict[str, Any]] = Field(
         DEFAULT_ENVIRONMENTS, min_length=1, description="Tables with `kind` and that environment's own settings."
     )
-    max_episodes: int = Field(4096, ge=1, description="Live episodes; more are refused with CAPACITY_REACHED.")
+    processes: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Server processes: at `port`, `port` + 1, … (metrics likewise); at free ones for 0.",
+    )
+    max_episodes: int = Field(
+        4096, ge=1, description="Live episodes, of each process; more are refused with CAPACITY_REACHED."
+    )
     max_finished: int = Field(4096, ge=0, description="Episodes that are over whose answers stay repeatable.")
     lease_seconds: float = Field(600.0, gt=0, le=86_400, description="An episode idle for longer expires.")
     step_timeout_seconds: float = Field(60.0, gt=0, description="A step that takes longer is a TIMEOUT.")
     worker_threads: int = Field(16, ge=1, le=512, description="Threads for environment code.")
     max_hanging_threads: int = Field(64, ge=0, description="Threads lost to hanging steps that are replaced.")
+
+    @model_validator(mode="after")
+    def _ports_exist(self) -> Self:
+        for name, port in (("port", self.port), ("metrics_port", self.metrics_port)):
+            if port + self.processes - 1 > 65535:
+                raise ValueError(f"processes: {self.processes} of them need ports above 65535, from {name} = {port}")
+        return self
 
     @property
     def limits(self) -> Limits:

@@ -1,0 +1,212 @@
+"""Several servers of one service, as a client sees them: which there are, which can be used now, and when one is back.
+
+A server that fails a call is not used until it passes a check; one that a DNS name begins to stand for joins when it
+passes. Who of them is asked, and what becomes of a call that failed, is up to the service's own `replicas.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import structlog
+
+from services.common.addresses import Addresses
+from services.common.errors import CallFailed, DomainError, ServiceUnavailable
+
+log = structlog.get_logger()
+_NOT_ASKED = "not asked yet"
+_FIRST_SECONDS = 5.0  # for the first check of all servers, before those that answered are used without the rest
+_FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.1, 2.0  # between two checks of a server that fails them
+_LOOK_UP_SECONDS, _LOOK_UP_AGAIN_SECONDS = 5.0, 0.5  # between two look-ups, and at least so
+
+
+class Client(Protocol):
+    async def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=Client)
+
+
+@dataclass(eq=False)
+class Replica(Generic[C]):
+    """One server. `problem` says why it is not used, "" when it is."""
+
+    address: str
+    client: C
+    problem: str = _NOT_ASKED
+    in_flight: int = 0
+    asked: asyncio.Event = field(default_factory=asyncio.Event)  # set after its first check
+    checking: asyncio.Task[None] | None = None
+
+
+class Replicas(Generic[C]):
+    """`connect` makes the client of an address, whose calls fail at once when the server is away. `check` raises while
+    a server cannot be used; it returns False when it can, and is to be checked again. `notice` is told of changes."""
+
+    def __init__(
+        self,
+        addresses: Addresses,
+        connect: Callable[[str], C],
+        check: Callable[[Replica[C]], Awaitable[bool]],
+        *,
+        outage_seconds: float,
+        notice: Callable[[str], None] | None = None,
+    ):
+        self.text = addresses.text
+        self.outage_seconds = outage_seconds
+        self._addresses, self._connect, self._check = addresses, connect, check
+        self._notice = notice or (lambda text: None)
+        self._known: dict[str, Replica[C]] = {}  # all that ever were: an episode may still be at one that left
+        self._present: dict[str, Replica[C]] = {}
+        self._changed = asyncio.Event()  # replaced by another with each change
+        self._look_up_now = asyncio.Event()
+        self._no_address = ""
+        self._starting: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
+
+    @property
+    def present(self) -> list[Replica[C]]:
+        return list(self._present.values())
+
+    @property
+    def usable(self) -> list[Replica[C]]:
+        return [replica for replica in self._present.values() if not replica.problem]
+
+    @property
+    def problems(self) -> str:
+        found = [f"{replica.address}: {replica.problem}" for replica in self._present.values() if replica.problem]
+        return "; ".join(found) or self._no_address or "no server can be used"
+
+    async def ready(self) -> None:
+        """Returns when all servers have been asked once, or some did not answer for a while."""
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start())
+        if not self._starting.done():
+            await asyncio.shield(self._starting)
+
+    async def change(self, since: float) -> None:
+        """Waits until a server's state has changed. Raises ServiceUnavailable `outage_seconds` after `since`, which is
+        of `time.monotonic`."""
+        left = since + self.outage_seconds - time.monotonic()
+        try:
+            async with asyncio.timeout(max(left, 0.0)):
+                await self._changed.wait()
+        except TimeoutError:
+            raise ServiceUnavailable(self.text, time.monotonic() - since, self.problems) from None
+
+    def failed(self, replica: Replica[C], problem: str) -> None:
+        """It is not used until it passes a check."""
+        self._set(replica, problem or "away")
+        self.check(replica)
+        self._look_up_now.set()
+
+    def check(self, replica: Replica[C]) -> None:
+        """In the background, again and again until it passes."""
+        if self._present.get(replica.address) is replica and (replica.checking is None or replica.checking.done()):
+            replica.checking = asyncio.create_task(self._keep_checking(replica))
+
+    async def suspend(self, replica: Replica[C]) -> None:
+        """Ends the checks of a server that are under way."""
+        task, replica.checking = replica.checking, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def wake(self) -> None:
+        """Something changed that `change` waits for."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def tell(self, text: str, **facts: object) -> None:
+        log.warning(text, **facts)
+        self._notice(" ".join([text, *(f"{name}={value}" for name, value in facts.items())]))
+
+    async def close(self) -> None:
+        tasks = [self._starting, self._following, *(replica.checking for replica in self._known.values())]
+        running = [task for task in tasks if task is not None]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for replica in self._known.values():
+            await replica.client.close()
+
+    async def _start(self) -> None:
+        await self._look_up()
+        if self._addresses.names:
+            self._following = asyncio.create_task(self._follow())
+        first = [asyncio.create_task(replica.asked.wait()) for replica in self.present]
+        if first:
+            _, pending = await asyncio.wait(first, timeout=_FIRST_SECONDS)
+            for task in pending:
+                task.cancel()
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_UP_AGAIN_SECONDS)
+            try:
+                async with asyncio.timeout(_LOOK_UP_SECONDS):
+                    await self._look_up_now.wait()
+            except TimeoutError:
+                pass
+            self._look_up_now.clear()
+            await self._look_up()
+
+    async def _look_up(self) -> None:
+        try:
+            found = await self._addresses.look_up()
+        except OSError as error:  # a name without any address is a service that is away, or just begins
+            self._no_address = str(error)
+            found = tuple(self._present) or self._addresses.fixed
+        for address in found:
+            if address not in self._present:
+                self._join(address)
+        for address in [address for address in self._present if address not in found]:
+            replica = self._present.pop(address)
+            await self.suspend(replica)
+            log.info("a server left", endpoint=self.text, address=address)
+            self.wake()
+
+    def _join(self, address: str) -> None:
+        if address not in self._known:
+            self._known[address] = Replica(address, self._connect(address))
+        replica = self._present[address] = self._known[address]
+        replica.problem = _NOT_ASKED
+        self.check(replica)
+
+    async def _keep_checking(self, replica: Replica[C]) -> None:
+        delay = _FIRST_DELAY_SECONDS
+        while not await self._passes(replica):
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _MAX_DELAY_SECONDS)
+
+    async def _passes(self, replica: Replica[C]) -> bool:
+        try:
+            passed = await self._check(replica)
+        except ServiceUnavailable as error:
+            problem, passed = error.cause or "away", False
+        except (CallFailed, DomainError, OSError) as error:
+            problem, passed = str(error), False
+        except Exception as error:  # a defect: nothing else would tell of it
+            log.exception("a server could not be checked", address=replica.address)
+            problem, passed = repr(error), False
+        else:
+            problem = ""
+        self._set(replica, problem)
+        replica.asked.set()
+        return passed
+
+    def _set(self, replica: Replica[C], problem: str) -> None:
+        before, replica.problem = replica.problem, problem
+        if problem == before:
+            return
+        if problem and before in ("", _NOT_ASKED):
+            self.tell("a server is not used", endpoint=replica.address, cause=problem)
+        elif not problem and before != _NOT_ASKED:
+            self.tell("a server is used again", endpoint=replica.address)
+        elif not problem:
+            log.info("a server is used", endpoint=replica.address)
+        self.wake()

@@ -1,0 +1,163 @@
+"""`processes = N`: server processes with the same settings at ports of their own, each started again when it dies.
+
+Clients reach them as `host:first-last`: an episode sticks to its process (`replicas.py`). The supervisor serves nothing
+itself. It tells each process by a socket that it is there, and a process that is left alone ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from services.env.config import EnvSettings
+
+log = structlog.get_logger()
+_SUPERVISOR = "MULLIGAN_SUPERVISOR"  # in a process's environment: the descriptor of its end of the socket
+_MOST_STARTS, _STARTS_SECONDS = 5, 60.0  # of one process; more is a defect that restarting does not mend
+_END_SECONDS = 10.0  # beyond the drain, before what still runs is killed
+_BAD_SETTINGS = 2
+
+
+class _Failed(Exception):
+    def __init__(self, status: int):
+        self.status = status
+
+
+@dataclass
+class _Process:
+    arguments: list[str]
+    port: int
+    address: str = ""
+    process: asyncio.subprocess.Process | None = None
+    link: asyncio.StreamWriter | None = None  # closed, the process ends
+    serves: asyncio.Event = field(default_factory=asyncio.Event)
+    starts: list[float] = field(default_factory=list)
+
+    async def keep_running(self) -> None:
+        """Raises _Failed when it cannot be kept running."""
+        while True:
+            status = await self._run()
+            pid = self.process.pid if self.process is not None else None
+            recent = [start for start in self.starts if start > time.monotonic() - _STARTS_SECONDS]
+            if not self.serves.is_set() or len(recent) > _MOST_STARTS:
+                raise _Failed(_BAD_SETTINGS if status == _BAD_SETTINGS else 1)
+            log.warning("a process died and is started again", process=pid, address=self.address, status=status)
+
+    async def _run(self) -> int:
+        """Its exit status; negative is a signal's number."""
+        self.starts.append(time.monotonic())
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "services.env", *self.arguments, "--port", str(self.port)),
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, _SUPERVISOR: str(theirs.fileno())},
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone
+            )
+        reader, self.link = await asyncio.open_connection(sock=ours)
+        if line := await reader.readline():
+            self.address = line.decode().strip()
+            self.port = int(self.address.rpartition(":")[2])
+            self.serves.set()
+        status = await self.process.wait()
+        self.link.close()
+        return status
+
+    async def end(self, seconds: float) -> int:
+        """SIGTERM, at last SIGKILL. The exit status."""
+        if self.process is None:
+            return 0
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                async with asyncio.timeout(seconds):
+                    await self.process.wait()
+            except TimeoutError:
+                log.warning("a process did not end and is killed", address=self.address)
+                self.process.kill()
+        return await self.process.wait()
+
+
+async def serve(settings: EnvSettings, arguments: Sequence[str]) -> None:
+    """Until SIGTERM or SIGINT. Ends this process with status 2 when the processes refuse their settings, and 1 when one
+    of them cannot be kept running or does not end well."""
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    children = [
+        _Process(_arguments(settings, arguments, index), _port(settings.port, index))
+        for index in range(settings.processes)
+    ]
+    keepers = [asyncio.create_task(child.keep_running()) for child in children]
+    stopped = asyncio.create_task(stopping.wait())
+    telling = asyncio.create_task(_tell(children))
+    await asyncio.wait([stopped, *keepers], return_when=asyncio.FIRST_COMPLETED)
+    failures = [keeper.exception() for keeper in keepers if keeper.done()]
+    for task in (stopped, telling, *keepers):
+        task.cancel()
+    await asyncio.gather(stopped, telling, *keepers, return_exceptions=True)
+    log.info("draining", processes=len(children), seconds=settings.drain_seconds)
+    statuses = await asyncio.gather(*(child.end(settings.drain_seconds + _END_SECONDS) for child in children))
+    for failure in failures:
+        if failure is not None and not isinstance(failure, _Failed):
+            raise failure
+        sys.exit(failure.status if failure is not None else 1)
+    if any(statuses):
+        log.error("processes did not end well", statuses=statuses)
+        sys.exit(1)
+    log.info("stopped", processes=len(children))
+
+
+def name_process() -> None:
+    """In one of several processes, every line of its log gets its number."""
+    if _SUPERVISOR in os.environ:
+        structlog.contextvars.bind_contextvars(process=os.getpid())
+
+
+async def served(address: str) -> None:
+    """In a process: tells the supervisor, if there is one, and follows it when it ends."""
+    descriptor = os.environ.pop(_SUPERVISOR, "")
+    if not descriptor:
+        return
+    link = socket.socket(fileno=int(descriptor))
+    link.set_inheritable(False)
+    link.sendall(f"{address}\n".encode())
+    link.setblocking(False)
+    loop = asyncio.get_running_loop()
+
+    def supervisor_ended() -> None:
+        loop.remove_reader(link)
+        link.close()
+        log.warning("the supervisor ended")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    loop.add_reader(link, supervisor_ended)
+
+
+async def _tell(children: Sequence[_Process]) -> None:
+    for child in children:
+        await child.serves.wait()
+    addresses = [child.address for child in children]
+    host, first = addresses[0].rpartition(":")[::2]
+    consecutive = [f"{host}:{int(first) + index}" for index in range(len(children))]
+    text = f"{host}:{first}-{children[-1].port}" if addresses == consecutive else ",".join(addresses)
+    log.info("all processes serve", address=text, processes=len(children))
+
+
+def _arguments(settings: EnvSettings, arguments: Sequence[str], index: int) -> list[str]:
+    """The last of two equal flags wins."""
+    metrics = str(_port(settings.metrics_port, index))
+    return [*arguments, "--processes", "1", "--metrics-port", metrics]
+
+
+def _port(first: int, index: int) -> int:
+    return first + index if first > 0 else first
