@@ -38,6 +38,22 @@ lake = settings.create_environments()["lake"]
 (task,) = lake.list_tasks(Split.TEST, 0, 1)
 print(lake.start(task.task_id).step("```Down```").observation)
 """
+SPREAD = """
+import asyncio
+from services.common.channel import Endpoint
+from services.common.types import Split
+from services.env.replicas import connect
+
+async def main():
+    env = connect(Endpoint("dns:///env:50051"))
+    (task,) = await env.list_tasks("frozenlake", Split.TEST, 1)
+    episodes = [await env.start("frozenlake", task.task_id, f"spread-{number}") for number in range(64)]
+    steps = await asyncio.gather(*(episode.step("```Down```") for episode in episodes))
+    print(len(steps), len({step.observation for step in steps}))
+    await env.close()
+
+asyncio.run(main())
+"""
 
 pytestmark = pytest.mark.timeout(600)  # the first build downloads packages
 
@@ -72,6 +88,13 @@ async def test_an_episode_is_played_across_the_wall(running: Project) -> None:
 def test_untrusted_environments_have_processes_of_their_own_in_there_too(running: Project) -> None:
     played = running.execute("env", "python", "-c", UNTRUSTED)
     assert played.returncode == 0 and played.stdout.strip(), played.stderr
+
+
+def test_episodes_spread_over_the_replicas_that_a_name_stands_for(running: Project) -> None:
+    with running.another("env") as second:
+        spread = running.execute("env", "python", "-c", SPREAD)
+        assert spread.stdout.split()[-2:] == ["64", "1"], spread.stderr  # all served, on one board
+        assert 0 < second.logs().decode().count("method=StartEpisode") < 64
 
 
 async def test_a_new_container_has_what_the_old_one_kept(running: Project) -> None:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from services.cli.local import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("compose.yaml",)
+HEALTHY_SECONDS = 60.0
 REQUIRED = "MULLIGAN_TEST_DOCKER_REQUIRED"
 
 
@@ -101,6 +103,23 @@ class Project(DockerCompose):
         finally:
             client.close()
         return attributes
+
+    @contextmanager
+    def another(self, service: str) -> Iterator[Any]:
+        """One more container of a service, healthy, under the same name in the network, at no port of this machine."""
+        started = self.run("run", "--detach", "--no-deps", "--use-aliases", service)
+        client = docker.from_env()
+        container = client.containers.get(started.stdout.split()[-1])
+        deadline = time.monotonic() + HEALTHY_SECONDS
+        try:
+            while container.attrs["State"]["Health"]["Status"] != "healthy":
+                assert time.monotonic() < deadline, container.logs().decode()
+                time.sleep(0.2)
+                container.reload()
+            yield container
+        finally:
+            container.remove(force=True)
+            client.close()
 
     def __exit__(self, *problem: object) -> None:
         """All of the project goes, volumes included; after a failure the ends of its logs are shown."""
