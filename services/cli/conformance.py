@@ -133,6 +133,45 @@ def policy(
     _run(main, as_json=as_json, quiet=quiet)
 
 
+@conformance.command()
+def trainer(
+    target: Annotated[str, _target("trainer")] = DEFAULT_ADDRESSES["trainer"],
+    model: Annotated[str, typer.Option(help="What learners and a run are to train.")] = "embedded",
+    writes: Annotated[
+        bool, typer.Option("--writes", help="Also what leaves checkpoints, published weights and runs behind.")
+    ] = False,
+    environment: Annotated[str, typer.Option(help="Of the runs that --writes starts.")] = "frozenlake-3x3",
+    recipe: Annotated[
+        Path | None, typer.Option(help="Settings of these runs, few steps; else the smallest.", exists=True)
+    ] = None,
+    run_seconds: Annotated[float, typer.Option(min=1.0, help="How long such a run may take.")] = 600.0,
+    only: Only = "",
+    token: Token = "",
+    timeout: Timeout = 120.0,
+    tls_ca: TlsCa = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a trainer. Creates learners and deletes them; starts runs only with --writes.
+
+    Example: `mulligan conformance trainer --target 127.0.0.1:50054 --writes`
+    """
+    from services.cli.train import read_settings
+    from services.conformance.trainer.held import Options
+    from services.conformance.trainer.run import check, smallest
+    from services.conformance.trainer.run import target as connect
+    from services.trainer.wire import settings_to_proto
+
+    config = settings_to_proto(read_settings(recipe, [])) if recipe else smallest(environment, model)
+    options = Options(model, writes, config, run_seconds)
+
+    async def main(on_result: OnResult) -> Report:
+        async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:
+            return await check(opened, options, only=only, on_result=on_result)
+
+    _run(main, as_json=as_json, quiet=quiet)
+
+
 @asynccontextmanager
 async def closing(target: Target) -> AsyncIterator[Target]:
     try:

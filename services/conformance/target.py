@@ -138,9 +138,11 @@ class Session:
         except grpc.aio.AioRpcError as error:
             return self._refusal(error, request, timeout)
 
-    async def stream(self, method: str, request: Any, *, enough: int = 0) -> list[Any] | Refusal:
-        """All messages of a streamed answer, or the first `enough`; the Refusal when it ended with one."""
-        call = self.target.method(method)(request, timeout=self.target.timeout, metadata=self.target.metadata(method))
+    async def stream(self, method: str, request: Any, *, enough: int = 0, timeout: float = 0.0) -> list[Any] | Refusal:
+        """All messages of a streamed answer, or the first `enough`; the Refusal when it ended with one. `timeout` is
+        for all of it."""
+        seconds = timeout or self.target.timeout
+        call = self.target.method(method)(request, timeout=seconds, metadata=self.target.metadata(method))
         messages: list[Any] = []
         try:
             async for message in call:
@@ -148,7 +150,7 @@ class Session:
                 if len(messages) == enough:
                     break
         except grpc.aio.AioRpcError as error:
-            return self._refusal(error, request)
+            return self._refusal(error, request, timeout)
         finally:
             call.cancel()
         return messages

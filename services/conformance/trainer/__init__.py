@@ -1,0 +1,13 @@
+"""What `learner_service.proto` and `run_service.proto` promise. What stays on the trainer's disk, such as checkpoints
+and runs, is made only where `--writes` allows it."""
+
+from __future__ import annotations
+
+from services.conformance.report import Suite
+from services.conformance.target import Session
+from services.conformance.trainer import checkpoints, learners, runs, server, training
+from services.conformance.trainer.held import Trainer
+
+SERVER: Suite[Session] = server.suite
+TRAINER: Suite[Trainer] = Suite()
+TRAINER.extend([runs.suite, learners.suite, checkpoints.suite, training.suite])

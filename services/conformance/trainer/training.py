@@ -1,0 +1,202 @@
+"""A run that is started, watched, stopped and resumed. It stays in the trainer's list: only with `--writes`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+from uuid import uuid4
+
+from mulligan.common.v1 import experience_pb2, outcome_pb2
+from mulligan.trainer.v1 import run_config_pb2 as config_pb
+from mulligan.trainer.v1 import run_service_pb2 as pb
+
+from services.conformance.report import NotApplicable, Suite, Violation, demand
+from services.conformance.target import Refusal
+from services.conformance.trainer.held import Trainer
+
+suite: Suite[Trainer] = Suite()
+LONG = 1_000_000  # steps that no run takes before it is stopped
+PREFIX = "conformance-"
+POLL_SECONDS = 0.3
+_WITH_REWARD = (outcome_pb2.OUTCOME_COMPLETED, outcome_pb2.OUTCOME_TRUNCATED)
+
+
+def request_of(trainer: Trainer, **changes: Any) -> pb.StartRunRequest:
+    """A run of its own, which is stopped after the check."""
+    trainer.may_write()
+    config = config_pb.RunConfig()
+    if trainer.options.config is not None:
+        config.CopyFrom(trainer.options.config)
+    config.MergeFrom(config_pb.RunConfig(**changes))
+    run_id = f"{PREFIX}{uuid4().hex[:12]}"
+    trainer.session.later("StopRun", pb.StopRunRequest(run_id=run_id))
+    return pb.StartRunRequest(run_id=run_id, config=config)
+
+
+async def start(trainer: Trainer, request: pb.StartRunRequest) -> pb.Run:
+    """Waits for a run of an earlier check, which was asked to stop, and for no other."""
+    began = time.monotonic()
+    while True:
+        answer = await trainer.session.attempt("StartRun", request)
+        if not isinstance(answer, Refusal):
+            run: pb.Run = answer.run
+            return run
+        if answer.reason != "LEARNER_OWNED":
+            raise Violation("this run is started", answer, request)
+        owner = answer.metadata.get("run_id", "")
+        demand(bool(owner), "metadata `run_id`, of the run that the server trains", answer, request)
+        if not owner.startswith(PREFIX) or time.monotonic() - began > trainer.options.run_seconds:
+            raise NotApplicable(f"the trainer trains another run: {answer.message}")
+        await asyncio.sleep(POLL_SECONDS)
+
+
+async def watch(trainer: Trainer, run_id: str, after: int = 0) -> list[pb.RunEvent]:
+    """The events until the run has ended."""
+    request = pb.WatchRunRequest(run_id=run_id, after_event=after)
+    found: Any = await trainer.session.stream("WatchRun", request, timeout=trainer.options.run_seconds)
+    if isinstance(found, Refusal):
+        raise Violation("the events of the run, and an end when it has ended", found, request)
+    return [message.event for message in found]
+
+
+async def get(trainer: Trainer, run_id: str) -> pb.Run:
+    run: pb.Run = (await trainer.session.ask("GetRun", pb.GetRunRequest(run_id=run_id))).run
+    return run
+
+
+async def trained(trainer: Trainer) -> pb.Run:
+    """A run that has completed; one for all checks."""
+    trainer.may_write()
+    if trainer.untrainable:
+        raise NotApplicable(f"no run could be completed: {trainer.untrainable}")
+    if trainer.trained is None:
+        request = request_of(trainer)
+        await start(trainer, request)
+        await watch(trainer, request.run_id)
+        run = await get(trainer, request.run_id)
+        if run.state != pb.RUN_STATE_COMPLETED:
+            trainer.untrainable = run.error or str(pb.RunState.Name(run.state))
+            raise NotApplicable(f"the run could not be completed: {trainer.untrainable}")
+        trainer.trained = run
+    return trainer.trained
+
+
+@suite.check("StartRun", "a run is started once: the same again is answered as it is, other settings are RUN_CONFLICT")
+async def once(trainer: Trainer) -> None:
+    request = request_of(trainer, steps=LONG)
+    run = await start(trainer, request)
+    demand(run.run_id == request.run_id, "the run that was asked for", run, request)
+    demand(run.config.HasField("seed") and run.config.steps == LONG, "settings as used, defaults filled in", run)
+    again = await trainer.session.ask("StartRun", request)
+    demand(again.run.run_id == request.run_id, "the same run", again, request)
+    other = pb.StartRunRequest(run_id=request.run_id, config=request.config)
+    other.config.steps -= 1
+    await trainer.session.refused("StartRun", other, "ALREADY_EXISTS", "RUN_CONFLICT")
+
+
+@suite.check("StopRun", "a run stops after its step, keeps its place, and is taken up by ResumeRun alone")
+async def stop_and_resume(trainer: Trainer) -> None:
+    await trained(trainer)  # where none can be completed, there is nothing to stop
+    request = request_of(trainer, steps=LONG)
+    await start(trainer, request)
+    stop = pb.StopRunRequest(run_id=request.run_id)
+    for _ in range(2):
+        await trainer.session.ask("StopRun", stop)
+    events = await watch(trainer, request.run_id)
+    last = events[-1] if events else None
+    stopped = last is not None and last.state_changed.state == pb.RUN_STATE_STOPPED
+    demand(stopped, "the run STOPPED, as the last event", last or "no events", stop)
+    same = await trainer.session.ask("StartRun", request)
+    demand(same.run.state == pb.RUN_STATE_STOPPED, "an ended run as it is: StartRun does not take it up", same, request)
+    resume = pb.ResumeRunRequest(run_id=request.run_id)
+    for _ in range(2):
+        resumed = (await trainer.session.ask("ResumeRun", resume)).run
+        demand(resumed.state == pb.RUN_STATE_RUNNING, "the run RUNNING again", resumed, resume)
+    await trainer.session.ask("StopRun", stop)
+    more = await watch(trainer, request.run_id, len(events))
+    ended = bool(more) and more[-1].state_changed.state == pb.RUN_STATE_STOPPED
+    demand(ended, "the events after the resumption, with STOPPED as the last", more[-1] if more else "no events", stop)
+
+
+@suite.check("WatchRun", "events are counted from 1, and a stream is taken up after any of them")
+async def events_replay(trainer: Trainer) -> None:
+    run = await trained(trainer)
+    events = await watch(trainer, run.run_id)
+    numbers = [event.number for event in events]
+    demand(numbers == list(range(1, len(events) + 1)), "numbers from 1 on", numbers)
+    steps = [event.step_completed.step for event in events if event.HasField("step_completed")]
+    demand(len(steps) == run.step == run.config.steps, f"{run.config.steps} steps completed", f"{steps}", run)
+    completed = events[-1].state_changed.state == pb.RUN_STATE_COMPLETED
+    demand(completed, "the run COMPLETED, as the last event", events[-1])
+    for after in {1, len(events) // 2, len(events)}:
+        began = time.monotonic()
+        rest = await watch(trainer, run.run_id, after)
+        demand(rest == events[after:], f"the events after {after}", f"{[event.number for event in rest]}")
+        demand(time.monotonic() - began < trainer.session.target.timeout, "an end, as the run has ended", "none")
+
+
+@suite.check("ResumeRun", "a completed run stays as it is: RUN_COMPLETED, and StopRun changes nothing")
+async def completed_stays(trainer: Trainer) -> None:
+    run = await trained(trainer)
+    resume = pb.ResumeRunRequest(run_id=run.run_id)
+    await trainer.session.refused("ResumeRun", resume, "FAILED_PRECONDITION", "RUN_COMPLETED")
+    after = (await trainer.session.ask("StopRun", pb.StopRunRequest(run_id=run.run_id))).run
+    demand(after.state == pb.RUN_STATE_COMPLETED, "the run COMPLETED as before", after)
+    listed = [found.run_id for found in (await trainer.session.ask("ListRuns", pb.ListRunsRequest())).runs]
+    demand(run.run_id in listed, f"{run.run_id} among the newest runs", listed)
+
+
+@suite.check("ListExperiences", "page by page it lists the experiences, by step, task and rollout; a step alone, too")
+async def experiences(trainer: Trainer) -> None:
+    run = await trained(trainer)
+    found = await _experiences(trainer, run.run_id, 3)
+    ids = [experience.experience_id for experience in found]
+    demand(bool(ids) and len(set(ids)) == len(ids), "experiences, each once", ids)
+    order = [experience.step for experience in found]
+    demand(order == sorted(order), "in the order of the steps", order)
+    whole = [experience.experience_id for experience in await _experiences(trainer, run.run_id, 100)]
+    demand(whole == ids, "the same in pages of any size", f"{whole}, not {ids}")
+    first = await _experiences(trainer, run.run_id, 100, step=0)
+    demand(all(experience.step == 0 for experience in first), "those of step 0 alone", f"{len(first)} experiences")
+    demand(not await _experiences(trainer, run.run_id, 100, step=run.step + 5), "none of a later step", "some")
+    bad = pb.ListExperiencesRequest(run_id=run.run_id, page_token="no such token")
+    await trainer.session.refused("ListExperiences", bad, "INVALID_ARGUMENT", "BAD_PAGE_TOKEN")
+
+
+async def _experiences(trainer: Trainer, run_id: str, size: int, **step: int) -> list[experience_pb2.Experience]:
+    found: list[experience_pb2.Experience] = []
+    token = ""
+    while True:
+        request = pb.ListExperiencesRequest(run_id=run_id, page_size=size, page_token=token, **step)
+        page = await trainer.session.ask("ListExperiences", request)
+        demand(len(page.experiences) <= size, f"a page of at most {size}", f"{len(page.experiences)}", request)
+        demand(bool(page.experiences) or not page.next_page_token, "no page token after an empty page", page, request)
+        found += page.experiences
+        token = page.next_page_token
+        if not token:
+            return found
+
+
+@suite.check("ListExperiences", "an attempt has a reward exactly when it was completed or cut, and whole segments")
+async def attempts(trainer: Trainer) -> None:
+    run = await trained(trainer)
+    for experience in await _experiences(trainer, run.run_id, 100):
+        tried = [experience.first_attempt]
+        tried += [experience.second_attempt] if experience.HasField("second_attempt") else []
+        for attempt in tried:
+            name = str(outcome_pb2.Outcome.Name(attempt.outcome))
+            right = attempt.HasField("reward") == (attempt.outcome in _WITH_REWARD)
+            demand(right, "a reward exactly with COMPLETED and TRUNCATED", f"{attempt.attempt_id}: {name}")
+            for sequence in attempt.sequences:
+                for segment in sequence.segments:
+                    _segment(segment, attempt.attempt_id)
+
+
+def _segment(segment: experience_pb2.Segment, where: str) -> None:
+    sampled = segment.kind == experience_pb2.SEGMENT_KIND_SAMPLED
+    count = len(segment.token_ids) if sampled else 0
+    demand(segment.loss == sampled, "loss in SAMPLED segments alone", segment, where)
+    demand(len(segment.log_probs) == count, f"{count} log-probabilities in the segment", segment, where)
+    spans = sum(span.token_count for span in segment.policy_versions)
+    demand(spans == count, f"version spans of {count} tokens", segment, where)
