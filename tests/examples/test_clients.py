@@ -20,6 +20,8 @@ from tests.support.examples import Program
 from tests.support.loop import Loop
 from tests.support.processes import Services
 
+pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy
+
 LAKE = "frozenlake-3x3"
 GREEDY = ("--temperature", "0", "--max-tokens", "4")
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.support.buf import buf
+from tests.support.examples import RUN_SECONDS
 from tests.support.loop import Loop
+
+pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy
 
 PAGE = Path(__file__).resolve().parents[2] / "examples" / "grpcurl.md"
 BLOCK = re.compile(r"^```sh ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -27,7 +30,7 @@ def output(loop: Loop) -> str:
     path = f"{buf().parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", "-c", script]
     result = subprocess.run(
-        command, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=100, check=False
+        command, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=RUN_SECONDS, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from services.cli.__main__ import app
 from tests.support.examples import Program, typescript
 
+pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy
+
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Program:
