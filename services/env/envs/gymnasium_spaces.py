@@ -47,7 +47,7 @@ def _(space: spaces.Box) -> str:
 @words.register
 def _(space: spaces.Text) -> str:
     letters = "".join(sorted(space.character_set))
-    made_of = f" of the characters {letters}" if len(letters) <= 100 else ""
+    made_of = f", each one of {letters!r}" if len(letters) <= 100 else ""
     return f"a text of {space.min_length} to {space.max_length} characters{made_of}"
 
 
