@@ -122,5 +122,6 @@ proof: $(INSTALLED) ## the long proofs: hours; goes on with the cases that have 
 
 .PHONY: clean
 clean: ## remove caches and the virtual environment
+	@rm -rf $(addprefix $(TYPESCRIPT)/,node_modules gen dist) $(addprefix examples/go/,gen build client go.sum)
 	@rm -rf $(VENV) .stamps build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ from services.policy.client import PolicyClient
 from services.trainer.episode import Player
 from services.trainer.folder import RunState
 from tests.support.certificate import write_key_pair
-from tests.support.examples import Program
+from tests.support.examples import Program, go
 from tests.support.loop import Loop
 from tests.support.processes import Services
 
@@ -116,3 +116,10 @@ def test_bad_flags_are_named_without_a_trace(client: Program, command: str, name
     result = client.run(*command.split())
     assert result.returncode in (1, 2)
     assert named in result.stderr and "at file:" not in result.stderr
+
+
+def test_the_go_code_is_formatted_and_vetted(tmp_path: Path) -> None:
+    folder = go(tmp_path)
+    assert Program(["gofmt", "-l", *(path.name for path in folder.glob("*.go"))], folder).output() == ""
+    modules_off = {"GO111MODULE": "off", "GOFLAGS": "", "GOPATH": f"{folder / 'build'}:/usr/share/gocode"}
+    Program(["go", "vet", "mulligan-client"], folder, modules_off).output()

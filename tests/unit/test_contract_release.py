@@ -133,6 +133,17 @@ def test_the_committed_page_is_what_the_generator_writes() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_a_page_that_is_not_fresh_is_noticed(tmp_path: Path) -> None:
+    proto = changed(tmp_path, "// How many steps the episode has played.", "// How many steps it has played.")
+    (tmp_path / "docs").mkdir()
+    shutil.copyfile(ROOT / "docs" / "contracts.md", tmp_path / "docs" / "contracts.md")
+    command = [sys.executable, str(proto / "document.py")]
+    stale = subprocess.run([*command, "--check"], capture_output=True, text=True, check=False)
+    assert stale.returncode == 1 and "make proto" in stale.stderr
+    assert subprocess.run(command, check=False).returncode == 0
+    assert subprocess.run([*command, "--check"], check=False).returncode == 0
+
+
 @pytest.fixture(scope="module")
 def page() -> str:
     return str(document.page(document.sources(), (PROTO / "compatibility.md").read_text()))
