@@ -27,6 +27,13 @@ DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "frozenlake-3x3": {"kind": "frozenlake", "size_min": 3, "size_max": 3, "prompts": "compact"},
     "sokoban": {"kind": "sokoban"},
     "hotpotqa": {"kind": "hotpotqa"},
+    "gymnasium-frozenlake": {
+        "kind": "gymnasium",
+        "id": "FrozenLake-v1",
+        "max_reward": 1.0,
+        "actions": ["Left", "Down", "Right", "Up"],
+    },
+    "reasoning-gym": {"kind": "reasoning_gym"},
 }
 
 

@@ -73,7 +73,8 @@ def service(request: pytest.FixtureRequest) -> str:
 async def test_an_episode_is_played_across_the_wall(running: Project) -> None:
     client = EnvClient(Endpoint(running.address("env")))
     names = {info.name: info.unavailable for info in await client.list_environments()}
-    assert {"frozenlake", "frozenlake-3x3", "sokoban", "hotpotqa"} <= set(names) and not any(names.values())
+    installed = {name for name, problem in names.items() if not problem}
+    assert {"frozenlake", "frozenlake-3x3", "sokoban", "hotpotqa"} <= installed
     (task,) = await client.list_tasks("frozenlake", Split.TEST, 1)
     episode = await client.start("frozenlake", task.task_id, "an-episode")
     assert episode.observation
