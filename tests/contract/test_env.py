@@ -34,6 +34,15 @@ ENVIRONMENTS: dict[str, dict[str, object]] = {
     "hotpotqa": {"kind": "hotpotqa", "train_tasks": 250},
     "hotpotqa-unary": {"kind": "hotpotqa", "feedback": "unary", "tools": "prompt", "train_tasks": 120},
     "frozenlake-silent": {"kind": "frozenlake", "feedback": "silent", "train_tasks": 120, "test_tasks": 20},
+    "gymnasium": {
+        "kind": "gymnasium",
+        "id": "FrozenLake-v1",
+        "max_reward": 1,
+        "max_steps": 12,
+        "actions": ["Left", "Down", "Right", "Up"],
+        "train_tasks": 120,
+    },
+    "reasoning-gym": {"kind": "reasoning_gym", "datasets": ["chain_sum", "countdown", "ab"], "train_tasks": 40},
 }
 # Kind → actions that mean something in it; the last ones may end an episode.
 MOVES = ("```Up```", "```down```", "I go ```Left``` now", "``` RIGHT\n```")
@@ -43,7 +52,14 @@ SEARCHES = (
     '<function_calls>local_search(query="painter")</function_calls>',
     "It is \\boxed{yes}",
 )
-ACTIONS: dict[str, Sequence[str]] = {"frozenlake": MOVES, "sokoban": MOVES, "hotpotqa": SEARCHES}
+ANSWERS = ("<answer>12</answer>", "It is \\boxed{A# #B}", "<answer>3 + 4 * 5</answer>", "I say\n7")
+ACTIONS: dict[str, Sequence[str]] = {
+    "frozenlake": MOVES,
+    "sokoban": MOVES,
+    "hotpotqa": SEARCHES,
+    "gymnasium": (*MOVES, "2", "```1```", "north"),
+    "reasoning_gym": ANSWERS,
+}
 
 HOSTILE = ["```", "Up", "\n", "\x00", "{trace}", "√", "\U0001f9ca", "\u202e", "<tool_call>", "{", "\\boxed{"]
 hostile_texts = st.one_of(
