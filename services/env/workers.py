@@ -21,7 +21,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
 from typing import TypeVar
 
 _HELP_AFTER_SECONDS = 0.003
@@ -87,6 +86,49 @@ class _Batch:
         return all(job.settled for job in self.jobs)
 
 
+class _Place:
+    """Where one worker waits."""
+
+    __slots__ = ("filled", "item")
+
+    def __init__(self) -> None:
+        self.item: _Batch | None = None
+        self.filled = threading.Lock()
+        self.filled.acquire()
+
+
+class _Queue:
+    """Hands a batch to the worker that has waited for the shortest time, whose stack is warm, and wakes no other. With
+    `queue.SimpleQueue`, which wakes them in turn, and a second one for nothing, a lone step took a tenth longer."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._items: deque[_Batch | None] = deque()
+        self._places: list[_Place] = []
+
+    def put(self, item: _Batch | None) -> None:
+        with self._lock:
+            if not self._places:
+                self._items.append(item)
+                return
+            place = self._places.pop()
+        place.item = item
+        place.filled.release()
+
+    def get(self, place: _Place) -> _Batch | None:
+        """Waits for one."""
+        with self._lock:
+            if self._items:
+                return self._items.popleft()
+            self._places.append(place)
+        place.filled.acquire()
+        item, place.item = place.item, None
+        return item
+
+    def empty(self) -> bool:
+        return not self._items
+
+
 class _Worker:
     """A thread that takes batches until it is told to stop, or was found to be hanging and then returns after all."""
 
@@ -97,7 +139,8 @@ class _Worker:
         threading.Thread(target=self._run, name="environment", daemon=True).start()
 
     def _run(self) -> None:
-        while not self.abandoned and (batch := self._pool.queue.get()) is not None:
+        place = _Place()
+        while not self.abandoned and (batch := self._pool.queue.get(place)) is not None:
             self._work(batch)
             if batch.is_awaited:
                 batch.finished.release()
@@ -135,7 +178,7 @@ class WorkerPool:
     """Made and used on one event loop. `limit_seconds` is for each call, from when it begins to run."""
 
     def __init__(self, size: int, limit_seconds: float, max_abandoned: int):
-        self.queue: SimpleQueue[_Batch | None] = SimpleQueue()
+        self.queue = _Queue()
         self.results: deque[tuple[Job, object]] = deque()
         self.loop = asyncio.get_running_loop()
         self._size = size
