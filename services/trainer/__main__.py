@@ -7,9 +7,9 @@ from functools import partial
 
 from services.common.config import refuse
 from services.common.server import run, serve
-from services.env.client import EnvClient
+from services.env import replicas as env_replicas
 from services.memory.client import MemoryClient
-from services.policy.client import PolicyClient
+from services.policy import replicas as policy_replicas
 from services.trainer import servicer as runs
 from services.trainer.config import TrainerSettings
 from services.trainer.interfaces import LearnerPort
@@ -45,8 +45,10 @@ async def _serve(settings: TrainerSettings) -> None:
         endpoint = settings.endpoint(other) if other else settings.own_endpoint(own_address)
         return await LearnerClient.create(endpoint, run_id, run_id, spec, notice)
 
-    env = EnvClient(settings.endpoint(settings.env_address), on_outage=notice)
-    policy = PolicyClient(
+    env = env_replicas.connect(
+        settings.endpoint(settings.env_address), lost_seconds=settings.lost_seconds, on_outage=notice
+    )
+    policy = policy_replicas.connect(
         settings.endpoint(settings.policy_address), admin_token=settings.admin_token, on_outage=notice
     )
     memory = MemoryClient(settings.endpoint(settings.memory_address), on_outage=notice)

@@ -22,6 +22,7 @@ MAX_FUNCTION_LINES = 60
 WIRE_PACKAGES = ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "mulligan", "buf", "protovalidate")
 # A service's own wire.py holds the conversions that its servicer and its client share.
 WIRE_FILES = ("servicer.py", "client.py", "wire.py")
+CLIENTS = ("client", "replicas")  # of one server, of several
 WIRE_COMMON = ("status.py", "server.py", "validation.py", "channel.py")
 TORCH_PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
 TORCH_FOLDERS = ("services/trainer", "services/policy/backends", "services/env/encoders", "models")
@@ -69,7 +70,7 @@ def service_violations(source: str, path: PurePosixPath) -> list[str]:
     if owner not in (*SERVICES, "common"):
         return []
     closed = [f"services.{name}" for name in SERVICES if name != owner]
-    clients = [] if owner == "common" else [f"{other}.client" for other in closed]
+    clients = [] if owner == "common" else [f"{other}.{module}" for other in closed for module in CLIENTS]
     return [
         f"{path}:{line} {module}"
         for line, module in imports(source, path)
@@ -202,6 +203,7 @@ def test_a_planted_violation_is_found(checker: Checker, path: str, source: str) 
         (wire_violations, "services/env/base.py", "import grpcish\nfrom services.env.client import EnvClient"),
         (service_violations, "services/trainer/__main__.py", "from services.env.client import EnvClient"),
         (service_violations, "services/trainer/__main__.py", "from services.env import client"),
+        (service_violations, "services/trainer/__main__.py", "from services.policy.replicas import connect"),
         (service_violations, "services/trainer/episode.py", "from .advantages import grpo\nfrom ..common import types"),
         (service_violations, "services/cli/demo.py", "from services.env.servicer import EnvServicer"),
         (torch_violations, "services/policy/backends/local.py", "import torch"),

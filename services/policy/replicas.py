@@ -1,0 +1,363 @@
+"""Several policy servers as one `PolicyPort`, at one version.
+
+**Who is asked.** A call goes to the server with the fewest calls in flight, in turns where they are equal; a session
+stays with its server, for the engine's prefix cache, and moves for good when that one is away. A call that was not
+answered is made again elsewhere: with a seed it gives the same, without one a sample as good as the lost one.
+
+**Which version.** New weights go to every server. It is a success when all that are up, and served the version before,
+took them; when one of those refuses them, the others are rolled back, so that no two serve different versions, and the
+update fails as that of one server does. A server that was away meanwhile, joins, or comes back without its weights is
+not asked until it was brought to the version; one that cannot be is left out, and the run is told why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote, unquote
+
+import structlog
+
+from services.common.addresses import Addresses
+from services.common.channel import Endpoint, Waits
+from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from services.common.inference import (
+    CallOptions,
+    Completion,
+    PolicyInfo,
+    PolicyState,
+    PolicyVersion,
+    Prompt,
+    PublishedWeights,
+    SamplingParams,
+    WeightsKind,
+)
+from services.common.replicas import Replica, Replicas
+from services.policy.admission import Server, Shared, agreed, at, is_refusal, refusal_of, tells, unlike
+from services.policy.client import PolicyClient
+
+log = structlog.get_logger()
+R = TypeVar("R")
+_PLAIN = CallOptions()
+_MOST_SESSIONS = 65_536  # those that asked longest ago are forgotten, and may move when they ask again
+_TO_UPLOAD = "replicas:"
+_ELSEWHERE = (
+    Reason.POLICY_VERSION_TOO_OLD,
+    Reason.POLICY_REFUSED,
+    Reason.ENGINE_UNAVAILABLE,
+    Reason.UNKNOWN_POLICY,
+)
+
+
+def connect(
+    endpoint: Endpoint,
+    *,
+    admin_token: str | None = None,
+    timeout: float = 300.0,
+    update_timeout: float = 600.0,
+    on_outage: Callable[[str], None] | None = None,
+) -> PolicyClient | PolicyReplicas:
+    """The client of all servers that the endpoint's address names. Raises ValueError for a bad address."""
+    addresses = Addresses.parse(endpoint.address)
+
+    def open_client(endpoint: Endpoint) -> PolicyClient:
+        return PolicyClient(
+            endpoint, admin_token=admin_token, timeout=timeout, update_timeout=update_timeout, on_outage=on_outage
+        )
+
+    if addresses.single:
+        return open_client(endpoint)
+
+    def open_server(address: str) -> Server:
+        return Server(open_client(replace(endpoint, address=address, outage_seconds=0.0)))
+
+    return PolicyReplicas(addresses, open_server, outage_seconds=endpoint.outage_seconds, on_outage=on_outage)
+
+
+class PolicyReplicas:
+    """A `PolicyPort`. Made by `connect`. Calls wait `outage_seconds` while no server can be asked."""
+
+    def __init__(
+        self,
+        addresses: Addresses,
+        open_server: Callable[[str], Server],
+        *,
+        outage_seconds: float,
+        on_outage: Callable[[str], None] | None = None,
+    ):
+        self._replicas: Replicas[Server] = Replicas(
+            addresses, open_server, self._check, outage_seconds=outage_seconds, notice=on_outage
+        )
+        self._policies: dict[str, Shared] = {}
+        self._names: dict[str, str] = {}  # as asked, "" for the default policy → as the servers call it
+        self._sessions: OrderedDict[str, Replica[Server]] = OrderedDict()
+        self._turns = itertools.count(1)
+        self._publishing = asyncio.Lock()
+
+    async def info(self, policy: str = "") -> PolicyInfo:
+        """Of the version that servers are asked at; a greater one that somebody else gave to one of these counts.
+
+        Raises DomainError UNKNOWN_POLICY, or MODEL_MISMATCH when servers differ and no run has published yet."""
+        found = await self._ask_all(lambda client: client.info(policy))
+        infos = {replica: info for replica, info in found.items() if isinstance(info, PolicyInfo)}
+        if not infos:
+            raise next(error for error in found.values() if isinstance(error, DomainError))
+        name = next(iter(infos.values())).name
+        asked = {replica: info for replica, info in infos.items() if replica.client.asked(name)}
+        if not self._publishing.locked() or name not in self._policies:
+            shared = self._policies.get(name)
+            numbers = {info.policy_version for info in asked.values()}
+            if shared is None or shared.target is None or not numbers or max(numbers) > shared.version:
+                shared = self._policies[name] = agreed(name, found)
+                asked = infos
+            for replica, info in infos.items():
+                replica.client.infos[name] = info
+                self._judge(replica, shared, info)
+        self._names[policy] = name
+        best = max((asked or infos).values(), key=lambda info: (info.policy_version, info.state is PolicyState.SERVING))
+        return replace(
+            best,
+            compute_seconds=sum(info.compute_seconds for info in infos.values()),
+            draining_models=sum(info.draining_models for info in infos.values()),
+            replicas=tuple(
+                replace(engine, address=f"{replica.address} {engine.address}".strip())
+                for replica, info in infos.items()
+                for engine in info.replicas
+            ),
+        )
+
+    async def versions(self, policy: str = "") -> tuple[PolicyVersion, ...]:
+        """All that any server ever saw, newest first; of two records of one, that which tells more."""
+        found = await self._ask_all(lambda client: client.versions(policy))
+        answers = [answer for answer in found.values() if not isinstance(answer, DomainError)]
+        if not answers:
+            raise next(error for error in found.values() if isinstance(error, DomainError))
+        merged: dict[int, PolicyVersion] = {}
+        for version in itertools.chain.from_iterable(answers):
+            other = merged.setdefault(version.policy_version, version)
+            if tells(version) < tells(other):
+                merged[version.policy_version] = version
+        return tuple(merged[number] for number in sorted(merged, reverse=True))
+
+    async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:
+        return await self._ask(options, lambda client: client.generate(prompt, sampling, options))
+
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = _PLAIN) -> tuple[int, ...]:
+        return await self._ask(options, lambda client: client.tokenize(prompt, options))
+
+    async def upload_weights(self, path: Path, kind: WeightsKind, sha256: str, policy: str = "") -> str:
+        """A URI for `update_weights`, which sends the file to each server, and again to one that comes back."""
+        return f"{_TO_UPLOAD}{quote(str(path))}"
+
+    async def update_weights(self, weights: PublishedWeights, policy: str = "") -> float | None:
+        """The greatest difference that a server's canary found. Raises as `PolicyClient.update_weights`, and names the
+        server; then each serves what it served before."""
+        since = time.monotonic()
+        while True:
+            await self._known(policy)
+            async with self._publishing:
+                differences = await self._publish(weights, self._policies[self._names[policy]])
+            if differences:
+                return max((found for found in differences if found is not None), default=None)
+            await self._replicas.change(since)
+
+    async def close(self) -> None:
+        await self._replicas.close()
+
+    async def _known(self, policy: str) -> Shared:
+        if policy not in self._names:
+            await self.info(policy)
+        return self._policies[self._names[policy]]
+
+    async def _ask(self, options: CallOptions, call: Callable[[PolicyClient], Awaitable[R]]) -> R:
+        await self._known(options.policy)
+        waits = Waits(self._replicas.text, self._replicas.outage_seconds)
+        since: float | None = None
+        full: dict[Replica[Server], ServiceUnavailable] = {}
+        while True:
+            policy = await self._known(options.policy)  # as it is now: it may have been published meanwhile
+            replica = self._choose(policy.name, options.session_id, full)
+            if replica is None and full:
+                _, last = full.popitem()
+                full.clear()
+                await waits.wait(last.cause, last.refusal)
+                continue
+            if replica is None:
+                self._refuse_without_hope(policy, options)
+                since = since or time.monotonic()
+                await self._replicas.change(since)
+                continue
+            replica.in_flight += 1
+            try:
+                return await call(replica.client.client)
+            except ServiceUnavailable as error:
+                if error.refusal is None:
+                    self._replicas.failed(replica, error.cause)
+                elif error.refusal.reason in _ELSEWHERE:
+                    self._set_aside(replica, policy)
+                else:
+                    full[replica] = error
+            except DomainError as error:
+                if error.reason not in _ELSEWHERE:
+                    raise
+                if policy.target is None and error.reason is Reason.POLICY_VERSION_TOO_OLD:
+                    raise  # nothing that it could be brought to
+                self._set_aside(replica, policy)
+            finally:
+                replica.in_flight -= 1
+
+    def _choose(
+        self, policy: str, session_id: str, but: dict[Replica[Server], ServiceUnavailable]
+    ) -> Replica[Server] | None:
+        able = [replica for replica in self._replicas.usable if replica.client.asked(policy) and replica not in but]
+        if not able:
+            return None
+        chosen = self._sessions.get(session_id) if session_id else None
+        if chosen is None or chosen not in able:
+            chosen = min(able, key=lambda replica: (replica.in_flight, replica.client.turn))
+        chosen.client.turn = next(self._turns)
+        if session_id:
+            self._sessions[session_id] = chosen
+            self._sessions.move_to_end(session_id)
+            if len(self._sessions) > _MOST_SESSIONS:
+                self._sessions.popitem(last=False)
+        return chosen
+
+    def _refuse_without_hope(self, policy: Shared, options: CallOptions) -> None:
+        """Raises when all servers that are up were looked at, and none can be asked."""
+        said = [replica.client.refusals.get(policy.name) for replica in self._replicas.usable]
+        refusals = [refusal for refusal in said if refusal is not None]
+        if not refusals or len(refusals) < len(said) or Reason.ENGINE_UNAVAILABLE in {r.reason for r in refusals}:
+            return
+        if options.min_policy_version is None or all(r.reason is Reason.POLICY_REFUSED for r in refusals):
+            raise refusals[0]
+        message = f"no server of {policy.name!r} serves version {policy.version}: {'; '.join(map(str, refusals))}"
+        raise DomainError(Reason.POLICY_VERSION_TOO_OLD, message)
+
+    def _set_aside(self, replica: Replica[Server], policy: Shared) -> None:
+        """Until it was looked at."""
+        replica.client.refusals.pop(policy.name, None)
+        self._replicas.check(replica)
+
+    async def _ask_all(self, ask: Callable[[PolicyClient], Awaitable[R]]) -> dict[Replica[Server], R | DomainError]:
+        """What each server that is up answers; waits for the first."""
+        await self._replicas.ready()
+        since = time.monotonic()
+        while True:
+            present = self._replicas.present
+            answers = await asyncio.gather(*(ask(replica.client.client) for replica in present), return_exceptions=True)
+            found: dict[Replica[Server], R | DomainError] = {}
+            for replica, answer in zip(present, answers, strict=True):
+                if isinstance(answer, ServiceUnavailable | CallFailed):
+                    self._replicas.failed(replica, getattr(answer, "cause", str(answer)))
+                elif isinstance(answer, BaseException) and not isinstance(answer, DomainError):
+                    raise answer
+                else:
+                    found[replica] = answer
+            if found:
+                return found
+            await self._replicas.change(since)
+
+    async def _check(self, replica: Replica[Server]) -> bool:
+        """Whether all policies in use can be asked there; brings those that are behind to their version."""
+        async with self._publishing:
+            pass
+        if not self._policies:
+            await replica.client.client.info()
+        for policy in tuple(self._policies.values()):
+            try:
+                info = replica.client.infos[policy.name] = await replica.client.client.info(policy.name)
+                target = policy.target
+                if target is not None and info.policy_version < policy.version and not unlike(policy.reference, info):
+                    await self._bring(replica, target, policy.name)
+                    log.info("a server was brought to a version", endpoint=replica.address, version=policy.version)
+                    info = replica.client.infos[policy.name]
+            except DomainError as error:
+                self._refuse(replica, policy, error)
+            except OSError as error:  # of the file that is uploaded
+                self._refuse(replica, policy, DomainError(Reason.WEIGHTS_NOT_FOUND, str(error)))
+            else:
+                self._judge(replica, policy, info)
+        return all(replica.client.asked(name) for name in self._policies)
+
+    def _judge(self, replica: Replica[Server], policy: Shared, info: PolicyInfo) -> None:
+        self._refuse(replica, policy, refusal_of(policy, info))
+
+    def _refuse(self, replica: Replica[Server], policy: Shared, refusal: DomainError | None) -> None:
+        """Does not ask a server for this policy until it passes a check; None: asks it."""
+        server = replica.client
+        before = server.refusals.get(policy.name)
+        server.refusals[policy.name] = refusal
+        if refusal is not None:
+            self._replicas.check(replica)
+            if str(refusal) != str(before):
+                self._replicas.tell(
+                    "a policy server is not asked", endpoint=replica.address, policy=policy.name, cause=str(refusal)
+                )
+        elif before is not None:
+            self._replicas.tell("a policy server is asked again", endpoint=replica.address, policy=policy.name)
+        self._replicas.wake()
+
+    async def _bring(self, replica: Replica[Server], weights: PublishedWeights, name: str) -> float | None:
+        client = replica.client.client
+        if weights.uri.startswith(_TO_UPLOAD):
+            path = Path(unquote(weights.uri.removeprefix(_TO_UPLOAD)))
+            weights = replace(weights, uri=await client.upload_weights(path, weights.kind, weights.sha256, name))
+        difference = await client.update_weights(weights, name)
+        server = replica.client
+        server.infos[name] = replace(server.infos[name], policy_version=weights.policy_version, problem="")
+        return difference
+
+    async def _publish(self, weights: PublishedWeights, policy: Shared) -> list[float | None]:
+        """What the canaries of the servers that took the weights found; none when all are away."""
+        name = policy.name
+        await self._replicas.ready()
+        for replica in self._replicas.present:
+            await self._replicas.suspend(replica)
+        servers = [replica for replica in self._replicas.usable if name in replica.client.infos]
+        asked = [replica for replica in servers if replica.client.asked(name)]
+        before = {replica: replica.client.infos[name].policy_version for replica in servers}
+        try:
+            answers = await asyncio.gather(
+                *(self._bring(replica, weights, name) for replica in servers), return_exceptions=True
+            )
+            results = dict(zip(servers, answers, strict=True))
+            took = [replica for replica, result in results.items() if not isinstance(result, BaseException)]
+            refused = {replica: result for replica, result in results.items() if is_refusal(result)}
+            fatal = [replica for replica in refused if replica in asked or not took]
+            if fatal:
+                await self._take_back({replica: before[replica] for replica in took}, policy)
+                raise at(fatal[0].address, refused[fatal[0]])
+            for replica, result in results.items():
+                if isinstance(result, BaseException) and replica not in refused:
+                    self._replicas.failed(replica, getattr(result, "cause", str(result)))
+            if took:
+                policy.target, policy.version = weights, weights.policy_version
+                policy.reference = took[0].client.infos[name]
+            for replica in servers:
+                if replica in took:
+                    self._judge(replica, policy, replica.client.infos[name])
+                else:
+                    replica.client.refusals.pop(name, None)
+            return [results[replica] for replica in took]  # type: ignore[misc]
+        finally:
+            for replica in self._replicas.present:
+                self._replicas.check(replica)
+
+    async def _take_back(self, before: dict[Replica[Server], int], policy: Shared) -> None:
+        """Another server refused what these took. One that cannot go back is not asked from now on."""
+        for replica, version in before.items():
+            server = replica.client
+            try:
+                await server.client.rollback(version, policy.name)
+            except (DomainError, CallFailed, ServiceUnavailable) as error:
+                self._replicas.tell("a policy server could not be rolled back", endpoint=replica.address, cause=error)
+                server.refusals.pop(policy.name, None)
+            else:
+                server.infos[policy.name] = replace(server.infos[policy.name], policy_version=version)
