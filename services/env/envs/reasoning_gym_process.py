@@ -40,6 +40,7 @@ _PARSED = ("countdown", "intermediate_integration", "polynomial_multiplication",
 _FUNCTIONS = ("sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh")
 _FORMULA_NAMES = frozenset((*_FUNCTIONS, "exp", "log", "ln", "sqrt", "Abs", "pi", "erf", "Rational"))
 _NAME = re.compile(r"[^\W\d]\w*")
+_EXPONENT = re.compile(r"(?<=[0-9.])[eE](?=[+-]?[0-9])")
 _FORMULA = re.compile(r"[\w\s+\-*/^().,=]*")
 
 
@@ -117,7 +118,7 @@ def is_formula(answer: str) -> bool:
     """Whether it has nothing but numbers, operators, one-letter variables and names of functions."""
     if not _FORMULA.fullmatch(answer) or "__" in answer:
         return False
-    return all(len(name) == 1 or name in _FORMULA_NAMES for name in _NAME.findall(answer))
+    return all(len(name) == 1 or name in _FORMULA_NAMES for name in _NAME.findall(_EXPONENT.sub("", answer)))
 
 
 def main() -> None:
