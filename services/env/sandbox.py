@@ -227,9 +227,9 @@ class _Process:
         """Kills it, where it still runs; how it ended."""
         with self._lock:
             if self._ended is None:
+                self._ended = self._end()  # before it notices that its connection ends: all that it started is known
                 with suppress(OSError):
-                    self._connection.shutdown(socket.SHUT_RDWR)
-                self._ended = self._end()
+                    self._connection.shutdown(socket.SHUT_RDWR)  # whoever waits for an answer wakes up
                 self._connection.close()
             return self._ended
 

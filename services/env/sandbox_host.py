@@ -222,17 +222,52 @@ def _forbid_processes() -> None:
 
 
 def _end(process: int) -> int:
-    """Kills a process of an episode, with its session; its status, as of waitpid, -1 for none of ours. One that has
-    ended by itself keeps the status that it ended with."""
+    """Kills a process of an episode, with all that it started; its status, as of waitpid, -1 for none of ours. One that
+    has ended by itself keeps the status that it ended with."""
     try:
         os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except OSError:
         return -1
-    _kill(process)
-    return os.waitpid(process, 0)[1]
+    started = _descendants(process)
+    for one in (process, *started):
+        _kill(one)
+    status = os.waitpid(process, 0)[1]
+    for orphan in _children(os.getpid()):
+        _reap(orphan, process)
+    return status
+
+
+def _reap(orphan: int, process: int) -> None:
+    """A child of this one now, unless it is an episode's process: those lead their sessions. Killed if it was started
+    by `process`."""
+    try:
+        session = os.getsid(orphan)
+        if session == orphan:
+            return
+        if session == process:
+            _kill(orphan)
+        os.waitpid(orphan, 0 if session == process else os.WNOHANG)
+    except (ProcessLookupError, ChildProcessError):
+        return
+
+
+def _children(process: int) -> list[int]:
+    try:
+        with open(f"/proc/{process}/task/{process}/children", encoding="ascii") as file:
+            return [int(child) for child in file.read().split()]
+    except OSError:  # it is gone
+        return []
+
+
+def _descendants(process: int) -> list[int]:
+    found = _children(process)
+    for child in found:  # which grows meanwhile
+        found += _children(child)
+    return found
 
 
 def _kill(process: int) -> None:
+    """Its session's first group, where it leads one, and itself."""
     for kill in (os.killpg, os.kill):
         try:
             kill(process, signal.SIGKILL)
@@ -244,9 +279,8 @@ def _end_all() -> None:
     """All descendants: those of an ended process become children of this one."""
     try:
         while True:
-            with open(f"/proc/self/task/{os.getpid()}/children", encoding="ascii") as file:
-                for process in file.read().split():
-                    _kill(int(process))
+            for process in _children(os.getpid()):
+                _kill(process)
             os.waitpid(-1, 0)
     except ChildProcessError:
         return

@@ -44,6 +44,26 @@ def seen(folder: Path) -> set[int]:
     return {int(path.name) for path in folder.iterdir()}
 
 
+# What its code does, and what the episode's error says of it.
+WHAT_IT_DOES = [
+    ("raise", "RuntimeError: the ice broke"),
+    ("sys.exit", "SystemExit: bye"),
+    ("exit", "its process exited with status 3"),
+    ("segfault", "its process ended with signal 11 (SIGSEGV)"),
+    ("abort", "its process ended with signal 6 (SIGABRT)"),
+    ("eat", "used more than memory_mb = 128"),
+    ("nibble", "used more than memory_mb = 128"),
+    ("garbage", "its process wrote what is no answer"),
+    ("announce", "its process announced an answer of 4294967295 bytes"),
+    ("hang up", "its process ended with signal 9 (SIGKILL)"),
+    ("huge", "its process has an answer of 17825"),
+    ("surrogate", "UnicodeEncodeError"),
+    ("recurse", "RecursionError"),
+    ("hang", "not finished within 2.5 s"),
+    ("spin", "not finished within 2.5 s"),
+]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("seen")
@@ -58,7 +78,7 @@ def server(shared_services: Services, folder: Path) -> ServiceProcess:
         environments={
             "hostile": {**HOSTILE, "folder": str(folder)},
             "free": {**HOSTILE, "folder": str(folder), "subprocesses": True},
-            "chained": {"kind": "tests.support.chained", "max_steps": 1000},
+            "chained": {"kind": "tests.support.chained", "max_steps": 100_000},
             "lake": {"kind": "frozenlake", "test_tasks": 20},
             "fenced-lake": {"kind": "frozenlake", "test_tasks": 20, "untrusted": True, "feedback": "unary"},
         },
@@ -99,26 +119,9 @@ class Neighbours:
         await asyncio.gather(self.same.end(), self.trusted.end())
 
 
-@pytest.mark.parametrize("name", ["hostile", "free"])
 @pytest.mark.parametrize(
-    ("action", "words"),
-    [
-        ("raise", "RuntimeError: the ice broke"),
-        ("sys.exit", "SystemExit: bye"),
-        ("exit", "its process exited with status 3"),
-        ("segfault", "its process ended with signal 11 (SIGSEGV)"),
-        ("abort", "its process ended with signal 6 (SIGABRT)"),
-        ("eat", "used more than memory_mb = 128"),
-        ("nibble", "used more than memory_mb = 128"),
-        ("garbage", "its process wrote what is no answer"),
-        ("announce", "its process announced an answer of 4294967295 bytes"),
-        ("hang up", "its process ended with signal 9 (SIGKILL)"),
-        ("huge", "its process has an answer of 17825"),
-        ("surrogate", "UnicodeEncodeError"),
-        ("recurse", "RecursionError"),
-        ("hang", "not finished within 2.5 s"),
-        ("spin", "not finished within 2.5 s"),
-    ],
+    ("name", "action", "words"),
+    [("hostile", *case) for case in WHAT_IT_DOES] + [("free", *case) for case in WHAT_IT_DOES[2:6]],
 )
 async def test_what_its_code_does_ends_one_episode(client: EnvClient, name: str, action: str, words: str) -> None:
     neighbours = await Neighbours.arrive(client, name)
@@ -127,6 +130,7 @@ async def test_what_its_code_does_ends_one_episode(client: EnvClient, name: str,
     failing = asyncio.create_task(episode.step(action))
     while not failing.done():
         await neighbours.play()
+        await asyncio.sleep(0.01)
     answer = await failing
     assert (answer.done, answer.reward) == (True, None)
     assert answer.outcome is (Outcome.TIMEOUT if action in ("hang", "spin") else Outcome.ENV_ERROR), answer.error
@@ -256,11 +260,15 @@ async def test_a_process_is_copied_as_it_is(client: EnvClient) -> None:
 
 
 async def test_what_an_episode_started_ends_with_it(client: EnvClient) -> None:
-    episode = await start(client, "free")
-    child = int((await episode.step("child")).observation)
-    assert runs(child)
+    episode, neighbour = await start(client, "free"), await start(client, "free")
+    started = [int((await episode.step(action)).observation) for action in ("child", "apart", "orphan")]
+    kept = [int((await neighbour.step(action)).observation) for action in ("child", "apart", "orphan")]
+    assert all(map(runs, started))
     await episode.end()
-    await until(lambda: not runs(child))
+    await until(lambda: not any(map(runs, started)))
+    assert all(map(runs, kept))
+    await neighbour.end()
+    await until(lambda: not any(map(runs, kept)))
 
 
 @pytest.mark.parametrize("how", ["ended", "expired", "SIGTERM", "SIGKILL"])

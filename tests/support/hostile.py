@@ -104,6 +104,17 @@ def _child() -> str:
     return f"{sleeping.pid}"
 
 
+def _apart() -> str:
+    """A process in a session of its own."""
+    return f"{subprocess.Popen(['sleep', '60'], start_new_session=True).pid}"
+
+
+def _orphan() -> str:
+    """A process whose parent is gone."""
+    command = "sleep 60 >/dev/null 2>&1 & echo $!"
+    return subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, check=True).stdout.decode()
+
+
 def _variables() -> str:
     with open("/proc/self/environ", encoding="utf-8") as file:
         names = [entry.partition("=")[0] for entry in file.read().split("\0") if entry]
@@ -139,6 +150,8 @@ ACTIONS: dict[str, Callable[[], str]] = {
     "huge": lambda: "x" * (17 * MEGABYTE),
     "surrogate": lambda: "\ud800",
     "child": _child,
+    "apart": _apart,
+    "orphan": _orphan,
     "kill parent": _kill_parent,
     "chatter": _chatter,
     "variables": _variables,
