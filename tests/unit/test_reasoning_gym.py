@@ -84,7 +84,7 @@ def test_the_names_are_those_of_the_package() -> None:
 
 
 def test_a_task_depends_on_its_id_alone(game: ReasoningGym, other: ReasoningGym) -> None:
-    """Those that draw from generators which all share, after different histories; and numbers beyond a dataset's size."""
+    """Those that draw from generators which all share, after other histories; numbers beyond a dataset's size."""
     for name in ("list_functions", "codeio", "acre", "gsm_symbolic"):
         for number in (0, 7, SIZE - 1):
             task_id = f"train/{name}/{number:05d}"

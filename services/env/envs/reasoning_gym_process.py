@@ -116,7 +116,7 @@ class Datasets:
 
 def is_formula(answer: str) -> bool:
     """Whether it has nothing but numbers, operators, one-letter variables and names of functions."""
-    if not _FORMULA.fullmatch(answer) or "__" in answer:
+    if not _FORMULA.fullmatch(answer) or "_" in answer:
         return False
     return all(len(name) == 1 or name in _FORMULA_NAMES for name in _NAME.findall(_EXPONENT.sub("", answer)))
 
