@@ -30,7 +30,10 @@ MemoryAddress = Annotated[
 ]
 # `mulligan eval --policy` is a policy's name.
 PolicyAddress = Annotated[
-    str, typer.Option("--policy-address", envvar="MULLIGAN_CLI_POLICY", help="Address of the policy service.")
+    str,
+    typer.Option(
+        "--policy-address", envvar="MULLIGAN_CLI_POLICY", help="Address of the policy service, or of all its servers."
+    ),
 ]
 T = TypeVar("T")
 

@@ -1,10 +1,16 @@
-"""`mulligan policy`: the models that the policy service serves, and the versions of their weights."""
+"""`mulligan policy`: the models that the policy service serves, and the versions of their weights.
+
+Where the address names several servers, each is asked, and the program ends with status 1 when one of them fails.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Generic, TypeVar
 
 import typer
 from rich.console import Console
@@ -12,6 +18,8 @@ from rich.table import Table
 
 from services.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, admin_token, endpoint, run
 from services.cli.overrides import read_overrides
+from services.common.addresses import Addresses
+from services.common.errors import CallFailed, DomainError, ServiceUnavailable
 from services.common.inference import PolicyInfo, PolicyVersion
 from services.policy.client import PolicyClient
 
@@ -30,10 +38,14 @@ def list_policies(address: PolicyAddress = DEFAULT_ADDRESSES["policy"]) -> None:
 
     Example: `mulligan policy list --policy-address 10.0.0.7:50052`
     """
-    table = Table("policy", "state", "version", "backend", "model", "engines", box=None)
-    for info in _call(address, lambda client: client.policies()):
-        table.add_row(info.name, _state(info), str(info.policy_version), info.backend, info.model, _engines(info))
+    answers = _call(address, lambda client: client.policies())
+    table = answers.table("policy", "state", "version", "backend", "model", "engines")
+    for server, infos in answers.found.items():
+        for info in infos:
+            row = (info.name, _state(info), str(info.policy_version), info.backend, info.model, _engines(info))
+            table.add_row(*answers.at(server), *row)
     Console().print(table)
+    answers.done()
 
 
 @policy.command()
@@ -42,8 +54,15 @@ def show(name: Name = "", address: PolicyAddress = DEFAULT_ADDRESSES["policy"]) 
 
     Example: `mulligan policy show actor`
     """
-    info = _call(address, lambda client: client.info(name))
+    answers = _call(address, lambda client: client.info(name))
+    for server, info in answers.found.items():
+        _show(info, *answers.at(server))
+    answers.done()
+
+
+def _show(info: PolicyInfo, server: str = "") -> None:
     lines = {
+        "server": server,
         "policy": info.name,
         "state": _state(info),
         "model": f"{info.model} ({info.backend})",
@@ -83,8 +102,11 @@ def load(
     folder = Path(model)
     source = str(folder.resolve()) if folder.is_dir() else model
     with Console(stderr=True).status(f"loading {model} …"):
-        version, fingerprint = _call(address, lambda client: client.load_model(name, source, backend, options))
-    print(f"policy {name} serves {model} as version {version} (fingerprint {fingerprint or 'not known'})")
+        answers = _call(address, lambda client: client.load_model(name, source, backend, options))
+    for server, (version, fingerprint) in answers.found.items():
+        said = f"policy {name} serves {model} as version {version} (fingerprint {fingerprint or 'not known'})"
+        print(*answers.at(server), said)
+    answers.done()
 
 
 @policy.command()
@@ -94,8 +116,10 @@ def unload(name: NameOf, address: PolicyAddress = DEFAULT_ADDRESSES["policy"]) -
     Example: `mulligan policy unload reflector`
     """
     with Console(stderr=True).status("waiting for its calls …"):
-        _call(address, lambda client: client.unload_model(name))
-    print(f"policy {name} is gone")
+        answers = _call(address, lambda client: client.unload_model(name))
+    for server in answers.found:
+        print(*answers.at(server), f"policy {name} is gone")
+    answers.done()
 
 
 @policy.command()
@@ -108,10 +132,13 @@ def versions(
 
     Example: `mulligan policy versions actor --limit 5`
     """
-    table = Table("version", "state", "since", "model", "kind", "canary", "problem", box=None)
-    for version in _call(address, lambda client: client.versions(name))[:limit]:
-        table.add_row(*_version(version))
+    answers = _call(address, lambda client: client.versions(name))
+    table = answers.table("version", "state", "since", "model", "kind", "canary", "problem")
+    for server, known in answers.found.items():
+        for version in known[:limit]:
+            table.add_row(*answers.at(server), *_version(version))
     Console().print(table)
+    answers.done()
 
 
 @policy.command()
@@ -125,17 +152,64 @@ def rollback(
     Example: `mulligan policy rollback actor 41`
     """
     with Console(stderr=True).status(f"loading version {version} …"):
-        _call(address, lambda client: client.rollback(version, name))
-    print(f"policy {name} serves version {version}")
+        answers = _call(address, lambda client: client.rollback(version, name))
+    for server in answers.found:
+        print(*answers.at(server), f"policy {name} serves version {version}")
+    answers.done()
 
 
-def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> T:
-    async def main() -> T:
-        client = PolicyClient(endpoint(address), admin_token=admin_token(), update_timeout=LOAD_SECONDS)
+@dataclass(frozen=True)
+class _Answers(Generic[T]):
+    """What each server said, or what went wrong there. A single one is not named."""
+
+    found: Mapping[str, T]
+    failures: Mapping[str, BaseException]
+    several: bool
+
+    def at(self, server: str) -> tuple[str, ...]:
+        return (server,) if self.several else ()
+
+    def table(self, *columns: str) -> Table:
+        return Table(*self.at("server"), *columns, box=None)
+
+    def done(self) -> None:
+        """Ends the program with status 1, and a line for each server that failed, if any did."""
+        if self.failures:
+            sys.exit("\n".join(f"error: {server}: {failure}" for server, failure in self.failures.items()))
+
+
+def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> _Answers[T]:
+    """Asks every server that the address names."""
+    try:
+        addresses = Addresses.parse(address)
+    except ValueError as error:
+        sys.exit(f"error: --policy-address: {error}")
+
+    async def one(server: str) -> T:
+        client = PolicyClient(endpoint(server), admin_token=admin_token(), update_timeout=LOAD_SECONDS)
         try:
             return await ask(client)
         finally:
             await client.close()
+
+    async def main() -> _Answers[T]:
+        if addresses.single:
+            return _Answers({address: await one(address)}, {}, several=False)
+        try:
+            servers = await addresses.look_up()
+        except OSError as error:
+            sys.exit(f"error: --policy-address: {error}")
+        answers = await asyncio.gather(*map(one, servers), return_exceptions=True)
+        found: dict[str, T] = {}
+        failures: dict[str, BaseException] = {}
+        for server, answer in zip(servers, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                found[server] = answer
+            elif isinstance(answer, DomainError | CallFailed | ServiceUnavailable):
+                failures[server] = answer
+            else:
+                raise answer
+        return _Answers(found, failures, several=True)
 
     return run(main())
 
