@@ -101,7 +101,7 @@ class Target:
             }.get(code, "")
             details = "; ".join(filter(None, (hint, error.details())))
             raise Unreachable(
-                f"{self.address} cannot be checked: {method} failed with {code.name}: {details}"
+                f"{self.address} {method} failed with {code.name}: {details}"
             ) from None
 
     def metadata(self, method: str) -> tuple[tuple[str, str], ...]:

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from services.conformance import memory
 from services.conformance.env.game import Options
 from services.conformance.env.run import check as check_env
 from services.conformance.env.run import target as env_target
+from services.conformance.policy import run as policy
+from services.conformance.policy.served import Options as PolicyOptions
 from services.conformance.report import Report, Verdict
+from services.conformance.trainer import run as trainer
+from services.conformance.trainer.held import Options as TrainerOptions
+from services.env.episodes import EpisodeTable
 from tests.support import faulty_env
-from tests.support.processes import ROOT
+from tests.support.faulty_proxy import Fault, between, faults
+from tests.support.loop import Loop
+from tests.support.policy import serving
+from tests.support.processes import ROOT, Services
 
-PARITY = Options(actions=40, known=("1", "3", "5", "6"))
+DICE = Options(actions=40, known=("1", "3", "5", "6"))
 
 
-def command(*arguments: str, token: str = "") -> tuple[int, dict[str, Any], str]:
+@pytest.fixture(scope="module")
+def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    return Loop.start(shared_services, tmp_path_factory.mktemp("loop"))
+
+
+def command(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
     """Exit status, the JSON report, and what it wrote to stderr."""
     process = subprocess.run(
         [sys.executable, "-m", "services.cli", "conformance", *arguments, "--json"],
         cwd=ROOT,
-        env={**__import__("os").environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'proto' / 'gen'}", "MULLIGAN_CLI_TOKEN": token},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")]), **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -32,20 +48,120 @@ def command(*arguments: str, token: str = "") -> tuple[int, dict[str, Any], str]
     return process.returncode, json.loads(process.stdout) if process.stdout else {}, process.stderr
 
 
+def titles(report: dict[str, Any], verdict: Verdict) -> set[str]:
+    return {result["title"] for result in report["results"] if result["verdict"] == verdict}
+
+
+@pytest.mark.parametrize(
+    ("service", "flags", "absent"),
+    [
+        ("env", ["--environment", "frozenlake-3x3", "--actions", "50"], 5),
+        ("memory", [], 1),
+        ("policy", [], 7),
+        ("trainer", ["--writes"], 1),
+    ],
+)
+def test_our_servers_conform(loop: Loop, service: str, flags: list[str], absent: int) -> None:
+    """`absent` is how many checks may find nothing to look at: a token, features that the engine lacks, …."""
+    status, report, errors = command(service, "--target", getattr(loop, service).address, *flags)
+    assert (status, errors) == (0, ""), titles(report, Verdict.VIOLATED)
+    assert report["conforms"] and report["counts"]["violated"] == 0
+    assert len(titles(report, Verdict.NOT_APPLICABLE)) <= absent, titles(report, Verdict.NOT_APPLICABLE)
+
+
+@pytest.mark.parametrize("service", ["env", "memory"])
+def test_a_server_with_tokens_conforms_and_refuses_others(services: Services, tmp_path: Path, service: str) -> None:
+    settings: dict[str, Any] = {"database": tmp_path / "memory.sqlite"} if service == "memory" else {}
+    address = services.start(service, token="sesame", **settings).address
+    status, report, _ = command(service, "--target", address, "--only", "UNAUTHENTICATED", MULLIGAN_CLI_TOKEN="sesame")
+    assert status == 0 and len(titles(report, Verdict.PASSED)) == 1
+    status, _, errors = command(service, "--target", address, MULLIGAN_CLI_TOKEN="")
+    assert status == 2 and "it wants a token" in errors and "sesame" not in errors
+
+
+async def test_an_administration_with_a_token_of_its_own_conforms() -> None:
+    async with serving(token="sesame", admin_token="open") as served:
+        target = policy.target(served.address, token="sesame", admin_token="open")
+        report = await policy.check(target, PolicyOptions(), only="UNAUTHENTICATED")
+        await target.close()
+        assert [result.verdict for result in report.results] == [Verdict.PASSED] * 2, report.problems()
+        target = policy.target(served.address, token="sesame")
+        report = await policy.check(target, PolicyOptions(), only="ListVersions")
+        await target.close()
+    assert {result.verdict for result in report.results} == {Verdict.NOT_APPLICABLE}, "it wants another token"
+
+
+def test_what_cannot_be_checked_ends_with_status_2(loop: Loop) -> None:
+    status, _, errors = command("env", "--target", "127.0.0.1:1")
+    assert status == 2 and "127.0.0.1:1: ListEnvironments failed with UNAVAILABLE" in errors
+    status, _, errors = command("memory", "--target", loop.env.address)
+    assert status == 2 and "it serves another service" in errors
+    status, _, errors = command("env", "--target", loop.env.address, "--environment", "chess")
+    assert status == 2 and "offers no environment 'chess'; there are: frozenlake" in errors
+
+
 async def env_report(kind: type[faulty_env.Faulty], only: str = "", **how: bool) -> Report:
     async with faulty_env.served(kind, **how) as address:
         target = env_target(address, timeout=10.0)
-        report = await check_env(target, PARITY, only=only)
+        report = await check_env(target, DICE, only=only)
         await target.close()
     return report
 
 
-async def test_a_server_without_a_fault_conforms() -> None:
-    report = await env_report(faulty_env.NoFault)
+async def test_a_server_without_a_fault_conforms_and_keeps_no_episode() -> None:
+    tables: list[EpisodeTable] = []
+
+    class Watched(faulty_env.NoFault):
+        def __init__(self, table: EpisodeTable) -> None:
+            super().__init__(table)
+            tables.append(table)
+
+    report = await env_report(Watched)
     assert report.conforms and len(report.of(Verdict.PASSED)) > 55, report.problems()
+    assert [table.live_count for table in tables] == [0]
 
 
 @pytest.mark.parametrize("kind", faulty_env.kinds(), ids=lambda kind: kind.__name__)
 async def test_a_violation_of_the_env_contract_is_noticed(kind: type[faulty_env.Faulty]) -> None:
     report = await env_report(kind, kind.title)
+    assert [result.title for result in report.violations] == [kind.title], report.results
+
+
+async def test_fields_that_nobody_checks_are_noticed() -> None:
+    report = await env_report(faulty_env.NoFault, "bad field", guarded=False)
+    assert {result.call for result in report.violations} >= {"ListTasks", "StartEpisode", "StepEpisode", "EndEpisode"}
+
+
+async def test_an_unhealthy_server_is_noticed() -> None:
+    report = await env_report(faulty_env.NoFault, "health service", healthy=False)
+    assert [result.call for result in report.violations] == ["grpc.health.v1.Health"]
+
+
+async def test_a_lease_that_ends_is_waited_for() -> None:
+    class Brief(faulty_env.NoFault):
+        lease_seconds = 0.2
+
+    report = await env_report(Brief, "idle for longer than its lease")
+    assert [result.verdict for result in report.results] == [Verdict.PASSED]
+
+
+async def proxied(loop: Loop, fault: Fault) -> Report:
+    async with between(getattr(loop, fault.service).address, fault) as address:
+        if fault.service == "memory":
+            target = memory.target(address)
+            report = await memory.check(target, only=fault.title)
+        elif fault.service == "policy":
+            target = policy.target(address)
+            report = await policy.check(target, PolicyOptions(), only=fault.title)
+        else:
+            target = trainer.target(address)
+            config = trainer.smallest("frozenlake-3x3", "embedded")
+            report = await trainer.check(target, TrainerOptions(writes=True, config=config), only=fault.title)
+        await target.close()
+    return report
+
+
+@pytest.mark.parametrize("kind", faults(), ids=lambda kind: f"{kind.service}-{kind.__name__}")
+async def test_a_violation_of_another_contract_is_noticed(loop: Loop, kind: type[Fault]) -> None:
+    report = await proxied(loop, kind())
     assert [result.title for result in report.violations] == [kind.title], report.results

@@ -463,7 +463,7 @@ class TwiceTheSame(Faulty):
 def kinds(base: type[Faulty] = Faulty) -> list[type[Faulty]]:
     """All that have a fault."""
     found = [kind for sub in base.__subclasses__() for kind in (sub, *kinds(sub))]
-    return [kind for kind in found if kind is not NoFault]
+    return [kind for kind in found if kind.title]
 
 
 @asynccontextmanager

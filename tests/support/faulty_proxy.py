@@ -1,0 +1,334 @@
+"""Stands between a conformance suite and a real server, and breaks one promise of the contract."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import grpc
+from google.protobuf import descriptor_pool, message_factory
+from mulligan.memory.v1 import memory_service_pb2 as memory_pb
+from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
+from mulligan.policy.v1 import policy_service_pb2 as policy_pb
+from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
+from mulligan.trainer.v1 import run_service_pb2 as run_pb
+
+
+class Fault:
+    """`title` is that of the check that must notice; `call` the one that the fault is in. `error` is a part of the
+    refusals that are answered with `instead`, or told without details where there is nothing instead."""
+
+    service = ""
+    title = ""
+    call = ""
+    error = ""
+    instead: Any = None
+
+    def before(self, request: Any) -> None:
+        """Changes what the server is asked."""
+
+    def after(self, request: Any, answer: Any) -> None:
+        """Changes what it answers; of a stream, each message."""
+
+
+class _Memory(Fault):
+    service = "memory"
+
+
+class ForgetsRequests(_Memory):
+    title = "a repeated call returns the first answer and makes no version, also after forgetting"
+    call = "AddReflection"
+
+    def before(self, request: Any) -> None:
+        request.request_id = str(uuid4())
+
+
+class ReusesRequests(_Memory):
+    title = "a request_id in use for another reflection is ALREADY_EXISTS REQUEST_CONFLICT"
+    call, error = "AddReflection", "REQUEST_CONFLICT"
+    instead = memory_pb.AddReflectionResponse(reflection_id="x", version=1)
+
+
+class CutsTexts(_Memory):
+    title, call = "what is added is read back whole", "GetReflection"
+
+    def after(self, request: Any, answer: Any) -> None:
+        answer.reflection.text = answer.reflection.text.strip("\n\x00\t x")
+
+
+class CountsFromZero(_Memory):
+    title, call = "every write makes a new version of its scope, counted from 1", "AddReflection"
+
+    def after(self, request: Any, answer: Any) -> None:
+        answer.version -= 1
+
+
+class ReadsTheNewest(_Memory):
+    title, call = "a read as of a version sees exactly that version", "QueryReflections"
+
+    def before(self, request: Any) -> None:
+        request.ClearField("as_of_version")
+
+
+class IgnoresGains(_Memory):
+    title = "TOP_GAIN finds the successful ones with the greatest gain; among equals the latest"
+    call = "QueryReflections"
+
+    def before(self, request: Any) -> None:
+        request.strategy = memory_pb.RETRIEVAL_STRATEGY_LATEST_SUCCESS
+
+
+class NewestFirst(_Memory):
+    title, call = "page by page it lists a scope, oldest first", "ListReflections"
+
+    def after(self, request: Any, answer: Any) -> None:
+        answer.reflections.reverse()
+
+
+class KnowsEverything(_Memory):
+    title = "an unknown reflection is NOT_FOUND UNKNOWN_REFLECTION"
+    call, error, instead = "GetReflection", "UNKNOWN_REFLECTION", memory_pb.GetReflectionResponse()
+
+
+class NoDetails(_Memory):
+    title = "a version that is not reached yet is OUT_OF_RANGE UNKNOWN_VERSION"
+    call, error = "QueryReflections", "UNKNOWN_VERSION"
+
+
+class _Policy(Fault):
+    service = "policy"
+    call = "Generate"
+
+
+class PositiveLogProbs(_Policy):
+    title = "messages are answered with a sample, its log-probabilities, versions and stop reason"
+
+    def after(self, request: Any, answer: Any) -> None:
+        for completion in answer.completions:
+            completion.log_probs[:] = [-value + 0.1 for value in completion.log_probs]
+
+
+class ShortSpans(_Policy):
+    title = "token ids are used as they are"
+
+    def after(self, request: Any, answer: Any) -> None:
+        for completion in answer.completions:
+            completion.policy_versions[0].token_count -= 1
+
+
+class OneSample(_Policy):
+    title = "n samples are n completions; more than one needs a temperature above 0"
+
+    def before(self, request: Any) -> None:
+        request.n = 1
+
+
+class IgnoresSeeds(_Policy):
+    title = "a seed repeats, and sample 0 of several uses it as it is"
+
+    def after(self, request: Any, answer: Any) -> None:
+        answer.completions[0].text += str(uuid4())
+
+
+class CutsStops(_Policy):
+    title = "it stops with the token that completes a stop string, which is included"
+
+    def after(self, request: Any, answer: Any) -> None:
+        for stop in request.sampling.stop:
+            answer.completions[0].text = answer.completions[0].text.replace(stop, "")
+
+
+class AnyToken(_Policy):
+    title = "a token id outside the vocabulary is INVALID_ARGUMENT TOKEN_OUT_OF_VOCABULARY, with its place"
+    error, instead = "TOKEN_OUT_OF_VOCABULARY", policy_pb.GenerateResponse()
+
+
+class AnyVersion(_Policy):
+    title = "a version that does not serve yet is FAILED_PRECONDITION POLICY_VERSION_TOO_OLD"
+    error, instead = "POLICY_VERSION_TOO_OLD", policy_pb.GenerateResponse()
+
+
+class LosesTokens(_Policy):
+    title, call = "each message has as many log-probabilities and versions as tokens", "StreamGenerate"
+
+    def after(self, request: Any, answer: Any) -> None:
+        answer.log_probs[:] = answer.log_probs[:-1]
+
+
+class StreamsAnother(_Policy):
+    title, call = "the messages of a sample make the answer that Generate gives", "StreamGenerate"
+
+    def after(self, request: Any, answer: Any) -> None:
+        answer.text = answer.text.upper() + "!"
+
+
+class ScoresDoubled(_Policy):
+    title, call = "Score and Generate agree on the log-probabilities of what was sampled", "Score"
+
+    def after(self, request: Any, answer: Any) -> None:
+        for row in answer.scores:
+            row.log_probs[:] = [2 * value - 0.2 for value in row.log_probs]
+
+
+class ScoresFirst(_Policy):
+    title = "each sequence has a log-probability per token after the first, in the order of the request"
+    call = "Score"
+
+    def after(self, request: Any, answer: Any) -> None:
+        for row in answer.scores:
+            row.log_probs.append(0.0)
+
+
+class AnyFile(_Policy):
+    title = "a file outside the weights folder is refused, and the old version serves on"
+    call, error, instead = "UpdateWeights", "BAD_WEIGHTS_URI", admin_pb.UpdateWeightsResponse()
+
+
+class _Trainer(Fault):
+    service = "trainer"
+
+
+class AccumulatesTwice(_Trainer):
+    """Whatever its sequence, a call is played as the next one."""
+
+    title, call = "a repeated call never accumulates twice", "ForwardBackward OptimStep"
+
+    def __init__(self) -> None:
+        self._calls: dict[str, int] = {}
+
+    def before(self, request: Any) -> None:
+        request.sequence = self._calls.get(request.learner_id, 0) + 1
+        self._calls[request.learner_id] = request.sequence
+
+
+class NoSequence(_Trainer):
+    title = "any other sequence is FAILED_PRECONDITION SEQUENCE_MISMATCH, with next_sequence"
+    call, error = "ForwardBackward", "SEQUENCE_MISMATCH"
+
+
+class OwnedByAll(_Trainer):
+    title, call = "only the owner may: others are FAILED_PRECONDITION LEARNER_OWNED", "Forward"
+
+    def before(self, request: Any) -> None:
+        request.owner = "conformance"
+
+
+class CountsLearnersFromZero(_Trainer):
+    title = "a new learner counts from 1, and created again it is answered as it is"
+    call = "CreateLearner"
+
+    def after(self, request: Any, answer: Any) -> None:
+        answer.next_sequence -= 1
+
+
+class KeepsTheGradient(_Trainer):
+    title = "it takes one step and clears the gradient; with nothing accumulated it is left out"
+    call = "OptimStep"
+
+    def after(self, request: Any, answer: Any) -> None:
+        answer.metrics["skipped"] = 0
+
+
+class KnowsEveryLearner(_Trainer):
+    title = "deleting twice succeeds, and what was not saved is gone"
+    call, error, instead = "GetLearner", "UNKNOWN_LEARNER", learner_pb.GetLearnerResponse()
+
+
+class KnowsEveryRun(_Trainer):
+    title = "an unknown run is NOT_FOUND UNKNOWN_RUN, in every call"
+    call, error, instead = "GetRun", "UNKNOWN_RUN", run_pb.GetRunResponse()
+
+
+class AnySetting(_Trainer):
+    title = "a bad setting is INVALID_ARGUMENT INVALID_SETTING, named, and starts nothing"
+    call, error, instead = "StartRun", "INVALID_SETTING", run_pb.StartRunResponse()
+
+
+class WatchesFromTheStart(_Trainer):
+    title = "events are counted from 1, and a stream is taken up after any of them"
+    call = "WatchRun"
+
+    def before(self, request: Any) -> None:
+        request.after_event = 0
+
+
+class RewardsOfNothing(_Trainer):
+    title = "an attempt has a reward exactly when it was completed or cut, and whole segments"
+    call = "ListExperiences"
+
+    def after(self, request: Any, answer: Any) -> None:
+        for experience in answer.experiences:
+            experience.first_attempt.ClearField("reward")
+
+
+def faults(base: type[Fault] = Fault) -> list[type[Fault]]:
+    found = [kind for sub in base.__subclasses__() for kind in (sub, *faults(sub))]
+    return [kind for kind in found if kind.title]
+
+
+class _Handler(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # no generic when it runs
+    def __init__(self, channel: grpc.aio.Channel, fault: Fault):
+        self._channel, self._fault = channel, fault
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        _, service, name = str(handler_call_details.method).split("/")
+        try:
+            method = descriptor_pool.Default().FindServiceByName(service).methods_by_name[name]
+        except KeyError:  # health and reflection, which the faults are not in
+            return None
+        request, response = (message_factory.GetMessageClass(kind) for kind in (method.input_type, method.output_type))
+        fault = self._fault if name in self._fault.call.split() else Fault()
+        path = f"/{service}/{name}"
+        packed = {"request_serializer": request.SerializeToString, "response_deserializer": response.FromString}
+
+        async def unary(asked: Any, context: Any) -> Any:
+            sent = request.FromString(asked.SerializeToString())
+            fault.before(sent)
+            try:
+                answer = await self._channel.unary_unary(path, **packed)(sent)
+            except grpc.aio.AioRpcError as error:
+                return await _refused(fault, error, context)
+            fault.after(asked, answer)
+            return answer
+
+        async def stream(asked: Any, context: Any) -> AsyncIterator[Any]:
+            sent = request.FromString(asked.SerializeToString())
+            fault.before(sent)
+            try:
+                async for answer in self._channel.unary_stream(path, **packed)(sent):
+                    fault.after(asked, answer)
+                    yield answer
+            except grpc.aio.AioRpcError as error:
+                yield await _refused(fault, error, context)
+
+        codecs = {"request_deserializer": request.FromString, "response_serializer": response.SerializeToString}
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(stream, **codecs)
+        return grpc.unary_unary_rpc_method_handler(unary, **codecs)
+
+
+async def _refused(fault: Fault, error: grpc.aio.AioRpcError, context: Any) -> Any:
+    planted = bool(fault.error) and any(fault.error.encode() in value for _, value in _details(error))
+    if planted and fault.instead is not None:
+        return fault.instead
+    if not planted:
+        context.set_trailing_metadata(tuple(_details(error)))
+    return await context.abort(error.code(), error.details() or "")
+
+
+def _details(error: grpc.aio.AioRpcError) -> list[tuple[str, bytes]]:
+    return [(key, value) for key, value in error.trailing_metadata() or () if key == "grpc-status-details-bin"]
+
+
+@asynccontextmanager
+async def between(address: str, fault: Fault) -> AsyncIterator[str]:
+    """The address at which the server at `address` has this fault."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((_Handler(channel, fault),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        yield f"127.0.0.1:{port}"
+        await server.stop(1.0)
