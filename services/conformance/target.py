@@ -100,9 +100,7 @@ class Target:
                 grpc.StatusCode.UNAUTHENTICATED: "it wants a token",
             }.get(code, "")
             details = "; ".join(filter(None, (hint, error.details())))
-            raise Unreachable(
-                f"{self.address} {method} failed with {code.name}: {details}"
-            ) from None
+            raise Unreachable(f"{self.address}: {method} failed with {code.name}: {details}") from None
 
     def metadata(self, method: str) -> tuple[tuple[str, str], ...]:
         token = self.admin_token if method in self._admin and self.admin_token else self.token

@@ -89,21 +89,13 @@ def test_the_command_tells_an_author_and_its_status_a_script() -> None:
 def test_a_module_of_the_current_folder_is_found(tmp_path: Path) -> None:
     source = (ROOT / "tests" / "support" / "dice.py").read_text()
     (tmp_path / "own_dice.py").write_text(source)
-    command = [
-        sys.executable,
-        "-m",
-        "services.cli",
-        "env",
-        "check",
-        "own_dice",
-        "--actions",
-        "0",
-        "--set",
-        "fault=unread",
-    ]
-    path = f"{ROOT}:{ROOT / 'proto' / 'gen'}"
-    command = [sys.executable, "-m", "services.cli", *arguments]
+    arguments = ["env", "check", "own_dice", "--actions", "0", "--set", "fault=unread"]
     result = subprocess.run(
-        command, cwd=tmp_path, env={"PYTHONPATH": path}, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "services.cli", *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'proto' / 'gen'}"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 1 and "it is empty in step 0" in result.stdout, result.stdout + result.stderr
