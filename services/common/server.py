@@ -345,11 +345,16 @@ def _bind(server: grpc.aio.Server, address: str, settings: ServiceSettings) -> i
     return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
 
 
-def run(settings: ServiceSettings, main: Callable[[], Awaitable[None]]) -> None:
+def run(
+    settings: ServiceSettings,
+    main: Callable[[], Awaitable[None]],
+    new_event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> None:
     """Runs a service's main coroutine; a bad address or file ends it with status 2 and one line."""
     configure_logging(settings)
     try:
-        asyncio.run(_as_coroutine(main))
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(_as_coroutine(main))
     except OSError as error:
         print(f"{settings.service}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,11 @@ from services.env.episodes import EpisodeTable
 from services.env.servicer import add_to_server
 from services.env.workers import WorkerPool
 
+if sys.platform != "win32":
+    from uvloop import new_event_loop  # a tenth more steps a second
+else:
+    new_event_loop = None
+
 log = structlog.get_logger()
 _CLOSING_SECONDS = 5.0  # for what episodes and environments hold, once no call is in flight
 
@@ -48,7 +53,7 @@ def main() -> None:
     # quarter of what a step costs.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    run(settings, serve_environments)
+    run(settings, serve_environments, new_event_loop)
 
 
 if __name__ == "__main__":
