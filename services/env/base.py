@@ -69,7 +69,9 @@ class Forkable(Episode, Protocol):
 
 
 class Environment(Protocol):
-    info: EnvironmentInfo
+    @property
+    def info(self) -> EnvironmentInfo:
+        """An attribute like any other; it changes in one that learns later whether it is available."""
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]: ...
 

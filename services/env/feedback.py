@@ -36,8 +36,11 @@ class _Limited:
     def __init__(self, environment: Environment, feedback: Feedback) -> None:
         self._environment = environment
         self._feedback = feedback
-        described = f"{environment.info.description}; {feedback} feedback"
-        self.info: EnvironmentInfo = replace(environment.info, description=described)
+
+    @property
+    def info(self) -> EnvironmentInfo:
+        info = self._environment.info
+        return replace(info, description=f"{info.description}; {self._feedback} feedback")
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
         return self._environment.list_tasks(split, offset, limit)

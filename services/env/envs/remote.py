@@ -1,0 +1,214 @@
+"""An environment of another environment server, so that servers chain.
+
+    [environments.sokoban]
+    kind = "remote"
+    address = "games.example.org:50051"     # or several servers, as in `trainer.env`
+    environment = "sokoban"                 # its name there; without it, the same name
+
+Its episodes are the other server's, each under an id that was never used before. That server stores the answer of each
+step, and the client repeats a step that got lost on the way: exactly-once holds across the chain. Steps of all episodes
+are coalesced by one client, on an event loop of its own.
+
+The other server may start later. Until it has answered, the environment is listed as unavailable, and it is asked
+again. What it said of the environment then holds until this server is started again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from services.common.channel import Endpoint
+from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from services.common.types import Outcome
+from services.env.base import EnvironmentInfo, Faulted, Split, StepResult, TaskInfo, UnknownTask, read_settings
+from services.env.client import RemoteEpisode
+from services.env.load import Unavailable
+from services.env.replicas import connect
+from services.env.workers import TimedOut
+
+T = TypeVar("T")
+_FIRST_SECONDS = 3.0  # for the first answer, before this server starts without it
+_AGAIN_SECONDS = 2.0  # between two questions to a server that is away
+_END_SECONDS = 5.0  # for the end of an episode, and of the client
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSettings:
+    """`token_env` names the variable with the other server's token, `tls_ca` its certificate authority. A call takes at
+    most `timeout_seconds`, of which a server that is away gets `outage_seconds` to come back."""
+
+    address: str
+    environment: str = ""
+    token_env: str = ""
+    tls: bool = False
+    tls_ca: Path | None = None
+    timeout_seconds: float = 50.0
+    outage_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        for setting, seconds in (("timeout_seconds", self.timeout_seconds), ("outage_seconds", self.outage_seconds)):
+            if seconds <= 0:
+                raise ValueError(f"{setting} must be above 0, not {seconds}")
+        if self.token_env and self.token_env not in os.environ:
+            raise ValueError(f"token_env: there is no variable {self.token_env}")
+
+    @property
+    def endpoint(self) -> Endpoint:
+        token = os.environ[self.token_env] if self.token_env else None
+        return Endpoint(self.address, token, self.tls_ca, self.tls, outage_seconds=self.outage_seconds)
+
+
+class _Loop:
+    """An event loop on a thread of its own, for blocking callers."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="remote environment", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T], seconds: float) -> T:
+        """Raises TimeoutError, after which the coroutine is cancelled."""
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(seconds)
+        except TimeoutError:
+            future.cancel()
+            raise
+
+    def later(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_END_SECONDS)
+
+
+class Remote:
+    def __init__(self, name: str, settings: RemoteSettings) -> None:
+        self._name, self._settings = name, settings
+        self._there = settings.environment or name
+        self._loop = _Loop()
+        self._client = self._loop.run(self._connect(), _END_SECONDS)
+        self._tasks: dict[Split, list[TaskInfo]] = {}
+        self._listing = threading.Lock()
+        self.info = Unavailable(name, f"{settings.address} has not answered yet").info
+        if not self._learn_within(_FIRST_SECONDS):
+            self._loop.later(self._keep_learning())
+
+    def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
+        with self._listing:
+            if self.info.unavailable:
+                return ()
+            if split not in self._tasks:
+                self._tasks[split] = self.call(self._client.list_tasks(self._there, split, 0))
+            first = max(offset, 0)
+            return self._tasks[split][first : first + max(limit, 0)]
+
+    def start(self, task_id: str) -> RemoteGame:
+        if self.info.unavailable:
+            raise Faulted(self.info.unavailable)
+        try:
+            begun = self.call(self._client.start(self._there, task_id, f"chained-{uuid4()}"))
+        except DomainError as error:
+            if error.reason is Reason.UNKNOWN_TASK:
+                raise UnknownTask(str(error)) from error
+            raise Faulted(f"{self._settings.address}: {error}") from error
+        return RemoteGame(begun, self)
+
+    def close(self) -> None:
+        with suppress(TimeoutError):
+            self._loop.run(self._client.close(), _END_SECONDS)
+        self._loop.close()
+
+    def call(self, coroutine: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+        """From any thread but the loop's. Raises DomainError, Faulted or TimedOut."""
+        limit = seconds or self._settings.timeout_seconds
+        try:
+            return self._loop.run(coroutine, limit)
+        except ServiceUnavailable as error:
+            if error.refusal is not None:  # its hint when to come again is this server's
+                raise error.refusal from error
+            raise Faulted(str(error)) from error
+        except TimeoutError as error:
+            raise TimedOut(f"{self._settings.address} did not answer within {limit:g} s") from error
+        except CallFailed as error:
+            raise (TimedOut if error.timed_out else Faulted)(str(error)) from error
+
+    async def _connect(self) -> Any:
+        return connect(self._settings.endpoint, timeout=self._settings.timeout_seconds)
+
+    def _learn_within(self, seconds: float) -> bool:
+        try:
+            self._loop.run(self._learn(), seconds)
+        except TimeoutError:
+            self._unavailable("no answer yet")
+        except (DomainError, ServiceUnavailable, CallFailed) as error:
+            self._unavailable(str(error))
+        return not self.info.unavailable
+
+    async def _learn(self) -> None:
+        found: EnvironmentInfo = await self._client.describe(self._there)
+        if found.unavailable:
+            self._unavailable(found.unavailable)
+        else:
+            self.info = replace(found, name=self._name)
+
+    async def _keep_learning(self) -> None:
+        while self.info.unavailable:
+            await asyncio.sleep(_AGAIN_SECONDS)
+            try:
+                await self._learn()
+            except (DomainError, ServiceUnavailable, CallFailed) as error:
+                self._unavailable(str(error))
+
+    def _unavailable(self, reason: str) -> None:
+        self.info = replace(self.info, unavailable=f"environment {self._there!r} at {self._settings.address}: {reason}")
+
+
+class RemoteGame:
+    """An episode there."""
+
+    def __init__(self, begun: RemoteEpisode, environment: Remote) -> None:
+        self.observation = begun.observation
+        self.player = begun.player
+        self._begun, self._environment = begun, environment
+
+    def step(self, action: str) -> StepResult:
+        try:
+            step = self._environment.call(self._begun.step(action))
+        except DomainError as error:
+            raise Faulted(f"the episode was lost on the way: {error}") from error
+        if step.outcome is Outcome.TIMEOUT:
+            raise TimedOut(step.error)
+        if step.reward is None:
+            raise Faulted(step.error)
+        return StepResult(
+            step.observation,
+            step.action,
+            step.reward,
+            step.done,
+            step.outcome is Outcome.TRUNCATED,
+            step.feedback,
+            step.tool,
+            step.player,
+            step.rewards,
+        )
+
+    def fork(self) -> RemoteGame:
+        return RemoteGame(self._environment.call(self._begun.fork(f"chained-{uuid4()}")), self._environment)
+
+    def close(self) -> None:
+        self._environment.call(self._begun.end(), _END_SECONDS)
+
+
+def create(name: str, settings: Mapping[str, object]) -> Remote:
+    """From a table of the server's configuration."""
+    return Remote(name, read_settings(RemoteSettings, settings))
