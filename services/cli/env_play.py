@@ -137,6 +137,7 @@ class _There:
         self._runner = asyncio.Runner()
         self._client = self._runner.run(self._connect(address))
         self._episode: RemoteEpisode | None = None
+        self._episode_id = ""  # known before the episode is, so that an interrupted start is ended, too
         try:
             self.info = self._runner.run(self._client.describe(name))
         except BaseException:
@@ -149,7 +150,8 @@ class _There:
 
     def start(self, task_id: str) -> tuple[str, int]:
         self._end()
-        self._episode = self._runner.run(self._client.start(self.info.name, task_id, str(uuid4())))
+        self._episode_id = str(uuid4())
+        self._episode = self._runner.run(self._client.start(self.info.name, task_id, self._episode_id))
         return self._episode.observation, self._episode.player
 
     def step(self, action: str) -> EpisodeStep:
@@ -164,8 +166,9 @@ class _There:
 
     def _end(self) -> None:
         episode, self._episode = self._episode, None
-        if episode is not None:
-            self._runner.run(episode.end())
+        episode_id, self._episode_id = self._episode_id, ""
+        if episode_id:
+            self._runner.run(episode.end() if episode is not None else self._client.end(episode_id))
 
     @staticmethod
     async def _connect(address: str) -> EnvClient:

@@ -1,7 +1,9 @@
 """My game: find a hidden number. Replace it by yours; what to change is marked with CHANGE.
 
-`mulligan env check my_game` says in words what is wrong, `mulligan env play my_game` lets you play. To serve it, start
-`python -m services.env --config env.toml` in the folder of this file:
+    mulligan env play my_game       lets you play it
+    mulligan env check my_game      says in words what is wrong with it
+
+To serve it, start `python -m services.env --config env.toml` in the folder of this file:
 
     [environments.my-game]     # the name under which clients ask for it
     kind = "my_game"           # this module
