@@ -15,7 +15,7 @@ from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
-from services.common.types import EpisodeStep, Outcome, Split
+from services.common.types import Outcome, Split
 from services.env.client import EnvClient, RemoteEpisode
 from tests.support.environments import MAX_STEPS, TASKS
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
@@ -61,17 +61,6 @@ async def test_what_is_not_installed_is_listed_and_says_what_installs_it(
     assert caught.value.reason is Reason.ENVIRONMENT_UNAVAILABLE
 
 
-async def test_a_repeated_start_returns_the_first_observation(client: EnvClient) -> None:
-    episode_id = str(uuid4())
-    episodes = await asyncio.gather(*(start(client, "good", episode_id) for _ in range(10)))
-    assert {episode.observation for episode in episodes} == {"begin"}
-    await episodes[0].step("a")
-    assert (await start(client, "good", episode_id)).observation == "begin"
-    with pytest.raises(DomainError) as caught:
-        await start(client, "raises", episode_id)
-    assert caught.value.reason is Reason.EPISODE_CONFLICT
-
-
 async def test_unknown_names_are_not_found(client: EnvClient) -> None:
     with pytest.raises(DomainError, match="there are: awkward, missing") as caught:
         await client.start("chess", "good", "e")
@@ -86,14 +75,6 @@ async def test_unknown_names_are_not_found(client: EnvClient) -> None:
         await client.step("never-started", 0, "a")
     assert caught.value.reason is Reason.UNKNOWN_EPISODE
     await client.end("never-started")
-
-
-async def test_a_repeated_step_is_played_once(client: EnvClient) -> None:
-    episode = await start(client)
-    answers = await asyncio.gather(*(client.step(episode.episode_id, 0, "a") for _ in range(10)))
-    assert answers == [EpisodeStep("1: a", "good", 0.25, False)] * 10
-    assert (await client.step(episode.episode_id, 1, "b")).observation == "2: b"
-    assert await client.step(episode.episode_id, 0, "a") == answers[0]
 
 
 async def test_steps_out_of_order_are_refused(client: EnvClient) -> None:
@@ -192,14 +173,6 @@ async def test_one_bad_item_spoils_no_other(client: EnvClient) -> None:
     assert [getattr(answer, "observation", None) for answer in answers[:3]] == ["1: a"] * 3
     reasons = [answer.reason for answer in answers[3:] if isinstance(answer, DomainError)]
     assert reasons == [Reason.INVALID_FIELD, Reason.INVALID_FIELD, Reason.UNKNOWN_EPISODE]
-
-
-async def test_a_malformed_batch_is_refused(client: EnvClient, stub: pb_grpc.EnvServiceStub) -> None:
-    step = pb.StepEpisodeRequest(episode_id="a", action="a")
-    for steps, field in (([], "steps"), ([step] * 2, "steps.episode_id"), ([step] * 1025, "steps")):
-        with pytest.raises(grpc.aio.AioRpcError, match=f'"{field}: expected') as caught:
-            await stub.StepEpisodes(pb.StepEpisodesRequest(steps=steps))
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_a_restarted_server_knows_no_episode(services: Services) -> None:

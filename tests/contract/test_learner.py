@@ -204,28 +204,11 @@ async def test_a_call_that_its_caller_gave_up_on_counts_once(
     assert (await stub.GetLearner(pb.GetLearnerRequest(learner_id="learner"))).next_sequence == 2
 
 
-async def test_any_other_sequence_is_refused(client: LearnerClient, stub: pb_grpc.LearnerServiceStub) -> None:
-    await stub.ForwardBackward(forward_backward(1))
-    await stub.ForwardBackward(forward_backward(2))
-    others = [forward_backward(1), forward_backward(4), forward_backward(2, advantage=0.5)]
-    for request in others:
-        error = await refusal(stub.ForwardBackward(request))
-        assert (error.reason, error.metadata) == (Reason.SEQUENCE_MISMATCH, {"next_sequence": "3"})
-    assert (await refusal(stub.OptimStep(optim_step(2)))).reason is Reason.SEQUENCE_MISMATCH
-    assert (await refusal(stub.OptimStep(optim_step(0)))).metadata["field"] == "sequence"
-
-
 async def test_bad_data_are_named_and_the_sequence_goes_on(client: LearnerClient, tiny: Path) -> None:
     with pytest.raises(DomainError) as caught:
         await client.forward_backward([sampled(), sampled("culprit", tokens=(2, 3, 4, 5, 999))], PLAIN)
     assert caught.value.metadata["field"] == "data[1].token_ids[4]" and "culprit" in caught.value.message
     assert (await client.forward_backward([sampled()], PLAIN))["tokens"] == 2
-
-
-async def test_a_datum_needs_an_objective(client: LearnerClient, stub: pb_grpc.LearnerServiceStub) -> None:
-    request = forward_backward(1)
-    request.data[0].ClearField("policy_gradient")
-    assert (await refusal(stub.ForwardBackward(request))).metadata["field"] == "data[0].objective"
 
 
 async def test_only_the_owner_may(client: LearnerClient, stub: pb_grpc.LearnerServiceStub) -> None:

@@ -138,26 +138,6 @@ async def test_a_page_token_of_another_listing_is_refused(
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-@pytest.mark.parametrize(
-    ("change", "field"),
-    [
-        ({"request_id": ""}, "request_id"),
-        ({"scope": "s" * 201}, "scope"),
-        ({"text": ""}, "text"),
-        ({"text": "é" * 2**19 + "x"}, "text"),
-        ({"provenance": None}, "provenance"),
-        ({"provenance": pb.Provenance(environment="")}, "provenance.environment"),
-        ({"provenance": pb.Provenance(environment="lake", reward_after=float("nan"))}, "provenance.reward_after"),
-        ({"provenance": pb.Provenance(environment="lake", policy_version=-1)}, "provenance.policy_version"),
-    ],
-)
-async def test_a_bad_field_is_named(stub: pb_grpc.MemoryServiceStub, change: dict[str, object], field: str) -> None:
-    good = {"request_id": "a", "scope": "s", "text": "t", "provenance": pb.Provenance(environment="lake")}
-    with pytest.raises(grpc.aio.AioRpcError, match=f'"{field}: expected') as caught:
-        await stub.AddReflection(pb.AddReflectionRequest(**{**good, **change}))  # type: ignore[arg-type]
-    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-
-
 async def test_unknown_reflections_are_not_found(client: MemoryClient) -> None:
     for call in (client.get("nothing"), client.delete("nothing")):
         with pytest.raises(DomainError) as caught:
