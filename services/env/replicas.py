@@ -67,7 +67,7 @@ class EnvReplicas:
     async def list_environments(self) -> list[EnvironmentInfo]:
         """Raises DomainError when the servers offer different ones."""
         found = await self._offers()
-        for name in {name for offered in found.values() for name in offered}:
+        for name in sorted({name for offered in found.values() for name in offered}):
             _agreed(name, found)
         return list(next(iter(found.values())).values())
 
