@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from services.cli.overrides import read_overrides
-from services.conformance.local import check_environment
 from services.conformance.report import Report, Result, Verdict
 
 _MARKS = {Verdict.PASSED: "[green]✓[/]", Verdict.VIOLATED: "[red]✗[/]", Verdict.NOT_APPLICABLE: "[yellow]–[/]"}
@@ -34,6 +33,10 @@ def check(
 
     Example: `mulligan env check frozenlake --set size_max=4 --action Up --actions 2000`
     """
+    try:
+        from services.conformance.local import check_environment
+    except ImportError as error:
+        sys.exit(f"error: {error}: pip install 'mulligan[env]'")
     console = Console(highlight=False, soft_wrap=True)
     settings = read_overrides(override or [])
     try:

@@ -22,6 +22,7 @@ from services.conformance.trainer import run as trainer
 from services.conformance.trainer.held import Options as TrainerOptions
 from services.env.episodes import EpisodeTable
 from tests.support import faulty_env
+from tests.support.endpoint import MODELS, Asked, Reply, answer, delta, scripted, usage
 from tests.support.faulty_proxy import Fault, between, faults
 from tests.support.loop import Loop
 from tests.support.policy import serving
@@ -57,7 +58,7 @@ def titles(report: dict[str, Any], verdict: Verdict) -> set[str]:
     [
         ("env", ["--environment", "frozenlake-3x3", "--actions", "50"], 5),
         ("memory", [], 1),
-        ("policy", [], 7),
+        ("policy", ["--writes"], 6),
         ("trainer", ["--writes"], 1),
     ],
 )
@@ -89,6 +90,35 @@ async def test_an_administration_with_a_token_of_its_own_conforms() -> None:
         report = await policy.check(target, PolicyOptions(), only="ListVersions")
         await target.close()
     assert {result.verdict for result in report.results} == {Verdict.NOT_APPLICABLE}, "it wants another token"
+
+
+def completion(asked: Asked) -> Reply:
+    """A model that says two words, or JSON where it is asked for, and stops where it is told to."""
+    if asked.method == "GET":
+        return MODELS
+    text, finish = ('"yes"' if "response_format" in asked.body else "fine words"), "stop"
+    for stop in asked.body.get("stop") or ():
+        text = text[: text.index(stop) + len(stop)] if stop in text else text
+    if asked.body.get("max_tokens", asked.body.get("max_completion_tokens", 9)) < 2:
+        text, finish = text[:4], "length"
+    if asked.body.get("stream"):
+        return Reply(events=[delta(content=text), delta(finish), usage(3)])
+    return answer(text, finish)
+
+
+async def test_a_policy_without_token_ids_conforms() -> None:
+    """An OpenAI-compatible endpoint offers little; what it lacks is refused by name, and no violation."""
+    async with scripted(completion) as endpoint:
+        settings = {"base_url": endpoint.address, "without": ("seed", "tools")}
+        async with serving("m", backend="openai", openai=settings) as served:
+            target = policy.target(served.address)
+            report = await policy.check(target, PolicyOptions(writes=True))
+            await target.close()
+    assert report.conforms, report.problems()
+    absent = [result for result in report.of(Verdict.NOT_APPLICABLE) if result.subject]
+    assert len(absent) > 10 and all("does not offer FEATURE_" in result.why for result in absent)
+    (unsupported,) = (result for result in report.results if "UNSUPPORTED_OPTION" in result.title)
+    assert unsupported.verdict is Verdict.PASSED
 
 
 def test_what_cannot_be_checked_ends_with_status_2(loop: Loop) -> None:
