@@ -43,6 +43,15 @@ ENVIRONMENTS: dict[str, dict[str, object]] = {
         "train_tasks": 120,
     },
     "reasoning-gym": {"kind": "reasoning_gym", "datasets": ["chain_sum", "countdown", "ab"], "train_tasks": 40},
+    "tic-tac-toe": {"kind": "textarena", "id": "TicTacToe-v0", "players": 2, "max_steps": 12, "train_tasks": 120},
+    "three-player-tic-tac-toe": {
+        "kind": "textarena",
+        "id": "ThreePlayerTicTacToe-v0",
+        "players": 3,
+        "max_steps": 20,
+        "train_tasks": 120,
+    },
+    "tower-of-hanoi": {"kind": "textarena", "id": "TowerOfHanoi-v0", "players": 1, "max_steps": 12, "train_tasks": 120},
 }
 # Kind → actions that mean something in it; the last ones may end an episode.
 MOVES = ("```Up```", "```down```", "I go ```Left``` now", "``` RIGHT\n```")
@@ -59,6 +68,7 @@ ACTIONS: dict[str, Sequence[str]] = {
     "hotpotqa": SEARCHES,
     "gymnasium": (*MOVES, "2", "```1```", "north"),
     "reasoning_gym": ANSWERS,
+    "textarena": ("[0]", "[A C]", "[1 2]", "[4]", "I play [8]", "[3 4]", "[A B]"),
 }
 
 HOSTILE = ["```", "Up", "\n", "\x00", "{trace}", "√", "\U0001f9ca", "\u202e", "<tool_call>", "{", "\\boxed{"]

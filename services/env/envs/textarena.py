@@ -43,6 +43,7 @@ _MAX_TASKS = 100_000  # per split; ids have five digits
 _FIRST_SEED = {Split.TRAIN: 0, Split.TEST: _MAX_TASKS}
 _LOST = -1.0  # TextArena's default reward of an invalid move too many
 _SHOWN = 200  # characters of a move in a reading
+_LONG_NUMBER = re.compile(r"(\d{1000})\d+")  # no game has a use for it, and some would be stopped by Python's limit
 _TASK = "You are playing a text game. The first message gives its rules; each later one says what happened since."
 _FORMAT = "Answer with your move, written exactly as the rules of the game ask for it."
 # Games in which a language model of an outside service answers or judges: no two plays are alike.
@@ -117,7 +118,7 @@ class TextArenaEpisode:
         acting, state = self.player, self._game.state
         errors, out = self._errors(acting)
         with self._chance.rules():
-            done, _ = self._wrapped.step(action=action)
+            done, _ = self._wrapped.step(action=_LONG_NUMBER.sub(r"\1", action))
         now_errors, now_out = self._errors(acting)
         is_invalid = now_errors > errors or now_out > out
         reading = (printable(action, _SHOWN) or "(nothing)") + (" (invalid)" if is_invalid else "")
