@@ -66,7 +66,11 @@ class Pool:
                 raise Faulted("the environment is closed")
             if self._idle:
                 return self._idle.pop()
-            process = _Process(*self._limits)
+            try:
+                process = _Process(*self._limits)
+            except OSError as error:
+                needed = "untrusted environments need subprocesses = true for it"
+                raise Faulted(f"no process for reasoning-gym ({needed}): {error}") from None
             self._all.add(process)
         try:
             process.ask(self._settings)  # which it waits for first
