@@ -73,6 +73,13 @@ def test_reflection_lists_its_services(server: ServiceProcess) -> None:
     assert {SERVICE, "grpc.health.v1.Health"} <= names
 
 
+def test_the_address_is_told_whatever_the_log_level(services: Services) -> None:
+    """With port 0 nothing else tells it; `services` waits for that line."""
+    quiet = services.start("memory", log_level="error")
+    (line,) = quiet.log_lines
+    assert (line["event"], line["address"]) == ("serving", quiet.address)
+
+
 async def test_each_request_is_one_line_of_json(server: ServiceProcess, client: EnvClient) -> None:
     await client.start("awkward", "good", "logged-episode")
     (line,) = requests_logged(server, episode_id="logged-episode")
