@@ -21,7 +21,7 @@ from services.conformance.report import Report, Verdict
 from services.conformance.trainer import run as trainer
 from services.conformance.trainer.held import Options as TrainerOptions
 from services.env.episodes import EpisodeTable
-from tests.support import faulty_env
+from tests.support import faulty_env, faulty_env_calls, faulty_env_steps
 from tests.support.endpoint import MODELS, Asked, Reply, answer, delta, scripted, usage
 from tests.support.faulty_proxy import Fault, between, faults
 from tests.support.loop import Loop
@@ -151,7 +151,7 @@ async def test_a_server_without_a_fault_conforms_and_keeps_no_episode() -> None:
     assert [table.live_count for table in tables] == [0]
 
 
-@pytest.mark.parametrize("kind", faulty_env.kinds(), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*faulty_env_steps.KINDS, *faulty_env_calls.KINDS], ids=lambda kind: kind.__name__)
 async def test_a_violation_of_the_env_contract_is_noticed(kind: type[faulty_env.Faulty]) -> None:
     report = await env_report(kind, kind.title)
     assert [result.title for result in report.violations] == [kind.title], report.results
