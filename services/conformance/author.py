@@ -48,6 +48,15 @@ class Words(NamedTuple):
 SUITE = Suite()
 
 
+async def listed(made: Made, split: Split, offset: int, limit: int) -> list[TaskInfo]:
+    """What list_tasks returns. Raises Violation when it raises."""
+    try:
+        return [*await asyncio.to_thread(made.environment.list_tasks, split, offset, limit)]
+    except Exception as error:  # noqa: BLE001 - an environment may raise anything
+        asked = f"list_tasks({str(split)!r}, {offset}, {limit})"
+        raise Violation("list_tasks returns tasks", f"{asked} raised {type(error).__name__}: {error}") from None
+
+
 @SUITE.check("", "info is an EnvironmentInfo with values of the declared types")
 async def typed_info(made: Made) -> None:
     kind = type(made.info)
@@ -74,19 +83,19 @@ async def typed_info(made: Made) -> None:
 async def slices(made: Made) -> None:
     for split in Split:
         count = made.info.task_counts[split]
-        whole = [*await asyncio.to_thread(made.environment.list_tasks, split, 0, 40)]
+        whole = await listed(made, split, 0, 40)
         for task in whole:
             demand(isinstance(task, TaskInfo), "list_tasks returns TaskInfo", f"a {type(task).__name__} is in the list")
         expected = f"{min(count, 40)} tasks, as info.task_counts says"
         demand(len(whole) == min(count, 40), expected, f"list_tasks({str(split)!r}, 0, 40) has {len(whole)} tasks")
         for offset, limit in ((0, 1), (1, 3), (7, 5), (max(len(whole) - 2, 0), 2)):
-            part = [*await asyncio.to_thread(made.environment.list_tasks, split, offset, limit)]
+            part = await listed(made, split, offset, limit)
             asked = f"list_tasks({str(split)!r}, {offset}, {limit})"
             came = f"{asked} gave {[task.task_id for task in part]}"
             demand(
                 part == whole[offset : offset + limit], f"elements {offset} to {offset + limit - 1} of the list", came
             )
-        beyond = [*await asyncio.to_thread(made.environment.list_tasks, split, count, 5)]
+        beyond = await listed(made, split, count, 5)
         demand(
             not beyond, "nothing after the last task", f"list_tasks({str(split)!r}, {count}, 5) has {len(beyond)} tasks"
         )
@@ -94,7 +103,7 @@ async def slices(made: Made) -> None:
 
 @SUITE.check("", "a task looks the same in another process")
 async def other_process(made: Made) -> None:
-    tasks = [task for split in Split for task in await asyncio.to_thread(made.environment.list_tasks, split, 0, 3)]
+    tasks = [task for split in Split for task in await listed(made, split, 0, 3)]
     if not tasks:
         raise NotApplicable("it lists no tasks")
     actions = [*(made.options.known or _ORDINARY)][: max(made.info.max_steps, 1)] if made.info.deterministic else []
@@ -120,7 +129,7 @@ async def other_process(made: Made) -> None:
 
 @SUITE.check("", "each step says how the action was read")
 async def readings(made: Made) -> None:
-    tasks = await asyncio.to_thread(made.environment.list_tasks, Split.TRAIN, 0, 3)
+    tasks = await listed(made, Split.TRAIN, 0, 3)
     actions = [*(made.options.known or _ORDINARY)][: max(made.info.max_steps, 1)]
     for seen in await asyncio.to_thread(play_here, made.environment, [(task.task_id, actions) for task in tasks]):
         if "error" in seen[-1]:

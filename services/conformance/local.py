@@ -25,7 +25,7 @@ from services.conformance.recorded import Recorded
 from services.conformance.replay import make
 from services.conformance.report import Check, Report, Result, Verdict, judge
 from services.conformance.target import Session
-from services.env.base import Environment, close
+from services.env.base import Environment, EnvironmentInfo, close
 from services.env.episodes import EpisodeTable
 from services.env.servicer import add_to_server
 from services.env.workers import WorkerPool
@@ -54,8 +54,9 @@ def check_environment(
     """
     options = Options(actions, seed, tuple(known))
     environment = make(kind, settings or {})
-    if environment.info.unavailable:
-        raise ValueError(f"{kind}: {environment.info.unavailable}")
+    info = getattr(environment, "info", None)
+    if isinstance(info, EnvironmentInfo) and info.unavailable:
+        raise ValueError(f"{kind}: {info.unavailable}")
     try:
         with _without_log():
             return asyncio.run(_check(Made(kind, dict(settings or {}), environment, options), step_seconds, on_result))

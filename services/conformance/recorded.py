@@ -26,7 +26,7 @@ class Recorded:
     """`raised` has the tracebacks since it was last cleared, oldest first."""
 
     def __init__(self, environment: Environment) -> None:
-        self.info: EnvironmentInfo = environment.info
+        self.info: EnvironmentInfo = getattr(environment, "info", None)  # type: ignore[assignment]  # a check tells
         self.raised: list[str] = []
         self._environment = environment
 

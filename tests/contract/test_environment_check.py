@@ -28,6 +28,8 @@ FAULTS = {
     "fork-shares": ("a fork plays on exactly as the episode does", "copy and original played"),
     "counts": ("list_tasks lists as many tasks as info.task_counts says, each in its split", "it lists 30"),
     "types": ("info is an EnvironmentInfo with values of the declared types", "info.max_steps: Input should be"),
+    "no-info": ("info is an EnvironmentInfo with values of the declared types", "info is of type NoneType"),
+    "list-raises": ("list_tasks(split, offset, limit) gives slices of one list", "the list is torn"),
     "undescribed": ("info is an EnvironmentInfo with values of the declared types", "info.description is empty"),
     "no-prompts": ("info.prompts has each text, with its placeholders", "prompts.trace_turn is 'a turn'"),
     "both-splits": ("each task is listed once, in one split", "both/0"),

@@ -87,8 +87,12 @@ class Dice:
             "no-prompts": {"prompts": replace(self.info.prompts, trace_turn="a turn")},
         }
         self.info = replace(self.info, **wrong.get(fault, {}))
+        if fault == "no-info":
+            del self.info
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
+        if self._fault == "list-raises":
+            raise RuntimeError("the list is torn")
         prefix = "both" if self._fault == "both-splits" else split
         tasks = [TaskInfo(f"{prefix}/{n}", split, 1.0) for n in range(TASKS[split])]
         if self._fault == "no-offset":
