@@ -10,7 +10,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from typer.testing import CliRunner
 
+from services.cli.__main__ import app
 from services.common import addresses
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason, ServiceUnavailable
@@ -333,3 +335,33 @@ async def test_servers_that_a_name_stands_for_join_and_leave(tmp_path: Path, mon
             assert servers.versions == [1, 2, 2]
         finally:
             await client.close()
+
+
+async def test_the_command_line_asks_every_server(tmp_path: Path) -> None:
+    async with policy_servers(tmp_path, models_folder=tmp_path) as servers:
+        one, two = (server.address for server in servers.servers)
+
+        async def said(*arguments: str, status: int = 0) -> str:
+            environment = {"MULLIGAN_CLI_POLICY": f"{one},{two}", "COLUMNS": "200"}
+            result = await asyncio.to_thread(CliRunner().invoke, app, ["policy", *arguments], env=environment)
+            assert result.exit_code == status, result.output
+            return result.output
+
+        loaded = await said("load", "other", "--model", "embedded")
+        assert [f"{address} policy other serves embedded as version 0" in loaded for address in (one, two)] == [
+            True
+        ] * 2
+        rows = [line.split()[:3] for line in (await said("list")).splitlines()]
+        assert [row for row in rows if row[0] in (one, two)] == [
+            [address, name, "serving"] for address in (one, two) for name in ("actor", "other")
+        ]
+        await servers.client.update_weights(servers.weights(1))
+        assert (await said("versions", "actor")).count(" serving ") == 2
+        await said("rollback", "actor", "0")
+        assert [server.opened["one"].policy_version for server in servers.servers] == [0, 0]
+        await servers.servers[1].restart()
+        refused = await said("unload", "other", status=1)
+        assert f"{one} policy other is gone" in refused and f"error: {two}: UNKNOWN_POLICY" in refused
+        assert f"server       {two}" in await said("show", "actor")
+    assert "expected host:port" in await said("list", "--policy-address", "nowhere", status=1)
+    assert "Name or service not known" in await said("list", "--policy-address", "dns:///no.invalid:1", status=1)
