@@ -13,6 +13,19 @@ import pytest
 from tests.support.processes import Services
 
 
+_ONE_AT_A_TIME = {"tests.support.sglang": "sglang", "tests.support.policy_backends": "sglang"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes run the tests, a module's stay together, for they share its services; and so do all that
+    use the one SGLang server, whose weights they change."""
+    for item in items:
+        module = getattr(item, "module", None)
+        helpers = {getattr(value, "__module__", "") for value in vars(module).values()} if module else set()
+        shared = next((group for helper, group in _ONE_AT_A_TIME.items() if helper in helpers), item.path.name)
+        item.add_marker(pytest.mark.xdist_group(shared))
+
+
 @pytest.fixture
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     """Starts services for one test: `services.start("env", max_episodes=2).address`."""
