@@ -9,7 +9,7 @@ from typing import Any
 
 from services.common.channel import Endpoint
 from services.policy.client import PolicyClient
-from tests.support.loop import Loop, small_run
+from tests.support.loop import RUN_SECONDS, Loop, small_run
 from tests.support.processes import ServiceProcess, Services
 
 
@@ -43,6 +43,11 @@ def answered(server: ServiceProcess, method: str) -> int:
     return sum(line.get("method") == method and line["status"] == "OK" for line in server.log_lines)
 
 
+def used_again(trainer: ServiceProcess, server: ServiceProcess) -> bool:
+    lines = [line for line in trainer.log_lines if line.get("endpoint") == server.address]
+    return [line["event"] for line in lines][-1:] == ["a server is used again"]
+
+
 async def version_at(server: ServiceProcess) -> int:
     client = PolicyClient(Endpoint(server.address))
     try:
@@ -62,6 +67,9 @@ async def test_a_run_goes_on_without_a_server_of_each_kind(services: Services, t
     await asyncio.gather(asyncio.to_thread(policy.start), asyncio.to_thread(env.start))
     await loop.ended(trainer, "first")
     await trainer.close()
+    async with asyncio.timeout(RUN_SECONDS):  # it is brought to the run's version, asked or not
+        while await version_at(policy) != 4 or not used_again(loop.trainer, env):  # noqa: ASYNC110 - other processes
+            await asyncio.sleep(0.1)
     await loop.train("second", small_run(steps=1))
     assert [await version_at(server) for server in (loop.policy, policy)] == [6, 6]
     assert all(answered(server, "StartEpisode") for server in (loop.env, env)), "what came back is used as well"
