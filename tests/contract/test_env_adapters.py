@@ -15,7 +15,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
 from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
+from services.common.errors import DomainError, Reason, ServiceUnavailable
 from services.common.types import Outcome, Split
 from services.conformance.env.game import Game, Options
 from services.conformance.env.run import METHODS, target
@@ -129,14 +129,18 @@ async def test_what_ends_here_ends_there(services: Services) -> None:
     there = services.start("env", environments={"frozenlake": LAKE}, max_episodes=1)
     table = {"kind": "remote", "address": there.address, "outage_seconds": 0.2}
     here = services.start("env", environments={"frozenlake": table})
-    client = EnvClient(Endpoint(here.address, outage_seconds=30.0))
+    client = EnvClient(Endpoint(here.address, outage_seconds=0.1))
     (task,) = await client.list_tasks("frozenlake", Split.TRAIN, 1)
     first = await client.start("frozenlake", task.task_id, "first")
-    second = asyncio.create_task(client.start("frozenlake", task.task_id, "second"))
-    await asyncio.wait((second,), timeout=0.5)
-    assert not second.done()  # the place is taken, which the client was told, so that it asks again
+    with pytest.raises(ServiceUnavailable, match="1 episodes are live") as caught:
+        await client.start("frozenlake", task.task_id, "second")
+    assert caught.value.refusal is not None and caught.value.refusal.reason is Reason.CAPACITY_REACHED
+    with pytest.raises(ServiceUnavailable, match="1 episodes are live"):
+        await first.fork("copy")
     await first.end()
-    await (await second).end()
+    patient = EnvClient(Endpoint(here.address))
+    await (await patient.start("frozenlake", task.task_id, "third")).end()
+    await patient.close()
     await client.close()
 
 

@@ -120,7 +120,7 @@ class Remote:
         except DomainError as error:
             if error.reason is Reason.UNKNOWN_TASK:
                 raise UnknownTask(str(error)) from error
-            raise Faulted(f"{self._settings.address}: {error}") from error
+            raise self.passed_on(error) from error
         return RemoteGame(begun, self)
 
     def close(self) -> None:
@@ -141,6 +141,10 @@ class Remote:
             raise TimedOut(f"{self._settings.address} did not answer within {limit:g} s") from error
         except CallFailed as error:
             raise (TimedOut if error.timed_out else Faulted)(str(error)) from error
+
+    def passed_on(self, error: DomainError) -> Exception:
+        """What that server declares of its episode ids says nothing of this one's; a full server is one here, too."""
+        return error if error.retry_after is not None else Faulted(f"{self._settings.address}: {error}")
 
     async def _connect(self) -> Any:
         return connect(self._settings.endpoint, timeout=self._settings.timeout_seconds)
@@ -185,7 +189,7 @@ class RemoteGame:
         try:
             step = self._environment.call(self._begun.step(action))
         except DomainError as error:
-            raise Faulted(f"the episode was lost on the way: {error}") from error
+            raise self._environment.passed_on(error) from error
         if step.outcome is Outcome.TIMEOUT:
             raise TimedOut(step.error)
         if step.reward is None:
@@ -203,7 +207,11 @@ class RemoteGame:
         )
 
     def fork(self) -> RemoteGame:
-        return RemoteGame(self._environment.call(self._begun.fork(f"chained-{uuid4()}")), self._environment)
+        try:
+            copied = self._environment.call(self._begun.fork(f"chained-{uuid4()}"))
+        except DomainError as error:
+            raise self._environment.passed_on(error) from error
+        return RemoteGame(copied, self._environment)
 
     def close(self) -> None:
         self._environment.call(self._begun.end(), _END_SECONDS)
