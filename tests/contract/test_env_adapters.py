@@ -173,6 +173,23 @@ async def test_a_server_that_is_away_at_first_and_lost_later(services: Services)
     await client.close()
 
 
+async def test_what_fails_there_fails_here_in_the_same_way(services: Services) -> None:
+    awkward = {"kind": "tests.support.environments", "hang_seconds": 3.0}
+    there = services.start("env", environments={"awkward": awkward}, step_timeout_seconds=1.0)
+    remote = {"kind": "remote", "address": there.address, "environment": "awkward"}
+    tables = {"patient": remote, "hasty": {**remote, "timeout_seconds": 0.5}}
+    client = EnvClient(Endpoint(services.start("env", environments=tables).address))
+    for name, task, outcome, said in (
+        ("patient", "raises", Outcome.ENV_ERROR, "RuntimeError: the ice"),
+        ("patient", "hangs", Outcome.TIMEOUT, "not finished within 1 s"),
+        ("hasty", "hangs", Outcome.TIMEOUT, f"{there.address} did not answer within 0.5 s"),
+    ):
+        answer = await (await client.start(name, task, str(uuid4()))).step("go")
+        assert answer.outcome is outcome and answer.reward is None
+        assert said in answer.error, answer.error
+    await client.close()
+
+
 async def test_openenv_sees_what_the_lake_shows(client: EnvClient, upstream: ServiceProcess) -> None:
     lake = EnvClient(Endpoint(upstream.address))
     for number in range(3):
