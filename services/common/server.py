@@ -47,7 +47,7 @@ def configure_logging(settings: ServiceSettings) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # a line at once: processes may share it
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=settings.service)
