@@ -12,7 +12,6 @@ import pytest
 
 from tests.support.processes import Services
 
-
 _ONE_AT_A_TIME = {"tests.support.sglang": "sglang", "tests.support.policy_backends": "sglang"}
 
 
