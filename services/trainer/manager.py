@@ -99,18 +99,22 @@ class RunManager:
             self._runs[self._active_id].notice(text)
 
     async def drain(self, seconds: float) -> None:
-        """Ends after the step that runs, or within `seconds`; the run stays marked as running, so that the next start
-        goes on with it."""
+        """Ends after the step that runs, or within it after `seconds`; the run stays marked as running, so that
+        the next start goes on with it. The run still gives its learner back, so this server must still serve."""
         self._draining = True
         if self._active is not None and not self._active.done():
             self._runs[self._active_id].stop()
             await asyncio.wait([self._active], timeout=seconds)
+            await self._cancel()
 
     async def close(self) -> None:
+        await self._cancel()
+        self._lock.close()
+
+    async def _cancel(self) -> None:
         if self._active is not None:
             self._active.cancel()
             await asyncio.gather(self._active, return_exceptions=True)
-        self._lock.close()
 
     async def publish(self, run_id: str) -> None:
         """Makes the run's actor serve its last checkpoint. Raises CHECKPOINT_NOT_FOUND, LEARNER_OWNED, and what keeps a

@@ -105,6 +105,23 @@ async def test_a_killed_service_comes_back_and_the_run_ends(loop: Loop, victim: 
     await kill_twice(loop, victim, f"without-{victim}")
 
 
+@pytest.mark.timeout(300)
+async def test_a_trainer_that_ends_in_the_midst_of_a_step_gives_its_learner_back_and_goes_on(loop: Loop) -> None:
+    loop.trainer.arguments += ["--drain-seconds", "0.1"]
+    loop.trainer.restart()
+    client = loop.client()
+    await client.start("in-the-midst", small_run())
+    await loop.journal_grows("in-the-midst", 10_000)
+    assert await asyncio.to_thread(loop.trainer.stop) == 0
+    events = [line["event"] for line in loop.trainer.log_lines]
+    assert events[-1] == "stopped" and "learner not deleted" not in events
+    await asyncio.to_thread(loop.trainer.start)
+    info = await loop.ended(client, "in-the-midst")
+    await client.close()
+    assert info.step == 4
+    check_experiences(loop.experiences("in-the-midst"), steps=4, tasks=4, rollouts=2)
+
+
 async def kill_twice(loop: Loop, victim: str, run_id: str) -> list[str]:
     """What the run said in passing."""
     client = loop.client()
