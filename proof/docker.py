@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,9 +113,9 @@ def replicas(folder: Path) -> dict[str, Any]:
         result = asyncio.run(_spread(project))
         result |= asyncio.run(_check(project, folder / "runs"))
         for service in ("env", "policy"):
-            method = {"env": "StartEpisode", "policy": "Generate"}[service]
-            result[f"{service}_calls"] = calls(project.run("logs", "--no-color", service).stdout, method)
-            assert len(result[f"{service}_calls"]) == result[f"{service}_replicas"], result
+            counts = calls(project, service, {"env": "StartEpisode", "policy": "Generate"}[service])
+            result[f"{service}_calls"] = counts
+            assert len(counts) == result[f"{service}_replicas"] and min(counts.values()) > 0, result
     return result
 
 
@@ -147,10 +146,12 @@ async def _spread(project: Project) -> dict[str, Any]:
     return result
 
 
-def calls(log: str, method: str) -> dict[str, int]:
+def calls(project: Project, service: str, method: str) -> dict[str, int]:
     """How many calls of a method each replica answered."""
-    lines = [line for line in log.splitlines() if f"method={method}" in line]
-    return dict(Counter(line.partition("|")[0].strip() for line in lines))
+    containers = project.run("ps", "--all", "--quiet", service).stdout.split()
+    logs = [subprocess.run(["docker", "logs", name], capture_output=True, text=True, check=True) for name in containers]
+    counts = [log.stderr.count(f"method={method}") + log.stdout.count(f"method={method}") for log in logs]
+    return {f"{service} {number}": count for number, count in enumerate(counts, 1)}
 
 
 async def _reached(client: RunClient, step: int) -> int:
