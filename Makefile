@@ -78,7 +78,7 @@ openenv: $(OPENENV) ## install OpenEnv, which the adapter is tested with
 
 .PHONY: test
 test: $(INSTALLED) $(MAYBE_BUF) $(MAYBE_TYPESCRIPT) $(OPENENV) ## run all tests
-	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 $(ARGS)
 
 .PHONY: check
 check: $(INSTALLED) $(BUF) ## lint, formatting, types, contracts

@@ -9,6 +9,9 @@ packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("pu
 if [ -d /opt/torch ] && [ "$venv" != /opt/torch ]; then
     echo "/opt/torch/${packages#"$venv"/}" >"$packages/torch.pth"
 fi
+case ${WHEELS:+$(ls "$WHEELS")} in
+*torch-*) TORCH_INDEX= ;; # it is there already
+esac
 # PIP_BUILD_CONSTRAINT is what newer versions of pip ask for.
 PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt \
     pip --python "$venv/bin/python" install --disable-pip-version-check --root-user-action=ignore --progress-bar=off \

@@ -7,22 +7,33 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch when it is imported: waiting threads do not spin
 
 from collections.abc import Generator, Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.processes import Services
 
-_ONE_AT_A_TIME = {"tests.support.sglang": "sglang", "tests.support.policy_backends": "sglang"}
+_ONE_SERVER = ("tests.support.sglang ", "tests.support.policy_backends ")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes run the tests, a module's stay together, for they share its services; and so do all that
-    use the one SGLang server, whose weights they change."""
-    for item in items:
-        module = getattr(item, "module", None)
-        helpers = {getattr(value, "__module__", "") for value in vars(module).values()} if module else set()
-        shared = next((group for helper, group in _ONE_AT_A_TIME.items() if helper in helpers), item.path.name)
-        item.add_marker(pytest.mark.xdist_group(shared))
+@cache
+def _scope(file: str) -> str:
+    """A module's tests share its services; and all that use the one SGLang server change its weights."""
+    imports = Path(file).read_text()
+    return "sglang" if any(f"from {helper}import" in imports for helper in _ONE_SERVER) else file
+
+
+class _OneProcessPerServer(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return _scope(nodeid.partition("::")[0])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Where several processes run the tests. (The scheduler by marks changes ids in a way that pytest 9.2 ignores.)"""
+    return _OneProcessPerServer(config, log)
 
 
 @pytest.fixture

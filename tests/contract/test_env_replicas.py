@@ -83,7 +83,7 @@ def an_id_of(address: str, servers: list[ServiceProcess]) -> str:
     return next(found for found in iter(lambda: str(uuid4()), "") if by_rank(found, addresses)[0] == address)
 
 
-def test_one_address_is_the_plain_client() -> None:
+async def test_one_address_is_the_plain_client() -> None:
     assert type(connect(Endpoint("127.0.0.1:1"))) is EnvClient
 
 

@@ -57,7 +57,7 @@ async def run(servers: PolicyServers) -> PublishedPolicy:
     return PublishedPolicy(actor, Learner(), servers.notices.append)
 
 
-def test_one_address_is_the_plain_client() -> None:
+async def test_one_address_is_the_plain_client() -> None:
     assert type(connect(Endpoint("127.0.0.1:1"))) is PolicyClient
     assert type(connect(Endpoint("127.0.0.1:1-2"))) is PolicyReplicas
 
