@@ -305,7 +305,8 @@ async def serve(
         try:
             bound = f"{settings.host}:{port}"
             # Whatever the log level: nothing else tells which port was picked.
-            log.bind()._proxy_to_logger("info", "serving", address=bound)
+            unfiltered = structlog.wrap_logger(structlog.WriteLogger(sys.stderr), wrapper_class=structlog.BoundLogger)
+            unfiltered.info("serving", address=bound)
             if on_started is not None:
                 await on_started(bound)
             await stopping.wait()
