@@ -73,9 +73,9 @@ def test_reflection_lists_its_services(server: ServiceProcess) -> None:
     assert {SERVICE, "grpc.health.v1.Health"} <= names
 
 
-def test_the_address_is_told_whatever_the_log_level(services: Services) -> None:
+def test_the_address_is_told_whatever_the_log_level(services: Services, tmp_path: Path) -> None:
     """With port 0 nothing else tells it; `services` waits for that line."""
-    quiet = services.start("memory", log_level="error")
+    quiet = services.start("memory", log_level="error", database=tmp_path / "memory.db")
     (line,) = quiet.log_lines
     assert (line["event"], line["address"]) == ("serving", quiet.address)
 

@@ -298,8 +298,7 @@ async def test_nothing_is_left_when_episodes_or_the_server_end(services: Service
         server.terminate()
         server.terminate()
     left = hosts if how in ("ended", "expired") else set()
-    await until(lambda: {process for process in seen(tmp_path) if runs(process)} == left)
-    assert not runs(child)
+    await until(lambda: {process for process in seen(tmp_path) if runs(process)} == left and not runs(child))
     if hanging is not None:
         hanging.cancel()
     await client.close()
