@@ -11,11 +11,12 @@ from math import fsum, sqrt
 
 from services.trainer.settings import DistillationLoss
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # verl's, on which the paper's reference code is built
 
 
 def group_advantages(rewards_G: Sequence[float], normalize_by_std: bool = True) -> list[float]:
-    """GRPO: (r - mean) / (std + ε) over one group, or r - mean.
+    """GRPO: (r - mean) / (std + ε) over one group, or r - mean. The standard deviation divides by n - 1, as in TRL and
+    verl.
 
     A group of one, or with equal rewards, says nothing about which sample is better: zero advantage.
     """
@@ -24,7 +25,7 @@ def group_advantages(rewards_G: Sequence[float], normalize_by_std: bool = True) 
     mean = fsum(rewards_G) / len(rewards_G)
     if not normalize_by_std:
         return [reward - mean for reward in rewards_G]
-    std = sqrt(fsum((reward - mean) ** 2 for reward in rewards_G) / len(rewards_G))
+    std = sqrt(fsum((reward - mean) ** 2 for reward in rewards_G) / (len(rewards_G) - 1))
     return [(reward - mean) / (std + EPSILON) for reward in rewards_G]
 
 

@@ -18,6 +18,8 @@ Deviations from the paper and its reference code:
 5. Old log-probabilities are the learner's; the engine's serve only to correct the mismatch (uncorrected in the
    reference).
 6. A step reads one memory snapshot, taken at its start; its writes follow at its end in (task, rollout) order.
+7. All branches, the distilled one too, are trained at the temperature that their tokens were sampled at.
+8. Several optimizer steps share a step's data: each sees all branches at equal weight (`batch.minibatches`).
 """
 
 from __future__ import annotations

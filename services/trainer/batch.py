@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from services.common.types import Attempt, DistilledTarget, Experience, Reflection, TokenSequence
 from services.trainer.advantages import distillation_weight, group_advantages
@@ -29,49 +30,71 @@ def groups(experiences: Iterable[Experience]) -> list[Group]:
 
 
 def training_data(experiences: Sequence[Experience], settings: AlgorithmSettings) -> list[Datum]:
-    """All data of one step, each branch weighted and normalised by a count of samples, zero advantage included: its
-    own, or that of the step's chains.
+    """All data of one step, each branch weighted and normalised by a number of samples, zero advantage included.
 
     first: advantage within the task's chains. reflection and second: advantage of r2 within the task's failing chains
     whose second attempt has a reward; what another policy than the trained one reflected is no sample. distilled: no
-    group, no advantage, no log-probabilities.
+    group, no advantage, no log-probabilities; trained at the temperature that it was sampled at, as all branches are.
     """
-    chains = sum(len(group) for group in groups(experiences))
-
-    def count(samples: Sized) -> int:
-        return chains if settings.branch_normalization is BranchNormalization.CHAINS else len(samples)
-
     data: list[Datum] = []
     for branch, weight, samples in (
         (FIRST, settings.first_weight, _first(experiences, settings)),
         (REFLECTION, settings.reflection_weight, _second_chance(experiences, settings, REFLECTION)),
         (SECOND, settings.second_weight, _second_chance(experiences, settings, SECOND)),
     ):
+        divisor = _divisor(branch, len(samples), experiences, settings)
         for sample, advantage in samples:
-            data.extend(_policy_gradient(sample, advantage, weight / count(samples), branch))
+            data.extend(_policy_gradient(sample, advantage, weight / divisor, branch))
     if settings.distillation_weight > 0:
         targets = _distilled(experiences, settings)
-        for target, weight in targets:
-            data.extend(_distillation(target, weight, settings.distillation_weight / count(targets)))
+        divisor = _divisor(DISTILLED, len(targets), experiences, settings)
+        for target, temperature, weight in targets:
+            data.extend(_distillation(target, temperature, weight, settings.distillation_weight / divisor))
     return data
 
 
 def minibatches(data: Sequence[Datum], count: int, seed: int) -> list[list[Datum]]:
-    """Deals each branch out evenly over `count` optimizer steps, shuffled, so that each step sees every branch.
+    """Deals each branch out over at most `count` optimizer steps, in an order drawn from `seed`.
 
-    Weights are multiplied by the number of steps: each step's loss estimates the whole batch's.
+    Every step holds the same weight of every branch, and its loss estimates the whole batch's. Where a branch does not
+    divide evenly, a datum stands in two or more neighbouring steps with a part of its weight in each. All data of a
+    branch weigh the same before.
     """
     count = max(1, min(count, len(data)))
+    if count == 1:
+        return [list(data)]
     dealt: list[list[Datum]] = [[] for _ in range(count)]
-    place = 0
     for branch in dict.fromkeys(datum.branch for datum in data):
         members = [datum for datum in data if datum.branch == branch]
-        if count > 1:
-            random.Random(f"{seed}/{branch}").shuffle(members)
-        for datum in members:
-            dealt[place % count].append(_scaled(datum, count))
-            place += 1
+        random.Random(f"{seed}/{branch}").shuffle(members)
+        # On a line of count · len(members) units each datum covers `count` units, and each step len(members) of them.
+        for step, minibatch in enumerate(dealt):
+            start, end = step * len(members), (step + 1) * len(members)
+            for place in range(start // count, -(-end // count)):
+                units = min(end, (place + 1) * count) - max(start, place * count)
+                minibatch.append(replace(members[place], weight=members[place].weight * units))
     return dealt
+
+
+def _divisor(branch: str, samples: int, experiences: Sequence[Experience], settings: AlgorithmSettings) -> float:
+    """By what the branch's losses are divided (`BranchNormalization`); 1 where there are no samples.
+
+    TRAINABLE: with N chains, of which R should have given a sample and T gave one, a sample weighs R / (T · N). This
+    estimates what CHAINS gives when nothing is lost, 1 / N.
+    """
+    normalization = settings.branch_normalization
+    if normalization is BranchNormalization.OWN_COUNT or not samples:
+        return max(samples, 1)
+    chains = [experience for group in groups(experiences) for experience in group]
+    if normalization is BranchNormalization.CHAINS or branch == FIRST:
+        return len(chains)
+    retried = [chain for chain in chains if chain.reflection is not None or chain.second_attempt is not None]
+    if branch != DISTILLED:
+        return len(chains) * samples / len(retried)
+    rewards = [chain.second_attempt.reward for chain in retried if chain.second_attempt is not None]
+    finished = [reward for reward in rewards if reward is not None]
+    successes = sum(reward > 0 for reward in finished)
+    return len(chains) * len(finished) / len(retried) * samples / successes
 
 
 def _first(experiences: Sequence[Experience], settings: AlgorithmSettings) -> list[tuple[Attempt | Reflection, float]]:
@@ -102,15 +125,19 @@ def _second_chance(
     return result
 
 
-def _distilled(experiences: Sequence[Experience], settings: AlgorithmSettings) -> list[tuple[DistilledTarget, float]]:
+def _distilled(
+    experiences: Sequence[Experience], settings: AlgorithmSettings
+) -> list[tuple[DistilledTarget, float, float]]:
+    """Each target with its sampling temperature and weight."""
     result = []
     for group in groups(experiences):
         baseline = [experience.first_attempt.reward or 0.0 for experience in group]
         for experience in group:
-            target = experience.distilled
-            if target is not None:
+            target, second = experience.distilled, experience.second_attempt
+            if target is not None and second is not None:
                 loss, subtract = settings.distillation_loss, settings.distillation_baseline
-                result.append((target, distillation_weight(target.reward, loss, baseline, subtract)))
+                weight = distillation_weight(target.reward, loss, baseline, subtract)
+                result.append((target, second.temperature, weight))
     return result
 
 
@@ -135,14 +162,14 @@ def _policy_gradient(sample: Attempt | Reflection, advantage: float, weight: flo
     ]
 
 
-def _distillation(target: DistilledTarget, target_weight: float, weight: float) -> list[Datum]:
+def _distillation(target: DistilledTarget, temperature: float, target_weight: float, weight: float) -> list[Datum]:
     return [
         Datum(
             datum_id=datum_id,
             token_ids=tuple(sequence.token_ids),
             loss_mask=tuple(sequence.loss_mask),
             weight=weight,
-            temperature=1.0,
+            temperature=temperature,
             objective=Distillation(target_weight),
             branch=DISTILLED,
         )
@@ -154,19 +181,3 @@ def _numbered(identity: str, sequences: Sequence[TokenSequence]) -> list[tuple[s
     if len(sequences) == 1:
         return [(identity, sequences[0])]
     return [(f"{identity}.{index}", sequence) for index, sequence in enumerate(sequences)]
-
-
-def _scaled(datum: Datum, factor: int) -> Datum:
-    return (
-        datum
-        if factor == 1
-        else Datum(
-            datum.datum_id,
-            datum.token_ids,
-            datum.loss_mask,
-            datum.weight * factor,
-            datum.temperature,
-            datum.objective,
-            datum.branch,
-        )
-    )

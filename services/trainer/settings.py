@@ -28,6 +28,7 @@ class DistillationLoss(StrEnum):
 class BranchNormalization(StrEnum):
     OWN_COUNT = "own_count"
     CHAINS = "chains"
+    TRAINABLE = "trainable"
 
 
 class MismatchCorrection(StrEnum):

@@ -68,10 +68,10 @@ async def test_one_step_of_the_paper() -> None:
     assert [chain.reflection.text for chain in failed] == ["rule 0", "rule 1", "rule 2"]
     assert [chain.second_attempt.reward for chain in failed] == [1, 0, 1]
     assert [chain.reflection.reward for chain in failed] == [1, 0, 1]
-    # first: mean 1/4, std √(3)/4; second and reflection: mean 2/3, std √2/3
-    high, low = 0.75 / (sqrt(3) / 4), -0.25 / (sqrt(3) / 4)
+    # deviations divide by n − 1. first: mean 1/4, std 1/2; second and reflection: mean 2/3, std 1/√3
+    high, low = 0.75 / 0.5, -0.25 / 0.5
     assert loop.advantages("first") == pytest.approx([high, low, low, low], abs=1e-4)
-    up, down = (1 / 3) / (sqrt(2) / 3), (-2 / 3) / (sqrt(2) / 3)
+    up, down = (1 / 3) * sqrt(3), (-2 / 3) * sqrt(3)
     assert loop.advantages("second") == pytest.approx([up, down, up], abs=1e-4)
     assert loop.advantages("reflection") == pytest.approx([up, down, up], abs=1e-4)
     # each branch is normalised by its own count
@@ -228,7 +228,7 @@ async def test_several_optimizer_steps_share_the_old_policy() -> None:
     for step in loop.learner.steps:
         assert {"first", "reflection", "distilled"} <= {datum.branch for datum in step}
     gradients = [d.objective for step in loop.learner.steps for d in step if isinstance(d.objective, PolicyGradient)]
-    assert len(gradients) == 4 + 3 + 3
+    assert len(gradients) == 4 + (3 + 1) + (3 + 1), "of three data, one stands in both steps with half its weight"
     assert all(set(objective.old_log_probs) == {-0.25} for objective in gradients)
     assert all(len(objective.old_log_probs) == len(objective.rollout_log_probs) for objective in gradients)
     total = sum(datum.weight for datum in loop.learner.branch("first"))

@@ -81,6 +81,10 @@ class _BranchNormalizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_B
     """The branch's own count: each branch weighs the same however few its samples are."""
     BRANCH_NORMALIZATION_CHAINS: _BranchNormalization.ValueType  # 2
     """The number of the step's chains: each sample weighs the same. A branch fades as its samples become few."""
+    BRANCH_NORMALIZATION_TRAINABLE: _BranchNormalization.ValueType  # 3
+    """As CHAINS, but samples that were lost (to a failing environment or policy, or too long to be trained on) do not make
+    their branch weigh less: the samples that are left weigh more. Recommended over CHAINS.
+    """
 
 class BranchNormalization(_BranchNormalization, metaclass=_BranchNormalizationEnumTypeWrapper):
     """By what a branch's losses are divided."""
@@ -90,6 +94,10 @@ BRANCH_NORMALIZATION_OWN_COUNT: BranchNormalization.ValueType  # 1
 """The branch's own count: each branch weighs the same however few its samples are."""
 BRANCH_NORMALIZATION_CHAINS: BranchNormalization.ValueType  # 2
 """The number of the step's chains: each sample weighs the same. A branch fades as its samples become few."""
+BRANCH_NORMALIZATION_TRAINABLE: BranchNormalization.ValueType  # 3
+"""As CHAINS, but samples that were lost (to a failing environment or policy, or too long to be trained on) do not make
+their branch weigh less: the samples that are left weigh more. Recommended over CHAINS.
+"""
 Global___BranchNormalization: _TypeAlias = BranchNormalization  # noqa: Y015
 
 @_typing.final

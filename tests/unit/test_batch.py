@@ -1,0 +1,153 @@
+"""Advantages, weights of the branches, and how a step's data are dealt out over its optimizer steps."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from math import fsum
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.common.types import (
+    Attempt,
+    DistilledTarget,
+    Experience,
+    Outcome,
+    Reflection,
+    Segment,
+    SegmentKind,
+    TokenSequence,
+)
+from services.trainer.advantages import EPSILON, group_advantages
+from services.trainer.batch import minibatches, training_data
+from services.trainer.data import Datum, Distillation, PolicyGradient
+from services.trainer.settings import AlgorithmSettings, BranchNormalization
+
+
+@given(st.lists(st.floats(-10, 10), min_size=2, max_size=16).filter(lambda rewards: len(set(rewards)) > 1))
+def test_group_advantages_are_those_of_torchs_standard_deviation(rewards: list[float]) -> None:
+    """TRL and verl: `rewards.std()`, which divides by n − 1."""
+    expected = torch.tensor(rewards, dtype=torch.float64)
+    expected = (expected - expected.mean()) / (expected.std() + EPSILON)
+    assert group_advantages(rewards) == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-9)
+
+
+def test_groups_that_say_nothing_have_no_advantage() -> None:
+    assert group_advantages([]) == [] and group_advantages([1.0]) == [0.0] and group_advantages([0.5] * 3) == [0.0] * 3
+
+
+def datum(branch: str, number: int, weight: float) -> Datum:
+    objective = Distillation(1.0) if branch == "distilled" else PolicyGradient(1.0, (-0.5,))
+    return Datum(f"{branch}-{number}", (1, 2), (False, True), weight, 1.0, objective, branch)
+
+
+def step_data(sizes: dict[str, int], weights: dict[str, float]) -> list[Datum]:
+    return [datum(branch, number, weights[branch]) for branch, size in sizes.items() for number in range(size)]
+
+
+SIZES = st.fixed_dictionaries({branch: st.integers(0, 40) for branch in ("first", "second", "distilled")})
+WEIGHTS = st.fixed_dictionaries({branch: st.floats(0.01, 10) for branch in ("first", "second", "distilled")})
+
+
+@given(SIZES, WEIGHTS, st.integers(1, 12), st.integers(0, 5))
+def test_every_optimizer_step_sees_every_branch_at_the_weight_of_the_whole_batch(
+    sizes: dict[str, int], weights: dict[str, float], count: int, seed: int
+) -> None:
+    data = step_data(sizes, weights)
+    dealt = minibatches(data, count, seed)
+    assert len(dealt) == max(1, min(count, len(data)))
+    for minibatch in dealt:
+        for branch, size in sizes.items():
+            seen = [datum.weight for datum in minibatch if datum.branch == branch]
+            assert fsum(seen) == pytest.approx(size * weights[branch])
+            assert len({datum.datum_id for datum in minibatch}) == len(minibatch), "no datum twice in a step"
+    totals: dict[str, float] = defaultdict(float)
+    for minibatch in dealt:
+        for item in minibatch:
+            totals[item.datum_id] += item.weight
+    assert totals == pytest.approx({item.datum_id: item.weight * len(dealt) for item in data})
+
+
+def test_where_a_branch_stands_depends_on_the_seed_and_not_on_sizes() -> None:
+    """30, 3 and 2 data over 8 steps: no step goes without a branch, and others are neighbours under another seed."""
+    data = step_data({"first": 30, "second": 3, "distilled": 2}, {"first": 1 / 30, "second": 1 / 3, "distilled": 2.0})
+    orders = set()
+    for seed in range(10):
+        dealt = minibatches(data, 8, seed)
+        for minibatch in dealt:
+            assert Counter(item.branch for item in minibatch).keys() == {"first", "second", "distilled"}
+        orders.add(tuple(item.datum_id for item in dealt[0] if item.branch == "second"))
+        sizes = [len(minibatch) for minibatch in dealt]
+        assert max(sizes) - min(sizes) <= 3
+    assert len(orders) > 1
+    assert minibatches(data, 8, 3) == minibatches(data, 8, 3)
+
+
+def sequence() -> tuple[TokenSequence, ...]:
+    prompt = Segment(SegmentKind.PROMPT, (1, 2))
+    return (TokenSequence((prompt, Segment(SegmentKind.SAMPLED, (3, 4), (-0.5, -0.5), ()))),)
+
+
+def attempt(name: str, reward: float | None) -> Attempt:
+    outcome = Outcome.ENV_ERROR if reward is None else Outcome.COMPLETED
+    return Attempt(name, name, outcome, reward, "", (), "", sequence(), temperature=0.7)
+
+
+def chain(number: int, first: float | None, second: float | None = None, *, lost: bool = False) -> Experience:
+    """A chain whose failing first attempt led to a reflection and a second attempt; `lost`: that one has no reward."""
+    name = f"run-s0-t{number // 4}-r{number % 4}"
+    experience = Experience(name, "run", 0, "env", "task", number % 4, attempt(f"{name}-first", first))
+    if second is None and not lost:
+        return experience
+    reflection = Reflection(f"{name}-reflection", "rule", sequence(), 0.5, Outcome.COMPLETED, reward=second)
+    retried = attempt(f"{name}-second", second)
+    target = DistilledTarget(f"{name}-distilled", retried.attempt_id, sequence(), second) if second else None
+    return replace(experience, reflection=reflection, second_attempt=retried, distilled=target)
+
+
+def branch_weights(experiences: Sequence[Experience], normalization: BranchNormalization) -> dict[str, float]:
+    """Sum of the weights of each branch's data."""
+    settings = AlgorithmSettings(branch_normalization=normalization)
+    sums: dict[str, float] = defaultdict(float)
+    for item in training_data(experiences, settings):
+        sums[item.branch] += item.weight
+    return dict(sums)
+
+
+def test_a_branch_keeps_its_weight_when_a_quarter_of_it_is_lost() -> None:
+    """Of 16 chains 8 fail at first; half of their second attempts succeed. Then two of the eight are lost."""
+    solved = [chain(number, 1.0) for number in range(8)]
+    whole = solved + [chain(8 + number, 0.0, float(number % 2)) for number in range(8)]
+    lossy = solved + [chain(8 + number, 0.0, float(number % 2), lost=number >= 6) for number in range(6)]
+    lossy += [chain(14 + number, 0.0, lost=True) for number in range(2)]
+    expected = {"first": 1.0, "reflection": 0.5, "second": 0.5, "distilled": 0.25}
+    assert branch_weights(whole, BranchNormalization.CHAINS) == pytest.approx(expected)
+    assert branch_weights(whole, BranchNormalization.TRAINABLE) == pytest.approx(expected)
+    assert branch_weights(lossy, BranchNormalization.CHAINS)["second"] == pytest.approx(6 / 16)
+    assert branch_weights(lossy, BranchNormalization.TRAINABLE) == pytest.approx(expected)
+
+
+def test_a_lost_first_attempt_and_a_distilled_copy_that_cannot_be_trained_on_take_no_weight_away() -> None:
+    chains = [chain(0, None), chain(1, 1.0), chain(2, 0.0, 1.0), replace(chain(3, 0.0, 1.0), distilled=None)]
+    expected = {"first": 1.0, "reflection": 2 / 3, "second": 2 / 3, "distilled": 2 / 3}
+    assert branch_weights(chains, BranchNormalization.TRAINABLE) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("normalization", list(BranchNormalization))
+def test_a_step_in_which_everything_was_lost_has_no_data(normalization: BranchNormalization) -> None:
+    assert branch_weights([chain(number, None) for number in range(4)], normalization) == {}
+    assert branch_weights([], normalization) == {}
+
+
+def test_every_branch_is_trained_at_the_temperature_that_it_was_sampled_at() -> None:
+    data = training_data([chain(0, 0.0, 1.0)], AlgorithmSettings())
+    assert {item.branch: item.temperature for item in data} == {
+        "first": 0.7,
+        "reflection": 0.5,
+        "second": 0.7,
+        "distilled": 0.7,
+    }
