@@ -205,7 +205,8 @@ class Run:
         self.events.add(evaluation_of(self.step, attempts, self.settings.algorithm.success_threshold))
 
     def summary(self) -> dict[str, object]:
-        """`rollouts`: episodes started plus reflections written, the budget in which algorithms are compared."""
+        """`rollouts`: episodes started plus reflections written, the budget in which algorithms are compared.
+        `grad_clipped`: the share of optimizer steps whose gradient was above `max_grad_norm`, the mean over the steps."""
         evaluations, steps = self.events.evaluations(), self.events.steps()
         curve = [
             {
@@ -224,6 +225,7 @@ class Run:
             "rollouts": int(sum(event.metrics["rollouts"] for event in steps.values())),
             "sampled_tokens": int(sum(event.metrics["sampled_tokens"] for event in steps.values())),
             "excluded": int(sum(event.metrics["excluded"] for event in steps.values())),
+            "grad_clipped": fmean([event.metrics.get("grad_clipped", 0.0) for event in steps.values()] or [0.0]),
             "evaluations": curve,
             "settings": self.settings.model_dump(mode="json"),
         }

@@ -190,10 +190,14 @@ def test_the_gradient_is_clipped_to_the_norm(tiny: Path, tmp_path: Path) -> None
     small, large = make(tiny, tmp_path), make(tiny, tmp_path)
     small.forward_backward([sampled(weight=100.0)], PLAIN)
     large.forward_backward([sampled(weight=1000.0)], PLAIN)
-    norms = small.optim_step()["grad_norm"], large.optim_step()["grad_norm"]
-    assert norms[1] == pytest.approx(10 * norms[0], rel=1e-4) and norms[0] > 1
+    steps = small.optim_step(), large.optim_step()
+    assert steps[1]["grad_norm"] == pytest.approx(10 * steps[0]["grad_norm"], rel=1e-4) and steps[0]["grad_norm"] > 1
+    assert [step["grad_clipped"] for step in steps] == [1, 1]
     for one, other in zip(small.model.trainable.values(), large.model.trainable.values(), strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+    small.forward_backward([sampled(weight=1e-3)], PLAIN)
+    below = small.optim_step()
+    assert below["grad_norm"] < 1 and below["grad_clipped"] == 0
 
 
 @pytest.mark.parametrize("lora", [FULL, LORA])

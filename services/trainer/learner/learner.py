@@ -134,7 +134,8 @@ class Learner:
         return weighted_N.sum()
 
     def optim_step(self) -> dict[str, float]:
-        """Clips the accumulated gradient to the global norm, steps, clears it. `grad_norm` is the norm before.
+        """Clips the accumulated gradient to the global norm, steps, clears it. `grad_norm` is the norm before;
+        `grad_clipped` is 1 when it was above `max_grad_norm`.
 
         A gradient that is not finite, or absent, leaves weights and optimizer as they are; `skipped` is 1 then.
         """
@@ -152,7 +153,13 @@ class Learner:
                 self._optimizer.step()
                 self.optimizer_steps += 1
             self._optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm": norm, "learning_rate": rate, "skipped": float(skipped)}
+        clipped = not skipped and norm > settings.max_grad_norm
+        return {
+            "grad_norm": norm,
+            "grad_clipped": float(clipped),
+            "learning_rate": rate,
+            "skipped": float(skipped),
+        }
 
     def save_checkpoint(self, name: str, next_sequence: int = 1) -> SavedCheckpoint:
         """Writes weights, optimizer and random generator, whole or not at all; not accumulated gradients."""

@@ -733,8 +733,8 @@ class OptimStepResponse(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """grad_norm (before clipping), learning_rate, and skipped: 1 when the gradient was not finite, or nothing had been
-        accumulated, and the step was left out.
+        """grad_norm (before clipping); grad_clipped: 1 when it was above max_grad_norm; learning_rate; and skipped: 1 when the
+        gradient was not finite, or nothing had been accumulated, and the step was left out.
         """
 
     def __init__(
