@@ -90,7 +90,7 @@ class StepJournal:
         self._experiences: set[str] = set()
         end = 0
         if path.exists():
-            for record, offset in _records(path):
+            for record, offset in read_records(path):
                 self._remember(record)
                 end = offset
         self._file: BinaryIO = path.open("ab", buffering=0)
@@ -165,7 +165,7 @@ def read_experiences(path: Path) -> list[Experience]:
     parts: dict[str, Attempt | Reflection] = {}
     chains: list[ExperienceCompleted] = []
     order: list[str] = []
-    for record, _ in _records(path):
+    for record, _ in read_records(path):
         match record:
             case StepStarted():
                 order = record.task_ids
@@ -207,7 +207,7 @@ def _joined(chain: ExperienceCompleted, parts: dict[str, Attempt | Reflection]) 
     )
 
 
-def _records(path: Path) -> Iterator[tuple[Record, int]]:
+def read_records(path: Path) -> Iterator[tuple[Record, int]]:
     """Each whole record with the offset at which it ends; stops at the first that is torn or damaged."""
     with path.open("rb") as file:
         unpacker = msgpack.Unpacker(file, max_buffer_size=2**31 - 1)

@@ -206,7 +206,7 @@ class Run:
 
     def summary(self) -> dict[str, object]:
         """`rollouts`: episodes started plus reflections written, the budget in which algorithms are compared.
-        `grad_clipped`: the share of optimizer steps whose gradient was above `max_grad_norm`, the mean over the steps."""
+        `grad_clipped`: share of the optimizer steps whose gradient norm was above `max_grad_norm`."""
         evaluations, steps = self.events.evaluations(), self.events.steps()
         curve = [
             {

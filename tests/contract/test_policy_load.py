@@ -23,8 +23,8 @@ from tests.support.policy_backends import (
     greedy,
     reference,
     running,
-    until_async,
 )
+from tests.support.waiting import until_async
 
 # One request at a time, and one that waits.
 NARROW: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ async def test_a_call_whose_caller_is_gone_stops_the_engine(name: str, streamed:
         async def works_on(count: int) -> bool:
             return await policy.engine_load() == count
 
-        kept = stub.Generate(long_request(policy, 200))
+        kept = stub.Generate(long_request(policy, 600))
         cancelled, late = begin(), begin(timeout=0.2)
         assert await late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await until_async(lambda: works_on(2))
@@ -123,7 +123,7 @@ async def test_greater_priorities_go_first(name: str) -> None:
             await policy.client.generate(BOARD, greedy(max_tokens=2), CallOptions(priority=priority))
             ended.append(priority)
 
-        first = asyncio.create_task(policy.client.generate(LONG_PROMPT, greedy(max_tokens=100)))
+        first = asyncio.create_task(policy.client.generate(LONG_PROMPT, greedy(max_tokens=400)))
 
         async def works_on(count: int) -> bool:
             return await policy.engine_load() == count

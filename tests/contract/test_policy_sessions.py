@@ -15,8 +15,8 @@ from services.common.inference import CallOptions, Continuation, Message, Role, 
 from services.policy import models
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import Serving, load, plain_log_probs, serving
-from tests.support.policy_backends import until
 from tests.support.scripted import Opened, ScriptedBackend
+from tests.support.waiting import until
 
 PROMPT = [1, 2, 3]
 PLAIN = SamplingParams()
@@ -96,8 +96,7 @@ async def test_a_session_is_one_of_a_policy(running: Swapping) -> None:
 async def test_a_replaced_model_that_nobody_needs_is_closed_at_once(running: Swapping) -> None:
     await running.version()
     await running.load("two")
-    await until(lambda: running.backend("one").closed)
-    assert running.draining == 0
+    await until(lambda: running.backend("one").closed and running.draining == 0)
 
 
 async def test_it_is_closed_when_its_sessions_have_not_asked_for_a_while(running: Swapping) -> None:
@@ -109,8 +108,7 @@ async def test_it_is_closed_when_its_sessions_have_not_asked_for_a_while(running
         assert await running.version("a") == 0, "whoever asks keeps it"
     assert not running.backend("one").closed and running.draining == 1
     running.clock += 3601
-    await until(lambda: running.backend("one").closed)
-    assert running.draining == 0
+    await until(lambda: running.backend("one").closed and running.draining == 0)
     assert await running.version("a") == 1, "a session that comes too late begins anew"
 
 

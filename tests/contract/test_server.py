@@ -31,6 +31,7 @@ from services.env.client import EnvClient
 from services.env.config import DEFAULT_ENVIRONMENTS
 from tests.support.certificate import write_key_pair
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
+from tests.support.waiting import until
 
 AWKWARD = {"awkward": {"kind": "tests.support.environments"}}
 SERVICE = "mulligan.env.v1.EnvService"
@@ -50,8 +51,8 @@ async def client(server: ServiceProcess) -> AsyncIterator[EnvClient]:
 
 
 def requests_logged(server: ServiceProcess, **having: object) -> list[dict[str, Any]]:
-    """Log lines of requests with these values; waits a moment for them, as they follow the answer."""
-    for _ in range(100):
+    """Log lines of requests with these values; waits for them, as they follow the answer."""
+    for _ in range(1000):
         lines = [line for line in server.log_lines if line["event"] == "request" and having.items() <= line.items()]
         if lines:
             return lines
@@ -187,7 +188,7 @@ def test_a_taken_port_stops_the_start(services: Services) -> None:
 
 async def test_a_call_without_a_deadline_gets_the_servers(services: Services) -> None:
     awkward = {"awkward": {**AWKWARD["awkward"], "hang_seconds": 30.0}}
-    server = services.start("env", environments=awkward, default_deadline_seconds=0.5)
+    server = services.start("env", environments=awkward, default_deadline_seconds=2.0)
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = pb_grpc.EnvServiceStub(channel)
         await stub.StartEpisode(pb.StartEpisodeRequest(episode_id="slow", environment="awkward", task_id="hangs"))
@@ -197,16 +198,19 @@ async def test_a_call_without_a_deadline_gets_the_servers(services: Services) ->
     assert requests_logged(server, status="DEADLINE_EXCEEDED")
 
 
-async def test_sigterm_finishes_what_is_in_flight(services: Services) -> None:
-    server = services.start("env", environments={"awkward": {**AWKWARD["awkward"], "hang_seconds": 1.0}})
+async def test_sigterm_finishes_what_is_in_flight(services: Services, tmp_path: Path) -> None:
+    began = tmp_path / "began"
+    awkward = {**AWKWARD["awkward"], "hang_seconds": 1.0, "began": str(began)}
+    server = services.start("env", environments={"awkward": awkward})
     client = EnvClient(Endpoint(server.address, outage_seconds=1.0))
     await client.start("awkward", "hangs", "slow")
     idle = await client.start("awkward", "good", "idle")
     async with grpc.aio.insecure_channel(server.address) as channel:
         call = pb_grpc.EnvServiceStub(channel).StepEpisode(pb.StepEpisodeRequest(episode_id="slow", action="a"))
-        await asyncio.sleep(0.3)
+        waiting = asyncio.ensure_future(call)
+        await until(began.exists)
         server.terminate()
-        assert (await call).observation == "1: a"
+        assert (await waiting).observation == "1: a"
     assert await asyncio.to_thread(server.wait) == 0
     events = [line["event"] for line in server.log_lines]
     assert events[events.index("draining") :] == ["draining", "request", "stopped"]
@@ -215,12 +219,14 @@ async def test_sigterm_finishes_what_is_in_flight(services: Services) -> None:
     await client.close()
 
 
-async def test_a_call_that_a_stopping_server_gives_up_is_made_again(services: Services) -> None:
-    server = services.start("env", environments=AWKWARD, drain_seconds=0)
+async def test_a_call_that_a_stopping_server_gives_up_is_made_again(services: Services, tmp_path: Path) -> None:
+    began = tmp_path / "began"
+    awkward = {**AWKWARD["awkward"], "began": str(began)}
+    server = services.start("env", environments={"awkward": awkward}, drain_seconds=0)
     client = EnvClient(Endpoint(server.address))
     episode = await client.start("awkward", "hangs", "given-up")
     step = asyncio.create_task(episode.step("a"))
-    await asyncio.sleep(0.3)
+    await until(began.exists)
     await asyncio.to_thread(server.stop)
     await asyncio.to_thread(server.start)
     with pytest.raises(DomainError) as caught:
@@ -239,7 +245,7 @@ async def test_an_endpoint_that_is_down_is_named_and_waited_for(services: Servic
     with pytest.raises(ServiceUnavailable, match=rf"{server.address} was unreachable for"):
         await hasty.list_environments()
     waiting = [asyncio.create_task(patient.list_environments()) for _ in range(20)]
-    await asyncio.sleep(0.3)
+    await until(lambda: bool(outages))
     server.restart()
     assert [len(found) for found in await asyncio.gather(*waiting)] == [1] * 20
     assert len(outages) == 1  # not one per call
@@ -249,13 +255,13 @@ async def test_an_endpoint_that_is_down_is_named_and_waited_for(services: Servic
 
 
 async def test_a_deadline_ends_a_call(server: ServiceProcess) -> None:
-    client = EnvClient(Endpoint(server.address), timeout=0.1)
-    episode = await client.start("awkward", "sleeps", "deadline")
+    client, hasty = EnvClient(Endpoint(server.address)), EnvClient(Endpoint(server.address), timeout=0.1)
+    episode = await client.start("awkward", "hangs", "deadline")
     with pytest.raises(CallFailed) as caught:
-        await episode.step("a")
+        await hasty.step(episode.episode_id, 0, "a")
     assert caught.value.timed_out
-    await asyncio.sleep(0.2)
-    assert (await episode.step("a")).observation == "1: a"  # the same step: played once, answered now
+    assert (await episode.step("a")).observation == "1: a"  # the same step: played once
+    await hasty.close()
     await client.close()
 
 

@@ -25,9 +25,9 @@ from tests.support.sglang import (
     launching,
     opened,
     server_address,
-    until,
 )
 from tests.support.tiny_model import write_tiny_model
+from tests.support.waiting import until
 
 
 @pytest.mark.timeout(2 * START_SECONDS + 120)

@@ -26,8 +26,8 @@ from tests.support.sglang import (
     lora,
     opened,
     server_address,
-    until,
 )
+from tests.support.waiting import until
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -189,11 +189,5 @@ async def drained(opened: OpenAIBackend, ask: Ask) -> list[Sampled]:
     return [part async for part in opened.stream(ask)]
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - the condition belongs to the backend
-            await asyncio.sleep(0.005)
-
-
 def asks(**sampling: Any) -> Ask:
     return Ask((), SamplingParams(**sampling), QUESTION)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from services.env.base import EnvironmentInfo, MissingExtra, PromptSet, Split, StepResult, TaskInfo, UnknownTask
@@ -21,15 +23,18 @@ TASKS = (
     "reward-nan",
     "surrogates",
     "truncated-not-done",
-    "sleeps",
+    "waits",
+    "meets",
 )
+MEETING = threading.Barrier(8)  # of the steps of "meets": none goes on before all are there
+WAITING_SECONDS = 100.0  # for a test that is broken
 
 
 class AwkwardEpisode:
-    def __init__(self, task_id: str, seconds: float):
+    def __init__(self, task_id: str, owner: Awkward):
         self.observation = "begin"
         self._task_id = task_id
-        self._seconds = seconds
+        self._owner = owner
         self._steps = 0
 
     def step(self, action: str) -> StepResult:
@@ -46,10 +51,14 @@ class AwkwardEpisode:
         raise RuntimeError("the ice \ud800 broke")
 
     def _hangs(self) -> None:
-        time.sleep(self._seconds)
+        self._owner.hang()
 
-    def _sleeps(self) -> None:
-        time.sleep(0.2)
+    def _waits(self) -> None:
+        self._owner.begun.set()
+        self._owner.go_on.wait(WAITING_SECONDS)
+
+    def _meets(self) -> None:
+        MEETING.wait(WAITING_SECONDS)
 
     def _exits(self) -> None:
         sys.exit("bye")
@@ -68,7 +77,12 @@ class AwkwardEpisode:
 
 
 class Awkward:
-    def __init__(self, name: str, seconds: float):
+    """`begun` tells that a step of "waits" runs, `go_on` ends it. `began` is a file that tells of a hanging call, to a
+    test in another process."""
+
+    def __init__(self, name: str, seconds: float, began: Path | None = None):
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self._began = began
         text = "{trace} {feedback} {reward} {memory}"
         self.info = EnvironmentInfo(
             name=name,
@@ -80,6 +94,11 @@ class Awkward:
             task_counts={Split.TRAIN: len(TASKS), Split.TEST: 0},
         )
         self._seconds = seconds
+
+    def hang(self) -> None:
+        if self._began is not None:
+            self._began.touch()
+        time.sleep(self._seconds)
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
         if split is Split.TEST:
@@ -93,13 +112,14 @@ class Awkward:
         if task_id == "raises-at-start":
             raise RuntimeError("no ice today")
         if task_id == "hangs-at-start":
-            time.sleep(self._seconds)
-        return AwkwardEpisode(task_id, self._seconds)
+            self.hang()
+        return AwkwardEpisode(task_id, self)
 
 
 def create(name: str, settings: Mapping[str, Any]) -> Awkward:
-    """`hang_seconds` is how long a hanging call takes: longer than the server waits for a step. `missing` is an extra
-    that is not installed."""
+    """`hang_seconds` is how long a hanging call takes: longer than the server waits for a step. `began` is a file that
+    such a call makes when it begins. `missing` is an extra that is not installed."""
     if "missing" in settings:
         raise MissingExtra(settings["missing"], ImportError("No module named 'ice'"))
-    return Awkward(name, float(settings.get("hang_seconds", 3.0)))
+    began = Path(settings["began"]) if "began" in settings else None
+    return Awkward(name, float(settings.get("hang_seconds", 3.0)), began)

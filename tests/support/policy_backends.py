@@ -6,7 +6,6 @@ the openai backend asks the same server's OpenAI endpoint.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -161,16 +160,3 @@ def greedy(**changes: Any) -> SamplingParams:
 
 def options(**changes: Any) -> CallOptions:
     return CallOptions(**changes)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async def met() -> bool:
-        return condition()
-
-    await until_async(met)
-
-
-async def until_async(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(30):
-        while not await condition():  # noqa: ASYNC110 - it belongs to a server
-            await asyncio.sleep(0.01)

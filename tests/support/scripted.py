@@ -154,11 +154,13 @@ class Opened:
         self.folders: list[Path] = []
         self.go_on = asyncio.Event()  # while it is clear, nothing is opened
         self.go_on.set()
+        self.asked: list[str] = []  # the models that were to be opened
 
     def __getitem__(self, model: str) -> ScriptedBackend:
         return [backend for backend in self.backends if backend.model.model == model][-1]
 
     async def create(self, settings: ModelSettings, folder: Path, first_version: int) -> ScriptedBackend:
+        self.asked.append(settings.model)
         await self.go_on.wait()
         if settings.model.startswith("bad"):
             raise UnsupportedModel(f"{settings.model} is bad")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from services.policy.backends.sglang import SglangBackend, open_backend
 from services.policy.config import ModelSettings, SglangSettings
 from tests.support.policy import load, plain_log_probs
 from tests.support.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS, sglang_variable
+from tests.support.waiting import until
 
 MODEL = models.EMBEDDED
 PROMPT = list(range(20, 60))
@@ -171,12 +172,6 @@ async def control(path: str, **body: Any) -> dict[str, Any]:
         assert response.status == 200, await response.text()
         found: dict[str, Any] = await response.json() if response.content_type == "application/json" else {}
         return found
-
-
-async def until(holds: Callable[[], bool], seconds: float = 100.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not holds():  # noqa: ASYNC110 - what is waited for is another process's
-            await asyncio.sleep(0.02)
 
 
 def _sha256(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator
 from functools import partial
 
@@ -16,6 +15,7 @@ from services.env.episodes import EpisodeTable, Limits
 from services.env.records import StepRequest
 from services.env.workers import Call, TimedOut, WorkerPool
 from tests.support.environments import MAX_STEPS, Awkward
+from tests.support.waiting import until
 
 LEASE = 100.0
 
@@ -35,15 +35,20 @@ def clock() -> Clock:
 
 @pytest.fixture
 async def workers() -> AsyncIterator[WorkerPool]:
-    pool = WorkerPool(size=4, limit_seconds=5.0, max_abandoned=2)
+    pool = WorkerPool(size=4, limit_seconds=60.0, max_abandoned=2)
     yield pool
     pool.close()
 
 
 @pytest.fixture
-def table(workers: WorkerPool, clock: Clock) -> EpisodeTable:
+def awkward() -> Awkward:
+    return Awkward("awkward", 0.3)
+
+
+@pytest.fixture
+def table(workers: WorkerPool, clock: Clock, awkward: Awkward) -> EpisodeTable:
     limits = Limits(max_episodes=3, max_finished=2, max_remembered=4, lease_seconds=LEASE, remember_seconds=1000.0)
-    return EpisodeTable({"awkward": Awkward("awkward", 0.3)}, workers, limits, clock)
+    return EpisodeTable({"awkward": awkward}, workers, limits, clock)
 
 
 async def step(table: EpisodeTable, episode_id: str, index: int, action: str = "a") -> EpisodeStep:
@@ -131,74 +136,79 @@ async def test_a_failed_start_gives_its_place_back(table: EpisodeTable) -> None:
     assert table.live_count == 0
 
 
-async def test_a_running_step_keeps_its_episode(table: EpisodeTable, clock: Clock) -> None:
-    await table.start("e", "awkward", "sleeps")
+async def test_a_running_step_keeps_its_episode(table: EpisodeTable, clock: Clock, awkward: Awkward) -> None:
+    await table.start("e", "awkward", "waits")
     running = asyncio.create_task(step(table, "e", 0))
-    await asyncio.sleep(0.02)
+    await until(awkward.begun.is_set)
     clock.now += 10 * LEASE
     table.expire()
+    awkward.go_on.set()
     assert (await running).observation == "1: a"
     assert (await step(table, "e", 0)).observation == "1: a"
 
 
-async def test_a_caller_that_leaves_does_not_stop_the_step(table: EpisodeTable) -> None:
-    await table.start("e", "awkward", "sleeps")
+async def test_a_caller_that_leaves_does_not_stop_the_step(table: EpisodeTable, awkward: Awkward) -> None:
+    await table.start("e", "awkward", "waits")
     leaving = asyncio.create_task(step(table, "e", 0))
-    await asyncio.sleep(0.02)
+    await until(awkward.begun.is_set)
     leaving.cancel()
     again = asyncio.create_task(step(table, "e", 0))
-    await asyncio.sleep(0.02)
+    await asyncio.sleep(0)
     assert await reason_of(table, "e", 1) is Reason.STEP_SKIPPED
     with pytest.raises(DomainError) as caught:
         await step(table, "e", 0, "another")
     assert caught.value.reason is Reason.STEP_CONFLICT
+    awkward.go_on.set()
     assert (await again).observation == "1: a"
     assert leaving.cancelled()
 
 
-async def test_an_episode_ended_during_its_step_is_gone(table: EpisodeTable) -> None:
-    await table.start("e", "awkward", "sleeps")
+async def test_an_episode_ended_during_its_step_is_gone(table: EpisodeTable, awkward: Awkward) -> None:
+    await table.start("e", "awkward", "waits")
     running = asyncio.create_task(step(table, "e", 0))
-    await asyncio.sleep(0.02)
+    await until(awkward.begun.is_set)
     table.end("e")
+    awkward.go_on.set()
     assert (await running).observation == "1: a"
     assert await reason_of(table, "e") is Reason.UNKNOWN_EPISODE
     assert table.live_count == 0
 
 
 async def test_hanging_threads_are_replaced_up_to_a_limit(clock: Clock) -> None:
-    pool = WorkerPool(size=1, limit_seconds=0.05, max_abandoned=2)
-    table = EpisodeTable({"awkward": Awkward("awkward", 1.0)}, pool, Limits(), clock)
+    pool = WorkerPool(size=1, limit_seconds=0.5, max_abandoned=2)
+    awkward = Awkward("awkward", 0)
+    table = EpisodeTable({"awkward": awkward}, pool, Limits(), clock)
     episodes = [f"e{n}" for n in range(5)]
     for episode_id in episodes:
-        await table.start(episode_id, "awkward", "hangs")
+        await table.start(episode_id, "awkward", "waits")
     answers = [await step(table, episode_id, 0) for episode_id in episodes]
     assert [answer.outcome for answer in answers] == [Outcome.TIMEOUT] * 5
     assert pool.exhausted
     assert "threads hang" in answers[-1].error
     with pytest.raises(DomainError, match="threads hang"):
         await table.start("another", "awkward", "good")
-    await asyncio.sleep(1.2)  # by then the hanging calls have returned after all
+    awkward.go_on.set()
+    await until(lambda: not pool.exhausted)
     assert (await table.start("another", "awkward", "good")).observation == "begin"
     pool.close()
 
 
-async def test_the_event_loop_stays_free_while_environments_block(table: EpisodeTable) -> None:
-    await table.start("e", "awkward", "sleeps")
+async def test_the_event_loop_stays_free_while_environments_block(table: EpisodeTable, awkward: Awkward) -> None:
+    await table.start("e", "awkward", "waits")
     running = asyncio.create_task(step(table, "e", 0))
-    turns = 0
-    while not running.done():
+    await until(awkward.begun.is_set)
+    for _ in range(10):
         await asyncio.sleep(0.001)
-        turns += 1
-    assert turns > 10  # the step sleeps for 0.2 s
+        assert not running.done()
+    awkward.go_on.set()
+    assert (await running).observation == "1: a"
 
 
 async def test_a_batch_runs_in_one_thread_when_it_is_fast(workers: WorkerPool) -> None:
     threads: list[object] = []
     workers.submit([Call(threading.get_ident, threads.append) for _ in range(20)])
     await workers.run(lambda: None)
-    await asyncio.sleep(0.01)
-    assert len(threads) == 20
+    await until(lambda: len(threads) == 20)
     assert len(set(threads)) == 1
     assert threading.get_ident() not in threads
 
@@ -226,8 +236,9 @@ async def test_slow_calls_are_not_waited_for(workers: WorkerPool) -> None:
 
 
 async def test_a_call_that_takes_too_long_raises_timed_out() -> None:
-    pool = WorkerPool(size=1, limit_seconds=0.05, max_abandoned=1)
-    with pytest.raises(TimedOut, match=r"0\.05 s"):
-        await pool.run(lambda: time.sleep(0.4))
+    pool, go_on = WorkerPool(size=1, limit_seconds=0.5, max_abandoned=1), threading.Event()
+    with pytest.raises(TimedOut, match=r"0\.5 s"):
+        await pool.run(lambda: go_on.wait(60))
     assert await pool.run(lambda: 7) == 7
+    go_on.set()
     pool.close()

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +148,9 @@ def test_any_text_is_an_action(texts: list[str]) -> None:
 
 
 def test_hostile_length_is_no_hostile_time() -> None:
-    started = time.perf_counter()
+    """Quadratic time would run into the suite's time limit."""
     for part in ("\\boxed{", call("x"), "{", "<think>"):
         episode().step(part * (4 * 2**20 // len(part)))
-    assert time.perf_counter() - started < 10
 
 
 def follow(world: HotpotQa, record: dict[str, Any], split: Split) -> StepResult:

@@ -27,8 +27,8 @@ from tests.support.endpoint import (
     drained,
     refusal,
     scripted,
-    until,
 )
+from tests.support.waiting import until
 
 FAULTS: dict[str, tuple[Reply, Reason, str]] = {
     "401": (refusal(401, f"Incorrect API key {KEY}"), Reason.ENGINE_UNAVAILABLE, "refuses the credential (HTTP 401)"),

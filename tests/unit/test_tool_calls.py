@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from hypothesis import given
@@ -102,9 +101,8 @@ def test_what_cannot_be_read_is_said_in_words(block: str, problem: str) -> None:
     "part", ["<tool_call>", "<tool_call>{", "<function_calls>f(", "[TOOL_CALLS]f[ARGS]{", "</think>", "```", "{[", "\\"]
 )
 def test_time_is_linear_in_the_length_of_hostile_text(part: str) -> None:
-    started = time.perf_counter()
+    """Quadratic time would run into the suite's time limit."""
     find_calls(part * (4 * 2**20 // len(part)), NAMES)
-    assert time.perf_counter() - started < 5.0
 
 
 hostile = st.text(alphabet='<tool_call>/{}[]"\\:,() search=\ud800\0\n', max_size=80) | st.text(max_size=80)
