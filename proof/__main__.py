@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from proof import Unavailable, agreement, docker, faults, kills, learning, sglang
+from proof import Unavailable, agreement, docker, faults, kills, learning, sglang, suite
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "proof"
@@ -28,6 +28,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **agreement.CASES,
     **sglang.CASES,
     **faults.CASES,
+    **suite.CASES,
 }
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.buf import buf
 from tests.support.examples import RUN_SECONDS
 from tests.support.loop import Loop
+from tests.support.made import buf
 
 pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy
 

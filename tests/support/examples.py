@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.made import installed
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN_SECONDS = 240.0
 BUILT = ("node_modules", "gen", "dist", "build", "go.sum")  # what a developer's checkout may hold
@@ -81,20 +83,8 @@ def typescript(folder: Path) -> Path:
 
 
 def modules() -> Path:
-    """What the TypeScript example needs: `make typescript` installs it, and `make test` does where there is npm."""
-    places = sorted(ROOT.glob(".stamps/typescript-*/node_modules"), key=lambda path: path.stat().st_mtime)
-    path = (
-        ROOT / os.environ["TYPESCRIPT_MODULES"]
-        if "TYPESCRIPT_MODULES" in os.environ
-        else places[-1]
-        if places
-        else None
-    )
-    if path is not None and path.exists():
-        return path
-    if shutil.which("npm") is None and "CI" not in os.environ:
-        pytest.skip("the TypeScript examples need npm, which this machine does not have")
-    pytest.fail("what the TypeScript examples need is not installed: run `make typescript`")
+    """The packages that the TypeScript example needs."""
+    return installed("TYPESCRIPT_MODULES", "typescript")
 
 
 def go(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import pytest
 from google.protobuf import descriptor_pb2
 
 from services.common.errors import DomainError, Reason
-from tests.support.buf import buf
+from tests.support.made import buf
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTO = ROOT / "proto"

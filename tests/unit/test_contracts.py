@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from services.common.errors import Code, DomainError, Reason
-from tests.support.buf import buf
+from tests.support.made import buf
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATE = ROOT / "proto" / "generate.py"

@@ -1,0 +1,63 @@
+"""The whole test suite, ten times in a row, in a clean clone of the commit: a test that fails once is a defect."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = 10
+
+
+def ten_runs(folder: Path) -> dict[str, Any]:
+    """Each run is recorded in `folder` when it ends; an interrupted proof goes on with the next, on the same commit."""
+    commit = _git("rev-parse", "HEAD")
+    clone, records = folder / "clone", folder / commit / "runs.jsonl"
+    if not records.exists():
+        if folder.exists():
+            shutil.rmtree(folder)
+        records.parent.mkdir(parents=True)
+        _git("clone", "--quiet", str(ROOT), str(clone))
+        _git("checkout", "--quiet", commit, folder=clone)
+        records.touch()
+    runs = [json.loads(line) for line in records.read_text().splitlines()]
+    while len(runs) < RUNS:
+        runs.append(_run(clone, records.parent / "report.xml"))
+        print(f"    run {len(runs)} of {RUNS}: {runs[-1]}", flush=True)
+        with records.open("a") as file:
+            file.write(json.dumps(runs[-1]) + "\n")
+    return {"green": sum(not run["failed"] for run in runs), "runs": runs}
+
+
+def _run(clone: Path, report: Path) -> dict[str, Any]:
+    start = time.monotonic()
+    report.unlink(missing_ok=True)
+    result = subprocess.run(
+        ["make", "test", f"ARGS=--junit-xml={report.resolve()}"], cwd=clone, capture_output=True, text=True, check=False
+    )
+    if not report.exists():
+        return {"failed": [f"make test ended with {result.returncode}: {result.stderr[-500:]}"]}
+    counts = {"passed": 0, "skipped": 0}
+    failed = []
+    for case in ElementTree.parse(report).iter("testcase"):
+        kinds = {child.tag for child in case}
+        if kinds & {"failure", "error"}:
+            failed.append(f"{case.get('classname')}.{case.get('name')}")
+        else:
+            counts["skipped" if "skipped" in kinds else "passed"] += 1
+    if result.returncode and not failed:
+        failed.append(f"make test ended with {result.returncode}")
+    return {**counts, "failed": failed, "seconds": round(time.monotonic() - start)}
+
+
+def _git(*arguments: str, folder: Path = ROOT) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {"suite": ten_runs}
