@@ -2,32 +2,54 @@
 
 Rendering a conversation again after each turn would decode what the model sampled and encode it anew, and the tokens
 that are trained on would drift from those that were sampled. So the next prompt is the old tokens plus `extend`: what
-the template puts between a sampled turn and the next. It is found with a stand-in for the sampled turn, whose text is
-cut off again; what was sampled is never looked at.
+the template puts between a sampled turn and the next. The template is shown a probe, a short conversation of our own,
+and then the new messages; the probe's text, which is known, is cut off at the front. What was sampled is never looked
+at. Two probes must give the same, so that nothing of them reaches a prompt.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product, takewhile
 from typing import Any, Protocol
 
-from services.common.errors import DomainError, Reason, invalid_field
+from services.common.errors import DomainError, Reason
 from services.common.inference import Continuation, Feature, Message, Role, Tool, ToolCall
+from services.policy.chat_messages import dictionaries, function
+from services.policy.literals import ControlTokens, Literals
 
-_OPENING = Message(Role.USER, "Hi")
-_STAND_IN = "standin"
-_ANSWER = Message(Role.ASSISTANT, _STAND_IN)
-_THOUGHT = Message(Role.ASSISTANT, "<think>\nstandin thought\n</think>\n\nstandin")
-_CALL = Message(Role.ASSISTANT, "", (ToolCall(_STAND_IN, '{"standin": "argument"}'),))
-_RESULT = Message(Role.TOOL, "resultprobe", name=_STAND_IN)
 _TOOL = Tool("toolprobe", "Does it", '{"type": "object", "properties": {}}')
 _SYSTEM_PROBE = "systemprobe"
+_RESULT = Message(Role.TOOL, "resultprobe", name="standin")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Stands in for what was said: a question and its answer, or a call of a tool."""
+
+    question: Message
+    answer: Message
+    call: Message
+
+
+def _probe(question: str, answer: str) -> Probe:
+    call = ToolCall(answer, f'{{"{answer}": "argument"}}')
+    return Probe(Message(Role.USER, question), Message(Role.ASSISTANT, answer), Message(Role.ASSISTANT, "", (call,)))
+
+
+_PROBES = (_probe("Hi", "standin"), _probe("Go", "onward"))  # the answers end in different letters
+_THOUGHT = Message(Role.ASSISTANT, "<think>\nstandin thought\n</think>\n\nstandin")
+_FOLLOWING = Message(Role.USER, "Go on")
 
 
 class TemplateFailure(Exception):
     """The chat template refused a conversation; the message is the template's."""
+
+
+class NoTurnEnd(Exception):
+    """The chat template closes an assistant's turn with no token; the message says with what."""
 
 
 class Template(Protocol):
@@ -36,14 +58,16 @@ class Template(Protocol):
     ) -> str:
         """The conversation as text, special tokens included. Raises TemplateFailure.
 
-        Messages and tools have the form of OpenAI's chat completions, arguments and parameters as objects:
+        Messages and tools have the form of OpenAI's chat completions:
         https://huggingface.co/docs/transformers/chat_extras
         """
 
 
-class Encode(Protocol):
-    def __call__(self, text: str, /) -> list[int]:
-        """Token ids; special tokens are recognised and none is added."""
+class Encoder(Protocol):
+    controls: ControlTokens
+
+    def encode(self, text: str, /) -> list[int]:
+        """Token ids; control tokens are recognised and none is added."""
 
 
 class Chat:
@@ -58,10 +82,13 @@ class Chat:
     by an empty line, as the templates of the later Gemmas do it themselves.
     """
 
-    def __init__(self, template: Template | None, encode: Encode, end_of_turn_token_ids: Collection[int]):
+    def __init__(self, template: Template | None, encoder: Encoder, end_of_turn_token_ids: Collection[int]):
         self._template = template
-        self._encode = encode
+        self._encoder = encoder
         self._end_of_turn = frozenset(end_of_turn_token_ids)
+        self._text_arguments = False
+        self._call_content = ""  # of the call that stands in for one that was sampled
+        self._tools_failure = ""
         self.has_system_role = template is not None and self._shows_system()
         self.has_tools = template is not None and self._shows_tools()
         self._closing = ""
@@ -92,51 +119,62 @@ class Chat:
             raise DomainError(Reason.EMPTY_PROMPT, "messages: at least one is needed")
         if tools:
             self._need_tools("tools")
-        checked = self._checked("messages", messages)
-        shown = [_function(f"tools[{index}]", tool) for index, tool in enumerate(tools)]
-        return tuple(self._encode(self._apply(self._merged(messages, checked), shown, add_generation_prompt=True)))
+        checked = self._merged(messages, self._checked("messages", messages))
+        shown = [function(f"tools[{index}]", tool) for index, tool in enumerate(tools)]
+        literals = Literals(self._encoder.encode, self._encoder.controls)
+        literals.hide(checked, shown)
+        return tuple(literals.encode(self._apply(checked, shown, add_generation_prompt=True)))
 
     def _extend_uncached(self, messages: tuple[Message, ...], turn_closed: bool) -> tuple[int, ...]:
         if not messages:
             raise DomainError(Reason.EMPTY_PROMPT, "continuation.messages: at least one is needed")
-        appended = self._after_stand_in(messages, self._checked("continuation.messages", messages))
-        ids = self._encode(appended)
+        checked = self._checked("continuation.messages", messages)
+        literals = Literals(self._encoder.encode, self._encoder.controls)
+        literals.hide(checked, [])
+        appended, other = (self._after(probe, messages, checked) for probe in _PROBES)
+        if appended != other:
+            raise _rewrites_history()
+        ids = literals.encode(appended)
         if not turn_closed:
             return tuple(ids)
         # The model closed its turn itself: its closing token takes the place of the template's.
-        closing = self._encode(self._closing)
+        closing = self._encoder.encode(self._closing)
         for index, token in enumerate(ids[: len(closing)]):
             if token in self._end_of_turn:
                 return tuple(ids[index + 1 :])
         return tuple(ids)
 
-    def _after_stand_in(self, messages: Sequence[Message], checked: list[dict[str, Any]]) -> str:
+    def _after(self, probe: Probe, messages: Sequence[Message], checked: list[dict[str, Any]]) -> str:
         """What the template puts after an assistant's turn, its closing included, when these messages follow."""
         # Some templates show answers of tools only where there are tools, and some models have two templates.
-        tools = [_function("", _TOOL)] if any(map(_is_of_tools, messages)) else []
-        before = [_dictionary("", message) for message in (_OPENING, _ANSWER)]
+        tools = [function("", _TOOL)] if any(map(_is_of_tools, messages)) else []
         if messages[0].role is not Role.TOOL:
-            return self._apply([*before, *checked], tools, add_generation_prompt=True).partition(_STAND_IN)[2]
-        # What tools answer follows a call, and some templates insist on it; what follows the call is found by the text
-        # before, since templates write calls in many ways.
-        before[-1] = _dictionary("", _CALL)
-        opened = self._apply(before[:-1], tools, add_generation_prompt=True)
+            before = self._dictionaries(probe.question, probe.answer)
+            known = self._apply(before[:1], tools, add_generation_prompt=True) + probe.answer.content
+            return _cut(self._apply([*before, *checked], tools, add_generation_prompt=True), known)
+        # What tools answer follows a call, and some templates insist on it.
+        before = self._dictionaries(probe.question, replace(probe.call, content=self._call_content))
+        opened = self._apply(before[:1], tools, add_generation_prompt=True)
         called = self._apply(before, tools, add_generation_prompt=False)
-        text = self._apply([*before, *checked], tools, add_generation_prompt=True)
-        if not (called.startswith(opened) and text.startswith(called) and called.endswith(self._closing)):
+        _cut(called, opened)
+        if not called.endswith(self._closing):
             raise _rewrites_history()
-        return self._closing + text.removeprefix(called)
+        return self._closing + _cut(self._apply([*before, *checked], tools, add_generation_prompt=True), called)
 
     def _checked(self, field: str, messages: Sequence[Message]) -> list[dict[str, Any]]:
         if any(map(_is_of_tools, messages)):
             self._need_tools(field)
-        return [_dictionary(f"{field}[{index}]", message) for index, message in enumerate(messages)]
+        return dictionaries(field, messages, text_arguments=self._text_arguments)
+
+    def _dictionaries(self, *messages: Message) -> list[dict[str, Any]]:
+        return dictionaries("", messages, text_arguments=self._text_arguments)
 
     def _need_tools(self, field: str) -> None:
         if self._template is not None and not self.has_tools:
+            said = f"refuses a call of a tool: {self._tools_failure}" if self._tools_failure else "shows no tools"
             raise DomainError(
                 Reason.UNSUPPORTED_OPTION,
-                f"{field}: the chat template of this model shows no tools",
+                f"{field}: the chat template of this model {said}",
                 field=field,
                 feature=Feature.TOOLS.value,
             )
@@ -153,7 +191,7 @@ class Chat:
                 "the first user message, and no user message follows it",
             )
         merged = "\n\n".join(message.content for message in messages[: leading + 1])
-        return [_dictionary("", Message(Role.USER, merged)), *checked[leading + 1 :]]
+        return [*self._dictionaries(Message(Role.USER, merged)), *checked[leading + 1 :]]
 
     def _apply(
         self,
@@ -171,32 +209,45 @@ class Chat:
 
     def _shows_system(self) -> bool:
         """Some templates raise on a system message, others leave it out without a word."""
-        return self._shows([_SYSTEM_PROBE], [Message(Role.SYSTEM, _SYSTEM_PROBE), _OPENING])
-
-    def _shows_tools(self) -> bool:
-        """What has no place in a template is left out without a word."""
-        return self._shows([_TOOL.name, _STAND_IN, _RESULT.content], [_OPENING, _CALL, _RESULT], [_TOOL])
-
-    def _shows(self, words: Sequence[str], messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
-        probe = [_dictionary("", message) for message in messages]
         try:
-            text = self._apply(probe, [_function("", tool) for tool in tools], add_generation_prompt=True)
+            probe = self._dictionaries(Message(Role.SYSTEM, _SYSTEM_PROBE), _PROBES[0].question)
+            return _SYSTEM_PROBE in self._apply(probe, add_generation_prompt=True)
         except DomainError:
             return False
-        return all(word in text for word in words)
+
+    def _shows_tools(self) -> bool:
+        """What has no place in a template is left out without a word. Finds the form in which it takes calls."""
+        probe, is_silent = _PROBES[0], False
+        for self._text_arguments, self._call_content in product((False, True), ("", "I call it.")):
+            call = replace(probe.call, content=self._call_content)
+            try:
+                text = self._apply(
+                    self._dictionaries(probe.question, call, _RESULT),
+                    [function("", _TOOL)],
+                    add_generation_prompt=True,
+                )
+            except DomainError as failure:
+                self._tools_failure = self._tools_failure or failure.message
+                continue
+            if all(word in text for word in (_TOOL.name, probe.answer.content, _RESULT.content)):
+                return True
+            is_silent = True
+        if is_silent:
+            self._tools_failure = ""
+        return False
 
     def _keeps_history(self) -> bool:
         """Whether every conversation's text begins with what was shown and sampled before its last message.
 
         Also finds the text that closes an assistant's turn.
         """
-        opening, following = _dictionary("", _OPENING), _dictionary("", Message(Role.USER, "Go on"))
+        question = _PROBES[0].question
         try:
-            shown = self._apply([opening], add_generation_prompt=True)
-            for answer in (_ANSWER, _THOUGHT):
-                turns = [opening, _dictionary("", answer)]
-                finished = self._apply(turns, add_generation_prompt=False)
-                continued = self._apply([*turns, following], add_generation_prompt=True)
+            shown = self._apply(self._dictionaries(question), add_generation_prompt=True)
+            for answer in (_PROBES[0].answer, _THOUGHT):
+                turns = self._dictionaries(question, answer, _FOLLOWING)
+                finished = self._apply(turns[:2], add_generation_prompt=False)
+                continued = self._apply(turns, add_generation_prompt=True)
                 sampled = shown + answer.content
                 if not finished.startswith(sampled) or not continued.startswith(sampled):
                     return False
@@ -206,45 +257,44 @@ class Chat:
         return True
 
 
+def turn_end(template: Template, encoder: Encoder, end_of_turn_token_ids: Collection[int]) -> int | None:
+    """The token with which the template closes an assistant's turn, when it is none of these; else None.
+
+    A turn that has no closing of its own ends where the header of the next begins (GLM 4). Raises NoTurnEnd when
+    neither holds a control token: then nothing that a model samples says that its turn is over.
+    """
+    try:
+        turns = [dictionaries("", (probe.question, probe.answer, _FOLLOWING)) for probe in _PROBES]
+        closing = _common_end([template(turn[:2], tools=[], add_generation_prompt=False) for turn in turns])
+        following = _common_end([template(turn, tools=[], add_generation_prompt=True) for turn in turns])
+    except TemplateFailure:
+        return None  # a template for single turns
+    ids = encoder.encode(closing or following)
+    if not closing:
+        ids = ids[:1]
+    if any(token in end_of_turn_token_ids for token in ids):
+        return None
+    for token in ids:
+        if token in encoder.controls:
+            return token
+    raise NoTurnEnd(f"the chat template closes an assistant's turn with {closing!r}, and not with a control token")
+
+
+def _common_end(texts: Sequence[str]) -> str:
+    backwards = zip(*(reversed(text) for text in texts), strict=False)
+    same = takewhile(lambda characters: len(set(characters)) == 1, backwards)
+    return "".join(characters[0] for characters in same)[::-1]
+
+
+def _cut(text: str, known: str) -> str:
+    """What follows `known`, with which the text must begin."""
+    if not text.startswith(known):
+        raise _rewrites_history()
+    return text[len(known) :]
+
+
 def _is_of_tools(message: Message) -> bool:
     return message.role is Role.TOOL or bool(message.tool_calls)
-
-
-def _dictionary(field: str, message: Message) -> dict[str, Any]:
-    """`field` is what a caller calls the message."""
-    if message.tool_calls and message.role is not Role.ASSISTANT:
-        raise invalid_field(f"{field}.tool_calls", "none: only the assistant calls tools")
-    if message.name and message.role is not Role.TOOL:
-        raise invalid_field(f"{field}.name", "none: only a tool's answer has a name")
-    shown: dict[str, Any] = {"role": message.role.value, "content": message.content}
-    if message.name:
-        shown["name"] = message.name
-    if message.tool_calls:
-        shown["tool_calls"] = [
-            _call(f"{field}.tool_calls[{index}]", call) for index, call in enumerate(message.tool_calls)
-        ]
-    return shown
-
-
-def _call(field: str, call: ToolCall) -> dict[str, Any]:
-    arguments = _object(f"{field}.arguments", call.arguments)
-    return {"type": "function", "function": {"name": call.name, "arguments": arguments}}
-
-
-def _function(field: str, tool: Tool) -> dict[str, Any]:
-    parameters = _object(f"{field}.parameters", tool.parameters)
-    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    return {"type": "function", "function": function}
-
-
-def _object(field: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise invalid_field(field, f"a JSON object ({error})") from error
-    if not isinstance(value, dict):
-        raise invalid_field(field, "a JSON object")
-    return value
 
 
 def _rewrites_history() -> DomainError:

@@ -26,6 +26,7 @@ from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, 
 from services.policy.chat import Chat
 from services.policy.client import PolicyClient
 from services.policy.config import ModelSettings
+from services.policy.literals import ControlTokens
 from tests.support.policy import Serving, serving
 
 WORDS = ("up", "down", "left", "right")
@@ -128,11 +129,18 @@ class ScriptedBackend:
         self.closed = True
 
 
+class _NoEncoder:
+    controls = ControlTokens([], lambda text: ([], []))
+
+    def encode(self, text: str, /) -> list[int]:
+        return []
+
+
 class _WordChat(Chat):
     """A token for each message, and one for the header of the assistant's turn."""
 
     def __init__(self) -> None:
-        super().__init__(None, lambda text: [], ())
+        super().__init__(None, _NoEncoder(), ())
         self.has_tools = True
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> tuple[int, ...]:

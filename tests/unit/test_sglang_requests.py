@@ -28,7 +28,7 @@ from tests.support.tiny_model import write_tiny_model
 
 def sent(**sampling: Any) -> dict[str, Any]:
     ask = Ask([5, 6, 7], SamplingParams(**sampling), priority=3)
-    body = requests.encode(ask, "rid", "adapter", 20, stream=False, priority=True)
+    body = requests.encode(ask, "rid", "adapter", 20, (1,), stream=False, priority=True)
     found: dict[str, Any] = json.loads(body)
     return found
 
@@ -59,7 +59,7 @@ def test_options_go_by_the_names_that_sglang_has() -> None:
         "sampling_seed": -3,
         "stop": ["x"],
         "no_stop_trim": True,
-        "stop_token_ids": [9],
+        "stop_token_ids": [1, 9],
     }
     assert sent(max_tokens=100)["sampling_params"]["max_new_tokens"] == 17  # the context has no room for more
     assert sent()["sampling_params"]["top_k"] == -1
@@ -112,6 +112,8 @@ def test_why_it_ended() -> None:
     assert reason(8, {"type": "stop", "matched": "e"}, stop=("e",)) is StopReason.STOP_STRING
     assert reason(8, LENGTH, max_tokens=2) is StopReason.MAX_TOKENS
     assert reason(8, LENGTH, max_tokens=3) is StopReason.CONTEXT_FULL
+    assert reason(1, LENGTH, max_tokens=2) is StopReason.END_OF_TURN, "the last token decides"
+    assert reason(9, LENGTH, max_tokens=2, stop_token_ids=(9,)) is StopReason.STOP_TOKEN
 
 
 def test_what_is_no_answer() -> None:

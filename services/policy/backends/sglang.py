@@ -270,6 +270,7 @@ class SglangBackend:
             rid,
             self._adapter(ask, target),
             self._info.context_length,
+            self._info.end_of_turn_token_ids,
             stream=stream,
             priority=Feature.PRIORITY in self._info.features,
         )

@@ -9,7 +9,8 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from services.policy.backend import UnsupportedModel
-from services.policy.chat import Chat, TemplateFailure
+from services.policy.chat import Chat, NoTurnEnd, TemplateFailure, turn_end
+from services.policy.literals import AddedToken, ControlTokens, Span
 
 
 class Tokenizer:
@@ -19,6 +20,8 @@ class Tokenizer:
         self.inner = inner
         inner.backend_tokenizer.no_truncation()  # some files state one; a prompt that is too long is an error here
         inner.backend_tokenizer.no_padding()
+        added = inner.added_tokens_decoder.items()
+        self.controls = ControlTokens([AddedToken(i, str(t.content), bool(t.special)) for i, t in added], self._spans)
 
     @classmethod
     def load(cls, source: str) -> Tokenizer:
@@ -32,25 +35,36 @@ class Tokenizer:
         return cls(inner)
 
     def encode(self, text: str) -> list[int]:
-        """Special tokens are recognised, and none is added."""
+        """Control tokens are recognised, and none is added."""
         # The inner tokenizer: transformers' wrapper takes five times as long, and is not made for several threads.
         ids: list[int] = self.inner.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def _spans(self, text: str) -> tuple[list[int], list[Span]]:
+        encoding = self.inner.backend_tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """With or without special tokens."""
         return str(self.inner.decode(token_ids, skip_special_tokens=not special))
 
     def end_of_turn(self, *others: object) -> tuple[int, ...]:
-        """What the tokenizer and these, a model's configuration or generation settings, call the end of a turn."""
+        """What the tokenizer and these, a model's configuration or generation settings, call the end of a turn, and the
+        token with which the chat template closes one. Raises UnsupportedModel when it closes turns with no token."""
         found: set[int] = set()
         for source in (self.inner, *others):
             value = getattr(source, "eos_token_id", None)
             found |= {value} if isinstance(value, int) else set(value or ())
+        if self.inner.chat_template:
+            try:
+                closing = turn_end(self._template, self, found)
+            except NoTurnEnd as error:
+                raise UnsupportedModel(f"{error}, so nothing tells when a reply is over") from error
+            found |= {closing} if closing is not None else set()
         return tuple(sorted(found))
 
     def chat(self, end_of_turn: Sequence[int]) -> Chat:
-        return Chat(self._template if self.inner.chat_template else None, self.encode, end_of_turn)
+        return Chat(self._template if self.inner.chat_template else None, self, end_of_turn)
 
     def _template(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool

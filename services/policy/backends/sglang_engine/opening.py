@@ -201,7 +201,7 @@ async def _load(pool: Pool, present: Sequence[Server], *, loaded: bool) -> None:
 async def _repeats(server: Server) -> bool:
     """Whether a seed makes sampling repeatable, rather than being ignored."""
     ask = Ask([0], SamplingParams(temperature=1.0, max_tokens=8, seed=1))
-    bodies = [requests.encode(ask, uuid.uuid4().hex, "", 16, stream=False, priority=False) for _ in range(2)]
+    bodies = [requests.encode(ask, uuid.uuid4().hex, "", 16, (), stream=False, priority=False) for _ in range(2)]
     try:
         first, second = [requests.decode(await server.connection.generate(body, 60.0)) for body in bodies]
     except (Unreachable, Refused, requests.BadAnswer):

@@ -92,7 +92,17 @@ def room(ask: Ask, context_length: int) -> int:
     return min(ask.sampling.max_tokens, context_length - len(ask.token_ids))
 
 
-def encode(ask: Ask, rid: str, adapter: str, context_length: int, *, stream: bool, priority: bool) -> bytes:
+def encode(
+    ask: Ask,
+    rid: str,
+    adapter: str,
+    context_length: int,
+    end_of_turn: Collection[int],
+    *,
+    stream: bool,
+    priority: bool,
+) -> bytes:
+    """`end_of_turn`: the server knows those of the model's configuration by itself, and not that of a chat template."""
     sampling = ask.sampling
     only_the_likeliest = sampling.temperature > 0 and sampling.top_k == 1
     params: dict[str, object] = {
@@ -106,8 +116,8 @@ def encode(ask: Ask, rid: str, adapter: str, context_length: int, *, stream: boo
     if sampling.stop:
         params["stop"] = sampling.stop
         params["no_stop_trim"] = True
-    if sampling.stop_token_ids:
-        params["stop_token_ids"] = sampling.stop_token_ids
+    if stops := sorted({*sampling.stop_token_ids, *end_of_turn}):
+        params["stop_token_ids"] = stops
     if sampling.regex is not None:
         params["regex"] = sampling.regex
     if sampling.json_schema is not None:
@@ -247,14 +257,16 @@ class Reader:
 def stop_reason(
     answer: Answer, token_ids: Sequence[int], sampling: SamplingParams, end_of_turn: Collection[int]
 ) -> StopReason:
-    """Of these tokens, all that were sampled. The order is that of the transformers backend."""
+    """Of these tokens, all that were sampled. The last token decides, whatever the server calls the end: it says
+    `length` of a turn that closes with the last token there was room for. The order is that of the transformers
+    backend."""
     finish = answer.meta_info.finish_reason
     assert finish is not None
+    last = token_ids[-1] if token_ids else -1
+    if last in end_of_turn:
+        return StopReason.END_OF_TURN
+    if last in sampling.stop_token_ids:
+        return StopReason.STOP_TOKEN
     if finish.type == "stop":
-        last = token_ids[-1] if token_ids else -1
-        if last in end_of_turn:
-            return StopReason.END_OF_TURN
-        if last in sampling.stop_token_ids:
-            return StopReason.STOP_TOKEN
         return StopReason.STOP_STRING if isinstance(finish.matched, str) else StopReason.END_OF_TURN
     return StopReason.MAX_TOKENS if len(token_ids) >= sampling.max_tokens else StopReason.CONTEXT_FULL
