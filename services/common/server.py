@@ -125,6 +125,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             if isinstance(error, TimeoutError) and limit.expired():
                 logged.timed_out()
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the server's default deadline passed")
+            if context.code() is grpc.StatusCode.UNIMPLEMENTED:  # by a generated base class, then it raises
+                logged.unimplemented()
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, context.details())
             logged.broke(error)
             await context.abort(grpc.StatusCode.INTERNAL, fault(error))
 
@@ -203,6 +206,9 @@ class _Logged:
 
     def timed_out(self) -> None:
         self._status = "DEADLINE_EXCEEDED"
+
+    def unimplemented(self) -> None:
+        self._status = "UNIMPLEMENTED"
 
     def broke(self, error: Exception) -> None:
         self._status, self._error = "INTERNAL", error

@@ -155,7 +155,7 @@ def _check_config(header: UploadHeader) -> None:
         return
     try:
         config = json.loads(header.adapter_config)
-    except ValueError:
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise invalid_field("header.adapter_config", "a JSON object")
