@@ -27,10 +27,12 @@ _LINES_LOST = Counter("mulligan_log_lines_lost", "Log lines that could not be wr
 
 
 def configure_logging(settings: ServiceSettings) -> None:
+    if sys.stderr is None:  # closed when the process began: no other file may get its number
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if settings.log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr is not None and sys.stderr.isatty())
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     )
     structlog.configure(
         processors=[
@@ -107,8 +109,6 @@ class _Stderr:
         pass
 
     def msg(self, line: str) -> None:
-        if sys.stderr is None:  # it was closed when the process began: its number may be another file's by now
-            raise OSError("stderr is closed")
         rest = line[:LINE_LIMIT].encode("utf-8", "backslashreplace") + b"\n"
         if _Stderr._torn:
             rest = b"\n" + rest

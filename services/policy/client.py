@@ -92,7 +92,8 @@ class PolicyClient:
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
     ) -> tuple[Completion, ...]:
         request = _encoded(generate_to_proto, prompt, sampling, n, options)
-        return completions_from_proto(await self._connection.call(self._stub.Generate, request, timeout=self._timeout))
+        response = await self._connection.call(self._stub.Generate, request, timeout=self._timeout)
+        return self._connection.read(lambda answer: completions_from_proto(answer, n), response)
 
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
@@ -101,7 +102,7 @@ class PolicyClient:
         request = pb.StreamGenerateRequest(request=_encoded(generate_to_proto, prompt, sampling, n, options))
         async with self._connection.stream(self._stub.StreamGenerate, request, timeout=self._timeout) as parts:
             async for part in parts:
-                yield part_from_proto(part)
+                yield self._connection.read(part_from_proto, part)
 
     async def score(
         self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, options: CallOptions = _PLAIN
@@ -172,7 +173,7 @@ class PolicyClient:
         request = admin_pb.ListVersionsRequest(policy=policy, page_size=1000)
         while True:
             response = await self._admin.call(self._admin_stub.ListVersions, request, timeout=self._timeout)
-            found += map(version_from_proto, response.versions)
+            found += self._admin.read(lambda answer: [*map(version_from_proto, answer.versions)], response)
             request.page_token = response.next_page_token
             if not request.page_token:
                 return tuple(found)

@@ -47,8 +47,8 @@ _BOUNDS = {
 
 
 class Mutations:
-    """`plausible` has good values by the name of a field, where those are not to be guessed; of a field without any it is
-    left out of good requests. Equal seeds give equal requests."""
+    """`plausible` has good values by the name of a field, where those are not to be guessed; a field that has none is
+    left out of half of the good requests. Equal seeds give equal requests."""
 
     def __init__(self, seed: object, plausible: Mapping[str, Sequence[Any]]):
         self._random = random.Random(str(seed))
