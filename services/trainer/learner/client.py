@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Self
 
 import structlog
@@ -68,7 +69,7 @@ class LearnerClient:
         for part in self._parts(data):
             request = pb.ForwardRequest(**self._ids, data=data_to_proto(part))
             response = await self._connection.call(self._stub.Forward, request, timeout=CALL_SECONDS)
-            results += [tuple(item.log_probs) for item in response.log_probs]
+            results += self._connection.read(partial(_log_probs, part), response)
         return results
 
     async def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
@@ -81,7 +82,7 @@ class LearnerClient:
             response = await self._connection.call(self._stub.ForwardBackward, request, timeout=CALL_SECONDS)
             self._next_sequence += 1
             metrics.append(dict(response.metrics))
-        return merge(metrics)
+        return self._connection.read(lambda _: merge(metrics), response)
 
     async def optim_step(self) -> dict[str, float]:
         request = pb.OptimStepRequest(**self._ids, sequence=self._next_sequence)
@@ -138,6 +139,14 @@ class LearnerClient:
                 start, size = index, 0
             size += cost
         yield data[start:]
+
+
+def _log_probs(data: Sequence[Datum], response: pb.ForwardResponse) -> list[tuple[float, ...]]:
+    """Raises ValueError when they are not one for each trained token."""
+    found = [tuple(item.log_probs) for item in response.log_probs]
+    if [len(log_probs) for log_probs in found] != [sum(datum.loss_mask) for datum in data]:
+        raise ValueError(f"log-probabilities that are not one for each trained token of {len(data)} data")
+    return found
 
 
 def _message_bytes(datum: Datum) -> int:
