@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
+from mulligan.trainer.v1 import learner_service_pb2_grpc, run_service_pb2_grpc
 from mulligan.trainer.v1 import run_service_pb2 as pb
-from mulligan.trainer.v1 import run_service_pb2_grpc
 
 from services.common.channel import Connection, Endpoint
 from services.common.errors import CallFailed
@@ -16,6 +17,8 @@ from services.common.types import Experience
 from services.common.wire import experience_from_proto
 from services.trainer.events import Entry, EvaluationEvent
 from services.trainer.folder import RunState
+from services.trainer.learner.settings import LearnerInfo
+from services.trainer.learner.wire import info_from_proto
 from services.trainer.settings import EvaluationSettings, RunSettings
 from services.trainer.wire import (
     entry_from_proto,
@@ -126,6 +129,27 @@ class RunClient:
 
     def _run(self, response: Any) -> RunInfo:
         return self._connection.read(lambda answer: _info(answer.run), response)
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+class LearnersClient:
+    """Looks after the learners that a server holds; `learner/client.py` trains with one."""
+
+    def __init__(self, endpoint: Endpoint):
+        self._connection = Connection(endpoint)
+        self._stub = learner_service_pb2_grpc.LearnerServiceStub(self._connection.channel)
+
+    async def list(self) -> tuple[LearnerInfo, ...]:
+        request = learner_pb.ListLearnersRequest()
+        response = await self._connection.call(self._stub.ListLearners, request, timeout=CALL_SECONDS)
+        return self._connection.read(lambda answer: tuple(map(info_from_proto, answer.learners)), response)
+
+    async def delete(self, learner_id: str, owner: str) -> None:
+        """An unknown one succeeds. Raises DomainError LEARNER_OWNED: it has another owner."""
+        request = learner_pb.DeleteLearnerRequest(learner_id=learner_id, owner=owner)
+        await self._connection.call(self._stub.DeleteLearner, request, timeout=CALL_SECONDS)
 
     async def close(self) -> None:
         await self._connection.close()

@@ -64,6 +64,11 @@ class LearnerServiceStub:
                 request_serializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerRequest.SerializeToString,
                 response_deserializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerResponse.FromString,
                 _registered_method=True)
+        self.ListLearners = channel.unary_unary(
+                '/mulligan.trainer.v1.LearnerService/ListLearners',
+                request_serializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersRequest.SerializeToString,
+                response_deserializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersResponse.FromString,
+                _registered_method=True)
         self.DeleteLearner = channel.unary_unary(
                 '/mulligan.trainer.v1.LearnerService/DeleteLearner',
                 request_serializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.DeleteLearnerRequest.SerializeToString,
@@ -128,14 +133,22 @@ class LearnerServiceServicer:
         """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
         LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND:
         metadata `source`.
-        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
+        metadata `learner_id` and `owner` the one that has been idle for longest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetLearner(self, request, context):
-        """Idempotent.
+        """Idempotent. The cheapest call that renews a lease.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLearners(self, request, context):
+        """All that the server holds, by id. It renews no lease. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,6 +219,11 @@ def add_LearnerServiceServicer_to_server(servicer, server):
                     servicer.GetLearner,
                     request_deserializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerRequest.FromString,
                     response_serializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerResponse.SerializeToString,
+            ),
+            'ListLearners': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLearners,
+                    request_deserializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersRequest.FromString,
+                    response_serializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersResponse.SerializeToString,
             ),
             'DeleteLearner': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteLearner,
@@ -317,6 +335,33 @@ class LearnerService:
             '/mulligan.trainer.v1.LearnerService/GetLearner',
             mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerRequest.SerializeToString,
             mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLearners(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mulligan.trainer.v1.LearnerService/ListLearners',
+            mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersRequest.SerializeToString,
+            mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,10 +40,13 @@ class LearnerServiceStub:
     """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
     LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND:
     metadata `source`.
-    RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
+    RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
+    metadata `learner_id` and `owner` the one that has been idle for longest.
     """
     GetLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.GetLearnerRequest, _learner_service_pb2.GetLearnerResponse]
-    """Idempotent."""
+    """Idempotent. The cheapest call that renews a lease."""
+    ListLearners: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ListLearnersRequest, _learner_service_pb2.ListLearnersResponse]
+    """All that the server holds, by id. It renews no lease. Idempotent."""
     DeleteLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _learner_service_pb2.DeleteLearnerResponse]
     """Frees the learner; what it has not saved is lost. Idempotent: an unknown one succeeds."""
     Forward: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ForwardRequest, _learner_service_pb2.ForwardResponse]
@@ -98,7 +101,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
         LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND:
         metadata `source`.
-        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
+        metadata `learner_id` and `owner` the one that has been idle for longest.
         """
 
     @_abc_1.abstractmethod
@@ -107,7 +111,15 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.GetLearnerRequest,
         context: _aio.ServicerContext[_learner_service_pb2.GetLearnerRequest, _abc.Awaitable[_learner_service_pb2.GetLearnerResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.GetLearnerResponse]:
-        """Idempotent."""
+        """Idempotent. The cheapest call that renews a lease."""
+
+    @_abc_1.abstractmethod
+    def ListLearners(
+        self,
+        request: _learner_service_pb2.ListLearnersRequest,
+        context: _aio.ServicerContext[_learner_service_pb2.ListLearnersRequest, _abc.Awaitable[_learner_service_pb2.ListLearnersResponse]],
+    ) -> _abc.Awaitable[_learner_service_pb2.ListLearnersResponse]:
+        """All that the server holds, by id. It renews no lease. Idempotent."""
 
     @_abc_1.abstractmethod
     def DeleteLearner(
