@@ -41,11 +41,12 @@ class LearnerServiceStub:
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
     learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
     FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
-    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
-    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
-    the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`; MALFORMED_MESSAGE for
+    bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a server sees them),
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without
+    ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel):
@@ -122,11 +123,12 @@ class LearnerServiceServicer:
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
     learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
     FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
-    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
-    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
-    the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`; MALFORMED_MESSAGE for
+    bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a server sees them),
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without
+    ErrorInfo (a fault of the server, which its log explains).
     """
 
     def CreateLearner(self, request, context):
@@ -284,11 +286,12 @@ class LearnerService:
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
     learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
     FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
-    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
-    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
-    the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`; MALFORMED_MESSAGE for
+    bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a server sees them),
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without
+    ErrorInfo (a fault of the server, which its log explains).
     """
 
     @staticmethod
