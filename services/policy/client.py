@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import grpc
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as pb
@@ -43,6 +44,9 @@ T = TypeVar("T")
 _PLAIN = CallOptions()
 _PAGE = 1000
 _PIECE_BYTES = 2 * 2**20  # of an upload
+# What grpc.aio says now and then in place of a refusal, when the server refuses an upload to which this side still
+# writes. The refusal comes with another try.
+_WRITTEN_TO_AN_ENDED_CALL, _TRIES = "Internal error from Core", 8
 
 
 class PolicyClient:
@@ -159,11 +163,18 @@ class PolicyClient:
         )
 
         async def send(header: admin_pb.UploadWeightsRequest.Header, **options: Any) -> admin_pb.UploadWeightsResponse:
-            with await asyncio.to_thread(file.open, "rb") as stream:
-                response: admin_pb.UploadWeightsResponse = await self._admin_stub.UploadWeights(
-                    _pieces(header, stream), **options
-                )
-                return response
+            tries = _TRIES
+            while True:
+                with await asyncio.to_thread(file.open, "rb") as stream:
+                    try:
+                        response: admin_pb.UploadWeightsResponse = await self._admin_stub.UploadWeights(
+                            _pieces(header, stream), **options
+                        )
+                        return response
+                    except grpc.aio.AioRpcError as error:
+                        tries -= 1
+                        if error.details() != _WRITTEN_TO_AN_ENDED_CALL or not tries:
+                            raise
 
         return (await self._admin.call(send, header, timeout=self._update_timeout)).uri
 

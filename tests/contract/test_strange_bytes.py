@@ -216,3 +216,69 @@ def test_a_long_id_is_cut_in_the_answer_and_in_the_log(servers: dict[str, Servic
             assert len(answer.message) < 2_000
     assert server.is_healthy()
     assert len(server.log) - before < 10_000
+
+
+def test_metadata_may_be_long(servers: dict[str, ServiceProcess]) -> None:
+    server = servers["memory"]
+    with grpc.insecure_channel(server.address) as channel:
+        get = channel.unary_unary("/mulligan.memory.v1.MemoryService/GetSnapshot", request_serializer=None)
+        for key, value, code in (
+            ("x-long", "x" * 8_000, grpc.StatusCode.OK),
+            ("x-long", "x" * 100_000, grpc.StatusCode.RESOURCE_EXHAUSTED),
+            ("x-bytes-bin", bytes(range(256)), grpc.StatusCode.OK),
+        ):
+            try:
+                get(b"\x0a\x05scope", metadata=((key, value),), timeout=CALL_SECONDS)
+                found = grpc.StatusCode.OK
+            except grpc.RpcError as error:
+                found = error.code()
+            assert found is code, key
+    assert server.is_healthy()
+
+
+def header(**changes: Any) -> bytes:
+    fields: dict[str, Any] = {"kind": 1, "size_bytes": 16, "sha256": "0" * 64} | changes
+    sent = policy_admin_service_pb2.UploadWeightsRequest.Header(**fields)
+    return policy_admin_service_pb2.UploadWeightsRequest(header=sent).SerializeToString()
+
+
+def chunk(content: bytes) -> bytes:
+    return policy_admin_service_pb2.UploadWeightsRequest(chunk=content).SerializeToString()
+
+
+SAFETENSORS = (8).to_bytes(8, "little") + b"{      }"
+
+
+@pytest.mark.parametrize(
+    ("requests", "code", "reason"),
+    [
+        ([], "INVALID_ARGUMENT", "UPLOAD_INCOMPLETE"),
+        ([b""], "INVALID_ARGUMENT", "INVALID_FIELD"),
+        ([b"\xff"], "INVALID_ARGUMENT", "MALFORMED_MESSAGE"),
+        ([chunk(b"a")], "INVALID_ARGUMENT", "UPLOAD_INCOMPLETE"),
+        ([header(), b"\xff"], "INVALID_ARGUMENT", "MALFORMED_MESSAGE"),
+        ([header(), b""], "INVALID_ARGUMENT", "INVALID_FIELD"),
+        ([header(), header()], "INVALID_ARGUMENT", "UPLOAD_INCOMPLETE"),
+        ([header(), chunk(SAFETENSORS[:9]), b"\x12\xff\x01"], "INVALID_ARGUMENT", "MALFORMED_MESSAGE"),
+        ([header(), chunk(SAFETENSORS)], "FAILED_PRECONDITION", "CHECKSUM_MISMATCH"),
+        ([header(), chunk(SAFETENSORS), chunk(b"a")], "INVALID_ARGUMENT", "UPLOAD_INCOMPLETE"),
+        ([header(), chunk(SAFETENSORS[:9])], "INVALID_ARGUMENT", "UPLOAD_INCOMPLETE"),
+        ([header(), chunk(b"\xff" * 16)], "FAILED_PRECONDITION", "MODEL_MISMATCH"),
+        ([header(size_bytes=2**63 - 1)], "RESOURCE_EXHAUSTED", "UPLOAD_TOO_LARGE"),
+        ([header(size_bytes=-1)], "INVALID_ARGUMENT", "INVALID_FIELD"),
+        ([header(kind=3)], "INVALID_ARGUMENT", "INVALID_FIELD"),
+        ([header(kind=99)], "INVALID_ARGUMENT", "INVALID_FIELD"),
+        ([header(sha256="../../escape")], "INVALID_ARGUMENT", "INVALID_FIELD"),
+        ([header(kind=2, adapter_config=b"\xff")], "INVALID_ARGUMENT", "INVALID_FIELD"),
+        ([header(kind=2, adapter_config=b"[" * 200_000)], "INVALID_ARGUMENT", "INVALID_FIELD"),
+        ([header(policy="no-such")], "NOT_FOUND", "UNKNOWN_POLICY"),
+    ],
+)
+def test_an_upload_that_is_none(
+    servers: dict[str, ServiceProcess], requests: list[bytes], code: str, reason: str
+) -> None:
+    [upload] = [method for method in methods(policy_admin_service_pb2) if method.name == "UploadWeights"]
+    with grpc.insecure_channel(servers["policy"].address) as channel:
+        answer = send(channel, upload, requests)
+    assert (answer.code, answer.reason) == (code, reason), answer
+    assert "exception" not in servers["policy"].log

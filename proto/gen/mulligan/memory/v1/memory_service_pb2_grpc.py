@@ -36,8 +36,8 @@ class MemoryServiceStub:
     the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
     when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
-    than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which
-    its log explains).
+    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
+    (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel):
@@ -89,8 +89,8 @@ class MemoryServiceServicer:
     the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
     when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
-    than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which
-    its log explains).
+    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
+    (a fault of the server, which its log explains).
     """
 
     def AddReflection(self, request, context):
@@ -190,8 +190,8 @@ class MemoryService:
     the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
     when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
-    than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which
-    its log explains).
+    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
+    (a fault of the server, which its log explains).
     """
 
     @staticmethod

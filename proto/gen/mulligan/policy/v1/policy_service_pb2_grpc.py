@@ -40,7 +40,8 @@ class PolicyServiceStub:
     call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE
     with a RetryInfo: no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those
     before them), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set
-    otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log
+    explains).
     """
 
     def __init__(self, channel):
@@ -96,7 +97,8 @@ class PolicyServiceServicer:
     call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE
     with a RetryInfo: no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those
     before them), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set
-    otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log
+    explains).
     """
 
     def Generate(self, request, context):
@@ -210,7 +212,8 @@ class PolicyService:
     call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE
     with a RetryInfo: no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those
     before them), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set
-    otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log
+    explains).
     """
 
     @staticmethod

@@ -27,7 +27,8 @@ class PolicyServiceStub:
     call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE
     with a RetryInfo: no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those
     before them), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set
-    otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log
+    explains).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -76,7 +77,8 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE
     with a RetryInfo: no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those
     before them), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set
-    otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log
+    explains).
     """
 
     @_abc_1.abstractmethod

@@ -20,8 +20,8 @@ class RunServiceStub:
     the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
     when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
-    than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which
-    its log explains).
+    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
+    (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -69,8 +69,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
     when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
-    than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which
-    its log explains).
+    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
+    (a fault of the server, which its log explains).
     """
 
     @_abc_1.abstractmethod
