@@ -25,8 +25,12 @@ def list_learners(context: typer.Context, trainer: TrainerAddress = DEFAULT_ADDR
     """
     if context.invoked_subcommand is not None:
         return
+    found = run(_list(trainer))
+    if not found:
+        print("no learner")
+        return
     table = Table("learner", "owner", "model", "optimizer steps", "idle", "lease left", box=None)
-    for info in run(_list(trainer)):
+    for info in found:
         left = "for ever" if info.lease_left is None else _time(info.lease_left)
         cells = (info.learner_id, info.owner, info.model, str(info.optimizer_steps), _time(info.idle), left)
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))
