@@ -9,6 +9,7 @@ from services.cli.demo import demo
 from services.cli.env import env
 from services.cli.evaluate import evaluate
 from services.cli.experiences import experiences
+from services.cli.learners import learners
 from services.cli.memory import memory
 from services.cli.policy import policy
 from services.cli.runs import runs
@@ -30,6 +31,7 @@ for command in (demo, up, train, watch, runs, stop, resume, experiences):
 app.command("eval")(evaluate)
 app.add_typer(conformance, name="conformance")
 app.add_typer(env, name="env")
+app.add_typer(learners, name="learners")
 app.add_typer(memory, name="memory")
 app.add_typer(policy, name="policy")
 

@@ -20,6 +20,7 @@ from services.common.status import from_rpc_error
 
 log = structlog.get_logger()
 R = TypeVar("R")
+T = TypeVar("T")
 # A server that shuts down cancels what is left when its time to drain is over. A call that this side gives up raises
 # asyncio.CancelledError instead.
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
@@ -69,15 +70,16 @@ class Connection:
     async def call(self, method: Callable[..., Awaitable[R]], request: Any, *, timeout: float) -> R:
         """Makes one unary call, repeating it while the service is unreachable or full.
 
-        Raises DomainError, CallFailed (with `timed_out` when the deadline of `timeout` seconds passed), or
-        ServiceUnavailable after `outage_seconds` without an answer.
+        Raises DomainError, CallFailed (with `timed_out` when the deadline of `timeout` seconds passed, and with
+        INTERNAL when the answer is no message of the call), or ServiceUnavailable after `outage_seconds` without an
+        answer.
         """
         waits = Waits(self.endpoint.address, self.endpoint.outage_seconds)
         while True:
             try:
                 response = await method(request, timeout=timeout, metadata=self.metadata)
                 self._is_down = False
-                return response
+                return self._readable(response, _method(request))
             except grpc.aio.AioRpcError as error:
                 cause, refusal = self._retryable(error, _method(request))
             self._report(cause)
@@ -103,7 +105,7 @@ class Connection:
             try:
                 async for response in call:
                     begun, self._is_down = True, False
-                    yield response
+                    yield self._readable(response, _method(request))
                 return
             except grpc.aio.AioRpcError as error:
                 if begun:
@@ -124,6 +126,23 @@ class Connection:
         if error.code() in _GONE:
             return error.details() or "unavailable", None
         raise failure from error
+
+    def read(self, convert: Callable[[R], T], response: R) -> T:
+        """`convert(response)`. Raises CallFailed with INTERNAL for what a server of another make may answer: an unknown
+        enum value, a time that is none, a number of items that nobody asked for, …"""
+        try:
+            return convert(response)
+        except (LookupError, ValueError, TypeError, OverflowError) as error:
+            raise self._unreadable(_method(response), f"{type(error).__name__}: {error}") from error
+
+    def _readable(self, response: R, method: str) -> R:
+        """grpc.aio gives None for bytes that it cannot read."""
+        if response is None:
+            raise self._unreadable(method, "the bytes are no message of this call")
+        return response
+
+    def _unreadable(self, method: str, cause: str) -> CallFailed:
+        return CallFailed(self.endpoint.address, method, "INTERNAL", f"the answer is not of the contract: {cause}")
 
     def _failure(self, error: grpc.aio.AioRpcError, method: str) -> DomainError | CallFailed:
         found = from_rpc_error(error)
@@ -151,18 +170,20 @@ class Waits:
         self._delay = _FIRST_DELAY_SECONDS
 
     async def wait(self, cause: str, refusal: DomainError | None = None) -> None:
-        """At least as long as the service asked for in its `refusal`. Raises ServiceUnavailable when time is up."""
+        """At least as long as the service asked for in its `refusal`, where so much time is left. Raises
+        ServiceUnavailable when it is up."""
         now = time.monotonic()
         self._since = self._since or now
         if now - self._since >= self._seconds:
             raise ServiceUnavailable(self._endpoint, now - self._since, cause, refusal)
         later = refusal.retry_after.total_seconds() if refusal is not None and refusal.retry_after is not None else 0.0
-        await asyncio.sleep(max(self._delay, later) * random.uniform(1.0, 1.5))
+        left = self._seconds - (now - self._since)
+        await asyncio.sleep(min(max(self._delay, later) * random.uniform(1.0, 1.5), left))
         self._delay = min(self._delay * 2, _MAX_DELAY_SECONDS)
 
 
-def _method(request: Any) -> str:
-    return type(request).__name__.removesuffix("Request")
+def _method(message: Any) -> str:
+    return type(message).__name__.removesuffix("Request").removesuffix("Response")
 
 
 async def is_healthy(address: str, timeout: float = 2.0, *, tls_ca: bytes | None = None, tls_name: str = "") -> bool:

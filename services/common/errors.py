@@ -9,6 +9,11 @@ from __future__ import annotations
 from datetime import timedelta
 from enum import StrEnum
 
+from services.common.text import bounded
+
+# Of an error's message and of each value beside it: characters as JSON writes them.
+MESSAGE_LIMIT, METADATA_LIMIT = 1_500, 500
+
 
 class Code(StrEnum):
     """The gRPC status codes in use, by name.  https://grpc.github.io/grpc/core/md_doc_statuscodes.html"""
@@ -28,6 +33,7 @@ class Code(StrEnum):
 class Reason(StrEnum):
     """Why a call failed; each belongs to one status code, in `_CODES`."""
 
+    MALFORMED_MESSAGE = "MALFORMED_MESSAGE"
     INVALID_FIELD = "INVALID_FIELD"
     BAD_PAGE_TOKEN = "BAD_PAGE_TOKEN"
     BAD_CREDENTIAL = "BAD_CREDENTIAL"
@@ -90,6 +96,7 @@ class Reason(StrEnum):
 
 
 _CODES: dict[Reason, Code] = {
+    Reason.MALFORMED_MESSAGE: Code.INVALID_ARGUMENT,
     Reason.INVALID_FIELD: Code.INVALID_ARGUMENT,
     Reason.BAD_PAGE_TOKEN: Code.INVALID_ARGUMENT,
     Reason.BAD_CREDENTIAL: Code.UNAUTHENTICATED,
@@ -149,14 +156,19 @@ _CODES: dict[Reason, Code] = {
 
 
 class DomainError(Exception):
-    """A declared failure. `metadata` travels with it; `retry_after` becomes a google.rpc.RetryInfo."""
+    """A declared failure. `metadata` travels with it; `retry_after` becomes a google.rpc.RetryInfo.
+
+    Message and metadata may quote what came from elsewhere: they are cut, so that the status that carries them fits
+    into the 8 KiB that HTTP/2 implementations of gRPC allow.
+    """
 
     def __init__(self, reason: Reason, message: str, *, retry_after: timedelta | None = None, **metadata: object):
+        message = bounded(message, MESSAGE_LIMIT)
         super().__init__(message)
         self.reason = reason
         self.message = message
         self.retry_after = retry_after
-        self.metadata = {key: str(value) for key, value in metadata.items()}
+        self.metadata = {key: bounded(str(value), METADATA_LIMIT) for key, value in metadata.items()}
 
     @property
     def code(self) -> Code:

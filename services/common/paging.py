@@ -23,7 +23,7 @@ def page_position(token: str, *listing: object) -> int:
         return 0
     try:
         position, digest = json.loads(base64.b64decode(token, altchars=b"-_", validate=True))
-    except (binascii.Error, ValueError, TypeError):
+    except (binascii.Error, ValueError, TypeError, RecursionError):
         raise DomainError(Reason.BAD_PAGE_TOKEN, "page_token is not one that this service made") from None
     if not isinstance(position, int) or not 0 <= position < 2**63 or digest != _digest(listing):
         raise DomainError(Reason.BAD_PAGE_TOKEN, "page_token was made by another listing")

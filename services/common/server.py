@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import inspect
 import logging
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import grpc
 import structlog
@@ -20,37 +21,24 @@ from pydantic import SecretStr
 
 from services.common.config import ServiceSettings
 from services.common.errors import DomainError, Reason, invalid_field
+from services.common.logs import configure_logging, log_at_any_level
 from services.common.metrics import MethodMetrics, exported
-from services.common.status import to_status
+from services.common.status import fault, to_status
 from services.common.validation import prepare, violations
 
 log = structlog.get_logger()
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+_Check: TypeAlias = Callable[[Any], Any]  # a request, or a stream of them, to what the servicer may see
+_MAKE_HANDLER: dict[tuple[bool, bool], Any] = {  # by whether requests and answers are streams
+    (False, False): grpc.unary_unary_rpc_method_handler,
+    (False, True): grpc.unary_stream_rpc_method_handler,
+    (True, False): grpc.stream_unary_rpc_method_handler,
+    (True, True): grpc.stream_stream_rpc_method_handler,
+}
 _OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # probes carry no credential
 _PENDING_CALLS = 65_536
 _HEALTH_SECONDS = 0.5  # between two looks at the health that a service reports of its parts
 _REQUEST_KEYS = ("run_id", "episode_id", "request_id", "learner_id", "reflection_id", "sequence", "step_index")
-
-
-def configure_logging(settings: ServiceSettings) -> None:
-    renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if settings.log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
-    )
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, settings.log_level.upper())),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),  # a line at once: processes may share it
-        cache_logger_on_first_use=True,
-    )
-    structlog.contextvars.bind_contextvars(service=settings.service)
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
@@ -85,30 +73,19 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         return self._handlers.setdefault(method, self._guard(method, handler))
 
     def _guard(self, method: str, handler: _Handler) -> _Handler:
-        if method.startswith(_OPEN_SERVICES):
-            return handler
-        metrics = MethodMetrics(method.lstrip("/")) if self._metrics else None
-        if handler.unary_unary is not None:
-            return grpc.unary_unary_rpc_method_handler(
-                self._unary(method, handler.unary_unary, metrics),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.unary_stream is not None:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, cast(Any, handler.unary_stream), metrics),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        if handler.stream_unary is not None:
-            return grpc.stream_unary_rpc_method_handler(
-                self._collect(method, cast(Any, handler.stream_unary), metrics),
-                handler.request_deserializer,
-                handler.response_serializer,
-            )
-        raise TypeError(f"{method} streams in both directions, which nothing here checks yet")
+        probe = method.startswith(_OPEN_SERVICES)
+        metrics = MethodMetrics(method.lstrip("/")) if self._metrics and not probe else None
+        call: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        checked = _checked_stream if handler.request_streaming else _checked
+        answers = self._stream if handler.response_streaming else self._unary
+        guarded: _Handler = _MAKE_HANDLER[handler.request_streaming, handler.response_streaming](
+            answers(method, call, checked, metrics), _reader(handler.request_deserializer), handler.response_serializer
+        )
+        return guarded
 
     def _authorize(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        if method.startswith(_OPEN_SERVICES):
+            return
         service = method.rsplit("/", 1)[0].lstrip("/")
         secret = self._credentials.get(service, self._credentials.get(""))
         if secret is not None:
@@ -117,30 +94,16 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 raise DomainError(Reason.BAD_CREDENTIAL, f"{service} needs `authorization: Bearer TOKEN`")
 
     def _unary(
-        self, method: str, call: Callable[..., Awaitable[Any]], metrics: MethodMetrics | None
+        self, method: str, call: Callable[..., Awaitable[Any]], checked: _Check, metrics: MethodMetrics | None
     ) -> Callable[..., Awaitable[Any]]:
+        """One answer, to one request or to a stream of them. The credential is checked before a stream is read."""
+
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async def answer() -> Any:
                 self._authorize(method, context)
-                _validate(request)
-                return await call(request, context)
+                return await call(checked(request), context)
 
             with _Logged(method, request, metrics) as logged:
-                return await self._answer(answer, context, logged)
-
-        return handle
-
-    def _collect(
-        self, method: str, call: Callable[..., Awaitable[Any]], metrics: MethodMetrics | None
-    ) -> Callable[..., Awaitable[Any]]:
-        """The caller streams, and gets one answer. The credential is checked before anything is read."""
-
-        async def handle(requests: AsyncIterable[Any], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async def answer() -> Any:
-                self._authorize(method, context)
-                return await call(_validated(requests), context)
-
-            with _Logged(method, None, metrics) as logged:
                 return await self._answer(answer, context, logged)
 
         return handle
@@ -156,50 +119,82 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         except DomainError as error:
             logged.failed(error)
             await context.abort_with_status(to_status(error))
+        except grpc.aio.AbortError:  # a probe's answer: the service has no such part
+            raise
         except Exception as error:  # noqa: BLE001 - not a declared error: a fault of ours
             if isinstance(error, TimeoutError) and limit.expired():
                 logged.timed_out()
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the server's default deadline passed")
+            if context.code() is grpc.StatusCode.UNIMPLEMENTED:  # by a generated base class, then it raises
+                logged.unimplemented()
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, context.details())
             logged.broke(error)
-            await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+            await context.abort(grpc.StatusCode.INTERNAL, fault(error))
 
     def _stream(
-        self, method: str, call: Callable[..., AsyncGenerator[Any, None]], metrics: MethodMetrics | None
+        self, method: str, call: Callable[..., Any], checked: _Check, metrics: MethodMetrics | None
     ) -> Callable[..., AsyncIterator[Any]]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             with _Logged(method, request, metrics) as logged:
                 try:
                     self._authorize(method, context)
-                    _validate(request)
-                    async with aclosing(call(request, context)) as responses:
+                    responses = call(checked(request), context)
+                    if inspect.isawaitable(responses):  # it writes its answers itself, as the health service does
+                        await responses
+                        return
+                    async with aclosing(responses):
                         async for response in responses:
                             yield response
                 except DomainError as error:
                     logged.failed(error)
                     await context.abort_with_status(to_status(error))
+                except grpc.aio.AbortError:
+                    raise
                 except Exception as error:  # noqa: BLE001 - not a declared error: a fault of ours
                     logged.broke(error)
-                    await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+                    await context.abort(grpc.StatusCode.INTERNAL, fault(error))
 
         return handle
 
 
-def _validate(request: Any) -> None:
+class _Malformed:
+    """Stands for a request whose bytes are no message of its call: gRPC itself would answer UNKNOWN, or end the
+    handler, when they cannot be read. `cause` says what is wrong with them."""
+
+    def __init__(self, cause: str):
+        self.cause = cause
+
+
+def _reader(deserialize: Any) -> Callable[[bytes], Any]:
+    def read(serialized: bytes) -> Any:
+        try:
+            return deserialize(serialized)
+        except Exception as error:  # noqa: BLE001 - protobuf's implementations raise different ones
+            return _Malformed(str(error))
+
+    return read
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise DomainError(Reason.MALFORMED_MESSAGE, f"the bytes are no message of this call: {request.cause}")
     for violation in violations(request):
         raise invalid_field(violation.field, violation.expected)
+    return request
 
 
-async def _validated(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
+async def _checked_stream(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
     async for request in requests:
-        _validate(request)
-        yield request
+        yield _checked(request)
 
 
 class _Logged:
-    """One line per request: method, ids, duration, status. `log_level = "warning"` leaves out those that went well."""
+    """One line per request: method, ids, duration, status. `log_level = "warning"` leaves out those that went well;
+    probes have one when the fault is ours."""
 
     def __init__(self, method: str, request: Any, metrics: MethodMetrics | None):
         self._method = method.rsplit("/", 1)[-1]
+        self._is_probe = method.startswith(_OPEN_SERVICES)
         self._request, self._metrics = request, metrics
         self._status = "OK"
         self._reason: str | None = None
@@ -211,6 +206,9 @@ class _Logged:
 
     def timed_out(self) -> None:
         self._status = "DEADLINE_EXCEEDED"
+
+    def unimplemented(self) -> None:
+        self._status = "UNIMPLEMENTED"
 
     def broke(self, error: Exception) -> None:
         self._status, self._error = "INTERNAL", error
@@ -225,7 +223,7 @@ class _Logged:
         if self._metrics is not None:
             self._metrics.ended(self._status, seconds)
         level = logging.ERROR if self._status == "INTERNAL" else logging.INFO
-        if not log.is_enabled_for(level):
+        if not log.is_enabled_for(level) or (self._is_probe and level < logging.ERROR):
             return
         ids = {key: value for key in _REQUEST_KEYS if (value := getattr(self._request, key, None)) not in (None, "")}
         extra: dict[str, Any] = {"reason": self._reason} if self._reason else {}
@@ -304,9 +302,7 @@ async def serve(
         watching = asyncio.create_task(health_servicer.watch())
         try:
             bound = f"{settings.host}:{port}"
-            # Whatever the log level: nothing else tells which port was picked.
-            unfiltered = structlog.wrap_logger(structlog.WriteLogger(sys.stderr), wrapper_class=structlog.BoundLogger)
-            unfiltered.info("serving", address=bound)
+            log_at_any_level("serving", address=bound)  # nothing else tells which port was picked
             if on_started is not None:
                 await on_started(bound)
             await stopping.wait()

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from services.common.errors import Code, DomainError, Reason
+from services.common.errors import MESSAGE_LIMIT, Code, DomainError, Reason
+from services.common.text import bounded
 
 DOMAIN = "mulligan"
 
@@ -31,14 +33,22 @@ def to_status(error: DomainError) -> grpc.Status:
     return rpc_status.to_status(status_pb2.Status(code=code_number(error.code), message=error.message, details=details))
 
 
+def fault(error: BaseException) -> str:
+    """The message of an INTERNAL status."""
+    return bounded(f"{type(error).__name__}: {error}", MESSAGE_LIMIT)
+
+
 def from_rpc_error(error: grpc.aio.AioRpcError) -> DomainError | None:
-    """The domain error that a status carries, or None when it carries none of ours."""
+    """The domain error that a status carries, or None when it carries none of ours, or what nobody can read."""
     try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type]  # the stub knows synchronous calls alone
-    except ValueError:  # the details disagree with the code: not written by us
+        return None if status is None else _from_status(status)
+    except (ValueError, OverflowError, DecodeError):  # not written by us: the details disagree with the code, …
         return None
-    if status is None:
-        return None
+
+
+def _from_status(status: status_pb2.Status) -> DomainError | None:
+    """Raises ValueError, OverflowError and DecodeError."""
     info: error_details_pb2.ErrorInfo | None = None
     retry_after = None
     for detail in status.details:

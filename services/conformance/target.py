@@ -132,9 +132,14 @@ class Session:
         if metadata is None:
             metadata = self.target.metadata(method)
         try:
-            return await self.target.method(method)(request, timeout=timeout or self.target.timeout, metadata=metadata)
+            answer = await self.target.method(method)(
+                request, timeout=timeout or self.target.timeout, metadata=metadata
+            )
         except grpc.aio.AioRpcError as error:
             return self._refusal(error, request, timeout)
+        if answer is None:  # so grpc.aio says it
+            raise Violation(f"a message of {method}", "bytes that are none", request)
+        return answer
 
     async def stream(self, method: str, request: Any, *, enough: int = 0, timeout: float = 0.0) -> list[Any] | Refusal:
         """All messages of a streamed answer, or the first `enough`; the Refusal when it ended with one. `timeout` is

@@ -67,7 +67,7 @@ class EnvClient:
                 environment=environment, split=_SPLITS[split], page_size=size, page_token=token
             )
             response = await self._call(self._stub.ListTasks, request)
-            tasks += [TaskInfo(task.task_id, _SPLITS_BACK[task.split], task.difficulty) for task in response.tasks]
+            tasks += self._connection.read(_tasks, response)
             token = response.next_page_token
             if not token or (limit and len(tasks) >= limit):
                 return tasks
@@ -237,6 +237,10 @@ class _StepQueue:
         except Exception as error:  # noqa: BLE001 - each caller gets it, whatever it is
             self._fail(batch, error)
             return []
+        if len(response.items) != len(batch):
+            wrong = f"{len(response.items)} items for {len(batch)} steps"
+            self._fail(batch, CallFailed(self._connection.endpoint.address, "StepEpisodes", "INTERNAL", wrong))
+            return []
         pairs = zip(batch, response.items, strict=True)
         return [waiting for waiting, item in pairs if not _settle(waiting.future, item)]
 
@@ -307,6 +311,10 @@ def _step(response: pb.StepEpisodeResponse) -> EpisodeStep:
         response.player,
         tuple(response.rewards),
     )
+
+
+def _tasks(response: pb.ListTasksResponse) -> list[TaskInfo]:
+    return [TaskInfo(task.task_id, _SPLITS_BACK[task.split], task.difficulty) for task in response.tasks]
 
 
 def _info(info: pb.EnvironmentInfo) -> EnvironmentInfo:

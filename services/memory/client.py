@@ -44,7 +44,7 @@ class MemoryClient:
             as_of_version=as_of_version,
         )
         response = await self._connection.call(self._stub.QueryReflections, request, timeout=self._timeout)
-        return tuple(_reflection(reflection) for reflection in response.reflections)
+        return tuple(self._connection.read(_reflections, response))
 
     async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
         """The reflection's id. Repeating a request id changes nothing."""
@@ -57,7 +57,7 @@ class MemoryClient:
     async def get(self, reflection_id: str) -> StoredReflection:
         request = pb.GetReflectionRequest(reflection_id=reflection_id)
         response = await self._connection.call(self._stub.GetReflection, request, timeout=self._timeout)
-        return _reflection(response.reflection)
+        return self._connection.read(lambda answer: _reflection(answer.reflection), response)
 
     async def list(self, scope: str = "", limit: int = 0, *, include_deleted: bool = False) -> list[StoredReflection]:
         """The first `limit` reflections, oldest first; 0 means all, an empty scope every scope."""
@@ -69,7 +69,7 @@ class MemoryClient:
                 scope=scope, page_size=size, page_token=token, include_deleted=include_deleted
             )
             response = await self._connection.call(self._stub.ListReflections, request, timeout=self._timeout)
-            found += [_reflection(reflection) for reflection in response.reflections]
+            found += self._connection.read(_reflections, response)
             token = response.next_page_token
             if not token or (limit and len(found) >= limit):
                 return found
@@ -95,6 +95,12 @@ def _provenance(provenance: Provenance) -> pb.Provenance:
         reward_after=provenance.reward_after,
         success=provenance.success,
     )
+
+
+def _reflections(
+    response: pb.QueryReflectionsResponse | pb.ListReflectionsResponse,
+) -> list[StoredReflection]:
+    return [_reflection(reflection) for reflection in response.reflections]
 
 
 def _reflection(message: pb.StoredReflection) -> StoredReflection:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import grpc
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as pb
@@ -43,6 +44,9 @@ T = TypeVar("T")
 _PLAIN = CallOptions()
 _PAGE = 1000
 _PIECE_BYTES = 2 * 2**20  # of an upload
+# What grpc.aio says now and then in place of a refusal, when the server refuses an upload to which this side still
+# writes. The refusal comes with another try.
+_WRITTEN_TO_AN_ENDED_CALL, _TRIES = "Internal error from Core", 8
 
 
 class PolicyClient:
@@ -92,7 +96,8 @@ class PolicyClient:
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
     ) -> tuple[Completion, ...]:
         request = _encoded(generate_to_proto, prompt, sampling, n, options)
-        return completions_from_proto(await self._connection.call(self._stub.Generate, request, timeout=self._timeout))
+        response = await self._connection.call(self._stub.Generate, request, timeout=self._timeout)
+        return self._connection.read(lambda answer: completions_from_proto(answer, n), response)
 
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
@@ -101,7 +106,7 @@ class PolicyClient:
         request = pb.StreamGenerateRequest(request=_encoded(generate_to_proto, prompt, sampling, n, options))
         async with self._connection.stream(self._stub.StreamGenerate, request, timeout=self._timeout) as parts:
             async for part in parts:
-                yield part_from_proto(part)
+                yield self._connection.read(part_from_proto, part)
 
     async def score(
         self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, options: CallOptions = _PLAIN
@@ -158,11 +163,18 @@ class PolicyClient:
         )
 
         async def send(header: admin_pb.UploadWeightsRequest.Header, **options: Any) -> admin_pb.UploadWeightsResponse:
-            with await asyncio.to_thread(file.open, "rb") as stream:
-                response: admin_pb.UploadWeightsResponse = await self._admin_stub.UploadWeights(
-                    _pieces(header, stream), **options
-                )
-                return response
+            tries = _TRIES
+            while True:
+                with await asyncio.to_thread(file.open, "rb") as stream:
+                    try:
+                        response: admin_pb.UploadWeightsResponse = await self._admin_stub.UploadWeights(
+                            _pieces(header, stream), **options
+                        )
+                        return response
+                    except grpc.aio.AioRpcError as error:
+                        tries -= 1
+                        if error.details() != _WRITTEN_TO_AN_ENDED_CALL or not tries:
+                            raise
 
         return (await self._admin.call(send, header, timeout=self._update_timeout)).uri
 
@@ -172,7 +184,7 @@ class PolicyClient:
         request = admin_pb.ListVersionsRequest(policy=policy, page_size=1000)
         while True:
             response = await self._admin.call(self._admin_stub.ListVersions, request, timeout=self._timeout)
-            found += map(version_from_proto, response.versions)
+            found += self._admin.read(lambda answer: [*map(version_from_proto, answer.versions)], response)
             request.page_token = response.next_page_token
             if not request.page_token:
                 return tuple(found)

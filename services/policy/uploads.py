@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from services.common.inference import WeightsKind
 log = structlog.get_logger()
 _SCHEME = "upload"
 _PART = ".part"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _KEPT_SECONDS = 3600.0
 _HEAD = 9  # bytes that tell a safetensors file: the length of its header, and the brace that the header begins with
 
@@ -73,8 +75,11 @@ class Uploads:
             await asyncio.to_thread(part.mkdir)
             await _spool(header, part, chunks)
             await asyncio.to_thread(part.rename, folder)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(part, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in _FULL:
+                message = f"{header.size_bytes} bytes; the disk is full: {error.strerror}"
+                raise DomainError(Reason.UPLOAD_TOO_LARGE, message, size_bytes=header.size_bytes) from error
             raise
         finally:
             self._coming -= header.size_bytes
@@ -155,7 +160,7 @@ def _check_config(header: UploadHeader) -> None:
         return
     try:
         config = json.loads(header.adapter_config)
-    except ValueError:
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
         raise invalid_field("header.adapter_config", "a JSON object")

@@ -212,7 +212,10 @@ def completions_to_proto(completions: Sequence[Completion]) -> pb.GenerateRespon
     )
 
 
-def completions_from_proto(response: pb.GenerateResponse) -> tuple[Completion, ...]:
+def completions_from_proto(response: pb.GenerateResponse, n: int) -> tuple[Completion, ...]:
+    """Raises ValueError for another number than `n`, which were asked for, and KeyError for an unknown stop reason."""
+    if len(response.completions) != n:
+        raise ValueError(f"{len(response.completions)} completions, not {n}")
     shown = tuple(response.prompt_token_ids)
     return tuple(
         Completion(

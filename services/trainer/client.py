@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-import grpc
+from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
+from mulligan.trainer.v1 import learner_service_pb2_grpc, run_service_pb2_grpc
 from mulligan.trainer.v1 import run_service_pb2 as pb
-from mulligan.trainer.v1 import run_service_pb2_grpc
 
 from services.common.channel import Connection, Endpoint
+from services.common.errors import CallFailed
 from services.common.types import Experience
 from services.common.wire import experience_from_proto
 from services.trainer.events import Entry, EvaluationEvent
 from services.trainer.folder import RunState
+from services.trainer.learner.settings import LearnerInfo
+from services.trainer.learner.wire import info_from_proto
 from services.trainer.settings import EvaluationSettings, RunSettings
 from services.trainer.wire import (
     entry_from_proto,
@@ -27,6 +31,7 @@ from services.trainer.wire import (
 
 CALL_SECONDS = 30.0
 EVALUATE_SECONDS = 3600.0
+WATCH_SECONDS = 30 * 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +53,11 @@ class RunClient:
 
     async def start(self, run_id: str, settings: RunSettings) -> RunInfo:
         request = pb.StartRunRequest(run_id=run_id, config=settings_to_proto(settings))
-        return _info((await self._connection.call(self._stub.StartRun, request, timeout=CALL_SECONDS)).run)
+        return self._run(await self._connection.call(self._stub.StartRun, request, timeout=CALL_SECONDS))
 
     async def get(self, run_id: str) -> RunInfo:
         request = pb.GetRunRequest(run_id=run_id)
-        return _info((await self._connection.call(self._stub.GetRun, request, timeout=CALL_SECONDS)).run)
+        return self._run(await self._connection.call(self._stub.GetRun, request, timeout=CALL_SECONDS))
 
     async def runs(self) -> list[RunInfo]:
         runs: list[RunInfo] = []
@@ -60,7 +65,7 @@ class RunClient:
         while True:
             request = pb.ListRunsRequest(page_token=token)
             response = await self._connection.call(self._stub.ListRuns, request, timeout=CALL_SECONDS)
-            runs.extend(_info(run) for run in response.runs)
+            runs += self._connection.read(lambda answer: [_info(run) for run in answer.runs], response)
             token = response.next_page_token
             if not token:
                 return runs
@@ -69,25 +74,25 @@ class RunClient:
         """All events after the given one, then new ones until the run ends. Takes a broken stream up again."""
         while True:
             await self.get(run_id)  # says what is wrong, and waits for a trainer that is down
+            request = pb.WatchRunRequest(run_id=run_id, after_event=after_event)
             try:
-                stream = self._stub.WatchRun(
-                    pb.WatchRunRequest(run_id=run_id, after_event=after_event), metadata=self._connection.metadata
-                )
-                async for response in stream:
-                    after_event = response.event.number
-                    yield entry_from_proto(response.event)
+                async with self._connection.stream(self._stub.WatchRun, request, timeout=WATCH_SECONDS) as responses:
+                    async for response in responses:
+                        entry = self._connection.read(lambda answer: entry_from_proto(answer.event), response)
+                        after_event = entry.number
+                        yield entry
                 return
-            except grpc.aio.AioRpcError as error:
-                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+            except CallFailed as error:
+                if error.code not in ("UNAVAILABLE", "CANCELLED"):
                     raise
 
     async def stop(self, run_id: str) -> RunInfo:
         request = pb.StopRunRequest(run_id=run_id)
-        return _info((await self._connection.call(self._stub.StopRun, request, timeout=CALL_SECONDS)).run)
+        return self._run(await self._connection.call(self._stub.StopRun, request, timeout=CALL_SECONDS))
 
     async def resume(self, run_id: str) -> RunInfo:
         request = pb.ResumeRunRequest(run_id=run_id)
-        return _info((await self._connection.call(self._stub.ResumeRun, request, timeout=CALL_SECONDS)).run)
+        return self._run(await self._connection.call(self._stub.ResumeRun, request, timeout=CALL_SECONDS))
 
     async def evaluate(
         self,
@@ -116,14 +121,42 @@ class RunClient:
                 run_id=run_id, step=step, page_size=min(100, limit - len(found)), page_token=token
             )
             response = await self._connection.call(self._stub.ListExperiences, request, timeout=CALL_SECONDS)
-            found.extend(experience_from_proto(experience) for experience in response.experiences)
+            found += self._connection.read(_experiences, response)
             token = response.next_page_token
             if not token:
                 break
         return found
 
+    def _run(self, response: Any) -> RunInfo:
+        return self._connection.read(lambda answer: _info(answer.run), response)
+
     async def close(self) -> None:
         await self._connection.close()
+
+
+class LearnersClient:
+    """Looks after the learners that a server holds; `learner/client.py` trains with one."""
+
+    def __init__(self, endpoint: Endpoint):
+        self._connection = Connection(endpoint)
+        self._stub = learner_service_pb2_grpc.LearnerServiceStub(self._connection.channel)
+
+    async def list(self) -> tuple[LearnerInfo, ...]:
+        request = learner_pb.ListLearnersRequest()
+        response = await self._connection.call(self._stub.ListLearners, request, timeout=CALL_SECONDS)
+        return self._connection.read(lambda answer: tuple(map(info_from_proto, answer.learners)), response)
+
+    async def delete(self, learner_id: str, owner: str) -> None:
+        """An unknown one succeeds. Raises DomainError LEARNER_OWNED: it has another owner."""
+        request = learner_pb.DeleteLearnerRequest(learner_id=learner_id, owner=owner)
+        await self._connection.call(self._stub.DeleteLearner, request, timeout=CALL_SECONDS)
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+
+def _experiences(response: pb.ListExperiencesResponse) -> list[Experience]:
+    return [experience_from_proto(experience) for experience in response.experiences]
 
 
 def _info(run: pb.Run) -> RunInfo:

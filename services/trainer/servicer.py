@@ -29,6 +29,7 @@ from services.trainer.wire import (
 )
 
 Context = Any
+_PAGE_TOKEN_LIMIT = 40  # characters: two numbers of 64 bits
 
 
 def add_to_server(server: grpc.aio.Server, manager: RunManager) -> list[str]:
@@ -138,7 +139,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
 
 def _page(token: str) -> tuple[int, int]:
     step, _, offset = token.partition("/")
-    if not (step.isdecimal() and offset.isdecimal()):
+    if not (step.isdecimal() and offset.isdecimal() and len(token) < _PAGE_TOKEN_LIMIT):
         raise _bad_page_token()
     return int(step), int(offset)
 

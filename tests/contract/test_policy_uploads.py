@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
@@ -23,6 +25,7 @@ from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
 from services.common.inference import PublishedWeights, WeightsKind
 from services.common.status import from_rpc_error
+from services.policy import uploads
 from services.policy.client import PolicyClient
 from tests.support.policy import Serving, full_weights, load, plain_log_probs, serving, sha256
 from tests.support.processes import Services
@@ -181,3 +184,23 @@ async def test_an_upload_is_repeated_while_the_service_is_away(
     await patient.update_weights(replace(weights, uri=await uploading))
     await serves(patient, 1, build_model(3))
     await patient.close()
+
+
+@pytest.mark.usefixtures("nothing_waits")
+async def test_a_refusal_is_told_though_this_side_still_writes(client: PolicyClient, tmp_path: Path) -> None:
+    path = tmp_path / "none.safetensors"
+    path.write_bytes(b"\xff" * 10_000_000)
+    for _ in range(20):
+        await fails(client.upload_weights(path, WeightsKind.FULL, sha256(path)), Reason.MODEL_MISMATCH)
+
+
+@pytest.mark.usefixtures("nothing_waits")
+async def test_a_disk_that_fills_up(client: PolicyClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(uploads, "_finish", full)
+    path = tmp_path / "weights"
+    weights = await next_weights(client, path, build_model(2))
+    error = await fails(client.upload_weights(path, WeightsKind.FULL, weights.sha256), Reason.UPLOAD_TOO_LARGE)
+    assert "the disk is full" in error.message

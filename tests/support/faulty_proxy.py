@@ -236,6 +236,34 @@ class KnowsEveryLearner(_Trainer):
     call, error, instead = "GetLearner", "UNKNOWN_LEARNER", learner_pb.GetLearnerResponse()
 
 
+class HidesLearners(_Trainer):
+    title = "a learner is listed with its owner, its model, and what is left of its lease"
+    call = "ListLearners"
+
+    def after(self, request: Any, answer: Any) -> None:
+        del answer.learners[:]
+
+
+class KeepsLearnersForEver(_Trainer):
+    title = "a learner whose lease is over is deleted, and its place is free"
+    call = "CreateLearner"
+
+    def before(self, request: Any) -> None:
+        request.ClearField("lease")
+
+
+class RenewsNothing(_Trainer):
+    title, call = "it renews the lease", "GetLearner"
+
+    def before(self, request: Any) -> None:
+        request.learner_id = "another"
+
+
+class AnyLease(_Trainer):
+    title = "a lease that is none is INVALID_ARGUMENT INVALID_FIELD"
+    call, error, instead = "CreateLearner", "INVALID_FIELD", learner_pb.CreateLearnerResponse()
+
+
 class KnowsEveryRun(_Trainer):
     title = "an unknown run is NOT_FOUND UNKNOWN_RUN, in every call"
     call, error, instead = "GetRun", "UNKNOWN_RUN", run_pb.GetRunResponse()

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from services.conformance.report import Suite
 from services.conformance.target import Session
-from services.conformance.trainer import checkpoints, learners, runs, server, training
+from services.conformance.trainer import checkpoints, learners, leases, runs, server, training
 from services.conformance.trainer.held import Trainer
 
 SERVER: Suite[Session] = server.suite
 TRAINER: Suite[Trainer] = Suite()
-TRAINER.extend([runs.suite, learners.suite, checkpoints.suite, training.suite])
+TRAINER.extend([runs.suite, learners.suite, leases.suite, checkpoints.suite, training.suite])

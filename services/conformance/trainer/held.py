@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
+from google.protobuf.duration_pb2 import Duration
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as run_pb
@@ -16,6 +17,7 @@ from services.conformance.report import NotApplicable, Violation
 from services.conformance.target import Refusal, Session
 
 OWNER = "conformance"
+LEASE_SECONDS = 600  # of every learner: it is gone though the suite is killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +49,14 @@ class Trainer:
             "owner": OWNER,
             "seed": 7,
             "deterministic": True,
+            "lease": Duration(seconds=LEASE_SECONDS),
         }
         return pb.CreateLearnerRequest(model=pb.ModelConfig(source=self.options.model), **(given | changes))
 
     @asynccontextmanager
-    async def learner(self) -> AsyncIterator[Learner]:
+    async def learner(self, **changes: Any) -> AsyncIterator[Learner]:
         """A learner, which is deleted afterwards. Raises NotApplicable where the trainer has no place for it."""
-        request = self.create_request()
+        request = self.create_request(**changes)
         ids = {"learner_id": request.learner_id, "owner": request.owner}
         self.session.later("DeleteLearner", pb.DeleteLearnerRequest(**ids))
         answer = await self.session.attempt("CreateLearner", request)

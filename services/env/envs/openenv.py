@@ -168,7 +168,7 @@ class Session:
         try:
             answer = json.loads(raw)
             type_, data = answer["type"], answer["data"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             self.close()
             raise Faulted(
                 f"{self._settings.shown} answered {kind} with {raw[:100]!r}, not an OpenEnv message"

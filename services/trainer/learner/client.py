@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Self
 
+import grpc
 import structlog
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc
@@ -17,17 +19,20 @@ from services.common.wire import canary_from_proto
 from services.trainer.data import Datum
 from services.trainer.learner.metrics import merge
 from services.trainer.learner.settings import LearnerSpec
-from services.trainer.learner.wire import data_to_proto, loss_to_proto, spec_to_proto
+from services.trainer.learner.wire import data_to_proto, duration, loss_to_proto, spec_to_proto
 from services.trainer.settings import LossSettings
 
 log = structlog.get_logger()
 CALL_SECONDS = 3600.0  # large models learn, load and save slowly
 DELETE_SECONDS = 10.0
+LEASE_SECONDS = 600.0  # how long a server keeps a learner whose client is gone
+RENEWALS = 5  # in the time of a lease, while nothing else is called: sampling takes hours
 CALL_BYTES = 8 * 2**20  # of data in one call; more are sent in several, which add up to the same gradient
 
 
 class LearnerClient:
-    """LearnerPort. It counts the calls itself, so that one repeated after a lost answer accumulates nothing twice.
+    """LearnerPort. It counts the calls itself, so that one repeated after a lost answer accumulates nothing twice, and
+    renews the learner's lease until it is closed.
 
     Not for concurrent use. After any error that is not a DomainError of the call itself, the owner creates the learner
     again and loads a checkpoint: `create` on the same ids, then `load_checkpoint`.
@@ -38,6 +43,7 @@ class LearnerClient:
         self._stub = learner_service_pb2_grpc.LearnerServiceStub(self._connection.channel)
         self._ids = {"learner_id": learner_id, "owner": owner}
         self._next_sequence = 1
+        self._renewal: asyncio.Task[None] | None = None
         self.fingerprint = ""
 
     @classmethod
@@ -52,7 +58,7 @@ class LearnerClient:
         """A learner that is ready. Raises DomainError LEARNER_OWNED, LEARNER_CONFLICT, CAPACITY_REACHED,
         MODEL_NOT_FOUND or INVALID_FIELD."""
         client = cls(endpoint, learner_id, owner, on_outage)
-        request = pb.CreateLearnerRequest(learner_id=learner_id, owner=owner)
+        request = pb.CreateLearnerRequest(learner_id=learner_id, owner=owner, lease=duration(LEASE_SECONDS))
         spec_to_proto(spec, request)
         try:
             response = await client._connection.call(client._stub.CreateLearner, request, timeout=CALL_SECONDS)
@@ -61,14 +67,28 @@ class LearnerClient:
             raise
         client._next_sequence = response.next_sequence
         client.fingerprint = response.fingerprint
+        client._renewal = asyncio.create_task(client._renew())
         return client
+
+    async def _renew(self) -> None:
+        request = pb.GetLearnerRequest(learner_id=self._ids["learner_id"])
+        while True:
+            await asyncio.sleep(LEASE_SECONDS / RENEWALS)
+            try:
+                await self._stub.GetLearner(
+                    request, timeout=LEASE_SECONDS / RENEWALS, metadata=self._connection.metadata
+                )
+            except grpc.aio.AioRpcError as error:  # the owner's next call will tell
+                log.warning("lease not renewed", **self._ids, cause=error.details())
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    return
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         results: list[tuple[float, ...]] = []
         for part in self._parts(data):
             request = pb.ForwardRequest(**self._ids, data=data_to_proto(part))
             response = await self._connection.call(self._stub.Forward, request, timeout=CALL_SECONDS)
-            results += [tuple(item.log_probs) for item in response.log_probs]
+            results += self._connection.read(partial(_log_probs, part), response)
         return results
 
     async def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
@@ -81,7 +101,7 @@ class LearnerClient:
             response = await self._connection.call(self._stub.ForwardBackward, request, timeout=CALL_SECONDS)
             self._next_sequence += 1
             metrics.append(dict(response.metrics))
-        return merge(metrics)
+        return self._connection.read(lambda _: merge(metrics), response)
 
     async def optim_step(self) -> dict[str, float]:
         request = pb.OptimStepRequest(**self._ids, sequence=self._next_sequence)
@@ -125,6 +145,8 @@ class LearnerClient:
         except (DomainError, CallFailed, ServiceUnavailable, TimeoutError) as error:
             log.warning("learner not deleted", **self._ids, cause=str(error))
         finally:
+            if self._renewal is not None:
+                self._renewal.cancel()
             await self._connection.close()
 
     def _parts(self, data: Sequence[Datum]) -> Iterator[Sequence[Datum]]:
@@ -138,6 +160,14 @@ class LearnerClient:
                 start, size = index, 0
             size += cost
         yield data[start:]
+
+
+def _log_probs(data: Sequence[Datum], response: pb.ForwardResponse) -> list[tuple[float, ...]]:
+    """Raises ValueError when they are not one for each trained token."""
+    found = [tuple(item.log_probs) for item in response.log_probs]
+    if [len(log_probs) for log_probs in found] != [sum(datum.loss_mask) for datum in data]:
+        raise ValueError(f"log-probabilities that are not one for each trained token of {len(data)} data")
+    return found
 
 
 def _message_bytes(datum: Datum) -> int:

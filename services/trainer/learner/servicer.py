@@ -11,7 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,26 +24,21 @@ from mulligan.trainer.v1 import learner_service_pb2_grpc
 from services.common.errors import DomainError, Reason
 from services.common.inference import WeightsKind
 from services.common.wire import canary_to_proto
+from services.trainer.learner.held import Held, HeldLearners
 from services.trainer.learner.learner import Learner
-from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from services.trainer.learner.wire import data_from_proto, loss_from_proto, model_to_proto, spec_from_proto
+from services.trainer.learner.settings import LearnerServerSettings
+from services.trainer.learner.wire import (
+    data_from_proto,
+    duration,
+    lease_from_proto,
+    loss_from_proto,
+    model_to_proto,
+    spec_from_proto,
+)
 
 log = structlog.get_logger()
 Context = Any
 R = TypeVar("R")
-
-
-@dataclass
-class _Held:
-    """A learner, who owns it, and the last call that changed it."""
-
-    learner: Learner
-    owner: str
-    spec: LearnerSpec
-    next_sequence: int = 1
-    last_request: bytes = b""  # its digest
-    last_answer: dict[str, float] | None = None
-    compute_seconds: float = 0.0
 
 
 def add_to_server(server: grpc.aio.Server, servicer: LearnerServicer) -> list[str]:
@@ -54,16 +49,24 @@ def add_to_server(server: grpc.aio.Server, servicer: LearnerServicer) -> list[st
 class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     def __init__(self, settings: LearnerServerSettings):
         self._settings = settings
-        self._held: dict[str, _Held] = {}
+        self._held = HeldLearners(settings.max_learners)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
+        self._leases: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
         """Waits for what is running; learners are gone afterwards."""
+        if self._leases is not None:
+            self._leases.cancel()
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
         self._held.clear()
 
     async def CreateLearner(self, request: pb.CreateLearnerRequest, context: Context) -> pb.CreateLearnerResponse:
-        held = await self._on_thread(partial(self._create, request))
+        if self._leases is None:
+            self._leases = asyncio.create_task(self._watch_leases())
+        with self._in_use(request):
+            held = await self._on_thread(partial(self._create, request))
+        held.lease = lease_from_proto(request)
+        held.renew()
         return pb.CreateLearnerResponse(
             next_sequence=held.next_sequence,
             fingerprint=held.learner.fingerprint,
@@ -72,7 +75,8 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         )
 
     async def GetLearner(self, request: pb.GetLearnerRequest, context: Context) -> pb.GetLearnerResponse:
-        held = self._find(request.learner_id)
+        held = self._held.find(request.learner_id)
+        held.renew()
         return pb.GetLearnerResponse(
             owner=held.owner,
             next_sequence=held.next_sequence,
@@ -81,17 +85,31 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             compute_seconds=held.compute_seconds,
         )
 
+    async def ListLearners(self, request: pb.ListLearnersRequest, context: Context) -> pb.ListLearnersResponse:
+        response = pb.ListLearnersResponse()
+        for held in self._held:
+            info = response.learners.add(
+                learner_id=held.learner.learner_id,
+                owner=held.owner,
+                model=model_to_proto(held.spec.model),
+                optimizer_steps=held.learner.optimizer_steps,
+                idle=duration(held.idle),
+            )
+            if held.lease is not None:
+                info.lease_left.CopyFrom(duration(max(0.0, held.lease - held.idle)))
+        return response
+
     async def DeleteLearner(self, request: pb.DeleteLearnerRequest, context: Context) -> pb.DeleteLearnerResponse:
         def delete() -> None:
-            if request.learner_id in self._held:
-                self._owned(request)
-                del self._held[request.learner_id]
+            if self._held.get(request.learner_id) is not None:
+                self._held.owned(request.learner_id, request.owner)
+                self._held.remove(request.learner_id)
 
         await self._on_thread(delete)
         return pb.DeleteLearnerResponse()
 
     async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
-        def forward(held: _Held) -> pb.ForwardResponse:
+        def forward(held: Held) -> pb.ForwardResponse:
             results = held.learner.forward(data_from_proto(request.data))
             return pb.ForwardResponse(
                 log_probs=[pb.ForwardResponse.LogProbs(log_probs=log_probs) for log_probs in results]
@@ -115,7 +133,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         return pb.SaveCheckpointResponse(uri=saved.uri, sha256=saved.sha256)
 
     async def LoadCheckpoint(self, request: pb.LoadCheckpointRequest, context: Context) -> pb.LoadCheckpointResponse:
-        def load(held: _Held) -> pb.LoadCheckpointResponse:
+        def load(held: Held) -> pb.LoadCheckpointResponse:
             state = held.learner.load_checkpoint(request.name)
             held.next_sequence, held.last_request, held.last_answer = state.next_sequence, b"", None
             return pb.LoadCheckpointResponse(next_sequence=state.next_sequence, optimizer_steps=state.optimizer_steps)
@@ -136,9 +154,9 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         """Work that waits is dropped with the call that asked for it; work that runs goes on to its end."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def _with_learner(self, request: Any, work: Callable[[_Held], R], *, changes: bool = False) -> R:
+    async def _with_learner(self, request: Any, work: Callable[[Held], R], *, changes: bool = False) -> R:
         def on_thread() -> R:
-            held = self._owned(request)
+            held = self._held.owned(request.learner_id, request.owner)
             start = time.perf_counter()
             try:
                 return work(held)
@@ -147,15 +165,28 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             except Exception:
                 if changes:  # gradients or weights may be half changed
                     log.error("learner dropped", learner_id=request.learner_id)
-                    self._held.pop(request.learner_id, None)
+                    self._held.remove(request.learner_id)
                 raise
             finally:
                 held.compute_seconds += time.perf_counter() - start
+                held.renew()  # though its caller may have given up meanwhile
 
-        return await self._on_thread(on_thread)
+        with self._in_use(request):
+            return await self._on_thread(on_thread)
+
+    def _in_use(self, request: Any) -> AbstractContextManager[None]:
+        """Around a call: what waits for the thread keeps its learner, too."""
+        held = self._held.get(request.learner_id)
+        return held.in_use() if held is not None and held.owner == request.owner else nullcontext()
+
+    async def _watch_leases(self) -> None:
+        while True:
+            await self._held.clock.tick()
+            if any(held.is_over for held in self._held):
+                await self._on_thread(self._held.remove_what_is_over)
 
     async def _exactly_once(self, request: Any, work: Callable[[Learner], dict[str, float]]) -> dict[str, float]:
-        def unless_done(held: _Held) -> dict[str, float]:
+        def unless_done(held: Held) -> dict[str, float]:
             digest = _digest(request)
             if request.sequence == held.next_sequence - 1 and digest == held.last_request:
                 assert held.last_answer is not None
@@ -173,39 +204,17 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
 
         return await self._with_learner(request, unless_done, changes=True)
 
-    def _create(self, request: pb.CreateLearnerRequest) -> _Held:
+    def _create(self, request: pb.CreateLearnerRequest) -> Held:
         spec = spec_from_proto(request)
-        if request.learner_id in self._held:
-            held = self._owned(request)
+        if self._held.get(request.learner_id) is not None:
+            held = self._held.owned(request.learner_id, request.owner)
             if held.spec != spec:
                 raise DomainError(Reason.LEARNER_CONFLICT, f"learner {request.learner_id!r} exists with other settings")
             return held
-        if len(self._held) >= self._settings.max_learners:
-            owners = ", ".join(sorted({held.owner for held in self._held.values()}))
-            raise DomainError(
-                Reason.CAPACITY_REACHED,
-                f"this server holds {len(self._held)} of at most {self._settings.max_learners} learners, of {owners}",
-            )
-        held = _Held(Learner(request.learner_id, spec, self._settings), request.owner, spec)
-        self._held[request.learner_id] = held
-        return held
-
-    def _find(self, learner_id: str) -> _Held:
-        held = self._held.get(learner_id)
-        if held is None:
-            raise DomainError(
-                Reason.UNKNOWN_LEARNER,
-                f"there is no learner {learner_id[:128]!r}: create it, and load its checkpoint",
-                learner_id=learner_id[:128],
-            )
-        return held
-
-    def _owned(self, request: Any) -> _Held:
-        held = self._find(request.learner_id)
-        if held.owner != request.owner:
-            raise DomainError(
-                Reason.LEARNER_OWNED, f"learner {request.learner_id!r} belongs to {held.owner!r}", owner=held.owner
-            )
+        self._held.check_room()
+        learner = Learner(request.learner_id, spec, self._settings)
+        held = Held(learner, request.owner, spec, self._held.clock, lease_from_proto(request), self._held.clock.now)
+        self._held.add(held)
         return held
 
 

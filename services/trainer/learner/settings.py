@@ -23,6 +23,18 @@ class LearnerServerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class LearnerInfo:
+    """A learner that a server holds. `idle` and `lease_left` are in seconds; no `lease_left`: it is kept for ever."""
+
+    learner_id: str
+    owner: str
+    model: str
+    optimizer_steps: int
+    idle: float
+    lease_left: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class LearnerSpec:
     """Of one learner. Two equal specs at the same server make equal learners."""
 

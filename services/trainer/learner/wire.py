@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from pydantic import ValidationError
 
 from services.common.errors import invalid_field
 from services.trainer.data import Datum, Distillation, PolicyGradient
-from services.trainer.learner.settings import LearnerSpec
+from services.trainer.learner.settings import LearnerInfo, LearnerSpec
 from services.trainer.settings import LossSettings, ModelSettings, OptimizerSettings
 from services.trainer.wire import Settings, fill_proto, plain_from_proto
 
@@ -100,6 +101,32 @@ def spec_from_proto(request: pb.CreateLearnerRequest) -> LearnerSpec:
         deterministic=request.deterministic,
         keep_checkpoints=request.keep_checkpoints,
     )
+
+
+def lease_from_proto(request: pb.CreateLearnerRequest) -> float | None:
+    """Seconds; None for ever."""
+    return _seconds(request.lease) if request.HasField("lease") else None
+
+
+def info_from_proto(message: pb.LearnerInfo) -> LearnerInfo:
+    return LearnerInfo(
+        learner_id=message.learner_id,
+        owner=message.owner,
+        model=message.model.source,
+        optimizer_steps=message.optimizer_steps,
+        idle=_seconds(message.idle),
+        lease_left=_seconds(message.lease_left) if message.HasField("lease_left") else None,
+    )
+
+
+def _seconds(message: Duration) -> float:
+    return message.seconds + message.nanos / 1e9
+
+
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e9))
+    return message
 
 
 def _settings(kind: type[Settings], name: str, message: Message) -> Settings:

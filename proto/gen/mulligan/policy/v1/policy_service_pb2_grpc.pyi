@@ -21,12 +21,14 @@ class PolicyServiceStub:
     an option that needs an absent one is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND (UNKNOWN_POLICY), UNAUTHENTICATED
-    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE with a RetryInfo:
-    no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those before them),
-    RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and
-    INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`; MALFORMED_MESSAGE for bytes that are no message of
+    the call, which some gRPC libraries answer with INTERNAL before a server sees them), NOT_FOUND (UNKNOWN_POLICY),
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE
+    with a RetryInfo: no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those
+    before them), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set
+    otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log
+    explains).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -69,12 +71,14 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     an option that needs an absent one is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), NOT_FOUND (UNKNOWN_POLICY), UNAUTHENTICATED
-    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE with a RetryInfo:
-    no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those before them),
-    RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise), and
-    INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`; MALFORMED_MESSAGE for bytes that are no message of
+    the call, which some gRPC libraries answer with INTERNAL before a server sees them), NOT_FOUND (UNKNOWN_POLICY),
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE
+    with a RetryInfo: no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those
+    before them), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set
+    otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log
+    explains).
     """
 
     @_abc_1.abstractmethod

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
@@ -193,6 +194,7 @@ class CreateLearnerRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     DETERMINISTIC_FIELD_NUMBER: _builtins.int
     KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
     learner_id: _builtins.str
     """Names files: 1 to 128 letters, digits, '.', '_' and '-', the first not '.' or '-'."""
     owner: _builtins.str
@@ -209,6 +211,14 @@ class CreateLearnerRequest(_message.Message):
 
     @_builtins.property
     def optimizer(self) -> Global___OptimizerConfig: ...
+    @_builtins.property
+    def lease(self) -> _duration_pb2.Duration:
+        """The learner is deleted when no call that names it, ListLearners and refused ones aside, has come for so long; what
+        it has not saved is lost. Time counts from the end of the last call: a call that waits or runs, however long, ends
+        no lease, also when its caller has given up on it. More than 0, at most 30 days. For ever when absent. The last
+        CreateLearner decides: it is no setting that LEARNER_CONFLICT is about.
+        """
+
     def __init__(
         self,
         *,
@@ -219,10 +229,11 @@ class CreateLearnerRequest(_message.Message):
         seed: _builtins.int | None = ...,
         deterministic: _builtins.bool = ...,
         keep_checkpoints: _builtins.int = ...,
+        lease: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "model", b"model", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "lease", b"lease", "model", b"model", "optimizer", b"optimizer", "seed", b"seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "deterministic", b"deterministic", "keep_checkpoints", b"keep_checkpoints", "learner_id", b"learner_id", "model", b"model", "optimizer", b"optimizer", "owner", b"owner", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "deterministic", b"deterministic", "keep_checkpoints", b"keep_checkpoints", "learner_id", b"learner_id", "lease", b"lease", "model", b"model", "optimizer", b"optimizer", "owner", b"owner", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
@@ -312,6 +323,84 @@ class GetLearnerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetLearnerResponse: _TypeAlias = GetLearnerResponse  # noqa: Y015
+
+@_typing.final
+class ListLearnersRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLearnersRequest: _TypeAlias = ListLearnersRequest  # noqa: Y015
+
+@_typing.final
+class LearnerInfo(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEARNER_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_STEPS_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
+    LEASE_LEFT_FIELD_NUMBER: _builtins.int
+    learner_id: _builtins.str
+    owner: _builtins.str
+    """Of CreateLearner; DeleteLearner takes it."""
+    optimizer_steps: _builtins.int
+    """Optimizer steps taken."""
+    @_builtins.property
+    def model(self) -> Global___ModelConfig: ...
+    @_builtins.property
+    def idle(self) -> _duration_pb2.Duration:
+        """Since the end of the last call; 0 while one waits or runs."""
+
+    @_builtins.property
+    def lease_left(self) -> _duration_pb2.Duration:
+        """Until the learner is deleted, when no call comes. Absent without a lease."""
+
+    def __init__(
+        self,
+        *,
+        learner_id: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        model: Global___ModelConfig | None = ...,
+        optimizer_steps: _builtins.int = ...,
+        idle: _duration_pb2.Duration | None = ...,
+        lease_left: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["idle", b"idle", "lease_left", b"lease_left", "model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle", b"idle", "learner_id", b"learner_id", "lease_left", b"lease_left", "model", b"model", "optimizer_steps", b"optimizer_steps", "owner", b"owner"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LearnerInfo: _TypeAlias = LearnerInfo  # noqa: Y015
+
+@_typing.final
+class ListLearnersResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEARNERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def learners(self) -> _containers.RepeatedCompositeFieldContainer[Global___LearnerInfo]: ...
+    def __init__(
+        self,
+        *,
+        learners: _abc.Iterable[Global___LearnerInfo] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["learners", b"learners"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListLearnersResponse: _TypeAlias = ListLearnersResponse  # noqa: Y015
 
 @_typing.final
 class DeleteLearnerRequest(_message.Message):

@@ -41,11 +41,12 @@ class LearnerServiceStub:
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
     learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
     FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
-    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
-    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
-    the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`; MALFORMED_MESSAGE for
+    bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a server sees them),
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8
+    KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel):
@@ -63,6 +64,11 @@ class LearnerServiceStub:
                 '/mulligan.trainer.v1.LearnerService/GetLearner',
                 request_serializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerRequest.SerializeToString,
                 response_deserializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerResponse.FromString,
+                _registered_method=True)
+        self.ListLearners = channel.unary_unary(
+                '/mulligan.trainer.v1.LearnerService/ListLearners',
+                request_serializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersRequest.SerializeToString,
+                response_deserializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersResponse.FromString,
                 _registered_method=True)
         self.DeleteLearner = channel.unary_unary(
                 '/mulligan.trainer.v1.LearnerService/DeleteLearner',
@@ -117,25 +123,34 @@ class LearnerServiceServicer:
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
     learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
     FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
-    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
-    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
-    the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`; MALFORMED_MESSAGE for
+    bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a server sees them),
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8
+    KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def CreateLearner(self, request, context):
         """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
         LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND:
         metadata `source`.
-        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
+        metadata `learner_id` and `owner` the one that has been idle for longest.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetLearner(self, request, context):
-        """Idempotent.
+        """Idempotent. The cheapest call that renews a lease.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListLearners(self, request, context):
+        """All that the server holds, by id. It renews no lease. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -207,6 +222,11 @@ def add_LearnerServiceServicer_to_server(servicer, server):
                     request_deserializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerRequest.FromString,
                     response_serializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerResponse.SerializeToString,
             ),
+            'ListLearners': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListLearners,
+                    request_deserializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersRequest.FromString,
+                    response_serializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersResponse.SerializeToString,
+            ),
             'DeleteLearner': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteLearner,
                     request_deserializer=mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.DeleteLearnerRequest.FromString,
@@ -266,11 +286,12 @@ class LearnerService:
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
     learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
     FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
-    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
-    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
-    the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`; MALFORMED_MESSAGE for
+    bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a server sees them),
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8
+    KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     @staticmethod
@@ -317,6 +338,33 @@ class LearnerService:
             '/mulligan.trainer.v1.LearnerService/GetLearner',
             mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerRequest.SerializeToString,
             mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.GetLearnerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListLearners(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mulligan.trainer.v1.LearnerService/ListLearners',
+            mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersRequest.SerializeToString,
+            mulligan_dot_trainer_dot_v1_dot_learner__service__pb2.ListLearnersResponse.FromString,
             options,
             channel_credentials,
             insecure,

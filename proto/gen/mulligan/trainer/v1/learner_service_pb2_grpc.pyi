@@ -28,11 +28,12 @@ class LearnerServiceStub:
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
     learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
     FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
-    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
-    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
-    the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`; MALFORMED_MESSAGE for
+    bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a server sees them),
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8
+    KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -40,10 +41,13 @@ class LearnerServiceStub:
     """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
     LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND:
     metadata `source`.
-    RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
+    RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
+    metadata `learner_id` and `owner` the one that has been idle for longest.
     """
     GetLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.GetLearnerRequest, _learner_service_pb2.GetLearnerResponse]
-    """Idempotent."""
+    """Idempotent. The cheapest call that renews a lease."""
+    ListLearners: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ListLearnersRequest, _learner_service_pb2.ListLearnersResponse]
+    """All that the server holds, by id. It renews no lease. Idempotent."""
     DeleteLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _learner_service_pb2.DeleteLearnerResponse]
     """Frees the learner; what it has not saved is lost. Idempotent: an unknown one succeeds."""
     Forward: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ForwardRequest, _learner_service_pb2.ForwardResponse]
@@ -82,11 +86,12 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
     learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
     FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`), UNAUTHENTICATED
-    (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata),
-    DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo
-    (a message larger than the server's limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of
-    the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`; MALFORMED_MESSAGE for
+    bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a server sees them),
+    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
+    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
+    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8
+    KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
     """
 
     @_abc_1.abstractmethod
@@ -98,7 +103,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
         LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND:
         metadata `source`.
-        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may.
+        RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
+        metadata `learner_id` and `owner` the one that has been idle for longest.
         """
 
     @_abc_1.abstractmethod
@@ -107,7 +113,15 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.GetLearnerRequest,
         context: _aio.ServicerContext[_learner_service_pb2.GetLearnerRequest, _abc.Awaitable[_learner_service_pb2.GetLearnerResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.GetLearnerResponse]:
-        """Idempotent."""
+        """Idempotent. The cheapest call that renews a lease."""
+
+    @_abc_1.abstractmethod
+    def ListLearners(
+        self,
+        request: _learner_service_pb2.ListLearnersRequest,
+        context: _aio.ServicerContext[_learner_service_pb2.ListLearnersRequest, _abc.Awaitable[_learner_service_pb2.ListLearnersResponse]],
+    ) -> _abc.Awaitable[_learner_service_pb2.ListLearnersResponse]:
+        """All that the server holds, by id. It renews no lease. Idempotent."""
 
     @_abc_1.abstractmethod
     def DeleteLearner(

@@ -16,10 +16,12 @@ class RunServiceStub:
     """Starts and watches training runs. A run goes on by itself when its server is restarted.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
-    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
-    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
-    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`; MALFORMED_MESSAGE for bytes that are no message of
+    the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
+    when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
+    UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
+    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
+    (a fault of the server, which its log explains).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -63,10 +65,12 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     """Starts and watches training runs. A run goes on by itself when its server is restarted.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`), UNAUTHENTICATED (BAD_CREDENTIAL, when the server
-    has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the
-    server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's
-    limit, 64 MiB unless set otherwise), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`; MALFORMED_MESSAGE for bytes that are no message of
+    the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
+    when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
+    UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
+    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
+    (a fault of the server, which its log explains).
     """
 
     @_abc_1.abstractmethod

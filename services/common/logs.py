@@ -1,0 +1,139 @@
+"""The log of a service: one line on stderr for each event. What is logged never fails for it, and no line is long.
+
+A value is cut at VALUE_LIMIT characters, a traceback at TRACEBACK_LIMIT, counted as JSON writes them. A line that could
+not be written (a full disk, a pipe that nobody reads, a value that cannot be shown) is counted in the metric
+`mulligan_log_lines_lost`; the next line that can be written is followed by one that says how many were lost.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+from prometheus_client import Counter
+
+from services.common.config import ServiceSettings
+from services.common.metrics import REGISTRY
+from services.common.text import bounded
+
+VALUE_LIMIT, TRACEBACK_LIMIT, LINE_LIMIT = 1_000, 8_000, 32_768
+_LINES_LOST = Counter("mulligan_log_lines_lost", "Log lines that could not be written.", registry=REGISTRY)
+
+
+def configure_logging(settings: ServiceSettings) -> None:
+    if sys.stderr is None:  # closed when the process began: no other file may get its number
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            _cut_values,
+            renderer,
+        ],
+        wrapper_class=_from_level(settings.log_level),
+        logger_factory=_Stderr,
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(service=settings.service)
+
+
+def log_at_any_level(event: str, **values: Any) -> None:
+    """Logs what must be seen whatever `log_level` is."""
+    structlog.wrap_logger(_Stderr(), wrapper_class=_from_level("debug")).info(event, **values)
+
+
+class _Lost:
+    """Counts the lines that could not be written since the last one that could."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lines, self._cause = 0, ""
+
+    def add(self, lines: int, cause: str) -> None:
+        with self._lock:
+            self._lines, self._cause = self._lines + lines, cause
+
+    def take(self) -> tuple[int, str]:
+        with self._lock:
+            found, self._lines = self._lines, 0
+            return found, self._cause
+
+
+_lost = _Lost()
+
+
+class _Unfailing(structlog.BoundLoggerBase):
+    """Every method of a logger comes through here."""
+
+    def _proxy_to_logger(self, method_name: str, event: str | None = None, **event_kw: Any) -> None:
+        try:
+            super()._proxy_to_logger(method_name, event, **event_kw)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the call that is logged goes on
+            _LINES_LOST.inc()
+            _lost.add(1, f"{type(error).__name__}: {error}")
+            return
+        lines, cause = _lost.take()
+        if lines:
+            try:
+                super()._proxy_to_logger("warning", "log lines were lost", lines=lines, cause=cause)
+            except Exception:  # noqa: BLE001 - it is said later
+                _lost.add(lines, cause)
+
+
+def _from_level(name: str) -> Any:
+    """A class of loggers."""
+    filtering = structlog.make_filtering_bound_logger(getattr(logging, name.upper()))
+    return type("UnfailingLogger", (_Unfailing, filtering), {})
+
+
+class _Stderr:
+    """A line at once, because processes may share it, and past Python's buffer, which would keep what it could not
+    write and send it later, cut somewhere."""
+
+    _torn = False  # whether the last line was written in part; of the stream, so of all loggers
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def msg(self, line: str) -> None:
+        rest = line[:LINE_LIMIT].encode("utf-8", "backslashreplace") + b"\n"
+        if _Stderr._torn:
+            rest = b"\n" + rest
+        number = sys.stderr.fileno()
+        while rest:
+            written = os.write(number, rest)
+            rest = rest[written:]
+            _Stderr._torn = bool(rest)
+
+    debug = info = warning = error = critical = exception = fatal = log = msg
+
+
+def _cut_values(_: object, __: str, values: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for name, value in values.items():
+        if not isinstance(value, bool | int | float | None):
+            values[name] = _cut(value, TRACEBACK_LIMIT if name == "exception" else VALUE_LIMIT)
+    return values
+
+
+def _cut(value: object, limit: int) -> object:
+    """A string that fits, or another value as it is when it fits as JSON."""
+    if isinstance(value, str):
+        return bounded(value, limit)
+    try:
+        written = json.dumps(value, default=repr)
+    except Exception as error:  # noqa: BLE001 - of code that is not ours
+        return f"a {type(value).__name__} that cannot be shown: {type(error).__name__}"
+    return value if len(written) <= limit else bounded(written, limit)

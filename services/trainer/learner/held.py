@@ -1,0 +1,137 @@
+"""The learners that a server holds: whose they are, and until when."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import structlog
+
+from services.common.errors import DomainError, Reason
+from services.trainer.learner.learner import Learner
+from services.trainer.learner.settings import LearnerSpec
+
+log = structlog.get_logger()
+_TICK_SECONDS = 0.2
+
+
+class Clock:
+    """Seconds in which this process ran. A process that was stopped for an hour (SIGSTOP, a laptop that sleeps) must
+    not find all leases over when it goes on, before their owners can call."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    async def tick(self) -> None:
+        before = time.monotonic()
+        await asyncio.sleep(_TICK_SECONDS)
+        self.now += min(time.monotonic() - before, 2 * _TICK_SECONDS)
+
+
+@dataclass
+class Held:
+    """A learner, who owns it, the last call that changed it, and its lease in seconds; None: for ever."""
+
+    learner: Learner
+    owner: str
+    spec: LearnerSpec
+    clock: Clock
+    lease: float | None
+    last_call: float  # when it ended
+    next_sequence: int = 1
+    last_request: bytes = b""  # its digest
+    last_answer: dict[str, float] | None = None
+    compute_seconds: float = 0.0
+    calls: int = 0  # that run, or wait to
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Around a call of its owner, which renews the lease at its end."""
+        self.calls += 1
+        try:
+            yield
+        finally:
+            self.calls -= 1
+            self.renew()
+
+    def renew(self) -> None:
+        self.last_call = self.clock.now
+
+    @property
+    def idle(self) -> float:
+        """Seconds since the last call; 0 while one is under way."""
+        return 0.0 if self.calls else self.clock.now - self.last_call
+
+    @property
+    def is_over(self) -> bool:
+        return self.lease is not None and self.idle > self.lease
+
+    def __str__(self) -> str:
+        lease = "no lease" if self.lease is None else f"a lease of {self.lease:g} s"
+        return f"{self.learner.learner_id!r} of {self.owner!r}, idle for {self.idle:.0f} s, with {lease}"
+
+
+class HeldLearners:
+    """By id. What changes them runs on one thread; `Held.in_use` and `clock` belong to the event loop."""
+
+    def __init__(self, limit: int) -> None:
+        self.clock = Clock()
+        self._limit = limit
+        self._held: dict[str, Held] = {}
+
+    def __iter__(self) -> Iterator[Held]:
+        return iter(sorted(self._held.values(), key=lambda held: held.learner.learner_id))
+
+    def get(self, learner_id: str) -> Held | None:
+        return self._held.get(learner_id)
+
+    def add(self, held: Held) -> None:
+        self._held[held.learner.learner_id] = held
+
+    def remove(self, learner_id: str) -> None:
+        self._held.pop(learner_id, None)
+
+    def clear(self) -> None:
+        self._held.clear()
+
+    def remove_what_is_over(self) -> None:
+        for held in [held for held in self._held.values() if held.is_over]:
+            log.warning("lease over, learner deleted", learner_id=held.learner.learner_id, owner=held.owner)
+            self.remove(held.learner.learner_id)
+
+    def check_room(self) -> None:
+        """Raises DomainError CAPACITY_REACHED."""
+        self.remove_what_is_over()
+        if len(self._held) < self._limit:
+            return
+        first = max(self, key=lambda held: held.idle)
+        raise DomainError(
+            Reason.CAPACITY_REACHED,
+            f"this server holds {len(self._held)} of at most {self._limit} learners: "
+            f"{'; '.join(map(str, self))}. To free one: mulligan learners delete {first.learner.learner_id}",
+            learner_id=first.learner.learner_id,
+            owner=first.owner,
+        )
+
+    def find(self, learner_id: str) -> Held:
+        """Raises DomainError UNKNOWN_LEARNER."""
+        held = self._held.get(learner_id)
+        if held is None:
+            raise DomainError(
+                Reason.UNKNOWN_LEARNER,
+                f"there is no learner {learner_id!r}: create it, and load its checkpoint",
+                learner_id=learner_id,
+            )
+        return held
+
+    def owned(self, learner_id: str, owner: str) -> Held:
+        """Raises DomainError UNKNOWN_LEARNER and LEARNER_OWNED."""
+        held = self.find(learner_id)
+        if held.owner != owner:
+            raise DomainError(
+                Reason.LEARNER_OWNED, f"learner {learner_id!r} belongs to {held.owner!r}", owner=held.owner
+            )
+        return held
