@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from services.common.inference import SamplingParams
+from services.common.rewards import exceeds, reaches
 from services.common.types import Attempt, DistilledTarget, Experience, Provenance, Reflection, StoredReflection
 from services.trainer.batch import minibatches, training_data
 from services.trainer.data import Datum, PolicyGradient
@@ -109,7 +110,7 @@ class Erl:
             await self._first(chain_id, task_id, seed),
         )
         first = experience.first_attempt
-        unsolved = first.reward is not None and first.reward < algorithm.success_threshold
+        unsolved = first.reward is not None and not reaches(first.reward, algorithm.success_threshold)
         if unsolved and algorithm.second_attempt is not SecondAttempt.NONE:
             experience = await self._second_chance(experience, seed, entries)
         self.recorder.complete(experience)
@@ -138,7 +139,7 @@ class Erl:
             first, reflection, second = experience.first_attempt, experience.reflection, experience.second_attempt
             if reflection is None or second is None or second.reward is None or first.reward is None:
                 continue
-            if second.reward >= self.settings.algorithm.success_threshold and reflection.text:
+            if reaches(second.reward, self.settings.algorithm.success_threshold) and reflection.text:
                 provenance = Provenance(
                     run_id=self.run_id,
                     experience_id=experience.experience_id,
@@ -225,7 +226,7 @@ class Erl:
 
     async def _distill(self, chain_id: str, first: Attempt, second: Attempt) -> DistilledTarget | None:
         """y2 as if it had been written under x alone: its first prompt segment replaced, everything later identical."""
-        if second.reward is None or second.reward <= 0 or not second.sequences:
+        if second.reward is None or not exceeds(second.reward, 0) or not second.sequences:
             return None
         prompts = await self.player.first_prompts(first, second)
         sequences = tuple(

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from services.common.rewards import exceeds
 from services.common.types import Attempt, DistilledTarget, Experience, Reflection, TokenSequence
 from services.trainer.advantages import distillation_weight, group_advantages
 from services.trainer.data import Datum, Distillation, PolicyGradient
@@ -93,7 +94,7 @@ def _divisor(branch: str, samples: int, experiences: Sequence[Experience], setti
         return len(chains) * samples / len(retried)
     rewards = [chain.second_attempt.reward for chain in retried if chain.second_attempt is not None]
     finished = [reward for reward in rewards if reward is not None]
-    successes = sum(reward > 0 for reward in finished)
+    successes = sum(exceeds(reward, 0) for reward in finished)
     return len(chains) * len(finished) / len(retried) * samples / successes
 
 

@@ -22,6 +22,7 @@ from services.common.inference import (
     SamplingParams,
     StopReason,
 )
+from services.common.rewards import total
 from services.common.types import (
     Attempt,
     EnvironmentInfo,
@@ -151,7 +152,7 @@ class Player:
         finally:
             if episode is not None and not (turns and outcome is Outcome.COMPLETED):
                 await _end(episode)
-        reward = sum(turn.reward for turn in turns) if outcome.has_reward else None
+        reward = total(turn.reward for turn in turns) if outcome.has_reward else None
         return Attempt(
             attempt_id=attempt_id,
             episode_id=episode_id,

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
+from services.common.rewards import reaches
 from services.common.types import Attempt, Experience
 
 
@@ -28,7 +29,7 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
         rewards = rewards_of(attempts)
         if rewards:
             metrics[f"reward_{name}"] = fmean(rewards)
-            metrics[f"success_{name}"] = fmean(reward >= threshold for reward in rewards)
+            metrics[f"success_{name}"] = fmean(reaches(reward, threshold) for reward in rewards)
     return metrics
 
 

@@ -12,6 +12,7 @@ import structlog
 
 from services.common.errors import DomainError, Reason
 from services.common.inference import PolicyInfo
+from services.common.rewards import reaches
 from services.common.types import Attempt, EnvironmentInfo, Split, TaskInfo
 from services.trainer.algorithm import Erl, NoRecorder, evaluate
 from services.trainer.episode import Player
@@ -237,5 +238,5 @@ def evaluation_of(step: int, attempts: list[Attempt], threshold: float) -> Evalu
     if not rewards:
         causes = sorted({attempt.error for attempt in attempts})
         raise EvaluationFailed("no attempt could be finished: " + "; ".join(causes[:3]))
-    success = fmean(reward >= threshold for reward in rewards)
+    success = fmean(reaches(reward, threshold) for reward in rewards)
     return EvaluationEvent(step, success, fmean(rewards), len(rewards), len(attempts) - len(rewards))

@@ -66,7 +66,8 @@ def render(messages: Sequence[Message]) -> str:
 
 @dataclass
 class FakeEnvironment:
-    """One task "t0", "t1", … per answer; an episode ends after `turns` steps and pays 1 when the last answer is right.
+    """One task "t0", "t1", … per answer; an episode ends after `turns` steps and pays 1 when the last answer is right;
+    `in_parts`, each right answer pays 1 / `turns`.
 
     `fail` is asked before each step and may raise.
     """
@@ -78,6 +79,7 @@ class FakeEnvironment:
     unavailable: str = ""
     player_count: int = 1
     started: list[str] = field(default_factory=list)
+    in_parts: bool = False
 
     async def describe(self, environment: str) -> EnvironmentInfo:
         return EnvironmentInfo(
@@ -117,11 +119,13 @@ class FakeEpisode:
         self.environment.fail(self.episode_id)
         self.played += 1
         done = self.played == self.environment.turns
-        right = done and action == self.environment.answers[self.task_id]
+        matches = action == self.environment.answers[self.task_id]
+        right = done and matches
+        reward = matches / self.environment.turns if self.environment.in_parts else float(right)
         feedback = ("right" if right else "wrong") if done else ""
         outcome = Outcome.COMPLETED if done else None
         tool = self.environment.tools[0].name if self.environment.tools and not done else ""
-        return EpisodeStep(f"after {action}", action.upper(), float(right), done, outcome, feedback, tool=tool)
+        return EpisodeStep(f"after {action}", action.upper(), reward, done, outcome, feedback, tool=tool)
 
     async def end(self) -> None:
         return None
