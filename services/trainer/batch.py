@@ -43,7 +43,7 @@ def training_data(experiences: Sequence[Experience], settings: AlgorithmSettings
         (REFLECTION, settings.reflection_weight, _second_chance(experiences, settings, REFLECTION)),
         (SECOND, settings.second_weight, _second_chance(experiences, settings, SECOND)),
     ):
-        divisor = _divisor(branch, len(samples), experiences, settings)
+        divisor = _divisor(branch, sum(bool(sample.sequences) for sample, _ in samples), experiences, settings)
         for sample, advantage in samples:
             data.extend(_policy_gradient(sample, advantage, weight / divisor, branch))
     if settings.distillation_weight > 0:
@@ -87,8 +87,10 @@ def _divisor(branch: str, samples: int, experiences: Sequence[Experience], setti
     if normalization is BranchNormalization.OWN_COUNT or not samples:
         return max(samples, 1)
     chains = [experience for group in groups(experiences) for experience in group]
-    if normalization is BranchNormalization.CHAINS or branch == FIRST:
+    if normalization is BranchNormalization.CHAINS:
         return len(chains)
+    if branch == FIRST:
+        return samples
     retried = [chain for chain in chains if chain.reflection is not None or chain.second_attempt is not None]
     if branch != DISTILLED:
         return len(chains) * samples / len(retried)

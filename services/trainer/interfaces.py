@@ -29,7 +29,7 @@ from services.common.types import (
     StoredReflection,
     TaskInfo,
 )
-from services.trainer.data import Datum
+from services.trainer.data import Datum, Limits
 from services.trainer.settings import LossSettings
 
 
@@ -98,6 +98,10 @@ class MemoryPort(Protocol):
 class LearnerPort(Protocol):
     @property
     def fingerprint(self) -> str:
+        """Of the model that is trained."""
+
+    @property
+    def limits(self) -> Limits:
         """Of the model that is trained."""
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:

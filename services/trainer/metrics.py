@@ -8,6 +8,7 @@ from statistics import fmean
 
 from services.common.rewards import reaches
 from services.common.types import Attempt, Experience
+from services.trainer.trainable import never_fits
 
 
 def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict[str, float]:
@@ -25,6 +26,9 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
         "rollouts": float(sum(1 + attempt.restarts for attempt in first + second) + len(reflections)),
         "sampled_tokens": float(sum(sequence.sampled_count for sequence in sequences)),
     }
+    unplayed = sum(map(never_fits, first + second))
+    if unplayed:
+        metrics["excluded_prompt_too_long"] = float(unplayed)
     for name, attempts in (("first", first), ("second", second)):
         rewards = rewards_of(attempts)
         if rewards:

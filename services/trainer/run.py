@@ -25,6 +25,7 @@ from services.trainer.named import NamedPolicy, check_actor, check_environment, 
 from services.trainer.published import PublishedPolicy
 from services.trainer.seeds import tasks_of_step
 from services.trainer.settings import RunSettings
+from services.trainer.trainable import drop_notices, prompt_notices
 
 log = structlog.get_logger()
 LEARNER_LOSSES = 3  # how often in a row, without a step in between, a lost learner is set up again
@@ -82,6 +83,14 @@ class Run:
     def notice(self, text: str) -> None:
         log.info("notice", run_id=self.run_id, text=text)
         self.events.add(NoticeEvent(text))
+
+    def _notice_once(self, texts: list[str]) -> None:
+        """The first of each kind in a run, which is what stands before the colon."""
+        notices = [entry.event.text for entry in self.events.entries if isinstance(entry.event, NoticeEvent)]
+        told = {text.partition(":")[0] for text in notices}
+        for text in texts:
+            if text.partition(":")[0] not in told:
+                self.notice(text)
 
     @property
     def train_seconds(self) -> float:
@@ -163,7 +172,9 @@ class Run:
             experiences = await recording.sample(self.step, journal.started.task_ids, journal.started.memory_version)
             sampled = time.monotonic()
             journal.sync()
+            self._notice_once(prompt_notices([experience.first_attempt for experience in experiences]))
             metrics = recording.metrics(experiences) | await recording.learn(self.step, experiences)
+            self._notice_once(drop_notices(metrics))
             learned = time.monotonic()
             await policy.publish()
             await recording.memorise(experiences)
@@ -203,6 +214,7 @@ class Run:
         attempts = await evaluate(
             algorithm.player, name, test_ids, settings.evaluation, settings.rollout, settings.seed
         )
+        self._notice_once(prompt_notices(attempts))
         self.events.add(evaluation_of(self.step, attempts, self.settings.algorithm.success_threshold))
 
     def summary(self) -> dict[str, object]:

@@ -40,7 +40,7 @@ from services.common.types import (
     StoredReflection,
     TaskInfo,
 )
-from services.trainer.data import Datum
+from services.trainer.data import Datum, Limits, refusal
 from services.trainer.settings import LossSettings
 
 PROMPTS = PromptSet(
@@ -150,6 +150,7 @@ class FakePolicy:
     frozen: bool = False
     canary_difference: float | None = None
     others: dict[str, FakePolicy] = field(default_factory=dict)
+    context_length: int = 4096
 
     def named(self, policy: str) -> FakePolicy:
         if policy in ("", "actor"):
@@ -164,7 +165,7 @@ class FakePolicy:
             "fake",
             found.fingerprint,
             found.version,
-            4096,
+            found.context_length,
             2**16,
             (ord("]"),),
             found.rewrites_history,
@@ -207,8 +208,15 @@ class FakePolicy:
             assert isinstance(prompt, tuple)
             ids, system, last = encode(render(prompt)), prompt[0].content, prompt[-1].content
             self.systems[ids] = system
+        length = len(ids) + (len(prompt.token_ids) if isinstance(prompt, Continuation) else 0)
+        if length >= self.context_length:
+            raise DomainError(Reason.PROMPT_TOO_LONG, "no room", token_count=length, context_length=self.context_length)
         text = self.answer(system, last, sampling)
         tokens = encode(text + "]")
+        stop_reason = StopReason.END_OF_TURN
+        if len(tokens) > sampling.max_tokens:
+            tokens, text = tokens[: sampling.max_tokens], text[: sampling.max_tokens]
+            stop_reason = StopReason.MAX_TOKENS
         if Feature.TOKEN_IDS not in self.features:
             return Completion((), (), (), text, StopReason.END_OF_TURN, (VersionSpan(self.version, 0),))
         return Completion(
@@ -216,7 +224,7 @@ class FakePolicy:
             tokens,
             (LOG_PROB,) * len(tokens),
             text,
-            StopReason.END_OF_TURN,
+            stop_reason,
             (VersionSpan(self.version, len(tokens)),),
         )
 
@@ -255,7 +263,8 @@ class FakeMemory:
 
 @dataclass
 class FakeLearner:
-    """Keeps what it was given. `state` counts optimizer steps, and is what checkpoints save."""
+    """Keeps what it was given, and refuses what any learner does. `state` counts optimizer steps, and is what
+    checkpoints save."""
 
     steps: list[list[Datum]] = field(default_factory=list)
     forwards: list[list[Datum]] = field(default_factory=list)
@@ -263,17 +272,25 @@ class FakeLearner:
     checkpoints: dict[str, int] = field(default_factory=dict)
     lose_at: int | None = None
     fingerprint: str = "f"
+    limits: Limits = Limits(2**16, 4096)
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
+        self._check(data)
         self.forwards.append(list(data))
         return [(-0.25,) * sum(datum.loss_mask) for datum in data]
 
     async def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
+        self._check(data)
         if self.lose_at is not None and len(self.steps) == self.lose_at:
             self.lose_at = None
             raise DomainError(Reason.UNKNOWN_LEARNER, "restarted")
         self.steps.append(list(data))
         return {"loss": 1.0}
+
+    def _check(self, data: Sequence[Datum]) -> None:
+        for datum in data:
+            if found := refusal(datum, self.limits):
+                raise DomainError(Reason.INVALID_FIELD, f"{datum.datum_id}: {found}")
 
     async def optim_step(self) -> dict[str, float]:
         self.state += 1

@@ -14,7 +14,7 @@ from services.common.channel import Connection, Endpoint
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
 from services.common.inference import PublishedWeights, WeightsKind
 from services.common.wire import canary_from_proto
-from services.trainer.data import Datum
+from services.trainer.data import Datum, Limits
 from services.trainer.learner.metrics import merge
 from services.trainer.learner.settings import LearnerSpec
 from services.trainer.learner.wire import data_to_proto, loss_to_proto, spec_to_proto
@@ -39,6 +39,7 @@ class LearnerClient:
         self._ids = {"learner_id": learner_id, "owner": owner}
         self._next_sequence = 1
         self.fingerprint = ""
+        self.limits = Limits(0, 0)
 
     @classmethod
     async def create(
@@ -61,6 +62,7 @@ class LearnerClient:
             raise
         client._next_sequence = response.next_sequence
         client.fingerprint = response.fingerprint
+        client.limits = Limits(response.vocabulary_size, response.context_length)
         return client
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
