@@ -137,7 +137,9 @@ class Player:
                 conversation.messages.append(_shown(observation, tool))
                 blame = Outcome.POLICY_ERROR
                 options = CallOptions(request_id=f"{attempt_id}-{turn}", session_id=episode_id)
-                completion = await self._answer(conversation, replace(sampling, seed=derive_seed(seed, turn)), options)
+                seeded = replace(sampling, seed=derive_seed(seed, turn))
+                async with episode.kept_alive():  # the policy may take longer than the episode's lease
+                    completion = await self._answer(conversation, seeded, options)
                 if completion is None:
                     break
                 conversation.add(completion)
@@ -238,7 +240,8 @@ class Player:
                 raise
             if conversation.segments:
                 return None
-            tokens, context = error.metadata.get("token_count", "too many"), self.policy_info.context_length
+            tokens = error.metadata.get("token_count", "too many")
+            context = error.metadata.get("context_length", self.policy_info.context_length)
             message = f"the first prompt has {tokens} tokens, and the policy's context is {context}: {error.message}"
             raise DomainError(error.reason, message) from error
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +41,9 @@ class EpisodeHandle(Protocol):
     observation: str  # the first one
 
     async def step(self, action: str) -> EpisodeStep: ...
+
+    def kept_alive(self) -> AbstractAsyncContextManager[None]:
+        """Within the block the episode does not expire, however long no step is made."""
 
     async def end(self) -> None: ...
 

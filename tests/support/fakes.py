@@ -6,6 +6,7 @@ Tokens are characters: the policy "samples" the characters of a scripted answer,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -126,6 +127,9 @@ class FakeEpisode:
         outcome = Outcome.COMPLETED if done else None
         tool = self.environment.tools[0].name if self.environment.tools and not done else ""
         return EpisodeStep(f"after {action}", action.upper(), reward, done, outcome, feedback, tool=tool)
+
+    def kept_alive(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     async def end(self) -> None:
         return None

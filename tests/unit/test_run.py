@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import ServiceUnavailable
+from services.common.errors import DomainError, ServiceUnavailable
 from services.common.inference import PublishedWeights
 from services.common.types import Experience
+from services.trainer.data import Limits
 from services.trainer.events import EvaluationEvent, NoticeEvent, StepEvent
 from services.trainer.folder import RunFolder, RunState
 from services.trainer.journal import (
@@ -247,6 +248,54 @@ async def _ended(run: Run) -> Any:
         yield entry
         if entry is run.events.entries[-1]:
             return
+
+
+def notices(run: Run) -> list[str]:
+    return [entry.event.text for entry in run.events.entries if isinstance(entry.event, NoticeEvent)]
+
+
+async def test_a_run_whose_prompts_never_fit_fails_at_once_and_goes_on_under_a_larger_context(
+    tmp_path: Path, uninterrupted: Any
+) -> None:
+    """First its test tasks do not fit, then the training tasks of a step, then all do."""
+    world = World(tmp_path)
+    world.policy.context_length = 10
+    with pytest.raises(DomainError, match=r"no attempt could begin: .* 40 tokens, .* context is 10\b"):
+        await world.run().train()
+    assert not journaled_steps(world.folder.journal)
+    world.environment.fail = lambda episode: setattr(world.policy, "context_length", 10)  # once the evaluation plays
+    world.policy.context_length = 4096
+    with pytest.raises(DomainError, match=r"no attempt could begin: .* 40 tokens, .* context is 10\b"):
+        await world.run().train()
+    assert journaled_steps(world.folder.journal) == [0]
+    world.environment.fail = lambda episode: None
+    world.policy.context_length = 4096
+    await world.run().train()
+    assert world.result()[0] == uninterrupted[0], "the chains are those of a run that never failed"
+
+
+async def test_what_is_left_out_is_told_once(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.learner.limits = Limits(2**16, 60)  # reflections are longer
+    await world.run().train()
+    steps = [event.metrics for event in world.run().events.steps().values()]
+    assert [step.get("dropped_too_long", 0) for step in steps] == [step["reflections"] for step in steps]
+    assert sum(step["dropped"] > 0 for step in steps) > 1
+    (told,) = notices(world.run())
+    assert told.startswith("left out of training, counted as dropped_too_long: ")
+
+
+async def test_a_task_whose_prompt_never_fits_is_excluded_and_told_once(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    long = "t" * 100
+    world.environment.answers[long] = "go"
+    world.policy.context_length = 120
+    await world.run().train()
+    steps = world.run().events.steps().values()
+    assert sum(step.metrics.get("excluded_prompt_too_long", 0) for step in steps) > 0
+    assert any(event.excluded for event in world.run().events.evaluations().values())
+    (told,) = notices(world.run())
+    assert "the first prompt has 138 tokens, and the policy's context is 120" in told
 
 
 def test_a_torn_record_is_dropped_and_overwritten(tmp_path: Path) -> None:
