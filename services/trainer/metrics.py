@@ -26,7 +26,7 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
         "rollouts": float(sum(1 + attempt.restarts for attempt in first + second) + len(reflections)),
         "sampled_tokens": float(sum(sequence.sampled_count for sequence in sequences)),
     }
-    unplayed = sum(map(never_fits, first + second))
+    unplayed = sum(map(never_fits, parts))
     if unplayed:
         metrics["excluded_prompt_too_long"] = float(unplayed)
     for name, attempts in (("first", first), ("second", second)):

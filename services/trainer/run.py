@@ -172,7 +172,9 @@ class Run:
             experiences = await recording.sample(self.step, journal.started.task_ids, journal.started.memory_version)
             sampled = time.monotonic()
             journal.sync()
-            self._notice_once(prompt_notices([experience.first_attempt for experience in experiences]))
+            first = [experience.first_attempt for experience in experiences]
+            later = [part for experience in experiences for part in experience.parts()]
+            self._notice_once(prompt_notices(first, later))
             metrics = recording.metrics(experiences) | await recording.learn(self.step, experiences)
             self._notice_once(drop_notices(metrics))
             learned = time.monotonic()

@@ -56,21 +56,26 @@ def with_usable_reward(attempt: Attempt) -> Attempt:
     return attempt
 
 
-def never_fits(attempt: Attempt) -> bool:
-    """Whether the attempt's first prompt is longer than the policy's context, so that no turn could be played. An
-    older journal has such attempts as TRUNCATED."""
-    too_long = attempt.error.startswith(f"{Reason.PROMPT_TOO_LONG}:")
-    return not attempt.turns and (too_long or attempt.outcome is Outcome.TRUNCATED)
+def never_fits(part: Attempt | Reflection) -> bool:
+    """Whether the first prompt is longer than the policy's context, so that the policy never spoke. An older journal
+    has such attempts as TRUNCATED."""
+    too_long = part.error.startswith(f"{Reason.PROMPT_TOO_LONG}:")
+    if isinstance(part, Reflection):
+        return too_long
+    return not part.turns and (too_long or part.outcome is Outcome.TRUNCATED)
 
 
-def prompt_notices(attempts: Sequence[Attempt]) -> list[str]:
-    """What to tell people of attempts whose first prompt never fits. Raises DomainError PROMPT_TOO_LONG where that is
-    so of all."""
-    unplayed = [attempt.error for attempt in attempts if never_fits(attempt)]
-    if attempts and len(unplayed) == len(attempts):
-        said = unplayed[0].removeprefix(f"{Reason.PROMPT_TOO_LONG}: ")
+def prompt_notices(first: Sequence[Attempt], later: Sequence[Attempt | Reflection] = ()) -> list[str]:
+    """What to tell people of parts whose first prompt never fits. Raises DomainError PROMPT_TOO_LONG where that is so
+    of all first attempts."""
+    if first and all(map(never_fits, first)):
+        said = first[0].error.removeprefix(f"{Reason.PROMPT_TOO_LONG}: ")
         raise DomainError(Reason.PROMPT_TOO_LONG, f"no attempt could begin: {said}")
-    return [f"excluded, counted as excluded_prompt_too_long: an attempt, because {unplayed[0]}"] if unplayed else []
+    for part in (*first, *later):
+        if never_fits(part):
+            what = "a reflection" if isinstance(part, Reflection) else "an attempt"
+            return [f"excluded, counted as excluded_prompt_too_long: {what}, because {part.error}"]
+    return []
 
 
 def trainable(

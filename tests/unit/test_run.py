@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,31 @@ def test_the_journal_is_plain_msgpack(tmp_path: Path) -> None:
         records = [msgpack.unpackb(payload) for _, payload in msgpack.Unpacker(file)]
     kinds = [record["type"] for record in records]
     assert kinds[0] == "step_started" and kinds[-1] == "step_completed" and kinds.count("experience") == 4
+
+
+async def test_a_journal_of_an_earlier_version_can_be_read_and_resumed(tmp_path: Path) -> None:
+    """Its records have no `not_distilled`, and attempts without a turn have a reward."""
+    world = World(tmp_path)
+    await world.run().train()
+    path = journal_file(world.folder.journal, 0)
+    before, seen = read_experiences(path), set()
+    records = []
+    for _, payload in msgpack.Unpacker(path.open("rb")):
+        record = msgpack.unpackb(payload)
+        seen.add(record.pop("not_distilled", None))
+        attempt = record.get("attempt")
+        if attempt and attempt["attempt_id"].endswith("-r0-first"):
+            attempt |= {"turns": [], "sequences": [], "outcome": "truncated", "reward": 0.0}
+        changed = msgpack.packb(record)
+        records.append(msgpack.packb([zlib.crc32(changed), changed]))
+    path.write_bytes(b"".join(records))
+    assert seen == {None, ""} and len(read_experiences(path)) == len(before)
+    (tmp_path / "run" / "checkpoint.json").unlink()
+    again = world.run()
+    world.learner.checkpoints.clear()
+    await again.train()
+    chains = read_experiences(path)
+    assert all(chain.first_attempt.turns for chain in chains), "what never spoke is asked again"
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 3))

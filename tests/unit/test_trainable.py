@@ -21,6 +21,7 @@ from services.trainer.data import Limits
 from services.trainer.episode import Player
 from services.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
 from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+from services.trainer.trainable import prompt_notices
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 
 CONTEXT, VOCABULARY = 200, 2**16
@@ -196,6 +197,19 @@ def with_solver(environment: FakeEnvironment, solver: str) -> Callable[[str], An
     return changed
 
 
+async def test_where_the_learner_states_no_limits_the_policys_hold() -> None:
+    loop = Loop.over(FakePolicy(answers({"solve" * 30: "no", "reflect": "<prompt>r</prompt>"}, "go")))
+    loop.environment.describe = with_solver(loop.environment, "solve" * 30)  # type: ignore[method-assign]
+    loop.learner = FakeLearner(limits=Limits(0, 0))
+    chain, *_ = await loop.step()
+    assert not loop.dropped
+    longest = max(len(part.sequences[0].token_ids) for part in (chain.distilled, chain.reflection))
+    assert longest == len(chain.distilled.sequences[0].token_ids)
+    loop.policy.context_length = longest - 1
+    await loop.step()
+    assert loop.dropped == {"dropped_too_long": 4}
+
+
 async def test_a_sample_that_is_dropped_leaves_its_reward_in_the_group() -> None:
     """Three first attempts: 1, 0 and one that is too long, which earned 0."""
     said = iter(["go", "no", "n" * 150])
@@ -283,6 +297,17 @@ async def test_a_reflection_that_is_too_long_for_a_second_attempt_earns_nothing(
     assert {chain.second_attempt.outcome for chain in chains} == {Outcome.POLICY_ERROR}
     assert {chain.reflection.reward for chain in chains} == {None}
     assert loop.metrics["excluded_prompt_too_long"] == 2 and loop.trained() == {"first"}
+
+
+async def test_an_attempt_that_is_too_long_to_reflect_on_is_counted() -> None:
+    loop = Loop.over(says("no"))
+    loop.policy.context_length = 100
+    chains = await loop.step()
+    assert {chain.reflection.outcome for chain in chains} == {Outcome.POLICY_ERROR}
+    assert loop.metrics["excluded_prompt_too_long"] == 2 and loop.trained() == {"first"}
+    firsts, parts = [chain.first_attempt for chain in chains], [part for chain in chains for part in chain.parts()]
+    (notice,) = prompt_notices(firsts, parts)
+    assert "a reflection, because PROMPT_TOO_LONG" in notice and prompt_notices(firsts) == []
 
 
 async def test_a_conversation_that_outgrows_the_context_is_a_sample() -> None:
