@@ -6,6 +6,7 @@ What `benchmarks.run` holds the services against.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from services.common.errors import DomainError, Reason
@@ -51,6 +52,9 @@ class LocalEpisode:
         result = self.episode.step(action)
         outcome = (Outcome.TRUNCATED if result.truncated else Outcome.COMPLETED) if result.done else None
         return EpisodeStep(result.observation, result.action, result.reward, result.done, outcome, result.feedback)
+
+    def kept_alive(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     async def end(self) -> None:
         return None

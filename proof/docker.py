@@ -15,6 +15,7 @@ from proof import Unavailable
 from services.common.channel import Endpoint
 from services.common.types import Outcome
 from services.memory.client import MemoryClient
+from services.trainer.algorithm import is_memorable
 from services.trainer.client import RunClient
 from services.trainer.folder import RunState
 from services.trainer.journal import journal_file, journaled_steps, read_experiences
@@ -172,7 +173,7 @@ async def _check(project: Project, folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
     journal = folder / "journal"
     chains = [chain for step in journaled_steps(journal) for chain in read_experiences(journal_file(journal, step))]
-    solved = [c.experience_id for c in chains if c.second_attempt is not None and (c.second_attempt.reward or 0) >= 1]
+    solved = [chain.experience_id for chain in chains if is_memorable(chain, threshold=1.0)]
     client = MemoryClient(Endpoint(project.address("memory"), outage_seconds=60))
     memorised = [entry.provenance.experience_id for entry in await client.list(RUN)]
     await client.close()

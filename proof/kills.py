@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from services.common.types import Outcome
+from services.trainer.algorithm import is_memorable
 from tests.support.loop import Loop, small_run
 from tests.support.processes import Services
 
@@ -51,7 +52,7 @@ async def _run(services: Services, folder: Path, seed: int) -> dict[str, Any]:
     await client.close()
     chains = [chain for chain in loop.experiences("killed") if chain.step < steps]
     identities = {chain.experience_id for chain in chains}
-    solved = [c.experience_id for c in chains if c.second_attempt is not None and (c.second_attempt.reward or 0) >= 1]
+    solved = [chain.experience_id for chain in chains if is_memorable(chain, threshold=1.0)]
     outcomes = [part.outcome for chain in chains for part in chain.parts()]
     result = {
         "kills": killed,

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import models
 from models.build import CHAT_TEMPLATE, write_untrained
 from services.common.inference import PublishedWeights, WeightsKind
+from services.trainer.data import Limits
 from services.trainer.learner import canary
-from services.trainer.learner.batching import Limits
 
 # Qwen3-4B's, as published in its config.json (https://huggingface.co/Qwen/Qwen3-4B).
 QWEN3_4B = {

@@ -16,6 +16,7 @@ import typer
 from services.cli.connection import endpoint
 from services.cli.overrides import read_overrides
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
+from services.common.rewards import total
 from services.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split
 from services.env import calls
 from services.env.base import Environment, Episode, UnknownTask, close
@@ -185,8 +186,8 @@ class _Play:
         self._task = task or table.first_task(split)
         if not self._task:
             sys.exit(f"error: {self._info.name} has no task in {split}")
-        self._steps, self._reward = 0, 0.0
-        self._rewards = [0.0] * self._info.player_count
+        self._steps = 0
+        self._gained: list[list[float]] = []  # of each player
 
     def run(self, *, tell_prompt: bool) -> None:
         info = self._info
@@ -204,8 +205,8 @@ class _Play:
                 return
 
     def _begin(self) -> None:
-        self._steps, self._reward = 0, 0.0
-        self._rewards = [0.0] * self._info.player_count
+        self._steps = 0
+        self._gained = [[] for _ in range(self._info.player_count)]
         observation, player = self._table.start(self._task)
         self._show(observation, player)
 
@@ -233,9 +234,8 @@ class _Play:
         if step.outcome not in (None, Outcome.COMPLETED, Outcome.TRUNCATED):
             sys.exit(f"error: {step.outcome}: {step.error}")
         reward = step.reward or 0.0
-        self._reward += reward
-        for player, gained in enumerate(step.rewards):
-            self._rewards[player] += gained
+        for gained, one in zip(self._gained, step.rewards or (reward,), strict=False):
+            gained.append(one)
         gains = f", reward {reward:g}" if reward else ""
         print(_shown(f"\nstep {self._steps}, read as: {step.action}{gains}"))
         self._show(step.observation, step.player, step.tool, over=step.done)
@@ -253,8 +253,8 @@ class _Play:
 
     def _sum(self) -> str:
         if self._info.player_count == 1:
-            return f"{self._reward:g}"
-        return ", ".join(f"{reward:g} for player {player}" for player, reward in enumerate(self._rewards))
+            return f"{total(self._gained[0]):g}"
+        return ", ".join(f"{total(rewards):g} for player {player}" for player, rewards in enumerate(self._gained))
 
 
 def _reader(end: str) -> Callable[[], str | None]:

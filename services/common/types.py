@@ -68,6 +68,11 @@ class TokenSequence:
     def sampled_count(self) -> int:
         return sum(len(segment.token_ids) for segment in self.segments if segment.loss)
 
+    @property
+    def has_prompt(self) -> bool:
+        """Whether it begins with one, as all do that the policy reported the tokens of."""
+        return bool(self.segments) and self.segments[0].kind is SegmentKind.PROMPT
+
     def with_prompt(self, prompt_token_ids: Sequence[int]) -> TokenSequence:
         """The same tokens after another prompt, without log-probabilities: they belong to the old context."""
         first, *rest = self.segments
@@ -142,7 +147,8 @@ class DistilledTarget:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """One chain y1 → f1 → Δ → y2 → distillation. Parts that are None did not happen."""
+    """One chain y1 → f1 → Δ → y2 → distillation. Parts that are None did not happen. `not_distilled` is why a second
+    attempt that succeeded has no distilled copy, in a word."""
 
     experience_id: str
     run_id: str
@@ -155,6 +161,7 @@ class Experience:
     second_attempt: Attempt | None = None
     distilled: DistilledTarget | None = None
     memory_entry_ids: tuple[str, ...] = ()
+    not_distilled: str = ""
 
     def parts(self) -> Iterator[Attempt | Reflection]:
         """What the policy sampled, in order."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from mulligan.env.v1 import env_service_pb2 as pb
@@ -22,6 +24,7 @@ from services.common.errors import CallFailed, DomainError, Reason, invalid_fiel
 from services.common.status import domain_error
 from services.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split, TaskInfo
 from services.common.wire import outcome_from_proto, tools_from_proto
+from services.env.keepalive import kept_alive
 
 _MIN_BATCH, _MAX_BATCH = 8, 128  # larger ones gain nothing: a call's own cost is then a tenth of what its steps cost
 _MAX_BATCH_CHARACTERS = 4 * 2**20  # far below the limit of a message; a longer action travels alone
@@ -74,14 +77,15 @@ class EnvClient:
 
     async def start(self, environment: str, task_id: str, episode_id: str) -> RemoteEpisode:
         request = pb.StartEpisodeRequest(episode_id=episode_id, environment=environment, task_id=task_id)
-        response = await self._call(self._stub.StartEpisode, request)
-        return RemoteEpisode(episode_id, response.observation, self, response.player)
+        return await self._begin(episode_id, partial(self._call, self._stub.StartEpisode, request))
 
     async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> RemoteEpisode:
         """Another episode in the state that this one has after `step_index` steps."""
         request = pb.ForkEpisodeRequest(episode_id=episode_id, step_index=step_index, new_episode_id=new_episode_id)
-        response = await self._call(self._stub.ForkEpisode, request)
-        return RemoteEpisode(new_episode_id, response.observation, self, response.player, step_index)
+        return await self._begin(new_episode_id, partial(self._call, self._stub.ForkEpisode, request), step_index)
+
+    async def _begin(self, episode_id: str, call: Callable[[], Awaitable[Any]], next_step: int = 0) -> RemoteEpisode:
+        return RemoteEpisode(episode_id, self, await call(), call, next_step)
 
     async def step(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
         """Repeating it with the same action returns the same answer."""
@@ -91,10 +95,12 @@ class EnvClient:
             except ValueError as error:
                 raise invalid_field("action", f"text that UTF-8 can carry ({error})") from error
         answer = await self._steps.put(episode_id, step_index, action)
-        if answer is None:
-            request = pb.StepEpisodeRequest(episode_id=episode_id, step_index=step_index, action=action)
-            return _step(await self._call(self._stub.StepEpisode, request))
-        return answer
+        return answer or await self.step_alone(episode_id, step_index, action)
+
+    async def step_alone(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
+        """As `step`, in a call of its own, which delays no other step."""
+        request = pb.StepEpisodeRequest(episode_id=episode_id, step_index=step_index, action=action)
+        return _step(await self._call(self._stub.StepEpisode, request))
 
     async def end(self, episode_id: str) -> None:
         request = pb.EndEpisodeRequest(episode_id=episode_id)
@@ -111,22 +117,31 @@ class EnvClient:
 
 class RemoteEpisode:
     """Counts its steps: one that failed on the way may be repeated with the same action. `observation` is what the
-    agent is shown first, `player` whose turn it is.
+    agent is shown first, `player` whose turn it is. `begun` is the answer of the call `begin`, which began it.
 
     Ending one that is over costs no call: it takes no place at the server, which forgets it in time.
     """
 
-    def __init__(self, episode_id: str, observation: str, client: EnvClient, player: int = 0, next_step: int = 0):
+    def __init__(
+        self, episode_id: str, client: EnvClient, begun: Any, begin: Callable[[], Awaitable[Any]], next_step: int = 0
+    ):
         self.episode_id = episode_id
-        self.observation = observation
-        self.player = player
+        self.observation: str = begun.observation
+        self.player: int = begun.player
+        self._lease_seconds = begun.lease.seconds + begun.lease.nanos / 1e9
         self._client = client
+        self._begun, self._begin = begun, begin
+        self._last_action: str | None = None  # None: no step of this handle was answered
         self._next_step = next_step
         self._is_over = False
+        self._replaced = ""
 
     async def step(self, action: str) -> EpisodeStep:
+        if self._replaced:
+            raise DomainError(Reason.UNKNOWN_EPISODE, self._replaced)
         answer = await self._client.step(self.episode_id, self._next_step, action)
         self._next_step += 1
+        self._last_action = action
         self._is_over = answer.done
         self.player = answer.player
         return answer
@@ -134,6 +149,23 @@ class RemoteEpisode:
     async def fork(self, new_episode_id: str) -> RemoteEpisode:
         """A copy in the state that this one is in. Raises DomainError FORK_UNSUPPORTED where `can_fork` is false."""
         return await self._client.fork(self.episode_id, self._next_step, new_episode_id)
+
+    def kept_alive(self) -> AbstractAsyncContextManager[None]:
+        """Within the block the episode does not expire, however long no step is made."""
+        return kept_alive(self.episode_id, self._lease_seconds, self._repeat)
+
+    async def _repeat(self) -> None:
+        """The last call that was answered, once more. Where a server lost the episode, the call that began it begins
+        another one, which is not gone on with unless it looks the same."""
+        if self._is_over:
+            return
+        if self._last_action is not None:
+            await self._client.step_alone(self.episode_id, self._next_step - 1, self._last_action)
+            return
+        begun = await self._begin()
+        if self._last_action is None and (begun.observation, begun.player) != (self.observation, self._begun.player):
+            self._replaced = f"episode {self.episode_id!r} was lost: begun again, it shows another observation"
+            raise DomainError(Reason.UNKNOWN_EPISODE, self._replaced)
 
     async def end(self) -> None:
         if not self._is_over:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 
+from services.common.rewards import reaches, total
 from services.env.base import Environment, EnvironmentInfo, Episode, Split, StepResult, TaskInfo, close, fork
 
 RIGHT = "That was right."
 WRONG = "That was wrong, try again."
-_ROUNDING = 1e-9  # of a sum of rewards
 
 
 class Feedback(StrEnum):
@@ -53,25 +53,26 @@ class _Limited:
 
 
 class _LimitedEpisode:
-    def __init__(self, episode: Episode, feedback: Feedback, missing: float) -> None:
+    def __init__(self, episode: Episode, feedback: Feedback, max_reward: float, rewards: Sequence[float] = ()) -> None:
         self.observation = episode.observation
         self.player = getattr(episode, "player", 0)
         self._episode = episode
         self._feedback = feedback
-        self._missing = missing  # the reward that is not earned yet
+        self._max_reward = max_reward
+        self._rewards = list(rewards)
 
     def step(self, action: str) -> StepResult:
         result = self._episode.step(action)
         if not isinstance(result, StepResult):  # an environment's mistake, which the server reports
             return result
-        self._missing -= result.reward
+        self._rewards.append(result.reward)
         if not result.done:
             return result
-        unary = RIGHT if self._missing <= _ROUNDING else WRONG
+        unary = RIGHT if reaches(total(self._rewards), self._max_reward) else WRONG
         return replace(result, feedback=unary if self._feedback is Feedback.UNARY else "")
 
     def fork(self) -> _LimitedEpisode:
-        return _LimitedEpisode(fork(self._episode), self._feedback, self._missing)
+        return _LimitedEpisode(fork(self._episode), self._feedback, self._max_reward, self._rewards)
 
     def close(self) -> None:
         close(self._episode)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import fsum, sqrt
 
+from services.common.rewards import exceeds
 from services.trainer.settings import DistillationLoss
 
 EPSILON = 1e-6  # verl's, on which the paper's reference code is built
@@ -37,7 +38,7 @@ def distillation_weight(
     RAFT (arXiv 2304.06767): max(r2, 0). Cross-entropy: 1 where r2 > 0. With the baseline (RLTF), less the mean reward
     of the task's first attempts, and never below 0: the likelihood of a success is not pushed down.
     """
-    if reward <= 0:
+    if not exceeds(reward, 0):
         return 0.0
     weight = reward if loss is DistillationLoss.RAFT else 1.0
     if subtract_baseline and first_rewards_G:

@@ -20,6 +20,8 @@ Deviations from the paper and its reference code:
 6. A step reads one memory snapshot, taken at its start; its writes follow at its end in (task, rollout) order.
 7. All branches, the distilled one too, are trained at the temperature that their tokens were sampled at.
 8. Several optimizer steps share a step's data: each sees all branches at equal weight (`batch.minibatches`).
+9. A reflection that was cut at its token limit is never memorised, and trained on only with `train_cut_reflections`:
+   nothing tells whether the rest of it would have been right.
 """
 
 from __future__ import annotations
@@ -30,17 +32,28 @@ from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from services.common.inference import SamplingParams
-from services.common.types import Attempt, DistilledTarget, Experience, Provenance, Reflection, StoredReflection
+from services.common.rewards import exceeds, reaches
+from services.common.types import (
+    Attempt,
+    DistilledTarget,
+    Experience,
+    Outcome,
+    Provenance,
+    Reflection,
+    StoredReflection,
+)
 from services.trainer.batch import minibatches, training_data
-from services.trainer.data import Datum, PolicyGradient
+from services.trainer.data import Datum, Limits, PolicyGradient
 from services.trainer.episode import Player, fill, trace_of
 from services.trainer.interfaces import LearnerPort, MemoryPort
 from services.trainer.metrics import mean_metrics, rollout_metrics
 from services.trainer.seeds import derive_seed
 from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings, SecondAttempt
+from services.trainer.trainable import NotDistilled, counted, never_fits, trainable, with_usable_reward
 
 Part = TypeVar("Part", Attempt, Reflection)
 Result = TypeVar("Result")
+_MAX_MEMORY_BYTES = 2**20  # of AddReflectionRequest
 
 
 class Recorder(Protocol):
@@ -109,7 +122,7 @@ class Erl:
             await self._first(chain_id, task_id, seed),
         )
         first = experience.first_attempt
-        unsolved = first.reward is not None and first.reward < algorithm.success_threshold
+        unsolved = first.reward is not None and not reaches(first.reward, algorithm.success_threshold)
         if unsolved and algorithm.second_attempt is not SecondAttempt.NONE:
             experience = await self._second_chance(experience, seed, entries)
         self.recorder.complete(experience)
@@ -117,11 +130,12 @@ class Erl:
 
     async def learn(self, step: int, experiences: Sequence[Experience]) -> dict[str, float]:
         """One loss over all branches, in `optimizer_steps` optimizer steps."""
-        data = training_data(experiences, self.settings.algorithm)
+        samples, dropped = trainable(experiences, self._limits, self.settings.algorithm)
+        data = training_data(samples, self.settings.algorithm)
         if not self._regularised:
             data = [datum for datum in data if not _without_gradient(datum)]
         if not data:
-            return {}
+            return counted(dropped)
         count = self.settings.algorithm.optimizer_steps
         if count > 1:
             data = await self._with_old_log_probs(data)
@@ -129,27 +143,27 @@ class Erl:
         for minibatch in minibatches(data, count, derive_seed(self.settings.seed, step, "minibatch")):
             losses = await self.learner.forward_backward(minibatch, self.settings.loss)
             metrics.append(losses | await self.learner.optim_step())
-        return mean_metrics(metrics)
+        return mean_metrics(metrics) | counted(dropped)
 
     async def memorise(self, experiences: Sequence[Experience]) -> None:
-        """m ← Δ for each reflection, unless it is empty, whose second attempt succeeded. Request ids make a repetition
-        harmless."""
+        """m ← Δ for each reflection that is worth it. Request ids make a repetition harmless."""
         for experience in experiences:
             first, reflection, second = experience.first_attempt, experience.reflection, experience.second_attempt
-            if reflection is None or second is None or second.reward is None or first.reward is None:
+            if not is_memorable(experience, self.settings.algorithm.success_threshold):
                 continue
-            if second.reward >= self.settings.algorithm.success_threshold and reflection.text:
-                provenance = Provenance(
-                    run_id=self.run_id,
-                    experience_id=experience.experience_id,
-                    environment=experience.environment,
-                    task_id=experience.task_id,
-                    policy_version=reflection.policy_version,
-                    reward_before=first.reward,
-                    reward_after=second.reward,
-                    success=True,
-                )
-                await self.memory.add(reflection.reflection_id, self.memory_scope, reflection.text, provenance)
+            assert reflection is not None and second is not None
+            assert first.reward is not None and second.reward is not None
+            provenance = Provenance(
+                run_id=self.run_id,
+                experience_id=experience.experience_id,
+                environment=experience.environment,
+                task_id=experience.task_id,
+                policy_version=reflection.policy_version,
+                reward_before=first.reward,
+                reward_after=second.reward,
+                success=True,
+            )
+            await self.memory.add(reflection.reflection_id, self.memory_scope, reflection.text, provenance)
 
     def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
         return rollout_metrics(experiences, self.settings.algorithm.success_threshold)
@@ -195,17 +209,20 @@ class Erl:
         second = await self._attempt(f"{chain_id}-second", experience.task_id, system, seed, "second")
         if reflection is not None:
             reflection = replace(reflection, reward=second.reward)
-        distilled = await self._distill(chain_id, first, second)
-        return replace(experience, reflection=reflection, second_attempt=second, distilled=distilled)
+        experience = replace(experience, reflection=reflection, second_attempt=second)
+        try:
+            return replace(experience, distilled=await self._distill(chain_id, first, second))
+        except NotDistilled as error:
+            return replace(experience, not_distilled=error.problem)
 
     async def _attempt(self, attempt_id: str, task_id: str, system: str, seed: int, role: str) -> Attempt:
         attempt = self.recorder.find(attempt_id, Attempt)
-        if attempt is None:
+        if attempt is None or never_fits(attempt):  # by now the policy's context may be larger
             rollout = self.settings.rollout
             sampling = SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens)
             attempt = await self.player.attempt(attempt_id, task_id, system, sampling, derive_seed(seed, role))
             self.recorder.add(attempt)
-        return attempt
+        return with_usable_reward(attempt)
 
     async def _reflection(
         self, reflection_id: str, first: Attempt, seed: int, entries: Sequence[StoredReflection]
@@ -224,8 +241,9 @@ class Erl:
         return reflection
 
     async def _distill(self, chain_id: str, first: Attempt, second: Attempt) -> DistilledTarget | None:
-        """y2 as if it had been written under x alone: its first prompt segment replaced, everything later identical."""
-        if second.reward is None or second.reward <= 0 or not second.sequences:
+        """y2 as if it had been written under x alone: its first prompt segment replaced, everything later identical.
+        None where y2 earned nothing. Raises NotDistilled."""
+        if second.reward is None or not exceeds(second.reward, 0) or not second.sequences:
             return None
         prompts = await self.player.first_prompts(first, second)
         sequences = tuple(
@@ -245,6 +263,14 @@ class Erl:
         ]
 
     @property
+    def _limits(self) -> Limits:
+        """The learner's; where it does not state them, the policy's, which serves the same model."""
+        learner, policy = self.learner.limits, self.player.policy_info
+        return Limits(
+            learner.vocabulary_size or policy.vocabulary_size, learner.context_length or policy.context_length
+        )
+
+    @property
     def _regularised(self) -> bool:
         return self.settings.loss.kl_coefficient > 0 or self.settings.loss.entropy_coefficient > 0
 
@@ -262,13 +288,26 @@ async def evaluate(
     sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, rollout.max_tokens)
     gate = asyncio.Semaphore(rollout.concurrency)
 
-    async def limited(task_id: str, sample: int) -> Attempt:
+    async def limited(slot: int, task_id: str, sample: int) -> Attempt:
         async with gate:
-            attempt_id = f"{name}-{task_id.replace('/', '-')}-r{sample}"
+            attempt_id = f"{name}-t{slot}-r{sample}"  # a task's id may be as long as an attempt's
             attempt_seed = derive_seed(seed, "evaluation", task_id, sample)
             return await player.attempt(attempt_id, task_id, player.info.prompts.solver, sampling, attempt_seed)
 
-    return await all_or_none(limited(task_id, sample) for task_id in task_ids for sample in range(settings.samples))
+    return await all_or_none(
+        limited(slot, task_id, sample) for slot, task_id in enumerate(task_ids) for sample in range(settings.samples)
+    )
+
+
+def is_memorable(experience: Experience, threshold: float) -> bool:
+    """Whether the memory takes the reflection: its second attempt succeeded, and it is whole, which is to say that the
+    policy ended it, not a limit; not empty; and no longer than the memory's contract allows."""
+    first, reflection, second = experience.first_attempt, experience.reflection, experience.second_attempt
+    if reflection is None or reflection.outcome is not Outcome.COMPLETED:
+        return False
+    if first.reward is None or second is None or second.reward is None or not reaches(second.reward, threshold):
+        return False
+    return 0 < len(reflection.text.encode()) <= _MAX_MEMORY_BYTES
 
 
 def _without_gradient(datum: Datum) -> bool:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from services.common.rewards import exceeds
 from services.common.types import Attempt, DistilledTarget, Experience, Reflection, TokenSequence
 from services.trainer.advantages import distillation_weight, group_advantages
 from services.trainer.data import Datum, Distillation, PolicyGradient
@@ -42,7 +43,7 @@ def training_data(experiences: Sequence[Experience], settings: AlgorithmSettings
         (REFLECTION, settings.reflection_weight, _second_chance(experiences, settings, REFLECTION)),
         (SECOND, settings.second_weight, _second_chance(experiences, settings, SECOND)),
     ):
-        divisor = _divisor(branch, len(samples), experiences, settings)
+        divisor = _divisor(branch, sum(bool(sample.sequences) for sample, _ in samples), experiences, settings)
         for sample, advantage in samples:
             data.extend(_policy_gradient(sample, advantage, weight / divisor, branch))
     if settings.distillation_weight > 0:
@@ -86,14 +87,16 @@ def _divisor(branch: str, samples: int, experiences: Sequence[Experience], setti
     if normalization is BranchNormalization.OWN_COUNT or not samples:
         return max(samples, 1)
     chains = [experience for group in groups(experiences) for experience in group]
-    if normalization is BranchNormalization.CHAINS or branch == FIRST:
+    if normalization is BranchNormalization.CHAINS:
         return len(chains)
+    if branch == FIRST:
+        return samples
     retried = [chain for chain in chains if chain.reflection is not None or chain.second_attempt is not None]
     if branch != DISTILLED:
         return len(chains) * samples / len(retried)
     rewards = [chain.second_attempt.reward for chain in retried if chain.second_attempt is not None]
     finished = [reward for reward in rewards if reward is not None]
-    successes = sum(reward > 0 for reward in finished)
+    successes = sum(exceeds(reward, 0) for reward in finished)
     return len(chains) * len(finished) / len(retried) * samples / successes
 
 

@@ -22,6 +22,7 @@ from services.common.inference import (
     SamplingParams,
     StopReason,
 )
+from services.common.rewards import total
 from services.common.types import (
     Attempt,
     EnvironmentInfo,
@@ -36,6 +37,7 @@ from services.common.types import (
 from services.trainer.interfaces import EnvironmentPort, EpisodeHandle, Speaker
 from services.trainer.named import NamedPolicy
 from services.trainer.seeds import derive_seed
+from services.trainer.trainable import NO_PROMPT, REWRITTEN_HISTORY, NotDistilled, never_fits, with_usable_reward
 
 
 def fill(template: str, **values: str) -> str:
@@ -115,7 +117,7 @@ class Player:
         while True:
             episode_id = f"{attempt_id}-{self.incarnation}-{restarts}"
             attempt = await self._play(attempt_id, episode_id, task_id, system, sampling, seed)
-            if attempt.outcome.has_reward or restarts == self.max_restarts:
+            if attempt.outcome.has_reward or restarts == self.max_restarts or never_fits(attempt):
                 return replace(attempt, restarts=restarts)
             restarts += 1
 
@@ -135,7 +137,9 @@ class Player:
                 conversation.messages.append(_shown(observation, tool))
                 blame = Outcome.POLICY_ERROR
                 options = CallOptions(request_id=f"{attempt_id}-{turn}", session_id=episode_id)
-                completion = await self._answer(conversation, replace(sampling, seed=derive_seed(seed, turn)), options)
+                seeded = replace(sampling, seed=derive_seed(seed, turn))
+                async with episode.kept_alive():  # the policy may take longer than the episode's lease
+                    completion = await self._answer(conversation, seeded, options)
                 if completion is None:
                     break
                 conversation.add(completion)
@@ -151,8 +155,8 @@ class Player:
         finally:
             if episode is not None and not (turns and outcome is Outcome.COMPLETED):
                 await _end(episode)
-        reward = sum(turn.reward for turn in turns) if outcome.has_reward else None
-        return Attempt(
+        reward = total(turn.reward for turn in turns) if outcome.has_reward else None
+        attempt = Attempt(
             attempt_id=attempt_id,
             episode_id=episode_id,
             outcome=outcome,
@@ -164,6 +168,7 @@ class Player:
             temperature=sampling.temperature,
             error=error,
         )
+        return with_usable_reward(attempt)
 
     async def reflect(
         self, reflection_id: str, first: Attempt, memory: str, sampling: SamplingParams, seed: int
@@ -185,14 +190,11 @@ class Player:
         outcome, text, error = Outcome.COMPLETED, "", ""
         try:
             sampling = replace(sampling, seed=derive_seed(seed, 0))
-            completion = await _generate(speaker, conversation.prompt(), sampling, options)
-            if completion is None:
-                outcome, error = Outcome.POLICY_ERROR, "the attempt does not fit into the policy's context"
-            else:
-                conversation.add(completion)
-                text = reflection_in(completion.text, prompts)
-                if completion.stop_reason is not StopReason.END_OF_TURN:
-                    outcome = Outcome.TRUNCATED
+            completion = await speaker.generate(conversation.prompt(), sampling, options)
+            conversation.add(completion)
+            text = reflection_in(completion.text, prompts)
+            if completion.stop_reason is not StopReason.END_OF_TURN:
+                outcome = Outcome.TRUNCATED
         except (DomainError, CallFailed) as failure:
             outcome, error = _outcome_of(failure, Outcome.POLICY_ERROR), str(failure)
         return Reflection(
@@ -204,50 +206,62 @@ class Player:
         return f"{reflection.text}\n{self.info.prompts.action_reminder}"
 
     async def first_prompts(self, first: Attempt, second: Attempt) -> list[tuple[int, ...]]:
-        """The prompt of each of the second attempt's sequences as it is under x, without the reflection."""
-        if not self.policy_info.rewrites_history and first.turns[0].observation == second.turns[0].observation:
+        """The prompt of each of the second attempt's sequences as it is under x, without the reflection. Raises
+        NotDistilled when it is not known which turn a sequence begins with, or the policy cannot tell a prompt."""
+        count = len(second.sequences)
+        if count not in (1, len(second.turns)) or not all(
+            one.has_prompt for one in (*first.sequences[:1], *second.sequences)
+        ):
+            raise NotDistilled(REWRITTEN_HISTORY)
+        same = first.sequences and first.turns[0].observation == second.turns[0].observation
+        if count == 1 and same and not self.policy_info.rewrites_history:
             return [first.sequences[0].segments[0].token_ids]
         messages = [Message(Role.SYSTEM, self.info.prompts.solver)]
         options = CallOptions(session_id=second.episode_id, tools=self.info.tools)
         prompts = []
         for turn in second.turns[: len(second.sequences)]:
             messages.append(_shown(turn.observation, turn.tool))
-            prompts.append(await self.policy.tokenize(tuple(messages), options))
+            try:
+                prompts.append(await self.policy.tokenize(tuple(messages), options))
+            except (DomainError, CallFailed) as error:
+                raise NotDistilled(NO_PROMPT) from error
             messages.append(Message(Role.ASSISTANT, turn.text))
         return prompts
 
     async def _answer(
         self, conversation: _Conversation, sampling: SamplingParams, options: CallOptions
     ) -> Completion | None:
-        """None when the conversation has outgrown the policy's context."""
+        """None when the conversation has outgrown the policy's context. A first prompt that is longer is an error: the
+        policy never spoke."""
+        try:
+            return await self._ask(conversation, sampling, options)
+        except DomainError as error:
+            if error.reason is not Reason.PROMPT_TOO_LONG:
+                raise
+            if conversation.segments:
+                return None
+            tokens = error.metadata.get("token_count", "too many")
+            context = error.metadata.get("context_length", self.policy_info.context_length)
+            message = f"the first prompt has {tokens} tokens, and the policy's context is {context}: {error.message}"
+            raise DomainError(error.reason, message) from error
+
+    async def _ask(self, conversation: _Conversation, sampling: SamplingParams, options: CallOptions) -> Completion:
         shows_tools = replace(options, tools=self.info.tools)
         prompt = conversation.prompt()
         try:  # what a continuation goes on from has shown the tools
-            return await _generate(
-                self.policy, prompt, sampling, options if isinstance(prompt, Continuation) else shows_tools
+            return await self.policy.generate(
+                prompt, sampling, options if isinstance(prompt, Continuation) else shows_tools
             )
         except DomainError as error:
             if error.reason is not Reason.TEMPLATE_REWRITES_HISTORY or conversation.by_messages:
                 raise
         conversation.by_messages = True  # the policy was given another model since its `policy_info` was asked for
-        return await _generate(self.policy, conversation.prompt(), sampling, shows_tools)
+        return await self.policy.generate(conversation.prompt(), sampling, shows_tools)
 
 
 def _shown(observation: str, tool: str) -> Message:
     """What the environment said: as the answer of a tool, or as the user."""
     return Message(Role.TOOL, observation, name=tool) if tool else Message(Role.USER, observation)
-
-
-async def _generate(
-    speaker: Speaker, prompt: Prompt, sampling: SamplingParams, options: CallOptions
-) -> Completion | None:
-    """None when the prompt is longer than the policy's context."""
-    try:
-        return await speaker.generate(prompt, sampling, options)
-    except DomainError as error:
-        if error.reason is Reason.PROMPT_TOO_LONG:
-            return None
-        raise
 
 
 def _outcome_of(failure: DomainError | CallFailed, blame: Outcome) -> Outcome:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +30,7 @@ from services.common.types import (
     StoredReflection,
     TaskInfo,
 )
-from services.trainer.data import Datum
+from services.trainer.data import Datum, Limits
 from services.trainer.settings import LossSettings
 
 
@@ -40,6 +41,9 @@ class EpisodeHandle(Protocol):
     observation: str  # the first one
 
     async def step(self, action: str) -> EpisodeStep: ...
+
+    def kept_alive(self) -> AbstractAsyncContextManager[None]:
+        """Within the block the episode does not expire, however long no step is made."""
 
     async def end(self) -> None: ...
 
@@ -98,6 +102,10 @@ class MemoryPort(Protocol):
 class LearnerPort(Protocol):
     @property
     def fingerprint(self) -> str:
+        """Of the model that is trained."""
+
+    @property
+    def limits(self) -> Limits:
         """Of the model that is trained."""
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:

@@ -58,6 +58,7 @@ class ExperienceCompleted(msgspec.Struct, frozen=True, tag="experience"):
     distilled_id: str | None
     distilled_prompts: list[list[int]]
     memory_entry_ids: list[str]
+    not_distilled: str = ""
 
 
 class StepCompleted(msgspec.Struct, frozen=True, tag="step_completed"):
@@ -87,7 +88,7 @@ class StepJournal:
         self.started: StepStarted | None = None
         self.completed: StepCompleted | None = None
         self._parts: dict[str, Attempt | Reflection] = {}
-        self._experiences: set[str] = set()
+        self._experiences: dict[str, ExperienceCompleted] = {}
         end = 0
         if path.exists():
             for record, offset in read_records(path):
@@ -106,26 +107,25 @@ class StepJournal:
         self._append(AttemptSampled(part) if isinstance(part, Attempt) else ReflectionSampled(part))
 
     def complete(self, experience: Experience) -> None:
-        if experience.experience_id in self._experiences:
-            return
         reflection, second, distilled = experience.reflection, experience.second_attempt, experience.distilled
         prompts = [list(sequence.segments[0].token_ids) for sequence in distilled.sequences] if distilled else []
-        self._append(
-            ExperienceCompleted(
-                experience_id=experience.experience_id,
-                run_id=experience.run_id,
-                step=experience.step,
-                environment=experience.environment,
-                task_id=experience.task_id,
-                rollout=experience.rollout,
-                first_id=experience.first_attempt.attempt_id,
-                reflection_id=reflection.reflection_id if reflection else None,
-                second_id=second.attempt_id if second else None,
-                distilled_id=distilled.distilled_id if distilled else None,
-                distilled_prompts=prompts,
-                memory_entry_ids=list(experience.memory_entry_ids),
-            )
+        record = ExperienceCompleted(
+            experience_id=experience.experience_id,
+            run_id=experience.run_id,
+            step=experience.step,
+            environment=experience.environment,
+            task_id=experience.task_id,
+            rollout=experience.rollout,
+            first_id=experience.first_attempt.attempt_id,
+            reflection_id=reflection.reflection_id if reflection else None,
+            second_id=second.attempt_id if second else None,
+            distilled_id=distilled.distilled_id if distilled else None,
+            distilled_prompts=prompts,
+            memory_entry_ids=list(experience.memory_entry_ids),
+            not_distilled=experience.not_distilled,
         )
+        if record != self._experiences.get(experience.experience_id):
+            self._append(record)
 
     def start(self, record: StepStarted) -> None:
         self._append(record)
@@ -155,7 +155,7 @@ class StepJournal:
             case ReflectionSampled(reflection):
                 self._parts[reflection.reflection_id] = reflection
             case ExperienceCompleted():
-                self._experiences.add(record.experience_id)
+                self._experiences[record.experience_id] = record
             case StepCompleted():
                 self.completed = record
 
@@ -163,7 +163,7 @@ class StepJournal:
 def read_experiences(path: Path) -> list[Experience]:
     """The complete experiences of one step's file, in (task, rollout) order. Reads while the run writes."""
     parts: dict[str, Attempt | Reflection] = {}
-    chains: list[ExperienceCompleted] = []
+    chains: dict[str, ExperienceCompleted] = {}
     order: list[str] = []
     for record, _ in read_records(path):
         match record:
@@ -174,10 +174,10 @@ def read_experiences(path: Path) -> list[Experience]:
             case ReflectionSampled(reflection):
                 parts[reflection.reflection_id] = reflection
             case ExperienceCompleted():
-                chains.append(record)
+                chains[record.experience_id] = record
     position = {task_id: slot for slot, task_id in reversed(list(enumerate(order)))}
-    chains.sort(key=lambda chain: (position.get(chain.task_id, 0), chain.rollout))
-    return [_joined(chain, parts) for chain in chains]
+    ordered = sorted(chains.values(), key=lambda chain: (position.get(chain.task_id, 0), chain.rollout))
+    return [_joined(chain, parts) for chain in ordered]
 
 
 def _joined(chain: ExperienceCompleted, parts: dict[str, Attempt | Reflection]) -> Experience:
@@ -204,6 +204,7 @@ def _joined(chain: ExperienceCompleted, parts: dict[str, Attempt | Reflection]) 
         second_attempt=second,
         distilled=distilled,
         memory_entry_ids=tuple(chain.memory_entry_ids),
+        not_distilled=chain.not_distilled,
     )
 
 

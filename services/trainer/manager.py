@@ -19,6 +19,7 @@ from services.trainer.folder import RunFolder, RunRecord, RunState
 from services.trainer.named import NamedPolicy, check_environment, check_top_k
 from services.trainer.run import Run, Services, evaluation_of
 from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+from services.trainer.trainable import prompt_notices
 
 log = structlog.get_logger()
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -154,6 +155,8 @@ class RunManager:
         name = f"evaluation-{os.urandom(4).hex()}"
         player = Player(services.environment, named, info, named.info, "0", rollout.max_restarts)
         attempts = await evaluate(player, name, [task.task_id for task in tasks], settings, rollout, seed)
+        for text in prompt_notices(attempts):
+            log.warning(text, environment=environment, policy=named.info.name)
         return evaluation_of(0, attempts, threshold), named.info.policy_version
 
     def _run_folder(self, run_id: str) -> RunFolder:

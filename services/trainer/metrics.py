@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
+from services.common.rewards import reaches
 from services.common.types import Attempt, Experience
+from services.trainer.trainable import never_fits
 
 
 def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict[str, float]:
@@ -24,11 +26,14 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
         "rollouts": float(sum(1 + attempt.restarts for attempt in first + second) + len(reflections)),
         "sampled_tokens": float(sum(sequence.sampled_count for sequence in sequences)),
     }
+    unplayed = sum(map(never_fits, parts))
+    if unplayed:
+        metrics["excluded_prompt_too_long"] = float(unplayed)
     for name, attempts in (("first", first), ("second", second)):
         rewards = rewards_of(attempts)
         if rewards:
             metrics[f"reward_{name}"] = fmean(rewards)
-            metrics[f"success_{name}"] = fmean(reward >= threshold for reward in rewards)
+            metrics[f"success_{name}"] = fmean(reaches(reward, threshold) for reward in rewards)
     return metrics
 
 

@@ -12,6 +12,7 @@ import structlog
 
 from services.common.errors import DomainError, Reason
 from services.common.inference import PolicyInfo
+from services.common.rewards import reaches
 from services.common.types import Attempt, EnvironmentInfo, Split, TaskInfo
 from services.trainer.algorithm import Erl, NoRecorder, evaluate
 from services.trainer.episode import Player
@@ -24,6 +25,7 @@ from services.trainer.named import NamedPolicy, check_actor, check_environment, 
 from services.trainer.published import PublishedPolicy
 from services.trainer.seeds import tasks_of_step
 from services.trainer.settings import RunSettings
+from services.trainer.trainable import drop_notices, prompt_notices
 
 log = structlog.get_logger()
 LEARNER_LOSSES = 3  # how often in a row, without a step in between, a lost learner is set up again
@@ -81,6 +83,14 @@ class Run:
     def notice(self, text: str) -> None:
         log.info("notice", run_id=self.run_id, text=text)
         self.events.add(NoticeEvent(text))
+
+    def _notice_once(self, texts: list[str]) -> None:
+        """The first of each kind in a run, which is what stands before the colon."""
+        notices = [entry.event.text for entry in self.events.entries if isinstance(entry.event, NoticeEvent)]
+        told = {text.partition(":")[0] for text in notices}
+        for text in texts:
+            if text.partition(":")[0] not in told:
+                self.notice(text)
 
     @property
     def train_seconds(self) -> float:
@@ -162,7 +172,11 @@ class Run:
             experiences = await recording.sample(self.step, journal.started.task_ids, journal.started.memory_version)
             sampled = time.monotonic()
             journal.sync()
+            first = [experience.first_attempt for experience in experiences]
+            later = [part for experience in experiences for part in experience.parts()]
+            self._notice_once(prompt_notices(first, later))
             metrics = recording.metrics(experiences) | await recording.learn(self.step, experiences)
+            self._notice_once(drop_notices(metrics))
             learned = time.monotonic()
             await policy.publish()
             await recording.memorise(experiences)
@@ -202,6 +216,7 @@ class Run:
         attempts = await evaluate(
             algorithm.player, name, test_ids, settings.evaluation, settings.rollout, settings.seed
         )
+        self._notice_once(prompt_notices(attempts))
         self.events.add(evaluation_of(self.step, attempts, self.settings.algorithm.success_threshold))
 
     def summary(self) -> dict[str, object]:
@@ -237,5 +252,5 @@ def evaluation_of(step: int, attempts: list[Attempt], threshold: float) -> Evalu
     if not rewards:
         causes = sorted({attempt.error for attempt in attempts})
         raise EvaluationFailed("no attempt could be finished: " + "; ".join(causes[:3]))
-    success = fmean(reward >= threshold for reward in rewards)
+    success = fmean(reaches(reward, threshold) for reward in rewards)
     return EvaluationEvent(step, success, fmean(rewards), len(rewards), len(attempts) - len(rewards))

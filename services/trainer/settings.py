@@ -93,6 +93,7 @@ class AlgorithmSettings(_Settings):
     normalize_by_std: bool = True
     optimizer_steps: int = Field(1, ge=1, le=1000)
     branch_normalization: BranchNormalization = BranchNormalization.OWN_COUNT
+    train_cut_reflections: bool = False
 
 
 class RolloutSettings(_Settings):

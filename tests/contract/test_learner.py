@@ -97,7 +97,7 @@ async def refusal(call: Awaitable[Any]) -> DomainError:
 async def test_over_the_wire_is_as_in_process(client: LearnerClient, tiny: Path, tmp_path: Path) -> None:
     local = Learner("local", spec(tiny), server_settings(tmp_path / "local"))
     data, loss = many(9), LossSettings(kl_coefficient=0.1, entropy_coefficient=0.01)
-    assert client.fingerprint == local.fingerprint
+    assert client.fingerprint == local.fingerprint and client.limits == local.model.limits
     assert await client.forward(data) == local.forward(data)
     for _ in range(2):
         assert await client.forward_backward(data, loss) == pytest.approx(local.forward_backward(data, loss))

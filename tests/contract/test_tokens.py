@@ -49,6 +49,7 @@ TEMPLATES = {
 SETTINGS = RunSettings.model_validate(
     {
         "environment": "second-try",
+        "algorithm": {"train_cut_reflections": True},
         "rollout": {"concurrency": 1, "rollouts_per_task": 2, "max_tokens": 24, "reflection_max_tokens": 24},
     }
 )

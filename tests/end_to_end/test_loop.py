@@ -34,7 +34,15 @@ def check_experiences(chains: list[Experience], steps: int, tasks: int, rollouts
 
 
 def successes(chains: list[Experience]) -> list[str]:
-    return [c.experience_id for c in chains if c.second_attempt is not None and (c.second_attempt.reward or 0) >= 1]
+    """Those whose reflection is memorised: what was cut at its token limit is not."""
+    return [
+        c.experience_id
+        for c in chains
+        if c.reflection is not None
+        and c.reflection.outcome is Outcome.COMPLETED
+        and c.second_attempt is not None
+        and (c.second_attempt.reward or 0) >= 1
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ Tokens are characters: the policy "samples" the characters of a scripted answer,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,7 +41,7 @@ from services.common.types import (
     StoredReflection,
     TaskInfo,
 )
-from services.trainer.data import Datum
+from services.trainer.data import Datum, Limits, refusal
 from services.trainer.settings import LossSettings
 
 PROMPTS = PromptSet(
@@ -66,7 +67,8 @@ def render(messages: Sequence[Message]) -> str:
 
 @dataclass
 class FakeEnvironment:
-    """One task "t0", "t1", … per answer; an episode ends after `turns` steps and pays 1 when the last answer is right.
+    """One task "t0", "t1", … per answer; an episode ends after `turns` steps and pays 1 when the last answer is right;
+    `in_parts`, each right answer pays 1 / `turns`.
 
     `fail` is asked before each step and may raise.
     """
@@ -78,6 +80,7 @@ class FakeEnvironment:
     unavailable: str = ""
     player_count: int = 1
     started: list[str] = field(default_factory=list)
+    in_parts: bool = False
 
     async def describe(self, environment: str) -> EnvironmentInfo:
         return EnvironmentInfo(
@@ -117,11 +120,16 @@ class FakeEpisode:
         self.environment.fail(self.episode_id)
         self.played += 1
         done = self.played == self.environment.turns
-        right = done and action == self.environment.answers[self.task_id]
+        matches = action == self.environment.answers[self.task_id]
+        right = done and matches
+        reward = matches / self.environment.turns if self.environment.in_parts else float(right)
         feedback = ("right" if right else "wrong") if done else ""
         outcome = Outcome.COMPLETED if done else None
         tool = self.environment.tools[0].name if self.environment.tools and not done else ""
-        return EpisodeStep(f"after {action}", action.upper(), float(right), done, outcome, feedback, tool=tool)
+        return EpisodeStep(f"after {action}", action.upper(), reward, done, outcome, feedback, tool=tool)
+
+    def kept_alive(self) -> AbstractAsyncContextManager[None]:
+        return nullcontext()
 
     async def end(self) -> None:
         return None
@@ -146,6 +154,7 @@ class FakePolicy:
     frozen: bool = False
     canary_difference: float | None = None
     others: dict[str, FakePolicy] = field(default_factory=dict)
+    context_length: int = 4096
 
     def named(self, policy: str) -> FakePolicy:
         if policy in ("", "actor"):
@@ -160,7 +169,7 @@ class FakePolicy:
             "fake",
             found.fingerprint,
             found.version,
-            4096,
+            found.context_length,
             2**16,
             (ord("]"),),
             found.rewrites_history,
@@ -203,8 +212,15 @@ class FakePolicy:
             assert isinstance(prompt, tuple)
             ids, system, last = encode(render(prompt)), prompt[0].content, prompt[-1].content
             self.systems[ids] = system
+        length = len(ids) + (len(prompt.token_ids) if isinstance(prompt, Continuation) else 0)
+        if length >= self.context_length:
+            raise DomainError(Reason.PROMPT_TOO_LONG, "no room", token_count=length, context_length=self.context_length)
         text = self.answer(system, last, sampling)
         tokens = encode(text + "]")
+        stop_reason = StopReason.END_OF_TURN
+        if len(tokens) > sampling.max_tokens:
+            tokens, text = tokens[: sampling.max_tokens], text[: sampling.max_tokens]
+            stop_reason = StopReason.MAX_TOKENS
         if Feature.TOKEN_IDS not in self.features:
             return Completion((), (), (), text, StopReason.END_OF_TURN, (VersionSpan(self.version, 0),))
         return Completion(
@@ -212,7 +228,7 @@ class FakePolicy:
             tokens,
             (LOG_PROB,) * len(tokens),
             text,
-            StopReason.END_OF_TURN,
+            stop_reason,
             (VersionSpan(self.version, len(tokens)),),
         )
 
@@ -251,7 +267,8 @@ class FakeMemory:
 
 @dataclass
 class FakeLearner:
-    """Keeps what it was given. `state` counts optimizer steps, and is what checkpoints save."""
+    """Keeps what it was given, and refuses what any learner does. `state` counts optimizer steps, and is what
+    checkpoints save."""
 
     steps: list[list[Datum]] = field(default_factory=list)
     forwards: list[list[Datum]] = field(default_factory=list)
@@ -259,17 +276,25 @@ class FakeLearner:
     checkpoints: dict[str, int] = field(default_factory=dict)
     lose_at: int | None = None
     fingerprint: str = "f"
+    limits: Limits = Limits(2**16, 4096)
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
+        self._check(data)
         self.forwards.append(list(data))
         return [(-0.25,) * sum(datum.loss_mask) for datum in data]
 
     async def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
+        self._check(data)
         if self.lose_at is not None and len(self.steps) == self.lose_at:
             self.lose_at = None
             raise DomainError(Reason.UNKNOWN_LEARNER, "restarted")
         self.steps.append(list(data))
         return {"loss": 1.0}
+
+    def _check(self, data: Sequence[Datum]) -> None:
+        for datum in data:
+            if found := refusal(datum, self.limits):
+                raise DomainError(Reason.INVALID_FIELD, f"{datum.datum_id}: {found}")
 
     async def optim_step(self) -> dict[str, float]:
         self.state += 1

@@ -127,6 +127,21 @@ async def test_what_is_trained_on_is_what_was_sampled() -> None:
         )
 
 
+@pytest.mark.parametrize("parts", [10, 49])
+async def test_a_success_in_small_parts_is_a_success(parts: int) -> None:
+    """Added one by one, ten times 0.1 stays below 1; 49 times 1/49 does even when it is added exactly."""
+    loop = Loop(
+        lambda system, last: "no" if system == "solve" else "go",
+        environment=FakeEnvironment({"t0": "go"}, turns=parts, in_parts=True),
+    )
+    experiences = await loop.step()
+    assert [chain.second_attempt.reward for chain in experiences] == pytest.approx([1.0] * 4)
+    assert loop.metrics["success_second"] == 1
+    assert len(loop.memory.entries) == 4
+    solved = Loop(lambda system, last: "go", environment=FakeEnvironment({"t0": "go"}, turns=parts, in_parts=True))
+    assert all(chain.reflection is None for chain in await solved.step())
+
+
 async def test_a_solved_first_attempt_makes_no_reflection() -> None:
     loop = Loop(lambda system, last: "go")
     experiences = await loop.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import ServiceUnavailable
+from services.common.errors import DomainError, ServiceUnavailable
 from services.common.inference import PublishedWeights
 from services.common.types import Experience
+from services.trainer.data import Limits
 from services.trainer.events import EvaluationEvent, NoticeEvent, StepEvent
 from services.trainer.folder import RunFolder, RunState
 from services.trainer.journal import (
@@ -249,6 +251,54 @@ async def _ended(run: Run) -> Any:
             return
 
 
+def notices(run: Run) -> list[str]:
+    return [entry.event.text for entry in run.events.entries if isinstance(entry.event, NoticeEvent)]
+
+
+async def test_a_run_whose_prompts_never_fit_fails_at_once_and_goes_on_under_a_larger_context(
+    tmp_path: Path, uninterrupted: Any
+) -> None:
+    """First its test tasks do not fit, then the training tasks of a step, then all do."""
+    world = World(tmp_path)
+    world.policy.context_length = 10
+    with pytest.raises(DomainError, match=r"no attempt could begin: .* 40 tokens, .* context is 10\b"):
+        await world.run().train()
+    assert not journaled_steps(world.folder.journal)
+    world.environment.fail = lambda episode: setattr(world.policy, "context_length", 10)  # once the evaluation plays
+    world.policy.context_length = 4096
+    with pytest.raises(DomainError, match=r"no attempt could begin: .* 40 tokens, .* context is 10\b"):
+        await world.run().train()
+    assert journaled_steps(world.folder.journal) == [0]
+    world.environment.fail = lambda episode: None
+    world.policy.context_length = 4096
+    await world.run().train()
+    assert world.result()[0] == uninterrupted[0], "the chains are those of a run that never failed"
+
+
+async def test_what_is_left_out_is_told_once(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.learner.limits = Limits(2**16, 60)  # reflections are longer
+    await world.run().train()
+    steps = [event.metrics for event in world.run().events.steps().values()]
+    assert [step.get("dropped_too_long", 0) for step in steps] == [step["reflections"] for step in steps]
+    assert sum(step["dropped"] > 0 for step in steps) > 1
+    (told,) = notices(world.run())
+    assert told.startswith("left out of training, counted as dropped_too_long: ")
+
+
+async def test_a_task_whose_prompt_never_fits_is_excluded_and_told_once(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    long = "t" * 100
+    world.environment.answers[long] = "go"
+    world.policy.context_length = 120
+    await world.run().train()
+    steps = world.run().events.steps().values()
+    assert sum(step.metrics.get("excluded_prompt_too_long", 0) for step in steps) > 0
+    assert any(event.excluded for event in world.run().events.evaluations().values())
+    (told,) = notices(world.run())
+    assert "the first prompt has 138 tokens, and the policy's context is 120" in told
+
+
 def test_a_torn_record_is_dropped_and_overwritten(tmp_path: Path) -> None:
     world = World(tmp_path)
     asyncio.run(world.run().train())
@@ -269,6 +319,31 @@ def test_the_journal_is_plain_msgpack(tmp_path: Path) -> None:
         records = [msgpack.unpackb(payload) for _, payload in msgpack.Unpacker(file)]
     kinds = [record["type"] for record in records]
     assert kinds[0] == "step_started" and kinds[-1] == "step_completed" and kinds.count("experience") == 4
+
+
+async def test_a_journal_of_an_earlier_version_can_be_read_and_resumed(tmp_path: Path) -> None:
+    """Its records have no `not_distilled`, and attempts without a turn have a reward."""
+    world = World(tmp_path)
+    await world.run().train()
+    path = journal_file(world.folder.journal, 0)
+    before, seen = read_experiences(path), set()
+    records = []
+    for _, payload in msgpack.Unpacker(path.open("rb")):
+        record = msgpack.unpackb(payload)
+        seen.add(record.pop("not_distilled", None))
+        attempt = record.get("attempt")
+        if attempt and attempt["attempt_id"].endswith("-r0-first"):
+            attempt |= {"turns": [], "sequences": [], "outcome": "truncated", "reward": 0.0}
+        changed = msgpack.packb(record)
+        records.append(msgpack.packb([zlib.crc32(changed), changed]))
+    path.write_bytes(b"".join(records))
+    assert seen == {None, ""} and len(read_experiences(path)) == len(before)
+    (tmp_path / "run" / "checkpoint.json").unlink()
+    again = world.run()
+    world.learner.checkpoints.clear()
+    await again.train()
+    chains = read_experiences(path)
+    assert all(chain.first_attempt.turns for chain in chains), "what never spoke is asked again"
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 3))

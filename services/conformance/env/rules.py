@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from mulligan.common.v1 import outcome_pb2
 from mulligan.env.v1 import env_service_pb2 as pb
 
+from services.common.rewards import reaches, total
 from services.conformance.env.game import Episode
 
 Rule = Callable[[pb.EnvironmentInfo, Episode], Iterator[str]]
@@ -70,17 +71,18 @@ def closing_words(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
 
 def rewards(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
     """A finite reward of each step, together at most max_reward."""
-    sums = [0.0] * max(info.player_count, 1)
+    gained: list[list[float]] = [[] for _ in range(max(info.player_count, 1))]
     for index, step in enumerate(episode.steps[:-1] if episode.broken else episode.steps):
         if not step.HasField("reward"):
             yield f"step {index} went well, and has no reward"
         elif not math.isfinite(step.reward):
             yield f"step {index} has reward {step.reward}"
         for player, reward in enumerate(step.rewards or [step.reward]):
-            if player < len(sums):
-                sums[player] += reward
-    if max(sums) > info.max_reward + _ROUNDING:
-        yield f"the rewards add up to {max(sums):g}, and max_reward is {info.max_reward:g}"
+            if player < len(gained):
+                gained[player].append(reward)
+    most = max(map(total, gained))
+    if not reaches(info.max_reward, most):
+        yield f"the rewards add up to {most:g}, and max_reward is {info.max_reward:g}"
 
 
 def of_players(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:

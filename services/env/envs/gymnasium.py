@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from services.common.rewards import total
 from services.env.base import (
     EnvironmentInfo,
     MissingExtra,
@@ -90,7 +91,7 @@ class GymnasiumEpisode:
         self._seed = seed
         self._taken: list[Any] = []  # what a fork plays again
         self._steps = 0
-        self._reward = 0.0
+        self._rewards: list[float] = []
         self._env = game.make()
         try:
             observed, _ = self._env.reset(seed=seed)
@@ -110,7 +111,7 @@ class GymnasiumEpisode:
                 shown, INVALID, done=is_last, truncated=is_last, feedback=self._feedback(True) if is_last else ""
             )
         reward, terminated, truncated = self._take(taken)
-        self._reward += reward
+        self._rewards.append(reward)
         over, cut = terminated or truncated or is_last, not terminated
         return StepResult(
             self.observation,
@@ -132,7 +133,7 @@ class GymnasiumEpisode:
         except BaseException:
             copied.close()
             raise
-        copied._steps, copied._reward = self._steps, self._reward
+        copied._steps, copied._rewards = self._steps, list(self._rewards)
         return copied
 
     def close(self) -> None:
@@ -147,7 +148,7 @@ class GymnasiumEpisode:
 
     def _feedback(self, cut: bool) -> str:
         ended = "The step limit was reached." if cut else "The episode came to its end."
-        return f"{ended} Steps: {self._steps}. Sum of rewards: {self._reward:g}."
+        return f"{ended} Steps: {self._steps}. Sum of rewards: {total(self._rewards):g}."
 
 
 class Gymnasium:

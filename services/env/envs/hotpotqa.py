@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, Field
 
+from services.common.rewards import reaches
 from services.env.base import (
     EnvironmentInfo,
     MissingExtra,
@@ -247,7 +248,7 @@ def _feedback(result: Score, truncated: bool) -> str:
         return f"The turns were used up. Reward {result.reward:.2f}. There was no boxed answer."
     if result.method is Method.NO_ANSWER:
         return f"No answer. Reward {result.reward:.2f}. The last turn had neither a readable tool call nor a box."
-    status = "Correct" if result.reward >= 1 else "Partly correct" if result.reward > 0 else "Incorrect"
+    status = "Correct" if reaches(result.reward, 1) else "Partly correct" if result.reward > 0 else "Incorrect"
     answer = printable(result.answer, _SHOWN)
     return f"{status}. Reward {result.reward:.2f}. Extracted answer: {answer}. Scored by {result.method}."
 

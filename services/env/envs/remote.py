@@ -19,6 +19,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,8 +84,8 @@ class _Loop:
             future.cancel()
             raise
 
-    def later(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+    def later(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -142,6 +143,15 @@ class Remote:
         except CallFailed as error:
             raise (TimedOut if error.timed_out else Faulted)(str(error)) from error
 
+    def keep(self, begun: RemoteEpisode) -> Future[None]:
+        """Keeps an episode there from expiring, as its lease is not this server's. Ends when it is cancelled."""
+
+        async def keeping() -> None:
+            async with begun.kept_alive():
+                await asyncio.Event().wait()
+
+        return self._loop.later(keeping())
+
     def passed_on(self, error: DomainError) -> Exception:
         """What that server declares of its episode ids says nothing of this one's; a full server is one here, too."""
         return error if error.retry_after is not None else Faulted(f"{self._settings.address}: {error}")
@@ -178,12 +188,13 @@ class Remote:
 
 
 class RemoteGame:
-    """An episode there."""
+    """An episode there, alive as long as the one here."""
 
     def __init__(self, begun: RemoteEpisode, environment: Remote) -> None:
         self.observation = begun.observation
         self.player = begun.player
         self._begun, self._environment = begun, environment
+        self._keeping = environment.keep(begun)
 
     def step(self, action: str) -> StepResult:
         try:
@@ -214,6 +225,7 @@ class RemoteGame:
         return RemoteGame(copied, self._environment)
 
     def close(self) -> None:
+        self._keeping.cancel()
         self._environment.call(self._begun.end(), _END_SECONDS)
 
 

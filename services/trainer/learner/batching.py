@@ -10,15 +10,7 @@ import torch
 from torch import Tensor
 
 from services.common.errors import DomainError, invalid_field
-from services.trainer.data import Datum, PolicyGradient
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a model can take: token ids below `vocabulary_size`, sequences of at most `context_length` tokens."""
-
-    vocabulary_size: int
-    context_length: int
+from services.trainer.data import Datum, Limits, PolicyGradient, refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,51 +39,11 @@ def check(data: Sequence[Datum], limits: Limits) -> None:
     """Raises DomainError INVALID_FIELD that names the first bad datum and field. Nothing is computed before."""
     objectives: dict[str, type] = {}
     for index, datum in enumerate(data):
-        _check_tokens(index, datum, limits)
-        _check_numbers(index, datum)
+        if found := refusal(datum, limits):
+            raise _invalid(index, datum, found.field, found.expected, found.got)
         kind = type(datum.objective)
         if objectives.setdefault(datum.branch, kind) is not kind:
             raise _invalid(index, datum, "branch", "one kind of objective in each branch", repr(datum.branch))
-
-
-def _check_tokens(index: int, datum: Datum, limits: Limits) -> None:
-    tokens, mask = datum.token_ids, datum.loss_mask
-    if not 2 <= len(tokens) <= limits.context_length:
-        raise _invalid(index, datum, "token_ids", f"2 to {limits.context_length} tokens", str(len(tokens)))
-    if min(tokens) < 0 or max(tokens) >= limits.vocabulary_size:
-        place = next(i for i, token in enumerate(tokens) if not 0 <= token < limits.vocabulary_size)
-        expected = f"a token id from 0 to {limits.vocabulary_size - 1}"
-        raise _invalid(index, datum, f"token_ids[{place}]", expected, str(tokens[place]))
-    if len(mask) != len(tokens):
-        raise _invalid(index, datum, "loss_mask", f"one value per token, {len(tokens)}", str(len(mask)))
-    if mask[0]:
-        raise _invalid(index, datum, "loss_mask[0]", "false: nothing predicts the first token", "true")
-    if not any(mask):
-        raise _invalid(index, datum, "loss_mask", "at least one trained token", "none")
-
-
-def _check_numbers(index: int, datum: Datum) -> None:
-    if not (math.isfinite(datum.temperature) and datum.temperature > 0):
-        raise _invalid(index, datum, "temperature", "a finite number above 0", str(datum.temperature))
-    if not math.isfinite(datum.weight):
-        raise _invalid(index, datum, "weight", "a finite number", str(datum.weight))
-    objective = datum.objective
-    if not isinstance(objective, PolicyGradient):
-        if not math.isfinite(objective.target_weight):
-            raise _invalid(index, datum, "distillation.target_weight", "a finite number", str(objective.target_weight))
-        return
-    if not math.isfinite(objective.advantage):
-        raise _invalid(index, datum, "policy_gradient.advantage", "a finite number", str(objective.advantage))
-    trained = sum(datum.loss_mask)
-    for name, values, optional in (
-        ("rollout_log_probs", objective.rollout_log_probs, False),
-        ("old_log_probs", objective.old_log_probs, True),
-    ):
-        if len(values) != trained and (values or not optional):
-            expected = f"one value per trained token, {trained}"
-            raise _invalid(index, datum, f"policy_gradient.{name}", expected, str(len(values)))
-        if not all(map(math.isfinite, values)):
-            raise _invalid(index, datum, f"policy_gradient.{name}", "finite numbers", "a non-finite one")
 
 
 def _invalid(index: int, datum: Datum, field: str, expected: str, got: str) -> DomainError:

@@ -16,7 +16,7 @@ from services.common.channel import Connection, Endpoint
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
 from services.common.inference import PublishedWeights, WeightsKind
 from services.common.wire import canary_from_proto
-from services.trainer.data import Datum
+from services.trainer.data import Datum, Limits
 from services.trainer.learner.metrics import merge
 from services.trainer.learner.settings import LearnerSpec
 from services.trainer.learner.wire import data_to_proto, duration, loss_to_proto, spec_to_proto
@@ -45,6 +45,7 @@ class LearnerClient:
         self._next_sequence = 1
         self._renewal: asyncio.Task[None] | None = None
         self.fingerprint = ""
+        self.limits = Limits(0, 0)
 
     @classmethod
     async def create(
@@ -67,6 +68,7 @@ class LearnerClient:
             raise
         client._next_sequence = response.next_sequence
         client.fingerprint = response.fingerprint
+        client.limits = Limits(response.vocabulary_size, response.context_length)
         client._renewal = asyncio.create_task(client._renew())
         return client
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Self, TypeVar
 
 from services.common.inference import PublishedWeights
-from services.trainer.data import Datum
+from services.trainer.data import Datum, Limits
 from services.trainer.learner.learner import Learner
 from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
 from services.trainer.settings import LossSettings
@@ -36,6 +36,11 @@ class LocalLearner:
     def fingerprint(self) -> str:
         """Of the model; empty before `create` has loaded it."""
         return self._learner.fingerprint if self._learner is not None else ""
+
+    @property
+    def limits(self) -> Limits:
+        """Of the model; unknown before `create` has loaded it."""
+        return self._learner.model.limits if self._learner is not None else Limits(0, 0)
 
     async def _run(self, work: Callable[[Learner], R]) -> R:
         def on_thread() -> R:

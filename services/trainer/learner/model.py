@@ -18,8 +18,9 @@ from models import EMBEDDED
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.fingerprint import model_fingerprint
 from services.common.inference import CanaryProbe
+from services.trainer.data import Limits
 from services.trainer.learner import canary
-from services.trainer.learner.batching import Limits, Microbatch
+from services.trainer.learner.batching import Microbatch
 from services.trainer.settings import LoraSettings, ModelSettings
 
 # Logits are computed for so many (token, vocabulary entry) pairs at a time: 64 Mi float32 values are 256 MiB. With a

@@ -72,6 +72,8 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             fingerprint=held.learner.fingerprint,
             parameter_count=held.learner.parameter_count,
             trainable_parameter_count=held.learner.trainable_parameter_count,
+            context_length=held.learner.model.limits.context_length,
+            vocabulary_size=held.learner.model.limits.vocabulary_size,
         )
 
     async def GetLearner(self, request: pb.GetLearnerRequest, context: Context) -> pb.GetLearnerResponse:

@@ -318,7 +318,9 @@ class StartEpisodeResponse(_message.Message):
     """Whose turn it is, and who sees the observation: 0 to player_count - 1."""
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
-        """The episode expires when it is not called for this long."""
+        """The episode expires when it is not called for this long. Every call that names it begins the lease anew, a repeated
+        one, too: a client whose agent thinks for longer repeats the last call that was answered, a few times in each lease.
+        """
 
     def __init__(
         self,

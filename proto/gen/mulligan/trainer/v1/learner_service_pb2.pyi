@@ -249,12 +249,19 @@ class CreateLearnerResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
     TRAINABLE_PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
     next_sequence: _builtins.int
     """What the next call that changes the learner must carry."""
     fingerprint: _builtins.str
     """Identifies architecture and tokenizer; equals the policy's when both hold the same model."""
     parameter_count: _builtins.int
     trainable_parameter_count: _builtins.int
+    context_length: _builtins.int
+    """What the model takes: at most so many tokens in a datum, and token ids below the vocabulary's size. Callers leave
+    out what is beyond. Absent: not stated, and data beyond it are INVALID_FIELD.
+    """
+    vocabulary_size: _builtins.int
     def __init__(
         self,
         *,
@@ -262,12 +269,21 @@ class CreateLearnerResponse(_message.Message):
         fingerprint: _builtins.str = ...,
         parameter_count: _builtins.int = ...,
         trainable_parameter_count: _builtins.int = ...,
+        context_length: _builtins.int | None = ...,
+        vocabulary_size: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_vocabulary_size", b"_vocabulary_size", "context_length", b"context_length", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "next_sequence", b"next_sequence", "parameter_count", b"parameter_count", "trainable_parameter_count", b"trainable_parameter_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_vocabulary_size", b"_vocabulary_size", "context_length", b"context_length", "fingerprint", b"fingerprint", "next_sequence", b"next_sequence", "parameter_count", b"parameter_count", "trainable_parameter_count", b"trainable_parameter_count", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
+    _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015
+    _WhichOneofReturnType__vocabulary_size: _TypeAlias = _typing.Literal["vocabulary_size"]  # noqa: Y015
+    _WhichOneofArgType__vocabulary_size: _TypeAlias = _typing.Literal["_vocabulary_size", b"_vocabulary_size"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__context_length) -> _WhichOneofReturnType__context_length | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__vocabulary_size) -> _WhichOneofReturnType__vocabulary_size | None: ...
 
 Global___CreateLearnerResponse: _TypeAlias = CreateLearnerResponse  # noqa: Y015
 

@@ -248,6 +248,7 @@ class AlgorithmConfig(_message.Message):
     NORMALIZE_BY_STD_FIELD_NUMBER: _builtins.int
     OPTIMIZER_STEPS_FIELD_NUMBER: _builtins.int
     BRANCH_NORMALIZATION_FIELD_NUMBER: _builtins.int
+    TRAIN_CUT_REFLECTIONS_FIELD_NUMBER: _builtins.int
     second_attempt: Global___SecondAttempt.ValueType
     """Default REFLECTION."""
     memory_strategy: _memory_service_pb2.RetrievalStrategy.ValueType
@@ -276,6 +277,11 @@ class AlgorithmConfig(_message.Message):
     """Optimizer steps into which a training step's data is split: 1 to 1,000. Default 1."""
     branch_normalization: Global___BranchNormalization.ValueType
     """Default OWN_COUNT, as in the reference."""
+    train_cut_reflections: _builtins.bool
+    """Train on reflections that were cut at reflection_max_tokens, too. Default false. Nothing tells whether the rest of
+    such a reflection would have been right, and to reward it rewards length (overlong filtering: DAPO, arXiv
+    2503.14476, 3.4). The second attempt is given it as far as it was written; the memory never takes it.
+    """
     def __init__(
         self,
         *,
@@ -293,10 +299,11 @@ class AlgorithmConfig(_message.Message):
         normalize_by_std: _builtins.bool | None = ...,
         optimizer_steps: _builtins.int | None = ...,
         branch_normalization: Global___BranchNormalization.ValueType = ...,
+        train_cut_reflections: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "success_threshold", b"success_threshold"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "success_threshold", b"success_threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__distillation_baseline: _TypeAlias = _typing.Literal["distillation_baseline"]  # noqa: Y015
     _WhichOneofArgType__distillation_baseline: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline"]  # noqa: Y015
@@ -318,6 +325,8 @@ class AlgorithmConfig(_message.Message):
     _WhichOneofArgType__second_weight: _TypeAlias = _typing.Literal["_second_weight", b"_second_weight"]  # noqa: Y015
     _WhichOneofReturnType__success_threshold: _TypeAlias = _typing.Literal["success_threshold"]  # noqa: Y015
     _WhichOneofArgType__success_threshold: _TypeAlias = _typing.Literal["_success_threshold", b"_success_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__train_cut_reflections: _TypeAlias = _typing.Literal["train_cut_reflections"]  # noqa: Y015
+    _WhichOneofArgType__train_cut_reflections: _TypeAlias = _typing.Literal["_train_cut_reflections", b"_train_cut_reflections"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__distillation_baseline) -> _WhichOneofReturnType__distillation_baseline | None: ...
     @_typing.overload
@@ -338,6 +347,8 @@ class AlgorithmConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__second_weight) -> _WhichOneofReturnType__second_weight | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__success_threshold) -> _WhichOneofReturnType__success_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__train_cut_reflections) -> _WhichOneofReturnType__train_cut_reflections | None: ...
 
 Global___AlgorithmConfig: _TypeAlias = AlgorithmConfig  # noqa: Y015
 

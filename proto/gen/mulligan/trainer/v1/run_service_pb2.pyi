@@ -286,8 +286,10 @@ class StepCompleted(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """success_first, success_second: shares of the attempts whose reward reached the threshold; reward_first,
         reward_second: means. Absent when no attempt of the kind has a reward. reflections, distilled: counts. excluded:
-        attempts and reflections that ended without a reward for a failure of the infrastructure. restarts: attempts
-        started over. rollouts: episodes started plus reflections written. sampled_tokens. seconds, and of these
+        attempts and reflections that ended without a reward for a failure of the infrastructure, or because no turn could
+        be played; excluded_prompt_too_long: those of them whose first prompt is longer than the policy's context. dropped:
+        samples with a reward that cannot be trained on; dropped_PROBLEM: how many for each problem, such as too_long. A
+        notice explains the first of each kind. restarts: attempts started over. rollouts: episodes started plus reflections written. sampled_tokens. seconds, and of these
         sample_seconds and learn_seconds. policy_version that the step published, and canary_difference: the greatest
         difference in log-probability between trainer and engine under it. And the learner's metrics, averaged over
         optimizer steps.

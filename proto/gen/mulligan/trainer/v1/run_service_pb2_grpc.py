@@ -151,6 +151,7 @@ class RunServiceServicer:
         """Measures first attempts, without reflection in context, of a policy as it serves now, or of a run's last checkpoint.
         Takes as long as the attempts do: minutes for a large model. Not idempotent, harmless to repeat.
         NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
+        INVALID_ARGUMENT PROMPT_TOO_LONG: the first prompt of every attempt is longer than the policy's context.
         UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt
         could be finished.
         """

@@ -1,0 +1,41 @@
+"""Sums of rewards, and what they are compared with.
+
+Binary fractions round: 0.1 added ten times gives 0.9999999999999999. So sums are rounded once, at their end, and every
+comparison of a reward with a threshold goes through `reaches` or `exceeds`, to which numbers are equal when rounding
+alone tells them apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+_ROUNDING = 1e-6  # relative, and absolute near 0: environments often compute in float32, which has seven digits
+LARGEST_REWARD = 1e12  # of an attempt, in size; squares of greater ones leave float32, in which a learner computes
+
+
+def total(rewards: Iterable[float]) -> float:
+    """The exact sum, rounded once; NaN where the sum is no finite number."""
+    try:
+        return math.fsum(rewards)
+    except (OverflowError, ValueError):  # beyond what a float holds; ∞ − ∞
+        return math.nan
+
+
+def reaches(reward: float, threshold: float) -> bool:
+    """Whether the reward is at least the threshold, rounding aside."""
+    return reward >= threshold or _are_equal(reward, threshold)
+
+
+def exceeds(reward: float, threshold: float) -> bool:
+    """Whether the reward is above the threshold, rounding aside."""
+    return reward > threshold and not _are_equal(reward, threshold)
+
+
+def is_usable(reward: float) -> bool:
+    """Whether an attempt with this reward can be compared with others."""
+    return abs(reward) <= LARGEST_REWARD  # also false for NaN
+
+
+def _are_equal(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
