@@ -102,8 +102,8 @@ class CallOptions:
 
 @dataclass(frozen=True, slots=True)
 class CompletionPart:
-    """What a stream brings at a time. `prompt_token_ids` are in the first part alone, `stop_reason` in a sample's
-    last."""
+    """What a stream brings at a time. `prompt_token_ids` are in the first part alone, `stop_reason` and `raw_text`, of
+    the whole sample, in a sample's last."""
 
     index: int  # of the sample
     prompt_token_ids: tuple[int, ...]
@@ -112,11 +112,16 @@ class CompletionPart:
     text: str
     policy_versions: tuple[VersionSpan, ...]
     stop_reason: StopReason | None
+    raw_text: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """`prompt_token_ids`: the whole rendered prompt for messages, only the appended ids for a continuation."""
+    """`prompt_token_ids`: the whole rendered prompt for messages, only the appended ids for a continuation.
+
+    `raw_text`: the text with the special tokens that are marks, after the beginning of a thought that the template
+    wrote; empty where it equals `text`.
+    """
 
     prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
@@ -124,6 +129,12 @@ class Completion:
     text: str
     stop_reason: StopReason
     policy_versions: tuple[VersionSpan, ...]
+    raw_text: str = ""
+
+    @property
+    def marked_text(self) -> str:
+        """What readers of answers and tool calls read."""
+        return self.raw_text or self.text
 
 
 class Feature(StrEnum):

@@ -148,6 +148,9 @@ class Backend(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str:
         """Without special tokens."""
 
+    def decode_marked(self, token_ids: Sequence[int], text: str) -> str:
+        """With special tokens, but for those that end a turn and padding. `text` is what `decode` gives."""
+
     async def generate(self, ask: Ask) -> Sampled:
         """Raises DomainError QUEUE_FULL, ENGINE_UNAVAILABLE. Cancelling the task stops the generation."""
 

@@ -41,6 +41,7 @@ def _probe(question: str, answer: str) -> Probe:
 
 _PROBES = (_probe("Hi", "standin"), _probe("Go", "onward"))  # the answers end in different letters
 _THOUGHT = Message(Role.ASSISTANT, "<think>\nstandin thought\n</think>\n\nstandin")
+_THOUGHT_MARKS = ("<think>", "<thinking>", "<thought>", "<reasoning>", "[THINK]", "<seed:think>", "◁think▷")
 _FOLLOWING = Message(Role.USER, "Go on")
 
 
@@ -76,6 +77,8 @@ class Chat:
     `rewrites_history` is true of a template that shows an earlier turn otherwise than it was sampled (Qwen3 drops old
     thinking): continuations are refused then, because the model would see what its template never shows it.
 
+    `begun_thought` is the mark of a thought that the template begins for the model (`<think>` in DeepSeek R1's), or "".
+
     `has_tools` is true of a template that shows tools, calls and what the tools answer.
 
     A template without a system role (Gemma 2) gets leading system messages merged into the first user message, divided
@@ -92,6 +95,7 @@ class Chat:
         self.has_system_role = template is not None and self._shows_system()
         self.has_tools = template is not None and self._shows_tools()
         self._closing = ""
+        self.begun_thought = self._begun_thought() if template is not None else ""
         self.rewrites_history = template is not None and not self._keeps_history()
         self._render = lru_cache(maxsize=4096)(self._render_uncached)
         self._extend = lru_cache(maxsize=4096)(self._extend_uncached)
@@ -235,6 +239,13 @@ class Chat:
         if is_silent:
             self._tools_failure = ""
         return False
+
+    def _begun_thought(self) -> str:
+        try:
+            prompt = self._apply(self._dictionaries(_PROBES[0].question), add_generation_prompt=True).rstrip()
+        except DomainError:
+            return ""
+        return next((mark for mark in _THOUGHT_MARKS if prompt.endswith(mark)), "")
 
     def _keeps_history(self) -> bool:
         """Whether every conversation's text begins with what was shown and sampled before its last message.

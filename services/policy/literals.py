@@ -49,6 +49,10 @@ class ControlTokens:
     def __contains__(self, token_id: int) -> bool:
         return token_id in self._special
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether it is flagged as special."""
+        return self._special.get(token_id, False)
+
     def spans(self, text: str, *, special: bool = False) -> list[Span]:
         """Of all control tokens, or of those that are flagged as special."""
         lower = text.lower()

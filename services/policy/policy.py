@@ -72,7 +72,8 @@ class Policy:
             deployment = model.deployment
             ask, shown = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
-                return _completion(deployment.backend, shown, await _sample(deployment, ask, options))
+                sampled = await _sample(deployment, ask, options)
+                return _completion(deployment.backend, prompt, shown, sampled)
 
     async def sample(
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
@@ -86,7 +87,7 @@ class Policy:
             ask, shown = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
                 sampled = await together(_sample(deployment, each, options) for each in _asks(ask, n))
-                return tuple(_completion(deployment.backend, shown, each) for each in sampled)
+                return tuple(_completion(deployment.backend, prompt, shown, each) for each in sampled)
 
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
@@ -98,7 +99,7 @@ class Policy:
             checks.need_stream(deployment.backend.model)
             ask, shown = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
-                text = _text_streams(deployment.backend)
+                text = _text_streams(deployment.backend, prompt)
                 streams = [_parts(deployment, each, index, text) for index, each in enumerate(_asks(ask, n))]
                 async with aclosing(streams[0] if n == 1 else merged(streams)) as parts:
                     async for part in parts:
@@ -207,23 +208,33 @@ def _check_versions(spans: Sequence[VersionSpan], options: CallOptions) -> None:
         )
 
 
-def _completion(backend: Backend, shown: tuple[int, ...], sampled: Sampled) -> Completion:
+def _completion(backend: Backend, prompt: Prompt, shown: tuple[int, ...], sampled: Sampled) -> Completion:
     assert sampled.stop_reason is not None
+    text = backend.decode(sampled.token_ids) if sampled.token_ids else sampled.text
     return Completion(
         prompt_token_ids=shown,
         token_ids=sampled.token_ids,
         log_probs=sampled.log_probs,
-        text=backend.decode(sampled.token_ids) if sampled.token_ids else sampled.text,
+        text=text,
         stop_reason=sampled.stop_reason,
         policy_versions=sampled.policy_versions,
+        raw_text=_raw_text(backend, prompt, sampled.token_ids, text),
     )
 
 
-def _text_streams(backend: Backend) -> Callable[[], TextStream] | None:
+def _raw_text(backend: Backend, prompt: Prompt, token_ids: Sequence[int], text: str) -> str:
+    """Empty where it equals `text`."""
+    begun = backend.chat.begun_thought if backend.chat is not None and not isinstance(prompt, list) else ""
+    raw = begun + (backend.decode_marked(token_ids, text) if token_ids else text)
+    return raw if raw != text else ""
+
+
+def _text_streams(backend: Backend, prompt: Prompt) -> Callable[[], TextStream] | None:
     """None where engines answer text."""
     if Feature.TOKEN_IDS not in backend.model.features:
         return None
-    return partial(TextStream, backend.decode, unsettling_token(backend.encode, backend.decode))
+    raw = partial(_raw_text, backend, prompt)
+    return partial(TextStream, backend.decode, unsettling_token(backend.encode, backend.decode), raw)
 
 
 async def _parts(
@@ -239,14 +250,16 @@ async def _parts(
                 if not await deployment.verified(sampled.policy_versions):
                     break
                 last = sampled.stop_reason is not None
+                new = text.push(sampled.token_ids, last=last) if text is not None else sampled.text
                 yield CompletionPart(
                     index=index,
                     prompt_token_ids=(),
                     token_ids=sampled.token_ids,
                     log_probs=sampled.log_probs,
-                    text=text.push(sampled.token_ids, last=last) if text is not None else sampled.text,
+                    text=new,
                     policy_versions=sampled.policy_versions,
                     stop_reason=sampled.stop_reason,
+                    raw_text=text.raw() if text is not None and last else "",
                 )
                 given = True
             else:

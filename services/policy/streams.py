@@ -32,17 +32,35 @@ class TextStream:
 
     A character's bytes may come in several tokens, so text that ends in undecodable bytes is held back until more is
     known; so is what an `unsettling` token would change. What a token reads as depends on those before it (a space
-    between words, or none), so each is decoded together with those that gave the last piece of text.
+    between words, or none), so each is decoded together with those that gave the last piece of text. `raw_text` gives a
+    completion's raw text from all its tokens and its text.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], unsettling: int | None = None):
-        self._decode, self._unsettling = decode, unsettling
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        unsettling: int | None = None,
+        raw_text: Callable[[Sequence[int], str], str] = lambda token_ids, text: "",
+    ):
+        self._decode, self._unsettling, self._raw_text = decode, unsettling, raw_text
+        self._all: list[int] = []
+        self._text = ""
         self._token_ids: list[int] = []  # those that text to come depends on
         self._shown = 0  # characters of their text that are out
         self._last = 0  # where the tokens begin that gave the last piece
 
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """The text that is new. `last` says that no more tokens come."""
+        self._all += token_ids
+        new = self._push(token_ids, last)
+        self._text += new
+        return new
+
+    def raw(self) -> str:
+        """Of all that was pushed, once it is complete."""
+        return self._raw_text(self._all, self._text)
+
+    def _push(self, token_ids: Sequence[int], last: bool) -> str:
         self._token_ids += token_ids
         text = self._decode(self._token_ids)
         certain = len(text) if last else self._certain(text)

@@ -204,6 +204,7 @@ def completions_to_proto(completions: Sequence[Completion]) -> pb.GenerateRespon
                 token_ids=completion.token_ids,
                 log_probs=completion.log_probs,
                 text=completion.text,
+                raw_text=completion.raw_text,
                 stop_reason=stop_reason_to_proto(completion.stop_reason),
                 policy_versions=spans_to_proto(completion.policy_versions),
             )
@@ -223,6 +224,7 @@ def completions_from_proto(response: pb.GenerateResponse, n: int) -> tuple[Compl
             token_ids=tuple(completion.token_ids),
             log_probs=tuple(completion.log_probs),
             text=completion.text,
+            raw_text=completion.raw_text,
             stop_reason=stop_reason_from_proto(completion.stop_reason),
             policy_versions=spans_from_proto(completion.policy_versions),
         )
@@ -238,6 +240,7 @@ def part_to_proto(part: CompletionPart) -> pb.StreamGenerateResponse:
         log_probs=part.log_probs,
         policy_versions=spans_to_proto(part.policy_versions),
         text=part.text,
+        raw_text=part.raw_text,
         stop_reason=stop_reason_to_proto(part.stop_reason) if part.stop_reason else pb.STOP_REASON_UNSPECIFIED,
     )
 
@@ -249,6 +252,7 @@ def part_from_proto(message: pb.StreamGenerateResponse) -> CompletionPart:
         token_ids=tuple(message.token_ids),
         log_probs=tuple(message.log_probs),
         text=message.text,
+        raw_text=message.raw_text,
         policy_versions=spans_from_proto(message.policy_versions),
         stop_reason=stop_reason_from_proto(message.stop_reason) if message.stop_reason else None,
     )

@@ -144,7 +144,7 @@ class Player:
                     break
                 conversation.add(completion)
                 blame = Outcome.ENV_ERROR
-                step = await episode.step(completion.text)
+                step = await episode.step(completion.marked_text)
                 turns.append(Turn(observation, completion.text, step.action, step.reward or 0.0, tool))
                 observation, tool = step.observation, step.tool
                 if step.done:
@@ -192,7 +192,7 @@ class Player:
             sampling = replace(sampling, seed=derive_seed(seed, 0))
             completion = await speaker.generate(conversation.prompt(), sampling, options)
             conversation.add(completion)
-            text = reflection_in(completion.text, prompts)
+            text = reflection_in(completion.marked_text, prompts)
             if completion.stop_reason is not StopReason.END_OF_TURN:
                 outcome = Outcome.TRUNCATED
         except (DomainError, CallFailed) as failure:

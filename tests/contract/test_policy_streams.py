@@ -66,6 +66,16 @@ async def test_text_of_any_tokens_adds_up_and_no_character_is_split(tmp_path: Pa
         assert len({completion.token_ids for completion in whole}) == 6
 
 
+async def test_the_text_with_its_marks_comes_whole_in_answers_and_in_the_last_part_of_a_stream(served: Serving) -> None:
+    for mark in ("", "[TOOL_CALLS]"):
+        served.backend.mark = mark
+        completion = await served.client.generate(PROMPT, PLAIN)
+        assert completion.raw_text == (mark + completion.text if mark else "")
+        assert completion.marked_text == mark + completion.text
+        parts = await collect(served.client.stream(PROMPT, PLAIN))
+        assert [part.raw_text for part in parts] == [""] * (len(parts) - 1) + [completion.raw_text]
+
+
 async def test_parts_come_while_the_engine_works(served: Serving) -> None:
     backend = only_first(served)
     async with aclosing(served.client.stream(PROMPT, PLAIN)) as stream:

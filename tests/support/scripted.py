@@ -67,6 +67,7 @@ class ScriptedBackend:
         self.judge = asyncio.Event()
         self.judge.set()
         self.closed = False
+        self.mark = ""  # the marked text begins with it
 
     @property
     def chat(self) -> Chat | None:
@@ -77,6 +78,9 @@ class ScriptedBackend:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return " ".join(self.words[index] if index < len(self.words) else f"<{index}>" for index in token_ids)
+
+    def decode_marked(self, token_ids: Sequence[int], text: str) -> str:
+        return self.mark + text
 
     async def generate(self, ask: Ask) -> Sampled:
         parts = [part async for part in self.stream(ask)]

@@ -235,6 +235,9 @@ class OpenAIBackend:
     def decode(self, token_ids: Sequence[int]) -> str:
         raise _unsupported("token_ids", Feature.TOKEN_IDS)
 
+    def decode_marked(self, token_ids: Sequence[int], text: str) -> str:
+        return text
+
     async def generate(self, ask: Ask) -> Sampled:
         request = self._request(ask)
         async with self._endpoint.place() as due, asyncio.timeout_at(due):

@@ -89,6 +89,9 @@ class SglangBackend:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._skeleton.tokenizer.decode(token_ids)
 
+    def decode_marked(self, token_ids: Sequence[int], text: str) -> str:
+        return self._skeleton.tokenizer.decode_marked(token_ids, text, self._info.end_of_turn_token_ids)
+
     async def generate(self, ask: Ask) -> Sampled:
         self._enter()
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -47,6 +47,11 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """With or without special tokens."""
         return str(self.inner.decode(token_ids, skip_special_tokens=not special))
+
+    def decode_marked(self, token_ids: Sequence[int], text: str, end_of_turn: Collection[int]) -> str:
+        """With special tokens, but for these and padding. `text` is what they are without any."""
+        kept = [token for token in token_ids if token not in end_of_turn and token != self.inner.pad_token_id]
+        return self.decode(kept, special=True) if any(map(self.controls.is_special, kept)) else text
 
     def end_of_turn(self, *others: object) -> tuple[int, ...]:
         """What the tokenizer and these, a model's configuration or generation settings, call the end of a turn, and the

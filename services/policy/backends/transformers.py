@@ -156,6 +156,9 @@ class TransformersBackend:
     def decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids)
 
+    def decode_marked(self, token_ids: Sequence[int], text: str) -> str:
+        return self._tokenizer.decode_marked(token_ids, text, self.model.end_of_turn_token_ids)
+
     async def generate(self, ask: Ask) -> Sampled:
         return await self._engine.generate(await self._request(ask), ask.priority)
 

@@ -393,9 +393,15 @@ class Completion(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     STOP_REASON_FIELD_NUMBER: _builtins.int
     POLICY_VERSIONS_FIELD_NUMBER: _builtins.int
+    RAW_TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """The sampled tokens decoded, without special tokens."""
     stop_reason: Global___StopReason.ValueType
+    raw_text: _builtins.str
+    """The sampled tokens decoded with their marks: special tokens (`[TOOL_CALLS]`) but those that end a turn and padding,
+    and in front the mark with which the chat template began a thought for the model (`<think>`), if it did. What reads
+    calls of tools, and answers that follow a thought, reads this. Empty when it equals `text`.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What was sampled. Empty where the engine gives no token ids (FEATURE_TOKEN_IDS)."""
@@ -416,10 +422,11 @@ class Completion(_message.Message):
         text: _builtins.str = ...,
         stop_reason: Global___StopReason.ValueType = ...,
         policy_versions: _abc.Iterable[_experience_pb2.VersionSpan] | None = ...,
+        raw_text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_probs", b"log_probs", "policy_versions", b"policy_versions", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_probs", b"log_probs", "policy_versions", b"policy_versions", "raw_text", b"raw_text", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -486,12 +493,15 @@ class StreamGenerateResponse(_message.Message):
     POLICY_VERSIONS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     STOP_REASON_FIELD_NUMBER: _builtins.int
+    RAW_TEXT_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which sample this belongs to, from 0."""
     text: _builtins.str
     """The text that is new; characters whose tokens are not complete come with a later message."""
     stop_reason: Global___StopReason.ValueType
     """Set in the last message of the sample."""
+    raw_text: _builtins.str
+    """As in Completion, of the whole sample; in its last message alone."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """As in GenerateResponse; in the first message alone."""
@@ -514,10 +524,11 @@ class StreamGenerateResponse(_message.Message):
         policy_versions: _abc.Iterable[_experience_pb2.VersionSpan] | None = ...,
         text: _builtins.str = ...,
         stop_reason: Global___StopReason.ValueType = ...,
+        raw_text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "log_probs", b"log_probs", "policy_versions", b"policy_versions", "prompt_token_ids", b"prompt_token_ids", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "log_probs", b"log_probs", "policy_versions", b"policy_versions", "prompt_token_ids", b"prompt_token_ids", "raw_text", b"raw_text", "stop_reason", b"stop_reason", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
