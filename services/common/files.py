@@ -39,10 +39,11 @@ def replace(path: Path, content: bytes, mode: int = 0o644) -> None:
     beside = path.with_name(f"{path.name}.new")
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with open(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            append(descriptor, content)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
