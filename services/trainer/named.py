@@ -66,9 +66,8 @@ def check_tasks(environment: EnvironmentInfo, tasks: Mapping[Split, Sequence[Tas
     _check_available(environment)
     for split, listed in tasks.items():
         if not listed:
-            use = "a run trains on them" if split is Split.TRAIN else "they are what is measured"
-            problem = f"{environment.name!r} has no {split} tasks; expected at least one, as {use}"
-            raise _invalid("environment", problem)
+            needed = "training tasks" if split is Split.TRAIN else "test tasks, on which a policy is measured"
+            raise _invalid("environment", f"{environment.name!r} has no {needed}; expected at least one")
 
 
 def _check_available(environment: EnvironmentInfo) -> None:
