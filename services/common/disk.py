@@ -24,8 +24,7 @@ def writing_to(folder: Path, size: int = 0) -> Iterator[None]:
         yield
     except Exception as error:
         if _is_full(error):
-            file = getattr(error, "filename", None)
-            raise disk_full(Path(file).parent if isinstance(file, str) else folder, size) from error
+            raise disk_full(_folder_of(error, folder), size) from error
         raise
 
 
@@ -43,6 +42,13 @@ def free_bytes(folder: Path) -> int:
     """On the folder's disk, whether the folder is there or not."""
     there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
     return shutil.disk_usage(there).free
+
+
+def _folder_of(error: Exception, folder: Path) -> Path:
+    """A library may have written elsewhere, to a cache of its own."""
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    elsewhere = isinstance(file, str) and not Path(file).absolute().is_relative_to(folder.absolute())
+    return Path(str(file)).parent if elsewhere else folder
 
 
 def _is_full(error: Exception) -> bool:

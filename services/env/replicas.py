@@ -179,10 +179,17 @@ class EnvReplicas:
         """Also that it offers what runs were told of: a server that comes back may have other settings."""
         server = replica.client
         offered = {info.name: info for info in await server.list_environments()}
-        for name, info in list(self._described.items()):
-            _agreed(name, {"the others": {name: info}, replica.address: offered})
-            if info.deterministic:
-                await self._compare(replica, name)
+        try:
+            for name, info in list(self._described.items()):
+                _agreed(name, {"the others": {name: info}, replica.address: offered})
+                if info.deterministic:
+                    await self._compare(replica, name)
+        except DomainError as error:
+            if error.message != server.difference:
+                self._replicas.tell("a server has other settings", endpoint=replica.address, cause=error.message)
+            server.difference = error.message
+            raise
+        server.difference = ""
         while server.abandoned:
             await server.end(episode_id := next(iter(server.abandoned)))
             server.abandoned.discard(episode_id)
@@ -237,6 +244,7 @@ class _Server(EnvClient):
     def __init__(self, endpoint: Endpoint, timeout: float, lost_seconds: float):
         super().__init__(replace(endpoint, outage_seconds=0.0), timeout=timeout)
         self._endpoint, self._lost_seconds = endpoint, lost_seconds
+        self.difference = ""  # from the others, which was told
         self.abandoned: set[str] = set()  # episodes that may be here and are played elsewhere
 
     async def first_task(self, environment: str) -> str:

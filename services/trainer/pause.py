@@ -33,13 +33,9 @@ class Pause:
         wanted = max(int(full.metadata["needed_bytes"]), int(full.metadata["free_bytes"]) + 1) + _SPARE_BYTES
         end = time.monotonic() + _MAX_DELAY_SECONDS
         await _set(stop, self._delay)
-        while not stop.is_set() and time.monotonic() < end and _is_full(folder, wanted):
+        while not stop.is_set() and time.monotonic() < end and free_bytes(folder) < wanted:
             await _set(stop, _LOOK_SECONDS)
         self._delay = min(2 * self._delay, _MAX_DELAY_SECONDS)
-
-
-def _is_full(folder: Path, wanted: int) -> bool:
-    return folder.exists() and free_bytes(folder) < wanted
 
 
 async def _set(event: asyncio.Event, seconds: float) -> None:
