@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,9 +34,9 @@ def come_back(server: ServiceProcess, seed: int) -> None:
     server.start()
 
 
-@pytest.fixture
-def loop(services: Services, tmp_path: Path) -> Loop:
-    return Loop.start(services, tmp_path, env=offering(0))
+@pytest.fixture(scope="module")
+def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+    return Loop.start(shared_services, tmp_path_factory.mktemp("loop"), env=offering(0))
 
 
 @pytest.fixture
@@ -81,31 +80,33 @@ async def test_an_env_server_that_comes_back_with_another_seed(loop: Loop, clien
     await client.stop("run")
     async for _ in client.watch("run"):
         pass
+    await asyncio.to_thread(come_back, loop.env, 0)
 
 
 async def test_an_environment_without_test_tasks_is_refused_before_anything_is_paid_for(
     loop: Loop, client: RunClient
 ) -> None:
-    await client.start("run", small_run(environment="untested"))
-    error = await loop.failure("run")
+    published = list((loop.folder / "weights").iterdir())
+    await client.start("untested", small_run(environment="untested"))
+    error = await loop.failure("untested")
     assert "INVALID_SETTING: environment: 'untested' has no test tasks" in error
-    assert not (loop.folder / "checkpoints" / "run").exists() and not list((loop.folder / "weights").iterdir())
+    assert not (loop.folder / "checkpoints" / "untested").exists()
+    assert list((loop.folder / "weights").iterdir()) == published
     with pytest.raises(DomainError, match="'untested' has no test tasks") as caught:
         await client.evaluate("untested", EvaluationSettings())
     assert caught.value.reason is Reason.INVALID_SETTING and caught.value.metadata["field"] == "environment"
 
 
 async def test_a_run_whose_folder_is_removed_ends_for_whoever_watches(loop: Loop, client: RunClient) -> None:
-    settings = small_run(steps=500)
-    await client.start("run", settings)
-    await stepped(client, "run")
+    await client.start("removed", small_run(steps=500))
+    await stepped(client, "removed")
     shutil.rmtree(loop.folder / "runs", ignore_errors=True)
     async with asyncio.timeout(60):
-        events = [entry.event async for entry in client.watch("run")]
-    expected = f"the folder of the run was removed: {loop.folder / 'runs' / 'run'}"
+        events = [entry.event async for entry in client.watch("removed")]
+    expected = f"the folder of the run was removed: {loop.folder / 'runs' / 'removed'}"
     assert events[-1] == StateEvent(RunState.FAILED, expected)
     (info,) = await client.runs()
-    assert (info.run_id, info.state, info.error) == ("run", RunState.FAILED, expected)
+    assert (info.run_id, info.state, info.error) == ("removed", RunState.FAILED, expected)
     await client.start("another", small_run(steps=1))
     await loop.ended(client, "another")
 
