@@ -257,7 +257,7 @@ class RunManager:
 
 
 def _cause(run: Run, error: Exception) -> str:
-    if isinstance(error, FileNotFoundError) and not run.folder.exists:
+    if not run.folder.exists:  # whatever noticed it first
         return f"the folder of the run was removed: {run.folder.path}"
     if isinstance(error, EnvironmentChanged):
         return f"{error}. {ADVICE}"
