@@ -17,6 +17,7 @@ from services.cli.experiences import lines
 from services.cli.local import ROOT, LocalServices, ServiceFailed
 from services.cli.progress import show
 from services.cli.report import draw_chart, result_lines
+from services.cli.stop import AcceptEnvironment
 from services.cli.train import read_settings
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
 from services.trainer.client import RunClient, RunInfo
@@ -33,6 +34,7 @@ def demo(
     override: Annotated[
         list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE, over the recipe's; repeatable.")
     ] = None,
+    accept_environment: AcceptEnvironment = False,
 ) -> None:
     """Train the embedded model on FrozenLake by ERL: four services, one run, a chart. About ten minutes on two cores.
 
@@ -42,14 +44,14 @@ def demo(
     """
     settings = read_settings(recipe, override or [])
     try:
-        finished = asyncio.run(_demo(folder, settings))
+        finished = asyncio.run(_demo(folder, settings, accept_environment))
     except (ServiceFailed, DomainError, CallFailed, ServiceUnavailable) as error:
         sys.exit(f"error: {error}")
     if not finished:
         sys.exit(130)
 
 
-async def _demo(folder: Path, settings: RunSettings) -> bool:
+async def _demo(folder: Path, settings: RunSettings, accept_environment: bool) -> bool:
     """Whether the run came to its end."""
     console = Console()
     interrupted = asyncio.Event()
@@ -61,7 +63,7 @@ async def _demo(folder: Path, settings: RunSettings) -> bool:
         console.print(f"healthy: {places}  (logs in {services.folder / 'logs'})", highlight=False, soft_wrap=True)
         client = RunClient(endpoint(services.addresses["trainer"], OUTAGE_SECONDS))
         try:
-            run = await _begin(client, settings)
+            run = await _begin(client, settings, accept_environment)
             console.print(f"run {run.run_id} in {run.folder}", highlight=False, soft_wrap=True)
             ended = await _until_end_or_interrupt(client, run, services, interrupted, console)
             if ended:
@@ -74,11 +76,11 @@ async def _demo(folder: Path, settings: RunSettings) -> bool:
     return False
 
 
-async def _begin(client: RunClient, settings: RunSettings) -> RunInfo:
+async def _begin(client: RunClient, settings: RunSettings, accept_environment: bool) -> RunInfo:
     """The newest run when it can go on with these settings, else a new one."""
     runs = await client.runs()
     if runs and runs[0].state is not RunState.COMPLETED and runs[0].settings == settings:
-        return await client.resume(runs[0].run_id)
+        return await client.resume(runs[0].run_id, accept_environment=accept_environment)
     if runs and runs[0].state is RunState.RUNNING:
         await client.stop(runs[0].run_id)
         async for _ in client.watch(runs[0].run_id):

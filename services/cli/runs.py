@@ -18,6 +18,7 @@ def runs(trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) -> None:
     for info in run(_list(trainer)):
         settings = info.settings
         state = f"{info.state}: {info.error}" if info.error else str(info.state)
+        state = f"paused: {info.paused}" if info.paused else state
         step = f"{info.step}/{settings.steps}"
         second = str(settings.algorithm.second_attempt)
         table.add_row(

@@ -11,6 +11,10 @@ from services.cli.watch import watch_run
 from services.trainer.client import RunClient
 
 RunId = Annotated[str, typer.Argument(help="As `mulligan runs` lists it.")]
+AcceptEnvironment = Annotated[
+    bool,
+    typer.Option("--accept-environment", help="Go on although the environment is not the one that the run began in."),
+]
 
 
 def stop(run_id: RunId, trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) -> None:
@@ -25,13 +29,14 @@ def stop(run_id: RunId, trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) 
 def resume(
     run_id: RunId,
     watch: Annotated[bool, typer.Option(help="Show progress until the run ends.")] = True,
+    accept_environment: AcceptEnvironment = False,
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
     """Go on with a stopped or failed run.
 
     Example: `mulligan resume frozenlake-1`
     """
-    run(_resume(run_id, watch, trainer))
+    run(_resume(run_id, watch, accept_environment, trainer))
 
 
 async def _stop(run_id: str, trainer: str) -> None:
@@ -42,10 +47,10 @@ async def _stop(run_id: str, trainer: str) -> None:
         await client.close()
 
 
-async def _resume(run_id: str, watch: bool, trainer: str) -> None:
+async def _resume(run_id: str, watch: bool, accept_environment: bool, trainer: str) -> None:
     client = RunClient(endpoint(trainer))
     try:
-        await client.resume(run_id)
+        await client.resume(run_id, accept_environment=accept_environment)
     finally:
         await client.close()
     if watch:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import fields, replace
@@ -62,6 +63,7 @@ class EnvReplicas:
             addresses, open_server, self._check, outage_seconds=endpoint.outage_seconds, notice=on_outage
         )
         self._described: dict[str, EnvironmentInfo] = {}
+        self._shown: dict[str, tuple[str, str]] = {}  # a task of each environment that is deterministic, and its start
         self._homes: OrderedDict[str, Replica[_Server]] = OrderedDict()
 
     async def list_environments(self) -> list[EnvironmentInfo]:
@@ -72,9 +74,16 @@ class EnvReplicas:
         return list(next(iter(found.values())).values())
 
     async def describe(self, environment: str) -> EnvironmentInfo:
-        """Raises DomainError UNKNOWN_ENVIRONMENT, or ENVIRONMENT_UNAVAILABLE when servers differ in it."""
+        """Raises DomainError UNKNOWN_ENVIRONMENT, or ENVIRONMENT_UNAVAILABLE when servers differ in it, be it in the
+        seed alone. One that came to differ meanwhile is not used, and not asked."""
         found = await self._offers()
-        info = self._described[environment] = _agreed(environment, found)
+        info = _agreed(environment, found)
+        self._described.pop(environment, None)  # what is found now holds, if it is another
+        self._shown.pop(environment, None)
+        if info.deterministic:
+            for replica in [replica for replica in self._replicas.present if replica.address in found]:
+                await self._compare(replica, environment)
+        self._described[environment] = info
         return info
 
     async def list_tasks(self, environment: str, split: Split, limit: int) -> list[TaskInfo]:
@@ -170,19 +179,47 @@ class EnvReplicas:
         """Also that it offers what runs were told of: a server that comes back may have other settings."""
         server = replica.client
         offered = {info.name: info for info in await server.list_environments()}
-        for name, info in self._described.items():
-            _agreed(name, {"the others": {name: info}, replica.address: offered})
+        try:
+            for name, info in list(self._described.items()):
+                _agreed(name, {"the others": {name: info}, replica.address: offered})
+                if info.deterministic:
+                    await self._compare(replica, name)
+        except DomainError as error:
+            if error.message != server.difference:
+                self._replicas.tell("a server has other settings", endpoint=replica.address, cause=error.message)
+            server.difference = error.message
+            raise
+        server.difference = ""
         while server.abandoned:
             await server.end(episode_id := next(iter(server.abandoned)))
             server.abandoned.discard(episode_id)
         return True
 
+    async def _compare(self, replica: Replica[_Server], environment: str) -> None:
+        """That a task begins here as it does at the others. Raises DomainError ENVIRONMENT_UNAVAILABLE."""
+        task_id, expected = self._shown.get(environment, ("", ""))
+        try:
+            task_id = task_id or await replica.client.first_task(environment)
+            episode = await replica.client.start(environment, task_id, f"compare-{uuid.uuid4().hex}")
+            await episode.end()
+        except (DomainError, CallFailed, ServiceUnavailable):  # it is full, say, or the task fails everywhere
+            return
+        if not expected:
+            self._shown[environment] = task_id, episode.observation
+        elif episode.observation != expected:
+            message = (
+                f"environment {environment!r} is not the same at all servers: task {task_id!r} begins with "
+                f"{episode.observation[:200]!r} at {replica.address} and with {expected[:200]!r} at the others; all "
+                "servers need the same settings, the seed included"
+            )
+            raise DomainError(Reason.ENVIRONMENT_UNAVAILABLE, message)
+
     async def _offers(self) -> dict[str, dict[str, EnvironmentInfo]]:
-        """What each server that answers offers, by address and name."""
+        """What each server that answers offers, by address and name: of those that are used, or else of all."""
         await self._replicas.ready()
         since = time.monotonic()
         while True:
-            present = self._replicas.present
+            present = self._replicas.usable or self._replicas.present
             answers = await asyncio.gather(
                 *(replica.client.list_environments() for replica in present), return_exceptions=True
             )
@@ -207,7 +244,15 @@ class _Server(EnvClient):
     def __init__(self, endpoint: Endpoint, timeout: float, lost_seconds: float):
         super().__init__(replace(endpoint, outage_seconds=0.0), timeout=timeout)
         self._endpoint, self._lost_seconds = endpoint, lost_seconds
+        self.difference = ""  # from the others, which was told
         self.abandoned: set[str] = set()  # episodes that may be here and are played elsewhere
+
+    async def first_task(self, environment: str) -> str:
+        """Raises DomainError UNKNOWN_TASK where there is none."""
+        for split in Split:
+            for task in await self.list_tasks(environment, split, 1):
+                return task.task_id
+        raise DomainError(Reason.UNKNOWN_TASK, f"environment {environment!r} has no tasks")
 
     async def step(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
         try:

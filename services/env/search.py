@@ -145,8 +145,12 @@ class Dense:
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(prefix=".making-", dir=place.parent, delete=False) as file:
-                np.save(file, vectors, allow_pickle=False)
-            os.replace(file.name, place)
+                try:
+                    np.save(file, vectors, allow_pickle=False)
+                    os.replace(file.name, place)
+                except BaseException:  # a full disk, say: nothing half-made stays
+                    os.unlink(file.name)
+                    raise
         return cls(kept, vectors, encoder)
 
     def search(self, query: str, limit: int) -> Sequence[Hit]:

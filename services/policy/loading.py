@@ -23,7 +23,7 @@ from services.policy.versions import Record, VersionStore
 log = structlog.get_logger()
 FEATURES = {WeightsKind.FULL: Feature.FULL_WEIGHTS, WeightsKind.LORA: Feature.LORA_WEIGHTS}
 # After these the backend serves what it served before.
-_UNTOUCHED = (Reason.MODEL_MISMATCH, Reason.WEIGHTS_NOT_FOUND, Reason.ENGINE_UNAVAILABLE)
+_UNTOUCHED = (Reason.MODEL_MISMATCH, Reason.WEIGHTS_NOT_FOUND, Reason.ENGINE_UNAVAILABLE, Reason.DISK_FULL)
 _DAMAGED = (Reason.WEIGHTS_NOT_FOUND, Reason.CHECKSUM_MISMATCH)
 _RESTORE_DELAYS = (0.2, 1.0, 5.0)  # seconds, while engines are unavailable
 

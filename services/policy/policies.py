@@ -10,10 +10,12 @@ from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequen
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, TypeVar
 
 import structlog
 
+from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason
 from services.common.inference import (
     CallOptions,
@@ -169,7 +171,7 @@ class Policies:
             policy = self._policies.get(name)
             if policy is not None and policy.models.serves(settings):
                 return policy.info
-            with self._servers_of(name, settings):
+            with self._servers_of(name, settings), writing_to(self.settings.state_folder or Path(gettempdir())):
                 models = policy.models if policy is not None else await self._models(name)
                 try:
                     await models.load(settings, partial(self._remember, name, request))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason
+from services.common.files import replace
 from services.policy.config import ModelSettings, PolicyModelSettings
 
 # Repository at the hub, with or without its owner. https://huggingface.co/docs/huggingface_hub/package_reference/utilities
@@ -48,13 +49,9 @@ class Requested(BaseModel):
             raise OSError(f"{path} is damaged: {error.errors()[0]['msg']}") from error
 
     def write(self, path: Path) -> None:
-        """Atomically. Options may hold a credential, so nobody else may read it."""
-        new = path.with_suffix(".new")
-        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(self.model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
+        """Atomically. Options may hold a credential, so nobody else may read it. Raises DomainError DISK_FULL."""
+        with writing_to(path.parent):
+            replace(path, self.model_dump_json(indent=1).encode(), mode=0o600)
 
     def settings(self, own: ModelSettings | None) -> PolicyModelSettings:
         """The request put over the policy's own settings. Raises DomainError INVALID_SETTING."""

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -19,13 +17,13 @@ from urllib.parse import unquote, urlsplit
 
 import structlog
 
+from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.inference import WeightsKind
 
 log = structlog.get_logger()
 _SCHEME = "upload"
 _PART = ".part"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _KEPT_SECONDS = 3600.0
 _HEAD = 9  # bytes that tell a safetensors file: the length of its header, and the brace that the header begins with
 
@@ -51,11 +49,10 @@ class Uploads:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():
-            age = time.time() - path.stat().st_mtime
-            if path.name.endswith(_PART) or age > _KEPT_SECONDS:
+            if path.name.endswith(_PART):
                 shutil.rmtree(path, ignore_errors=True)
-            else:
-                self._expire(path.name, _KEPT_SECONDS - age)
+            else:  # a restart gives it another hour: the times of files are not to be trusted
+                self._expire(path.name, _KEPT_SECONDS)
 
     def close(self) -> None:
         for timer in self._timers.values():
@@ -72,14 +69,12 @@ class Uploads:
         part, folder = self._folder / f"{name}{_PART}", self._folder / name
         self._coming += header.size_bytes
         try:
-            await asyncio.to_thread(part.mkdir)
-            await _spool(header, part, chunks)
-            await asyncio.to_thread(part.rename, folder)
-        except BaseException as error:
+            with writing_to(self._folder, header.size_bytes):
+                await asyncio.to_thread(part.mkdir)
+                await _spool(header, part, chunks)
+                await asyncio.to_thread(part.rename, folder)
+        except BaseException:
             shutil.rmtree(part, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno in _FULL:
-                message = f"{header.size_bytes} bytes; the disk is full: {error.strerror}"
-                raise DomainError(Reason.UPLOAD_TOO_LARGE, message, size_bytes=header.size_bytes) from error
             raise
         finally:
             self._coming -= header.size_bytes

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason
 from services.common.files import file_sha256, sync
 from services.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
@@ -80,7 +81,7 @@ class Record:
 class VersionStore:
     """`folder` is this policy's own; None: a temporary one. Methods wait for the disk: call them in a thread.
 
-    Raises OSError when the folder cannot be used, or another process uses it.
+    Raises OSError when the folder cannot be used, or another process uses it. What writes raises DomainError DISK_FULL.
     """
 
     def __init__(self, folder: Path | None, keep: int):
@@ -186,23 +187,25 @@ class VersionStore:
 
         A file is linked where that is possible: it costs nothing, and the sender may delete its own. A link shares its
         content with the original, so the checksum is verified again before each later use. Raises DomainError
-        WEIGHTS_NOT_FOUND or CHECKSUM_MISMATCH, and OSError when there is no room.
+        WEIGHTS_NOT_FOUND, CHECKSUM_MISMATCH or DISK_FULL.
         """
         source = weights.safetensors
         assert weights.path is not None and source is not None
         folder = self._files / str(weights.policy_version)
         self.discard(weights.policy_version)
-        folder.mkdir()
         lora = weights.kind is WeightsKind.LORA
         staged = replace(weights, path=folder if lora else folder / "model.safetensors")
         assert staged.safetensors is not None
+        size = source.stat().st_size if source.is_file() else 0
         try:
-            _bring(source, staged.safetensors)
-            if lora:  # no checksum covers it: a copy, which nobody changes
-                _bring(weights.path / _ADAPTER_CONFIG, folder / _ADAPTER_CONFIG, link=False)
-            verify(staged)
-            sync(folder)
-            sync(self._files)
+            with writing_to(self._folder, size):
+                folder.mkdir()
+                _bring(source, staged.safetensors)
+                if lora:  # no checksum covers it: a copy, which nobody changes
+                    _bring(weights.path / _ADAPTER_CONFIG, folder / _ADAPTER_CONFIG, link=False)
+                verify(staged)
+                sync(folder)
+                sync(self._files)
         except BaseException:
             self.discard(weights.policy_version)
             raise
@@ -238,7 +241,8 @@ class VersionStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._db:  # commits, or rolls back on an exception
+        # The inner one commits, or rolls back on an exception.
+        with writing_to(self._folder), self._lock, self._db:
             self._db.execute("BEGIN IMMEDIATE")
             yield self._db
 

@@ -44,6 +44,7 @@ class RunInfo:
     created_at: datetime
     train_seconds: float
     folder: str
+    paused: str = ""
 
 
 class RunClient:
@@ -90,8 +91,8 @@ class RunClient:
         request = pb.StopRunRequest(run_id=run_id)
         return self._run(await self._connection.call(self._stub.StopRun, request, timeout=CALL_SECONDS))
 
-    async def resume(self, run_id: str) -> RunInfo:
-        request = pb.ResumeRunRequest(run_id=run_id)
+    async def resume(self, run_id: str, *, accept_environment: bool = False) -> RunInfo:
+        request = pb.ResumeRunRequest(run_id=run_id, accept_environment=accept_environment)
         return self._run(await self._connection.call(self._stub.ResumeRun, request, timeout=CALL_SECONDS))
 
     async def evaluate(
@@ -169,4 +170,5 @@ def _info(run: pb.Run) -> RunInfo:
         created_at=run.created_at.ToDatetime(),
         train_seconds=run.train_seconds,
         folder=run.folder,
+        paused=run.paused,
     )

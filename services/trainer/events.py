@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
+
+from services.common.disk import writing_to
+from services.common.errors import DomainError
+from services.common.files import append
 
 
 class StepEvent(msgspec.Struct, frozen=True, tag="step"):
@@ -46,7 +51,8 @@ _DECODER = msgspec.json.Decoder(Entry)
 
 
 class EventLog:
-    """Appends to the file before anyone sees an event. A torn last line, left by a crash, is cut off."""
+    """What cannot be written is seen all the same, and is written with the next that can. A torn last line, left by a
+    crash, is cut off."""
 
     def __init__(self, path: Path):
         self.entries: list[Entry] = []
@@ -57,24 +63,45 @@ class EventLog:
             self.entries.extend(map(_DECODER.decode, whole))
             if len(whole) < len(lines):
                 os.truncate(path, sum(map(len, whole)))
+        self._written = len(self.entries)
         self._changed = asyncio.Event()
 
     def add(self, event: Event) -> None:
-        entry = Entry(len(self.entries) + 1, datetime.now(UTC), event)
-        with self._path.open("ab", buffering=0) as file:  # not kept open: a trainer may have thousands of runs
-            file.write(msgspec.json.encode(entry) + b"\n")
-        self.entries.append(entry)
+        """Raises as `write` does, after whoever follows was told."""
+        self.entries.append(Entry(len(self.entries) + 1, datetime.now(UTC), event))
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+        self.write()
 
-    async def follow(self, after: int) -> AsyncIterator[Entry]:
-        """Every event after number `after`, then new ones as they come. The caller ends it."""
+    def tell(self, event: Event) -> None:
+        """As `add`, for what matters to whoever watches now."""
+        with contextlib.suppress(DomainError, OSError):
+            self.add(event)
+
+    def write(self) -> None:
+        """What is not in the file yet. Raises DomainError DISK_FULL, or OSError when the folder is gone."""
+        lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in self.entries[self._written :])
+        if not lines:
+            return
+        with writing_to(self._path.parent, len(lines)):
+            # Not kept open: a trainer may have thousands of runs.
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                append(descriptor, lines)
+            finally:
+                os.close(descriptor)
+        self._written = len(self.entries)
+
+    async def follow(self, after: int, ended: Callable[[], bool] = lambda: False) -> AsyncIterator[Entry]:
+        """Every event after number `after`, then new ones as they come, until the run has `ended`."""
         index = after
         while True:
             changed = self._changed
             while index < len(self.entries):
                 yield self.entries[index]
                 index += 1
+            if ended():
+                return
             await changed.wait()
 
     def steps(self) -> dict[int, StepEvent]:

@@ -1,11 +1,11 @@
-"""A run's folder: settings and state (`run.json`), the last checkpoint (`checkpoint.json`), events, journal, summary.
+"""A run's folder: settings and state (`run.json`), the last checkpoint (`checkpoint.json`), the fingerprint of the
+environment (`environment.json`), events, journal, summary.
 
 Every file is replaced whole: written beside, synced, renamed.
 """
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +13,9 @@ from typing import Any
 
 import msgspec
 
-from services.common.files import sync
+from services.common.disk import writing_to
+from services.common.files import replace
+from services.trainer.fingerprint import Fingerprint
 from services.trainer.settings import RunSettings
 
 
@@ -31,6 +33,9 @@ class RunRecord(msgspec.Struct, frozen=True):
     settings: dict[str, Any]  # of RunSettings, defaults filled in
     error: str = ""
 
+    def now(self, state: RunState, error: str = "") -> RunRecord:
+        return RunRecord(self.run_id, state, self.created_at, self.settings, error)
+
 
 class Checkpoint(msgspec.Struct, frozen=True):
     """Where a resumed run goes on. Data order and seeds derive from `step`; the learner's checkpoint `name` holds
@@ -47,10 +52,16 @@ class RunFolder:
         self.journal = path / "journal"
         self.events_file = path / "events.jsonl"
 
-    def create(self, run_id: str, settings: RunSettings) -> None:
-        """Whole or not at all: a folder without run.json is no run."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.write_record(RunRecord(run_id, RunState.RUNNING, datetime.now(UTC), settings.model_dump(mode="json")))
+    @property
+    def exists(self) -> bool:
+        return (self.path / "run.json").exists()
+
+    def create(self, run_id: str, settings: RunSettings, created_at: datetime | None = None) -> None:
+        """Whole or not at all: a folder without run.json is no run. Raises DomainError DISK_FULL."""
+        created_at = created_at or datetime.now(UTC)
+        with writing_to(self.path.parent):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self.write_record(RunRecord(run_id, RunState.RUNNING, created_at, settings.model_dump(mode="json")))
 
     def record(self) -> RunRecord:
         return msgspec.json.decode((self.path / "run.json").read_bytes(), type=RunRecord)
@@ -68,15 +79,20 @@ class RunFolder:
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         write_json(self.path / "checkpoint.json", checkpoint)
 
+    def environment(self) -> Fingerprint | None:
+        """None in a run from before it was kept."""
+        path = self.path / "environment.json"
+        return msgspec.json.decode(path.read_bytes(), type=Fingerprint) if path.exists() else None
+
+    def write_environment(self, fingerprint: Fingerprint) -> None:
+        write_json(self.path / "environment.json", fingerprint)
+
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
 
 
 def write_json(path: Path, value: Any) -> None:
-    beside = path.with_suffix(".new")
-    with beside.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
-    sync(path.parent)
+    """Raises DomainError DISK_FULL, or OSError when the folder is gone."""
+    content = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+    with writing_to(path.parent, len(content)):
+        replace(path, content)

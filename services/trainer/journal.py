@@ -2,12 +2,14 @@
 
 One append-only file per training step, `journal/000012.msgpack`. A file is a plain msgpack stream of
 `[crc32, payload]` pairs; a payload is the msgpack of one record with a `type`. `mulligan experiences` prints them, and
-any msgpack library reads them. A record that was cut off by a crash is dropped when the file is opened again. A record
-survives the end of the process as soon as its call returns, and a loss of power after `sync`.
+any msgpack library reads them. A record that was cut off by a crash is dropped when the file is opened again; one that
+finds no room is not written at all. A record survives the end of the process as soon as its call returns, and a loss of
+power after `sync`.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
 from collections.abc import Iterator
@@ -19,6 +21,8 @@ import msgpack
 import msgspec
 import structlog
 
+from services.common.disk import writing_to
+from services.common.files import append
 from services.common.types import Attempt, DistilledTarget, Experience, Reflection
 
 log = structlog.get_logger()
@@ -79,12 +83,31 @@ def journaled_steps(folder: Path) -> list[int]:
     return sorted(int(path.stem) for path in folder.glob("*.msgpack"))
 
 
+def set_aside(folder: Path, step: int) -> None:
+    """Takes a step's file out of the journal, but keeps it under another name: the step is sampled anew."""
+    path = journal_file(folder, step)
+    if path.exists():
+        path.rename(path.with_name(f"{path.name}.set-aside-{len(list(folder.glob(f'{path.name}.set-aside-*')))}"))
+
+
+def sampled_chains(folder: Path, step: int) -> int:
+    """How many of a step's chains are complete."""
+    path = journal_file(folder, step)
+    return sum(isinstance(record, ExperienceCompleted) for record, _ in read_records(path)) if path.exists() else 0
+
+
 class StepJournal:
-    """One step's file. Implements the algorithm's `Recorder`. One process at a time: the run's lock sees to that."""
+    """One step's file. Implements the algorithm's `Recorder`. One process at a time: the run's lock sees to that.
+
+    What writes raises DomainError DISK_FULL, and FileNotFoundError when the run's folder was removed.
+    """
 
     def __init__(self, folder: Path, step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        path = journal_file(folder, step)
+        with writing_to(folder.parent):
+            folder.mkdir(exist_ok=True)
+            self._open(journal_file(folder, step))
+
+    def _open(self, path: Path) -> None:
         self.started: StepStarted | None = None
         self.completed: StepCompleted | None = None
         self._parts: dict[str, Attempt | Reflection] = {}
@@ -98,6 +121,11 @@ class StepJournal:
         if end < path.stat().st_size:
             log.warning("dropped a torn record", file=str(path), bytes=path.stat().st_size - end)
             self._file.truncate(end)
+
+    @property
+    def chains(self) -> int:
+        """How many are complete."""
+        return len(self._experiences)
 
     def find(self, part_id: str, kind: type[Part]) -> Part | None:
         part = self._parts.get(part_id)
@@ -134,7 +162,8 @@ class StepJournal:
         self._append(record)
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        with writing_to(Path(self._file.name).parent):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -142,8 +171,10 @@ class StepJournal:
     def _append(self, record: Record) -> None:
         payload = _ENCODER.encode(record)
         data = msgpack.packb([zlib.crc32(payload), payload])
-        if self._file.write(data) != len(data):
-            raise OSError(f"the journal could not be written whole: {self._file.name}")
+        if os.fstat(self._file.fileno()).st_nlink == 0:  # writes would go nowhere
+            raise FileNotFoundError(errno.ENOENT, "the journal was removed", self._file.name)
+        with writing_to(Path(self._file.name).parent, len(data)):
+            append(self._file.fileno(), data)
         self._remember(record)
 
     def _remember(self, record: Record) -> None:

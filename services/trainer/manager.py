@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import structlog
@@ -16,8 +18,9 @@ from services.trainer.algorithm import evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, StateEvent
 from services.trainer.folder import RunFolder, RunRecord, RunState
-from services.trainer.named import NamedPolicy, check_environment, check_top_k
+from services.trainer.named import NamedPolicy, check_environment, check_tasks, check_top_k
 from services.trainer.run import Run, Services, evaluation_of
+from services.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
 from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from services.trainer.trainable import prompt_notices
 
@@ -33,9 +36,11 @@ class RunManager:
         self._folder = folder
         self._services = services
         self._runs: dict[str, Run] = {}
+        self._unwritten: dict[str, RunRecord] = {}  # what became of runs whose folder took no note of it
+        self._resuming = asyncio.Lock()
         self._active: asyncio.Task[None] | None = None
         self._active_id = ""
-        self._publishing = ""
+        self._busy_with = ""  # a run that is looked at, though it is not trained
         self._draining = False
         self._lock = (folder / ".lock").open("w")
         try:
@@ -52,27 +57,36 @@ class RunManager:
 
     def run_ids(self) -> list[str]:
         """Newest first."""
-        found = [path.parent.name for path in self._folder.glob("*/run.json")]
+        found = {path.parent.name for path in self._folder.glob("*/run.json")} | self._unwritten.keys()
+        found |= {self._active_id} if self._is_active(self._active_id) else set()
         return sorted(found, key=lambda run_id: (self.record(run_id).created_at, run_id), reverse=True)
 
     def record(self, run_id: str) -> RunRecord:
-        return self._run_folder(run_id).record()
+        """Raises UNKNOWN_RUN."""
+        if self._is_active(run_id):
+            return self._runs[run_id].record.now(RunState.RUNNING)
+        if run_id in self._unwritten:
+            self._write_down(run_id)
+        return self._unwritten.get(run_id) or self._run_folder(run_id).record()
 
     def run(self, run_id: str) -> Run:
         """Raises UNKNOWN_RUN."""
-        self._run_folder(run_id)
+        if run_id not in self._unwritten and not self._is_active(run_id):
+            self._run_folder(run_id)
         return self._runs.get(run_id) or self._open(run_id)
 
     def start(self, run_id: str, settings: RunSettings) -> Run:
         if not _RUN_ID.fullmatch(run_id):
             raise invalid_field("run_id", "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit")
         folder = RunFolder(self._folder / run_id)
-        if (folder.path / "run.json").exists():
+        if folder.exists:
             if folder.settings() != settings:
                 raise DomainError(Reason.RUN_CONFLICT, f"run {run_id} exists with other settings")
             return self.run(run_id)
         self._refuse_a_second()
-        folder.create(run_id, settings)
+        folder.create(run_id, settings, self._now())
+        self._unwritten.pop(run_id, None)
+        self._runs.pop(run_id, None)  # of a folder that was removed
         run = self._open(run_id)
         self._drive(run)
         return run
@@ -83,16 +97,28 @@ class RunManager:
             run.stop()
         return run
 
-    def resume(self, run_id: str) -> Run:
-        record = self.record(run_id)
-        if self._is_active(run_id):
-            return self.run(run_id)
-        if record.state is RunState.COMPLETED:
-            raise DomainError(Reason.RUN_COMPLETED, f"run {run_id} is complete")
-        self._refuse_a_second()
-        run = self._open(run_id)
-        self._drive(run)
-        return run
+    async def resume(self, run_id: str, *, accept_environment: bool = False) -> Run:
+        """Raises ENVIRONMENT_CHANGED, unless that is accepted, RUN_COMPLETED, LEARNER_OWNED, DISK_FULL, UNKNOWN_RUN."""
+        async with self._resuming:
+            record = self.record(run_id)
+            if self._is_active(run_id):
+                return self.run(run_id)
+            if record.state is RunState.COMPLETED:
+                raise DomainError(Reason.RUN_COMPLETED, f"run {run_id} is complete")
+            folder = self._run_folder(run_id)
+            self._refuse_a_second()
+            run = self._open(run_id)
+            run.accept_environment = accept_environment
+            if not accept_environment:
+                self._busy_with = run_id
+                try:
+                    await run.environment.refuse_another()
+                finally:
+                    self._busy_with = ""
+            folder.write_record(record.now(RunState.RUNNING))
+            self._unwritten.pop(run_id, None)
+            self._drive(run)
+            return run
 
     def notice(self, text: str) -> None:
         """Tells the watchers of the run that is trained."""
@@ -125,7 +151,7 @@ class RunManager:
         if checkpoint is None:
             raise DomainError(Reason.CHECKPOINT_NOT_FOUND, f"run {run_id} has no checkpoint yet")
         self._refuse_a_second()
-        self._publishing = run_id
+        self._busy_with = run_id
         try:
             learner = await self._services.open_learner(run_id, run.settings)
             try:
@@ -134,7 +160,7 @@ class RunManager:
             finally:
                 await learner.close()
         finally:
-            self._publishing = ""
+            self._busy_with = ""
 
     async def evaluate(
         self,
@@ -144,24 +170,34 @@ class RunManager:
         seed: int,
         threshold: float,
         policy: str = "",
+        run_id: str = "",
     ) -> tuple[EvaluationEvent, int]:
-        """First attempts of a policy as it serves now, and its version. Raises UNKNOWN_POLICY, INVALID_SETTING."""
-        services = self._services
-        info = await services.environment.describe(environment)
-        named = await NamedPolicy.open(services.policy, policy)
+        """First attempts of a policy as it serves now, or of a run's actor after `publish`, and its version. Raises
+        UNKNOWN_POLICY, INVALID_SETTING, ENVIRONMENT_CHANGED."""
+        port = KnownEnvironment(self._services.environment)
+        run = self.run(run_id) if run_id else None
+        info = await port.describe(environment)
+        tasks = await port.list_tasks(environment, Split.TEST, settings.tasks)
+        check_tasks(info, {Split.TEST: tasks})
+        if run is not None:
+            await self.publish(run_id)
+            policy = run.settings.policies.actor
+        named = await NamedPolicy.open(self._services.policy, policy)
         check_environment(info, named.info)
         check_top_k(named.info, settings.top_k, "top_k")
-        tasks = await services.environment.list_tasks(environment, Split.TEST, settings.tasks)
         name = f"evaluation-{os.urandom(4).hex()}"
-        player = Player(services.environment, named, info, named.info, "0", rollout.max_restarts)
-        attempts = await evaluate(player, name, [task.task_id for task in tasks], settings, rollout, seed)
+        player = Player(port, named, info, named.info, "0", rollout.max_restarts)
+        try:
+            attempts = await evaluate(player, name, [task.task_id for task in tasks], settings, rollout, seed)
+        except EnvironmentChanged as error:
+            raise DomainError(Reason.ENVIRONMENT_CHANGED, str(error), environment=environment) from error
         for text in prompt_notices(attempts):
             log.warning(text, environment=environment, policy=named.info.name)
         return evaluation_of(0, attempts, threshold), named.info.policy_version
 
     def _run_folder(self, run_id: str) -> RunFolder:
         folder = RunFolder(self._folder / run_id)
-        if not _RUN_ID.fullmatch(run_id) or not (folder.path / "run.json").exists():
+        if not _RUN_ID.fullmatch(run_id) or not folder.exists:
             raise DomainError(Reason.UNKNOWN_RUN, f"there is no run {run_id!r}", run_id=run_id)
         return folder
 
@@ -175,14 +211,15 @@ class RunManager:
         return self._active is not None and not self._active.done() and self._active_id == run_id
 
     def _refuse_a_second(self) -> None:
-        busy = self._active_id if self._active is not None and not self._active.done() else self._publishing
+        busy = self._active_id if self._active is not None and not self._active.done() else self._busy_with
         if busy:
             message = f"this trainer trains run {busy}; stop it first, or start another trainer"
             raise DomainError(Reason.LEARNER_OWNED, message, run_id=busy)
 
     def _drive(self, run: Run) -> None:
+        """The run's record says already that it is running."""
         self._active_id = run.run_id
-        self._set_state(run, RunState.RUNNING)
+        run.events.tell(StateEvent(RunState.RUNNING))
         self._active = asyncio.create_task(self._train(run), name=f"run {run.run_id}")
 
     async def _train(self, run: Run) -> None:
@@ -191,15 +228,37 @@ class RunManager:
         except asyncio.CancelledError:
             raise
         except Exception as error:  # whatever ends a run is its state, and the trainer serves on
+            self._end(run, RunState.FAILED, _cause(run, error))
             log.error("run failed", run_id=run.run_id, exc_info=error)
-            self._set_state(run, RunState.FAILED, f"{type(error).__name__}: {error}")
         else:
             if not run.stopped:
-                self._set_state(run, RunState.COMPLETED)
+                self._end(run, RunState.COMPLETED)
             elif not self._draining:
-                self._set_state(run, RunState.STOPPED)
+                self._end(run, RunState.STOPPED)
 
-    def _set_state(self, run: Run, state: RunState, error: str = "") -> None:
-        record = run.folder.record()
-        run.folder.write_record(RunRecord(record.run_id, state, record.created_at, record.settings, error))
-        run.events.add(StateEvent(state, error))
+    def _end(self, run: Run, state: RunState, error: str = "") -> None:
+        """What cannot be written is kept until it can, and whoever watches is told."""
+        self._unwritten[run.run_id] = run.record.now(state, error)
+        run.events.tell(StateEvent(state, error))
+        self._write_down(run.run_id)
+
+    def _write_down(self, run_id: str) -> None:
+        folder = RunFolder(self._folder / run_id)
+        if folder.exists:
+            with contextlib.suppress(DomainError, OSError):
+                folder.write_record(self._unwritten[run_id])
+                self._runs[run_id].events.write()
+                del self._unwritten[run_id]
+
+    def _now(self) -> datetime:
+        """Later than the start of any other run, also when the clock was set back."""
+        others = [self.record(run_id).created_at for run_id in self.run_ids()[:1]]
+        return max([datetime.now(UTC), *(other + timedelta(microseconds=1) for other in others)])
+
+
+def _cause(run: Run, error: Exception) -> str:
+    if not run.folder.exists:  # whatever noticed it first
+        return f"the folder of the run was removed: {run.folder.path}"
+    if isinstance(error, EnvironmentChanged):
+        return f"{error}. {ADVICE}"
+    return f"{type(error).__name__}: {error}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from services.common.errors import DomainError, Reason
 from services.common.inference import CallOptions, Completion, Feature, PolicyInfo, Prompt, SamplingParams
-from services.common.types import EnvironmentInfo
+from services.common.types import EnvironmentInfo, Split, TaskInfo
 from services.trainer.interfaces import PolicyPort
 from services.trainer.settings import RunSettings
 
@@ -60,11 +61,24 @@ def check_actor(info: PolicyInfo, settings: RunSettings, fingerprint: str) -> No
     check_top_k(info, settings.evaluation.top_k, "evaluation.top_k")
 
 
+def check_tasks(environment: EnvironmentInfo, tasks: Mapping[Split, Sequence[TaskInfo]]) -> None:
+    """That there is something to train on, and to measure on. Raises DomainError INVALID_SETTING."""
+    _check_available(environment)
+    for split, listed in tasks.items():
+        if not listed:
+            needed = "training tasks" if split is Split.TRAIN else "test tasks, on which a policy is measured"
+            raise _invalid("environment", f"{environment.name!r} has no {needed}; expected at least one")
+
+
+def _check_available(environment: EnvironmentInfo) -> None:
+    if environment.unavailable:
+        raise _invalid("environment", f"{environment.name!r} is unavailable: {environment.unavailable}")
+
+
 def check_environment(environment: EnvironmentInfo, policy: PolicyInfo) -> None:
     """That attempts of this policy in this environment can be made. Raises DomainError INVALID_SETTING."""
+    _check_available(environment)
     name = environment.name
-    if environment.unavailable:
-        raise _invalid("environment", f"{name!r} is unavailable: {environment.unavailable}")
     if environment.player_count > 1:
         raise _invalid(
             "environment",

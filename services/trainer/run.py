@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -13,16 +14,18 @@ import structlog
 from services.common.errors import DomainError, Reason
 from services.common.inference import PolicyInfo
 from services.common.rewards import reaches
-from services.common.types import Attempt, EnvironmentInfo, Split, TaskInfo
+from services.common.types import Attempt, Experience
 from services.trainer.algorithm import Erl, NoRecorder, evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
 from services.trainer.folder import Checkpoint, RunFolder
 from services.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
-from services.trainer.journal import StepCompleted, StepJournal, StepStarted
+from services.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
 from services.trainer.metrics import rewards_of
 from services.trainer.named import NamedPolicy, check_actor, check_environment, check_reflector
+from services.trainer.pause import Pause
 from services.trainer.published import PublishedPolicy
+from services.trainer.run_environment import EnvironmentChanged, Place, RunEnvironment
 from services.trainer.seeds import tasks_of_step
 from services.trainer.settings import RunSettings
 from services.trainer.trainable import drop_notices, prompt_notices
@@ -64,25 +67,33 @@ class Services:
 
 
 class Run:
-    """`train` runs to the end, or until `stop`. Raises what makes a run fail."""
+    """`train` runs to the end, or until `stop`. Raises what makes a run fail. `paused` says what it waits for, such as
+    room on a disk; "" while it trains. With `accept_environment` it goes on in another environment than it began with.
+    """
 
     def __init__(self, run_id: str, folder: RunFolder, services: Services, events: EventLog | None = None):
         self.run_id = run_id
         self.folder = folder
+        self.record = folder.record()  # as it was found
         self.settings = folder.settings()
         self.services = services
         self.events = events or EventLog(folder.events_file)  # watchers follow it across a stop and a resume
-        self._stopping = False
+        self.paused = ""
+        self.accept_environment = False
+        self.environment = RunEnvironment(run_id, self.settings, folder, services.environment)
+        self._pause = Pause()
+        self._stop = asyncio.Event()
+        self._finished = False
         checkpoint = folder.checkpoint()
         self.step = checkpoint.step if checkpoint else 0
 
     def stop(self) -> None:
         """Ends training after the step that runs."""
-        self._stopping = True
+        self._stop.set()
 
     def notice(self, text: str) -> None:
         log.info("notice", run_id=self.run_id, text=text)
-        self.events.add(NoticeEvent(text))
+        self.events.tell(NoticeEvent(text))
 
     def _notice_once(self, texts: list[str]) -> None:
         """The first of each kind in a run, which is what stands before the colon."""
@@ -98,10 +109,11 @@ class Run:
 
     @property
     def stopped(self) -> bool:
-        return self._stopping and self.step < self.settings.steps
+        return not self._finished
 
     async def train(self) -> None:
-        """Goes on from the last checkpoint. A learner that was lost is created again from it."""
+        """Goes on from the last checkpoint. A learner that was lost is created again from it; a full disk is waited
+        for."""
         lost = 0
         while True:
             begun_at = self.step
@@ -109,6 +121,13 @@ class Run:
                 await self._train()
                 return
             except DomainError as error:
+                if error.reason is Reason.DISK_FULL:
+                    if self.step > begun_at:
+                        self._pause.over()
+                    await self._wait_for_room(error)
+                    if self._stop.is_set():
+                        return
+                    continue
                 if error.reason not in (Reason.UNKNOWN_LEARNER, Reason.SEQUENCE_MISMATCH):
                     raise
                 lost = 1 if self.step > begun_at else lost + 1
@@ -116,21 +135,29 @@ class Run:
                     raise
                 self.notice(f"the learner was lost ({error}); going on from the last checkpoint")
 
-    async def _train(self) -> None:
-        settings, services = self.settings, self.services
-        info = await services.environment.describe(settings.environment)
-        tasks = await services.environment.list_tasks(settings.environment, Split.TRAIN, settings.rollout.train_tasks)
-        tests = await services.environment.list_tasks(settings.environment, Split.TEST, settings.evaluation.tasks)
-        learner = await services.open_learner(self.run_id, settings)
+    async def _wait_for_room(self, full: DomainError) -> None:
+        self.paused = full.message
+        self.notice(f"paused: {full.message}. The run goes on by itself when there is room")
         try:
-            await self._train_with(learner, info, tasks, tests)
+            await self._pause.wait(full, self._stop)
+        finally:
+            self.paused = ""
+        if not self._stop.is_set():
+            self.notice("there may be room again: going on from the last checkpoint")
+
+    async def _train(self) -> None:
+        self.events.write()
+        place = await self.environment.open()
+        await self.environment.settle(place, self.notice, accept=self.accept_environment)
+        self.accept_environment = False
+        learner = await self.services.open_learner(self.run_id, self.settings)
+        try:
+            await self._train_with(learner, place)
         finally:
             await learner.close()
 
-    async def _train_with(
-        self, learner: LearnerPort, info: EnvironmentInfo, tasks: list[TaskInfo], tests: list[TaskInfo]
-    ) -> None:
-        settings, services = self.settings, self.services
+    async def _train_with(self, learner: LearnerPort, place: Place) -> None:
+        settings, services, info = self.settings, self.services, place.info
         actor = await services.actor(settings, learner, self.notice)
         check_environment(info, actor.info)
         reflector = await services.reflector(settings, actor.info)
@@ -139,37 +166,30 @@ class Run:
             await learner.load_checkpoint(checkpoint.name)
         self.step = checkpoint.step if checkpoint else 0
         incarnation, restarts = uuid.uuid4().hex[:8], settings.rollout.max_restarts
-        player = Player(services.environment, actor, info, actor.info, incarnation, restarts, reflector)
+        player = Player(self.environment.port, actor, info, actor.info, incarnation, restarts, reflector)
         algorithm = Erl(self.run_id, settings, player, services.memory, learner, NoRecorder())
         await actor.publish()
         if checkpoint is None:
             await self._save(algorithm, 0)
-        test_ids = [task.task_id for task in tests]
-        while self.step < settings.steps and not self._stopping:
+        test_ids = [task.task_id for task in place.test]
+        while self.step < settings.steps and not self._stop.is_set():
             if self._evaluation_due():
                 await self._evaluate(algorithm, test_ids)
-            await self._step(algorithm, actor, [task.task_id for task in tasks])
-            if self.step % settings.checkpoint_every == 0 or self.step == settings.steps or self._stopping:
+            await self._step(algorithm, actor, place)
+            if self.step % settings.checkpoint_every == 0 or self.step == settings.steps or self._stop.is_set():
                 await self._save(algorithm, self.step)
         if self.step == settings.steps:
             await self._evaluate(algorithm, test_ids)
             self.folder.write_summary(self.summary())
+            self._finished = True
 
-    async def _step(self, algorithm: Erl, policy: PublishedPolicy, task_ids: list[str]) -> None:
+    async def _step(self, algorithm: Erl, policy: PublishedPolicy, place: Place) -> None:
         """Sample, learn, publish, memorise. Every part is found again in the journal when the step is repeated."""
         start = time.monotonic()
         journal = StepJournal(self.folder.journal, self.step)
         try:
-            if journal.started is None:
-                rollout = self.settings.rollout
-                chosen = tasks_of_step(len(task_ids), rollout.tasks_per_step, self.step, self.settings.seed)
-                memory_version = await self.services.memory.snapshot(algorithm.memory_scope)
-                journal.start(
-                    StepStarted(self.step, [task_ids[index] for index in chosen], memory_version, policy.version)
-                )
-            assert journal.started is not None
             recording = replace(algorithm, recorder=journal)
-            experiences = await recording.sample(self.step, journal.started.task_ids, journal.started.memory_version)
+            experiences = await self._sample(recording, journal, policy.version, place)
             sampled = time.monotonic()
             journal.sync()
             first = [experience.first_attempt for experience in experiences]
@@ -197,6 +217,25 @@ class Run:
         if self.step not in self.events.steps():
             self.events.add(StepEvent(self.step, metrics))
         self.step += 1
+
+    async def _sample(self, recording: Erl, journal: StepJournal, version: int, place: Place) -> list[Experience]:
+        """Raises EnvironmentChanged: nothing is learned from attempts of which some may be of another environment."""
+        rollout = self.settings.rollout
+        if journal.started is None:
+            chosen = tasks_of_step(len(place.train), rollout.tasks_per_step, self.step, self.settings.seed)
+            memory_version = await self.services.memory.snapshot(recording.memory_scope)
+            task_ids = [place.train[index].task_id for index in chosen]
+            journal.start(StepStarted(self.step, task_ids, memory_version, version))
+        assert journal.started is not None
+        known = journal.chains == rollout.tasks_per_step * rollout.rollouts_per_task
+        try:
+            experiences = await recording.sample(self.step, journal.started.task_ids, journal.started.memory_version)
+            if not known:
+                await self.environment.check(place)
+        except EnvironmentChanged:
+            set_aside(self.folder.journal, self.step)
+            raise
+        return experiences
 
     async def _save(self, algorithm: Erl, step: int) -> None:
         name = f"{self.run_id}-{step:06}"

@@ -64,19 +64,15 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         run = self._manager.run(request.run_id)
-        entries = run.events.entries
-        if request.after_event >= len(entries) and self._ended(run):
-            return
-        async for entry in run.events.follow(request.after_event):
+        async for entry in run.events.follow(request.after_event, lambda: self._ended(run)):
             yield pb.WatchRunResponse(event=entry_to_proto(entry))
-            if entry is entries[-1] and self._ended(run):
-                return
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
         return pb.StopRunResponse(run=self._message(self._manager.stop(request.run_id)))
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.ResumeRunResponse:
-        return pb.ResumeRunResponse(run=self._message(self._manager.resume(request.run_id)))
+        run = await self._manager.resume(request.run_id, accept_environment=request.accept_environment)
+        return pb.ResumeRunResponse(run=self._message(run))
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
         rollout = (
@@ -84,15 +80,11 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         )
         settings = validated(EvaluationSettings, plain_from_proto(request.config))
         threshold = request.success_threshold if request.HasField("success_threshold") else 1.0
-        policy = request.policy
-        if request.run_id and policy:
+        if request.run_id and request.policy:
             raise invalid_field("policy", "nothing beside run_id: the run's own is measured")
         try:
-            if request.run_id:
-                await self._manager.publish(request.run_id)
-                policy = self._manager.run(request.run_id).settings.policies.actor
             event, version = await self._manager.evaluate(
-                request.environment, settings, rollout, request.seed, threshold, policy
+                request.environment, settings, rollout, request.seed, threshold, request.policy, request.run_id
             )
         except ServiceUnavailable as error:
             raise DomainError(Reason.SERVICE_UNAVAILABLE, str(error), endpoint=error.endpoint) from error
@@ -134,6 +126,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
             created_at=timestamp(record.created_at),
             train_seconds=run.train_seconds,
             folder=str(run.folder.path),
+            paused=run.paused,
         )
 
 

@@ -202,5 +202,5 @@ async def test_a_disk_that_fills_up(client: PolicyClient, tmp_path: Path, monkey
     monkeypatch.setattr(uploads, "_finish", full)
     path = tmp_path / "weights"
     weights = await next_weights(client, path, build_model(2))
-    error = await fails(client.upload_weights(path, WeightsKind.FULL, weights.sha256), Reason.UPLOAD_TOO_LARGE)
-    assert "the disk is full" in error.message
+    error = await fails(client.upload_weights(path, WeightsKind.FULL, weights.sha256), Reason.DISK_FULL)
+    assert "is full" in error.message

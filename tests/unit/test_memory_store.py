@@ -20,7 +20,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 
 from services.common.errors import DomainError, Reason
 from services.common.types import Provenance, RetrievalStrategy, StoredReflection
-from services.memory.store import Store, StoreError
+from services.memory.store import Added, Store, StoreError
 from services.memory.stores import sqlite
 
 STORES = {"sqlite": sqlite.open_store}
@@ -285,4 +285,27 @@ async def test_a_failed_transaction_is_the_answer_to_all_of_it(tmp_path: Path) -
     assert any(isinstance(answer, sqlite3.IntegrityError) for answer in answers)
     kept = sum(not isinstance(answer, Exception) for answer in answers)
     assert (await store.snapshot("scope")).version == kept
+    await store.close()
+
+
+async def test_a_full_disk_is_told_and_reads_are_answered(tmp_path: Path) -> None:
+    """SQLite itself refuses: its limit of pages is what a full disk is to it."""
+    store = await sqlite.open_store(str(tmp_path / "memory.db"))
+    await store.add("first", "scope", "text", ORIGIN)
+    [(pages,)] = await store._do(lambda db: db.execute("PRAGMA page_count").fetchall())
+    await store._do(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchall())
+    long = "x" * 100_000
+    answers = await asyncio.gather(
+        *(store.add(f"{number}", "scope", long, ORIGIN) for number in range(3)),
+        store.query("scope", ORIGIN.environment, RetrievalStrategy.LATEST_SUCCESS, 9, None),
+        *(store.add(f"{number}", "scope", long, ORIGIN) for number in range(3, 6)),
+        return_exceptions=True,
+    )
+    found = answers.pop(3)
+    assert not isinstance(found, BaseException | Added) and [entry.text for entry in found.reflections] == ["text"]
+    for answer in answers:
+        assert isinstance(answer, DomainError) and answer.reason is Reason.DISK_FULL
+        assert answer.metadata["folder"] == str(tmp_path)
+    await store._do(lambda db: db.execute("PRAGMA max_page_count = 100000").fetchall())
+    assert (await store.add("0", "scope", long, ORIGIN)).version == 2, "nothing of the refused writes is left"
     await store.close()

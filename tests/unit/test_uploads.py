@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
@@ -140,17 +141,48 @@ async def test_a_full_disk_is_noticed_before_it_is_full(uploads: Uploads, monkey
     assert error.reason is Reason.UPLOAD_TOO_LARGE and error.metadata["room_bytes"] == "10"
 
 
-async def test_a_restart_finds_what_is_complete_and_not_too_old(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize("header", [FULL, LORA])
+async def test_a_disk_that_becomes_full_meanwhile_is_named(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, header: UploadHeader
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    error = await fails(uploads, header, FILE)
+    assert error.reason is Reason.DISK_FULL and error.metadata["folder"] == str(tmp_path / "uploads")
+    assert error.metadata["needed_bytes"] == str(len(FILE))
+
+
+@pytest.mark.parametrize("seconds", [-1e9, 0, 1e9])
+async def test_a_restart_finds_what_is_complete_whatever_its_time_says(tmp_path: Path, seconds: float) -> None:
+    """A clock that was set, or a file system with a clock of its own, must not take away what a trainer just sent."""
     folder = tmp_path / "uploads"
     before = Uploads(folder, 10**6)
-    young, old = [await before.receive(FULL, pieces(FILE)) for _ in range(2)]
+    uri = await before.receive(FULL, pieces(FILE))
     before.close()
-    hours_ago = time.time() - 7200
-    os.utime(before.path(old).parent, (hours_ago, hours_ago))
+    os.utime(before.path(uri).parent, (time.time() + seconds,) * 2)
     (folder / "broken.part").mkdir()
     after = Uploads(folder, 10**6)
-    assert after.path(young).read_bytes() == FILE
-    assert [path.name for path in folder.iterdir()] == [after.path(young).parent.name]
+    assert after.path(uri).read_bytes() == FILE
+    assert [path.name for path in folder.iterdir()] == [after.path(uri).parent.name]
+    after.close()
+
+
+@pytest.mark.parametrize("seconds", [-1e9, 1e9])
+async def test_what_a_restart_found_and_nobody_used_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr("services.policy.uploads._KEPT_SECONDS", 0.05)
+    before = Uploads(tmp_path, 10**6)
+    uri = await before.receive(FULL, pieces(FILE))
+    before.close()
+    os.utime(before.path(uri).parent, (time.time() + seconds,) * 2)
+    after = Uploads(tmp_path, 10**6)
+    async with asyncio.timeout(20):
+        while os.listdir(tmp_path):  # noqa: ASYNC110 - a timer removes it
+            await asyncio.sleep(0.01)
     after.close()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -319,3 +321,47 @@ def test_killed_at_any_moment_it_comes_back_whole(tmp_path: Path) -> None:
         assert len(states) > seen
         seen = len(states)
         store.close()
+
+
+def test_a_full_disk_is_told_and_the_version_before_serves(
+    store: VersionStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's limit of pages is what a full disk is to it; a file that cannot be linked is copied."""
+    store.begin(record_of(0, 0, None))
+    staged(store, tmp_path, 1, b"one")
+    store.serve(record_of(1, 0, b"one"))
+    [(pages,)] = store._db.execute("PRAGMA page_count").fetchall()
+    store._db.execute(f"PRAGMA max_page_count = {pages}").fetchall()
+    probes = (CanaryProbe(tuple(range(50_000)), (-0.5,) * 49_999),)
+    staged(store, tmp_path, 2, b"two")
+    with pytest.raises(DomainError, match=f"the disk of {tmp_path / 'store'} is full") as caught:
+        store.serve(replace(record_of(2, 0, b"two"), canary=probes))
+    assert caught.value.reason is Reason.DISK_FULL
+    assert store.serving == record_of(1, 0, b"one") and store.get(2) is None
+
+    def no_links(source: Path, target: Path) -> None:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    def half(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:1])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", no_links)
+    monkeypatch.setattr(shutil, "copyfile", half)
+    with pytest.raises(DomainError, match=f"the disk of {tmp_path / 'store'} is full"):
+        staged(store, tmp_path, 3, b"three")
+    assert not (tmp_path / "store" / "files" / "3").exists()
+
+
+@pytest.mark.parametrize("direction", [-1, 1])
+def test_versions_are_kept_by_number_whatever_their_times_say(
+    store: VersionStore, tmp_path: Path, direction: int
+) -> None:
+    store.begin(record_of(0, 0, None))
+    for number in range(1, 6):
+        staged(store, tmp_path, number, b"%d" % number)
+        store.serve(record_of(number, 0, b"%d" % number))
+        folder = tmp_path / "store" / "files" / str(number)
+        for path in (folder, *folder.iterdir()):
+            os.utime(path, (1e9 + direction * 1e6 * number,) * 2)
+    assert sorted(path.name for path in (tmp_path / "store" / "files").iterdir()) == ["4", "5"]

@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, TypeVar
 
+from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason
 from services.common.types import Provenance, RetrievalStrategy, StoredReflection
 from services.memory.store import Added, Found, Page, Snapshot, StoreError, reflection_id
@@ -71,6 +72,7 @@ class SqliteStore:
     def __init__(self, path: Path, loop: asyncio.AbstractEventLoop):
         self._loop = loop
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._folder = path.parent
         self._lock = _lock(path)
         try:
             self._connection = _open(path)
@@ -120,7 +122,7 @@ class SqliteStore:
                 pass
             closing = None in waiting
             calls = [call for call in waiting if call is not None]
-            answers = _transact(self._connection, [call for call, _ in calls])
+            answers = _transact(self._connection, self._folder, [call for call, _ in calls])
             self._loop.call_soon_threadsafe(_deliver, [future for _, future in calls], answers)
         self._connection.close()
         self._lock.close()
@@ -136,22 +138,25 @@ def _deliver(futures: list[asyncio.Future[Any]], answers: list[Any]) -> None:
             future.set_result(answer)
 
 
-def _transact(db: sqlite3.Connection, calls: list[Callable[[sqlite3.Connection], Any]]) -> list[Any]:
-    """All calls in one transaction. A DomainError is one call's answer: calls check everything before they write. Any
-    other failure is the answer to all of them, because nothing was written."""
+def _transact(db: sqlite3.Connection, folder: Path, calls: list[Callable[[sqlite3.Connection], Any]]) -> list[Any]:
+    """All calls in one transaction. A DomainError is one call's answer: calls check everything before they write. After
+    any other failure nothing is written, and each call is made alone: on a full disk those that read are answered."""
     answers: list[Any] = []
     try:
-        db.execute("BEGIN")
-        for call in calls:
-            try:
-                answers.append(call(db))
-            except DomainError as error:
-                answers.append(error)
-        db.execute("COMMIT")
-    except Exception as error:  # noqa: BLE001 - a full disk, say: whoever waits must be told
+        with writing_to(folder):
+            db.execute("BEGIN")
+            for call in calls:
+                try:
+                    answers.append(call(db))
+                except DomainError as error:
+                    answers.append(error)
+            db.execute("COMMIT")
+    except Exception as error:  # noqa: BLE001 - whoever waits must be told
         if db.in_transaction:
             db.execute("ROLLBACK")
-        return [error] * len(calls)
+        if len(calls) == 1:
+            return [error]
+        return [answer for call in calls for answer in _transact(db, folder, [call])]
     return answers
 
 

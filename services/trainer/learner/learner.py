@@ -44,6 +44,8 @@ class Learner:
         self.spec = spec
         self.server = server
         self.optimizer_steps = 0
+        self._checkpoint = ""  # that was saved or loaded last
+        self._published = -1  # version of the weights that were published last
         self._device = torch.device(server.device)
         if spec.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -162,7 +164,10 @@ class Learner:
         }
 
     def save_checkpoint(self, name: str, next_sequence: int = 1) -> SavedCheckpoint:
-        """Writes weights, optimizer and random generator, whole or not at all; not accumulated gradients."""
+        """Writes weights, optimizer and random generator, whole or not at all; not accumulated gradients.
+
+        Raises DomainError DISK_FULL.
+        """
         folder = self._checkpoints / storage.check_name("name", name)
         optimizer = {
             f"{name}/{slot}": value.detach().cpu()
@@ -173,8 +178,10 @@ class Learner:
         state = storage.CheckpointState(self.fingerprint, next_sequence, self.optimizer_steps)
         sha256 = storage.save_checkpoint(folder, parts, state)
         if self.spec.keep_checkpoints:
-            # The caller may not have noted the newest yet: the one before it stays, too.
-            storage.keep_checkpoints(self._checkpoints, max(2, self.spec.keep_checkpoints))
+            # The caller may not have noted this one yet: the one that it goes on from until then stays, too.
+            named = {name, self._checkpoint}
+            storage.keep_checkpoints(self._checkpoints, max(2, self.spec.keep_checkpoints), named)
+        self._checkpoint = name
         return SavedCheckpoint(folder.resolve().as_uri(), sha256)
 
     def load_checkpoint(self, name: str) -> storage.CheckpointState:
@@ -196,6 +203,7 @@ class Learner:
         if "cuda" in parts["random"] and self._device.type == "cuda":
             torch.cuda.set_rng_state(parts["random"]["cuda"], self._device)
         self.optimizer_steps = state.optimizer_steps
+        self._checkpoint = name
         return state
 
     def _check_checkpoint(self, name: str, parts: dict[str, dict[str, Tensor]], state: storage.CheckpointState) -> None:
@@ -212,7 +220,7 @@ class Learner:
     def publish_weights(self, policy_version: int) -> PublishedWeights:
         """Writes the weights (all, or the LoRA adapter) where the policy service can read them; keeps the last few.
 
-        Repeating it under unchanged weights gives the same file and the same canary.
+        Repeating it under unchanged weights gives the same file and the same canary. Raises DomainError DISK_FULL.
         """
         stem = f"{self.learner_id}-v{policy_version:06d}"
         folder = self.server.weights_folder
@@ -224,7 +232,9 @@ class Learner:
             sha256 = storage.publish_folder(
                 self.model.save_adapter, path, ("adapter_config.json", "adapter_model.safetensors")
             )
-        storage.keep_published(folder, self.learner_id, self.server.keep_weights)
+        named = {policy_version, self._published}  # the policy may not have taken the newest yet
+        storage.keep_published(folder, self.learner_id, self.server.keep_weights, named)
+        self._published = policy_version
         with self._arithmetic():
             canary = self.model.canary()
         return PublishedWeights(policy_version, kind, path.resolve().as_uri(), sha256, self.fingerprint, canary)

@@ -42,4 +42,4 @@ class LearnerSpec:
     optimizer: OptimizerSettings = OptimizerSettings()
     seed: int = 0
     deterministic: bool = False
-    keep_checkpoints: int = 0  # older ones are deleted, but never the last two; 0 keeps all
+    keep_checkpoints: int = 0  # those furthest on, and always the last two; 0 keeps all

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.files import file_sha256, sync
 
@@ -50,29 +51,45 @@ def check_name(field: str, name: str) -> str:
 def save_checkpoint(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], state: CheckpointState) -> str:
     """Writes the tensors of each part and the scalars; returns the SHA-256 of the manifest, which lists the files'.
 
-    Saving the same again changes nothing; saving something else under the name replaces it.
+    Saving the same again changes nothing; saving something else under the name replaces it. Raises DomainError
+    DISK_FULL; then all is as it was.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files: dict[str, dict[str, str]] = {}
-    for part, tensors in parts.items():
-        with temporary_file(folder) as path:
-            sha256 = write_tensors(tensors, path)
-            name = f"{part}-{sha256[:16]}.safetensors"
-            path.replace(folder / name)
-            files[part] = {"file": name, "sha256": sha256}
-    manifest = json.dumps(
-        {"format": _FORMAT, "state": asdict(state), "files": files}, indent=1, sort_keys=True
-    ).encode()
+    size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+    try:
+        with writing_to(folder, size):
+            folder.mkdir(parents=True, exist_ok=True)
+            files = {part: _save_part(folder, part, tensors) for part, tensors in parts.items()}
+            content = {"format": _FORMAT, "state": asdict(state), "files": files}
+            manifest = json.dumps(content, indent=1, sort_keys=True).encode()
+            with temporary_file(folder) as path:
+                path.write_bytes(manifest)
+                sync(path)
+                path.replace(folder / _MANIFEST)
+            sync(folder)
+    finally:
+        _sweep(folder)
+    return hashlib.sha256(manifest).hexdigest()
+
+
+def _save_part(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     with temporary_file(folder) as path:
-        path.write_bytes(manifest)
-        sync(path)
-        path.replace(folder / _MANIFEST)
-    sync(folder)
-    kept = {_MANIFEST, *(entry["file"] for entry in files.values())}
+        sha256 = write_tensors(tensors, path)
+        name = f"{part}-{sha256[:16]}.safetensors"
+        path.replace(folder / name)
+    return {"file": name, "sha256": sha256}
+
+
+def _sweep(folder: Path) -> None:
+    """Deletes what the manifest does not name, and a folder that has none. A manifest that cannot be read keeps all."""
+    try:
+        kept = {_MANIFEST, *(entry["file"] for entry in _manifest(folder)["files"].values())}
+    except DomainError as error:
+        if error.reason is Reason.CHECKPOINT_NOT_FOUND:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink(missing_ok=True)
-    return hashlib.sha256(manifest).hexdigest()
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], CheckpointState]:
@@ -108,48 +125,63 @@ def damaged(name: str, cause: str) -> DomainError:
     return DomainError(Reason.CHECKPOINT_MISMATCH, f"checkpoint {name!r}: {cause}"[:1000], name=name)
 
 
-def keep_checkpoints(root: Path, count: int) -> None:
-    """Deletes all but the `count` checkpoints below `root` that were saved last."""
-    saved = sorted(root.glob(f"*/{_MANIFEST}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    for manifest in saved[count:]:
-        manifest.unlink()  # first: from here on it is no checkpoint
-        shutil.rmtree(manifest.parent, ignore_errors=True)
+def keep_checkpoints(root: Path, count: int, named: Collection[str]) -> None:
+    """Deletes all but the `count` checkpoints below `root` that are furthest on, and those that are `named`."""
+    for folder in sorted((path.parent for path in root.glob(f"*/{_MANIFEST}")), key=_place, reverse=True)[count:]:
+        if folder.name not in named:
+            (folder / _MANIFEST).unlink()  # first: from here on it is no checkpoint
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place(folder: Path) -> tuple[int, str]:
+    """Sorts checkpoints by optimizer step, and equal ones by name, in which a run has its own step. Times of files are
+    not asked: clocks are set back, and some file systems have a clock of their own."""
+    name = re.sub(r"\d+", lambda digits: digits[0].zfill(20), folder.name)
+    try:
+        return int(_manifest(folder)["state"]["optimizer_steps"]), name
+    except (DomainError, LookupError, TypeError, ValueError):  # it is damaged
+        return -1, name
 
 
 def publish_file(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Writes a safetensors file in one rename. Returns its SHA-256."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_file(path.parent) as temporary:
-        sha256 = write_tensors(tensors, temporary)
-        temporary.replace(path)
-    sync(path.parent)
+    """Writes a safetensors file in one rename. Returns its SHA-256. Raises DomainError DISK_FULL."""
+    with writing_to(path.parent, sum(tensor.nbytes for tensor in tensors.values())):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_file(path.parent) as temporary:
+            sha256 = write_tensors(tensors, temporary)
+            temporary.replace(path)
+        sync(path.parent)
     return sha256
 
 
 def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[str]) -> str:
     """Takes the files `names` from what `write` makes and renames them into `path`, one by one in this order. Returns
-    the SHA-256 of the last, the one that readers check."""
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as temporary:
-        write(Path(temporary))
-        for name in names:
-            file = Path(temporary, name)
-            sync(file)
-            sha256 = file_sha256(file)
-            file.replace(path / name)
-    sync(path)
+    the SHA-256 of the last, the one that readers check. Raises DomainError DISK_FULL."""
+    with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as temporary:
+            write(Path(temporary))
+            files = [Path(temporary, name) for name in names]
+            for file in files:
+                sync(file)
+            sha256 = file_sha256(files[-1])
+            path.mkdir(exist_ok=True)
+            for file in files:
+                file.replace(path / file.name)
+        sync(path)
     return sha256
 
 
-def keep_published(folder: Path, stem: str, count: int) -> None:
-    """Deletes all but the `count` versions `stem`-v… that were published last."""
-    pattern = re.compile(re.escape(stem) + r"-v\d+(\.safetensors)?")
-    found = [path for path in folder.iterdir() if pattern.fullmatch(path.name)]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)[count:]:
+def keep_published(folder: Path, stem: str, count: int, named: Collection[int]) -> None:
+    """Deletes all but the `count` greatest versions `stem`-v…, and those that are `named`."""
+    pattern = re.compile(re.escape(stem) + r"-v(\d+)(\.safetensors)?")
+    found = {path: int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
+    kept = {*sorted(found.values(), reverse=True)[:count], *named}
+    for path in (path for path, version in found.items() if version not in kept):
         if path.is_dir():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:

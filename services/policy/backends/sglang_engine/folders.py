@@ -6,11 +6,14 @@ import json
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import save_file
 
+from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason
 from services.common.inference import WeightsKind
 from services.policy.backend import WeightsFile
@@ -58,7 +61,7 @@ class Folders:
     def prepare(self, weights: WeightsFile) -> Target:
         """Verifies the file and puts it where the servers find it.
 
-        Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND.
+        Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND or DISK_FULL.
         """
         if weights.path is None:
             target = self.original(weights.policy_version)
@@ -67,9 +70,9 @@ class Folders:
         label = f"{weights.policy_version}-{weights.sha256[:12]}"
         if weights.kind is WeightsKind.FULL:
             self._skeleton.check_full(weights.path)
-            folder = self._new(_FULL, label)
-            self._skeleton.config.to_json_file(folder / "config.json")
-            self._put(weights.path, folder / "model.safetensors")
+            with self._new(_FULL, label) as folder:
+                self._skeleton.config.to_json_file(folder / "config.json")
+                self._put(weights.path, folder / "model.safetensors")
             return Target(weights, label, path=self._engine_path(folder))
         # A name that no server has ever seen: one that was unloaded is loaded again by whoever names it.
         name = f"mulligan-{label}-{secrets.token_hex(4)}"
@@ -79,14 +82,14 @@ class Folders:
     def put_adapter(self, source: Path, name: str) -> str:
         """The folder in which the servers find it. Raises as `prepare` does."""
         config = self._skeleton.check_adapter(source)
-        folder = self._new(_ADAPTERS, name)
-        completed = self._skeleton.completed_adapter(source, config["r"])
-        if completed:
-            save_file(completed, folder / ADAPTER_FILE)
-            config["target_modules"] = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in completed})
-        else:
-            self._put(source / ADAPTER_FILE, folder / ADAPTER_FILE)
-        (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+        with self._new(_ADAPTERS, name) as folder:
+            completed = self._skeleton.completed_adapter(source, config["r"])
+            if completed:
+                save_file(completed, folder / ADAPTER_FILE)
+                config["target_modules"] = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in completed})
+            else:
+                self._put(source / ADAPTER_FILE, folder / ADAPTER_FILE)
+            (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
         return self._engine_path(folder)
 
     def remove(self, target: Target) -> None:
@@ -98,10 +101,17 @@ class Folders:
     def close(self) -> None:
         shutil.rmtree(self._root / self._name, ignore_errors=True)
 
-    def _new(self, kind: str, name: str) -> Path:
+    @contextmanager
+    def _new(self, kind: str, name: str) -> Iterator[Path]:
+        """A folder to be filled; it goes again when that fails."""
         folder = self._root / self._name / kind / f"{name}-{secrets.token_hex(4)}"
-        folder.mkdir(parents=True)
-        return folder
+        try:
+            with writing_to(self._root):
+                folder.mkdir(parents=True)
+                yield folder
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _engine_path(self, folder: Path) -> str:
         return f"{self._in_engine.rstrip('/')}/{folder.relative_to(self._root).as_posix()}"

@@ -38,6 +38,8 @@ class MemoryServiceStub:
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
+    What writes can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
+    nothing was written.
     """
 
     def __init__(self, channel):
@@ -91,6 +93,8 @@ class MemoryServiceServicer:
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
+    What writes can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
+    nothing was written.
     """
 
     def AddReflection(self, request, context):
@@ -192,6 +196,8 @@ class MemoryService:
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
+    What writes can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
+    nothing was written.
     """
 
     @staticmethod

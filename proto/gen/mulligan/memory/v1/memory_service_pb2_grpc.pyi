@@ -25,6 +25,8 @@ class MemoryServiceStub:
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
+    What writes can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
+    nothing was written.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -60,6 +62,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
+    What writes can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
+    nothing was written.
     """
 
     @_abc_1.abstractmethod

@@ -28,7 +28,9 @@ if _version_not_supported:
 class PolicyAdminServiceStub:
     """Administration of models and weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's
     metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
-    every call can return NOT_FOUND UNKNOWN_POLICY.
+    every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
+    Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
+    nothing was written, and what served before goes on serving.
     """
 
     def __init__(self, channel):
@@ -82,7 +84,9 @@ class PolicyAdminServiceStub:
 class PolicyAdminServiceServicer:
     """Administration of models and weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's
     metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
-    every call can return NOT_FOUND UNKNOWN_POLICY.
+    every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
+    Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
+    nothing was written, and what served before goes on serving.
     """
 
     def LoadModel(self, request, context):
@@ -111,9 +115,9 @@ class PolicyAdminServiceServicer:
 
     def UploadWeights(self, request_iterator, context):
         """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
-        4 MiB. The answer's URI is for one UpdateWeights; what is not used within an hour is removed. Repeating it is
-        harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: no header first, more or fewer bytes than announced. RESOURCE_EXHAUSTED
-        UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH.
+        4 MiB. The answer's URI is for one UpdateWeights; what is not used within an hour, or one of the server's restart, is
+        removed. Repeating it is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: no header first, more or fewer bytes than
+        announced. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -226,7 +230,9 @@ def add_PolicyAdminServiceServicer_to_server(servicer, server):
 class PolicyAdminService:
     """Administration of models and weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's
     metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
-    every call can return NOT_FOUND UNKNOWN_POLICY.
+    every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
+    Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
+    nothing was written, and what served before goes on serving.
     """
 
     @staticmethod

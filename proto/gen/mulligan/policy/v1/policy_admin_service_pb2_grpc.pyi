@@ -15,7 +15,9 @@ GRPC_VERSION: str
 class PolicyAdminServiceStub:
     """Administration of models and weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's
     metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
-    every call can return NOT_FOUND UNKNOWN_POLICY.
+    every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
+    Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
+    nothing was written, and what served before goes on serving.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -37,9 +39,9 @@ class PolicyAdminServiceStub:
     """
     UploadWeights: _aio.StreamUnaryMultiCallable[_policy_admin_service_pb2.UploadWeightsRequest, _policy_admin_service_pb2.UploadWeightsResponse]
     """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
-    4 MiB. The answer's URI is for one UpdateWeights; what is not used within an hour is removed. Repeating it is
-    harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: no header first, more or fewer bytes than announced. RESOURCE_EXHAUSTED
-    UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH.
+    4 MiB. The answer's URI is for one UpdateWeights; what is not used within an hour, or one of the server's restart, is
+    removed. Repeating it is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: no header first, more or fewer bytes than
+    announced. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH.
     """
     UpdateWeights: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.UpdateWeightsRequest, _policy_admin_service_pb2.UpdateWeightsResponse]
     """Loads weights, checks them, and serves them as `policy_version`. Atomic: on any error the old version keeps
@@ -77,7 +79,9 @@ class PolicyAdminServiceStub:
 class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     """Administration of models and weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's
     metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
-    every call can return NOT_FOUND UNKNOWN_POLICY.
+    every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
+    Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
+    nothing was written, and what served before goes on serving.
     """
 
     @_abc_1.abstractmethod
@@ -115,9 +119,9 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_abc.AsyncIterator[_policy_admin_service_pb2.UploadWeightsRequest], _abc.Awaitable[_policy_admin_service_pb2.UploadWeightsResponse]],
     ) -> _abc.Awaitable[_policy_admin_service_pb2.UploadWeightsResponse]:
         """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
-        4 MiB. The answer's URI is for one UpdateWeights; what is not used within an hour is removed. Repeating it is
-        harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: no header first, more or fewer bytes than announced. RESOURCE_EXHAUSTED
-        UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH.
+        4 MiB. The answer's URI is for one UpdateWeights; what is not used within an hour, or one of the server's restart, is
+        removed. Repeating it is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: no header first, more or fewer bytes than
+        announced. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH.
         """
 
     @_abc_1.abstractmethod

@@ -204,7 +204,9 @@ class CreateLearnerRequest(_message.Message):
     deterministic: _builtins.bool
     """Use deterministic algorithms and fix the number of threads: the same calls give bit-equal weights."""
     keep_checkpoints: _builtins.int
-    """How many checkpoints to keep; older ones are deleted, but never the last two. 0 keeps all."""
+    """How many checkpoints to keep, by optimizer steps, then by name; the others are deleted, but never the last two that
+    were saved or loaded. 0 keeps all.
+    """
     @_builtins.property
     def model(self) -> Global___ModelConfig:
         """Default: "embedded", full fine-tuning."""

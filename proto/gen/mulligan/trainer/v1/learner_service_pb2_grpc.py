@@ -186,7 +186,8 @@ class LearnerServiceServicer:
 
     def SaveCheckpoint(self, request, context):
         """Writes weights, optimizer and random generators to `name`, whole or not at all. Accumulated gradients are not
-        saved. Idempotent on name; saving another state under the name replaces what it held.
+        saved. Idempotent on name; saving another state under the name replaces what it held. RESOURCE_EXHAUSTED DISK_FULL:
+        metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown); what was there before is untouched.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -203,7 +204,8 @@ class LearnerServiceServicer:
 
     def PublishWeights(self, request, context):
         """Writes the present weights where the policy service can read them, and computes what its canary is compared with.
-        Idempotent on policy_version while the weights are the same. The server keeps the versions that were published last.
+        Idempotent on policy_version while the weights are the same. The server keeps the greatest versions and the last two
+        that were published. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -58,7 +58,8 @@ class LearnerServiceStub:
     """Clips the accumulated gradient, takes one optimizer step, and clears it. Exactly once on sequence."""
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.SaveCheckpointRequest, _learner_service_pb2.SaveCheckpointResponse]
     """Writes weights, optimizer and random generators to `name`, whole or not at all. Accumulated gradients are not
-    saved. Idempotent on name; saving another state under the name replaces what it held.
+    saved. Idempotent on name; saving another state under the name replaces what it held. RESOURCE_EXHAUSTED DISK_FULL:
+    metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown); what was there before is untouched.
     """
     LoadCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.LoadCheckpointRequest, _learner_service_pb2.LoadCheckpointResponse]
     """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients, and the
@@ -67,7 +68,8 @@ class LearnerServiceStub:
     """
     PublishWeights: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.PublishWeightsRequest, _learner_service_pb2.PublishWeightsResponse]
     """Writes the present weights where the policy service can read them, and computes what its canary is compared with.
-    Idempotent on policy_version while the weights are the same. The server keeps the versions that were published last.
+    Idempotent on policy_version while the weights are the same. The server keeps the greatest versions and the last two
+    that were published. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
     """
 
 class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -162,7 +164,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_learner_service_pb2.SaveCheckpointRequest, _abc.Awaitable[_learner_service_pb2.SaveCheckpointResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.SaveCheckpointResponse]:
         """Writes weights, optimizer and random generators to `name`, whole or not at all. Accumulated gradients are not
-        saved. Idempotent on name; saving another state under the name replaces what it held.
+        saved. Idempotent on name; saving another state under the name replaces what it held. RESOURCE_EXHAUSTED DISK_FULL:
+        metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown); what was there before is untouched.
         """
 
     @_abc_1.abstractmethod
@@ -183,7 +186,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_learner_service_pb2.PublishWeightsRequest, _abc.Awaitable[_learner_service_pb2.PublishWeightsResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.PublishWeightsResponse]:
         """Writes the present weights where the policy service can read them, and computes what its canary is compared with.
-        Idempotent on policy_version while the weights are the same. The server keeps the versions that were published last.
+        Idempotent on policy_version while the weights are the same. The server keeps the greatest versions and the last two
+        that were published. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
         """
 
 def add_LearnerServiceServicer_to_server(servicer: LearnerServiceServicer, server: _aio.Server) -> None: ...

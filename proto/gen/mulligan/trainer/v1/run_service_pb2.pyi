@@ -63,6 +63,7 @@ class Run(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     TRAIN_SECONDS_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
+    PAUSED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     error: _builtins.str
@@ -73,6 +74,8 @@ class Run(_message.Message):
     """Seconds of training, evaluations and outages left out, over all restarts."""
     folder: _builtins.str
     """The folder of the run on the trainer's machine."""
+    paused: _builtins.str
+    """What it waits for, such as room on a disk, while it is RUNNING; it goes on by itself. Empty while it trains."""
     @_builtins.property
     def config(self) -> _run_config_pb2.RunConfig:
         """As used, defaults filled in."""
@@ -90,10 +93,11 @@ class Run(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         train_seconds: _builtins.float = ...,
         folder: _builtins.str = ...,
+        paused: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "error", b"error", "folder", b"folder", "run_id", b"run_id", "state", b"state", "step", b"step", "train_seconds", b"train_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "error", b"error", "folder", b"folder", "paused", b"paused", "run_id", b"run_id", "state", b"state", "step", b"step", "train_seconds", b"train_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -493,15 +497,21 @@ class ResumeRunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
+    ACCEPT_ENVIRONMENT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    accept_environment: _builtins.bool
+    """Go on in the environment as it is now, though it is not the one that the run began in; from then on it is the run's.
+    A step that was sampled in part is sampled anew.
+    """
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
+        accept_environment: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_environment", b"accept_environment", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

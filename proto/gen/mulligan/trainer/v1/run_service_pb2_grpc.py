@@ -35,6 +35,9 @@ class RunServiceStub:
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
+
+    A run that finds no room on a disk, the trainer's or that of a service which it uses, is paused: it goes on by itself
+    when there is room. A run whose folder is removed has FAILED.
     """
 
     def __init__(self, channel):
@@ -95,14 +98,18 @@ class RunServiceServicer:
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
+
+    A run that finds no room on a disk, the trainer's or that of a service which it uses, is paused: it goes on by itself
+    when there is room. A run whose folder is removed has FAILED.
     """
 
     def StartRun(self, request, context):
         """Starts a run. Idempotent on run_id: one that exists with the same settings is answered as it is, and an ended one
         is not taken up again (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
         FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
-        INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. What only training finds out, such as an unknown
-        environment or model, or a service that stays away, ends the run as FAILED.
+        INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
+        `free_bytes` and `needed_bytes`. What only training finds out, such as an unknown environment or model, an
+        environment without training tasks or without test tasks, or a service that stays away, ends the run as FAILED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,7 +148,9 @@ class RunServiceServicer:
     def ResumeRun(self, request, context):
         """Goes on with a stopped or failed run from its last checkpoint, reusing the journaled attempts of the steps after
         it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED; LEARNER_OWNED: the server
-        trains another run, metadata `run_id`.
+        trains another run, metadata `run_id`; ENVIRONMENT_CHANGED: the environment is not the one that the run began in, the
+        message says in what (see `accept_environment`). A run that finds this out while it trains has FAILED.
+        RESOURCE_EXHAUSTED DISK_FULL, as in StartRun.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,8 +161,9 @@ class RunServiceServicer:
         Takes as long as the attempts do: minutes for a large model. Not idempotent, harmless to repeat.
         NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
         INVALID_ARGUMENT PROMPT_TOO_LONG: the first prompt of every attempt is longer than the policy's context.
-        UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt
-        could be finished.
+        The environment has no test tasks: INVALID_SETTING of `environment`. FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was
+        exchanged meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`.
+        INTERNAL when no attempt could be finished.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -228,6 +238,9 @@ class RunService:
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
+
+    A run that finds no room on a disk, the trainer's or that of a service which it uses, is paused: it goes on by itself
+    when there is room. A run whose folder is removed has FAILED.
     """
 
     @staticmethod

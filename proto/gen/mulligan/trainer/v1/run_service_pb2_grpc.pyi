@@ -22,6 +22,9 @@ class RunServiceStub:
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
+
+    A run that finds no room on a disk, the trainer's or that of a service which it uses, is paused: it goes on by itself
+    when there is room. A run whose folder is removed has FAILED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -29,8 +32,9 @@ class RunServiceStub:
     """Starts a run. Idempotent on run_id: one that exists with the same settings is answered as it is, and an ended one
     is not taken up again (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
     FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
-    INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. What only training finds out, such as an unknown
-    environment or model, or a service that stays away, ends the run as FAILED.
+    INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
+    `free_bytes` and `needed_bytes`. What only training finds out, such as an unknown environment or model, an
+    environment without training tasks or without test tasks, or a service that stays away, ends the run as FAILED.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]
     """NOT_FOUND UNKNOWN_RUN. Idempotent."""
@@ -47,15 +51,18 @@ class RunServiceStub:
     ResumeRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ResumeRunRequest, _run_service_pb2.ResumeRunResponse]
     """Goes on with a stopped or failed run from its last checkpoint, reusing the journaled attempts of the steps after
     it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED; LEARNER_OWNED: the server
-    trains another run, metadata `run_id`.
+    trains another run, metadata `run_id`; ENVIRONMENT_CHANGED: the environment is not the one that the run began in, the
+    message says in what (see `accept_environment`). A run that finds this out while it trains has FAILED.
+    RESOURCE_EXHAUSTED DISK_FULL, as in StartRun.
     """
     Evaluate: _aio.UnaryUnaryMultiCallable[_run_service_pb2.EvaluateRequest, _run_service_pb2.EvaluateResponse]
     """Measures first attempts, without reflection in context, of a policy as it serves now, or of a run's last checkpoint.
     Takes as long as the attempts do: minutes for a large model. Not idempotent, harmless to repeat.
     NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
     INVALID_ARGUMENT PROMPT_TOO_LONG: the first prompt of every attempt is longer than the policy's context.
-    UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt
-    could be finished.
+    The environment has no test tasks: INVALID_SETTING of `environment`. FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was
+    exchanged meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`.
+    INTERNAL when no attempt could be finished.
     """
     ListExperiences: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListExperiencesRequest, _run_service_pb2.ListExperiencesResponse]
     """Pages through the journaled experiences of a run, in the order of (step, task, rollout). NOT_FOUND UNKNOWN_RUN.
@@ -72,6 +79,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
+
+    A run that finds no room on a disk, the trainer's or that of a service which it uses, is paused: it goes on by itself
+    when there is room. A run whose folder is removed has FAILED.
     """
 
     @_abc_1.abstractmethod
@@ -83,8 +93,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         """Starts a run. Idempotent on run_id: one that exists with the same settings is answered as it is, and an ended one
         is not taken up again (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
         FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
-        INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. What only training finds out, such as an unknown
-        environment or model, or a service that stays away, ends the run as FAILED.
+        INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
+        `free_bytes` and `needed_bytes`. What only training finds out, such as an unknown environment or model, an
+        environment without training tasks or without test tasks, or a service that stays away, ends the run as FAILED.
         """
 
     @_abc_1.abstractmethod
@@ -131,7 +142,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_run_service_pb2.ResumeRunResponse]:
         """Goes on with a stopped or failed run from its last checkpoint, reusing the journaled attempts of the steps after
         it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED; LEARNER_OWNED: the server
-        trains another run, metadata `run_id`.
+        trains another run, metadata `run_id`; ENVIRONMENT_CHANGED: the environment is not the one that the run began in, the
+        message says in what (see `accept_environment`). A run that finds this out while it trains has FAILED.
+        RESOURCE_EXHAUSTED DISK_FULL, as in StartRun.
         """
 
     @_abc_1.abstractmethod
@@ -144,8 +157,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         Takes as long as the attempts do: minutes for a large model. Not idempotent, harmless to repeat.
         NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
         INVALID_ARGUMENT PROMPT_TOO_LONG: the first prompt of every attempt is longer than the policy's context.
-        UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt
-        could be finished.
+        The environment has no test tasks: INVALID_SETTING of `environment`. FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was
+        exchanged meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`.
+        INTERNAL when no attempt could be finished.
         """
 
     @_abc_1.abstractmethod

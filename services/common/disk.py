@@ -1,0 +1,67 @@
+"""Writes on a disk that may be full: told as DISK_FULL, with the folder and what is missing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.common.errors import DomainError, Reason
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of a process or a file system for one file
+# How it is told where nothing but words is left of it: by libraries in Rust (safetensors, tantivy), and of SQLite.
+_TEXTS = (*map(os.strerror, _FULL), "database or disk is full")
+
+
+@contextmanager
+def writing_to(folder: Path, size: int = 0) -> Iterator[None]:
+    """Around what writes below `folder`, about `size` bytes where that is known. A disk or a quota that is used up is
+    DomainError DISK_FULL, with metadata `folder`, `free_bytes` and `needed_bytes`. Other failures pass as they are."""
+    try:
+        yield
+    except Exception as error:
+        if _is_full(error):
+            raise disk_full(_folder_of(error, folder), size) from error
+        raise
+
+
+def disk_full(folder: Path, size: int = 0) -> DomainError:
+    free = free_bytes(folder)
+    if size > free:
+        details = f"{_text(size - free)} are missing ({_text(size)} to write, {_text(free)} free)"
+    else:
+        details = f"{_text(free)} are free, so there may be a quota" if size else f"{_text(free)} are free"
+    message = f"the disk of {folder} is full: {details}"
+    return DomainError(Reason.DISK_FULL, message, folder=folder, free_bytes=free, needed_bytes=size)
+
+
+def free_bytes(folder: Path) -> int:
+    """On the folder's disk, whether the folder is there or not."""
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    return shutil.disk_usage(there).free
+
+
+def _folder_of(error: Exception, folder: Path) -> Path:
+    """A library may have written elsewhere, to a cache of its own."""
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    elsewhere = isinstance(file, str) and not Path(file).absolute().is_relative_to(folder.absolute())
+    return Path(str(file)).parent if elsewhere else folder
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, DomainError):
+        return False
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return True
+    return any(text in str(error) for text in _TEXTS)
+
+
+def _text(size: int) -> str:
+    """With a unit that people read: 512 B, 1.6 MB."""
+    amount, units = float(size), ["B", "kB", "MB", "GB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{amount:.0f} {units[0]}" if units[0] == "B" else f"{amount:.1f} {units[0]}"
