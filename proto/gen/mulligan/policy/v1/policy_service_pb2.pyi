@@ -398,9 +398,10 @@ class Completion(_message.Message):
     """The sampled tokens decoded, without special tokens."""
     stop_reason: Global___StopReason.ValueType
     raw_text: _builtins.str
-    """The sampled tokens decoded with their marks: special tokens (`[TOOL_CALLS]`) but those that end a turn and padding,
-    and in front the mark with which the chat template began a thought for the model (`<think>`), if it did. What reads
-    calls of tools, and answers that follow a thought, reads this. Empty when it equals `text`.
+    """The sampled tokens decoded with the special tokens that are marks, such as those around calls of tools; not those
+    that end a turn, and no padding. In front stands the mark with which the chat template began a thought for the model
+    (`<think>`), if it did. What reads calls of tools, and answers that follow a thought, reads this. Empty when it
+    equals `text`.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
