@@ -14,12 +14,15 @@ import typer
 from services.common.channel import Endpoint
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
 
-DEFAULT_ADDRESSES = {
-    "env": "127.0.0.1:50051",
-    "policy": "127.0.0.1:50052",
-    "memory": "127.0.0.1:50053",
-    "trainer": "127.0.0.1:50054",
-}
+PORT_BASE = 50051
+
+
+def addresses_from(port: int) -> dict[str, str]:
+    """Of the four services on loopback, at this port and the three after it."""
+    return {name: f"127.0.0.1:{port + place}" for place, name in enumerate(("env", "policy", "memory", "trainer"))}
+
+
+DEFAULT_ADDRESSES = addresses_from(PORT_BASE)
 OUTAGE_SECONDS = 5.0  # a person waits at the terminal
 
 TrainerAddress = Annotated[

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from services.cli.overrides import read_overrides
+from services.common.extras import how_to_install
 from services.conformance.report import Report, Result, Verdict
 
 _MARKS = {Verdict.PASSED: "[green]✓[/]", Verdict.VIOLATED: "[red]✗[/]", Verdict.NOT_APPLICABLE: "[yellow]–[/]"}
@@ -36,7 +37,7 @@ def check(
     try:
         from services.conformance.local import check_environment
     except ImportError as error:
-        sys.exit(f"error: {error}: pip install 'mulligan[env]'")
+        sys.exit(f"error: {error}: {how_to_install('env')}")
     console = Console(highlight=False, soft_wrap=True)
     settings = read_overrides(override or [])
     try:

@@ -35,9 +35,11 @@ class _Process:
     log: Path
     process: subprocess.Popen[bytes] | None = None
     started: list[float] = field(default_factory=list)
+    _log_start: int = 0
 
     def start(self) -> None:
         self.started.append(time.monotonic())
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             # A process group of its own: Ctrl-C in the terminal reaches this process alone, which ends the others.
             self.process = subprocess.Popen(
@@ -50,8 +52,10 @@ class _Process:
             )
 
     def log_end(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return "\n".join(lines[-15:])
+        """Of what it wrote since its last start."""
+        if not self.log.exists():
+            return ""
+        return "\n".join(self.log.read_bytes()[self._log_start :].decode(errors="replace").splitlines()[-15:])
 
 
 class LocalServices:
@@ -105,6 +109,7 @@ class LocalServices:
     async def __aenter__(self) -> LocalServices:
         for folder in ("logs", "weights", "runs", "checkpoints", "policy"):
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        self._check_ports()
         for process in self._processes.values():
             process.start()
         try:
@@ -127,12 +132,21 @@ class LocalServices:
 
     async def _wait_until_healthy(self, process: _Process) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while not await is_healthy(process.address):
-            if process.process is None or process.process.poll() is not None:
+        while True:
+            healthy = await is_healthy(process.address)
+            if process.process is None or process.process.poll() is not None:  # whoever answers there is another
                 raise ServiceFailed(f"{process.name} ended at start:\n{process.log_end()}")
+            if healthy:
+                return
             if time.monotonic() > deadline:
                 raise ServiceFailed(f"{process.name} was not healthy after {START_SECONDS:.0f} s:\n{process.log_end()}")
             await asyncio.sleep(0.1)
+
+    def _check_ports(self) -> None:
+        taken = {name: address for name, address in self.addresses.items() if not _is_free(address)}
+        if taken:
+            places = ", ".join(f"{address} ({name})" for name, address in taken.items())
+            raise ServiceFailed(f"another process listens at {places}: end it, or take other ports with --port-base")
 
     async def _supervise(self) -> None:
         while True:
@@ -159,6 +173,17 @@ class LocalServices:
             except subprocess.TimeoutExpired:
                 process.kill()
                 await asyncio.to_thread(process.wait)
+
+
+def _is_free(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what has just ended leaves connections behind
+        try:
+            probe.bind((host, int(port)))
+        except OSError:
+            return False
+    return True
 
 
 def free_ports() -> dict[str, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
+import unicodedata
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +18,8 @@ from services.common.errors import DomainError
 from services.trainer.client import RunClient
 from services.trainer.settings import RunSettings
 from services.trainer.wire import validated
+
+_NAME_LENGTH = 40  # of a run id's first part
 
 
 def train(
@@ -32,7 +36,7 @@ def train(
     Example: `mulligan train recipes/frozenlake-3x3.toml --set steps=20 --set algorithm.second_attempt=none`
     """
     settings = read_settings(recipe, override or [])
-    name = run_id or f"{recipe.stem if recipe else settings.environment}-{datetime.now():%Y%m%d-%H%M%S}"
+    name = run_id or f"{_plain_name(recipe.stem if recipe else settings.environment)}-{datetime.now():%Y%m%d-%H%M%S}"
     run(_train(name, settings, watch, trainer))
 
 
@@ -45,6 +49,12 @@ async def _train(run_id: str, settings: RunSettings, watch: bool, trainer: str) 
     print(f"run {run_id}")
     if watch:
         await watch_run(run_id, trainer)
+
+
+def _plain_name(text: str) -> str:
+    """Of letters and digits that every run id may have, however a file is called: `Übung 1` gives `Ubung-1`."""
+    ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_only).strip("._-")[:_NAME_LENGTH].rstrip("._-") or "run"
 
 
 def read_settings(recipe: Path | None, overrides: list[str]) -> RunSettings:

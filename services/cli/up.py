@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from services.cli.connection import DEFAULT_ADDRESSES, program
+from services.cli.connection import DEFAULT_ADDRESSES, PORT_BASE, addresses_from, program
 from services.cli.local import LocalServices, ServiceFailed
 
 
@@ -34,6 +35,9 @@ def up(
     models_folder: Annotated[
         Path, typer.Option(help="`mulligan policy load` takes folders below this one.", exists=True, file_okay=False)
     ] = Path(),
+    port_base: Annotated[
+        int, typer.Option(min=1, max=65532, help="The services listen on this port and the three after it.")
+    ] = PORT_BASE,
     log_level: Annotated[str, typer.Option(help="debug, info (a line per request), warning or error.")] = "info",
 ) -> None:
     """Start the four services on loopback and keep them running until Ctrl-C.
@@ -48,12 +52,19 @@ def up(
             model=model,
             policy_config=policy_config,
             models_folder=models_folder,
-            addresses=DEFAULT_ADDRESSES,
+            addresses=addresses_from(port_base),
             log_level=log_level,
         )
         asyncio.run(_up(services))
     except ServiceFailed as error:
         sys.exit(f"error: {error}")
+
+
+def _next_steps(addresses: Mapping[str, str]) -> Iterator[str]:
+    yield f"ready: in another terminal, {program()} train recipes/frozenlake-3x3.toml; Ctrl-C ends the services"
+    if addresses != DEFAULT_ADDRESSES:
+        there = " ".join(f"MULLIGAN_CLI_{name.upper()}={address}" for name, address in addresses.items())
+        yield f"commands find them by: export {there}"
 
 
 async def _up(services: LocalServices) -> None:
@@ -67,8 +78,8 @@ async def _up(services: LocalServices) -> None:
         for name, address in services.addresses.items():
             table.add_row(name, address, str(services.folder / "logs" / f"{name}.log"))
         console.print(table)
-        hint = f"ready: in another terminal, {program()} train recipes/frozenlake-3x3.toml; Ctrl-C ends the services"
-        console.print(hint, highlight=False, soft_wrap=True)
+        for line in _next_steps(services.addresses):
+            console.print(line, highlight=False, soft_wrap=True)
         stopped = asyncio.create_task(stop.wait())
         failed = asyncio.create_task(services.failed())
         await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)

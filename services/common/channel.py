@@ -15,6 +15,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from services.common import proxies
 from services.common.errors import CallFailed, Code, DomainError, ServiceUnavailable
 from services.common.status import from_rpc_error
 
@@ -60,6 +61,7 @@ class Connection:
             ("grpc.keepalive_time_ms", 30_000),  # a machine that vanished is noticed within a minute
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.use_local_subchannel_pool", 1),  # a channel of its own: no state shared between clients
+            *proxies.grpc_options(endpoint.address),
         ]
         if endpoint.tls or endpoint.tls_ca is not None:
             roots = endpoint.tls_ca.read_bytes() if endpoint.tls_ca else None
@@ -124,7 +126,7 @@ class Connection:
                 return str(failure), failure
             raise failure from None
         if error.code() in _GONE:
-            return error.details() or "unavailable", None
+            return f"{error.details() or 'unavailable'}{proxies.hint(self.endpoint.address)}", None
         raise failure from error
 
     def read(self, convert: Callable[[R], T], response: R) -> T:
@@ -189,10 +191,11 @@ def _method(message: Any) -> str:
 async def is_healthy(address: str, timeout: float = 2.0, *, tls_ca: bytes | None = None, tls_name: str = "") -> bool:
     """Whether a service answers SERVING to a health check. With `tls_ca`, a PEM file's content, over TLS; `tls_name` is
     then the name in the service's certificate, where that is not the host of `address`."""
+    options: list[tuple[str, str | int]] = [*proxies.grpc_options(address)]
     if tls_ca is None:
-        opened = grpc.aio.insecure_channel(address)
+        opened = grpc.aio.insecure_channel(address, options)
     else:
-        options = [("grpc.ssl_target_name_override", tls_name)] if tls_name else []
+        options += [("grpc.ssl_target_name_override", tls_name)] if tls_name else []
         opened = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(tls_ca), options)
     async with opened as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know only the synchronous one

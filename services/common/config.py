@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, Self
+from typing import ClassVar, Literal, NoReturn, Self
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -22,6 +22,8 @@ from pydantic_settings import (
     SettingsConfigDict,
     TomlConfigSettingsSource,
 )
+
+from services.common.suggest import did_you_mean, problems
 
 
 class ServiceSettings(BaseSettings):
@@ -78,7 +80,8 @@ class ServiceSettings(BaseSettings):
         for variable in os.environ:
             name = variable.removeprefix(prefix).partition("__")[0].lower()
             if variable.startswith(prefix) and name not in cls.model_fields:
-                refuse(cls.service, f"{variable}: no such setting")
+                near = did_you_mean(variable, (f"{prefix}{known.upper()}" for known in cls.model_fields))
+                refuse(cls.service, f"{variable}: no such setting{near}")
 
     @classmethod
     def load(cls, arguments: Sequence[str]) -> Self:
@@ -107,7 +110,7 @@ class ServiceSettings(BaseSettings):
         try:
             loaded: Self = Loaded()
         except ValidationError as error:
-            refuse(cls.service, *(f"{_name(item['loc'])}: {item['msg']}" for item in error.errors()))
+            refuse(cls.service, *(f"{name}: {said}" for name, said in problems(error, cls).items()))
         except (OSError, ValueError) as error:  # an unreadable or malformed TOML file
             refuse(cls.service, str(error))
         return loaded
@@ -119,8 +122,16 @@ def refuse(service: str, *problems: str) -> NoReturn:
     sys.exit(2)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """With the nearest right flag, where one is not known."""
+        flag = next((word.partition("=")[0] for word in message.split() if word.startswith("--")), "")
+        near = did_you_mean(flag, self._option_string_actions) if flag and "unrecognized" in message else ""
+        super().error(message + near)
+
+
 def _parser(service: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"python -m services.{service}",
         epilog=f"--config FILE.toml reads settings from a file; MULLIGAN_{service.upper()}_NAME=VALUE sets one, too. "
         "Flags win over variables, variables over the file.",
@@ -136,7 +147,3 @@ def _take_config(argv: list[str]) -> str | None:
             del argv[index]
             return argument.removeprefix("--config=")
     return None
-
-
-def _name(location: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in location) or "settings"

@@ -11,6 +11,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from services.common.proxies import grpc_options
 from services.common.status import DOMAIN
 from services.conformance.report import Violation, shown
 
@@ -79,6 +80,7 @@ class Target:
             ("grpc.max_send_message_length", _MESSAGE_BYTES),
             ("grpc.max_receive_message_length", _MESSAGE_BYTES),
             ("grpc.use_local_subchannel_pool", 1),
+            *grpc_options(address),
         ]
         if tls_ca is None:
             self.channel = grpc.aio.insecure_channel(address, options)

@@ -26,7 +26,9 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
+from services.common.extras import how_to_install
 from services.common.inference import Tool
+from services.common.suggest import did_you_mean
 from services.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
 
 __all__ = [
@@ -91,7 +93,7 @@ class MissingExtra(Exception):
     """The environment needs packages that are not installed; `extra` of this distribution installs them."""
 
     def __init__(self, extra: str, cause: ImportError) -> None:
-        super().__init__(f"needs the extra {extra!r} ({cause}): pip install 'mulligan[{extra}]'")
+        super().__init__(f"needs the extra {extra!r} ({cause}): {how_to_install(extra)}")
 
 
 def fork(episode: Episode) -> Episode:
@@ -120,7 +122,8 @@ def read_settings(kind: type[S], values: Mapping[str, object]) -> S:
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass, as it says
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{unknown[0]}: no such setting; there are: {', '.join(known)}")
+        near = did_you_mean(unknown[0], known)
+        raise ValueError(f"{unknown[0]}: no such setting{near}; there are: {', '.join(known)}")
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:

@@ -22,6 +22,7 @@ from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from services.common.channel import Connection, Endpoint
 from services.common.errors import CallFailed, DomainError, Reason, invalid_field
 from services.common.status import domain_error
+from services.common.suggest import did_you_mean
 from services.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split, TaskInfo
 from services.common.wire import outcome_from_proto, tools_from_proto
 from services.env.keepalive import kept_alive
@@ -57,7 +58,8 @@ class EnvClient:
         infos = {info.name: info for info in await self.list_environments()}
         if environment not in infos:
             message = f"no environment {environment!r} at {self._connection.endpoint.address}"
-            raise DomainError(Reason.UNKNOWN_ENVIRONMENT, f"{message}; there are: {', '.join(infos)}")
+            near = did_you_mean(environment, infos)
+            raise DomainError(Reason.UNKNOWN_ENVIRONMENT, f"{message}{near}; there are: {', '.join(infos)}")
         return infos[environment]
 
     async def list_tasks(self, environment: str, split: Split, limit: int) -> list[TaskInfo]:

@@ -18,6 +18,7 @@ from datetime import timedelta
 import structlog
 
 from services.common.errors import DomainError, Reason
+from services.common.suggest import did_you_mean
 from services.common.types import EpisodeStep
 from services.env import calls
 from services.env.base import Environment, Episode, close, fork
@@ -67,7 +68,9 @@ class EpisodeTable:
     def environment(self, name: str) -> Environment:
         if name not in self.environments:
             offered = ", ".join(sorted(self.environments))
-            raise DomainError(Reason.UNKNOWN_ENVIRONMENT, f"no environment {name!r} here; there are: {offered}")
+            near = did_you_mean(name, self.environments)
+            message = f"no environment {name!r} here{near}; there are: {offered}"
+            raise DomainError(Reason.UNKNOWN_ENVIRONMENT, message)
         return self.environments[name]
 
     async def start(self, episode_id: str, environment: str, task_id: str) -> Begun:

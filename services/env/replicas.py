@@ -21,6 +21,7 @@ from services.common.addresses import Addresses, by_rank
 from services.common.channel import Endpoint, Waits
 from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from services.common.replicas import Replica, Replicas
+from services.common.suggest import did_you_mean
 from services.common.types import EnvironmentInfo, EpisodeStep, Split, TaskInfo
 from services.env.client import EnvClient, RemoteEpisode
 
@@ -300,8 +301,9 @@ def _agreed(name: str, found: dict[str, dict[str, EnvironmentInfo]]) -> Environm
     having = {address: offered[name] for address, offered in found.items() if name in offered}
     missing = ", ".join(address for address in found if address not in having)
     if not having:
-        offered = ", ".join(sorted({other for infos in found.values() for other in infos}))
-        raise DomainError(Reason.UNKNOWN_ENVIRONMENT, f"no environment {name!r} at {missing}; there are: {offered}")
+        offered = sorted({other for infos in found.values() for other in infos})
+        message = f"no environment {name!r} at {missing}{did_you_mean(name, offered)}; there are: {', '.join(offered)}"
+        raise DomainError(Reason.UNKNOWN_ENVIRONMENT, message)
     if missing:
         where = ", ".join(having)
         message = f"environment {name!r} is offered by {where} and not by {missing}: all servers need the same settings"

@@ -27,6 +27,7 @@ from services.common.inference import (
     PublishedWeights,
     SamplingParams,
 )
+from services.common.suggest import did_you_mean
 from services.policy.backend import Scored, UnsupportedModel
 from services.policy.config import ModelSettings, PolicySettings
 from services.policy.deployment import Deployment
@@ -86,8 +87,8 @@ class Policies:
     def get(self, name: str = "") -> Policy:
         found = self._policies.get(name or self.settings.default_policy)
         if found is None:
-            known = ", ".join(sorted(self._policies))
-            raise DomainError(Reason.UNKNOWN_POLICY, f"no policy {name!r}; there are {known}", policy=name)
+            known, near = ", ".join(sorted(self._policies)), did_you_mean(name, self._policies)
+            raise DomainError(Reason.UNKNOWN_POLICY, f"no policy {name!r}{near}; there are {known}", policy=name)
         return found
 
     async def info(self, policy: str = "") -> PolicyInfo:

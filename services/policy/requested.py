@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason
 from services.common.files import replace
+from services.common.suggest import problems
 from services.policy.config import ModelSettings, PolicyModelSettings
 
 # Repository at the hub, with or without its owner. https://huggingface.co/docs/huggingface_hub/package_reference/utilities
@@ -68,8 +69,7 @@ class Requested(BaseModel):
         try:
             return PolicyModelSettings.model_validate(merged)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise _invalid(".".join(map(str, first["loc"])), first["msg"]) from error
+            raise _invalid(*next(iter(problems(error, PolicyModelSettings).items()))) from error
 
 
 def identity(own: ModelSettings | None) -> str:

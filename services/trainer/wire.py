@@ -14,6 +14,7 @@ from mulligan.trainer.v1 import run_config_pb2, run_service_pb2
 from pydantic import BaseModel, ValidationError
 
 from services.common.errors import DomainError, Reason
+from services.common.suggest import problems
 from services.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
 from services.trainer.folder import RunState
 from services.trainer.settings import RunSettings
@@ -31,9 +32,8 @@ def validated(model: type[Settings], plain: Mapping[str, Any]) -> Settings:
     try:
         return model.model_validate(plain)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "config"
-        raise DomainError(Reason.INVALID_SETTING, f"{field}: {first['msg']}", field=field) from None
+        field, said = next(iter(problems(error, model).items()))
+        raise DomainError(Reason.INVALID_SETTING, f"{field}: {said}", field=field) from None
 
 
 def settings_to_proto(settings: RunSettings) -> run_config_pb2.RunConfig:

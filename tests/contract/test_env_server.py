@@ -53,11 +53,11 @@ async def test_what_is_not_installed_is_listed_and_says_what_installs_it(
     server: ServiceProcess, client: EnvClient
 ) -> None:
     (warned,) = (line for line in server.log_lines if line["event"] == "environment unavailable")
-    assert warned["environment"] == "missing" and "mulligan[ice]" in warned["reason"]
+    assert warned["environment"] == "missing" and "'.[ice]'" in warned["reason"]
     listed = {info.name: info for info in await client.list_environments()}
-    assert listed["awkward"].unavailable == "" and "mulligan[ice]" in listed["missing"].unavailable
+    assert listed["awkward"].unavailable == "" and "'.[ice]'" in listed["missing"].unavailable
     assert await client.list_tasks("missing", Split.TRAIN, 0) == []
-    with pytest.raises(DomainError, match=r"pip install 'mulligan\[ice\]'") as caught:
+    with pytest.raises(DomainError, match=r"pip install -e '\.\[ice\]'") as caught:
         await client.start("missing", "good", str(uuid4()))
     assert caught.value.reason is Reason.ENVIRONMENT_UNAVAILABLE
 

@@ -73,7 +73,7 @@ def test_the_traceback_is_the_authors_own() -> None:
 def test_what_cannot_be_made_is_refused() -> None:
     with pytest.raises(ValueError, match="dice: fualt: no such setting"):
         check_environment(KIND, {"fualt": "unseeded"})
-    with pytest.raises(ValueError, match=r"pip install 'mulligan\[ice\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[ice\]'"):
         check_environment("tests.support.environments", {"missing": "ice"})
 
 

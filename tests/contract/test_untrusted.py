@@ -332,4 +332,4 @@ def test_what_is_not_installed_is_listed(services: Services) -> None:
     table = {"kind": "tests.support.environments", "missing": "ice", "untrusted": True}
     server = services.start("env", environments={"cold": table})
     (warned,) = (line for line in server.log_lines if line["event"] == "environment unavailable")
-    assert "mulligan[ice]" in warned["reason"]
+    assert "'.[ice]'" in warned["reason"]

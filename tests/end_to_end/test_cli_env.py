@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from services.cli.__main__ import app
+from services.common.extras import how_to_install
 from tests.support.processes import ROOT, ServiceProcess, Services
 
 ROOTS = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
@@ -152,7 +153,7 @@ def test_what_goes_wrong_is_said() -> None:
         (("no.such.kind",), 2, "'no.such.kind' is no environment: No module named 'no'"),
         (("json",), 2, "'json' is no environment"),
         (("x", "--target", "127.0.0.1:1", "--set", "a=1"), 1, "do not go with --target"),
-        (("tests.support.environments", "--set", "missing=ice"), 1, "pip install 'mulligan[ice]'"),
+        (("tests.support.environments", "--set", "missing=ice"), 1, "pip install -e '.[ice]'"),
     ):
         refused = run("play", *arguments, typed="")
         assert refused.exit_code == status and problem in refused.output, refused.output
@@ -235,10 +236,8 @@ for name, environment in EnvSettings().create_environments().items():
     )
     assert listed.returncode == 0, listed.stderr
     problems = dict(line.split(" | ") for line in listed.stdout.replace("|\n", "| \n").splitlines())
-    assert problems.pop("gymnasium-frozenlake").endswith(
-        "No module named 'gymnasium'): pip install 'mulligan[gymnasium]'"
-    )
+    assert problems.pop("gymnasium-frozenlake").endswith(f"No module named 'gymnasium'): {how_to_install('gymnasium')}")
     assert problems.pop("reasoning-gym").endswith(
-        "No module named 'reasoning_gym'): pip install 'mulligan[reasoning-gym]'"
+        f"No module named 'reasoning_gym'): {how_to_install('reasoning-gym')}"
     )
     assert "frozenlake" in problems and not any(problems.values())

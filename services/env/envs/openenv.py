@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from services.common.errors import DomainError, Reason
+from services.common.proxies import is_direct
 from services.env.base import (
     EnvironmentInfo,
     Faulted,
@@ -149,7 +150,6 @@ class Session:
 
         settings = self._settings
         token = os.environ.get(settings.token_env, "") if settings.token_env else ""
-        is_local = urlsplit(settings.url).hostname in ("localhost", "127.0.0.1", "::1")
         try:
             return connect(
                 settings.server,
@@ -159,7 +159,7 @@ class Session:
                 ping_interval=None,  # a server that is busy with a step may not answer one
                 max_size=_MESSAGE_BYTES,
                 compression=None,
-                proxy=None if is_local else True,
+                proxy=None if is_direct(urlsplit(settings.url).hostname or "") else True,
             )
         except (OSError, InvalidHandshake) as error:  # TimeoutError is an OSError
             raise Faulted(f"no OpenEnv server at {settings.shown}: {type(error).__name__}: {error}") from None

@@ -23,6 +23,7 @@ import structlog
 
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.inference import Feature, ReplicaInfo, VersionSpan, WeightsKind
+from services.common.proxies import is_direct
 from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, UnsupportedModel, WeightsFile
 from services.policy.backends.openai_chat import (
     NotAnAnswer,
@@ -68,6 +69,7 @@ class Endpoint:
         chosen = settings.openai
         self.address = _address(chosen.base_url)
         key = chosen.api_key.get_secret_value() if chosen.api_key else "none"
+        host = urlsplit(chosen.base_url).hostname or ""
         # The header is given explicitly: a key from the environment must not go to an endpoint of the settings.
         self.client = openai.AsyncOpenAI(
             base_url=chosen.base_url,
@@ -75,6 +77,7 @@ class Endpoint:
             default_headers={"Authorization": f"Bearer {key}"},
             timeout=openai.Timeout(chosen.request_seconds, connect=10.0),
             max_retries=chosen.max_retries,
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if is_direct(host) else None,
         )
         self._prober = self.client.with_options(max_retries=0, timeout=_PROBE_TIMEOUT)
         for client in (self.client, self._prober):

@@ -1,0 +1,41 @@
+"""`mulligan up` beside other programs: ports that are taken, and whose log is shown."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from services.cli.connection import addresses_from
+from services.cli.local import LocalServices, ServiceFailed, _Process
+from tests.support.processes import Services
+
+
+async def test_ports_that_are_taken_are_named_before_anything_starts(services: Services, tmp_path: Path) -> None:
+    """By a healthy service of somebody else, which answers health checks."""
+    port = int(services.start("memory").address.rpartition(":")[2])
+    local = LocalServices(tmp_path, addresses=addresses_from(port - 2))
+    with pytest.raises(ServiceFailed, match=rf"another process listens at 127\.0\.0\.1:{port} \(memory\).*--port-base"):
+        await local.__aenter__()
+    assert not list((tmp_path / "logs").iterdir())
+
+
+async def test_a_process_that_ends_is_noticed_though_another_answers_at_its_address(
+    services: Services, tmp_path: Path
+) -> None:
+    """And what is shown of the log is of this start."""
+    address = services.start("memory").address
+    log = tmp_path / "memory.log"
+    log.write_text("an old failure\n")
+    process = _Process("memory", address, ["sh", "-c", "echo a new failure; exit 3"], log)
+    process.start()
+    assert process.process is not None
+    await asyncio.to_thread(process.process.wait)
+    with pytest.raises(ServiceFailed, match="memory ended at start:\na new failure") as caught:
+        await LocalServices(tmp_path)._wait_until_healthy(process)
+    assert "old" not in str(caught.value)
+
+
+def test_a_port_base_gives_four_ports_in_a_row() -> None:
+    assert list(addresses_from(7000).values()) == [f"127.0.0.1:{port}" for port in range(7000, 7004)]
