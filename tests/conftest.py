@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch when it is imported: waiting threads do not spin
 
+import signal
 from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.processes import Services
 
+# A shell that runs the suite in the background has it ignore interrupts, and the programs under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _ONE_SERVER = ("tests.support.sglang ", "tests.support.policy_backends ")
 
 
