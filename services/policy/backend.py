@@ -21,10 +21,6 @@ from services.common.inference import (
 from services.policy.chat import Chat
 
 
-class UnsupportedModel(Exception):
-    """A model that this backend cannot serve correctly; the message says why. Raised when it is loaded."""
-
-
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a backend serves, whatever the version of its weights. Sizes are 0, and the fingerprint is empty, where the

@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
 
-from services.policy.backend import Backend, UnsupportedModel
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import Backend
 from services.policy.config import ModelSettings
 
 _BACKENDS = "services.policy.backends"

@@ -215,7 +215,7 @@ def test_bfloat16_learns_with_float32_weights(tiny: Path, tmp_path: Path, lora: 
 @pytest.mark.parametrize(
     ("model", "reason", "field"),
     [
-        (ModelSettings(source="/nowhere"), Reason.MODEL_NOT_FOUND, None),
+        (ModelSettings(source="/nowhere"), Reason.MODEL_NOT_FOUND, "model.source"),
         (
             ModelSettings(lora=LoraSettings(rank=2, target_modules=("no_such",))),
             Reason.INVALID_FIELD,
@@ -236,9 +236,9 @@ def test_a_model_that_cannot_be_trained_is_refused(
 def test_missing_weights_are_not_made_up(tiny: Path, tmp_path: Path) -> None:
     deep = write_tiny_model(tmp_path / "deep", layers=3)
     (deep / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
-    with pytest.raises(DomainError, match="weights are missing") as caught:
+    with pytest.raises(DomainError, match="of its weights, first model") as caught:
         make(deep, tmp_path)
-    assert caught.value.reason is Reason.MODEL_NOT_FOUND
+    assert caught.value.reason is Reason.UNSUPPORTED_MODEL
 
 
 async def test_a_learner_in_this_process_is_a_port(tiny: Path, tmp_path: Path) -> None:

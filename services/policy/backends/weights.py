@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from services.common.errors import DomainError, Reason
 from services.common.inference import WeightsKind
-from services.policy.backend import UnsupportedModel, WeightsFile
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import WeightsFile
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_PREFIX = "base_model.model."

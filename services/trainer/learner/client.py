@@ -57,7 +57,7 @@ class LearnerClient:
         on_outage: Callable[[str], None] | None = None,
     ) -> Self:
         """A learner that is ready. Raises DomainError LEARNER_OWNED, LEARNER_CONFLICT, CAPACITY_REACHED,
-        MODEL_NOT_FOUND or INVALID_FIELD."""
+        MODEL_NOT_FOUND, UNSUPPORTED_MODEL or INVALID_FIELD."""
         client = cls(endpoint, learner_id, owner, on_outage)
         request = pb.CreateLearnerRequest(learner_id=learner_id, owner=owner, lease=duration(LEASE_SECONDS))
         spec_to_proto(spec, request)

@@ -35,8 +35,8 @@ class SavedCheckpoint:
 class Learner:
     """`learner_id` names its folder of checkpoints and its published files.
 
-    Raises DomainError INVALID_FIELD and MODEL_NOT_FOUND. An exception that is no DomainError, from any method, leaves
-    gradients or weights undefined: the learner is to be thrown away.
+    Raises DomainError INVALID_FIELD, MODEL_NOT_FOUND, UNSUPPORTED_MODEL. An exception that is no DomainError, from any
+    method, leaves gradients or weights undefined: the learner is to be thrown away.
     """
 
     def __init__(self, learner_id: str, spec: LearnerSpec, server: LearnerServerSettings):

@@ -27,7 +27,7 @@ class LocalLearner:
 
     @classmethod
     async def create(cls, learner_id: str, spec: LearnerSpec, server: LearnerServerSettings) -> Self:
-        """Loads the model. Raises DomainError INVALID_FIELD or MODEL_NOT_FOUND."""
+        """Loads the model. Raises DomainError INVALID_FIELD, MODEL_NOT_FOUND or UNSUPPORTED_MODEL."""
         local = cls(learner_id, spec, server)
         await local._run(lambda learner: None)
         return local

@@ -18,6 +18,7 @@ from models import EMBEDDED
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.fingerprint import model_fingerprint
 from services.common.inference import CanaryProbe
+from services.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from services.trainer.data import Limits
 from services.trainer.learner import canary
 from services.trainer.learner.batching import Microbatch
@@ -46,7 +47,7 @@ class PolicyModel:
         self.limits = Limits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
         self._probes = canary.probe_sequences(tokenizer, self.limits)
         self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
-        _check_head(base)
+        _check_head(base, settings.source)
         self.base = base.to(device).eval()
         self.adapter = None if settings.lora is None else _attach(self.base, settings.lora, seed).eval()
         self.trainable: dict[str, torch.nn.Parameter] = {
@@ -106,21 +107,27 @@ class PolicyModel:
 
 
 def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer. Raises DomainError MODEL_NOT_FOUND when there is none, or weights are missing."""
+    """Model and tokenizer. Raises DomainError MODEL_NOT_FOUND, or UNSUPPORTED_MODEL, which says which file is wrong."""
     path = str(EMBEDDED) if source == "embedded" else source
     disable_progress_bar()  # a service's log is no place for it
     try:
+        check_model(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
         )
         model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+        check_loaded(path, info, layer_count(model.config.get_text_config()))
+        return model, AutoTokenizer.from_pretrained(path, use_fast=True)
+    except UnsupportedModel as error:
+        raise _unsupported(str(error), source) from error
     except Exception as error:  # a loader fails in many ways, which mean the same to callers
-        raise DomainError(Reason.MODEL_NOT_FOUND, f"{source}: {error}"[:1000], source=source) from error
-    missing = sorted(info["missing_keys"])
-    if missing:  # from_pretrained fills them with random numbers
-        raise DomainError(Reason.MODEL_NOT_FOUND, f"{source}: weights are missing: {missing[:5]}", source=source)
-    return model, tokenizer
+        raise _unsupported(f"{source} cannot be loaded: {short(error)}", source) from error
+
+
+def _unsupported(message: str, source: str) -> DomainError:
+    there = source == "embedded" or Path(source).exists()
+    reason = Reason.UNSUPPORTED_MODEL if there else Reason.MODEL_NOT_FOUND
+    return DomainError(reason, f"model.source: {message}", field="model.source", source=source)
 
 
 def _context_length(config: Any) -> int:
@@ -174,7 +181,7 @@ def _logits(head: Any, cap: float | None, hidden_NH: Tensor) -> Tensor:
     return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
 
 
-def _check_head(model: Any) -> None:
+def _check_head(model: Any, source: str) -> None:
     """Refuses a model that does more to its last hidden states than `_logits`: losses would be of another model."""
     ids_BT = torch.arange(4)[None]
     with torch.no_grad():
@@ -183,7 +190,7 @@ def _check_head(model: Any) -> None:
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         actual = _logits(model.get_output_embeddings(), cap, hidden_BTH)
     if not torch.allclose(expected.float(), actual, rtol=1e-2, atol=1e-3):
-        raise DomainError(Reason.MODEL_NOT_FOUND, f"{model.config.model_type}: this kind of output head is unsupported")
+        raise _unsupported(f"{model.config.model_type}: this kind of output head is unsupported", source)
 
 
 @contextlib.contextmanager

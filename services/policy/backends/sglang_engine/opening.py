@@ -15,7 +15,8 @@ import aiohttp
 
 from services.common.errors import DomainError
 from services.common.inference import Feature, SamplingParams
-from services.policy.backend import Ask, ModelInfo, UnsupportedModel
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import Ask, ModelInfo
 from services.policy.backends.model import source_of
 from services.policy.backends.sglang_engine import requests
 from services.policy.backends.sglang_engine.connection import (
@@ -53,7 +54,7 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
     if chosen.router and not chosen.servers:
         raise UnsupportedModel("sglang.router: expected the servers behind it in sglang.servers")
     source = source_of(settings)
-    skeleton = await asyncio.to_thread(Skeleton, source)
+    skeleton = await asyncio.to_thread(partial(Skeleton, source, weights=not chosen.servers))
     folders = await asyncio.to_thread(Folders, chosen, folder, skeleton, first_version)
     fixed, paths = await asyncio.to_thread(_fixed_adapters, settings, folders)
     async with AsyncExitStack() as stack:

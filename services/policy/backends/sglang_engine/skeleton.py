@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from services.common.errors import DomainError, Reason
 from services.common.fingerprint import model_fingerprint
-from services.policy.backend import UnsupportedModel
+from services.common.model_files import UnsupportedModel, check_model, check_weights, layer_count, short
 from services.policy.backends.tokenizer import Tokenizer
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -34,17 +34,19 @@ _STACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_
 
 
 class Skeleton:
-    """Of a hub id or a folder. Takes seconds, and the network for a hub id. Raises UnsupportedModel."""
+    """Of a hub id or a folder. Takes seconds, and the network for a hub id. Without `weights` the folder needs to hold
+    none, because the servers have them. Raises UnsupportedModel."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, *, weights: bool = True):
         self.source = source
+        check_model(source, weights=weights)
         self.tokenizer = Tokenizer.load(source)
         try:
             self.config: Any = AutoConfig.from_pretrained(source)
             with torch.device("meta"):
                 module = AutoModelForCausalLM.from_config(self.config)
-        except (OSError, ValueError, KeyError) as error:
-            raise UnsupportedModel(f"{source} is no causal language model of transformers: {error}") from error
+        except Exception as error:  # a loader fails in many ways, which mean the same to callers
+            raise UnsupportedModel(f"{source} is no causal language model of transformers: {short(error)}") from error
         try:
             generation: object = GenerationConfig.from_pretrained(source)
         except (OSError, ValueError):
@@ -57,6 +59,8 @@ class Skeleton:
         self.architectures = list(self.config.architectures or ())
         self.dtype = str(getattr(self.config, "dtype", None) or torch.float32).removeprefix("torch.")
         self._shapes, self._tied = _shapes(module)
+        if weights:
+            check_weights(source, self._shapes, layer_count(text))
 
     def check_full(self, path: Path) -> None:
         """Every parameter once, by the name and in the shape that the model has, with finite values.

@@ -28,7 +28,8 @@ class PolicyAdminServiceStub:
     hold where no option is given. The loaded model is the policy's next version. Survives a restart of the service when
     it has a state folder, unless the policy's own settings changed. Idempotent while that model serves under the same
     options.
-    INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; INVALID_SETTING: metadata `field`, also
+    INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; of a folder, the message names the file
+    that is wrong; INVALID_SETTING: metadata `field`, also
     for SGLang servers that serve another model, be it the one to be replaced: a server holds one model's weights;
     BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the
     policy is released.
@@ -96,7 +97,8 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         hold where no option is given. The loaded model is the policy's next version. Survives a restart of the service when
         it has a state folder, unless the policy's own settings changed. Idempotent while that model serves under the same
         options.
-        INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; INVALID_SETTING: metadata `field`, also
+        INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; of a folder, the message names the file
+        that is wrong; INVALID_SETTING: metadata `field`, also
         for SGLang servers that serve another model, be it the one to be replaced: a server holds one model's weights;
         BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the
         policy is released.
