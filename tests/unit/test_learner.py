@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -121,6 +122,37 @@ def test_the_initial_policy_stays_the_reference(tiny: Path, tmp_path: Path, lora
     expected = sum(math.expm1(b - a) - (b - a) for a, b in zip(new, old, strict=True)) / 2
     assert learner.forward_backward([datum], loss)["first/kl"] == pytest.approx(expected, rel=1e-3)
     assert "first/kl" not in learner.forward_backward([datum], PLAIN)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [FULL, LORA])
+def test_the_kl_of_unchanged_weights_is_zero_to_the_bit(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: LoraSettings | None,
+    dtype: Literal["float32", "bfloat16"],
+    deterministic: bool,
+    pieces: bool,
+) -> None:
+    """The policy and its reference are computed in the same arithmetic, in every mode."""
+    if pieces:
+        monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 5 * VOCABULARY_SIZE)
+    settings = replace(spec(tiny), model=ModelSettings(source=str(tiny), lora=lora, dtype=dtype))
+    learner = Learner("learner", replace(settings, deterministic=deterministic), server_settings(tmp_path))
+    learner.save_checkpoint("start")
+    loss = LossSettings(kl_coefficient=0.1)
+    names = {"first/kl", "reflection/kl"}
+    metrics = learner.forward_backward(many(12), loss)
+    assert {name: metrics[name] for name in names} == dict.fromkeys(names, 0.0)
+    learner.optim_step()
+    metrics = learner.forward_backward(many(12), loss)
+    assert min(metrics[name] for name in names) > 0
+    learner.load_checkpoint("start")
+    metrics = learner.forward_backward(many(12), loss)
+    assert {name: metrics[name] for name in names} == dict.fromkeys(names, 0.0)
 
 
 def test_metrics_say_what_was_learned_from(tiny: Path, tmp_path: Path) -> None:
