@@ -10,6 +10,7 @@ from typing import Protocol
 from services.common.inference import (
     CanaryProbe,
     Feature,
+    LoraLimits,
     Message,
     ReplicaInfo,
     SamplingParams,
@@ -36,6 +37,7 @@ class ModelInfo:
     dtype: str  # of the arithmetic, as torch names it: "float32", "bfloat16", …; "" where it is not known
     features: frozenset[Feature]
     adapters: tuple[str, ...] = ()  # fixed LoRA adapters by name
+    lora: LoraLimits = LoraLimits()
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,7 @@ class FakePolicy:
     fingerprint: str = "f"
     features: frozenset[Feature] = frozenset(Feature)
     frozen: bool = False
+    dtype: str = ""
     canary_difference: float | None = None
     others: dict[str, FakePolicy] = field(default_factory=dict)
     context_length: int = 4096
@@ -178,6 +179,7 @@ class FakePolicy:
             backend="fake",
             features=found.features,
             frozen=found.frozen,
+            dtype=found.dtype,
         )
 
     async def versions(self, policy: str = "") -> tuple[PolicyVersion, ...]:
@@ -277,6 +279,7 @@ class FakeLearner:
     lose_at: int | None = None
     fingerprint: str = "f"
     limits: Limits = Limits(2**16, 4096)
+    adapted_layers: tuple[str, ...] = ()
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         self._check(data)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from services.common.errors import DomainError, Reason
 from services.trainer.data import Datum
@@ -263,6 +264,39 @@ def test_a_model_that_cannot_be_trained_is_refused(
     with pytest.raises(DomainError) as caught:
         Learner("learner", settings, server_settings(tmp_path))
     assert (caught.value.reason, caught.value.metadata.get("field")) == (reason, field)
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (("lm_head",), "lm_head is tied to model.embed_tokens"),
+        (("q_proj", "lm_head"), "lm_head is tied to model.embed_tokens"),
+        (("embed_tokens",), "model.embed_tokens is tied to lm_head"),
+    ],
+)
+def test_an_adapter_that_no_policy_could_serve_is_refused(
+    tiny: Path, tmp_path: Path, targets: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(DomainError, match=words) as caught:
+        make(tiny, tmp_path, LoraSettings(rank=2, target_modules=targets))
+    assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.INVALID_FIELD, "model.lora.target_modules")
+
+
+def test_layers_that_are_not_linear_have_no_adapter(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=VOCABULARY_SIZE, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(write_tiny_model(tmp_path / "tiny") / name, tmp_path / name)
+    with pytest.raises(DomainError, match="c_attn is of the kind Conv1D") as caught:
+        make(tmp_path, tmp_path, LORA)
+    assert caught.value.metadata["field"] == "model.lora.target_modules"
+
+
+def test_it_tells_which_layers_have_an_adapter(tiny: Path, tmp_path: Path) -> None:
+    linear = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert make(tiny, tmp_path, LORA).adapted_layers == linear
+    assert make(tiny, tmp_path, LoraSettings(rank=2, target_modules=("v_proj",))).adapted_layers == ("v_proj",)
+    assert make(tiny, tmp_path).adapted_layers == ()
 
 
 def test_missing_weights_are_not_made_up(tiny: Path, tmp_path: Path) -> None:

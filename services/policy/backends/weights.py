@@ -78,7 +78,7 @@ class Weights:
             if canonical is None:
                 raise mismatch(f"the model has no parameter {name}")
             if canonical in result:
-                raise mismatch(f"{name} is in the file twice, under two names")
+                raise mismatch(f"{name} is in the file twice, under two names that are tied to each other")
             self._check_shape(canonical, tensor.shape)
             result[canonical] = tensor
         if missing := sorted(set(self._parameters) - set(result)):

@@ -46,6 +46,7 @@ class LearnerClient:
         self._renewal: asyncio.Task[None] | None = None
         self.fingerprint = ""
         self.limits = Limits(0, 0)
+        self.adapted_layers: tuple[str, ...] = ()
 
     @classmethod
     async def create(
@@ -70,6 +71,7 @@ class LearnerClient:
         client.fingerprint = response.fingerprint
         client.limits = Limits(response.vocabulary_size, response.context_length)
         client._renewal = asyncio.create_task(client._renew())
+        client.adapted_layers = tuple(response.lora_target_modules)
         return client
 
     async def _renew(self) -> None:

@@ -53,6 +53,7 @@ class Learner:
             self.model = PolicyModel(spec.model, self._device, spec.seed)
         self._parameters = list(self.model.trainable.values())
         self.fingerprint: str = self.model.fingerprint
+        self.adapted_layers = self.model.adapted_layers
         self.parameter_count: int = self.model.parameter_count
         self.trainable_parameter_count: int = sum(parameter.numel() for parameter in self._parameters)
         self._optimizer = torch.optim.AdamW(

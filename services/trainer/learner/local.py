@@ -42,6 +42,10 @@ class LocalLearner:
         """Of the model; unknown before `create` has loaded it."""
         return self._learner.model.limits if self._learner is not None else Limits(0, 0)
 
+    @property
+    def adapted_layers(self) -> tuple[str, ...]:
+        return self._learner.adapted_layers if self._learner is not None else ()
+
     async def _run(self, work: Callable[[Learner], R]) -> R:
         def on_thread() -> R:
             if self._learner is None:

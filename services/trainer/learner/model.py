@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,6 +55,8 @@ class PolicyModel:
         _check_head(base, settings.source)
         self.base = base.to(device).eval()
         self.adapter = None if settings.lora is None else _attach(self.base, settings.lora, seed).eval()
+        names = [] if self.adapter is None else _adapted(self.adapter)
+        self.adapted_layers: tuple[str, ...] = tuple(sorted({name.rpartition(".")[2] for name in names}))
         self.trainable: dict[str, torch.nn.Parameter] = {
             name: parameter for name, parameter in self._module().named_parameters() if parameter.requires_grad
         }
@@ -151,9 +154,39 @@ def _attach(base: Any, settings: LoraSettings, seed: int) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(base, config)
+            adapter = get_peft_model(base, config)
         except ValueError as error:  # a name that no layer has
             raise invalid_field("model.lora.target_modules", f"names of linear layers ({error})"[:1000]) from error
+    _refuse_unservable(adapter)
+    return adapter
+
+
+def _adapted(adapter: PeftModel) -> dict[str, torch.nn.Module]:
+    """The layers that have an adapter, as they are without it, by name."""
+    model: Any = adapter.base_model.model
+    return {
+        name: module.get_base_layer() for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+
+
+def _refuse_unservable(adapter: PeftModel) -> None:
+    """No policy takes an adapter of a layer that is not linear, or has its weights together with another."""
+    layers, model = _adapted(adapter), cast(Any, adapter.base_model.model)
+    holders: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.nn.Parameter):
+            holders.setdefault(id(weight), set()).add(name.removesuffix(".base_layer"))
+    for name, layer in layers.items():
+        tied = sorted(holders.get(id(layer.weight), set()) - {name})
+        kind = type(layer).__name__
+        if tied:
+            problem = f"{name} is tied to {tied[0]}, which has the same weights: an adapter of one would change both"
+        elif not isinstance(layer, torch.nn.Linear):
+            problem = f"{name} is of the kind {kind}"
+        else:
+            continue
+        raise invalid_field("model.lora.target_modules", f"linear layers with weights of their own ({problem})")
 
 
 def _score(
