@@ -9,7 +9,15 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from services.common.errors import DomainError, Reason
-from services.common.inference import CallOptions, Completion, Prompt, PublishedWeights, SamplingParams, VersionState
+from services.common.inference import (
+    CallOptions,
+    Completion,
+    Prompt,
+    PublishedWeights,
+    SamplingParams,
+    VersionState,
+    WeightsKind,
+)
 from services.trainer.interfaces import LearnerPort, Upload
 from services.trainer.named import NamedPolicy
 
@@ -142,13 +150,13 @@ class PublishedPolicy:
         try:
             self.canary_difference = await self._policy.update_weights(weights, self._name)
         except DomainError as error:
-            raise _advised(error, await self._advice(error.reason)) from error
+            raise _advised(error, await self._advice(error.reason, weights.kind)) from error
 
-    async def _advice(self, reason: Reason) -> str:
-        """What a person can do about it."""
-        advice = _ADVICE.get(reason, "")
-        info = self.info
-        if reason is Reason.CANARY_FAILED and info.dtype not in ("", self._dtype) and self._dtype:
+    async def _advice(self, reason: Reason, kind: WeightsKind) -> str:
+        """What a person can do about it. The policy itself sees the dtype of full weights, but not of a LoRA run."""
+        advice, info = _ADVICE.get(reason, ""), self.info
+        differ = kind is WeightsKind.LORA and self._dtype and info.dtype not in ("", self._dtype)
+        if reason is Reason.CANARY_FAILED and differ:
             return f"the dtypes differ: the policy computes in {info.dtype}, this run in {self._dtype}; {advice}"
         if reason is Reason.MODEL_MISMATCH:
             serves = await self._policy.info(self._name)

@@ -280,6 +280,7 @@ class FakeLearner:
     fingerprint: str = "f"
     limits: Limits = Limits(2**16, 4096)
     adapted_layers: tuple[str, ...] = ()
+    kind: WeightsKind = WeightsKind.FULL
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         self._check(data)
@@ -311,7 +312,7 @@ class FakeLearner:
 
     async def publish_weights(self, policy_version: int) -> PublishedWeights:
         uri, canary = f"file:///w%20{policy_version}", (CanaryProbe((1, 2), (LOG_PROB,)),)
-        return PublishedWeights(policy_version, WeightsKind.FULL, uri, "0" * 64, self.fingerprint, canary)
+        return PublishedWeights(policy_version, self.kind, uri, "0" * 64, self.fingerprint, canary)
 
     async def close(self) -> None:
         return None

@@ -9,7 +9,16 @@ from typing import Any, Literal
 import pytest
 
 from services.common.errors import DomainError, Reason
-from services.common.inference import CallOptions, Feature, LoraLimits, Message, PublishedWeights, Role, SamplingParams
+from services.common.inference import (
+    CallOptions,
+    Feature,
+    LoraLimits,
+    Message,
+    PublishedWeights,
+    Role,
+    SamplingParams,
+    WeightsKind,
+)
 from services.trainer.named import NamedPolicy, check_actor, check_reflector, check_top_k
 from services.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
 from services.trainer.settings import LoraSettings, ModelSettings, RunSettings
@@ -133,11 +142,13 @@ async def test_the_cause_of_a_refusal_is_told_and_no_other(monkeypatch: pytest.M
     reason = Reason.CANARY_FAILED
     fake.dtype = "float32"
     actor = await NamedPolicy.open(fake, "actor")
+    adapter, full = FakeLearner(kind=WeightsKind.LORA), FakeLearner()
     with pytest.raises(DomainError, match="the dtypes differ: the policy computes in float32, this run in bfloat16"):
-        await PublishedPolicy(actor, FakeLearner(), notices.append, dtype="bfloat16").publish()
-    with pytest.raises(DomainError) as caught:
-        await PublishedPolicy(actor, FakeLearner(), notices.append, dtype="float32").publish()
-    assert "dtypes" not in caught.value.message
+        await PublishedPolicy(actor, adapter, notices.append, dtype="bfloat16").publish()
+    for learner, dtype in ((adapter, "float32"), (full, "bfloat16")):  # of full weights the policy says it itself
+        with pytest.raises(DomainError) as caught:
+            await PublishedPolicy(actor, learner, notices.append, dtype=dtype).publish()
+        assert "dtypes" not in caught.value.message
 
 
 RUN = RunSettings(environment="e", model=ModelSettings(source="our/model"))
