@@ -118,6 +118,8 @@ def _check_folder(folder: Path, *, weights: bool) -> None:
     _refuse_adapter(folder, names)
     found = {name: _object(folder / name) for name in _JSON if name in names}
     _check_config(found.get("config.json"))
+    for name in ("config.json", "generation_config.json"):
+        _check_special_tokens(name, found.get(name, {}))
     _check_tokenizer(folder, names)
     if weights:
         _check_weights(folder, names)
@@ -147,6 +149,14 @@ def _check_config(config: Mapping[str, Any] | None) -> None:
         raise _BadFile("there is no config.json")
     if not isinstance(config.get("model_type"), str):
         raise _BadFile("config.json names no model_type")
+
+
+def _check_special_tokens(name: str, content: Mapping[str, Any]) -> None:
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = content.get(field)
+        ids = value if isinstance(value, list) and field == "eos_token_id" else [] if value is None else [value]
+        if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+            raise _BadFile(f"{name}: {field} = {json.dumps(value)[:100]}: expected a token id")
 
 
 def _check_tokenizer(folder: Path, names: set[str]) -> None:

@@ -67,7 +67,7 @@ def _entry(name: str, value: Any) -> tuple[TensorHeader, int]:
             tuple(map(int, value["shape"])),
             map(int, value["data_offsets"]),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise BadSafetensors(f"no safetensors file: its header does not tell where {name} is") from None
     if not 0 <= begin <= end or min(shape, default=0) < 0:
         raise BadSafetensors(f"damaged: the header's place of {name} is none")

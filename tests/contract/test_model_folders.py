@@ -21,6 +21,7 @@ from services.common.inference import SamplingParams
 from services.common.model_files import UnsupportedModel, check_model
 from services.common.server import RequestInterceptor
 from services.common.status import from_rpc_error
+from services.policy.backends import transformers as transformers_backend
 from services.policy.backends.sglang_engine.skeleton import Skeleton
 from services.policy.config import PolicySettings
 from services.policy.policies import CannotServe, Policies
@@ -176,6 +177,10 @@ FILES: dict[str, tuple[Damage, list[str]]] = {
         lambda folder: (folder / "config.json").write_text("[]"),
         ["config.json holds no JSON object"],
     ),
+    "an end of turn that is no token": (
+        lambda folder: edit(folder / "generation_config.json", eos_token_id="</s>"),
+        ["generation_config.json: eos_token_id", "expected a token id"],
+    ),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), ["no tokenizer", "tokenizer.json"]),
     "an adapter": (only_adapter, ["adapter_config.json", "an adapter, not a model", "owner/base"]),
     "no files": (no_files, ["the folder is empty"]),
@@ -219,6 +224,17 @@ async def test_a_policy_does_not_start_on_such_a_folder(folder: Path) -> None:
         await Policies.open(PolicySettings(model=str(folder)))
     with pytest.raises(CannotServe, match=r"actor: .*nowhere: there is no such folder"):
         await Policies.open(PolicySettings(model=str(folder / "nowhere")))
+
+
+async def test_whatever_a_library_raises_is_told_and_nothing_stops(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(models_folder=folder.parent) as served:
+        monkeypatch.setattr(transformers_backend, "_Loaded", lambda settings: 1 / 0)
+        with pytest.raises(DomainError, match="mine cannot be opened: ZeroDivisionError: division by zero") as caught:
+            await served.client.load_model("actor", str(folder))
+        assert caught.value.reason is Reason.UNSUPPORTED_MODEL
+        assert (await served.client.generate([10, 11], SamplingParams(max_tokens=2))).token_ids
 
 
 async def test_a_trainer_says_which_file_is_wrong(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ class PolicyModel:
         base, tokenizer = _load(settings.source, self._kept)
         self.fingerprint = model_fingerprint(base, tokenizer)
         self.limits = Limits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
-        self._probes = canary.probe_sequences(tokenizer, self.limits)
+        self._probes = _probes(tokenizer, self.limits, settings.source)
         self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
         _check_head(base, settings.source)
         self.base = base.to(device).eval()
@@ -135,6 +135,14 @@ def _unsupported(message: str, source: str) -> DomainError:
     there = source == "embedded" or Path(source).exists()
     reason = Reason.UNSUPPORTED_MODEL if there else Reason.MODEL_NOT_FOUND
     return DomainError(reason, f"model.source: {message}", field="model.source", source=source)
+
+
+def _probes(tokenizer: Any, limits: Limits, source: str) -> canary.Sequences:
+    """Raises DomainError UNSUPPORTED_MODEL for a tokenizer that loads and does not work."""
+    try:
+        return canary.probe_sequences(tokenizer, limits)
+    except Exception as error:
+        raise _unsupported(f"the tokenizer of {source} encodes nothing: {short(error)}", source) from error
 
 
 def _context_length(config: Any) -> int:

@@ -48,7 +48,6 @@ class Skeleton:
         text = self.config.get_text_config()
         self.vocabulary_size = int(text.vocab_size)
         self.model_type = str(self.config.model_type)
-        self.architectures = list(self.config.architectures or ())
         self.dtype = str(getattr(self.config, "dtype", None) or torch.float32).removeprefix("torch.")
         self._shapes, self._tied = _shapes(module)
         self._places = places_of(module)
