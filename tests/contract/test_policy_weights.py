@@ -21,8 +21,9 @@ from services.common.errors import DomainError, Reason
 from services.common.inference import CallOptions, CanaryProbe, PublishedWeights, SamplingParams, WeightsKind
 from services.policy.client import PolicyClient
 from tests.support.policy import full_weights, load, plain_log_probs, serving, sha256
-from tests.support.policy_backends import WITH_WEIGHTS, Running, reference, restore, running, until
+from tests.support.policy_backends import WITH_WEIGHTS, Running, reference, restore, running
 from tests.support.processes import Services
+from tests.support.waiting import until
 
 PROMPT = list(range(7, 37))
 PROBES = (PROMPT, [5, 9, 300], list(range(60, 140)))
