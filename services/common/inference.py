@@ -176,6 +176,14 @@ class ReplicaInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraLimits:
+    """What an engine takes of LoRA adapters: 0 and empty where nothing limits it, or it does not tell."""
+
+    max_rank: int = 0
+    target_modules: tuple[str, ...] = ()  # last parts of the names of layers
+
+
+@dataclass(frozen=True, slots=True)
 class PolicyInfo:
     model: str
     fingerprint: str
@@ -195,6 +203,9 @@ class PolicyInfo:
     frozen: bool = False
     replicas: tuple[ReplicaInfo, ...] = ()
     draining_models: int = 0
+    dtype: str = ""  # of the engine's arithmetic, as torch names it; "" where it is not known
+    canary_tolerance: float | None = None  # None where it is not known
+    lora: LoraLimits = LoraLimits()
 
 
 class WeightsKind(StrEnum):

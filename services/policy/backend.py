@@ -10,6 +10,7 @@ from typing import Protocol
 from services.common.inference import (
     CanaryProbe,
     Feature,
+    LoraLimits,
     Message,
     ReplicaInfo,
     SamplingParams,
@@ -19,10 +20,6 @@ from services.common.inference import (
     WeightsKind,
 )
 from services.policy.chat import Chat
-
-
-class UnsupportedModel(Exception):
-    """A model that this backend cannot serve correctly; the message says why. Raised when it is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +37,7 @@ class ModelInfo:
     dtype: str  # of the arithmetic, as torch names it: "float32", "bfloat16", …; "" where it is not known
     features: frozenset[Feature]
     adapters: tuple[str, ...] = ()  # fixed LoRA adapters by name
+    lora: LoraLimits = LoraLimits()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.inference import CanaryProbe, Feature
+from services.common.inference import CanaryProbe, Feature, WeightsKind
+from services.common.safetensors_header import BadSafetensors, read_header
 from services.policy.backend import ModelInfo, Replica, WeightsFile
 from services.policy.versions import Record
 
+# As safetensors and as torch name them.
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 FLOAT32_TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.25
 
 
@@ -65,6 +68,7 @@ class Trial:
 
     weights: WeightsFile
     tolerance: float
+    dtype: str  # of the engines' arithmetic
     expected: str
     others: Mapping[str, Record]
     alike: Callable[[WeightsFile, Record], Awaitable[bool]]
@@ -87,7 +91,7 @@ class Trial:
             raise DomainError(
                 Reason.CANARY_FAILED,
                 f"version {self.weights.policy_version}{_at(replica)}: log-probabilities differ from the trainer's by "
-                f"{found:.3g}, more than {self.tolerance:.3g}",
+                f"{found:.3g}, more than {self.tolerance:.3g}{_dtypes_differ(self.weights, self.dtype)}",
                 difference=found,
                 tolerance=self.tolerance,
             )
@@ -112,6 +116,20 @@ class Trial:
             f"version {self.weights.policy_version}{_at(replica)}: the engine's checksum is {checksum}: {why}",
             checksum=checksum,
         )
+
+
+def _dtypes_differ(weights: WeightsFile, dtype: str) -> str:
+    """A likely cause: rounding, of a trainer that computes in less than the engine."""
+    if weights.kind is not WeightsKind.FULL or weights.safetensors is None:
+        return ""
+    try:
+        tensors = read_header(weights.safetensors).values()
+    except (BadSafetensors, OSError):
+        return ""
+    found = {_DTYPES[tensor.dtype] for tensor in tensors if tensor.dtype in _DTYPES}
+    if not dtype or found <= {dtype}:
+        return ""
+    return f" (the dtypes differ: the weights are {' and '.join(sorted(found))}, the engine computes in {dtype})"
 
 
 def _at(replica: Replica) -> str:

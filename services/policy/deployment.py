@@ -76,6 +76,11 @@ class Deployment:
         return self.state not in (PolicyState.REFUSED, PolicyState.UNAVAILABLE)
 
     @property
+    def canary_tolerance(self) -> float:
+        """The largest difference in log-probability that passes."""
+        return self._loader.tolerance
+
+    @property
     def canary_difference(self) -> float | None:
         """Of the last version that was to serve, whether it passed or not; None where nothing was compared."""
         return self._loader.canary_difference

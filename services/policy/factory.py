@@ -7,9 +7,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
 
-from services.policy.backend import Backend, UnsupportedModel
+import structlog
+
+from services.common.errors import DomainError
+from services.common.model_files import UnsupportedModel, short
+from services.policy.backend import Backend
 from services.policy.config import ModelSettings
 
+log = structlog.get_logger()
 _BACKENDS = "services.policy.backends"
 
 # Settings, a folder of the backend's own, and the policy version of the weights that the model came with.
@@ -19,7 +24,13 @@ OpenBackend = Callable[[ModelSettings, Path, int], Awaitable[Backend]]
 async def create_backend(settings: ModelSettings, folder: Path, first_version: int) -> Backend:
     """`folder` is a directory that the backend may write to; `first_version` is the policy version of the weights that
     the model came with. Raises UnsupportedModel."""
-    return await _find(settings.backend)(settings, folder, first_version)
+    try:
+        return await _find(settings.backend)(settings, folder, first_version)
+    except (UnsupportedModel, DomainError, OSError):
+        raise
+    except Exception as error:  # a model's files make libraries fail in ways that nobody has listed
+        log.exception("a model cannot be opened", model=settings.model, backend=settings.backend)
+        raise UnsupportedModel(f"{settings.model} cannot be opened: {type(error).__name__}: {short(error)}") from error
 
 
 def _find(name: str) -> OpenBackend:

@@ -48,7 +48,7 @@ class Loader:
     ):
         self._name, self._settings = name, settings
         self._backend, self._store, self._gate = backend, store, gate
-        self._tolerance = tolerance_of(canary_tolerance, backend.model.dtype)
+        self.tolerance = tolerance_of(canary_tolerance, backend.model.dtype)
         self._trials: dict[int, Trial] = {}  # of the version that serves, and of the one that is being loaded
         self.record: Record
         self.canary_difference: float | None = None  # of the last version that was to serve, passed or not
@@ -251,7 +251,7 @@ class Loader:
                 expected = checksum
             else:
                 others[checksum] = other
-        return Trial(file, self._tolerance, expected, others, self._alike)
+        return Trial(file, self.tolerance, self._backend.model.dtype, expected, others, self._alike)
 
     async def _alike(self, weights: WeightsFile, other: Record) -> bool:
         """Whether engines cannot tell the weights from another version's: the first that a trainer publishes are often

@@ -27,8 +27,9 @@ from services.common.inference import (
     PublishedWeights,
     SamplingParams,
 )
+from services.common.model_files import UnsupportedModel
 from services.common.suggest import did_you_mean
-from services.policy.backend import Scored, UnsupportedModel
+from services.policy.backend import Scored
 from services.policy.config import ModelSettings, PolicySettings
 from services.policy.deployment import Deployment
 from services.policy.factory import OpenBackend, create_backend

@@ -65,6 +65,9 @@ class Policy:
             frozen=deployment.settings.frozen,
             replicas=tuple(replica.info for replica in deployment.backend.replicas),
             draining_models=len(self.models.draining),
+            dtype=model.dtype,
+            canary_tolerance=deployment.canary_tolerance,
+            lora=model.lora,
         )
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason
 from services.common.files import replace
+from services.common.model_files import is_hub_id
 from services.common.suggest import problems
 from services.policy.config import ModelSettings, PolicyModelSettings
 
-# Repository at the hub, with or without its owner. https://huggingface.co/docs/huggingface_hub/package_reference/utilities
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # They name programs, files and variables of the server's machine: for whoever starts the server to say.
 _NOT_REMOTE = ("sglang.python", "sglang.flags", "sglang.environment", "sglang.folder", "sglang.folder_in_engine")
 # A credential is for the address that it was given with.
@@ -95,7 +93,7 @@ def check_folders(settings: ModelSettings, models_folder: Path | None) -> None:
     if settings.backend == "openai":  # what the endpoint calls them: nothing is read here
         return
     for field, source in {"model": settings.model, **_named("adapters", settings.adapters)}.items():
-        if source != "embedded" and (not _HUB_ID.fullmatch(source) or Path(source).exists()):
+        if source != "embedded" and not is_hub_id(source):
             _check_below(field, source, models_folder)
 
 

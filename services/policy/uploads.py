@@ -20,6 +20,7 @@ import structlog
 from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.inference import WeightsKind
+from services.policy.adapter_config import AdapterConfig
 
 log = structlog.get_logger()
 _SCHEME = "upload"
@@ -159,6 +160,7 @@ def _check_config(header: UploadHeader) -> None:
         config = None
     if not isinstance(config, dict):
         raise invalid_field("header.adapter_config", "a JSON object")
+    AdapterConfig.parse(header.adapter_config)
 
 
 async def _spool(header: UploadHeader, folder: Path, chunks: AsyncIterator[bytes]) -> None:

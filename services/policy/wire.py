@@ -15,6 +15,7 @@ from services.common.inference import (
     CompletionPart,
     Continuation,
     Feature,
+    LoraLimits,
     Message,
     PolicyInfo,
     PolicyState,
@@ -286,6 +287,9 @@ def policy_to_proto(info: PolicyInfo) -> pb.Policy:
             for replica in info.replicas
         ],
         draining_models=info.draining_models,
+        dtype=info.dtype,
+        canary_tolerance=info.canary_tolerance,
+        lora=_lora_to_proto(info.lora),
     )
 
 
@@ -313,7 +317,16 @@ def policy_from_proto(message: pb.Policy) -> PolicyInfo:
             for replica in message.replicas
         ),
         draining_models=message.draining_models,
+        dtype=message.dtype,
+        canary_tolerance=message.canary_tolerance if message.HasField("canary_tolerance") else None,
+        lora=LoraLimits(message.lora.max_rank, tuple(message.lora.target_modules)),
     )
+
+
+def _lora_to_proto(limits: LoraLimits) -> pb.LoraLimits | None:
+    if limits == LoraLimits():
+        return None
+    return pb.LoraLimits(max_rank=limits.max_rank, target_modules=limits.target_modules)
 
 
 def version_to_proto(version: PolicyVersion) -> admin_pb.PolicyVersion:

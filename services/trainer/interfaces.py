@@ -108,6 +108,11 @@ class LearnerPort(Protocol):
     def limits(self) -> Limits:
         """Of the model that is trained."""
 
+    @property
+    def adapted_layers(self) -> tuple[str, ...]:
+        """With LoRA, last parts of the names of the layers that have an adapter, each once. Empty without, and of a
+        server that does not tell."""
+
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         """Log-probabilities of each datum's trained tokens under the present weights."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from services.common.errors import DomainError, Reason
@@ -10,6 +10,8 @@ from services.common.inference import CallOptions, Completion, Feature, PolicyIn
 from services.common.types import EnvironmentInfo, Split, TaskInfo
 from services.trainer.interfaces import PolicyPort
 from services.trainer.settings import RunSettings
+
+STRICT_TOLERANCE = 0.01  # of a canary that takes the rounding of bfloat16 for other weights
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class NamedPolicy:
         return await self.port.tokenize(prompt, replace(options, policy=self.name))
 
 
-def check_actor(info: PolicyInfo, settings: RunSettings, fingerprint: str) -> None:
-    """That the policy can be trained, and serves the model of this `fingerprint`, which the learner holds.
+def check_actor(
+    info: PolicyInfo, settings: RunSettings, fingerprint: str, adapted_layers: Collection[str] = ()
+) -> None:
+    """That the policy can be trained, serves the model of this `fingerprint`, which the learner holds, and takes what
+    the run will publish: with LoRA, an adapter of `adapted_layers`.
 
     Raises DomainError INVALID_SETTING, with metadata `field`, or MODEL_MISMATCH.
     """
@@ -57,6 +62,9 @@ def check_actor(info: PolicyInfo, settings: RunSettings, fingerprint: str) -> No
             f"policy {info.name!r} serves {info.model}, and this run trains {source}. Make the policy serve it "
             f"(`mulligan policy load {name} --model {source}`), or have the run train what is served (model.source)",
         )
+    _check_dtype(info, settings.model.dtype)
+    if settings.model.lora is not None:
+        _check_lora(info, settings.model.lora.rank, adapted_layers)
     check_top_k(info, settings.rollout.top_k, "rollout.top_k")
     check_top_k(info, settings.evaluation.top_k, "evaluation.top_k")
 
@@ -73,6 +81,38 @@ def check_tasks(environment: EnvironmentInfo, tasks: Mapping[Split, Sequence[Tas
 def _check_available(environment: EnvironmentInfo) -> None:
     if environment.unavailable:
         raise _invalid("environment", f"{environment.name!r} is unavailable: {environment.unavailable}")
+
+
+def _check_dtype(info: PolicyInfo, dtype: str) -> None:
+    """That the canary lets the rounding of two dtypes pass. Raises DomainError INVALID_SETTING."""
+    tolerance = info.canary_tolerance
+    if info.dtype in ("", dtype) or tolerance is None or tolerance > STRICT_TOLERANCE:
+        return
+    raise _invalid(
+        "model.dtype",
+        f"the dtypes differ: this run computes in {dtype}, policy {info.name!r} in {info.dtype}, and its canary lets "
+        f"differences of {tolerance:g} pass; expected {info.dtype}, or a policy that computes in {dtype} "
+        "(its setting `dtype`, or the flag --dtype of its servers)",
+    )
+
+
+def _check_lora(info: PolicyInfo, rank: int, layers: Collection[str]) -> None:
+    """Raises DomainError INVALID_SETTING."""
+    limits = info.lora
+    if limits.max_rank and rank > limits.max_rank:
+        raise _invalid(
+            "model.lora.rank",
+            f"the engine of policy {info.name!r} takes adapters of rank {limits.max_rank} at most, and this run's has "
+            f"{rank}; expected 1 to {limits.max_rank}, or an engine with more room ({info.backend}: --max-lora-rank)",
+        )
+    others = sorted(set(layers).difference(limits.target_modules))
+    if limits.target_modules and others:
+        raise _invalid(
+            "model.lora.target_modules",
+            f"the engine of policy {info.name!r} takes adapters of {', '.join(limits.target_modules)} alone, and this "
+            f"run's has {', '.join(others)}, too; expected {list(limits.target_modules)}, or an engine with room for "
+            f"all ({info.backend}: --lora-target-modules)",
+        )
 
 
 def check_environment(environment: EnvironmentInfo, policy: PolicyInfo) -> None:

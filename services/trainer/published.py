@@ -9,19 +9,29 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from services.common.errors import DomainError, Reason
-from services.common.inference import CallOptions, Completion, Prompt, PublishedWeights, SamplingParams, VersionState
+from services.common.inference import (
+    CallOptions,
+    Completion,
+    Prompt,
+    PublishedWeights,
+    SamplingParams,
+    VersionState,
+    WeightsKind,
+)
 from services.trainer.interfaces import LearnerPort, Upload
 from services.trainer.named import NamedPolicy
 
 RESTORE_ATTEMPTS = 3
+_ANOTHER_MODEL = (
+    "the policy was given another model: load the run's own again with `mulligan policy load`, "
+    "then `mulligan resume RUN`"
+)
 _GOES_ON = "`mulligan resume RUN` goes on from the run's last checkpoint under a new version"
 _ADVICE = {
     Reason.CANARY_FAILED: "the engine's log-probabilities under these weights are not the trainer's, so the policy "
     f"serves the version before. The policy service's log and `mulligan policy versions` say more; {_GOES_ON}",
     Reason.VERSION_CONFLICT: "this version was refused or rolled back, or somebody else publishes to this policy: see "
     f"`mulligan policy versions`; {_GOES_ON}",
-    Reason.MODEL_MISMATCH: "the policy was given another model: load the run's own again with `mulligan policy load`, "
-    "then `mulligan resume RUN`",
     Reason.BAD_WEIGHTS_URI: "the policy service reads weights from below its weights_folder alone: give it the "
     "trainer's, or set the trainer's weights_transfer to \"upload\"",
     Reason.WEIGHTS_NOT_FOUND: "where the policy service does not see the trainer's weights_folder, set the trainer's "
@@ -53,6 +63,8 @@ class PublishedPolicy:
         learner: LearnerPort,
         notice: Callable[[str], None],
         upload: Upload | None = None,
+        *,
+        dtype: str = "",
     ):
         self.info = actor.info
         self._actor = actor
@@ -60,6 +72,7 @@ class PublishedPolicy:
         self._learner = learner
         self._notice = notice
         self._upload = upload
+        self._dtype = dtype
         self._weights: PublishedWeights | None = None
         self._restoring = asyncio.Lock()
         self.canary_difference: float | None = None  # in log-probability, of the last version; None: not compared
@@ -113,7 +126,8 @@ class PublishedPolicy:
             for version in await self._policy.versions(self._name):
                 if version.policy_version == self.version and version.state is VersionState.WITHDRAWN:
                     problem = version.problem or "it was rolled back"
-                    raise _advised(DomainError(Reason.VERSION_CONFLICT, f"version {self.version}: {problem}"))
+                    error = DomainError(Reason.VERSION_CONFLICT, f"version {self.version}: {problem}")
+                    raise _advised(error, _ADVICE[error.reason])
         return self.version
 
     async def _restore(self) -> None:
@@ -124,7 +138,7 @@ class PublishedPolicy:
             try:
                 await self._update(self._weights)
             except DomainError as error:
-                if error.reason not in _ADVICE:
+                if error.reason not in (*_ADVICE, Reason.MODEL_MISMATCH):
                     raise
                 raise VersionLost(str(error)) from error
 
@@ -136,7 +150,18 @@ class PublishedPolicy:
         try:
             self.canary_difference = await self._policy.update_weights(weights, self._name)
         except DomainError as error:
-            raise _advised(error) from error
+            raise _advised(error, await self._advice(error.reason, weights.kind)) from error
+
+    async def _advice(self, reason: Reason, kind: WeightsKind) -> str:
+        """What a person can do about it. The policy itself sees the dtype of full weights, but not of a LoRA run."""
+        advice, info = _ADVICE.get(reason, ""), self.info
+        differ = kind is WeightsKind.LORA and self._dtype and info.dtype not in ("", self._dtype)
+        if reason is Reason.CANARY_FAILED and differ:
+            return f"the dtypes differ: the policy computes in {info.dtype}, this run in {self._dtype}; {advice}"
+        if reason is Reason.MODEL_MISMATCH:
+            serves = await self._policy.info(self._name)
+            return _ANOTHER_MODEL if serves.fingerprint != info.fingerprint else ""
+        return advice
 
     def _foreign(self, version: int) -> ForeignWeights:
         return ForeignWeights(
@@ -145,8 +170,6 @@ class PublishedPolicy:
         )
 
 
-def _advised(error: DomainError) -> DomainError:
-    """The same, with what a person can do about it."""
-    advice = _ADVICE.get(error.reason)
+def _advised(error: DomainError, advice: str) -> DomainError:
     message = f"{error.message.rstrip('.')}: {advice}" if advice else error.message
     return DomainError(error.reason, message, retry_after=error.retry_after, **error.metadata)

@@ -54,8 +54,8 @@ class Services:
     ) -> PublishedPolicy:
         """The policy that a run trains. Raises DomainError INVALID_SETTING, MODEL_MISMATCH or UNKNOWN_POLICY."""
         found = await NamedPolicy.open(self.policy, settings.policies.actor)
-        check_actor(found.info, settings, learner.fingerprint)
-        return PublishedPolicy(found, learner, notice, self.upload)
+        check_actor(found.info, settings, learner.fingerprint, learner.adapted_layers)
+        return PublishedPolicy(found, learner, notice, self.upload, dtype=settings.model.dtype)
 
     async def reflector(self, settings: RunSettings, actor: PolicyInfo) -> NamedPolicy | None:
         """Raises DomainError INVALID_SETTING or UNKNOWN_POLICY."""

@@ -116,6 +116,18 @@ async def test_an_adapter(client: PolicyClient, model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("nothing_waits")
+async def test_an_adapter_that_is_no_plain_lora_is_refused_before_it_is_sent(
+    client: PolicyClient, tmp_path: Path
+) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({"x": torch.zeros(2)}, path)
+    config = {"lora_alpha": 8, "r": 4, "init_lora_weights": "pissa"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    error = await fails(client.upload_weights(tmp_path, WeightsKind.LORA, sha256(path)), Reason.MODEL_MISMATCH)
+    assert 'init_lora_weights = "pissa" is not supported' in error.message
+
+
+@pytest.mark.usefixtures("nothing_waits")
 async def test_what_cannot_serve_is_not_kept(client: PolicyClient, tmp_path: Path) -> None:
     path = tmp_path / "w"
     weights = await next_weights(client, path, build_model(2))

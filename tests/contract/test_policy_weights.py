@@ -21,8 +21,9 @@ from services.common.errors import DomainError, Reason
 from services.common.inference import CallOptions, CanaryProbe, PublishedWeights, SamplingParams, WeightsKind
 from services.policy.client import PolicyClient
 from tests.support.policy import full_weights, load, plain_log_probs, serving, sha256
-from tests.support.policy_backends import WITH_WEIGHTS, Running, reference, restore, running, until
+from tests.support.policy_backends import WITH_WEIGHTS, Running, reference, restore, running
 from tests.support.processes import Services
+from tests.support.waiting import until
 
 PROMPT = list(range(7, 37))
 PROBES = (PROMPT, [5, 9, 300], list(range(60, 140)))
@@ -87,10 +88,11 @@ async def serves(policy: Running, model: Any, version: int) -> None:
     assert (await policy.client.info()).policy_version == version
 
 
-async def refused(policy: Running, weights: PublishedWeights, reason: Reason) -> None:
+async def refused(policy: Running, weights: PublishedWeights, reason: Reason) -> DomainError:
     with pytest.raises(DomainError) as caught:
         await policy.client.update_weights(weights)
     assert caught.value.reason is reason, str(caught.value)
+    return caught.value
 
 
 async def test_full_weights_replace_all_and_forget_what_was_cached(policy: Running, tmp_path: Path) -> None:
@@ -145,9 +147,15 @@ async def test_an_adapter_changes_the_weights_that_the_model_came_with(policy: R
 
 async def test_adapters_that_are_not_plain_lora_are_refused(policy: Running, tmp_path: Path) -> None:
     folder = tmp_path / "weights"
-    for name, settings in (("dora", {"use_dora": True}), ("saved", {"modules_to_save": ["lm_head"]})):
+    for name, settings in {
+        "use_dora": {"use_dora": True},
+        "modules_to_save": {"modules_to_save": ["lm_head"]},
+        "init_lora_weights": {"init_lora_weights": "pissa"},
+        'init_lora_weights = "olora"': {"init_lora_weights": "olora"},
+    }.items():
         adapter(folder / name, ["q_proj"], 1, **settings)
-        await refused(policy, adapted(policy, folder / name, 1), Reason.MODEL_MISMATCH)
+        error = await refused(policy, adapted(policy, folder / name, 1), Reason.MODEL_MISMATCH)
+        assert name in error.message
     adapter(folder / "edited", ["q_proj"], 1)
     config = folder / "edited" / "adapter_config.json"
     plain = json.loads(config.read_text())

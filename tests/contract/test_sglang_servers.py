@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from services.common.inference import WeightsKind
-from services.policy.backend import UnsupportedModel, WeightsFile
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import WeightsFile
 from services.policy.config import SglangSettings
 from tests.support.policy import load
 from tests.support.sglang import (

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from services.common.errors import DomainError, Reason
-from services.common.inference import WeightsKind
+from services.common.inference import LoraLimits, PolicyInfo, WeightsKind
 from services.policy.backend import Sampled, WeightsFile
+from services.trainer.named import check_actor
+from services.trainer.settings import LoraSettings, ModelSettings, RunSettings
 from tests.support.policy import load
 from tests.support.sglang import (
     MODEL,
@@ -129,6 +131,23 @@ async def test_what_is_refused_leaves_the_old_weights(tmp_path: Path) -> None:
             await backend.update_weights(missing, admission(references, admitted))
         assert caught.value.reason is Reason.WEIGHTS_NOT_FOUND
         assert [version for _, version in admitted] == [1]
+
+
+async def test_what_the_servers_take_of_adapters_is_known_beforehand(tmp_path: Path) -> None:
+    """A run with LoRA on all linear layers is refused when it starts, not when it publishes."""
+    async with opened(tmp_path) as backend:
+        limits = backend.model.lora
+    assert limits == LoraLimits(8, tuple(sorted(ATTENTION)))
+    info = PolicyInfo("embedded", "f", 0, 1024, 319, (1,), False, False, name="actor", backend="sglang", lora=limits)
+    cases = ((8, ATTENTION, ""), (8, (*ATTENTION, "up_proj"), "target_modules"), (9, ATTENTION, "rank"))
+    for rank, layers, field in cases:
+        settings = RunSettings(environment="e", model=ModelSettings(lora=LoraSettings(rank=rank)))
+        if not field:
+            check_actor(info, settings, "f", layers)
+            continue
+        with pytest.raises(DomainError) as caught:
+            check_actor(info, settings, "f", layers)
+        assert caught.value.metadata == {"field": f"model.lora.{field}"}
 
 
 async def test_what_fails_its_check_is_replaced_by_the_next(tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ class FakePolicy:
     fingerprint: str = "f"
     features: frozenset[Feature] = frozenset(Feature)
     frozen: bool = False
+    dtype: str = ""
     canary_difference: float | None = None
     others: dict[str, FakePolicy] = field(default_factory=dict)
     context_length: int = 4096
@@ -178,6 +179,7 @@ class FakePolicy:
             backend="fake",
             features=found.features,
             frozen=found.frozen,
+            dtype=found.dtype,
         )
 
     async def versions(self, policy: str = "") -> tuple[PolicyVersion, ...]:
@@ -277,6 +279,8 @@ class FakeLearner:
     lose_at: int | None = None
     fingerprint: str = "f"
     limits: Limits = Limits(2**16, 4096)
+    adapted_layers: tuple[str, ...] = ()
+    kind: WeightsKind = WeightsKind.FULL
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         self._check(data)
@@ -308,7 +312,7 @@ class FakeLearner:
 
     async def publish_weights(self, policy_version: int) -> PublishedWeights:
         uri, canary = f"file:///w%20{policy_version}", (CanaryProbe((1, 2), (LOG_PROB,)),)
-        return PublishedWeights(policy_version, WeightsKind.FULL, uri, "0" * 64, self.fingerprint, canary)
+        return PublishedWeights(policy_version, self.kind, uri, "0" * 64, self.fingerprint, canary)
 
     async def close(self) -> None:
         return None

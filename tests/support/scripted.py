@@ -22,7 +22,8 @@ from services.common.inference import (
     StopReason,
     VersionSpan,
 )
-from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, UnsupportedModel, WeightsFile
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
 from services.policy.chat import Chat
 from services.policy.client import PolicyClient
 from services.policy.config import ModelSettings

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 VOCABULARY_SIZE = 32
 CONTEXT_LENGTH = 64
+TEMPLATE = "{% for message in messages %}{{ message['content'] + '<end>' }}{% endfor %}"
 
 
 def write_tiny_model(folder: Path, seed: int = 0, *, layers: int = 2) -> Path:
@@ -32,6 +33,7 @@ def write_tiny_model(folder: Path, seed: int = 0, *, layers: int = 2) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), eos_token="<end>", pad_token="<pad>"
     )
+    tokenizer.chat_template = TEMPLATE
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         Qwen3ForCausalLM(config).save_pretrained(folder)

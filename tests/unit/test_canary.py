@@ -101,12 +101,14 @@ class Engine:
         return self.found
 
 
-def trial(*, expected: str = "", others: dict[str, Record] | None = None, same: bool = False) -> Trial:
+def trial(
+    *, expected: str = "", others: dict[str, Record] | None = None, same: bool = False, path: Path = Path("w")
+) -> Trial:
     async def found_alike(_: WeightsFile, other: Record) -> bool:
         return same
 
-    weights = WeightsFile(Path("w"), WeightsKind.FULL, 7, "s", (PROBE,))
-    return Trial(weights, 1e-3, expected, others or {}, found_alike)
+    weights = WeightsFile(path, WeightsKind.FULL, 7, "s", (PROBE,))
+    return Trial(weights, 1e-3, "float32", expected, others or {}, found_alike)
 
 
 async def fails(check: Awaitable[None]) -> DomainError:
@@ -114,6 +116,16 @@ async def fails(check: Awaitable[None]) -> DomainError:
         await check
     assert caught.value.reason is Reason.CANARY_FAILED
     return caught.value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+async def test_weights_of_another_dtype_are_named_as_the_likely_cause(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2, dtype=dtype)}, tmp_path / "w")
+    check = trial(path=tmp_path / "w")
+    error = await fails(check.admit(Engine((-0.5, -1.01))))
+    name = str(dtype).removeprefix("torch.")
+    expected = f" (the dtypes differ: the weights are {name}, the engine computes in float32)"
+    assert error.message.endswith("0.001" if dtype is torch.float32 else f"0.001{expected}")
 
 
 async def test_every_engine_is_compared_and_the_worst_is_told() -> None:

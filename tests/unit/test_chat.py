@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from services.common.errors import DomainError, Reason
 from services.common.inference import Continuation, Message, Role, Tool, ToolCall
+from services.common.model_files import UnsupportedModel
 from services.env.tool_calls import find_calls
-from services.policy.backend import UnsupportedModel
 from services.policy.chat import Chat
 from tests.support.chat_templates import (
     CHATML,

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 import models
 from services.common.errors import DomainError, Reason
 from services.common.inference import Feature, SamplingParams, StopReason
-from services.policy.backend import Ask, UnsupportedModel
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import Ask
 from services.policy.backends.constraints import Constraints
 from services.policy.backends.tokenizer import Tokenizer
 from services.policy.backends.transformers import TransformersBackend

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 import models
 from services.common.errors import DomainError, Reason
 from services.common.inference import Feature, SamplingParams, VersionSpan, WeightsKind
-from services.policy.backend import Ask, Replica, UnsupportedModel, WeightsFile
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import Ask, Replica, WeightsFile
 from services.policy.backends.model import Model
 from services.policy.backends.transformers import TransformersBackend, open_backend
 from services.policy.backends.weights import Weights

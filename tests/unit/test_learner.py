@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from services.common.errors import DomainError, Reason
 from services.trainer.data import Datum
@@ -123,6 +125,37 @@ def test_the_initial_policy_stays_the_reference(tiny: Path, tmp_path: Path, lora
     assert "first/kl" not in learner.forward_backward([datum], PLAIN)
 
 
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [FULL, LORA])
+def test_the_kl_of_unchanged_weights_is_zero_to_the_bit(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: LoraSettings | None,
+    dtype: Literal["float32", "bfloat16"],
+    deterministic: bool,
+    pieces: bool,
+) -> None:
+    """The policy and its reference are computed in the same arithmetic, in every mode."""
+    if pieces:
+        monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 5 * VOCABULARY_SIZE)
+    settings = replace(spec(tiny), model=ModelSettings(source=str(tiny), lora=lora, dtype=dtype))
+    learner = Learner("learner", replace(settings, deterministic=deterministic), server_settings(tmp_path))
+    learner.save_checkpoint("start")
+    loss = LossSettings(kl_coefficient=0.1)
+    names = {"first/kl", "reflection/kl"}
+    metrics = learner.forward_backward(many(12), loss)
+    assert {name: metrics[name] for name in names} == dict.fromkeys(names, 0.0)
+    learner.optim_step()
+    metrics = learner.forward_backward(many(12), loss)
+    assert min(metrics[name] for name in names) > 0
+    learner.load_checkpoint("start")
+    metrics = learner.forward_backward(many(12), loss)
+    assert {name: metrics[name] for name in names} == dict.fromkeys(names, 0.0)
+
+
 def test_metrics_say_what_was_learned_from(tiny: Path, tmp_path: Path) -> None:
     learner = make(tiny, tmp_path)
     now = learner.forward([sampled()])[0]
@@ -215,7 +248,7 @@ def test_bfloat16_learns_with_float32_weights(tiny: Path, tmp_path: Path, lora: 
 @pytest.mark.parametrize(
     ("model", "reason", "field"),
     [
-        (ModelSettings(source="/nowhere"), Reason.MODEL_NOT_FOUND, None),
+        (ModelSettings(source="/nowhere"), Reason.MODEL_NOT_FOUND, "model.source"),
         (
             ModelSettings(lora=LoraSettings(rank=2, target_modules=("no_such",))),
             Reason.INVALID_FIELD,
@@ -233,12 +266,45 @@ def test_a_model_that_cannot_be_trained_is_refused(
     assert (caught.value.reason, caught.value.metadata.get("field")) == (reason, field)
 
 
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (("lm_head",), "lm_head is tied to model.embed_tokens"),
+        (("q_proj", "lm_head"), "lm_head is tied to model.embed_tokens"),
+        (("embed_tokens",), "model.embed_tokens is tied to lm_head"),
+    ],
+)
+def test_an_adapter_that_no_policy_could_serve_is_refused(
+    tiny: Path, tmp_path: Path, targets: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(DomainError, match=words) as caught:
+        make(tiny, tmp_path, LoraSettings(rank=2, target_modules=targets))
+    assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.INVALID_FIELD, "model.lora.target_modules")
+
+
+def test_layers_that_are_not_linear_have_no_adapter(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=VOCABULARY_SIZE, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(write_tiny_model(tmp_path / "tiny") / name, tmp_path / name)
+    with pytest.raises(DomainError, match="c_attn is of the kind Conv1D") as caught:
+        make(tmp_path, tmp_path, LORA)
+    assert caught.value.metadata["field"] == "model.lora.target_modules"
+
+
+def test_it_tells_which_layers_have_an_adapter(tiny: Path, tmp_path: Path) -> None:
+    linear = ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert make(tiny, tmp_path, LORA).adapted_layers == linear
+    assert make(tiny, tmp_path, LoraSettings(rank=2, target_modules=("v_proj",))).adapted_layers == ("v_proj",)
+    assert make(tiny, tmp_path).adapted_layers == ()
+
+
 def test_missing_weights_are_not_made_up(tiny: Path, tmp_path: Path) -> None:
     deep = write_tiny_model(tmp_path / "deep", layers=3)
     (deep / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes())
-    with pytest.raises(DomainError, match="weights are missing") as caught:
+    with pytest.raises(DomainError, match="of its weights, first model") as caught:
         make(deep, tmp_path)
-    assert caught.value.reason is Reason.MODEL_NOT_FOUND
+    assert caught.value.reason is Reason.UNSUPPORTED_MODEL
 
 
 async def test_a_learner_in_this_process_is_a_port(tiny: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.common.errors import DomainError, Reason
-from services.policy.backend import UnsupportedModel
+from services.common.model_files import UnsupportedModel
 from services.policy.backends import openai as backend_module
 from services.policy.backends.openai import open_backend
 from services.policy.config import ModelSettings, OpenAISettings

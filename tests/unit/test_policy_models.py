@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from models.build import build_tokenizer
 from services.common.errors import DomainError
 from services.common.inference import SamplingParams, WeightsKind
-from services.policy.backend import UnsupportedModel, WeightsFile
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import WeightsFile
 from services.policy.backends.attention import SlotCache
 from services.policy.backends.model import Model
 from services.policy.backends.runner import Request, Runner

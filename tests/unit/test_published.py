@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from services.common.errors import DomainError, Reason
-from services.common.inference import CallOptions, Feature, Message, PublishedWeights, Role, SamplingParams
+from services.common.inference import (
+    CallOptions,
+    Feature,
+    LoraLimits,
+    Message,
+    PublishedWeights,
+    Role,
+    SamplingParams,
+    WeightsKind,
+)
 from services.trainer.named import NamedPolicy, check_actor, check_reflector, check_top_k
 from services.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
 from services.trainer.settings import LoraSettings, ModelSettings, RunSettings
@@ -96,7 +105,7 @@ async def test_versions_of_somebody_else_are_not_published_over() -> None:
     ("reason", "words"),
     [
         (Reason.CANARY_FAILED, "difference 3.2.*serves the version before.*mulligan resume"),
-        (Reason.MODEL_MISMATCH, "mulligan policy load"),
+        (Reason.MODEL_MISMATCH, "difference 3.2$"),
         (Reason.BAD_WEIGHTS_URI, 'weights_transfer to "upload"'),
         (Reason.ENGINE_UNAVAILABLE, "difference 3.2$"),
     ],
@@ -114,6 +123,32 @@ async def test_what_a_policy_refuses_says_what_to_do(
         await policy.publish()
     assert (caught.value.reason, caught.value.metadata) == (reason, {"policy_version": "4"})
     assert policy.version == 0
+
+
+async def test_the_cause_of_a_refusal_is_told_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That another model serves only where it does; what the engine says stands alone otherwise."""
+    fake, policy = await policies()
+    reason = Reason.MODEL_MISMATCH
+
+    async def refuses(weights: PublishedWeights, policy: str = "") -> float | None:
+        raise DomainError(reason, "SGLang refuses the weights")
+
+    monkeypatch.setattr(fake, "update_weights", refuses)
+    with pytest.raises(DomainError, match=r"^MODEL_MISMATCH: SGLang refuses the weights$"):
+        await policy.publish()
+    fake.fingerprint = "another"
+    with pytest.raises(DomainError, match=r"given another model: .*mulligan policy load"):
+        await policy.publish()
+    reason = Reason.CANARY_FAILED
+    fake.dtype = "float32"
+    actor = await NamedPolicy.open(fake, "actor")
+    adapter, full = FakeLearner(kind=WeightsKind.LORA), FakeLearner()
+    with pytest.raises(DomainError, match="the dtypes differ: the policy computes in float32, this run in bfloat16"):
+        await PublishedPolicy(actor, adapter, notices.append, dtype="bfloat16").publish()
+    for learner, dtype in ((adapter, "float32"), (full, "bfloat16")):  # of full weights the policy says it itself
+        with pytest.raises(DomainError) as caught:
+            await PublishedPolicy(actor, learner, notices.append, dtype=dtype).publish()
+        assert "dtypes" not in caught.value.message
 
 
 RUN = RunSettings(environment="e", model=ModelSettings(source="our/model"))
@@ -144,6 +179,58 @@ async def test_what_is_not_needed_is_not_asked_for() -> None:
     check_actor(replace(info, features=ALL - {Feature.LORA_WEIGHTS, Feature.SCORE}), RUN, "f")
     check_actor(replace(info, features=ALL - {Feature.FULL_WEIGHTS}), LORA, "f")
     check_top_k(replace(info, features=frozenset()), 0, "top_k")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "engine", "tolerance", "passes"),
+    [
+        ("float32", "float32", 1e-3, True),
+        ("bfloat16", "bfloat16", 0.25, True),
+        ("float32", "bfloat16", 0.25, True),
+        ("float32", "float16", 0.25, True),
+        ("bfloat16", "float32", 1e-3, False),
+        ("float32", "bfloat16", 1e-3, False),
+        ("bfloat16", "float32", 0.25, True),
+        ("bfloat16", "", 1e-3, True),
+        ("bfloat16", "float32", None, True),
+    ],
+)
+async def test_dtypes_whose_rounding_the_canary_refuses_are_refused_before_the_run(
+    dtype: Literal["float32", "bfloat16"], engine: str, tolerance: float | None, passes: bool
+) -> None:
+    info = await FakePolicy(lambda system, last, sampling: "").info()
+    info = replace(info, dtype=engine, canary_tolerance=tolerance)
+    settings = RUN.model_copy(update={"model": ModelSettings(dtype=dtype)})
+    if passes:
+        check_actor(info, settings, "f")
+        return
+    with pytest.raises(DomainError, match=f"model.dtype: the dtypes differ: .*expected {engine}") as caught:
+        check_actor(info, settings, "f")
+    assert (caught.value.reason, caught.value.metadata) == (Reason.INVALID_SETTING, {"field": "model.dtype"})
+
+
+async def test_adapters_that_the_engine_has_no_room_for_are_refused_before_the_run() -> None:
+    info = await FakePolicy(lambda system, last, sampling: "").info()
+    info = replace(info, lora=LoraLimits(8, ("k_proj", "q_proj")), backend="sglang")
+
+    def settings(rank: int) -> RunSettings:
+        return RUN.model_copy(update={"model": ModelSettings(lora=LoraSettings(rank=rank))})
+
+    check_actor(info, settings(8), "f", ("q_proj",))
+    check_actor(info, RUN, "f")
+    check_actor(replace(info, lora=LoraLimits()), settings(64), "f", ("down_proj",))
+    for rank, layers, field, words in (
+        (9, ("q_proj",), "model.lora.rank", "rank 8 at most, and this run's has 9.*--max-lora-rank"),
+        (
+            8,
+            ("q_proj", "up_proj"),
+            "model.lora.target_modules",
+            "k_proj, q_proj alone, and this run's has up_proj, too",
+        ),
+    ):
+        with pytest.raises(DomainError, match=f"{field}: .*{words}") as caught:
+            check_actor(info, settings(rank), "f", layers)
+        assert (caught.value.reason, caught.value.metadata) == (Reason.INVALID_SETTING, {"field": field})
 
 
 async def test_another_model_is_refused_by_name() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import models
-from services.policy.backend import UnsupportedModel
+from services.common.model_files import UnsupportedModel
 from services.policy.backends.sglang import open_backend
 from services.policy.config import ModelSettings, SglangSettings
 from tests.support.processes import ROOT

@@ -14,7 +14,8 @@ import models
 from services.common.errors import DomainError, Reason
 from services.common.fingerprint import model_fingerprint
 from services.common.inference import SamplingParams, StopReason, VersionSpan, WeightsKind
-from services.policy.backend import Ask, UnsupportedModel, WeightsFile
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import Ask, WeightsFile
 from services.policy.backends.sglang_engine import requests
 from services.policy.backends.sglang_engine.connection import Refused
 from services.policy.backends.sglang_engine.folders import Folders, Target

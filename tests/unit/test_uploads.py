@@ -24,7 +24,8 @@ from services.policy.uploads import UploadHeader, Uploads, find_weights
 _TENSORS = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
 FILE = len(_TENSORS).to_bytes(8, "little") + _TENSORS + bytes(8)
 FULL = UploadHeader(WeightsKind.FULL, len(FILE), hashlib.sha256(FILE).hexdigest())
-LORA = replace(FULL, kind=WeightsKind.LORA, adapter_config=b'{"r": 4}')
+CONFIG = b'{"r": 4, "lora_alpha": 8}'
+LORA = replace(FULL, kind=WeightsKind.LORA, adapter_config=CONFIG)
 
 
 async def pieces(*content: bytes) -> AsyncIterator[bytes]:
@@ -67,7 +68,7 @@ async def test_an_adapter_is_a_folder(uploads: Uploads) -> None:
     folder = uploads.path(await uploads.receive(LORA, pieces(FILE)))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         "adapter_model.safetensors": FILE,
-        "adapter_config.json": b'{"r": 4}',
+        "adapter_config.json": CONFIG,
     }
 
 
@@ -85,6 +86,8 @@ async def test_what_was_not_announced_leaves_nothing(uploads: Uploads) -> None:
         (replace(LORA, adapter_config=b""), [FILE], Reason.INVALID_FIELD),
         (replace(LORA, adapter_config=b"[]"), [FILE], Reason.INVALID_FIELD),
         (replace(LORA, adapter_config=b"\xff"), [FILE], Reason.INVALID_FIELD),
+        (replace(LORA, adapter_config=b"[" * 100_000), [FILE], Reason.INVALID_FIELD),
+        (replace(LORA, adapter_config=b'{"r": 4}'), [FILE], Reason.MODEL_MISMATCH),
         (replace(LORA, kind=WeightsKind.FULL), [FILE], Reason.INVALID_FIELD),
     ]
     for header, content, reason in cases:

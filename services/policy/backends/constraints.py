@@ -16,7 +16,7 @@ from llguidance.hf import from_tokenizer
 
 from services.common.errors import DomainError, invalid_field
 from services.common.inference import SamplingParams
-from services.policy.backend import UnsupportedModel
+from services.common.model_files import UnsupportedModel
 from services.policy.backends.tokenizer import Tokenizer
 
 _SILENT = 0

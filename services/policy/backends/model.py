@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 import models
 from services.common.fingerprint import model_fingerprint
-from services.policy.backend import UnsupportedModel
+from services.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from services.policy.backends import attention
 from services.policy.backends.tokenizer import Tokenizer
 from services.policy.config import ModelSettings
@@ -43,6 +43,7 @@ class Model:
         self._score_logits = 0 if settings.deterministic else _SCORE_LOGITS
         self.device = _device(settings.device)
         self._wanted_dtype = _dtype(settings.dtype, self.device)
+        check_model(self.source)
         self.tokenizer = Tokenizer.load(self.source)
         self.module = self.load_weights()
         try:
@@ -66,12 +67,13 @@ class Model:
         disable_progress_bar()  # a service's log is no place for it
         try:
             with _LOADING:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype, output_loading_info=True)
-        except (OSError, ValueError) as error:
-            raise UnsupportedModel(f"{self.source} cannot be loaded: {error}") from error
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    self.source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                )
+        except Exception as error:  # a loader fails in many ways, which mean the same to callers
+            raise UnsupportedModel(f"{self.source} cannot be loaded: {short(error)}") from error
         module, found = loaded
-        if missing := sorted(found["missing_keys"]):  # they would be random numbers
-            raise UnsupportedModel(f"{self.source} lacks {len(missing)} of its weights, first {missing[0]}")
+        check_loaded(self.source, found, layer_count(module.config.get_text_config()))
         return module.eval().requires_grad_(False)
 
     def close(self) -> None:

@@ -23,8 +23,9 @@ import structlog
 
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.inference import Feature, ReplicaInfo, VersionSpan, WeightsKind
+from services.common.model_files import UnsupportedModel
 from services.common.proxies import is_direct
-from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, UnsupportedModel, WeightsFile
+from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
 from services.policy.backends.openai_chat import (
     NotAnAnswer,
     StreamedAnswer,

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from services.policy.backend import UnsupportedModel
+from services.common.model_files import UnsupportedModel, short
 from services.policy.chat import Chat, NoTurnEnd, TemplateFailure, turn_end
 from services.policy.literals import AddedToken, ControlTokens, Span
 
@@ -28,10 +28,15 @@ class Tokenizer:
         """Of a hub id or a folder. Raises UnsupportedModel."""
         try:
             inner = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise UnsupportedModel(f"the tokenizer of {source} cannot be loaded: {error}") from error
+        except Exception as error:  # a loader fails in many ways, which mean the same to callers
+            raise UnsupportedModel(f"the tokenizer of {source} cannot be loaded: {short(error)}") from error
         if not hasattr(inner, "backend_tokenizer"):
             raise UnsupportedModel(f"the tokenizer of {source} has no tokenizer.json form")
+        if not inner.backend_tokenizer.get_vocab_size(with_added_tokens=False):
+            raise UnsupportedModel(f"{source} has no tokenizer, or one without a vocabulary")
+        if not inner.chat_template:
+            expected = "chat_template.jinja, or chat_template in tokenizer_config.json"
+            raise UnsupportedModel(f"{source} has no chat template: expected {expected}")
         return cls(inner)
 
     def encode(self, text: str) -> list[int]:
@@ -69,7 +74,7 @@ class Tokenizer:
         return tuple(sorted(found))
 
     def chat(self, end_of_turn: Sequence[int]) -> Chat:
-        return Chat(self._template if self.inner.chat_template else None, self, end_of_turn)
+        return Chat(self._template, self, end_of_turn)
 
     def _template(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool

@@ -16,7 +16,8 @@ import torch
 
 from services.common.errors import DomainError, Reason
 from services.common.inference import Feature, ReplicaInfo
-from services.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, UnsupportedModel, WeightsFile
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
 from services.policy.backends.attention import SlotCache
 from services.policy.backends.constraints import Constraints
 from services.policy.backends.engine import Engine

@@ -7,29 +7,19 @@ W = W0 + scale * B A, whatever was served before it.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from services.common.errors import DomainError, Reason
 from services.common.inference import WeightsKind
-from services.policy.backend import UnsupportedModel, WeightsFile
-
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_PREFIX = "base_model.model."
-# Variants of LoRA that change more than W0 + scale * B A, and the setting's value that leaves them off.
-_PLAIN = {
-    "use_dora": False,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "alpha_pattern": {},
-    "lora_bias": False,
-}
+from services.common.model_files import UnsupportedModel
+from services.policy import adapter_config
+from services.policy.adapter_config import AdapterConfig, mismatch
+from services.policy.backend import WeightsFile
+from services.policy.backends.adapters import factors_of, places_of
 
 
 class Weights:
@@ -49,7 +39,7 @@ class Weights:
         tensors = _read(weights.safetensors)
         if weights.kind is WeightsKind.FULL:
             return self._full(tensors)
-        return self._merged(tensors, _scale(weights.path / _ADAPTER_CONFIG, tensors))
+        return self._merged(tensors, AdapterConfig.read(weights.path / adapter_config.NAME))
 
     @torch.no_grad()
     def apply(self, tensors: Mapping[str, torch.Tensor], kind: WeightsKind) -> None:
@@ -86,33 +76,27 @@ class Weights:
         for name, tensor in tensors.items():
             canonical = self._names.get(name)
             if canonical is None:
-                raise _mismatch(f"the model has no parameter {name}")
+                raise mismatch(f"the model has no parameter {name}")
             if canonical in result:
-                raise _mismatch(f"{name} is in the file twice, under two names")
+                raise mismatch(f"{name} is in the file twice, under two names that are tied to each other")
             self._check_shape(canonical, tensor.shape)
             result[canonical] = tensor
         if missing := sorted(set(self._parameters) - set(result)):
-            raise _mismatch(f"{len(missing)} parameters are missing, first {missing[0]}")
+            raise mismatch(f"{len(missing)} parameters are missing, first {missing[0]}")
         return result
 
-    def _merged(self, tensors: dict[str, torch.Tensor], scale: Callable[[int], float]) -> dict[str, torch.Tensor]:
-        pairs: dict[str, dict[str, torch.Tensor]] = {}
-        for key, tensor in tensors.items():
-            module, _, factor = key.removeprefix(_ADAPTER_PREFIX).removesuffix(".weight").rpartition(".")
-            canonical = self._names.get(f"{module}.weight")
-            if factor not in ("lora_A", "lora_B") or canonical is None:
-                raise _mismatch(f"the model has no place for {key}")
-            pairs.setdefault(canonical, {})[factor] = tensor
-        originals = self._original([*pairs, *self._changed])
+    def _merged(self, tensors: dict[str, torch.Tensor], config: AdapterConfig) -> dict[str, torch.Tensor]:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        factors = factors_of(config, shapes, places_of(self._module))
+        names = {module: self._names[f"{module}.weight"] for module in factors}
+        originals = self._original([*names.values(), *self._changed])
         result = {name: originals[name] for name in self._changed}
-        for name, pair in pairs.items():
-            if len(pair) != 2:
-                raise _mismatch(f"the adapter of {name} lacks one of its two factors")
-            down, up = pair["lora_A"].float(), pair["lora_B"].float()
-            if down.ndim != 2 or up.ndim != 2 or up.shape[1] != down.shape[0]:
-                raise _mismatch(f"the adapter of {name} has factors of shapes {list(up.shape)} and {list(down.shape)}")
-            self._check_shape(name, (up.shape[0], down.shape[1]))
-            result[name] = originals[name].float() + scale(down.shape[0]) * (up @ down)
+        for module, name in names.items():
+            found = factors[module]
+            product = tensors[found.up].float() @ tensors[found.down].float()
+            result[name] = originals[name].float() + config.scale(found.rank) * product
+            if not bool(torch.isfinite(result[name]).all()):
+                raise mismatch(f"the adapter of {module} gives weights that are not finite numbers")
         self._originals = originals
         return result
 
@@ -132,7 +116,7 @@ class Weights:
     def _check_shape(self, name: str, shape: Iterable[int]) -> None:
         expected = list(self._parameters[name].shape)
         if list(shape) != expected:
-            raise _mismatch(f"{name} has shape {list(shape)}; the model's is {expected}")
+            raise mismatch(f"{name} has shape {list(shape)}; the model's is {expected}")
 
 
 def _parameters(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -153,30 +137,8 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     except FileNotFoundError as error:
         raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"{path.name} does not exist") from error
     except (SafetensorError, OSError) as error:
-        raise _mismatch(f"{path.name} is not a safetensors file: {error}") from error
+        raise mismatch(f"{path.name} is not a safetensors file: {error}") from error
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise _mismatch(f"{name} holds values that are not finite numbers")
+            raise mismatch(f"{name} holds values that are not finite numbers")
     return tensors
-
-
-def _scale(path: Path, tensors: Mapping[str, torch.Tensor]) -> Callable[[int], float]:
-    """By rank: peft's lora_alpha / rank, or / sqrt(rank) where it is stabilised."""
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-        alpha = float(config["lora_alpha"])
-    except FileNotFoundError as error:
-        raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"{path.name} does not exist") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _mismatch(f"{path.name} is not the configuration of a LoRA adapter: {error!r}") from error
-    for name, value in _PLAIN.items():
-        if config.get(name) not in (value, None, [], {}):
-            raise _mismatch(f"{path.name}: {name} = {config[name]!r} is not supported")
-    if not tensors:
-        raise _mismatch("the adapter has no tensors")
-    power = 0.5 if config.get("use_rslora") else 1.0
-    return lambda rank: alpha / rank**power
-
-
-def _mismatch(message: str) -> DomainError:
-    return DomainError(Reason.MODEL_MISMATCH, message)

@@ -46,6 +46,7 @@ class LearnerClient:
         self._renewal: asyncio.Task[None] | None = None
         self.fingerprint = ""
         self.limits = Limits(0, 0)
+        self.adapted_layers: tuple[str, ...] = ()
 
     @classmethod
     async def create(
@@ -57,7 +58,7 @@ class LearnerClient:
         on_outage: Callable[[str], None] | None = None,
     ) -> Self:
         """A learner that is ready. Raises DomainError LEARNER_OWNED, LEARNER_CONFLICT, CAPACITY_REACHED,
-        MODEL_NOT_FOUND or INVALID_FIELD."""
+        MODEL_NOT_FOUND, UNSUPPORTED_MODEL or INVALID_FIELD."""
         client = cls(endpoint, learner_id, owner, on_outage)
         request = pb.CreateLearnerRequest(learner_id=learner_id, owner=owner, lease=duration(LEASE_SECONDS))
         spec_to_proto(spec, request)
@@ -70,6 +71,7 @@ class LearnerClient:
         client.fingerprint = response.fingerprint
         client.limits = Limits(response.vocabulary_size, response.context_length)
         client._renewal = asyncio.create_task(client._renew())
+        client.adapted_layers = tuple(response.lora_target_modules)
         return client
 
     async def _renew(self) -> None:

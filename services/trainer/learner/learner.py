@@ -35,8 +35,8 @@ class SavedCheckpoint:
 class Learner:
     """`learner_id` names its folder of checkpoints and its published files.
 
-    Raises DomainError INVALID_FIELD and MODEL_NOT_FOUND. An exception that is no DomainError, from any method, leaves
-    gradients or weights undefined: the learner is to be thrown away.
+    Raises DomainError INVALID_FIELD, MODEL_NOT_FOUND, UNSUPPORTED_MODEL. An exception that is no DomainError, from any
+    method, leaves gradients or weights undefined: the learner is to be thrown away.
     """
 
     def __init__(self, learner_id: str, spec: LearnerSpec, server: LearnerServerSettings):
@@ -53,6 +53,7 @@ class Learner:
             self.model = PolicyModel(spec.model, self._device, spec.seed)
         self._parameters = list(self.model.trainable.values())
         self.fingerprint: str = self.model.fingerprint
+        self.adapted_layers = self.model.adapted_layers
         self.parameter_count: int = self.model.parameter_count
         self.trainable_parameter_count: int = sum(parameter.numel() for parameter in self._parameters)
         self._optimizer = torch.optim.AdamW(

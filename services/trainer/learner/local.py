@@ -27,7 +27,7 @@ class LocalLearner:
 
     @classmethod
     async def create(cls, learner_id: str, spec: LearnerSpec, server: LearnerServerSettings) -> Self:
-        """Loads the model. Raises DomainError INVALID_FIELD or MODEL_NOT_FOUND."""
+        """Loads the model. Raises DomainError INVALID_FIELD, MODEL_NOT_FOUND or UNSUPPORTED_MODEL."""
         local = cls(learner_id, spec, server)
         await local._run(lambda learner: None)
         return local
@@ -41,6 +41,10 @@ class LocalLearner:
     def limits(self) -> Limits:
         """Of the model; unknown before `create` has loaded it."""
         return self._learner.model.limits if self._learner is not None else Limits(0, 0)
+
+    @property
+    def adapted_layers(self) -> tuple[str, ...]:
+        return self._learner.adapted_layers if self._learner is not None else ()
 
     async def _run(self, work: Callable[[Learner], R]) -> R:
         def on_thread() -> R:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +19,7 @@ from models import EMBEDDED
 from services.common.errors import DomainError, Reason, invalid_field
 from services.common.fingerprint import model_fingerprint
 from services.common.inference import CanaryProbe
+from services.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from services.trainer.data import Limits
 from services.trainer.learner import canary
 from services.trainer.learner.batching import Microbatch
@@ -34,6 +36,9 @@ class PolicyModel:
     The module stays in evaluation mode: without dropout, `Forward` and `ForwardBackward` give the same probabilities.
     Trained parameters are float32 whatever the dtype, which is that of the arithmetic (autocast) and of published
     weights: updates with a small learning rate vanish in bfloat16. What LoRA does not train is kept in the dtype.
+
+    The reference of the KL term is kept as the trained model is, and computed in the same arithmetic: at unchanged
+    weights the two agree to the bit, and the KL is 0.
     """
 
     def __init__(self, settings: ModelSettings, device: torch.device, seed: int):
@@ -41,14 +46,17 @@ class PolicyModel:
         self.device = device
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._reference: Any = None
-        base, tokenizer = _load(settings.source, torch.float32 if settings.lora is None else self.dtype)
+        self._kept = torch.float32 if settings.lora is None else self.dtype
+        base, tokenizer = _load(settings.source, self._kept)
         self.fingerprint = model_fingerprint(base, tokenizer)
         self.limits = Limits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
-        self._probes = canary.probe_sequences(tokenizer, self.limits)
+        self._probes = _probes(tokenizer, self.limits, settings.source)
         self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
-        _check_head(base)
+        _check_head(base, settings.source)
         self.base = base.to(device).eval()
         self.adapter = None if settings.lora is None else _attach(self.base, settings.lora, seed).eval()
+        names = [] if self.adapter is None else _adapted(self.adapter)
+        self.adapted_layers: tuple[str, ...] = tuple(sorted({name.rpartition(".")[2] for name in names}))
         self.trainable: dict[str, torch.nn.Parameter] = {
             name: parameter for name, parameter in self._module().named_parameters() if parameter.requires_grad
         }
@@ -73,7 +81,7 @@ class PolicyModel:
                 with self.adapter.disable_adapter():
                     return self._run(self.base, batch, False)[0]
             if self._reference is None:
-                reference, _ = _load(self.settings.source, self.dtype)
+                reference, _ = _load(self.settings.source, self._kept)
                 self._reference = reference.to(self.device).eval().requires_grad_(False)
             return self._run(self._reference, batch, False)[0]
 
@@ -106,21 +114,35 @@ class PolicyModel:
 
 
 def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and tokenizer. Raises DomainError MODEL_NOT_FOUND when there is none, or weights are missing."""
+    """Model and tokenizer. Raises DomainError MODEL_NOT_FOUND, or UNSUPPORTED_MODEL, which says which file is wrong."""
     path = str(EMBEDDED) if source == "embedded" else source
     disable_progress_bar()  # a service's log is no place for it
     try:
+        check_model(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
         )
         model, info = loaded
-        tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True)
+        check_loaded(path, info, layer_count(model.config.get_text_config()))
+        return model, AutoTokenizer.from_pretrained(path, use_fast=True)
+    except UnsupportedModel as error:
+        raise _unsupported(str(error), source) from error
     except Exception as error:  # a loader fails in many ways, which mean the same to callers
-        raise DomainError(Reason.MODEL_NOT_FOUND, f"{source}: {error}"[:1000], source=source) from error
-    missing = sorted(info["missing_keys"])
-    if missing:  # from_pretrained fills them with random numbers
-        raise DomainError(Reason.MODEL_NOT_FOUND, f"{source}: weights are missing: {missing[:5]}", source=source)
-    return model, tokenizer
+        raise _unsupported(f"{source} cannot be loaded: {short(error)}", source) from error
+
+
+def _unsupported(message: str, source: str) -> DomainError:
+    there = source == "embedded" or Path(source).exists()
+    reason = Reason.UNSUPPORTED_MODEL if there else Reason.MODEL_NOT_FOUND
+    return DomainError(reason, f"model.source: {message}", field="model.source", source=source)
+
+
+def _probes(tokenizer: Any, limits: Limits, source: str) -> canary.Sequences:
+    """Raises DomainError UNSUPPORTED_MODEL for a tokenizer that loads and does not work."""
+    try:
+        return canary.probe_sequences(tokenizer, limits)
+    except Exception as error:
+        raise _unsupported(f"the tokenizer of {source} encodes nothing: {short(error)}", source) from error
 
 
 def _context_length(config: Any) -> int:
@@ -140,9 +162,39 @@ def _attach(base: Any, settings: LoraSettings, seed: int) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return get_peft_model(base, config)
+            adapter = get_peft_model(base, config)
         except ValueError as error:  # a name that no layer has
             raise invalid_field("model.lora.target_modules", f"names of linear layers ({error})"[:1000]) from error
+    _refuse_unservable(adapter)
+    return adapter
+
+
+def _adapted(adapter: PeftModel) -> dict[str, torch.nn.Module]:
+    """The layers that have an adapter, as they are without it, by name."""
+    model: Any = adapter.base_model.model
+    return {
+        name: module.get_base_layer() for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
+    }
+
+
+def _refuse_unservable(adapter: PeftModel) -> None:
+    """No policy takes an adapter of a layer that is not linear, or has its weights together with another."""
+    layers, model = _adapted(adapter), cast(Any, adapter.base_model.model)
+    holders: dict[int, set[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.nn.Parameter):
+            holders.setdefault(id(weight), set()).add(name.removesuffix(".base_layer"))
+    for name, layer in layers.items():
+        tied = sorted(holders.get(id(layer.weight), set()) - {name})
+        kind = type(layer).__name__
+        if tied:
+            problem = f"{name} is tied to {tied[0]}, which has the same weights: an adapter of one would change both"
+        elif not isinstance(layer, torch.nn.Linear):
+            problem = f"{name} is of the kind {kind}"
+        else:
+            continue
+        raise invalid_field("model.lora.target_modules", f"linear layers with weights of their own ({problem})")
 
 
 def _score(
@@ -174,7 +226,7 @@ def _logits(head: Any, cap: float | None, hidden_NH: Tensor) -> Tensor:
     return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
 
 
-def _check_head(model: Any) -> None:
+def _check_head(model: Any, source: str) -> None:
     """Refuses a model that does more to its last hidden states than `_logits`: losses would be of another model."""
     ids_BT = torch.arange(4)[None]
     with torch.no_grad():
@@ -183,7 +235,7 @@ def _check_head(model: Any) -> None:
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         actual = _logits(model.get_output_embeddings(), cap, hidden_BTH)
     if not torch.allclose(expected.float(), actual, rtol=1e-2, atol=1e-3):
-        raise DomainError(Reason.MODEL_NOT_FOUND, f"{model.config.model_type}: this kind of output head is unsupported")
+        raise _unsupported(f"{model.config.model_type}: this kind of output head is unsupported", source)
 
 
 @contextlib.contextmanager

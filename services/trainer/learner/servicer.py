@@ -74,6 +74,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             trainable_parameter_count=held.learner.trainable_parameter_count,
             context_length=held.learner.model.limits.context_length,
             vocabulary_size=held.learner.model.limits.vocabulary_size,
+            lora_target_modules=held.learner.adapted_layers,
         )
 
     async def GetLearner(self, request: pb.GetLearnerRequest, context: Context) -> pb.GetLearnerResponse:

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from services.common.disk import writing_to
 from services.common.errors import DomainError, Reason
 from services.common.inference import WeightsKind
+from services.policy import adapter_config
 from services.policy.backend import WeightsFile
-from services.policy.backends.sglang_engine.skeleton import ADAPTER_CONFIG, ADAPTER_FILE, Skeleton
+from services.policy.backends.sglang_engine.skeleton import ADAPTER_FILE, Skeleton
 from services.policy.config import SglangSettings
 
 _FULL, _ADAPTERS = "full", "adapters"
@@ -81,15 +82,13 @@ class Folders:
 
     def put_adapter(self, source: Path, name: str) -> str:
         """The folder in which the servers find it. Raises as `prepare` does."""
-        config = self._skeleton.check_adapter(source)
+        adapter = self._skeleton.check_adapter(source)
         with self._new(_ADAPTERS, name) as folder:
-            completed = self._skeleton.completed_adapter(source, config["r"])
-            if completed:
-                save_file(completed, folder / ADAPTER_FILE)
-                config["target_modules"] = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in completed})
+            if adapter.tensors:
+                save_file(dict(adapter.tensors), folder / ADAPTER_FILE)
             else:
                 self._put(source / ADAPTER_FILE, folder / ADAPTER_FILE)
-            (folder / ADAPTER_CONFIG).write_text(json.dumps(config))
+            (folder / adapter_config.NAME).write_text(json.dumps(adapter.config))
         return self._engine_path(folder)
 
     def remove(self, target: Target) -> None:

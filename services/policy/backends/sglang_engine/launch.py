@@ -14,7 +14,7 @@ from pathlib import Path
 
 import structlog
 
-from services.policy.backend import UnsupportedModel
+from services.common.model_files import UnsupportedModel
 from services.policy.backends.sglang_engine.connection import Connection, Unreachable
 from services.policy.backends.sglang_engine.server import Server
 from services.policy.config import SglangSettings

@@ -14,8 +14,9 @@ from pathlib import Path
 import aiohttp
 
 from services.common.errors import DomainError
-from services.common.inference import Feature, SamplingParams
-from services.policy.backend import Ask, ModelInfo, UnsupportedModel
+from services.common.inference import Feature, LoraLimits, SamplingParams
+from services.common.model_files import UnsupportedModel
+from services.policy.backend import Ask, ModelInfo
 from services.policy.backends.model import source_of
 from services.policy.backends.sglang_engine import requests
 from services.policy.backends.sglang_engine.connection import (
@@ -53,7 +54,7 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
     if chosen.router and not chosen.servers:
         raise UnsupportedModel("sglang.router: expected the servers behind it in sglang.servers")
     source = source_of(settings)
-    skeleton = await asyncio.to_thread(Skeleton, source)
+    skeleton = await asyncio.to_thread(partial(Skeleton, source, weights=not chosen.servers))
     folders = await asyncio.to_thread(Folders, chosen, folder, skeleton, first_version)
     fixed, paths = await asyncio.to_thread(_fixed_adapters, settings, folders)
     async with AsyncExitStack() as stack:
@@ -154,7 +155,18 @@ async def _describe(
         dtype=dtype,
         features=features,
         adapters=tuple(fixed),
+        lora=_common_limits(servers) if Feature.LORA_WEIGHTS in features else LoraLimits(),
     )
+
+
+def _common_limits(servers: Sequence[Server]) -> LoraLimits:
+    """What all servers take. Raises UnsupportedModel where that is nothing."""
+    ranks = [server.lora.max_rank for server in servers if server.lora.max_rank]
+    modules = [set(server.lora.target_modules) for server in servers if server.lora.target_modules]
+    common = set.intersection(*modules) if modules else set()
+    if modules and not common:
+        raise UnsupportedModel("the SGLang servers have no layer in common in their --lora-target-modules")
+    return LoraLimits(min(ranks, default=0), tuple(sorted(common)))
 
 
 async def _look(server: Server, skeleton: Skeleton, info: ModelInfo) -> None:
@@ -165,8 +177,18 @@ async def _look(server: Server, skeleton: Skeleton, info: ModelInfo) -> None:
         raise Unsuitable(f"it lacks {', '.join(sorted(missing))}, which the other servers have")
     if server.context_length < info.context_length:
         raise Unsuitable(f"it takes {server.context_length} tokens, the others {info.context_length}")
+    if Feature.LORA_WEIGHTS in info.features and _narrower(server.lora, info.lora):
+        raise Unsuitable(f"it takes LoRA as {server.lora}, the others as {info.lora}")
     if _dtype(server, skeleton) != info.dtype:
         raise Unsuitable(f"it computes in {_dtype(server, skeleton)}, the others in {info.dtype}")
+
+
+def _narrower(one: LoraLimits, other: LoraLimits) -> bool:
+    rank = bool(one.max_rank) and not 0 < other.max_rank <= one.max_rank
+    modules = bool(one.target_modules) and not (
+        other.target_modules and set(other.target_modules) <= set(one.target_modules)
+    )
+    return rank or modules
 
 
 async def _load(pool: Pool, present: Sequence[Server], *, loaded: bool) -> None:

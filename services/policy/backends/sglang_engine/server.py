@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from services.common.errors import DomainError, Reason
-from services.common.inference import Feature, ReplicaInfo
+from services.common.inference import Feature, LoraLimits, ReplicaInfo
 from services.policy.backend import Scored
 from services.policy.backends.sglang_engine import requests
 from services.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable
 from services.policy.backends.sglang_engine.folders import Target
-from services.policy.backends.sglang_engine.skeleton import Skeleton
+from services.policy.backends.sglang_engine.skeleton import STACKED, Skeleton
 
 _ADAPTER_PREFIX = "mulligan-"
 _UNCHECKED = "-unchecked"  # ends the weight_version of a server that may not be asked yet
@@ -88,6 +88,17 @@ class Server:
         if self.settings.get("enable_memory_saver"):
             found.add(Feature.MEMORY_RELEASE)
         return frozenset(found)
+
+    @property
+    def lora(self) -> LoraLimits:
+        """What it was started with: --max-lora-rank and --lora-target-modules. Layers that SGLang stacks into one go
+        together."""
+        named = self.settings.get("lora_target_modules") or ()
+        taken: set[str] = set() if "all" in named else set(named)
+        for group in STACKED:
+            if not taken.isdisjoint(group):
+                taken |= set(group)
+        return LoraLimits(int(self.settings.get("max_lora_rank") or 0), tuple(sorted(taken)))
 
     async def look(self, skeleton: Skeleton) -> None:
         """Learns what the server is. Raises Unsuitable, too."""

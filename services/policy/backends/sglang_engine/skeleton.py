@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +13,32 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from services.common.errors import DomainError, Reason
 from services.common.fingerprint import model_fingerprint
-from services.policy.backend import UnsupportedModel
+from services.common.model_files import UnsupportedModel, check_model, check_weights, layer_count, short
+from services.policy import adapter_config
+from services.policy.adapter_config import AdapterConfig, mismatch
+from services.policy.backends.adapters import factors_of, places_of
 from services.policy.backends.tokenizer import Tokenizer
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 _ADAPTER_PREFIX = "base_model.model."
-# Variants of LoRA that SGLang ignores or lacks, and the setting's value that leaves them off.
-_PLAIN = {
-    "use_dora": False,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "alpha_pattern": {},
-    "lora_bias": False,
-}
 # Layers that SGLang stacks into one. A server dies when an adapter has some of them and lacks others.
-_STACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+STACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Skeleton:
-    """Of a hub id or a folder. Takes seconds, and the network for a hub id. Raises UnsupportedModel."""
+    """Of a hub id or a folder. Takes seconds, and the network for a hub id. Without `weights` the folder needs to hold
+    none, because the servers have them. Raises UnsupportedModel."""
 
-    def __init__(self, source: str):
+    def __init__(self, source: str, *, weights: bool = True):
         self.source = source
+        check_model(source, weights=weights)
         self.tokenizer = Tokenizer.load(source)
         try:
             self.config: Any = AutoConfig.from_pretrained(source)
             with torch.device("meta"):
                 module = AutoModelForCausalLM.from_config(self.config)
-        except (OSError, ValueError, KeyError) as error:
-            raise UnsupportedModel(f"{source} is no causal language model of transformers: {error}") from error
+        except Exception as error:  # a loader fails in many ways, which mean the same to callers
+            raise UnsupportedModel(f"{source} is no causal language model of transformers: {short(error)}") from error
         try:
             generation: object = GenerationConfig.from_pretrained(source)
         except (OSError, ValueError):
@@ -54,9 +48,11 @@ class Skeleton:
         text = self.config.get_text_config()
         self.vocabulary_size = int(text.vocab_size)
         self.model_type = str(self.config.model_type)
-        self.architectures = list(self.config.architectures or ())
         self.dtype = str(getattr(self.config, "dtype", None) or torch.float32).removeprefix("torch.")
         self._shapes, self._tied = _shapes(module)
+        self._places = places_of(module)
+        if weights:
+            check_weights(source, self._shapes, layer_count(text))
 
     def check_full(self, path: Path) -> None:
         """Every parameter once, by the name and in the shape that the model has, with finite values.
@@ -69,65 +65,62 @@ class Skeleton:
             for name in tensors.names:
                 if name not in self._shapes:
                     known_as = self._tied.get(name)
-                    raise _mismatch(
+                    raise mismatch(
                         f"{name} is tied to {known_as}, and is to be left out" if known_as else _no_parameter(name)
                     )
                 _check_shape(name, tensors.shape(name), missing.pop(name))
                 tensors.check_values(name)
         if missing:
-            raise _mismatch(f"{len(missing)} parameters are missing, first {min(missing)}")
+            raise mismatch(f"{len(missing)} parameters are missing, first {min(missing)}")
 
-    def check_adapter(self, folder: Path) -> dict[str, Any]:
-        """The adapter's configuration as SGLang has to see it: it scales by lora_alpha / r, whatever use_rslora says.
-
-        Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND.
-        """
-        config = _adapter_config(folder / ADAPTER_CONFIG)
-        pairs: dict[str, dict[str, list[int]]] = {}
+    def check_adapter(self, folder: Path) -> Adapter:
+        """Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND."""
+        config = AdapterConfig.read(folder / adapter_config.NAME)
         with _Reader(folder / ADAPTER_FILE) as tensors:
+            shapes = {key: tensors.shape(key) for key in tensors.names}
+            factors = factors_of(config, shapes, self._places)
             for key in tensors.names:
-                module, _, factor = key.removeprefix(_ADAPTER_PREFIX).removesuffix(".weight").rpartition(".")
-                name = f"{module}.weight"
-                if factor not in ("lora_A", "lora_B") or (name not in self._shapes and name not in self._tied):
-                    raise _mismatch(f"the model has no place for {key}")
-                pairs.setdefault(self._tied.get(name, name), {})[factor] = tensors.shape(key)
                 tensors.check_values(key)
-        if not pairs:
-            raise _mismatch("the adapter has no tensors")
-        ranks = set()
-        for name, pair in pairs.items():
-            if len(pair) != 2:
-                raise _mismatch(f"the adapter of {name} lacks one of its two factors")
-            down, up = pair["lora_A"], pair["lora_B"]
-            if len(down) != 2 or len(up) != 2 or up[1] != down[0]:
-                raise _mismatch(f"the adapter of {name} has factors of shapes {up} and {down}")
-            _check_shape(name, [up[0], down[1]], self._shapes[name])
-            ranks.add(down[0])
-        if len(ranks) > 1:
-            raise _mismatch(f"the adapter has ranks {sorted(ranks)}; SGLang takes one rank for all layers")
-        [rank] = ranks
-        alpha = float(config["lora_alpha"])
-        if config.get("use_rslora"):
-            alpha *= math.sqrt(rank)
-        return {**config, "r": rank, "lora_alpha": alpha, "use_rslora": False, "rank_pattern": {}}
+            ranks = {found.rank for found in factors.values()}
+            if len(ranks) > 1:
+                raise mismatch(f"the adapter has ranks {sorted(ranks)}; SGLang takes one rank for all layers")
+            [rank] = ranks
+            missing = self._missing(factors)
+            if not missing:
+                return Adapter(_for_sglang(config, factors, rank))
+            some = tensors.tensor(tensors.names[0])
+            completed = {key: tensors.tensor(key) for key in tensors.names}
+            for module in missing:
+                rows, columns = self._shapes[f"{module}.weight"]
+                completed[f"{_ADAPTER_PREFIX}{module}.lora_A.weight"] = torch.zeros((rank, columns), dtype=some.dtype)
+                completed[f"{_ADAPTER_PREFIX}{module}.lora_B.weight"] = torch.zeros((rows, rank), dtype=some.dtype)
+            return Adapter(_for_sglang(config, [*factors, *missing], rank), completed)
 
-    def completed_adapter(self, folder: Path, rank: int) -> dict[str, torch.Tensor]:
-        """The tensors of an adapter that was checked, with factors that change nothing where SGLang needs some; empty
-        when it needs none."""
-        with _Reader(folder / ADAPTER_FILE) as tensors:
-            parts = {key.removeprefix(_ADAPTER_PREFIX).rpartition(".lora_")[0]: key for key in tensors.names}
-            added: dict[str, torch.Tensor] = {}
-            for module, key in parts.items():
-                parent, _, leaf = module.rpartition(".")
-                [group] = [group for group in _STACKED if leaf in group] or [()]
-                for other in (f"{parent}.{name}" for name in group):
-                    if other in parts or f"{other}.weight" not in self._shapes:
-                        continue
-                    rows, columns = self._shapes[f"{other}.weight"]
-                    for factor, shape in (("A", (rank, columns)), ("B", (rows, rank))):
-                        name = f"{_ADAPTER_PREFIX}{other}.lora_{factor}.weight"
-                        added[name] = torch.zeros(shape, dtype=tensors.tensor(key).dtype)
-            return {key: tensors.tensor(key) for key in tensors.names} | added if added else {}
+    def _missing(self, adapted: Collection[str]) -> list[str]:
+        """Layers that SGLang wants an adapter of because one that it stacks them with has one."""
+        missing = set()
+        for module in adapted:
+            parent, _, leaf = module.rpartition(".")
+            [group] = [group for group in STACKED if leaf in group] or [()]
+            missing |= {f"{parent}.{name}" for name in group if f"{parent}.{name}.weight" in self._shapes}
+        return sorted(missing.difference(adapted))
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """As SGLang has to see it. `tensors` are the file's, and factors that change nothing where SGLang needs some; empty
+    where the file is as it should be."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+def _for_sglang(config: AdapterConfig, modules: Collection[str], rank: int) -> dict[str, Any]:
+    """SGLang scales by lora_alpha / r, whatever use_rslora says, and knows no patterns of names or ranks."""
+    alpha = config.scale(rank) * rank
+    names = sorted({module.rpartition(".")[2] for module in modules})
+    plain = {"use_rslora": False, "rank_pattern": {}, "target_modules": names}
+    return {**config.content, **plain, "r": rank, "lora_alpha": alpha}
 
 
 class _Reader:
@@ -140,7 +133,7 @@ class _Reader:
         except FileNotFoundError as error:
             raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"{path.name} does not exist") from error
         except (SafetensorError, OSError) as error:
-            raise _mismatch(f"{path.name} is not a safetensors file: {error}") from error
+            raise mismatch(f"{path.name} is not a safetensors file: {error}") from error
         self.names = sorted(self._file.keys())
 
     def __enter__(self) -> _Reader:
@@ -159,7 +152,7 @@ class _Reader:
     def check_values(self, name: str) -> None:
         tensor = self.tensor(name)
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise _mismatch(f"{name} holds values that are not finite numbers")
+            raise mismatch(f"{name} holds values that are not finite numbers")
 
 
 def _shapes(module: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
@@ -176,29 +169,10 @@ def _shapes(module: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
     return shapes, tied
 
 
-def _adapter_config(path: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-        float(config["lora_alpha"])
-    except FileNotFoundError as error:
-        raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"{path.name} does not exist") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _mismatch(f"{path.name} is not the configuration of a LoRA adapter: {error!r}") from error
-    for name, value in _PLAIN.items():
-        if config.get(name) not in (value, None, [], {}):
-            raise _mismatch(f"{path.name}: {name} = {config[name]!r} is not supported")
-    found: Mapping[str, Any] = config
-    return found
-
-
 def _check_shape(name: str, shape: list[int], expected: list[int]) -> None:
     if shape != expected:
-        raise _mismatch(f"{name} has shape {shape}; the model's is {expected}")
+        raise mismatch(f"{name} has shape {shape}; the model's is {expected}")
 
 
 def _no_parameter(name: str) -> str:
     return f"the model has no parameter {name}"
-
-
-def _mismatch(message: str) -> DomainError:
-    return DomainError(Reason.MODEL_MISMATCH, message)

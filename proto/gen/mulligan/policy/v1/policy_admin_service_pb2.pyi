@@ -30,7 +30,11 @@ class _WeightsKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WeightsKi
     WEIGHTS_KIND_FULL: _WeightsKind.ValueType  # 1
     """A safetensors file with every parameter of the model."""
     WEIGHTS_KIND_LORA: _WeightsKind.ValueType  # 2
-    """A folder with a peft LoRA adapter: adapter_config.json and adapter_model.safetensors."""
+    """A folder with a peft LoRA adapter of linear layers: adapter_config.json and adapter_model.safetensors. What is added
+    to a layer's weight is lora_alpha / r · B A, or, with use_rslora, lora_alpha / √r · B A. A setting that means more
+    (use_dora, bias, modules_to_save, alpha_pattern, an init_lora_weights that changes the model below the adapter, such
+    as pissa, …), or that is not known, is MODEL_MISMATCH, and the message names it.
+    """
     WEIGHTS_KIND_ORIGINAL: _WeightsKind.ValueType  # 3
     """Those that the model came with. Only in answers."""
 
@@ -40,7 +44,11 @@ WEIGHTS_KIND_UNSPECIFIED: WeightsKind.ValueType  # 0
 WEIGHTS_KIND_FULL: WeightsKind.ValueType  # 1
 """A safetensors file with every parameter of the model."""
 WEIGHTS_KIND_LORA: WeightsKind.ValueType  # 2
-"""A folder with a peft LoRA adapter: adapter_config.json and adapter_model.safetensors."""
+"""A folder with a peft LoRA adapter of linear layers: adapter_config.json and adapter_model.safetensors. What is added
+to a layer's weight is lora_alpha / r · B A, or, with use_rslora, lora_alpha / √r · B A. A setting that means more
+(use_dora, bias, modules_to_save, alpha_pattern, an init_lora_weights that changes the model below the adapter, such
+as pissa, …), or that is not known, is MODEL_MISMATCH, and the message names it.
+"""
 WEIGHTS_KIND_ORIGINAL: WeightsKind.ValueType  # 3
 """Those that the model came with. Only in answers."""
 Global___WeightsKind: _TypeAlias = WeightsKind  # noqa: Y015

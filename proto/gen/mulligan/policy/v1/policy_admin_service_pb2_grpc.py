@@ -96,7 +96,8 @@ class PolicyAdminServiceServicer:
         hold where no option is given. The loaded model is the policy's next version. Survives a restart of the service when
         it has a state folder, unless the policy's own settings changed. Idempotent while that model serves under the same
         options.
-        INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; INVALID_SETTING: metadata `field`, also
+        INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; of a folder, the message names the file
+        that is wrong; INVALID_SETTING: metadata `field`, also
         for SGLang servers that serve another model, be it the one to be replaced: a server holds one model's weights;
         BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the
         policy is released.
@@ -117,7 +118,8 @@ class PolicyAdminServiceServicer:
         """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
         4 MiB. The answer's URI is for one UpdateWeights; what is not used within an hour, or one of the server's restart, is
         removed. Repeating it is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: no header first, more or fewer bytes than
-        announced. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH.
+        announced. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a
+        safetensors file, or an adapter that is more than LoRA.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,9 +137,9 @@ class PolicyAdminServiceServicer:
         INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder, symbolic links resolved;
         UNSUPPORTED_OPTION: the engine takes no weights of this kind.
         NOT_FOUND WEIGHTS_NOT_FOUND.
-        FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, or
-        names, shapes or a fingerprint of another model; CANARY_FAILED: metadata `difference` and `tolerance`, or
-        `checksum`, and `policy_version`, the one that serves; POLICY_FROZEN;
+        FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, an
+        adapter that is more than LoRA, or names, shapes or a fingerprint of another model; CANARY_FAILED: metadata
+        `difference` and `tolerance`, or `checksum`, and `policy_version`, the one that serves; POLICY_FROZEN;
         VERSION_CONFLICT: the version is known with another checksum, was refused or rolled back, or is not greater than the
         one that serves; metadata `policy_version`, the one that serves.
         """

@@ -814,6 +814,34 @@ class Replica(_message.Message):
 Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
+class LoraLimits(_message.Message):
+    """The LoRA adapters that an engine has made room for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_RANK_FIELD_NUMBER: _builtins.int
+    TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    max_rank: _builtins.int
+    """Greatest rank; 0: any."""
+    @_builtins.property
+    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Last parts of the names of the layers that may have an adapter, such as q_proj; all linear layers when empty."""
+
+    def __init__(
+        self,
+        *,
+        max_rank: _builtins.int = ...,
+        target_modules: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_rank", b"max_rank", "target_modules", b"target_modules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoraLimits: _TypeAlias = LoraLimits  # noqa: Y015
+
+@_typing.final
 class Policy(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -835,6 +863,9 @@ class Policy(_message.Message):
     FROZEN_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     DRAINING_MODELS_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    CANARY_TOLERANCE_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     backend: _builtins.str
     """The backend that runs it: transformers, sglang, openai, …."""
@@ -867,6 +898,13 @@ class Policy(_message.Message):
     """Its weights can't be updated."""
     draining_models: _builtins.int
     """Models that LoadModel has replaced and that finish their sessions."""
+    dtype: _builtins.str
+    """Of the engine's arithmetic: "float32", "bfloat16", "float16"; empty where it is not known."""
+    canary_tolerance: _builtins.float
+    """The largest difference between a log-probability of the trainer's and the engine's that the canary of UpdateWeights
+    lets pass. A trainer in another dtype differs by rounding alone: by up to 0.25 between float32 and bfloat16. Absent
+    where it is not known.
+    """
     @_builtins.property
     def end_of_turn_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """A sampled token among these closes the turn."""
@@ -879,6 +917,12 @@ class Policy(_message.Message):
 
     @_builtins.property
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
+    @_builtins.property
+    def lora(self) -> Global___LoraLimits:
+        """What the engine takes of LoRA adapters; others are refused by UpdateWeights. Absent where nothing limits it, or it
+        does not tell.
+        """
+
     def __init__(
         self,
         *,
@@ -900,11 +944,21 @@ class Policy(_message.Message):
         frozen: _builtins.bool = ...,
         replicas: _abc.Iterable[Global___Replica] | None = ...,
         draining_models: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        canary_tolerance: _builtins.float | None = ...,
+        lora: Global___LoraLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_canary_tolerance", b"_canary_tolerance", "_lora", b"_lora", "canary_tolerance", b"canary_tolerance", "lora", b"lora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "backend", b"backend", "compute_seconds", b"compute_seconds", "context_length", b"context_length", "deterministic", b"deterministic", "draining_models", b"draining_models", "end_of_turn_token_ids", b"end_of_turn_token_ids", "features", b"features", "fingerprint", b"fingerprint", "frozen", b"frozen", "model", b"model", "name", b"name", "policy_version", b"policy_version", "problem", b"problem", "replicas", b"replicas", "rewrites_history", b"rewrites_history", "state", b"state", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canary_tolerance", b"_canary_tolerance", "_lora", b"_lora", "adapters", b"adapters", "backend", b"backend", "canary_tolerance", b"canary_tolerance", "compute_seconds", b"compute_seconds", "context_length", b"context_length", "deterministic", b"deterministic", "draining_models", b"draining_models", "dtype", b"dtype", "end_of_turn_token_ids", b"end_of_turn_token_ids", "features", b"features", "fingerprint", b"fingerprint", "frozen", b"frozen", "lora", b"lora", "model", b"model", "name", b"name", "policy_version", b"policy_version", "problem", b"problem", "replicas", b"replicas", "rewrites_history", b"rewrites_history", "state", b"state", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__canary_tolerance: _TypeAlias = _typing.Literal["canary_tolerance"]  # noqa: Y015
+    _WhichOneofArgType__canary_tolerance: _TypeAlias = _typing.Literal["_canary_tolerance", b"_canary_tolerance"]  # noqa: Y015
+    _WhichOneofReturnType__lora: _TypeAlias = _typing.Literal["lora"]  # noqa: Y015
+    _WhichOneofArgType__lora: _TypeAlias = _typing.Literal["_lora", b"_lora"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__canary_tolerance) -> _WhichOneofReturnType__canary_tolerance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__lora) -> _WhichOneofReturnType__lora | None: ...
 
 Global___Policy: _TypeAlias = Policy  # noqa: Y015

@@ -60,7 +60,9 @@ class LoraConfig(_message.Message):
     """Scale is alpha / rank. Greater than 0. Default: 2 × rank."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the linear layers; all linear layers when empty."""
+        """Names of the linear layers; all linear layers when empty. A layer that shares its weights with another, such as an
+        output layer that is tied to the embedding, is INVALID_FIELD: no policy could serve its adapter.
+        """
 
     def __init__(
         self,
@@ -253,6 +255,7 @@ class CreateLearnerResponse(_message.Message):
     TRAINABLE_PARAMETER_COUNT_FIELD_NUMBER: _builtins.int
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
     VOCABULARY_SIZE_FIELD_NUMBER: _builtins.int
+    LORA_TARGET_MODULES_FIELD_NUMBER: _builtins.int
     next_sequence: _builtins.int
     """What the next call that changes the learner must carry."""
     fingerprint: _builtins.str
@@ -264,6 +267,10 @@ class CreateLearnerResponse(_message.Message):
     out what is beyond. Absent: not stated, and data beyond it are INVALID_FIELD.
     """
     vocabulary_size: _builtins.int
+    @_builtins.property
+    def lora_target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With LoRA, last parts of the names of the layers that have an adapter, such as q_proj, each once."""
+
     def __init__(
         self,
         *,
@@ -273,10 +280,11 @@ class CreateLearnerResponse(_message.Message):
         trainable_parameter_count: _builtins.int = ...,
         context_length: _builtins.int | None = ...,
         vocabulary_size: _builtins.int | None = ...,
+        lora_target_modules: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_vocabulary_size", b"_vocabulary_size", "context_length", b"context_length", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_vocabulary_size", b"_vocabulary_size", "context_length", b"context_length", "fingerprint", b"fingerprint", "next_sequence", b"next_sequence", "parameter_count", b"parameter_count", "trainable_parameter_count", b"trainable_parameter_count", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_context_length", b"_context_length", "_vocabulary_size", b"_vocabulary_size", "context_length", b"context_length", "fingerprint", b"fingerprint", "lora_target_modules", b"lora_target_modules", "next_sequence", b"next_sequence", "parameter_count", b"parameter_count", "trainable_parameter_count", b"trainable_parameter_count", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__context_length: _TypeAlias = _typing.Literal["context_length"]  # noqa: Y015
     _WhichOneofArgType__context_length: _TypeAlias = _typing.Literal["_context_length", b"_context_length"]  # noqa: Y015

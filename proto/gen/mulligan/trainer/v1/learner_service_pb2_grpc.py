@@ -133,8 +133,9 @@ class LearnerServiceServicer:
 
     def CreateLearner(self, request, context):
         """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
-        LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND:
-        metadata `source`.
+        LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND;
+        UNSUPPORTED_MODEL: the folder is there, and the message says which of its files is wrong, and how; both have metadata
+        `source` and `field`.
         RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
         metadata `learner_id` and `owner` the one that has been idle for longest.
         """

@@ -1,0 +1,251 @@
+"""Whether a folder holds a language model that can be loaded, and which file is wrong when it does not.
+
+Loaders of models say little of a file that is not what it should be, or nothing: a missing tokenizer becomes an empty
+one. The policy and the trainer ask here before they load anything. Nothing of torch is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from services.common.safetensors_header import BadSafetensors, TensorHeader, read_header
+
+# Repository at the hub, with or without its owner. https://huggingface.co/docs/huggingface_hub/package_reference/utilities
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024  # at most
+_TOKENIZER = "tokenizer.json"
+# What tokenizers without that file are made of.
+_VOCABULARY = re.compile(r"vocab\..+|.+\.(model|tiktoken)|tekken\.json|tokenizer-.+")
+_WHOLE, _SHARDED = "model.safetensors", "model.safetensors.index.json"
+_PICKLED, _PICKLED_SHARDED = "pytorch_model.bin", "pytorch_model.bin.index.json"
+# Read by loaders where they are there.
+_JSON = (
+    *("config.json", "generation_config.json", _TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", _SHARDED, _PICKLED_SHARDED),
+)
+_MESSAGE_LENGTH = 1000
+_LAYER = re.compile(r"(.*\blayers|.*\bh)\.(\d+)\.")
+
+
+class UnsupportedModel(Exception):
+    """A model that cannot be loaded, or not be computed correctly; the message says why."""
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether it names a repository at the hub, rather than a path."""
+    return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+
+
+def short(error: Exception) -> str:
+    """What a library says of a model that it cannot load, bounded."""
+    return str(error)[:_MESSAGE_LENGTH] or type(error).__name__
+
+
+def check_model(source: str, *, weights: bool = True) -> None:
+    """Of a folder; a hub id passes, since its files are not here yet. Without `weights` these may be elsewhere.
+
+    Raises UnsupportedModel, which names the file.
+    """
+    if is_hub_id(source):
+        return
+    try:
+        _check_folder(Path(source), weights=weights)
+    except _BadFile as error:
+        raise UnsupportedModel(f"{source}: {error}") from error
+    except OSError as error:
+        raise UnsupportedModel(f"{error.filename or source}: {error.strerror or error}") from error
+
+
+def layer_count(config: Any) -> int:
+    """By a text model's configuration; with those for speculation, which some have behind the others."""
+    return int(config.num_hidden_layers) + int(getattr(config, "num_nextn_predict_layers", None) or 0)
+
+
+def check_loaded(source: str, info: Mapping[str, Iterable[Any]], layers: int) -> None:
+    """What transformers found when it loaded a model of so many layers with `output_loading_info` and
+    `ignore_mismatched_sizes`: what the files lack would be random numbers. Raises UnsupportedModel."""
+    wrong = sorted((str(name), list(found), list(expected)) for name, found, expected in info["mismatched_keys"])
+    if wrong:
+        raise UnsupportedModel(f"{source}: {_other_size(*wrong[0])}{_and_more(len(wrong))}")
+    if missing := sorted(info["missing_keys"]):
+        raise UnsupportedModel(f"{source} lacks {len(missing)} of its weights, first {missing[0]}")
+    _refuse_more_layers(source, info["unexpected_keys"], layers)
+
+
+def check_weights(source: str, expected: Mapping[str, Iterable[int]], layers: int) -> None:
+    """Compares what a folder's safetensors files say with the shapes of a model of so many layers, of the tensors that
+    both name. Raises UnsupportedModel."""
+    if is_hub_id(source):
+        return
+    found = _tensors(Path(source))
+    wrong = [
+        (name, list(tensor.shape), list(expected[name]))
+        for name, tensor in sorted(found.items())
+        if name in expected and tensor.shape != tuple(expected[name])
+    ]
+    if wrong:
+        raise UnsupportedModel(f"{source}: {_other_size(*wrong[0])}{_and_more(len(wrong))}")
+    _refuse_more_layers(source, found, layers)
+
+
+def _refuse_more_layers(source: str, names: Iterable[str], layers: int) -> None:
+    """Weights of layers that the configuration does not have would be left out."""
+    for name in sorted(names):
+        found = _LAYER.match(name)
+        if found and int(found[2]) >= layers:
+            raise UnsupportedModel(f"{source}: the weights have {name}, and config.json tells of {layers} layers")
+
+
+class _BadFile(Exception):
+    """The message begins with the file's name."""
+
+
+def _check_folder(folder: Path, *, weights: bool) -> None:
+    if not folder.exists():
+        raise _BadFile("there is no such folder")
+    if not folder.is_dir():
+        raise _BadFile("a file; expected the folder with config.json, the tokenizer and the weights of a model")
+    names = {path.name for path in folder.iterdir()}
+    if not names:
+        raise _BadFile("the folder is empty")
+    _refuse_adapter(folder, names)
+    found = {name: _object(folder / name) for name in _JSON if name in names}
+    _check_config(found.get("config.json"))
+    for name in ("config.json", "generation_config.json"):
+        _check_special_tokens(name, found.get(name, {}))
+    _check_tokenizer(folder, names)
+    if weights:
+        _check_weights(folder, names)
+
+
+def _refuse_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        content = file.read(_POINTER_BYTES)
+    if content.startswith(_POINTER):
+        size = re.search(rb"^size (\d+)$", content, re.MULTILINE)
+        of = f" of {int(size[1]):,} bytes" if size else ""
+        raise _BadFile(f"{path.name} is a git-LFS pointer; the file{of} was not fetched: `git lfs pull` does it")
+
+
+def _refuse_adapter(folder: Path, names: set[str]) -> None:
+    if "adapter_config.json" not in names:
+        return
+    base = _object(folder / "adapter_config.json").get("base_model_name_or_path") or "which is not named"
+    raise _BadFile(
+        f"adapter_config.json: the folder holds an adapter, not a model; expected its base model ({base}), to which "
+        "the adapter is given by UpdateWeights or the setting `adapters`, or into which it was merged"
+    )
+
+
+def _check_config(config: Mapping[str, Any] | None) -> None:
+    if config is None:
+        raise _BadFile("there is no config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise _BadFile("config.json names no model_type")
+
+
+def _check_special_tokens(name: str, content: Mapping[str, Any]) -> None:
+    for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = content.get(field)
+        ids = value if isinstance(value, list) and field == "eos_token_id" else [] if value is None else [value]
+        if not all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+            raise _BadFile(f"{name}: {field} = {json.dumps(value)[:100]}: expected a token id")
+
+
+def _check_tokenizer(folder: Path, names: set[str]) -> None:
+    parts = sorted(filter(_VOCABULARY.fullmatch, names))
+    if _TOKENIZER not in names and not parts:
+        raise _BadFile(f"no tokenizer: expected {_TOKENIZER}, or the vocabulary of an older kind")
+    for name in [_TOKENIZER] if _TOKENIZER in names else parts:
+        _refuse_pointer(folder / name)
+    if "chat_template.jinja" in names:
+        _refuse_pointer(folder / "chat_template.jinja")
+
+
+def _check_weights(folder: Path, names: set[str]) -> None:
+    """Of the file that transformers chooses."""
+    if _WHOLE in names:
+        _header(folder / _WHOLE)
+    elif _SHARDED in names:
+        _check_shards(folder)
+    elif _PICKLED in names:
+        _check_pickled(folder / _PICKLED)
+    elif _PICKLED_SHARDED in names:
+        for shard in sorted(set(_weight_map(folder / _PICKLED_SHARDED).values())):
+            _check_pickled(_shard(folder, _PICKLED_SHARDED, shard))
+    else:
+        raise _BadFile(f"no weights: expected {_WHOLE}, or {_SHARDED} with its shards")
+
+
+def _check_shards(folder: Path) -> None:
+    places = _weight_map(folder / _SHARDED)
+    tensors = {shard: _header(_shard(folder, _SHARDED, shard)) for shard in sorted(set(places.values()))}
+    for name, shard in sorted(places.items()):
+        if name not in tensors[shard]:
+            raise _BadFile(f"{shard} lacks {name}, which {_SHARDED} says is in it")
+
+
+def _shard(folder: Path, index: str, name: str) -> Path:
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+        raise _BadFile(f"{name} is missing, and {index} names it")
+    return path
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    places = _object(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
+        raise _BadFile(f"{index.name} has no weight_map from names of tensors to files")
+    return places
+
+
+def _check_pickled(path: Path) -> None:
+    """A zip file, whose list of content is at its end; or one that torch wrote before 1.6, of which nothing shows."""
+    _refuse_pointer(path)
+    with path.open("rb") as file:
+        begin = file.read(2)
+    if not begin or (begin == b"PK" and not zipfile.is_zipfile(path)):
+        raise _BadFile(f"{path.name} is cut off at {path.stat().st_size:,} bytes; download it again")
+
+
+def _header(path: Path) -> dict[str, TensorHeader]:
+    _refuse_pointer(path)
+    try:
+        return read_header(path)
+    except BadSafetensors as error:
+        raise _BadFile(f"{path.name} is {error}") from error
+
+
+def _tensors(folder: Path) -> dict[str, TensorHeader]:
+    if (folder / _WHOLE).is_file():
+        return _header(folder / _WHOLE)
+    if not (folder / _SHARDED).is_file():
+        return {}
+    shards = sorted(set(_weight_map(folder / _SHARDED).values()))
+    return {name: tensor for shard in shards for name, tensor in _header(folder / shard).items()}
+
+
+def _object(path: Path) -> Mapping[str, Any]:
+    _refuse_pointer(path)
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise _BadFile(f"{path.name} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise _BadFile(f"{path.name} holds no JSON object")
+    return value
+
+
+def _other_size(name: str, found: list[int], expected: list[int]) -> str:
+    return f"{name} has shape {found}, and by config.json it is {expected}"
+
+
+def _and_more(count: int) -> str:
+    return f"; {count} tensors are of another size" if count > 1 else ""
