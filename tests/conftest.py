@@ -17,7 +17,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests.support.processes import Services
 
-# A shell that runs the suite in the background has it ignore interrupts, and the programs under test would inherit that.
+# A shell that runs the suite in the background has it ignore interrupts; the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 _ONE_SERVER = ("tests.support.sglang ", "tests.support.policy_backends ")
 
