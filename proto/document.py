@@ -1,7 +1,7 @@
 """Writes docs/contracts.md from the .proto files; `make proto` runs it.
 
 Everything in it comes from the descriptors and their comments: services, calls, errors, messages, fields with their
-constraints, enums. What v1 may change is in compatibility.md, which goes in front.
+constraints, enums. What v1 may change is in compatibility.md, which goes in front; how errors travel in errors.md.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from grpc_tools import protoc
 PROTO = Path(__file__).resolve().parent
 PAGE = PROTO.parent / "docs" / "contracts.md"
 PROMISE = PROTO / "compatibility.md"
+ERRORS = PROTO / "errors.md"
 COMMON = "mulligan.common.v1"
 
 Field = descriptor_pb2.FieldDescriptorProto
@@ -191,12 +192,12 @@ def _error_table(files: list[Source]) -> Iterator[str]:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def page(files: list[Source], promise: str) -> str:
+def page(files: list[Source]) -> str:
     """The whole document, in Markdown."""
     parts = ["<!-- Written by proto/document.py; `make proto` writes it. Not edited by hand. -->"]
-    parts += ["# Contracts", promise.strip(), "## Services"]
+    parts += ["# Contracts", PROMISE.read_text().strip(), "## Services"]
     parts += ["\n".join(_overview(files)), "## Errors"]
-    parts += ["Each is a status code with a `google.rpc.ErrorInfo` (domain `mulligan`) that has the reason."]
+    parts += [ERRORS.read_text().strip()]
     parts += ["\n".join(_error_table(files))]
     package = ""
     for source in files:
@@ -296,7 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write docs/contracts.md.")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if docs/contracts.md is not fresh")
     check: bool = parser.parse_args().check
-    text = page(sources(), PROMISE.read_text())
+    text = page(sources())
     if not check:
         PAGE.write_text(text)
     elif not PAGE.exists() or PAGE.read_text() != text:

@@ -146,7 +146,7 @@ def test_a_page_that_is_not_fresh_is_noticed(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def page() -> str:
-    return str(document.page(document.sources(), (PROTO / "compatibility.md").read_text()))
+    return str(document.page(document.sources()))
 
 
 def test_the_page_begins_with_what_v1_may_change(page: str) -> None:
