@@ -1,43 +1,22 @@
-"""The `mulligan` command. One file per command; each adds itself to the table below."""
+"""The `mulligan` command: what goes wrong is one sentence, never a traceback."""
 
 from __future__ import annotations
 
-import typer
+import sys
 
-from services.cli.conformance import conformance
-from services.cli.demo import demo
-from services.cli.env import env
-from services.cli.evaluate import evaluate
-from services.cli.experiences import experiences
-from services.cli.learners import learners
-from services.cli.memory import memory
-from services.cli.policy import policy
-from services.cli.runs import runs
-from services.cli.stop import resume, stop
-from services.cli.train import train
-from services.cli.up import up
-from services.cli.watch import watch
-
-app = typer.Typer(
-    name="mulligan",
-    help="Language agents that learn by experience: four gRPC services and the loop that trains on them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
-for command in (demo, up, train, watch, runs, stop, resume, experiences):
-    app.command()(command)
-app.command("eval")(evaluate)
-app.add_typer(conformance, name="conformance")
-app.add_typer(env, name="env")
-app.add_typer(learners, name="learners")
-app.add_typer(memory, name="memory")
-app.add_typer(policy, name="policy")
+from services.common.extras import how_to_install
 
 
 def main() -> None:
-    app()
+    """Exit status: 1 a service refused or failed, 2 the command cannot work as it was given, 130 interrupted."""
+    try:
+        from services.cli.app import run_app
+    except ImportError as error:
+        if (error.name or "").startswith("services"):
+            raise
+        print(f"error: the command needs the extra 'cli' ({error}): {how_to_install('cli')}", file=sys.stderr)
+        sys.exit(2)
+    run_app()
 
 
 if __name__ == "__main__":

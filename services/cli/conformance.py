@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from services.cli.connection import DEFAULT_ADDRESSES, admin_token, endpoint
+from services.cli.out import fail, line, show
 from services.conformance.report import Report, Result, Verdict
 from services.conformance.target import Target, Unreachable
 
@@ -23,6 +22,7 @@ conformance = typer.Typer(
     "Exit status: 0 it conforms, 1 it violates something, 2 it cannot be checked (unreachable, or no such service).",
     no_args_is_help=True,
 )
+MARKS = {Verdict.PASSED: ("✓", "green"), Verdict.VIOLATED: ("✗", "red"), Verdict.NOT_APPLICABLE: ("–", "yellow")}
 Only = Annotated[str, typer.Option(help="Only the checks whose call or title contains this, e.g. ForkEpisode.")]
 Token = Annotated[
     str, typer.Option(envvar="MULLIGAN_CLI_TOKEN", help="The server's token; a flag shows in the process list.")
@@ -185,50 +185,46 @@ def _token(given: str) -> str | None:
 
 
 def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bool, quiet: bool) -> None:
-    console = Console(highlight=False, soft_wrap=True)
     group = ["", ""]
 
     def tell(result: Result) -> None:
         if not as_json and not (quiet and result.verdict is not Verdict.VIOLATED):
-            print_result(console, result, group)
+            print_result(result, group)
 
     try:
         report = asyncio.run(main(tell))
     except Unreachable as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error, 2)
     except KeyboardInterrupt:
         sys.exit(130)
     if as_json:
-        print(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        show(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
     else:
-        print_summary(console, report)
+        print_summary(report)
     sys.exit(0 if report.conforms else 1)
 
 
-def print_result(console: Console, result: Result, group: list[str]) -> None:
+def print_result(result: Result, group: list[str]) -> None:
     """One line, and of a violation what was sent, what the contract demands and what came. `group` is the subject and
     call of the line before."""
     if group[0] != result.subject:
-        console.print(f"\n[bold]{escape(result.subject)}[/bold]")
+        line("\n", (result.subject, "bold"))
     if group != [result.subject, result.call]:
-        console.print(f"  [dim]{escape(result.call)}[/dim]")
+        line("  ", (result.call, "dim"))
     group[:] = [result.subject, result.call]
-    mark = {Verdict.PASSED: "[green]✓[/]", Verdict.VIOLATED: "[red]✗[/]", Verdict.NOT_APPLICABLE: "[yellow]–[/]"}
-    why = f" [dim]({escape(result.why)})[/dim]" if result.why else ""
-    console.print(f"    {mark[result.verdict]} {escape(result.title)}{why}")
+    line("    ", MARKS[result.verdict], " ", result.title, (f" ({result.why})" if result.why else "", "dim"))
     if result.verdict is Verdict.VIOLATED:
         if result.sent:
-            console.print(f"      sent:     {escape(result.sent)}")
-        console.print(f"      contract: {escape(result.demanded)}")
-        console.print(f"      came:     {escape(result.came)}")
+            line("      sent:     ", result.sent)
+        line("      contract: ", result.demanded)
+        line("      came:     ", result.came)
 
 
-def print_summary(console: Console, report: Report) -> None:
+def print_summary(report: Report) -> None:
     counts = ", ".join(f"{len(report.of(verdict))} {verdict}" for verdict in Verdict)
-    console.print(f"\n{report.service} at {escape(report.target)}: {counts}")
+    line(f"\n{report.service} at {report.target}: {counts}")
     for result in report.violations:
         of = f"{result.subject}: " if result.subject else ""
-        console.print(f"  [red]✗[/] {escape(of)}{escape(result.call)}: {escape(result.title)}")
+        line("  ", MARKS[Verdict.VIOLATED], f" {of}{result.call}: {result.title}")
     if not report.results:
-        console.print("  no check has a title or call with that (--only)")
+        line("  no check has a title or call with that (--only)")

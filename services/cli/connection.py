@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from services.cli.out import fail
 from services.common.channel import Endpoint
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
 
@@ -46,6 +48,12 @@ def program() -> str:
     return sys.argv[0] if Path(sys.argv[0]).name == "mulligan" else "mulligan"
 
 
+def command(*words: str, trainer: str = "") -> str:
+    """One that a person may paste, at the same trainer."""
+    elsewhere = ["--trainer", trainer] if trainer not in ("", DEFAULT_ADDRESSES["trainer"]) else []
+    return shlex.join([program(), *words, *elsewhere])
+
+
 def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
     """The token, if any, is in MULLIGAN_CLI_TOKEN, or in the file that MULLIGAN_CLI_TOKEN_FILE names: a flag would show
     it in the process list."""
@@ -66,7 +74,7 @@ def _secret(variable: str) -> str | None:
     try:
         return Path(file).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        sys.exit(f"error: {variable}_FILE: {error}")
+        fail(f"{variable}_FILE: {error}", 2)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
@@ -74,6 +82,4 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     try:
         return asyncio.run(main)
     except (DomainError, CallFailed, ServiceUnavailable) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        fail(error)

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from services.cli.connection import endpoint, program
+from services.cli.connection import command, endpoint, program
 from services.cli.experiences import lines
 from services.cli.local import ROOT, LocalServices, ServiceFailed
+from services.cli.out import fail
+from services.cli.out import show as say
 from services.cli.progress import show
 from services.cli.report import draw_chart, result_lines
 from services.cli.stop import AcceptEnvironment
@@ -46,33 +47,34 @@ def demo(
     try:
         finished = asyncio.run(_demo(folder, settings, accept_environment))
     except (ServiceFailed, DomainError, CallFailed, ServiceUnavailable) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     if not finished:
+        given = ["--folder", str(folder), "--recipe", str(recipe)]
+        given += [word for one in override or () for word in ("--set", one)]
+        say(f"stopped. This goes on where it was: {command('demo', *given)}")
         sys.exit(130)
 
 
 async def _demo(folder: Path, settings: RunSettings, accept_environment: bool) -> bool:
     """Whether the run came to its end."""
-    console = Console()
     interrupted = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, interrupted.set)
-    console.print("starting four services: env, policy, memory, trainer …")
+    say("starting four services: env, policy, memory, trainer …")
     async with LocalServices(folder) as services:
         places = "  ".join(f"{name} {address}" for name, address in services.addresses.items())
-        console.print(f"healthy: {places}  (logs in {services.folder / 'logs'})", highlight=False, soft_wrap=True)
+        say(f"healthy: {places}  (logs in {services.folder / 'logs'})")
         client = RunClient(endpoint(services.addresses["trainer"], OUTAGE_SECONDS))
         try:
             run = await _begin(client, settings, accept_environment)
-            console.print(f"run {run.run_id} in {run.folder}", highlight=False, soft_wrap=True)
-            ended = await _until_end_or_interrupt(client, run, services, interrupted, console)
+            say(f"run {run.run_id} in {run.folder}")
+            ended = await _until_end_or_interrupt(client, run, services, interrupted)
             if ended:
                 await _report(client, run)
                 return True
-            console.print("stopping after this step …")
+            say("stopping after this step …")
         finally:
             await client.close()
-    console.print(f"stopped. The same command goes on where it was: {program()} demo --folder {folder}")
     return False
 
 
@@ -89,10 +91,10 @@ async def _begin(client: RunClient, settings: RunSettings, accept_environment: b
 
 
 async def _until_end_or_interrupt(
-    client: RunClient, run: RunInfo, services: LocalServices, interrupted: asyncio.Event, console: Console
+    client: RunClient, run: RunInfo, services: LocalServices, interrupted: asyncio.Event
 ) -> bool:
     """Shows progress. False when a signal came first. Raises ServiceFailed, or DomainError when the run failed."""
-    showing = asyncio.create_task(show(run, client.watch(run.run_id), console))
+    showing = asyncio.create_task(show(run, client.watch(run.run_id)))
     others = [asyncio.create_task(interrupted.wait()), asyncio.create_task(services.failed())]
     try:
         await asyncio.wait([showing, *others], return_when=asyncio.FIRST_COMPLETED)
@@ -121,17 +123,17 @@ async def _report(client: RunClient, run: RunInfo) -> None:
     found = await client.experiences(run.run_id, step=0, limit=1000)
     told = next((experience for experience in found if experience.distilled is not None), None)
     if told is not None:
-        print("\none experience, whole:", *lines(told), sep="\n")
-    print()
-    print(*result_lines(summary, recorded), sep="\n")
-    print(f"\nchart       {folder / 'chart.png'}\nsummary     {folder / 'summary.json'}")
+        say("\n".join(["\none experience, whole:", *lines(told)]))
+    say()
+    say("\n".join(result_lines(summary, recorded)))
+    say(f"\nchart       {folder / 'chart.png'}\nsummary     {folder / 'summary.json'}")
     mulligan = program()
-    print(f"go on       {mulligan} experiences {folder} --step 10")
-    print(f"            {mulligan} up --folder {folder.parents[1]}   then, in another terminal:")
-    print(f"            {mulligan} runs, {mulligan} memory list,")
-    print(f"            {mulligan} eval {run.settings.environment} --run {run.run_id}")
-    print(f"            your own model: {mulligan} policy load actor --model FOLDER, then")
-    print(f"            {mulligan} train RECIPE --set model.source=FOLDER")
+    say(f"go on       {mulligan} experiences {folder} --step 10")
+    say(f"            {mulligan} up --folder {folder.parents[1]}   then, in another terminal:")
+    say(f"            {mulligan} runs, {mulligan} memory list,")
+    say(f"            {mulligan} eval {run.settings.environment} --run {run.run_id}")
+    say(f"            your own model: {mulligan} policy load actor --model FOLDER, then")
+    say(f"            {mulligan} train RECIPE --set model.source=FOLDER")
 
 
 def _recorded_rlvr(summary: dict[str, Any]) -> dict[str, Any] | None:

@@ -6,14 +6,12 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
+from services.cli.conformance import MARKS
+from services.cli.out import fail, line
 from services.cli.overrides import read_overrides
 from services.common.extras import how_to_install
 from services.conformance.report import Report, Result, Verdict
-
-_MARKS = {Verdict.PASSED: "[green]✓[/]", Verdict.VIOLATED: "[red]✗[/]", Verdict.NOT_APPLICABLE: "[yellow]–[/]"}
 
 
 def check(
@@ -37,8 +35,7 @@ def check(
     try:
         from services.conformance.local import check_environment
     except ImportError as error:
-        sys.exit(f"error: {error}: {how_to_install('env')}")
-    console = Console(highlight=False, soft_wrap=True)
+        fail(f"{error}: {how_to_install('env')}", 2)
     settings = read_overrides(override or [])
     try:
         report = check_environment(
@@ -48,26 +45,25 @@ def check(
             known=tuple(action or ()),
             seed=seed,
             step_seconds=step_seconds,
-            on_result=lambda result: _tell(console, result),
+            on_result=_tell,
         )
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    _summary(console, report)
+        fail(error, 2)
+    _summary(report)
     sys.exit(0 if report.conforms else 1)
 
 
-def _tell(console: Console, result: Result) -> None:
-    console.print(f"{_MARKS[result.verdict]} {escape(result.title)}")
+def _tell(result: Result) -> None:
+    line(MARKS[result.verdict], " ", result.title)
     if result.verdict is Verdict.NOT_APPLICABLE:
-        console.print(f"    [dim]{escape(result.why)}[/dim]")
-    for line in filter(None, (result.words, result.hint)):
-        console.print(f"    {escape(line)}")
-    for line in result.traceback.splitlines():
-        console.print(f"      [dim]{escape(line)}[/dim]")
+        line("    ", (result.why, "dim"))
+    for said in filter(None, (result.words, result.hint)):
+        line("    ", said)
+    for said in result.traceback.splitlines():
+        line("      ", (said, "dim"))
 
 
-def _summary(console: Console, report: Report) -> None:
+def _summary(report: Report) -> None:
     wrong = len(report.violations)
     told = f"{wrong} of {len(report.results)} checks found something wrong" if wrong else "nothing is wrong"
-    console.print(f"\n{escape(report.target)}: {told}, {len(report.of(Verdict.PASSED))} passed")
+    line(f"\n{report.target}: {told}, {len(report.of(Verdict.PASSED))} passed")

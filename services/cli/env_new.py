@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from services.cli.connection import program
+from services.cli.out import fail, show
 
 _TEMPLATE = Path(__file__).parent / "template" / "my_game.py"
 _TEST = '''\
@@ -52,11 +53,11 @@ def new(
     """
     problem = _problem(name)
     if problem:
-        sys.exit(f"error: {name!r}: {problem}")
+        fail(f"{name!r}: {problem}", 2)
     texts = {f"{name}.py": _TEMPLATE.read_text(), f"test_{name}.py": _TEST}
     class_name = _class_name(name, texts[f"{name}.py"])
     if taken := [file for file in texts if (folder / file).exists()]:
-        sys.exit(f"error: {folder / taken[0]} is there already; nothing was written")
+        fail(f"{folder / taken[0]} is there already; nothing was written")
     shown_title = name.replace("_", " ").strip().capitalize()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,16 +69,16 @@ def new(
                     .replace("my_game", name)
                     .replace("MyGame", class_name)
                 )
-            print(f"wrote {folder / file}")
+            show(f"wrote {folder / file}")
     except OSError as error:
-        sys.exit(f"error: {error}")
+        fail(error, 2)
     steps = [f"cd {shlex.quote(str(folder))}"] if folder != Path() else []
     steps += [
         f"{program()} env play {name}",
         f"{program()} env check {name}",
         f"{shlex.quote(sys.executable)} -m pytest test_{name}.py",
     ]
-    print("\nNext:", *steps, sep="\n  ")
+    show("\n  ".join(["\nNext:", *steps]))
 
 
 def _class_name(name: str, text: str) -> str:

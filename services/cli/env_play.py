@@ -14,6 +14,7 @@ from uuid import uuid4
 import typer
 
 from services.cli.connection import endpoint
+from services.cli.out import fail, note, show
 from services.cli.overrides import read_overrides
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
 from services.common.rewards import total
@@ -54,16 +55,16 @@ def play(
     Example: `mulligan env play frozenlake --split test --set size_max=4`
     """
     if target and (override or config):
-        sys.exit("error: --set and --config make an environment here; they do not go with --target")
+        fail("--set and --config make an environment here; they do not go with --target", 2)
     table: Table | None = None
     try:
         table = _There(target, name) if target else _Here(name, read_overrides(override or []), config)
         _Play(table, task, split, _reader(end)).run(tell_prompt=prompt)
     except KeyboardInterrupt:
-        print("\nleft")
+        show("\nleft")
         sys.exit(130)
     except (DomainError, CallFailed, ServiceUnavailable) as error:
-        sys.exit(f"error: {error}")
+        fail(error)
     finally:
         if table is not None:
             table.close()
@@ -95,8 +96,7 @@ class _Here:
         try:
             made = EnvSettings(environments={shown: table}).create_environments()
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(error, 2)
         self._environment: Environment = made[shown]
         self._episode: Episode | None = None
         self.info = self._environment.info
@@ -118,7 +118,7 @@ class _Here:
         try:
             return calls.play(self._episode, action, self.info.player_count)
         except Exception as error:  # noqa: BLE001 - its author sees what it raises, whatever that is
-            traceback.print_exc()
+            note(traceback.format_exc())
             return calls.failed_step(error)
 
     def close(self) -> None:
@@ -182,24 +182,24 @@ class _Play:
     def __init__(self, table: Table, task: str, split: Split, read: Callable[[], str | None]) -> None:
         self._table, self._info, self._read = table, table.info, read
         if self._info.unavailable:
-            sys.exit(f"error: {self._info.name}: {self._info.unavailable}")
+            fail(f"{self._info.name}: {self._info.unavailable}")
         self._task = task or table.first_task(split)
         if not self._task:
-            sys.exit(f"error: {self._info.name} has no task in {split}")
+            fail(f"{self._info.name} has no task in {split}")
         self._steps = 0
         self._gained: list[list[float]] = []  # of each player
 
     def run(self, *, tell_prompt: bool) -> None:
         info = self._info
-        print(_shown(f"{info.name}: {info.description}"))
-        print(f"task {_shown(self._task)}, at most {info.max_steps} steps, reward at most {info.max_reward:g}")
+        show(f"{info.name}: {info.description}")
+        show(f"task {self._task}, at most {info.max_steps} steps, reward at most {info.max_reward:g}")
         if tell_prompt:
             self._obey(":prompt")
         self._begin()
         while True:
             answer = self._read()
             if answer is None or answer.strip() == ":quit":
-                print(f"\nleft after {self._steps} steps, reward {self._sum()}")
+                show(f"\nleft after {self._steps} steps, reward {self._sum()}")
                 return
             if not self._obey(answer) and self._step(answer):
                 return
@@ -214,14 +214,14 @@ class _Play:
         """Whether it was a command."""
         match command.rstrip():
             case ":help":
-                print(_HELP)
+                show(_HELP)
             case ":prompt":
-                print(f"\n{_shown(self._info.prompts.solver)}")
+                show(f"\n{self._info.prompts.solver}")
             case ":tools":
                 lines = (f"{tool.name}: {tool.description}\n  {tool.parameters}" for tool in self._info.tools)
-                print(_shown("\n".join(lines) or "none"))
+                show("\n".join(lines) or "none")
             case ":restart":
-                print("\nfrom the beginning:")
+                show("\nfrom the beginning:")
                 self._begin()
             case _:
                 return False
@@ -232,24 +232,24 @@ class _Play:
         step = self._table.step(answer)
         self._steps += 1
         if step.outcome not in (None, Outcome.COMPLETED, Outcome.TRUNCATED):
-            sys.exit(f"error: {step.outcome}: {step.error}")
+            fail(f"{step.outcome}: {step.error}")
         reward = step.reward or 0.0
         for gained, one in zip(self._gained, step.rewards or (reward,), strict=False):
             gained.append(one)
         gains = f", reward {reward:g}" if reward else ""
-        print(_shown(f"\nstep {self._steps}, read as: {step.action}{gains}"))
+        show(f"\nstep {self._steps}, read as: {step.action}{gains}")
         self._show(step.observation, step.player, step.tool, over=step.done)
         if step.done:
-            print(f"\n{step.outcome} after {self._steps} steps, reward {self._sum()}")
+            show(f"\n{step.outcome} after {self._steps} steps, reward {self._sum()}")
             if step.feedback:
-                print(f"feedback: {_shown(step.feedback)}")
+                show(f"feedback: {step.feedback}")
         return step.done
 
     def _show(self, observation: str, player: int, tool: str = "", *, over: bool = False) -> None:
         speaker = f"{tool} answers:\n" if tool else ""
-        print(f"\n{_shown(speaker + observation)}")
+        show(f"\n{speaker + observation}")
         if self._info.player_count > 1 and not over:
-            print(f"\nplayer {player}'s turn")
+            show(f"\nplayer {player}'s turn")
 
     def _sum(self) -> str:
         if self._info.player_count == 1:
@@ -268,7 +268,7 @@ def _reader(end: str) -> Callable[[], str | None]:
         except EOFError:
             return None
         except UnicodeDecodeError as error:
-            sys.exit(f"error: the answer is not UTF-8: {error}")
+            fail(f"the answer is not UTF-8: {error}")
 
     def read() -> str | None:
         first = line("> ")
@@ -282,11 +282,3 @@ def _reader(end: str) -> Callable[[], str | None]:
         return "\n".join(lines)
 
     return read
-
-
-def _shown(text: str) -> str:
-    """Without what would steer the terminal."""
-    return "".join(
-        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-        for character in text
-    )

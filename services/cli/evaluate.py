@@ -7,19 +7,24 @@ from typing import Annotated
 import typer
 
 from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from services.cli.out import fail, show
+from services.cli.progress import EvaluationDisplay
+from services.cli.runs import whole_run_id
+from services.common.errors import DomainError
 from services.trainer.client import RunClient
 from services.trainer.settings import EvaluationSettings
+from services.trainer.wire import validated
 
 
 def evaluate(
     environment: Annotated[str, typer.Argument(help="Name of an environment at the environment service.")],
-    tasks: Annotated[int, typer.Option(help="How many test tasks; 0 means all.")] = 0,
-    samples: Annotated[int, typer.Option(help="Attempts per task.")] = 4,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option()] = 0.8,
-    top_k: Annotated[int, typer.Option(help="0 means all.")] = 20,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of one turn.")] = 1024,
-    seed: Annotated[int, typer.Option()] = 0,
+    tasks: Annotated[int, typer.Option(help="How many test tasks; 0 means all.", min=0)] = 0,
+    samples: Annotated[int, typer.Option(help="Attempts per task.", min=1)] = 4,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Above 0, at most 1.", max=1)] = 0.8,
+    top_k: Annotated[int, typer.Option(help="0 means all.", min=0)] = 20,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of one turn.", min=1)] = 1024,
+    seed: Annotated[int, typer.Option(help="Of all random choices.", min=0)] = 0,
     run_id: Annotated[str, typer.Option("--run", help="Publish this run's last checkpoint first.")] = "",
     policy: Annotated[
         str, typer.Option(help="Name of a policy of the policy service; its default one, or the run's.")
@@ -30,7 +35,11 @@ def evaluate(
 
     Example: `mulligan eval frozenlake-3x3 --run demo-1 --samples 1 --temperature 0`
     """
-    settings = EvaluationSettings(tasks=tasks, samples=samples, temperature=temperature, top_p=top_p, top_k=top_k)
+    plain = {"tasks": tasks, "samples": samples, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    try:
+        settings = validated(EvaluationSettings, plain)
+    except DomainError as error:
+        fail(error, 2)
     run(_evaluate(environment, settings, seed, max_tokens, run_id, policy, trainer))
 
 
@@ -39,12 +48,20 @@ async def _evaluate(
 ) -> None:
     client = RunClient(endpoint(trainer))
     try:
-        result, version = await client.evaluate(
-            environment, settings, seed=seed, max_tokens=max_tokens, run_id=run_id, policy=policy
-        )
+        whole = await whole_run_id(client, run_id) if run_id else ""
+        with EvaluationDisplay(environment) as display:
+            result, version = await client.evaluate(
+                environment,
+                settings,
+                seed=seed,
+                max_tokens=max_tokens,
+                run_id=whole,
+                policy=policy,
+                on_progress=display.update,
+            )
     finally:
         await client.close()
-    print(f"success      {result.success:.3f}")
-    print(f"mean reward  {result.mean_reward:.3f}")
-    print(f"attempts     {result.attempts} ({result.excluded} excluded)")
-    print(f"policy       {policy + ' ' if policy else ''}version {version}")
+    show(f"success      {result.success:.3f}")
+    show(f"mean reward  {result.mean_reward:.3f}")
+    show(f"attempts     {result.attempts} ({result.excluded} excluded)")
+    show(f"policy       {policy + ' ' if policy else ''}version {version}")

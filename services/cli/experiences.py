@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,8 @@ import msgspec
 import typer
 
 from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from services.cli.out import fail, show
+from services.cli.runs import whole_run_id
 from services.common.types import Attempt, Experience
 from services.trainer.client import RunClient
 from services.trainer.journal import journal_file, journaled_steps, read_experiences
@@ -18,8 +19,8 @@ from services.trainer.journal import journal_file, journaled_steps, read_experie
 
 def experiences(
     source: Annotated[str, typer.Argument(help="A run's id, or its folder: then no service is needed.")],
-    step: Annotated[int | None, typer.Option(help="Only this training step, from 0.")] = None,
-    limit: Annotated[int, typer.Option(help="How many.")] = 3,
+    step: Annotated[int | None, typer.Option(help="Only this training step, from 0.", min=0)] = None,
+    limit: Annotated[int, typer.Option(help="How many.", min=0)] = 3,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line, token ids included.")] = False,
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
@@ -32,9 +33,9 @@ def experiences(
     else:
         found = run(_from_trainer(source, step, limit, trainer))
     if not found:
-        sys.exit("no experiences")
+        fail("no experiences")
     for experience in found:
-        print(msgspec.json.encode(experience).decode() if json else "\n".join(lines(experience)))
+        show(msgspec.json.encode(experience).decode() if json else "\n".join(lines(experience)))
 
 
 def _from_folder(journal: Path, step: int | None, limit: int) -> Iterator[Experience]:
@@ -50,7 +51,7 @@ def _from_folder(journal: Path, step: int | None, limit: int) -> Iterator[Experi
 async def _from_trainer(run_id: str, step: int | None, limit: int, trainer: str) -> list[Experience]:
     client = RunClient(endpoint(trainer))
     try:
-        return await client.experiences(run_id, step, limit)
+        return await client.experiences(await whole_run_id(client, run_id), step, limit)
     finally:
         await client.close()
 

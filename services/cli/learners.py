@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from services.cli.ids import whole_id
+from services.cli.out import show, table
 from services.trainer.client import LearnersClient
 from services.trainer.learner.settings import LearnerInfo
 
@@ -27,14 +25,14 @@ def list_learners(context: typer.Context, trainer: TrainerAddress = DEFAULT_ADDR
         return
     found = run(_list(trainer))
     if not found:
-        print("no learner")
+        show("no learner")
         return
-    table = Table("learner", "owner", "model", "optimizer steps", "idle", "lease left", box=None)
+    rows = []
     for info in found:
         left = "for ever" if info.lease_left is None else _time(info.lease_left)
-        cells = (info.learner_id, info.owner, info.model, str(info.optimizer_steps), _time(info.idle), left)
-        table.add_row(*(Text(cell, overflow="fold") for cell in cells))
-    Console().print(table)
+        rows.append((info.learner_id, info.owner, info.model, str(info.optimizer_steps), _time(info.idle), left))
+    columns = ("learner", "owner", "model", "optimizer steps", "idle", "lease left")
+    table(columns, rows, whole=("learner", "owner"))
 
 
 @learners.command()
@@ -48,7 +46,7 @@ def delete(
     Example: `mulligan learners delete my-learner`
     """
     run(_delete(learner_id, trainer))
-    print("deleted")
+    show("deleted")
 
 
 async def _list(address: str) -> tuple[LearnerInfo, ...]:
@@ -63,9 +61,8 @@ async def _delete(learner_id: str, address: str) -> None:
     client = LearnersClient(endpoint(address))
     try:
         held = {info.learner_id: info for info in await client.list()}
-        if learner_id not in held:
-            sys.exit(f"error: no learner {learner_id!r} at {address}; there are: {', '.join(held) or 'none'}")
-        await client.delete(learner_id, held[learner_id].owner)
+        whole = whole_id(learner_id, held, "learner")
+        await client.delete(whole, held[whole].owner)
     finally:
         await client.close()
 

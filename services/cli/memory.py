@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from services.cli.connection import DEFAULT_ADDRESSES, MemoryAddress, endpoint, run
+from services.cli.ids import whole_id
+from services.cli.out import show as show_line
+from services.cli.out import table
 from services.common.types import StoredReflection
 from services.memory.client import MemoryClient
 
 memory = typer.Typer(help="Look into the reflection memory: `list`, `show`, `forget`.", no_args_is_help=True)
-ReflectionId = Annotated[str, typer.Argument(help="As `mulligan memory list` shows it.")]
+ReflectionId = Annotated[str, typer.Argument(help="As `mulligan memory list` shows it; a unique beginning is enough.")]
 
 
 @memory.command("list")
@@ -26,13 +27,13 @@ def list_reflections(
 
     Example: `mulligan memory list --scope demo-1`
     """
-    table = Table("reflection", "scope", "version", "reward", "text", box=None)
+    rows = []
     for entry in run(_list(scope, deleted, address)):
         gain = f"{entry.provenance.reward_before:g} → {entry.provenance.reward_after:g}"
-        text = " / ".join(entry.text.split("\n"))
+        text = entry.text[:80]
         forgotten = f" (forgotten in {entry.deleted_version})" if entry.deleted_version is not None else ""
-        table.add_row(entry.reflection_id, entry.scope, str(entry.version), gain, text[:80] + forgotten)
-    Console().print(table)
+        rows.append((entry.reflection_id, entry.scope, str(entry.version), gain, text + forgotten))
+    table(("reflection", "scope", "version", "reward", "text"), rows, whole=("reflection", "scope"))
 
 
 @memory.command()
@@ -43,11 +44,11 @@ def show(reflection_id: ReflectionId, address: MemoryAddress = DEFAULT_ADDRESSES
     """
     entry = run(_show(reflection_id, address))
     origin = entry.provenance
-    print(f"scope       {entry.scope}, version {entry.version}, {entry.created_at:%Y-%m-%d %H:%M:%S}")
-    print(f"experience  {origin.experience_id} ({origin.environment} {origin.task_id})")
-    print(f"written by  policy version {origin.policy_version} in run {origin.run_id}")
-    print(f"reward      {origin.reward_before:g} → {origin.reward_after:g}\n")
-    print(entry.text)
+    show_line(f"scope       {entry.scope}, version {entry.version}, {entry.created_at:%Y-%m-%d %H:%M:%S}")
+    show_line(f"experience  {origin.experience_id} ({origin.environment} {origin.task_id})")
+    show_line(f"written by  policy version {origin.policy_version} in run {origin.run_id}")
+    show_line(f"reward      {origin.reward_before:g} → {origin.reward_after:g}\n")
+    show_line(entry.text)
 
 
 @memory.command()
@@ -56,7 +57,7 @@ def forget(reflection_id: ReflectionId, address: MemoryAddress = DEFAULT_ADDRESS
 
     Example: `mulligan memory forget 8f14e45f`
     """
-    print(f"forgotten from version {run(_forget(reflection_id, address))} on")
+    show_line(f"forgotten from version {run(_forget(reflection_id, address))} on")
 
 
 async def _list(scope: str, deleted: bool, address: str) -> list[StoredReflection]:
@@ -70,7 +71,7 @@ async def _list(scope: str, deleted: bool, address: str) -> list[StoredReflectio
 async def _show(reflection_id: str, address: str) -> StoredReflection:
     client = MemoryClient(endpoint(address))
     try:
-        return await client.get(reflection_id)
+        return await client.get(await _whole(client, reflection_id))
     finally:
         await client.close()
 
@@ -78,6 +79,11 @@ async def _show(reflection_id: str, address: str) -> StoredReflection:
 async def _forget(reflection_id: str, address: str) -> int:
     client = MemoryClient(endpoint(address))
     try:
-        return await client.delete(reflection_id)
+        return await client.delete(await _whole(client, reflection_id))
     finally:
         await client.close()
+
+
+async def _whole(client: MemoryClient, reflection_id: str) -> str:
+    entries = await client.list("", include_deleted=True)
+    return whole_id(reflection_id, (entry.reflection_id for entry in entries), "reflection")

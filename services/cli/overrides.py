@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import tomllib
 from collections.abc import Sequence
 from typing import Any
+
+from services.cli.out import fail
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator or not name:
-            sys.exit(f"error: --set {override}: expected NAME=VALUE")
+            fail(f"--set {override}: expected NAME=VALUE", 2)
         try:
             value: Any = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

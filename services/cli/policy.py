@@ -10,13 +10,13 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from services.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, admin_token, endpoint, run
+from services.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, admin_token, command, endpoint, run
+from services.cli.out import fail, note, table, working
+from services.cli.out import show as show_line
 from services.cli.overrides import read_overrides
 from services.common.addresses import Addresses
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
@@ -39,12 +39,21 @@ def list_policies(address: PolicyAddress = DEFAULT_ADDRESSES["policy"]) -> None:
     Example: `mulligan policy list --policy-address 10.0.0.7:50052`
     """
     answers = _call(address, lambda client: client.policies())
-    table = answers.table("policy", "state", "version", "backend", "model", "engines")
-    for server, infos in answers.found.items():
-        for info in infos:
-            row = (info.name, _state(info), str(info.policy_version), info.backend, info.model, _engines(info))
-            table.add_row(*answers.at(server), *row)
-    Console().print(table)
+    rows = [
+        (
+            *answers.at(server),
+            info.name,
+            _state(info),
+            str(info.policy_version),
+            info.backend,
+            info.model,
+            _engines(info),
+        )
+        for server, infos in answers.found.items()
+        for info in infos
+    ]
+    columns = (*answers.at("server"), "policy", "state", "version", "backend", "model", "engines")
+    table(columns, rows, whole=("server", "policy", "version", "model"))
     answers.done()
 
 
@@ -78,7 +87,7 @@ def _show(info: PolicyInfo, server: str = "") -> None:
     }
     for key, value in lines.items():
         if value:
-            print(f"{key:<12} {value}")
+            show_line(f"{key:<12} {value}")
 
 
 @policy.command()
@@ -101,12 +110,27 @@ def load(
     options = read_overrides(override or [])
     folder = Path(model)
     source = str(folder.resolve()) if folder.is_dir() else model
-    with Console(stderr=True).status(f"loading {model} …"):
-        answers = _call(address, lambda client: client.load_model(name, source, backend, options))
-    for server, (version, fingerprint) in answers.found.items():
+    with working(f"loading {model}"):
+        answers = _call(address, lambda client: _load(client, name, source, backend, options))
+    for server, (version, fingerprint, before) in answers.found.items():
         said = f"policy {name} serves {model} as version {version} (fingerprint {fingerprint or 'not known'})"
-        print(*answers.at(server), said)
+        if before is not None and before.policy_version == version:
+            said = f"policy {name} serves {model} already, as version {version}: nothing was loaded"
+            if version > 0:
+                said += (
+                    f". Its weights may have been trained since. For those that it began with: "
+                    f"{command('policy', 'versions', name)}, then {command('policy', 'rollback', name, 'VERSION')}"
+                )
+        show_line(*answers.at(server), said)
     answers.done()
+
+
+async def _load(
+    client: PolicyClient, name: str, source: str, backend: str, options: Mapping[str, Any]
+) -> tuple[int, str, PolicyInfo | None]:
+    """The version, the fingerprint, and what the policy was before; None where there was none."""
+    before = {info.name: info for info in await client.policies()}.get(name)
+    return *await client.load_model(name, source, backend, options), before
 
 
 @policy.command()
@@ -115,17 +139,17 @@ def unload(name: NameOf, address: PolicyAddress = DEFAULT_ADDRESSES["policy"]) -
 
     Example: `mulligan policy unload reflector`
     """
-    with Console(stderr=True).status("waiting for its calls …"):
+    with working("waiting for its calls"):
         answers = _call(address, lambda client: client.unload_model(name))
     for server in answers.found:
-        print(*answers.at(server), f"policy {name} is gone")
+        show_line(*answers.at(server), f"policy {name} is gone")
     answers.done()
 
 
 @policy.command()
 def versions(
     name: Name = "",
-    limit: Annotated[int, typer.Option(help="How many.")] = 20,
+    limit: Annotated[int, typer.Option(help="How many.", min=1)] = 20,
     address: PolicyAddress = DEFAULT_ADDRESSES["policy"],
 ) -> None:
     """List the versions of a policy's weights, newest first.
@@ -133,11 +157,13 @@ def versions(
     Example: `mulligan policy versions actor --limit 5`
     """
     answers = _call(address, lambda client: client.versions(name))
-    table = answers.table("version", "state", "since", "model", "kind", "canary", "problem")
-    for server, known in answers.found.items():
-        for version in known[:limit]:
-            table.add_row(*answers.at(server), *_version(version))
-    Console().print(table)
+    rows = [
+        (*answers.at(server), *_version(version))
+        for server, known in answers.found.items()
+        for version in known[:limit]
+    ]
+    columns = (*answers.at("server"), "version", "state", "since", "model", "kind", "canary", "problem")
+    table(columns, rows, whole=("server", "version"))
     answers.done()
 
 
@@ -151,10 +177,10 @@ def rollback(
 
     Example: `mulligan policy rollback actor 41`
     """
-    with Console(stderr=True).status(f"loading version {version} …"):
+    with working(f"loading version {version}"):
         answers = _call(address, lambda client: client.rollback(version, name))
     for server in answers.found:
-        print(*answers.at(server), f"policy {name} serves version {version}")
+        show_line(*answers.at(server), f"policy {name} serves version {version}")
     answers.done()
 
 
@@ -169,13 +195,12 @@ class _Answers(Generic[T]):
     def at(self, server: str) -> tuple[str, ...]:
         return (server,) if self.several else ()
 
-    def table(self, *columns: str) -> Table:
-        return Table(*self.at("server"), *columns, box=None)
-
     def done(self) -> None:
         """Ends the program with status 1, and a line for each server that failed, if any did."""
         if self.failures:
-            sys.exit("\n".join(f"error: {server}: {failure}" for server, failure in self.failures.items()))
+            for server, failure in self.failures.items():
+                note(f"error: {server}: {failure}")
+            sys.exit(1)
 
 
 def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> _Answers[T]:
@@ -183,7 +208,7 @@ def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> _Answers
     try:
         addresses = Addresses.parse(address)
     except ValueError as error:
-        sys.exit(f"error: --policy-address: {error}")
+        fail(f"--policy-address: {error}", 2)
 
     async def one(server: str) -> T:
         client = PolicyClient(endpoint(server), admin_token=admin_token(), update_timeout=LOAD_SECONDS)
@@ -198,7 +223,7 @@ def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> _Answers
         try:
             servers = await addresses.look_up()
         except OSError as error:
-            sys.exit(f"error: --policy-address: {error}")
+            fail(f"--policy-address: {error}", 2)
         answers = await asyncio.gather(*map(one, servers), return_exceptions=True)
         found: dict[str, T] = {}
         failures: dict[str, BaseException] = {}
@@ -216,6 +241,10 @@ def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> _Answers
 
 def _state(info: PolicyInfo) -> str:
     return f"{info.state}: {info.problem}" if info.problem else str(info.state)
+
+
+def _policy(info: PolicyInfo) -> tuple[str, ...]:
+    return (info.name, _state(info), str(info.policy_version), info.backend, info.model, _engines(info))
 
 
 def _engines(info: PolicyInfo) -> str:

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.text import Text
 
+from services.cli.out import console, note, safe
 from services.trainer.client import RunInfo
 from services.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
 from services.trainer.folder import RunState
 
+_BAR_WIDTH = 110  # columns of a terminal that has room for a bar
+_LINE_SECONDS = 5.0  # between lines where there is no terminal
 
-async def show(run: RunInfo, entries: AsyncIterator[Entry], console: Console) -> StateEvent | None:
+
+async def show(run: RunInfo, entries: AsyncIterator[Entry]) -> StateEvent | None:
     """Prints events until the run ends; returns its last state. On a terminal, with a live line: step, first- and
     second-attempt success, reflections, tokens per second, time left."""
     total = run.settings.steps
     seconds: list[float] = []
     state: StateEvent | None = None
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(24),
-        TextColumn("{task.fields[text]}"),
-        console=console,
-        transient=True,
-    )
-    live = bar.add_task(f"step 0/{total}", total=total, text="")
+    terminal = console()
+    # What a narrow terminal cuts is the end of the line.
+    columns: list[ProgressColumn] = [TextColumn("{task.description}  left {task.fields[left]}", markup=False)]
+    columns += [BarColumn(24)] if terminal.width >= _BAR_WIDTH else []
+    bar = Progress(*columns, TextColumn("{task.fields[text]}", markup=False), console=terminal, transient=True)
+
+    def show_line(text: str) -> None:
+        bar.console.print(Text(safe(text)), soft_wrap=True)
+
+    live = bar.add_task(f"step 0/{total}", total=total, text="", left="?")
     with bar:
         async for entry in entries:
             match entry.event:
@@ -34,21 +42,49 @@ async def show(run: RunInfo, entries: AsyncIterator[Entry], console: Console) ->
                     seconds.append(metrics["seconds"])
                     recent = seconds[-20:]
                     left = timedelta(seconds=round(sum(recent) / len(recent) * (total - step - 1)))
-                    text = f"{step_text(metrics)}  left {left}"
-                    bar.update(live, completed=step + 1, description=f"step {step + 1}/{total}", text=text)
-                    if not console.is_terminal or (step + 1) % 10 == 0:
-                        console.print(f"step {step + 1:4}/{total}  {text}", highlight=False, soft_wrap=True)
+                    text = step_text(metrics)
+                    done = f"step {step + 1}/{total}"
+                    bar.update(live, completed=step + 1, description=done, text=text, left=left)
+                    if not terminal.is_terminal or (step + 1) % 10 == 0:
+                        show_line(f"step {step + 1:4}/{total}  {text}  left {left}")
                 case EvaluationEvent():
-                    console.print(evaluation_text(entry.event), highlight=False, soft_wrap=True)
+                    show_line(evaluation_text(entry.event))
                 case NoticeEvent(text):
-                    console.print(f"note: {text}", highlight=False, soft_wrap=True)
+                    show_line(f"note: {text}")
                 case StateEvent():
                     state = entry.event
                     if state.state != RunState.RUNNING:
-                        console.print(
-                            f"run {run.run_id}: {state.state} {state.error}".rstrip(), highlight=False, soft_wrap=True
-                        )
+                        show_line(f"run {run.run_id}: {state.state} {state.error}".rstrip())
     return state
+
+
+class EvaluationDisplay:
+    """Tells on stderr how far an evaluation is, and its result so far: live on a terminal, else in a line every few
+    seconds. A context manager."""
+
+    def __init__(self, name: str):
+        self._bar = Progress(TextColumn("{task.description}", markup=False), console=console(err=True), transient=True)
+        self._live = self._bar.add_task(f"evaluating {safe(name)} …")
+        self._began = self._told = time.monotonic()
+
+    def __enter__(self) -> EvaluationDisplay:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.__exit__(kind, error, trace)
+
+    def update(self, ended: int, total: int, success: float | None) -> None:
+        now = time.monotonic()
+        left = timedelta(seconds=round((now - self._began) / ended * (total - ended))) if ended else "?"
+        so_far = "" if success is None else f"  success so far {success:.2f}"
+        text = f"{ended}/{total} attempts{so_far}  left {left}"
+        self._bar.update(self._live, description=text)
+        if not self._bar.console.is_terminal and now - self._told > _LINE_SECONDS:
+            self._told = now
+            note(text)
 
 
 def step_text(metrics: dict[str, float]) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.table import Table
-
 from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from services.cli.ids import whole_id
+from services.cli.out import table
 from services.trainer.client import RunClient, RunInfo
 
 
@@ -14,17 +13,17 @@ def runs(trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) -> None:
 
     Example: `mulligan runs --trainer 10.0.0.7:50054`
     """
-    table = Table("run", "state", "step", "environment", "second attempt", "trained", "folder", box=None)
+    rows = []
     for info in run(_list(trainer)):
         settings = info.settings
         state = f"{info.state}: {info.error}" if info.error else str(info.state)
         state = f"paused: {info.paused}" if info.paused else state
         step = f"{info.step}/{settings.steps}"
         second = str(settings.algorithm.second_attempt)
-        table.add_row(
-            info.run_id, state, step, settings.environment, second, f"{info.train_seconds:.0f} s", info.folder
-        )
-    Console().print(table)
+        trained = f"{info.train_seconds:.0f} s"
+        rows.append((info.run_id, state, step, settings.environment, second, trained, info.folder))
+    columns = ("run", "state", "step", "environment", "second attempt", "trained", "folder")
+    table(columns, rows, whole=("run", "step"))
 
 
 async def _list(trainer: str) -> list[RunInfo]:
@@ -33,3 +32,8 @@ async def _list(trainer: str) -> list[RunInfo]:
         return await client.runs()
     finally:
         await client.close()
+
+
+async def whole_run_id(client: RunClient, run_id: str) -> str:
+    """Of a run whose id begins so."""
+    return whole_id(run_id, (info.run_id for info in await client.runs()), "run")

@@ -6,11 +6,14 @@ from typing import Annotated
 
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, command, endpoint, run
+from services.cli.out import show
+from services.cli.runs import whole_run_id
 from services.cli.watch import watch_run
 from services.trainer.client import RunClient
+from services.trainer.folder import RunState
 
-RunId = Annotated[str, typer.Argument(help="As `mulligan runs` lists it.")]
+RunId = Annotated[str, typer.Argument(help="As `mulligan runs` lists it; a unique beginning is enough.")]
 AcceptEnvironment = Annotated[
     bool,
     typer.Option("--accept-environment", help="Go on although the environment is not the one that the run began in."),
@@ -22,8 +25,14 @@ def stop(run_id: RunId, trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) 
 
     Example: `mulligan stop frozenlake-1`
     """
-    run(_stop(run_id, trainer))
-    print(f"stopping; go on with: mulligan resume {run_id}")
+    state, whole = run(_stop(run_id, trainer))
+    again = command("resume", whole, trainer=trainer)
+    if state is RunState.COMPLETED:
+        show(f"run {whole} is completed: there is nothing to stop")
+    elif state is RunState.RUNNING:
+        show(f"stopping; go on with: {again}")
+    else:
+        show(f"run {whole} is {state} already; go on with: {again}")
 
 
 def resume(
@@ -39,10 +48,15 @@ def resume(
     run(_resume(run_id, watch, accept_environment, trainer))
 
 
-async def _stop(run_id: str, trainer: str) -> None:
+async def _stop(run_id: str, trainer: str) -> tuple[RunState, str]:
+    """What it was before, and its whole id."""
     client = RunClient(endpoint(trainer))
     try:
-        await client.stop(run_id)
+        whole = await whole_run_id(client, run_id)
+        state = (await client.get(whole)).state
+        if state is RunState.RUNNING:
+            await client.stop(whole)
+        return state, whole
     finally:
         await client.close()
 
@@ -50,8 +64,9 @@ async def _stop(run_id: str, trainer: str) -> None:
 async def _resume(run_id: str, watch: bool, accept_environment: bool, trainer: str) -> None:
     client = RunClient(endpoint(trainer))
     try:
-        await client.resume(run_id, accept_environment=accept_environment)
+        whole = await whole_run_id(client, run_id)
+        await client.resume(whole, accept_environment=accept_environment)
     finally:
         await client.close()
     if watch:
-        await watch_run(run_id, trainer)
+        await watch_run(whole, trainer)

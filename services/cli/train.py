@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import tomllib
 import unicodedata
 from datetime import datetime
@@ -13,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from services.cli.out import fail, show
 from services.cli.watch import watch_run
 from services.common.errors import DomainError
 from services.trainer.client import RunClient
@@ -46,7 +46,7 @@ async def _train(run_id: str, settings: RunSettings, watch: bool, trainer: str) 
         await client.start(run_id, settings)
     finally:
         await client.close()
-    print(f"run {run_id}")
+    show(f"run {run_id}")
     if watch:
         await watch_run(run_id, trainer)
 
@@ -65,7 +65,7 @@ def read_settings(recipe: Path | None, overrides: list[str]) -> RunSettings:
             _override(plain, override)
         return validated(RunSettings, plain)
     except (OSError, tomllib.TOMLDecodeError, ValueError, DomainError) as error:
-        sys.exit(f"error: {recipe or 'settings'}: {error}")
+        fail(f"{recipe or 'settings'}: {error}", 2)
 
 
 def _override(plain: dict[str, Any], override: str) -> None:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from services.cli.connection import DEFAULT_ADDRESSES, PORT_BASE, addresses_from, program
 from services.cli.local import LocalServices, ServiceFailed
+from services.cli.out import fail, note
 
 
 def up(
@@ -57,7 +55,7 @@ def up(
         )
         asyncio.run(_up(services))
     except ServiceFailed as error:
-        sys.exit(f"error: {error}")
+        fail(error, 2)
 
 
 def _next_steps(addresses: Mapping[str, str]) -> Iterator[str]:
@@ -68,22 +66,19 @@ def _next_steps(addresses: Mapping[str, str]) -> Iterator[str]:
 
 
 async def _up(services: LocalServices) -> None:
-    console = Console(stderr=True)
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    console.print("starting env, policy, memory and trainer …")
+    note("starting env, policy, memory and trainer …")
     async with services:
-        table = Table("service", "address", "log", box=None)
         for name, address in services.addresses.items():
-            table.add_row(name, address, str(services.folder / "logs" / f"{name}.log"))
-        console.print(table)
-        for line in _next_steps(services.addresses):
-            console.print(line, highlight=False, soft_wrap=True)
+            note(f"{name:<8} {address:<18} {services.folder / 'logs' / f'{name}.log'}")
+        for step in _next_steps(services.addresses):
+            note(step)
         stopped = asyncio.create_task(stop.wait())
         failed = asyncio.create_task(services.failed())
         await asyncio.wait([stopped, failed], return_when=asyncio.FIRST_COMPLETED)
         if failed.done():
             await failed
         failed.cancel()
-        console.print("ending …")
+        note("ending …")

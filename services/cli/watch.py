@@ -6,16 +6,16 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
 from services.cli.progress import show
+from services.cli.runs import whole_run_id
 from services.trainer.client import RunClient
 from services.trainer.folder import RunState
 
 
 def watch(
-    run_id: Annotated[str, typer.Argument(help="As `mulligan runs` lists it.")],
+    run_id: Annotated[str, typer.Argument(help="As `mulligan runs` lists it; a unique beginning is enough.")],
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
     """Show a run's progress from its start, then live until it ends. Ctrl-C leaves the run going.
@@ -28,7 +28,8 @@ def watch(
 async def watch_run(run_id: str, trainer: str) -> None:
     client = RunClient(endpoint(trainer))
     try:
-        state = await show(await client.get(run_id), client.watch(run_id), Console())
+        whole = await whole_run_id(client, run_id)
+        state = await show(await client.get(whole), client.watch(whole))
     finally:
         await client.close()
     if state is not None and state.state == RunState.FAILED:

@@ -27,7 +27,7 @@ Deviations from the paper and its reference code:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -282,9 +282,10 @@ async def evaluate(
     settings: EvaluationSettings,
     rollout: RolloutSettings,
     seed: int,
+    on_end: Callable[[Attempt], None] = lambda attempt: None,
 ) -> list[Attempt]:
     """First attempts alone, no reflection in context: what is deployed. `name` tells one evaluation from another; the
-    random numbers are the same in all with the same seed."""
+    random numbers are the same in all with the same seed. `on_end` hears of each attempt as it ends."""
     sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, rollout.max_tokens)
     gate = asyncio.Semaphore(rollout.concurrency)
 
@@ -292,7 +293,9 @@ async def evaluate(
         async with gate:
             attempt_id = f"{name}-t{slot}-r{sample}"  # a task's id may be as long as an attempt's
             attempt_seed = derive_seed(seed, "evaluation", task_id, sample)
-            return await player.attempt(attempt_id, task_id, player.info.prompts.solver, sampling, attempt_seed)
+            attempt = await player.attempt(attempt_id, task_id, player.info.prompts.solver, sampling, attempt_seed)
+            on_end(attempt)
+            return attempt
 
     return await all_or_none(
         limited(slot, task_id, sample) for slot, task_id in enumerate(task_ids) for sample in range(settings.samples)

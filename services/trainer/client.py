@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -104,15 +104,21 @@ class RunClient:
         max_tokens: int | None = None,
         run_id: str = "",
         policy: str = "",
+        on_progress: Callable[[int, int, float | None], None] = lambda ended, total, success: None,
     ) -> tuple[EvaluationEvent, int]:
         """The result and the policy version that was measured; with a run, its last checkpoint is published first, and
-        without, `policy` names one of the policy service."""
+        without, `policy` names one of the policy service. `on_progress` gets the attempts that have ended, of how many,
+        and the share of successes so far."""
         request = pb.EvaluateRequest(
             environment=environment, seed=seed, max_tokens=max_tokens, run_id=run_id, policy=policy
         )
         fill_proto(request.config, settings.model_dump(mode="json"))
-        response = await self._connection.call(self._stub.Evaluate, request, timeout=EVALUATE_SECONDS)
-        return evaluation_from_proto(response.result), response.policy_version
+        streamed = pb.StreamEvaluateRequest(request=request)
+        last = pb.StreamEvaluateResponse()
+        async with self._connection.stream(self._stub.StreamEvaluate, streamed, timeout=EVALUATE_SECONDS) as responses:
+            async for last in responses:
+                on_progress(last.ended, last.total, last.success if last.HasField("success") else None)
+        return self._connection.read(_evaluation, last)
 
     async def experiences(self, run_id: str, step: int | None = None, limit: int = 10) -> list[Experience]:
         found: list[Experience] = []
@@ -133,6 +139,12 @@ class RunClient:
 
     async def close(self) -> None:
         await self._connection.close()
+
+
+def _evaluation(last: pb.StreamEvaluateResponse) -> tuple[EvaluationEvent, int]:
+    if not last.HasField("result"):
+        raise ValueError("the evaluation ended without a result")
+    return evaluation_from_proto(last.result.result), last.result.policy_version
 
 
 class LearnersClient:

@@ -7,17 +7,19 @@ import contextlib
 import fcntl
 import os
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import structlog
 
 from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import Split
+from services.common.types import Attempt, Split
 from services.trainer.algorithm import evaluate
 from services.trainer.episode import Player
 from services.trainer.events import EvaluationEvent, StateEvent
 from services.trainer.folder import RunFolder, RunRecord, RunState
+from services.trainer.metrics import EvaluationProgress
 from services.trainer.named import NamedPolicy, check_environment, check_tasks, check_top_k
 from services.trainer.run import Run, Services, evaluation_of
 from services.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
@@ -171,6 +173,7 @@ class RunManager:
         threshold: float,
         policy: str = "",
         run_id: str = "",
+        tell: Callable[[EvaluationProgress], None] = lambda progress: None,
     ) -> tuple[EvaluationEvent, int]:
         """First attempts of a policy as it serves now, or of a run's actor after `publish`, and its version. Raises
         UNKNOWN_POLICY, INVALID_SETTING, ENVIRONMENT_CHANGED."""
@@ -186,9 +189,16 @@ class RunManager:
         check_environment(info, named.info)
         check_top_k(named.info, settings.top_k, "top_k")
         name = f"evaluation-{os.urandom(4).hex()}"
+        progress = EvaluationProgress(len(tasks) * settings.samples, threshold)
+        tell(progress)
+
+        def ended(attempt: Attempt) -> None:
+            progress.add(attempt)
+            tell(progress)
+
         player = Player(port, named, info, named.info, "0", rollout.max_restarts)
         try:
-            attempts = await evaluate(player, name, [task.task_id for task in tasks], settings, rollout, seed)
+            attempts = await evaluate(player, name, [task.task_id for task in tasks], settings, rollout, seed, ended)
         except EnvironmentChanged as error:
             raise DomainError(Reason.ENVIRONMENT_CHANGED, str(error), environment=environment) from error
         for text in prompt_notices(attempts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 
 from services.common.rewards import reaches
@@ -48,3 +49,25 @@ def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
         for name, value in one.items():
             values[name].append(value)
     return {name: fmean(many) for name, many in values.items()}
+
+
+@dataclass
+class EvaluationProgress:
+    """How far an evaluation is."""
+
+    total: int  # attempts
+    threshold: float
+    ended: int = 0
+    rewarded: int = 0
+    successes: int = 0
+
+    def add(self, attempt: Attempt) -> None:
+        self.ended += 1
+        if attempt.reward is not None:
+            self.rewarded += 1
+            self.successes += reaches(attempt.reward, self.threshold)
+
+    @property
+    def success(self) -> float | None:
+        """Share of the attempts that have a reward; None while there is none."""
+        return self.successes / self.rewarded if self.rewarded else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -15,6 +15,7 @@ from services.common.wire import experience_to_proto
 from services.trainer.folder import RunState
 from services.trainer.journal import journal_file, journaled_steps, read_experiences
 from services.trainer.manager import RunManager
+from services.trainer.metrics import EvaluationProgress
 from services.trainer.run import Run
 from services.trainer.settings import EvaluationSettings, RolloutSettings
 from services.trainer.wire import (
@@ -75,6 +76,37 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         return pb.ResumeRunResponse(run=self._message(run))
 
     async def Evaluate(self, request: pb.EvaluateRequest, context: Context) -> pb.EvaluateResponse:
+        return await self._evaluate(request)
+
+    async def StreamEvaluate(
+        self, request: pb.StreamEvaluateRequest, context: Context
+    ) -> AsyncIterator[pb.StreamEvaluateResponse]:
+        changed = asyncio.Event()
+        state = pb.StreamEvaluateResponse()
+
+        def tell(progress: EvaluationProgress) -> None:
+            state.ended, state.total = progress.ended, progress.total
+            if progress.success is not None:
+                state.success = progress.success
+            changed.set()
+
+        evaluation = asyncio.ensure_future(self._evaluate(request.request, tell))
+        evaluation.add_done_callback(lambda _: changed.set())
+        try:
+            while not evaluation.done():
+                await changed.wait()
+                changed.clear()
+                if not evaluation.done():
+                    yield state
+            state.result.CopyFrom(evaluation.result())
+            yield state
+        finally:
+            evaluation.cancel()
+            await asyncio.gather(evaluation, return_exceptions=True)
+
+    async def _evaluate(
+        self, request: pb.EvaluateRequest, tell: Callable[[EvaluationProgress], None] = lambda progress: None
+    ) -> pb.EvaluateResponse:
         rollout = (
             RolloutSettings(max_tokens=request.max_tokens) if request.HasField("max_tokens") else RolloutSettings()
         )
@@ -84,7 +116,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
             raise invalid_field("policy", "nothing beside run_id: the run's own is measured")
         try:
             event, version = await self._manager.evaluate(
-                request.environment, settings, rollout, request.seed, threshold, request.policy, request.run_id
+                request.environment, settings, rollout, request.seed, threshold, request.policy, request.run_id, tell
             )
         except ServiceUnavailable as error:
             raise DomainError(Reason.SERVICE_UNAVAILABLE, str(error), endpoint=error.endpoint) from error

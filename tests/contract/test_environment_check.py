@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.__main__ import app
+from services.cli.app import app
 from services.conformance.local import check_environment
 from services.conformance.report import Report, Verdict
 from tests.support.processes import ROOT

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.__main__ import app
+from services.cli.app import app
 from services.common import addresses
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason, ServiceUnavailable

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from services.cli.__main__ import app
+from services.cli.app import app
 from services.trainer.journal import journaled_steps, read_experiences
 from tests.support.llama_model import write_llama_model
 from tests.support.processes import ROOT, Services

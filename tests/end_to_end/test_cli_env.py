@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from services.cli.__main__ import app
+from services.cli.app import app
 from services.common.extras import how_to_install
 from tests.support.processes import ROOT, ServiceProcess, Services
 

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from services.cli.__main__ import app
+from services.cli.app import app
 from services.common.channel import Endpoint
 from services.common.errors import DomainError, Reason
 from services.common.inference import (

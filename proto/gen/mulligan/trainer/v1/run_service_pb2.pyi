@@ -620,6 +620,61 @@ class EvaluateResponse(_message.Message):
 Global___EvaluateResponse: _TypeAlias = EvaluateResponse  # noqa: Y015
 
 @_typing.final
+class StreamEvaluateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def request(self) -> Global___EvaluateRequest: ...
+    def __init__(
+        self,
+        *,
+        request: Global___EvaluateRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamEvaluateRequest: _TypeAlias = StreamEvaluateRequest  # noqa: Y015
+
+@_typing.final
+class StreamEvaluateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDED_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    SUCCESS_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    ended: _builtins.int
+    """Attempts that have ended, of all that there will be."""
+    total: _builtins.int
+    success: _builtins.float
+    """Share of successes among those that ended with a reward. Absent while there is none."""
+    @_builtins.property
+    def result(self) -> Global___EvaluateResponse:
+        """In the last message alone."""
+
+    def __init__(
+        self,
+        *,
+        ended: _builtins.int = ...,
+        total: _builtins.int = ...,
+        success: _builtins.float | None = ...,
+        result: Global___EvaluateResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_success", b"_success", "result", b"result", "success", b"success"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_success", b"_success", "ended", b"ended", "result", b"result", "success", b"success", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__success: _TypeAlias = _typing.Literal["success"]  # noqa: Y015
+    _WhichOneofArgType__success: _TypeAlias = _typing.Literal["_success", b"_success"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__success) -> _WhichOneofReturnType__success | None: ...
+
+Global___StreamEvaluateResponse: _TypeAlias = StreamEvaluateResponse  # noqa: Y015
+
+@_typing.final
 class ListExperiencesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -81,6 +81,11 @@ class RunServiceStub:
                 request_serializer=mulligan_dot_trainer_dot_v1_dot_run__service__pb2.EvaluateRequest.SerializeToString,
                 response_deserializer=mulligan_dot_trainer_dot_v1_dot_run__service__pb2.EvaluateResponse.FromString,
                 _registered_method=True)
+        self.StreamEvaluate = channel.unary_stream(
+                '/mulligan.trainer.v1.RunService/StreamEvaluate',
+                request_serializer=mulligan_dot_trainer_dot_v1_dot_run__service__pb2.StreamEvaluateRequest.SerializeToString,
+                response_deserializer=mulligan_dot_trainer_dot_v1_dot_run__service__pb2.StreamEvaluateResponse.FromString,
+                _registered_method=True)
         self.ListExperiences = channel.unary_unary(
                 '/mulligan.trainer.v1.RunService/ListExperiences',
                 request_serializer=mulligan_dot_trainer_dot_v1_dot_run__service__pb2.ListExperiencesRequest.SerializeToString,
@@ -169,6 +174,14 @@ class RunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamEvaluate(self, request, context):
+        """Evaluate with its progress: a message after each attempt, then the result in the last. A caller that leaves ends the
+        evaluation. Errors as in Evaluate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListExperiences(self, request, context):
         """Pages through the journaled experiences of a run, in the order of (step, task, rollout). NOT_FOUND UNKNOWN_RUN.
         Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN.
@@ -214,6 +227,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.Evaluate,
                     request_deserializer=mulligan_dot_trainer_dot_v1_dot_run__service__pb2.EvaluateRequest.FromString,
                     response_serializer=mulligan_dot_trainer_dot_v1_dot_run__service__pb2.EvaluateResponse.SerializeToString,
+            ),
+            'StreamEvaluate': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamEvaluate,
+                    request_deserializer=mulligan_dot_trainer_dot_v1_dot_run__service__pb2.StreamEvaluateRequest.FromString,
+                    response_serializer=mulligan_dot_trainer_dot_v1_dot_run__service__pb2.StreamEvaluateResponse.SerializeToString,
             ),
             'ListExperiences': grpc.unary_unary_rpc_method_handler(
                     servicer.ListExperiences,
@@ -422,6 +440,33 @@ class RunService:
             '/mulligan.trainer.v1.RunService/Evaluate',
             mulligan_dot_trainer_dot_v1_dot_run__service__pb2.EvaluateRequest.SerializeToString,
             mulligan_dot_trainer_dot_v1_dot_run__service__pb2.EvaluateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamEvaluate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mulligan.trainer.v1.RunService/StreamEvaluate',
+            mulligan_dot_trainer_dot_v1_dot_run__service__pb2.StreamEvaluateRequest.SerializeToString,
+            mulligan_dot_trainer_dot_v1_dot_run__service__pb2.StreamEvaluateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -64,6 +64,10 @@ class RunServiceStub:
     exchanged meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`.
     INTERNAL when no attempt could be finished.
     """
+    StreamEvaluate: _aio.UnaryStreamMultiCallable[_run_service_pb2.StreamEvaluateRequest, _run_service_pb2.StreamEvaluateResponse]
+    """Evaluate with its progress: a message after each attempt, then the result in the last. A caller that leaves ends the
+    evaluation. Errors as in Evaluate.
+    """
     ListExperiences: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListExperiencesRequest, _run_service_pb2.ListExperiencesResponse]
     """Pages through the journaled experiences of a run, in the order of (step, task, rollout). NOT_FOUND UNKNOWN_RUN.
     Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN.
@@ -160,6 +164,16 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         The environment has no test tasks: INVALID_SETTING of `environment`. FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was
         exchanged meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`.
         INTERNAL when no attempt could be finished.
+        """
+
+    @_abc_1.abstractmethod
+    def StreamEvaluate(
+        self,
+        request: _run_service_pb2.StreamEvaluateRequest,
+        context: _aio.ServicerContext[_run_service_pb2.StreamEvaluateRequest, _abc.AsyncIterator[_run_service_pb2.StreamEvaluateResponse]],
+    ) -> _abc.AsyncIterator[_run_service_pb2.StreamEvaluateResponse]:
+        """Evaluate with its progress: a message after each attempt, then the result in the last. A caller that leaves ends the
+        evaluation. Errors as in Evaluate.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,107 @@
+"""The one way to the terminal: data are never markup and never steer it, and nothing that a person needs is cut.
+
+Results go to stdout; what is said in passing (progress, warnings, errors) goes to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NoReturn
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_PIPE_WIDTH = 100_000  # lines of a pipe are not folded
+_FOLDED = 8  # columns; what a cell that may be folded needs at least
+_GAP = 2
+_JOINERS = "\u200c\u200d"  # invisible, and part of words and of emoji
+Styled = str | tuple[str, str]  # a text, or a text with a style of rich
+
+
+def safe(text: object) -> str:
+    """With every character that would steer a terminal (escape sequences, carriage returns, changes of direction) shown
+    as Python writes it: `\\x1b`. Line breaks and tabs stay."""
+    return "".join(
+        one if one.isprintable() or one in "\n\t" or one in _JOINERS else one.encode("unicode_escape").decode()
+        for one in str(text).encode("utf-8", "replace").decode()
+    )
+
+
+def console(*, err: bool = False) -> Console:
+    """For live displays. What it is given is to be safe, and a Text."""
+    found = Console(stderr=err, highlight=False, markup=False, emoji=False)
+    if not found.is_terminal:
+        found.width = _PIPE_WIDTH
+    return found
+
+
+def show(*parts: object) -> None:
+    """A line of the result."""
+    print(*map(safe, parts))
+
+
+def note(*parts: object) -> None:
+    """A line in passing."""
+    print(*map(safe, parts), file=sys.stderr, flush=True)
+
+
+def line(*parts: Styled) -> None:
+    """A line of the result, in colours where there is a terminal."""
+    text = Text()
+    for part in parts:
+        words, style = (part, "") if isinstance(part, str) else part
+        text.append(safe(words), style)
+    console().print(text, soft_wrap=True)
+
+
+def fail(problem: object, status: int = 1) -> NoReturn:
+    """Ends the program. Status 2 is for what was called wrongly."""
+    note(f"error: {problem}")
+    sys.exit(status)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Sequence[str] = ()) -> None:
+    """Columns in `whole` (ids, which the next command needs) are never cut nor folded, however narrow the terminal."""
+    cells = [[safe(cell).replace("\n", " / ") for cell in row] for row in rows]
+    shown = Table(box=None)
+    needed = 0
+    for index, name in enumerate(columns):
+        widest = max([cell_len(name), *(cell_len(row[index]) for row in cells)])
+        least = widest if name in whole else min(widest, _FOLDED)
+        shown.add_column(name, no_wrap=name in whole, min_width=least, overflow="fold")
+        needed += least + _GAP
+    for row in cells:
+        shown.add_row(*(Text(cell, overflow="fold") for cell in row))
+    output = console()
+    output.width = max(output.width, needed)
+    output.print(shown, soft_wrap=False, crop=False)
+
+
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Says on stderr that something takes its time: live with the seconds on a terminal, else in one line."""
+    output = console(err=True)
+    if not output.is_terminal:
+        note(f"{text} …")
+        yield
+        return
+    began = time.monotonic()
+
+    class Clock:
+        def __rich__(self) -> Text:
+            return Text(f"{safe(text)} … {time.monotonic() - began:.0f} s")
+
+    with output.status(Clock()):
+        yield
+
+
+def leave_quietly() -> NoReturn:
+    """After the reader of a pipe has gone: nothing more can be written, and that is no error of ours."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)  # 128 + SIGPIPE, as other programs end
