@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from services.env.base import Split, TaskInfo, UnknownTask
+from services.env.files import required
 from services.env.grid import GridBoard
-from services.env.record_files import matching
 
 MAX_STEPS = 1_000  # that a game whose boards come from files may allow
 
@@ -102,11 +102,7 @@ def _splits(
 
 def _boards(setting: str, path: str, read: Callable[[Path], Iterator[Placed[B]]]) -> Iterator[Placed[B]]:
     """Of all files that the path stands for."""
-    found = matching(path) if path else []
-    if path and not found:
-        inside = "; it is a folder: name files in it, as *.txt" if Path(path).is_dir() else ""
-        raise ValueError(f"{setting}: no such file: {path}{inside}")
-    for file in found:
+    for file in required(setting, path):
         any_here = False
         for placed in read(file):
             any_here = True

@@ -1,5 +1,5 @@
 """Files of records, as data sets are published: a JSON array, JSON lines, or Parquet, told apart by their content; JSON
-that bzip2 or gzip has compressed, too. A path may be a pattern, such as `train-*.parquet`, for several files.
+that bzip2 or gzip has compressed, too.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import bz2
 import gzip
 from collections.abc import Iterator
-from glob import glob
 from pathlib import Path
 from typing import IO, TypeVar, cast
 
@@ -20,13 +19,6 @@ _BATCH = 1_000  # rows of a Parquet file that are in memory at once
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _EXPECTED = "expected a JSON array of records, a JSON object in each line, or Parquet"
 T = TypeVar("T", bound=msgspec.Struct)
-
-
-def matching(path: str) -> list[Path]:
-    """The file, or all that a pattern stands for, in order of their names; empty when there is none."""
-    if Path(path).is_file():
-        return [Path(path)]
-    return sorted(found for found in map(Path, glob(path, recursive=True)) if found.is_file())
 
 
 def read_records(path: Path, kind: type[T]) -> Iterator[tuple[str, T]]:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from services.env.record_files import matching, read_records
+from services.env.files import matching, required
+from services.env.record_files import read_records
 
 LEVELS = {"easy": 1.0, "medium": 2.0, "hard": 3.0}
 MAX_ID = 190  # characters; a task's id, with its split before it, may have 200
@@ -119,8 +120,7 @@ class Files:
     def check(self) -> None:
         """Raises ValueError when a file is not there."""
         for setting, path in (("train_file", self.train_file), ("test_file", self.test_file)):
-            if path and not matching(path):
-                raise ValueError(f"{setting}: {_no_file(path)}")
+            required(setting, path)
         for path in self.corpus:
             if not Path(path).exists() and not matching(path):
                 raise ValueError(f"corpus: no such file or folder: {path}")
@@ -140,11 +140,6 @@ class Files:
                 if path not in questions and page.context is None and (page.title is None or page.text is None):
                     raise ValueError(f"{place}: expected `title` and `text`, or a question's `context`")
                 yield from ((title, text) for title, text in page.passages(place) if text)
-
-
-def _no_file(path: str) -> str:
-    inside = f"; it is a folder: name files in it, as {Path(path) / '*.parquet'}" if Path(path).is_dir() else ""
-    return f"no such file: {path}{inside}"
 
 
 def by_id(questions: Iterable[Question], without: Iterable[Question] = ()) -> dict[str, Question]:
