@@ -8,8 +8,11 @@ COPY pyproject.toml constraints.txt docker/install.sh ./
 # Extras of pyproject.toml: gymnasium, reasoning-gym and textarena are others.
 ARG EXTRAS=env,hotpotqa,openenv
 ARG WHEELS=docker/wheels
+# Where torch is looked for; see policy.Dockerfile. Only the extra hotpotqa-dense needs it.
+ARG TORCH_INDEX=""
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
-    sh install.sh /opt/mulligan ".[${EXTRAS}]"
+    case ",${EXTRAS}," in *,hotpotqa-dense,*|*,all,*) torch=torch ;; esac; \
+    sh install.sh /opt/mulligan ${torch:-} ".[${EXTRAS}]"
 COPY services/__init__.py /app/services/__init__.py
 COPY services/common /app/services/common
 COPY services/env /app/services/env

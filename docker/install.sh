@@ -1,21 +1,67 @@
 #!/bin/sh
 # Builds only: install.sh VENV REQUIREMENT... makes a virtual environment at the versions of constraints.txt, or adds to
 # one, and removes what no service runs. Packages of /opt/torch, where that is there, count as installed.
+# A requirement that is `torch` is taken from the wheels in $WHEELS where one is there, else from the index $TORCH_INDEX,
+# and from nowhere else; from pip's own index where neither is given.
 set -eu
 venv=$1
 shift
+
+install() {
+    # PIP_BUILD_CONSTRAINT is what newer versions of pip ask for.
+    PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt \
+        pip --python "$venv/bin/python" install --disable-pip-version-check --root-user-action=ignore \
+        --progress-bar=off --quiet "$@"
+}
+
+# As it may be shown: without a user's name and password.
+shown() { printf '%s' "$1" | sed 's#//[^/@]*@#//***@#'; }
+
+# The index is asked once: pip itself would try for minutes, and then take the build of its own index, which brings CUDA.
+index_answers() {
+    seconds=${TORCH_INDEX_SECONDS:-10}
+    answer=$(timeout $((seconds * 2)) pip --python "$venv/bin/python" index versions torch -vv \
+        --index-url "$TORCH_INDEX" --timeout "$seconds" --retries 0 2>&1) && return
+    printf '%s\n' "$answer" | grep -F -m 1 'Could not fetch URL' >&2 || true
+    return 1
+}
+
+refuse() {
+    cat >&2 <<END
+error: there is no torch $version for this image's Python in $1
+The build of pip's own index was not taken instead: on x86 it brings CUDA with it, gigabytes. Set one of these:
+    TORCH_INDEX=https://…/whl/cpu     a mirror of PyTorch's builds for the CPU that can be reached from here
+    docker/wheels/                    put torch-$version+cpu-….whl into this folder; no index is asked for torch then
+    TORCH_INDEX=                      (empty) pip's own index, with CUDA
+As in: TORCH_INDEX= docker compose up --build --wait, or docker build --build-arg TORCH_INDEX= (docs/docker.md, "torch")
+END
+    exit 1
+}
+
+install_torch() {
+    version=$(sed -n 's/^torch==//p' constraints.txt)
+    if [ -n "${WHEELS:-}" ] && ls "$WHEELS"/torch-*.whl >/dev/null 2>&1; then
+        echo "torch $version: from the wheels in $WHEELS"
+        TORCH_INDEX=
+        install --no-deps --no-index --find-links "$WHEELS" torch || refuse "$WHEELS: $(cd "$WHEELS" && echo torch-*.whl)"
+    elif [ -n "${TORCH_INDEX:-}" ]; then
+        echo "torch $version: from $(shown "$TORCH_INDEX")"
+        index_answers && install --no-deps --index-url "$TORCH_INDEX" torch || refuse "$(shown "$TORCH_INDEX")"
+    else
+        echo "torch $version: from pip's own index, on x86 with CUDA, gigabytes (TORCH_INDEX is empty)"
+    fi
+}
+
 python -m venv --without-pip "$venv"
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 if [ -d /opt/torch ] && [ "$venv" != /opt/torch ]; then
     echo "/opt/torch/${packages#"$venv"/}" >"$packages/torch.pth"
 fi
-case ${WHEELS:+$(ls "$WHEELS")} in
-*torch-*) TORCH_INDEX= ;; # it is there already
+case " $* " in
+*" torch "*) install_torch ;;
+*) TORCH_INDEX= ;;
 esac
-# PIP_BUILD_CONSTRAINT is what newer versions of pip ask for.
-PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt \
-    pip --python "$venv/bin/python" install --disable-pip-version-check --root-user-action=ignore --progress-bar=off \
-    --quiet ${WHEELS:+--find-links "$WHEELS"} ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"
+install ${WHEELS:+--find-links "$WHEELS"} ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"
 
 cd "$packages"
 rm -rf setuptools setuptools-*.dist-info pkg_resources _distutils_hack distutils-precedence.pth # torch builds with it

@@ -6,9 +6,9 @@ ARG BASE=python:3.11-slim
 FROM ${BASE} AS torch
 WORKDIR /src
 COPY constraints.txt docker/install.sh ./
-# An index to look for torch in, besides pip's own: that of PyTorch's CPU builds makes images smaller by gigabytes.
+# The index that torch is taken from, as that of PyTorch's builds for the CPU; "" for pip's own, with CUDA on x86.
 ARG TORCH_INDEX=""
-# A folder of wheels that are preferred to every index; "" for none.
+# A folder of wheels that are preferred to every index, of torch, too; "" for none.
 ARG WHEELS=docker/wheels
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/torch torch transformers tokenizers safetensors numpy

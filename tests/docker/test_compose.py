@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.support.docker import missing_compose, require
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("env", "policy", "memory", "trainer")
@@ -17,14 +18,13 @@ FILES = ("compose.yaml", "compose.gpu.yaml", "compose.scale.yaml")
 
 
 def compose(*files: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """`docker compose config` over these files. Skips without docker, where it need not be there."""
-    if shutil.which("docker") is None:
-        (pytest.fail if os.environ.get("MULLIGAN_TEST_DOCKER_REQUIRED") else pytest.skip)("there is no docker")
+    """`docker compose config` over these files. Skips without compose, where it need not be there."""
+    require(missing_compose())
     command = ["docker", "compose", *(word for file in files for word in ("-f", f"docker/{file}"))]
     return subprocess.run(
         [*command, "config", "--format", "json"],
         cwd=ROOT,
-        env={**os.environ, **variables},
+        env={**{name: value for name, value in os.environ.items() if name != "TORCH_INDEX"}, **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -95,6 +95,16 @@ def test_gpus_are_reserved_and_the_model_must_be_named() -> None:
     assert services["policy"]["environment"]["MULLIGAN_POLICY_MODEL"] == "some/model"
     nameless = compose("compose.yaml", "compose.gpu.yaml", MODEL="")
     assert nameless.returncode != 0 and "MODEL is the model to train" in nameless.stderr
+
+
+@pytest.mark.parametrize("index", ["", "https://mirror.example.org/whl/cpu"])
+def test_torch_is_built_for_the_cpu_unless_another_index_is_named(index: str) -> None:
+    """An empty one counts as named: it is pip's own."""
+    by_default, named = compose("compose.yaml"), compose("compose.yaml", TORCH_INDEX=index)
+    for read, expected in ((by_default, "https://download.pytorch.org/whl/cpu"), (named, index)):
+        assert read.returncode == 0, read.stderr
+        services = json.loads(read.stdout)["services"]
+        assert {services[name]["build"]["args"]["TORCH_INDEX"] for name in ("env", "policy", "trainer")} == {expected}
 
 
 def test_the_two_large_images_share_their_largest_layer() -> None:

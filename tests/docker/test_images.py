@@ -15,7 +15,7 @@ from services.common.channel import Endpoint
 from services.common.types import Outcome, Provenance, Split
 from services.env.client import EnvClient
 from services.memory.client import MemoryClient
-from tests.support.docker import Project, image, project, require_engine
+from tests.support.docker import Project, image, missing, project, require
 
 SERVICES = ("env", "memory")
 BASE = os.environ.get("BASE", "python:3.11-slim")
@@ -60,7 +60,7 @@ pytestmark = pytest.mark.timeout(600)  # the first build downloads packages
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Project]:
-    require_engine()
+    require(missing())
     with project(f"mulligan-test-{uuid4().hex[:8]}", services=SERVICES) as started:
         yield started
 

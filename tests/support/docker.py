@@ -24,13 +24,18 @@ HEALTHY_SECONDS = 60.0
 REQUIRED = "MULLIGAN_TEST_DOCKER_REQUIRED"
 
 
-def missing() -> str:
-    """What keeps containers from being started here; empty when nothing does."""
+def missing_compose() -> str:
+    """What keeps compose files from being read here; empty when nothing does."""
     if shutil.which("docker") is None:
         return "there is no docker on the PATH"
     compose = subprocess.run(["docker", "compose", "version"], capture_output=True, text=True, check=False)
-    if compose.returncode:
-        return f"docker compose does not run: {compose.stderr.strip()}"
+    return f"docker compose does not run: {compose.stderr.strip()}" if compose.returncode else ""
+
+
+def missing() -> str:
+    """What keeps containers from being started here; empty when nothing does."""
+    if problem := missing_compose():
+        return problem
     try:
         client = docker.from_env()
         client.ping()
@@ -40,9 +45,8 @@ def missing() -> str:
     return ""
 
 
-def require_engine() -> None:
-    """Skips where there is no engine, unless there must be one."""
-    problem = missing()
+def require(problem: str) -> None:
+    """Skips where something is missing, unless it must be there; goes on where `problem` is empty."""
     if problem and os.environ.get(REQUIRED):
         pytest.fail(problem)
     if problem:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import bz2
 import hashlib
 import json
 import os
@@ -17,7 +16,6 @@ from hypothesis import strategies as st
 from services.env.base import Split, StepResult, UnknownTask
 from services.env.envs import hotpotqa_world
 from services.env.envs.hotpotqa import NOTHING_FOUND, SEARCH, HotpotQa, HotpotQaEpisode, HotpotQaSettings, create
-from services.env.envs.hotpotqa_data import Files
 from services.env.search import Bm25
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,94 +210,11 @@ def test_the_world_is_the_same_everywhere(tmp_path: Path) -> None:
     assert hotpotqa_world.data_sets(1) != hotpotqa_world.data_sets(0)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("hotpotqa")
-    hotpotqa_world.write(folder)
-    wiki = folder / "wiki" / "AA"
-    wiki.mkdir(parents=True)
-    pages: list[dict[str, object]] = [
-        {"id": "1", "title": "Quux", "text": ["Quux is a lake.", " It is deep."], "charoffset": []},
-        {"id": "2", "title": "Empty", "text": []},
-        {"id": "3", "title": "Paragraphs", "text": [["One."], [" Two."]]},
-    ]
-    (wiki / "wiki_00.bz2").write_bytes(bz2.compress("\n".join(map(json.dumps, pages)).encode()))
-    return {
-        "train_file": str(folder / hotpotqa_world.TRAIN_FILE),
-        "test_file": str(folder / hotpotqa_world.TEST_FILE),
-        "fullwiki": str(folder / hotpotqa_world.FULLWIKI_FILE),
-        "corpus": str(folder / "wiki"),
-    }
-
-
-def test_official_files_are_read(files: dict[str, str], world: HotpotQa) -> None:
-    read = create("x", {"train_file": files["train_file"], "test_file": files["test_file"]})
-    assert read.info.task_counts == {Split.TRAIN: 1_000, Split.TEST: 100}
-    assert read.list_tasks(Split.TEST, 0, 9) == world.list_tasks(Split.TEST, 0, 9)
-    _, test = hotpotqa_world.data_sets()
-    assert all(follow(read, record, Split.TEST).reward == 1.0 for record in test)
-
-
-def test_the_fullwiki_setting_searches_the_whole_corpus(files: dict[str, str], tmp_path: Path) -> None:
-    settings = {"test_file": files["fullwiki"], "corpus": [files["corpus"]], "index_folder": str(tmp_path)}
-    read = create("x", settings)
-    assert read.info.task_counts == {Split.TRAIN: 0, Split.TEST: 100}
-    for again in (read, create("x", settings)):  # the second time from the kept index
-        game = again.start(again.list_tasks(Split.TEST, 0, 1)[0].task_id)
-        assert "Quux is a lake. It is deep." in game.step(call("quux")).observation
-        assert "One. Two." in game.step(call("paragraphs")).observation
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_passage_is_searched_once_however_often_it_is_given(files: dict[str, str]) -> None:
-    found = list(Files(files["train_file"], files["test_file"], (files["test_file"],)).passages())
-    assert len(set(found)) == len(found)
-    assert set(found) <= set(hotpotqa_world.passages())
-
-
 def test_dense_search_is_a_setting() -> None:
     settings = {"retriever": "dense", "encoder": "tests.support.encoders", "encoder_settings": {"letters": "abc"}}
     world = create("x", settings)
     result = world.start(world.list_tasks(Split.TRAIN, 0, 1)[0].task_id).step(call("cab"))
     assert result.observation.count("[Document") == 5
-
-
-def test_test_questions_are_taken_out_of_training(tmp_path: Path) -> None:
-    def write(name: str, *questions: tuple[str, str]) -> str:
-        records = [{"_id": id_, "question": text, "answer": "a", "context": []} for id_, text in questions]
-        (tmp_path / name).write_text(json.dumps(records))
-        return str(tmp_path / name)
-
-    train = write("train.json", ("1", "Who?"), ("2", "  WHAT? "))
-    test = write("test.json", ("3", "What?"))
-    read = create("x", {"train_file": train, "test_file": test})
-    assert [task.task_id for task in read.list_tasks(Split.TRAIN, 0, 9)] == ["train/1"]
-    with pytest.raises(ValueError, match="'1' is there twice"):
-        create("x", {"train_file": write("twice.json", ("1", "Who?"), ("1", "When?"))})
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("{", "not a JSON array"),
-        ('{"a": 1}', "not a JSON array"),
-        ('[{"_id": "1"}]', "record 0: .*question"),
-        ('[{"_id": "1", "question": "Who?", "context": []}]', "record 0 has no question or no answer"),
-        ('[{"_id": 1, "question": "Who?", "answer": "a"}]', "record 0: .*_id"),
-        ('[{"_id": "1", "question": "Who?", "answer": "a", "context": [["t"]]}]', "record 0: .*context"),
-    ],
-)
-def test_a_bad_file_is_named(tmp_path: Path, content: str, words: str) -> None:
-    path = tmp_path / "bad.json"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=f"bad.json.*{words}"):
-        create("x", {"test_file": str(path)})
-
-
-def test_a_bad_corpus_is_named(files: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "pages.jsonl").write_text('{"title": "A", "text": "a"}\n\n{"title": 3}\n')
-    with pytest.raises(ValueError, match=r"pages\.jsonl:3: "):
-        create("x", {"test_file": files["test_file"], "corpus": [str(tmp_path / "pages.jsonl")]})
 
 
 @pytest.mark.parametrize("task_id", ["", "train", "test/", "train/00000", "test/../x", "test/\0"])

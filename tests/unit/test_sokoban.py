@@ -161,12 +161,12 @@ def test_published_boards_are_solvable_within_the_limit_and_of_every_side() -> N
     tasks = [*sokoban.list_tasks(Split.TEST, 0, 1000), *sokoban.list_tasks(Split.TRAIN, 0, 500)]
     assert len(tasks) == 600
     assert {task.difficulty for task in tasks} == {1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0}
-    assert {sokoban.board(task.task_id).side for task in tasks} == {6, 7, 8}
+    assert {sokoban.board(task.task_id).width for task in tasks} == {6, 7, 8}
     for task in tasks[::7]:
         found = sokoban.board(task.task_id)
         assert task.difficulty == brute_force(found, 8)
         assert (len(found.cells("A")), len(found.cells("B")), len(found.cells("C"))) == (1, 1, 1)
-        assert len(found.walls) == 4 * (found.side - 1)
+        assert len(found.walls) == 4 * (found.width - 1)
 
 
 def test_test_boards_are_unique_and_never_training_boards() -> None:

@@ -7,12 +7,13 @@ task is the same board whatever the symbols.
 from __future__ import annotations
 
 import random
-from collections import deque
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
 from services.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, read_settings
+from services.env.envs.frozenlake_boards import FROZEN, GOAL, HOLE, PLAYER, Board
+from services.env.envs.frozenlake_maps import read_maps
 from services.env.grid import (
     MAX_TASKS,
     MOVES,
@@ -20,19 +21,19 @@ from services.env.grid import (
     PROMPTS,
     TEST_SHARE,
     BoardTasks,
-    is_test,
     parse_action,
     reading_of,
     with_limit,
 )
+from services.env.grid_files import FileTasks
 
-PLAYER, GOAL, HOLE, FROZEN = "A", "B", "C", "D"
 PLAYER_IN_HOLE, PLAYER_ON_GOAL = "X", "√"
 
 
 @dataclass(frozen=True, slots=True)
 class FrozenLakeSettings:
-    """The published game by default; the embedded variant is `size_min=size_max=3, prompts="compact"`."""
+    """The published game by default; the embedded variant is `size_min=size_max=3, prompts="compact"`. With map files
+    (`frozenlake_maps.py`), sizes, shares and `seed` say nothing; `train_tasks` and `test_tasks` are limits."""
 
     size_min: int = 2
     size_max: int = 9
@@ -42,6 +43,8 @@ class FrozenLakeSettings:
     seed: int = 0
     train_tasks: int = 10_000
     test_tasks: int = 100
+    train_file: str = ""
+    test_file: str = ""
     symbols: str = "ABCD"  # player, goal, hole, frozen
     prompts: str = "published"  # or "compact": the few words that a very small model knows
     name: str = "frozenlake"
@@ -72,7 +75,12 @@ class FrozenLakeSettings:
             raise ValueError(f'prompts must be "published" or "compact", not {self.prompts!r}')
         if not self.name:
             raise ValueError("name must not be empty")
-        self._check_enough_boards()
+        if not self.from_files:
+            self._check_enough_boards()
+
+    @property
+    def from_files(self) -> bool:
+        return bool(self.train_file or self.test_file)
 
     def _check_enough_boards(self) -> None:
         sides = range(self.size_min, min(self.size_max, 5) + 1)  # from 5 on there are always enough
@@ -82,42 +90,6 @@ class FrozenLakeSettings:
                 f"test_tasks={self.test_tasks} unique test boards cannot be had from sides {self.size_min} to "
                 f"{self.size_max}: raise size_max or lower test_tasks to at most {boards // (2 * TEST_SHARE)}"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Board:
-    """Rows of canonical letters, as the task begins."""
-
-    rows: tuple[str, ...]
-
-    @property
-    def is_test(self) -> bool:
-        return is_test(self.rows)
-
-    def find(self, letter: str) -> tuple[int, int]:
-        for y, row in enumerate(self.rows):
-            x = row.find(letter)
-            if x >= 0:
-                return y, x
-        raise ValueError(f"no {letter} on the board")
-
-    def shortest_path(self) -> int | None:
-        """Moves from the player to the goal past the holes; None when there is no way."""
-        side = len(self.rows)
-        start = self.find(PLAYER)
-        distances = {start: 0}
-        queue = deque([start])
-        while queue:
-            y, x = queue.popleft()
-            if self.rows[y][x] == GOAL:
-                return distances[y, x]
-            for dy, dx in MOVES.values():
-                cell = (y + dy, x + dx)
-                inside = 0 <= cell[0] < side and 0 <= cell[1] < side
-                if inside and cell not in distances and self.rows[cell[0]][cell[1]] != HOLE:
-                    distances[cell] = distances[y, x] + 1
-                    queue.append(cell)
-        return None
 
 
 def draw_board(settings: FrozenLakeSettings, rng: random.Random) -> Board:
@@ -164,7 +136,7 @@ class FrozenLakeEpisode:
         """Moves the player; returns what the entered cell was, or None at a wall."""
         (y, x), (dy, dx) = self._at, MOVES[move]
         to_y, to_x = y + dy, x + dx
-        if not (0 <= to_y < len(self._cells) and 0 <= to_x < len(self._cells)):
+        if not (0 <= to_y < len(self._cells) and 0 <= to_x < len(self._cells[0])):
             return None
         entered = self._cells[to_y][to_x]
         self._cells[y][x] = FROZEN
@@ -177,15 +149,23 @@ class FrozenLakeEpisode:
 
 
 class FrozenLake:
-    """Starts at once: training boards are drawn from their id, test boards on first use."""
+    """Starts at once: training boards are drawn from their id, test boards on first use. Map files are read first."""
 
     def __init__(self, settings: FrozenLakeSettings | None = None) -> None:
         self.settings = settings or FrozenLakeSettings()
         counts = {Split.TRAIN: self.settings.train_tasks, Split.TEST: self.settings.test_tasks}
+        self._tasks: BoardTasks[Board] | FileTasks[Board]
+        if self.settings.from_files:
+            files = {Split.TRAIN: self.settings.train_file, Split.TEST: self.settings.test_file}
+            self._tasks = FileTasks(self.settings.name, files, counts, self.settings.max_steps, read_maps)
+            counts, which = self._tasks.counts, "maps from files"
+        else:
+            self._tasks = self._drawn(counts)
+            smallest, largest = self.settings.size_min, self.settings.size_max
+            which = f"{smallest}x{smallest} to {largest}x{largest}"
         self.info = EnvironmentInfo(
             name=self.settings.name,
-            description=f"FrozenLake with hidden symbols, {self.settings.size_min}x{self.settings.size_min} to "
-            f"{self.settings.size_max}x{self.settings.size_max}, {self.settings.max_steps} moves",
+            description=f"FrozenLake with hidden symbols, {which}, {self.settings.max_steps} moves",
             prompts=with_limit(_TEXTS[self.settings.prompts].prompts, self.settings.max_steps),
             max_steps=self.settings.max_steps,
             max_reward=1.0,
@@ -193,7 +173,9 @@ class FrozenLake:
             task_counts=counts,
             can_fork=True,
         )
-        self._tasks = BoardTasks(
+
+    def _drawn(self, counts: Mapping[Split, int]) -> BoardTasks[Board]:
+        return BoardTasks(
             self.settings.name,
             self.settings.seed,
             counts,
@@ -217,7 +199,7 @@ class FrozenLake:
 
 
 def create(name: str, settings: Mapping[str, object]) -> FrozenLake:
-    """From a table of the server's configuration. Draws a board, so that impossible settings stop the server."""
+    """From a table of the server's configuration. Draws or reads boards: impossible settings stop the server."""
     lake = FrozenLake(read_settings(FrozenLakeSettings, {**settings, "name": name}))
     for split in Split:
         lake.list_tasks(split, 0, 1)

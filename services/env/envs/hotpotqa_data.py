@@ -1,49 +1,79 @@
-"""HotpotQA's files as published (https://hotpotqa.github.io): questions with their paragraphs, and Wikipedia's
-introductions for the fullwiki setting.
+"""HotpotQA's files, as published (https://hotpotqa.github.io) and as the hub has them: questions with their paragraphs,
+and Wikipedia's introductions for the fullwiki setting.
 
-Questions (`hotpot_train_v1.1.json`, `hotpot_dev_distractor_v1.json`, `hotpot_dev_fullwiki_v1.json`): a JSON array of
+Questions (`hotpot_train_v1.1.json`, `hotpot_dev_distractor_v1.json`, `hotpot_dev_fullwiki_v1.json`): records of
 `{"_id", "question", "answer", "type", "level", "supporting_facts": [[title, sentence]], "context": [[title,
-[sentence]]]}`. Introductions (`enwiki-20171001-pages-meta-current-withlinks-abstracts`): folders of bzip2 files with a
-JSON object `{"title", "text": [sentence]}` a line.
+[sentence]]]}`. The hub's have `id` for `_id`, and columns: `"context": {"title": [...], "sentences": [[...]]}`.
+Introductions (`enwiki-20171001-pages-meta-current-withlinks-abstracts`): folders of bzip2 files with a JSON object
+`{"title", "text": [sentence]}` a line.
 """
 
 from __future__ import annotations
 
-import bz2
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
+from services.env.files import matching, required
+from services.env.record_files import read_records
+
 LEVELS = {"easy": 1.0, "medium": 2.0, "hard": 3.0}
+MAX_ID = 190  # characters; a task's id, with its split before it, may have 200
 _CHUNK = 2**20
-T = TypeVar("T")
 
 
 class Question(msgspec.Struct, frozen=True):
-    """One record of a question file; what the environment does not use is left out. The test set has no answers."""
+    """One record of a question file; what the environment does not use is left out."""
 
-    id: str = msgspec.field(name="_id")
     question: str
-    answer: str = ""
-    type: str = ""
-    level: str = "hard"  # the official development sets are
+    official_id: str | int = msgspec.field(name="_id", default="")
+    hub_id: str | int = msgspec.field(name="id", default="")
+    known_answer: str | None = msgspec.field(name="answer", default=None)  # the test set has none
+    level: str | None = "hard"  # the official development sets are
+
+    @property
+    def id(self) -> str:
+        """Its own; of a question without one, the beginning of the SHA-256 of its text."""
+        own = next((str(given) for given in (self.official_id, self.hub_id) if given != ""), "")
+        return own or hashlib.sha256(self.question.encode()).hexdigest()[:24]
+
+    @property
+    def answer(self) -> str:
+        return self.known_answer or ""
 
     @property
     def difficulty(self) -> float:
-        return LEVELS.get(self.level, LEVELS["hard"])
+        return LEVELS.get(self.level or "", LEVELS["hard"])
 
 
-class _Context(msgspec.Struct):
-    context: list[tuple[str, list[str]]] = []
+class _Columns(msgspec.Struct):
+    title: list[str]
+    sentences: list[list[str]]
 
 
-class _Abstract(msgspec.Struct):
-    title: str
-    text: str | list[str | list[str]]  # whole, sentences, or paragraphs of sentences
+class _Page(msgspec.Struct):
+    """What passages come from: a question's context, or an introduction."""
+
+    context: list[tuple[str, list[str]]] | _Columns | None = None
+    title: str | None = None
+    text: str | list[str | list[str]] | None = None  # whole, sentences, or paragraphs of sentences
+
+    def passages(self, place: str) -> Iterator[tuple[str, str]]:
+        if self.title is not None and self.text is not None:
+            yield self.title, (self.text if isinstance(self.text, str) else "".join(map("".join, self.text))).strip()
+        elif isinstance(self.context, list):
+            yield from ((title, "".join(sentences).strip()) for title, sentences in self.context)
+        elif self.context is not None:
+            titles, texts = self.context.title, self.context.sentences
+            if len(titles) != len(texts):
+                raise ValueError(
+                    f"{place}: context: {len(titles)} in `title` and {len(texts)} in `sentences`; expected as many"
+                )
+            yield from ((title, "".join(sentences).strip()) for title, sentences in zip(titles, texts, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +86,17 @@ class Files:
 
     def questions(self, path: str, limit: int) -> tuple[Question, ...]:
         """The first `limit` ones of a file, 0 for all. Raises ValueError that names the file and the record."""
-        if not path:
-            return ()
-        raw = _array(path)
-        found = tuple(_record(path, index, item, Question) for index, item in enumerate(raw[: limit or None]))
-        for index, question in enumerate(found):
+        read = (record for file in matching(path) for record in read_records(file, Question))
+        found = []
+        for place, question in islice(read, limit or None):
             if not question.question.strip() or not question.answer.strip():
-                raise ValueError(f"{path}: record {index} has no question or no answer; the official test set has none")
-        return found
+                raise ValueError(f"{place} has no question or no answer; the official test set has none")
+            if len(question.id) > MAX_ID:
+                raise ValueError(f"{place}: its id has {len(question.id)} characters; expected at most {MAX_ID}")
+            found.append(question)
+        if path and not found:
+            raise ValueError(f"{path}: no records; expected questions")
+        return tuple(found)
 
     def passages(self) -> Iterator[tuple[str, str]]:
         """(title, text) of every paragraph in the question files and the corpus, each once, in the files' order."""
@@ -87,59 +120,26 @@ class Files:
     def check(self) -> None:
         """Raises ValueError when a file is not there."""
         for setting, path in (("train_file", self.train_file), ("test_file", self.test_file)):
-            if path and not Path(path).is_file():
-                raise ValueError(f"{setting}: no such file: {path}")
+            required(setting, path)
         for path in self.corpus:
-            if not Path(path).exists():
+            if not Path(path).exists() and not matching(path):
                 raise ValueError(f"corpus: no such file or folder: {path}")
 
     def _sources(self) -> list[Path]:
-        files = [Path(path) for path in (self.train_file, self.test_file) if path]
-        for path in map(Path, self.corpus):
-            files += sorted(found for found in path.rglob("*") if found.is_file()) if path.is_dir() else [path]
+        files = matching(self.train_file) + matching(self.test_file)
+        for path in self.corpus:
+            folder = Path(path)
+            found = (one for one in folder.rglob("*") if one.is_file())
+            files += sorted(found) if folder.is_dir() else matching(path)
         return files
 
     def _paragraphs(self) -> Iterator[tuple[str, str]]:
+        questions = {*matching(self.train_file), *matching(self.test_file)}
         for path in self._sources():
-            if str(path) in (self.train_file, self.test_file) or path.suffix == ".json":
-                yield from _contexts(str(path))
-            else:
-                yield from _abstracts(path)
-
-
-def _array(path: str) -> list[msgspec.Raw]:
-    try:
-        return msgspec.json.decode(Path(path).read_bytes(), type=list[msgspec.Raw])
-    except (msgspec.DecodeError, OSError) as error:
-        raise ValueError(f"{path}: not a JSON array of questions: {error}") from error
-
-
-def _record(path: str, index: int, raw: msgspec.Raw, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(raw, type=kind)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{path}: record {index}: {error}") from error
-
-
-def _contexts(path: str) -> Iterator[tuple[str, str]]:
-    for index, raw in enumerate(_array(path)):
-        for title, sentences in _record(path, index, raw, _Context).context:
-            yield title, "".join(sentences).strip()
-
-
-def _abstracts(path: Path) -> Iterator[tuple[str, str]]:
-    decoder = msgspec.json.Decoder(_Abstract)
-    with bz2.open(path, "rb") if path.suffix == ".bz2" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                page = decoder.decode(line)
-            except msgspec.DecodeError as error:
-                raise ValueError(f"{path}:{number}: {error}") from error
-            text = page.text if isinstance(page.text, str) else "".join(map("".join, page.text))
-            if text.strip():
-                yield page.title, text.strip()
+            for place, page in read_records(path, _Page):
+                if path not in questions and page.context is None and (page.title is None or page.text is None):
+                    raise ValueError(f"{place}: expected `title` and `text`, or a question's `context`")
+                yield from ((title, text) for title, text in page.passages(place) if text)
 
 
 def by_id(questions: Iterable[Question], without: Iterable[Question] = ()) -> dict[str, Question]:

@@ -29,6 +29,7 @@ from services.env.envs.sokoban_boards import (
     offsets,
     solve,
 )
+from services.env.envs.sokoban_levels import read_levels
 from services.env.grid import (
     MAX_TASKS,
     NO_EFFECT,
@@ -39,11 +40,13 @@ from services.env.grid import (
     reading_of,
     with_limit,
 )
+from services.env.grid_files import MAX_STEPS, FileTasks
 
 
 @dataclass(frozen=True, slots=True)
 class SokobanSettings:
-    """The published game by default. `wall_share` is the probability that an inner cell is a wall."""
+    """The published game by default. `wall_share` is the probability that an inner cell is a wall. With level files
+    (`sokoban_levels.py`), sizes, boxes, `wall_share` and `seed` say nothing; `train_tasks`, `test_tasks` are limits."""
 
     size_min: int = 6
     size_max: int = 8
@@ -53,6 +56,8 @@ class SokobanSettings:
     seed: int = 0
     train_tasks: int = 10_000
     test_tasks: int = 100
+    train_file: str = ""
+    test_file: str = ""
     symbols: str = LETTERS  # player, player on goal, box, box on goal, goal, floor, wall
     name: str = "sokoban"
 
@@ -66,8 +71,9 @@ class SokobanSettings:
             raise ValueError(f"boxes must be between 1 and 4, not {self.boxes}")
         if not 0.0 <= self.wall_share <= 0.5:
             raise ValueError(f"wall_share must be between 0 and 0.5, not {self.wall_share}")
-        if not 1 <= self.max_steps <= 40:
-            raise ValueError(f"max_steps must be between 1 and 40, not {self.max_steps}")
+        most = MAX_STEPS if self.from_files else 40  # drawn boards are solved
+        if not 1 <= self.max_steps <= most:
+            raise ValueError(f"max_steps must be between 1 and {most}, not {self.max_steps}")
         for setting, number in (("train_tasks", self.train_tasks), ("test_tasks", self.test_tasks)):
             if not 0 <= number <= MAX_TASKS:
                 raise ValueError(f"{setting} must be between 0 and {MAX_TASKS} (ids have five digits), not {number}")
@@ -79,12 +85,17 @@ class SokobanSettings:
         if not self.name:
             raise ValueError("name must not be empty")
 
+    @property
+    def from_files(self) -> bool:
+        return bool(self.train_file or self.test_file)
+
 
 class SokobanEpisode:
     def __init__(self, board: Board, settings: SokobanSettings) -> None:
-        self._side, self._walls, self._goals = board.side, board.walls, board.goals
+        self._width, self._walls, self._goals = board.width, board.walls, board.goals
+        self._cells = board.width * len(board.rows)
         self._state = board.start
-        self._offsets = offsets(board.side)
+        self._offsets = offsets(board.width)
         self._symbols = str.maketrans(LETTERS, settings.symbols)
         self._max_steps = settings.max_steps
         self._steps = 0
@@ -119,7 +130,7 @@ class SokobanEpisode:
     def _render(self) -> str:
         player, boxes = self._state
         letters = []
-        for cell in range(self._side**2):
+        for cell in range(self._cells):
             on_goal = cell in self._goals
             if cell == player:
                 letters.append(PLAYER_ON_GOAL if on_goal else PLAYER)
@@ -127,21 +138,29 @@ class SokobanEpisode:
                 letters.append(BOX_ON_GOAL if on_goal else BOX)
             else:
                 letters.append(WALL if cell in self._walls else GOAL if on_goal else FLOOR)
-        rows = (letters[start : start + self._side] for start in range(0, len(letters), self._side))
+        rows = (letters[start : start + self._width] for start in range(0, len(letters), self._width))
         return "\n".join("\t".join(row).translate(self._symbols) for row in rows)
 
 
 class Sokoban:
-    """Starts at once: training boards are drawn from their id, test boards on first use."""
+    """Starts at once: training boards are drawn from their id, test boards on first use. Level files are read first."""
 
     def __init__(self, settings: SokobanSettings | None = None) -> None:
         self.settings = settings or SokobanSettings()
         counts = {Split.TRAIN: self.settings.train_tasks, Split.TEST: self.settings.test_tasks}
-        boxes = "1 box" if self.settings.boxes == 1 else f"{self.settings.boxes} boxes"
+        self._tasks: BoardTasks[Board] | FileTasks[Board]
+        if self.settings.from_files:
+            files = {Split.TRAIN: self.settings.train_file, Split.TEST: self.settings.test_file}
+            self._tasks = FileTasks(self.settings.name, files, counts, self.settings.max_steps, read_levels)
+            counts, which = self._tasks.counts, "levels from files"
+        else:
+            self._tasks = self._drawn(counts)
+            boxes = "1 box" if self.settings.boxes == 1 else f"{self.settings.boxes} boxes"
+            smallest, largest = self.settings.size_min, self.settings.size_max
+            which = f"{smallest}x{smallest} to {largest}x{largest}, {boxes}"
         self.info = EnvironmentInfo(
             name=self.settings.name,
-            description=f"Sokoban with hidden symbols, {self.settings.size_min}x{self.settings.size_min} to "
-            f"{self.settings.size_max}x{self.settings.size_max}, {boxes}, {self.settings.max_steps} moves",
+            description=f"Sokoban with hidden symbols, {which}, {self.settings.max_steps} moves",
             prompts=with_limit(PROMPTS, self.settings.max_steps),
             max_steps=self.settings.max_steps,
             max_reward=1.0,
@@ -149,16 +168,16 @@ class Sokoban:
             task_counts=counts,
             can_fork=True,
         )
-        self._tasks = BoardTasks(
-            self.settings.name,
-            self.settings.seed,
+
+    def _drawn(self, counts: Mapping[Split, int]) -> BoardTasks[Board]:
+        read = self.settings
+        return BoardTasks(
+            read.name,
+            read.seed,
             counts,
-            lambda rng: draw_board(
-                rng, self.settings.size_min, self.settings.size_max, self.settings.boxes, self.settings.wall_share
-            ),
+            lambda rng: draw_board(rng, read.size_min, read.size_max, read.boxes, read.wall_share),
             self._solve,
-            f"size_min, size_max, boxes, wall_share and max_steps of {self.settings}; one board in {TEST_SHARE} is a "
-            "test board",
+            f"size_min, size_max, boxes, wall_share and max_steps of {read}; one board in {TEST_SHARE} is a test board",
         )
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
@@ -176,7 +195,7 @@ class Sokoban:
 
 
 def create(name: str, settings: Mapping[str, object]) -> Sokoban:
-    """From a table of the server's configuration. Draws a board, so that impossible settings stop the server."""
+    """From a table of the server's configuration. Draws or reads boards: impossible settings stop the server."""
     sokoban = Sokoban(read_settings(SokobanSettings, {**settings, "name": name}))
     for split in Split:
         sokoban.list_tasks(split, 0, 1)

@@ -20,7 +20,7 @@ State = tuple[int, frozenset[int]]  # the player's cell, the boxes' cells
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """Square rows of canonical letters, as the task begins, with a border of walls."""
+    """Rows of canonical letters, all of one length, as the task begins, with a border of walls."""
 
     rows: tuple[str, ...]
 
@@ -29,8 +29,8 @@ class Board:
         return is_test(self.rows)
 
     @property
-    def side(self) -> int:
-        return len(self.rows)
+    def width(self) -> int:
+        return len(self.rows[0])
 
     def cells(self, letters: str) -> frozenset[int]:
         """Numbers of all cells that hold one of the letters."""
@@ -64,9 +64,9 @@ def move(state: State, offset: int, walls: frozenset[int]) -> State | None:
     return to, boxes - {to} | {pushed_to}
 
 
-def offsets(side: int) -> dict[str, int]:
+def offsets(width: int) -> dict[str, int]:
     """How far each move goes in the numbering of cells."""
-    return {name: dy * side + dx for name, (dy, dx) in MOVES.items()}
+    return {name: dy * width + dx for name, (dy, dx) in MOVES.items()}
 
 
 def solve(board: Board, max_moves: int) -> tuple[str, ...] | None:
@@ -74,7 +74,7 @@ def solve(board: Board, max_moves: int) -> tuple[str, ...] | None:
 
     Breadth first. States are left out that cannot be won in the moves left: each push moves one box by one cell.
     """
-    goals, walls, steps = board.goals, board.walls, offsets(board.side)
+    goals, walls, steps = board.goals, board.walls, offsets(board.width)
     pushes = _pushes(board)
     came_from: dict[State, tuple[State, str] | None] = {board.start: None}
     queue = deque([(board.start, 0)])
@@ -92,18 +92,25 @@ def solve(board: Board, max_moves: int) -> tuple[str, ...] | None:
     return None
 
 
+def least_pushes(board: Board) -> int | None:
+    """How many pushes, and so moves, a solution has at least; None where a box can get to no goal."""
+    pushes = _pushes(board)
+    least = sum(pushes[box] for box in board.start[1])
+    return least if least < _DEAD else None
+
+
 def _pushes(board: Board) -> list[int]:
     """How many pushes a box on each cell is at least away from the nearest goal, were it alone; `_DEAD` where it can
     never get to one. Found backwards from the goals: a box that came to a cell came from beside it, pushed by a player
     who stood one cell further."""
     walls = board.walls
-    pushes = [_DEAD] * board.side**2
+    pushes = [_DEAD] * (board.width * len(board.rows))
     queue = deque(board.goals)
     for goal in board.goals:
         pushes[goal] = 0
     while queue:
         cell = queue.popleft()
-        for offset in offsets(board.side).values():
+        for offset in offsets(board.width).values():
             before = cell - offset
             if before not in walls and before - offset not in walls and pushes[before] == _DEAD:
                 pushes[before] = pushes[cell] + 1

@@ -1,0 +1,49 @@
+"""FrozenLake boards and their shortest path.
+
+A board is written in the canonical letters A–D: player `A`, goal `B`, hole `C`, frozen tile `D`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from services.env.grid import MOVES, is_test
+
+PLAYER, GOAL, HOLE, FROZEN = "A", "B", "C", "D"
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """Rows of canonical letters, all of one length, as the task begins."""
+
+    rows: tuple[str, ...]
+
+    @property
+    def is_test(self) -> bool:
+        return is_test(self.rows)
+
+    def find(self, letter: str) -> tuple[int, int]:
+        for y, row in enumerate(self.rows):
+            x = row.find(letter)
+            if x >= 0:
+                return y, x
+        raise ValueError(f"no {letter} on the board")
+
+    def shortest_path(self) -> int | None:
+        """Moves from the player to the goal past the holes; None when there is no way."""
+        height, width = len(self.rows), len(self.rows[0])
+        start = self.find(PLAYER)
+        distances = {start: 0}
+        queue = deque([start])
+        while queue:
+            y, x = queue.popleft()
+            if self.rows[y][x] == GOAL:
+                return distances[y, x]
+            for dy, dx in MOVES.values():
+                cell = (y + dy, x + dx)
+                inside = 0 <= cell[0] < height and 0 <= cell[1] < width
+                if inside and cell not in distances and self.rows[cell[0]][cell[1]] != HOLE:
+                    distances[cell] = distances[y, x] + 1
+                    queue.append(cell)
+        return None
