@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import numpy as np
 from gymnasium import spaces
 
+from services.common.thoughts import without_thoughts
 from services.env.envs.gymnasium_spaces import Space, is_whole, words
-from services.env.tool_calls import printable, without_thoughts
+from services.env.tool_calls import printable
 
 _MAX_ANSWER = 20_000  # characters of an action
 _MAX_READING = 200
@@ -51,9 +52,10 @@ def form(space: Space, names: Sequence[str]) -> str:
 
 def read(space: Space, answer: str, names: Sequence[str]) -> Any:
     """The action that an answer means: a sample of the space. Raises ValueError in words."""
+    said = without_thoughts(answer)
     if isinstance(space, spaces.Text):
-        return _decode(space, answer, "the answer")
-    text = _written(answer)
+        return _decode(space, said, "the answer")
+    text = _written(said)
     if len(text) > _MAX_ANSWER:
         raise ValueError(f"it is longer than {_MAX_ANSWER} characters")
     if isinstance(space, spaces.Discrete):
@@ -81,10 +83,9 @@ def tell(space: Space, action: Any, names: Sequence[str]) -> str:
 
 def _written(answer: str) -> str:
     """The last complete block in triple backticks; the whole answer where there is none."""
-    text = without_thoughts(answer)
-    parts = text.split(_FENCE)
+    parts = answer.split(_FENCE)
     if len(parts) < 3:
-        return text.strip()
+        return answer.strip()
     block = parts[-2] if len(parts) % 2 else parts[-3]
     return block.strip().removeprefix("json\n").strip()
 

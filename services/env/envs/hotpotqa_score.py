@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 
-from services.env.tool_calls import without_thoughts
+from services.common.thoughts import without_thoughts
 
 MIN_F1 = 0.3
 MAX_ANSWER = 1_000  # characters; no answer of the data set has more than some 200

@@ -22,6 +22,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.common.thoughts import without_thoughts
 from services.env.base import (
     EnvironmentInfo,
     MissingExtra,
@@ -34,7 +35,7 @@ from services.env.base import (
 from services.env.envs.hotpotqa_score import boxed
 from services.env.envs.reasoning_gym_pool import SIZE, Pool, Refused, TookTooLong
 from services.env.prompts import generic_prompts
-from services.env.tool_calls import printable, without_thoughts
+from services.env.tool_calls import printable
 
 OVER = "The episode is over."
 INVALID = "invalid"
