@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.common.thoughts import without_thoughts
+from services.env.answers import boxed, marked, read_answer
 from services.env.base import StepResult
 from services.env.calls import play
 from services.env.envs.gymnasium_actions import read
-from services.env.envs.hotpotqa_score import boxed
-from services.env.envs.reasoning_gym import read_answer
 from services.env.grid import parse_action
 from services.env.tool_calls import find_calls
 from services.trainer.episode import reflection_in
@@ -65,7 +64,9 @@ UNCLOSED = [
 # What reads, an answer that it finds, and what it says where there is none.
 READERS: dict[str, tuple[Callable[[str], object], str, object]] = {
     "grid": (parse_action, "```Up```", None),
-    "hotpotqa": (boxed, "\\boxed{Paris}", None),
+    "box": (boxed, "\\boxed{Paris}", None),
+    "hotpotqa": (marked, "\\boxed{Paris}", None),
+    "number": (lambda text: read_answer(text, "7"), "so it is 8.", ""),
     "reasoning-gym": (read_answer, "<answer>8</answer>", ""),
     "tool calls": (lambda text: find_calls(text, ["f"]), '<tool_call>{"name": "f", "arguments": {}}</tool_call>', []),
     "reflection": (lambda text: reflection_in(text, PROMPTS), "<prompt>rule</prompt>", ""),
