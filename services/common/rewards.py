@@ -10,7 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from services.common.text import bounded
+
 _ROUNDING = 1e-6  # relative, and absolute near 0: environments often compute in float32, which has seven digits
+_SHOWN = 100  # characters of what is no reward
 LARGEST_REWARD = 1e12  # of an attempt, in size; squares of greater ones leave float32, in which a learner computes
 
 
@@ -35,6 +38,25 @@ def exceeds(reward: float, threshold: float) -> bool:
 def is_usable(reward: float) -> bool:
     """Whether an attempt with this reward can be compared with others."""
     return abs(reward) <= LARGEST_REWARD  # also false for NaN
+
+
+def read_reward(reward: object) -> float:
+    """What an environment calls a reward, as a number: Python's, or a scalar of a library. Raises ValueError, which
+    names it, for what is none, is not finite or is too large."""
+    try:
+        number = math.nan if isinstance(reward, str | bytes | bytearray) else float(reward)  # type: ignore[arg-type]  # so it raises
+    except Exception:  # noqa: BLE001 - foreign objects raise anything
+        number = math.nan
+    if not is_usable(number):
+        raise ValueError(f"reward {_told(reward)} is not a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}")
+    return number
+
+
+def _told(value: object) -> str:
+    try:
+        return bounded(repr(value), _SHOWN)
+    except Exception:  # noqa: BLE001 - foreign objects raise anything
+        return f"a {type(value).__name__}"
 
 
 def _are_equal(one: float, other: float) -> bool:

@@ -17,6 +17,7 @@ from services.conformance.report import NotApplicable, Suite, Violation, demand
 from services.env.base import Environment, EnvironmentInfo, PromptSet, Split, TaskInfo
 
 SUITE: Suite[Made]
+_ID_CHARACTERS = 200  # as in the contract
 _ORDINARY = ("```Up```", "[0]", "1", "yes", "I am not sure.")
 
 
@@ -101,6 +102,40 @@ async def slices(made: Made) -> None:
         )
 
 
+@SUITE.check("", "there are tasks to train on, and tasks to test with")
+async def both_splits(made: Made) -> None:
+    for split, missing in ((Split.TRAIN, "no training tasks"), (Split.TEST, "no test tasks")):
+        count = made.info.task_counts[split]
+        said = f"there are {missing}: info.task_counts[Split.{split.name}] is {count}"
+        demand(count > 0, f"at least one task in Split.{split.name}", said)
+
+
+@SUITE.check("", "task ids are text of 1 to 200 characters")
+async def ids(made: Made) -> None:
+    for split in Split:
+        try:
+            tasks = await listed(made, split, 0, listing.LISTED)
+        except Violation:  # told above
+            raise NotApplicable("the tasks cannot be listed") from None
+        for task in tasks:
+            wrong = _wrong_id(getattr(task, "task_id", None))
+            demand(not wrong, "TaskInfo.task_id, such as train/00001", f"in Split.{split.name}, {wrong}")
+
+
+def _wrong_id(task_id: object) -> str:
+    """What the contract does not allow in it, in words."""
+    if not isinstance(task_id, str):
+        return f"the id {task_id!r:.200} is a {type(task_id).__name__}, not text"
+    if not 1 <= len(task_id) <= _ID_CHARACTERS:
+        shown = f"{task_id[:60]!r}…" if task_id else "''"
+        return f"the id {shown} has {len(task_id)} characters"
+    try:
+        task_id.encode()
+    except UnicodeError as error:
+        return f"the id {task_id!a} cannot be sent: {error}"
+    return ""
+
+
 @SUITE.check("", "a task looks the same in another process")
 async def other_process(made: Made) -> None:
     tasks = [task for split in Split for task in await listed(made, split, 0, 3)]
@@ -147,6 +182,10 @@ WORDS: dict[Any, Words] = {
     slices: Words(
         "", "tasks[offset : offset + limit] of a list that never changes will do; info.task_counts has its length."
     ),
+    both_splits: Words(
+        "", "A run trains on one split and is evaluated on the other. task_counts counts what list_tasks lists."
+    ),
+    ids: Words("", "Shorten an id that is made of the task's content, with a hash for instance."),
     other_process: Words("", f"{_SEED} hash() of a text differs between processes."),
     readings: Words("", "StepResult.action is shown to whoever reflects on the attempt."),
     listing.numbers: Words("info has limits, counts and players that make sense"),

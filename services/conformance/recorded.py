@@ -17,6 +17,7 @@ from services.env.base import (
     UnknownTask,
     close,
     fork,
+    reads_thoughts,
 )
 
 R = TypeVar("R")
@@ -65,6 +66,7 @@ class _RecordedEpisode:
     def __init__(self, environment: Recorded, episode: Episode) -> None:
         self.observation = episode.observation
         self.player = getattr(episode, "player", 0)
+        self.reads_thoughts = reads_thoughts(episode)
         self._environment, self._inner = environment, episode
 
     def step(self, action: str) -> StepResult:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.env.base import Environment, close
+from services.env.base import Environment, act, close
 from services.env.config import EnvSettings
 
 SECONDS = 120.0
@@ -41,7 +41,7 @@ def _played(environment: Environment, task_id: str, actions: Sequence[str]) -> l
         episode = environment.start(task_id)
         seen.append({"observation": episode.observation})
         for action in actions:
-            step = episode.step(action)
+            step = act(episode, action)
             seen.append({"observation": step.observation, "action": step.action, "reward": step.reward})
             if step.done:
                 break

@@ -29,6 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 from services.common.extras import how_to_install
 from services.common.inference import Tool
 from services.common.suggest import did_you_mean
+from services.common.thoughts import without_thoughts
 from services.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
 
 __all__ = [
@@ -44,9 +45,11 @@ __all__ = [
     "TaskInfo",
     "Tool",
     "UnknownTask",
+    "act",
     "close",
     "fork",
     "read_settings",
+    "reads_thoughts",
 ]
 
 
@@ -58,7 +61,8 @@ class Episode(Protocol):
     observation: str  # the first observation
 
     def step(self, action: str) -> StepResult:
-        """Applies the agent's text. Never called again after `done`."""
+        """Applies the agent's answer, which comes without its thoughts (`services/common/thoughts.py`); an episode that
+        has `reads_thoughts = True` gets all of it. Never called again after `done`."""
 
 
 @runtime_checkable
@@ -105,6 +109,15 @@ def fork(episode: Episode) -> Episode:
         what = "the episode itself" if copied is episode else type(copied).__name__
         raise TypeError(f"fork returned {what}, not another episode")
     return copied
+
+
+def act(episode: Episode, action: str) -> StepResult:
+    """What comes of an agent's answer. What stands in a thought is no action, in whatever environment."""
+    return episode.step(action if reads_thoughts(episode) else without_thoughts(action))
+
+
+def reads_thoughts(episode: Episode) -> bool:
+    return bool(getattr(episode, "reads_thoughts", False))
 
 
 def close(held: Episode | Environment) -> None:

@@ -3,13 +3,13 @@ fails the one episode that gave it."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NoReturn
 
 from services.common.errors import DomainError, Reason
+from services.common.rewards import read_reward
 from services.common.types import EpisodeStep, Outcome
-from services.env.base import Environment, Episode, Faulted, StepResult, UnknownTask, close
+from services.env.base import Environment, Episode, Faulted, StepResult, UnknownTask, act, close
 from services.env.workers import Job, TimedOut
 
 _ERROR_LENGTH = 500
@@ -31,11 +31,10 @@ def begin(environment: Environment, task_id: str) -> tuple[Episode, Begun]:
 
 
 def play(episode: Episode, action: str, players: int) -> EpisodeStep:
-    result = episode.step(action)
+    result = act(episode, action)
     if not isinstance(result, StepResult):
         raise TypeError(f"step returned {type(result).__name__}, not StepResult")
-    if not math.isfinite(result.reward):
-        raise ValueError(f"step returned reward {result.reward}")
+    reward = read_reward(result.reward)
     if result.truncated and not result.done:
         raise ValueError("step returned truncated without done")
     outcome = None
@@ -44,7 +43,7 @@ def play(episode: Episode, action: str, players: int) -> EpisodeStep:
     return EpisodeStep(
         _text("observation", result.observation),
         _text("action", result.action),
-        float(result.reward),
+        reward,
         bool(result.done),
         outcome,
         _text("feedback", result.feedback) if result.done else "",
@@ -117,10 +116,10 @@ def _rewards(rewards: object, players: int) -> tuple[float, ...]:
     expected = "none, as there is one player" if players == 1 else f"{players} finite numbers"
     if not isinstance(rewards, tuple | list) or len(rewards) != (players if players > 1 else 0):
         raise ValueError(f"rewards are {rewards!r:.100}, not {expected}")
-    values = tuple(float(reward) for reward in rewards)
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"rewards are {rewards!r:.100}, not {expected}")
-    return values
+    try:
+        return tuple(map(read_reward, rewards))
+    except ValueError as error:
+        raise ValueError(f"rewards are {rewards!r:.100}, not {expected}: {error}") from None
 
 
 def _text(name: str, value: object) -> str:

@@ -23,9 +23,9 @@ from services.common.channel import Connection, Endpoint
 from services.common.errors import CallFailed, DomainError, Reason, invalid_field
 from services.common.status import domain_error
 from services.common.suggest import did_you_mean
-from services.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split, TaskInfo
-from services.common.wire import outcome_from_proto, tools_from_proto
+from services.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
 from services.env.keepalive import kept_alive
+from services.env.wire import info_from_proto, step_from_proto, tasks_from_proto
 
 _MIN_BATCH, _MAX_BATCH = 8, 128  # larger ones gain nothing: a call's own cost is then a tenth of what its steps cost
 _MAX_BATCH_CHARACTERS = 4 * 2**20  # far below the limit of a message; a longer action travels alone
@@ -35,7 +35,6 @@ _FIRST_WAIT_SECONDS = 0.05
 _STILL_RUNS = ("DEADLINE_EXCEEDED", "the step still runs")
 _PAGE_SIZE = 1000
 _SPLITS = {Split.TRAIN: pb.SPLIT_TRAIN, Split.TEST: pb.SPLIT_TEST}
-_SPLITS_BACK = {number: split for split, number in _SPLITS.items()}
 R = TypeVar("R")
 
 
@@ -52,7 +51,7 @@ class EnvClient:
     async def list_environments(self) -> list[EnvironmentInfo]:
         request = pb.ListEnvironmentsRequest()
         response = await self._call(self._stub.ListEnvironments, request)
-        return [_info(info) for info in response.environments]
+        return [info_from_proto(info) for info in response.environments]
 
     async def describe(self, environment: str) -> EnvironmentInfo:
         infos = {info.name: info for info in await self.list_environments()}
@@ -72,7 +71,7 @@ class EnvClient:
                 environment=environment, split=_SPLITS[split], page_size=size, page_token=token
             )
             response = await self._call(self._stub.ListTasks, request)
-            tasks += self._connection.read(_tasks, response)
+            tasks += self._connection.read(tasks_from_proto, response)
             token = response.next_page_token
             if not token or (limit and len(tasks) >= limit):
                 return tasks
@@ -102,7 +101,7 @@ class EnvClient:
     async def step_alone(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
         """As `step`, in a call of its own, which delays no other step."""
         request = pb.StepEpisodeRequest(episode_id=episode_id, step_index=step_index, action=action)
-        return _step(await self._call(self._stub.StepEpisode, request))
+        return step_from_proto(await self._call(self._stub.StepEpisode, request))
 
     async def end(self, episode_id: str) -> None:
         request = pb.EndEpisodeRequest(episode_id=episode_id)
@@ -144,7 +143,7 @@ class RemoteEpisode:
         answer = await self._client.step(self.episode_id, self._next_step, action)
         self._next_step += 1
         self._last_action = action
-        self._is_over = answer.done
+        self._is_over = answer.done and answer.outcome is not Outcome.ENV_ERROR  # which the server may not know of
         self.player = answer.player
         return answer
 
@@ -319,7 +318,7 @@ def _settle(future: asyncio.Future[_Answer], item: pb.StepEpisodesResponse.Item)
         return True
     kind = item.WhichOneof("result")
     if kind == "step":
-        future.set_result(_step(item.step))
+        future.set_result(step_from_proto(item.step))
     elif kind == "error":
         future.set_exception(_error(item.error))
     return future.done()
@@ -328,55 +327,3 @@ def _settle(future: asyncio.Future[_Answer], item: pb.StepEpisodesResponse.Item)
 def _error(error: pb.StepError) -> Exception:
     known = domain_error(error.reason, error.message, error.metadata)
     return known or CallFailed("a newer server", "StepEpisodes", error.reason, error.message)
-
-
-def _step(response: pb.StepEpisodeResponse) -> EpisodeStep:
-    done = response.done
-    return EpisodeStep(
-        response.observation,
-        response.action,
-        response.reward if response.HasField("reward") else None,
-        done,
-        # Told with the last step alone, and to look costs time.
-        outcome_from_proto(response.outcome) if done else None,
-        response.feedback if done else "",
-        response.error if done else "",
-        response.tool,
-        response.player,
-        tuple(response.rewards),
-    )
-
-
-def _tasks(response: pb.ListTasksResponse) -> list[TaskInfo]:
-    return [TaskInfo(task.task_id, _SPLITS_BACK[task.split], task.difficulty) for task in response.tasks]
-
-
-def _info(info: pb.EnvironmentInfo) -> EnvironmentInfo:
-    return EnvironmentInfo(
-        name=info.name,
-        description=info.description,
-        prompts=_prompts(info.prompts),
-        max_steps=info.max_steps,
-        max_reward=info.max_reward,
-        deterministic=info.deterministic,
-        task_counts={Split.TRAIN: info.train_task_count, Split.TEST: info.test_task_count},
-        tools=tools_from_proto(info.tools),
-        unavailable=info.unavailable,
-        can_fork=info.can_fork,
-        player_count=max(info.player_count, 1),  # a server that knows nothing of players has one
-    )
-
-
-def _prompts(prompts: pb.PromptSet) -> PromptSet:
-    return PromptSet(
-        solver=prompts.solver,
-        action_reminder=prompts.action_reminder,
-        reflection_system=prompts.reflection_system,
-        reflection=prompts.reflection,
-        memory_empty=prompts.memory_empty,
-        trace_turn=prompts.trace_turn,
-        retry=prompts.retry,
-        try_again=prompts.try_again,
-        reflection_open=prompts.reflection_open,
-        reflection_close=prompts.reflection_close,
-    )

@@ -10,8 +10,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 
-from services.common.rewards import reaches, total
-from services.env.base import Environment, EnvironmentInfo, Episode, Split, StepResult, TaskInfo, close, fork
+from services.common.rewards import reaches, read_reward, total
+from services.env.base import (
+    Environment,
+    EnvironmentInfo,
+    Episode,
+    Split,
+    StepResult,
+    TaskInfo,
+    close,
+    fork,
+    reads_thoughts,
+)
 
 RIGHT = "That was right."
 WRONG = "That was wrong, try again."
@@ -56,6 +66,7 @@ class _LimitedEpisode:
     def __init__(self, episode: Episode, feedback: Feedback, max_reward: float, rewards: Sequence[float] = ()) -> None:
         self.observation = episode.observation
         self.player = getattr(episode, "player", 0)
+        self.reads_thoughts = reads_thoughts(episode)
         self._episode = episode
         self._feedback = feedback
         self._max_reward = max_reward
@@ -65,7 +76,7 @@ class _LimitedEpisode:
         result = self._episode.step(action)
         if not isinstance(result, StepResult):  # an environment's mistake, which the server reports
             return result
-        self._rewards.append(result.reward)
+        self._rewards.append(read_reward(result.reward))
         if not result.done:
             return result
         unary = RIGHT if reaches(total(self._rewards), self._max_reward) else WRONG

@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
+from services.common.thoughts import without_thoughts
 from services.env.base import PromptSet, Split, TaskInfo, UnknownTask
 
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
@@ -30,8 +31,8 @@ MAX_TASKS = 99_999  # ids have five digits
 
 
 def parse_action(text: str) -> str | None:
-    """The move in the last complete triple-backtick block; linear in the length of hostile text."""
-    parts = text.split(_FENCE)
+    """The move in the last complete triple-backtick block that is no thought; linear in the length of hostile text."""
+    parts = without_thoughts(text).split(_FENCE)
     if len(parts) < 3:
         return None
     last_block = parts[-2] if len(parts) % 2 else parts[-3]

@@ -266,6 +266,8 @@ def _ending(status: int) -> str:
 
 
 class SandboxedEpisode:
+    reads_thoughts = True  # its process knows whether the episode does
+
     def __init__(self, process: _Process, observation: str, player: int) -> None:
         self.observation, self.player = observation, player
         self._process = process

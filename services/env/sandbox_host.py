@@ -18,12 +18,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import msgspec
 import pyseccomp
 
-from services.env.base import Environment, Episode, MissingExtra, Split, StepResult, UnknownTask
+from services.common.rewards import read_reward
+from services.env.base import Environment, Episode, MissingExtra, Split, StepResult, UnknownTask, act
 from services.env.load import load
 from services.env.sandbox_pipe import First, Garbled, Reply, Request, receive, send
 
@@ -126,10 +128,13 @@ def _play(environment: Environment, task_id: str, connection: socket.socket, hos
 
 def _step(episode: Episode | None, action: str) -> StepResult:
     assert episode is not None
-    result = episode.step(action)
+    result = act(episode, action)
     if not isinstance(result, StepResult):
         raise TypeError(f"step returned {type(result).__name__}, not StepResult")
-    return result
+    rewards = result.rewards
+    if isinstance(rewards, tuple | list):  # else the server says what is wrong
+        rewards = tuple(map(read_reward, rewards))
+    return replace(result, reward=read_reward(result.reward), rewards=rewards)  # plain numbers, which travel
 
 
 def _copy(connection: socket.socket, descriptor: int, host: int) -> socket.socket:

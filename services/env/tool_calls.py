@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from services.common.inference import Tool
+from services.common.thoughts import without_thoughts
 
 MAX_CALLS = 8  # in one answer; what follows is left out
 _MAX_CALL_CHARACTERS = 8_192
@@ -34,7 +35,6 @@ _MISTRAL, _MISTRAL_ARGUMENTS = "[TOOL_CALLS]", "[ARGS]"
 _JSON_NAMES = {"null": None, "true": True, "false": False}
 _PYTHON_TAG = "<|python_tag|>"  # Llama 3.1 puts it before its JSON
 _FENCE = "```"
-_THOUGHT_END = "</think>"
 _FILE_NAME = "<tool call>"
 M = TypeVar("M", bound=BaseModel)
 
@@ -76,14 +76,10 @@ def read_arguments(kind: type[M], arguments: dict[str, Any]) -> M:
         raise ValueError(printable("; ".join(problems), _MAX_PROBLEM)) from error
 
 
-def without_thoughts(answer: str) -> str:
-    """What follows the last thought: what a thought mentions is not done."""
-    return answer.rpartition(_THOUGHT_END)[2]
-
-
 def find_calls(answer: str, names: Collection[str]) -> list[Call]:
-    """The calls of an answer, in order; none when it makes none. `names` are those of the tools that there are: without
-    marks around it, what calls none of them is no call, but an answer that happens to be JSON or a list."""
+    """The calls of an answer, in order; none when it makes none outside of its thoughts. `names` are those of the tools
+    that there are: without marks around it, what calls none of them is no call, but an answer that happens to be JSON
+    or a list."""
     text = without_thoughts(answer).strip()
     for opening, closing in _BLOCKS:
         if opening in text:

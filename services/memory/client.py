@@ -9,6 +9,7 @@ from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 
 from services.common.channel import Connection, Endpoint
+from services.common.numbers import finite, not_negative
 from services.common.types import Provenance, RetrievalStrategy, StoredReflection
 
 _PAGE_SIZE = 1000
@@ -30,7 +31,7 @@ class MemoryClient:
         """The scope's version; 0 while it has no writes."""
         request = pb.GetSnapshotRequest(scope=scope)
         response = await self._connection.call(self._stub.GetSnapshot, request, timeout=self._timeout)
-        return response.version
+        return self._connection.read(_version, response)
 
     async def query(
         self, scope: str, environment: str, strategy: RetrievalStrategy, limit: int, as_of_version: int | None = None
@@ -97,6 +98,11 @@ def _provenance(provenance: Provenance) -> pb.Provenance:
     )
 
 
+def _version(response: pb.GetSnapshotResponse) -> int:
+    not_negative("version", [response.version])
+    return response.version
+
+
 def _reflections(
     response: pb.QueryReflectionsResponse | pb.ListReflectionsResponse,
 ) -> list[StoredReflection]:
@@ -104,7 +110,11 @@ def _reflections(
 
 
 def _reflection(message: pb.StoredReflection) -> StoredReflection:
+    """Raises ValueError for rewards and versions that are none."""
     origin = message.provenance
+    finite("provenance.reward_before", [origin.reward_before])
+    finite("provenance.reward_after", [origin.reward_after])
+    not_negative("version", [message.version])
     return StoredReflection(
         reflection_id=message.reflection_id,
         scope=message.scope,

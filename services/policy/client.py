@@ -36,7 +36,9 @@ from services.policy.wire import (
     part_from_proto,
     policy_from_proto,
     score_to_proto,
+    scored_from_proto,
     tokenize_to_proto,
+    tokens_from_proto,
     version_from_proto,
 )
 
@@ -75,7 +77,7 @@ class PolicyClient:
     async def info(self, policy: str = "") -> PolicyInfo:
         request = pb.GetPolicyRequest(policy=policy)
         response = await self._connection.call(self._stub.GetPolicy, request, timeout=self._timeout)
-        return policy_from_proto(response.policy)
+        return self._connection.read(lambda answer: policy_from_proto(answer.policy), response)
 
     async def policies(self) -> tuple[PolicyInfo, ...]:
         """All, by name."""
@@ -83,7 +85,7 @@ class PolicyClient:
         request = pb.ListPoliciesRequest(page_size=_PAGE)
         while True:
             response = await self._connection.call(self._stub.ListPolicies, request, timeout=self._timeout)
-            found += map(policy_from_proto, response.policies)
+            found += self._connection.read(lambda answer: [*map(policy_from_proto, answer.policies)], response)
             request.page_token = response.next_page_token
             if not request.page_token:
                 return tuple(found)
@@ -113,14 +115,14 @@ class PolicyClient:
     ) -> Scored:
         request = score_to_proto(sequences, temperature, options)
         response = await self._connection.call(self._stub.Score, request, timeout=self._timeout)
-        return Scored(tuple(tuple(scores.log_probs) for scores in response.scores), response.policy_version)
+        return self._connection.read(lambda answer: scored_from_proto(answer, sequences), response)
 
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = _PLAIN) -> tuple[int, ...]:
         if isinstance(prompt, list):
             return ()  # as `generate`: nothing is added to token ids
         request = _encoded(tokenize_to_proto, prompt, options)
         response = await self._connection.call(self._stub.Tokenize, request, timeout=self._timeout)
-        return tuple(response.token_ids)
+        return self._connection.read(tokens_from_proto, response)
 
     async def load_model(
         self, policy: str, model: str, backend: str = "", options: Mapping[str, Any] | None = None

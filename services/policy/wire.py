@@ -9,6 +9,7 @@ from typing import Any
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_service_pb2 as pb
 
+from services.common import numbers
 from services.common.inference import (
     CallOptions,
     Completion,
@@ -37,6 +38,7 @@ from services.common.wire import (
     weights_kind_from_proto,
     weights_kind_to_proto,
 )
+from services.policy.backend import Scored
 
 _VERSIONS = {state: admin_pb.VersionState.Value(f"VERSION_STATE_{state.name}") for state in VersionState}
 _VERSIONS_BACK = {value: key for key, value in _VERSIONS.items()}
@@ -215,10 +217,14 @@ def completions_to_proto(completions: Sequence[Completion]) -> pb.GenerateRespon
 
 
 def completions_from_proto(response: pb.GenerateResponse, n: int) -> tuple[Completion, ...]:
-    """Raises ValueError for another number than `n`, which were asked for, and KeyError for an unknown stop reason."""
+    """Raises ValueError for another number than `n`, which were asked for, and for token ids and log-probabilities that
+    are none, and KeyError for an unknown stop reason."""
     if len(response.completions) != n:
         raise ValueError(f"{len(response.completions)} completions, not {n}")
     shown = tuple(response.prompt_token_ids)
+    numbers.token_ids("prompt_token_ids", shown)
+    for completion in response.completions:
+        _check_sampled(completion)
     return tuple(
         Completion(
             prompt_token_ids=shown,
@@ -231,6 +237,13 @@ def completions_from_proto(response: pb.GenerateResponse, n: int) -> tuple[Compl
         )
         for completion in response.completions
     )
+
+
+def _check_sampled(message: pb.Completion | pb.StreamGenerateResponse) -> None:
+    """Raises ValueError. An engine that tells no log-probabilities tells none at all."""
+    numbers.token_ids("token_ids", message.token_ids)
+    numbers.log_probs("log_probs", message.log_probs, len(message.token_ids) if message.log_probs else None)
+    numbers.not_negative("policy_versions.token_count", [span.token_count for span in message.policy_versions])
 
 
 def part_to_proto(part: CompletionPart) -> pb.StreamGenerateResponse:
@@ -247,6 +260,9 @@ def part_to_proto(part: CompletionPart) -> pb.StreamGenerateResponse:
 
 
 def part_from_proto(message: pb.StreamGenerateResponse) -> CompletionPart:
+    """Raises as `completions_from_proto` does."""
+    numbers.token_ids("prompt_token_ids", message.prompt_token_ids)
+    _check_sampled(message)
     return CompletionPart(
         index=message.index,
         prompt_token_ids=tuple(message.prompt_token_ids),
@@ -257,6 +273,21 @@ def part_from_proto(message: pb.StreamGenerateResponse) -> CompletionPart:
         policy_versions=spans_from_proto(message.policy_versions),
         stop_reason=stop_reason_from_proto(message.stop_reason) if message.stop_reason else None,
     )
+
+
+def scored_from_proto(response: pb.ScoreResponse, sequences: Sequence[Sequence[int]]) -> Scored:
+    """Raises ValueError for what is not one log-probability for each token after the first."""
+    if len(response.scores) != len(sequences):
+        raise ValueError(f"{len(response.scores)} scores of {len(sequences)} sequences")
+    pairs = zip(response.scores, sequences, strict=True)
+    rows = tuple(numbers.log_probs("log_probs", scores.log_probs, len(ids) - 1) for scores, ids in pairs)
+    return Scored(rows, response.policy_version)
+
+
+def tokens_from_proto(response: pb.TokenizeResponse) -> tuple[int, ...]:
+    """Raises ValueError."""
+    numbers.token_ids("token_ids", response.token_ids)
+    return tuple(response.token_ids)
 
 
 def policy_to_proto(info: PolicyInfo) -> pb.Policy:
@@ -294,7 +325,10 @@ def policy_to_proto(info: PolicyInfo) -> pb.Policy:
 
 
 def policy_from_proto(message: pb.Policy) -> PolicyInfo:
-    """Features and states that this version does not know are left out, or taken for one that serves nothing."""
+    """Features and states that this version does not know are left out, or taken for one that serves nothing. Raises
+    ValueError for sizes and counts that are none."""
+    for field in ("policy_version", "context_length", "vocabulary_size", "compute_seconds", "draining_models"):
+        numbers.not_negative(field, [getattr(message, field)])
     return PolicyInfo(
         model=message.model,
         fingerprint=message.fingerprint,

@@ -23,6 +23,7 @@ from services.common.inference import (
     StopReason,
 )
 from services.common.rewards import total
+from services.common.thoughts import without_thoughts
 from services.common.types import (
     Attempt,
     EnvironmentInfo,
@@ -52,10 +53,12 @@ def trace_of(attempt: Attempt, prompts: PromptSet) -> str:
 
 
 def reflection_in(answer: str, prompts: PromptSet) -> str:
-    """The text between the last pair of marks, or the whole answer when either is absent."""
-    _, opened, tail = answer.rpartition(prompts.reflection_open)
+    """The text between the last pair of marks, or the whole answer when either is absent; in both cases without the
+    writer's thoughts."""
+    said = without_thoughts(answer)
+    _, opened, tail = said.rpartition(prompts.reflection_open)
     text, closed, _ = tail.partition(prompts.reflection_close)
-    return (text if opened and closed else answer).strip()
+    return (text if opened and closed else said).strip()
 
 
 @dataclass

@@ -33,6 +33,13 @@ FAULTS = {
     "undescribed": ("info is an EnvironmentInfo with values of the declared types", "info.description is empty"),
     "no-prompts": ("info.prompts has each text, with its placeholders", "prompts.trace_turn is 'a turn'"),
     "both-splits": ("each task is listed once, in one split", "both/0"),
+    "no-train": ("there are tasks to train on, and tasks to test with", "there are no training tasks"),
+    "no-test": ("there are tasks to train on, and tasks to test with", "there are no test tasks"),
+    "twice": ("each task is listed once, in one split", "train/1 more than once"),
+    "long-id": ("task ids are text of 1 to 200 characters", "has 201 characters"),
+    "empty-id": ("task ids are text of 1 to 200 characters", "the id '' has 0 characters"),
+    "number-id": ("task ids are text of 1 to 200 characters", "the id 7 is a int, not text"),
+    "unsendable-id": ("task ids are text of 1 to 200 characters", "cannot be sent"),
     "no-offset": ("list_tasks(split, offset, limit) gives slices of one list", "list_tasks('train', 1, 3) gave"),
 }
 

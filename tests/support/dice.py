@@ -82,6 +82,8 @@ class Dice:
         )
         wrong: dict[str, dict[str, Any]] = {
             "counts": {"task_counts": {Split.TRAIN: 31, Split.TEST: 4}},
+            "no-train": {"task_counts": {Split.TRAIN: 0, Split.TEST: 4}},
+            "no-test": {"task_counts": {Split.TRAIN: 30, Split.TEST: 0}},
             "types": {"max_steps": "5"},
             "undescribed": {"description": ""},
             "no-prompts": {"prompts": replace(self.info.prompts, trace_turn="a turn")},
@@ -93,8 +95,15 @@ class Dice:
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
         if self._fault == "list-raises":
             raise RuntimeError("the list is torn")
+        odd: dict[str, Any] = {"long-id": "x" * 201, "empty-id": "", "number-id": 7, "unsendable-id": "a\ud800"}
+        if self._fault in odd:
+            return [TaskInfo(odd[self._fault], split, 1.0)] * TASKS[split]
+        if f"no-{split}" == self._fault:
+            return []
         prefix = "both" if self._fault == "both-splits" else split
         tasks = [TaskInfo(f"{prefix}/{n}", split, 1.0) for n in range(TASKS[split])]
+        if self._fault == "twice":
+            tasks[3] = tasks[1]
         if self._fault == "no-offset":
             return tasks[:limit]
         return tasks[offset : offset + limit]

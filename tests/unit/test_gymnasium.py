@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -308,3 +309,29 @@ def test_bounds_are_those_that_are_told() -> None:
     assert read(spaces.Box(-1, 0.7, (1,)), "0.7", ()) == pytest.approx(0.7)
     with pytest.raises(ValueError, match=r"from -1 to 0\.7$"):
         read(spaces.Box(-1, 0.7, (1,)), "0.700001", ())
+
+
+@pytest.mark.parametrize(
+    ("answer", "names", "action"),
+    [
+        ("```2```", (), 2),
+        ("<answer>2</answer>", (), 2),
+        ("\\boxed{2} of 3", (), 2),
+        ("The answer is 2.", (), 2),
+        ("3 - 1 = 2", (), 2),
+        ("Right.", ("left", "up", "right"), 2),
+        ("**right**", ("left", "up", "right"), 2),
+        ("<answer>right</answer> of 3", ("left", "up", "right"), 2),
+    ],
+)
+def test_a_small_models_answers_are_read(answer: str, names: Sequence[str], action: int) -> None:
+    assert read(spaces.Discrete(3), answer, names) == action
+
+
+@pytest.mark.parametrize(
+    ("answer", "names"),
+    [("9", ()), ("It is 3.", ()), ("1.5", ()), ("-1", ()), ("there are 2 holes", ("left", "up", "right")), ("", ())],
+)
+def test_what_is_out_of_bounds_or_no_action_is_refused(answer: str, names: Sequence[str]) -> None:
+    with pytest.raises(ValueError, match="expected|must be"):
+        read(spaces.Discrete(3), answer, names)

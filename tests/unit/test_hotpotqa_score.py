@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from services.env.envs.hotpotqa_score import Method, boxed, exact_match, f1, normalize, score
+from services.env.answers import boxed
+from services.env.envs.hotpotqa_score import Method, exact_match, f1, normalize, score
 
 
 # Computed by hand after hotpot_evaluate_v1.py.

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.rewards import LARGEST_REWARD, exceeds, is_usable, reaches, total
+from services.common.rewards import LARGEST_REWARD, exceeds, is_usable, reaches, read_reward, total
 
 # How many equal rewards make up the largest sum there is, which solves the task.
 PARTS = [1, 3, 6, 7, 10, 49, 100, 1000]
@@ -49,3 +51,42 @@ def test_what_is_no_finite_sum_is_no_reward() -> None:
         assert not is_usable(total(rewards))
     assert not is_usable(1e200) and not is_usable(-1e200)
     assert is_usable(LARGEST_REWARD) and is_usable(-LARGEST_REWARD) and is_usable(0)
+
+
+class Foreign:
+    """Raises whatever is asked of it."""
+
+    def __float__(self) -> float:
+        raise RuntimeError("no")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+@pytest.mark.parametrize(
+    ("reward", "number"),
+    [
+        *((1, 1.0), (True, 1.0), (0.25, 0.25), (-1e12, -1e12), (Decimal("0.5"), 0.5), (Fraction(1, 4), 0.25)),
+        *((np.float32(0.5), 0.5), (np.int64(2), 2.0), (np.bool_(True), 1.0), (np.array(3.0), 3.0)),
+        *((torch.tensor(2.0), 2.0), (torch.tensor(1, dtype=torch.int8), 1.0)),
+    ],
+    ids=repr,
+)
+def test_numbers_of_any_library_are_rewards(reward: object, number: float) -> None:
+    assert read_reward(reward) == number and type(read_reward(reward)) is float
+
+
+@pytest.mark.parametrize(
+    ("reward", "named"),
+    [
+        *((None, "None"), ("1.0", "'1.0'"), (b"1", "b'1'"), (1j, "1j"), ([1.0], "[1.0]"), ({}, "{}")),
+        *((math.nan, "nan"), (math.inf, "inf"), (1e200, "1e+200"), (-1e200, "-1e+200"), (10**400, "1000")),
+        *((10**5000, "a int"), (Decimal("sNaN"), "sNaN"), (np.float32("nan"), "nan"), (np.zeros(2), "array([0., 0.])")),
+        *((torch.zeros(2), "tensor([0., 0.])"), (Foreign(), "a Foreign"), ("x" * 10_000, "characters left out")),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 99 else "",
+)
+def test_what_is_no_reward_is_named(reward: object, named: str) -> None:
+    with pytest.raises(ValueError, match="is not a number from -1e") as caught:
+        read_reward(reward)
+    assert named in str(caught.value) and len(str(caught.value)) < 300

@@ -51,7 +51,8 @@ class MyGameEpisode:
         self._steps = 0
 
     def step(self, action: str) -> StepResult:
-        """`action` is the agent's whole answer, and agents write anything: what cannot be read must not raise."""
+        """`action` is the agent's answer without its thoughts. Agents write anything: what cannot be read must not
+        raise."""
         self._steps += 1
         guess = read_guess(action)
         if guess == self._hidden:

@@ -103,7 +103,10 @@ async def whole(game: Game) -> None:
 @suite.check("ListTasks", "no task is listed twice, and none in both splits")
 async def once(game: Game) -> None:
     ids = [task.task_id for split in SPLITS for task in (await walk(game, split, 1000))[0]]
-    demand(all(0 < len(task_id) <= 200 for task_id in ids), "a task id has 1 to 200 characters", sorted(ids)[:1])
+    wrong = [task_id for task_id in ids if not 0 < len(task_id) <= 200]
+    demand(
+        not wrong, "a task id has 1 to 200 characters", ", ".join(f"{one[:60]!r} has {len(one)}" for one in wrong[:3])
+    )
     twice = sorted({task_id for task_id in ids if ids.count(task_id) > 1}) if len(set(ids)) < len(ids) else []
     demand(not twice, "each task is listed once, in one split", f"{', '.join(twice[:5])} more than once")
 

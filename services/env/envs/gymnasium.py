@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from services.common.rewards import total
+from services.common.rewards import read_reward, total
 from services.env.base import (
     EnvironmentInfo,
     MissingExtra,
@@ -144,7 +144,7 @@ class GymnasiumEpisode:
         self._taken.append(action)
         observed, reward, terminated, truncated, _ = self._env.step(action)
         self.observation = self._game.show(self._env, observed)
-        return float(reward), bool(terminated), bool(truncated)
+        return read_reward(reward), bool(terminated), bool(truncated)
 
     def _feedback(self, cut: bool) -> str:
         ended = "The step limit was reached." if cut else "The episode came to its end."

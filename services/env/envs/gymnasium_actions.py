@@ -1,7 +1,8 @@
 """Actions of Gymnasium's spaces, read from an agent's answer.
 
-An action is JSON between triple backticks: numbers, lists and objects as its space is made. A discrete one may have a
-name; where the action is text, the whole answer is it. Nothing is made to fit: what is out of bounds is refused with a
+An action is JSON between triple backticks, else between <answer> and </answer> or in a box, else the whole answer:
+numbers, lists and objects as its space is made. A discrete one may have a name; one that has none is the last number.
+Where the action is text, the whole answer is it. Nothing is made to fit: what is out of bounds is refused with a
 ValueError that says what was expected.
 """
 
@@ -17,13 +18,16 @@ from typing import Any, NoReturn
 import numpy as np
 from gymnasium import spaces
 
+from services.common.thoughts import without_thoughts
+from services.env.answers import last_number, marked
 from services.env.envs.gymnasium_spaces import Space, is_whole, words
-from services.env.tool_calls import printable, without_thoughts
+from services.env.tool_calls import printable
 
 _MAX_ANSWER = 20_000  # characters of an action
 _MAX_READING = 200
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _FENCE = "```"
+_AROUND_A_NAME = " .,;:!*_`'\"\n"
 _LEAVES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box, spaces.Text)
 
 
@@ -51,18 +55,21 @@ def form(space: Space, names: Sequence[str]) -> str:
 
 def read(space: Space, answer: str, names: Sequence[str]) -> Any:
     """The action that an answer means: a sample of the space. Raises ValueError in words."""
+    said = without_thoughts(answer)
     if isinstance(space, spaces.Text):
-        return _decode(space, answer, "the answer")
-    text = _written(answer)
+        return _decode(space, said, "the answer")
+    text = _written(said)
     if len(text) > _MAX_ANSWER:
         raise ValueError(f"it is longer than {_MAX_ANSWER} characters")
     if isinstance(space, spaces.Discrete):
         numbers = {name.casefold(): number for number, name in enumerate(names, start=int(space.start))}
-        if text.casefold() in numbers:
-            return np.int64(numbers[text.casefold()])
-        if not _WHOLE.fullmatch(text):
+        name = text.strip(_AROUND_A_NAME).casefold()
+        if name in numbers:
+            return np.int64(numbers[name])
+        number = text if names else last_number(text)  # a number in a sentence about names may be about anything
+        if not _WHOLE.fullmatch(number):
             raise ValueError(f"expected {form(space, names)}")
-        return _decode(space, int(text), "it")
+        return _decode(space, int(number), "it")
     try:
         value = json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -80,11 +87,11 @@ def tell(space: Space, action: Any, names: Sequence[str]) -> str:
 
 
 def _written(answer: str) -> str:
-    """The last complete block in triple backticks; the whole answer where there is none."""
-    text = without_thoughts(answer)
-    parts = text.split(_FENCE)
+    """The last complete block in triple backticks, else the marked answer; the whole answer where there is neither."""
+    parts = answer.split(_FENCE)
     if len(parts) < 3:
-        return text.strip()
+        found = marked(answer)
+        return answer.strip() if found is None else found
     block = parts[-2] if len(parts) % 2 else parts[-3]
     return block.strip().removeprefix("json\n").strip()
 

@@ -3,7 +3,8 @@
 As published with ERL (arXiv 2602.13949): one tool, `local_search`, with the five best passages, each cut to 300
 characters; at most five turns; the final answer in a box; reward 1 for an exact match, else F1 from 0.3 on. Without
 files it plays the small data set of `hotpotqa_world.py`. Deviations from the reference code:
-1. Only a box is an answer (the reference guesses one from bold text, dates, names or the first sentence).
+1. Only a box, or what stands between <answer> and </answer>, is an answer (the reference guesses one from bold text,
+   dates, names or the first sentence).
 2. The last box counts, not the first.
 3. The agent is told the true number of turns.
 4. A search that fails is ENV_ERROR or TIMEOUT, which is no sample (the reference: reward 0).
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, Field
 
 from services.common.rewards import reaches
+from services.env.answers import marked
 from services.env.base import (
     EnvironmentInfo,
     MissingExtra,
@@ -33,7 +35,7 @@ from services.env.base import (
     read_settings,
 )
 from services.env.envs import hotpotqa_world
-from services.env.envs.hotpotqa_score import Method, Score, boxed, score
+from services.env.envs.hotpotqa_score import Method, Score, score
 from services.env.search import Bm25, Dense, Hit, Index, kept_bm25, kept_dense, load_encoder
 from services.env.tool_calls import Call, describe, find_calls, printable, read_arguments
 
@@ -120,7 +122,7 @@ class HotpotQaEpisode:
         is_last = self._steps >= self._settings.max_steps
         if calls and not is_last:
             return self._answer_calls(calls)
-        result = score(boxed(action), self._gold)
+        result = score(marked(action), self._gold)
         truncated = bool(calls) and result.method is Method.NO_ANSWER
         reading = _reading(calls) if truncated else _answer_reading(result)
         feedback = _feedback(result, truncated)

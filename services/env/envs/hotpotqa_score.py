@@ -10,14 +10,9 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 
-from services.env.tool_calls import without_thoughts
-
 MIN_F1 = 0.3
-MAX_ANSWER = 1_000  # characters; no answer of the data set has more than some 200
-_BOX = "\\boxed{"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 _CLOSED = ("yes", "no", "noanswer")  # answers of which a part is worth nothing
 
 
@@ -58,22 +53,6 @@ def f1(answer: str, gold: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def boxed(text: str) -> str | None:
-    r"""The content of the last complete `\boxed{…}` that is no thought, None without one. Braces may nest; `\text{…}`
-    inside, which models of mathematics write, is taken off. One that is longer than any answer counts as none."""
-    said = without_thoughts(text)
-    end = len(said)
-    for _ in range(3):  # an answer that is cut off in its last box has an earlier one
-        start = said.rfind(_BOX, 0, end)
-        if start < 0:
-            return None
-        content = _until_closed(said[start + len(_BOX) : start + len(_BOX) + MAX_ANSWER])
-        if content is not None:
-            return _TEXT_COMMAND.sub(r"\1", content).strip()
-        end = start
-    return None
-
-
 def score(answer: str | None, gold: str) -> Score:
     if answer is None or not answer.strip():
         return Score("", 0.0, Method.NO_ANSWER)
@@ -81,12 +60,3 @@ def score(answer: str | None, gold: str) -> Score:
         return Score(answer, 1.0, Method.EXACT_MATCH)
     value = f1(answer, gold)
     return Score(answer, value if value >= MIN_F1 else 0.0, Method.F1)
-
-
-def _until_closed(text: str) -> str | None:
-    depth = 1
-    for index, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[:index]
-    return None

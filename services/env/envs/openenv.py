@@ -24,6 +24,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from services.common.errors import DomainError, Reason
 from services.common.proxies import is_direct
+from services.common.rewards import read_reward
 from services.env.base import (
     EnvironmentInfo,
     Faulted,
@@ -208,11 +209,12 @@ class OpenEnvEpisode:
         except Refused as refusal:
             return self._result(f"The action is invalid: {refusal}", f"{reading} (invalid)")
         self.observation = self._show(data["observation"])
-        reward = data.get("reward")
-        if reward is not None and not isinstance(reward, int | float):
-            raise Faulted(f"{self._settings.shown} answered step with reward {reward!r:.100}, not a number")
+        try:
+            reward = 0.0 if data.get("reward") is None else read_reward(data["reward"])
+        except ValueError as error:
+            raise Faulted(f"{self._settings.shown} answered step with a {error}") from None
         feedback = data["observation"].get(self._settings.feedback_field, "") if data.get("done") else ""
-        return self._result(self.observation, reading, float(reward or 0.0), bool(data.get("done")), str(feedback))
+        return self._result(self.observation, reading, reward, bool(data.get("done")), str(feedback))
 
     def close(self) -> None:
         self._session.close()

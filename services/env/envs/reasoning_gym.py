@@ -2,7 +2,8 @@
 
 A task `train/chain_sum/00012` is an element of that dataset under a seed that `seed`, split, dataset and number
 determine; train and test never share a seed. The reward is the dataset's own score of the answer, from 0 to 1. The
-agent writes it between <answer> and </answer>, as reasoning-gym has it; without these its last box, or its last line.
+agent writes it between <answer> and </answer>, as reasoning-gym has it; without these its last box, the last number
+where the expected answer is one, or its last line.
 Questions and scores are made in processes of their own (`reasoning_gym_process.py` says why): reasoning_gym is imported
 once the first task starts, or at once where `settings` are to be checked.
 
@@ -22,6 +23,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+from services.env.answers import read_answer
 from services.env.base import (
     EnvironmentInfo,
     MissingExtra,
@@ -31,10 +33,9 @@ from services.env.base import (
     UnknownTask,
     read_settings,
 )
-from services.env.envs.hotpotqa_score import boxed
 from services.env.envs.reasoning_gym_pool import SIZE, Pool, Refused, TookTooLong
 from services.env.prompts import generic_prompts
-from services.env.tool_calls import printable, without_thoughts
+from services.env.tool_calls import printable
 
 OVER = "The episode is over."
 INVALID = "invalid"
@@ -42,7 +43,6 @@ MAX_TASKS = 99_999  # of each dataset and split: ids have five digits
 _SEEDS = 2**30  # of a split
 _MAX_ANSWER = 20_000  # characters
 _SHOWN = 200
-_OPENING, _CLOSING = "<answer>", "</answer>"
 
 # Kept here, as importing reasoning_gym takes seconds; a test compares.
 DATASETS = tuple(
@@ -112,7 +112,7 @@ class ReasoningGymEpisode:
         self._expected, self._task, self._game = expected, task, game
 
     def step(self, action: str) -> StepResult:
-        answer = read_answer(action)
+        answer = read_answer(action, self._expected)
         if not answer:
             return self._result(INVALID, 0.0, "No answer.", "")
         shown = printable(answer, _SHOWN)
@@ -193,19 +193,6 @@ class ReasoningGym:
         return drawn + (0 if split is Split.TRAIN else _SEEDS)
 
 
-def read_answer(text: str) -> str:
-    """The last <answer>, the last box, or the last line; linear in the length of hostile text."""
-    said = without_thoughts(text)
-    before, closed, _ = said.rpartition(_CLOSING)
-    if closed and _OPENING in before:
-        return before.rpartition(_OPENING)[2].strip()
-    in_box = boxed(said)
-    if in_box is not None:
-        return in_box.strip()
-    lines = said.strip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
 def create(name: str, settings: Mapping[str, object]) -> ReasoningGym:
     """From a table of the server's configuration."""
     read = read_settings(ReasoningGymSettings, {**settings, "name": name})
@@ -221,6 +208,6 @@ def create(name: str, settings: Mapping[str, object]) -> ReasoningGym:
 
 
 _TASK = "Answer a question."
-_FORMAT = f"""\
-Think first. Then give your final answer, and nothing else, between {_OPENING} and {_CLOSING}. Where the question has \
-an example, keep strictly to its format. You have one attempt at it."""
+_FORMAT = """\
+Think first. Then end with your final answer, and nothing else, between <answer> and </answer>, for example: \
+<answer>8</answer>. Where the question has an example, keep strictly to its format. You have one attempt at it."""

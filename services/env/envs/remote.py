@@ -190,6 +190,8 @@ class Remote:
 class RemoteGame:
     """An episode there, alive as long as the one here."""
 
+    reads_thoughts = True  # that server knows whether its environment does
+
     def __init__(self, begun: RemoteEpisode, environment: Remote) -> None:
         self.observation = begun.observation
         self.player = begun.player

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from services.common.rewards import read_reward
 from services.env.base import (
     EnvironmentInfo,
     MissingExtra,
@@ -182,7 +183,7 @@ class TextArenaEpisode:
             rewards, _ = self._game.close()
         values = [(rewards or {}).get(player, 0.0) for player in range(self._settings.players)]
         # Where some games of TextArena 0.7.4 mean to end at an invalid move, they mix up its arguments.
-        return [_LOST if isinstance(value, str) else float(value) for value in values]
+        return [_LOST if isinstance(value, str) else read_reward(value) for value in values]
 
 
 class TextArena:

@@ -129,6 +129,8 @@ def text_of(message: ChatCompletionMessage) -> str:
     called = message.tool_calls or ()
     calls = [ToolCall(call.function.name, call.function.arguments) for call in called if call.type == "function"]
     said = message.content or message.refusal or ""
+    if not isinstance(said, str):
+        raise NotAnAnswer(f"a message whose content is a {type(said).__name__}, not text")
     return said + ("\n" if said and calls else "") + render_tool_calls(calls)
 
 
@@ -145,7 +147,7 @@ def ending(
     # A string from here on: engines have reasons of their own.
     match str(reason):
         case "length":
-            full = tokens is not None and tokens < asked.max_tokens
+            full = isinstance(tokens, int) and 0 <= tokens < asked.max_tokens
             return (StopReason.CONTEXT_FULL if full else StopReason.MAX_TOKENS), ""
         case "content_filter":
             raise invalid_field("prompt", "one whose answer the endpoint's content filter lets pass")

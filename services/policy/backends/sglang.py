@@ -178,6 +178,7 @@ class SglangBackend:
             self._abort(server, rid)
             raise
         requests.check_finish(answer)
+        requests.check_tokens(answer, self._info.vocabulary_size)
         count = len(answer.output_ids)
         spans = self._pool.spans(target, answer.labels(0, count), own=not ask.adapter)
         if _is_constrained(ask):
@@ -192,6 +193,7 @@ class SglangBackend:
         ids = [*ask.token_ids, *answer.output_ids]
         adapter, temperature = self._adapter(ask, target), ask.sampling.temperature
         labels, row = await score_one(server.connection, ids, len(ask.token_ids), temperature, adapter, self._seconds)
+        requests.check_scores(row)
         sampled_by = {label for label, _ in answer.labels(0, len(answer.output_ids))}
         if labels | sampled_by != labels & sampled_by:
             raise requests.Aborted("the weights changed between sampling and scoring")
@@ -230,6 +232,7 @@ class SglangBackend:
                 answer = requests.decode_event(event)
                 finished = answer.meta_info.finish_reason is not None
                 requests.check_finish(answer)
+                requests.check_tokens(answer, self._info.vocabulary_size)
                 news = reader.read(answer)
                 if news is not None:
                     token_ids, log_probs, labels = news
@@ -251,6 +254,7 @@ class SglangBackend:
                 name = self._fixed[adapter] if adapter else target.adapter
                 try:
                     labels, row = await score_one(server.connection, ids, 1, temperature, name, self._seconds)
+                    requests.check_scores(row)
                     spans = self._pool.spans(target, [(label, 0) for label in sorted(labels)], own=not adapter)
                 except Refused as error:
                     if "LoRA adapter" not in str(error):

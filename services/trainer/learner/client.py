@@ -12,9 +12,10 @@ import structlog
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc
 
+from services.common import numbers
 from services.common.channel import Connection, Endpoint
 from services.common.errors import CallFailed, DomainError, ServiceUnavailable
-from services.common.inference import PublishedWeights, WeightsKind
+from services.common.inference import CanaryProbe, PublishedWeights, WeightsKind
 from services.common.wire import canary_from_proto
 from services.trainer.data import Datum, Limits
 from services.trainer.learner.metrics import merge
@@ -64,12 +65,12 @@ class LearnerClient:
         spec_to_proto(spec, request)
         try:
             response = await client._connection.call(client._stub.CreateLearner, request, timeout=CALL_SECONDS)
+            client.limits = client._connection.read(_limits, response)
         except BaseException:
             await client._connection.close()
             raise
         client._next_sequence = response.next_sequence
         client.fingerprint = response.fingerprint
-        client.limits = Limits(response.vocabulary_size, response.context_length)
         client._renewal = asyncio.create_task(client._renew())
         client.adapted_layers = tuple(response.lora_target_modules)
         return client
@@ -127,14 +128,14 @@ class LearnerClient:
         request = pb.PublishWeightsRequest(**self._ids, policy_version=policy_version)
         response = await self._connection.call(self._stub.PublishWeights, request, timeout=CALL_SECONDS)
         kind = WeightsKind.LORA if response.lora else WeightsKind.FULL
-        canary = canary_from_proto(response.canary)
+        canary = self._connection.read(_canary, response)
         return PublishedWeights(policy_version, kind, response.uri, response.sha256, response.fingerprint, canary)
 
     async def compute_seconds(self) -> float:
         """That the learner has computed since it was created."""
         request = pb.GetLearnerRequest(learner_id=self._ids["learner_id"])
         response = await self._connection.call(self._stub.GetLearner, request, timeout=CALL_SECONDS)
-        return response.compute_seconds
+        return self._connection.read(_compute_seconds, response)
 
     async def delete(self) -> None:
         """Frees the learner. An unknown one succeeds; another owner's is LEARNER_OWNED."""
@@ -167,11 +168,32 @@ class LearnerClient:
 
 
 def _log_probs(data: Sequence[Datum], response: pb.ForwardResponse) -> list[tuple[float, ...]]:
-    """Raises ValueError when they are not one for each trained token."""
+    """Raises ValueError when they are not one for each trained token, or no log-probabilities."""
     found = [tuple(item.log_probs) for item in response.log_probs]
     if [len(log_probs) for log_probs in found] != [sum(datum.loss_mask) for datum in data]:
         raise ValueError(f"log-probabilities that are not one for each trained token of {len(data)} data")
+    for log_probs in found:
+        numbers.log_probs("log_probs", log_probs)
     return found
+
+
+def _limits(response: pb.CreateLearnerResponse) -> Limits:
+    numbers.not_negative("vocabulary_size", [response.vocabulary_size])
+    numbers.not_negative("context_length", [response.context_length])
+    return Limits(response.vocabulary_size, response.context_length)
+
+
+def _canary(response: pb.PublishWeightsResponse) -> tuple[CanaryProbe, ...]:
+    probes = canary_from_proto(response.canary)
+    for probe in probes:
+        numbers.token_ids("canary.token_ids", probe.token_ids)
+        numbers.log_probs("canary.log_probs", probe.log_probs)
+    return probes
+
+
+def _compute_seconds(response: pb.GetLearnerResponse) -> float:
+    numbers.not_negative("compute_seconds", [response.compute_seconds])
+    return response.compute_seconds
 
 
 def _message_bytes(datum: Datum) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
+from services.common import numbers
 from services.common.inference import SamplingParams, StopReason
 from services.policy.backend import Ask
 from services.policy.backends.sglang_engine.connection import Refused
@@ -209,11 +210,24 @@ def log_probs(answer: Answer) -> tuple[float, ...]:
     return _known(found, len(answer.output_ids))
 
 
+def check_scores(row: Sequence[float]) -> None:
+    """Raises BadAnswer for log-probabilities that are none, which the canary alone may see."""
+    _known(row, len(row))
+
+
+def check_tokens(answer: Answer, vocabulary_size: int) -> None:
+    """Raises BadAnswer for token ids that the model has not."""
+    try:
+        numbers.token_ids("output_ids", answer.output_ids, vocabulary_size)
+    except ValueError as error:
+        raise BadAnswer(str(error)) from error
+
+
 def _known(found: Sequence[float | None], count: int) -> tuple[float, ...]:
-    values = tuple(value for value in found if value is not None)
-    if len(found) != count or len(values) != count:
-        raise BadAnswer(f"{len(values)} log-probabilities of {count} tokens")
-    return values
+    try:
+        return numbers.log_probs("log-probabilities", found, count)
+    except ValueError as error:
+        raise BadAnswer(str(error)) from error
 
 
 class Reader:

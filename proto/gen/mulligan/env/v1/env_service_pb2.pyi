@@ -348,7 +348,10 @@ class StepEpisodeRequest(_message.Message):
     step_index: _builtins.int
     """0 for the first step, then one more each time."""
     action: _builtins.str
-    """The agent's answer, whole; the environment finds the action in it. At most 4 MiB in UTF-8."""
+    """The agent's answer, whole, with the marks of its thoughts; the environment finds the action in it. What stands in a
+    thought (`<think>`…`</think>`, `[THINK]`…`[/THINK]` and the like; to the end, where it is not closed) is no action.
+    At most 4 MiB in UTF-8.
+    """
     def __init__(
         self,
         *,
@@ -383,7 +386,10 @@ class StepEpisodeResponse(_message.Message):
     action: _builtins.str
     """How the environment read the answer, e.g. "Up (no effect)"."""
     reward: _builtins.float
-    """Reward of this step, of the player who acted. Absent when the step failed (outcome ENV_ERROR or TIMEOUT)."""
+    """Reward of this step, of the player who acted: from -1e12 to 1e12. Absent when the step failed (outcome ENV_ERROR or
+    TIMEOUT), and only then. A client takes a step without a reward, or with one that is NaN, infinite or greater in
+    size, for one that failed.
+    """
     done: _builtins.bool
     """Whether the episode is over."""
     outcome: _outcome_pb2.Outcome.ValueType
@@ -398,7 +404,7 @@ class StepEpisodeResponse(_message.Message):
     """Whose turn it is next, and who sees the observation. The same player may act several times in a row."""
     @_builtins.property
     def rewards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Reward of this step of each player, in order; empty where there is one player."""
+        """Reward of this step of each player, in order, within the same bounds; empty where there is one player."""
 
     def __init__(
         self,

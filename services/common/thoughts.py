@@ -1,0 +1,65 @@
+"""Thoughts in a model's answer: what stands in one is never an answer, a move, a tool call or a reflection.
+
+Models mark their thoughts in different ways, and this module knows the usual ones:
+
+    <think>…</think>, and the same with thinking, thought, reasoning, reason, scratchpad, seed:think, antThinking
+    <|think|>…<|/think|>    [THINK]…[/THINK]    ◁think▷…◁/think▷
+    <|begin_of_thought|>…<|end_of_thought|>     <|START_THINKING|>…<|END_THINKING|>
+    <|channel|>analysis<|message|>… until another channel, message or turn begins; <|channel>thought…<channel|>
+
+Upper and lower case are the same. Thoughts may nest, and one that is not closed lasts to the end. Where a closing mark
+has no opening one, the chat template wrote that: all before it is a thought.
+"""
+
+from __future__ import annotations
+
+import re
+
+_NAME = r"(?:seed:|ant)?think(?:ing)?|thoughts?|reason(?:ing)?|scratchpad"
+# A mark of the same kind closes what a mark opened: its name, or its group without `open_` and `close_`. No pattern
+# spans lines, so that a cut, which leaves a line break, makes no new mark of what was apart.
+_MARK = re.compile(
+    rf"""
+      <\|?(?P<open_tag>{_NAME})\b(?:[ ][^<>|\n]{{0,100}})?\|?>
+    | <\|?[ ]?/[ ]?(?P<close_tag>{_NAME})[ ]?\|?>
+    | (?P<open_bracket>\[THINK(?:ING)?\]) | (?P<close_bracket>\[/THINK(?:ING)?\])
+    | (?P<open_kimi>◁think▷) | (?P<close_kimi>◁/think▷)
+    | (?P<open_of>\<\|(?:begin_of_thought|start_thinking)\|>) | (?P<close_of><\|(?:end_of_thought|end_thinking)\|>)
+    | (?P<open_channel><\|channel\|?>[ ]?(?:analysis|thought|thinking)\b(?:[^<\n]{{0,100}}<\|message\|>)?)
+    | (?P<final_channel><\|channel\|>[ ]?final\b[^<\n]{{0,100}}<\|message\|>)
+    | (?P<close_channel><\|(?:end|return|call)\|>(?:<\|start\|>[a-z]*)?|<\|start\|>[a-z]*|<channel\|>|(?=<\|channel\|>))
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def without_thoughts(answer: str) -> str:
+    """What an answer says outside of its thoughts, in one piece; an answer without any as it is. Takes time linear in
+    its length. Of its own result it makes the same again."""
+    said: list[str] = []
+    inside: list[str] = []  # kinds of the open thoughts, innermost last
+    end = 0  # of the last mark
+    found = False
+    for mark in _MARK.finditer(answer):
+        action, _, kind = str(mark.lastgroup).partition("_")
+        if kind == "tag":
+            kind = str(mark[str(mark.lastgroup)]).casefold()
+        if action == "open":
+            between = answer[end : mark.start()]
+            if not inside:
+                said.append(between)
+            if not (inside and inside[-1] == kind and not between.strip()):  # a template's and the model's own
+                inside.append(kind)
+        elif kind in inside:
+            while inside.pop() != kind:
+                pass
+        elif action == "final" or kind != "channel":
+            said.clear()  # the template began the thought; or it is only spoken of, inside of another
+        else:
+            continue  # such as the end of a turn
+        found, end = True, mark.end()
+    if not found:
+        return answer
+    if not inside:
+        said.append(answer[end:])
+    return "\n".join(part for part in map(str.strip, said) if part)

@@ -1,0 +1,97 @@
+r"""The final answer in what an agent writes: between <answer> and </answer>, else in the last \boxed{…}; and where a
+number is asked for, the last number. Nothing in a thought counts. Time is linear in the length of hostile text."""
+
+from __future__ import annotations
+
+import re
+
+from services.common.thoughts import without_thoughts
+
+MAX_BOXED = 1_000  # characters
+_BOX = "\\boxed{"
+_MARKS = re.compile(r"<(?P<closes>/)?answer>", re.IGNORECASE)
+_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
+_LEAD = re.compile(r"\banswer(?:[ ]is\b:?|[ ]?[:=])", re.IGNORECASE)
+# 1,234.5 is one number and 1,2 are two; a minus after a digit or a bracket takes away.
+_DIGITS = r"(?:[0-9]{1,3}(?:[,'’_\u00a0\u202f][0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_NUMBER = re.compile(
+    rf"(?:(?<![^\W_])(?<![)\]}}])[-+\u2212])?(?<![^\W_])(?<![0-9]\.)(?:{_DIGITS})(?:[eE][-+]?[0-9]+)?(?![0-9])"
+)
+_FRACTION = re.compile(r"(?:(?<![^\W_])(?<![)\]}])[-+\u2212])?(?<![^\W_])[0-9]+[ ]?/[ ]?[0-9]+")
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
+_PLAIN = str.maketrans({**dict.fromkeys(",'’_\u00a0\u202f "), "\u2212": "-"})
+
+
+def marked(answer: str) -> str | None:
+    """What stands between the last <answer> and its </answer>, else in the last box; None where there is neither."""
+    said = without_thoughts(answer)
+    opened = closed = found = None
+    for mark in _MARKS.finditer(said):
+        if not mark["closes"]:
+            opened = mark.end()
+        elif opened is not None:
+            closed, found, opened = mark.start(), opened, None
+    return said[found:closed].strip() if found is not None else _boxed(said)
+
+
+def boxed(answer: str) -> str | None:
+    r"""The content of the last complete `\boxed{…}` that is no thought, None without one. Braces may nest; `\text{…}`
+    inside, which models of mathematics write, is taken off. One that is longer than any answer counts as none."""
+    return _boxed(without_thoughts(answer))
+
+
+def read_answer(answer: str, expected: str = "") -> str:
+    """The marked answer, else what the last line says it is. `expected` is the right one, where it is known: where that
+    is a number or a fraction, the last one of these is taken; its value has no influence."""
+    found = marked(answer)
+    pattern = next((kind for kind in (_NUMBER, _FRACTION) if kind.fullmatch(expected.strip())), None)
+    if pattern is not None:
+        text = found if found is not None else without_thoughts(answer)
+        return _last(pattern, text) or _last(_NUMBER, text) or found or ""
+    return found if found is not None else _told(without_thoughts(answer), keep_period=expected.endswith("."))
+
+
+def last_number(text: str) -> str:
+    """Without separators of thousands; empty where there is none."""
+    return _last(_NUMBER, text)
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str:
+    plain = _LATEX_FRACTION.sub(r"\1/\2", text).replace("{,}", ",").replace("\\,", "").replace("\\!", "")
+    found = ""
+    for match in pattern.finditer(plain):
+        found = match[0]
+    return found.translate(_PLAIN)
+
+
+def _told(text: str, *, keep_period: bool) -> str:
+    """The last line; of one like "The answer is x." only x."""
+    lines = text.strip().splitlines()
+    line = lines[-1].strip() if lines else ""
+    leads = [lead.end() for lead in _LEAD.finditer(line)]
+    told = line[leads[-1] :].strip(" *_") if leads else ""
+    if not told:
+        return line
+    return told if keep_period else told.removesuffix(".").strip(" *_")
+
+
+def _boxed(said: str) -> str | None:
+    end = len(said)
+    for _ in range(3):  # an answer that is cut off in its last box has an earlier one
+        start = said.rfind(_BOX, 0, end)
+        if start < 0:
+            return None
+        content = _until_closed(said[start + len(_BOX) : start + len(_BOX) + MAX_BOXED])
+        if content is not None:
+            return _TEXT_COMMAND.sub(r"\1", content).strip()
+        end = start
+    return None
+
+
+def _until_closed(text: str) -> str | None:
+    depth = 1
+    for index, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:index]
+    return None

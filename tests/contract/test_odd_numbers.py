@@ -1,0 +1,260 @@
+"""Numbers that a server in another language should not answer: each client raises a typed error that names the field,
+or the step has failed. None reaches a journal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import uuid4
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pool
+from google.protobuf.message import Message
+from mulligan.env.v1 import env_service_pb2 as env_pb
+from mulligan.memory.v1 import memory_service_pb2 as memory_pb
+from mulligan.policy.v1 import policy_service_pb2 as policy_pb
+from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
+
+from services.common.channel import Endpoint
+from services.common.errors import CallFailed
+from services.common.inference import SamplingParams
+from services.common.types import Outcome, RetrievalStrategy, Split
+from services.env.client import EnvClient
+from services.memory.client import MemoryClient
+from services.policy.client import PolicyClient
+from services.trainer.episode import Player
+from services.trainer.learner.client import LearnerClient
+from tests.support.fakes import FakePolicy
+from tests.support.faulty_env import Faulty, served
+from tests.support.learning import sampled
+
+NAN, INF = math.nan, math.inf
+
+
+class Odd(Faulty):
+    """The dice, with other rewards than they have: None is no reward."""
+
+    odd: float | None = NAN
+
+    def said(self, step: env_pb.StepEpisodeResponse) -> env_pb.StepEpisodeResponse:
+        if self.odd is None:
+            step.ClearField("reward")
+        else:
+            step.reward = self.odd
+        return step
+
+
+def with_reward(odd: float | None) -> type[Odd]:
+    return type("Odd", (Odd,), {"odd": odd})
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [(NAN, "reward nan"), (INF, "reward inf"), (-INF, "reward -inf"), (1e200, "reward 1e+200"), (None, "no reward")],
+)
+async def test_an_attempt_with_an_odd_reward_is_excluded_and_the_reward_named(reward: float | None, said: str) -> None:
+    async with served(with_reward(reward)) as address:
+        client = EnvClient(Endpoint(address))
+        policy = FakePolicy(lambda system, last, sampling: "3")
+        info = await client.describe("dice")
+        player = Player(client, policy, info, await policy.info(), uuid4().hex, max_restarts=1)
+        attempt = await player.attempt("attempt", "train/1", "solve", SamplingParams(max_tokens=100), 0)
+        alone = await (await client.start("dice", "train/1", "alone")).step("3")
+        await client.close()
+    assert (attempt.outcome, attempt.reward, attempt.restarts) == (Outcome.ENV_ERROR, None, 1)
+    assert said in attempt.error and all(turn.reward == 0 for turn in attempt.turns)
+    assert alone.outcome is Outcome.ENV_ERROR and alone.reward is None and said in alone.error
+
+
+async def test_the_largest_rewards_are_rewards() -> None:
+    for reward in (1e12, -1e12, 0.0):
+        async with served(with_reward(reward)) as address:
+            client = EnvClient(Endpoint(address))
+            step = await (await client.start("dice", "train/1", "one")).step("3")
+            await client.close()
+        assert step.reward == reward and step.outcome is not Outcome.ENV_ERROR
+
+
+class Answering(grpc.GenericRpcHandler):
+    """Answers each method with the message that is set for it."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Message] = {}
+
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        method = descriptor_pool.Default().FindMethodByName(details.method.lstrip("/").replace("/", "."))
+        given = self.answers[method.name]
+
+        async def answer(_: Any, context: Any) -> bytes:
+            return given.SerializeToString()
+
+        async def answers(_: Any, context: Any) -> AsyncIterator[bytes]:
+            yield given.SerializeToString()
+
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(answers)
+        return grpc.unary_unary_rpc_method_handler(answer)
+
+
+@asynccontextmanager
+async def answering(answer: Message, method: str) -> AsyncIterator[Endpoint]:
+    handler = Answering()
+    handler.answers[method] = answer
+    server = grpc.aio.server(handlers=[handler])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield Endpoint(f"127.0.0.1:{port}", outage_seconds=0.0)
+    await server.stop(None)
+
+
+def completion(**fields: Any) -> policy_pb.GenerateResponse:
+    message = policy_pb.Completion(text="a", stop_reason=policy_pb.STOP_REASON_END_OF_TURN, **fields)
+    return policy_pb.GenerateResponse(completions=[message])
+
+
+def scores(*values: float) -> policy_pb.ScoreResponse:
+    return policy_pb.ScoreResponse(scores=[policy_pb.ScoreResponse.Scores(log_probs=values)])
+
+
+def reflection(**origin: float) -> memory_pb.QueryReflectionsResponse:
+    provenance = memory_pb.Provenance(**origin)
+    return memory_pb.QueryReflectionsResponse(
+        reflections=[memory_pb.StoredReflection(reflection_id="r", provenance=provenance)]
+    )
+
+
+def forwarded(value: float) -> learner_pb.ForwardResponse:
+    response = learner_pb.ForwardResponse()
+    response.log_probs.add().log_probs.extend([value] * sum(sampled().loss_mask))
+    return response
+
+
+async def stream(client: PolicyClient) -> None:
+    async for _ in client.stream([5], SamplingParams()):
+        pass
+
+
+Ask = Callable[[Any], Any]
+POLICY: dict[str, tuple[Ask, list[tuple[Message, str]]]] = {
+    "Generate": (
+        lambda client: client.generate([5], SamplingParams()),
+        [
+            (completion(token_ids=[1], log_probs=[NAN]), "log_probs nan"),
+            (completion(token_ids=[1, 2], log_probs=[-1.0, -INF]), "log_probs -inf"),
+            (completion(token_ids=[1], log_probs=[0.5]), "log_probs 0.5"),
+            (completion(token_ids=[1, 2], log_probs=[-1.0]), "1 log_probs of 2 tokens"),
+            (completion(token_ids=[-7], log_probs=[-1.0]), "token_ids -7"),
+            (completion(policy_versions=[{"policy_version": 1, "token_count": -1}]), "token_count -1"),
+        ],
+    ),
+    "StreamGenerate": (
+        stream,
+        [(policy_pb.StreamGenerateResponse(token_ids=[1], log_probs=[NAN]), "log_probs nan")],
+    ),
+    "Score": (
+        lambda client: client.score([[5, 6]]),
+        [
+            (scores(NAN), "log_probs nan"),
+            (scores(1.0), "log_probs 1.0"),
+            (scores(-1.0, -1.0), "2 log_probs of 1 tokens"),
+            (policy_pb.ScoreResponse(), "0 scores of 1 sequences"),
+        ],
+    ),
+    "Tokenize": (lambda client: client.tokenize("a"), [(policy_pb.TokenizeResponse(token_ids=[-1]), "token_ids -1")]),
+    "GetPolicy": (
+        lambda client: client.info(),
+        [
+            (policy_pb.GetPolicyResponse(policy={"context_length": -1}), "context_length -1"),
+            (policy_pb.GetPolicyResponse(policy={"compute_seconds": NAN}), "compute_seconds nan"),
+        ],
+    ),
+}
+MEMORY: dict[str, tuple[Ask, list[tuple[Message, str]]]] = {
+    "QueryReflections": (
+        lambda client: client.query("scope", "e", RetrievalStrategy.TOP_GAIN, 1),
+        [(reflection(reward_before=NAN), "reward_before nan"), (reflection(reward_after=INF), "reward_after inf")],
+    ),
+    "GetSnapshot": (
+        lambda client: client.snapshot("scope"),
+        [(memory_pb.GetSnapshotResponse(version=-1), "version -1")],
+    ),
+}
+LEARNER: dict[str, tuple[Ask, list[tuple[Message, str]]]] = {
+    "Forward": (
+        lambda client: client.forward([sampled()]),
+        [(forwarded(NAN), "log_probs nan"), (forwarded(2.0), "log_probs 2.0")],
+    ),
+    "GetLearner": (
+        lambda client: client.compute_seconds(),
+        [(learner_pb.GetLearnerResponse(compute_seconds=-1.0), "compute_seconds -1.0")],
+    ),
+}
+ENV: dict[str, tuple[Ask, list[tuple[Message, str]]]] = {
+    "ListTasks": (
+        lambda client: client.list_tasks("e", Split.TRAIN, 1),
+        [
+            (
+                env_pb.ListTasksResponse(tasks=[{"task_id": "t", "split": env_pb.SPLIT_TRAIN, "difficulty": NAN}]),
+                "difficulty nan",
+            )
+        ],
+    ),
+}
+CASES = [
+    (make, method, ask, answer, said)
+    for make, calls in (
+        (PolicyClient, POLICY),
+        (MemoryClient, MEMORY),
+        (lambda endpoint: LearnerClient(endpoint, "learner", "owner"), LEARNER),
+        (EnvClient, ENV),
+    )
+    for method, (ask, answers) in calls.items()
+    for answer, said in answers
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "ask", "answer", "said"), CASES, ids=[f"{case[1]}-{case[4]}" for case in CASES]
+)
+async def test_an_odd_number_is_an_error_that_names_the_field(
+    make: Any, method: str, ask: Ask, answer: Message, said: str
+) -> None:
+    async with answering(answer, method) as endpoint:
+        client = make(endpoint)
+        with pytest.raises(CallFailed, match="not of the contract") as caught:
+            await ask(client)
+        await client._connection.close()
+    assert said in str(caught.value) and caught.value.code == "INTERNAL"
+
+
+async def test_an_attempt_with_odd_log_probabilities_is_the_policys_error() -> None:
+    async with served() as address, answering(completion(token_ids=[1], log_probs=[NAN]), "Generate") as endpoint:
+        client, policy = EnvClient(Endpoint(address)), PolicyClient(endpoint)
+        info = await client.describe("dice")
+        player = Player(client, policy, info, await FakePolicy(lambda *_: "").info(), uuid4().hex, max_restarts=0)
+        attempt = await player.attempt("attempt", "train/1", "solve", SamplingParams(max_tokens=100), 0)
+        await client.close()
+        await policy.close()
+    assert attempt.outcome is Outcome.POLICY_ERROR and "log_probs nan" in attempt.error and not attempt.sequences
+
+
+async def test_a_gradient_norm_need_not_be_finite() -> None:
+    async with answering(learner_pb.OptimStepResponse(metrics={"grad_norm": INF}), "OptimStep") as endpoint:
+        client = LearnerClient(endpoint, "learner", "owner")
+        assert await client.optim_step() == {"grad_norm": INF}
+        await client._connection.close()
+
+
+async def test_an_environment_with_odd_numbers_is_listed_as_unavailable() -> None:
+    class OddInfo(Faulty):
+        def told(self, info: env_pb.EnvironmentInfo) -> None:
+            info.max_reward = NAN
+
+    async with served(OddInfo) as address:
+        client = EnvClient(Endpoint(address))
+        info = await client.describe("dice")
+        await client.close()
+    assert "max_reward nan" in info.unavailable and math.isfinite(info.max_reward)
