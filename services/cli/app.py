@@ -14,7 +14,7 @@ from services.cli.evaluate import evaluate
 from services.cli.experiences import experiences
 from services.cli.learners import learners
 from services.cli.memory import memory
-from services.cli.out import fail, leave_quietly
+from services.cli.out import fail
 from services.cli.policy import policy
 from services.cli.runs import runs
 from services.cli.stop import resume, stop
@@ -46,8 +46,6 @@ def run_app() -> None:
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for results
     try:
         app()
-    except BrokenPipeError:
-        leave_quietly()
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("services"):
             raise

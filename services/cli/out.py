@@ -5,7 +5,6 @@ Results go to stdout; what is said in passing (progress, warnings, errors) goes 
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -99,9 +98,3 @@ def working(text: str) -> Iterator[None]:
 
     with output.status(Clock()):
         yield
-
-
-def leave_quietly() -> NoReturn:
-    """After the reader of a pipe has gone: nothing more can be written, and that is no error of ours."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(141)  # 128 + SIGPIPE, as other programs end

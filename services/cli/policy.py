@@ -223,7 +223,7 @@ def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> _Answers
         try:
             servers = await addresses.look_up()
         except OSError as error:
-            fail(f"--policy-address: {error}", 2)
+            fail(f"--policy-address: {error}")
         answers = await asyncio.gather(*map(one, servers), return_exceptions=True)
         found: dict[str, T] = {}
         failures: dict[str, BaseException] = {}

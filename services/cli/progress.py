@@ -8,6 +8,7 @@ from datetime import timedelta
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from services.cli.out import console, note, safe
@@ -26,10 +27,12 @@ async def show(run: RunInfo, entries: AsyncIterator[Entry]) -> StateEvent | None
     seconds: list[float] = []
     state: StateEvent | None = None
     terminal = console()
-    # What a narrow terminal cuts is the end of the line.
-    columns: list[ProgressColumn] = [TextColumn("{task.description}  left {task.fields[left]}", markup=False)]
+    whole_line = "{task.description}  left {task.fields[left]}  {task.fields[text]}"
+    columns: list[ProgressColumn] = [
+        TextColumn(whole_line, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+    ]
     columns += [BarColumn(24)] if terminal.width >= _BAR_WIDTH else []
-    bar = Progress(*columns, TextColumn("{task.fields[text]}", markup=False), console=terminal, transient=True)
+    bar = Progress(*columns, console=terminal, transient=True)
 
     def show_line(text: str) -> None:
         bar.console.print(Text(safe(text)), soft_wrap=True)

@@ -63,3 +63,12 @@ def without_thoughts(answer: str) -> str:
     if not inside:
         said.append(answer[end:])
     return "\n".join(part for part in map(str.strip, said) if part)
+
+
+def begun_thought(prompt: str) -> str:
+    """The mark of a thought with which a prompt ends, white space aside, or "": what a chat template begins for the
+    model."""
+    text = prompt.rstrip()
+    last = max(_MARK.finditer(text), key=lambda mark: mark.end(), default=None)
+    is_open = last is not None and last.end() == len(text) and str(last.lastgroup).startswith("open_")
+    return last[0] if last is not None and is_open else ""

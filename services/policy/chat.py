@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from services.common.errors import DomainError, Reason
 from services.common.inference import Continuation, Feature, Message, Role, Tool, ToolCall
+from services.common.thoughts import begun_thought
 from services.policy.chat_messages import dictionaries, function
 from services.policy.literals import ControlTokens, Literals
 
@@ -41,7 +42,6 @@ def _probe(question: str, answer: str) -> Probe:
 
 _PROBES = (_probe("Hi", "standin"), _probe("Go", "onward"))  # the answers end in different letters
 _THOUGHT = Message(Role.ASSISTANT, "<think>\nstandin thought\n</think>\n\nstandin")
-_THOUGHT_MARKS = ("<think>", "<thinking>", "<thought>", "<reasoning>", "[THINK]", "<seed:think>", "◁think▷")
 _FOLLOWING = Message(Role.USER, "Go on")
 
 
@@ -242,10 +242,9 @@ class Chat:
 
     def _begun_thought(self) -> str:
         try:
-            prompt = self._apply(self._dictionaries(_PROBES[0].question), add_generation_prompt=True).rstrip()
+            return begun_thought(self._apply(self._dictionaries(_PROBES[0].question), add_generation_prompt=True))
         except DomainError:
             return ""
-        return next((mark for mark in _THOUGHT_MARKS if prompt.endswith(mark)), "")
 
     def _keeps_history(self) -> bool:
         """Whether every conversation's text begins with what was shown and sampled before its last message.

@@ -363,5 +363,5 @@ async def test_the_command_line_asks_every_server(tmp_path: Path) -> None:
         refused = await said("unload", "other", status=1)
         assert f"{one} policy other is gone" in refused and f"error: {two}: UNKNOWN_POLICY" in refused
         assert f"server       {two}" in await said("show", "actor")
-    assert "expected host:port" in await said("list", "--policy-address", "nowhere", status=1)
+    assert "expected host:port" in await said("list", "--policy-address", "nowhere", status=2)
     assert "Name or service not known" in await said("list", "--policy-address", "dns:///no.invalid:1", status=1)

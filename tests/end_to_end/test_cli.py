@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -54,10 +55,12 @@ def test_the_demo_is_interrupted_and_goes_on_to_its_end(tmp_path: Path) -> None:
     first.send_signal(signal.SIGINT)
     output, _ = first.communicate(timeout=90)
     assert first.returncode == 130, output
-    assert f"goes on where it was: mulligan demo --folder {tmp_path}" in output
+    [hint] = [line.partition("goes on where it was: ")[2] for line in output.splitlines() if "goes on where" in line]
+    program, *again = shlex.split(hint)
+    assert program.endswith("mulligan") and again[:3] == ["demo", "--folder", str(tmp_path)]
     assert not any(Path(f"/proc/{pid}").exists() for pid in processes), "nothing is left running"
 
-    second = mulligan("demo", "--folder", str(tmp_path), *TINY)
+    second = mulligan(*again)
     output, _ = second.communicate(timeout=200)
     assert second.returncode == 0, output
     run = tmp_path / "runs" / "demo-1"
@@ -86,14 +89,14 @@ def test_every_command_explains_itself_with_an_example() -> None:
     ("override", "complaint"),
     [
         ("steps=0", "steps: Input should be greater than or equal to 1"),
-        ("rollout.temprature=1", "rollout.temprature: Extra inputs are not permitted"),
+        ("rollout.temprature=1", "rollout.temprature: no such setting; did you mean 'temperature'?"),
         ("algorithm.second_attempt=often", "algorithm.second_attempt: Input should be"),
         ("steps", "--set steps: expected NAME=VALUE"),
     ],
 )
 def test_a_bad_setting_is_named(override: str, complaint: str) -> None:
     shown = CliRunner().invoke(app, ["train", str(ROOT / "recipes" / "frozenlake-3x3.toml"), "--set", override])
-    assert shown.exit_code == 1 and complaint in str(shown.output) + str(shown.exception)
+    assert shown.exit_code == 2 and complaint in shown.output
 
 
 def test_a_service_that_is_away_is_one_line() -> None:
@@ -116,8 +119,8 @@ def test_policies_are_looked_after(services: Services, tmp_path: Path) -> None:
 
     def refused(*arguments: str, token: str = "secret") -> str:
         result = call(*arguments, token=token)
-        assert result.exit_code == 1 and "Traceback" not in result.output
-        return str(result.exception) + result.output
+        assert result.exit_code in (1, 2) and "Traceback" not in result.output
+        return str(result.output)
 
     llama = write_llama_model(tmp_path / "llama")
     assert "policy other serves" in said("load", "other", "--model", str(llama), "--set", "context_length=512")

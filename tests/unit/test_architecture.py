@@ -213,3 +213,30 @@ def test_a_planted_violation_is_found(checker: Checker, path: str, source: str) 
 )
 def test_what_the_rules_allow_is_allowed(checker: Checker, path: str, source: str) -> None:
     assert checker(source, PurePosixPath(path)) == []
+
+
+def printing_violations(source: str, path: PurePosixPath) -> list[str]:
+    """Commands reach the terminal through `out.py` alone, where data are neither markup nor escape sequences."""
+    if path.name in ("out.py", "__main__.py", "my_game.py"):  # without typer and rich the command can only print
+        return []
+    found = [f"{path}:{line} {module}" for line, module in imports(source, path) if within(module, "rich.console")]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            says = name in ("sys.exit", "exit") and node.args and not isinstance(node.args[0], ast.Constant | ast.IfExp)
+            if name in ("print", "Console", "typer.echo", "sys.stdout.write") or says:
+                found.append(f"{path}:{node.lineno} {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", python_files("services/cli"), ids=str)
+def test_commands_print_in_one_way(path: PurePosixPath) -> None:
+    assert printing_violations((ROOT / path).read_text(), path) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    ["print(text)", "from rich.console import Console", "Console().print(text)", "sys.exit(f'error: {text}')"],
+)
+def test_another_way_to_print_is_noticed(planted: str) -> None:
+    assert printing_violations(planted, PurePosixPath("services/cli/new.py"))

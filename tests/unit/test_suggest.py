@@ -41,7 +41,8 @@ def test_overrides_of_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     recipe.write_text('environment = "frozenlake-3x3"\n')
     with pytest.raises(SystemExit) as caught:
         read_settings(recipe, ["model.lora.rnk=16"])
-    assert "model.lora.rnk: no such setting; did you mean 'rank'?" in str(caught.value)
+    assert caught.value.code == 2
+    assert "model.lora.rnk: no such setting; did you mean 'rank'?" in capsys.readouterr().err
 
 
 def test_settings_of_a_service(
