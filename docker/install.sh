@@ -22,7 +22,7 @@ index_answers() {
     seconds=${TORCH_INDEX_SECONDS:-10}
     answer=$(timeout $((seconds * 2)) pip --python "$venv/bin/python" index versions torch -vv \
         --index-url "$TORCH_INDEX" --timeout "$seconds" --retries 0 2>&1) && return
-    printf '%s\n' "$answer" | grep -F -m 1 'Could not fetch URL' >&2 || true
+    shown "$answer" | grep -E -m 1 'Could not fetch URL|not a trusted or secure host' >&2 || true
     return 1
 }
 

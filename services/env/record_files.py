@@ -46,12 +46,14 @@ def _opened(path: Path, start: bytes) -> IO[bytes]:
 
 def _json(path: Path, lines: IO[bytes], kind: type[T]) -> Iterator[tuple[str, T]]:
     decoder = msgspec.json.Decoder(kind)
+    is_first = True
     for number, line in enumerate(lines, start=1):
         text = line.removeprefix(_BYTE_ORDER_MARK).strip()
         place = f"{path}:{number}"
-        if text.startswith(b"[") and number == 1:
+        if text.startswith(b"[") and is_first:
             yield from _array(path, text + b"\n" + lines.read(), kind)
         elif text:
+            is_first = False
             try:
                 yield place, decoder.decode(text)
             except msgspec.ValidationError as error:

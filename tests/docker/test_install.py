@@ -152,6 +152,12 @@ def test_an_index_that_accepts_and_says_nothing_is_away_too(build: Build) -> Non
         refused(build, build.install("torch", index=f"http://127.0.0.1:{silent.getsockname()[1]}"))
 
 
+def test_an_index_that_pip_does_not_trust_is_said_to_be_one(build: Build) -> None:
+    done = build.install("torch", index="http://someone:secret@index.invalid/whl/cpu")
+    refused(build, done)
+    assert "not a trusted or secure host" in done.stderr and "secret" not in done.stdout + done.stderr
+
+
 def test_an_index_without_this_version_is_no_reason_to_look_elsewhere(build: Build) -> None:
     build.torch.add("torch", "2.6.0+cpu")
     refused(build, build.install("torch", index=build.torch.url))

@@ -128,8 +128,8 @@ def test_one_level_in_many_ways_is_one_task(tmp_path: Path, text: str) -> None:
 
 
 def test_what_lies_outside_the_walls_is_wall(tmp_path: Path) -> None:
-    (board,) = levels(tmp_path / "a.xsb", "  ####\n###  #\n#+$ *#\n#-_###\n####")
-    assert board.rows == ("EEEEEE", "EEEDDE", "EaBDbE", "EDDEEE", "EEEEEE")
+    (board,) = levels(tmp_path / "a.xsb", " ######\n##    #\n#+ $ *#\n#-_####\n####")
+    assert board.rows == ("EEEEEEE", "EEDDDDE", "EaDBDbE", "EDDEEEE", "EEEEEEE")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,12 @@ def test_what_lies_outside_the_walls_is_wall(tmp_path: Path) -> None:
         ("#####\n#@$.\n#####", r"a\.xsb:1: the walls have a gap: "),
         ("#####\n#@*##\n#####", r"a\.xsb:1: this level is solved already"),
         ("######\n#@ .$#\n######", r"a\.xsb:1: this level cannot be won: a box can get to no goal"),
+        (
+            "########\n#@     #\n#  $$  #\n#  $$  #\n#  ....#\n########",
+            "cannot be won in 1,000 moves: every way was tried",
+        ),
+        ("########\n#@$ $..#\n########", r"a\.xsb:1: this level cannot be won in 1,000 moves"),
+        ("#########\n#@      #\n#  $   .#\n#       #\n#########", r"max_steps = 5 .*xsb:1: at least 6;"),
         ("##########\n#@$     .#\n##########", r"1 of 1 boards take more than max_steps = 5 .*xsb:1: at least 6;"),
         ("99#|#@$.#|5#", r"a\.xsb:1: expected each number to be at most 64"),
         ("#" * 65 + "\n#@$." + " " * 60 + "#\n" + "#" * 65, r"a\.xsb:1: 65 x 3 cells; expected at most 64 x 64"),
@@ -155,6 +161,14 @@ def test_a_bad_level_is_named_by_file_and_line(tmp_path: Path, text: str, words:
         sokoban.create("x", {"test_file": write(tmp_path / "a.xsb", text), "max_steps": 5})
 
 
+def test_the_difficulty_is_the_shortest_solution_or_the_pushes_of_a_large_level(tmp_path: Path) -> None:
+    small = "######\n#@   #\n# $. #\n#    #\n######\n"
+    large = f"{'#' * 22}\n#@{' ' * 19}#\n#{' .$ ' * 5}#\n" + f"#{' ' * 20}#\n" * 9 + f"{'#' * 22}\n"
+    path = write(tmp_path / "a.xsb", f"{small}\n{large}")
+    tasks = sokoban.create("x", {"test_file": path, "max_steps": 1000}).list_tasks(Split.TEST, 0, 9)
+    assert [task.difficulty for task in tasks] == [2.0, 5.0]  # Down and Right; five boxes, one push each
+
+
 MAPS = {"4x4": ["SFFF", "FHFH", "FFFH", "HFFG"], "wide": ["SFG"]}
 
 
@@ -163,6 +177,9 @@ MAPS = {"4x4": ["SFFF", "FHFH", "FFFH", "HFFG"], "wide": ["SFG"]}
     [
         ("maps.json", json.dumps(MAPS)),
         ("maps.JSON", json.dumps(list(MAPS.values()))),
+        ("maps.json", json.dumps(["\n".join(rows) + "\n" for rows in MAPS.values()])),
+        ("maps.json", json.dumps([list(map(list, rows)) for rows in MAPS.values()])),
+        ("maps.toml", '4x4 = """\nSFFF\nFHFH\nFFFH\nHFFG\n"""\nwide = [["S", "F", "G"]]\n'),
         ("maps.toml", '4x4 = ["SFFF", "FHFH", "FFFH", "HFFG"]\nwide = ["SFG"]\n'),
         ("maps.txt", "# Gymnasium's\n\n" + "\n".join(MAPS["4x4"]) + "\r\n; a wide one\n  SFG  \n"),
     ],

@@ -111,6 +111,25 @@ def test_files_of_the_hub_are_the_same_tasks_and_passages(files: dict[str, str],
     assert set(Files(**hub).passages()) == set(Files(**official).passages())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_paragraphs_as_records_and_a_missing_id(files: dict[str, str], tmp_path: Path, suffix: str) -> None:
+    official = json.loads(Path(files["train_file"]).read_text())[:9]
+    records = [
+        {**record, "_id": None, "context": [{"title": title, "sentences": texts} for title, texts in record["context"]]}
+        for record in official
+    ]
+    write(tmp_path / f"a.{suffix}", [{**record, "supporting_facts": None} for record in records])
+    write(tmp_path / "official.json", official)
+    found, expected = (Files(str(tmp_path / name)) for name in (f"a.{suffix}", "official.json"))
+    assert list(found.passages()) == list(expected.passages())
+    assert all(len(question.id) == 24 for question in found.questions(found.train_file, 0))
+
+
+def test_empty_lines_before_an_array(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('\n\n[{"id": "1", "question": "Who?", "answer": "a"}]')
+    assert create("x", {"train_file": str(tmp_path / "a.json")}).list_tasks(Split.TRAIN, 0, 9)[0].task_id == "train/1"
+
+
 def test_parquet_without_pyarrow_names_the_extra(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,8 @@
 """FrozenLake's maps, as Gymnasium has them: rows of S (start), F (frozen), H (hole) and G (goal).
 
 In a text file, maps are separated by empty lines or comments (`# …`, `; …`). A JSON file holds a map (a list of rows),
-a list of maps, or maps under their names, as Gymnasium's `MAPS`; a TOML file holds maps under their names.
+a list of maps, or maps under their names, as Gymnasium's `MAPS`; a TOML file holds maps under their names. There, a map
+may also be a text of several lines, or lists of letters.
 """
 
 from __future__ import annotations
@@ -47,7 +48,11 @@ def _read_text(path: Path) -> Iterator[Placed[Board]]:
 
 
 def _read_value(place: str, value: object) -> Iterator[Placed[Board]]:
-    if isinstance(value, list) and value and all(isinstance(row, str) for row in value):
+    if isinstance(value, str) and "\n" in value:
+        value = value.split()
+    elif isinstance(value, list) and value and all(map(_is_cells, value)):
+        value = ["".join(row) for row in value]
+    if isinstance(value, list) and value and all(isinstance(row, str) and "\n" not in row for row in value):
         rows: list[str] = []
         for number, row in enumerate(value, start=1):
             _check_row(f"{place}: row {number}", row, rows)
@@ -61,6 +66,10 @@ def _read_value(place: str, value: object) -> Iterator[Placed[Board]]:
             yield from _read_value(f"{place}: {name}", item)
     else:
         raise ValueError(f'{place}: expected maps, each a list of rows such as ["SF", "HG"], not {str(value)[:40]!r}')
+
+
+def _is_cells(row: object) -> bool:
+    return isinstance(row, list) and len(row) > 0 and all(isinstance(cell, str) and len(cell) == 1 for cell in row)
 
 
 def _check_row(place: str, row: str, before: Sequence[str]) -> None:

@@ -3,7 +3,8 @@ and Wikipedia's introductions for the fullwiki setting.
 
 Questions (`hotpot_train_v1.1.json`, `hotpot_dev_distractor_v1.json`, `hotpot_dev_fullwiki_v1.json`): records of
 `{"_id", "question", "answer", "type", "level", "supporting_facts": [[title, sentence]], "context": [[title,
-[sentence]]]}`. The hub's have `id` for `_id`, and columns: `"context": {"title": [...], "sentences": [[...]]}`.
+[sentence]]]}`. The hub's have `id` for `_id`, and columns: `"context": {"title": [...], "sentences": [[...]]}`,
+or as some libraries write the same, `[{"title", "sentences"}]`.
 Introductions (`enwiki-20171001-pages-meta-current-withlinks-abstracts`): folders of bzip2 files with a JSON object
 `{"title", "text": [sentence]}` a line.
 """
@@ -30,15 +31,15 @@ class Question(msgspec.Struct, frozen=True):
     """One record of a question file; what the environment does not use is left out."""
 
     question: str
-    official_id: str | int = msgspec.field(name="_id", default="")
-    hub_id: str | int = msgspec.field(name="id", default="")
+    official_id: str | int | None = msgspec.field(name="_id", default="")
+    hub_id: str | int | None = msgspec.field(name="id", default="")
     known_answer: str | None = msgspec.field(name="answer", default=None)  # the test set has none
     level: str | None = "hard"  # the official development sets are
 
     @property
     def id(self) -> str:
         """Its own; of a question without one, the beginning of the SHA-256 of its text."""
-        own = next((str(given) for given in (self.official_id, self.hub_id) if given != ""), "")
+        own = next((str(given) for given in (self.official_id, self.hub_id) if given not in ("", None)), "")
         return own or hashlib.sha256(self.question.encode()).hexdigest()[:24]
 
     @property
@@ -55,10 +56,15 @@ class _Columns(msgspec.Struct):
     sentences: list[list[str]]
 
 
+class _Paragraph(msgspec.Struct):
+    title: str
+    sentences: list[str]
+
+
 class _Page(msgspec.Struct):
     """What passages come from: a question's context, or an introduction."""
 
-    context: list[tuple[str, list[str]]] | _Columns | None = None
+    context: list[tuple[str, list[str]] | _Paragraph] | _Columns | None = None
     title: str | None = None
     text: str | list[str | list[str]] | None = None  # whole, sentences, or paragraphs of sentences
 
@@ -66,7 +72,9 @@ class _Page(msgspec.Struct):
         if self.title is not None and self.text is not None:
             yield self.title, (self.text if isinstance(self.text, str) else "".join(map("".join, self.text))).strip()
         elif isinstance(self.context, list):
-            yield from ((title, "".join(sentences).strip()) for title, sentences in self.context)
+            for one in self.context:
+                title, sentences = (one.title, one.sentences) if isinstance(one, _Paragraph) else one
+                yield title, "".join(sentences).strip()
         elif self.context is not None:
             titles, texts = self.context.title, self.context.sentences
             if len(titles) != len(texts):

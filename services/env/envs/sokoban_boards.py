@@ -69,8 +69,12 @@ def offsets(width: int) -> dict[str, int]:
     return {name: dy * width + dx for name, (dy, dx) in MOVES.items()}
 
 
-def solve(board: Board, max_moves: int) -> tuple[str, ...] | None:
-    """A shortest solution, None when there is none of at most `max_moves` moves.
+class Undecided(Exception):
+    """The search has reached its limit of states."""
+
+
+def solve(board: Board, max_moves: int, max_states: int | None = None) -> tuple[str, ...] | None:
+    """A shortest solution, None when there is none of at most `max_moves` moves. Raises Undecided.
 
     Breadth first. States are left out that cannot be won in the moves left: each push moves one box by one cell.
     """
@@ -82,6 +86,8 @@ def solve(board: Board, max_moves: int) -> tuple[str, ...] | None:
         state, moves = queue.popleft()
         if state[1] == goals:
             return _path(came_from, state)
+        if max_states is not None and len(came_from) > max_states:
+            raise Undecided
         for name, offset in steps.items():
             after = move(state, offset, walls)
             if after is None or after in came_from:

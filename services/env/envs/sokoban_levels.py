@@ -20,14 +20,17 @@ from services.env.envs.sokoban_boards import (
     PLAYER_ON_GOAL,
     WALL,
     Board,
+    Undecided,
     least_pushes,
+    solve,
 )
-from services.env.grid_files import Placed, read_text
+from services.env.grid_files import MAX_STEPS, Placed, read_text
 
 _SYMBOLS = {"#": WALL, "@": PLAYER, "+": PLAYER_ON_GOAL, "$": BOX, "*": BOX_ON_GOAL, ".": GOAL, " ": FLOOR}
 _SYMBOLS |= {"-": FLOOR, "_": FLOOR}
 _ENCODED = {*_SYMBOLS, *"0123456789|"}
 _MAX_SIDE = 64
+_MAX_STATES = 5_000  # of a level that are looked at: a large one would take minutes
 EXPECTED = "expected # (wall), @ + (player), $ * (box), . (goal), and a space, - or _ (floor)"
 
 
@@ -66,7 +69,13 @@ def _placed(place: str, rows: Sequence[str]) -> Placed[Board]:
         raise ValueError(f"{place}: this level cannot be won: a box can get to no goal")
     if least == 0:
         raise ValueError(f"{place}: this level is solved already; expected a box that is on no goal")
-    return Placed(place, board, least)
+    try:
+        solution = solve(board, MAX_STEPS, _MAX_STATES)
+    except Undecided:
+        return Placed(place, board, least)
+    if solution is None:
+        raise ValueError(f"{place}: this level cannot be won in {MAX_STEPS:,} moves: every way was tried")
+    return Placed(place, board, len(solution))
 
 
 def _board(place: str, rows: Sequence[str]) -> Board:
