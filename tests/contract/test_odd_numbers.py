@@ -30,6 +30,7 @@ from services.trainer.learner.client import LearnerClient
 from tests.support.fakes import FakePolicy
 from tests.support.faulty_env import Faulty, served
 from tests.support.learning import sampled
+from tests.support.processes import Services
 
 NAN, INF = math.nan, math.inf
 
@@ -67,6 +68,19 @@ async def test_an_attempt_with_an_odd_reward_is_excluded_and_the_reward_named(re
     assert (attempt.outcome, attempt.reward, attempt.restarts) == (Outcome.ENV_ERROR, None, 1)
     assert said in attempt.error and all(turn.reward == 0 for turn in attempt.turns)
     assert alone.outcome is Outcome.ENV_ERROR and alone.reward is None and said in alone.error
+
+
+@pytest.mark.parametrize("how", [{}, {"feedback": "unary"}, {"untrusted": True}], ids=str)
+async def test_an_environment_with_odd_rewards(shared_services: Services, how: dict[str, object]) -> None:
+    faults = {"none": "reward None", "huge": "reward 1e+200", "numpy": ""}
+    table = {"kind": "tests.support.dice", **how}
+    environments = {name: {**table, "fault": f"reward-{name}"} for name in faults}
+    client = EnvClient(Endpoint(shared_services.start("env", environments=environments).address))
+    for name, said in faults.items():
+        step = await (await client.start(name, "train/1", str(uuid4()))).step("3")
+        assert said in step.error and step.reward == (None if said else 0.5)
+        assert (step.outcome is Outcome.ENV_ERROR) is bool(said)
+    await client.close()
 
 
 async def test_the_largest_rewards_are_rewards() -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
 from services.env.prompts import generic_prompts
 
@@ -56,6 +58,9 @@ class DiceEpisode:
             "tool": {"tool": "abacus"},
             "cut-short": {"done": True, "truncated": True},
             "two-players": {"player": 1},
+            "reward-none": {"reward": None},
+            "reward-huge": {"reward": 1e200},
+            "reward-numpy": {"reward": np.float32(0.5)},
         }.get(self._fault, {})
 
     def fork(self) -> DiceEpisode:

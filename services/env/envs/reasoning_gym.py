@@ -209,5 +209,6 @@ def create(name: str, settings: Mapping[str, object]) -> ReasoningGym:
 
 _TASK = "Answer a question."
 _FORMAT = """\
-Think first. Then end with your final answer, and nothing else, between <answer> and </answer>, for example: \
-<answer>8</answer>. Where the question has an example, keep strictly to its format. You have one attempt at it."""
+Think first. Then give your final answer, and nothing else, between <answer> and </answer>. Without these marks your \
+last box, last number or last line is read. Where the question has an example, keep \
+strictly to its format. You have one attempt at it."""
