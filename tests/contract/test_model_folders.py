@@ -187,10 +187,6 @@ FILES: dict[str, tuple[Damage, list[str]]] = {
 }
 # What only a policy needs, and finds when it loads the tokenizer.
 POLICY_ALONE: dict[str, tuple[Damage, list[str]]] = {
-    "no template": (
-        lambda folder: (folder / "chat_template.jinja").unlink(),
-        ["no chat template", "chat_template.jinja"],
-    ),
     "a tokenizer without words": (tokenizer_without_words, ["without a vocabulary"]),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from services.common.errors import DomainError
 from services.common.inference import Message, Role, SamplingParams, StopReason
 from services.policy.policies import CannotServe
 from tests.support.policy import serving
@@ -61,3 +62,12 @@ async def test_an_observation_writes_no_control_tokens(text: str) -> None:
             for said in ("x", text)
         ]
         assert [token for token in hostile if token < 5] == [token for token in plain if token < 5]
+
+
+async def test_a_model_without_a_template_takes_token_ids_and_says_so_of_messages(tmp_path: Path) -> None:
+    folder = changed(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    async with serving(folder) as served:
+        assert (await served.client.generate([5, 6, 7], SamplingParams(max_tokens=2))).token_ids
+        with pytest.raises(DomainError, match="no chat template: send token_ids"):
+            await served.client.generate(tuple(BOARD), SamplingParams(max_tokens=2))

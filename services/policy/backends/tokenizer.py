@@ -34,9 +34,6 @@ class Tokenizer:
             raise UnsupportedModel(f"the tokenizer of {source} has no tokenizer.json form")
         if not inner.backend_tokenizer.get_vocab_size(with_added_tokens=False):
             raise UnsupportedModel(f"{source} has no tokenizer, or one without a vocabulary")
-        if not inner.chat_template:
-            expected = "chat_template.jinja, or chat_template in tokenizer_config.json"
-            raise UnsupportedModel(f"{source} has no chat template: expected {expected}")
         return cls(inner)
 
     def encode(self, text: str) -> list[int]:
