@@ -78,8 +78,11 @@ def _secret(variable: str) -> str | None:
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Runs a command. What a service refuses is one line on stderr and exit status 1."""
+    """Runs a command. What a service refuses is one line on stderr and exit status 1; a value that no message can
+    carry, such as a number above its field's range or text that is no UTF-8, is status 2."""
     try:
         return asyncio.run(main)
     except (DomainError, CallFailed, ServiceUnavailable) as error:
         fail(error)
+    except ValueError as error:
+        fail(f"a value of this call cannot be sent: {error}", 2)

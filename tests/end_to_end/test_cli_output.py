@@ -163,6 +163,8 @@ def test_an_evaluation_tells_how_far_it_is_and_what_came_of_it_so_far(loop: Loop
     [
         ("eval", "frozenlake-3x3", "--samples", "-1"),
         ("eval", "frozenlake-3x3", "--top-p", "0"),
+        ("eval", "frozenlake-3x3", "--max-tokens", "99999999999"),
+        ("eval", "\udcff"),  # a byte that is no UTF-8
         ("experiences", RUN, "--limit", "-1"),
         ("up", "--folder", "/proc/none"),
         ("demo", "--folder", "/proc/none"),
