@@ -71,7 +71,7 @@ class Tokenizer:
         return tuple(sorted(found))
 
     def chat(self, end_of_turn: Sequence[int]) -> Chat:
-        return Chat(self._template, self, end_of_turn)
+        return Chat(self._template if self.inner.chat_template else None, self, end_of_turn)
 
     def _template(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]], add_generation_prompt: bool
