@@ -6,6 +6,7 @@ Results go to stdout; what is said in passing (progress, warnings, errors) goes 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from rich.text import Text
 _PIPE_WIDTH = 100_000  # lines of a pipe are not folded
 _FOLDED = 8  # columns; what a cell that may be folded needs at least
 _GAP = 2
+_LINE_SECONDS = 15.0  # between lines where there is no terminal
 _JOINERS = "\u200c\u200d"  # invisible, and part of words and of emoji
 Styled = str | tuple[str, str]  # a text, or a text with a style of rich
 
@@ -84,13 +86,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Seque
 
 @contextmanager
 def working(text: str) -> Iterator[None]:
-    """Says on stderr that something takes its time: live with the seconds on a terminal, else in one line."""
-    output = console(err=True)
+    """Says on stderr that something takes its time: live on a terminal, else in a line now and then."""
+    output, began, done = console(err=True), time.monotonic(), threading.Event()
     if not output.is_terminal:
-        note(f"{text} …")
-        yield
+
+        def tell() -> None:
+            note(f"{text} …")
+            while not done.wait(_LINE_SECONDS):
+                note(f"{text} … {time.monotonic() - began:.0f} s")
+
+        teller = threading.Thread(target=tell, daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            done.set()
+            teller.join()
         return
-    began = time.monotonic()
 
     class Clock:
         def __rich__(self) -> Text:

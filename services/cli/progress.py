@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 from types import TracebackType
 
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -31,7 +31,7 @@ async def show(run: RunInfo, entries: AsyncIterator[Entry]) -> StateEvent | None
     columns: list[ProgressColumn] = [
         TextColumn(whole_line, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
     ]
-    columns += [BarColumn(24)] if terminal.width >= _BAR_WIDTH else []
+    columns += [BarColumn(24), TimeElapsedColumn()] if terminal.width >= _BAR_WIDTH else []
     bar = Progress(*columns, console=terminal, transient=True)
 
     def show_line(text: str) -> None:
