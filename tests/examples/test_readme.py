@@ -84,7 +84,7 @@ async def test_a_model_is_swapped(loop: Loop, addresses: dict[str, str]) -> None
     roots = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
     text = commands(MODEL).replace(".venv/bin/mulligan", f"{sys.executable} -m services.cli")
     output = paste(text, ROOT, addresses, PYTHONPATH=roots)
-    assert "policy actor serves embedded as version " in output
+    assert "policy actor serves embedded already, as version " in output
     assert "attempts     100 (0 excluded)" in output
     assert "completed" in output
     policy = PolicyClient(Endpoint(loop.policy.address))
