@@ -32,10 +32,14 @@ _MARK = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
+_FIRST = ("<", "[", "◁")  # every mark begins with one of these
+
 
 def without_thoughts(answer: str) -> str:
     """What an answer says outside of its thoughts, in one piece; an answer without any as it is. Takes time linear in
     its length. Of its own result it makes the same again."""
+    if not any(first in answer for first in _FIRST):  # most moves
+        return answer
     said: list[str] = []
     inside: list[str] = []  # kinds of the open thoughts, innermost last
     end = 0  # of the last mark
