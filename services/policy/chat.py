@@ -95,6 +95,7 @@ class Chat:
         self.has_system_role = template is not None and self._shows_system()
         self.has_tools = template is not None and self._shows_tools()
         self._closing = ""
+        self._known: dict[tuple[Probe, bool], str] = {}  # what the template shows of a probe, without and with tools
         self.begun_thought = self._begun_thought() if template is not None else ""
         self.rewrites_history = template is not None and not self._keeps_history()
         self._render = lru_cache(maxsize=4096)(self._render_uncached)
@@ -154,8 +155,12 @@ class Chat:
         tools = [function("", _TOOL)] if any(map(_is_of_tools, messages)) else []
         if messages[0].role is not Role.TOOL:
             before = self._dictionaries(probe.question, probe.answer)
-            known = self._apply(before[:1], tools, add_generation_prompt=True) + probe.answer.content
-            return _cut(self._apply([*before, *checked], tools, add_generation_prompt=True), known)
+            text = self._apply([*before, *checked], tools, add_generation_prompt=True)
+            known = self._known.get((probe, bool(tools)), "")
+            if not known or not text.startswith(known):  # a template may show the date
+                known = self._apply(before[:1], tools, add_generation_prompt=True) + probe.answer.content
+                self._known[probe, bool(tools)] = known
+            return _cut(text, known)
         # What tools answer follows a call, and some templates insist on it.
         before = self._dictionaries(probe.question, replace(probe.call, content=self._call_content))
         opened = self._apply(before[:1], tools, add_generation_prompt=True)

@@ -45,6 +45,7 @@ class ControlTokens:
         self._beginnings = frozenset(text[:end] for text in texts for end in range(1, len(text)))
         self._endings = frozenset(text[start:] for text in texts for start in range(1, len(text)))
         self._longest = max(map(len, texts), default=0)
+        self._first, self._last = {text[0] for text in texts}, {text[-1] for text in texts}
 
     def __contains__(self, token_id: int) -> bool:
         return token_id in self._special
@@ -70,9 +71,14 @@ class ControlTokens:
         at the end the beginning of one. White space around it counts as absent, since templates strip it."""
         start, end = len(text) - len(text.lstrip()), len(text.rstrip())
         sizes = range(min(self._longest, end - start), 0, -1)
-        head = next((size for size in sizes if text[start : start + size] in self._endings), 0)
-        tail = next((size for size in sizes if text[end - size : end] in self._beginnings), 0)
-        return [(start, start + head)] * bool(head) + [(end - tail, end)] * bool(tail)
+        spans = []
+        if not self._last.isdisjoint(text[start : start + self._longest]):
+            head = next((size for size in sizes if text[start : start + size] in self._endings), 0)
+            spans += [(start, start + head)] * bool(head)
+        if not self._first.isdisjoint(text[max(start, end - self._longest) : end]):
+            tail = next((size for size in sizes if text[end - size : end] in self._beginnings), 0)
+            spans += [(end - tail, end)] * bool(tail)
+        return spans
 
 
 class Literals:
