@@ -110,7 +110,7 @@ demo: $(INSTALLED) ## start the four services and let an agent learn
 
 .PHONY: model
 model: $(INSTALLED) ## make the embedded model again, from its recipe
-	@$(BIN)/python -m models.recipe $(ARGS)
+	@$(BIN)/python -m mulligan.models.recipe $(ARGS)
 
 .PHONY: bench
 bench: $(INSTALLED) $(OPENENV) ## measure; each benchmark prints its own table

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
-from services.common.errors import DomainError, Reason
-from services.common.types import (
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import (
     EnvironmentInfo,
     EpisodeStep,
     Outcome,
@@ -20,8 +20,8 @@ from services.common.types import (
     StoredReflection,
     TaskInfo,
 )
-from services.env.base import Environment, Episode
-from services.memory.store import Store
+from mulligan.env.base import Environment, Episode
+from mulligan.memory.store import Store
 
 
 class LocalEnvironment:

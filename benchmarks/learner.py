@@ -22,16 +22,16 @@ import structlog
 import torch
 
 from benchmarks.common import alternate, median, print_result, print_table, spread
-from models.build import write_untrained
-from services.common.channel import Endpoint
-from services.common.server import RequestInterceptor
-from services.trainer.data import Datum, Distillation, PolicyGradient
-from services.trainer.learner.batching import pack
-from services.trainer.learner.client import LearnerClient
-from services.trainer.learner.learner import Learner
-from services.trainer.learner.servicer import LearnerServicer, add_to_server
-from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from services.trainer.settings import LossSettings, ModelSettings
+from mulligan.common.channel import Endpoint
+from mulligan.common.server import RequestInterceptor
+from mulligan.models.build import write_untrained
+from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.trainer.learner.batching import pack
+from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.learner.learner import Learner
+from mulligan.trainer.learner.servicer import LearnerServicer, add_to_server
+from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from mulligan.trainer.settings import LossSettings, ModelSettings
 
 LOSS = LossSettings(kl_coefficient=0.0)
 TURN, SAMPLED = 12, 3  # tokens of a turn, and how many of them are sampled

@@ -23,22 +23,22 @@ import structlog
 
 from benchmarks.common import median, print_result, print_table, spread
 from benchmarks.in_process import LocalEnvironment, LocalMemory
-from services.cli.local import ROOT, LocalServices
-from services.cli.train import read_settings
-from services.common.channel import Endpoint
-from services.env.config import EnvSettings
-from services.memory.stores.sqlite import open_store
-from services.policy.client import PolicyClient
-from services.policy.config import PolicySettings
-from services.policy.policies import Policies
-from services.trainer.client import RunClient
-from services.trainer.events import StepEvent
-from services.trainer.folder import RunFolder
-from services.trainer.learner.client import LearnerClient
-from services.trainer.learner.local import LocalLearner
-from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from services.trainer.run import Run, Services
-from services.trainer.settings import RunSettings
+from mulligan.cli.local import LocalServices
+from mulligan.cli.train import read_settings
+from mulligan.common.channel import Endpoint
+from mulligan.env.config import EnvSettings
+from mulligan.memory.stores.sqlite import open_store
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.config import PolicySettings
+from mulligan.policy.policies import Policies
+from mulligan.trainer.client import RunClient
+from mulligan.trainer.events import StepEvent
+from mulligan.trainer.folder import RunFolder
+from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.learner.local import LocalLearner
+from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from mulligan.trainer.run import Run, Services
+from mulligan.trainer.settings import RunSettings
 
 WARM_UP = 1  # steps
 ENVIRONMENT = "frozenlake-3x3"
@@ -93,7 +93,7 @@ async def in_process(policies: Policies, settings: RunSettings, folder: Path) ->
 
 
 async def measure(steps: int, rounds: int) -> None:
-    recipe = ROOT / "recipes" / "frozenlake-3x3.toml"
+    recipe = Path("frozenlake-3x3")
     overrides = [f"steps={WARM_UP + steps + 1}", "evaluation.every=0", "evaluation.tasks=1", "evaluation.samples=1"]
     settings = read_settings(recipe, overrides)
     remote: list[Measured] = []

@@ -17,11 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.common import percentile, print_result, print_table
-from services.common.channel import Endpoint
-from services.common.errors import CallFailed, DomainError
-from services.common.types import Outcome, Split
-from services.env.client import EnvClient, RemoteEpisode
-from services.env.envs import hotpotqa_world
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import CallFailed, DomainError
+from mulligan.common.types import Outcome, Split
+from mulligan.env.client import EnvClient, RemoteEpisode
+from mulligan.env.envs import hotpotqa_world
 from tests.support.processes import Services
 
 SEARCHES = 4  # of an episode; the fifth turn is the answer

@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 from benchmarks.common import percentile, print_result, print_table
-from services.common.channel import Endpoint
-from services.common.types import Split
-from services.env.client import EnvClient
+from mulligan.common.channel import Endpoint
+from mulligan.common.types import Split
+from mulligan.env.client import EnvClient
 from tests.support.processes import Services
 
 ENVIRONMENTS = {"trusted": {"kind": "frozenlake"}, "untrusted": {"kind": "frozenlake", "untrusted": True}}

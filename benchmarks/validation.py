@@ -15,15 +15,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from buf.validate import validate_pb2
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
 from grpc_tools import protoc
+
+from mulligan.common.buf import validate_pb2
 from mulligan.common.v1 import message_pb2
+from mulligan.common.validation import prepare, violations
 from mulligan.env.v1 import env_service_pb2
 from mulligan.policy.v1 import policy_service_pb2
-
-from services.common.validation import prepare, violations
 
 ROUNDS, CALLS = 7, 200
 STEPS, TOKENS, MESSAGES = 64, 2048, 8

@@ -13,10 +13,9 @@ ARG TORCH_INDEX=""
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     case ",${EXTRAS}," in *,hotpotqa-dense,*|*,all,*) torch=torch ;; esac; \
     sh install.sh /opt/mulligan ${torch:-} ".[${EXTRAS}]"
-COPY services/__init__.py /app/services/__init__.py
-COPY services/common /app/services/common
-COPY services/env /app/services/env
-COPY proto/gen /app/proto/gen
+COPY services/__init__.py /app/mulligan/__init__.py
+COPY services/common /app/mulligan/common
+COPY services/env /app/mulligan/env
 RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/mulligan
 
 FROM ${BASE}
@@ -26,7 +25,7 @@ RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
-ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app:/app/proto/gen PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     MULLIGAN_ENV_HOST=0.0.0.0 MULLIGAN_ENV_PORT=50051
 # The commit that the image was built from.
@@ -36,5 +35,5 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 50051
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --start-interval=2s --retries=3 \
-    CMD ["python", "-m", "services.common.healthcheck", "127.0.0.1:50051"]
-ENTRYPOINT ["python", "-m", "services.env"]
+    CMD ["python", "-m", "mulligan.common.healthcheck", "127.0.0.1:50051"]
+ENTRYPOINT ["python", "-m", "mulligan.env"]

@@ -52,6 +52,7 @@ install_torch() {
     fi
 }
 
+mkdir -p src # the package's import root by pyproject.toml; what is installed here are its dependencies
 python -m venv --without-pip "$venv"
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 if [ -d /opt/torch ] && [ "$venv" != /opt/torch ]; then

@@ -8,10 +8,9 @@ COPY pyproject.toml constraints.txt docker/install.sh ./
 ARG WHEELS=docker/wheels
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[memory]"
-COPY services/__init__.py /app/services/__init__.py
-COPY services/common /app/services/common
-COPY services/memory /app/services/memory
-COPY proto/gen /app/proto/gen
+COPY services/__init__.py /app/mulligan/__init__.py
+COPY services/common /app/mulligan/common
+COPY services/memory /app/mulligan/memory
 RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/mulligan
 
 FROM ${BASE}
@@ -21,7 +20,7 @@ RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh /data/memory /run/credentials
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
-ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app:/app/proto/gen PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HOME=/tmp MULLIGAN_MEMORY_DATABASE=sqlite:/data/memory/memory.db \
     MULLIGAN_MEMORY_HOST=0.0.0.0 MULLIGAN_MEMORY_PORT=50053
 # The commit that the image was built from.
@@ -31,5 +30,5 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 50053
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --start-interval=2s --retries=3 \
-    CMD ["python", "-m", "services.common.healthcheck", "127.0.0.1:50053"]
-ENTRYPOINT ["python", "-m", "services.memory"]
+    CMD ["python", "-m", "mulligan.common.healthcheck", "127.0.0.1:50053"]
+ENTRYPOINT ["python", "-m", "mulligan.memory"]

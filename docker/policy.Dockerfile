@@ -18,11 +18,10 @@ ARG WHEELS=docker/wheels
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[policy,openai,sglang]"
-COPY services/__init__.py /app/services/__init__.py
-COPY services/common /app/services/common
-COPY services/policy /app/services/policy
-COPY models /app/models
-COPY proto/gen /app/proto/gen
+COPY services/__init__.py /app/mulligan/__init__.py
+COPY services/common /app/mulligan/common
+COPY services/policy /app/mulligan/policy
+COPY models /app/mulligan/models
 RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/mulligan
 
 FROM ${BASE}
@@ -34,7 +33,7 @@ RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh /data/weights /data/policy /data/engine /data/models /run/credentials
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
-ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app:/app/proto/gen PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HOME=/tmp HF_HOME=/data/models/hub OMP_WAIT_POLICY=PASSIVE \
     MULLIGAN_POLICY_WEIGHTS_FOLDER=/data/weights MULLIGAN_POLICY_STATE_FOLDER=/data/policy \
     MULLIGAN_POLICY_MODELS_FOLDER=/data/models \
@@ -46,5 +45,5 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 50052
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --start-interval=2s --retries=3 \
-    CMD ["python", "-m", "services.common.healthcheck", "127.0.0.1:50052"]
-ENTRYPOINT ["python", "-m", "services.policy"]
+    CMD ["python", "-m", "mulligan.common.healthcheck", "127.0.0.1:50052"]
+ENTRYPOINT ["python", "-m", "mulligan.policy"]

@@ -18,10 +18,9 @@ ARG WHEELS=docker/wheels
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[trainer,cli]"
-COPY services /app/services
-COPY models /app/models
-COPY recipes /app/recipes
-COPY proto/gen /app/proto/gen
+COPY services /app/mulligan
+COPY models /app/mulligan/models
+COPY recipes /app/mulligan/recipes
 RUN chmod -R a+rX /app && python -m compileall -q /app
 
 FROM ${BASE}
@@ -33,7 +32,7 @@ RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh /data/runs /data/checkpoints /data/weights /data/models /run/credentials
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
-ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app:/app/proto/gen PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
+ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     HOME=/tmp HF_HOME=/data/models/hub OMP_WAIT_POLICY=PASSIVE \
     MULLIGAN_TRAINER_RUNS_FOLDER=/data/runs MULLIGAN_TRAINER_CHECKPOINT_FOLDER=/data/checkpoints \
     MULLIGAN_TRAINER_WEIGHTS_FOLDER=/data/weights \
@@ -45,5 +44,5 @@ WORKDIR /app
 USER 10001:10001
 EXPOSE 50054
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --start-interval=2s --retries=3 \
-    CMD ["python", "-m", "services.common.healthcheck", "127.0.0.1:50054"]
-ENTRYPOINT ["python", "-m", "services.trainer"]
+    CMD ["python", "-m", "mulligan.common.healthcheck", "127.0.0.1:50054"]
+ENTRYPOINT ["python", "-m", "mulligan.trainer"]

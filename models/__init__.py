@@ -1,4 +1,4 @@
-"""The model that comes with the code: small enough for two CPU cores, trained by `models.recipe` from nothing."""
+"""The model that comes with the code: small enough for two CPU cores, made by `mulligan.models.recipe` from nothing."""
 
 from pathlib import Path
 

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mulligan.common.channel import Endpoint
+from mulligan.common.inference import WeightsKind
+from mulligan.policy.client import PolicyClient
 from proof import Unavailable
-from services.common.channel import Endpoint
-from services.common.inference import WeightsKind
-from services.policy.client import PolicyClient
 from tests.support.agreement import MOVED, TOLERANCE, Compared, assert_agreement, compare_while_training
 from tests.support.processes import Services
 from tests.support.sglang_servers import LAUNCH_SECONDS, launch_settings, python_of_sglang

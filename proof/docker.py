@@ -11,19 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mulligan.common.channel import Endpoint
+from mulligan.common.types import Outcome
+from mulligan.memory.client import MemoryClient
+from mulligan.trainer.algorithm import is_memorable
+from mulligan.trainer.client import RunClient
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from proof import Unavailable
-from services.common.channel import Endpoint
-from services.common.types import Outcome
-from services.memory.client import MemoryClient
-from services.trainer.algorithm import is_memorable
-from services.trainer.client import RunClient
-from services.trainer.folder import RunState
-from services.trainer.journal import journal_file, journaled_steps, read_experiences
 from tests.support.docker import Project, image, missing
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVICES = ("env", "policy", "memory", "trainer")
-RECIPE = "recipes/frozenlake-3x3.toml"
+RECIPE = "frozenlake-3x3"
 RUN = "proof"
 HEALTHY_SECONDS = 60.0
 DOWN_SECONDS = 10.0
@@ -33,8 +33,8 @@ RUN_SECONDS = 3600.0
 SCALE_STEPS = 24
 VERSION = """
 import asyncio
-from services.common.channel import Endpoint
-from services.policy.client import PolicyClient
+from mulligan.common.channel import Endpoint
+from mulligan.policy.client import PolicyClient
 
 async def main():
     print((await PolicyClient(Endpoint("127.0.0.1:50052")).info("")).policy_version)

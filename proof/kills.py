@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from services.common.types import Outcome
-from services.trainer.algorithm import is_memorable
+from mulligan.common.types import Outcome
+from mulligan.trainer.algorithm import is_memorable
 from tests.support.loop import Loop, small_run
 from tests.support.processes import Services
 

@@ -27,7 +27,7 @@ ABLATION_SEEDS = 3
 def learn(arm: str, seed: int, folder: Path) -> dict[str, Any]:
     """Runs the demo in `folder`; an interrupted one goes on there."""
     recipe, settings = ARMS[arm]
-    command = [sys.executable, "-m", "services.cli", "demo", "--folder", str(folder)]
+    command = [sys.executable, "-m", "mulligan.cli", "demo", "--folder", str(folder)]
     command += ["--recipe", str(ROOT / "recipes" / recipe), "--set", f"seed={seed}"]
     for setting in settings:
         command += ["--set", setting]

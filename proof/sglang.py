@@ -17,11 +17,9 @@ from typing import Any
 import aiohttp
 import torch
 
-from models import EMBEDDED
-from proof import Unavailable
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     CanaryProbe,
     PublishedWeights,
@@ -29,7 +27,9 @@ from services.common.inference import (
     SamplingParams,
     VersionSpan,
 )
-from services.policy.client import PolicyClient
+from mulligan.models import EMBEDDED
+from mulligan.policy.client import PolicyClient
+from proof import Unavailable
 from tests.support.policy import full_weights, load, plain_log_probs
 from tests.support.processes import Services
 from tests.support.sglang_servers import LAUNCH_SECONDS, launch_settings, processes_of, python_of_sglang, runs

@@ -16,10 +16,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from buf.validate import validate_pb2
 from google.protobuf import descriptor_pb2, duration_pb2
 from google.rpc import code_pb2
 from grpc_tools import protoc
+
+from mulligan.common.buf import validate_pb2
 
 PROTO = Path(__file__).resolve().parent
 PAGE = PROTO.parent / "docs" / "contracts.md"

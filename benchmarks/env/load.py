@@ -7,8 +7,8 @@ import itertools
 import sys
 
 from benchmarks.env.sessions import answer
-from services.common.channel import Endpoint
-from services.env.client import EnvClient, RemoteEpisode
+from mulligan.common.channel import Endpoint
+from mulligan.env.client import EnvClient, RemoteEpisode
 
 ENVIRONMENT = "frozenlake"
 _ids = itertools.count()

@@ -1,7 +1,7 @@
 """Ours and OpenEnv side by side: the same FrozenLake, tasks, actions and numbers of steps, in alternating rounds.
 
 Each side has a server process on one core and a load process, which plays all sessions, on another; whoever is not
-measured sleeps. Ours: `services.env` with its defaults, but for a log without a line per request, and one ordinary
+measured sleeps. Ours: `mulligan.env` with its defaults, but for a log without a line per request, and one ordinary
 `EnvClient`. OpenEnv: `benchmarks/openenv`, with its own asynchronous client, a WebSocket per session; its limit of
 sessions is out of the way, uvicorn has uvloop and httptools and does not log requests either, as many files may be open
 as the system allows, and 64 connections are opened at a time. uvicorn's other processes would share the one core.
@@ -75,7 +75,7 @@ async def load_process(command: list[str], environment: Mapping[str, str]) -> As
 async def compare(folder: Path, cores: Cores, rounds: int, rounds_of_many: int) -> dict[str, dict[int, Figures]]:
     """By side and number of sessions. Raises NotInstalled where OpenEnv is missing."""
     services = Services(folder)
-    roots = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
+    roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     try:
         with on(cores.server), openenv.serving() as url:
             address = services.start("env", log_level="warning").address

@@ -15,15 +15,15 @@ from functools import partial
 from pathlib import Path
 
 import grpc
-from mulligan.env.v1 import env_service_pb2 as pb
-from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 
 from benchmarks.common import alternate, median, print_table, spread
 from benchmarks.env.cores import on
 from benchmarks.env.sessions import ACTION, STEPS
-from services.common.channel import Endpoint
-from services.env.client import EnvClient, RemoteEpisode
-from services.env.envs.frozenlake import FrozenLake
+from mulligan.common.channel import Endpoint
+from mulligan.env.client import EnvClient, RemoteEpisode
+from mulligan.env.envs.frozenlake import FrozenLake
+from mulligan.env.v1 import env_service_pb2 as pb
+from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from tests.support.processes import Services
 
 ENVIRONMENT = "frozenlake"

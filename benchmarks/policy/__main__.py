@@ -34,10 +34,10 @@ from benchmarks.policy.load import CALLERS, Round
 from benchmarks.policy.measure import Figures, measure, measure_own_updates, measure_updates, rows
 from benchmarks.policy.server import sglang_server
 from benchmarks.policy.ways import SglangHttp, in_process, new_session, plain_generate, service
-from services.common.channel import Endpoint
-from services.policy.backends.transformers import TransformersBackend
-from services.policy.client import PolicyClient
-from services.policy.config import PolicySettings
+from mulligan.common.channel import Endpoint
+from mulligan.policy.backends.transformers import TransformersBackend
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.config import PolicySettings
 from tests.support.processes import Services
 
 EMBEDDED_WAYS = ["plain generate", "engine in process", "service"]

@@ -23,8 +23,8 @@ from benchmarks.policy.load import (
 )
 from benchmarks.policy.shapes import Updates
 from benchmarks.policy.ways import SglangHttp
-from services.common.inference import CallOptions, PublishedWeights, SamplingParams
-from services.policy.client import PolicyClient
+from mulligan.common.inference import CallOptions, PublishedWeights, SamplingParams
+from mulligan.policy.client import PolicyClient
 
 _STEADY_TURNS = 3
 _LOAD_CALLERS = 8  # that go on while weights are updated

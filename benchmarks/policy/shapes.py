@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
 
-import models
-from models.build import CHAT_TEMPLATE, write_untrained
-from services.common.inference import PublishedWeights, WeightsKind
-from services.trainer.data import Limits
-from services.trainer.learner import canary
+from mulligan import models
+from mulligan.common.inference import PublishedWeights, WeightsKind
+from mulligan.models.build import CHAT_TEMPLATE, write_untrained
+from mulligan.trainer.data import Limits
+from mulligan.trainer.learner import canary
 
 # Qwen3-4B's, as published in its config.json (https://huggingface.co/Qwen/Qwen3-4B).
 QWEN3_4B = {

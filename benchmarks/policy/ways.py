@@ -12,10 +12,10 @@ import msgspec
 import torch
 
 from benchmarks.policy.load import NEW_TOKENS, Engine, Round, prompts, turns_of
-from services.common.inference import CallOptions, CompletionPart, SamplingParams
-from services.policy.backend import Ask, Sampled
-from services.policy.backends.transformers import TransformersBackend
-from services.policy.client import PolicyClient
+from mulligan.common.inference import CallOptions, CompletionPart, SamplingParams
+from mulligan.policy.backend import Ask, Sampled
+from mulligan.policy.backends.transformers import TransformersBackend
+from mulligan.policy.client import PolicyClient
 
 Rest = Callable[[], Awaitable[None]]
 _KEEP_SECONDS = 3.0  # for idle connections; SGLang closes them after 5

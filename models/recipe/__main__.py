@@ -1,4 +1,4 @@
-"""`python -m models.recipe --out models/embedded`: trains the embedded model from nothing and measures it."""
+"""`python -m mulligan.models.recipe --out models/embedded`: trains the embedded model from nothing and measures it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost a s
 import torch
 from transformers.utils import logging
 
-from models.build import build_model, build_tokenizer
-from models.recipe.report import write_report
-from models.recipe.train import Schedule, Warmup
+from mulligan.models.build import build_model, build_tokenizer
+from mulligan.models.recipe.report import write_report
+from mulligan.models.recipe.train import Schedule, Warmup
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m models.recipe", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mulligan.models.recipe", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=Schedule.steps, help="optimizer steps (fewer only to try it out)")
     parser.add_argument("--seed", type=int, default=0)
@@ -34,7 +34,8 @@ def main() -> None:
     warmup = Warmup(model, Schedule(steps=options.steps, seed=options.seed))
     warmup.run(lambda line: print(line, flush=True), save=lambda _: model.save_pretrained(options.out))
     training = {
-        "command": f"python -m models.recipe --out models/embedded --steps {options.steps} --seed {options.seed}",
+        "command": "python -m mulligan.models.recipe --out models/embedded "
+        f"--steps {options.steps} --seed {options.seed}",
         "steps": options.steps,
         "seconds": round(time.monotonic() - started),
         "threads": options.threads,

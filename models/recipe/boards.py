@@ -12,8 +12,8 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from models.build import MOVES
-from services.env.envs.frozenlake import FROZEN, GOAL, HOLE, PLAYER, Board
+from mulligan.env.envs.frozenlake_boards import FROZEN, GOAL, HOLE, PLAYER, Board
+from mulligan.models.build import MOVES
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]

@@ -10,10 +10,11 @@ from functools import cache
 import numpy as np
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from models.build import LETTERS, ROLES
-from models.recipe.boards import ALPHABET, CELLS, tables
-from models.recipe.sampling import Attempt, Sampling, attempt_all, reflect_all
-from services.env.envs.frozenlake import GOAL, HOLE, PLAYER, FrozenLake, FrozenLakeSettings
+from mulligan.env.envs.frozenlake import FrozenLake, FrozenLakeSettings
+from mulligan.env.envs.frozenlake_boards import GOAL, HOLE, PLAYER
+from mulligan.models.build import LETTERS, ROLES
+from mulligan.models.recipe.boards import ALPHABET, CELLS, tables
+from mulligan.models.recipe.sampling import Attempt, Sampling, attempt_all, reflect_all
 
 FIXED_SYMBOLS = "ABCD"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.recipe.boards import Bools, Floats, Ints, draw_assignments, draw_boards, show, tables
-from models.recipe.tokens import Batch, Writer, answer_ids, letter_ids, vocabulary
+from mulligan.models.recipe.boards import Bools, Floats, Ints, draw_assignments, draw_boards, show, tables
+from mulligan.models.recipe.tokens import Batch, Writer, answer_ids, letter_ids, vocabulary
 
 
 def play_batch(rng: np.random.Generator, rows: int, turns: int, legend_share: float, fresh_share: float = 0.5) -> Batch:

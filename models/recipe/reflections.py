@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.build import ROLES
-from models.recipe.boards import (
+from mulligan.models.build import ROLES
+from mulligan.models.recipe.boards import (
     ALPHABET,
     CELLS,
     FIXED,
@@ -29,7 +29,7 @@ from models.recipe.boards import (
     show,
     tables,
 )
-from models.recipe.tokens import Batch, Writer, answer_ids, effect_ids, letter_ids, vocabulary
+from mulligan.models.recipe.tokens import Batch, Writer, answer_ids, effect_ids, letter_ids, vocabulary
 
 _INVALID_MOVE = -1
 # What the helper head learns to tell about a cell, after the four roles: unchanged, entered, left by the player (which

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from models.recipe.measure import FIXED_SYMBOLS, Meter, legend, other_symbols, random_play
-from models.recipe.sampling import PAPER_VALIDATION, Sampling
+from mulligan.models.recipe.measure import FIXED_SYMBOLS, Meter, legend, other_symbols, random_play
+from mulligan.models.recipe.sampling import PAPER_VALIDATION, Sampling
 
 _SAMPLINGS = {"temperature 1.0": Sampling(), "temperature 0.7, top-p 0.8, top-k 20": PAPER_VALIDATION}
 _OTHERS, _REPEATS = 20, 5

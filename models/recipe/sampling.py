@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from models.build import ASSISTANT, END, SYSTEM, USER
-from services.env.base import EnvironmentInfo, Episode, PromptSet, StepResult
+from mulligan.env.base import EnvironmentInfo, Episode, PromptSet, StepResult
+from mulligan.models.build import ASSISTANT, END, SYSTEM, USER
 
 ACTION_TOKENS = 3  # "```Up```" and the end mark, and one to spare
 LEGEND_TOKENS = 24

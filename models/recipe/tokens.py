@@ -7,8 +7,8 @@ from functools import cache
 
 import numpy as np
 
-from models.build import LETTERS, MOVES, ROLES, build_tokenizer
-from models.recipe.boards import ALPHABET, CELLS, SIDE, Bools, Floats, Ints
+from mulligan.models.build import LETTERS, MOVES, ROLES, build_tokenizer
+from mulligan.models.recipe.boards import ALPHABET, CELLS, SIDE, Bools, Floats, Ints
 
 ABSENT = -1  # a slot that this row of the batch does not use
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Qwen3ForCausalLM
 
-from models.recipe.optimizer import Optimizer
-from models.recipe.play import play_batch
-from models.recipe.reflections import CELL_CLASSES, reflection_batch, retry_batch
-from models.recipe.tokens import Batch
+from mulligan.models.recipe.optimizer import Optimizer
+from mulligan.models.recipe.play import play_batch
+from mulligan.models.recipe.reflections import CELL_CLASSES, reflection_batch, retry_batch
+from mulligan.models.recipe.tokens import Batch
 
 _HELPER_LAYER = 2
 _TOKENS_PER_TURN = 17

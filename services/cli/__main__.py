@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from services.common.extras import how_to_install
+from mulligan.common.extras import how_to_install
 
 
 def main() -> None:
     """Exit status: 1 a service refused or failed, 2 the command cannot work as it was given, 130 interrupted."""
     try:
-        from services.cli.app import run_app
+        from mulligan.cli.app import run_app
     except ImportError as error:
-        if (error.name or "").startswith("services"):
+        if (error.name or "").startswith("mulligan"):
             raise
         print(f"error: the command needs the extra 'cli' ({error}): {how_to_install('cli')}", file=sys.stderr)
         sys.exit(2)

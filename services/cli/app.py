@@ -7,21 +7,21 @@ import sys
 import structlog
 import typer
 
-from services.cli.conformance import conformance
-from services.cli.demo import demo
-from services.cli.env import env
-from services.cli.evaluate import evaluate
-from services.cli.experiences import experiences
-from services.cli.learners import learners
-from services.cli.memory import memory
-from services.cli.out import fail
-from services.cli.policy import policy
-from services.cli.runs import runs
-from services.cli.stop import resume, stop
-from services.cli.train import train
-from services.cli.up import up
-from services.cli.watch import watch
-from services.common.extras import how_to_install
+from mulligan.cli.conformance import conformance
+from mulligan.cli.demo import demo
+from mulligan.cli.env import env
+from mulligan.cli.evaluate import evaluate
+from mulligan.cli.experiences import experiences
+from mulligan.cli.learners import learners
+from mulligan.cli.memory import memory
+from mulligan.cli.out import fail
+from mulligan.cli.policy import policy
+from mulligan.cli.runs import runs
+from mulligan.cli.stop import resume, stop
+from mulligan.cli.train import train
+from mulligan.cli.up import up
+from mulligan.cli.watch import watch
+from mulligan.common.extras import how_to_install
 
 app = typer.Typer(
     name="mulligan",
@@ -47,7 +47,7 @@ def run_app() -> None:
     try:
         app()
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("services"):
+        if (error.name or "").startswith("mulligan"):
             raise
         fail(f"{error}: {how_to_install('all')}", 2)
     except OSError as error:

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, admin_token, endpoint
-from services.cli.out import fail, line, show
-from services.conformance.report import Report, Result, Verdict
-from services.conformance.target import Target, Unreachable
+from mulligan.cli.connection import DEFAULT_ADDRESSES, admin_token, endpoint
+from mulligan.cli.out import fail, line, show
+from mulligan.conformance.report import Report, Result, Verdict
+from mulligan.conformance.target import Target, Unreachable
 
 conformance = typer.Typer(
     help="Tell what an implementation of a service violates, in any language: `env`, `policy`, `memory`, `trainer`.\n\n"
@@ -61,9 +61,9 @@ def env(
 
     Example: `mulligan conformance env --target 127.0.0.1:50051 --environment frozenlake --action '```Up```'`
     """
-    from services.conformance.env.game import Options
-    from services.conformance.env.run import check
-    from services.conformance.env.run import target as connect
+    from mulligan.conformance.env.game import Options
+    from mulligan.conformance.env.run import check
+    from mulligan.conformance.env.run import target as connect
 
     options = Options(actions, seed, tuple(action or ()))
 
@@ -88,8 +88,8 @@ def memory(
 
     Example: `mulligan conformance memory --target 127.0.0.1:50053`
     """
-    from services.conformance.memory import check
-    from services.conformance.memory import target as connect
+    from mulligan.conformance.memory import check
+    from mulligan.conformance.memory import target as connect
 
     async def main(on_result: OnResult) -> Report:
         async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:
@@ -119,9 +119,9 @@ def policy(
 
     Example: `mulligan conformance policy --target 127.0.0.1:50052 --policy actor`
     """
-    from services.conformance.policy.run import check
-    from services.conformance.policy.run import target as connect
-    from services.conformance.policy.served import Options
+    from mulligan.conformance.policy.run import check
+    from mulligan.conformance.policy.run import target as connect
+    from mulligan.conformance.policy.served import Options
 
     options = Options(tolerance, writes)
 
@@ -156,11 +156,11 @@ def trainer(
 
     Example: `mulligan conformance trainer --target 127.0.0.1:50054 --writes`
     """
-    from services.cli.train import read_settings
-    from services.conformance.trainer.held import Options
-    from services.conformance.trainer.run import check, smallest
-    from services.conformance.trainer.run import target as connect
-    from services.trainer.wire import settings_to_proto
+    from mulligan.cli.train import read_settings
+    from mulligan.conformance.trainer.held import Options
+    from mulligan.conformance.trainer.run import check, smallest
+    from mulligan.conformance.trainer.run import target as connect
+    from mulligan.trainer.wire import settings_to_proto
 
     config = settings_to_proto(read_settings(recipe, [])) if recipe else smallest(environment, model)
     options = Options(model, writes, config, run_seconds)

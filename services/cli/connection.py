@@ -12,9 +12,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from services.cli.out import fail
-from services.common.channel import Endpoint
-from services.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.cli.out import fail
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 
 PORT_BASE = 50051
 

@@ -11,27 +11,28 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.connection import command, endpoint, program
-from services.cli.experiences import lines
-from services.cli.local import ROOT, LocalServices, ServiceFailed
-from services.cli.out import fail
-from services.cli.out import show as say
-from services.cli.progress import show
-from services.cli.report import draw_chart, result_lines
-from services.cli.stop import AcceptEnvironment
-from services.cli.train import read_settings
-from services.common.errors import CallFailed, DomainError, ServiceUnavailable
-from services.trainer.client import RunClient, RunInfo
-from services.trainer.folder import RunState
-from services.trainer.settings import RunSettings
+from mulligan.cli.connection import command, endpoint, program
+from mulligan.cli.experiences import lines
+from mulligan.cli.local import LocalServices, ServiceFailed
+from mulligan.cli.out import fail
+from mulligan.cli.out import show as say
+from mulligan.cli.progress import show
+from mulligan.cli.recipes import RECIPES
+from mulligan.cli.report import draw_chart, result_lines
+from mulligan.cli.stop import AcceptEnvironment
+from mulligan.cli.train import read_settings
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.trainer.client import RunClient, RunInfo
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.settings import RunSettings
 
-RECIPES = ROOT / "recipes"
+DEFAULT_RECIPE = Path("frozenlake-3x3")
 OUTAGE_SECONDS = 120.0  # a service that died is started again within seconds
 
 
 def demo(
     folder: Annotated[Path, typer.Option(help="Gets everything that the demo writes.")] = Path("runs/demo"),
-    recipe: Annotated[Path, typer.Option(help="The run's settings.")] = RECIPES / "frozenlake-3x3.toml",
+    recipe: Annotated[Path, typer.Option(help="The run's settings: a TOML file, or a recipe's name.")] = DEFAULT_RECIPE,
     override: Annotated[
         list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE, over the recipe's; repeatable.")
     ] = None,
@@ -41,7 +42,7 @@ def demo(
 
     An interrupted demo goes on where it was.
 
-    Example: `mulligan demo --folder runs/rlvr --recipe recipes/frozenlake-3x3-rlvr.toml`
+    Example: `mulligan demo --folder runs/rlvr --recipe frozenlake-3x3-rlvr`
     """
     settings = read_settings(recipe, override or [])
     try:

@@ -7,9 +7,9 @@ import sys
 
 import typer
 
-from services.cli.env_check import check
-from services.cli.env_new import new
-from services.cli.env_play import play
+from mulligan.cli.env_check import check
+from mulligan.cli.env_new import new
+from mulligan.cli.env_play import play
 
 env = typer.Typer(help="Write an environment, check it, play it: `new`, `check`, `play`.", no_args_is_help=True)
 

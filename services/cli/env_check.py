@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from services.cli.conformance import MARKS
-from services.cli.out import fail, line
-from services.cli.overrides import read_overrides
-from services.common.extras import how_to_install
-from services.conformance.report import Report, Result, Verdict
+from mulligan.cli.conformance import MARKS
+from mulligan.cli.out import fail, line
+from mulligan.cli.overrides import read_overrides
+from mulligan.common.extras import how_to_install
+from mulligan.conformance.report import Report, Result, Verdict
 
 
 def check(
@@ -33,7 +33,7 @@ def check(
     Example: `mulligan env check frozenlake --set size_max=4 --action Up --actions 2000`
     """
     try:
-        from services.conformance.local import check_environment
+        from mulligan.conformance.local import check_environment
     except ImportError as error:
         fail(f"{error}: {how_to_install('env')}", 2)
     settings = read_overrides(override or [])

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from services.cli.connection import program
-from services.cli.out import fail, show
+from mulligan.cli.connection import program
+from mulligan.cli.out import fail, show
 
 _TEMPLATE = Path(__file__).parent / "template" / "my_game.py"
 _TEST = '''\
@@ -23,8 +23,8 @@ from __future__ import annotations
 
 from my_game import create
 
-from services.conformance.local import check_environment
-from services.env.base import Split
+from mulligan.conformance.local import check_environment
+from mulligan.env.base import Split
 
 # CHANGE: answers that mean something in your environment. They are played among random and hostile ones.
 ACTIONS = ["```10```", "I think it is ```3```", "```17```"]
@@ -94,7 +94,7 @@ def _problem(name: str) -> str:
         return "expected a Python identifier: letters, digits and underscores, no keyword, such as my_game"
     if not name.strip("_"):
         return "expected a letter or digit in it, such as my_game"
-    if find_spec(f"services.env.envs.{name}"):
+    if find_spec(f"mulligan.env.envs.{name}"):
         return "an environment that comes along has this name; choose another"
     if name in sys.builtin_module_names or name in sys.stdlib_module_names or _is_installed(name):
         return "a module that is installed has this name; choose another"

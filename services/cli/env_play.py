@@ -13,16 +13,16 @@ from uuid import uuid4
 
 import typer
 
-from services.cli.connection import endpoint
-from services.cli.out import fail, note, show
-from services.cli.overrides import read_overrides
-from services.common.errors import CallFailed, DomainError, ServiceUnavailable
-from services.common.rewards import total
-from services.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split
-from services.env import calls
-from services.env.base import Environment, Episode, UnknownTask, close
-from services.env.client import EnvClient, RemoteEpisode
-from services.env.config import EnvSettings
+from mulligan.cli.connection import endpoint
+from mulligan.cli.out import fail, note, show
+from mulligan.cli.overrides import read_overrides
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.rewards import total
+from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split
+from mulligan.env import calls
+from mulligan.env.base import Environment, Episode, UnknownTask, close
+from mulligan.env.client import EnvClient, RemoteEpisode
+from mulligan.env.config import EnvSettings
 
 _HELP = """\
 :prompt   what an agent is told before it begins

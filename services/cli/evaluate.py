@@ -6,14 +6,14 @@ from typing import Annotated
 
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
-from services.cli.out import fail, show
-from services.cli.progress import EvaluationDisplay
-from services.cli.runs import whole_run_id
-from services.common.errors import DomainError
-from services.trainer.client import RunClient
-from services.trainer.settings import EvaluationSettings
-from services.trainer.wire import validated
+from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from mulligan.cli.out import fail, show
+from mulligan.cli.progress import EvaluationDisplay
+from mulligan.cli.runs import whole_run_id
+from mulligan.common.errors import DomainError
+from mulligan.trainer.client import RunClient
+from mulligan.trainer.settings import EvaluationSettings
+from mulligan.trainer.wire import validated
 
 
 def evaluate(

@@ -9,12 +9,12 @@ from typing import Annotated
 import msgspec
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
-from services.cli.out import fail, show
-from services.cli.runs import whole_run_id
-from services.common.types import Attempt, Experience
-from services.trainer.client import RunClient
-from services.trainer.journal import journal_file, journaled_steps, read_experiences
+from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from mulligan.cli.out import fail, show
+from mulligan.cli.runs import whole_run_id
+from mulligan.common.types import Attempt, Experience
+from mulligan.trainer.client import RunClient
+from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 
 
 def experiences(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from services.cli.out import fail
-from services.common.suggest import did_you_mean
+from mulligan.cli.out import fail
+from mulligan.common.suggest import did_you_mean
 
 _SHOWN = 10
 

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
-from services.cli.ids import whole_id
-from services.cli.out import show, table
-from services.trainer.client import LearnersClient
-from services.trainer.learner.settings import LearnerInfo
+from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from mulligan.cli.ids import whole_id
+from mulligan.cli.out import show, table
+from mulligan.trainer.client import LearnersClient
+from mulligan.trainer.learner.settings import LearnerInfo
 
 learners = typer.Typer(help="See which learners a trainer holds, and delete one that was forgotten.")
 

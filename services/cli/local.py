@@ -8,16 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from services.cli.connection import DEFAULT_ADDRESSES
-from services.common.channel import is_healthy
+import mulligan
+from mulligan.cli.connection import DEFAULT_ADDRESSES
+from mulligan.common.channel import is_healthy
 
-ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
 RESTARTS = 5  # of one service within a minute; more is a defect that restarting does not mend
@@ -103,7 +104,7 @@ class LocalServices:
 
     def _process(self, name: str, flags: list[str]) -> _Process:
         host, _, port = self.addresses[name].rpartition(":")
-        command = [sys.executable, "-m", f"services.{name}", "--host", host, "--port", port, *flags]
+        command = [sys.executable, "-m", f"mulligan.{name}", "--host", host, "--port", port, *flags]
         return _Process(name, self.addresses[name], command, self.folder / "logs" / f"{name}.log")
 
     async def __aenter__(self) -> LocalServices:
@@ -200,7 +201,8 @@ def free_ports() -> dict[str, int]:
 
 def _environment() -> dict[str, str]:
     """The processes import what this one does, wherever it was started."""
-    roots = [str(ROOT), str(ROOT / "proto" / "gen")] if (ROOT / "proto" / "gen").is_dir() else []
+    root = Path(mulligan.__file__).parents[1]
+    roots = [] if root == Path(sysconfig.get_path("purelib")) else [str(root)]
     path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
     found = {**os.environ, "PYTHONPATH": path} if path else dict(os.environ)
     # Threads of one service that spin while they wait would take the cores from the others.

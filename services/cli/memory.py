@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, MemoryAddress, endpoint, run
-from services.cli.ids import whole_id
-from services.cli.out import show as show_line
-from services.cli.out import table
-from services.common.types import StoredReflection
-from services.memory.client import MemoryClient
+from mulligan.cli.connection import DEFAULT_ADDRESSES, MemoryAddress, endpoint, run
+from mulligan.cli.ids import whole_id
+from mulligan.cli.out import show as show_line
+from mulligan.cli.out import table
+from mulligan.common.types import StoredReflection
+from mulligan.memory.client import MemoryClient
 
 memory = typer.Typer(help="Look into the reflection memory: `list`, `show`, `forget`.", no_args_is_help=True)
 ReflectionId = Annotated[str, typer.Argument(help="As `mulligan memory list` shows it; a unique beginning is enough.")]

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from typing import Any
 
-from services.cli.out import fail
+from mulligan.cli.out import fail
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:

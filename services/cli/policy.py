@@ -14,14 +14,14 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, admin_token, command, endpoint, run
-from services.cli.out import fail, note, table, working
-from services.cli.out import show as show_line
-from services.cli.overrides import read_overrides
-from services.common.addresses import Addresses
-from services.common.errors import CallFailed, DomainError, ServiceUnavailable
-from services.common.inference import PolicyInfo, PolicyVersion
-from services.policy.client import PolicyClient
+from mulligan.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, admin_token, command, endpoint, run
+from mulligan.cli.out import fail, note, table, working
+from mulligan.cli.out import show as show_line
+from mulligan.cli.overrides import read_overrides
+from mulligan.common.addresses import Addresses
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.inference import PolicyInfo, PolicyVersion
+from mulligan.policy.client import PolicyClient
 
 policy = typer.Typer(
     help="Look after the policies: `list`, `show`, `load`, `unload`, `versions`, `rollback`.", no_args_is_help=True

@@ -11,10 +11,10 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 from rich.table import Column
 from rich.text import Text
 
-from services.cli.out import console, note, safe
-from services.trainer.client import RunInfo
-from services.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
-from services.trainer.folder import RunState
+from mulligan.cli.out import console, note, safe
+from mulligan.trainer.client import RunInfo
+from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
+from mulligan.trainer.folder import RunState
 
 _BAR_WIDTH = 110  # columns of a terminal that has room for a bar
 _LINE_SECONDS = 5.0  # between lines where there is no terminal

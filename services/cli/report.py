@@ -7,11 +7,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from services.cli.connection import command
-from services.cli.local import ROOT
-from services.trainer.events import Entry, EvaluationEvent, StepEvent
+from mulligan.cli.connection import command
+from mulligan.trainer.events import Entry, EvaluationEvent, StepEvent
 
-RLVR = ROOT / "recipes" / "frozenlake-3x3-rlvr.toml"
+RLVR = "frozenlake-3x3-rlvr"  # a recipe that comes along
 
 
 def result_lines(summary: dict[str, Any], rlvr: dict[str, Any] | None) -> Iterator[str]:
@@ -25,7 +24,7 @@ def result_lines(summary: dict[str, Any], rlvr: dict[str, Any] | None) -> Iterat
         point = at_budget(rlvr["evaluations"], summary["rollouts"])
         yield (
             f"RLVR at the same budget: {point['success']:.2f} ({point['rollouts']:,} rollouts; recorded, measure it "
-            f"again with: {command('demo', '--folder', 'runs/rlvr', '--recipe', str(RLVR))})"
+            f"again with: {command('demo', '--folder', 'runs/rlvr', '--recipe', RLVR)})"
         )
 
 

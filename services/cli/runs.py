@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
-from services.cli.ids import whole_id
-from services.cli.out import table
-from services.trainer.client import RunClient, RunInfo
+from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from mulligan.cli.ids import whole_id
+from mulligan.cli.out import table
+from mulligan.trainer.client import RunClient, RunInfo
 
 
 def runs(trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) -> None:

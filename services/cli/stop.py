@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, command, endpoint, run
-from services.cli.out import show
-from services.cli.runs import whole_run_id
-from services.cli.watch import watch_run
-from services.trainer.client import RunClient
-from services.trainer.folder import RunState
+from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, command, endpoint, run
+from mulligan.cli.out import show
+from mulligan.cli.runs import whole_run_id
+from mulligan.cli.watch import watch_run
+from mulligan.trainer.client import RunClient
+from mulligan.trainer.folder import RunState
 
 RunId = Annotated[str, typer.Argument(help="As `mulligan runs` lists it; a unique beginning is enough.")]
 AcceptEnvironment = Annotated[

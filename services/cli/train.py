@@ -11,19 +11,20 @@ from typing import Annotated, Any
 
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
-from services.cli.out import fail, show
-from services.cli.watch import watch_run
-from services.common.errors import DomainError
-from services.trainer.client import RunClient
-from services.trainer.settings import RunSettings
-from services.trainer.wire import validated
+from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from mulligan.cli.out import fail, show
+from mulligan.cli.recipes import recipe_file
+from mulligan.cli.watch import watch_run
+from mulligan.common.errors import DomainError
+from mulligan.trainer.client import RunClient
+from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.wire import validated
 
 _NAME_LENGTH = 40  # of a run id's first part
 
 
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="TOML file with the run's settings.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="The run's settings: a TOML file, or a recipe's name.")] = None,
     run_id: Annotated[str, typer.Option(help="Names the run; made from recipe and time when left out.")] = "",
     override: Annotated[
         list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE, over the recipe's; repeatable.")
@@ -33,7 +34,7 @@ def train(
 ) -> None:
     """Start a training run, from a recipe, from --set alone, or both. What is not set has the paper's value.
 
-    Example: `mulligan train recipes/frozenlake-3x3.toml --set steps=20 --set algorithm.second_attempt=none`
+    Example: `mulligan train frozenlake-3x3 --set steps=20 --set algorithm.second_attempt=none`
     """
     settings = read_settings(recipe, override or [])
     name = run_id or f"{_plain_name(recipe.stem if recipe else settings.environment)}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -60,7 +61,7 @@ def _plain_name(text: str) -> str:
 def read_settings(recipe: Path | None, overrides: list[str]) -> RunSettings:
     """Ends the program with one line that names what is wrong."""
     try:
-        plain: dict[str, Any] = tomllib.loads(recipe.read_text()) if recipe else {}
+        plain: dict[str, Any] = tomllib.loads(recipe_file(recipe).read_text()) if recipe else {}
         for override in overrides:
             _override(plain, override)
         return validated(RunSettings, plain)

@@ -10,9 +10,9 @@ from typing import Annotated
 
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, PORT_BASE, addresses_from, program
-from services.cli.local import LocalServices, ServiceFailed
-from services.cli.out import fail, note
+from mulligan.cli.connection import DEFAULT_ADDRESSES, PORT_BASE, addresses_from, program
+from mulligan.cli.local import LocalServices, ServiceFailed
+from mulligan.cli.out import fail, note
 
 
 def up(
@@ -59,7 +59,7 @@ def up(
 
 
 def _next_steps(addresses: Mapping[str, str]) -> Iterator[str]:
-    yield f"ready: in another terminal, {program()} train recipes/frozenlake-3x3.toml; Ctrl-C ends the services"
+    yield f"ready: in another terminal, {program()} train frozenlake-3x3; Ctrl-C ends the services"
     if addresses != DEFAULT_ADDRESSES:
         there = " ".join(f"MULLIGAN_CLI_{name.upper()}={address}" for name, address in addresses.items())
         yield f"commands find them by: export {there}"

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from services.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
-from services.cli.progress import show
-from services.cli.runs import whole_run_id
-from services.trainer.client import RunClient
-from services.trainer.folder import RunState
+from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from mulligan.cli.progress import show
+from mulligan.cli.runs import whole_run_id
+from mulligan.trainer.client import RunClient
+from mulligan.trainer.folder import RunState
 
 
 def watch(

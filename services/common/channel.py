@@ -15,9 +15,9 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.common import proxies
-from services.common.errors import CallFailed, Code, DomainError, ServiceUnavailable
-from services.common.status import from_rpc_error
+from mulligan.common import proxies
+from mulligan.common.errors import CallFailed, Code, DomainError, ServiceUnavailable
+from mulligan.common.status import from_rpc_error
 
 log = structlog.get_logger()
 R = TypeVar("R")

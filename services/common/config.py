@@ -1,6 +1,6 @@
 """Service settings: TOML file, then environment variables, then flags; the later wins (pydantic-settings).
 
-A service subclasses `ServiceSettings`, sets `service`, and calls `load`. `python -m services.env --config env.toml
+A service subclasses `ServiceSettings`, sets `service`, and calls `load`. `python -m mulligan.env --config env.toml
 --port 50051`, `MULLIGAN_ENV_PORT=50051` and `port = 50051` mean the same.
 """
 
@@ -23,7 +23,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from services.common.suggest import did_you_mean, problems
+from mulligan.common.suggest import did_you_mean, problems
 
 
 class ServiceSettings(BaseSettings):
@@ -132,7 +132,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(service: str) -> argparse.ArgumentParser:
     return _Parser(
-        prog=f"python -m services.{service}",
+        prog=f"python -m mulligan.{service}",
         epilog=f"--config FILE.toml reads settings from a file; MULLIGAN_{service.upper()}_NAME=VALUE sets one, too. "
         "Flags win over variables, variables over the file.",
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from services.common.errors import DomainError, Reason
+from mulligan.common.errors import DomainError, Reason
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of a process or a file system for one file
 # How it is told where nothing but words is left of it: by libraries in Rust (safetensors, tantivy), and of SQLite.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import timedelta
 from enum import StrEnum
 
-from services.common.text import bounded
+from mulligan.common.text import bounded
 
 # Of an error's message and of each value beside it: characters as JSON writes them.
 MESSAGE_LIMIT, METADATA_LIMIT = 1_500, 500

@@ -1,4 +1,4 @@
-"""`python -m services.common.healthcheck HOST:PORT`: status 0 when the service there serves, else 1: for containers."""
+"""`python -m mulligan.common.healthcheck HOST:PORT`: status 0 when the service there serves, else 1: for containers."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.common.channel import is_healthy
+from mulligan.common.channel import is_healthy
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m services.common.healthcheck", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m mulligan.common.healthcheck", description=__doc__)
     parser.add_argument("address", help="HOST:PORT of a service")
     parser.add_argument("--timeout", type=float, default=4.0, help="seconds")
     parser.add_argument("--tls-ca", type=Path, help="PEM file: the authority of a service that speaks TLS")

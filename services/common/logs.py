@@ -18,9 +18,9 @@ from typing import Any
 import structlog
 from prometheus_client import Counter
 
-from services.common.config import ServiceSettings
-from services.common.metrics import REGISTRY
-from services.common.text import bounded
+from mulligan.common.config import ServiceSettings
+from mulligan.common.metrics import REGISTRY
+from mulligan.common.text import bounded
 
 VALUE_LIMIT, TRACEBACK_LIMIT, LINE_LIMIT = 1_000, 8_000, 32_768
 _LINES_LOST = Counter("mulligan_log_lines_lost", "Log lines that could not be written.", registry=REGISTRY)

@@ -16,7 +16,7 @@ from prometheus_client import (
     start_http_server,
 )
 
-from services.common.config import ServiceSettings
+from mulligan.common.config import ServiceSettings
 
 log = structlog.get_logger()
 REGISTRY = CollectorRegistry(auto_describe=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from services.common.safetensors_header import BadSafetensors, TensorHeader, read_header
+from mulligan.common.safetensors_header import BadSafetensors, TensorHeader, read_header
 
 # Repository at the hub, with or without its owner. https://huggingface.co/docs/huggingface_hub/package_reference/utilities
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

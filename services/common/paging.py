@@ -7,7 +7,7 @@ import binascii
 import hashlib
 import json
 
-from services.common.errors import DomainError, Reason
+from mulligan.common.errors import DomainError, Reason
 
 DEFAULT_PAGE_SIZE = 100
 

@@ -14,8 +14,8 @@ from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-from services.common.addresses import Addresses
-from services.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.addresses import Addresses
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 
 log = structlog.get_logger()
 _NOT_ASKED = "not asked yet"

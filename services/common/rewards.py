@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from services.common.text import bounded
+from mulligan.common.text import bounded
 
 _ROUNDING = 1e-6  # relative, and absolute near 0: environments often compute in float32, which has seven digits
 _SHOWN = 100  # characters of what is no reward

@@ -19,12 +19,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from pydantic import SecretStr
 
-from services.common.config import ServiceSettings
-from services.common.errors import DomainError, Reason, invalid_field
-from services.common.logs import configure_logging, log_at_any_level
-from services.common.metrics import MethodMetrics, exported
-from services.common.status import fault, to_status
-from services.common.validation import prepare, violations
+from mulligan.common.config import ServiceSettings
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.logs import configure_logging, log_at_any_level
+from mulligan.common.metrics import MethodMetrics, exported
+from mulligan.common.status import fault, to_status
+from mulligan.common.validation import prepare, violations
 
 log = structlog.get_logger()
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"

@@ -10,8 +10,8 @@ from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from services.common.errors import MESSAGE_LIMIT, Code, DomainError, Reason
-from services.common.text import bounded
+from mulligan.common.errors import MESSAGE_LIMIT, Code, DomainError, Reason
+from mulligan.common.text import bounded
 
 DOMAIN = "mulligan"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from services.common.inference import Tool, VersionSpan
+from mulligan.common.inference import Tool, VersionSpan
 
 
 class Outcome(StrEnum):

@@ -1,13 +1,11 @@
-"""Protobuf ↔ domain types, for the messages of `mulligan.common.v1` and those that several services share."""
+"""Protobuf ↔ domain types, for the messages of `mulligan.common.v1`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mulligan.common import inference, types
 from mulligan.common.v1 import experience_pb2, message_pb2, outcome_pb2
-from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
-
-from services.common import inference, types
 
 _ROLES = {role: message_pb2.Role.Value(f"ROLE_{role.name}") for role in inference.Role}
 _ROLES_BACK = {value: key for key, value in _ROLES.items()}
@@ -15,12 +13,6 @@ _OUTCOMES = {outcome: outcome_pb2.Outcome.Value(f"OUTCOME_{outcome.name}") for o
 _OUTCOMES_BACK = {value: key for key, value in _OUTCOMES.items()}
 _KINDS = {kind: experience_pb2.SegmentKind.Value(f"SEGMENT_KIND_{kind.name}") for kind in types.SegmentKind}
 _KINDS_BACK = {value: key for key, value in _KINDS.items()}
-_STOPS = {stop: policy_service_pb2.StopReason.Value(f"STOP_REASON_{stop.name}") for stop in inference.StopReason}
-_STOPS_BACK = {value: key for key, value in _STOPS.items()}
-_WEIGHTS = {
-    kind: policy_admin_service_pb2.WeightsKind.Value(f"WEIGHTS_KIND_{kind.name}") for kind in inference.WeightsKind
-}
-_WEIGHTS_BACK = {value: key for key, value in _WEIGHTS.items()}
 
 
 def messages_to_proto(messages: Iterable[inference.Message]) -> list[message_pb2.Message]:
@@ -63,32 +55,6 @@ def outcome_to_proto(outcome: types.Outcome | None) -> outcome_pb2.Outcome.Value
 
 def outcome_from_proto(outcome: outcome_pb2.Outcome.ValueType) -> types.Outcome | None:
     return _OUTCOMES_BACK.get(outcome)
-
-
-def stop_reason_to_proto(reason: inference.StopReason) -> policy_service_pb2.StopReason.ValueType:
-    return _STOPS[reason]
-
-
-def stop_reason_from_proto(reason: policy_service_pb2.StopReason.ValueType) -> inference.StopReason:
-    return _STOPS_BACK[reason]
-
-
-def weights_kind_to_proto(kind: inference.WeightsKind) -> policy_admin_service_pb2.WeightsKind.ValueType:
-    return _WEIGHTS[kind]
-
-
-def weights_kind_from_proto(kind: policy_admin_service_pb2.WeightsKind.ValueType) -> inference.WeightsKind:
-    return _WEIGHTS_BACK[kind]
-
-
-def canary_to_proto(probes: Iterable[inference.CanaryProbe]) -> list[policy_admin_service_pb2.CanaryProbe]:
-    return [
-        policy_admin_service_pb2.CanaryProbe(token_ids=probe.token_ids, log_probs=probe.log_probs) for probe in probes
-    ]
-
-
-def canary_from_proto(probes: Iterable[policy_admin_service_pb2.CanaryProbe]) -> tuple[inference.CanaryProbe, ...]:
-    return tuple(inference.CanaryProbe(tuple(probe.token_ids), tuple(probe.log_probs)) for probe in probes)
 
 
 def spans_to_proto(spans: Iterable[inference.VersionSpan]) -> list[experience_pb2.VersionSpan]:

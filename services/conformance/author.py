@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.conformance.env import episodes, forks, hostile, listing, play
-from services.conformance.env.game import Options
-from services.conformance.replay import ReplayFailed, play_elsewhere
-from services.conformance.replay import play as play_here
-from services.conformance.report import NotApplicable, Suite, Violation, demand
-from services.env.base import Environment, EnvironmentInfo, PromptSet, Split, TaskInfo
+from mulligan.conformance.env import episodes, forks, hostile, listing, play
+from mulligan.conformance.env.game import Options
+from mulligan.conformance.replay import ReplayFailed, play_elsewhere
+from mulligan.conformance.replay import play as play_here
+from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
+from mulligan.env.base import Environment, EnvironmentInfo, PromptSet, Split, TaskInfo
 
 SUITE: Suite[Made]
 _ID_CHARACTERS = 200  # as in the contract
@@ -206,7 +206,7 @@ WORDS: dict[Any, Words] = {
     episodes.listed_tasks_start: Words("tasks that are listed can be started"),
     episodes.unknown_task: Words(
         "start raises UnknownTask for an id that is not one of its tasks",
-        "from services.env.base import UnknownTask; look the id up before anything else.",
+        "from mulligan.env.base import UnknownTask; look the id up before anything else.",
     ),
     episodes.second_attempt: Words("a task begins with the same observation each time", _SEED),
     episodes.side_by_side: Words("episodes side by side do not disturb each other", _STATE),

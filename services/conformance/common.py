@@ -7,8 +7,8 @@ from typing import Any, cast
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from services.conformance.report import NotApplicable, Suite, Violation, demand
-from services.conformance.target import Session, as_demanded
+from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
+from mulligan.conformance.target import Session, as_demanded
 
 
 def add_credential(suite: Suite[Session], method: str, request: Any) -> None:

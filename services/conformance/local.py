@@ -15,20 +15,20 @@ from typing import Any
 import grpc
 import structlog
 
-from services.common.server import RequestInterceptor
-from services.conformance.author import SUITE, WORDS, Made, ids, typed_info
-from services.conformance.env import ENVIRONMENT
-from services.conformance.env.game import Game, Options
-from services.conformance.env.run import METHODS
-from services.conformance.env.run import target as connect
-from services.conformance.recorded import Recorded
-from services.conformance.replay import make
-from services.conformance.report import Check, Report, Result, Verdict, judge
-from services.conformance.target import Session
-from services.env.base import Environment, EnvironmentInfo, close
-from services.env.episodes import EpisodeTable
-from services.env.servicer import add_to_server
-from services.env.workers import WorkerPool
+from mulligan.common.server import RequestInterceptor
+from mulligan.conformance.author import SUITE, WORDS, Made, ids, typed_info
+from mulligan.conformance.env import ENVIRONMENT
+from mulligan.conformance.env.game import Game, Options
+from mulligan.conformance.env.run import METHODS
+from mulligan.conformance.env.run import target as connect
+from mulligan.conformance.recorded import Recorded
+from mulligan.conformance.replay import make
+from mulligan.conformance.report import Check, Report, Result, Verdict, judge
+from mulligan.conformance.target import Session
+from mulligan.env.base import Environment, EnvironmentInfo, close
+from mulligan.env.episodes import EpisodeTable
+from mulligan.env.servicer import add_to_server
+from mulligan.env.workers import WorkerPool
 
 _THREADS, _HANGING = 8, 64
 _MESSAGE_BYTES = 64 * 2**20

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
+from mulligan.conformance import common
+from mulligan.conformance.gather import gathered
+from mulligan.conformance.report import Report, Result, Suite, demand, run_suite
+from mulligan.conformance.target import Session, Target
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
-
-from services.conformance import common
-from services.conformance.gather import gathered
-from services.conformance.report import Report, Result, Suite, demand, run_suite
-from services.conformance.target import Session, Target
 
 suite: Suite[Session] = Suite()
 LATEST, TOP_GAIN = pb.RETRIEVAL_STRATEGY_LATEST_SUCCESS, pb.RETRIEVAL_STRATEGY_TOP_GAIN

@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from services.env.base import (
+from mulligan.env.base import (
     Environment,
     EnvironmentInfo,
     Episode,

@@ -1,4 +1,4 @@
-"""Plays episodes of an environment without a server: `python -m services.conformance.replay`, JSON in and out.
+"""Plays episodes of an environment without a server: `python -m mulligan.conformance.replay`, JSON in and out.
 
 A second process shows what must not depend on the first: hash seeds, module state, the order of sets.
 """
@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.env.base import Environment, act, close
-from services.env.config import EnvSettings
+from mulligan.env.base import Environment, act, close
+from mulligan.env.config import EnvSettings
 
 SECONDS = 120.0
 Play = tuple[str, Sequence[str]]  # a task's id, and actions
@@ -56,7 +56,7 @@ def play_elsewhere(kind: str, settings: Mapping[str, Any], plays: Sequence[Play]
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     try:
         process = subprocess.run(
-            [sys.executable, "-m", "services.conformance.replay"],
+            [sys.executable, "-m", "mulligan.conformance.replay"],
             input=json.dumps({"kind": kind, "settings": dict(settings), "plays": list(plays)}),
             env={**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "12345"},
             capture_output=True,

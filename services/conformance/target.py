@@ -11,9 +11,9 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from services.common.proxies import grpc_options
-from services.common.status import DOMAIN
-from services.conformance.report import Violation, shown
+from mulligan.common.proxies import grpc_options
+from mulligan.common.status import DOMAIN
+from mulligan.conformance.report import Violation, shown
 
 CONNECT_SECONDS = 10.0
 _MESSAGE_BYTES = 64 * 2**20

@@ -1,4 +1,4 @@
-"""`python -m services.env --config env.toml`: serves environments until SIGTERM."""
+"""`python -m mulligan.env --config env.toml`: serves environments until SIGTERM."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from functools import partial
 
 import structlog
 
-from services.common.config import refuse
-from services.common.server import run, serve
-from services.env import processes
-from services.env.config import EnvSettings
-from services.env.episodes import EpisodeTable
-from services.env.servicer import add_to_server
-from services.env.workers import WorkerPool
+from mulligan.common.config import refuse
+from mulligan.common.server import run, serve
+from mulligan.env import processes
+from mulligan.env.config import EnvSettings
+from mulligan.env.episodes import EpisodeTable
+from mulligan.env.servicer import add_to_server
+from mulligan.env.workers import WorkerPool
 
 if sys.platform != "win32":
     from uvloop import new_event_loop  # a tenth more steps a second

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 
-from services.common.thoughts import without_thoughts
+from mulligan.common.thoughts import without_thoughts
 
 MAX_BOXED = 1_000  # characters
 _BOX = "\\boxed{"

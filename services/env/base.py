@@ -26,11 +26,11 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
-from services.common.extras import how_to_install
-from services.common.inference import Tool
-from services.common.suggest import did_you_mean
-from services.common.thoughts import without_thoughts
-from services.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
+from mulligan.common.extras import how_to_install
+from mulligan.common.inference import Tool
+from mulligan.common.suggest import did_you_mean
+from mulligan.common.thoughts import without_thoughts
+from mulligan.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
 
 __all__ = [
     "Environment",

@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NoReturn
 
-from services.common.errors import DomainError, Reason
-from services.common.rewards import read_reward
-from services.common.types import EpisodeStep, Outcome
-from services.env.base import Environment, Episode, Faulted, StepResult, UnknownTask, act, close
-from services.env.workers import Job, TimedOut
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.rewards import read_reward
+from mulligan.common.types import EpisodeStep, Outcome
+from mulligan.env.base import Environment, Episode, Faulted, StepResult, UnknownTask, act, close
+from mulligan.env.workers import Job, TimedOut
 
 _ERROR_LENGTH = 500
 _MAX_TEXT_BYTES = 16 * 2**20  # far below the limit of a message

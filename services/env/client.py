@@ -16,16 +16,15 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+from mulligan.common.channel import Connection, Endpoint
+from mulligan.common.errors import CallFailed, DomainError, Reason, invalid_field
+from mulligan.common.status import domain_error
+from mulligan.common.suggest import did_you_mean
+from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
+from mulligan.env.keepalive import kept_alive
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-
-from services.common.channel import Connection, Endpoint
-from services.common.errors import CallFailed, DomainError, Reason, invalid_field
-from services.common.status import domain_error
-from services.common.suggest import did_you_mean
-from services.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
-from services.env.keepalive import kept_alive
-from services.env.wire import info_from_proto, step_from_proto, tasks_from_proto
+from mulligan.env.wire import info_from_proto, step_from_proto, tasks_from_proto
 
 _MIN_BATCH, _MAX_BATCH = 8, 128  # larger ones gain nothing: a call's own cost is then a tenth of what its steps cost
 _MAX_BATCH_CHARACTERS = 4 * 2**20  # far below the limit of a message; a longer action travels alone

@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from services.common.config import ServiceSettings
-from services.env.base import Environment
-from services.env.episodes import Limits
-from services.env.load import load_or_explain
+from mulligan.common.config import ServiceSettings
+from mulligan.env.base import Environment
+from mulligan.env.episodes import Limits
+from mulligan.env.load import load_or_explain
 
 DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "frozenlake": {"kind": "frozenlake"},
@@ -80,7 +80,7 @@ class EnvSettings(ServiceSettings):
             raise ValueError(f"environments.{name}.untrusted: expected true or false, not {untrusted!r}")
         if not untrusted:
             return load_or_explain(name, settings)
-        from services.env import sandbox
+        from mulligan.env import sandbox
 
         given = {key: settings.pop(key) for key in sandbox.LIMITS if key in settings}
         try:

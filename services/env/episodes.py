@@ -17,14 +17,14 @@ from datetime import timedelta
 
 import structlog
 
-from services.common.errors import DomainError, Reason
-from services.common.suggest import did_you_mean
-from services.common.types import EpisodeStep
-from services.env import calls
-from services.env.base import Environment, Episode, close, fork
-from services.env.calls import Begun
-from services.env.records import Gate, Record, RunningStep, StepRequest, check_place, conflict, episode_of, in_use
-from services.env.workers import Call, Job, TimedOut, WorkerPool
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.suggest import did_you_mean
+from mulligan.common.types import EpisodeStep
+from mulligan.env import calls
+from mulligan.env.base import Environment, Episode, close, fork
+from mulligan.env.calls import Begun
+from mulligan.env.records import Gate, Record, RunningStep, StepRequest, check_place, conflict, episode_of, in_use
+from mulligan.env.workers import Call, Job, TimedOut, WorkerPool
 
 log = structlog.get_logger()
 _RETRY_AFTER = timedelta(seconds=0.5)

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 
-from services.common.rewards import reaches, read_reward, total
-from services.env.base import (
+from mulligan.common.rewards import reaches, read_reward, total
+from mulligan.env.base import (
     Environment,
     EnvironmentInfo,
     Episode,

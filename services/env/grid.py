@@ -16,8 +16,8 @@ from functools import lru_cache
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
-from services.common.thoughts import without_thoughts
-from services.env.base import PromptSet, Split, TaskInfo, UnknownTask
+from mulligan.common.thoughts import without_thoughts
+from mulligan.env.base import PromptSet, Split, TaskInfo, UnknownTask
 
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 INVALID = "invalid"

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from services.env.base import Split, TaskInfo, UnknownTask
-from services.env.files import required
-from services.env.grid import GridBoard
+from mulligan.env.base import Split, TaskInfo, UnknownTask
+from mulligan.env.files import required
+from mulligan.env.grid import GridBoard
 
 MAX_STEPS = 1_000  # that a game whose boards come from files may allow
 

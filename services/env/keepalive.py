@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 
-from services.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 
 log = structlog.get_logger()
 _CALLS_PER_LEASE = 3  # two may be lost or late

@@ -7,10 +7,10 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from services.env.base import Environment, EnvironmentInfo, MissingExtra, PromptSet, Split, TaskInfo, UnknownTask
-from services.env.feedback import Feedback, with_feedback
+from mulligan.env.base import Environment, EnvironmentInfo, MissingExtra, PromptSet, Split, TaskInfo, UnknownTask
+from mulligan.env.feedback import Feedback, with_feedback
 
-_ENVIRONMENTS = "services.env.envs"
+_ENVIRONMENTS = "mulligan.env.envs"
 
 
 def load(name: str, table: Mapping[str, Any]) -> Environment:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from services.env.config import EnvSettings
+from mulligan.env.config import EnvSettings
 
 log = structlog.get_logger()
 _SUPERVISOR = "MULLIGAN_SUPERVISOR"  # in a process's environment: the descriptor of its end of the socket
@@ -57,7 +57,7 @@ class _Process:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "services.env", *self.arguments, "--port", str(self.port)),
+                *(sys.executable, "-m", "mulligan.env", *self.arguments, "--port", str(self.port)),
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, _SUPERVISOR: str(theirs.fileno())},
                 stdin=asyncio.subprocess.DEVNULL,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.env.base import PromptSet
+from mulligan.env.base import PromptSet
 
 
 def generic_prompts(task: str, action_format: str) -> PromptSet:

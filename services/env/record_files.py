@@ -12,7 +12,7 @@ from typing import IO, TypeVar, cast
 
 import msgspec
 
-from services.env.base import MissingExtra
+from mulligan.env.base import MissingExtra
 
 _PARQUET = b"PAR1"
 _BATCH = 1_000  # rows of a Parquet file that are in memory at once

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from services.common.errors import DomainError, Reason
-from services.common.types import EpisodeStep
-from services.env.base import Episode
-from services.env.calls import Begun, play
-from services.env.workers import Job
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import EpisodeStep
+from mulligan.env.base import Episode
+from mulligan.env.calls import Begun, play
+from mulligan.env.workers import Job
 
 
 class StepRequest(NamedTuple):

@@ -17,13 +17,13 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import NoReturn, TypeVar
 
-from services.common.addresses import Addresses, by_rank
-from services.common.channel import Endpoint, Waits
-from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
-from services.common.replicas import Replica, Replicas
-from services.common.suggest import did_you_mean
-from services.common.types import EnvironmentInfo, EpisodeStep, Split, TaskInfo
-from services.env.client import EnvClient, RemoteEpisode
+from mulligan.common.addresses import Addresses, by_rank
+from mulligan.common.channel import Endpoint, Waits
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.replicas import Replica, Replicas
+from mulligan.common.suggest import did_you_mean
+from mulligan.common.types import EnvironmentInfo, EpisodeStep, Split, TaskInfo
+from mulligan.env.client import EnvClient, RemoteEpisode
 
 R = TypeVar("R")
 _MOST_REMEMBERED = 65_536  # where episodes are; what is forgotten is found again by asking

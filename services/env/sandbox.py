@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 import msgspec
 import structlog
 
-from services.common.errors import DomainError, Reason
-from services.env.base import (
+from mulligan.common.errors import DomainError, Reason
+from mulligan.env.base import (
     Environment,
     EnvironmentInfo,
     Faulted,
@@ -40,9 +40,9 @@ from services.env.base import (
     UnknownTask,
     read_settings,
 )
-from services.env.load import Unavailable
-from services.env.sandbox_pipe import First, Garbled, Reply, Request, receive, send
-from services.env.workers import TimedOut
+from mulligan.env.load import Unavailable
+from mulligan.env.sandbox_pipe import First, Garbled, Reply, Request, receive, send
+from mulligan.env.workers import TimedOut
 
 log = structlog.get_logger()
 _MEMORY_STATUS = 77  # as in `sandbox_host.py`, which only runs on Linux
@@ -163,7 +163,7 @@ def _spawn(descriptor: int, arguments: list[str]) -> subprocess.Popen[bytes]:
         "MALLOC_ARENA_MAX": "2",  # each arena takes address space, which is what is limited
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "services.env.sandbox_host", *arguments],
+        [sys.executable, "-m", "mulligan.env.sandbox_host", *arguments],
         env=variables,
         pass_fds=[descriptor],
         stdin=subprocess.DEVNULL,

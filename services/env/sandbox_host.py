@@ -1,6 +1,6 @@
 """The process that has loaded one untrusted environment, and forks a process for each of its episodes.
 
-`python -m services.env.sandbox_host DESCRIPTOR PARENT MEMORY SUBPROCESSES`, started by `sandbox.py` without the
+`python -m mulligan.env.sandbox_host DESCRIPTOR PARENT MEMORY SUBPROCESSES`, started by `sandbox.py` without the
 server's variables. It talks to the server on the descriptor. Apart from loading, no code of the environment runs in it:
 episodes start, and tasks are listed, in processes of their own. These talk to the server directly; each ends when the
 server closes its end, and all end with this one, which ends with the server.
@@ -24,10 +24,10 @@ from typing import Any, NoReturn
 import msgspec
 import pyseccomp
 
-from services.common.rewards import read_reward
-from services.env.base import Environment, Episode, MissingExtra, Split, StepResult, UnknownTask, act
-from services.env.load import load
-from services.env.sandbox_pipe import First, Garbled, Reply, Request, receive, send
+from mulligan.common.rewards import read_reward
+from mulligan.env.base import Environment, Episode, MissingExtra, Split, StepResult, UnknownTask, act
+from mulligan.env.load import load
+from mulligan.env.sandbox_pipe import First, Garbled, Reply, Request, receive, send
 
 MEMORY_STATUS = 77  # of a process that has no memory left to say so
 _MAX_OPEN_FILES = 256

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from services.env.base import MissingExtra
+from mulligan.env.base import MissingExtra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,7 +194,7 @@ def load_encoder(name: str, settings: Mapping[str, object]) -> Encoder:
 
     Raises ValueError that names what is wrong, MissingExtra when its packages are not installed.
     """
-    module = name if "." in name else f"services.env.encoders.{name}"
+    module = name if "." in name else f"mulligan.env.encoders.{name}"
     try:
         create = importlib.import_module(module).create
     except ModuleNotFoundError as error:

@@ -6,16 +6,16 @@ from typing import Any
 
 import grpc
 from google.protobuf import duration_pb2
+
+from mulligan.common.errors import DomainError, invalid_field
+from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
+from mulligan.common.status import code_number
+from mulligan.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split
+from mulligan.common.wire import outcome_to_proto, tools_to_proto
+from mulligan.env.episodes import EpisodeTable, StepAnswer
+from mulligan.env.records import StepRequest
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-
-from services.common.errors import DomainError, invalid_field
-from services.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
-from services.common.status import code_number
-from services.common.types import EnvironmentInfo, EpisodeStep, PromptSet, Split
-from services.common.wire import outcome_to_proto, tools_to_proto
-from services.env.episodes import EpisodeTable, StepAnswer
-from services.env.records import StepRequest
 
 SERVICE = "mulligan.env.v1.EnvService"
 _SPLITS = {pb.SPLIT_TRAIN: Split.TRAIN, pb.SPLIT_TEST: Split.TEST}

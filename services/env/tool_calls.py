@@ -24,8 +24,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from services.common.inference import Tool
-from services.common.thoughts import without_thoughts
+from mulligan.common.inference import Tool
+from mulligan.common.thoughts import without_thoughts
 
 MAX_CALLS = 8  # in one answer; what follows is left out
 _MAX_CALL_CHARACTERS = 8_192

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from mulligan.common.numbers import finite, not_negative
+from mulligan.common.rewards import LARGEST_REWARD, is_usable
+from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, PromptSet, Split, TaskInfo
+from mulligan.common.wire import outcome_from_proto, tools_from_proto
 from mulligan.env.v1 import env_service_pb2 as pb
-
-from services.common.numbers import finite, not_negative
-from services.common.rewards import LARGEST_REWARD, is_usable
-from services.common.types import EnvironmentInfo, EpisodeStep, Outcome, PromptSet, Split, TaskInfo
-from services.common.wire import outcome_from_proto, tools_from_proto
 
 _SPLITS_BACK = {pb.SPLIT_TRAIN: Split.TRAIN, pb.SPLIT_TEST: Split.TEST}
 _FAILED = (Outcome.ENV_ERROR, Outcome.TIMEOUT)

@@ -1,14 +1,14 @@
-"""`python -m services.memory --database memory.db`: keeps reflections until SIGTERM."""
+"""`python -m mulligan.memory --database memory.db`: keeps reflections until SIGTERM."""
 
 from __future__ import annotations
 
 import sys
 
-from services.common.config import refuse
-from services.common.server import run, serve
-from services.memory.config import MemorySettings
-from services.memory.servicer import add_to_server
-from services.memory.store import StoreError
+from mulligan.common.config import refuse
+from mulligan.common.server import run, serve
+from mulligan.memory.config import MemorySettings
+from mulligan.memory.servicer import add_to_server
+from mulligan.memory.store import StoreError
 
 
 def main() -> None:

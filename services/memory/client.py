@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC
 
+from mulligan.common.channel import Connection, Endpoint
+from mulligan.common.numbers import finite, not_negative
+from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
-
-from services.common.channel import Connection, Endpoint
-from services.common.numbers import finite, not_negative
-from services.common.types import Provenance, RetrievalStrategy, StoredReflection
 
 _PAGE_SIZE = 1000
 _STRATEGIES = {

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from services.common.config import ServiceSettings
-from services.memory.store import Store, StoreError
+from mulligan.common.config import ServiceSettings
+from mulligan.memory.store import Store, StoreError
 
 
 class MemorySettings(ServiceSettings):
@@ -28,7 +28,7 @@ class MemorySettings(ServiceSettings):
         if not kind.isidentifier() or not location:
             raise StoreError(f"database: expected KIND:LOCATION, not {self.database!r}")
         try:
-            module = importlib.import_module(f"services.memory.stores.{kind}")
+            module = importlib.import_module(f"mulligan.memory.stores.{kind}")
         except ImportError as error:
             raise StoreError(f"database: no store {kind!r}: {error}") from error
         store: Store = await module.open_store(location)

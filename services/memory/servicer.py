@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import grpc
+
+from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
+from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.memory.store import Store
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
-
-from services.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
-from services.common.types import Provenance, RetrievalStrategy, StoredReflection
-from services.memory.store import Store
 
 SERVICE = "mulligan.memory.v1.MemoryService"
 _STRATEGIES = {

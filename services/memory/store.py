@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Protocol
 
-from services.common.types import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
 
 
 class StoreError(Exception):

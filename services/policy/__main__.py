@@ -1,16 +1,16 @@
-"""`python -m services.policy --config policy.toml`: serves language models until SIGTERM."""
+"""`python -m mulligan.policy --config policy.toml`: serves language models until SIGTERM."""
 
 from __future__ import annotations
 
 import ipaddress
 import sys
 
-from services.common.config import refuse
-from services.common.server import run, serve
-from services.policy.config import PolicySettings
-from services.policy.metrics import collected
-from services.policy.policies import CannotServe, Policies
-from services.policy.servicer import add_to_server, credentials, health
+from mulligan.common.config import refuse
+from mulligan.common.server import run, serve
+from mulligan.policy.config import PolicySettings
+from mulligan.policy.metrics import collected
+from mulligan.policy.policies import CannotServe, Policies
+from mulligan.policy.servicer import add_to_server, credentials, health
 
 # The event loop and the engine's thread take turns in the interpreter; each forward pass needs it hundreds of times.
 _SWITCH_SECONDS = 2e-4

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.common.errors import DomainError, Reason
+from mulligan.common.errors import DomainError, Reason
 
 NAME = "adapter_config.json"
 # Settings that change nothing of what a finished adapter computes, whatever their value.

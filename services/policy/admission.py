@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.common.errors import CallFailed, DomainError, Reason
-from services.common.inference import Feature, PolicyInfo, PolicyState, PolicyVersion, PublishedWeights, VersionState
-from services.common.replicas import Replica
-from services.policy.client import PolicyClient
+from mulligan.common.errors import CallFailed, DomainError, Reason
+from mulligan.common.inference import Feature, PolicyInfo, PolicyState, PolicyVersion, PublishedWeights, VersionState
+from mulligan.common.replicas import Replica
+from mulligan.policy.client import PolicyClient
 
 # What servers of one policy have in common.
 _ALIKE = (

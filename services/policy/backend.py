@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from services.common.inference import (
+from mulligan.common.inference import (
     CanaryProbe,
     Feature,
     LoraLimits,
@@ -19,7 +19,7 @@ from services.common.inference import (
     VersionSpan,
     WeightsKind,
 )
-from services.policy.chat import Chat
+from mulligan.policy.chat import Chat
 
 
 @dataclass(frozen=True, slots=True)

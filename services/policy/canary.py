@@ -7,11 +7,11 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from services.common.errors import DomainError, Reason, invalid_field
-from services.common.inference import CanaryProbe, Feature, WeightsKind
-from services.common.safetensors_header import BadSafetensors, read_header
-from services.policy.backend import ModelInfo, Replica, WeightsFile
-from services.policy.versions import Record
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.inference import CanaryProbe, Feature, WeightsKind
+from mulligan.common.safetensors_header import BadSafetensors, read_header
+from mulligan.policy.backend import ModelInfo, Replica, WeightsFile
+from mulligan.policy.versions import Record
 
 # As safetensors and as torch name them.
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -15,11 +15,11 @@ from functools import lru_cache
 from itertools import product, takewhile
 from typing import Any, Protocol
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Continuation, Feature, Message, Role, Tool, ToolCall
-from services.common.thoughts import begun_thought
-from services.policy.chat_messages import dictionaries, function
-from services.policy.literals import ControlTokens, Literals
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Continuation, Feature, Message, Role, Tool, ToolCall
+from mulligan.common.thoughts import begun_thought
+from mulligan.policy.chat_messages import dictionaries, function
+from mulligan.policy.literals import ControlTokens, Literals
 
 _TOOL = Tool("toolprobe", "Does it", '{"type": "object", "properties": {}}')
 _SYSTEM_PROBE = "systemprobe"

@@ -10,8 +10,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from services.common.errors import invalid_field
-from services.common.inference import Message, Role, Tool, ToolCall
+from mulligan.common.errors import invalid_field
+from mulligan.common.inference import Message, Role, Tool, ToolCall
 
 
 def dictionaries(field: str, messages: Sequence[Message], *, text_arguments: bool = False) -> list[dict[str, Any]]:

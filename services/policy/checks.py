@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from services.common.errors import DomainError, Reason, invalid_field
-from services.common.inference import CallOptions, Continuation, Feature, Prompt, SamplingParams
-from services.policy.backend import ModelInfo
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.inference import CallOptions, Continuation, Feature, Prompt, SamplingParams
+from mulligan.policy.backend import ModelInfo
 
 _LOWEST_TEMPERATURE = 1e-3  # below it, logits / temperature may exceed float32
 MOST_SAMPLES = 256

@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import grpc
-from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
-from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
-from mulligan.policy.v1 import policy_service_pb2 as pb
-from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
-from services.common.channel import Connection, Endpoint
-from services.common.errors import invalid_field
-from services.common.inference import (
+from mulligan.common.channel import Connection, Endpoint
+from mulligan.common.errors import invalid_field
+from mulligan.common.inference import (
     CallOptions,
     Completion,
     CompletionPart,
@@ -28,9 +24,13 @@ from services.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from services.common.wire import canary_to_proto, weights_kind_to_proto
-from services.policy.backend import Scored
-from services.policy.wire import (
+from mulligan.policy.backend import Scored
+from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
+from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
+from mulligan.policy.v1 import policy_service_pb2 as pb
+from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
+from mulligan.policy.wire import (
+    canary_to_proto,
     completions_from_proto,
     generate_to_proto,
     part_from_proto,
@@ -40,6 +40,7 @@ from services.policy.wire import (
     tokenize_to_proto,
     tokens_from_proto,
     version_from_proto,
+    weights_kind_to_proto,
 )
 
 T = TypeVar("T")

@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 
 import structlog
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Feature, PolicyState, PolicyVersion, PublishedWeights, VersionSpan, VersionState
-from services.policy import metrics
-from services.policy.backend import Backend, WeightsFile
-from services.policy.canary import check_probes
-from services.policy.config import ModelSettings, PolicySettings
-from services.policy.gate import Gate
-from services.policy.loading import FEATURES, Loader
-from services.policy.uploads import Uploads, find_weights
-from services.policy.versions import Record, VersionStore
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature, PolicyState, PolicyVersion, PublishedWeights, VersionSpan, VersionState
+from mulligan.policy import metrics
+from mulligan.policy.backend import Backend, WeightsFile
+from mulligan.policy.canary import check_probes
+from mulligan.policy.config import ModelSettings, PolicySettings
+from mulligan.policy.gate import Gate
+from mulligan.policy.loading import FEATURES, Loader
+from mulligan.policy.uploads import Uploads, find_weights
+from mulligan.policy.versions import Record, VersionStore
 
 log = structlog.get_logger()
 R = TypeVar("R")

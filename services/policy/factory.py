@@ -9,13 +9,13 @@ from typing import cast
 
 import structlog
 
-from services.common.errors import DomainError
-from services.common.model_files import UnsupportedModel, short
-from services.policy.backend import Backend
-from services.policy.config import ModelSettings
+from mulligan.common.errors import DomainError
+from mulligan.common.model_files import UnsupportedModel, short
+from mulligan.policy.backend import Backend
+from mulligan.policy.config import ModelSettings
 
 log = structlog.get_logger()
-_BACKENDS = "services.policy.backends"
+_BACKENDS = "mulligan.policy.backends"
 
 # Settings, a folder of the backend's own, and the policy version of the weights that the model came with.
 OpenBackend = Callable[[ModelSettings, Path, int], Awaitable[Backend]]

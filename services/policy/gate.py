@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import PolicyState, VersionSpan
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import PolicyState, VersionSpan
 
 _RETRY_AFTER = timedelta(seconds=1)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.common.errors import DomainError, Reason
+from mulligan.common.errors import DomainError, Reason
 
 Span = tuple[int, int]  # start and end in a text, in characters
 _MARKUP = re.compile(r"[<\[{(«◁｢].*[>\]})»▷｣]", re.DOTALL)

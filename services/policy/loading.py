@@ -11,14 +11,14 @@ from datetime import UTC, datetime
 
 import structlog
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Feature, PolicyState, PolicyVersion, VersionState, WeightsKind
-from services.policy import metrics
-from services.policy.backend import Backend, Replica, WeightsFile
-from services.policy.canary import Trial, tolerance_of
-from services.policy.config import ModelSettings
-from services.policy.gate import Gate
-from services.policy.versions import Record, VersionStore
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature, PolicyState, PolicyVersion, VersionState, WeightsKind
+from mulligan.policy import metrics
+from mulligan.policy.backend import Backend, Replica, WeightsFile
+from mulligan.policy.canary import Trial, tolerance_of
+from mulligan.policy.config import ModelSettings
+from mulligan.policy.gate import Gate
+from mulligan.policy.versions import Record, VersionStore
 
 log = structlog.get_logger()
 FEATURES = {WeightsKind.FULL: Feature.FULL_WEIGHTS, WeightsKind.LORA: Feature.LORA_WEIGHTS}
@@ -256,7 +256,7 @@ class Loader:
     async def _alike(self, weights: WeightsFile, other: Record) -> bool:
         """Whether engines cannot tell the weights from another version's: the first that a trainer publishes are often
         those that the model came with, and a small step can vanish in bfloat16."""
-        from services.policy.backends.compare import alike, alike_original
+        from mulligan.policy.backends.compare import alike, alike_original
 
         try:
             if other.version.kind is WeightsKind.ORIGINAL:

@@ -10,11 +10,11 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.common.inference import PolicyState
-from services.common.metrics import REGISTRY
+from mulligan.common.inference import PolicyState
+from mulligan.common.metrics import REGISTRY
 
 if TYPE_CHECKING:
-    from services.policy.deployment import Deployment
+    from mulligan.policy.deployment import Deployment
 
 _PREFIX = "mulligan_policy"
 SAMPLED_TOKENS = Counter(

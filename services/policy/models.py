@@ -17,14 +17,14 @@ from time import monotonic
 
 import structlog
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import PolicyState, PublishedWeights
-from services.policy.config import ModelSettings, PolicySettings
-from services.policy.deployment import Deployment
-from services.policy.factory import OpenBackend
-from services.policy.loading import source_of
-from services.policy.uploads import Uploads
-from services.policy.versions import VersionStore
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import PolicyState, PublishedWeights
+from mulligan.policy.config import ModelSettings, PolicySettings
+from mulligan.policy.deployment import Deployment
+from mulligan.policy.factory import OpenBackend
+from mulligan.policy.loading import source_of
+from mulligan.policy.uploads import Uploads
+from mulligan.policy.versions import VersionStore
 
 log = structlog.get_logger()
 _MOST_SESSIONS = 65_536  # those that asked longest ago are forgotten, and begin anew when they ask again

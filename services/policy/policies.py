@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import structlog
 
-from services.common.disk import writing_to
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.common.disk import writing_to
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     Completion,
     CompletionPart,
@@ -27,16 +27,16 @@ from services.common.inference import (
     PublishedWeights,
     SamplingParams,
 )
-from services.common.model_files import UnsupportedModel
-from services.common.suggest import did_you_mean
-from services.policy.backend import Scored
-from services.policy.config import ModelSettings, PolicySettings
-from services.policy.deployment import Deployment
-from services.policy.factory import OpenBackend, create_backend
-from services.policy.models import Models
-from services.policy.policy import Policy
-from services.policy.requested import Requested, check_folders, identity, plain, servers_of
-from services.policy.uploads import Uploads
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.common.suggest import did_you_mean
+from mulligan.policy.backend import Scored
+from mulligan.policy.config import ModelSettings, PolicySettings
+from mulligan.policy.deployment import Deployment
+from mulligan.policy.factory import OpenBackend, create_backend
+from mulligan.policy.models import Models
+from mulligan.policy.policy import Policy
+from mulligan.policy.requested import Requested, check_folders, identity, plain, servers_of
+from mulligan.policy.uploads import Uploads
 
 log = structlog.get_logger()
 T = TypeVar("T")

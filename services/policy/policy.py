@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import cast
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     Completion,
     CompletionPart,
@@ -24,11 +24,11 @@ from services.common.inference import (
     Tool,
     VersionSpan,
 )
-from services.policy import checks
-from services.policy.backend import Ask, Backend, Sampled, Scored
-from services.policy.deployment import Deployment
-from services.policy.models import Models
-from services.policy.streams import TextStream, merged, together, unsettling_token
+from mulligan.policy import checks
+from mulligan.policy.backend import Ask, Backend, Sampled, Scored
+from mulligan.policy.deployment import Deployment
+from mulligan.policy.models import Models
+from mulligan.policy.streams import TextStream, merged, together, unsettling_token
 
 # Longer texts are rendered and encoded in a thread, so that other calls do not wait for them.
 _LONG_TEXT = 20_000

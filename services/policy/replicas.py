@@ -24,10 +24,10 @@ from urllib.parse import quote, unquote
 
 import structlog
 
-from services.common.addresses import Addresses
-from services.common.channel import Endpoint, Waits
-from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
-from services.common.inference import (
+from mulligan.common.addresses import Addresses
+from mulligan.common.channel import Endpoint, Waits
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.inference import (
     CallOptions,
     Completion,
     PolicyInfo,
@@ -38,9 +38,9 @@ from services.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from services.common.replicas import Replica, Replicas
-from services.policy.admission import Server, Shared, agreed, at, is_refusal, refusal_of, tells, unlike
-from services.policy.client import PolicyClient
+from mulligan.common.replicas import Replica, Replicas
+from mulligan.policy.admission import Server, Shared, agreed, at, is_refusal, refusal_of, tells, unlike
+from mulligan.policy.client import PolicyClient
 
 log = structlog.get_logger()
 R = TypeVar("R")

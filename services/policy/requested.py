@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from services.common.disk import writing_to
-from services.common.errors import DomainError, Reason
-from services.common.files import replace
-from services.common.model_files import is_hub_id
-from services.common.suggest import problems
-from services.policy.config import ModelSettings, PolicyModelSettings
+from mulligan.common.disk import writing_to
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.files import replace
+from mulligan.common.model_files import is_hub_id
+from mulligan.common.suggest import problems
+from mulligan.policy.config import ModelSettings, PolicyModelSettings
 
 # They name programs, files and variables of the server's machine: for whoever starts the server to say.
 _NOT_REMOTE = ("sglang.python", "sglang.flags", "sglang.environment", "sglang.folder", "sglang.folder_in_engine")

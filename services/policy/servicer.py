@@ -7,20 +7,21 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+from pydantic import SecretStr
+
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import CallOptions, PublishedWeights
+from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
+from mulligan.common.wire import tools_from_proto
+from mulligan.policy.config import PolicySettings
+from mulligan.policy.policies import Policies
+from mulligan.policy.uploads import UploadHeader
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
-from pydantic import SecretStr
-
-from services.common.errors import DomainError, Reason
-from services.common.inference import CallOptions, PublishedWeights
-from services.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
-from services.common.wire import canary_from_proto, tools_from_proto, weights_kind_from_proto
-from services.policy.config import PolicySettings
-from services.policy.policies import Policies
-from services.policy.uploads import UploadHeader
-from services.policy.wire import (
+from mulligan.policy.wire import (
+    canary_from_proto,
     completions_to_proto,
     options_from_proto,
     part_to_proto,
@@ -30,6 +31,7 @@ from services.policy.wire import (
     score_options_from_proto,
     text_from_proto,
     version_to_proto,
+    weights_kind_from_proto,
 )
 
 SERVICE = "mulligan.policy.v1.PolicyService"

@@ -17,10 +17,10 @@ from urllib.parse import unquote, urlsplit
 
 import structlog
 
-from services.common.disk import writing_to
-from services.common.errors import DomainError, Reason, invalid_field
-from services.common.inference import WeightsKind
-from services.policy.adapter_config import AdapterConfig
+from mulligan.common.disk import writing_to
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.inference import WeightsKind
+from mulligan.policy.adapter_config import AdapterConfig
 
 log = structlog.get_logger()
 _SCHEME = "upload"

@@ -21,11 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from services.common.disk import writing_to
-from services.common.errors import DomainError, Reason
-from services.common.files import file_sha256, sync
-from services.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
-from services.policy.backend import WeightsFile
+from mulligan.common.disk import writing_to
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.files import file_sha256, sync
+from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
+from mulligan.policy.backend import WeightsFile
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _CREATE = """

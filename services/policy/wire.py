@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, timedelta
 from typing import Any
 
-from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
-from mulligan.policy.v1 import policy_service_pb2 as pb
-
-from services.common import numbers
-from services.common.inference import (
+from mulligan.common import numbers
+from mulligan.common.inference import (
     CallOptions,
+    CanaryProbe,
     Completion,
     CompletionPart,
     Continuation,
@@ -24,21 +22,21 @@ from services.common.inference import (
     Prompt,
     ReplicaInfo,
     SamplingParams,
+    StopReason,
     VersionState,
+    WeightsKind,
 )
-from services.common.wire import (
+from mulligan.common.wire import (
     messages_from_proto,
     messages_to_proto,
     spans_from_proto,
     spans_to_proto,
-    stop_reason_from_proto,
-    stop_reason_to_proto,
     tools_from_proto,
     tools_to_proto,
-    weights_kind_from_proto,
-    weights_kind_to_proto,
 )
-from services.policy.backend import Scored
+from mulligan.policy.backend import Scored
+from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
+from mulligan.policy.v1 import policy_service_pb2 as pb
 
 _VERSIONS = {state: admin_pb.VersionState.Value(f"VERSION_STATE_{state.name}") for state in VersionState}
 _VERSIONS_BACK = {value: key for key, value in _VERSIONS.items()}
@@ -46,6 +44,10 @@ _FEATURES = {feature: pb.Feature.Value(f"FEATURE_{feature.name}") for feature in
 _FEATURES_BACK = {value: key for key, value in _FEATURES.items()}
 _STATES = {state: pb.PolicyState.Value(f"POLICY_STATE_{state.name}") for state in PolicyState}
 _STATES_BACK = {value: key for key, value in _STATES.items()}
+_STOPS = {stop: pb.StopReason.Value(f"STOP_REASON_{stop.name}") for stop in StopReason}
+_STOPS_BACK = {value: key for key, value in _STOPS.items()}
+_WEIGHTS = {kind: admin_pb.WeightsKind.Value(f"WEIGHTS_KIND_{kind.name}") for kind in WeightsKind}
+_WEIGHTS_BACK = {value: key for key, value in _WEIGHTS.items()}
 _DEFAULTS = SamplingParams()
 
 
@@ -392,3 +394,27 @@ def version_from_proto(message: admin_pb.PolicyVersion) -> PolicyVersion:
         engine_checksum=message.engine_checksum,
         model=message.model,
     )
+
+
+def stop_reason_to_proto(reason: StopReason) -> pb.StopReason.ValueType:
+    return _STOPS[reason]
+
+
+def stop_reason_from_proto(reason: pb.StopReason.ValueType) -> StopReason:
+    return _STOPS_BACK[reason]
+
+
+def weights_kind_to_proto(kind: WeightsKind) -> admin_pb.WeightsKind.ValueType:
+    return _WEIGHTS[kind]
+
+
+def weights_kind_from_proto(kind: admin_pb.WeightsKind.ValueType) -> WeightsKind:
+    return _WEIGHTS_BACK[kind]
+
+
+def canary_to_proto(probes: Iterable[CanaryProbe]) -> list[admin_pb.CanaryProbe]:
+    return [admin_pb.CanaryProbe(token_ids=probe.token_ids, log_probs=probe.log_probs) for probe in probes]
+
+
+def canary_from_proto(probes: Iterable[admin_pb.CanaryProbe]) -> tuple[CanaryProbe, ...]:
+    return tuple(CanaryProbe(tuple(probe.token_ids), tuple(probe.log_probs)) for probe in probes)

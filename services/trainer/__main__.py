@@ -1,24 +1,24 @@
-"""`python -m services.trainer --config trainer.toml`: serves runs, and a learner for them, until SIGTERM."""
+"""`python -m mulligan.trainer --config trainer.toml`: serves runs, and a learner for them, until SIGTERM."""
 
 from __future__ import annotations
 
 import sys
 from functools import partial
 
-from services.common.config import refuse
-from services.common.server import run, serve
-from services.env import replicas as env_replicas
-from services.memory.client import MemoryClient
-from services.policy import replicas as policy_replicas
-from services.trainer import servicer as runs
-from services.trainer.config import TrainerSettings
-from services.trainer.interfaces import LearnerPort
-from services.trainer.learner import servicer as learners
-from services.trainer.learner.client import LearnerClient
-from services.trainer.learner.settings import LearnerSpec
-from services.trainer.manager import RunManager
-from services.trainer.run import Services
-from services.trainer.settings import RunSettings
+from mulligan.common.config import refuse
+from mulligan.common.server import run, serve
+from mulligan.env import replicas as env_replicas
+from mulligan.memory.client import MemoryClient
+from mulligan.policy import replicas as policy_replicas
+from mulligan.trainer import servicer as runs
+from mulligan.trainer.config import TrainerSettings
+from mulligan.trainer.interfaces import LearnerPort
+from mulligan.trainer.learner import servicer as learners
+from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.learner.settings import LearnerSpec
+from mulligan.trainer.manager import RunManager
+from mulligan.trainer.run import Services
+from mulligan.trainer.settings import RunSettings
 
 
 def main() -> None:

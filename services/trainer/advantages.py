@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import fsum, sqrt
 
-from services.common.rewards import exceeds
-from services.trainer.settings import DistillationLoss
+from mulligan.common.rewards import exceeds
+from mulligan.trainer.settings import DistillationLoss
 
 EPSILON = 1e-6  # verl's, on which the paper's reference code is built
 

@@ -31,9 +31,9 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from services.common.inference import SamplingParams
-from services.common.rewards import exceeds, reaches
-from services.common.types import (
+from mulligan.common.inference import SamplingParams
+from mulligan.common.rewards import exceeds, reaches
+from mulligan.common.types import (
     Attempt,
     DistilledTarget,
     Experience,
@@ -42,14 +42,14 @@ from services.common.types import (
     Reflection,
     StoredReflection,
 )
-from services.trainer.batch import minibatches, training_data
-from services.trainer.data import Datum, Limits, PolicyGradient
-from services.trainer.episode import Player, fill, trace_of
-from services.trainer.interfaces import LearnerPort, MemoryPort
-from services.trainer.metrics import mean_metrics, rollout_metrics
-from services.trainer.seeds import derive_seed
-from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings, SecondAttempt
-from services.trainer.trainable import NotDistilled, counted, never_fits, trainable, with_usable_reward
+from mulligan.trainer.batch import minibatches, training_data
+from mulligan.trainer.data import Datum, Limits, PolicyGradient
+from mulligan.trainer.episode import Player, fill, trace_of
+from mulligan.trainer.interfaces import LearnerPort, MemoryPort
+from mulligan.trainer.metrics import mean_metrics, rollout_metrics
+from mulligan.trainer.seeds import derive_seed
+from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings, SecondAttempt
+from mulligan.trainer.trainable import NotDistilled, counted, never_fits, trainable, with_usable_reward
 
 Part = TypeVar("Part", Attempt, Reflection)
 Result = TypeVar("Result")

@@ -10,11 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from services.common.rewards import exceeds
-from services.common.types import Attempt, DistilledTarget, Experience, Reflection, TokenSequence
-from services.trainer.advantages import distillation_weight, group_advantages
-from services.trainer.data import Datum, Distillation, PolicyGradient
-from services.trainer.settings import AlgorithmSettings, BranchNormalization
+from mulligan.common.rewards import exceeds
+from mulligan.common.types import Attempt, DistilledTarget, Experience, Reflection, TokenSequence
+from mulligan.trainer.advantages import distillation_weight, group_advantages
+from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.trainer.settings import AlgorithmSettings, BranchNormalization
 
 Group = list[Experience]
 FIRST, REFLECTION, SECOND, DISTILLED = "first", "reflection", "second", "distilled"

@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from mulligan.common.channel import Connection, Endpoint
+from mulligan.common.errors import CallFailed
+from mulligan.common.types import Experience
+from mulligan.common.wire import experience_from_proto
+from mulligan.trainer.events import Entry, EvaluationEvent
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.learner.settings import LearnerInfo
+from mulligan.trainer.learner.wire import info_from_proto
+from mulligan.trainer.settings import EvaluationSettings, RunSettings
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc, run_service_pb2_grpc
 from mulligan.trainer.v1 import run_service_pb2 as pb
-
-from services.common.channel import Connection, Endpoint
-from services.common.errors import CallFailed
-from services.common.types import Experience
-from services.common.wire import experience_from_proto
-from services.trainer.events import Entry, EvaluationEvent
-from services.trainer.folder import RunState
-from services.trainer.learner.settings import LearnerInfo
-from services.trainer.learner.wire import info_from_proto
-from services.trainer.settings import EvaluationSettings, RunSettings
-from services.trainer.wire import (
+from mulligan.trainer.wire import (
     entry_from_proto,
     evaluation_from_proto,
     fill_proto,

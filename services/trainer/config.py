@@ -9,10 +9,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from services.common.addresses import Addresses, one_server
-from services.common.channel import Endpoint
-from services.common.config import ServiceSettings
-from services.trainer.learner.settings import LearnerServerSettings
+from mulligan.common.addresses import Addresses, one_server
+from mulligan.common.channel import Endpoint
+from mulligan.common.config import ServiceSettings
+from mulligan.trainer.learner.settings import LearnerServerSettings
 
 Server = Annotated[str, AfterValidator(one_server)]
 Servers = Annotated[str, AfterValidator(lambda text: Addresses.parse(text).text)]

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
-from services.common.errors import CallFailed, DomainError, Reason
-from services.common.inference import (
+from mulligan.common.errors import CallFailed, DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     Completion,
     Continuation,
@@ -22,9 +22,9 @@ from services.common.inference import (
     SamplingParams,
     StopReason,
 )
-from services.common.rewards import total
-from services.common.thoughts import without_thoughts
-from services.common.types import (
+from mulligan.common.rewards import total
+from mulligan.common.thoughts import without_thoughts
+from mulligan.common.types import (
     Attempt,
     EnvironmentInfo,
     Outcome,
@@ -35,10 +35,10 @@ from services.common.types import (
     TokenSequence,
     Turn,
 )
-from services.trainer.interfaces import EnvironmentPort, EpisodeHandle, Speaker
-from services.trainer.named import NamedPolicy
-from services.trainer.seeds import derive_seed
-from services.trainer.trainable import NO_PROMPT, REWRITTEN_HISTORY, NotDistilled, never_fits, with_usable_reward
+from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle, Speaker
+from mulligan.trainer.named import NamedPolicy
+from mulligan.trainer.seeds import derive_seed
+from mulligan.trainer.trainable import NO_PROMPT, REWRITTEN_HISTORY, NotDistilled, never_fits, with_usable_reward
 
 
 def fill(template: str, **values: str) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from services.common.disk import writing_to
-from services.common.errors import DomainError
-from services.common.files import append
+from mulligan.common.disk import writing_to
+from mulligan.common.errors import DomainError
+from mulligan.common.files import append
 
 
 class StepEvent(msgspec.Struct, frozen=True, tag="step"):

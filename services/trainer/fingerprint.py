@@ -15,9 +15,9 @@ from typing import Any
 
 import msgspec
 
-from services.common.errors import CallFailed, DomainError
-from services.common.types import EnvironmentInfo, Split, TaskInfo
-from services.trainer.interfaces import EnvironmentPort
+from mulligan.common.errors import CallFailed, DomainError
+from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
+from mulligan.trainer.interfaces import EnvironmentPort
 
 # Words for people, and what a run doesn't use.
 _INCIDENTAL = ("description", "unavailable", "can_fork")

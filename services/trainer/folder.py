@@ -13,10 +13,10 @@ from typing import Any
 
 import msgspec
 
-from services.common.disk import writing_to
-from services.common.files import replace
-from services.trainer.fingerprint import Fingerprint
-from services.trainer.settings import RunSettings
+from mulligan.common.disk import writing_to
+from mulligan.common.files import replace
+from mulligan.trainer.fingerprint import Fingerprint
+from mulligan.trainer.settings import RunSettings
 
 
 class RunState(StrEnum):

@@ -1,7 +1,7 @@
 """The four protocols that the algorithm is written against: environment, policy, memory, learner.
 
 `__main__` passes gRPC clients; tests and the in-process loop pass plain objects. Implementations raise `DomainError`,
-`CallFailed` and `ServiceUnavailable` of `services.common.errors` and nothing else for what can go wrong outside.
+`CallFailed` and `ServiceUnavailable` of `mulligan.common.errors` and nothing else for what can go wrong outside.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Protocol
 
-from services.common.inference import (
+from mulligan.common.inference import (
     CallOptions,
     Completion,
     PolicyInfo,
@@ -21,7 +21,7 @@ from services.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from services.common.types import (
+from mulligan.common.types import (
     EnvironmentInfo,
     EpisodeStep,
     Provenance,
@@ -30,8 +30,8 @@ from services.common.types import (
     StoredReflection,
     TaskInfo,
 )
-from services.trainer.data import Datum, Limits
-from services.trainer.settings import LossSettings
+from mulligan.trainer.data import Datum, Limits
+from mulligan.trainer.settings import LossSettings
 
 
 class EpisodeHandle(Protocol):

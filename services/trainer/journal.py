@@ -21,9 +21,9 @@ import msgpack
 import msgspec
 import structlog
 
-from services.common.disk import writing_to
-from services.common.files import append
-from services.common.types import Attempt, DistilledTarget, Experience, Reflection
+from mulligan.common.disk import writing_to
+from mulligan.common.files import append
+from mulligan.common.types import Attempt, DistilledTarget, Experience, Reflection
 
 log = structlog.get_logger()
 Part = TypeVar("Part", Attempt, Reflection)

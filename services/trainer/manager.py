@@ -13,18 +13,18 @@ from pathlib import Path
 
 import structlog
 
-from services.common.errors import DomainError, Reason, invalid_field
-from services.common.types import Attempt, Split
-from services.trainer.algorithm import evaluate
-from services.trainer.episode import Player
-from services.trainer.events import EvaluationEvent, StateEvent
-from services.trainer.folder import RunFolder, RunRecord, RunState
-from services.trainer.metrics import EvaluationProgress
-from services.trainer.named import NamedPolicy, check_environment, check_tasks, check_top_k
-from services.trainer.run import Run, Services, evaluation_of
-from services.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
-from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
-from services.trainer.trainable import prompt_notices
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.types import Attempt, Split
+from mulligan.trainer.algorithm import evaluate
+from mulligan.trainer.episode import Player
+from mulligan.trainer.events import EvaluationEvent, StateEvent
+from mulligan.trainer.folder import RunFolder, RunRecord, RunState
+from mulligan.trainer.metrics import EvaluationProgress
+from mulligan.trainer.named import NamedPolicy, check_environment, check_tasks, check_top_k
+from mulligan.trainer.run import Run, Services, evaluation_of
+from mulligan.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
+from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+from mulligan.trainer.trainable import prompt_notices
 
 log = structlog.get_logger()
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

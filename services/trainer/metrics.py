@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from services.common.rewards import reaches
-from services.common.types import Attempt, Experience
-from services.trainer.trainable import never_fits
+from mulligan.common.rewards import reaches
+from mulligan.common.types import Attempt, Experience
+from mulligan.trainer.trainable import never_fits
 
 
 def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict[str, float]:

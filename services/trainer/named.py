@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import CallOptions, Completion, Feature, PolicyInfo, Prompt, SamplingParams
-from services.common.types import EnvironmentInfo, Split, TaskInfo
-from services.trainer.interfaces import PolicyPort
-from services.trainer.settings import RunSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import CallOptions, Completion, Feature, PolicyInfo, Prompt, SamplingParams
+from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
+from mulligan.trainer.interfaces import PolicyPort
+from mulligan.trainer.settings import RunSettings
 
 STRICT_TOLERANCE = 0.01  # of a canary that takes the rounding of bfloat16 for other weights
 

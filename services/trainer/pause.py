@@ -6,8 +6,8 @@ import asyncio
 import time
 from pathlib import Path
 
-from services.common.disk import free_bytes
-from services.common.errors import DomainError
+from mulligan.common.disk import free_bytes
+from mulligan.common.errors import DomainError
 
 _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.5, 60.0
 _LOOK_SECONDS = 0.5

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     Completion,
     Prompt,
@@ -18,8 +18,8 @@ from services.common.inference import (
     VersionState,
     WeightsKind,
 )
-from services.trainer.interfaces import LearnerPort, Upload
-from services.trainer.named import NamedPolicy
+from mulligan.trainer.interfaces import LearnerPort, Upload
+from mulligan.trainer.named import NamedPolicy
 
 RESTORE_ATTEMPTS = 3
 _ANOTHER_MODEL = (

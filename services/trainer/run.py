@@ -11,24 +11,24 @@ from statistics import fmean
 
 import structlog
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import PolicyInfo
-from services.common.rewards import reaches
-from services.common.types import Attempt, Experience
-from services.trainer.algorithm import Erl, NoRecorder, evaluate
-from services.trainer.episode import Player
-from services.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
-from services.trainer.folder import Checkpoint, RunFolder
-from services.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
-from services.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
-from services.trainer.metrics import rewards_of
-from services.trainer.named import NamedPolicy, check_actor, check_environment, check_reflector
-from services.trainer.pause import Pause
-from services.trainer.published import PublishedPolicy
-from services.trainer.run_environment import EnvironmentChanged, Place, RunEnvironment
-from services.trainer.seeds import tasks_of_step
-from services.trainer.settings import RunSettings
-from services.trainer.trainable import drop_notices, prompt_notices
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import PolicyInfo
+from mulligan.common.rewards import reaches
+from mulligan.common.types import Attempt, Experience
+from mulligan.trainer.algorithm import Erl, NoRecorder, evaluate
+from mulligan.trainer.episode import Player
+from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
+from mulligan.trainer.folder import Checkpoint, RunFolder
+from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
+from mulligan.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
+from mulligan.trainer.metrics import rewards_of
+from mulligan.trainer.named import NamedPolicy, check_actor, check_environment, check_reflector
+from mulligan.trainer.pause import Pause
+from mulligan.trainer.published import PublishedPolicy
+from mulligan.trainer.run_environment import EnvironmentChanged, Place, RunEnvironment
+from mulligan.trainer.seeds import tasks_of_step
+from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.trainable import drop_notices, prompt_notices
 
 log = structlog.get_logger()
 LEARNER_LOSSES = 3  # how often in a row, without a step in between, a lost learner is set up again

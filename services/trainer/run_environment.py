@@ -11,14 +11,14 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
-from services.common.types import EnvironmentInfo, Split, TaskInfo
-from services.trainer.fingerprint import Fingerprint, brief, fingerprint
-from services.trainer.folder import RunFolder
-from services.trainer.interfaces import EnvironmentPort, EpisodeHandle
-from services.trainer.journal import journaled_steps, sampled_chains, set_aside
-from services.trainer.named import check_tasks
-from services.trainer.settings import RunSettings
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
+from mulligan.trainer.fingerprint import Fingerprint, brief, fingerprint
+from mulligan.trainer.folder import RunFolder
+from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle
+from mulligan.trainer.journal import journaled_steps, sampled_chains, set_aside
+from mulligan.trainer.named import check_tasks
+from mulligan.trainer.settings import RunSettings
 
 ADVICE = (
     "Start the env server with its former settings and resume the run, or go on in the new environment with `mulligan "

@@ -7,18 +7,18 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+
+from mulligan.common.errors import DomainError, Reason, ServiceUnavailable, invalid_field
+from mulligan.common.wire import experience_to_proto
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
+from mulligan.trainer.manager import RunManager
+from mulligan.trainer.metrics import EvaluationProgress
+from mulligan.trainer.run import Run
+from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
 from mulligan.trainer.v1 import run_service_pb2 as pb
 from mulligan.trainer.v1 import run_service_pb2_grpc
-
-from services.common.errors import DomainError, Reason, ServiceUnavailable, invalid_field
-from services.common.wire import experience_to_proto
-from services.trainer.folder import RunState
-from services.trainer.journal import journal_file, journaled_steps, read_experiences
-from services.trainer.manager import RunManager
-from services.trainer.metrics import EvaluationProgress
-from services.trainer.run import Run
-from services.trainer.settings import EvaluationSettings, RolloutSettings
-from services.trainer.wire import (
+from mulligan.trainer.wire import (
     entry_to_proto,
     evaluation_to_proto,
     plain_from_proto,

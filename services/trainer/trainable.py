@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from services.common.errors import DomainError, Reason
-from services.common.rewards import is_usable
-from services.common.types import Attempt, Experience, Outcome, Reflection, TokenSequence
-from services.trainer.data import Datum, Distillation, Limits, PolicyGradient, Problem, refusal
-from services.trainer.settings import AlgorithmSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.rewards import is_usable
+from mulligan.common.types import Attempt, Experience, Outcome, Reflection, TokenSequence
+from mulligan.trainer.data import Datum, Distillation, Limits, PolicyGradient, Problem, refusal
+from mulligan.trainer.settings import AlgorithmSettings
 
 Part = TypeVar("Part", Attempt, Reflection)
 

@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
-from mulligan.trainer.v1 import run_config_pb2, run_service_pb2
 from pydantic import BaseModel, ValidationError
 
-from services.common.errors import DomainError, Reason
-from services.common.suggest import problems
-from services.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
-from services.trainer.folder import RunState
-from services.trainer.settings import RunSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.suggest import problems
+from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.v1 import run_config_pb2, run_service_pb2
 
 Settings = TypeVar("Settings", bound=BaseModel)
 

@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 import grpc
 import pytest
 import torch
+from safetensors.torch import save_file
+
+from mulligan.common.server import RequestInterceptor
+from mulligan.common.status import from_rpc_error
 from mulligan.common.v1 import message_pb2
 from mulligan.env.v1 import env_service_pb2 as env_pb
 from mulligan.env.v1 import env_service_pb2_grpc as env_grpc
+from mulligan.models.build import build_model
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as policy_pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as policy_grpc
+from mulligan.trainer.learner.servicer import LearnerServicer
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as learner_grpc
-from safetensors.torch import save_file
-
-from models.build import build_model
-from services.common.server import RequestInterceptor
-from services.common.status import from_rpc_error
-from services.trainer.learner.servicer import LearnerServicer
 from tests.support.learning import server_settings
 from tests.support.policy import sha256
 from tests.support.policy_backends import WITH_WEIGHTS, Running, restore, running

@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 
-from services.conformance import memory
-from services.conformance.env.game import Options
-from services.conformance.env.run import check as check_env
-from services.conformance.env.run import target as env_target
-from services.conformance.policy import run as policy
-from services.conformance.policy.served import Options as PolicyOptions
-from services.conformance.report import Report, Verdict
-from services.conformance.trainer import run as trainer
-from services.conformance.trainer.held import Options as TrainerOptions
-from services.env.episodes import EpisodeTable
+from mulligan.conformance import memory
+from mulligan.conformance.env.game import Options
+from mulligan.conformance.env.run import check as check_env
+from mulligan.conformance.env.run import target as env_target
+from mulligan.conformance.policy import run as policy
+from mulligan.conformance.policy.served import Options as PolicyOptions
+from mulligan.conformance.report import Report, Verdict
+from mulligan.conformance.trainer import run as trainer
+from mulligan.conformance.trainer.held import Options as TrainerOptions
+from mulligan.env.episodes import EpisodeTable
 from tests.support import faulty_env, faulty_env_calls, faulty_env_steps
 from tests.support.endpoint import MODELS, Asked, Reply, answer, delta, scripted, usage
 from tests.support.faulty_proxy import Fault, between, faults
@@ -39,9 +39,9 @@ def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) ->
 def command(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
     """Exit status, the JSON report, and what it wrote to stderr."""
     process = subprocess.run(
-        [sys.executable, "-m", "services.cli", "conformance", *arguments, "--json"],
+        [sys.executable, "-m", "mulligan.cli", "conformance", *arguments, "--json"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")]), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]), **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -12,17 +12,17 @@ import pytest
 import pytest_asyncio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mulligan.env.v1 import env_service_pb2 as pb
 
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split
-from services.conformance.env import ENVIRONMENT, SERVER, episodes, forks, play, rules, steps
-from services.conformance.env.game import Game, Options
-from services.conformance.env.run import METHODS, target
-from services.conformance.report import Check, Verdict, judge
-from services.conformance.target import Session, Target
-from services.env.client import EnvClient
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split
+from mulligan.conformance.env import ENVIRONMENT, SERVER, episodes, forks, play, rules, steps
+from mulligan.conformance.env.game import Game, Options
+from mulligan.conformance.env.run import METHODS, target
+from mulligan.conformance.report import Check, Verdict, judge
+from mulligan.conformance.target import Session, Target
+from mulligan.env.client import EnvClient
+from mulligan.env.v1 import env_service_pb2 as pb
 from tests.support.processes import ServiceProcess, Services
 
 # Name → its table in the server's configuration, with few enough tasks that the suite can list them.

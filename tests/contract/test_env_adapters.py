@@ -14,14 +14,14 @@ import pytest_asyncio
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason, ServiceUnavailable
-from services.common.types import Outcome, Split
-from services.conformance.env.game import Game, Options
-from services.conformance.env.run import METHODS, target
-from services.conformance.report import Check, Verdict, judge
-from services.conformance.target import Session, Target
-from services.env.client import EnvClient
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
+from mulligan.common.types import Outcome, Split
+from mulligan.conformance.env.game import Game, Options
+from mulligan.conformance.env.run import METHODS, target
+from mulligan.conformance.report import Check, Verdict, judge
+from mulligan.conformance.target import Session, Target
+from mulligan.env.client import EnvClient
 from tests.contract.test_env import CHECKS, MOVES, without
 from tests.support.openenv_server import openenv_server
 from tests.support.processes import ServiceProcess, Services
@@ -320,7 +320,7 @@ async def test_a_full_server_and_none(services: Services, scripted: tuple[Script
     ],
 )
 def test_settings_are_refused_by_name(table: dict[str, object], problem: str) -> None:
-    from services.env.load import load
+    from mulligan.env.load import load
 
     with pytest.raises(ValueError, match=r"environments\.one: ") as caught:
         load("one", table)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from services.common.channel import Endpoint
-from services.common.inference import Message, SamplingParams
-from services.common.types import Attempt, Outcome, Split
-from services.env.client import EnvClient
-from services.env.envs import hotpotqa_world
-from services.env.envs.sokoban import Sokoban
-from services.env.envs.sokoban_boards import solve
-from services.trainer.episode import Player, fill, trace_of
+from mulligan.common.channel import Endpoint
+from mulligan.common.inference import Message, SamplingParams
+from mulligan.common.types import Attempt, Outcome, Split
+from mulligan.env.client import EnvClient
+from mulligan.env.envs import hotpotqa_world
+from mulligan.env.envs.sokoban import Sokoban
+from mulligan.env.envs.sokoban_boards import solve
+from mulligan.trainer.episode import Player, fill, trace_of
 from tests.support.fakes import FakePolicy
 from tests.support.llama_model import TOOLS_TEMPLATE, write_llama_model
 from tests.support.policy import serving

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 
 import grpc
 import pytest
+
+from mulligan.common.channel import Endpoint
+from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-
-from services.common.channel import Endpoint
-from services.env.client import EnvClient
 from tests.support.processes import ServiceProcess, Services
 
 MANY = 2_500

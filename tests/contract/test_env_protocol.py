@@ -9,11 +9,11 @@ from uuid import uuid4
 
 import grpc
 import pytest
+
+from mulligan.common.errors import DomainError
+from mulligan.common.status import from_rpc_error
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-
-from services.common.errors import DomainError
-from services.common.status import from_rpc_error
 from tests.support.processes import Services
 
 LEASE_SECONDS = 0.5

@@ -13,13 +13,13 @@ from uuid import uuid4
 
 import pytest
 
-from services.common.addresses import by_rank
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason, ServiceUnavailable
-from services.common.types import Split
-from services.env.client import EnvClient, RemoteEpisode
-from services.env.config import EnvSettings
-from services.env.replicas import EnvReplicas, connect
+from mulligan.common.addresses import by_rank
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
+from mulligan.common.types import Split
+from mulligan.env.client import EnvClient, RemoteEpisode
+from mulligan.env.config import EnvSettings
+from mulligan.env.replicas import EnvReplicas, connect
 from tests.support.environments import MAX_STEPS
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
 

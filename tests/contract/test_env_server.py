@@ -8,14 +8,14 @@ from uuid import uuid4
 
 import grpc
 import pytest
+
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import Outcome, Split
 from mulligan.common.v1 import outcome_pb2
+from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.types import Outcome, Split
-from services.env.client import EnvClient, RemoteEpisode
 from tests.support.environments import MAX_STEPS, MEETING, TASKS
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
 from tests.support.waiting import until

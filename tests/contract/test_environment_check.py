@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.app import app
-from services.conformance.local import check_environment
-from services.conformance.report import Report, Verdict
+from mulligan.cli.app import app
+from mulligan.conformance.local import check_environment
+from mulligan.conformance.report import Report, Verdict
 from tests.support.processes import ROOT
 
 KIND = "tests.support.dice"
@@ -100,9 +100,9 @@ def test_a_module_of_the_current_folder_is_found(tmp_path: Path) -> None:
     (tmp_path / "own_dice.py").write_text(source)
     arguments = ["env", "check", "own_dice", "--actions", "0", "--set", "fault=unread"]
     result = subprocess.run(
-        [sys.executable, "-m", "services.cli", *arguments],
+        [sys.executable, "-m", "mulligan.cli", *arguments],
         cwd=tmp_path,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'proto' / 'gen'}"},
+        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"},
         capture_output=True,
         text=True,
         check=False,

@@ -9,13 +9,13 @@ import grpc
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import EpisodeStep, Split
+from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.types import EpisodeStep, Split
-from services.env.client import EnvClient, RemoteEpisode
 from tests.support.chained import Chain
 from tests.support.processes import ServiceProcess, Services
 

@@ -10,14 +10,14 @@ from uuid import uuid4
 
 import pytest
 
-from services.common.channel import Endpoint
-from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
-from services.common.inference import SamplingParams
-from services.common.types import Attempt, Outcome, Split
-from services.env.client import EnvClient, RemoteEpisode
-from services.env.keepalive import kept_alive
-from services.env.replicas import EnvReplicas, connect
-from services.trainer.episode import Player
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.inference import SamplingParams
+from mulligan.common.types import Attempt, Outcome, Split
+from mulligan.env.client import EnvClient, RemoteEpisode
+from mulligan.env.keepalive import kept_alive
+from mulligan.env.replicas import EnvReplicas, connect
+from mulligan.trainer.episode import Player
 from tests.support.fakes import FakePolicy
 from tests.support.processes import ServiceProcess, Services
 

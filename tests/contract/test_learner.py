@@ -12,21 +12,21 @@ from typing import Any
 
 import grpc
 import pytest
+
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import CallFailed, DomainError, Reason
+from mulligan.common.inference import WeightsKind
+from mulligan.common.server import RequestInterceptor
+from mulligan.common.status import from_rpc_error
+from mulligan.trainer.learner import client as client_module
+from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.learner.learner import Learner
+from mulligan.trainer.learner.servicer import LearnerServicer
+from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from mulligan.trainer.learner.wire import data_to_proto, loss_to_proto
+from mulligan.trainer.settings import LossSettings
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
-
-from services.common.channel import Endpoint
-from services.common.errors import CallFailed, DomainError, Reason
-from services.common.inference import WeightsKind
-from services.common.server import RequestInterceptor
-from services.common.status import from_rpc_error
-from services.trainer.learner import client as client_module
-from services.trainer.learner.client import LearnerClient
-from services.trainer.learner.learner import Learner
-from services.trainer.learner.servicer import LearnerServicer
-from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from services.trainer.learner.wire import data_to_proto, loss_to_proto
-from services.trainer.settings import LossSettings
 from tests.support.learning import LORA, PLAIN, many, sampled, server_settings, spec
 from tests.support.tiny_model import write_tiny_model
 from tests.support.waiting import until

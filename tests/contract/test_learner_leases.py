@@ -12,19 +12,19 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from mulligan.trainer.v1 import learner_service_pb2 as pb
-from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
 from typer.testing import CliRunner
 
-from services.cli.learners import learners as command
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.server import RequestInterceptor
-from services.trainer.client import LearnersClient
-from services.trainer.learner import client as client_module
-from services.trainer.learner.client import LEASE_SECONDS, LearnerClient
-from services.trainer.learner.learner import Learner
-from services.trainer.learner.servicer import LearnerServicer
+from mulligan.cli.learners import learners as command
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.server import RequestInterceptor
+from mulligan.trainer.client import LearnersClient
+from mulligan.trainer.learner import client as client_module
+from mulligan.trainer.learner.client import LEASE_SECONDS, LearnerClient
+from mulligan.trainer.learner.learner import Learner
+from mulligan.trainer.learner.servicer import LearnerServicer
+from mulligan.trainer.v1 import learner_service_pb2 as pb
+from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
 from tests.contract.test_learner import forward_backward, refusal
 from tests.support.learning import server_settings, spec
 from tests.support.tiny_model import write_tiny_model

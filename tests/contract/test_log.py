@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from services.cli.local import free_ports
-from services.common.channel import Endpoint
-from services.common.logs import LINE_LIMIT, VALUE_LIMIT
-from services.env.client import EnvClient
+from mulligan.cli.local import free_ports
+from mulligan.common.channel import Endpoint
+from mulligan.common.logs import LINE_LIMIT, VALUE_LIMIT
+from mulligan.env.client import EnvClient
 from tests.support.environments import __name__ as environments
 from tests.support.processes import ROOT, Services
 
@@ -94,8 +94,8 @@ def pipe_that_nobody_reads() -> dict[str, Any]:
 def test_no_log_at_all(stderr: Callable[[], dict[str, Any]]) -> None:
     """From the beginning, so that the address is not told either."""
     port = free_ports()["env"]
-    command = [sys.executable, "-m", "services.env", "--port", str(port), "--environments", json.dumps(AWKWARD)]
-    roots = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
+    command = [sys.executable, "-m", "mulligan.env", "--port", str(port), "--environments", json.dumps(AWKWARD)]
+    roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     options = stderr()
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": roots}, **options)
     try:

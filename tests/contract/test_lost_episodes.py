@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import pytest
 
-from services.common.channel import Endpoint
-from services.common.inference import SamplingParams
-from services.common.types import Experience, Outcome
-from services.env.client import EnvClient
-from services.trainer.algorithm import Erl, NoRecorder
-from services.trainer.batch import groups, training_data
-from services.trainer.episode import Player
-from services.trainer.settings import RunSettings
+from mulligan.common.channel import Endpoint
+from mulligan.common.inference import SamplingParams
+from mulligan.common.types import Experience, Outcome
+from mulligan.env.client import EnvClient
+from mulligan.trainer.algorithm import Erl, NoRecorder
+from mulligan.trainer.batch import groups, training_data
+from mulligan.trainer.episode import Player
+from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeLearner, FakeMemory, FakePolicy
 from tests.support.processes import ServiceProcess, Services
 

@@ -11,13 +11,13 @@ from uuid import uuid4
 
 import grpc
 import pytest
+
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import Provenance, RetrievalStrategy
+from mulligan.memory.client import MemoryClient
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
-
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.types import Provenance, RetrievalStrategy
-from services.memory.client import MemoryClient
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
 
 LATEST, TOP_GAIN = RetrievalStrategy.LATEST_SUCCESS, RetrievalStrategy.TOP_GAIN

@@ -11,21 +11,21 @@ from typing import Any
 
 import grpc
 import pytest
-from mulligan.trainer.v1 import learner_service_pb2 as pb
-from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
 from safetensors.torch import load_file, save_file
 
-from models import EMBEDDED
-from services.common.errors import DomainError, Reason
-from services.common.inference import SamplingParams
-from services.common.model_files import UnsupportedModel, check_model
-from services.common.server import RequestInterceptor
-from services.common.status import from_rpc_error
-from services.policy.backends import transformers as transformers_backend
-from services.policy.backends.sglang_engine.skeleton import Skeleton
-from services.policy.config import PolicySettings
-from services.policy.policies import CannotServe, Policies
-from services.trainer.learner.servicer import LearnerServicer
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import SamplingParams
+from mulligan.common.model_files import UnsupportedModel, check_model
+from mulligan.common.server import RequestInterceptor
+from mulligan.common.status import from_rpc_error
+from mulligan.models import EMBEDDED
+from mulligan.policy.backends import transformers as transformers_backend
+from mulligan.policy.backends.sglang_engine.skeleton import Skeleton
+from mulligan.policy.config import PolicySettings
+from mulligan.policy.policies import CannotServe, Policies
+from mulligan.trainer.learner.servicer import LearnerServicer
+from mulligan.trainer.v1 import learner_service_pb2 as pb
+from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
 from tests.support.learning import server_settings
 from tests.support.policy import serving
 

@@ -13,20 +13,20 @@ import grpc
 import pytest
 from google.protobuf import descriptor_pool
 from google.protobuf.message import Message
-from mulligan.env.v1 import env_service_pb2 as env_pb
-from mulligan.memory.v1 import memory_service_pb2 as memory_pb
-from mulligan.policy.v1 import policy_service_pb2 as policy_pb
-from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 
-from services.common.channel import Endpoint
-from services.common.errors import CallFailed
-from services.common.inference import SamplingParams
-from services.common.types import Outcome, RetrievalStrategy, Split
-from services.env.client import EnvClient
-from services.memory.client import MemoryClient
-from services.policy.client import PolicyClient
-from services.trainer.episode import Player
-from services.trainer.learner.client import LearnerClient
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import CallFailed
+from mulligan.common.inference import SamplingParams
+from mulligan.common.types import Outcome, RetrievalStrategy, Split
+from mulligan.env.client import EnvClient
+from mulligan.env.v1 import env_service_pb2 as env_pb
+from mulligan.memory.client import MemoryClient
+from mulligan.memory.v1 import memory_service_pb2 as memory_pb
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.v1 import policy_service_pb2 as policy_pb
+from mulligan.trainer.episode import Player
+from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 from tests.support.fakes import FakePolicy
 from tests.support.faulty_env import Faulty, served
 from tests.support.learning import sampled

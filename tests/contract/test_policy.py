@@ -19,12 +19,9 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from mulligan.policy.v1 import policy_service_pb2 as pb
-from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
-from models import EMBEDDED
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     Completion,
     Continuation,
@@ -39,6 +36,9 @@ from services.common.inference import (
     ToolCall,
     VersionSpan,
 )
+from mulligan.models import EMBEDDED
+from mulligan.policy.v1 import policy_service_pb2 as pb
+from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from tests.support.policy import plain_log_probs
 from tests.support.policy_backends import (
     BACKENDS,

@@ -16,10 +16,9 @@ import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import generate_latest
 
-from models.build import build_model, write_untrained
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     CanaryProbe,
     PolicyState,
@@ -27,14 +26,15 @@ from services.common.inference import (
     SamplingParams,
     VersionState,
 )
-from services.common.metrics import REGISTRY
-from services.common.server import serve
-from services.policy.backend import Backend
-from services.policy.client import PolicyClient
-from services.policy.config import ModelSettings, PolicySettings
-from services.policy.metrics import collected
-from services.policy.policies import Policies
-from services.policy.servicer import add_to_server, health
+from mulligan.common.metrics import REGISTRY
+from mulligan.common.server import serve
+from mulligan.models.build import build_model, write_untrained
+from mulligan.policy.backend import Backend
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.config import ModelSettings, PolicySettings
+from mulligan.policy.metrics import collected
+from mulligan.policy.policies import Policies
+from mulligan.policy.servicer import add_to_server, health
 from tests.support.faulty import Fault, FaultyBackend, changed, corrupted, previous, skipped, swapped
 from tests.support.policy import full_weights, load, plain_log_probs
 from tests.unit.test_metrics import sample

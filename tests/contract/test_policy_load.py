@@ -7,13 +7,13 @@ from typing import Any
 
 import grpc
 import pytest
+
+from mulligan.common.errors import Reason
+from mulligan.common.inference import CallOptions, Completion, Feature, Message, Role, SamplingParams, VersionSpan
+from mulligan.common.status import from_rpc_error
 from mulligan.common.v1 import message_pb2
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
-
-from services.common.errors import Reason
-from services.common.inference import CallOptions, Completion, Feature, Message, Role, SamplingParams, VersionSpan
-from services.common.status import from_rpc_error
 from tests.support.policy import plain_log_probs
 from tests.support.policy_backends import (
     BACKENDS,

@@ -9,13 +9,13 @@ from typing import Any
 
 import grpc
 import pytest
+
+from mulligan.common.errors import Code, DomainError, Reason
+from mulligan.common.inference import CallOptions, SamplingParams
+from mulligan.policy.config import PolicySettings
+from mulligan.policy.policies import CannotServe, Policies
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
-
-from services.common.errors import Code, DomainError, Reason
-from services.common.inference import CallOptions, SamplingParams
-from services.policy.config import PolicySettings
-from services.policy.policies import CannotServe, Policies
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import full_weights, load, plain_log_probs, serving
 from tests.support.scripted import Opened, Running, refused, started

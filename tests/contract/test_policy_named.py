@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import Code, DomainError, Reason
-from services.common.inference import (
+from mulligan.common.errors import Code, DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     Continuation,
     Feature,
@@ -21,9 +21,9 @@ from services.common.inference import (
     Tool,
     VersionSpan,
 )
-from services.policy.client import PolicyClient
-from services.policy.config import PolicySettings
-from services.policy.policies import CannotServe, Policies
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.config import PolicySettings
+from mulligan.policy.policies import CannotServe, Policies
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import Serving, load, plain_log_probs, serving
 from tests.support.scripted import WORDS, Opened
@@ -82,7 +82,7 @@ async def test_a_name_that_nobody_has_is_told_those_that_there_are() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 async def test_policies_are_listed_page_by_page(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.policy.client._PAGE", size)
+    monkeypatch.setattr("mulligan.policy.client._PAGE", size)
     policies = {name: {"model": "two"} for name in ("opponent", "reference")}
     async with serving("one", create=Opened().create, policies=policies) as served:
         assert [info.name for info in await served.client.policies()] == ["actor", *policies]

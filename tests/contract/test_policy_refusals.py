@@ -7,11 +7,9 @@ from typing import Any, NamedTuple
 
 import grpc
 import pytest
-from mulligan.policy.v1 import policy_service_pb2 as pb
-from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     Continuation,
     Feature,
@@ -23,6 +21,8 @@ from services.common.inference import (
     Tool,
     WeightsKind,
 )
+from mulligan.policy.v1 import policy_service_pb2 as pb
+from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from tests.support.policy_backends import BACKENDS, BOARD, Running, greedy, running
 
 CONTEXT = 1024

@@ -12,15 +12,15 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.app import app
-from services.common import addresses
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason, ServiceUnavailable
-from services.common.inference import CallOptions, SamplingParams, VersionState
-from services.policy.client import PolicyClient
-from services.policy.replicas import PolicyReplicas, connect
-from services.trainer.named import NamedPolicy
-from services.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
+from mulligan.cli.app import app
+from mulligan.common import addresses
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
+from mulligan.common.inference import CallOptions, SamplingParams, VersionState
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.replicas import PolicyReplicas, connect
+from mulligan.trainer.named import NamedPolicy
+from mulligan.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
 from tests.support.fakes import FakeLearner
 from tests.support.policy_servers import PolicyServer, PolicyServers, policy_servers
 
@@ -313,7 +313,7 @@ async def test_servers_that_a_name_stands_for_join_and_leave(tmp_path: Path, mon
             return [server.address for server in named]
 
         monkeypatch.setattr(addresses, "_resolve", resolve)
-        monkeypatch.setattr("services.common.replicas._LOOK_UP_SECONDS", 0.05)
+        monkeypatch.setattr("mulligan.common.replicas._LOOK_UP_SECONDS", 0.05)
         lost = connect(Endpoint("dns:///policy:50052", outage_seconds=0.2))
         with pytest.raises(ServiceUnavailable, match="dns:///policy:50052: Name or service not known"):
             await lost.info()

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import structlog
 
-from services.common.channel import Endpoint
-from services.common.errors import Reason
-from services.policy.client import PolicyClient
-from services.policy.config import PolicySettings
-from services.policy.policies import CannotServe, Policies
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import Reason
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.config import PolicySettings
+from mulligan.policy.policies import CannotServe, Policies
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import full_weights, load
 from tests.support.processes import ServiceFailed, Services

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from models import EMBEDDED
-from services.common.errors import DomainError, Reason
-from services.common.inference import CallOptions, Continuation, Message, Role, SamplingParams, StopReason
-from services.policy import models
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import CallOptions, Continuation, Message, Role, SamplingParams, StopReason
+from mulligan.models import EMBEDDED
+from mulligan.policy import models
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import Serving, load, plain_log_probs, serving
 from tests.support.scripted import Opened, ScriptedBackend

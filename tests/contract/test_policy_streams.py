@@ -12,12 +12,10 @@ from typing import Any
 
 import grpc
 import pytest
-from mulligan.policy.v1 import policy_service_pb2 as pb
-from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
-from services.common.channel import Endpoint
-from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
-from services.common.inference import (
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.inference import (
     CallOptions,
     CanaryProbe,
     CompletionPart,
@@ -29,7 +27,9 @@ from services.common.inference import (
     StopReason,
     WeightsKind,
 )
-from services.policy.client import PolicyClient
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.v1 import policy_service_pb2 as pb
+from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import Serving, serving, sha256
 from tests.support.scripted import WORDS, Opened, ScriptedBackend

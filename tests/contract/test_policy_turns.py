@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import DomainError
-from services.common.inference import Message, Role, SamplingParams, StopReason
-from services.policy.policies import CannotServe
+from mulligan.common.errors import DomainError
+from mulligan.common.inference import Message, Role, SamplingParams, StopReason
+from mulligan.policy.policies import CannotServe
 from tests.support.policy import serving
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "embedded"

@@ -16,17 +16,17 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from mulligan.policy.v1 import policy_admin_service_pb2 as pb
-from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
 from safetensors.torch import save_file
 
-from models.build import build_model, write_untrained
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.inference import PublishedWeights, WeightsKind
-from services.common.status import from_rpc_error
-from services.policy import uploads
-from services.policy.client import PolicyClient
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import PublishedWeights, WeightsKind
+from mulligan.common.status import from_rpc_error
+from mulligan.models.build import build_model, write_untrained
+from mulligan.policy import uploads
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.v1 import policy_admin_service_pb2 as pb
+from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
 from tests.support.policy import Serving, full_weights, load, plain_log_probs, serving, sha256
 from tests.support.processes import Services
 

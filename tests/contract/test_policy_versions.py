@@ -13,13 +13,10 @@ import grpc
 import pytest
 import structlog
 import torch
-from mulligan.policy.v1 import policy_admin_service_pb2 as pb
-from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
 
-from models.build import build_model, write_untrained
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     PolicyState,
     PublishedWeights,
@@ -27,9 +24,12 @@ from services.common.inference import (
     VersionState,
     WeightsKind,
 )
-from services.common.status import from_rpc_error
-from services.policy.client import PolicyClient
-from services.policy.config import ModelSettings
+from mulligan.common.status import from_rpc_error
+from mulligan.models.build import build_model, write_untrained
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.config import ModelSettings
+from mulligan.policy.v1 import policy_admin_service_pb2 as pb
+from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
 from tests.support.faulty import ForgetfulBackend, changed, corrupted
 from tests.support.policy import full_weights, load, plain_log_probs, serving
 from tests.support.processes import Services

@@ -14,12 +14,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from models import EMBEDDED
-from models.build import build_model
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.inference import CallOptions, CanaryProbe, PublishedWeights, SamplingParams, WeightsKind
-from services.policy.client import PolicyClient
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import CallOptions, CanaryProbe, PublishedWeights, SamplingParams, WeightsKind
+from mulligan.models import EMBEDDED
+from mulligan.models.build import build_model
+from mulligan.policy.client import PolicyClient
 from tests.support.policy import full_weights, load, plain_log_probs, serving, sha256
 from tests.support.policy_backends import WITH_WEIGHTS, Running, reference, restore, running
 from tests.support.processes import Services

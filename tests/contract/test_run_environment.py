@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.types import Split
-from services.env.replicas import EnvReplicas, connect
-from services.trainer.client import RunClient
-from services.trainer.events import StateEvent, StepEvent
-from services.trainer.folder import RunState
-from services.trainer.settings import EvaluationSettings
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import Split
+from mulligan.env.replicas import EnvReplicas, connect
+from mulligan.trainer.client import RunClient
+from mulligan.trainer.events import StateEvent, StepEvent
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.settings import EvaluationSettings
 from tests.support.loop import Loop, small_run
 from tests.support.processes import ServiceProcess, Services, flags
 

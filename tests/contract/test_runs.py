@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 
 import grpc
 import pytest
+
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.status import from_rpc_error
+from mulligan.trainer.client import RunClient
+from mulligan.trainer.events import StateEvent
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.settings import ModelSettings, PoliciesSettings
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as pb
 from mulligan.trainer.v1 import run_service_pb2_grpc as pb_grpc
-
-from services.common.errors import DomainError, Reason
-from services.common.status import from_rpc_error
-from services.trainer.client import RunClient
-from services.trainer.events import StateEvent
-from services.trainer.folder import RunState
-from services.trainer.settings import ModelSettings, PoliciesSettings
-from services.trainer.wire import settings_to_proto
+from mulligan.trainer.wire import settings_to_proto
 from tests.support.loop import Loop, small_run
 from tests.support.processes import Services
 

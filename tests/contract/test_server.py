@@ -14,21 +14,21 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from pydantic import SecretStr
+
+from mulligan.common.channel import Endpoint
+from mulligan.common.config import ServiceSettings
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.healthcheck import main as check_health
+from mulligan.common.server import RequestInterceptor, serve
+from mulligan.common.status import from_rpc_error
+from mulligan.common.types import Split
+from mulligan.env.client import EnvClient
+from mulligan.env.config import DEFAULT_ENVIRONMENTS
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_pb_grpc
-from pydantic import SecretStr
-
-from services.common.channel import Endpoint
-from services.common.config import ServiceSettings
-from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
-from services.common.healthcheck import main as check_health
-from services.common.server import RequestInterceptor, serve
-from services.common.status import from_rpc_error
-from services.common.types import Split
-from services.env.client import EnvClient
-from services.env.config import DEFAULT_ENVIRONMENTS
 from tests.support.certificate import write_key_pair
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
 from tests.support.waiting import until

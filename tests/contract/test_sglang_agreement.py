@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.inference import WeightsKind
+from mulligan.common.inference import WeightsKind
 from tests.support.agreement import assert_agreement, compare_while_training
 from tests.support.policy_backends import restore, running
 

@@ -9,9 +9,9 @@ from typing import Any
 import aiohttp
 import pytest
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Feature, SamplingParams, StopReason, VersionSpan
-from services.policy.backend import Ask
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature, SamplingParams, StopReason, VersionSpan
+from mulligan.policy.backend import Ask
 from tests.support.policy import load, plain_log_probs
 from tests.support.sglang import MODEL, PROMPT, ask, assert_by_version, opened, server_address, streamed
 

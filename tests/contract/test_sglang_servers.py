@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from services.common.inference import WeightsKind
-from services.common.model_files import UnsupportedModel
-from services.policy.backend import WeightsFile
-from services.policy.config import SglangSettings
+from mulligan.common.inference import WeightsKind
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backend import WeightsFile
+from mulligan.policy.config import SglangSettings
 from tests.support.policy import load
 from tests.support.sglang import (
     MODEL,

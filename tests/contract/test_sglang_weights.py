@@ -10,11 +10,11 @@ import aiohttp
 import pytest
 import torch
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import LoraLimits, PolicyInfo, WeightsKind
-from services.policy.backend import Sampled, WeightsFile
-from services.trainer.named import check_actor
-from services.trainer.settings import LoraSettings, ModelSettings, RunSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import LoraLimits, PolicyInfo, WeightsKind
+from mulligan.policy.backend import Sampled, WeightsFile
+from mulligan.trainer.named import check_actor
+from mulligan.trainer.settings import LoraSettings, ModelSettings, RunSettings
 from tests.support.policy import load
 from tests.support.sglang import (
     MODEL,

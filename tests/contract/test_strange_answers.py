@@ -12,19 +12,19 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import descriptor_pool
-from mulligan.env.v1 import env_service_pb2 as env_pb
 
-from services.common.channel import Endpoint
-from services.common.errors import CallFailed, DomainError, ServiceUnavailable
-from services.common.inference import PublishedWeights, SamplingParams, WeightsKind
-from services.common.types import EpisodeStep, Provenance, RetrievalStrategy, Split
-from services.env.client import EnvClient
-from services.memory.client import MemoryClient
-from services.policy.client import PolicyClient
-from services.trainer.client import RunClient
-from services.trainer.learner.client import LearnerClient
-from services.trainer.learner.settings import LearnerSpec
-from services.trainer.settings import EvaluationSettings, LossSettings, RunSettings
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.inference import PublishedWeights, SamplingParams, WeightsKind
+from mulligan.common.types import EpisodeStep, Provenance, RetrievalStrategy, Split
+from mulligan.env.client import EnvClient
+from mulligan.env.v1 import env_service_pb2 as env_pb
+from mulligan.memory.client import MemoryClient
+from mulligan.policy.client import PolicyClient
+from mulligan.trainer.client import RunClient
+from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.learner.settings import LearnerSpec
+from mulligan.trainer.settings import EvaluationSettings, LossSettings, RunSettings
 from tests.support.learning import sampled
 from tests.support.mutations import Mutations
 

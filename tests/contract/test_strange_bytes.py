@@ -17,14 +17,14 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
+
+from mulligan.common.errors import Reason
+from mulligan.common.logs import LINE_LIMIT
+from mulligan.common.status import from_rpc_error
 from mulligan.env.v1 import env_service_pb2
 from mulligan.memory.v1 import memory_service_pb2
 from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
 from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
-
-from services.common.errors import Reason
-from services.common.logs import LINE_LIMIT
-from services.common.status import from_rpc_error
 from tests.support.mutations import Mutations
 from tests.support.processes import ServiceProcess, Services
 

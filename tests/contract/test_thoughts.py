@@ -6,8 +6,8 @@ from uuid import uuid4
 
 import pytest
 
-from services.common.channel import Endpoint
-from services.env.client import EnvClient
+from mulligan.common.channel import Endpoint
+from mulligan.env.client import EnvClient
 from tests.support.processes import Services
 
 DICE = {"kind": "tests.support.dice"}

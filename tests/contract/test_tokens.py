@@ -20,17 +20,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from services.common.channel import Endpoint
-from services.common.inference import Message, Role, StopReason
-from services.common.types import Attempt, Experience, Split
-from services.env.client import EnvClient
-from services.policy.backend import Ask, Sampled
-from services.trainer.algorithm import Erl
-from services.trainer.data import Datum
-from services.trainer.episode import Player
-from services.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
-from services.trainer.learner.wire import data_from_proto, data_to_proto
-from services.trainer.settings import RunSettings
+from mulligan.common.channel import Endpoint
+from mulligan.common.inference import Message, Role, StopReason
+from mulligan.common.types import Attempt, Experience, Split
+from mulligan.env.client import EnvClient
+from mulligan.policy.backend import Ask, Sampled
+from mulligan.trainer.algorithm import Erl
+from mulligan.trainer.data import Datum
+from mulligan.trainer.episode import Player
+from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
+from mulligan.trainer.learner.wire import data_from_proto, data_to_proto
+from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeLearner, FakeMemory
 from tests.support.policy import Serving, serving
 from tests.support.processes import Services

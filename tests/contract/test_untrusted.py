@@ -12,10 +12,10 @@ from uuid import uuid4
 
 import pytest
 
-from services.common.channel import Endpoint
-from services.common.errors import CallFailed, DomainError, Reason
-from services.common.types import Outcome, Split
-from services.env.client import EnvClient, RemoteEpisode
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import CallFailed, DomainError, Reason
+from mulligan.common.types import Outcome, Split
+from mulligan.env.client import EnvClient, RemoteEpisode
 from tests.support.chained import Chain
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
 

@@ -11,10 +11,10 @@ from uuid import uuid4
 
 import pytest
 
-from services.common.channel import Endpoint
-from services.common.types import Outcome, Provenance, Split
-from services.env.client import EnvClient
-from services.memory.client import MemoryClient
+from mulligan.common.channel import Endpoint
+from mulligan.common.types import Outcome, Provenance, Split
+from mulligan.env.client import EnvClient
+from mulligan.memory.client import MemoryClient
 from tests.support.docker import Project, image, missing, project, require
 
 SERVICES = ("env", "memory")
@@ -31,8 +31,8 @@ for name in sys.argv[1:]:
         print(name, False)
 """
 UNTRUSTED = """
-from services.env.base import Split
-from services.env.config import EnvSettings
+from mulligan.env.base import Split
+from mulligan.env.config import EnvSettings
 settings = EnvSettings(environments={"lake": {"kind": "frozenlake", "untrusted": True}})
 lake = settings.create_environments()["lake"]
 (task,) = lake.list_tasks(Split.TEST, 0, 1)
@@ -40,9 +40,9 @@ print(lake.start(task.task_id).step("```Down```").observation)
 """
 SPREAD = """
 import asyncio
-from services.common.channel import Endpoint
-from services.common.types import Split
-from services.env.replicas import connect
+from mulligan.common.channel import Endpoint
+from mulligan.common.types import Split
+from mulligan.env.replicas import connect
 
 async def main():
     env = connect(Endpoint("dns:///env:50051"))
@@ -129,12 +129,12 @@ def test_it_runs_without_privileges(running: Project, service: str) -> None:
 
 
 def test_nothing_is_in_it_that_it_does_not_run(running: Project, service: str) -> None:
-    found = running.execute(service, "python", "-c", FIND, "services.common", *MODULES)
-    assert found.stdout.split() == ["services.common", "True", *(word for name in MODULES for word in (name, "False"))]
+    found = running.execute(service, "python", "-c", FIND, "mulligan.common", *MODULES)
+    assert found.stdout.split() == ["mulligan.common", "True", *(word for name in MODULES for word in (name, "False"))]
     for program in PROGRAMS:
         assert running.execute(service, "sh", "-c", f"command -v {program}").returncode != 0, program
     others = {"env": "memory", "memory": "env"}[service]
-    assert running.execute(service, "ls", f"/app/services/{others}", "/app/services/trainer").returncode != 0
+    assert running.execute(service, "ls", f"/app/mulligan/{others}", "/app/mulligan/trainer").returncode != 0
     # Nor packages on the shelf, as ensurepip has them.
     assert running.execute(service, "sh", "-c", "find / -xdev -name '*.whl' 2>/dev/null | grep .").returncode != 0
 
@@ -143,7 +143,7 @@ def test_what_the_image_says_of_itself(running: Project, service: str) -> None:
     about = image(service)
     config = about["Config"]
     assert config["User"] == "10001:10001"
-    assert config["Healthcheck"]["Test"][:4] == ["CMD", "python", "-m", "services.common.healthcheck"]
+    assert config["Healthcheck"]["Test"][:4] == ["CMD", "python", "-m", "mulligan.common.healthcheck"]
     labels = {name.rpartition(".")[2]: value for name, value in config["Labels"].items()}
     assert labels["title"] == f"mulligan-{service}" and {"description", "version", "revision"} <= set(labels)
     assert not [variable for variable in config["Env"] if "TOKEN" in variable or "SECRET" in variable]
@@ -153,7 +153,7 @@ def test_what_the_image_says_of_itself(running: Project, service: str) -> None:
 
 
 def test_the_health_check_notices_a_service_that_does_not_serve(running: Project, service: str) -> None:
-    check = ("python", "-m", "services.common.healthcheck")
+    check = ("python", "-m", "mulligan.common.healthcheck")
     (port,) = [port.partition("/")[0] for port in image(service)["Config"]["ExposedPorts"]]
     assert running.execute(service, *check, f"127.0.0.1:{port}").returncode == 0
     stuck = running.execute(service, *check, "127.0.0.1:1", "--timeout", "1")

@@ -12,11 +12,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from services.common.config import ServiceSettings
-from services.env.config import EnvSettings
-from services.memory.config import MemorySettings
-from services.policy.config import PolicySettings
-from services.trainer.config import TrainerSettings
+from mulligan.common.config import ServiceSettings
+from mulligan.env.config import EnvSettings
+from mulligan.memory.config import MemorySettings
+from mulligan.policy.config import PolicySettings
+from mulligan.trainer.config import TrainerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "kubernetes"

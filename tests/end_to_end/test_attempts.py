@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.trainer.events import EvaluationEvent, StepEvent
+from mulligan.trainer.events import EvaluationEvent, StepEvent
 from tests.support.loop import Loop, small_run
 from tests.support.processes import Services
 

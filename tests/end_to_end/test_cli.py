@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from services.cli.app import app
-from services.trainer.journal import journaled_steps, read_experiences
+from mulligan.cli.app import app
+from mulligan.trainer.journal import journaled_steps, read_experiences
 from tests.support.llama_model import write_llama_model
 from tests.support.processes import ROOT, Services
 
@@ -27,9 +27,9 @@ TINY = [
 
 
 def mulligan(*arguments: str) -> subprocess.Popen[str]:
-    roots = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
+    roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     return subprocess.Popen(
-        [sys.executable, "-m", "services.cli", *arguments],
+        [sys.executable, "-m", "mulligan.cli", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": roots, "COLUMNS": "160"},
         stdout=subprocess.PIPE,

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from services.cli.app import app
-from services.common.extras import how_to_install
+from mulligan.cli.app import app
+from mulligan.common.extras import how_to_install
 from tests.support.processes import ROOT, ServiceProcess, Services
 
-ROOTS = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
+ROOTS = os.pathsep.join([str(ROOT), str(ROOT / "src")])
 TWO = "tests.support.two_players"
 
 
@@ -36,7 +36,7 @@ def there(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(300)
 def test_a_new_environment_works_outside_of_the_repository(tmp_path: Path) -> None:
-    made = there(tmp_path, "-m", "services.cli", "env", "new", "word_chain", "--folder", "my games")
+    made = there(tmp_path, "-m", "mulligan.cli", "env", "new", "word_chain", "--folder", "my games")
     assert made.returncode == 0, made.stderr
     folder = tmp_path / "my games"
     assert sorted(path.name for path in folder.iterdir()) == ["test_word_chain.py", "word_chain.py"]
@@ -48,7 +48,7 @@ def test_a_new_environment_works_outside_of_the_repository(tmp_path: Path) -> No
     text = (folder / "word_chain.py").read_text() + (folder / "test_word_chain.py").read_text()
     assert "my_game" not in text.lower() and "MyGame" not in text and "class WordChainEpisode:" in text
 
-    checked = there(folder, "-m", "services.cli", "env", "check", "word_chain")
+    checked = there(folder, "-m", "mulligan.cli", "env", "check", "word_chain")
     assert checked.returncode == 0 and "nothing is wrong" in checked.stdout, checked.stdout + checked.stderr
     tested_there = there(folder, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_word_chain.py")
     assert tested_there.returncode == 0 and "2 passed" in tested_there.stdout, tested_there.stdout
@@ -195,7 +195,7 @@ def test_an_episode_is_played_at_a_server(server: ServiceProcess) -> None:
 def test_an_interrupt_ends_it_cleanly(server: ServiceProcess, target: bool) -> None:
     arguments = ["two", "--target", server.address] if target else [TWO]
     playing = subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "env", "play", *arguments],
+        [sys.executable, "-m", "mulligan.cli", "env", "play", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": ROOTS},
         stdin=subprocess.PIPE,
@@ -223,7 +223,7 @@ def test_what_is_not_installed_is_listed_with_its_extra(tmp_path: Path) -> None:
         if not entry.name.startswith(hidden):
             (tmp_path / entry.name).symlink_to(entry)
     code = """
-from services.env.config import EnvSettings
+from mulligan.env.config import EnvSettings
 for name, environment in EnvSettings().create_environments().items():
     print(name, "|", environment.info.unavailable)
 """

@@ -20,17 +20,17 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.ids import whole_id
-from services.cli.out import safe
-from services.common.channel import Endpoint
-from services.common.types import Provenance
-from services.memory.client import MemoryClient
+from mulligan.cli.ids import whole_id
+from mulligan.cli.out import safe
+from mulligan.common.channel import Endpoint
+from mulligan.common.types import Provenance
+from mulligan.memory.client import MemoryClient
 from tests.support.loop import Loop, small_run
 from tests.support.processes import ROOT, Services
 
 RUN = "a-run-with-a-long-name-that-a-table-would-cut-20261126-012345"
 HOSTILE = "\x1b[2J[/INST] [bold]rule[/bold] [red]A is \u202egoal\r:smile: \x07"
-ROOTS = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
+ROOTS = os.pathsep.join([str(ROOT), str(ROOT / "src")])
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def addresses(loop: Loop) -> dict[str, str]:
 
 
 def piped(loop: Loop, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "services.cli", *arguments]
+    command = [sys.executable, "-m", "mulligan.cli", *arguments]
     ended = subprocess.run(command, cwd=ROOT, env=addresses(loop), capture_output=True, text=True, check=False)
     assert ended.returncode == status and "Traceback" not in ended.stderr, ended.stdout + ended.stderr
     return ended
@@ -73,7 +73,7 @@ def on_a_terminal(loop: Loop, columns: int, *arguments: str) -> str:
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environment = {name: value for name, value in addresses(loop).items() if name not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "services.cli", *arguments],
+        [sys.executable, "-m", "mulligan.cli", *arguments],
         cwd=ROOT,
         env={**environment, "TERM": "xterm"},
         stdin=child,
@@ -182,7 +182,7 @@ def test_what_is_called_wrongly_is_one_sentence_and_status_2(loop: Loop, argumen
 
 def test_the_reader_of_a_pipe_may_leave(loop: Loop) -> None:
     shown = subprocess.Popen(
-        [sys.executable, "-m", "services.cli", "experiences", RUN, "--json", "--limit", "100"],
+        [sys.executable, "-m", "mulligan.cli", "experiences", RUN, "--json", "--limit", "100"],
         cwd=ROOT,
         env=addresses(loop),
         stdout=subprocess.PIPE,
@@ -204,7 +204,7 @@ def test_results_alone_are_on_stdout(loop: Loop, services: Services) -> None:
     gone.kill()
     environment = addresses(loop) | {"MULLIGAN_CLI_MEMORY": gone.address}
     ended = subprocess.run(
-        [sys.executable, "-m", "services.cli", "memory", "list"],
+        [sys.executable, "-m", "mulligan.cli", "memory", "list"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -219,7 +219,7 @@ def test_a_command_without_its_packages_says_what_installs_them(tmp_path: Path, 
     absent = f"raise ModuleNotFoundError('there is no {missing}', name='{missing}')"
     (tmp_path / f"{missing}.py").write_text(absent)
     ended = subprocess.run(
-        [sys.executable, "-c", "from services.cli.__main__ import main; main()", "runs"],
+        [sys.executable, "-c", "from mulligan.cli.__main__ import main; main()", "runs"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), ROOTS])},
         capture_output=True,
         text=True,

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from models import EMBEDDED
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.policy.client import PolicyClient
-from services.trainer.settings import EvaluationSettings
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.models import EMBEDDED
+from mulligan.policy.client import PolicyClient
+from mulligan.trainer.settings import EvaluationSettings
 from tests.support.loop import Loop, small_run
 from tests.support.policy_backends import restore, served_name, sglang_address
 from tests.support.processes import Services

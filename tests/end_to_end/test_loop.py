@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from services.common.channel import Endpoint
-from services.common.types import Experience, Outcome, SegmentKind
-from services.env.client import EnvClient
-from services.policy.client import PolicyClient
-from services.trainer.folder import RunState
+from mulligan.common.channel import Endpoint
+from mulligan.common.types import Experience, Outcome, SegmentKind
+from mulligan.env.client import EnvClient
+from mulligan.policy.client import PolicyClient
+from mulligan.trainer.folder import RunState
 from tests.support.loop import Loop, small_run
 from tests.support.processes import Services
 

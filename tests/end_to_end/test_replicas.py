@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from services.common.channel import Endpoint
-from services.policy.client import PolicyClient
+from mulligan.common.channel import Endpoint
+from mulligan.policy.client import PolicyClient
 from tests.support.loop import RUN_SECONDS, Loop, small_run
 from tests.support.processes import ServiceProcess, Services
 

@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from services.cli.app import app
-from services.common.channel import Endpoint
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.cli.app import app
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     Completion,
     PolicyInfo,
@@ -24,11 +24,11 @@ from services.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from services.common.types import Attempt, Split
-from services.env.client import EnvClient
-from services.policy.client import PolicyClient
-from services.trainer.episode import Player
-from services.trainer.settings import EvaluationSettings, RunSettings
+from mulligan.common.types import Attempt, Split
+from mulligan.env.client import EnvClient
+from mulligan.policy.client import PolicyClient
+from mulligan.trainer.episode import Player
+from mulligan.trainer.settings import EvaluationSettings, RunSettings
 from tests.support.llama_model import write_llama_model
 from tests.support.loop import Loop, small_run
 from tests.support.processes import Services

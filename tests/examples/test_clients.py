@@ -8,13 +8,13 @@ from uuid import uuid4
 
 import pytest
 
-from services.common.channel import Endpoint
-from services.common.inference import Message, Role, SamplingParams, StopReason
-from services.common.types import Attempt, Outcome, Split
-from services.env.client import EnvClient
-from services.policy.client import PolicyClient
-from services.trainer.episode import Player
-from services.trainer.folder import RunState
+from mulligan.common.channel import Endpoint
+from mulligan.common.inference import Message, Role, SamplingParams, StopReason
+from mulligan.common.types import Attempt, Outcome, Split
+from mulligan.env.client import EnvClient
+from mulligan.policy.client import PolicyClient
+from mulligan.trainer.episode import Player
+from mulligan.trainer.folder import RunState
 from tests.support.certificate import write_key_pair
 from tests.support.examples import Program, go
 from tests.support.loop import Loop

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from services.common.channel import Endpoint
-from services.policy.client import PolicyClient
+from mulligan.common.channel import Endpoint
+from mulligan.policy.client import PolicyClient
 from tests.support.examples import ROOT, RUN_SECONDS, modules
 from tests.support.loop import Loop
 
@@ -81,8 +81,8 @@ def test_another_language_calls_the_services(loop: Loop, addresses: dict[str, st
 
 
 async def test_a_model_is_swapped(loop: Loop, addresses: dict[str, str]) -> None:
-    roots = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
-    text = commands(MODEL).replace(".venv/bin/mulligan", f"{sys.executable} -m services.cli")
+    roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+    text = commands(MODEL).replace(".venv/bin/mulligan", f"{sys.executable} -m mulligan.cli")
     output = paste(text, ROOT, addresses, PYTHONPATH=roots)
     assert "policy actor serves embedded already, as version " in output
     assert "attempts     100 (0 excluded)" in output

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.app import app
+from mulligan.cli.app import app
 from tests.support.examples import Program, typescript
 
 pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from models import EMBEDDED
-from services.common.inference import CallOptions, Completion, Message, Prompt, Role, SamplingParams, WeightsKind
-from services.policy.client import PolicyClient
-from services.trainer.data import Datum, PolicyGradient
-from services.trainer.learner.local import LocalLearner
-from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from services.trainer.settings import LoraSettings, LossSettings, ModelSettings, OptimizerSettings
+from mulligan.common.inference import CallOptions, Completion, Message, Prompt, Role, SamplingParams, WeightsKind
+from mulligan.models import EMBEDDED
+from mulligan.policy.client import PolicyClient
+from mulligan.trainer.data import Datum, PolicyGradient
+from mulligan.trainer.learner.local import LocalLearner
+from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from mulligan.trainer.settings import LoraSettings, LossSettings, ModelSettings, OptimizerSettings
 
 TOLERANCE = 1e-4  # in float32, of a log-probability
 MOVED = 1e-3  # what an update changes at least: with the weights of the version before, no comparison would pass

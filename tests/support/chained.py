@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
 from dataclasses import dataclass
 
-from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
-from services.env.prompts import generic_prompts
+from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
+from mulligan.env.prompts import generic_prompts
 
 TASKS = ("plain", "fork-raises", "fork-hangs", "fork-waits", "fork-is-itself", "fork-is-nothing", "bad-player")
 SLOW = "slow"  # an action that begins so takes SLOW_SECONDS

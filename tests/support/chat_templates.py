@@ -5,9 +5,9 @@ from __future__ import annotations
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from services.common.inference import Tool
-from services.policy.backends.tokenizer import Tokenizer as Wrapped
-from services.policy.chat import Chat
+from mulligan.common.inference import Tool
+from mulligan.policy.backends.tokenizer import Tokenizer as Wrapped
+from mulligan.policy.chat import Chat
 
 SPECIAL = [
     "<|im_start|>",

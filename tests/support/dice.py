@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
-from services.env.prompts import generic_prompts
+from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
+from mulligan.env.prompts import generic_prompts
 
 MAX_STEPS, TASKS = 5, {Split.TRAIN: 30, Split.TEST: 4}
 SHARED = random.Random(1)

@@ -16,7 +16,7 @@ import docker
 import pytest
 from testcontainers.compose import DockerCompose
 
-from services.cli.local import free_ports
+from mulligan.cli.local import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("compose.yaml",)

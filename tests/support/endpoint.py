@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.common.inference import Message, Role, SamplingParams
-from services.policy.backend import Ask, Sampled
-from services.policy.backends.openai import OpenAIBackend, open_backend
-from services.policy.config import ModelSettings, OpenAISettings
+from mulligan.common.inference import Message, Role, SamplingParams
+from mulligan.policy.backend import Ask, Sampled
+from mulligan.policy.backends.openai import OpenAIBackend, open_backend
+from mulligan.policy.config import ModelSettings, OpenAISettings
 
 
 @dataclass

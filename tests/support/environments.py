@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from services.env.base import EnvironmentInfo, MissingExtra, PromptSet, Split, StepResult, TaskInfo, UnknownTask
+from mulligan.env.base import EnvironmentInfo, MissingExtra, PromptSet, Split, StepResult, TaskInfo, UnknownTask
 
 MAX_STEPS = 4
 TASKS = (

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from services.common.errors import CallFailed, DomainError, Reason
-from services.common.inference import (
+from mulligan.common.errors import CallFailed, DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     CanaryProbe,
     Completion,
@@ -30,7 +30,7 @@ from services.common.inference import (
     VersionState,
     WeightsKind,
 )
-from services.common.types import (
+from mulligan.common.types import (
     EnvironmentInfo,
     EpisodeStep,
     Outcome,
@@ -41,8 +41,8 @@ from services.common.types import (
     StoredReflection,
     TaskInfo,
 )
-from services.trainer.data import Datum, Limits, refusal
-from services.trainer.settings import LossSettings
+from mulligan.trainer.data import Datum, Limits, refusal
+from mulligan.trainer.settings import LossSettings
 
 PROMPTS = PromptSet(
     solver="solve",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.common.inference import Feature, WeightsKind
-from services.policy.backend import Admission, Replica, WeightsFile
-from services.policy.backends.transformers import TransformersBackend
-from services.policy.config import ModelSettings
+from mulligan.common.inference import Feature, WeightsKind
+from mulligan.policy.backend import Admission, Replica, WeightsFile
+from mulligan.policy.backends.transformers import TransformersBackend
+from mulligan.policy.config import ModelSettings
 from tests.support.policy import sha256
 
 Fault = Callable[["FaultyBackend", WeightsFile], WeightsFile]

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from mulligan.common.server import RequestInterceptor
+from mulligan.env.episodes import EpisodeTable, Limits
+from mulligan.env.load import load_or_explain
+from mulligan.env.servicer import EnvServicer
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-
-from services.common.server import RequestInterceptor
-from services.env.episodes import EpisodeTable, Limits
-from services.env.load import load_or_explain
-from services.env.servicer import EnvServicer
-from services.env.workers import WorkerPool
+from mulligan.env.workers import WorkerPool
 
 DICE = {"kind": "tests.support.dice"}
 

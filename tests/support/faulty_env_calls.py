@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 from uuid import uuid4
 
+from mulligan.common.errors import DomainError, Reason
 from mulligan.env.v1 import env_service_pb2 as pb
-
-from services.common.errors import DomainError, Reason
 from tests.support.faulty_env import DICE, Faulty, kinds
 
 

@@ -7,11 +7,11 @@ from typing import Any
 from uuid import uuid4
 
 import grpc
-from mulligan.common.v1 import outcome_pb2
-from mulligan.env.v1 import env_service_pb2 as pb
 
-from services.common.errors import DomainError, Reason
-from services.env.episodes import EpisodeTable
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.v1 import outcome_pb2
+from mulligan.env.episodes import EpisodeTable
+from mulligan.env.v1 import env_service_pb2 as pb
 from tests.support.faulty_env import Faulty, kinds
 
 

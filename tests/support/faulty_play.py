@@ -17,13 +17,13 @@ from typing import Any
 from uuid import uuid4
 
 import grpc
+
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.types import EpisodeStep
+from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-
-from services.common.channel import Endpoint
-from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
-from services.common.types import EpisodeStep
-from services.env.client import EnvClient, RemoteEpisode
 from tests.support.chained import SLOW, Chain
 from tests.support.faulty_network import Faults, FaultyProxy
 from tests.support.processes import ServiceProcess, Services

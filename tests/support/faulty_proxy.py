@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import grpc
 from google.protobuf import descriptor_pool, message_factory
+
 from mulligan.memory.v1 import memory_service_pb2 as memory_pb
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_service_pb2 as policy_pb

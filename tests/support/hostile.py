@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, read_settings
-from services.env.prompts import generic_prompts
+from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, read_settings
+from mulligan.env.prompts import generic_prompts
 
 MEGABYTE = 2**20
 

@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from services.trainer.data import Datum, Distillation, PolicyGradient
-from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from services.trainer.settings import LoraSettings, LossSettings, ModelSettings, OptimizerSettings
+from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from mulligan.trainer.settings import LoraSettings, LossSettings, ModelSettings, OptimizerSettings
 from tests.support.tiny_model import VOCABULARY_SIZE
 
 PLAIN = LossSettings(kl_coefficient=0.0)

@@ -11,15 +11,15 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from services.cli.local import free_ports
-from services.common.channel import Endpoint
-from services.common.types import Experience
-from services.memory.client import MemoryClient
-from services.trainer.client import RunClient, RunInfo
-from services.trainer.events import NoticeEvent, StepEvent
-from services.trainer.folder import RunState
-from services.trainer.journal import journal_file, journaled_steps, read_experiences
-from services.trainer.settings import RunSettings
+from mulligan.cli.local import free_ports
+from mulligan.common.channel import Endpoint
+from mulligan.common.types import Experience
+from mulligan.memory.client import MemoryClient
+from mulligan.trainer.client import RunClient, RunInfo
+from mulligan.trainer.events import NoticeEvent, StepEvent
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
+from mulligan.trainer.settings import RunSettings
 from tests.support.processes import ServiceProcess, Services
 
 RUN_SECONDS = 240.0

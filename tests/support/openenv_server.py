@@ -25,7 +25,7 @@ def openenv_server(log: Path) -> Iterator[str]:
         process = subprocess.Popen(
             [python, "-m", "benchmarks.openenv.server"],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])},
             stdout=subprocess.PIPE,
             stderr=written,
         )

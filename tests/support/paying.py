@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
-from services.env.prompts import generic_prompts
+from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
+from mulligan.env.prompts import generic_prompts
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,15 +15,15 @@ from pydantic import SecretStr
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from services.common.channel import Endpoint
-from services.common.inference import PublishedWeights, WeightsKind
-from services.common.server import RequestInterceptor
-from services.policy.client import PolicyClient
-from services.policy.config import PolicySettings
-from services.policy.deployment import Deployment
-from services.policy.factory import OpenBackend, create_backend
-from services.policy.policies import Policies
-from services.policy.servicer import add_to_server, credentials
+from mulligan.common.channel import Endpoint
+from mulligan.common.inference import PublishedWeights, WeightsKind
+from mulligan.common.server import RequestInterceptor
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.config import PolicySettings
+from mulligan.policy.deployment import Deployment
+from mulligan.policy.factory import OpenBackend, create_backend
+from mulligan.policy.policies import Policies
+from mulligan.policy.servicer import add_to_server, credentials
 
 
 @dataclass

@@ -16,10 +16,10 @@ import httpx2
 import pytest
 from transformers import AutoTokenizer
 
-from models import EMBEDDED
-from services.common.errors import Code, DomainError, Reason
-from services.common.inference import CallOptions, Feature, Message, PolicyInfo, Role, SamplingParams
-from services.policy.client import PolicyClient
+from mulligan.common.errors import Code, DomainError, Reason
+from mulligan.common.inference import CallOptions, Feature, Message, PolicyInfo, Role, SamplingParams
+from mulligan.models import EMBEDDED
+from mulligan.policy.client import PolicyClient
 from tests.support.policy import load, serving
 from tests.support.sglang_servers import sglang_variable
 

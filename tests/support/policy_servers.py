@@ -12,14 +12,14 @@ import grpc
 import numpy as np
 from safetensors.numpy import save_file
 
-from services.common.channel import Endpoint
-from services.common.inference import CanaryProbe, PublishedWeights, WeightsKind
-from services.common.server import RequestInterceptor
-from services.policy.backend import Scored
-from services.policy.config import PolicySettings
-from services.policy.policies import Policies
-from services.policy.replicas import PolicyReplicas, connect
-from services.policy.servicer import add_to_server, credentials
+from mulligan.common.channel import Endpoint
+from mulligan.common.inference import CanaryProbe, PublishedWeights, WeightsKind
+from mulligan.common.server import RequestInterceptor
+from mulligan.policy.backend import Scored
+from mulligan.policy.config import PolicySettings
+from mulligan.policy.policies import Policies
+from mulligan.policy.replicas import PolicyReplicas, connect
+from mulligan.policy.servicer import add_to_server, credentials
 from tests.support.policy import sha256
 from tests.support.scripted import Opened, ScriptedBackend
 

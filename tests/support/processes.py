@@ -50,13 +50,13 @@ class ServiceProcess:
     def start(self) -> None:
         assert self.process is None, f"{self.name} runs already"
         port = self.address.rpartition(":")[2] or "0"
-        command = [sys.executable, "-m", f"services.{self.name}", "--port", port, "--log-format", "json"]
-        roots = os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])
+        command = [sys.executable, "-m", f"mulligan.{self.name}", "--port", port, "--log-format", "json"]
+        roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, *self.arguments],
-                cwd=ROOT,
+                cwd=self.log_path.parent,  # what it writes by default stays there
                 env={**os.environ, "PYTHONPATH": roots, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

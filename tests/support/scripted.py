@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import Code, DomainError, Reason
-from services.common.inference import (
+from mulligan.common.errors import Code, DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     Feature,
     Message,
@@ -22,12 +22,12 @@ from services.common.inference import (
     StopReason,
     VersionSpan,
 )
-from services.common.model_files import UnsupportedModel
-from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
-from services.policy.chat import Chat
-from services.policy.client import PolicyClient
-from services.policy.config import ModelSettings
-from services.policy.literals import ControlTokens
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
+from mulligan.policy.chat import Chat
+from mulligan.policy.client import PolicyClient
+from mulligan.policy.config import ModelSettings
+from mulligan.policy.literals import ControlTokens
 from tests.support.policy import Serving, serving
 
 WORDS = ("up", "down", "left", "right")

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, UnknownTask
+from mulligan.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, UnknownTask
 
 MAX_STEPS = 8
 TASKS = {Split.TRAIN: ("dad", "cab"), Split.TEST: ("bad",)}

@@ -16,12 +16,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-import models
-from services.common.errors import DomainError, Reason
-from services.common.inference import SamplingParams, WeightsKind
-from services.policy.backend import Ask, Replica, Sampled, WeightsFile
-from services.policy.backends.sglang import SglangBackend, open_backend
-from services.policy.config import ModelSettings, SglangSettings
+from mulligan import models
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import SamplingParams, WeightsKind
+from mulligan.policy.backend import Ask, Replica, Sampled, WeightsFile
+from mulligan.policy.backends.sglang import SglangBackend, open_backend
+from mulligan.policy.config import ModelSettings, SglangSettings
 from tests.support.policy import load, plain_log_probs
 from tests.support.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS, sglang_variable
 from tests.support.waiting import until

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, Tool, UnknownTask
-from services.env.prompts import generic_prompts
+from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, Tool, UnknownTask
+from mulligan.env.prompts import generic_prompts
 
 
 class Round:

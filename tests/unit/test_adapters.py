@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from models import EMBEDDED
-from services.common.errors import DomainError, Reason
-from services.common.inference import WeightsKind
-from services.policy.adapter_config import AdapterConfig
-from services.policy.backend import WeightsFile
-from services.policy.backends.model import Model
-from services.policy.backends.sglang_engine.skeleton import ADAPTER_FILE, Adapter, Skeleton
-from services.policy.backends.weights import Weights
-from services.policy.config import ModelSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import WeightsKind
+from mulligan.models import EMBEDDED
+from mulligan.policy.adapter_config import AdapterConfig
+from mulligan.policy.backend import WeightsFile
+from mulligan.policy.backends.model import Model
+from mulligan.policy.backends.sglang_engine.skeleton import ADAPTER_FILE, Adapter, Skeleton
+from mulligan.policy.backends.weights import Weights
+from mulligan.policy.config import ModelSettings
 from tests.support.policy import load, plain_log_probs
 from tests.support.tiny_model import VOCABULARY_SIZE, write_tiny_model
 

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.addresses import Addresses, DnsName, by_rank, one_server
-from services.trainer.config import TrainerSettings
+from mulligan.common.addresses import Addresses, DnsName, by_rank, one_server
+from mulligan.trainer.config import TrainerSettings
 from tests.support.processes import ROOT
 
 IDS = [f"run-{number}" for number in range(4000)]
@@ -117,7 +117,7 @@ def test_ids_spread_evenly(count: int) -> None:
 
 def test_all_processes_agree() -> None:
     chosen = "[by_rank(f'run-{i}', ['a:1', 'b:2', 'c:3']) for i in range(9)]"
-    code = f"from services.common.addresses import by_rank; print({chosen})"
+    code = f"from mulligan.common.addresses import by_rank; print({chosen})"
     found = {
         subprocess.run(
             [sys.executable, "-c", code],

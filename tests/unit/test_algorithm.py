@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from services.common.inference import PolicyInfo, SamplingParams
-from services.common.types import Outcome, SegmentKind
-from services.trainer.algorithm import Erl, NoRecorder
-from services.trainer.data import Distillation, PolicyGradient
-from services.trainer.episode import Player
-from services.trainer.settings import RunSettings
+from mulligan.common.inference import PolicyInfo, SamplingParams
+from mulligan.common.types import Outcome, SegmentKind
+from mulligan.trainer.algorithm import Erl, NoRecorder
+from mulligan.trainer.data import Distillation, PolicyGradient
+from mulligan.trainer.episode import Player
+from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy, encode, timeout
 
 

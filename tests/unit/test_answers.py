@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.env.answers import boxed, last_number, marked, read_answer
+from mulligan.env.answers import boxed, last_number, marked, read_answer
 
 
 @pytest.mark.parametrize(

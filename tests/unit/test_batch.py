@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.types import (
+from mulligan.common.types import (
     Attempt,
     DistilledTarget,
     Experience,
@@ -22,10 +22,10 @@ from services.common.types import (
     SegmentKind,
     TokenSequence,
 )
-from services.trainer.advantages import EPSILON, group_advantages
-from services.trainer.batch import minibatches, training_data
-from services.trainer.data import Datum, Distillation, PolicyGradient
-from services.trainer.settings import AlgorithmSettings, BranchNormalization
+from mulligan.trainer.advantages import EPSILON, group_advantages
+from mulligan.trainer.batch import minibatches, training_data
+from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.trainer.settings import AlgorithmSettings, BranchNormalization
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=16).filter(lambda rewards: len(set(rewards)) > 1))

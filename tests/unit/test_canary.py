@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import CanaryProbe, Feature, PolicyState, ReplicaInfo, VersionSpan, WeightsKind
-from services.policy.backend import ModelInfo, Scored, WeightsFile
-from services.policy.backends.compare import alike, alike_original
-from services.policy.canary import Trial, check_probes, greatest_difference, tolerance_of
-from services.policy.gate import Gate
-from services.policy.versions import Record
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import CanaryProbe, Feature, PolicyState, ReplicaInfo, VersionSpan, WeightsKind
+from mulligan.policy.backend import ModelInfo, Scored, WeightsFile
+from mulligan.policy.backends.compare import alike, alike_original
+from mulligan.policy.canary import Trial, check_probes, greatest_difference, tolerance_of
+from mulligan.policy.gate import Gate
+from mulligan.policy.versions import Record
 from tests.unit.test_versions import record_of
 
 PROBE = CanaryProbe((1, 2, 3), (-0.5, -1.0))

@@ -9,9 +9,9 @@ import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
 
-from services.common.channel import Connection, Endpoint
-from services.common.errors import DomainError, Reason, ServiceUnavailable
-from services.common.status import to_status
+from mulligan.common.channel import Connection, Endpoint
+from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
+from mulligan.common.status import to_status
 
 SOON = timedelta(milliseconds=1)
 

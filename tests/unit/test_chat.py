@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Continuation, Message, Role, Tool, ToolCall
-from services.common.model_files import UnsupportedModel
-from services.env.tool_calls import find_calls
-from services.policy.chat import Chat
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Continuation, Message, Role, Tool, ToolCall
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.env.tool_calls import find_calls
+from mulligan.policy.chat import Chat
 from tests.support.chat_templates import (
     CHATML,
     CHATS,

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from services.env.base import Split, UnknownTask
-from services.env.config import EnvSettings
-from services.memory.config import MemorySettings
-from services.policy.config import PolicySettings
-from services.trainer.config import TrainerSettings
+from mulligan.env.base import Split, UnknownTask
+from mulligan.env.config import EnvSettings
+from mulligan.memory.config import MemorySettings
+from mulligan.policy.config import PolicySettings
+from mulligan.trainer.config import TrainerSettings
 
 
 @pytest.fixture

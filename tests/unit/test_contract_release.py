@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 from google.protobuf import descriptor_pb2
 
-from services.common.errors import DomainError, Reason
+from mulligan.common.errors import DomainError, Reason
 from tests.support.made import buf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,7 +41,7 @@ def breaking(proto: Path) -> subprocess.CompletedProcess[str]:
 
 def changed(folder: Path, old: str, new: str, path: Path = ENV) -> Path:
     """A copy of the contracts in which one text is another."""
-    proto = Path(shutil.copytree(PROTO, folder / "proto", ignore=shutil.ignore_patterns("__pycache__", "gen")))
+    proto = Path(shutil.copytree(PROTO, folder / "proto", ignore=shutil.ignore_patterns("__pycache__")))
     text = (proto / path).read_text()
     assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {path}"
     (proto / path).write_text(text.replace(old, new))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.errors import Code, DomainError, Reason
+from mulligan.common.errors import Code, DomainError, Reason
 from tests.support.made import buf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,11 @@ def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[s
 
 
 def copy_of_the_contracts(folder: Path) -> Path:
-    return Path(shutil.copytree(ROOT / "proto", folder / "proto", ignore=shutil.ignore_patterns("__pycache__")))
+    """The contracts, and beside them the package with their stubs."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    for source in (*(ROOT / "services").glob("*/v1"), ROOT / "services" / "common" / "buf"):
+        shutil.copytree(source, folder / source.relative_to(ROOT), ignore=ignored)
+    return Path(shutil.copytree(ROOT / "proto", folder / "proto", ignore=ignored))
 
 
 def test_there_are_contracts_for_each_service() -> None:
@@ -39,7 +43,7 @@ def test_the_committed_stubs_are_byte_for_byte_what_the_generator_writes() -> No
 @pytest.mark.parametrize("change", ["edited", "left over", "missing"])
 def test_stale_stubs_are_noticed(tmp_path: Path, change: str) -> None:
     proto = copy_of_the_contracts(tmp_path)
-    stub = next(path for path in sorted((proto / "gen").rglob("*_pb2.py")) if "mulligan" in path.parts)
+    stub = min((tmp_path / "services").glob("*/v1/*_pb2.py"))
     if change == "edited":
         stub.write_text(stub.read_text() + "\n")
     elif change == "missing":
@@ -53,7 +57,7 @@ def test_stale_stubs_are_noticed(tmp_path: Path, change: str) -> None:
 
 def test_generating_again_repairs_stale_stubs(tmp_path: Path) -> None:
     proto = copy_of_the_contracts(tmp_path)
-    shutil.rmtree(proto / "gen" / "mulligan" / "env")
+    shutil.rmtree(tmp_path / "services" / "env")
     assert run(sys.executable, proto / "generate.py").returncode == 0
     assert run(sys.executable, proto / "generate.py", "--check").returncode == 0
 
@@ -71,11 +75,6 @@ def test_buf_lint_is_in_force(tmp_path: Path) -> None:
     result = run(buf(), "lint", cwd=proto)
     assert result.returncode != 0
     assert "bad.proto" in result.stdout
-
-
-def test_no_init_file_turns_the_contracts_into_an_ordinary_package() -> None:
-    """`mulligan` is a namespace package, so that other distributions can add contracts to it."""
-    assert list((ROOT / "proto").rglob("__init__.py")) == []
 
 
 # What else the comments write in capitals: codes that carry no reason of ours, and names of enum values.

@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import SamplingParams, StopReason, VersionSpan
-from services.policy.backend import Sampled
-from services.policy.backends.attention import SlotCache
-from services.policy.backends.engine import Engine
-from services.policy.backends.runner import Request, Runner
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import SamplingParams, StopReason, VersionSpan
+from mulligan.policy.backend import Sampled
+from mulligan.policy.backends.attention import SlotCache
+from mulligan.policy.backends.engine import Engine
+from mulligan.policy.backends.runner import Request, Runner
 
 VOCABULARY, END, CAPACITY = 20, 0, 64
 TABLE = torch.from_numpy(np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32))

@@ -15,15 +15,15 @@ from tokenizers import decoders
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
-import models
-from services.common.errors import DomainError, Reason
-from services.common.inference import Feature, SamplingParams, StopReason
-from services.common.model_files import UnsupportedModel
-from services.policy.backend import Ask
-from services.policy.backends.constraints import Constraints
-from services.policy.backends.tokenizer import Tokenizer
-from services.policy.backends.transformers import TransformersBackend
-from services.policy.config import ModelSettings
+from mulligan import models
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature, SamplingParams, StopReason
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backend import Ask
+from mulligan.policy.backends.constraints import Constraints
+from mulligan.policy.backends.tokenizer import Tokenizer
+from mulligan.policy.backends.transformers import TransformersBackend
+from mulligan.policy.config import ModelSettings
 from tests.support.llama_model import write_llama_model
 from tests.unit.test_engine import SHORT, request, running
 

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import models
-from services.common.errors import DomainError, Reason
-from services.common.inference import Feature, SamplingParams, VersionSpan, WeightsKind
-from services.common.model_files import UnsupportedModel
-from services.policy.backend import Ask, Replica, WeightsFile
-from services.policy.backends.model import Model
-from services.policy.backends.transformers import TransformersBackend, open_backend
-from services.policy.backends.weights import Weights
-from services.policy.config import ModelSettings
+from mulligan import models
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature, SamplingParams, VersionSpan, WeightsKind
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backend import Ask, Replica, WeightsFile
+from mulligan.policy.backends.model import Model
+from mulligan.policy.backends.transformers import TransformersBackend, open_backend
+from mulligan.policy.backends.weights import Weights
+from mulligan.policy.config import ModelSettings
 
 SETTINGS = ModelSettings(threads=1, cache_gib=0.1)
 ORIGINAL = WeightsFile(None, WeightsKind.ORIGINAL, 0, "")

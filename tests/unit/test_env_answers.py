@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from services.common.types import EpisodeStep, Outcome
-from services.env.base import StepResult
-from services.env.calls import play
+from mulligan.common.types import EpisodeStep, Outcome
+from mulligan.env.base import StepResult
+from mulligan.env.calls import play
 
 
 @dataclass

@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 
-from services.common.errors import DomainError, Reason
-from services.common.types import EpisodeStep, Outcome
-from services.env.episodes import EpisodeTable, Limits
-from services.env.records import StepRequest
-from services.env.workers import Call, TimedOut, WorkerPool
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import EpisodeStep, Outcome
+from mulligan.env.episodes import EpisodeTable, Limits
+from mulligan.env.records import StepRequest
+from mulligan.env.workers import Call, TimedOut, WorkerPool
 from tests.support.environments import MAX_STEPS, Awkward
 from tests.support.waiting import until
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from services.env.base import Environment, Split, StepResult
-from services.env.config import EnvSettings
-from services.env.feedback import RIGHT, WRONG, Feedback, with_feedback
+from mulligan.env.base import Environment, Split, StepResult
+from mulligan.env.config import EnvSettings
+from mulligan.env.feedback import RIGHT, WRONG, Feedback, with_feedback
 from tests.support.environments import Awkward
 
 ANSWERS = {

@@ -7,12 +7,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.common.errors import DomainError, Reason
-from services.common.types import EpisodeStep, Outcome
-from services.env.base import Environment
-from services.env.episodes import EpisodeTable, Limits
-from services.env.records import StepRequest
-from services.env.workers import WorkerPool
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import EpisodeStep, Outcome
+from mulligan.env.base import Environment
+from mulligan.env.episodes import EpisodeTable, Limits
+from mulligan.env.records import StepRequest
+from mulligan.env.workers import WorkerPool
 from tests.support.chained import Chain, Chained, ChainedSettings
 
 LEASE = 100.0

@@ -4,14 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.env.base import Split, UnknownTask
-from services.env.envs.frozenlake import (
+from mulligan.env.base import Split, UnknownTask
+from mulligan.env.envs.frozenlake import (
     Board,
     FrozenLake,
     FrozenLakeEpisode,
     FrozenLakeSettings,
 )
-from services.env.grid import parse_action
+from mulligan.env.grid import parse_action
 
 SMALL = FrozenLakeSettings(size_min=3, size_max=3, prompts="compact", name="frozenlake_small")
 

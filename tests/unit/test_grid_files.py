@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.env.base import Environment, Split, UnknownTask
-from services.env.config import EnvSettings
-from services.env.envs import frozenlake, hotpotqa, sokoban
-from services.env.envs.sokoban_boards import Board
-from services.env.envs.sokoban_levels import read_levels
+from mulligan.env.base import Environment, Split, UnknownTask
+from mulligan.env.config import EnvSettings
+from mulligan.env.envs import frozenlake, hotpotqa, sokoban
+from mulligan.env.envs.sokoban_boards import Board
+from mulligan.env.envs.sokoban_levels import read_levels
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs/environments.md").read_text(), re.MULTILINE | re.DOTALL)

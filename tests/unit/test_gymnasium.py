@@ -11,10 +11,10 @@ from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.env.base import Split, UnknownTask
-from services.env.envs.gymnasium import INVALID, Gymnasium, create, without_escapes
-from services.env.envs.gymnasium_actions import read
-from services.env.load import load
+from mulligan.env.base import Split, UnknownTask
+from mulligan.env.envs.gymnasium import INVALID, Gymnasium, create, without_escapes
+from mulligan.env.envs.gymnasium_actions import read
+from mulligan.env.load import load
 
 WORLD = "tests.support.gymnasium_world"
 LAKE = {"id": "FrozenLake-v1", "max_reward": 1, "actions": ["Left", "Down", "Right", "Up"]}

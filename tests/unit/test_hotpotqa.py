@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.env.base import Split, StepResult, UnknownTask
-from services.env.envs import hotpotqa_world
-from services.env.envs.hotpotqa import NOTHING_FOUND, SEARCH, HotpotQa, HotpotQaEpisode, HotpotQaSettings, create
-from services.env.search import Bm25
+from mulligan.env.base import Split, StepResult, UnknownTask
+from mulligan.env.envs import hotpotqa_world
+from mulligan.env.envs.hotpotqa import NOTHING_FOUND, SEARCH, HotpotQa, HotpotQaEpisode, HotpotQaSettings, create
+from mulligan.env.search import Bm25
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -195,9 +195,9 @@ def test_the_world_is_in_the_official_format_and_its_splits_are_disjoint() -> No
 def test_the_world_is_the_same_everywhere(tmp_path: Path) -> None:
     hotpotqa_world.write(tmp_path / "here")
     subprocess.run(
-        [sys.executable, "-m", "services.env.envs.hotpotqa_world", str(tmp_path / "there")],
+        [sys.executable, "-m", "mulligan.env.envs.hotpotqa_world", str(tmp_path / "there")],
         cwd=ROOT,
-        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto' / 'gen'}"},
+        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
         check=True,
     )
     digest = hashlib.sha256()

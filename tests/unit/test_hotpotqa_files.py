@@ -13,10 +13,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from services.env.base import MissingExtra, Split
-from services.env.envs import hotpotqa_world
-from services.env.envs.hotpotqa import create
-from services.env.envs.hotpotqa_data import Files
+from mulligan.env.base import MissingExtra, Split
+from mulligan.env.envs import hotpotqa_world
+from mulligan.env.envs.hotpotqa import create
+from mulligan.env.envs.hotpotqa_data import Files
 
 
 def search(query: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from services.env.answers import boxed
-from services.env.envs.hotpotqa_score import Method, exact_match, f1, normalize, score
+from mulligan.env.answers import boxed
+from mulligan.env.envs.hotpotqa_score import Method, exact_match, f1, normalize, score
 
 
 # Computed by hand after hotpot_evaluate_v1.py.

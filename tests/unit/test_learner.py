@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from services.common.errors import DomainError, Reason
-from services.trainer.data import Datum
-from services.trainer.learner import model as model_module
-from services.trainer.learner.batching import length, pack
-from services.trainer.learner.learner import Learner
-from services.trainer.learner.local import LocalLearner
-from services.trainer.learner.metrics import merge
-from services.trainer.settings import LoraSettings, LossSettings, ModelSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.trainer.data import Datum
+from mulligan.trainer.learner import model as model_module
+from mulligan.trainer.learner.batching import length, pack
+from mulligan.trainer.learner.learner import Learner
+from mulligan.trainer.learner.local import LocalLearner
+from mulligan.trainer.learner.metrics import merge
+from mulligan.trainer.settings import LoraSettings, LossSettings, ModelSettings
 from tests.support.learning import FULL, LORA, PLAIN, distilled, many, sampled, server_settings, spec
 from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tiny_model
 

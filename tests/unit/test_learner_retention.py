@@ -13,9 +13,9 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from services.common.errors import DomainError, Reason
-from services.trainer.learner import storage
-from services.trainer.settings import LoraSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.trainer.learner import storage
+from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA
 from tests.support.tiny_model import write_tiny_model
 from tests.unit.test_learner_storage import learn, make, path_of, weights_digest

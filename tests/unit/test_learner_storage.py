@@ -18,13 +18,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from services.common.errors import DomainError, Reason
-from services.common.fingerprint import model_fingerprint
-from services.common.inference import PublishedWeights, WeightsKind
-from services.trainer.learner.canary import RANDOM_SEQUENCES
-from services.trainer.learner.learner import Learner
-from services.trainer.learner.settings import LearnerSpec
-from services.trainer.settings import LoraSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.fingerprint import model_fingerprint
+from mulligan.common.inference import PublishedWeights, WeightsKind
+from mulligan.trainer.learner.canary import RANDOM_SEQUENCES
+from mulligan.trainer.learner.learner import Learner
+from mulligan.trainer.learner.settings import LearnerSpec
+from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA, PLAIN, many, sampled, server_settings, spec
 from tests.support.tiny_model import write_tiny_model
 
@@ -77,7 +77,7 @@ def test_a_resumed_learner_ends_bit_equal(tiny: Path, tmp_path: Path, lora: Lora
     learn(interrupted, range(3))
     interrupted.save_checkpoint("middle")
     command = [sys.executable, "-c", RESUME, str(tiny), str(tmp_path / "interrupted"), "lora" if lora else "full"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     resumed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.split()[-1] == weights_digest(straight) != weights_digest(interrupted)

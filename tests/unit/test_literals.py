@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.common.inference import Continuation, Message, Role, Tool, ToolCall
+from mulligan.common.inference import Continuation, Message, Role, Tool, ToolCall
 from tests.support.chat_templates import CHATS, MARKS, SPECIAL, TOKENIZER, WITH_TOOLS, encode
 
 CONTROLS = frozenset(i for text in (*SPECIAL, *MARKS) for i in TOKENIZER.encode(text, add_special_tokens=False).ids)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from services.cli.local import LocalServices
-from services.policy.config import PolicySettings
+from mulligan.cli.local import LocalServices
+from mulligan.policy.config import PolicySettings
 
 CONFIG = """
 model = "from/the-file"
@@ -23,7 +23,7 @@ openai = {base_url = "http://127.0.0.1:8000/v1"}
 def policy_settings(folder: Path, **options: Any) -> PolicySettings:
     """As the policy service reads them."""
     command = LocalServices(folder, **options)._processes["policy"].command
-    return PolicySettings.load(command[command.index("services.policy") + 1 :])
+    return PolicySettings.load(command[command.index("mulligan.policy") + 1 :])
 
 
 def test_everything_that_survives_lies_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

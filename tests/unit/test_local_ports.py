@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.connection import addresses_from
-from services.cli.local import LocalServices, ServiceFailed, _Process
+from mulligan.cli.connection import addresses_from
+from mulligan.cli.local import LocalServices, ServiceFailed, _Process
 from tests.support.processes import Services
 
 

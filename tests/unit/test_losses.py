@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from services.trainer.learner import losses
-from services.trainer.settings import MismatchCorrection
+from mulligan.trainer.learner import losses
+from mulligan.trainer.settings import MismatchCorrection
 
 LOG_PROBS = st.floats(-100, 0, width=32)
 

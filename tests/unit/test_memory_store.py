@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
-from services.common.errors import DomainError, Reason
-from services.common.types import Provenance, RetrievalStrategy, StoredReflection
-from services.memory.store import Added, Store, StoreError
-from services.memory.stores import sqlite
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.memory.store import Added, Store, StoreError
+from mulligan.memory.stores import sqlite
 
 STORES = {"sqlite": sqlite.open_store}
 T = TypeVar("T")

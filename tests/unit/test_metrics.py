@@ -11,10 +11,10 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client import generate_latest
 
-from services.common.channel import Endpoint
-from services.common.config import ServiceSettings
-from services.common.metrics import REGISTRY, MethodMetrics, exported
-from services.env.client import EnvClient
+from mulligan.common.channel import Endpoint
+from mulligan.common.config import ServiceSettings
+from mulligan.common.metrics import REGISTRY, MethodMetrics, exported
+from mulligan.env.client import EnvClient
 from tests.support.processes import ServiceFailed, Services
 
 

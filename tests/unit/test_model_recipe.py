@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from models import EMBEDDED
-from models.build import LETTERS, MOVES, ROLES, build_model, build_tokenizer, write_untrained
-from models.recipe.boards import ALPHABET, FIXED, Ints, draw_assignments, draw_boards, show, tables
-from models.recipe.measure import FIXED_SYMBOLS, Meter, environment, legend, other_symbols, random_play
-from models.recipe.play import play_batch
-from models.recipe.reflections import (
+from mulligan.env.envs.frozenlake import Board, FrozenLakeEpisode
+from mulligan.models import EMBEDDED
+from mulligan.models.build import LETTERS, MOVES, ROLES, build_model, build_tokenizer, write_untrained
+from mulligan.models.recipe.boards import ALPHABET, FIXED, Ints, draw_assignments, draw_boards, show, tables
+from mulligan.models.recipe.measure import FIXED_SYMBOLS, Meter, environment, legend, other_symbols, random_play
+from mulligan.models.recipe.play import play_batch
+from mulligan.models.recipe.reflections import (
     Attempts,
     Memory,
     draw_attempts,
@@ -27,11 +28,10 @@ from models.recipe.reflections import (
     write_legends,
     write_trace,
 )
-from models.recipe.report import readme
-from models.recipe.sampling import PAPER_VALIDATION, Sampling, attempt_all, reflection_text, turn_text
-from models.recipe.sampling import Attempt as PlayedAttempt
-from models.recipe.tokens import Writer
-from services.env.envs.frozenlake import Board, FrozenLakeEpisode
+from mulligan.models.recipe.report import readme
+from mulligan.models.recipe.sampling import PAPER_VALIDATION, Sampling, attempt_all, reflection_text, turn_text
+from mulligan.models.recipe.sampling import Attempt as PlayedAttempt
+from mulligan.models.recipe.tokens import Writer
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,7 +222,17 @@ def test_no_legend_learned_or_remembered_is_the_fixed_one(tokenizer: PreTrainedT
 
 
 def test_the_recipe_runs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "models.recipe", "--out", str(tmp_path), "--steps", "4", "--measure-boards", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "mulligan.models.recipe",
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "4",
+        "--measure-boards",
+        "0",
+    ]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=120).stdout
     assert "step 4/4" in output
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.model_type == "qwen3"

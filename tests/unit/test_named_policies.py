@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Continuation, Feature, SamplingParams
-from services.common.types import Outcome
-from services.trainer.algorithm import Erl, NoRecorder, evaluate
-from services.trainer.batch import REFLECTION
-from services.trainer.data import PolicyGradient
-from services.trainer.episode import Player
-from services.trainer.folder import RunState
-from services.trainer.journal import journal_file, read_experiences
-from services.trainer.manager import RunManager
-from services.trainer.named import NamedPolicy
-from services.trainer.run import Services
-from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Continuation, Feature, SamplingParams
+from mulligan.common.types import Outcome
+from mulligan.trainer.algorithm import Erl, NoRecorder, evaluate
+from mulligan.trainer.batch import REFLECTION
+from mulligan.trainer.data import PolicyGradient
+from mulligan.trainer.episode import Player
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.journal import journal_file, read_experiences
+from mulligan.trainer.manager import RunManager
+from mulligan.trainer.named import NamedPolicy
+from mulligan.trainer.run import Services
+from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 
 TEXT_ALONE = frozenset({Feature.STREAM, Feature.TOOLS})

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     Feature,
     Message,
     Role,
@@ -21,7 +21,7 @@ from services.common.inference import (
     VersionSpan,
     WeightsKind,
 )
-from services.policy.backend import Ask, Sampled, WeightsFile
+from mulligan.policy.backend import Ask, Sampled, WeightsFile
 from tests.support.endpoint import (
     KEY,
     QUESTION,

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import DomainError, Reason
-from services.common.model_files import UnsupportedModel
-from services.policy.backends import openai as backend_module
-from services.policy.backends.openai import open_backend
-from services.policy.config import ModelSettings, OpenAISettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backends import openai as backend_module
+from mulligan.policy.backends.openai import open_backend
+from mulligan.policy.config import ModelSettings, OpenAISettings
 from tests.support.endpoint import (
     KEY,
     MODELS,

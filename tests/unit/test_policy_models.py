@@ -12,16 +12,16 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from models.build import build_tokenizer
-from services.common.errors import DomainError
-from services.common.inference import SamplingParams, WeightsKind
-from services.common.model_files import UnsupportedModel
-from services.policy.backend import WeightsFile
-from services.policy.backends.attention import SlotCache
-from services.policy.backends.model import Model
-from services.policy.backends.runner import Request, Runner
-from services.policy.backends.weights import Weights
-from services.policy.config import PolicySettings
+from mulligan.common.errors import DomainError
+from mulligan.common.inference import SamplingParams, WeightsKind
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.models.build import build_tokenizer
+from mulligan.policy.backend import WeightsFile
+from mulligan.policy.backends.attention import SlotCache
+from mulligan.policy.backends.model import Model
+from mulligan.policy.backends.runner import Request, Runner
+from mulligan.policy.backends.weights import Weights
+from mulligan.policy.config import PolicySettings
 from tests.support.policy import load, plain_log_probs
 
 SMALL: dict[str, Any] = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.common.proxies import hint, host_of, is_direct
+from mulligan.common.proxies import hint, host_of, is_direct
 from tests.support.processes import Services
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,10 +50,10 @@ def test_a_service_on_loopback_answers_whatever_proxy_is_set(services: Services,
     """A health check and a command, each a process of its own. Nothing listens where the proxy is said to be."""
     address = services.start("env").address
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment |= {variable: "http://127.0.0.1:9", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto/gen")])}
+    environment |= {variable: "http://127.0.0.1:9", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     for command in (
-        ["services.common.healthcheck", address],
-        ["services.cli", "conformance", "env", "--target", address, "--only", "ListEnvironments"],
+        ["mulligan.common.healthcheck", address],
+        ["mulligan.cli", "conformance", "env", "--target", address, "--only", "ListEnvironments"],
     ):
         ended = subprocess.run(
             [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

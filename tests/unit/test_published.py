@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pytest
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import (
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import (
     CallOptions,
     Feature,
     LoraLimits,
@@ -19,9 +19,9 @@ from services.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from services.trainer.named import NamedPolicy, check_actor, check_reflector, check_top_k
-from services.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
-from services.trainer.settings import LoraSettings, ModelSettings, RunSettings
+from mulligan.trainer.named import NamedPolicy, check_actor, check_reflector, check_top_k
+from mulligan.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
+from mulligan.trainer.settings import LoraSettings, ModelSettings, RunSettings
 from tests.support.fakes import FakeLearner, FakePolicy
 
 PROMPT = (Message(Role.USER, "say"),)

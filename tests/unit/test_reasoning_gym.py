@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from services.env.base import Faulted, Split, UnknownTask
-from services.env.envs.reasoning_gym import DATASETS, INVALID, OVER, ReasoningGym, create
-from services.env.envs.reasoning_gym_pool import SIZE, Pool, TookTooLong
-from services.env.envs.reasoning_gym_process import Datasets, is_formula
-from services.env.load import load
+from mulligan.env.base import Faulted, Split, UnknownTask
+from mulligan.env.envs.reasoning_gym import DATASETS, INVALID, OVER, ReasoningGym, create
+from mulligan.env.envs.reasoning_gym_pool import SIZE, Pool, TookTooLong
+from mulligan.env.envs.reasoning_gym_process import Datasets, is_formula
+from mulligan.env.load import load
 
 # They have no single answer. Where one is given as an example, `test_examples…` takes it.
 NO_EXPECTED_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}

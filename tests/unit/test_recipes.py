@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from services.cli.train import read_settings
-from services.env.config import EnvSettings
-from services.trainer.settings import RunSettings, SecondAttempt
+from mulligan.cli.train import read_settings
+from mulligan.env.config import EnvSettings
+from mulligan.trainer.settings import RunSettings, SecondAttempt
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))

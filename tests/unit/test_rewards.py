@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.rewards import LARGEST_REWARD, exceeds, is_usable, reaches, read_reward, total
+from mulligan.common.rewards import LARGEST_REWARD, exceeds, is_usable, reaches, read_reward, total
 
 # How many equal rewards make up the largest sum there is, which solves the task.
 PARTS = [1, 3, 6, 7, 10, 49, 100, 1000]

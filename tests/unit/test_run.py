@@ -12,13 +12,13 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import DomainError, ServiceUnavailable
-from services.common.inference import PublishedWeights
-from services.common.types import Experience
-from services.trainer.data import Limits
-from services.trainer.events import EvaluationEvent, NoticeEvent, StepEvent
-from services.trainer.folder import RunFolder, RunState
-from services.trainer.journal import (
+from mulligan.common.errors import DomainError, ServiceUnavailable
+from mulligan.common.inference import PublishedWeights
+from mulligan.common.types import Experience
+from mulligan.trainer.data import Limits
+from mulligan.trainer.events import EvaluationEvent, NoticeEvent, StepEvent
+from mulligan.trainer.folder import RunFolder, RunState
+from mulligan.trainer.journal import (
     AttemptSampled,
     ReflectionSampled,
     StepJournal,
@@ -27,11 +27,11 @@ from services.trainer.journal import (
     read_experiences,
     read_records,
 )
-from services.trainer.manager import RunManager
-from services.trainer.published import ForeignWeights
-from services.trainer.run import Run, Services
-from services.trainer.seeds import tasks_of_step
-from services.trainer.settings import RunSettings
+from mulligan.trainer.manager import RunManager
+from mulligan.trainer.published import ForeignWeights
+from mulligan.trainer.run import Run, Services
+from mulligan.trainer.seeds import tasks_of_step
+from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 from tests.support.waiting import until
 

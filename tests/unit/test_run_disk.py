@@ -13,13 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import PublishedWeights
-from services.trainer import pause
-from services.trainer.events import Entry, EventLog, NoticeEvent, StateEvent
-from services.trainer.folder import RunFolder, RunState
-from services.trainer.manager import RunManager
-from services.trainer.run import Run
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import PublishedWeights
+from mulligan.trainer import pause
+from mulligan.trainer.events import Entry, EventLog, NoticeEvent, StateEvent
+from mulligan.trainer.folder import RunFolder, RunState
+from mulligan.trainer.manager import RunManager
+from mulligan.trainer.run import Run
 from tests.support.small_disk import SmallDisk
 from tests.unit.test_run import STEPS, World, sampled_parts
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import DomainError, Reason
-from services.common.types import EnvironmentInfo, Split, TaskInfo
-from services.trainer.fingerprint import brief, fingerprint
-from services.trainer.folder import RunState
-from services.trainer.journal import journal_file, read_experiences
-from services.trainer.manager import RunManager
-from services.trainer.run_environment import EnvironmentChanged, KnownEnvironment
-from services.trainer.settings import EvaluationSettings, RolloutSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
+from mulligan.trainer.fingerprint import brief, fingerprint
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.journal import journal_file, read_experiences
+from mulligan.trainer.manager import RunManager
+from mulligan.trainer.run_environment import EnvironmentChanged, KnownEnvironment
+from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
 from tests.support.fakes import FakeEnvironment, FakeEpisode
 from tests.unit.test_run import STEPS, World, sampled_parts
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from models import EMBEDDED
-from services.common.safetensors_header import BadSafetensors, TensorHeader, read_header
+from mulligan.common.safetensors_header import BadSafetensors, TensorHeader, read_header
+from mulligan.models import EMBEDDED
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}
 FILE = save({"a": torch.ones(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}, {"format": "pt"})

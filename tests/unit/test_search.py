@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from services.env.base import MissingExtra
-from services.env.search import Bm25, Dense, kept_bm25, kept_dense, load_encoder
+from mulligan.env.base import MissingExtra
+from mulligan.env.search import Bm25, Dense, kept_bm25, kept_dense, load_encoder
 from tests.support.encoders import create
 
 TITLES = ["Ada", "Bor", "Cil", "Dun", "Eve"]
@@ -196,7 +196,7 @@ def test_an_encoder_that_cannot_be_had_is_named(tiny_bert: Path, monkeypatch: py
         load_encoder("transformers", {"pooling": "max"})
     with pytest.raises(ValueError, match="model: '/no/such' cannot be loaded"):
         load_encoder("transformers", {"model": "/no/such"})
-    monkeypatch.delitem(sys.modules, "services.env.encoders.transformers")
+    monkeypatch.delitem(sys.modules, "mulligan.env.encoders.transformers")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtra, match="hotpotqa-dense"):
         load_encoder("transformers", {})

@@ -13,11 +13,10 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mulligan.trainer.v1 import run_config_pb2
 from pydantic import BaseModel
 
-from services.common.types import RetrievalStrategy
-from services.trainer.settings import (
+from mulligan.common.types import RetrievalStrategy
+from mulligan.trainer.settings import (
     AlgorithmSettings,
     DistillationLoss,
     EvaluationSettings,
@@ -31,7 +30,8 @@ from services.trainer.settings import (
     RunSettings,
     SecondAttempt,
 )
-from services.trainer.wire import plain_from_proto, settings_from_proto, settings_to_proto
+from mulligan.trainer.v1 import run_config_pb2
+from mulligan.trainer.wire import plain_from_proto, settings_from_proto, settings_to_proto
 
 ROOT = Path(__file__).resolve().parents[2]
 MESSAGES: dict[str, type[BaseModel]] = {

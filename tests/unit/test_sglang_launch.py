@@ -12,19 +12,19 @@ from pathlib import Path
 
 import pytest
 
-import models
-from services.common.model_files import UnsupportedModel
-from services.policy.backends.sglang import open_backend
-from services.policy.config import ModelSettings, SglangSettings
+from mulligan import models
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backends.sglang import open_backend
+from mulligan.policy.config import ModelSettings, SglangSettings
 from tests.support.processes import ROOT
 
 _SERVICE = """
 import asyncio, sys
 from pathlib import Path
-from services.policy.backends.sglang_engine.connection import Connection, new_session
-from services.policy.backends.sglang_engine.launch import LaunchedServer
-from services.policy.backends.sglang_engine.server import Server
-from services.policy.config import SglangSettings
+from mulligan.policy.backends.sglang_engine.connection import Connection, new_session
+from mulligan.policy.backends.sglang_engine.launch import LaunchedServer
+from mulligan.policy.backends.sglang_engine.server import Server
+from mulligan.policy.config import SglangSettings
 
 async def main():
     settings = SglangSettings(python=sys.argv[1])
@@ -73,7 +73,7 @@ async def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None
 def test_a_server_ends_with_the_service_that_started_it(tmp_path: Path) -> None:
     """However that ends."""
     python = _script(tmp_path, f"echo $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid; exec sleep 600")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
     command = [sys.executable, "-c", _SERVICE, python, str(tmp_path)]
     service = subprocess.Popen(command, env=environment)
     try:

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import models
-from services.common.errors import DomainError, Reason
-from services.common.fingerprint import model_fingerprint
-from services.common.inference import SamplingParams, StopReason, VersionSpan, WeightsKind
-from services.common.model_files import UnsupportedModel
-from services.policy.backend import Ask, WeightsFile
-from services.policy.backends.sglang_engine import requests
-from services.policy.backends.sglang_engine.connection import Refused
-from services.policy.backends.sglang_engine.folders import Folders, Target
-from services.policy.backends.sglang_engine.pool import Pool, Stale, place_of
-from services.policy.backends.sglang_engine.server import Server
-from services.policy.backends.sglang_engine.skeleton import Skeleton
-from services.policy.config import SglangSettings
+from mulligan import models
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.fingerprint import model_fingerprint
+from mulligan.common.inference import SamplingParams, StopReason, VersionSpan, WeightsKind
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backend import Ask, WeightsFile
+from mulligan.policy.backends.sglang_engine import requests
+from mulligan.policy.backends.sglang_engine.connection import Refused
+from mulligan.policy.backends.sglang_engine.folders import Folders, Target
+from mulligan.policy.backends.sglang_engine.pool import Pool, Stale, place_of
+from mulligan.policy.backends.sglang_engine.server import Server
+from mulligan.policy.backends.sglang_engine.skeleton import Skeleton
+from mulligan.policy.config import SglangSettings
 from tests.support.sglang import changed, full
 from tests.support.tiny_model import write_tiny_model
 

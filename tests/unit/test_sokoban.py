@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.env.base import Split, UnknownTask
-from services.env.envs.sokoban import Sokoban, SokobanEpisode, SokobanSettings, create
-from services.env.envs.sokoban_boards import LETTERS, Board, draw_board, solve
+from mulligan.env.base import Split, UnknownTask
+from mulligan.env.envs.sokoban import Sokoban, SokobanEpisode, SokobanSettings, create
+from mulligan.env.envs.sokoban_boards import LETTERS, Board, draw_board, solve
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
@@ -184,12 +184,12 @@ def test_a_task_is_its_id_on_every_machine() -> None:
     ids = ["train/00042", "train/09999", "test/00007", "test/00099"]
     boards = [first.board(task_id).rows for task_id in ids]
     code = (
-        f"from services.env.envs.sokoban import Sokoban; s = Sokoban(); print([s.board(i).rows for i in {ids[::-1]!r}])"
+        f"from mulligan.env.envs.sokoban import Sokoban; s = Sokoban(); print([s.board(i).rows for i in {ids[::-1]!r}])"
     )
     elsewhere = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto' / 'gen'}"},
+        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
         capture_output=True,
         text=True,
         check=True,

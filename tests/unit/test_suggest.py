@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from services.cli.train import _plain_name, read_settings
-from services.common.config import ServiceSettings
-from services.common.errors import DomainError
-from services.common.suggest import did_you_mean
-from services.env.base import read_settings as read_environment
-from services.env.config import EnvSettings
-from services.env.envs.frozenlake import FrozenLakeSettings
-from services.trainer.settings import RunSettings
-from services.trainer.wire import validated
+from mulligan.cli.train import _plain_name, read_settings
+from mulligan.common.config import ServiceSettings
+from mulligan.common.errors import DomainError
+from mulligan.common.suggest import did_you_mean
+from mulligan.env.base import read_settings as read_environment
+from mulligan.env.config import EnvSettings
+from mulligan.env.envs.frozenlake import FrozenLakeSettings
+from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.wire import validated
 
 
 @pytest.mark.parametrize(

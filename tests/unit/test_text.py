@@ -8,9 +8,9 @@ from google.rpc import status_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.errors import DomainError, Reason
-from services.common.status import to_status
-from services.common.text import bounded
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.status import to_status
+from mulligan.common.text import bounded
 
 ANY = st.characters(codec=None)  # surrogates, too
 LONG = st.builds(lambda text, count: text * count, st.text(ANY, max_size=20), st.integers(0, 20_000))

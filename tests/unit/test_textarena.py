@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.common.types import Split, StepResult
-from services.env.envs.textarena import TextArena, TextArenaEpisode, create
+from mulligan.common.types import Split, StepResult
+from mulligan.env.envs.textarena import TextArena, TextArenaEpisode, create
 
 ROOT = Path(__file__).resolve().parents[2]
 # Games that draw while they are made, begun and played, also from generators of their own and in global variables.
@@ -95,7 +95,7 @@ def test_a_task_is_the_same_in_each_process() -> None:
         subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'proto' / 'gen'}"},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
             capture_output=True,
             text=True,
             check=True,

@@ -9,14 +9,14 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.thoughts import without_thoughts
-from services.env.answers import boxed, marked, read_answer
-from services.env.base import StepResult
-from services.env.calls import play
-from services.env.envs.gymnasium_actions import read
-from services.env.grid import parse_action
-from services.env.tool_calls import find_calls
-from services.trainer.episode import reflection_in
+from mulligan.common.thoughts import without_thoughts
+from mulligan.env.answers import boxed, marked, read_answer
+from mulligan.env.base import StepResult
+from mulligan.env.calls import play
+from mulligan.env.envs.gymnasium_actions import read
+from mulligan.env.grid import parse_action
+from mulligan.env.tool_calls import find_calls
+from mulligan.trainer.episode import reflection_in
 from tests.support.fakes import PROMPTS
 
 HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>"

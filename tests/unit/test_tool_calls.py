@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
-from services.env.tool_calls import MAX_CALLS, Call, describe, find_calls, printable, read_arguments
+from mulligan.env.tool_calls import MAX_CALLS, Call, describe, find_calls, printable, read_arguments
 
 NAMES = ("search",)
 

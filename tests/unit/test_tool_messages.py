@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Continuation, Feature, Message, Role, SamplingParams, Tool
-from services.common.types import Outcome
-from services.trainer.episode import Player
-from services.trainer.named import NamedPolicy, check_environment
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Continuation, Feature, Message, Role, SamplingParams, Tool
+from mulligan.common.types import Outcome
+from mulligan.trainer.episode import Player
+from mulligan.trainer.named import NamedPolicy, check_environment
 from tests.support.fakes import FakeEnvironment, FakePolicy
 
 SEARCH = Tool("search", "Finds text.", '{"type": "object", "properties": {"query": {"type": "string"}}}')

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Feature, SamplingParams, VersionSpan
-from services.common.types import Attempt, Outcome, Reflection, Segment, SegmentKind, TokenSequence, Turn
-from services.trainer.algorithm import Erl, NoRecorder, evaluate
-from services.trainer.data import Limits
-from services.trainer.episode import Player
-from services.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
-from services.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
-from services.trainer.trainable import prompt_notices
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature, SamplingParams, VersionSpan
+from mulligan.common.types import Attempt, Outcome, Reflection, Segment, SegmentKind, TokenSequence, Turn
+from mulligan.trainer.algorithm import Erl, NoRecorder, evaluate
+from mulligan.trainer.data import Limits
+from mulligan.trainer.episode import Player
+from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
+from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+from mulligan.trainer.trainable import prompt_notices
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 
 CONTEXT, VOCABULARY = 200, 2**16

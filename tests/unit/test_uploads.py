@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import WeightsKind
-from services.policy.uploads import UploadHeader, Uploads, find_weights
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import WeightsKind
+from mulligan.policy.uploads import UploadHeader, Uploads, find_weights
 
 _TENSORS = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
 FILE = len(_TENSORS).to_bytes(8, "little") + _TENSORS + bytes(8)
@@ -177,7 +177,7 @@ async def test_a_restart_finds_what_is_complete_whatever_its_time_says(tmp_path:
 async def test_what_a_restart_found_and_nobody_used_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr("services.policy.uploads._KEPT_SECONDS", 0.05)
+    monkeypatch.setattr("mulligan.policy.uploads._KEPT_SECONDS", 0.05)
     before = Uploads(tmp_path, 10**6)
     uri = await before.receive(FULL, pieces(FILE))
     before.close()
@@ -190,7 +190,7 @@ async def test_what_a_restart_found_and_nobody_used_is_removed(
 
 
 async def test_what_is_not_used_is_removed(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.policy.uploads._KEPT_SECONDS", 0.05)
+    monkeypatch.setattr("mulligan.policy.uploads._KEPT_SECONDS", 0.05)
     uri = await uploads.receive(FULL, pieces(FILE))
     for _ in range(200):
         try:

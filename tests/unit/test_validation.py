@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from buf.validate import validate_pb2
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.common.validation import Violation, prepare, violations
+from mulligan.common.buf import validate_pb2
+from mulligan.common.validation import Violation, prepare, violations
 
 Field = descriptor_pb2.FieldDescriptorProto
 FileBuilder = Callable[[descriptor_pb2.FileDescriptorProto], None]

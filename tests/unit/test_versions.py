@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
-from services.policy.backend import WeightsFile
-from services.policy.versions import Record, VersionStore
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
+from mulligan.policy.backend import WeightsFile
+from mulligan.policy.versions import Record, VersionStore
 from tests.support.processes import ROOT
 
 KEEP = 2
@@ -264,7 +264,7 @@ _WRITER = """
 import hashlib, sys
 from pathlib import Path
 from tests.unit.test_versions import record_of, staged
-from services.policy.versions import VersionStore
+from mulligan.policy.versions import VersionStore
 
 folder = Path(sys.argv[1])
 store = VersionStore(folder / "store", 2)
@@ -294,7 +294,7 @@ def test_killed_at_any_moment_it_comes_back_whole(tmp_path: Path) -> None:
         process = subprocess.Popen(
             [sys.executable, "-c", _WRITER, str(tmp_path)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto" / "gen")])},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])},
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -3,7 +3,7 @@
     mulligan env play my_game       lets you play it
     mulligan env check my_game      says in words what is wrong with it
 
-To serve it, start `python -m services.env --config env.toml` in the folder of this file:
+To serve it, start `python -m mulligan.env --config env.toml` in the folder of this file:
 
     [environments.my-game]     # the name under which clients ask for it
     kind = "my_game"           # this module
@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
-from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
-from services.env.prompts import generic_prompts
+from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
+from mulligan.env.prompts import generic_prompts
 
 
 # CHANGE: what a server's configuration can set. A ValueError stops the server and is shown to whoever started it.

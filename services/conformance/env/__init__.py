@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from services.conformance.env import episodes, forks, hostile, listing, play, server, steps
-from services.conformance.env.game import Game
-from services.conformance.report import Suite
-from services.conformance.target import Session
+from mulligan.conformance.env import episodes, forks, hostile, listing, play, server, steps
+from mulligan.conformance.env.game import Game
+from mulligan.conformance.report import Suite
+from mulligan.conformance.target import Session
 
 SERVER: Suite[Session] = server.suite
 ENVIRONMENT: Suite[Game] = Suite()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 from uuid import uuid4
 
+from mulligan.conformance.env.game import SIDE_BY_SIDE, Game, difference
+from mulligan.conformance.gather import gathered
+from mulligan.conformance.report import NotApplicable, Suite, demand
+from mulligan.conformance.target import as_demanded
 from mulligan.env.v1 import env_service_pb2 as pb
-
-from services.conformance.env.game import SIDE_BY_SIDE, Game, difference
-from services.conformance.gather import gathered
-from services.conformance.report import NotApplicable, Suite, demand
-from services.conformance.target import as_demanded
 
 suite: Suite[Game] = Suite()
 STARTED = 6  # tasks

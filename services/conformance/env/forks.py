@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from uuid import uuid4
 
+from mulligan.conformance.env.game import Episode, Game, difference
+from mulligan.conformance.env.steps import unfinished
+from mulligan.conformance.report import NotApplicable, Suite, demand
 from mulligan.env.v1 import env_service_pb2 as pb
-
-from services.conformance.env.game import Episode, Game, difference
-from services.conformance.env.steps import unfinished
-from services.conformance.report import NotApplicable, Suite, demand
 
 suite: Suite[Game] = Suite()
 

@@ -11,11 +11,10 @@ from typing import Any, TypeAlias
 from uuid import uuid4
 
 from mulligan.common.v1 import outcome_pb2
+from mulligan.conformance.gather import gathered
+from mulligan.conformance.report import NotApplicable, Violation
+from mulligan.conformance.target import Refusal, Session
 from mulligan.env.v1 import env_service_pb2 as pb
-
-from services.conformance.gather import gathered
-from services.conformance.report import NotApplicable, Violation
-from services.conformance.target import Refusal, Session
 
 SPLITS = (pb.SPLIT_TRAIN, pb.SPLIT_TEST)
 # What an agent may well answer, in one environment or another.

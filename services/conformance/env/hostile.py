@@ -6,12 +6,11 @@ import random
 from collections.abc import Callable, Iterator
 from itertools import chain, cycle
 
+from mulligan.conformance.env import rules
+from mulligan.conformance.env.game import ORDINARY, SIDE_BY_SIDE, Episode, Game
+from mulligan.conformance.gather import gathered
+from mulligan.conformance.report import Suite, Violation, demand
 from mulligan.env.v1 import env_service_pb2 as pb
-
-from services.conformance.env import rules
-from services.conformance.env.game import ORDINARY, SIDE_BY_SIDE, Episode, Game
-from services.conformance.gather import gathered
-from services.conformance.report import Suite, Violation, demand
 
 suite: Suite[Game] = Suite()
 _MEGABYTE = 2**20

@@ -6,10 +6,9 @@ import json
 import math
 from typing import Any
 
+from mulligan.conformance.env.game import SPLITS, Game
+from mulligan.conformance.report import Suite, Violation, demand
 from mulligan.env.v1 import env_service_pb2 as pb
-
-from services.conformance.env.game import SPLITS, Game
-from services.conformance.report import Suite, Violation, demand
 
 suite: Suite[Game] = Suite()
 LISTED = 2000  # tasks of a split; of more only these are looked at

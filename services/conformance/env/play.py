@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from services.conformance.env import rules
-from services.conformance.env.game import Episode, Game, difference
-from services.conformance.report import NotApplicable, Suite, Violation, demand
+from mulligan.conformance.env import rules
+from mulligan.conformance.env.game import Episode, Game, difference
+from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
 
 suite: Suite[Game] = Suite()
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 
+from mulligan.common.rewards import reaches, total
 from mulligan.common.v1 import outcome_pb2
+from mulligan.conformance.env.game import Episode
 from mulligan.env.v1 import env_service_pb2 as pb
-
-from services.common.rewards import reaches, total
-from services.conformance.env.game import Episode
 
 Rule = Callable[[pb.EnvironmentInfo, Episode], Iterator[str]]
 _ENDS = (outcome_pb2.OUTCOME_COMPLETED, outcome_pb2.OUTCOME_TRUNCATED)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from mulligan.conformance.env import ENVIRONMENT, SERVER, WITHOUT_EPISODES
+from mulligan.conformance.env.game import Game, Options
+from mulligan.conformance.report import Report, Result, run_suite
+from mulligan.conformance.target import Session, Target, Unreachable
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-
-from services.conformance.env import ENVIRONMENT, SERVER, WITHOUT_EPISODES
-from services.conformance.env.game import Game, Options
-from services.conformance.report import Report, Result, run_suite
-from services.conformance.target import Session, Target, Unreachable
 
 METHODS = ("ListEnvironments", pb.ListEnvironmentsRequest())
 

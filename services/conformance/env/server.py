@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from uuid import uuid4
 
+from mulligan.conformance import common
+from mulligan.conformance.report import NotApplicable, Suite, demand
+from mulligan.conformance.target import Refusal, Session
 from mulligan.env.v1 import env_service_pb2 as pb
-
-from services.conformance import common
-from services.conformance.report import NotApplicable, Suite, demand
-from services.conformance.target import Refusal, Session
 
 suite: Suite[Session] = Suite()
 NOTHING = pb.ListEnvironmentsRequest()

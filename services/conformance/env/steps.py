@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from google.rpc import code_pb2
-from mulligan.env.v1 import env_service_pb2 as pb
 
-from services.conformance.env.game import SIDE_BY_SIDE, Episode, Game, difference
-from services.conformance.gather import gathered
-from services.conformance.report import NotApplicable, Suite, demand
-from services.conformance.target import Refusal
+from mulligan.conformance.env.game import SIDE_BY_SIDE, Episode, Game, difference
+from mulligan.conformance.gather import gathered
+from mulligan.conformance.report import NotApplicable, Suite, demand
+from mulligan.conformance.target import Refusal
+from mulligan.env.v1 import env_service_pb2 as pb
 
 suite: Suite[Game] = Suite()
 OTHER = "conformance: another action than the one that was played"

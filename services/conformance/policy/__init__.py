@@ -3,10 +3,10 @@ policies (`POLICY`) as far as its features go."""
 
 from __future__ import annotations
 
-from services.conformance.policy import admin, generate, refusals, scoring, server, stream
-from services.conformance.policy.served import Served
-from services.conformance.report import Suite
-from services.conformance.target import Session
+from mulligan.conformance.policy import admin, generate, refusals, scoring, server, stream
+from mulligan.conformance.policy.served import Served
+from mulligan.conformance.report import Suite
+from mulligan.conformance.target import Session
 
 SERVER: Suite[Session] = server.suite
 POLICY: Suite[Served] = Suite()

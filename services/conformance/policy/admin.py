@@ -6,12 +6,11 @@ from __future__ import annotations
 from typing import Any
 from uuid import uuid4
 
+from mulligan.conformance.policy.served import Served
+from mulligan.conformance.report import NotApplicable, Suite, demand
+from mulligan.conformance.target import Refusal
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2 as policy_pb
-
-from services.conformance.policy.served import Served
-from services.conformance.report import NotApplicable, Suite, demand
-from services.conformance.target import Refusal
 
 suite: Suite[Served] = Suite()
 _SHA256 = "0" * 64

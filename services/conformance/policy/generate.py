@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 
+from mulligan.conformance.policy.served import LOG_PROBS, TOKEN_IDS, Served, difference, user
+from mulligan.conformance.report import NotApplicable, Suite, demand
 from mulligan.policy.v1 import policy_service_pb2 as pb
-
-from services.conformance.policy.served import LOG_PROBS, TOKEN_IDS, Served, difference, user
-from services.conformance.report import NotApplicable, Suite, demand
 
 suite: Suite[Served] = Suite()
 _LETTERS = "[ab]{3}"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mulligan.conformance.policy.served import SCORE, TOKEN_IDS, Served, user
+from mulligan.conformance.report import NotApplicable, Suite, demand
+from mulligan.conformance.target import as_demanded
 from mulligan.policy.v1 import policy_service_pb2 as pb
-
-from services.conformance.policy.served import SCORE, TOKEN_IDS, Served, user
-from services.conformance.report import NotApplicable, Suite, demand
-from services.conformance.target import as_demanded
 
 suite: Suite[Served] = Suite()
 LONGEST = 300_000  # tokens of a context that a check fills

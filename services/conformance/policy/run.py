@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mulligan.conformance.policy import POLICY, SERVER
+from mulligan.conformance.policy.served import Options, Served
+from mulligan.conformance.report import Report, Result, run_suite
+from mulligan.conformance.target import Session, Target, Unreachable
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
-
-from services.conformance.policy import POLICY, SERVER
-from services.conformance.policy.served import Options, Served
-from services.conformance.report import Report, Result, run_suite
-from services.conformance.target import Session, Target, Unreachable
 
 _ADMIN = (
     *("LoadModel", "UnloadModel", "UploadWeights", "UpdateWeights", "ListVersions", "Rollback"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from mulligan.conformance.policy.served import LOG_PROBS, SCORE, TOKEN_IDS, Served, difference, user
+from mulligan.conformance.report import Suite, demand
 from mulligan.policy.v1 import policy_service_pb2 as pb
-
-from services.conformance.policy.served import LOG_PROBS, SCORE, TOKEN_IDS, Served, difference, user
-from services.conformance.report import Suite, demand
 
 suite: Suite[Served] = Suite()
 

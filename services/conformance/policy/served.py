@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mulligan.common.v1 import message_pb2
+from mulligan.conformance.report import NotApplicable, demand
+from mulligan.conformance.target import Session
 from mulligan.policy.v1 import policy_service_pb2 as pb
-
-from services.conformance.report import NotApplicable, demand
-from services.conformance.target import Session
 
 TOKEN_IDS, LOG_PROBS, SCORE = pb.FEATURE_TOKEN_IDS, pb.FEATURE_LOG_PROBS, pb.FEATURE_SCORE
 _ROUNDING = 1e-4  # of a log-probability of a token that is certain

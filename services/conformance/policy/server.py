@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 from uuid import uuid4
 
+from mulligan.conformance import common
+from mulligan.conformance.policy.served import user
+from mulligan.conformance.report import NotApplicable, Suite, demand
+from mulligan.conformance.target import Session, as_demanded
 from mulligan.policy.v1 import policy_service_pb2 as pb
-
-from services.conformance import common
-from services.conformance.policy.served import user
-from services.conformance.report import NotApplicable, Suite, demand
-from services.conformance.target import Session, as_demanded
 
 suite: Suite[Session] = Suite()
 DEFAULT = pb.GetPolicyRequest()

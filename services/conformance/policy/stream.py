@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mulligan.conformance.policy.served import LOG_PROBS, TOKEN_IDS, Served
+from mulligan.conformance.report import Suite, Violation, demand
+from mulligan.conformance.target import Refusal, as_demanded
 from mulligan.policy.v1 import policy_service_pb2 as pb
-
-from services.conformance.policy.served import LOG_PROBS, TOKEN_IDS, Served
-from services.conformance.report import Suite, Violation, demand
-from services.conformance.target import Refusal, as_demanded
 
 suite: Suite[Served] = Suite()
 

@@ -3,10 +3,10 @@ and runs, is made only where `--writes` allows it."""
 
 from __future__ import annotations
 
-from services.conformance.report import Suite
-from services.conformance.target import Session
-from services.conformance.trainer import checkpoints, learners, leases, runs, server, training
-from services.conformance.trainer.held import Trainer
+from mulligan.conformance.report import Suite
+from mulligan.conformance.target import Session
+from mulligan.conformance.trainer import checkpoints, learners, leases, runs, server, training
+from mulligan.conformance.trainer.held import Trainer
 
 SERVER: Suite[Session] = server.suite
 TRAINER: Suite[Trainer] = Suite()

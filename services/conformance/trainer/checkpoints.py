@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 
+from mulligan.conformance.report import Suite, demand
+from mulligan.conformance.trainer.held import Trainer
 from mulligan.trainer.v1 import learner_service_pb2 as pb
-
-from services.conformance.report import Suite, demand
-from services.conformance.trainer.held import Trainer
 
 suite: Suite[Trainer] = Suite()
 _ALIKE = 1e-5

@@ -9,12 +9,12 @@ from typing import Any
 from uuid import uuid4
 
 from google.protobuf.duration_pb2 import Duration
+
+from mulligan.conformance.report import NotApplicable, Violation
+from mulligan.conformance.target import Refusal, Session
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as run_pb
-
-from services.conformance.report import NotApplicable, Violation
-from services.conformance.target import Refusal, Session
 
 OWNER = "conformance"
 LEASE_SECONDS = 600  # of every learner: it is gone though the suite is killed

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from mulligan.conformance.gather import gathered
+from mulligan.conformance.report import Suite, demand
+from mulligan.conformance.trainer.held import Learner, Trainer, datum
 from mulligan.trainer.v1 import learner_service_pb2 as pb
-
-from services.conformance.gather import gathered
-from services.conformance.report import Suite, demand
-from services.conformance.trainer.held import Learner, Trainer, datum
 
 suite: Suite[Trainer] = Suite()
 _ALIKE = 1e-3  # relative: two learners of the same seed on one machine

@@ -6,10 +6,10 @@ import asyncio
 import time
 
 from google.protobuf.duration_pb2 import Duration
-from mulligan.trainer.v1 import learner_service_pb2 as pb
 
-from services.conformance.report import NotApplicable, Suite, Violation, demand
-from services.conformance.trainer.held import LEASE_SECONDS, Learner, Trainer
+from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
+from mulligan.conformance.trainer.held import LEASE_SECONDS, Learner, Trainer
+from mulligan.trainer.v1 import learner_service_pb2 as pb
 
 suite: Suite[Trainer] = Suite()
 _SHORT, _LONG = 1, 4  # seconds

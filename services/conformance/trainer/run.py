@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mulligan.conformance.report import Report, Result, run_suite
+from mulligan.conformance.target import Session, Target
+from mulligan.conformance.trainer import SERVER, TRAINER
+from mulligan.conformance.trainer.held import Options, Trainer
+from mulligan.conformance.trainer.server import FIRST
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as learner_grpc
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2_grpc as run_grpc
-
-from services.conformance.report import Report, Result, run_suite
-from services.conformance.target import Session, Target
-from services.conformance.trainer import SERVER, TRAINER
-from services.conformance.trainer.held import Options, Trainer
-from services.conformance.trainer.server import FIRST
 
 
 def target(address: str, **options: Any) -> Target:

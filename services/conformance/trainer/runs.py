@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 from uuid import uuid4
 
+from mulligan.conformance.report import NotApplicable, Suite, demand
+from mulligan.conformance.target import Refusal, as_demanded
+from mulligan.conformance.trainer.held import Trainer
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as pb
-
-from services.conformance.report import NotApplicable, Suite, demand
-from services.conformance.target import Refusal, as_demanded
-from services.conformance.trainer.held import Trainer
 
 suite: Suite[Trainer] = Suite()
 NOWHERE = "no-such-environment"  # of a run that must not be started, and would soon fail if it were

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from mulligan.conformance import common
+from mulligan.conformance.report import Suite
+from mulligan.conformance.target import Session
 from mulligan.trainer.v1 import run_service_pb2 as pb
-
-from services.conformance import common
-from services.conformance.report import Suite
-from services.conformance.target import Session
 
 suite: Suite[Session] = Suite()
 FIRST = ("ListRuns", pb.ListRunsRequest(page_size=1))

@@ -8,12 +8,11 @@ from typing import Any
 from uuid import uuid4
 
 from mulligan.common.v1 import experience_pb2, outcome_pb2
+from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
+from mulligan.conformance.target import Refusal
+from mulligan.conformance.trainer.held import Trainer
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as pb
-
-from services.conformance.report import NotApplicable, Suite, Violation, demand
-from services.conformance.target import Refusal
-from services.conformance.trainer.held import Trainer
 
 suite: Suite[Trainer] = Suite()
 LONG = 1_000_000  # steps that no run takes before it is stopped

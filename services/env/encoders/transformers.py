@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from services.env.base import read_settings
+from mulligan.env.base import read_settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
-from services.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, read_settings
-from services.env.envs.frozenlake_boards import FROZEN, GOAL, HOLE, PLAYER, Board
-from services.env.envs.frozenlake_maps import read_maps
-from services.env.grid import (
+from mulligan.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, read_settings
+from mulligan.env.envs.frozenlake_boards import FROZEN, GOAL, HOLE, PLAYER, Board
+from mulligan.env.envs.frozenlake_maps import read_maps
+from mulligan.env.grid import (
     MAX_TASKS,
     MOVES,
     NO_EFFECT,
@@ -25,7 +25,7 @@ from services.env.grid import (
     reading_of,
     with_limit,
 )
-from services.env.grid_files import FileTasks
+from mulligan.env.grid_files import FileTasks
 
 PLAYER_IN_HOLE, PLAYER_ON_GOAL = "X", "√"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from services.env.grid import MOVES, is_test
+from mulligan.env.grid import MOVES, is_test
 
 PLAYER, GOAL, HOLE, FROZEN = "A", "B", "C", "D"
 

@@ -12,8 +12,8 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from services.env.envs.frozenlake_boards import FROZEN, GOAL, HOLE, PLAYER, Board
-from services.env.grid_files import Placed, read_text
+from mulligan.env.envs.frozenlake_boards import FROZEN, GOAL, HOLE, PLAYER, Board
+from mulligan.env.grid_files import Placed, read_text
 
 _SYMBOLS = {"S": PLAYER, "F": FROZEN, "H": HOLE, "G": GOAL}
 _MAX_SIDE = 64

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from services.common.rewards import read_reward, total
-from services.env.base import (
+from mulligan.common.rewards import read_reward, total
+from mulligan.env.base import (
     EnvironmentInfo,
     MissingExtra,
     PromptSet,
@@ -25,7 +25,7 @@ from services.env.base import (
     UnknownTask,
     read_settings,
 )
-from services.env.prompts import generic_prompts
+from mulligan.env.prompts import generic_prompts
 
 if TYPE_CHECKING:
     import gymnasium
@@ -157,7 +157,7 @@ class Gymnasium:
     def __init__(self, settings: GymnasiumSettings) -> None:
         import gymnasium
 
-        from services.env.envs import gymnasium_actions, gymnasium_spaces
+        from mulligan.env.envs import gymnasium_actions, gymnasium_spaces
 
         self.settings = settings
         self._gymnasium, self._words, self._answers = gymnasium, gymnasium_spaces, gymnasium_actions

@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 import numpy as np
 from gymnasium import spaces
 
-from services.common.thoughts import without_thoughts
-from services.env.answers import last_number, marked
-from services.env.envs.gymnasium_spaces import Space, is_whole, words
-from services.env.tool_calls import printable
+from mulligan.common.thoughts import without_thoughts
+from mulligan.env.answers import last_number, marked
+from mulligan.env.envs.gymnasium_spaces import Space, is_whole, words
+from mulligan.env.tool_calls import printable
 
 _MAX_ANSWER = 20_000  # characters of an action
 _MAX_READING = 200

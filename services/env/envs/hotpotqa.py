@@ -21,9 +21,9 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, Field
 
-from services.common.rewards import reaches
-from services.env.answers import marked
-from services.env.base import (
+from mulligan.common.rewards import reaches
+from mulligan.env.answers import marked
+from mulligan.env.base import (
     EnvironmentInfo,
     MissingExtra,
     PromptSet,
@@ -34,10 +34,10 @@ from services.env.base import (
     UnknownTask,
     read_settings,
 )
-from services.env.envs import hotpotqa_world
-from services.env.envs.hotpotqa_score import Method, Score, score
-from services.env.search import Bm25, Dense, Hit, Index, kept_bm25, kept_dense, load_encoder
-from services.env.tool_calls import Call, describe, find_calls, printable, read_arguments
+from mulligan.env.envs import hotpotqa_world
+from mulligan.env.envs.hotpotqa_score import Method, Score, score
+from mulligan.env.search import Bm25, Dense, Hit, Index, kept_bm25, kept_dense, load_encoder
+from mulligan.env.tool_calls import Call, describe, find_calls, printable, read_arguments
 
 OVER = "The episode is over."
 NOTHING_FOUND = "No relevant passages were found."
@@ -202,7 +202,7 @@ def create(name: str, settings: Mapping[str, object]) -> HotpotQa:
     try:
         import tantivy  # noqa: F401 - what `search` uses
 
-        from services.env.envs.hotpotqa_data import Files, Question, by_id
+        from mulligan.env.envs.hotpotqa_data import Files, Question, by_id
     except ImportError as error:
         raise MissingExtra("hotpotqa", error) from error
     if read.train_file or read.test_file:

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from services.env.files import matching, required
-from services.env.record_files import read_records
+from mulligan.env.files import matching, required
+from mulligan.env.record_files import read_records
 
 LEVELS = {"easy": 1.0, "medium": 2.0, "hard": 3.0}
 MAX_ID = 190  # characters; a task's id, with its split before it, may have 200

@@ -22,10 +22,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from services.common.errors import DomainError, Reason
-from services.common.proxies import is_direct
-from services.common.rewards import read_reward
-from services.env.base import (
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.proxies import is_direct
+from mulligan.common.rewards import read_reward
+from mulligan.env.base import (
     EnvironmentInfo,
     Faulted,
     MissingExtra,
@@ -35,9 +35,9 @@ from services.env.base import (
     UnknownTask,
     read_settings,
 )
-from services.env.prompts import generic_prompts
-from services.env.tool_calls import printable
-from services.env.workers import TimedOut
+from mulligan.env.prompts import generic_prompts
+from mulligan.env.tool_calls import printable
+from mulligan.env.workers import TimedOut
 
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection

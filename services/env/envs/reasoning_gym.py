@@ -23,8 +23,8 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.env.answers import read_answer
-from services.env.base import (
+from mulligan.env.answers import read_answer
+from mulligan.env.base import (
     EnvironmentInfo,
     MissingExtra,
     Split,
@@ -33,9 +33,9 @@ from services.env.base import (
     UnknownTask,
     read_settings,
 )
-from services.env.envs.reasoning_gym_pool import SIZE, Pool, Refused, TookTooLong
-from services.env.prompts import generic_prompts
-from services.env.tool_calls import printable
+from mulligan.env.envs.reasoning_gym_pool import SIZE, Pool, Refused, TookTooLong
+from mulligan.env.prompts import generic_prompts
+from mulligan.env.tool_calls import printable
 
 OVER = "The episode is over."
 INVALID = "invalid"

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from services.env.base import Faulted
+from mulligan.env.base import Faulted
 
 SIZE = 1_000  # of a dataset as it is made: some draw from it as a whole, so that it is a part of what a task is
 
@@ -100,7 +100,7 @@ class _Process:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "services.env.envs.reasoning_gym_process", str(seconds), str(memory)]
+        command = [sys.executable, "-m", "mulligan.env.envs.reasoning_gym_process", str(seconds), str(memory)]
         self._seconds = seconds
         self._process = subprocess.Popen(
             command,

@@ -26,7 +26,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TextIO
 
-from services.env.envs.reasoning_gym_pool import SIZE
+from mulligan.env.envs.reasoning_gym_pool import SIZE
 
 _LOAD_SECONDS = 300
 _KEPT = 256  # datasets, and entries: a score is mostly asked for soon after its question

@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from services.common.channel import Endpoint
-from services.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
-from services.common.types import Outcome
-from services.env.base import EnvironmentInfo, Faulted, Split, StepResult, TaskInfo, UnknownTask, read_settings
-from services.env.client import RemoteEpisode
-from services.env.load import Unavailable
-from services.env.replicas import connect
-from services.env.workers import TimedOut
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.types import Outcome
+from mulligan.env.base import EnvironmentInfo, Faulted, Split, StepResult, TaskInfo, UnknownTask, read_settings
+from mulligan.env.client import RemoteEpisode
+from mulligan.env.load import Unavailable
+from mulligan.env.replicas import connect
+from mulligan.env.workers import TimedOut
 
 T = TypeVar("T")
 _FIRST_SECONDS = 3.0  # for the first answer, before this server starts without it

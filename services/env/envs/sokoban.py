@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
-from services.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, read_settings
-from services.env.envs.sokoban_boards import (
+from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, read_settings
+from mulligan.env.envs.sokoban_boards import (
     BOX,
     BOX_ON_GOAL,
     FLOOR,
@@ -29,8 +29,8 @@ from services.env.envs.sokoban_boards import (
     offsets,
     solve,
 )
-from services.env.envs.sokoban_levels import read_levels
-from services.env.grid import (
+from mulligan.env.envs.sokoban_levels import read_levels
+from mulligan.env.grid import (
     MAX_TASKS,
     NO_EFFECT,
     PROMPTS,
@@ -40,7 +40,7 @@ from services.env.grid import (
     reading_of,
     with_limit,
 )
-from services.env.grid_files import MAX_STEPS, FileTasks
+from mulligan.env.grid_files import MAX_STEPS, FileTasks
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import random
 from collections import deque
 from dataclasses import dataclass
 
-from services.env.grid import MOVES, is_test
+from mulligan.env.grid import MOVES, is_test
 
 PLAYER, PLAYER_ON_GOAL, BOX, BOX_ON_GOAL, GOAL, FLOOR, WALL = "A", "a", "B", "b", "C", "D", "E"
 LETTERS = PLAYER + PLAYER_ON_GOAL + BOX + BOX_ON_GOAL + GOAL + FLOOR + WALL

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from services.env.envs.sokoban_boards import (
+from mulligan.env.envs.sokoban_boards import (
     BOX,
     BOX_ON_GOAL,
     FLOOR,
@@ -24,7 +24,7 @@ from services.env.envs.sokoban_boards import (
     least_pushes,
     solve,
 )
-from services.env.grid_files import MAX_STEPS, Placed, read_text
+from mulligan.env.grid_files import MAX_STEPS, Placed, read_text
 
 _SYMBOLS = {"#": WALL, "@": PLAYER, "+": PLAYER_ON_GOAL, "$": BOX, "*": BOX_ON_GOAL, ".": GOAL, " ": FLOOR}
 _SYMBOLS |= {"-": FLOOR, "_": FLOOR}

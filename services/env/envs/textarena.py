@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from services.common.rewards import read_reward
-from services.env.base import (
+from mulligan.common.rewards import read_reward
+from mulligan.env.base import (
     EnvironmentInfo,
     MissingExtra,
     Split,
@@ -37,8 +37,8 @@ from services.env.base import (
     UnknownTask,
     read_settings,
 )
-from services.env.prompts import generic_prompts
-from services.env.tool_calls import printable
+from mulligan.env.prompts import generic_prompts
+from mulligan.env.tool_calls import printable
 
 _MAX_TASKS = 100_000  # per split; ids have five digits
 _FIRST_SEED = {Split.TRAIN: 0, Split.TEST: _MAX_TASKS}

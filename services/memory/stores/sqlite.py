@@ -19,10 +19,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, TypeVar
 
-from services.common.disk import writing_to
-from services.common.errors import DomainError, Reason
-from services.common.types import Provenance, RetrievalStrategy, StoredReflection
-from services.memory.store import Added, Found, Page, Snapshot, StoreError, reflection_id
+from mulligan.common.disk import writing_to
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.memory.store import Added, Found, Page, Snapshot, StoreError, reflection_id
 
 _MAX_TRANSACTION = 256
 _CREATE = """

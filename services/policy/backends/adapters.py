@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from services.policy.adapter_config import AdapterConfig, mismatch
+from mulligan.policy.adapter_config import AdapterConfig, mismatch
 
 _PREFIX = "base_model.model."  # of every name in a file that peft writes
 _DOWN, _UP = "lora_A", "lora_B"

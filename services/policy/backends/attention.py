@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from services.common.model_files import UnsupportedModel
+from mulligan.common.model_files import UnsupportedModel
 
 NAME = "mulligan"
 # Requests with similar numbers of new tokens are padded to the longest of their group; upper ends of the groups.

@@ -9,9 +9,9 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-import models
-from services.common.inference import WeightsKind
-from services.policy.backend import WeightsFile
+from mulligan import models
+from mulligan.common.inference import WeightsKind
+from mulligan.policy.backend import WeightsFile
 
 
 def alike(first: WeightsFile, second: WeightsFile, dtype: str) -> bool:

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from llguidance.hf import from_tokenizer
 
-from services.common.errors import DomainError, invalid_field
-from services.common.inference import SamplingParams
-from services.common.model_files import UnsupportedModel
-from services.policy.backends.tokenizer import Tokenizer
+from mulligan.common.errors import DomainError, invalid_field
+from mulligan.common.inference import SamplingParams
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backends.tokenizer import Tokenizer
 
 _SILENT = 0
 _SCHEMA = ("json_schema", "a JSON schema")

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import VersionSpan
-from services.policy.backend import Sampled
-from services.policy.backends.runner import Request, Runner
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import VersionSpan
+from mulligan.policy.backend import Sampled
+from mulligan.policy.backends.runner import Request, Runner
 
 T = TypeVar("T")
 _RETRY_AFTER = timedelta(milliseconds=200)

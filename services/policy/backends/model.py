@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-import models
-from services.common.fingerprint import model_fingerprint
-from services.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
-from services.policy.backends import attention
-from services.policy.backends.tokenizer import Tokenizer
-from services.policy.config import ModelSettings
+from mulligan import models
+from mulligan.common.fingerprint import model_fingerprint
+from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
+from mulligan.policy.backends import attention
+from mulligan.policy.backends.tokenizer import Tokenizer
+from mulligan.policy.config import ModelSettings
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Largest difference between log-probabilities of this engine and of the model's own code: float32, and the others.

@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 import openai
 import structlog
 
-from services.common.errors import DomainError, Reason, invalid_field
-from services.common.inference import Feature, ReplicaInfo, VersionSpan, WeightsKind
-from services.common.model_files import UnsupportedModel
-from services.common.proxies import is_direct
-from services.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
-from services.policy.backends.openai_chat import (
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.inference import Feature, ReplicaInfo, VersionSpan, WeightsKind
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.common.proxies import is_direct
+from mulligan.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
+from mulligan.policy.backends.openai_chat import (
     NotAnAnswer,
     StreamedAnswer,
     chat_request,
@@ -35,7 +35,7 @@ from services.policy.backends.openai_chat import (
     only_choice,
     text_of,
 )
-from services.policy.config import ModelSettings
+from mulligan.policy.config import ModelSettings
 
 log = structlog.get_logger()
 _FEATURES = frozenset({Feature.STREAM, Feature.SEED, Feature.TOOLS, Feature.JSON_SCHEMA})

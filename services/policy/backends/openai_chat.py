@@ -14,9 +14,9 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletio
 from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 
-from services.common.errors import DomainError, Reason, invalid_field
-from services.common.inference import Message, Role, SamplingParams, StopReason, Tool, ToolCall
-from services.policy.backend import Ask
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.inference import Message, Role, SamplingParams, StopReason, Tool, ToolCall
+from mulligan.policy.backend import Ask
 
 
 class NotAnAnswer(Exception):

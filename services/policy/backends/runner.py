@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import SamplingParams, StopReason, VersionSpan
-from services.policy.backend import Sampled
-from services.policy.backends import attention, sampling
-from services.policy.backends.constraints import Constraint
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import SamplingParams, StopReason, VersionSpan
+from mulligan.policy.backend import Sampled
+from mulligan.policy.backends import attention, sampling
+from mulligan.policy.backends.constraints import Constraint
 
 # A prefix that another slot holds is copied from this length on; computing fewer tokens is as fast.
 _SHORTEST_COPY = 16

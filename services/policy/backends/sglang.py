@@ -20,20 +20,20 @@ from pathlib import Path
 
 import aiohttp
 
-from services.common.errors import DomainError, Reason, invalid_field
-from services.common.inference import Feature, StopReason
-from services.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
-from services.policy.backends.sglang_engine import requests
-from services.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable
-from services.policy.backends.sglang_engine.folders import Folders, Target
-from services.policy.backends.sglang_engine.launch import LaunchedServer
-from services.policy.backends.sglang_engine.opening import Opened, open_servers
-from services.policy.backends.sglang_engine.pool import Pool, Stale, place_of
-from services.policy.backends.sglang_engine.server import Server, score_one
-from services.policy.backends.sglang_engine.skeleton import Skeleton
-from services.policy.backends.sglang_engine.updates import Updates
-from services.policy.chat import Chat
-from services.policy.config import ModelSettings
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.inference import Feature, StopReason
+from mulligan.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
+from mulligan.policy.backends.sglang_engine import requests
+from mulligan.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable
+from mulligan.policy.backends.sglang_engine.folders import Folders, Target
+from mulligan.policy.backends.sglang_engine.launch import LaunchedServer
+from mulligan.policy.backends.sglang_engine.opening import Opened, open_servers
+from mulligan.policy.backends.sglang_engine.pool import Pool, Stale, place_of
+from mulligan.policy.backends.sglang_engine.server import Server, score_one
+from mulligan.policy.backends.sglang_engine.skeleton import Skeleton
+from mulligan.policy.backends.sglang_engine.updates import Updates
+from mulligan.policy.chat import Chat
+from mulligan.policy.config import ModelSettings
 
 _ATTEMPTS = 10  # at servers that fail one after the other
 _ROUTED_ATTEMPTS = 2  # before a server is asked directly: a router may send a prompt to the same stale one each time

@@ -8,9 +8,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from services.common.model_files import UnsupportedModel, short
-from services.policy.chat import Chat, NoTurnEnd, TemplateFailure, turn_end
-from services.policy.literals import AddedToken, ControlTokens, Span
+from mulligan.common.model_files import UnsupportedModel, short
+from mulligan.policy.chat import Chat, NoTurnEnd, TemplateFailure, turn_end
+from mulligan.policy.literals import AddedToken, ControlTokens, Span
 
 
 class Tokenizer:

@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Feature, ReplicaInfo
-from services.common.model_files import UnsupportedModel
-from services.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
-from services.policy.backends.attention import SlotCache
-from services.policy.backends.constraints import Constraints
-from services.policy.backends.engine import Engine
-from services.policy.backends.model import Model
-from services.policy.backends.runner import Request, Runner
-from services.policy.backends.weights import Weights
-from services.policy.chat import Chat
-from services.policy.config import ModelSettings
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature, ReplicaInfo
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
+from mulligan.policy.backends.attention import SlotCache
+from mulligan.policy.backends.constraints import Constraints
+from mulligan.policy.backends.engine import Engine
+from mulligan.policy.backends.model import Model
+from mulligan.policy.backends.runner import Request, Runner
+from mulligan.policy.backends.weights import Weights
+from mulligan.policy.chat import Chat
+from mulligan.policy.config import ModelSettings
 
 # Of the process when it starts: what an engine's thread is told changes what torch answers later.
 _CORES = torch.get_num_threads()

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import WeightsKind
-from services.common.model_files import UnsupportedModel
-from services.policy import adapter_config
-from services.policy.adapter_config import AdapterConfig, mismatch
-from services.policy.backend import WeightsFile
-from services.policy.backends.adapters import factors_of, places_of
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import WeightsKind
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy import adapter_config
+from mulligan.policy.adapter_config import AdapterConfig, mismatch
+from mulligan.policy.backend import WeightsFile
+from mulligan.policy.backends.adapters import factors_of, places_of
 
 
 class Weights:

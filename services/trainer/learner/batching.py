@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from services.common.errors import DomainError, invalid_field
-from services.trainer.data import Datum, Limits, PolicyGradient, refusal
+from mulligan.common.errors import DomainError, invalid_field
+from mulligan.trainer.data import Datum, Limits, PolicyGradient, refusal
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from services.common.inference import CanaryProbe
-from services.trainer.data import Limits
+from mulligan.common.inference import CanaryProbe
+from mulligan.trainer.data import Limits
 
 # Random tokens reach rows of the embedding that text seldom uses; text reaches what training changes most.
 RANDOM_SEQUENCES, RANDOM_TOKENS, TEXT_TOKENS = 4, 32, 64

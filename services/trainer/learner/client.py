@@ -9,19 +9,19 @@ from typing import Self
 
 import grpc
 import structlog
+
+from mulligan.common import numbers
+from mulligan.common.channel import Connection, Endpoint
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.inference import CanaryProbe, PublishedWeights, WeightsKind
+from mulligan.policy.wire import canary_from_proto
+from mulligan.trainer.data import Datum, Limits
+from mulligan.trainer.learner.metrics import merge
+from mulligan.trainer.learner.settings import LearnerSpec
+from mulligan.trainer.learner.wire import data_to_proto, duration, loss_to_proto, spec_to_proto
+from mulligan.trainer.settings import LossSettings
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc
-
-from services.common import numbers
-from services.common.channel import Connection, Endpoint
-from services.common.errors import CallFailed, DomainError, ServiceUnavailable
-from services.common.inference import CanaryProbe, PublishedWeights, WeightsKind
-from services.common.wire import canary_from_proto
-from services.trainer.data import Datum, Limits
-from services.trainer.learner.metrics import merge
-from services.trainer.learner.settings import LearnerSpec
-from services.trainer.learner.wire import data_to_proto, duration, loss_to_proto, spec_to_proto
-from services.trainer.settings import LossSettings
 
 log = structlog.get_logger()
 CALL_SECONDS = 3600.0  # large models learn, load and save slowly

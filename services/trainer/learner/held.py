@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.common.errors import DomainError, Reason
-from services.trainer.learner.learner import Learner
-from services.trainer.learner.settings import LearnerSpec
+from mulligan.common.errors import DomainError, Reason
+from mulligan.trainer.learner.learner import Learner
+from mulligan.trainer.learner.settings import LearnerSpec
 
 log = structlog.get_logger()
 _TICK_SECONDS = 0.2

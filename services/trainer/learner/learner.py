@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from services.common.inference import PublishedWeights, WeightsKind
-from services.trainer.data import Datum, PolicyGradient
-from services.trainer.learner import losses, storage
-from services.trainer.learner.batching import Microbatch, check, microbatch, pack, signal
-from services.trainer.learner.metrics import Tally
-from services.trainer.learner.model import PolicyModel, arithmetic
-from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from services.trainer.settings import LossSettings
+from mulligan.common.inference import PublishedWeights, WeightsKind
+from mulligan.trainer.data import Datum, PolicyGradient
+from mulligan.trainer.learner import losses, storage
+from mulligan.trainer.learner.batching import Microbatch, check, microbatch, pack, signal
+from mulligan.trainer.learner.metrics import Tally
+from mulligan.trainer.learner.model import PolicyModel, arithmetic
+from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from mulligan.trainer.settings import LossSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Self, TypeVar
 
-from services.common.inference import PublishedWeights
-from services.trainer.data import Datum, Limits
-from services.trainer.learner.learner import Learner
-from services.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from services.trainer.settings import LossSettings
+from mulligan.common.inference import PublishedWeights
+from mulligan.trainer.data import Datum, Limits
+from mulligan.trainer.learner.learner import Learner
+from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from mulligan.trainer.settings import LossSettings
 
 R = TypeVar("R")
 

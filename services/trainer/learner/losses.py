@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from services.trainer.settings import MismatchCorrection
+from mulligan.trainer.settings import MismatchCorrection
 
 # exp() of more overflows half precision and says nothing that a ratio this large does not say already.
 MAX_LOG_RATIO = 20.0

@@ -15,15 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from models import EMBEDDED
-from services.common.errors import DomainError, Reason, invalid_field
-from services.common.fingerprint import model_fingerprint
-from services.common.inference import CanaryProbe
-from services.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
-from services.trainer.data import Limits
-from services.trainer.learner import canary
-from services.trainer.learner.batching import Microbatch
-from services.trainer.settings import LoraSettings, ModelSettings
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.fingerprint import model_fingerprint
+from mulligan.common.inference import CanaryProbe
+from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
+from mulligan.models import EMBEDDED
+from mulligan.trainer.data import Limits
+from mulligan.trainer.learner import canary
+from mulligan.trainer.learner.batching import Microbatch
+from mulligan.trainer.settings import LoraSettings, ModelSettings
 
 # Logits are computed for so many (token, vocabulary entry) pairs at a time: 64 Mi float32 values are 256 MiB. With a
 # vocabulary of 152 thousand this is 441 tokens; backward computes them again, piece by piece.

@@ -18,16 +18,14 @@ from typing import Any, TypeVar
 import grpc
 import structlog
 from google.protobuf.message import Message
-from mulligan.trainer.v1 import learner_service_pb2 as pb
-from mulligan.trainer.v1 import learner_service_pb2_grpc
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import WeightsKind
-from services.common.wire import canary_to_proto
-from services.trainer.learner.held import Held, HeldLearners
-from services.trainer.learner.learner import Learner
-from services.trainer.learner.settings import LearnerServerSettings
-from services.trainer.learner.wire import (
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import WeightsKind
+from mulligan.policy.wire import canary_to_proto
+from mulligan.trainer.learner.held import Held, HeldLearners
+from mulligan.trainer.learner.learner import Learner
+from mulligan.trainer.learner.settings import LearnerServerSettings
+from mulligan.trainer.learner.wire import (
     data_from_proto,
     duration,
     lease_from_proto,
@@ -35,6 +33,8 @@ from services.trainer.learner.wire import (
     model_to_proto,
     spec_from_proto,
 )
+from mulligan.trainer.v1 import learner_service_pb2 as pb
+from mulligan.trainer.v1 import learner_service_pb2_grpc
 
 log = structlog.get_logger()
 Context = Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.trainer.settings import ModelSettings, OptimizerSettings
+from mulligan.trainer.settings import ModelSettings, OptimizerSettings
 
 
 @dataclass(frozen=True, slots=True)

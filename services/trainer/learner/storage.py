@@ -23,9 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from services.common.disk import writing_to
-from services.common.errors import DomainError, Reason, invalid_field
-from services.common.files import file_sha256, sync
+from mulligan.common.disk import writing_to
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.files import file_sha256, sync
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MANIFEST = "manifest.json"

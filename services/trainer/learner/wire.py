@@ -6,14 +6,14 @@ from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from mulligan.trainer.v1 import learner_service_pb2 as pb
 from pydantic import ValidationError
 
-from services.common.errors import invalid_field
-from services.trainer.data import Datum, Distillation, PolicyGradient
-from services.trainer.learner.settings import LearnerInfo, LearnerSpec
-from services.trainer.settings import LossSettings, ModelSettings, OptimizerSettings
-from services.trainer.wire import Settings, fill_proto, plain_from_proto
+from mulligan.common.errors import invalid_field
+from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.trainer.learner.settings import LearnerInfo, LearnerSpec
+from mulligan.trainer.settings import LossSettings, ModelSettings, OptimizerSettings
+from mulligan.trainer.v1 import learner_service_pb2 as pb
+from mulligan.trainer.wire import Settings, fill_proto, plain_from_proto
 
 
 def data_to_proto(data: Iterable[Datum]) -> list[pb.Datum]:

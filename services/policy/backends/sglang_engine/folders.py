@@ -13,13 +13,13 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from services.common.disk import writing_to
-from services.common.errors import DomainError, Reason
-from services.common.inference import WeightsKind
-from services.policy import adapter_config
-from services.policy.backend import WeightsFile
-from services.policy.backends.sglang_engine.skeleton import ADAPTER_FILE, Skeleton
-from services.policy.config import SglangSettings
+from mulligan.common.disk import writing_to
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import WeightsKind
+from mulligan.policy import adapter_config
+from mulligan.policy.backend import WeightsFile
+from mulligan.policy.backends.sglang_engine.skeleton import ADAPTER_FILE, Skeleton
+from mulligan.policy.config import SglangSettings
 
 _FULL, _ADAPTERS = "full", "adapters"
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import structlog
 
-from services.common.model_files import UnsupportedModel
-from services.policy.backends.sglang_engine.connection import Connection, Unreachable
-from services.policy.backends.sglang_engine.server import Server
-from services.policy.config import SglangSettings
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backends.sglang_engine.connection import Connection, Unreachable
+from mulligan.policy.backends.sglang_engine.server import Server
+from mulligan.policy.config import SglangSettings
 
 log = structlog.get_logger()
 _STOP_SECONDS = 5.0

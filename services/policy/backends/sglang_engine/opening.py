@@ -13,26 +13,26 @@ from pathlib import Path
 
 import aiohttp
 
-from services.common.errors import DomainError
-from services.common.inference import Feature, LoraLimits, SamplingParams
-from services.common.model_files import UnsupportedModel
-from services.policy.backend import Ask, ModelInfo
-from services.policy.backends.model import source_of
-from services.policy.backends.sglang_engine import requests
-from services.policy.backends.sglang_engine.connection import (
+from mulligan.common.errors import DomainError
+from mulligan.common.inference import Feature, LoraLimits, SamplingParams
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backend import Ask, ModelInfo
+from mulligan.policy.backends.model import source_of
+from mulligan.policy.backends.sglang_engine import requests
+from mulligan.policy.backends.sglang_engine.connection import (
     Connection,
     Refused,
     Unreachable,
     first_to_answer,
     new_session,
 )
-from services.policy.backends.sglang_engine.folders import Folders
-from services.policy.backends.sglang_engine.launch import LaunchedServer
-from services.policy.backends.sglang_engine.pool import Pool
-from services.policy.backends.sglang_engine.server import Server, Unsuitable
-from services.policy.backends.sglang_engine.skeleton import Skeleton
-from services.policy.chat import Chat
-from services.policy.config import ModelSettings
+from mulligan.policy.backends.sglang_engine.folders import Folders
+from mulligan.policy.backends.sglang_engine.launch import LaunchedServer
+from mulligan.policy.backends.sglang_engine.pool import Pool
+from mulligan.policy.backends.sglang_engine.server import Server, Unsuitable
+from mulligan.policy.backends.sglang_engine.skeleton import Skeleton
+from mulligan.policy.chat import Chat
+from mulligan.policy.config import ModelSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 import structlog
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Feature, VersionSpan
-from services.policy.backend import Admission
-from services.policy.backends.sglang_engine.connection import Refused, Unreachable
-from services.policy.backends.sglang_engine.folders import Target
-from services.policy.backends.sglang_engine.server import Server, Unsuitable
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature, VersionSpan
+from mulligan.policy.backend import Admission
+from mulligan.policy.backends.sglang_engine.connection import Refused, Unreachable
+from mulligan.policy.backends.sglang_engine.folders import Target
+from mulligan.policy.backends.sglang_engine.server import Server, Unsuitable
 
 log = structlog.get_logger()
 _MISSED_PROBES = 3  # that a busy server may leave unanswered

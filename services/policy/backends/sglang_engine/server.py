@@ -7,13 +7,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Feature, LoraLimits, ReplicaInfo
-from services.policy.backend import Scored
-from services.policy.backends.sglang_engine import requests
-from services.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable
-from services.policy.backends.sglang_engine.folders import Target
-from services.policy.backends.sglang_engine.skeleton import STACKED, Skeleton
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature, LoraLimits, ReplicaInfo
+from mulligan.policy.backend import Scored
+from mulligan.policy.backends.sglang_engine import requests
+from mulligan.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable
+from mulligan.policy.backends.sglang_engine.folders import Target
+from mulligan.policy.backends.sglang_engine.skeleton import STACKED, Skeleton
 
 _ADAPTER_PREFIX = "mulligan-"
 _UNCHECKED = "-unchecked"  # ends the weight_version of a server that may not be asked yet

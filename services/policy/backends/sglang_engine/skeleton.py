@@ -11,13 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from services.common.errors import DomainError, Reason
-from services.common.fingerprint import model_fingerprint
-from services.common.model_files import UnsupportedModel, check_model, check_weights, layer_count, short
-from services.policy import adapter_config
-from services.policy.adapter_config import AdapterConfig, mismatch
-from services.policy.backends.adapters import factors_of, places_of
-from services.policy.backends.tokenizer import Tokenizer
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.fingerprint import model_fingerprint
+from mulligan.common.model_files import UnsupportedModel, check_model, check_weights, layer_count, short
+from mulligan.policy import adapter_config
+from mulligan.policy.adapter_config import AdapterConfig, mismatch
+from mulligan.policy.backends.adapters import factors_of, places_of
+from mulligan.policy.backends.tokenizer import Tokenizer
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _ADAPTER_PREFIX = "base_model.model."

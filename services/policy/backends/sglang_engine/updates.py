@@ -8,13 +8,13 @@ from contextlib import AsyncExitStack
 
 import structlog
 
-from services.common.errors import DomainError, Reason
-from services.common.inference import Feature
-from services.policy.backend import Admission, WeightsFile
-from services.policy.backends.sglang_engine.connection import Refused, Unreachable
-from services.policy.backends.sglang_engine.folders import Folders, Target
-from services.policy.backends.sglang_engine.pool import Pool
-from services.policy.backends.sglang_engine.server import Server
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature
+from mulligan.policy.backend import Admission, WeightsFile
+from mulligan.policy.backends.sglang_engine.connection import Refused, Unreachable
+from mulligan.policy.backends.sglang_engine.folders import Folders, Target
+from mulligan.policy.backends.sglang_engine.pool import Pool
+from mulligan.policy.backends.sglang_engine.server import Server
 
 log = structlog.get_logger()
 

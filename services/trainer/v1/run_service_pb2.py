@@ -22,7 +22,7 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from buf.validate import validate_pb2 as buf_dot_validate_dot_validate__pb2
+from mulligan.common.buf import validate_pb2 as buf_dot_validate_dot_validate__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from mulligan.common.v1 import experience_pb2 as mulligan_dot_common_dot_v1_dot_experience__pb2
 from mulligan.trainer.v1 import run_config_pb2 as mulligan_dot_trainer_dot_v1_dot_run__config__pb2
