@@ -34,14 +34,17 @@ from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
 from mulligan.trainer.settings import LossSettings, ModelSettings
 
 LOSS = LossSettings(kl_coefficient=0.0)
-TURN, SAMPLED = 12, 3  # tokens of a turn, and how many of them are sampled
+# tokens of a turn, and how many of them are sampled
+TURN = 12
+SAMPLED = 3
 
 
 def episodes(count: int, vocabulary: int) -> list[Datum]:
     rng = random.Random(0)
     data: list[Datum] = []
     for index in range(count):
-        prompt, turns = rng.randint(50, 90), rng.randint(4, 8)
+        prompt = rng.randint(50, 90)
+        turns = rng.randint(4, 8)
         size = prompt + turns * TURN
         mask = tuple(place >= prompt and (place - prompt) % TURN < SAMPLED for place in range(size))
         rollout = tuple(-rng.uniform(4, 7) for _ in range(turns * SAMPLED))
@@ -58,7 +61,8 @@ def bare(learner: Learner, data: list[Datum]) -> None:
         ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
         labels_BT = torch.full((len(rows), width), -100)
         for place, row in enumerate(rows):
-            tokens, mask = torch.tensor(data[row].token_ids), torch.tensor(data[row].loss_mask)
+            tokens = torch.tensor(data[row].token_ids)
+            mask = torch.tensor(data[row].loss_mask)
             ids_BT[place, : len(tokens)] = tokens
             labels_BT[place, : len(tokens)][mask] = tokens[mask]
         learner.model.base(input_ids=ids_BT, labels=labels_BT, use_cache=False).loss.backward()

@@ -60,7 +60,8 @@ async def over_services(services: LocalServices, settings: RunSettings, run_id: 
     async for entry in runs.watch(run_id):
         if not isinstance(entry.event, StepEvent):
             continue
-        step, metrics = entry.event.step, entry.event.metrics
+        step = entry.event.step
+        metrics = entry.event.metrics
         if step == WARM_UP - 1:
             start = time.perf_counter()
             computed = (await policy.info()).compute_seconds + await learner.compute_seconds()

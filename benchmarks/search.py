@@ -45,7 +45,8 @@ class Language:
 
 def write_corpus(path: Path, passages: int) -> list[str]:
     """The file of passages, and queries: eight words that stand together in one of them."""
-    language, rng = Language(), random.Random("passages")
+    language = Language()
+    rng = random.Random("passages")
     queries = []
     with path.open("w") as file:
         for number in range(passages):
@@ -78,7 +79,8 @@ async def measure(address: str, queries: list[str], rounds: int) -> dict[int, di
     found: dict[int, dict[str, float]] = {}
     for concurrent in CONCURRENT:
         waits: list[float] = []
-        errors, seconds = 0, 0.0
+        errors = 0
+        seconds = 0.0
         for _ in range(rounds if concurrent > 1 else 8 * rounds):
             episodes = [await client.start("hotpotqa", task.task_id, f"b{next(_ids)}") for _ in range(concurrent)]
             asked = itertools.cycle(random.Random(next(_ids)).sample(queries, len(queries)))

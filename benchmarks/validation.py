@@ -25,8 +25,11 @@ from mulligan.common.validation import prepare, violations
 from mulligan.env.v1 import env_service_pb2
 from mulligan.policy.v1 import policy_service_pb2
 
-ROUNDS, CALLS = 7, 200
-STEPS, TOKENS, MESSAGES = 64, 2048, 8
+ROUNDS = 7
+CALLS = 200
+STEPS = 64
+TOKENS = 2048
+MESSAGES = 8
 ACTION = "I think the goal is to the right. <answer>Right</answer> " * 4
 
 CONTRACT = """
@@ -77,7 +80,8 @@ def declared_here() -> Callable[[str], Callable[..., Any]]:
     """Compiles CONTRACT and returns a look-up of its message classes."""
     proto = Path(__file__).resolve().parents[1] / "proto"
     with tempfile.TemporaryDirectory() as folder:
-        source, image = Path(folder) / "benchmark.proto", Path(folder) / "image"
+        source = Path(folder) / "benchmark.proto"
+        image = Path(folder) / "image"
         source.write_text(CONTRACT)
         well_known = resources.files("grpc_tools") / "_proto"
         run = ["protoc", f"-I{folder}", f"-I{proto}", f"-I{well_known}", f"--descriptor_set_out={image}", str(source)]

@@ -15,8 +15,11 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 MOVES = ("Up", "Down", "Left", "Right")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 ROLES = ("player", "goal", "hole", "floor")
-PAD, END = "<|pad|>", "<|end|>"
-SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+PAD = "<|pad|>"
+END = "<|end|>"
+SYSTEM = "<|system|>"
+USER = "<|user|>"
+ASSISTANT = "<|assistant|>"
 SPECIAL = (PAD, END, SYSTEM, USER, ASSISTANT)
 WORDS = (
     "\n",

@@ -17,7 +17,8 @@ from tests.support.agreement import MOVED, TOLERANCE, Compared, assert_agreement
 from tests.support.processes import Services
 from tests.support.sglang_servers import LAUNCH_SECONDS, launch_settings, python_of_sglang
 
-UPDATES, SEQUENCES = 10, 64
+UPDATES = 10
+SEQUENCES = 64
 
 
 def agree(kind: WeightsKind, folder: Path) -> dict[str, Any]:

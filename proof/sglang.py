@@ -69,7 +69,8 @@ class Traffic:
     async def call(self, number: int, prompts: list[list[int]]) -> None:
         kind = (self._generate, self._generate, self._stream, self._score)[number % 4]
         while not self.over:
-            least, start = self.version, time.monotonic()
+            least = self.version
+            start = time.monotonic()
             try:
                 self.answers.append(await kind(self.chance.choice(prompts), least))
             except Exception as error:  # noqa: BLE001 - whatever a caller sees is the result
@@ -83,7 +84,10 @@ class Traffic:
         return Answer(least, [*prompt, *found.token_ids], len(prompt), found.log_probs, found.policy_versions)
 
     async def _stream(self, prompt: list[int], least: int) -> Answer:
-        tokens, log_probs, spans, finished = list(prompt), [], [], False
+        tokens = list(prompt)
+        log_probs = []
+        spans = []
+        finished = False
         sampling = SamplingParams(max_tokens=self.chance.randint(1, 80))
         async for part in self.client.stream(prompt, sampling, 1, CallOptions(min_policy_version=least)):
             tokens += part.token_ids
@@ -103,7 +107,8 @@ class Weights:
     """Of each version, published as a trainer does."""
 
     def __init__(self, folder: Path, fingerprint: str, seed: int):
-        self._folder, self._fingerprint = folder, fingerprint
+        self._folder = folder
+        self._fingerprint = fingerprint
         self._model = load(EMBEDDED)
         self._generator = torch.Generator().manual_seed(seed)
         self.states = {0: self._state()}
@@ -161,7 +166,8 @@ async def _run(address: str, folder: Path, seed: int) -> dict[str, Any]:
     callers = [asyncio.create_task(traffic.call(number, prompts)) for number in range(CALLERS)]
     start = time.monotonic()
     counts = {"before_an_update": 0, "during_an_update": 0, "after_an_update": 0}
-    returned, repeated = [], 0
+    returned = []
+    repeated = 0
     try:
         for _ in range(KILLS):
             await asyncio.sleep(chance.uniform(0.5, 3.0))
@@ -258,7 +264,8 @@ async def _back(client: PolicyClient, weights: Weights, version: int, killed: in
 def _verdict(traffic: Traffic, weights: Weights) -> dict[str, Any]:
     stale = [one for one in traffic.answers if any(span.policy_version < one.least for span in one.spans)]
     step = max(1, len(traffic.answers) // CHECKED)
-    differences, mixed = [0.0], 0
+    differences = [0.0]
+    mixed = 0
     for answer in traffic.answers[::step]:
         mixed += len(answer.spans) > 1 and len({span.policy_version for span in answer.spans}) > 1
         place = 0

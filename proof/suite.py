@@ -18,7 +18,8 @@ RUNS = 10
 def ten_runs(folder: Path) -> dict[str, Any]:
     """Each run is recorded in `folder` when it ends; an interrupted proof goes on with the next, on the same commit."""
     commit = _git("rev-parse", "HEAD")
-    clone, records = folder / "clone", folder / commit / "runs.jsonl"
+    clone = folder / "clone"
+    records = folder / commit / "runs.jsonl"
     if not records.exists():
         if folder.exists():
             shutil.rmtree(folder)

@@ -71,7 +71,8 @@ def _unindented(comment: str) -> str:
 # --- constraints -----------------------------------------------------------------------------------------------------
 
 _UNITS = {"string": "characters", "bytes": "bytes", "repeated": "items", "map": "pairs"}
-_LEAST, _MOST = ("min_len", "min_items", "min_pairs"), ("max_len", "max_items", "max_pairs")
+_LEAST = ("min_len", "min_items", "min_pairs")
+_MOST = ("max_len", "max_items", "max_pairs")
 
 
 def constraints(field: Field) -> list[str]:

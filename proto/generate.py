@@ -68,7 +68,8 @@ def _run_protoc(out: Path) -> None:
 
 def differences(fresh: Path, committed: Path) -> list[str]:
     """Paths that are missing, left over or different in `committed`, compared with `fresh`."""
-    left, right = _contents(fresh), _contents(committed)
+    left = _contents(fresh)
+    right = _contents(committed)
     return sorted(str(path) for path in left.keys() | right.keys() if left.get(path) != right.get(path))
 
 

@@ -28,7 +28,8 @@ from benchmarks.env.sessions import Load, Measured
 from benchmarks.openenv import process as openenv
 from tests.support.processes import ROOT, Services
 
-OURS, OPENENV = "mulligan", "OpenEnv"
+OURS = "mulligan"
+OPENENV = "OpenEnv"
 EPISODES = {1: 100, 64: 12, 512: 3, 2048: 1, 4096: 1}  # of each session in a round, by the number of sessions
 FEW = 512  # up to so many sessions there are more rounds
 WARM_UP = (Load(1, 20), Load(64, 2))

@@ -128,7 +128,8 @@ def run(folder: Path, server_core: int | None, rounds: int) -> dict[str, int]:
         found = asyncio.run(measure(server.address, rounds))
     finally:
         services.end()
-    base, one = median(found["bare Python"]), median(found["unary, 64 at a time"])
+    base = median(found["bare Python"])
+    one = median(found["unary, 64 at a time"])
     print_table(
         ["way", "steps/s", "least–greatest", "of bare Python", "of unary, 64"],
         [

@@ -35,8 +35,8 @@ def python() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Environment variables with which OpenEnv's interpreter finds `benchmarks` and `services`."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    """Environment variables with which OpenEnv's interpreter finds `benchmarks` and `mulligan`."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
 
 
 @contextmanager

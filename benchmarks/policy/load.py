@@ -54,7 +54,8 @@ async def ask(generate: Generate, vocabulary: int, least_turns: int, callers: in
     """Each caller asks again as soon as it is answered, at least so often."""
 
     async def call(asked: Sequence[list[int]]) -> tuple[int, list[float]]:
-        tokens, latencies = 0, []
+        tokens = 0
+        latencies = []
         for prompt in asked:
             start = time.perf_counter()
             tokens += await generate(prompt, NEW_TOKENS)

@@ -89,7 +89,10 @@ class Updates:
     """Weights for one update after the other: each adds a little to what the model came with."""
 
     def __init__(self, model: Path, folder: Path, fingerprint: str, dtype: torch.dtype, device: str):
-        self._source, self._folder, self._fingerprint, self._dtype = model, folder, fingerprint, dtype
+        self._source = model
+        self._folder = folder
+        self._fingerprint = fingerprint
+        self._dtype = dtype
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
         self._model = loaded.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)

@@ -81,7 +81,8 @@ class SglangHttp:
     per request in flight, and a fast JSON library."""
 
     def __init__(self, session: aiohttp.ClientSession, address: str):
-        self._session, self.address = session, address.rstrip("/")
+        self._session = session
+        self.address = address.rstrip("/")
 
     def engine(self) -> Engine:
         return Engine(self._generate, self._first_token)

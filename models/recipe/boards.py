@@ -19,7 +19,8 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 
-SIDE, CELLS = 3, 9
+SIDE = 3
+CELLS = 9
 MAX_STEPS = 8
 PLAYER_ROLE, GOAL_ROLE, HOLE_ROLE, FLOOR_ROLE = range(4)
 ALPHABET = 12  # symbols are drawn from the letters A–L…
@@ -49,7 +50,8 @@ def tables() -> Tables:
         distance = np.minimum(distance, np.where(is_hole[None], _FAR, shorter))
     distance = np.where(is_hole[None], _FAR, distance)
     optimal = distance[:, :, next_cell] == distance[..., None] - 1
-    boards, chances = [], []
+    boards = []
+    chances = []
     for player in range(CELLS):
         for goal in range(CELLS):
             for holes in range(2**CELLS):
@@ -64,13 +66,15 @@ def tables() -> Tables:
 
 def _neighbour(cell: int, move: int) -> int:
     dy, dx = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}[MOVES[move]]
-    y, x = cell // SIDE + dy, cell % SIDE + dx
+    y = cell // SIDE + dy
+    x = cell % SIDE + dx
     return y * SIDE + x if 0 <= y < SIDE and 0 <= x < SIDE else cell
 
 
 def _is_test(player: int, goal: int, holes: int) -> bool:
     cells = [HOLE if (holes >> cell) & 1 else FROZEN for cell in range(CELLS)]
-    cells[player], cells[goal] = PLAYER, GOAL
+    cells[player] = PLAYER
+    cells[goal] = GOAL
     return Board(tuple("".join(cells[row : row + SIDE]) for row in range(0, CELLS, SIDE))).is_test
 
 

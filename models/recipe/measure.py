@@ -31,7 +31,8 @@ def legend(symbols: str) -> str:
 
 def other_symbols(number: int, seed: int = 0) -> list[str]:
     """Assignments other than the fixed one."""
-    rng, found = random.Random(seed), set[str]()
+    rng = random.Random(seed)
+    found = set[str]()
     while len(found) < number:
         symbols = "".join(rng.sample(LETTERS[:ALPHABET], 4))
         if symbols != FIXED_SYMBOLS:
@@ -41,7 +42,8 @@ def other_symbols(number: int, seed: int = 0) -> list[str]:
 
 def random_play(boards: int) -> float:
     """The exact success of uniformly random moves on the test boards: what an agent without knowledge reaches."""
-    lake, wins = environment(), 0.0
+    lake = environment()
+    wins = 0.0
     for index in range(boards):
         cells = np.array(list("".join(lake.board(_task(index)).rows)))
         chances = (cells == PLAYER).astype(np.float64)

@@ -19,7 +19,8 @@ class Muon:
         for matrix in matrices:
             self._groups[matrix.shape].append(matrix)
         self._momenta = {shape: torch.zeros(len(group), *shape) for shape, group in self._groups.items()}
-        self._momentum, self._decay = momentum, decay
+        self._momentum = momentum
+        self._decay = decay
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:

@@ -13,7 +13,8 @@ from mulligan.models.recipe.tokens import Batch, Writer, answer_ids, letter_ids,
 
 
 def play_batch(rng: np.random.Generator, rows: int, turns: int, legend_share: float, fresh_share: float = 0.5) -> Batch:
-    boards, letters = draw_boards(rng, rows), draw_assignments(rng, rows)
+    boards = draw_boards(rng, rows)
+    letters = draw_assignments(rng, rows)
     player, goal, holes = boards.T
     told = rng.random(rows) < legend_share
     fresh = rng.random(rows) < fresh_share
@@ -25,7 +26,8 @@ def play_batch(rng: np.random.Generator, rows: int, turns: int, legend_share: fl
     writer.words("wrong", "\n", where=again)
     writer.words("play", "<|end|>")
     steady = (rng.random(rows) * 0.8).astype(np.float32)  # how often this row follows the optimal move
-    alive, blocked = np.ones(rows, dtype=np.bool_), np.zeros(rows, dtype=np.bool_)
+    alive = np.ones(rows, dtype=np.bool_)
+    blocked = np.zeros(rows, dtype=np.bool_)
     for _ in range(turns):
         roles = show(player, goal, holes)
         writer.words("<|user|>", where=alive)
@@ -40,7 +42,8 @@ def play_batch(rng: np.random.Generator, rows: int, turns: int, legend_share: fl
         writer.words("<|end|>", where=alive)
         writer.learn_column(alive * np.float32(0.1))
         reached = tables().next_cell[player, move]
-        blocked, player = reached == player, reached
+        blocked = reached == player
+        player = reached
         alive = alive & (safe | fresh)
         others = draw_boards(rng, rows).T
         player, goal, holes = (

@@ -34,7 +34,8 @@ from mulligan.models.recipe.tokens import Batch, Writer, answer_ids, effect_ids,
 _INVALID_MOVE = -1
 # What the helper head learns to tell about a cell, after the four roles: unchanged, entered, left by the player (which
 # was this letter), a fatal hole (which was this letter).
-UNCHANGED, NOW_PLAYER = 4, 5
+UNCHANGED = 4
+NOW_PLAYER = 5
 LEFT = 6
 NOW_X = LEFT + ALPHABET
 CELL_CLASSES = NOW_X + ALPHABET
@@ -65,11 +66,15 @@ class Memory:
 def draw_attempts(rng: np.random.Generator, rows: int) -> Attempts:
     """Random play, some of it steadier, of which the failures are kept."""
     drawn = 2 * rows + 16
-    boards, letters = draw_boards(rng, drawn), draw_assignments(rng, drawn)
+    boards = draw_boards(rng, drawn)
+    letters = draw_assignments(rng, drawn)
     player, goal, holes = boards.T
     steady = rng.random(drawn) * (rng.random(drawn) < 0.4) * 0.7
-    players, moves = [player], []
-    steps, fell, won = np.full(drawn, MAX_STEPS), np.zeros(drawn, np.bool_), np.zeros(drawn, np.bool_)
+    players = [player]
+    moves = []
+    steps = np.full(drawn, MAX_STEPS)
+    fell = np.zeros(drawn, np.bool_)
+    won = np.zeros(drawn, np.bool_)
     for turn in range(MAX_STEPS):
         good = tables().optimal[goal, holes, player]
         appeal = rng.random(good.shape) + (good & (rng.random(drawn) < steady)[:, None])
@@ -105,10 +110,12 @@ def draw_memory(rng: np.random.Generator, letters: Ints) -> Memory:
 
 def write_legends(rng: np.random.Generator, attempts: Attempts, memory: Memory) -> tuple[Ints, Floats]:
     """(rows, 4) letters sampled line by line and the (rows, 4, letters) distributions they were sampled from."""
-    rows, lines = len(attempts.steps), np.arange(len(attempts.steps))
+    rows = len(attempts.steps)
+    lines = np.arange(len(attempts.steps))
     first = np.take_along_axis(attempts.letters, show(*attempts.boards.T), axis=1)
     counts = (first[:, :, None] == np.arange(ALPHABET)).sum(axis=1)
-    present, single = counts > 0, counts == 1
+    present = counts > 0
+    single = counts == 1
     known = np.zeros((rows, 4), dtype=np.bool_)
     known[:, PLAYER_ROLE] = known[:, FLOOR_ROLE] = attempts.moved
     known[:, HOLE_ROLE] = attempts.fell
@@ -222,7 +229,8 @@ def write_trace(writer: Writer, attempts: Attempts) -> None:
         writer.board(symbols, alive, changes)
         writer.words("\n", where=alive)
         if turn < MAX_STEPS:
-            move, goes_on = attempts.moves[:, turn], attempts.steps > turn
+            move = attempts.moves[:, turn]
+            goes_on = attempts.steps > turn
             reached = attempts.players[:, turn + 1]
             blocked = reached == player
             changes = _changes(attempts, player, reached)

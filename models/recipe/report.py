@@ -12,7 +12,8 @@ from mulligan.models.recipe.measure import FIXED_SYMBOLS, Meter, legend, other_s
 from mulligan.models.recipe.sampling import PAPER_VALIDATION, Sampling
 
 _SAMPLINGS = {"temperature 1.0": Sampling(), "temperature 0.7, top-p 0.8, top-k 20": PAPER_VALIDATION}
-_OTHERS, _REPEATS = 20, 5
+_OTHERS = 20
+_REPEATS = 5
 
 
 def write_report(
@@ -58,7 +59,8 @@ def _measure(meter: Meter) -> dict[str, Any]:
 def readme(figures: dict[str, Any]) -> str:
     rows = []
     for name, success in figures["success"].items():
-        others, retry = success["first_attempt_on_20_other_assignments"], success["reflect_and_retry"]
+        others = success["first_attempt_on_20_other_assignments"]
+        retry = success["reflect_and_retry"]
         rows += [
             f"\n## Sampled at {name}\n",
             "| | success |\n|---|---|",

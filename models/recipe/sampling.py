@@ -42,7 +42,8 @@ class Conversations:
     """Rows of one growing key-value cache; shorter rows are padded on the left of each piece and masked."""
 
     def __init__(self, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model = model.eval()
+        self.tokenizer = tokenizer
         self._cache = DynamicCache(config=model.config)
         self._mask = torch.zeros(rows, 0, dtype=torch.long)
         self._random = torch.Generator().manual_seed(seed)
@@ -124,7 +125,9 @@ def attempt_all(
                 continue
             result = episodes[row].step(answer)
             traces[row] += turn_text(info.prompts, shown[row], result.action)
-            last[row], shown[row], steps[row] = result, result.observation, steps[row] + 1
+            last[row] = result
+            shown[row] = result.observation
+            steps[row] = steps[row] + 1
         if all(result is not None and result.done for result in last):
             break
     return [

@@ -89,13 +89,16 @@ class Writer:
         length = int(present.sum(axis=1).max())
         tokens = np.take_along_axis(grid, order, axis=1)[:, :length]
         places = np.cumsum(present, axis=1) - 1  # where each slot went
-        at, targets, weights = [], [], []
+        at = []
+        targets = []
+        weights = []
         for column, wanted, weight in self._targets:
             rows = np.flatnonzero((weight > 0) & present[:, column])
             at.append(np.stack([rows, places[rows, column]], axis=1))
             targets.append(wanted[rows])
             weights.append(weight[rows])
-        cells_at, cell_classes = [np.zeros((0, 2), dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        cells_at = [np.zeros((0, 2), dtype=np.int64)]
+        cell_classes = [np.zeros(0, dtype=np.int64)]
         for column, classes in self._cells:
             rows = np.flatnonzero(present[:, column] & (classes >= 0))
             cells_at.append(np.stack([rows, places[rows, column]], axis=1))

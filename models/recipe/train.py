@@ -44,7 +44,8 @@ class Schedule:
 
 class Warmup:
     def __init__(self, model: Qwen3ForCausalLM, schedule: Schedule) -> None:
-        self.model, self.schedule = model, schedule
+        self.model = model
+        self.schedule = schedule
         with torch.random.fork_rng():
             torch.manual_seed(schedule.seed)
             self.helper = nn.Linear(model.config.hidden_size, CELL_CLASSES)
@@ -79,7 +80,8 @@ class Warmup:
         self.tokens += batch.tokens.size
         tokens = torch.from_numpy(np.ascontiguousarray(batch.tokens))
         output = self.model.model(input_ids=tokens, use_cache=False, output_hidden_states=True)
-        at, weights = torch.from_numpy(batch.at), torch.from_numpy(batch.weights)
+        at = torch.from_numpy(batch.at)
+        weights = torch.from_numpy(batch.weights)
         log_chances = F.log_softmax(self.model.lm_head(output.last_hidden_state[at[:, 0], at[:, 1]]), dim=-1)
         targets = torch.from_numpy(batch.targets)
         divergence = F.kl_div(log_chances, targets, reduction="none").sum(dim=-1)

@@ -166,8 +166,10 @@ class _There:
         self._runner.close()
 
     def _end(self) -> None:
-        episode, self._episode = self._episode, None
-        episode_id, self._episode_id = self._episode_id, ""
+        episode = self._episode
+        self._episode = None
+        episode_id = self._episode_id
+        self._episode_id = ""
         if episode_id:
             self._runner.run(episode.end() if episode is not None else self._client.end(episode_id))
 
@@ -180,7 +182,9 @@ class _Play:
     """`read` gives the next answer, None at the end of the input."""
 
     def __init__(self, table: Table, task: str, split: Split, read: Callable[[], str | None]) -> None:
-        self._table, self._info, self._read = table, table.info, read
+        self._table = table
+        self._info = table.info
+        self._read = read
         if self._info.unavailable:
             fail(f"{self._info.name}: {self._info.unavailable}")
         self._task = task or table.first_task(split)

@@ -87,7 +87,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Seque
 @contextmanager
 def working(text: str) -> Iterator[None]:
     """Says on stderr that something takes its time: live on a terminal, else in a line now and then."""
-    output, began, done = console(err=True), time.monotonic(), threading.Event()
+    output = console(err=True)
+    began = time.monotonic()
+    done = threading.Event()
     if not output.is_terminal:
 
         def tell() -> None:

@@ -14,7 +14,8 @@ RLVR = "frozenlake-3x3-rlvr"  # a recipe that comes along
 
 
 def result_lines(summary: dict[str, Any], rlvr: dict[str, Any] | None) -> Iterator[str]:
-    before, after = summary["test_success_before"], summary["test_success_after"]
+    before = summary["test_success_before"]
+    after = summary["test_success_after"]
     yield f"success on the test boards, first attempt, no reflection in context: {before:.2f} → {after:.2f}"
     yield (
         f"{summary['steps']} steps, {summary['rollouts']:,} rollouts (episodes + reflections), "

@@ -111,7 +111,8 @@ def _split(part: str, text: str, *, ranges: bool = True) -> tuple[str, list[int]
     first, dash, last = given.partition("-")
     if dash and not ranges:
         raise ValueError(f"{part!r}: expected one port behind a DNS name")
-    low, high = _port(part, first), _port(part, last if dash else first)
+    low = _port(part, first)
+    high = _port(part, last if dash else first)
     if low > high:
         raise ValueError(f"{part!r}: expected the lower port first")
     if high - low >= _MOST_PORTS:

@@ -26,7 +26,8 @@ T = TypeVar("T")
 # asyncio.CancelledError instead.
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _LATER = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
-_FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.05, 2.0
+_FIRST_DELAY_SECONDS = 0.05
+_MAX_DELAY_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,8 @@ class Connection:
             begun = False
             try:
                 async for response in call:
-                    begun, self._is_down = True, False
+                    begun = True
+                    self._is_down = False
                     yield self._readable(response, _method(request))
                 return
             except grpc.aio.AioRpcError as error:
@@ -167,7 +169,8 @@ class Waits:
     """Between the attempts of one call, at `endpoint`: longer each time, and no longer than `seconds` in all."""
 
     def __init__(self, endpoint: str, seconds: float):
-        self._endpoint, self._seconds = endpoint, seconds
+        self._endpoint = endpoint
+        self._seconds = seconds
         self._since: float | None = None
         self._delay = _FIRST_DELAY_SECONDS
 

@@ -61,7 +61,9 @@ def _is_full(error: Exception) -> bool:
 
 def _text(size: int) -> str:
     """With a unit that people read: 512 B, 1.6 MB."""
-    amount, units = float(size), ["B", "kB", "MB", "GB"]
+    amount = float(size)
+    units = ["B", "kB", "MB", "GB"]
     while amount >= 1000 and len(units) > 1:
-        amount, units = amount / 1000, units[1:]
+        amount = amount / 1000
+        units = units[1:]
     return f"{amount:.0f} {units[0]}" if units[0] == "B" else f"{amount:.1f} {units[0]}"

@@ -12,7 +12,8 @@ from enum import StrEnum
 from mulligan.common.text import bounded
 
 # Of an error's message and of each value beside it: characters as JSON writes them.
-MESSAGE_LIMIT, METADATA_LIMIT = 1_500, 500
+MESSAGE_LIMIT = 1_500
+METADATA_LIMIT = 500
 
 
 class Code(StrEnum):
@@ -190,7 +191,9 @@ class ServiceUnavailable(Exception):
 
     def __init__(self, endpoint: str, seconds: float, cause: str, refusal: DomainError | None = None):
         super().__init__(f"{endpoint} was unreachable for {seconds:.0f} s: {cause}")
-        self.endpoint, self.cause, self.refusal = endpoint, cause, refusal
+        self.endpoint = endpoint
+        self.cause = cause
+        self.refusal = refusal
 
 
 class CallFailed(Exception):

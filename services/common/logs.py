@@ -22,7 +22,9 @@ from mulligan.common.config import ServiceSettings
 from mulligan.common.metrics import REGISTRY
 from mulligan.common.text import bounded
 
-VALUE_LIMIT, TRACEBACK_LIMIT, LINE_LIMIT = 1_000, 8_000, 32_768
+VALUE_LIMIT = 1_000
+TRACEBACK_LIMIT = 8_000
+LINE_LIMIT = 32_768
 _LINES_LOST = Counter("mulligan_log_lines_lost", "Log lines that could not be written.", registry=REGISTRY)
 
 
@@ -60,15 +62,18 @@ class _Lost:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._lines, self._cause = 0, ""
+        self._lines = 0
+        self._cause = ""
 
     def add(self, lines: int, cause: str) -> None:
         with self._lock:
-            self._lines, self._cause = self._lines + lines, cause
+            self._lines = self._lines + lines
+            self._cause = cause
 
     def take(self) -> tuple[int, str]:
         with self._lock:
-            found, self._lines = self._lines, 0
+            found = self._lines
+            self._lines = 0
             return found, self._cause
 
 

@@ -23,8 +23,10 @@ _POINTER_BYTES = 1024  # at most
 _TOKENIZER = "tokenizer.json"
 # What tokenizers without that file are made of.
 _VOCABULARY = re.compile(r"vocab\..+|.+\.(model|tiktoken)|tekken\.json|tokenizer-.+")
-_WHOLE, _SHARDED = "model.safetensors", "model.safetensors.index.json"
-_PICKLED, _PICKLED_SHARDED = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_WHOLE = "model.safetensors"
+_SHARDED = "model.safetensors.index.json"
+_PICKLED = "pytorch_model.bin"
+_PICKLED_SHARDED = "pytorch_model.bin.index.json"
 # Read by loaders where they are there.
 _JSON = (
     *("config.json", "generation_config.json", _TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"),

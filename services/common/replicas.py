@@ -20,8 +20,12 @@ from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 log = structlog.get_logger()
 _NOT_ASKED = "not asked yet"
 _FIRST_SECONDS = 5.0  # for the first check of all servers, before those that answered are used without the rest
-_FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.1, 2.0  # between two checks of a server that fails them
-_LOOK_UP_SECONDS, _LOOK_UP_AGAIN_SECONDS = 5.0, 0.5  # between two look-ups, and at least so
+# between two checks of a server that fails them
+_FIRST_DELAY_SECONDS = 0.1
+_MAX_DELAY_SECONDS = 2.0
+# between two look-ups, and at least so
+_LOOK_UP_SECONDS = 5.0
+_LOOK_UP_AGAIN_SECONDS = 0.5
 
 
 class Client(Protocol):
@@ -58,7 +62,9 @@ class Replicas(Generic[C]):
     ):
         self.text = addresses.text
         self.outage_seconds = outage_seconds
-        self._addresses, self._connect, self._check = addresses, connect, check
+        self._addresses = addresses
+        self._connect = connect
+        self._check = check
         self._notice = notice or (lambda text: None)
         self._known: dict[str, Replica[C]] = {}  # all that ever were: an episode may still be at one that left
         self._present: dict[str, Replica[C]] = {}
@@ -111,7 +117,8 @@ class Replicas(Generic[C]):
 
     async def suspend(self, replica: Replica[C]) -> None:
         """Ends the checks of a server that are under way."""
-        task, replica.checking = replica.checking, None
+        task = replica.checking
+        replica.checking = None
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -187,12 +194,15 @@ class Replicas(Generic[C]):
         try:
             passed = await self._check(replica)
         except ServiceUnavailable as error:
-            problem, passed = error.cause or "away", False
+            problem = error.cause or "away"
+            passed = False
         except (CallFailed, DomainError, OSError) as error:
-            problem, passed = str(error), False
+            problem = str(error)
+            passed = False
         except Exception as error:  # a defect: nothing else would tell of it
             log.exception("a server could not be checked", address=replica.address)
-            problem, passed = repr(error), False
+            problem = repr(error)
+            passed = False
         else:
             problem = ""
         self._set(replica, problem)
@@ -200,7 +210,8 @@ class Replicas(Generic[C]):
         return passed
 
     def _set(self, replica: Replica[C], problem: str) -> None:
-        before, replica.problem = replica.problem, problem
+        before = replica.problem
+        replica.problem = problem
         if problem == before:
             return
         if problem and before in ("", _NOT_ASKED):

@@ -55,7 +55,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         *,
         metrics: bool = False,
     ):
-        self._credentials, self._metrics = credentials, metrics
+        self._credentials = credentials
+        self._metrics = metrics
         self._default_deadline = default_deadline  # seconds
         self._handlers: dict[str, _Handler | None] = {}
 
@@ -195,14 +196,16 @@ class _Logged:
     def __init__(self, method: str, request: Any, metrics: MethodMetrics | None):
         self._method = method.rsplit("/", 1)[-1]
         self._is_probe = method.startswith(_OPEN_SERVICES)
-        self._request, self._metrics = request, metrics
+        self._request = request
+        self._metrics = metrics
         self._status = "OK"
         self._reason: str | None = None
         self._error: BaseException | None = None
         self._start = time.perf_counter()
 
     def failed(self, error: DomainError) -> None:
-        self._status, self._reason = error.code, error.reason
+        self._status = error.code
+        self._reason = error.reason
 
     def timed_out(self) -> None:
         self._status = "DEADLINE_EXCEEDED"
@@ -211,7 +214,8 @@ class _Logged:
         self._status = "UNIMPLEMENTED"
 
     def broke(self, error: Exception) -> None:
-        self._status, self._error = "INTERNAL", error
+        self._status = "INTERNAL"
+        self._error = error
 
     def __enter__(self) -> _Logged:
         return self

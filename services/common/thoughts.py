@@ -61,7 +61,8 @@ def without_thoughts(answer: str) -> str:
             said.clear()  # the template began the thought; or it is only spoken of, inside of another
         else:
             continue  # such as the end of a turn
-        found, end = True, mark.end()
+        found = True
+        end = mark.end()
     if not found:
         return answer
     if not inside:

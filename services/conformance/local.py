@@ -30,7 +30,8 @@ from mulligan.env.episodes import EpisodeTable
 from mulligan.env.servicer import add_to_server
 from mulligan.env.workers import WorkerPool
 
-_THREADS, _HANGING = 8, 64
+_THREADS = 8
+_HANGING = 64
 _MESSAGE_BYTES = 64 * 2**20
 
 

@@ -16,7 +16,8 @@ from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 
 suite: Suite[Session] = Suite()
-LATEST, TOP_GAIN = pb.RETRIEVAL_STRATEGY_LATEST_SUCCESS, pb.RETRIEVAL_STRATEGY_TOP_GAIN
+LATEST = pb.RETRIEVAL_STRATEGY_LATEST_SUCCESS
+TOP_GAIN = pb.RETRIEVAL_STRATEGY_TOP_GAIN
 SAME_TIME = 8  # calls
 CLOCKS_SECONDS = 600.0  # by which two machines' clocks may differ
 _FIRST = ("GetSnapshot", pb.GetSnapshotRequest(scope="conformance"))
@@ -106,7 +107,8 @@ async def long_text(session: Session) -> None:
 
 @suite.check("AddReflection", "every write makes a new version of its scope, counted from 1")
 async def versions(session: Session) -> None:
-    scope, other = Scope(session), Scope(session)
+    scope = Scope(session)
+    other = Scope(session)
     found = [(await scope.add(f"{n}")).version for n in range(3)]
     demand(found == [1, 2, 3], "versions 1, 2 and 3", found)
     demand((await other.add("0")).version == 1, "version 1 of another scope", "another version")
@@ -206,7 +208,8 @@ async def top_gain(session: Session) -> None:
 
 @suite.check("QueryReflections", "scopes do not see each other")
 async def scopes(session: Session) -> None:
-    one, other = Scope(session), Scope(session)
+    one = Scope(session)
+    other = Scope(session)
     await one.add("mine")
     await other.finds("nothing of another scope", [])
 

@@ -67,7 +67,8 @@ class _RecordedEpisode:
         self.observation = episode.observation
         self.player = getattr(episode, "player", 0)
         self.reads_thoughts = reads_thoughts(episode)
-        self._environment, self._inner = environment, episode
+        self._environment = environment
+        self._inner = episode
 
     def step(self, action: str) -> StepResult:
         return self._environment.keep(lambda: self._inner.step(action))

@@ -40,7 +40,9 @@ class Violation(Exception):
     without status codes."""
 
     def __init__(self, demanded: str, came: object, sent: object = "", words: str = "") -> None:
-        self.demanded, self.came, self.sent = demanded, shown(came), shown(sent)
+        self.demanded = demanded
+        self.came = shown(came)
+        self.sent = shown(sent)
         self.words = words or shown(getattr(came, "message", came))
         super().__init__(f"{self.demanded}; came: {self.came}" + (f"; sent: {self.sent}" if self.sent else ""))
 

@@ -42,7 +42,8 @@ class Refusal:
 
 
 def refusal(error: grpc.aio.AioRpcError) -> Refusal:
-    code, message = error.code().name, error.details() or ""
+    code = error.code().name
+    message = error.details() or ""
     try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type]  # the stub knows synchronous calls alone
     except ValueError as problem:
@@ -74,8 +75,11 @@ class Target:
         tls_ca: Path | None = None,
         admin: Sequence[str] = (),
     ) -> None:
-        self.address, self.token, self.timeout = address, token, timeout
-        self._admin, self.admin_token = frozenset(admin), admin_token
+        self.address = address
+        self.token = token
+        self.timeout = timeout
+        self._admin = frozenset(admin)
+        self.admin_token = admin_token
         options = [
             ("grpc.max_send_message_length", _MESSAGE_BYTES),
             ("grpc.max_receive_message_length", _MESSAGE_BYTES),

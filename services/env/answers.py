@@ -30,7 +30,9 @@ def marked(answer: str) -> str | None:
         if not mark["closes"]:
             opened = mark.end()
         elif opened is not None:
-            closed, found, opened = mark.start(), opened, None
+            closed = mark.start()
+            found = opened
+            opened = None
     return said[found:closed].strip() if found is not None else _boxed(said)
 
 

@@ -70,7 +70,8 @@ class _Stuck:
     observation = ""
 
     def __init__(self, episode: Episode, error: TimedOut) -> None:
-        self._episode, self._error = episode, error
+        self._episode = episode
+        self._error = error
 
     def step(self, action: str) -> NoReturn:
         raise TimedOut(f"an earlier call into the episode never ended: {self._error}")

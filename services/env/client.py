@@ -26,7 +26,9 @@ from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.env.wire import info_from_proto, step_from_proto, tasks_from_proto
 
-_MIN_BATCH, _MAX_BATCH = 8, 128  # larger ones gain nothing: a call's own cost is then a tenth of what its steps cost
+# larger ones gain nothing: a call's own cost is then a tenth of what its steps cost
+_MIN_BATCH = 8
+_MAX_BATCH = 128
 _MAX_BATCH_CHARACTERS = 4 * 2**20  # far below the limit of a message; a longer action travels alone
 _MAX_IN_FLIGHT = 2
 _MAX_CALLS = 64  # at a time, of those that are not coalesced: thousands of starts at once swamp a server
@@ -130,7 +132,8 @@ class RemoteEpisode:
         self.player: int = begun.player
         self._lease_seconds = begun.lease.seconds + begun.lease.nanos / 1e9
         self._client = client
-        self._begun, self._begin = begun, begin
+        self._begun = begun
+        self._begin = begin
         self._last_action: str | None = None  # None: no step of this handle was answered
         self._next_step = next_step
         self._is_over = False
@@ -256,7 +259,8 @@ class _StepQueue:
     async def _call(self, batch: list[_Waiting], wait: float) -> list[_Waiting]:
         """Settles the items that are answered within the wait, and returns the others."""
         request = pb.StepEpisodesRequest()
-        request.max_wait.nanos, request.max_wait.seconds = int(wait % 1 * 1e9), int(wait)
+        request.max_wait.nanos = int(wait % 1 * 1e9)
+        request.max_wait.seconds = int(wait)
         add = request.steps.add
         for _, episode_id, step_index, action in batch:
             add(episode_id=episode_id, step_index=step_index, action=action)

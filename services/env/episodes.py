@@ -118,7 +118,8 @@ class EpisodeTable:
         check_place(source, episode_id, step_index)
         record = self._place(new_episode_id, source.environment, source.task_id)
         record.source = (episode_id, step_index)
-        record.actions, record.answers = list(source.actions), list(source.answers)
+        record.actions = list(source.actions)
+        record.answers = list(source.answers)
         last = source.answers[-1] if source.answers else source.started.result()
 
         def done(result: object) -> None:
@@ -184,7 +185,8 @@ class EpisodeTable:
         record = self._find(request.episode_id)
         if record is None or (record.episode is None and not record.finished):
             raise self._unknown(request.episode_id)
-        index, played = request.step_index, len(record.answers)
+        index = request.step_index
+        played = len(record.answers)
         if index < played:
             if hash(request.action) != record.actions[index]:
                 raise conflict(request)

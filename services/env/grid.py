@@ -79,7 +79,11 @@ class BoardTasks(Generic[B]):
         solve: Callable[[B], int | None],
         settings: str,
     ) -> None:
-        self._name, self._seed, self._counts, self._draw, self._settings = name, seed, counts, draw, settings
+        self._name = name
+        self._seed = seed
+        self._counts = counts
+        self._draw = draw
+        self._settings = settings
         self._test_boards: tuple[B, ...] | None = None
         self._lock = threading.Lock()
         self._train_board = lru_cache(_CACHED_BOARDS)(self._draw_train_board)

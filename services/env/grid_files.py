@@ -88,9 +88,11 @@ def _splits(
         test.setdefault(placed.board, placed)
     for placed in _boards("train_file", files[Split.TRAIN], read):
         if files[Split.TEST]:
-            is_test, wanted = placed.board in test, 0
+            is_test = placed.board in test
+            wanted = 0
         else:
-            is_test, wanted = placed.board.is_test, limits[Split.TEST]
+            is_test = placed.board.is_test
+            wanted = limits[Split.TEST]
         if not is_test:
             train.setdefault(placed.board, placed)
         elif len(test) < wanted:

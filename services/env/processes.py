@@ -21,7 +21,9 @@ from mulligan.env.config import EnvSettings
 
 log = structlog.get_logger()
 _SUPERVISOR = "MULLIGAN_SUPERVISOR"  # in a process's environment: the descriptor of its end of the socket
-_MOST_STARTS, _STARTS_SECONDS = 5, 60.0  # of one process; more is a defect that restarting does not mend
+# of one process; more is a defect that restarting does not mend
+_MOST_STARTS = 5
+_STARTS_SECONDS = 60.0
 _END_SECONDS = 10.0  # beyond the drain, before what still runs is killed
 _BAD_SETTINGS = 2
 

@@ -244,7 +244,8 @@ class _Server(EnvClient):
 
     def __init__(self, endpoint: Endpoint, timeout: float, lost_seconds: float):
         super().__init__(replace(endpoint, outage_seconds=0.0), timeout=timeout)
-        self._endpoint, self._lost_seconds = endpoint, lost_seconds
+        self._endpoint = endpoint
+        self._lost_seconds = lost_seconds
         self.difference = ""  # from the others, which was told
         self.abandoned: set[str] = set()  # episodes that may be here and are played elsewhere
 
@@ -311,7 +312,8 @@ def _agreed(name: str, found: dict[str, dict[str, EnvironmentInfo]]) -> Environm
     (first, expected), *others = having.items()
     for address, info in others:
         for field in fields(EnvironmentInfo):
-            ours, theirs = getattr(expected, field.name), getattr(info, field.name)
+            ours = getattr(expected, field.name)
+            theirs = getattr(info, field.name)
             if ours != theirs:
                 message = (
                     f"environment {name!r} is not the same at all servers: {field.name} is {ours!r} at {first} and "

@@ -177,8 +177,11 @@ class _Process:
     """One process of an episode, or of a listing."""
 
     def __init__(self, host: _Host, limits: Limits, seconds: float, connection: socket.socket, process: int) -> None:
-        self._host, self._limits, self._seconds = host, limits, seconds
-        self._connection, self._id = connection, process
+        self._host = host
+        self._limits = limits
+        self._seconds = seconds
+        self._connection = connection
+        self._id = process
         self._lock = threading.Lock()
         self._ended: str | None = None  # how
 
@@ -269,7 +272,8 @@ class SandboxedEpisode:
     reads_thoughts = True  # its process knows whether the episode does
 
     def __init__(self, process: _Process, observation: str, player: int) -> None:
-        self.observation, self.player = observation, player
+        self.observation = observation
+        self.player = player
         self._process = process
 
     def step(self, action: str) -> StepResult:
@@ -288,7 +292,10 @@ class Sandboxed:
 
     def __init__(self, name: str, table: Mapping[str, Any], limits: Limits, seconds: float) -> None:
         """Raises ValueError that names the setting."""
-        self._name, self._table, self._limits, self._seconds = name, dict(table), limits, seconds
+        self._name = name
+        self._table = dict(table)
+        self._limits = limits
+        self._seconds = seconds
         self._lock = threading.Lock()
         self._loading: Future[_Host] | None = None
         try:

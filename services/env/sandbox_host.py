@@ -31,7 +31,9 @@ from mulligan.env.sandbox_pipe import First, Garbled, Reply, Request, receive, s
 
 MEMORY_STATUS = 77  # of a process that has no memory left to say so
 _MAX_OPEN_FILES = 256
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 36, 38
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
 _CLONE_THREAD = 0x10000
 _PROBLEM_LENGTH = 400
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -97,7 +99,9 @@ def _run(
         _belong_to(host)
         restrict()
         if request.do == "list":
-            split, begin, limit = Split(request.split), request.offset, request.limit
+            split = Split(request.split)
+            begin = request.offset
+            limit = request.limit
             send(connection, _attempt(lambda: list(environment.list_tasks(split, begin, limit))))
         else:
             _play(environment, request.text, connection, host)

@@ -96,7 +96,8 @@ class Bm25:
     def open(cls, folder: Path) -> Bm25:
         import tantivy
 
-        index, analyzer = tantivy.Index.open(str(folder)), _analyzer()
+        index = tantivy.Index.open(str(folder))
+        analyzer = _analyzer()
         index.register_tokenizer("passage", analyzer)
         return cls(index, analyzer)
 

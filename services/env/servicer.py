@@ -122,7 +122,9 @@ def _fill_item(item: pb.StepEpisodesResponse.Item, answer: StepAnswer | None) ->
         _fill_step(item.step, answer)
     else:
         error = item.error
-        error.code, error.reason, error.message = code_number(answer.code), answer.reason, answer.message
+        error.code = code_number(answer.code)
+        error.reason = answer.reason
+        error.message = answer.message
         error.metadata.update(answer.metadata)
 
 

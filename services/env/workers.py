@@ -63,7 +63,8 @@ class Call(Job):
 
     def __init__(self, call: Callable[[], object], done: Callable[[object], None]):
         super().__init__()
-        self._call, self._done = call, done
+        self._call = call
+        self._done = done
 
     def call(self) -> object:
         return self._call()
@@ -122,7 +123,8 @@ class _Queue:
                 return self._items.popleft()
             self._places.append(place)
         place.filled.acquire()
-        item, place.item = place.item, None
+        item = place.item
+        place.item = None
         return item
 
     def empty(self) -> bool:

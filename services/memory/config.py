@@ -24,7 +24,8 @@ class MemorySettings(ServiceSettings):
         """Raises StoreError that names the setting."""
         kind, colon, location = self.database.partition(":")
         if not colon:
-            kind, location = "sqlite", self.database
+            kind = "sqlite"
+            location = self.database
         if not kind.isidentifier() or not location:
             raise StoreError(f"database: expected KIND:LOCATION, not {self.database!r}")
         try:

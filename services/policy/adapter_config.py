@@ -94,7 +94,8 @@ class AdapterConfig:
 
     def _targets(self, module: str) -> bool:
         """As peft chooses layers by lists of names. A pattern is taken at its word: the file was made by it."""
-        targets, excluded = self.content.get("target_modules"), self.content.get("exclude_modules")
+        targets = self.content.get("target_modules")
+        excluded = self.content.get("exclude_modules")
         if isinstance(excluded, list) and _ends(module, excluded):
             return False
         if not isinstance(targets, list):

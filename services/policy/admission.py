@@ -57,7 +57,8 @@ def agreed(name: str, found: Mapping[Replica[Server], PolicyInfo | DomainError])
     where = ""
     for replica, info in found.items():
         if isinstance(info, PolicyInfo) and (best is None or info.policy_version > best.policy_version):
-            best, where = info, replica.address
+            best = info
+            where = replica.address
     assert best is not None
     for replica, info in found.items():
         if isinstance(info, DomainError):
@@ -74,7 +75,8 @@ def agreed(name: str, found: Mapping[Replica[Server], PolicyInfo | DomainError])
 def refusal_of(policy: Shared, info: PolicyInfo) -> DomainError | None:
     """Why a server with this is not asked; ENGINE_UNAVAILABLE passes by itself."""
     if differs := unlike(policy.reference, info):
-        ours, theirs = getattr(policy.reference, differs), getattr(info, differs)
+        ours = getattr(policy.reference, differs)
+        theirs = getattr(info, differs)
         return DomainError(Reason.MODEL_MISMATCH, f"{differs} is {theirs!r}, elsewhere it is {ours!r}")
     if _has_versions(info) and info.policy_version != policy.version:
         message = f"version {info.policy_version} serves, elsewhere it is {policy.version}"

@@ -15,7 +15,8 @@ from mulligan.policy.versions import Record
 
 # As safetensors and as torch name them.
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-FLOAT32_TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-3, 0.25
+FLOAT32_TOLERANCE = 1e-3
+LOW_PRECISION_TOLERANCE = 0.25
 
 
 def tolerance_of(setting: float, dtype: str) -> float:
@@ -30,7 +31,8 @@ def check_probes(probes: Sequence[CanaryProbe], model: ModelInfo) -> None:
             Reason.UNSUPPORTED_OPTION, f"canary: {model.model} cannot score", field="canary", feature=Feature.SCORE
         )
     for index, probe in enumerate(probes):
-        field, count = f"canary[{index}]", len(probe.token_ids)
+        field = f"canary[{index}]"
+        count = len(probe.token_ids)
         if count < 2 or (model.context_length and count > model.context_length):
             raise invalid_field(f"{field}.token_ids", f"2 to {model.context_length or 65536} tokens")
         if any(token < 0 or (model.vocabulary_size and token >= model.vocabulary_size) for token in probe.token_ids):

@@ -226,7 +226,8 @@ class Chat:
 
     def _shows_tools(self) -> bool:
         """What has no place in a template is left out without a word. Finds the form in which it takes calls."""
-        probe, is_silent = _PROBES[0], False
+        probe = _PROBES[0]
+        is_silent = False
         for self._text_arguments, self._call_content in product((False, True), ("", "I call it.")):
             call = replace(probe.call, content=self._call_content)
             try:

@@ -49,7 +49,8 @@ _PAGE = 1000
 _PIECE_BYTES = 2 * 2**20  # of an upload
 # What grpc.aio says now and then in place of a refusal, when the server refuses an upload to which this side still
 # writes. The refusal comes with another try.
-_WRITTEN_TO_AN_ENDED_CALL, _TRIES = "Internal error from Core", 8
+_WRITTEN_TO_AN_ENDED_CALL = "Internal error from Core"
+_TRIES = 8
 
 
 class PolicyClient:
@@ -73,7 +74,8 @@ class PolicyClient:
         self._stub = pb_grpc.PolicyServiceStub(self._connection.channel)
         self._admin = Connection(replace(endpoint, token=admin_token or endpoint.token), on_outage)
         self._admin_stub = admin_grpc.PolicyAdminServiceStub(self._admin.channel)
-        self._timeout, self._update_timeout = timeout, update_timeout
+        self._timeout = timeout
+        self._update_timeout = update_timeout
 
     async def info(self, policy: str = "") -> PolicyInfo:
         request = pb.GetPolicyRequest(policy=policy)

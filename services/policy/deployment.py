@@ -43,8 +43,12 @@ class Deployment:
         store: VersionStore,
         uploads: Uploads | None = None,
     ):
-        self.name, self.settings, self.backend = name, settings, backend
-        self._store, self._uploads, self._weights_folder = store, uploads, service.weights_folder
+        self.name = name
+        self.settings = settings
+        self.backend = backend
+        self._store = store
+        self._uploads = uploads
+        self._weights_folder = service.weights_folder
         self._gate = Gate(name, backend.policy_version, self._available)
         self._loader = Loader(name, settings, backend, store, self._gate, service.canary_tolerance)
         self._updating = asyncio.Lock()
@@ -201,11 +205,13 @@ class Deployment:
 
     def _refuse_update(self, weights: PublishedWeights, known: Record | None, following: int) -> None:
         self._refuse_change()
-        model, feature = self.backend.model, FEATURES[weights.kind]
+        model = self.backend.model
+        feature = FEATURES[weights.kind]
         if feature not in model.features:
             message = f"kind: the engine of {model.model} takes no {weights.kind} weights"
             raise DomainError(Reason.UNSUPPORTED_OPTION, message, field="kind", feature=feature)
-        number, serving = weights.policy_version, self._gate.policy_version
+        number = weights.policy_version
+        serving = self._gate.policy_version
         conflict = ""
         if known is not None and known.version.sha256 != weights.sha256:
             conflict = f"version {number} is known with other weights"
@@ -255,7 +261,8 @@ class Deployment:
         async with self._updating:
             if self._gate.phase is PolicyState.RELEASED:
                 return
-            phase, problem = self._gate.phase, self._gate.problem
+            phase = self._gate.phase
+            problem = self._gate.problem
             self._gate.set(PolicyState.RELEASED)
             try:
                 await self._gate.drained()

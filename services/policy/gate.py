@@ -18,7 +18,8 @@ class Gate:
     """In front of one model. `available` tells whether any of its engines serves."""
 
     def __init__(self, name: str, policy_version: int, available: Callable[[], bool]):
-        self._name, self._available = name, available
+        self._name = name
+        self._available = available
         self._phase = PolicyState.UPDATING
         self._changed = asyncio.Event()  # replaced by another with each change
         self.policy_version = policy_version

@@ -45,7 +45,8 @@ class ControlTokens:
         self._beginnings = frozenset(text[:end] for text in texts for end in range(1, len(text)))
         self._endings = frozenset(text[start:] for text in texts for start in range(1, len(text)))
         self._longest = max(map(len, texts), default=0)
-        self._first, self._last = {text[0] for text in texts}, {text[-1] for text in texts}
+        self._first = {text[0] for text in texts}
+        self._last = {text[-1] for text in texts}
 
     def __contains__(self, token_id: int) -> bool:
         return token_id in self._special
@@ -69,7 +70,8 @@ class ControlTokens:
     def edges(self, text: str) -> list[Span]:
         """What the template's own text before and after could complete to a control token: at the start the end of one,
         at the end the beginning of one. White space around it counts as absent, since templates strip it."""
-        start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+        start = len(text) - len(text.lstrip())
+        end = len(text.rstrip())
         sizes = range(min(self._longest, end - start), 0, -1)
         spans = []
         if not self._last.isdisjoint(text[start : start + self._longest]):
@@ -85,7 +87,8 @@ class Literals:
     """The hidden literals of one conversation."""
 
     def __init__(self, encode: Callable[[str], list[int]], controls: ControlTokens):
-        self._encode, self._controls = encode, controls
+        self._encode = encode
+        self._controls = controls
         self._hidden: dict[str, str] = {}  # by the character that stands for it
         self._used: set[str] = set()
 
@@ -128,7 +131,8 @@ class Literals:
             return [self._masked(one, own, found) for one in value]
         if not isinstance(value, str) or (value, own) not in found:
             return value
-        parts, begin = [], 0
+        parts = []
+        begin = 0
         for start, end in found[value, own]:
             parts += [value[begin:start], self._stand_in(value[start:end])]
             begin = end

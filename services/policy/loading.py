@@ -46,8 +46,11 @@ class Loader:
         gate: Gate,
         canary_tolerance: float,
     ):
-        self._name, self._settings = name, settings
-        self._backend, self._store, self._gate = backend, store, gate
+        self._name = name
+        self._settings = settings
+        self._backend = backend
+        self._store = store
+        self._gate = gate
         self.tolerance = tolerance_of(canary_tolerance, backend.model.dtype)
         self._trials: dict[int, Trial] = {}  # of the version that serves, and of the one that is being loaded
         self.record: Record
@@ -78,7 +81,9 @@ class Loader:
 
         `commit` makes it last; with `refuse` a version that fails its check is never loaded again.
         """
-        before, phase, problem = self.record, self._gate.phase, self._gate.problem
+        before = self.record
+        phase = self._gate.phase
+        problem = self._gate.problem
         try:
             found = await self._load(record, file)
             await asyncio.to_thread(commit, found)
@@ -242,7 +247,8 @@ class Loader:
             raise
 
     def _trial_of(self, record: Record, file: WeightsFile, known: Sequence[Record]) -> Trial:
-        expected, others = "", {}
+        expected = ""
+        others = {}
         for other in known:
             checksum = other.version.engine_checksum
             if not checksum or other.setup != self._setup or other.version.state is VersionState.REFUSED:

@@ -46,7 +46,8 @@ class PolicyCollector(Collector):
         difference = _gauge("canary_difference", "Of the last check: largest difference in log-probability.")
         state = _gauge("state", "1 for the state that the policy is in, 0 for the others.", "state")
         for deployment in self._deployments():
-            name, engines = deployment.name, deployment.backend.replicas
+            name = deployment.name
+            engines = deployment.backend.replicas
             version.add_metric([name], deployment.policy_version)
             in_flight.add_metric([name], deployment.in_flight)
             serving.add_metric([name], sum(engine.info.serving for engine in engines))

@@ -36,7 +36,8 @@ class Model:
     """A deployment, and who uses it. `folder` is its backend's own."""
 
     def __init__(self, deployment: Deployment, folder: Path):
-        self.deployment, self.folder = deployment, folder
+        self.deployment = deployment
+        self.folder = folder
         self.calls = 0
         self.asked = float("-inf")  # when a session's last call ended, by `monotonic`
         self.closed = False
@@ -70,8 +71,11 @@ class Models:
         self.name = name
         self.draining: list[Model] = []
         self._changing = asyncio.Lock()  # weights and models are exchanged one at a time
-        self._service, self._create, self._uploads = service, create, uploads
-        self._folder, self._store = folder, folder.store
+        self._service = service
+        self._create = create
+        self._uploads = uploads
+        self._folder = folder
+        self._store = folder.store
         self._newest: Model | None = None
         self._sessions: OrderedDict[str, Model] = OrderedDict()
         self._drains: set[asyncio.Task[None]] = set()
@@ -159,7 +163,8 @@ class Models:
         return self._store.first_version(source_of(settings)) if restore else self._store.next_version
 
     def _exchange(self, model: Model) -> None:
-        old, self._newest = self._newest, model
+        old = self._newest
+        self._newest = model
         if old is not None:
             self.draining.append(old)
             task = asyncio.create_task(self._drain(old))

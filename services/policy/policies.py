@@ -88,7 +88,8 @@ class Policies:
     def get(self, name: str = "") -> Policy:
         found = self._policies.get(name or self.settings.default_policy)
         if found is None:
-            known, near = ", ".join(sorted(self._policies)), did_you_mean(name, self._policies)
+            known = ", ".join(sorted(self._policies))
+            near = did_you_mean(name, self._policies)
             raise DomainError(Reason.UNKNOWN_POLICY, f"no policy {name!r}{near}; there are {known}", policy=name)
         return found
 
@@ -205,7 +206,8 @@ class Policies:
             raise CannotServe(problems)
 
     async def _restore(self, name: str) -> None:
-        own, path = self._own.get(name), self._request_file(name)
+        own = self._own.get(name)
+        path = self._request_file(name)
         request = await asyncio.to_thread(Requested.read, path) if path is not None else None
         if request is not None and request.own != identity(own):
             log.warning("the settings of a policy changed: they replace what was loaded", policy=name)

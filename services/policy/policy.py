@@ -202,7 +202,8 @@ async def _sample(deployment: Deployment, ask: Ask, options: CallOptions) -> Sam
 
 def _check_versions(spans: Sequence[VersionSpan], options: CallOptions) -> None:
     """A rollback while a call is under way can bring a version that the call must not be answered by."""
-    oldest, wanted = min((span.policy_version for span in spans), default=None), options.min_policy_version
+    oldest = min((span.policy_version for span in spans), default=None)
+    wanted = options.min_policy_version
     if oldest is not None and wanted is not None and oldest < wanted:
         raise DomainError(
             Reason.POLICY_VERSION_TOO_OLD,

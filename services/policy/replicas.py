@@ -338,7 +338,8 @@ class PolicyReplicas:
                 if isinstance(result, BaseException) and replica not in refused:
                     self._replicas.failed(replica, getattr(result, "cause", str(result)))
             if took:
-                policy.target, policy.version = weights, weights.policy_version
+                policy.target = weights
+                policy.version = weights.policy_version
                 policy.reference = took[0].client.infos[name]
             for replica in servers:
                 if replica in took:

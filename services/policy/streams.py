@@ -42,7 +42,9 @@ class TextStream:
         unsettling: int | None = None,
         raw_text: Callable[[Sequence[int], str], str] = lambda token_ids, text: "",
     ):
-        self._decode, self._unsettling, self._raw_text = decode, unsettling, raw_text
+        self._decode = decode
+        self._unsettling = unsettling
+        self._raw_text = raw_text
         self._all: list[int] = []
         self._text = ""
         self._token_ids: list[int] = []  # those that text to come depends on

@@ -67,7 +67,8 @@ class Uploads:
         _check_config(header)
         await asyncio.to_thread(self._check_room, header.size_bytes)
         name = uuid.uuid4().hex
-        part, folder = self._folder / f"{name}{_PART}", self._folder / name
+        part = self._folder / f"{name}{_PART}"
+        folder = self._folder / name
         self._coming += header.size_bytes
         try:
             with writing_to(self._folder, header.size_bytes):
@@ -167,7 +168,8 @@ async def _spool(header: UploadHeader, folder: Path, chunks: AsyncIterator[bytes
     lora = header.kind is WeightsKind.LORA
     path = folder / ("adapter_model.safetensors" if lora else "model.safetensors")
     digest = hashlib.sha256()
-    written, head = 0, b""
+    written = 0
+    head = b""
 
     def write(file: IO[bytes], chunk: bytes) -> None:
         file.write(chunk)

@@ -148,7 +148,9 @@ class Erl:
     async def memorise(self, experiences: Sequence[Experience]) -> None:
         """m ← Δ for each reflection that is worth it. Request ids make a repetition harmless."""
         for experience in experiences:
-            first, reflection, second = experience.first_attempt, experience.reflection, experience.second_attempt
+            first = experience.first_attempt
+            reflection = experience.reflection
+            second = experience.second_attempt
             if not is_memorable(experience, self.settings.algorithm.success_threshold):
                 continue
             assert reflection is not None and second is not None
@@ -192,7 +194,8 @@ class Erl:
     ) -> Experience:
         """Reflection (or its ablation), second attempt, distilled target."""
         prompts = self.player.info.prompts
-        chain_id, first = experience.experience_id, experience.first_attempt
+        chain_id = experience.experience_id
+        first = experience.first_attempt
         reflection = None
         match self.settings.algorithm.second_attempt:
             case SecondAttempt.REFLECTION:
@@ -265,7 +268,8 @@ class Erl:
     @property
     def _limits(self) -> Limits:
         """The learner's; where it does not state them, the policy's, which serves the same model."""
-        learner, policy = self.learner.limits, self.player.policy_info
+        learner = self.learner.limits
+        policy = self.player.policy_info
         return Limits(
             learner.vocabulary_size or policy.vocabulary_size, learner.context_length or policy.context_length
         )
@@ -305,7 +309,9 @@ async def evaluate(
 def is_memorable(experience: Experience, threshold: float) -> bool:
     """Whether the memory takes the reflection: its second attempt succeeded, and it is whole, which is to say that the
     policy ended it, not a limit; not empty; and no longer than the memory's contract allows."""
-    first, reflection, second = experience.first_attempt, experience.reflection, experience.second_attempt
+    first = experience.first_attempt
+    reflection = experience.reflection
+    second = experience.second_attempt
     if reflection is None or reflection.outcome is not Outcome.COMPLETED:
         return False
     if first.reward is None or second is None or second.reward is None or not reaches(second.reward, threshold):

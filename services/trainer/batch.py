@@ -17,7 +17,10 @@ from mulligan.trainer.data import Datum, Distillation, PolicyGradient
 from mulligan.trainer.settings import AlgorithmSettings, BranchNormalization
 
 Group = list[Experience]
-FIRST, REFLECTION, SECOND, DISTILLED = "first", "reflection", "second", "distilled"
+FIRST = "first"
+REFLECTION = "reflection"
+SECOND = "second"
+DISTILLED = "distilled"
 
 
 def groups(experiences: Iterable[Experience]) -> list[Group]:
@@ -70,7 +73,8 @@ def minibatches(data: Sequence[Datum], count: int, seed: int) -> list[list[Datum
         random.Random(f"{seed}/{branch}").shuffle(members)
         # On a line of count · len(members) units each datum covers `count` units, and each step len(members) of them.
         for step, minibatch in enumerate(dealt):
-            start, end = step * len(members), (step + 1) * len(members)
+            start = step * len(members)
+            end = (step + 1) * len(members)
             for place in range(start // count, -(-end // count)):
                 units = min(end, (place + 1) * count) - max(start, place * count)
                 minibatch.append(replace(members[place], weight=members[place].weight * units))
@@ -136,9 +140,11 @@ def _distilled(
     for group in groups(experiences):
         baseline = [experience.first_attempt.reward or 0.0 for experience in group]
         for experience in group:
-            target, second = experience.distilled, experience.second_attempt
+            target = experience.distilled
+            second = experience.second_attempt
             if target is not None and second is not None:
-                loss, subtract = settings.distillation_loss, settings.distillation_baseline
+                loss = settings.distillation_loss
+                subtract = settings.distillation_baseline
                 weight = distillation_weight(target.reward, loss, baseline, subtract)
                 result.append((target, second.temperature, weight))
     return result

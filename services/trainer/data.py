@@ -78,8 +78,10 @@ def refusal(datum: Datum, limits: Limits) -> Refusal | None:
 
 
 def _refused_tokens(datum: Datum, limits: Limits) -> Refusal | None:
-    tokens, mask = datum.token_ids, datum.loss_mask
-    longest, largest = limits.context_length or _LARGEST_INT32, limits.vocabulary_size - 1
+    tokens = datum.token_ids
+    mask = datum.loss_mask
+    longest = limits.context_length or _LARGEST_INT32
+    largest = limits.vocabulary_size - 1
     if not 2 <= len(tokens) <= longest:
         problem = Problem.TOO_SHORT if len(tokens) < 2 else Problem.TOO_LONG
         return Refusal(problem, "token_ids", f"2 to {longest} tokens", str(len(tokens)))
@@ -87,7 +89,8 @@ def _refused_tokens(datum: Datum, limits: Limits) -> Refusal | None:
         largest = _LARGEST_INT32
     if min(tokens) < 0 or max(tokens) > largest:
         place = next(i for i, token in enumerate(tokens) if not 0 <= token <= largest)
-        field, expected = f"token_ids[{place}]", f"a token id from 0 to {largest}"
+        field = f"token_ids[{place}]"
+        expected = f"a token id from 0 to {largest}"
         return Refusal(Problem.NOT_IN_VOCABULARY, field, expected, str(tokens[place]))
     if len(mask) != len(tokens):
         return Refusal(Problem.MISALIGNED, "loss_mask", f"one value per token, {len(tokens)}", str(len(mask)))

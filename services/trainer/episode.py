@@ -130,7 +130,11 @@ class Player:
         turns: list[Turn] = []
         by_messages = self.policy_info.rewrites_history or Feature.TOKEN_IDS not in self.policy_info.features
         conversation = _Conversation([Message(Role.SYSTEM, system)], by_messages)
-        observation, tool, outcome, feedback, error = "", "", Outcome.TRUNCATED, "", ""
+        observation = ""
+        tool = ""
+        outcome = Outcome.TRUNCATED
+        feedback = ""
+        error = ""
         blame = Outcome.ENV_ERROR  # whose failure an exception is
         episode: EpisodeHandle | None = None
         try:
@@ -149,12 +153,16 @@ class Player:
                 blame = Outcome.ENV_ERROR
                 step = await episode.step(completion.marked_text)
                 turns.append(Turn(observation, completion.text, step.action, step.reward or 0.0, tool))
-                observation, tool = step.observation, step.tool
+                observation = step.observation
+                tool = step.tool
                 if step.done:
-                    outcome, feedback, error = step.outcome or Outcome.ENV_ERROR, step.feedback, step.error
+                    outcome = step.outcome or Outcome.ENV_ERROR
+                    feedback = step.feedback
+                    error = step.error
                     break
         except (DomainError, CallFailed) as failure:
-            outcome, error = _outcome_of(failure, blame), str(failure)
+            outcome = _outcome_of(failure, blame)
+            error = str(failure)
         finally:
             if episode is not None and not (turns and outcome is Outcome.COMPLETED):
                 await _end(episode)
@@ -190,7 +198,9 @@ class Player:
         )
         options = CallOptions(request_id=f"{reflection_id}-0", session_id=f"{reflection_id}-{self.incarnation}")
         speaker, writer = (self.reflector, self.reflector.name) if self.reflector else (self.policy, "")
-        outcome, text, error = Outcome.COMPLETED, "", ""
+        outcome = Outcome.COMPLETED
+        text = ""
+        error = ""
         try:
             sampling = replace(sampling, seed=derive_seed(seed, 0))
             completion = await speaker.generate(conversation.prompt(), sampling, options)
@@ -199,7 +209,8 @@ class Player:
             if completion.stop_reason is not StopReason.END_OF_TURN:
                 outcome = Outcome.TRUNCATED
         except (DomainError, CallFailed) as failure:
-            outcome, error = _outcome_of(failure, Outcome.POLICY_ERROR), str(failure)
+            outcome = _outcome_of(failure, Outcome.POLICY_ERROR)
+            error = str(failure)
         return Reflection(
             reflection_id, text, conversation.sequences, sampling.temperature, outcome, error=error, policy=writer
         )

@@ -69,7 +69,8 @@ class EventLog:
     def add(self, event: Event) -> None:
         """Raises as `write` does, after whoever follows was told."""
         self.entries.append(Entry(len(self.entries) + 1, datetime.now(UTC), event))
-        changed, self._changed = self._changed, asyncio.Event()
+        changed = self._changed
+        self._changed = asyncio.Event()
         changed.set()
         self.write()
 

@@ -135,7 +135,9 @@ class StepJournal:
         self._append(AttemptSampled(part) if isinstance(part, Attempt) else ReflectionSampled(part))
 
     def complete(self, experience: Experience) -> None:
-        reflection, second, distilled = experience.reflection, experience.second_attempt, experience.distilled
+        reflection = experience.reflection
+        second = experience.second_attempt
+        distilled = experience.distilled
         prompts = [list(sequence.segments[0].token_ids) for sequence in distilled.sequences] if distilled else []
         record = ExperienceCompleted(
             experience_id=experience.experience_id,

@@ -56,7 +56,8 @@ def check_actor(
     if settings.deterministic and not info.deterministic:
         raise _invalid("deterministic", "the policy service is not deterministic itself")
     if info.fingerprint != fingerprint:
-        source, name = settings.model.source, info.name or "NAME"
+        source = settings.model.source
+        name = info.name or "NAME"
         raise DomainError(
             Reason.MODEL_MISMATCH,
             f"policy {info.name!r} serves {info.model}, and this run trains {source}. Make the policy serve it "

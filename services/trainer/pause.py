@@ -9,7 +9,8 @@ from pathlib import Path
 from mulligan.common.disk import free_bytes
 from mulligan.common.errors import DomainError
 
-_FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.5, 60.0
+_FIRST_DELAY_SECONDS = 0.5
+_MAX_DELAY_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
 _SPARE_BYTES = 2**18  # beyond what was to be written
 

@@ -68,7 +68,8 @@ class PublishedPolicy:
     ):
         self.info = actor.info
         self._actor = actor
-        self._policy, self._name = actor.port, actor.name
+        self._policy = actor.port
+        self._name = actor.name
         self._learner = learner
         self._notice = notice
         self._upload = upload
@@ -154,7 +155,8 @@ class PublishedPolicy:
 
     async def _advice(self, reason: Reason, kind: WeightsKind) -> str:
         """What a person can do about it. The policy itself sees the dtype of full weights, but not of a LoRA run."""
-        advice, info = _ADVICE.get(reason, ""), self.info
+        advice = _ADVICE.get(reason, "")
+        info = self.info
         differ = kind is WeightsKind.LORA and self._dtype and info.dtype not in ("", self._dtype)
         if reason is Reason.CANARY_FAILED and differ:
             return f"the dtypes differ: the policy computes in {info.dtype}, this run in {self._dtype}; {advice}"

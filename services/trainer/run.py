@@ -157,7 +157,9 @@ class Run:
             await learner.close()
 
     async def _train_with(self, learner: LearnerPort, place: Place) -> None:
-        settings, services, info = self.settings, self.services, place.info
+        settings = self.settings
+        services = self.services
+        info = place.info
         actor = await services.actor(settings, learner, self.notice)
         check_environment(info, actor.info)
         reflector = await services.reflector(settings, actor.info)
@@ -165,7 +167,8 @@ class Run:
         if checkpoint is not None:
             await learner.load_checkpoint(checkpoint.name)
         self.step = checkpoint.step if checkpoint else 0
-        incarnation, restarts = uuid.uuid4().hex[:8], settings.rollout.max_restarts
+        incarnation = uuid.uuid4().hex[:8]
+        restarts = settings.rollout.max_restarts
         player = Player(self.environment.port, actor, info, actor.info, incarnation, restarts, reflector)
         algorithm = Erl(self.run_id, settings, player, services.memory, learner, NoRecorder())
         await actor.publish()
@@ -261,7 +264,8 @@ class Run:
     def summary(self) -> dict[str, object]:
         """`rollouts`: episodes started plus reflections written, the budget in which algorithms are compared.
         `grad_clipped`: share of the optimizer steps whose gradient norm was above `max_grad_norm`."""
-        evaluations, steps = self.events.evaluations(), self.events.steps()
+        evaluations = self.events.evaluations()
+        steps = self.events.steps()
         curve = [
             {
                 "step": step,

@@ -78,11 +78,14 @@ class RunEnvironment:
 
     def __init__(self, run_id: str, settings: RunSettings, folder: RunFolder, environment: EnvironmentPort):
         self.port = KnownEnvironment(environment)
-        self._run_id, self._settings, self._folder = run_id, settings, folder
+        self._run_id = run_id
+        self._settings = settings
+        self._folder = folder
 
     async def open(self) -> Place:
         """Raises DomainError UNKNOWN_ENVIRONMENT, or INVALID_SETTING where there is nothing to train or measure on."""
-        name, settings = self._settings.environment, self._settings
+        name = self._settings.environment
+        settings = self._settings
         info = await self.port.describe(name)
         train = await self.port.list_tasks(name, Split.TRAIN, settings.rollout.train_tasks)
         test = await self.port.list_tasks(name, Split.TEST, settings.evaluation.tasks)
@@ -92,7 +95,8 @@ class RunEnvironment:
     async def settle(self, place: Place, notice: Callable[[str], None], *, accept: bool) -> None:
         """Keeps the fingerprint of the environment that a run begins in. Raises EnvironmentChanged when it goes on in
         another one, unless that is to be accepted."""
-        now, before = await self._fingerprint(place), self._folder.environment()
+        now = await self._fingerprint(place)
+        before = self._folder.environment()
         differences = before.differences(now) if before is not None else []
         if differences and not accept:
             raise EnvironmentChanged(self._told(differences))
@@ -132,7 +136,8 @@ class RunEnvironment:
 
     def _forget_unfinished(self) -> None:
         """A step whose chains are not all there would be finished with attempts of the new environment."""
-        rollout, journal = self._settings.rollout, self._folder.journal
+        rollout = self._settings.rollout
+        journal = self._folder.journal
         for step in journaled_steps(journal)[-1:]:
             if sampled_chains(journal, step) < rollout.tasks_per_step * rollout.rollouts_per_task:
                 set_aside(journal, step)

@@ -85,7 +85,8 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         state = pb.StreamEvaluateResponse()
 
         def tell(progress: EvaluationProgress) -> None:
-            state.ended, state.total = progress.ended, progress.total
+            state.ended = progress.ended
+            state.total = progress.total
             if progress.success is not None:
                 state.success = progress.success
             changed.set()

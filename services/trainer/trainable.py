@@ -20,7 +20,9 @@ from mulligan.trainer.settings import AlgorithmSettings
 Part = TypeVar("Part", Attempt, Reflection)
 
 # Beside those of single data (`Problem`).
-CUT_REFLECTION, REWRITTEN_HISTORY, NO_PROMPT = "cut_reflection", "rewritten_history", "no_prompt"
+CUT_REFLECTION = "cut_reflection"
+REWRITTEN_HISTORY = "rewritten_history"
+NO_PROMPT = "no_prompt"
 _MEANINGS = {
     Problem.TOO_LONG: "it is longer than the model's context",
     Problem.TOO_SHORT: "it has fewer than two tokens",
@@ -97,7 +99,9 @@ def trainable(
     def chain_kept(chain: Experience) -> Experience:
         if chain.first_attempt.reward is None:
             return chain
-        second, reflection, target = chain.second_attempt, chain.reflection, chain.distilled
+        second = chain.second_attempt
+        reflection = chain.reflection
+        target = chain.distilled
         if second is None or second.reward is None:  # then the reflection has no reward either
             return replace(chain, first_attempt=kept(chain.first_attempt))
         if target is not None and (

@@ -139,7 +139,8 @@ async def test_prompts(policy: Running) -> None:
 async def test_weights_of_another_model(policy: Running, tmp_path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in build_model(1).state_dict().items()}
     other = {name: torch.zeros(2, 2) if name.endswith("up_proj.weight") else value for name, value in tensors.items()}
-    good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
+    good = tmp_path / "good.safetensors"
+    bad = tmp_path / "bad.safetensors"
     save_file(tensors, good)
     save_file(other, bad)
 
@@ -153,7 +154,8 @@ async def test_weights_of_another_model(policy: Running, tmp_path: Path) -> None
         )
 
     async with grpc.aio.insecure_channel(policy.address) as channel:
-        admin, stub = admin_grpc.PolicyAdminServiceStub(channel), policy_grpc.PolicyServiceStub(channel)
+        admin = admin_grpc.PolicyAdminServiceStub(channel)
+        stub = policy_grpc.PolicyServiceStub(channel)
         own = (await stub.GetPolicy(policy_pb.GetPolicyRequest())).policy.fingerprint
         for request in (update(bad, own), update(good, "f" * 64)):
             assert (await refusal(admin.UpdateWeights(request)))[:2] == ("FAILED_PRECONDITION", "MODEL_MISMATCH")

@@ -96,11 +96,13 @@ def completion(asked: Asked) -> Reply:
     """A model that says two words, or JSON where it is asked for, and stops where it is told to."""
     if asked.method == "GET":
         return MODELS
-    text, finish = ('"yes"' if "response_format" in asked.body else "fine words"), "stop"
+    text = '"yes"' if "response_format" in asked.body else "fine words"
+    finish = "stop"
     for stop in asked.body.get("stop") or ():
         text = text[: text.index(stop) + len(stop)] if stop in text else text
     if asked.body.get("max_tokens", asked.body.get("max_completion_tokens", 9)) < 2:
-        text, finish = text[:4], "length"
+        text = text[:4]
+        finish = "length"
     if asked.body.get("stream"):
         return Reply(events=[delta(content=text), delta(finish), usage(3)])
     return answer(text, finish)

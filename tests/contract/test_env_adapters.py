@@ -197,7 +197,8 @@ async def test_openenv_sees_what_the_lake_shows(client: EnvClient, upstream: Ser
         other = await lake.start("frozenlake", f"train/{number:05d}", str(uuid4()))
         assert one.observation == other.observation
         for move in MOVES * 2:
-            answer, expected = await one.step(move), await other.step(move)
+            answer = await one.step(move)
+            expected = await other.step(move)
             assert (answer.observation, answer.reward, answer.done) == (
                 expected.observation,
                 expected.reward,
@@ -240,7 +241,8 @@ class Script:
 
     def _talk(self, connection: ServerConnection) -> None:
         self.connections += 1
-        number, steps = self.connections, 0
+        number = self.connections
+        steps = 0
         if connection.request is not None and connection.request.path == "/full/ws":
             error = {"message": "all of 1 sessions are taken", "code": "CAPACITY_REACHED"}
             connection.send(json.dumps({"type": "error", "data": error}))

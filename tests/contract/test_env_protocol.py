@@ -51,7 +51,9 @@ async def refusal(call: Awaitable[Any]) -> tuple[str, str, DomainError]:
 
 
 async def test_each_refusal_of_a_step_or_a_fork_has_its_code(stub: pb_grpc.EnvServiceStub) -> None:
-    one, other, rigid = uuid4().hex, uuid4().hex, uuid4().hex
+    one = uuid4().hex
+    other = uuid4().hex
+    rigid = uuid4().hex
     for episode_id, environment in ((one, "chained"), (other, "chained"), (rigid, "rigid")):
         await stub.StartEpisode(starting(episode_id, environment))
     first = await stub.StepEpisode(stepping(one, 0))

@@ -131,7 +131,8 @@ async def test_an_episode_that_cannot_start_says_so(client: EnvClient, task_id: 
 
 
 async def test_a_slow_step_holds_up_no_other(client: EnvClient) -> None:
-    slow, fast = await start(client, "hangs"), await start(client)
+    slow = await start(client, "hangs")
+    fast = await start(client)
     slow_step = asyncio.create_task(slow.step("a"))
     await fast.step("a")
     assert not slow_step.done()
@@ -148,7 +149,8 @@ async def test_slow_steps_run_side_by_side(services: Services) -> None:
 
 
 async def test_a_batch_answers_item_by_item(client: EnvClient, stub: pb_grpc.EnvServiceStub) -> None:
-    good, slow = await start(client), await start(client, "hangs")
+    good = await start(client)
+    slow = await start(client, "hangs")
     request = pb.StepEpisodesRequest(
         steps=[
             pb.StepEpisodeRequest(episode_id="nobody", action="a"),
@@ -196,7 +198,8 @@ async def test_a_restarted_server_knows_no_episode(services: Services) -> None:
 async def test_capacity_is_visible(services: Services) -> None:
     server = services.start("env", max_episodes=2, lease_seconds=600.0, environments={"awkward": AWKWARD})
     client = EnvClient(Endpoint(server.address))
-    first, _ = await start(client), await start(client)
+    first = await start(client)
+    _ = await start(client)
     async with grpc.aio.insecure_channel(server.address) as channel:
         request = pb.StartEpisodeRequest(episode_id="third", environment="awkward", task_id="good")
         with pytest.raises(grpc.aio.AioRpcError) as refused:

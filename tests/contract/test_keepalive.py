@@ -115,7 +115,8 @@ async def test_an_episode_that_was_begun_again_is_not_gone_on_with_when_it_shows
     """The server loses it while the agent thinks; the repeated StartEpisode begins another one under its id."""
     begun: list[RemoteEpisode] = []
     replaced = asyncio.Event()
-    repeat, start = RemoteEpisode._repeat, EnvClient.start
+    repeat = RemoteEpisode._repeat
+    start = EnvClient.start
 
     async def repeating(self: RemoteEpisode) -> None:
         try:

@@ -96,7 +96,8 @@ async def refusal(call: Awaitable[Any]) -> DomainError:
 
 async def test_over_the_wire_is_as_in_process(client: LearnerClient, tiny: Path, tmp_path: Path) -> None:
     local = Learner("local", spec(tiny), server_settings(tmp_path / "local"))
-    data, loss = many(9), LossSettings(kl_coefficient=0.1, entropy_coefficient=0.01)
+    data = many(9)
+    loss = LossSettings(kl_coefficient=0.1, entropy_coefficient=0.01)
     assert client.fingerprint == local.fingerprint and client.limits == local.model.limits
     assert await client.forward(data) == local.forward(data)
     for _ in range(2):
@@ -185,7 +186,8 @@ async def test_a_lost_answer_is_harmless(
 async def test_a_call_that_its_caller_gave_up_on_counts_once(
     client: LearnerClient, stub: pb_grpc.LearnerServiceStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, go_on = threading.Event(), threading.Event()
+    begun = threading.Event()
+    go_on = threading.Event()
     real = Learner.forward_backward
 
     def slow(learner: Learner, *arguments: Any) -> dict[str, float]:

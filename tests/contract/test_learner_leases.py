@@ -42,7 +42,10 @@ class Served:
     """A server of one learner, in this process."""
 
     def __init__(self, servicer: LearnerServicer, stub: pb_grpc.LearnerServiceStub, address: str, model: Path):
-        self.servicer, self.stub, self.address, self._model = servicer, stub, address, model
+        self.servicer = servicer
+        self.stub = stub
+        self.address = address
+        self._model = model
         self.endpoint = Endpoint(address, outage_seconds=5)
 
     def pass_by(self, seconds: float) -> None:
@@ -145,7 +148,8 @@ async def test_without_a_lease_it_stays(served: Served) -> None:
 async def test_work_that_takes_longer_than_the_lease(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though its caller gave up on it, and though another call waits meanwhile."""
     await served.create()
-    begun, go_on = threading.Event(), threading.Event()
+    begun = threading.Event()
+    go_on = threading.Event()
 
     def slow(learner: Learner, *arguments: Any) -> dict[str, float]:
         begun.set()

@@ -20,7 +20,8 @@ from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 from tests.support.processes import ServiceFailed, ServiceProcess, Services
 
-LATEST, TOP_GAIN = RetrievalStrategy.LATEST_SUCCESS, RetrievalStrategy.TOP_GAIN
+LATEST = RetrievalStrategy.LATEST_SUCCESS
+TOP_GAIN = RetrievalStrategy.TOP_GAIN
 
 
 def origin(before: float = 0.0, after: float = 1.0, *, success: bool = True, environment: str = "lake") -> Provenance:
@@ -116,11 +117,13 @@ async def test_forgetting_twice_is_forgetting_once(client: MemoryClient, scope: 
 async def test_lists_are_paged_in_order(client: MemoryClient, stub: pb_grpc.MemoryServiceStub, scope: str) -> None:
     await asyncio.gather(*(client.add(f"{n}", scope, f"{n}", origin()) for n in range(7)))
     found: list[int] = []
-    token, pages = "", 0
+    token = ""
+    pages = 0
     while pages == 0 or token:
         page = await stub.ListReflections(pb.ListReflectionsRequest(scope=scope, page_size=3, page_token=token))
         found += [reflection.version for reflection in page.reflections]
-        token, pages = page.next_page_token, pages + 1
+        token = page.next_page_token
+        pages = pages + 1
     assert (found, pages) == (list(range(1, 8)), 3)
     assert len(await client.list(scope, 5)) == 5
 

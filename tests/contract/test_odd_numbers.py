@@ -32,7 +32,8 @@ from tests.support.faulty_env import Faulty, served
 from tests.support.learning import sampled
 from tests.support.processes import Services
 
-NAN, INF = math.nan, math.inf
+NAN = math.nan
+INF = math.inf
 
 
 class Odd(Faulty):
@@ -246,7 +247,8 @@ async def test_an_odd_number_is_an_error_that_names_the_field(
 
 async def test_an_attempt_with_odd_log_probabilities_is_the_policys_error() -> None:
     async with served() as address, answering(completion(token_ids=[1], log_probs=[NAN]), "Generate") as endpoint:
-        client, policy = EnvClient(Endpoint(address)), PolicyClient(endpoint)
+        client = EnvClient(Endpoint(address))
+        policy = PolicyClient(endpoint)
         info = await client.describe("dice")
         player = Player(client, policy, info, await FakePolicy(lambda *_: "").info(), uuid4().hex, max_restarts=0)
         attempt = await player.attempt("attempt", "train/1", "solve", SamplingParams(max_tokens=100), 0)

@@ -216,7 +216,8 @@ class TestEachFaultIsCaught:
 
 async def test_no_call_is_answered_by_refused_weights(faulty: Faulty, tmp_path: Path) -> None:
     await faulty.update(1, build_model(1))
-    running, answers = True, []
+    running = True
+    answers = []
     answered = asyncio.Semaphore(0)
 
     async def call(number: int) -> None:
@@ -292,7 +293,8 @@ async def test_a_fault_of_the_backend_does_not_change_what_serves(faulty: Faulty
 
 async def test_calls_wait_for_the_update_that_runs(faulty: Faulty) -> None:
     """Those that ask for its version, and those that do not."""
-    held, go_on = asyncio.Event(), asyncio.Event()
+    held = asyncio.Event()
+    go_on = asyncio.Event()
     load_weights = faulty.backend.update_weights
 
     async def slow(*arguments: Any) -> None:

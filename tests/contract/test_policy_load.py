@@ -73,7 +73,8 @@ async def test_a_call_whose_caller_is_gone_stops_the_engine(name: str, streamed:
             return await policy.engine_load() == count
 
         kept = stub.Generate(long_request(policy, 400))
-        cancelled, late = begin(), begin(timeout=0.2)
+        cancelled = begin()
+        late = begin(timeout=0.2)
         assert await late.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await until_async(lambda: works_on(2))
         cancelled.cancel()

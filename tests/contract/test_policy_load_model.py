@@ -69,7 +69,8 @@ async def test_options_are_put_over_the_policy_s_own_settings() -> None:
 
 
 async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for() -> None:
-    endpoint, servers = {"base_url": "https://good", "api_key": "secret"}, {"api_key": "s", "admin_api_key": "a"}
+    endpoint = {"base_url": "https://good", "api_key": "secret"}
+    servers = {"api_key": "s", "admin_api_key": "a"}
     async with started(backend="openai", openai=endpoint, sglang=servers) as running:
         await running.client.load_model("actor", "two", "", {"openai.without": ["seed"]})
         kept = running.served.deployment.settings.openai.api_key
@@ -86,7 +87,8 @@ async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for(
 
 
 async def test_no_two_models_set_the_weights_of_one_server() -> None:
-    first, second = {"servers": ("http://h:1", "http://h:2")}, {"servers": ("http://h:3",)}
+    first = {"servers": ("http://h:1", "http://h:2")}
+    second = {"servers": ("http://h:3",)}
     policies = {"other": {"backend": "sglang", "sglang": second, "model": "two"}}
     async with started(backend="sglang", sglang=first, policies=policies) as running:
         for name, servers in (("actor", None), ("new", ["http://h:4", "http://h:3"]), ("other", ["http://h:2/"])):
@@ -151,7 +153,8 @@ async def test_what_no_client_of_ours_would_send(running: Running) -> None:
 async def test_folders_are_loaded_from_below_the_models_folder_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models, outside = tmp_path / "models", tmp_path / "outside"
+    models = tmp_path / "models"
+    outside = tmp_path / "outside"
     for folder in (models / "good", outside / "model", tmp_path / "here" / "model"):
         folder.mkdir(parents=True)
     (models / "link-in").symlink_to(models / "good")
@@ -239,7 +242,8 @@ async def test_a_model_whose_memory_is_released_is_not_replaced(running: Running
 
 async def test_a_policy_is_unloaded_when_its_calls_have_finished(running: Running) -> None:
     await running.client.load_model("other", "two")
-    backend, options = running.opened["two"], CallOptions(policy="other")
+    backend = running.opened["two"]
+    options = CallOptions(policy="other")
     backend.go_on.clear()
     call = asyncio.create_task(running.client.generate(PROMPT, PLAIN, options))
     await until(lambda: len(backend.asks) == 1)
@@ -262,13 +266,17 @@ async def test_the_default_policy_stays(running: Running) -> None:
 
 async def test_under_load_a_llama_replaces_a_qwen_and_takes_weights(tmp_path: Path) -> None:
     """Real models. No call fails; answers are those of one model each, and afterwards of the trained Llama."""
-    qwen, llama = write_tiny_model(tmp_path / "qwen"), write_llama_model(tmp_path / "llama")
+    qwen = write_tiny_model(tmp_path / "qwen")
+    llama = write_llama_model(tmp_path / "llama")
     settings: dict[str, Any] = {"models_folder": tmp_path, "weights_folder": tmp_path, "slots": 32}
     references = {0: load(qwen), 1: load(llama)}
     async with serving(qwen, **settings) as served:
         foreign = full_weights(tmp_path / "w0", references[0].state_dict(), 1, (await served.client.info()).fingerprint)
-        stop, replaced = asyncio.Event(), asyncio.Event()
-        during, after = [], []  # by whether the new model served when the call began
+        stop = asyncio.Event()
+        replaced = asyncio.Event()
+        # by whether the new model served when the call began
+        during = []
+        after = []
 
         async def call() -> None:
             while not stop.is_set():

@@ -43,7 +43,8 @@ async def refused(call: Awaitable[object], reason: Reason, **metadata: str) -> D
 
 
 async def test_each_policy_is_asked_by_its_name(tmp_path: Path) -> None:
-    qwen, other = write_tiny_model(tmp_path / "qwen"), write_tiny_model(tmp_path / "other", seed=1)
+    qwen = write_tiny_model(tmp_path / "qwen")
+    other = write_tiny_model(tmp_path / "other", seed=1)
     llama = write_llama_model(tmp_path / "llama")
     policies = {"reference": {"model": str(other), "frozen": True}, "reflector": {"model": str(llama)}}
     async with serving(qwen, policies=policies) as served:
@@ -194,8 +195,10 @@ async def test_what_the_engine_is_asked_is_what_was_asked_for(scripted: Serving)
 
 
 async def test_what_makes_no_sense_is_refused_before_the_engine_sees_it(scripted: Serving) -> None:
-    client, tools = scripted.client, CallOptions(tools=(GO,))
-    invalid, outside = Reason.INVALID_FIELD, Reason.TOKEN_OUT_OF_VOCABULARY
+    client = scripted.client
+    tools = CallOptions(tools=(GO,))
+    invalid = Reason.INVALID_FIELD
+    outside = Reason.TOKEN_OUT_OF_VOCABULARY
     cases: list[tuple[Any, Reason, dict[str, str]]] = [
         (generate(client, []), Reason.EMPTY_PROMPT, {"field": "token_ids"}),
         (generate(client, ()), Reason.EMPTY_PROMPT, {"field": "messages"}),

@@ -75,12 +75,10 @@ def scores(call: Any, reason: Reason) -> Bad:
     return Bad(call, reason, None, Feature.SCORE, "sequences")
 
 
-FIELD, EMPTY, OUT, LONG = (
-    Reason.INVALID_FIELD,
-    Reason.EMPTY_PROMPT,
-    Reason.TOKEN_OUT_OF_VOCABULARY,
-    Reason.PROMPT_TOO_LONG,
-)
+FIELD = Reason.INVALID_FIELD
+EMPTY = Reason.EMPTY_PROMPT
+OUT = Reason.TOKEN_OUT_OF_VOCABULARY
+LONG = Reason.PROMPT_TOO_LONG
 BAD_CALLS: dict[str, Bad] = {
     "empty prompt": ids(generate([]), EMPTY),
     "no messages": Bad(generate(()), EMPTY),

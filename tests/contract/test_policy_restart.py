@@ -21,7 +21,8 @@ from tests.support.tiny_model import write_tiny_model
 
 
 async def test_what_was_loaded_is_there_after_a_restart(tmp_path: Path) -> None:
-    state, policies = tmp_path / "state", {"fixed": {"model": "three"}}
+    state = tmp_path / "state"
+    policies = {"fixed": {"model": "three"}}
     async with started(state_folder=state, policies=policies) as running:
         await running.client.load_model("actor", "two", "", {"context_length": 20})
         await running.client.load_model("other", "one")

@@ -73,7 +73,8 @@ async def test_sessions_stay_and_all_others_go_to_the_new_model(running: Swappin
 
 
 async def test_every_kind_of_call_is_of_its_session(running: Swapping) -> None:
-    client, old = running.served.client, running.backend("one")
+    client = running.served.client
+    old = running.backend("one")
     await client.tokenize("it begins", CallOptions(session_id="a"))
     assert await parts(running, CallOptions(session_id="b")) == {0}
     await client.sample(PROMPT, PLAIN, 2, CallOptions(session_id="c"))

@@ -294,7 +294,8 @@ async def test_what_refused_weights_sampled_is_not_answered(changing: Changing) 
 
 
 async def test_a_rollback_under_way_does_not_answer_with_less_than_was_asked_for(changing: Changing) -> None:
-    client, options = changing.served.client, CallOptions(min_policy_version=1)
+    client = changing.served.client
+    options = CallOptions(min_policy_version=1)
     await changing.update(-1.0)
     calls = [
         asyncio.create_task(collect(client.stream(PROMPT, PLAIN, 1, options))),

@@ -99,7 +99,8 @@ async def test_an_adapter(client: PolicyClient, model: Path, tmp_path: Path) -> 
     torch.manual_seed(1)
     reference = load(model)
     target = reference.get_submodule(name)
-    down, up = torch.randn(4, target.in_features), torch.randn(target.out_features, 4)
+    down = torch.randn(4, target.in_features)
+    up = torch.randn(target.out_features, 4)
     folder = tmp_path / "adapter"
     folder.mkdir()
     prefix = f"base_model.model.{name}"

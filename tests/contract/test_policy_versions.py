@@ -35,7 +35,9 @@ from tests.support.policy import full_weights, load, plain_log_probs, serving
 from tests.support.processes import Services
 
 PROMPT = list(range(7, 37))
-SERVING, KEPT, REMOVED = VersionState.SERVING, VersionState.KEPT, VersionState.REMOVED
+SERVING = VersionState.SERVING
+KEPT = VersionState.KEPT
+REMOVED = VersionState.REMOVED
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,8 @@ class Policy:
     """A service, and what a trainer does with it."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder, self.settings = folder, settings
+        self.folder = folder
+        self.settings = settings
         self.running = AsyncExitStack()
         self.client: PolicyClient
         self.address = ""
@@ -57,7 +60,8 @@ class Policy:
         await self.running.aclose()
         self.settings |= changes
         served = await self.running.enter_async_context(serving(**self.settings))
-        self.client, self.address = served.client, served.address
+        self.client = served.client
+        self.address = served.address
 
     async def published(self, version: int, weights: torch.nn.Module) -> PublishedWeights:
         fingerprint = (await self.client.info()).fingerprint
@@ -160,7 +164,8 @@ async def test_a_version_that_is_known_with_other_weights_is_refused(model: Path
 
 
 async def test_after_a_kill_it_serves_what_it_served(services: Services, model: Path, tmp_path: Path) -> None:
-    weights, state = tmp_path / "weights", tmp_path / "state"
+    weights = tmp_path / "weights"
+    state = tmp_path / "state"
     weights.mkdir()
     process = services.start("policy", model=model, weights_folder=weights, state_folder=state, threads=1)
     client = PolicyClient(Endpoint(process.address, outage_seconds=60))

@@ -132,7 +132,8 @@ async def test_small_updates_of_either_kind_end_where_the_trainer_is(policy: Run
 async def test_an_adapter_changes_the_weights_that_the_model_came_with(policy: Running, tmp_path: Path) -> None:
     """Whatever was served before: another adapter of other layers, or full weights."""
     folder = tmp_path / "weights"
-    first, second = adapter(folder / "a", ATTENTION, 1), adapter(folder / "b", ["k_proj"], 2, use_rslora=True)
+    first = adapter(folder / "a", ATTENTION, 1)
+    second = adapter(folder / "b", ["k_proj"], 2, use_rslora=True)
     other = build_model(3)
     for version, model, weights in (
         (1, first, adapted(policy, folder / "a", 1, first)),
@@ -191,7 +192,8 @@ async def test_bad_weights_are_refused_before_anything_is_touched(policy: Runnin
     poisoned = good[name].clone()
     poisoned[3, 4] = float("nan")
     uri = inside.resolve().as_uri()
-    mismatch, bad_uri = Reason.MODEL_MISMATCH, Reason.BAD_WEIGHTS_URI
+    mismatch = Reason.MODEL_MISMATCH
+    bad_uri = Reason.BAD_WEIGHTS_URI
     cases: dict[str, tuple[Callable[[], PublishedWeights], Reason]] = {
         "corrupt": (truncated, mismatch),
         "other checksum": (lambda: written(good, sha256="a" * 64), Reason.CHECKSUM_MISMATCH),
@@ -319,7 +321,8 @@ async def test_a_restarted_service_asks_for_its_weights_again(tmp_path: Path, se
     fingerprint = (await client.info()).fingerprint
     weights = full_weights(tmp_path / "w", build_model(1).state_dict(), 7, fingerprint)
     await client.update_weights(weights)
-    params, options = SamplingParams(max_tokens=4, seed=1), CallOptions(min_policy_version=7)
+    params = SamplingParams(max_tokens=4, seed=1)
+    options = CallOptions(min_policy_version=7)
     before = await client.generate(PROMPT, params, options)
     process.restart()
     with pytest.raises(DomainError) as caught:

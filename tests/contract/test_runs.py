@@ -170,7 +170,8 @@ async def test_events_are_taken_up_where_a_stream_broke(client: RunClient) -> No
 async def test_lists_are_paged(loop: Loop, client: RunClient, stub: pb_grpc.RunServiceStub) -> None:
     everything = [info.run_id for info in await client.runs()]
     assert everything[-1] == "done", "newest first"
-    found, token = [], ""
+    found = []
+    token = ""
     while len(found) <= len(everything):
         page = await stub.ListRuns(pb.ListRunsRequest(page_size=1, page_token=token))
         found += [run.run_id for run in page.runs]
@@ -179,7 +180,8 @@ async def test_lists_are_paged(loop: Loop, client: RunClient, stub: pb_grpc.RunS
             break
     assert found == everything
     chains = loop.experiences("done")
-    ids, token = [], ""
+    ids = []
+    token = ""
     while len(ids) <= len(chains):
         request = pb.ListExperiencesRequest(run_id="done", page_size=3, page_token=token)
         answer = await stub.ListExperiences(request)

@@ -109,7 +109,8 @@ async def test_a_bad_field_is_named(client: EnvClient) -> None:
 
 
 async def test_an_oversized_message_is_refused_and_harms_nobody(client: EnvClient) -> None:
-    large, small = await client.start("awkward", "good", "large"), await client.start("awkward", "good", "small")
+    large = await client.start("awkward", "good", "large")
+    small = await client.start("awkward", "good", "small")
     steps = asyncio.gather(large.step("x" * 5000), small.step("x"), return_exceptions=True)
     failed, fine = await steps
     assert isinstance(failed, CallFailed)
@@ -255,7 +256,8 @@ async def test_an_endpoint_that_is_down_is_named_and_waited_for(services: Servic
 
 
 async def test_a_deadline_ends_a_call(server: ServiceProcess) -> None:
-    client, hasty = EnvClient(Endpoint(server.address)), EnvClient(Endpoint(server.address), timeout=0.1)
+    client = EnvClient(Endpoint(server.address))
+    hasty = EnvClient(Endpoint(server.address), timeout=0.1)
     episode = await client.start("awkward", "hangs", "deadline")
     with pytest.raises(CallFailed) as caught:
         await hasty.step(episode.episode_id, 0, "a")
@@ -270,7 +272,8 @@ class Collecting(admin_pb_grpc.PolicyAdminServiceServicer):
 
     def __init__(self) -> None:
         self.read = 0
-        self.begun, self.ended = asyncio.Event(), asyncio.Event()
+        self.begun = asyncio.Event()
+        self.ended = asyncio.Event()
 
     async def UploadWeights(
         self, requests: AsyncIterator[admin_pb.UploadWeightsRequest], context: Any

@@ -102,7 +102,8 @@ async def test_what_is_refused_leaves_the_old_weights(tmp_path: Path) -> None:
     good = dict(references[2].named_parameters())[name].detach()
     poisoned = good.clone()
     poisoned[0, 0] = float("nan")
-    wrong_rank, wrong_place = lora(tmp_path, 8, ["q_proj"], r=16)[1], lora(tmp_path, 9, ["down_proj"])[1]
+    wrong_rank = lora(tmp_path, 8, ["q_proj"], r=16)[1]
+    wrong_place = lora(tmp_path, 9, ["down_proj"])[1]
     key = name.replace(".", "__")
     cases = {
         "another shape": full(tmp_path, references[2], 3, **{key: good[:8].clone()}),
@@ -187,7 +188,8 @@ async def test_fixed_adapters_are_asked_by_name(tmp_path: Path) -> None:
     opponent, weights = lora(tmp_path, 9, ATTENTION)
     async with opened(tmp_path, adapters={"opponent": str(weights.path)}) as backend:
         assert backend.model.adapters == ("opponent",)
-        request, plain = ask(adapter="opponent"), ask()
+        request = ask(adapter="opponent")
+        plain = ask()
         assert_by_version({0: opponent}, request, await backend.generate(request))
         assert_by_version({0: load(MODEL)}, plain, await backend.generate(plain))
         trained, update = lora(tmp_path, 1, ["q_proj", "v_proj"])

@@ -123,7 +123,8 @@ async def policy(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 @pytest.fixture
 def recorded(policy: Serving, monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    recorded, generate = Recorded(), policy.backend.generate
+    recorded = Recorded()
+    generate = policy.backend.generate
 
     async def recording(ask: Ask) -> Sampled:
         answer = await generate(ask)
@@ -140,7 +141,8 @@ async def one_step(policy: Serving, env_address: str, folder: Path) -> tuple[lis
     environment = EnvClient(Endpoint(env_address))
     info = await environment.describe(SETTINGS.environment)
     player = Player(environment, policy.client, info, await policy.client.info(), uuid4().hex, max_restarts=0)
-    journal, learner = StepJournal(folder, 0), FakeLearner()
+    journal = StepJournal(folder, 0)
+    learner = FakeLearner()
     journal.start(StepStarted(0, list(TASKS[Split.TRAIN]), 0, 0))
     algorithm = Erl("run", SETTINGS, player, FakeMemory(), learner, journal)
     await algorithm.sample(0, TASKS[Split.TRAIN], 0)
@@ -171,7 +173,9 @@ async def test_over_eight_turns_the_ids_trained_on_are_the_ids_sampled(
     assert len(chains) == 4
     closed: list[bool] = []
     for chain in chains:
-        first, reflection, second = chain.first_attempt, chain.reflection, chain.second_attempt
+        first = chain.first_attempt
+        reflection = chain.reflection
+        second = chain.second_attempt
         distilled = chain.distilled
         assert reflection is not None and second is not None and distilled is not None
         assert (first.reward, second.reward, len(first.turns), len(second.turns)) == (0.0, 1.0, MAX_STEPS, MAX_STEPS)
@@ -212,7 +216,8 @@ def check_distilled(
     assert [token for datum in data for token in trained_ids(datum)] == sampled
     assert list(data[0].token_ids[: len(first_prompt)]) == first_prompt
     for datum, source in zip(data, second, strict=True):
-        start, source_start = datum.loss_mask.index(True), source.loss_mask.index(True)
+        start = datum.loss_mask.index(True)
+        source_start = source.loss_mask.index(True)
         assert datum.token_ids[start:] == source.token_ids[source_start:]
         assert datum.loss_mask[start:] == source.loss_mask[source_start:]
         assert datum.token_ids[:start] != source.token_ids[:source_start], "the reflection is gone"

@@ -100,7 +100,8 @@ class Neighbours:
     """An episode of the same environment and one of a trusted one, which play on whatever happens."""
 
     def __init__(self, same: RemoteEpisode, trusted: RemoteEpisode) -> None:
-        self.same, self.trusted = same, trusted
+        self.same = same
+        self.trusted = trusted
         self._chain = Chain(trusted.observation)
         self._said: list[str] = []
 
@@ -211,7 +212,8 @@ async def test_a_process_that_is_killed_in_the_middle_of_a_step_is_named(client:
 async def test_the_process_that_forks_episodes_is_replaced(client: EnvClient, name: str) -> None:
     trusted = await client.start("chained", "plain", uuid4().hex)
     chain = Chain(trusted.observation)
-    idle, hanging = await start(client, name), await start(client, name)
+    idle = await start(client, name)
+    hanging = await start(client, name)
     process, host = map(int, (await hanging.step("pid")).observation.split())
     step = asyncio.create_task(hanging.step("hang"))
     assert (await trusted.step("a")).observation == chain.after("a")
@@ -227,7 +229,8 @@ async def test_the_process_that_forks_episodes_is_replaced(client: EnvClient, na
 
 
 async def test_it_plays_as_a_trusted_one_does(client: EnvClient) -> None:
-    fenced, lake = await client.describe("fenced-lake"), await client.describe("lake")
+    fenced = await client.describe("fenced-lake")
+    lake = await client.describe("lake")
     assert fenced.prompts == lake.prompts and fenced.task_counts == lake.task_counts
     assert (fenced.description, fenced.can_fork) == (f"{lake.description}; unary feedback", False)
     tasks = await client.list_tasks("lake", Split.TEST, 0)
@@ -260,7 +263,8 @@ async def test_a_process_is_copied_as_it_is(client: EnvClient) -> None:
 
 
 async def test_what_an_episode_started_ends_with_it(client: EnvClient) -> None:
-    episode, neighbour = await start(client, "free"), await start(client, "free")
+    episode = await start(client, "free")
+    neighbour = await start(client, "free")
     started = [int((await episode.step(action)).observation) for action in ("child", "apart", "orphan")]
     kept = [int((await neighbour.step(action)).observation) for action in ("child", "apart", "orphan")]
     assert all(map(runs, started))

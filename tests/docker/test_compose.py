@@ -100,7 +100,8 @@ def test_gpus_are_reserved_and_the_model_must_be_named() -> None:
 @pytest.mark.parametrize("index", ["", "https://mirror.example.org/whl/cpu"])
 def test_torch_is_built_for_the_cpu_unless_another_index_is_named(index: str) -> None:
     """An empty one counts as named: it is pip's own."""
-    by_default, named = compose("compose.yaml"), compose("compose.yaml", TORCH_INDEX=index)
+    by_default = compose("compose.yaml")
+    named = compose("compose.yaml", TORCH_INDEX=index)
     for read, expected in ((by_default, "https://download.pytorch.org/whl/cpu"), (named, index)):
         assert read.returncode == 0, read.stderr
         services = json.loads(read.stdout)["services"]

@@ -184,7 +184,8 @@ async def test_a_deterministic_run_killed_and_resumed_ends_with_bit_equal_weight
         loop.trainer.restart()
     await loop.ended(client, "cut")
     await client.close()
-    expected, found = loop.weights("whole", 3), loop.weights("cut", 3)
+    expected = loop.weights("whole", 3)
+    found = loop.weights("cut", 3)
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
     whole, cut = (

@@ -75,7 +75,8 @@ async def play(env: EnvClient, watched: Watched, info: PolicyInfo) -> list[Attem
 
     async def one_after_another(task_id: str) -> None:
         while len({version for _, version in watched.answers}) < 2:
-            attempt_id, sampling = f"watched-{len(watched.answers)}-{task_id[-3:]}", SamplingParams(max_tokens=4)
+            attempt_id = f"watched-{len(watched.answers)}-{task_id[-3:]}"
+            sampling = SamplingParams(max_tokens=4)
             attempts.append(await player.attempt(attempt_id, task_id, lake.prompts.solver, sampling, 0))
 
     await asyncio.gather(*(one_after_another(task.task_id) for task in tasks))
@@ -84,7 +85,9 @@ async def play(env: EnvClient, watched: Watched, info: PolicyInfo) -> list[Attem
 
 async def swap(loop: Loop, policy: PolicyClient, llama: Path) -> None:
     """While episodes of two evaluations run: each of them finishes on the model that it began with."""
-    env, trainer, watched = EnvClient(Endpoint(loop.env.address)), loop.client(), Watched(policy)
+    env = EnvClient(Endpoint(loop.env.address))
+    trainer = loop.client()
+    watched = Watched(policy)
     before = await policy.info()
     playing = asyncio.create_task(play(env, watched, before))
     settings = EvaluationSettings(samples=2, top_k=0)
@@ -178,7 +181,8 @@ async def the_llama_is_trained(loop: Loop, policy: PolicyClient, llama: Path, se
     assert (await loop.train("llama", settings)).step == 2
     after = await policy.info()
     assert after.fingerprint == before.fingerprint and after.policy_version == before.policy_version + 3
-    original, trained = load_file(llama / "model.safetensors"), loop.weights("llama", 2)
+    original = load_file(llama / "model.safetensors")
+    trained = loop.weights("llama", 2)
     assert original.keys() == trained.keys()
     assert all((original[name] != trained[name]).any() for name in original)
     for metrics in await loop.metrics("llama"):

@@ -20,7 +20,9 @@ TOLERANCE = 1e-4  # in float32, of a log-probability
 MOVED = 1e-3  # what an update changes at least: with the weights of the version before, no comparison would pass
 TEMPERATURES = (1.0, 1.0, 0.7, 0.7)  # of every other sequence a board is the prompt
 _MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")  # those that an SGLang server of the tests takes an adapter of
-_ORDINARY, _VOCABULARY = 5, 319  # the first ids are of special tokens
+# the first ids are of special tokens
+_ORDINARY = 5
+_VOCABULARY = 319
 _MAX_TOKENS = 48
 _LEARNING_RATE = {WeightsKind.FULL: 1e-5, WeightsKind.LORA: 3e-4}
 _LOSS = LossSettings(kl_coefficient=0.0)
@@ -52,7 +54,9 @@ async def compare_while_training(
     learner = await LocalLearner.create(f"agreement-{kind}", spec, server)
     chance = random.Random(str(kind))
     version = (await client.info()).policy_version
-    results, canary, moved = [], None, None
+    results = []
+    canary = None
+    moved = None
     try:
         while True:
             compared, data = await _compare(client, learner, version, sequences, chance)

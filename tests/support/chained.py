@@ -63,7 +63,8 @@ class ChainedEpisode:
         self.player = settings.players - 1 if task_id != "bad-player" else 7
         self._environment = environment
         self._chain = Chain(self.observation)
-        self._task_id, self._settings = task_id, settings
+        self._task_id = task_id
+        self._settings = settings
         self._steps = 0
 
     def step(self, action: str) -> StepResult:

@@ -18,7 +18,8 @@ import numpy as np
 from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
 from mulligan.env.prompts import generic_prompts
 
-MAX_STEPS, TASKS = 5, {Split.TRAIN: 30, Split.TEST: 4}
+MAX_STEPS = 5
+TASKS = {Split.TRAIN: 30, Split.TEST: 4}
 SHARED = random.Random(1)
 
 
@@ -31,7 +32,8 @@ class DiceEpisode:
     def __init__(self, task_id: str, fault: str) -> None:
         unseeded = {"unseeded": random.Random(), "by-process": random.Random(os.getpid()), "shared": SHARED}
         self._random = unseeded.get(fault, random.Random(task_id))
-        self._fault, self._steps = fault, 0
+        self._fault = fault
+        self._steps = 0
         self.observation = self._draw()
 
     def _draw(self) -> str:

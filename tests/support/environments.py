@@ -81,7 +81,8 @@ class Awkward:
     test in another process."""
 
     def __init__(self, name: str, seconds: float, began: Path | None = None):
-        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.begun = threading.Event()
+        self.go_on = threading.Event()
         self._began = began
         text = "{trace} {feedback} {reward} {memory}"
         self.info = EnvironmentInfo(

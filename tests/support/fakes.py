@@ -212,7 +212,9 @@ class FakePolicy:
             last = prompt.messages[-1].content
         else:
             assert isinstance(prompt, tuple)
-            ids, system, last = encode(render(prompt)), prompt[0].content, prompt[-1].content
+            ids = encode(render(prompt))
+            system = prompt[0].content
+            last = prompt[-1].content
             self.systems[ids] = system
         length = len(ids) + (len(prompt.token_ids) if isinstance(prompt, Continuation) else 0)
         if length >= self.context_length:
@@ -221,7 +223,8 @@ class FakePolicy:
         tokens = encode(text + "]")
         stop_reason = StopReason.END_OF_TURN
         if len(tokens) > sampling.max_tokens:
-            tokens, text = tokens[: sampling.max_tokens], text[: sampling.max_tokens]
+            tokens = tokens[: sampling.max_tokens]
+            text = text[: sampling.max_tokens]
             stop_reason = StopReason.MAX_TOKENS
         if Feature.TOKEN_IDS not in self.features:
             return Completion((), (), (), text, StopReason.END_OF_TURN, (VersionSpan(self.version, 0),))
@@ -311,7 +314,8 @@ class FakeLearner:
         self.state = self.checkpoints[name]
 
     async def publish_weights(self, policy_version: int) -> PublishedWeights:
-        uri, canary = f"file:///w%20{policy_version}", (CanaryProbe((1, 2), (LOG_PROB,)),)
+        uri = f"file:///w%20{policy_version}"
+        canary = (CanaryProbe((1, 2), (LOG_PROB,)),)
         return PublishedWeights(policy_version, self.kind, uri, "0" * 64, self.fingerprint, canary)
 
     async def close(self) -> None:

@@ -71,7 +71,8 @@ def corrupted(tensors: dict[str, torch.Tensor]) -> None:
 
 def swapped(tensors: dict[str, torch.Tensor]) -> None:
     """Two tensors of the same shape in each other's place."""
-    first, second = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight"
+    first = "model.layers.0.mlp.gate_proj.weight"
+    second = "model.layers.0.mlp.up_proj.weight"
     tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
 
 

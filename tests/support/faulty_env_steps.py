@@ -170,7 +170,9 @@ class FailureWithReward(Faulty):
     title = "a step that failed has no reward, is the last, and says what went wrong"
 
     def said(self, step: pb.StepEpisodeResponse) -> pb.StepEpisodeResponse:
-        step.outcome, step.done, step.error = outcome_pb2.OUTCOME_ENV_ERROR, True, "the die fell off the table"
+        step.outcome = outcome_pb2.OUTCOME_ENV_ERROR
+        step.done = True
+        step.error = "the die fell off the table"
         return step
 
 

@@ -30,7 +30,8 @@ from tests.support.processes import ServiceProcess, Services
 
 LEASE_SECONDS = 2.0
 STEPS_OF_AN_EPISODE = 25
-CLIENTS, EPISODES_EACH = 6, 12
+CLIENTS = 6
+EPISODES_EACH = 12
 
 
 class Violation(AssertionError):
@@ -134,7 +135,10 @@ class _Episode:
     """One episode, and how it is treated: mostly stepped, at times twice, late, or copied."""
 
     def __init__(self, play: Play, client: EnvClient, again: _Again, chance: random.Random) -> None:
-        self._play, self._client, self._again, self._chance = play, client, again, chance
+        self._play = play
+        self._client = client
+        self._again = again
+        self._chance = chance
         self.generation = play.generation
         self.called = time.monotonic()
         self._played: list[tuple[str, EpisodeStep]] = []

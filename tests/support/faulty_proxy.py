@@ -48,26 +48,30 @@ class ForgetsRequests(_Memory):
 
 class ReusesRequests(_Memory):
     title = "a request_id in use for another reflection is ALREADY_EXISTS REQUEST_CONFLICT"
-    call, error = "AddReflection", "REQUEST_CONFLICT"
+    call = "AddReflection"
+    error = "REQUEST_CONFLICT"
     instead = memory_pb.AddReflectionResponse(reflection_id="x", version=1)
 
 
 class CutsTexts(_Memory):
-    title, call = "what is added is read back whole", "GetReflection"
+    title = "what is added is read back whole"
+    call = "GetReflection"
 
     def after(self, request: Any, answer: Any) -> None:
         answer.reflection.text = answer.reflection.text.strip("\n\x00\t x")
 
 
 class CountsFromZero(_Memory):
-    title, call = "every write makes a new version of its scope, counted from 1", "AddReflection"
+    title = "every write makes a new version of its scope, counted from 1"
+    call = "AddReflection"
 
     def after(self, request: Any, answer: Any) -> None:
         answer.version -= 1
 
 
 class ReadsTheNewest(_Memory):
-    title, call = "a read as of a version sees exactly that version", "QueryReflections"
+    title = "a read as of a version sees exactly that version"
+    call = "QueryReflections"
 
     def before(self, request: Any) -> None:
         request.ClearField("as_of_version")
@@ -82,7 +86,8 @@ class IgnoresGains(_Memory):
 
 
 class NewestFirst(_Memory):
-    title, call = "page by page it lists a scope, oldest first", "ListReflections"
+    title = "page by page it lists a scope, oldest first"
+    call = "ListReflections"
 
     def after(self, request: Any, answer: Any) -> None:
         answer.reflections.reverse()
@@ -90,12 +95,15 @@ class NewestFirst(_Memory):
 
 class KnowsEverything(_Memory):
     title = "an unknown reflection is NOT_FOUND UNKNOWN_REFLECTION"
-    call, error, instead = "GetReflection", "UNKNOWN_REFLECTION", memory_pb.GetReflectionResponse()
+    call = "GetReflection"
+    error = "UNKNOWN_REFLECTION"
+    instead = memory_pb.GetReflectionResponse()
 
 
 class NoDetails(_Memory):
     title = "a version that is not reached yet is OUT_OF_RANGE UNKNOWN_VERSION"
-    call, error = "QueryReflections", "UNKNOWN_VERSION"
+    call = "QueryReflections"
+    error = "UNKNOWN_VERSION"
 
 
 class _Policy(Fault):
@@ -143,30 +151,35 @@ class CutsStops(_Policy):
 
 class AnyToken(_Policy):
     title = "a token id outside the vocabulary is INVALID_ARGUMENT TOKEN_OUT_OF_VOCABULARY, with its place"
-    error, instead = "TOKEN_OUT_OF_VOCABULARY", policy_pb.GenerateResponse()
+    error = "TOKEN_OUT_OF_VOCABULARY"
+    instead = policy_pb.GenerateResponse()
 
 
 class AnyVersion(_Policy):
     title = "a version that does not serve yet is FAILED_PRECONDITION POLICY_VERSION_TOO_OLD"
-    error, instead = "POLICY_VERSION_TOO_OLD", policy_pb.GenerateResponse()
+    error = "POLICY_VERSION_TOO_OLD"
+    instead = policy_pb.GenerateResponse()
 
 
 class LosesTokens(_Policy):
-    title, call = "each message has as many log-probabilities and versions as tokens", "StreamGenerate"
+    title = "each message has as many log-probabilities and versions as tokens"
+    call = "StreamGenerate"
 
     def after(self, request: Any, answer: Any) -> None:
         answer.log_probs[:] = answer.log_probs[:-1]
 
 
 class StreamsAnother(_Policy):
-    title, call = "the messages of a sample make the answer that Generate gives", "StreamGenerate"
+    title = "the messages of a sample make the answer that Generate gives"
+    call = "StreamGenerate"
 
     def after(self, request: Any, answer: Any) -> None:
         answer.text = answer.text.upper() + "!"
 
 
 class ScoresDoubled(_Policy):
-    title, call = "Score and Generate agree on the log-probabilities of what was sampled", "Score"
+    title = "Score and Generate agree on the log-probabilities of what was sampled"
+    call = "Score"
 
     def after(self, request: Any, answer: Any) -> None:
         for row in answer.scores:
@@ -184,7 +197,9 @@ class ScoresFirst(_Policy):
 
 class AnyFile(_Policy):
     title = "a file outside the weights folder is refused, and the old version serves on"
-    call, error, instead = "UpdateWeights", "BAD_WEIGHTS_URI", admin_pb.UpdateWeightsResponse()
+    call = "UpdateWeights"
+    error = "BAD_WEIGHTS_URI"
+    instead = admin_pb.UpdateWeightsResponse()
 
 
 class _Trainer(Fault):
@@ -194,7 +209,8 @@ class _Trainer(Fault):
 class AccumulatesTwice(_Trainer):
     """Whatever its sequence, a call is played as the next one."""
 
-    title, call = "a repeated call never accumulates twice", "ForwardBackward OptimStep"
+    title = "a repeated call never accumulates twice"
+    call = "ForwardBackward OptimStep"
 
     def __init__(self) -> None:
         self._calls: dict[str, int] = {}
@@ -206,11 +222,13 @@ class AccumulatesTwice(_Trainer):
 
 class NoSequence(_Trainer):
     title = "any other sequence is FAILED_PRECONDITION SEQUENCE_MISMATCH, with next_sequence"
-    call, error = "ForwardBackward", "SEQUENCE_MISMATCH"
+    call = "ForwardBackward"
+    error = "SEQUENCE_MISMATCH"
 
 
 class OwnedByAll(_Trainer):
-    title, call = "only the owner may: others are FAILED_PRECONDITION LEARNER_OWNED", "Forward"
+    title = "only the owner may: others are FAILED_PRECONDITION LEARNER_OWNED"
+    call = "Forward"
 
     def before(self, request: Any) -> None:
         request.owner = "conformance"
@@ -234,7 +252,9 @@ class KeepsTheGradient(_Trainer):
 
 class KnowsEveryLearner(_Trainer):
     title = "deleting twice succeeds, and what was not saved is gone"
-    call, error, instead = "GetLearner", "UNKNOWN_LEARNER", learner_pb.GetLearnerResponse()
+    call = "GetLearner"
+    error = "UNKNOWN_LEARNER"
+    instead = learner_pb.GetLearnerResponse()
 
 
 class HidesLearners(_Trainer):
@@ -254,7 +274,8 @@ class KeepsLearnersForEver(_Trainer):
 
 
 class RenewsNothing(_Trainer):
-    title, call = "it renews the lease", "GetLearner"
+    title = "it renews the lease"
+    call = "GetLearner"
 
     def before(self, request: Any) -> None:
         request.learner_id = "another"
@@ -262,17 +283,23 @@ class RenewsNothing(_Trainer):
 
 class AnyLease(_Trainer):
     title = "a lease that is none is INVALID_ARGUMENT INVALID_FIELD"
-    call, error, instead = "CreateLearner", "INVALID_FIELD", learner_pb.CreateLearnerResponse()
+    call = "CreateLearner"
+    error = "INVALID_FIELD"
+    instead = learner_pb.CreateLearnerResponse()
 
 
 class KnowsEveryRun(_Trainer):
     title = "an unknown run is NOT_FOUND UNKNOWN_RUN, in every call"
-    call, error, instead = "GetRun", "UNKNOWN_RUN", run_pb.GetRunResponse()
+    call = "GetRun"
+    error = "UNKNOWN_RUN"
+    instead = run_pb.GetRunResponse()
 
 
 class AnySetting(_Trainer):
     title = "a bad setting is INVALID_ARGUMENT INVALID_SETTING, named, and starts nothing"
-    call, error, instead = "StartRun", "INVALID_SETTING", run_pb.StartRunResponse()
+    call = "StartRun"
+    error = "INVALID_SETTING"
+    instead = run_pb.StartRunResponse()
 
 
 class WatchesFromTheStart(_Trainer):
@@ -299,7 +326,8 @@ def faults(base: type[Fault] = Fault) -> list[type[Fault]]:
 
 class _Handler(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # no generic when it runs
     def __init__(self, channel: grpc.aio.Channel, fault: Fault):
-        self._channel, self._fault = channel, fault
+        self._channel = channel
+        self._fault = fault
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         _, service, name = str(handler_call_details.method).split("/")

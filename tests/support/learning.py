@@ -12,7 +12,8 @@ from mulligan.trainer.settings import LoraSettings, LossSettings, ModelSettings,
 from tests.support.tiny_model import VOCABULARY_SIZE
 
 PLAIN = LossSettings(kl_coefficient=0.0)
-FULL, LORA = None, LoraSettings(rank=2)
+FULL = None
+LORA = LoraSettings(rank=2)
 
 
 def server_settings(folder: Path, **changes: object) -> LearnerServerSettings:

@@ -27,7 +27,8 @@ BOARD = (Message(Role.SYSTEM, "play"), Message(Role.USER, "A B C\nD E F"))
 # The model answers with a legend of some forty tokens.
 TRACE = (Message(Role.SYSTEM, "explain"), Message(Role.USER, "A B\nC D\nUp\nB A\nC D\nfell into hole\nnothing"))
 # The model goes on for 517 tokens when it takes the likeliest each time.
-LONG_PROMPT, LONG_COUNT = [259] * 20, 517
+LONG_PROMPT = [259] * 20
+LONG_COUNT = 517
 
 _LOCAL = frozenset(
     {

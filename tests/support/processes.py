@@ -69,7 +69,8 @@ class ServiceProcess:
         deadline = time.monotonic() + self.start_seconds
         while time.monotonic() < deadline:
             if self.process is not None and self.process.poll() is not None:
-                status, self.process = self.process.returncode, None
+                status = self.process.returncode
+                self.process = None
                 raise ServiceFailed(f"{self.name} ended with status {status}:\n{self.log}")
             for line in self.log_lines:
                 if line["event"] == "serving":

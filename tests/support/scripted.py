@@ -117,7 +117,8 @@ class ScriptedBackend:
         return ""
 
     async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
-        before, self.policy_version = self.policy_version, weights.policy_version
+        before = self.policy_version
+        self.policy_version = weights.policy_version
         try:
             await admit(self, weights)
         except BaseException:

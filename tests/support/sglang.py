@@ -144,7 +144,8 @@ class Load:
 
     def __init__(self, backend: SglangBackend, callers: int = 4, pause: float = 0.0):
         self.answers: list[tuple[Ask, Sampled]] = []
-        self._backend, self._pause = backend, pause
+        self._backend = backend
+        self._pause = pause
         self._running = True
         self._tasks = [asyncio.create_task(self._call(number)) for number in range(callers)]
 

@@ -49,14 +49,16 @@ def sglang_variable(name: str) -> str:
 
 def launch_settings(count: int = 1) -> dict[str, Any]:
     """The policy service's `sglang` settings."""
-    python, flags = python_of_sglang(), (*CPU_FLAGS, *LORA_FLAGS)
+    python = python_of_sglang()
+    flags = (*CPU_FLAGS, *LORA_FLAGS)
     return {"launch": count, "python": python, "flags": flags, "environment": CPU_ENVIRONMENT}
 
 
 def processes_of(address: str) -> list[int]:
     """Of a launched server: first the one that was started, which has this port among its arguments, then those that
     compute and decode for it."""
-    port, arguments = address.rpartition(":")[2].encode(), _arguments()
+    port = address.rpartition(":")[2].encode()
+    arguments = _arguments()
     named = [pid for pid, given in arguments.items() if b"sglang.launch_server" in given and port in given]
     leaders = [pid for pid in named if _group(pid) == pid]
     return leaders + [

@@ -49,7 +49,9 @@ class Loop:
 
 def scripted(first: list[str], second: list[str]) -> Any:
     """First and second attempts answer in turn; reflections say `<prompt>say NAME</prompt>`."""
-    firsts, seconds, count = iter(first), iter(second), iter(range(100))
+    firsts = iter(first)
+    seconds = iter(second)
+    count = iter(range(100))
 
     def say(system: str, last: str) -> str:
         if system == "reflect":
@@ -69,9 +71,11 @@ async def test_one_step_of_the_paper() -> None:
     assert [chain.second_attempt.reward for chain in failed] == [1, 0, 1]
     assert [chain.reflection.reward for chain in failed] == [1, 0, 1]
     # deviations divide by n − 1. first: mean 1/4, std 1/2; second and reflection: mean 2/3, std 1/√3
-    high, low = 0.75 / 0.5, -0.25 / 0.5
+    high = 0.75 / 0.5
+    low = -0.25 / 0.5
     assert loop.advantages("first") == pytest.approx([high, low, low, low], abs=1e-4)
-    up, down = (1 / 3) * sqrt(3), (-2 / 3) * sqrt(3)
+    up = (1 / 3) * sqrt(3)
+    down = (-2 / 3) * sqrt(3)
     assert loop.advantages("second") == pytest.approx([up, down, up], abs=1e-4)
     assert loop.advantages("reflection") == pytest.approx([up, down, up], abs=1e-4)
     # each branch is normalised by its own count

@@ -177,8 +177,10 @@ def weights_file(path: Path, tensors: dict[str, torch.Tensor], kind: WeightsKind
 def test_files_are_alike_when_the_engine_cannot_tell_them_apart(tmp_path: Path) -> None:
     one = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}
     step = {**one, "b": torch.tensor([3.0 + 1e-5])}
-    first, same = weights_file(tmp_path / "1", one), weights_file(tmp_path / "2", {**one, "tied": one["a"].clone()})
-    small, other = weights_file(tmp_path / "3", step), weights_file(tmp_path / "4", {"c": torch.tensor([1.0])})
+    first = weights_file(tmp_path / "1", one)
+    same = weights_file(tmp_path / "2", {**one, "tied": one["a"].clone()})
+    small = weights_file(tmp_path / "3", step)
+    other = weights_file(tmp_path / "4", {"c": torch.tensor([1.0])})
     assert alike(first, same, "float32")
     assert not alike(first, small, "float32") and alike(first, small, "bfloat16")
     assert not alike(first, other, "float32")
@@ -191,7 +193,8 @@ def test_files_are_alike_when_the_engine_cannot_tell_them_apart(tmp_path: Path) 
 
 
 def test_adapters_are_alike_with_equal_tensors_and_settings(tmp_path: Path) -> None:
-    down, up = "base_model.model.x.lora_A.weight", "base_model.model.x.lora_B.weight"
+    down = "base_model.model.x.lora_A.weight"
+    up = "base_model.model.x.lora_B.weight"
     idle = {down: torch.ones(2, 2), up: torch.zeros(2, 2)}
     first, second = (weights_file(tmp_path / name, idle, WeightsKind.LORA) for name in "ab")
     assert alike(first, second, "float32") and alike_original(first, "m", "float32")
@@ -274,7 +277,8 @@ async def test_without_engines_calls_are_told_to_come_again() -> None:
 
 
 async def test_what_unverified_weights_sampled_is_not_answered(gate: Gate) -> None:
-    old, mixed = [VersionSpan(0, 5)], [VersionSpan(0, 2), VersionSpan(1, 3)]
+    old = [VersionSpan(0, 5)]
+    mixed = [VersionSpan(0, 2), VersionSpan(1, 3)]
     gate.set(PolicyState.UPDATING)
     assert await gate.verified(old)  # what was checked before needs no waiting
     waiting = asyncio.create_task(gate.verified(mixed))

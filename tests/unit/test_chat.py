@@ -50,7 +50,8 @@ def test_appending_gives_the_tokens_that_rendering_would(
     messages.append(Message(Role.USER, data.draw(contents)))
     tokens = subject.render(messages)
     for _ in range(turns):
-        answer, observation = data.draw(contents), Message(Role.USER, data.draw(contents))
+        answer = data.draw(contents)
+        observation = Message(Role.USER, data.draw(contents))
         sampled = encode(answer) + (encode(END_OF_TURN[name]) if closed else [])
         tokens += tuple(sampled)
         tokens += subject.extend(Continuation(tokens, closed, (observation,)))
@@ -90,7 +91,8 @@ def test_without_thoughts_the_chatml_template_of_qwen_keeps_history() -> None:
 
 
 def test_a_system_message_is_merged_where_the_template_has_no_such_role() -> None:
-    system, user = Message(Role.SYSTEM, "Be brief."), Message(Role.USER, "Hello")
+    system = Message(Role.SYSTEM, "Be brief.")
+    user = Message(Role.USER, "Hello")
     gemma = CHATS["gemma"]
     assert not gemma.has_system_role and CHATS["llama3"].has_system_role
     assert gemma.render([system, user]) == gemma.render([Message(Role.USER, "Be brief.\n\nHello")])
@@ -180,7 +182,8 @@ def test_tools_calls_and_answers_are_shown_to_the_model(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
 def test_what_a_template_would_leave_out_is_refused(name: str) -> None:
-    subject, user = CHATS[name], Message(Role.USER, "x")
+    subject = CHATS[name]
+    user = Message(Role.USER, "x")
     assert not subject.has_tools
     calls = [lambda: subject.render([user], TOOLS), lambda: subject.render([user, Message(Role.TOOL, "y")])]
     calls.append(lambda: subject.render([Message(Role.ASSISTANT, "", (ToolCall("weather", "{}"),)), user]))

@@ -21,7 +21,9 @@ from mulligan.policy.backends.attention import SlotCache
 from mulligan.policy.backends.engine import Engine
 from mulligan.policy.backends.runner import Request, Runner
 
-VOCABULARY, END, CAPACITY = 20, 0, 64
+VOCABULARY = 20
+END = 0
+CAPACITY = 64
 TABLE = torch.from_numpy(np.random.default_rng(0).normal(size=(VOCABULARY, VOCABULARY)).astype(np.float32))
 TABLE[:, END] = -9  # rare, as in a model's answers
 
@@ -67,7 +69,8 @@ def request(sampling: SamplingParams) -> Request:
 
 @asynccontextmanager
 async def running(max_batch: int = 4, max_queue: int = 1000) -> AsyncIterator[Running]:
-    cache, model = SlotCache({}, 4, CAPACITY, torch.float32, torch.device("cpu")), Model()
+    cache = SlotCache({}, 4, CAPACITY, torch.float32, torch.device("cpu"))
+    model = Model()
     text = lambda ids: "".join(chr(97 + token) for token in ids)  # noqa: E731
     runner = Runner(model, cache, torch.device("cpu"), [END], text, reuse_prefixes=True, tokens_per_pass=4096)
     engine = Engine(runner, max_batch=max_batch, max_queue=max_queue, batch_wait=0, prepare=lambda: None)
@@ -270,7 +273,8 @@ async def test_a_pause_begins_when_all_before_it_has_finished_and_one_that_is_gi
                 order.append(name)
 
         await soon()
-        first, given_up = asyncio.create_task(pause("first")), asyncio.create_task(pause("given up"))
+        first = asyncio.create_task(pause("first"))
+        given_up = asyncio.create_task(pause("given up"))
         await soon()
         after = asyncio.create_task(it.ask(SHORT))
         await soon()

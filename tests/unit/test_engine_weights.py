@@ -118,7 +118,8 @@ async def test_after_any_updates_the_weights_that_the_model_came_with_come_back_
 ) -> None:
     backend = await open_backend(SETTINGS.model_copy(update={"dtype": dtype}), tmp_path, 0)
     replica = backend.replicas[0]
-    before, answer = await replica.checksum(), await backend.generate(PROMPT)
+    before = await replica.checksum()
+    answer = await backend.generate(PROMPT)
     seen = {before}
     for version, weights in enumerate(
         [
@@ -140,8 +141,10 @@ async def test_after_any_updates_the_weights_that_the_model_came_with_come_back_
 
 
 async def test_nobody_is_served_by_weights_that_are_being_checked(backend: TransformersBackend, tmp_path: Path) -> None:
-    replica, sequences = backend.replicas[0], [[10, 11, 12, 13]]
-    before, old = await replica.score(sequences, 1.0), await replica.checksum()
+    replica = backend.replicas[0]
+    sequences = [[10, 11, 12, 13]]
+    before = await replica.score(sequences, 1.0)
+    old = await replica.checksum()
     waiting: list[asyncio.Task[Any]] = []
 
     async def admit(checked: Replica, weights: WeightsFile) -> None:

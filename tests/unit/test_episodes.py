@@ -236,7 +236,8 @@ async def test_slow_calls_are_not_waited_for(workers: WorkerPool) -> None:
 
 
 async def test_a_call_that_takes_too_long_raises_timed_out() -> None:
-    pool, go_on = WorkerPool(size=1, limit_seconds=0.5, max_abandoned=1), threading.Event()
+    pool = WorkerPool(size=1, limit_seconds=0.5, max_abandoned=1)
+    go_on = threading.Event()
     with pytest.raises(TimedOut, match=r"0\.5 s"):
         await pool.run(lambda: go_on.wait(60))
     assert await pool.run(lambda: 7) == 7

@@ -126,7 +126,8 @@ def test_test_boards_are_unique_and_never_training_boards(settings: FrozenLakeSe
 
 
 def test_a_task_is_its_id_on_every_instance() -> None:
-    first, second = FrozenLake(SMALL), FrozenLake(SMALL)
+    first = FrozenLake(SMALL)
+    second = FrozenLake(SMALL)
     second.list_tasks(Split.TRAIN, 100, 20)
     ids = ["train/00042", "train/09999", "test/00007", "test/00099"]
     assert [first.board(task_id) for task_id in ids] == [second.board(task_id) for task_id in reversed(ids)][::-1]

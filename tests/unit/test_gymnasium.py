@@ -232,7 +232,8 @@ def test_a_fork_goes_on_exactly_and_alone(table: dict[str, Any], answers: list[s
     game = made(**table)
     assert game.info.can_fork
     for at in range(len(answers)):
-        episode, straight = game.start("train/00011"), game.start("train/00011")
+        episode = game.start("train/00011")
+        straight = game.start("train/00011")
         steps = [straight.step(answer) for answer in answers[:at]]
         assert [episode.step(answer) for answer in answers[:at]] == steps
         if steps and steps[-1].done:
@@ -256,7 +257,8 @@ def test_what_is_not_deterministic_says_so_and_does_not_fork() -> None:
 
 
 def test_closing_an_episode_closes_its_environment(everything: Gymnasium) -> None:
-    one, other = everything.start("train/00000"), everything.start("train/00000")
+    one = everything.start("train/00000")
+    other = everything.start("train/00000")
     one.close()
     assert (one._env.unwrapped.closed, other._env.unwrapped.closed) == (True, False)  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="the bridge is out"):

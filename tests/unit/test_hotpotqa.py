@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 class Asked:
     def __init__(self, question: str, answer: str) -> None:
-        self.question, self.answer, self.difficulty = question, answer, 2.0
+        self.question = question
+        self.answer = answer
+        self.difficulty = 2.0
 
 
 INDEX = Bm25.build([("Ada", "Ada was born in Vell. " + "x" * 400), ("Vell", "Vell lies on the river Sorn.")])
@@ -244,7 +246,8 @@ def test_settings_errors_name_the_setting(changes: dict[str, object], named: str
 
 
 def test_the_agent_is_told_of_the_tool_once() -> None:
-    template, prompt = create("x", {}), create("x", {"tools": "prompt", "max_steps": 3})
+    template = create("x", {})
+    prompt = create("x", {"tools": "prompt", "max_steps": 3})
     assert template.info.tools == (SEARCH,) and prompt.info.tools == ()
     for text in ("solver", "action_reminder", "retry", "try_again"):
         assert "<tools>" not in getattr(template.info.prompts, text)

@@ -104,7 +104,8 @@ def test_files_of_the_hub_are_the_same_tasks_and_passages(files: dict[str, str],
     hub = {"train_file": str(tmp_path / f"*train.{suffix}"), "test_file": files["test_file"]}
     write(tmp_path / "official.json", json.loads(Path(files["train_file"]).read_text())[:50])
     official = {**hub, "train_file": str(tmp_path / "official.json")}
-    read, expected = create("x", hub), create("x", official)
+    read = create("x", hub)
+    expected = create("x", official)
     assert read.info.task_counts[Split.TRAIN] == expected.info.task_counts[Split.TRAIN] == 50
     ids = [{task.task_id for task in each.list_tasks(Split.TRAIN, 0, 99)} for each in (read, expected)]
     assert ids[0] == ids[1]

@@ -56,7 +56,8 @@ def test_forward_is_the_model_itself(tiny: Path, tmp_path: Path, lora: LoraSetti
 
 
 def test_large_vocabularies_are_scored_in_pieces(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, pieces = make(tiny, tmp_path), make(tiny, tmp_path)
+    whole = make(tiny, tmp_path)
+    pieces = make(tiny, tmp_path)
     expected = whole.forward_backward(many(12), ALL_TERMS)
     monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 5 * VOCABULARY_SIZE)
     assert pieces.forward_backward(many(12), ALL_TERMS) == pytest.approx(expected, abs=1e-5)
@@ -99,7 +100,8 @@ def test_micro_batches_hold_neighbours_in_length_within_the_budget() -> None:
 @pytest.mark.parametrize("lora", [FULL, LORA])
 def test_good_tokens_become_likelier_and_bad_ones_rarer(tiny: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
     learner = make(tiny, tmp_path, lora)
-    good, bad = sampled("good", (2, 3, 4, 5, 6)), sampled("bad", (9, 8, 7, 6, 5), advantage=-1.0)
+    good = sampled("good", (2, 3, 4, 5, 6))
+    bad = sampled("bad", (9, 8, 7, 6, 5), advantage=-1.0)
     taught = distilled("taught", (11, 12, 13, 14, 15))
     data = [good, bad, taught]
     before = learner.forward(data)
@@ -119,7 +121,8 @@ def test_the_initial_policy_stays_the_reference(tiny: Path, tmp_path: Path, lora
     assert learner.forward_backward([sampled()], loss)["first/kl"] == pytest.approx(0.0, abs=1e-9)
     learner.optim_step()
     datum = sampled()
-    new, old = learner.forward([datum])[0], reference_log_probs(tiny, datum)
+    new = learner.forward([datum])[0]
+    old = reference_log_probs(tiny, datum)
     expected = sum(math.expm1(b - a) - (b - a) for a, b in zip(new, old, strict=True)) / 2
     assert learner.forward_backward([datum], loss)["first/kl"] == pytest.approx(expected, rel=1e-3)
     assert "first/kl" not in learner.forward_backward([datum], PLAIN)
@@ -220,7 +223,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny: Path, tmp_path: Path
 
 
 def test_the_gradient_is_clipped_to_the_norm(tiny: Path, tmp_path: Path) -> None:
-    small, large = make(tiny, tmp_path), make(tiny, tmp_path)
+    small = make(tiny, tmp_path)
+    large = make(tiny, tmp_path)
     small.forward_backward([sampled(weight=100.0)], PLAIN)
     large.forward_backward([sampled(weight=1000.0)], PLAIN)
     steps = small.optim_step(), large.optim_step()

@@ -109,7 +109,8 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoints_that_are_there(
     learner = make(tiny, tmp_path)
     learn(learner, range(1))
     learner.save_checkpoint("one")
-    before, root = weights_digest(learner), tmp_path / "checkpoints" / "learner"
+    before = weights_digest(learner)
+    root = tmp_path / "checkpoints" / "learner"
     files = {path: path.read_bytes() for path in (root / "one").iterdir()}
     learn(learner, range(1, 2))
     for name in ("one", "two"):

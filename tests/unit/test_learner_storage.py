@@ -324,7 +324,8 @@ def test_equal_weights_have_the_same_canary(tiny: Path, tmp_path: Path, lora: Lo
 def test_the_canary_stays_inside_vocabulary_and_context(tiny: Path, tmp_path: Path) -> None:
     embedded = Learner("embedded", LearnerSpec(), server_settings(tmp_path))
     for learner in (make(tiny, tmp_path), embedded):
-        limits, canary = learner.model.limits, learner.model.canary()
+        limits = learner.model.limits
+        canary = learner.model.canary()
         assert len(canary) >= RANDOM_SEQUENCES
         for probe in canary:
             assert 2 <= len(probe.token_ids) <= limits.context_length

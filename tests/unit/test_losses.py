@@ -109,7 +109,8 @@ def test_kl_estimate_is_never_negative(new: float, reference: float) -> None:
 
 def test_kl_estimate_is_unbiased() -> None:
     """Its mean over tokens drawn from π is the divergence itself."""
-    policy, reference = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+    policy = torch.tensor([0.5, 0.3, 0.2])
+    reference = torch.tensor([0.2, 0.3, 0.5])
     expected = (policy * (policy / reference).log()).sum()
     assert torch.allclose((policy * losses.kl_estimate(policy.log(), reference.log())).sum(), expected)
 

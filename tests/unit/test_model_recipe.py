@@ -168,11 +168,14 @@ def test_plain_play_has_the_solver_prompt_and_no_preference(tokenizer: PreTraine
 def play_out(attempts: Attempts, row: int) -> PlayedAttempt:
     prompts = environment().info.prompts
     episode = start(attempts.boards[row], attempts.letters[row])
-    trace, shown, feedback = "", episode.observation, ""
+    trace = ""
+    shown = episode.observation
+    feedback = ""
     for move in attempts.moves[row, : attempts.steps[row]]:
         result = episode.step("?" if move < 0 else f"```{MOVES[move]}```")
         trace += turn_text(prompts, shown, result.action)
-        shown, feedback = result.observation, result.feedback
+        shown = result.observation
+        feedback = result.feedback
         assert result.reward == 0
     assert result.done
     return PlayedAttempt(trace + shown, feedback, 0.0, int(attempts.steps[row]))
@@ -272,7 +275,8 @@ def test_a_legend_is_read(meter: Meter) -> None:
 
 
 def test_reflections_lead_to_success(meter: Meter) -> None:
-    empty, right = meter.second_attempts(), meter.second_attempts(legend(FIXED_SYMBOLS))
+    empty = meter.second_attempts()
+    right = meter.second_attempts(legend(FIXED_SYMBOLS))
     assert empty["second_attempt_success"] >= 0.5
     assert right["legends_entirely_right"] >= empty["legends_entirely_right"] - 0.05
     assert right["second_attempt_success"] >= 0.6
@@ -280,7 +284,8 @@ def test_reflections_lead_to_success(meter: Meter) -> None:
 
 def test_attempts_do_not_depend_on_their_neighbours(meter: Meter) -> None:
     """Left padding and masks must not show: near-greedy play is the same alone and in a batch."""
-    lake, system = environment(), f"{legend(FIXED_SYMBOLS)}\nplay"
+    lake = environment()
+    system = f"{legend(FIXED_SYMBOLS)}\nplay"
     greedy = Sampling(temperature=0.01)
     ids = [f"test/{index:05d}" for index in range(12)]
     tasks = [(lake.start(task_id), system) for task_id in ids]

@@ -56,7 +56,8 @@ async def test_a_reflector_writes_and_is_not_trained(features: frozenset[Feature
     """Without token ids there is nothing that could be trained on; with them, they are another model's."""
     told = FakePolicy(lambda system, last, sampling: "go" if "be wise" in system else "no")
     wise = says("be wise", version=7, features=features)
-    policy, learner = service(told, wise=wise), FakeLearner()
+    policy = service(told, wise=wise)
+    learner = FakeLearner()
     erl, experiences = await chains(policy, settings(reflector="wise"), learner)
     for chain in experiences:
         reflection = chain.reflection
@@ -72,7 +73,8 @@ async def test_a_reflector_writes_and_is_not_trained(features: frozenset[Feature
 
 
 async def test_what_the_actor_reflects_is_trained_on() -> None:
-    policy, learner = says("no"), FakeLearner()
+    policy = says("no")
+    learner = FakeLearner()
     environment = FakeEnvironment({"t0": "go"})
     actor = await NamedPolicy.open(policy, "")
     player = Player(environment, actor, await environment.describe("fake"), actor.info, "x", 0)
@@ -134,7 +136,8 @@ def manager(folder: Path, policy: FakePolicy, learner: FakeLearner) -> RunManage
 
 async def test_any_policy_is_evaluated(tmp_path: Path) -> None:
     runs = manager(tmp_path, service(says("no"), hosted=says("go", version=3, features=TEXT_ALONE)), FakeLearner())
-    settings, rollout = EvaluationSettings(samples=2, top_k=0), RolloutSettings()
+    settings = EvaluationSettings(samples=2, top_k=0)
+    rollout = RolloutSettings()
     for name, success, version in (("", 0, 0), ("actor", 0, 0), ("hosted", 1, 3)):
         event, served = await runs.evaluate("fake", settings, rollout, 0, 1.0, name)
         assert (event.success, event.attempts, served) == (success, 2, version)

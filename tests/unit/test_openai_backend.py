@@ -172,7 +172,8 @@ async def test_tool_calls_stand_in_the_text(said: str | None, text: str) -> None
         assert [part.stop_reason for part in parts][-1] is StopReason.END_OF_TURN
 
 
-END, STRING = StopReason.END_OF_TURN, StopReason.STOP_STRING
+END = StopReason.END_OF_TURN
+STRING = StopReason.STOP_STRING
 ENDINGS: dict[str, tuple[tuple[str, str, int], dict[str, Any], tuple[str, StopReason]]] = {
     "the turn is over": (("one", "stop", 3), {}, ("one", END)),
     "vllm: a stop string": (("one ", "stop", 3), {"stop_reason": "two"}, ("one two", STRING)),

@@ -85,7 +85,8 @@ def runner_of(model: Model, *, reuse_prefixes: bool = True, slots: int = 4) -> R
 def test_passes_over_slots_give_the_log_probs_of_the_models_own_code(name: str, tmp_path: Path) -> None:
     """Sequences far longer than the windows, prompts in several passes, and prefixes taken over from other slots."""
     path = saved(tmp_path, SUPPORTED[name]())
-    model, reference = Model(settings(path)), load(path)
+    model = Model(settings(path))
+    reference = load(path)
     runner = runner_of(model)
     rng = np.random.default_rng(0)
     shared = rng.integers(5, 319, 30).tolist()

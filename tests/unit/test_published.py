@@ -69,7 +69,8 @@ async def test_weights_are_uploaded_where_no_file_system_is_shared() -> None:
 
 async def test_a_new_run_goes_on_above_all_versions_that_ever_were() -> None:
     fake, policy = await policies()
-    fake.version, fake.withdrawn = 5, {6, 7}
+    fake.version = 5
+    fake.withdrawn = {6, 7}
     assert await policy.publish() == 8
 
 
@@ -77,7 +78,8 @@ async def test_a_rollback_ends_the_run_that_trains_the_policy() -> None:
     fake, policy = await policies()
     await policy.publish()
     await policy.publish()
-    fake.version, fake.withdrawn = 1, {2}
+    fake.version = 1
+    fake.withdrawn = {2}
     said = r"VERSION_CONFLICT: version 2.*rolled back.*`mulligan resume RUN`"
     with pytest.raises(DomainError, match=said):
         await policy.publish()
@@ -142,7 +144,8 @@ async def test_the_cause_of_a_refusal_is_told_and_no_other(monkeypatch: pytest.M
     reason = Reason.CANARY_FAILED
     fake.dtype = "float32"
     actor = await NamedPolicy.open(fake, "actor")
-    adapter, full = FakeLearner(kind=WeightsKind.LORA), FakeLearner()
+    adapter = FakeLearner(kind=WeightsKind.LORA)
+    full = FakeLearner()
     with pytest.raises(DomainError, match="the dtypes differ: the policy computes in float32, this run in bfloat16"):
         await PublishedPolicy(actor, adapter, notices.append, dtype="bfloat16").publish()
     for learner, dtype in ((adapter, "float32"), (full, "bfloat16")):  # of full weights the policy says it itself

@@ -49,7 +49,8 @@ def test_every_generator_makes_the_same_task_in_each_process_and_knows_its_answe
     with ThreadPoolExecutor(2) as threads:
         here = threads.submit(lambda: {task_id: game.start(task_id) for task_id in tasks})
         there = threads.submit(lambda: {task_id: other.start(task_id) for task_id in reversed(tasks)})
-        started, again = here.result(), there.result()
+        started = here.result()
+        again = there.result()
     without_answer = set()
     for task_id, episode in started.items():
         assert episode.observation and episode.observation == again[task_id].observation, task_id

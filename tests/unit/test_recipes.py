@@ -48,7 +48,9 @@ def test_the_published_settings(game: str) -> None:
     turns, tokens = PUBLISHED[game]
     assert (run.model.source, run.environment) == ("Qwen/Qwen3-4B-Instruct-2507", game)
     assert EnvSettings.load([]).create_environments()[game].info.max_steps == turns
-    rollout, evaluation, loss = run.rollout, run.evaluation, run.loss
+    rollout = run.rollout
+    evaluation = run.evaluation
+    loss = run.loss
     assert (rollout.tasks_per_step, rollout.rollouts_per_task, rollout.temperature, rollout.top_p) == (64, 4, 0.7, 1.0)
     assert (rollout.reflection_temperature, rollout.reflection_top_p) == (0.5, 0.9)
     assert (rollout.max_tokens, rollout.reflection_max_tokens) == (tokens // turns, tokens)
@@ -78,5 +80,6 @@ def test_rlvr_is_the_same_run_without_a_second_attempt_at_the_same_budget(game: 
     ],
 )
 def test_an_ablation_is_one_setting(setting: str) -> None:
-    whole, ablated = read_settings(PAPER, []), read_settings(PAPER, [setting])
+    whole = read_settings(PAPER, [])
+    ablated = read_settings(PAPER, [setting])
     assert changed(plain(whole), plain(ablated)) == {setting.partition("=")[0]}

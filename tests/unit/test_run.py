@@ -326,7 +326,8 @@ async def test_a_journal_of_an_earlier_version_can_be_read_and_resumed(tmp_path:
     world = World(tmp_path)
     await world.run().train()
     path = journal_file(world.folder.journal, 0)
-    before, seen = read_experiences(path), set()
+    before = read_experiences(path)
+    seen = set()
     records = []
     for _, payload in msgpack.Unpacker(path.open("rb")):
         record = msgpack.unpackb(payload)

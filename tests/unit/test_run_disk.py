@@ -79,7 +79,8 @@ def test_wherever_the_disk_is_full_a_run_waits_and_ends_as_if_it_had_not_been(
         await asyncio.wait_for(training, 20)
 
     with pytest.MonkeyPatch.context() as patch:
-        disk, run = SmallDisk(patch, rooms[0]), world.run()
+        disk = SmallDisk(patch, rooms[0])
+        run = world.run()
         asyncio.run(train(run, disk))
     assert world.result() == uninterrupted
     sampled = sampled_parts(world)

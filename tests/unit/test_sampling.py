@@ -106,7 +106,8 @@ def test_rows_of_all_kinds_in_one_batch_get_what_they_get_alone() -> None:
 
 def test_a_token_of_probability_zero_is_never_drawn() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 0.0, float("-inf")]] * 3)
-    ones, zeros = np.ones(3, dtype=np.float32), np.zeros(3, dtype=np.int64)
+    ones = np.ones(3, dtype=np.float32)
+    zeros = np.zeros(3, dtype=np.int64)
     tokens, _ = sample(logits, ones, ones, zeros, np.array([0.5 * 2**-32, 0.5, 1 - 2**-33]))
     assert tokens.tolist() == [1, 3, 3]
 

@@ -37,7 +37,8 @@ def bm25(query: list[str], k1: float = 1.2, b: float = 0.75) -> list[float]:
     mean = sum(map(len, documents)) / len(documents)
     scores = []
     for document in documents:
-        counts, score = Counter(document), 0.0
+        counts = Counter(document)
+        score = 0.0
         for word in query:
             n = sum(word in other for other in documents)
             idf = math.log(1 + (len(documents) - n + 0.5) / (n + 0.5))

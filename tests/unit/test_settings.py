@@ -64,7 +64,8 @@ def pairs(message: Descriptor, model: type[BaseModel], path: str = "") -> Iterat
     names = {field.name for field in message.fields}
     assert names == set(model.model_fields), path or "RunConfig"
     for name in sorted(names):
-        field, kind = message.fields_by_name[name], inner(model.model_fields[name].annotation)
+        field = message.fields_by_name[name]
+        kind = inner(model.model_fields[name].annotation)
         yield path + name, field, kind
         if field.message_type is not None:
             yield from pairs(field.message_type, kind, f"{path}{name}.")
@@ -163,7 +164,8 @@ def comments() -> dict[tuple[str, str], str]:
     """(message, field) → the comment above the field, as the contract has it."""
     found: dict[tuple[str, str], str] = {}
     for path in sorted((ROOT / "proto" / "mulligan" / "trainer" / "v1").glob("*.proto")):
-        message, lines = "", list[str]()
+        message = ""
+        lines = list[str]()
         for line in map(str.strip, path.read_text().splitlines()):
             if match := re.match(r"message (\w+) \{", line):
                 message = match[1]

@@ -151,7 +151,9 @@ async def _look(server: Server) -> None:
 
 
 def test_an_answer_is_as_new_as_what_was_served_when_it_was_asked_for() -> None:
-    original, first, second = _target(0, "0-original"), _target(1, "1-a"), _target(2, "2-b")
+    original = _target(0, "0-original")
+    first = _target(1, "1-a")
+    second = _target(2, "2-b")
     pool = Pool([], original, _look, probe_seconds=1, wait_seconds=0)
     pool.know(first)
     spans = pool.spans(original, [("0-original", 2), ("1-a", 3)], own=True)
@@ -167,7 +169,8 @@ def test_an_answer_is_as_new_as_what_was_served_when_it_was_asked_for() -> None:
 
 
 def test_an_adapter_counts_over_the_weights_that_it_was_made_for() -> None:
-    original, tuned = _target(0, "0-original"), _target(3, "0-original", "mulligan-3")
+    original = _target(0, "0-original")
+    tuned = _target(3, "0-original", "mulligan-3")
     pool = Pool([], original, _look, probe_seconds=1, wait_seconds=0)
     pool.know(tuned)
     assert pool.spans(tuned, [("0-original", 4)], own=True) == (VersionSpan(3, 4),)
@@ -193,7 +196,8 @@ def test_the_fingerprint_needs_no_weights(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
     for source in (models.EMBEDDED, tiny, tmp_path / "llama-True", tmp_path / "llama-False"):
-        loaded, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        loaded = AutoModelForCausalLM.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source)
         assert Skeleton(str(source)).fingerprint == model_fingerprint(loaded, tokenizer), source
     with pytest.raises(UnsupportedModel):
         Skeleton(str(tmp_path / "nothing"))

@@ -42,7 +42,8 @@ def brute_force(start: Board, max_moves: int) -> int | None:
         letter: {(y, x) for y, row in enumerate(start.rows) for x, c in enumerate(row) if c == letter}
         for letter in LETTERS
     }
-    walls, goals = at["E"], at["C"] | at["a"] | at["b"]
+    walls = at["E"]
+    goals = at["C"] | at["a"] | at["b"]
     (player,) = at["A"] | at["a"]
     level = {(player, frozenset(at["B"] | at["b"]))}
     seen = set(level)
@@ -52,7 +53,8 @@ def brute_force(start: Board, max_moves: int) -> int | None:
         following = set()
         for (y, x), boxes in level:
             for dy, dx in STEPS.values():
-                to, behind = (y + dy, x + dx), (y + 2 * dy, x + 2 * dx)
+                to = (y + dy, x + dx)
+                behind = (y + 2 * dy, x + 2 * dx)
                 if to in walls or (to in boxes and (behind in walls or behind in boxes)):
                     continue
                 following.add((to, frozenset(behind if box == to else box for box in boxes)))

@@ -107,7 +107,8 @@ def test_a_task_is_the_same_in_each_process() -> None:
 
 @pytest.mark.parametrize("id_", DRAWING)
 def test_episodes_interleaved_in_threads_play_as_alone(id_: str) -> None:
-    game, move = made(id_, 1), DRAWING[id_]
+    game = made(id_, 1)
+    move = DRAWING[id_]
     tasks = [f"train/{number:05d}" for number in range(4)]
     alone = {task: play(game.start(task), [move] * 4) for task in tasks}
     together: dict[str, list[StepResult]] = {task: [] for task in tasks}

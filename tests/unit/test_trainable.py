@@ -24,7 +24,8 @@ from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSe
 from mulligan.trainer.trainable import prompt_notices
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 
-CONTEXT, VOCABULARY = 200, 2**16
+CONTEXT = 200
+VOCABULARY = 2**16
 
 
 @dataclass
@@ -77,7 +78,8 @@ TOKENS = st.lists(st.one_of(st.integers(0, VOCABULARY - 1), st.integers(-2, 2**4
 
 @st.composite
 def segments(draw: st.DrawFn) -> Segment:
-    kind, tokens = draw(st.sampled_from(SegmentKind)), tuple(draw(TOKENS))
+    kind = draw(st.sampled_from(SegmentKind))
+    tokens = tuple(draw(TOKENS))
     log_probs = draw(st.one_of(st.just([-0.5] * len(tokens)), st.just([]), st.lists(NUMBERS, max_size=4)))
     return Segment(kind, tokens, tuple(log_probs), (VersionSpan(1, len(tokens)),))
 
@@ -219,7 +221,8 @@ async def test_a_sample_that_is_dropped_leaves_its_reward_in_the_group() -> None
     await loop.step()
     assert loop.dropped == {"dropped_too_long": 1}
     good, bad = (datum.objective.advantage for datum in loop.learner.steps[0])  # type: ignore[union-attr]
-    mean, deviation = 1 / 3, math.sqrt(1 / 3)
+    mean = 1 / 3
+    deviation = math.sqrt(1 / 3)
     assert (good, bad) == (pytest.approx((1 - mean) / deviation, 1e-4), pytest.approx(-mean / deviation, 1e-4))
     assert {datum.weight for datum in loop.learner.steps[0]} == {1 / 2}
 
@@ -228,7 +231,8 @@ async def test_a_sample_that_is_dropped_leaves_its_reward_in_the_group() -> None
 async def test_a_policy_that_begins_to_rewrite_history_in_the_middle(turns: int, from_call: int) -> None:
     """Second attempts are prompted with all messages from some turn on: some have a copy, none has a wrong one."""
     policy = says("no")
-    generate, seen = policy.generate, {"second": 0}
+    generate = policy.generate
+    seen = {"second": 0}
 
     async def changing(prompt: Any, sampling: Any, options: Any) -> Any:
         if "-second-" in options.request_id:
@@ -305,7 +309,8 @@ async def test_an_attempt_that_is_too_long_to_reflect_on_is_counted() -> None:
     chains = await loop.step()
     assert {chain.reflection.outcome for chain in chains} == {Outcome.POLICY_ERROR}
     assert loop.metrics["excluded_prompt_too_long"] == 2 and loop.trained() == {"first"}
-    firsts, parts = [chain.first_attempt for chain in chains], [part for chain in chains for part in chain.parts()]
+    firsts = [chain.first_attempt for chain in chains]
+    parts = [part for chain in chains for part in chain.parts()]
     (notice,) = prompt_notices(firsts, parts)
     assert "a reflection, because PROMPT_TOO_LONG" in notice and prompt_notices(firsts) == []
 
@@ -325,7 +330,8 @@ async def test_with_a_larger_context_the_same_journal_goes_on(tmp_path: Path) ->
     policy.context_length = 10
     for length, rewards in ((10, {None}), (4096, {0.0})):
         policy.context_length = length
-        loop, journal = Loop.over(policy), StepJournal(tmp_path, 0)
+        loop = Loop.over(policy)
+        journal = StepJournal(tmp_path, 0)
         chains = await loop.step(journal)
         journal.close()
         assert {chain.first_attempt.reward for chain in chains} == rewards
@@ -376,7 +382,8 @@ async def test_ids_fit_the_contract_whatever_the_tasks_id(task_id: str) -> None:
     lives = []
     for _ in range(2):
         loop.environment.started.clear()
-        player, rollout = await loop.player(), RolloutSettings(concurrency=1)
+        player = await loop.player()
+        rollout = RolloutSettings(concurrency=1)
         attempts = await evaluate(player, name, tasks, EvaluationSettings(samples=2), rollout, 0)
         lives.append([attempt.attempt_id for attempt in attempts])
         assert len(set(loop.environment.started)) == len(loop.environment.started) == 2 * len(tasks)

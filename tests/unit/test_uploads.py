@@ -120,7 +120,8 @@ async def test_what_waits_counts_towards_the_limit(uploads: Uploads) -> None:
 
 
 async def test_what_is_announced_counts_already(uploads: Uploads) -> None:
-    begun, go_on = asyncio.Event(), asyncio.Event()
+    begun = asyncio.Event()
+    go_on = asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:
         yield FILE[:20]

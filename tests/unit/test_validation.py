@@ -51,7 +51,8 @@ def _steps(file: descriptor_pb2.FileDescriptorProto) -> None:
 
     step = file.message_type.add(name="Step")
     rules = add_field(step, "episode_id", Field.TYPE_STRING)
-    rules.string.min_len, rules.string.max_len = 1, 8
+    rules.string.min_len = 1
+    rules.string.max_len = 8
     add_field(step, "step_index", Field.TYPE_INT32).int32.gte = 0
     rules = add_field(step, "role", Field.TYPE_ENUM, type_name=f".{file.package}.Role")
     rules.enum.defined_only = True
@@ -64,12 +65,16 @@ def _steps(file: descriptor_pb2.FileDescriptorProto) -> None:
     rules = add_field(
         request, "steps", Field.TYPE_MESSAGE, label=Field.LABEL_REPEATED, type_name=f".{file.package}.Step"
     )
-    rules.repeated.min_items, rules.repeated.max_items = 1, 4
+    rules.repeated.min_items = 1
+    rules.repeated.max_items = 4
     rules = add_field(request, "ids", Field.TYPE_INT32, label=Field.LABEL_REPEATED)
-    rules.repeated.max_items, rules.repeated.items.int32.gte = 4, 0
+    rules.repeated.max_items = 4
+    rules.repeated.items.int32.gte = 0
     request.oneof_decl.add(name="_temperature")
     rules = add_field(request, "temperature", Field.TYPE_DOUBLE, oneof_index=0, proto3_optional=True)
-    rules.double.gte, rules.double.lte, rules.double.finite = 0, 10, True
+    rules.double.gte = 0
+    rules.double.lte = 10
+    rules.double.finite = True
 
 
 PACKAGE = declare(_steps)

@@ -188,7 +188,8 @@ class Versions(RuleBasedStateMachine):
         self.contents[number] = content
         self.store.serve(self.record(number))
         self.states[self.serving] = VersionState.KEPT
-        self.states[number], self.serving = VersionState.SERVING, number
+        self.states[number] = VersionState.SERVING
+        self.serving = number
         files = [old for old in self.kept() if self.contents[old] is not None]
         for old in files[: max(0, len(files) - (KEEP - 1))]:
             self.states[old] = VersionState.REMOVED
@@ -217,18 +218,22 @@ class Versions(RuleBasedStateMachine):
         for later, state in self.states.items():
             if later > number and later > self.origin and state is not VersionState.REFUSED:
                 self.states[later] = VersionState.WITHDRAWN
-        self.states[number], self.serving = VersionState.SERVING, number
+        self.states[number] = VersionState.SERVING
+        self.serving = number
 
     @rule()
     def load_another_model(self) -> None:
-        before, number = self.origin, self.store.next_version
+        before = self.origin
+        number = self.store.next_version
         self.contents[number] = None
         self.store.begin(record_of(number, number, None))
         self.store.end(before)
         for old, state in self.states.items():
             if state in (VersionState.SERVING, VersionState.KEPT):
                 self.states[old] = VersionState.REMOVED
-        self.states[number], self.origin, self.serving = VersionState.SERVING, number, number
+        self.states[number] = VersionState.SERVING
+        self.origin = number
+        self.serving = number
 
     @rule()
     def restart(self) -> None:

@@ -58,7 +58,8 @@ class MyGameEpisode:
         if guess == self._hidden:
             return StepResult("That is it.", str(guess), reward=1.0, done=True, feedback="The number was found.")
         if guess is None:
-            observation, reading = "There was no number between triple backticks.", "invalid"
+            observation = "There was no number between triple backticks."
+            reading = "invalid"
         else:
             observation = "It is higher." if guess < self._hidden else "It is lower."
             reading = str(guess)  # how a trace shows the answer

@@ -98,7 +98,8 @@ async def ended(game: Game) -> None:
 
 @suite.check("EndEpisode", "an episode that was ended is gone for StepEpisodes, too")
 async def ended_in_batch(game: Game) -> None:
-    episode, other = await game.start(), await game.start()
+    episode = await game.start()
+    other = await game.start()
     await game.end(episode)
     request = pb.StepEpisodesRequest(steps=[e.request(game.moves(1)[0]) for e in (episode, other)])
     items = (await game.session.ask("StepEpisodes", request)).items

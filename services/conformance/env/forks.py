@@ -35,7 +35,8 @@ async def fork(game: Game, episode: Episode) -> Episode:
     demand(same, f"what the agent saw last, {last.observation!r}, and whose turn it is", answer, request)
     demand(answer.lease.ToTimedelta().total_seconds() > 0, "a lease of more than 0 seconds", answer, request)
     copy = Episode(game.session, request.new_episode_id, episode.task_id, episode.begun)
-    copy.actions, copy.steps = list(episode.actions), list(episode.steps)
+    copy.actions = list(episode.actions)
+    copy.steps = list(episode.steps)
     return copy
 
 
@@ -73,7 +74,8 @@ async def exact(game: Game) -> None:
         episode = await (await game.start(task.task_id)).play(moves[:depth])
         if episode.over:
             continue
-        first, second = await fork(game, episode), await fork(game, episode)
+        first = await fork(game, episode)
+        second = await fork(game, episode)
         for played in (first, episode, second):
             await played.play(moves[depth:])
         for copy in (first, second):

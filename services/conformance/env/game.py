@@ -114,7 +114,9 @@ class Game:
     """What a check about one environment is given."""
 
     def __init__(self, session: Session, info: pb.EnvironmentInfo, options: Options) -> None:
-        self.session, self.info, self.options = session, info, options
+        self.session = session
+        self.info = info
+        self.options = options
         self.random = random.Random(f"{options.seed}/{info.name}")
         self._tasks: list[pb.TaskInfo] | None = None
         self._samples: list[Episode] | None = None

@@ -63,7 +63,8 @@ async def tools(game: Game) -> None:
 async def walk(game: Game, split: Any, size: int) -> tuple[list[pb.TaskInfo], bool]:
     """The tasks of a split, at most LISTED, and whether these are all."""
     tasks: list[pb.TaskInfo] = []
-    token, seen = "", set()
+    token = ""
+    seen = set()
     while True:
         page = await game.page(split, size, token)
         limit = size or 100

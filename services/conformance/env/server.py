@@ -35,7 +35,8 @@ async def unknown_environment_listed(session: Session) -> None:
 
 @suite.check("StartEpisode", "an unknown environment is NOT_FOUND UNKNOWN_ENVIRONMENT")
 async def unknown_environment_started(session: Session) -> None:
-    name, episode_id = f"no-such-environment-{uuid4()}", f"conformance-{uuid4()}"
+    name = f"no-such-environment-{uuid4()}"
+    episode_id = f"conformance-{uuid4()}"
     session.later("EndEpisode", pb.EndEpisodeRequest(episode_id=episode_id))
     request = pb.StartEpisodeRequest(episode_id=episode_id, environment=name, task_id="a task")
     await session.refused("StartEpisode", request, "NOT_FOUND", "UNKNOWN_ENVIRONMENT")

@@ -70,7 +70,8 @@ async def played_once(game: Game) -> None:
 
 @suite.check("StepEpisode", "copies of a step that come at the same time are played once and answered alike")
 async def concurrent(game: Game) -> None:
-    moves, played = game.moves(), []
+    moves = game.moves()
+    played = []
     for task in await game.tasks(3):
         episode = await game.start(task.task_id)
         for action in moves[:6]:
@@ -201,7 +202,8 @@ async def batch_repeated(game: Game) -> None:
     at_once = await batch(game, steps, 0.0)
     kinds = {item.WhichOneof("result") for item in at_once}
     demand(kinds <= {"step", "pending"}, "a step, or pending, for each item", kinds)
-    waited, again = await batch(game, steps), await batch(game, steps, 60.0)
+    waited = await batch(game, steps)
+    again = await batch(game, steps, 60.0)
     for one, other, third, step in zip(at_once, waited, again, steps, strict=True):
         demand(other.WhichOneof("result") == "step", "without max_wait each item has its answer", other, step)
         stored = third == other and (one == other or one.WhichOneof("result") == "pending")

@@ -160,7 +160,9 @@ async def adapters(served: Served) -> None:
 @suite.check("Score", "nothing to score, an empty sequence, a foreign token, a temperature of 0 are refused and named")
 async def bad_scores(served: Served) -> None:
     served.need(SCORE, TOKEN_IDS)
-    name, ids, size = served.policy.name, served.ids(), served.policy.vocabulary_size
+    name = served.policy.name
+    ids = served.ids()
+    size = served.policy.vocabulary_size
     await served.session.bad_field("Score", pb.ScoreRequest(policy=name), "sequences")
     good = pb.TokenIds(ids=ids)
     zero = pb.ScoreRequest(policy=name, sequences=[good], temperature=0.0)

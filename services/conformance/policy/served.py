@@ -11,7 +11,9 @@ from mulligan.conformance.report import NotApplicable, demand
 from mulligan.conformance.target import Session
 from mulligan.policy.v1 import policy_service_pb2 as pb
 
-TOKEN_IDS, LOG_PROBS, SCORE = pb.FEATURE_TOKEN_IDS, pb.FEATURE_LOG_PROBS, pb.FEATURE_SCORE
+TOKEN_IDS = pb.FEATURE_TOKEN_IDS
+LOG_PROBS = pb.FEATURE_LOG_PROBS
+SCORE = pb.FEATURE_SCORE
 _ROUNDING = 1e-4  # of a log-probability of a token that is certain
 FEW = 8  # tokens
 
@@ -29,7 +31,9 @@ class Served:
     """What a check about one policy is given."""
 
     def __init__(self, session: Session, policy: pb.Policy, options: Options) -> None:
-        self.session, self.policy, self.options = session, policy, options
+        self.session = session
+        self.policy = policy
+        self.options = options
 
     async def clean_up(self) -> None:
         await self.session.clean_up()
@@ -73,7 +77,8 @@ class Served:
         if not self.offers(TOKEN_IDS):
             demand(not completion.token_ids, "no token ids without FEATURE_TOKEN_IDS", completion, request)
             return
-        count, limit = len(completion.token_ids), request.sampling.max_tokens
+        count = len(completion.token_ids)
+        limit = request.sampling.max_tokens
         demand(1 <= count <= limit, f"1 to {limit} sampled tokens (max_tokens)", completion, request)
         cut = completion.stop_reason == pb.STOP_REASON_MAX_TOKENS
         demand(not cut or count == limit, f"{limit} tokens where it stopped at max_tokens", completion, request)

@@ -32,7 +32,8 @@ class Options:
 
 class Trainer:
     def __init__(self, session: Session, options: Options) -> None:
-        self.session, self.options = session, options
+        self.session = session
+        self.options = options
         self.trained: run_pb.Run | None = None  # by `training.py`
         self.untrainable = ""
 

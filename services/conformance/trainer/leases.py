@@ -12,8 +12,11 @@ from mulligan.conformance.trainer.held import LEASE_SECONDS, Learner, Trainer
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 
 suite: Suite[Trainer] = Suite()
-_SHORT, _LONG = 1, 4  # seconds
-_POLL_SECONDS, _PATIENCE_SECONDS = 0.2, 15
+# seconds
+_SHORT = 1
+_LONG = 4
+_POLL_SECONDS = 0.2
+_PATIENCE_SECONDS = 15
 
 
 async def _listed(learner: Learner) -> pb.LearnerInfo | None:

@@ -27,7 +27,8 @@ from mulligan.env.grid import (
 )
 from mulligan.env.grid_files import FileTasks
 
-PLAYER_IN_HOLE, PLAYER_ON_GOAL = "X", "√"
+PLAYER_IN_HOLE = "X"
+PLAYER_ON_GOAL = "√"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ def draw_board(settings: FrozenLakeSettings, rng: random.Random) -> Board:
     frozen = rng.uniform(settings.frozen_min, settings.frozen_max)
     cells = [FROZEN if rng.random() < frozen else HOLE for _ in range(side * side)]
     start, goal = rng.sample(range(side * side), 2)
-    cells[start], cells[goal] = PLAYER, GOAL
+    cells[start] = PLAYER
+    cells[goal] = GOAL
     return Board(tuple("".join(cells[y * side : (y + 1) * side]) for y in range(side)))
 
 
@@ -135,7 +137,8 @@ class FrozenLakeEpisode:
     def _move(self, move: str) -> str | None:
         """Moves the player; returns what the entered cell was, or None at a wall."""
         (y, x), (dy, dx) = self._at, MOVES[move]
-        to_y, to_x = y + dy, x + dx
+        to_y = y + dy
+        to_x = x + dx
         if not (0 <= to_y < len(self._cells) and 0 <= to_x < len(self._cells[0])):
             return None
         entered = self._cells[to_y][to_x]
@@ -158,10 +161,12 @@ class FrozenLake:
         if self.settings.from_files:
             files = {Split.TRAIN: self.settings.train_file, Split.TEST: self.settings.test_file}
             self._tasks = FileTasks(self.settings.name, files, counts, self.settings.max_steps, read_maps)
-            counts, which = self._tasks.counts, "maps from files"
+            counts = self._tasks.counts
+            which = "maps from files"
         else:
             self._tasks = self._drawn(counts)
-            smallest, largest = self.settings.size_min, self.settings.size_max
+            smallest = self.settings.size_min
+            largest = self.settings.size_max
             which = f"{smallest}x{smallest} to {largest}x{largest}"
         self.info = EnvironmentInfo(
             name=self.settings.name,

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from mulligan.env.grid import MOVES, is_test
 
-PLAYER, GOAL, HOLE, FROZEN = "A", "B", "C", "D"
+PLAYER = "A"
+GOAL = "B"
+HOLE = "C"
+FROZEN = "D"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Board:
 
     def shortest_path(self) -> int | None:
         """Moves from the player to the goal past the holes; None when there is no way."""
-        height, width = len(self.rows), len(self.rows[0])
+        height = len(self.rows)
+        width = len(self.rows[0])
         start = self.find(PLAYER)
         distances = {start: 0}
         queue = deque([start])

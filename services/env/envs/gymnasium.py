@@ -112,7 +112,8 @@ class GymnasiumEpisode:
             )
         reward, terminated, truncated = self._take(taken)
         self._rewards.append(reward)
-        over, cut = terminated or truncated or is_last, not terminated
+        over = terminated or truncated or is_last
+        cut = not terminated
         return StepResult(
             self.observation,
             reading,
@@ -133,7 +134,8 @@ class GymnasiumEpisode:
         except BaseException:
             copied.close()
             raise
-        copied._steps, copied._rewards = self._steps, list(self._rewards)
+        copied._steps = self._steps
+        copied._rewards = list(self._rewards)
         return copied
 
     def close(self) -> None:
@@ -160,13 +162,17 @@ class Gymnasium:
         from mulligan.env.envs import gymnasium_actions, gymnasium_spaces
 
         self.settings = settings
-        self._gymnasium, self._words, self._answers = gymnasium, gymnasium_spaces, gymnasium_actions
+        self._gymnasium = gymnasium
+        self._words = gymnasium_spaces
+        self._answers = gymnasium_actions
         self._draws = False
         self._arguments = dict(settings.arguments)
         self._max_steps: int | None = None  # the environment's own
         probe = self._first()
         try:
-            spec, self._actions, self._observations = probe.spec, probe.action_space, probe.observation_space
+            spec = probe.spec
+            self._actions = probe.action_space
+            self._observations = probe.observation_space
             self._choose_view(probe)
         finally:
             probe.close()
@@ -216,7 +222,8 @@ class Gymnasium:
         return action, self._answers.tell(self._actions, action, self.settings.actions)
 
     def _in_words(self, observed: Any) -> str:
-        names, digits = self.settings.components, self.settings.digits
+        names = self.settings.components
+        digits = self.settings.digits
         if names:
             return self._words.show_named(self._observations, observed, digits, names)
         return self._words.show(self._observations, observed, digits)

@@ -180,7 +180,8 @@ def _number(value: Any, digits: int) -> str:
 def _span(low: Any, high: Any, *, whole: bool) -> str:
     if whole:
         return f"a whole number from {int(low)} to {int(high)}"
-    lower, upper = f"{float(low):.6g}", f"{float(high):.6g}"
+    lower = f"{float(low):.6g}"
+    upper = f"{float(high):.6g}"
     if math.isinf(low):
         return "a number" if math.isinf(high) else f"a number of at most {upper}"
     return f"a number of at least {lower}" if math.isinf(high) else f"a number from {lower} to {upper}"

@@ -208,18 +208,18 @@ def create(name: str, settings: Mapping[str, object]) -> HotpotQa:
     if read.train_file or read.test_file:
         files = Files(read.train_file, read.test_file, read.corpus)
         files.check()
-        train, test = (
-            files.questions(read.train_file, read.train_tasks),
-            files.questions(read.test_file, read.test_tasks),
-        )
+        train = files.questions(read.train_file, read.train_tasks)
+        test = files.questions(read.test_file, read.test_tasks)
         passages: Iterable[tuple[str, str]] = files.passages()
         content = files.fingerprint() if read.index_folder else ""
     else:
         import msgspec
 
         made = msgspec.convert(hotpotqa_world.data_sets(read.seed), tuple[tuple[Question, ...], tuple[Question, ...]])
-        train, test = made[0][: read.train_tasks or None], made[1][: read.test_tasks or None]
-        passages, content = hotpotqa_world.passages(read.seed), f"world {read.seed}"
+        train = made[0][: read.train_tasks or None]
+        test = made[1][: read.test_tasks or None]
+        passages = hotpotqa_world.passages(read.seed)
+        content = f"world {read.seed}"
     questions = {Split.TRAIN: by_id(train, without=test), Split.TEST: by_id(test)}
     return HotpotQa(questions, _index(read, passages, content), read)
 

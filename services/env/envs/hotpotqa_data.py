@@ -76,7 +76,8 @@ class _Page(msgspec.Struct):
                 title, sentences = (one.title, one.sentences) if isinstance(one, _Paragraph) else one
                 yield title, "".join(sentences).strip()
         elif self.context is not None:
-            titles, texts = self.context.title, self.context.sentences
+            titles = self.context.title
+            texts = self.context.sentences
             if len(titles) != len(texts):
                 raise ValueError(
                     f"{place}: context: {len(titles)} in `title` and {len(texts)} in `sentences`; expected as many"

@@ -42,14 +42,17 @@ def exact_match(answer: str, gold: str) -> bool:
 
 def f1(answer: str, gold: str) -> float:
     """Harmonic mean of the precision and recall of words, repetitions counted."""
-    ours, theirs = normalize(answer), normalize(gold)
+    ours = normalize(answer)
+    theirs = normalize(gold)
     if ours != theirs and (ours in _CLOSED or theirs in _CLOSED):
         return 0.0
-    words, gold_words = ours.split(), theirs.split()
+    words = ours.split()
+    gold_words = theirs.split()
     same = sum((Counter(words) & Counter(gold_words)).values())
     if same == 0:
         return 0.0
-    precision, recall = same / len(words), same / len(gold_words)
+    precision = same / len(words)
+    recall = same / len(gold_words)
     return 2 * precision * recall / (precision + recall)
 
 

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TRAIN_FILE, TEST_FILE, FULLWIKI_FILE = (
-    "hotpot_train_v1.1.json",
-    "hotpot_dev_distractor_v1.json",
-    "hotpot_dev_fullwiki_v1.json",
-)
-TRAIN_QUESTIONS, TEST_QUESTIONS = 1_000, 100
+TRAIN_FILE = "hotpot_train_v1.1.json"
+TEST_FILE = "hotpot_dev_distractor_v1.json"
+FULLWIKI_FILE = "hotpot_dev_fullwiki_v1.json"
+TRAIN_QUESTIONS = 1_000
+TEST_QUESTIONS = 100
 _PARAGRAPHS = 10  # of a question, as in the distractor setting
-_TOWNS, _PEOPLE, _FIRMS, _BOOKS = 120, 400, 200, 300
+_TOWNS = 120
+_PEOPLE = 400
+_FIRMS = 200
+_BOOKS = 300
 
 _ONSETS = ("b", "br", "d", "dr", "f", "g", "gr", "h", "k", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "w", "z")
 _VOWELS = ("a", "e", "i", "o", "u", "ae", "ei", "ou")
@@ -126,7 +128,8 @@ class World:
         ]
         self.people: list[Person] = []
         for _ in range(_PEOPLE):
-            name, born = f"{next(names)} {next(names)}", rng.randint(1700, 1860)
+            name = f"{next(names)} {next(names)}"
+            born = rng.randint(1700, 1860)
             older = [person.name for person in self.people if 15 <= born - person.born <= 60]
             teacher = rng.choice(older) if older else ""
             self.people.append(Person(name, rng.choice(_TRADES), born, rng.choice(self.towns), teacher))
@@ -231,7 +234,8 @@ def _teacher_trade(world: World, rng: random.Random) -> _Asked:
 
 def _author_river(world: World, rng: random.Random) -> _Asked:
     book = rng.choice(world.books)
-    author, town = book.author, book.author.town
+    author = book.author
+    town = book.author.town
     question = f"On which river does the town lie that the author of {book.name} was from?"
     return _Asked(question, town.river, "bridge", "hard", ((book, 0), (author, 0), (town, 1)))
 
@@ -253,7 +257,8 @@ def _born_earlier(world: World, rng: random.Random) -> _Asked:
 
 
 def _same_region(world: World, rng: random.Random) -> _Asked:
-    one, same = rng.choice(world.towns), rng.random() < 0.5
+    one = rng.choice(world.towns)
+    same = rng.random() < 0.5
     other = rng.choice([town for town in world.towns if town != one and (town.region == one.region) == same])
     question = f"Are {one.name} and {other.name} in the same region?"
     return _Asked(question, "yes" if same else "no", "comparison", "easy", ((one, 0), (other, 0)))

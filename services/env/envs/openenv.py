@@ -168,7 +168,8 @@ class Session:
     def _read(self, kind: str, raw: str | bytes) -> dict[str, Any]:
         try:
             answer = json.loads(raw)
-            type_, data = answer["type"], answer["data"]
+            type_ = answer["type"]
+            data = answer["data"]
         except (ValueError, TypeError, KeyError, RecursionError):
             self.close()
             raise Faulted(
@@ -271,7 +272,8 @@ class OpenEnv:
     def _arguments(self, task_id: str) -> Mapping[str, Any]:
         split, _, digits = task_id.partition("/")
         if split in tuple(Split) and len(digits) == 5 and digits.isascii() and digits.isdigit():
-            given, number = self._given[Split(split)], int(digits)
+            given = self._given[Split(split)]
+            number = int(digits)
             if number < self._counts[Split(split)]:
                 return {"seed": _FIRST_SEED[Split(split)] + number} if isinstance(given, int) else given[number]
         raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")

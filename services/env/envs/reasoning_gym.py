@@ -109,7 +109,9 @@ class ReasoningGymEpisode:
 
     def __init__(self, question: str, expected: str, task: Mapping[str, Any], game: ReasoningGym) -> None:
         self.observation = question
-        self._expected, self._task, self._game = expected, task, game
+        self._expected = expected
+        self._task = task
+        self._game = game
 
     def step(self, action: str) -> StepResult:
         answer = read_answer(action, self._expected)

@@ -56,7 +56,8 @@ class Pool:
         """Ends all processes; what is being asked raises Faulted."""
         with self._lock:
             self._closed = True
-            processes, self._idle = tuple(self._all), []
+            processes = tuple(self._all)
+            self._idle = []
         for process in processes:
             self._discard(process)
 

@@ -53,7 +53,9 @@ class Datasets:
 
         for module in _EVALUATING:
             setattr(importlib.import_module(f"reasoning_gym.{module}"), "eval", ast.literal_eval)  # noqa: B010 - for mypy
-        self._factory, self._numpy, self._settings = factory, np, settings
+        self._factory = factory
+        self._numpy = np
+        self._settings = settings
         self._made: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._entries: OrderedDict[tuple[str, int, int], dict[str, Any]] = OrderedDict()
 
@@ -122,7 +124,8 @@ def is_formula(answer: str) -> bool:
 
 
 def main() -> None:
-    seconds, memory = int(sys.argv[1]), int(sys.argv[2])
+    seconds = int(sys.argv[1])
+    memory = int(sys.argv[2])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = memory if hard == resource.RLIM_INFINITY else min(memory, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -94,7 +94,8 @@ class _Loop:
 
 class Remote:
     def __init__(self, name: str, settings: RemoteSettings) -> None:
-        self._name, self._settings = name, settings
+        self._name = name
+        self._settings = settings
         self._there = settings.environment or name
         self._loop = _Loop()
         self._client = self._loop.run(self._connect(), _END_SECONDS)
@@ -195,7 +196,8 @@ class RemoteGame:
     def __init__(self, begun: RemoteEpisode, environment: Remote) -> None:
         self.observation = begun.observation
         self.player = begun.player
-        self._begun, self._environment = begun, environment
+        self._begun = begun
+        self._environment = environment
         self._keeping = environment.keep(begun)
 
     def step(self, action: str) -> StepResult:

@@ -92,7 +92,9 @@ class SokobanSettings:
 
 class SokobanEpisode:
     def __init__(self, board: Board, settings: SokobanSettings) -> None:
-        self._width, self._walls, self._goals = board.width, board.walls, board.goals
+        self._width = board.width
+        self._walls = board.walls
+        self._goals = board.goals
         self._cells = board.width * len(board.rows)
         self._state = board.start
         self._offsets = offsets(board.width)
@@ -152,11 +154,13 @@ class Sokoban:
         if self.settings.from_files:
             files = {Split.TRAIN: self.settings.train_file, Split.TEST: self.settings.test_file}
             self._tasks = FileTasks(self.settings.name, files, counts, self.settings.max_steps, read_levels)
-            counts, which = self._tasks.counts, "levels from files"
+            counts = self._tasks.counts
+            which = "levels from files"
         else:
             self._tasks = self._drawn(counts)
             boxes = "1 box" if self.settings.boxes == 1 else f"{self.settings.boxes} boxes"
-            smallest, largest = self.settings.size_min, self.settings.size_max
+            smallest = self.settings.size_min
+            largest = self.settings.size_max
             which = f"{smallest}x{smallest} to {largest}x{largest}, {boxes}"
         self.info = EnvironmentInfo(
             name=self.settings.name,

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 
 from mulligan.env.grid import MOVES, is_test
 
-PLAYER, PLAYER_ON_GOAL, BOX, BOX_ON_GOAL, GOAL, FLOOR, WALL = "A", "a", "B", "b", "C", "D", "E"
+PLAYER = "A"
+PLAYER_ON_GOAL = "a"
+BOX = "B"
+BOX_ON_GOAL = "b"
+GOAL = "C"
+FLOOR = "D"
+WALL = "E"
 LETTERS = PLAYER + PLAYER_ON_GOAL + BOX + BOX_ON_GOAL + GOAL + FLOOR + WALL
 _DEAD = 1_000_000  # more than any number of moves
 State = tuple[int, frozenset[int]]  # the player's cell, the boxes' cells
@@ -78,7 +84,9 @@ def solve(board: Board, max_moves: int, max_states: int | None = None) -> tuple[
 
     Breadth first. States are left out that cannot be won in the moves left: each push moves one box by one cell.
     """
-    goals, walls, steps = board.goals, board.walls, offsets(board.width)
+    goals = board.goals
+    walls = board.walls
+    steps = offsets(board.width)
     pushes = _pushes(board)
     came_from: dict[State, tuple[State, str] | None] = {board.start: None}
     queue = deque([(board.start, 0)])

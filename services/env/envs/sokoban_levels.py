@@ -100,7 +100,8 @@ def _board(place: str, rows: Sequence[str]) -> Board:
 
 def _outside(cells: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
     """Cells from which one can walk off the level."""
-    height, width = len(cells), len(cells[0])
+    height = len(cells)
+    width = len(cells[0])
     edge = [(y, x) for y in range(height) for x in range(width) if y in (0, height - 1) or x in (0, width - 1)]
     waiting = [(y, x) for y, x in edge if cells[y][x] != "#"]
     found = set(waiting)

@@ -108,7 +108,9 @@ class TextArenaEpisode:
     """`game` is as TextArena made it, wrapped and not begun."""
 
     def __init__(self, game: Any, seed: int, settings: TextArenaSettings) -> None:
-        self._wrapped, self._chance, self._settings = game, Chance(seed), settings
+        self._wrapped = game
+        self._chance = Chance(seed)
+        self._settings = settings
         self._steps = 0
         with _beginning, self._chance.rules():
             game.reset(num_players=settings.players, seed=seed)
@@ -116,7 +118,8 @@ class TextArenaEpisode:
 
     def step(self, action: str) -> StepResult:
         self._steps += 1
-        acting, state = self.player, self._game.state
+        acting = self.player
+        state = self._game.state
         errors, out = self._errors(acting)
         with self._chance.rules():
             done, _ = self._wrapped.step(action=_LONG_NUMBER.sub(r"\1", action))
@@ -190,7 +193,8 @@ class TextArena:
     """`game` is copied for each episode."""
 
     def __init__(self, name: str, settings: TextArenaSettings, game: Any) -> None:
-        self._settings, self._game = settings, game
+        self._settings = settings
+        self._game = game
         self._counts = {Split.TRAIN: settings.train_tasks, Split.TEST: settings.test_tasks}
         played = game.entry_point.split(":")[0] if isinstance(game.entry_point, str) else ""
         self.info = EnvironmentInfo(
@@ -332,7 +336,8 @@ class _OfEpisode(_Instead):
 
     def __init__(self, module: Any, kind: type, generator: Callable[[Chance], object], **names: object) -> None:
         super().__init__(module, **names)
-        self._kind, self._generator = kind, generator
+        self._kind = kind
+        self._generator = generator
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)

@@ -11,7 +11,8 @@ import torch
 from mulligan.policy.adapter_config import AdapterConfig, mismatch
 
 _PREFIX = "base_model.model."  # of every name in a file that peft writes
-_DOWN, _UP = "lora_A", "lora_B"
+_DOWN = "lora_A"
+_UP = "lora_B"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ def _checked(
 ) -> Factors:
     if len(pair) != 2:
         raise mismatch(f"the adapter of {module} lacks one of its two factors")
-    down, up = list(shapes[pair[_DOWN]]), list(shapes[pair[_UP]])
+    down = list(shapes[pair[_DOWN]])
+    up = list(shapes[pair[_UP]])
     if len(down) != 2 or len(up) != 2 or up[1] != down[0]:
         raise mismatch(f"the adapter of {module} has factors of shapes {up} and {down}")
     if not place.linear:

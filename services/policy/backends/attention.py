@@ -137,7 +137,9 @@ class SlotCache:
     def __init__(
         self, layers: dict[int, LayerShape], slots: int, capacity: int, dtype: torch.dtype, device: torch.device
     ):
-        self.slots, self.capacity, self.dtype = slots, capacity, dtype
+        self.slots = slots
+        self.capacity = capacity
+        self.dtype = dtype
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
         for layer, shape in layers.items():
@@ -168,18 +170,24 @@ class _Group:
     """
 
     def __init__(self, packed: Packed, first: int, last: int, device: torch.device):
-        slots_R, counts_R = packed.slots[first:last], packed.counts[first:last]
+        slots_R = packed.slots[first:last]
+        counts_R = packed.counts[first:last]
         starts_R = packed.starts[first:last]
-        low, high = int(slots_R.min()), int(slots_R.max()) + 1
+        low = int(slots_R.min())
+        high = int(slots_R.max()) + 1
         in_place = high - low <= 2 * len(slots_R)
         local_R = slots_R - low if in_place else np.arange(len(slots_R))
-        size, width = (high - low if in_place else len(slots_R)), int(counts_R.max())
-        begin, end = int(starts_R[0]), int(starts_R[-1] + counts_R[-1])
+        size = high - low if in_place else len(slots_R)
+        width = int(counts_R.max())
+        begin = int(starts_R[0])
+        end = int(starts_R[-1] + counts_R[-1])
         padded_GQ = np.zeros((size, width), dtype=np.int64)  # a row without a request repeats the first packed token
         padded_GQ[local_R] = np.minimum(starts_R[:, None] + np.arange(width), (starts_R + counts_R - 1)[:, None])
         request_N = np.repeat(np.arange(len(slots_R)), counts_R)
         back_N = local_R[request_N] * width + np.arange(begin, end) - starts_R[request_N]
-        self.size, self.width, self.device = size, width, device
+        self.size = size
+        self.width = width
+        self.device = device
         self.length = int(packed.positions[begin:end].max()) + 1
         self.slots: slice | torch.Tensor = slice(low, high) if in_place else torch.from_numpy(slots_R).to(device)
         self.packed = torch.from_numpy(padded_GQ.reshape(-1)).to(device)
@@ -222,7 +230,9 @@ class Packed:
 def pack(slots_R: Ints, pasts_R: Ints, counts_R: Ints, capacity: int) -> Packed:
     """`pasts_R`: tokens of each request that the cache holds; `counts_R`: how many follow in this pass (at least 1)."""
     order_R = np.argsort(np.searchsorted(_GROUP_ENDS, counts_R), kind="stable")
-    slots_R, pasts_R, counts_R = slots_R[order_R], pasts_R[order_R], counts_R[order_R]
+    slots_R = slots_R[order_R]
+    pasts_R = pasts_R[order_R]
+    counts_R = counts_R[order_R]
     starts_R = np.cumsum(counts_R) - counts_R
     positions_N = np.arange(int(counts_R.sum())) + np.repeat(pasts_R - starts_R, counts_R)
     return Packed(slots_R, counts_R, starts_R, positions_N, np.repeat(slots_R * capacity, counts_R) + positions_N)
@@ -249,7 +259,8 @@ class SlotAttention:
         scale: float | None,
         window: int | None,
     ) -> torch.Tensor:
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys = self._cache.keys[layer]
+        values = self._cache.values[layer]
         keys.transpose(1, 2).index_put_(self._places, key_1HND[0].transpose(0, 1))
         values.transpose(1, 2).index_put_(self._places, value_1HND[0].transpose(0, 1))
         query_NHD = query_1HND[0].transpose(0, 1)

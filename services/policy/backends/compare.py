@@ -53,7 +53,8 @@ def _equal(first: list[Path], second: list[Path], dtype: str) -> bool:
                 continue
             one, other = (_tensor(place, name) for place in (path, places[name]))
             if isinstance(kind, torch.dtype):
-                one, other = one.to(kind), other.to(kind)
+                one = one.to(kind)
+                other = other.to(kind)
             if one.shape != other.shape or not torch.equal(one, other):
                 return False
             compared += 1

@@ -28,7 +28,8 @@ class Constraint:
     """How far one completion has come."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocabulary_size: int):
-        self._matcher, self._size = matcher, vocabulary_size
+        self._matcher = matcher
+        self._size = vocabulary_size
 
     def allowed(self) -> npt.NDArray[np.bool_] | None:
         """For each token of the vocabulary whether it may come next; None when the completion can't be ended well."""

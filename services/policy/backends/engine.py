@@ -70,8 +70,11 @@ class Engine:
     def __init__(
         self, runner: Runner, *, max_batch: int, max_queue: int, batch_wait: float, prepare: Callable[[], None]
     ):
-        self._runner, self._max_batch, self._max_pending = runner, max_batch, max_batch + max_queue
-        self._batch_wait, self._prepare = batch_wait, prepare
+        self._runner = runner
+        self._max_batch = max_batch
+        self._max_pending = max_batch + max_queue
+        self._batch_wait = batch_wait
+        self._prepare = prepare
         self._loop = asyncio.get_running_loop()
         self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self.compute_seconds = 0.0  # in the model; changed by the thread alone
@@ -79,7 +82,8 @@ class Engine:
         self._closed = False  # changed on the event loop
         # From here on in the thread. Work waits in the order of the pauses before it, its priority and its arrival.
         self._waiting: list[tuple[int, float, int, _Work]] = []
-        self._pauses, self._arrivals = 0, itertools.count()
+        self._pauses = 0
+        self._arrivals = itertools.count()
         self._urgent: deque[_Work] = deque()
         self._scoring: deque[_Work] = deque()
         self._active: dict[Request, _Work] = {}

@@ -93,7 +93,8 @@ class Model:
         """Log-probabilities of each token after the first, for a few sequences at a time, in order."""
         begin = 0
         while begin < len(sequences):
-            end, longest = begin, 0
+            end = begin
+            longest = 0
             while end < len(sequences):
                 longest = max(longest, len(sequences[end]))
                 if end > begin and (end + 1 - begin) * longest * self.vocabulary_size > self._score_logits:

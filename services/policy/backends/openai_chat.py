@@ -184,7 +184,8 @@ class StreamedAnswer:
         for call in (choice.delta.tool_calls if choice.delta else None) or ():
             name, arguments = self._calls.get(call.index, ("", ""))
             if call.function is not None:
-                name, arguments = name + (call.function.name or ""), arguments + (call.function.arguments or "")
+                name = name + (call.function.name or "")
+                arguments = arguments + (call.function.arguments or "")
             self._calls[call.index] = (name, arguments)
         if choice.finish_reason is not None:
             self._last = choice

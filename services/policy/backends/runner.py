@@ -54,10 +54,15 @@ class Runner:
         reuse_prefixes: bool,
         tokens_per_pass: int,
     ):
-        slots, capacity = cache.slots, cache.capacity
-        self._forward, self._cache, self._device, self._decode = forward, cache, device, decode
+        slots = cache.slots
+        capacity = cache.capacity
+        self._forward = forward
+        self._cache = cache
+        self._device = device
+        self._decode = decode
         self._end_of_turn = np.array(sorted(end_of_turn), dtype=np.int64)
-        self._reuse_prefixes, self._tokens_per_pass = reuse_prefixes, tokens_per_pass
+        self._reuse_prefixes = reuse_prefixes
+        self._tokens_per_pass = tokens_per_pass
         self.version = 0
         self._clock = 0
         self._requests: list[Request | None] = [None] * slots
@@ -87,7 +92,8 @@ class Runner:
 
     def admit(self, request: Request) -> None:
         """Gives the request a slot; one must be free. The prompt must be valid and shorter than the capacity."""
-        params, length = request.sampling, len(request.prompt)
+        params = request.sampling
+        length = len(request.prompt)
         prompt = np.fromiter(request.prompt, dtype=np.int32, count=length)
         slot, cached = self._choose_slot(prompt)
         request.slot = slot
@@ -97,7 +103,9 @@ class Runner:
         self._cached[slot] = cached
         self._known[slot] = self._prompt[slot] = length
         self._limit[slot] = min(length + params.max_tokens, self._cache.capacity)
-        self._temperature[slot], self._top_p[slot], self._top_k[slot] = params.temperature, params.top_p, params.top_k
+        self._temperature[slot] = params.temperature
+        self._top_p[slot] = params.top_p
+        self._top_k[slot] = params.top_k
         self._stream[slot] = sampling.stream(request.seed)
         self._has_stop[slot] = bool(params.stop)
         self._has_stop_token[slot] = bool(params.stop_token_ids)
@@ -125,7 +133,9 @@ class Runner:
         if int(counts_R.sum()) > self._tokens_per_pass:
             counts_R = self._within_budget(slots_R, counts_R)
             taken_R = counts_R > 0
-            slots_R, pasts_R, counts_R = slots_R[taken_R], pasts_R[taken_R], counts_R[taken_R]
+            slots_R = slots_R[taken_R]
+            pasts_R = pasts_R[taken_R]
+            counts_R = counts_R[taken_R]
         packed = attention.pack(slots_R, pasts_R, counts_R, self._cache.capacity)
         logits_RV = self._logits(packed)
         self._cached[packed.slots] += packed.counts
@@ -213,7 +223,8 @@ class Runner:
     def take_part(self, request: Request) -> Sampled | None:
         """What a running request has sampled since its last part, if anything."""
         slot = request.slot
-        begin, end = int(self._prompt[slot]) + request.taken, int(self._known[slot])
+        begin = int(self._prompt[slot]) + request.taken
+        end = int(self._known[slot])
         if begin == end:
             return None
         request.taken += end - begin
@@ -222,7 +233,8 @@ class Runner:
     def _finish(self, slot: int, reason: StopReason) -> tuple[Request, Sampled]:
         request = self._requests[slot]
         assert request is not None
-        begin, end = int(self._prompt[slot]) + request.taken, int(self._known[slot])
+        begin = int(self._prompt[slot]) + request.taken
+        end = int(self._known[slot])
         self._free(request)
         return request, self._sampled(slot, begin, end, reason)
 
@@ -232,7 +244,8 @@ class Runner:
         return Sampled(token_ids, log_probs, reason, (VersionSpan(self.version, end - begin),))
 
     def _free(self, request: Request) -> None:
-        slot, request.slot = request.slot, -1
+        slot = request.slot
+        request.slot = -1
         self._requests[slot] = None
         self._running[slot] = False
         self._touch(slot)

@@ -191,7 +191,8 @@ class SglangBackend:
         self, server: Server, target: Target, ask: Ask, answer: requests.Answer
     ) -> tuple[float, ...]:
         ids = [*ask.token_ids, *answer.output_ids]
-        adapter, temperature = self._adapter(ask, target), ask.sampling.temperature
+        adapter = self._adapter(ask, target)
+        temperature = ask.sampling.temperature
         labels, row = await score_one(server.connection, ids, len(ask.token_ids), temperature, adapter, self._seconds)
         requests.check_scores(row)
         sampled_by = {label for label, _ in answer.labels(0, len(answer.output_ids))}
@@ -226,7 +227,8 @@ class SglangBackend:
         rid = uuid.uuid4().hex
         body = self._encode(ask, rid, target, stream=True)
         label = target.label if connection is self._router else server.label
-        reader, finished = requests.Reader(label, incremental=server.incremental), False
+        reader = requests.Reader(label, incremental=server.incremental)
+        finished = False
         try:
             async for event in connection.generate_stream(body, self._seconds):
                 answer = requests.decode_event(event)

@@ -59,7 +59,9 @@ class _Loaded:
         if settings.adapters:
             raise UnsupportedModel("adapters: the transformers backend serves no fixed adapters")
         self.model = Model(settings)
-        layers, capacity, dtype = self.model.layers, self.model.context_length, self.model.dtype
+        layers = self.model.layers
+        capacity = self.model.context_length
+        dtype = self.model.dtype
         size = SlotCache.bytes_per_slot(layers, capacity, dtype)
         slots = min(1 if settings.deterministic else settings.slots, int(settings.cache_gib * 2**30 // size))
         if slots < 1:
@@ -68,7 +70,8 @@ class _Loaded:
                 "raise cache_gib or lower context_length"
             )
         self.cache = SlotCache(layers, slots, capacity, dtype, self.model.device)
-        tokenizer, module = self.model.tokenizer, self.model.module
+        tokenizer = self.model.tokenizer
+        module = self.model.module
         self.end_of_turn = tokenizer.end_of_turn(self.model.config, module.generation_config)
         self.constraints: Constraints | None = None
         with suppress(UnsupportedModel):
@@ -84,7 +87,8 @@ class TransformersBackend:
 
     def __init__(self, settings: ModelSettings, loaded: _Loaded | None = None, first_version: int = 0):
         loaded = loaded or _Loaded(settings)
-        self._model, self._cache = loaded.model, loaded.cache
+        self._model = loaded.model
+        self._cache = loaded.cache
         self._tokenizer = self._model.tokenizer
         self._constraints = loaded.constraints
         self._chat = self._tokenizer.chat(loaded.end_of_turn)
@@ -212,7 +216,10 @@ class _LocalReplica:
     """The engine of this process."""
 
     def __init__(self, engine: Engine, runner: Runner, model: Model, weights: Weights):
-        self._engine, self._runner, self._model, self._weights = engine, runner, model, weights
+        self._engine = engine
+        self._runner = runner
+        self._model = model
+        self._weights = weights
 
     @property
     def info(self) -> ReplicaInfo:

@@ -26,7 +26,8 @@ class Weights:
     """The parameters of one module. `load_original` loads it anew, as it came."""
 
     def __init__(self, module: torch.nn.Module, load_original: Callable[[], torch.nn.Module]):
-        self._module, self._load_original = module, load_original
+        self._module = module
+        self._load_original = load_original
         self._parameters, self._names = _parameters(module)
         self._changed: set[str] = set()
         self._originals: dict[str, torch.Tensor] = {}
@@ -47,9 +48,11 @@ class Weights:
         for name, tensor in tensors.items():
             self._parameters[name].copy_(tensor)
         if kind is WeightsKind.ORIGINAL:
-            self._changed, self._originals = set(), {}
+            self._changed = set()
+            self._originals = {}
         elif kind is WeightsKind.FULL:
-            self._changed, self._originals = set(tensors), {}
+            self._changed = set(tensors)
+            self._originals = {}
         else:
             self._changed = {name for name in tensors if tensors[name] is not self._originals.get(name)}
             self._originals = {name: self._originals[name] for name in self._changed}
@@ -69,7 +72,8 @@ class Weights:
 
     def close(self) -> None:
         """Forgets all tensors. Nothing may use them any longer."""
-        self._parameters, self._originals = {}, {}
+        self._parameters = {}
+        self._originals = {}
 
     def _full(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         result: dict[str, torch.Tensor] = {}

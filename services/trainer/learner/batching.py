@@ -78,7 +78,8 @@ def microbatch(data: Sequence[Datum], rows: Sequence[int], branches: Sequence[st
     targets: list[int] = []
     counts: list[int] = []
     for place, row in enumerate(rows):
-        datum, size = data[row], length(data[row])
+        datum = data[row]
+        size = length(data[row])
         inputs.append([*datum.token_ids[:size], *([0] * (width - size))])
         trained = [index for index, is_trained in enumerate(datum.loss_mask) if is_trained]
         positions += [place * width + index - 1 for index in trained]

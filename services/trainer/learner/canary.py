@@ -16,7 +16,9 @@ from mulligan.common.inference import CanaryProbe
 from mulligan.trainer.data import Limits
 
 # Random tokens reach rows of the embedding that text seldom uses; text reaches what training changes most.
-RANDOM_SEQUENCES, RANDOM_TOKENS, TEXT_TOKENS = 4, 32, 64
+RANDOM_SEQUENCES = 4
+RANDOM_TOKENS = 32
+TEXT_TOKENS = 64
 TEXT = """The canary went down into the mine before the people did. It sang while the air was good, and when it fell \
 silent they turned back. Nobody asked the bird how it felt: 1, 2, 3 steps, then up again, into the light."""
 

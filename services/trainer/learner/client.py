@@ -157,12 +157,14 @@ class LearnerClient:
     def _parts(self, data: Sequence[Datum]) -> Iterator[Sequence[Datum]]:
         """Runs of data of which each fits into one message. No data: one empty run."""
         limit = min(CALL_BYTES, self._connection.endpoint.max_message_bytes // 2)
-        start, size = 0, 0
+        start = 0
+        size = 0
         for index, datum in enumerate(data):
             cost = _message_bytes(datum)
             if size + cost > limit and index > start:
                 yield data[start:index]
-                start, size = index, 0
+                start = index
+                size = 0
             size += cost
         yield data[start:]
 

@@ -226,10 +226,12 @@ class Learner:
         stem = f"{self.learner_id}-v{policy_version:06d}"
         folder = self.server.weights_folder
         if self.model.adapter is None:
-            kind, path = WeightsKind.FULL, folder / f"{stem}.safetensors"
+            kind = WeightsKind.FULL
+            path = folder / f"{stem}.safetensors"
             sha256 = storage.publish_file(self.model.full_weights(), path)
         else:
-            kind, path = WeightsKind.LORA, folder / stem
+            kind = WeightsKind.LORA
+            path = folder / stem
             sha256 = storage.publish_folder(
                 self.model.save_adapter, path, ("adapter_config.json", "adapter_model.safetensors")
             )

@@ -29,7 +29,8 @@ class Tally:
         for name, values_N in {"tokens": ones_N, **columns}.items():
             if name not in self._sums:
                 zeros = torch.zeros(len(self.branches), dtype=torch.float64, device=self._device)
-                self._sums[name], self._counts[name] = zeros, zeros.clone()
+                self._sums[name] = zeros
+                self._counts[name] = zeros.clone()
             self._sums[name].index_add_(0, branches_N, values_N.detach().double())
             self._counts[name].index_add_(0, branches_N, ones_N)
 

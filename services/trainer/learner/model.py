@@ -179,7 +179,8 @@ def _adapted(adapter: PeftModel) -> dict[str, torch.nn.Module]:
 
 def _refuse_unservable(adapter: PeftModel) -> None:
     """No policy takes an adapter of a layer that is not linear, or has its weights together with another."""
-    layers, model = _adapted(adapter), cast(Any, adapter.base_model.model)
+    layers = _adapted(adapter)
+    model = cast(Any, adapter.base_model.model)
     holders: dict[int, set[str]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -241,7 +242,8 @@ def _check_head(model: Any, source: str) -> None:
 @contextlib.contextmanager
 def arithmetic(*, deterministic: bool, threads: int) -> Iterator[None]:
     """Sets torch's mode for the block. It is the process's: learners of one process run one at a time."""
-    was, threads_before = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    was = torch.are_deterministic_algorithms_enabled()
+    threads_before = torch.get_num_threads()
     torch.use_deterministic_algorithms(deterministic)
     if deterministic or threads:
         torch.set_num_threads(1 if deterministic else threads)

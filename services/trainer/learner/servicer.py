@@ -138,7 +138,9 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     async def LoadCheckpoint(self, request: pb.LoadCheckpointRequest, context: Context) -> pb.LoadCheckpointResponse:
         def load(held: Held) -> pb.LoadCheckpointResponse:
             state = held.learner.load_checkpoint(request.name)
-            held.next_sequence, held.last_request, held.last_answer = state.next_sequence, b"", None
+            held.next_sequence = state.next_sequence
+            held.last_request = b""
+            held.last_answer = None
             return pb.LoadCheckpointResponse(next_sequence=state.next_sequence, optimizer_steps=state.optimizer_steps)
 
         return await self._with_learner(request, load, changes=True)
@@ -201,7 +203,8 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
                     next_sequence=held.next_sequence,
                 )
             answer = work(held.learner)
-            held.last_request, held.last_answer = digest, answer
+            held.last_request = digest
+            held.last_answer = answer
             held.next_sequence += 1
             return answer
 

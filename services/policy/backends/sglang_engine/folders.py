@@ -21,7 +21,8 @@ from mulligan.policy.backend import WeightsFile
 from mulligan.policy.backends.sglang_engine.skeleton import ADAPTER_FILE, Skeleton
 from mulligan.policy.config import SglangSettings
 
-_FULL, _ADAPTERS = "full", "adapters"
+_FULL = "full"
+_ADAPTERS = "adapters"
 
 
 @dataclass(slots=True, eq=False)

@@ -51,7 +51,8 @@ class LaunchedServer:
 
     def __init__(self, settings: SglangSettings, source: str, label: str, folder: Path, index: int):
         self._settings = settings
-        self._source, self._label = source, label
+        self._source = source
+        self._label = label
         self._log_path = folder / f"sglang-{index}.log"
         self._process: asyncio.subprocess.Process | None = None
 
@@ -94,7 +95,8 @@ class LaunchedServer:
 
     async def stop(self) -> None:
         """Ends it with all its processes."""
-        process, self._process = self._process, None
+        process = self._process
+        self._process = None
         if process is None:
             return
         with suppress(ProcessLookupError):

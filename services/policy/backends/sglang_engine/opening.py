@@ -99,7 +99,8 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
 
 def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str, str], dict[str, str]]:
     """What the servers are to call each, and where they find it."""
-    names, paths = {}, {}
+    names = {}
+    paths = {}
     for name, folder in settings.adapters.items():
         names[name] = f"mulligan-{name}-{secrets.token_hex(4)}"
         try:
@@ -197,7 +198,8 @@ async def _load(pool: Pool, present: Sequence[Server], *, loaded: bool) -> None:
 
     async def load(server: Server) -> None:
         if loaded:
-            server.label, server.path = target.label, server.own_path
+            server.label = target.label
+            server.path = server.own_path
             if Feature.LORA_WEIGHTS in server.features:
                 await server.load_adapters(target)
             server.held = target

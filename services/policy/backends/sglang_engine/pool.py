@@ -52,7 +52,8 @@ class Pool:
         self.changing = asyncio.Lock()
         self.released = False
         self._look = look
-        self._probe_seconds, self._wait_seconds = probe_seconds, wait_seconds
+        self._probe_seconds = probe_seconds
+        self._wait_seconds = wait_seconds
         self._versions: dict[str, tuple[int, int]] = {}  # of each label: policy version, generation
         self._places: OrderedDict[object, Server] = OrderedDict()
         self._changed = asyncio.Event()  # replaced by another with each change
@@ -171,7 +172,9 @@ class Pool:
             return
         if server.serving:
             log.warning("server taken out", server=server.address, problem=problem)
-        server.serving, server.problem, server.held = False, problem, None
+        server.serving = False
+        server.problem = problem
+        server.held = None
         self._wake()
         if server not in self._restoring:
             self._restoring.add(server)
@@ -179,7 +182,8 @@ class Pool:
 
     def let_in(self, server: Server) -> None:
         log.info("server serves", server=server.address, policy_version=self.target.weights.policy_version)
-        server.serving, server.problem = True, ""
+        server.serving = True
+        server.problem = ""
         server.times_let_in += 1
         self._wake()
 

@@ -239,7 +239,8 @@ class Reader:
     """
 
     def __init__(self, label: str, *, incremental: bool):
-        self._label, self._incremental = label, incremental
+        self._label = label
+        self._incremental = incremental
         self._certain = True
         self._values: list[float | None] = []
         self.token_ids: list[int] = []
@@ -252,8 +253,10 @@ class Reader:
             self.token_ids += answer.output_ids
             self._values += values
         else:
-            self.token_ids, self._values = answer.output_ids, values
-        begin, end = self.told, len(self.token_ids)
+            self.token_ids = answer.output_ids
+            self._values = values
+        begin = self.told
+        end = len(self.token_ids)
         if answer.meta_info.finish_reason is not None:
             if begin and any(label != self._label for label, _ in answer.labels(0, begin)):
                 raise BadAnswer("tokens that were sent were not sampled by the weights that the server held")

@@ -120,7 +120,8 @@ class Server:
 
     async def probe(self) -> None:
         """Raises Unsuitable when somebody else has changed its weights."""
-        label, path = self.label, self.path
+        label = self.label
+        path = self.path
         found = await self.connection.get("/model_info", 5.0)
         if (label, path) == (self.label, self.path) and (
             found.get("weight_version") != label or found.get("model_path") != path
@@ -144,7 +145,8 @@ class Server:
             {"model_path": path, "load_format": "auto", "weight_version": label, "flush_cache": True},
             timeout=self._seconds,
         )
-        self.label, self.path = label, path
+        self.label = label
+        self.path = path
 
     async def load_adapters(self, target: Target) -> None:
         """Those of this target and the fixed ones; what else of ours is there is from before a restart of ours."""
@@ -215,7 +217,8 @@ class Server:
 
 
 # Prefixes per request when scoring at a temperature, and token ids in them.
-_FORCED, _FORCED_TOKENS = 128, 262144
+_FORCED = 128
+_FORCED_TOKENS = 262144
 
 
 async def score_one(

@@ -21,7 +21,8 @@ log = structlog.get_logger()
 
 class Updates:
     def __init__(self, pool: Pool, folders: Folders):
-        self._pool, self._folders = pool, folders
+        self._pool = pool
+        self._folders = folders
 
     async def update(self, weights: WeightsFile, admit: Admission) -> None:
         """As `Backend.update_weights`. A server that dies meanwhile is taken out, and the others go on."""
@@ -37,7 +38,8 @@ class Updates:
                 await asyncio.to_thread(self._folders.remove, target)
 
     async def _exchange(self, target: Target, admit: Admission) -> None:
-        pool, before = self._pool, self._pool.target
+        pool = self._pool
+        before = self._pool.target
         serving = [server for server in pool.servers if server.serving]
         if not serving:
             raise pool.unavailable()
@@ -53,7 +55,8 @@ class Updates:
                 raise DomainError(Reason.MODEL_MISMATCH, f"SGLang refuses the weights: {refused}")
             if not any(server.held is target for server in serving):
                 raise pool.unavailable()
-            pool.target, pool.admit = target, admit
+            pool.target = target
+            pool.admit = admit
         for server in serving:
             await self._admit(server, target, admit)
         if not any(server.serving for server in serving):
