@@ -22,7 +22,7 @@ from mulligan.common.errors import CallFailed, DomainError
 from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.envs import hotpotqa_world
-from tests.support.processes import Services
+from mulligan.testing.processes import Services
 
 SEARCHES = 4  # of an episode; the fifth turn is the answer
 WORDS = 60_000

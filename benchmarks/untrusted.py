@@ -17,7 +17,7 @@ from benchmarks.common import percentile, print_result, print_table
 from mulligan.common.channel import Endpoint
 from mulligan.common.types import Split
 from mulligan.env.client import EnvClient
-from tests.support.processes import Services
+from mulligan.testing.processes import Services
 
 ENVIRONMENTS = {"trusted": {"kind": "frozenlake"}, "untrusted": {"kind": "frozenlake", "untrusted": True}}
 CONCURRENT = (1, 64)

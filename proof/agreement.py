@@ -12,10 +12,10 @@ from typing import Any
 from mulligan.common.channel import Endpoint
 from mulligan.common.inference import WeightsKind
 from mulligan.policy.client import PolicyClient
+from mulligan.testing.agreement import MOVED, TOLERANCE, Compared, assert_agreement, compare_while_training
+from mulligan.testing.processes import Services
+from mulligan.testing.sglang_servers import LAUNCH_SECONDS, launch_settings, python_of_sglang
 from proof import Unavailable
-from tests.support.agreement import MOVED, TOLERANCE, Compared, assert_agreement, compare_while_training
-from tests.support.processes import Services
-from tests.support.sglang_servers import LAUNCH_SECONDS, launch_settings, python_of_sglang
 
 UPDATES = 10
 SEQUENCES = 64

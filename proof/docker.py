@@ -14,12 +14,12 @@ from typing import Any
 from mulligan.common.channel import Endpoint
 from mulligan.common.types import Outcome
 from mulligan.memory.client import MemoryClient
+from mulligan.testing.compose import Project, image, missing
 from mulligan.trainer.algorithm import is_memorable
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from proof import Unavailable
-from tests.support.docker import Project, image, missing
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVICES = ("env", "policy", "memory", "trainer")
@@ -49,7 +49,9 @@ def across_containers(folder: Path) -> dict[str, Any]:
     clone = clean_clone(folder)
     commit = git("rev-parse", "HEAD")
     base = image("python:3.11-slim")["Size"]
-    project = Project("mulligan-proof", root=clone, variables={"MULLIGAN_TAG": "proof", "REVISION": commit})
+    project = Project(
+        "mulligan-proof", folder=clone / "docker", variables={"MULLIGAN_TAG": "proof", "REVISION": commit}
+    )
     project.build = False
     project.run("down", "--volumes")  # what an interrupted proof has left
     result: dict[str, Any] = {"build_seconds": seconds(lambda: project.run("build"))}
@@ -106,7 +108,7 @@ def replicas(folder: Path) -> dict[str, Any]:
     project = Project(
         "mulligan-proof-scale",
         files=("compose.yaml", "compose.scale.yaml"),
-        root=clean_clone(folder),
+        folder=clean_clone(folder) / "docker",
         variables={"MULLIGAN_TAG": "proof"},
     )
     project.run("down", "--volumes")

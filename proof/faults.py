@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.support.faulty_play import play_under_faults
-from tests.support.processes import Services
+from mulligan.testing.faulty_play import play_under_faults
+from mulligan.testing.processes import Services
 
 STEPS = 25_000  # of one case; the five are more than 100,000
 KILLS = 12

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mulligan.common.types import Outcome
+from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.processes import Services
 from mulligan.trainer.algorithm import is_memorable
-from tests.support.loop import Loop, small_run
-from tests.support.processes import Services
 
 KILLS = 40
 STEPS = 400

@@ -29,10 +29,10 @@ from mulligan.common.inference import (
 )
 from mulligan.models import EMBEDDED
 from mulligan.policy.client import PolicyClient
+from mulligan.testing.processes import Services
+from mulligan.testing.sglang_servers import LAUNCH_SECONDS, launch_settings, processes_of, python_of_sglang, runs
+from mulligan.testing.weights import full_weights, load, plain_log_probs
 from proof import Unavailable
-from tests.support.policy import full_weights, load, plain_log_probs
-from tests.support.processes import Services
-from tests.support.sglang_servers import LAUNCH_SECONDS, launch_settings, processes_of, python_of_sglang, runs
 
 KILLS = 6
 CALLERS = 12

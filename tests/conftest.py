@@ -15,7 +15,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.support.processes import Services
+from mulligan.testing.processes import Services
 
 # A shell that runs the suite in the background has it ignore interrupts; the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

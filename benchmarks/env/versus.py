@@ -26,7 +26,9 @@ from benchmarks.common import alternate, median
 from benchmarks.env.cores import Cores, on
 from benchmarks.env.sessions import Load, Measured
 from benchmarks.openenv import process as openenv
-from tests.support.processes import ROOT, Services
+from mulligan.testing.processes import Services
+
+ROOT = Path(__file__).resolve().parents[2]
 
 OURS = "mulligan"
 OPENENV = "OpenEnv"

@@ -24,7 +24,7 @@ from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.envs.frozenlake import FrozenLake
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-from tests.support.processes import Services
+from mulligan.testing.processes import Services
 
 ENVIRONMENT = "frozenlake"
 _ids = itertools.count()

@@ -38,7 +38,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.policy.backends.transformers import TransformersBackend
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
-from tests.support.processes import Services
+from mulligan.testing.processes import Services
 
 EMBEDDED_WAYS = ["plain generate", "engine in process", "service"]
 SGLANG_WAYS = ["SGLang", "service before SGLang"]

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.support.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS
+from mulligan.testing.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS
 
 _START_SECONDS = 900.0
 _LOG_END = 4000  # characters that an error shows

@@ -22,13 +22,13 @@ from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as policy_pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as policy_grpc
+from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.weights import sha256
 from mulligan.trainer.learner.servicer import LearnerServicer
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as learner_grpc
 from tests.support.learning import server_settings
-from tests.support.policy import sha256
 from tests.support.policy_backends import WITH_WEIGHTS, Running, restore, running
-from tests.support.processes import ServiceProcess, Services
 from tests.support.tiny_model import write_tiny_model
 
 TASK = {"environment": "frozenlake-3x3", "task_id": "train/00000"}

@@ -21,12 +21,13 @@ from mulligan.conformance.report import Report, Verdict
 from mulligan.conformance.trainer import run as trainer
 from mulligan.conformance.trainer.held import Options as TrainerOptions
 from mulligan.env.episodes import EpisodeTable
+from mulligan.testing.loop import Loop
+from mulligan.testing.processes import Services
 from tests.support import faulty_env, faulty_env_calls, faulty_env_steps
 from tests.support.endpoint import MODELS, Asked, Reply, answer, delta, scripted, usage
 from tests.support.faulty_proxy import Fault, between, faults
-from tests.support.loop import Loop
+from tests.support.paths import ROOT
 from tests.support.policy import serving
-from tests.support.processes import ROOT, Services
 
 DICE = Options(actions=40, known=("1", "3", "5", "6"))
 

@@ -23,7 +23,7 @@ from mulligan.conformance.report import Check, Verdict, judge
 from mulligan.conformance.target import Session, Target
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as pb
-from tests.support.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, Services
 
 # Name → its table in the server's configuration, with few enough tasks that the suite can list them.
 ENVIRONMENTS: dict[str, dict[str, object]] = {

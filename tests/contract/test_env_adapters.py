@@ -22,13 +22,13 @@ from mulligan.conformance.env.run import METHODS, target
 from mulligan.conformance.report import Check, Verdict, judge
 from mulligan.conformance.target import Session, Target
 from mulligan.env.client import EnvClient
+from mulligan.testing.processes import ServiceProcess, Services
 from tests.contract.test_env import CHECKS, MOVES, without
 from tests.support.openenv_server import openenv_server
-from tests.support.processes import ServiceProcess, Services
 
 LAKE = {"kind": "frozenlake", "train_tasks": 250, "test_tasks": 20}
 TIC_TAC_TOE = {"kind": "textarena", "id": "TicTacToe-v0", "players": 2, "max_steps": 12, "train_tasks": 120}
-SLEEPY = {"kind": "tests.support.chained", "max_steps": 4}
+SLEEPY = {"kind": "mulligan.testing.chained", "max_steps": 4}
 KNOWN = {"openenv": MOVES, "remote": MOVES, "remote-players": ("[0]", "[4]", "[8]", "[1]")}
 
 
@@ -109,7 +109,7 @@ async def test_a_chain_shows_what_is_at_its_end(client: EnvClient, upstream: Ser
 
 async def test_sixty_four_episodes_at_once_through_the_chain(client: EnvClient) -> None:
     """Each shows a chain of hashes over its own actions: nothing is mixed up, lost or done twice."""
-    from tests.support.chained import Chain
+    from mulligan.testing.chained import Chain
 
     async def play(number: int) -> int:
         episode = await client.start("chained", "plain", f"chain-{uuid4()}")

@@ -16,11 +16,11 @@ from mulligan.env.client import EnvClient
 from mulligan.env.envs import hotpotqa_world
 from mulligan.env.envs.sokoban import Sokoban
 from mulligan.env.envs.sokoban_boards import solve
+from mulligan.testing.processes import Services
 from mulligan.trainer.episode import Player, fill, trace_of
 from tests.support.fakes import FakePolicy
 from tests.support.llama_model import TOOLS_TEMPLATE, write_llama_model
 from tests.support.policy import serving
-from tests.support.processes import Services
 
 SAMPLING = SamplingParams()
 Answer = Callable[[str, str, SamplingParams], str]

@@ -12,7 +12,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-from tests.support.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, Services
 
 MANY = 2_500
 

@@ -14,12 +14,12 @@ from mulligan.common.errors import DomainError
 from mulligan.common.status import from_rpc_error
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-from tests.support.processes import Services
+from mulligan.testing.processes import Services
 
 LEASE_SECONDS = 0.5
 ENVIRONMENTS = {
-    "chained": {"kind": "tests.support.chained", "max_steps": 2},
-    "rigid": {"kind": "tests.support.chained", "can_fork": False},
+    "chained": {"kind": "mulligan.testing.chained", "max_steps": 2},
+    "rigid": {"kind": "mulligan.testing.chained", "can_fork": False},
 }
 
 

@@ -20,8 +20,8 @@ from mulligan.common.types import Split
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.config import EnvSettings
 from mulligan.env.replicas import EnvReplicas, connect
+from mulligan.testing.processes import ServiceFailed, ServiceProcess, Services
 from tests.support.environments import MAX_STEPS
-from tests.support.processes import ServiceFailed, ServiceProcess, Services
 
 AWKWARD = {"kind": "tests.support.environments"}
 CAPACITY = 16

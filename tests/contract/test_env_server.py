@@ -16,8 +16,8 @@ from mulligan.common.v1 import outcome_pb2
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
+from mulligan.testing.processes import ServiceFailed, ServiceProcess, Services
 from tests.support.environments import MAX_STEPS, MEETING, TASKS
-from tests.support.processes import ServiceFailed, ServiceProcess, Services
 from tests.support.waiting import until
 
 AWKWARD = {"kind": "tests.support.environments", "hang_seconds": 5.0}

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from mulligan.cli.app import app
 from mulligan.conformance.local import check_environment
 from mulligan.conformance.report import Report, Verdict
-from tests.support.processes import ROOT
+from tests.support.paths import ROOT
 
 KIND = "tests.support.dice"
 GUESSES = ("1", "3", "5", "6")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.faulty_play import Violation, play_under_faults
-from tests.support.processes import Services
+from mulligan.testing.faulty_play import Violation, play_under_faults
+from mulligan.testing.processes import Services
 
 
 async def test_every_answer_is_the_right_one_or_a_loss_that_is_told(services: Services) -> None:

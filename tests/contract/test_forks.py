@@ -16,18 +16,18 @@ from mulligan.common.types import EpisodeStep, Split
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-from tests.support.chained import Chain
-from tests.support.processes import ServiceProcess, Services
+from mulligan.testing.chained import Chain
+from mulligan.testing.processes import ServiceProcess, Services
 
 ENVIRONMENTS: dict[str, dict[str, object]] = {
     "frozenlake": {"kind": "frozenlake", "test_tasks": 20},
     "frozenlake-unary": {"kind": "frozenlake", "test_tasks": 20, "feedback": "unary"},
     "sokoban": {"kind": "sokoban", "boxes": 2, "max_steps": 14, "test_tasks": 20},
     "hotpotqa": {"kind": "hotpotqa"},
-    "chained": {"kind": "tests.support.chained"},
-    "duel": {"kind": "tests.support.chained", "players": 2},
-    "duel-silent": {"kind": "tests.support.chained", "players": 2, "feedback": "silent"},
-    "rigid": {"kind": "tests.support.chained", "can_fork": False},
+    "chained": {"kind": "mulligan.testing.chained"},
+    "duel": {"kind": "mulligan.testing.chained", "players": 2},
+    "duel-silent": {"kind": "mulligan.testing.chained", "players": 2, "feedback": "silent"},
+    "rigid": {"kind": "mulligan.testing.chained", "can_fork": False},
 }
 FORKING = [name for name in ENVIRONMENTS if name != "rigid"]
 ACTIONS = [

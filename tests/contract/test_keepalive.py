@@ -17,12 +17,12 @@ from mulligan.common.types import Attempt, Outcome, Split
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.keepalive import kept_alive
 from mulligan.env.replicas import EnvReplicas, connect
+from mulligan.testing.processes import ServiceProcess, Services
 from mulligan.trainer.episode import Player
 from tests.support.fakes import FakePolicy
-from tests.support.processes import ServiceProcess, Services
 
 LEASE_SECONDS = 0.6
-CHAINED = {"kind": "tests.support.chained", "max_steps": 3}  # every start shows another observation
+CHAINED = {"kind": "mulligan.testing.chained", "max_steps": 3}  # every start shows another observation
 WITNESSES = 100
 SPLIT = Split.TRAIN
 

@@ -21,8 +21,9 @@ from mulligan.cli.local import free_ports
 from mulligan.common.channel import Endpoint
 from mulligan.common.logs import LINE_LIMIT, VALUE_LIMIT
 from mulligan.env.client import EnvClient
+from mulligan.testing.processes import Services
 from tests.support.environments import __name__ as environments
-from tests.support.processes import ROOT, Services
+from tests.support.paths import ROOT
 
 AWKWARD = {"awkward": {"kind": environments}}
 

@@ -11,12 +11,12 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.inference import SamplingParams
 from mulligan.common.types import Experience, Outcome
 from mulligan.env.client import EnvClient
+from mulligan.testing.processes import ServiceProcess, Services
 from mulligan.trainer.algorithm import Erl, NoRecorder
 from mulligan.trainer.batch import groups, training_data
 from mulligan.trainer.episode import Player
 from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeLearner, FakeMemory, FakePolicy
-from tests.support.processes import ServiceProcess, Services
 
 MAX_RESTARTS = 2
 

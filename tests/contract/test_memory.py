@@ -18,7 +18,7 @@ from mulligan.common.types import Provenance, RetrievalStrategy
 from mulligan.memory.client import MemoryClient
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
-from tests.support.processes import ServiceFailed, ServiceProcess, Services
+from mulligan.testing.processes import ServiceFailed, ServiceProcess, Services
 
 LATEST = RetrievalStrategy.LATEST_SUCCESS
 TOP_GAIN = RetrievalStrategy.TOP_GAIN

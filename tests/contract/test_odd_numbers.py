@@ -24,13 +24,13 @@ from mulligan.memory.client import MemoryClient
 from mulligan.memory.v1 import memory_service_pb2 as memory_pb
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.v1 import policy_service_pb2 as policy_pb
+from mulligan.testing.processes import Services
 from mulligan.trainer.episode import Player
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 from tests.support.fakes import FakePolicy
 from tests.support.faulty_env import Faulty, served
 from tests.support.learning import sampled
-from tests.support.processes import Services
 
 NAN = math.nan
 INF = math.inf

@@ -39,7 +39,7 @@ from mulligan.common.inference import (
 from mulligan.models import EMBEDDED
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
-from tests.support.policy import plain_log_probs
+from mulligan.testing.weights import plain_log_probs
 from tests.support.policy_backends import (
     BACKENDS,
     BOARD,

@@ -35,8 +35,8 @@ from mulligan.policy.config import ModelSettings, PolicySettings
 from mulligan.policy.metrics import collected
 from mulligan.policy.policies import Policies
 from mulligan.policy.servicer import add_to_server, health
+from mulligan.testing.weights import full_weights, load, plain_log_probs
 from tests.support.faulty import Fault, FaultyBackend, changed, corrupted, previous, skipped, swapped
-from tests.support.policy import full_weights, load, plain_log_probs
 from tests.unit.test_metrics import sample
 
 PROMPT = list(range(7, 37))

@@ -14,7 +14,7 @@ from mulligan.common.status import from_rpc_error
 from mulligan.common.v1 import message_pb2
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
-from tests.support.policy import plain_log_probs
+from mulligan.testing.weights import plain_log_probs
 from tests.support.policy_backends import (
     BACKENDS,
     BOARD,

@@ -16,8 +16,9 @@ from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import CannotServe, Policies
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
+from mulligan.testing.weights import full_weights, load, plain_log_probs
 from tests.support.llama_model import write_llama_model
-from tests.support.policy import full_weights, load, plain_log_probs, serving
+from tests.support.policy import serving
 from tests.support.scripted import Opened, Running, refused, started
 from tests.support.tiny_model import write_tiny_model
 from tests.support.waiting import until

@@ -24,8 +24,9 @@ from mulligan.common.inference import (
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import CannotServe, Policies
+from mulligan.testing.weights import load, plain_log_probs
 from tests.support.llama_model import write_llama_model
-from tests.support.policy import Serving, load, plain_log_probs, serving
+from tests.support.policy import Serving, serving
 from tests.support.scripted import WORDS, Opened
 from tests.support.tiny_model import write_tiny_model
 

@@ -13,9 +13,9 @@ from mulligan.common.errors import Reason
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import CannotServe, Policies
+from mulligan.testing.processes import ServiceFailed, Services
+from mulligan.testing.weights import full_weights, load
 from tests.support.llama_model import write_llama_model
-from tests.support.policy import full_weights, load
-from tests.support.processes import ServiceFailed, Services
 from tests.support.scripted import Opened, refused, started
 from tests.support.tiny_model import write_tiny_model
 

@@ -13,8 +13,9 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CallOptions, Continuation, Message, Role, SamplingParams, StopReason
 from mulligan.models import EMBEDDED
 from mulligan.policy import models
+from mulligan.testing.weights import load, plain_log_probs
 from tests.support.llama_model import write_llama_model
-from tests.support.policy import Serving, load, plain_log_probs, serving
+from tests.support.policy import Serving, serving
 from tests.support.scripted import Opened, ScriptedBackend
 from tests.support.waiting import until
 

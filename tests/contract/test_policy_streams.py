@@ -30,8 +30,9 @@ from mulligan.common.inference import (
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
+from mulligan.testing.weights import sha256
 from tests.support.llama_model import write_llama_model
-from tests.support.policy import Serving, serving, sha256
+from tests.support.policy import Serving, serving
 from tests.support.scripted import WORDS, Opened, ScriptedBackend
 from tests.support.waiting import until
 

@@ -27,8 +27,9 @@ from mulligan.policy import uploads
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
-from tests.support.policy import Serving, full_weights, load, plain_log_probs, serving, sha256
-from tests.support.processes import Services
+from mulligan.testing.processes import Services
+from mulligan.testing.weights import full_weights, load, plain_log_probs, sha256
+from tests.support.policy import Serving, serving
 
 PROMPT = list(range(7, 37))
 

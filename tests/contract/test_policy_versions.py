@@ -30,9 +30,10 @@ from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import ModelSettings
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
+from mulligan.testing.processes import Services
+from mulligan.testing.weights import full_weights, load, plain_log_probs
 from tests.support.faulty import ForgetfulBackend, changed, corrupted
-from tests.support.policy import full_weights, load, plain_log_probs, serving
-from tests.support.processes import Services
+from tests.support.policy import serving
 
 PROMPT = list(range(7, 37))
 SERVING = VersionState.SERVING

@@ -20,9 +20,10 @@ from mulligan.common.inference import CallOptions, CanaryProbe, PublishedWeights
 from mulligan.models import EMBEDDED
 from mulligan.models.build import build_model
 from mulligan.policy.client import PolicyClient
-from tests.support.policy import full_weights, load, plain_log_probs, serving, sha256
+from mulligan.testing.processes import Services
+from mulligan.testing.weights import full_weights, load, plain_log_probs, sha256
+from tests.support.policy import serving
 from tests.support.policy_backends import WITH_WEIGHTS, Running, reference, restore, running
-from tests.support.processes import Services
 from tests.support.waiting import until
 
 PROMPT = list(range(7, 37))

@@ -13,12 +13,12 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import Split
 from mulligan.env.replicas import EnvReplicas, connect
+from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.processes import ServiceProcess, Services, flags
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.events import StateEvent, StepEvent
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.settings import EvaluationSettings
-from tests.support.loop import Loop, small_run
-from tests.support.processes import ServiceProcess, Services, flags
 
 SECONDS = 30.0
 

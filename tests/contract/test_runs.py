@@ -11,6 +11,8 @@ import pytest
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.status import from_rpc_error
+from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.processes import Services
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.events import StateEvent
 from mulligan.trainer.folder import RunState
@@ -19,8 +21,6 @@ from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as pb
 from mulligan.trainer.v1 import run_service_pb2_grpc as pb_grpc
 from mulligan.trainer.wire import settings_to_proto
-from tests.support.loop import Loop, small_run
-from tests.support.processes import Services
 
 DONE = small_run(steps=1, checkpoint_every=1)
 LONG = small_run(steps=1000)

@@ -29,8 +29,8 @@ from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_pb_grpc
+from mulligan.testing.processes import ServiceFailed, ServiceProcess, Services
 from tests.support.certificate import write_key_pair
-from tests.support.processes import ServiceFailed, ServiceProcess, Services
 from tests.support.waiting import until
 
 AWKWARD = {"awkward": {"kind": "tests.support.environments"}}

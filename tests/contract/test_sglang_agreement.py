@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mulligan.common.inference import WeightsKind
-from tests.support.agreement import assert_agreement, compare_while_training
+from mulligan.testing.agreement import assert_agreement, compare_while_training
 from tests.support.policy_backends import restore, running
 
 

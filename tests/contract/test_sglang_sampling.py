@@ -12,7 +12,7 @@ import pytest
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, SamplingParams, StopReason, VersionSpan
 from mulligan.policy.backend import Ask
-from tests.support.policy import load, plain_log_probs
+from mulligan.testing.weights import load, plain_log_probs
 from tests.support.sglang import MODEL, PROMPT, ask, assert_by_version, opened, server_address, streamed
 
 

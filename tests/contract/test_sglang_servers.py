@@ -13,7 +13,7 @@ from mulligan.common.inference import WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import WeightsFile
 from mulligan.policy.config import SglangSettings
-from tests.support.policy import load
+from mulligan.testing.weights import load
 from tests.support.sglang import (
     MODEL,
     START_SECONDS,

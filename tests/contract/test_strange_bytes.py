@@ -24,9 +24,9 @@ from mulligan.common.status import from_rpc_error
 from mulligan.env.v1 import env_service_pb2
 from mulligan.memory.v1 import memory_service_pb2
 from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
+from mulligan.testing.processes import ServiceProcess, Services
 from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
 from tests.support.mutations import Mutations
-from tests.support.processes import ServiceProcess, Services
 
 REQUESTS = int(os.environ.get("MULLIGAN_TEST_BYTES", "100"))
 CALL_SECONDS = 5.0

@@ -8,7 +8,7 @@ import pytest
 
 from mulligan.common.channel import Endpoint
 from mulligan.env.client import EnvClient
-from tests.support.processes import Services
+from mulligan.testing.processes import Services
 
 DICE = {"kind": "tests.support.dice"}
 ANSWERS = {

@@ -25,6 +25,7 @@ from mulligan.common.inference import Message, Role, StopReason
 from mulligan.common.types import Attempt, Experience, Split
 from mulligan.env.client import EnvClient
 from mulligan.policy.backend import Ask, Sampled
+from mulligan.testing.processes import Services
 from mulligan.trainer.algorithm import Erl
 from mulligan.trainer.data import Datum
 from mulligan.trainer.episode import Player
@@ -33,7 +34,6 @@ from mulligan.trainer.learner.wire import data_from_proto, data_to_proto
 from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeLearner, FakeMemory
 from tests.support.policy import Serving, serving
-from tests.support.processes import Services
 from tests.support.second_try import MAX_STEPS, TASKS
 
 LETTERS = string.ascii_lowercase[:12]

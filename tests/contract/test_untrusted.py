@@ -16,8 +16,8 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason
 from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient, RemoteEpisode
-from tests.support.chained import Chain
-from tests.support.processes import ServiceFailed, ServiceProcess, Services
+from mulligan.testing.chained import Chain
+from mulligan.testing.processes import ServiceFailed, ServiceProcess, Services
 
 HOSTILE = {"kind": "tests.support.hostile", "untrusted": True, "memory_mb": 128}
 TIMEOUT = 2.5
@@ -78,7 +78,7 @@ def server(shared_services: Services, folder: Path) -> ServiceProcess:
         environments={
             "hostile": {**HOSTILE, "folder": str(folder)},
             "free": {**HOSTILE, "folder": str(folder), "subprocesses": True},
-            "chained": {"kind": "tests.support.chained", "max_steps": 100_000},
+            "chained": {"kind": "mulligan.testing.chained", "max_steps": 100_000},
             "lake": {"kind": "frozenlake", "test_tasks": 20},
             "fenced-lake": {"kind": "frozenlake", "test_tasks": 20, "untrusted": True, "feedback": "unary"},
         },

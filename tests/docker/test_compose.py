@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.docker import missing_compose, require
+from mulligan.testing.compose import missing_compose
+from tests.support.found import require_docker
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("env", "policy", "memory", "trainer")
@@ -19,7 +20,7 @@ FILES = ("compose.yaml", "compose.gpu.yaml", "compose.scale.yaml")
 
 def compose(*files: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """`docker compose config` over these files. Skips without compose, where it need not be there."""
-    require(missing_compose())
+    require_docker(missing_compose())
     command = ["docker", "compose", *(word for file in files for word in ("-f", f"docker/{file}"))]
     return subprocess.run(
         [*command, "config", "--format", "json"],

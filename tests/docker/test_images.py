@@ -15,7 +15,9 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.types import Outcome, Provenance, Split
 from mulligan.env.client import EnvClient
 from mulligan.memory.client import MemoryClient
-from tests.support.docker import Project, image, missing, project, require
+from mulligan.testing.compose import Project, image, missing, project
+from tests.support.found import require_docker
+from tests.support.paths import ROOT
 
 SERVICES = ("env", "memory")
 BASE = os.environ.get("BASE", "python:3.11-slim")
@@ -60,8 +62,8 @@ pytestmark = pytest.mark.timeout(600)  # the first build downloads packages
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Project]:
-    require(missing())
-    with project(f"mulligan-test-{uuid4().hex[:8]}", services=SERVICES) as started:
+    require_docker(missing())
+    with project(f"mulligan-test-{uuid4().hex[:8]}", services=SERVICES, folder=ROOT / "docker") as started:
         yield started
 
 

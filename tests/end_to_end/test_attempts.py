@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.processes import Services
 from mulligan.trainer.events import EvaluationEvent, StepEvent
-from tests.support.loop import Loop, small_run
-from tests.support.processes import Services
 
 PAYING = {"kind": "tests.support.paying"}
 LONG_IDS = ["t" * 199, "ü/" * 100, "a/b", "a-b"]

@@ -15,9 +15,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mulligan.cli.app import app
+from mulligan.testing.processes import Services
 from mulligan.trainer.journal import journaled_steps, read_experiences
 from tests.support.llama_model import write_llama_model
-from tests.support.processes import ROOT, Services
+from tests.support.paths import ROOT
 
 TINY = [
     *("--set", "steps=3", "--set", "rollout.tasks_per_step=4", "--set", "rollout.rollouts_per_task=2"),

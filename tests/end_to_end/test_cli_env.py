@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 
 from mulligan.cli.app import app
 from mulligan.common.extras import how_to_install
-from tests.support.processes import ROOT, ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, Services
+from tests.support.paths import ROOT
 
 ROOTS = os.pathsep.join([str(ROOT), str(ROOT / "src")])
 TWO = "tests.support.two_players"

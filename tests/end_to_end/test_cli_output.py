@@ -25,8 +25,9 @@ from mulligan.cli.out import safe
 from mulligan.common.channel import Endpoint
 from mulligan.common.types import Provenance
 from mulligan.memory.client import MemoryClient
-from tests.support.loop import Loop, small_run
-from tests.support.processes import ROOT, Services
+from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.processes import Services
+from tests.support.paths import ROOT
 
 RUN = "a-run-with-a-long-name-that-a-table-would-cut-20261126-012345"
 HOSTILE = "\x1b[2J[/INST] [bold]rule[/bold] [red]A is \u202egoal\r:smile: \x07"

@@ -11,10 +11,10 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
 from mulligan.models import EMBEDDED
 from mulligan.policy.client import PolicyClient
+from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.processes import Services
 from mulligan.trainer.settings import EvaluationSettings
-from tests.support.loop import Loop, small_run
 from tests.support.policy_backends import restore, served_name, sglang_address
-from tests.support.processes import Services
 
 LAKE = "frozenlake-3x3"
 LORA = {"rank": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # what the server was started for

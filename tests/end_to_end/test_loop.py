@@ -12,9 +12,9 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.types import Experience, Outcome, SegmentKind
 from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
+from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.processes import Services
 from mulligan.trainer.folder import RunState
-from tests.support.loop import Loop, small_run
-from tests.support.processes import Services
 
 
 def check_experiences(chains: list[Experience], steps: int, tasks: int, rollouts: int) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 from mulligan.common.channel import Endpoint
 from mulligan.policy.client import PolicyClient
-from tests.support.loop import RUN_SECONDS, Loop, small_run
-from tests.support.processes import ServiceProcess, Services
+from mulligan.testing.loop import RUN_SECONDS, Loop, small_run
+from mulligan.testing.processes import ServiceProcess, Services
 
 
 def start(services: Services, folder: Path) -> tuple[Loop, ServiceProcess, ServiceProcess]:

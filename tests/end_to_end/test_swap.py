@@ -27,11 +27,11 @@ from mulligan.common.inference import (
 from mulligan.common.types import Attempt, Split
 from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
+from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.processes import Services
 from mulligan.trainer.episode import Player
 from mulligan.trainer.settings import EvaluationSettings, RunSettings
 from tests.support.llama_model import write_llama_model
-from tests.support.loop import Loop, small_run
-from tests.support.processes import Services
 
 LAKE = "frozenlake-3x3"
 ENVIRONMENTS = {

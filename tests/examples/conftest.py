@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from mulligan.testing.loop import Loop
+from mulligan.testing.processes import Services
 from tests.support.examples import Program, go, typescript
-from tests.support.loop import Loop
-from tests.support.processes import Services
 
 
 @pytest.fixture(scope="session")

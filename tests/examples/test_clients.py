@@ -13,12 +13,12 @@ from mulligan.common.inference import Message, Role, SamplingParams, StopReason
 from mulligan.common.types import Attempt, Outcome, Split
 from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
+from mulligan.testing.loop import Loop
+from mulligan.testing.processes import Services
 from mulligan.trainer.episode import Player
 from mulligan.trainer.folder import RunState
 from tests.support.certificate import write_key_pair
 from tests.support.examples import Program, go
-from tests.support.loop import Loop
-from tests.support.processes import Services
 
 pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy
 

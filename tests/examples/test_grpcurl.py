@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mulligan.testing.loop import Loop
 from tests.support.examples import RUN_SECONDS
-from tests.support.loop import Loop
 from tests.support.made import buf
 
 pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy

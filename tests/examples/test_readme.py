@@ -13,8 +13,8 @@ import pytest
 
 from mulligan.common.channel import Endpoint
 from mulligan.policy.client import PolicyClient
+from mulligan.testing.loop import Loop
 from tests.support.examples import ROOT, RUN_SECONDS, modules
-from tests.support.loop import Loop
 
 pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy
 

@@ -14,7 +14,7 @@ from mulligan.common.inference import Feature, WeightsKind
 from mulligan.policy.backend import Admission, Replica, WeightsFile
 from mulligan.policy.backends.transformers import TransformersBackend
 from mulligan.policy.config import ModelSettings
-from tests.support.policy import sha256
+from mulligan.testing.weights import sha256
 
 Fault = Callable[["FaultyBackend", WeightsFile], WeightsFile]
 

@@ -20,8 +20,9 @@ from mulligan.common.errors import Code, DomainError, Reason
 from mulligan.common.inference import CallOptions, Feature, Message, PolicyInfo, Role, SamplingParams
 from mulligan.models import EMBEDDED
 from mulligan.policy.client import PolicyClient
-from tests.support.policy import load, serving
-from tests.support.sglang_servers import sglang_variable
+from mulligan.testing.weights import load
+from tests.support.found import sglang_variable
+from tests.support.policy import serving
 
 BOARD = (Message(Role.SYSTEM, "play"), Message(Role.USER, "A B C\nD E F"))
 # The model answers with a legend of some forty tokens.

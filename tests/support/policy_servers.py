@@ -20,7 +20,7 @@ from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
 from mulligan.policy.replicas import PolicyReplicas, connect
 from mulligan.policy.servicer import add_to_server, credentials
-from tests.support.policy import sha256
+from mulligan.testing.weights import sha256
 from tests.support.scripted import Opened, ScriptedBackend
 
 PROBE = CanaryProbe((1, 2, 3), (-1.0, -1.0))  # what a scripted engine scores

@@ -22,8 +22,9 @@ from mulligan.common.inference import SamplingParams, WeightsKind
 from mulligan.policy.backend import Ask, Replica, Sampled, WeightsFile
 from mulligan.policy.backends.sglang import SglangBackend, open_backend
 from mulligan.policy.config import ModelSettings, SglangSettings
-from tests.support.policy import load, plain_log_probs
-from tests.support.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS, sglang_variable
+from mulligan.testing.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS
+from mulligan.testing.weights import load, plain_log_probs
+from tests.support.found import sglang_variable
 from tests.support.waiting import until
 
 MODEL = models.EMBEDDED

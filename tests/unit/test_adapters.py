@@ -24,7 +24,7 @@ from mulligan.policy.backends.model import Model
 from mulligan.policy.backends.sglang_engine.skeleton import ADAPTER_FILE, Adapter, Skeleton
 from mulligan.policy.backends.weights import Weights
 from mulligan.policy.config import ModelSettings
-from tests.support.policy import load, plain_log_probs
+from mulligan.testing.weights import load, plain_log_probs
 from tests.support.tiny_model import VOCABULARY_SIZE, write_tiny_model
 
 PROMPT = list(range(7, 47))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mulligan.common.addresses import Addresses, DnsName, by_rank, one_server
 from mulligan.trainer.config import TrainerSettings
-from tests.support.processes import ROOT
+from tests.support.paths import ROOT
 
 IDS = [f"run-{number}" for number in range(4000)]
 

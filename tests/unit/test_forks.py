@@ -13,7 +13,7 @@ from mulligan.env.base import Environment
 from mulligan.env.episodes import EpisodeTable, Limits
 from mulligan.env.records import StepRequest
 from mulligan.env.workers import WorkerPool
-from tests.support.chained import Chain, Chained, ChainedSettings
+from mulligan.testing.chained import Chain, Chained, ChainedSettings
 
 LEASE = 100.0
 TIMEOUT = 0.5

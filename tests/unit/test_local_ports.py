@@ -9,7 +9,7 @@ import pytest
 
 from mulligan.cli.connection import addresses_from
 from mulligan.cli.local import LocalServices, ServiceFailed, _Process
-from tests.support.processes import Services
+from mulligan.testing.processes import Services
 
 
 async def test_ports_that_are_taken_are_named_before_anything_starts(services: Services, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.config import ServiceSettings
 from mulligan.common.metrics import REGISTRY, MethodMetrics, exported
 from mulligan.env.client import EnvClient
-from tests.support.processes import ServiceFailed, Services
+from mulligan.testing.processes import ServiceFailed, Services
 
 
 class Settings(ServiceSettings):

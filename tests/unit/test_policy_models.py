@@ -22,7 +22,7 @@ from mulligan.policy.backends.model import Model
 from mulligan.policy.backends.runner import Request, Runner
 from mulligan.policy.backends.weights import Weights
 from mulligan.policy.config import PolicySettings
-from tests.support.policy import load, plain_log_probs
+from mulligan.testing.weights import load, plain_log_probs
 
 SMALL: dict[str, Any] = {
     "vocab_size": 319,

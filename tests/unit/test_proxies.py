@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mulligan.common.proxies import hint, host_of, is_direct
-from tests.support.processes import Services
+from mulligan.testing.processes import Services
 
 ROOT = Path(__file__).resolve().parents[2]
 

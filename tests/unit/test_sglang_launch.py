@@ -16,7 +16,7 @@ from mulligan import models
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backends.sglang import open_backend
 from mulligan.policy.config import ModelSettings, SglangSettings
-from tests.support.processes import ROOT
+from tests.support.paths import ROOT
 
 _SERVICE = """
 import asyncio, sys

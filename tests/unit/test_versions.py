@@ -24,7 +24,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
 from mulligan.policy.versions import Record, VersionStore
-from tests.support.processes import ROOT
+from tests.support.paths import ROOT
 
 KEEP = 2
 PROBES = (CanaryProbe((1, 2, 3), (-0.5, -1.25)),)

@@ -16,7 +16,6 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 120.0  # torch takes its time on a busy machine
 STOP_SECONDS = 15.0
 
@@ -51,13 +50,13 @@ class ServiceProcess:
         assert self.process is None, f"{self.name} runs already"
         port = self.address.rpartition(":")[2] or "0"
         command = [sys.executable, "-m", f"mulligan.{self.name}", "--port", port, "--log-format", "json"]
-        roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
+        path = os.pathsep.join(filter(None, sys.path))  # it imports what this process does
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, *self.arguments],
                 cwd=self.log_path.parent,  # what it writes by default stays there
-                env={**os.environ, "PYTHONPATH": roots, **self.environment},
+                env={**os.environ, "PYTHONPATH": path, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

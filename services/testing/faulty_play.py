@@ -24,9 +24,9 @@ from mulligan.common.types import EpisodeStep
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-from tests.support.chained import SLOW, Chain
-from tests.support.faulty_network import Faults, FaultyProxy
-from tests.support.processes import ServiceProcess, Services
+from mulligan.testing.chained import SLOW, Chain
+from mulligan.testing.faulty_network import Faults, FaultyProxy
+from mulligan.testing.processes import ServiceProcess, Services
 
 LEASE_SECONDS = 2.0
 STEPS_OF_AN_EPISODE = 25
@@ -246,7 +246,7 @@ async def play_under_faults(
 ) -> dict[str, Any]:
     """What happened, in numbers. Raises a group with a Violation at the first wrong answer or loss without a cause.
     `settings` are the environment's."""
-    table = {"kind": "tests.support.chained", "max_steps": STEPS_OF_AN_EPISODE, **settings}
+    table = {"kind": "mulligan.testing.chained", "max_steps": STEPS_OF_AN_EPISODE, **settings}
     server = services.start(
         "env",
         environments={"chained": table},

@@ -15,12 +15,12 @@ from mulligan.cli.local import free_ports
 from mulligan.common.channel import Endpoint
 from mulligan.common.types import Experience
 from mulligan.memory.client import MemoryClient
+from mulligan.testing.processes import ServiceProcess, Services
 from mulligan.trainer.client import RunClient, RunInfo
 from mulligan.trainer.events import NoticeEvent, StepEvent
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from mulligan.trainer.settings import RunSettings
-from tests.support.processes import ServiceProcess, Services
 
 RUN_SECONDS = 240.0
 
@@ -58,7 +58,7 @@ class Loop:
         weights = folder / "weights"
         weights.mkdir(parents=True, exist_ok=True)
         address = {name: f"127.0.0.1:{port}" for name, port in free_ports().items()}
-        common: dict[str, dict[str, object]] = {
+        common: dict[str, dict[str, Any]] = {
             "env": {},
             "policy": {
                 "weights_folder": weights,

@@ -1,9 +1,4 @@
-"""Where tests find a real SGLang, and how one is launched on the CPU.
-
-MULLIGAN_TEST_SGLANG is the address of a server of the embedded model with LoRA, MULLIGAN_TEST_SGLANG_PYTHON the
-interpreter that launches further ones. Where they are missing, tests are skipped and say so; where
-MULLIGAN_TEST_SGLANG_REQUIRED is set, as continuous integration does once it has started a server, they fail.
-"""
+"""How a real SGLang is launched on the CPU. MULLIGAN_TEST_SGLANG_PYTHON is the interpreter that has it."""
 
 from __future__ import annotations
 
@@ -11,8 +6,6 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 LAUNCH_SECONDS = 600.0  # which a busy machine may take to start them
 # What makes SGLang work, and rest while it has nothing to do, without a GPU. It computes on the last core; the rest is
@@ -36,15 +29,6 @@ LORA_FLAGS = (
 def python_of_sglang() -> str:
     """Empty where there is none."""
     return os.environ.get("MULLIGAN_TEST_SGLANG_PYTHON", "")
-
-
-def sglang_variable(name: str) -> str:
-    """Of the environment. Skips the test, or fails it, where it is not set."""
-    value = os.environ.get(name, "")
-    if not value:
-        required = os.environ.get("MULLIGAN_TEST_SGLANG_REQUIRED")
-        (pytest.fail if required else pytest.skip)(f"{name} is not set: no SGLang to test with")
-    return value
 
 
 def launch_settings(count: int = 1) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 """An environment whose every observation proves which episode it is of, and which actions that has been given:
-`kind = "tests.support.chained"`.
+`kind = "mulligan.testing.chained"`.
 
 An episode shows a chain of hashes over a nonce of its own and all of its actions so far. Whoever knows these can tell
 whether an answer is the right one of the right episode, with each action applied once.

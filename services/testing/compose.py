@@ -1,4 +1,4 @@
-"""A real Docker engine, and the services in containers on it, for tests and proofs."""
+"""A real Docker engine, and the services in containers on it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import docker
-import pytest
+from docker.client import DockerClient
+from docker.errors import DockerException
 from testcontainers.compose import DockerCompose
 
 from mulligan.cli.local import free_ports
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = ("compose.yaml",)
 HEALTHY_SECONDS = 60.0
-REQUIRED = "MULLIGAN_TEST_DOCKER_REQUIRED"
 
 
 def missing_compose() -> str:
@@ -37,36 +35,29 @@ def missing() -> str:
     if problem := missing_compose():
         return problem
     try:
-        client = docker.from_env()
+        client = DockerClient.from_env()
         client.ping()
         client.close()
-    except docker.errors.DockerException as error:
+    except DockerException as error:
         return f"no Docker engine answers: {error}"
     return ""
 
 
-def require(problem: str) -> None:
-    """Skips where something is missing, unless it must be there; goes on where `problem` is empty."""
-    if problem and os.environ.get(REQUIRED):
-        pytest.fail(problem)
-    if problem:
-        pytest.skip(problem)
-
-
 class Project(DockerCompose):
-    """One compose project, apart from others on the same engine, at free ports of this machine."""
+    """One compose project, apart from others on the same engine, at free ports of this machine. Its files lie in
+    `folder`."""
 
     def __init__(
         self,
         name: str,
         *,
+        folder: Path,
         files: Sequence[str] = FILES,
         services: Sequence[str] = (),
-        root: Path = ROOT,
         variables: Mapping[str, str] | None = None,
         build: bool = True,
     ):
-        super().__init__(root / "docker", list(files), build=build, services=list(services) or None)
+        super().__init__(folder, list(files), build=build, services=list(services) or None)
         ports = {f"{service.upper()}_PORT": str(port) for service, port in free_ports().items()}
         self.variables = {"COMPOSE_PROJECT_NAME": name, "MULLIGAN_TAG": "test", **ports, **(variables or {})}
 
@@ -86,7 +77,7 @@ class Project(DockerCompose):
             raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done
 
-    def _run_command(self, cmd: str | list[str]) -> Any:
+    def _run_command(self, cmd: str | list[str], context: str | None = None) -> subprocess.CompletedProcess[bytes]:
         """The parent's commands, in this project's surroundings."""
         arguments = list(cmd)[len(self.compose_command_property) :]
         done = self.run(*arguments)
@@ -100,7 +91,7 @@ class Project(DockerCompose):
         return self.run("exec", "-T", service, *command, check=False)
 
     def inspect(self, service: str) -> dict[str, Any]:
-        client = docker.from_env()
+        client = DockerClient.from_env()
         try:
             (identity,) = self.run("ps", "--all", "--quiet", service).stdout.split()
             attributes: dict[str, Any] = client.containers.get(identity).attrs
@@ -112,7 +103,7 @@ class Project(DockerCompose):
     def another(self, service: str) -> Iterator[Any]:
         """One more container of a service, healthy, under the same name in the network, at no port of this machine."""
         started = self.run("run", "--detach", "--no-deps", "--use-aliases", service)
-        client = docker.from_env()
+        client = DockerClient.from_env()
         container = client.containers.get(started.stdout.split()[-1])
         deadline = time.monotonic() + HEALTHY_SECONDS
         try:
@@ -134,7 +125,7 @@ class Project(DockerCompose):
 
 def image(name: str, tag: str = "test") -> dict[str, Any]:
     """What the engine knows about one of the images."""
-    client = docker.from_env()
+    client = DockerClient.from_env()
     try:
         attributes: dict[str, Any] = client.images.get(name if ":" in name else f"mulligan/{name}:{tag}").attrs
     finally:

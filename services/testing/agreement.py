@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mulligan.common.inference import CallOptions, Completion, Message, Prompt, Role, SamplingParams, WeightsKind
 from mulligan.models import EMBEDDED
@@ -83,7 +84,7 @@ def assert_agreement(results: Sequence[Compared]) -> None:
 
 async def _compare(
     client: PolicyClient, learner: LocalLearner, version: int, sequences: int, chance: random.Random
-) -> tuple[dict[str, float], list[Datum]]:
+) -> tuple[dict[str, Any], list[Datum]]:
     """And what was sampled, to be trained on."""
     options = CallOptions(min_policy_version=version)
     temperatures = [TEMPERATURES[index % len(TEMPERATURES)] for index in range(sequences)]
