@@ -35,7 +35,7 @@ from benchmarks.policy.measure import Figures, measure, measure_own_updates, mea
 from benchmarks.policy.server import sglang_server
 from benchmarks.policy.ways import SglangHttp, in_process, new_session, plain_generate, service
 from mulligan.common.channel import Endpoint
-from mulligan.policy.backends.transformers import TransformersBackend
+from mulligan.policy.backends.transformers.backend import TransformersBackend
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
 from mulligan.testing.processes import Services

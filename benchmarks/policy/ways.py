@@ -14,7 +14,7 @@ import torch
 from benchmarks.policy.load import NEW_TOKENS, Engine, Round, prompts, turns_of
 from mulligan.common.inference import CallOptions, CompletionPart, SamplingParams
 from mulligan.policy.backend import Ask, Sampled
-from mulligan.policy.backends.transformers import TransformersBackend
+from mulligan.policy.backends.transformers.backend import TransformersBackend
 from mulligan.policy.client import PolicyClient
 
 Rest = Callable[[], Awaitable[None]]

@@ -262,7 +262,7 @@ class Loader:
     async def _alike(self, weights: WeightsFile, other: Record) -> bool:
         """Whether engines cannot tell the weights from another version's: the first that a trainer publishes are often
         those that the model came with, and a small step can vanish in bfloat16."""
-        from mulligan.policy.backends.compare import alike, alike_original
+        from mulligan.policy.huggingface.compare import alike, alike_original
 
         try:
             if other.version.kind is WeightsKind.ORIGINAL:

@@ -6,8 +6,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mulligan.common.inference import Tool
-from mulligan.policy.backends.tokenizer import Tokenizer as Wrapped
 from mulligan.policy.chat import Chat
+from mulligan.policy.huggingface.tokenizer import Tokenizer as Wrapped
 
 SPECIAL = [
     "<|im_start|>",

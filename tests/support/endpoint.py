@@ -13,7 +13,7 @@ from typing import Any
 
 from mulligan.common.inference import Message, Role, SamplingParams
 from mulligan.policy.backend import Ask, Sampled
-from mulligan.policy.backends.openai import OpenAIBackend, open_backend
+from mulligan.policy.backends.openai.backend import OpenAIBackend, open_backend
 from mulligan.policy.config import ModelSettings, OpenAISettings
 
 

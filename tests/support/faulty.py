@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from mulligan.common.inference import Feature, WeightsKind
 from mulligan.policy.backend import Admission, Replica, WeightsFile
-from mulligan.policy.backends.transformers import TransformersBackend
+from mulligan.policy.backends.transformers.backend import TransformersBackend
 from mulligan.policy.config import ModelSettings
 from mulligan.testing.weights import sha256
 

@@ -20,7 +20,7 @@ from mulligan import models
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import SamplingParams, WeightsKind
 from mulligan.policy.backend import Ask, Replica, Sampled, WeightsFile
-from mulligan.policy.backends.sglang import SglangBackend, open_backend
+from mulligan.policy.backends.sglang.backend import SglangBackend, open_backend
 from mulligan.policy.config import ModelSettings, SglangSettings
 from mulligan.testing.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS
 from mulligan.testing.weights import load, plain_log_probs

@@ -20,9 +20,9 @@ from mulligan.common.inference import WeightsKind
 from mulligan.models import EMBEDDED
 from mulligan.policy.adapter_config import AdapterConfig
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.backends.model import Model
-from mulligan.policy.backends.sglang_engine.skeleton import ADAPTER_FILE, Adapter, Skeleton
-from mulligan.policy.backends.weights import Weights
+from mulligan.policy.backends.sglang.skeleton import ADAPTER_FILE, Adapter, Skeleton
+from mulligan.policy.backends.transformers.model import Model
+from mulligan.policy.backends.transformers.weights import Weights
 from mulligan.policy.config import ModelSettings
 from mulligan.testing.weights import load, plain_log_probs
 from tests.support.tiny_model import VOCABULARY_SIZE, write_tiny_model

@@ -26,7 +26,13 @@ WIRE_FILES = ("servicer.py", "client.py", "wire.py")
 CLIENTS = ("client", "replicas")  # of one server, of several
 WIRE_COMMON = ("status.py", "server.py", "validation.py", "channel.py")
 TORCH_PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
-TORCH_FOLDERS = ("services/trainer", "services/policy/backends", "services/env/encoders", "models")
+TORCH_FOLDERS = (
+    "services/trainer",
+    "services/policy/backends",
+    "services/policy/huggingface",
+    "services/env/encoders",
+    "models",
+)
 
 Checker = Callable[[str, PurePosixPath], list[str]]
 

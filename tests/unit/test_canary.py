@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CanaryProbe, Feature, PolicyState, ReplicaInfo, VersionSpan, WeightsKind
 from mulligan.policy.backend import ModelInfo, Scored, WeightsFile
-from mulligan.policy.backends.compare import alike, alike_original
 from mulligan.policy.canary import Trial, check_probes, greatest_difference, tolerance_of
 from mulligan.policy.gate import Gate
+from mulligan.policy.huggingface.compare import alike, alike_original
 from mulligan.policy.versions import Record
 from tests.unit.test_versions import record_of
 

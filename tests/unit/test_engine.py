@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import SamplingParams, StopReason, VersionSpan
 from mulligan.policy.backend import Sampled
-from mulligan.policy.backends.attention import SlotCache
-from mulligan.policy.backends.engine import Engine
-from mulligan.policy.backends.runner import Request, Runner
+from mulligan.policy.backends.transformers.attention import SlotCache
+from mulligan.policy.backends.transformers.engine import Engine
+from mulligan.policy.backends.transformers.runner import Request, Runner
 
 VOCABULARY = 20
 END = 0

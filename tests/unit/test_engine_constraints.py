@@ -20,10 +20,10 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, SamplingParams, StopReason
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Ask
-from mulligan.policy.backends.constraints import Constraints
-from mulligan.policy.backends.tokenizer import Tokenizer
-from mulligan.policy.backends.transformers import TransformersBackend
+from mulligan.policy.backends.transformers.backend import TransformersBackend
+from mulligan.policy.backends.transformers.constraints import Constraints
 from mulligan.policy.config import ModelSettings
+from mulligan.policy.huggingface.tokenizer import Tokenizer
 from tests.support.llama_model import write_llama_model
 from tests.unit.test_engine import SHORT, request, running
 

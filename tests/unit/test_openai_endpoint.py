@@ -10,8 +10,8 @@ import pytest
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.model_files import UnsupportedModel
-from mulligan.policy.backends import openai as backend_module
-from mulligan.policy.backends.openai import open_backend
+from mulligan.policy.backends.openai import backend as backend_module
+from mulligan.policy.backends.openai.backend import open_backend
 from mulligan.policy.config import ModelSettings, OpenAISettings
 from tests.support.endpoint import (
     KEY,

@@ -17,10 +17,10 @@ from mulligan.common.inference import SamplingParams, WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.models.build import build_tokenizer
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.backends.attention import SlotCache
-from mulligan.policy.backends.model import Model
-from mulligan.policy.backends.runner import Request, Runner
-from mulligan.policy.backends.weights import Weights
+from mulligan.policy.backends.transformers.attention import SlotCache
+from mulligan.policy.backends.transformers.model import Model
+from mulligan.policy.backends.transformers.runner import Request, Runner
+from mulligan.policy.backends.transformers.weights import Weights
 from mulligan.policy.config import PolicySettings
 from mulligan.testing.weights import load, plain_log_probs
 

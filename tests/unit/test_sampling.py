@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mulligan.policy.backends.sampling import sample, stream, uniforms
+from mulligan.policy.backends.transformers.sampling import sample, stream, uniforms
 
 DRAWS = 20_000
 

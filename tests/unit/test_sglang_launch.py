@@ -14,16 +14,16 @@ import pytest
 
 from mulligan import models
 from mulligan.common.model_files import UnsupportedModel
-from mulligan.policy.backends.sglang import open_backend
+from mulligan.policy.backends.sglang.backend import open_backend
 from mulligan.policy.config import ModelSettings, SglangSettings
 from tests.support.paths import ROOT
 
 _SERVICE = """
 import asyncio, sys
 from pathlib import Path
-from mulligan.policy.backends.sglang_engine.connection import Connection, new_session
-from mulligan.policy.backends.sglang_engine.launch import LaunchedServer
-from mulligan.policy.backends.sglang_engine.server import Server
+from mulligan.policy.backends.sglang.connection import Connection, new_session
+from mulligan.policy.backends.sglang.launch import LaunchedServer
+from mulligan.policy.backends.sglang.server import Server
 from mulligan.policy.config import SglangSettings
 
 async def main():

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mulligan.models import EMBEDDED
-from mulligan.policy.backends.tokenizer import Tokenizer
+from mulligan.policy.huggingface.tokenizer import Tokenizer
 from mulligan.policy.streams import TextStream, merged, together, unsettling_token
 from tests.support.llama_model import write_llama_model
 from tests.support.tiny_model import write_tiny_model

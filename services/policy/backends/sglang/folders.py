@@ -18,7 +18,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import WeightsKind
 from mulligan.policy import adapter_config
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.backends.sglang_engine.skeleton import ADAPTER_FILE, Skeleton
+from mulligan.policy.backends.sglang.skeleton import ADAPTER_FILE, Skeleton
 from mulligan.policy.config import SglangSettings
 
 _FULL = "full"

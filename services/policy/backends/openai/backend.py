@@ -5,7 +5,7 @@ Messages in, text out: there are no token ids, so nothing that could be trained 
 weights. What the protocol leaves to an endpoint: whether it honours seeds, tools and schemas (`openai.without` names
 those that it does not, so that they are refused rather than ignored), top-k, for which the protocol has no field (many
 endpoints take the model's own default; `openai.extra_body` can set it), and which stop string ended a completion (see
-`openai_chat.ending`). Tool calls stand in the text as `openai_chat.render_tool_calls` writes them.
+`chat.ending`). Tool calls stand in the text as `chat.render_tool_calls` writes them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mulligan.common.inference import Feature, ReplicaInfo, VersionSpan, Weights
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.proxies import is_direct
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
-from mulligan.policy.backends.openai_chat import (
+from mulligan.policy.backends.openai.chat import (
     NotAnAnswer,
     StreamedAnswer,
     chat_request,

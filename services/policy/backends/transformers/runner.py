@@ -17,8 +17,8 @@ import torch
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import SamplingParams, StopReason, VersionSpan
 from mulligan.policy.backend import Sampled
-from mulligan.policy.backends import attention, sampling
-from mulligan.policy.backends.constraints import Constraint
+from mulligan.policy.backends.transformers import attention, sampling
+from mulligan.policy.backends.transformers.constraints import Constraint
 
 # A prefix that another slot holds is copied from this length on; computing fewer tokens is as fast.
 _SHORTEST_COPY = 16

@@ -16,7 +16,7 @@ import msgspec
 from mulligan.common import numbers
 from mulligan.common.inference import SamplingParams, StopReason
 from mulligan.policy.backend import Ask
-from mulligan.policy.backends.sglang_engine.connection import Refused
+from mulligan.policy.backends.sglang.connection import Refused
 
 _ONLY_THE_LIKELIEST = 1e-6  # top-p
 # What SGLang calls a stop that it made up, when logits were not numbers.

@@ -10,10 +10,10 @@ from typing import Any
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, LoraLimits, ReplicaInfo
 from mulligan.policy.backend import Scored
-from mulligan.policy.backends.sglang_engine import requests
-from mulligan.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable
-from mulligan.policy.backends.sglang_engine.folders import Target
-from mulligan.policy.backends.sglang_engine.skeleton import STACKED, Skeleton
+from mulligan.policy.backends.sglang import requests
+from mulligan.policy.backends.sglang.connection import Connection, Refused, Unreachable
+from mulligan.policy.backends.sglang.folders import Target
+from mulligan.policy.backends.sglang.skeleton import STACKED, Skeleton
 
 _ADAPTER_PREFIX = "mulligan-"
 _UNCHECKED = "-unchecked"  # ends the weight_version of a server that may not be asked yet

@@ -19,7 +19,7 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy import adapter_config
 from mulligan.policy.adapter_config import AdapterConfig, mismatch
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.backends.adapters import factors_of, places_of
+from mulligan.policy.huggingface.adapters import factors_of, places_of
 
 
 class Weights:

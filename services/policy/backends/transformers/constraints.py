@@ -17,7 +17,7 @@ from llguidance.hf import from_tokenizer
 from mulligan.common.errors import DomainError, invalid_field
 from mulligan.common.inference import SamplingParams
 from mulligan.common.model_files import UnsupportedModel
-from mulligan.policy.backends.tokenizer import Tokenizer
+from mulligan.policy.huggingface.tokenizer import Tokenizer
 
 _SILENT = 0
 _SCHEMA = ("json_schema", "a JSON schema")

@@ -15,8 +15,8 @@ from pathlib import Path
 import structlog
 
 from mulligan.common.model_files import UnsupportedModel
-from mulligan.policy.backends.sglang_engine.connection import Connection, Unreachable
-from mulligan.policy.backends.sglang_engine.server import Server
+from mulligan.policy.backends.sglang.connection import Connection, Unreachable
+from mulligan.policy.backends.sglang.server import Server
 from mulligan.policy.config import SglangSettings
 
 log = structlog.get_logger()

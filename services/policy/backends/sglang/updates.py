@@ -11,10 +11,10 @@ import structlog
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature
 from mulligan.policy.backend import Admission, WeightsFile
-from mulligan.policy.backends.sglang_engine.connection import Refused, Unreachable
-from mulligan.policy.backends.sglang_engine.folders import Folders, Target
-from mulligan.policy.backends.sglang_engine.pool import Pool
-from mulligan.policy.backends.sglang_engine.server import Server
+from mulligan.policy.backends.sglang.connection import Refused, Unreachable
+from mulligan.policy.backends.sglang.folders import Folders, Target
+from mulligan.policy.backends.sglang.pool import Pool
+from mulligan.policy.backends.sglang.server import Server
 
 log = structlog.get_logger()
 

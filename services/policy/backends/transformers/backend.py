@@ -18,12 +18,12 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, ReplicaInfo
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
-from mulligan.policy.backends.attention import SlotCache
-from mulligan.policy.backends.constraints import Constraints
-from mulligan.policy.backends.engine import Engine
-from mulligan.policy.backends.model import Model
-from mulligan.policy.backends.runner import Request, Runner
-from mulligan.policy.backends.weights import Weights
+from mulligan.policy.backends.transformers.attention import SlotCache
+from mulligan.policy.backends.transformers.constraints import Constraints
+from mulligan.policy.backends.transformers.engine import Engine
+from mulligan.policy.backends.transformers.model import Model
+from mulligan.policy.backends.transformers.runner import Request, Runner
+from mulligan.policy.backends.transformers.weights import Weights
 from mulligan.policy.chat import Chat
 from mulligan.policy.config import ModelSettings
 

@@ -17,22 +17,22 @@ from mulligan.common.errors import DomainError
 from mulligan.common.inference import Feature, LoraLimits, SamplingParams
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Ask, ModelInfo
-from mulligan.policy.backends.model import source_of
-from mulligan.policy.backends.sglang_engine import requests
-from mulligan.policy.backends.sglang_engine.connection import (
+from mulligan.policy.backends.sglang import requests
+from mulligan.policy.backends.sglang.connection import (
     Connection,
     Refused,
     Unreachable,
     first_to_answer,
     new_session,
 )
-from mulligan.policy.backends.sglang_engine.folders import Folders
-from mulligan.policy.backends.sglang_engine.launch import LaunchedServer
-from mulligan.policy.backends.sglang_engine.pool import Pool
-from mulligan.policy.backends.sglang_engine.server import Server, Unsuitable
-from mulligan.policy.backends.sglang_engine.skeleton import Skeleton
+from mulligan.policy.backends.sglang.folders import Folders
+from mulligan.policy.backends.sglang.launch import LaunchedServer
+from mulligan.policy.backends.sglang.pool import Pool
+from mulligan.policy.backends.sglang.server import Server, Unsuitable
+from mulligan.policy.backends.sglang.skeleton import Skeleton
 from mulligan.policy.chat import Chat
 from mulligan.policy.config import ModelSettings
+from mulligan.policy.huggingface.source import source_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
     chosen = settings.sglang
     if chosen.router and not chosen.servers:
         raise UnsupportedModel("sglang.router: expected the servers behind it in sglang.servers")
-    source = source_of(settings)
+    source = source_of(settings.model)
     skeleton = await asyncio.to_thread(partial(Skeleton, source, weights=not chosen.servers))
     folders = await asyncio.to_thread(Folders, chosen, folder, skeleton, first_version)
     fixed, paths = await asyncio.to_thread(_fixed_adapters, settings, folders)

@@ -23,15 +23,15 @@ import aiohttp
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.inference import Feature, StopReason
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
-from mulligan.policy.backends.sglang_engine import requests
-from mulligan.policy.backends.sglang_engine.connection import Connection, Refused, Unreachable
-from mulligan.policy.backends.sglang_engine.folders import Folders, Target
-from mulligan.policy.backends.sglang_engine.launch import LaunchedServer
-from mulligan.policy.backends.sglang_engine.opening import Opened, open_servers
-from mulligan.policy.backends.sglang_engine.pool import Pool, Stale, place_of
-from mulligan.policy.backends.sglang_engine.server import Server, score_one
-from mulligan.policy.backends.sglang_engine.skeleton import Skeleton
-from mulligan.policy.backends.sglang_engine.updates import Updates
+from mulligan.policy.backends.sglang import requests
+from mulligan.policy.backends.sglang.connection import Connection, Refused, Unreachable
+from mulligan.policy.backends.sglang.folders import Folders, Target
+from mulligan.policy.backends.sglang.launch import LaunchedServer
+from mulligan.policy.backends.sglang.opening import Opened, open_servers
+from mulligan.policy.backends.sglang.pool import Pool, Stale, place_of
+from mulligan.policy.backends.sglang.server import Server, score_one
+from mulligan.policy.backends.sglang.skeleton import Skeleton
+from mulligan.policy.backends.sglang.updates import Updates
 from mulligan.policy.chat import Chat
 from mulligan.policy.config import ModelSettings
 

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import VersionSpan
 from mulligan.policy.backend import Sampled
-from mulligan.policy.backends.runner import Request, Runner
+from mulligan.policy.backends.transformers.runner import Request, Runner
 
 T = TypeVar("T")
 _RETRY_AFTER = timedelta(milliseconds=200)

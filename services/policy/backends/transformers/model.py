@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from mulligan import models
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
-from mulligan.policy.backends import attention
-from mulligan.policy.backends.tokenizer import Tokenizer
+from mulligan.policy.backends.transformers import attention
 from mulligan.policy.config import ModelSettings
+from mulligan.policy.huggingface.source import source_of
+from mulligan.policy.huggingface.tokenizer import Tokenizer
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Largest difference between log-probabilities of this engine and of the model's own code: float32, and the others.
@@ -31,15 +31,11 @@ _SCORE_LOGITS = 2**26
 _LOADING = threading.Lock()
 
 
-def source_of(settings: ModelSettings) -> str:
-    return str(models.EMBEDDED) if settings.model == "embedded" else settings.model
-
-
 class Model:
     """Raises UnsupportedModel, when loaded, for a model that it would not compute exactly as transformers does."""
 
     def __init__(self, settings: ModelSettings):
-        self.source = source_of(settings)
+        self.source = source_of(settings.model)
         self._score_logits = 0 if settings.deterministic else _SCORE_LOGITS
         self.device = _device(settings.device)
         self._wanted_dtype = _dtype(settings.dtype, self.device)

@@ -16,9 +16,9 @@ import structlog
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, VersionSpan
 from mulligan.policy.backend import Admission
-from mulligan.policy.backends.sglang_engine.connection import Refused, Unreachable
-from mulligan.policy.backends.sglang_engine.folders import Target
-from mulligan.policy.backends.sglang_engine.server import Server, Unsuitable
+from mulligan.policy.backends.sglang.connection import Refused, Unreachable
+from mulligan.policy.backends.sglang.folders import Target
+from mulligan.policy.backends.sglang.server import Server, Unsuitable
 
 log = structlog.get_logger()
 _MISSED_PROBES = 3  # that a busy server may leave unanswered

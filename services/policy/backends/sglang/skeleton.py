@@ -16,8 +16,8 @@ from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.model_files import UnsupportedModel, check_model, check_weights, layer_count, short
 from mulligan.policy import adapter_config
 from mulligan.policy.adapter_config import AdapterConfig, mismatch
-from mulligan.policy.backends.adapters import factors_of, places_of
-from mulligan.policy.backends.tokenizer import Tokenizer
+from mulligan.policy.huggingface.adapters import factors_of, places_of
+from mulligan.policy.huggingface.tokenizer import Tokenizer
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _ADAPTER_PREFIX = "base_model.model."
