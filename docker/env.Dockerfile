@@ -13,7 +13,7 @@ ARG TORCH_INDEX=""
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     case ",${EXTRAS}," in *,hotpotqa-dense,*|*,all,*) torch=torch ;; esac; \
     sh install.sh /opt/mulligan ${torch:-} ".[${EXTRAS}]"
-COPY services/__init__.py /app/mulligan/__init__.py
+COPY services/__init__.py services/__init__.pyi /app/mulligan/
 COPY services/common /app/mulligan/common
 COPY services/env /app/mulligan/env
 RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/mulligan

@@ -8,7 +8,7 @@ COPY pyproject.toml constraints.txt docker/install.sh ./
 ARG WHEELS=docker/wheels
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[memory]"
-COPY services/__init__.py /app/mulligan/__init__.py
+COPY services/__init__.py services/__init__.pyi /app/mulligan/
 COPY services/common /app/mulligan/common
 COPY services/memory /app/mulligan/memory
 RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/mulligan

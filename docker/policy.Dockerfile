@@ -18,7 +18,7 @@ ARG WHEELS=docker/wheels
 COPY pyproject.toml ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[policy,openai,sglang]"
-COPY services/__init__.py /app/mulligan/__init__.py
+COPY services/__init__.py services/__init__.pyi /app/mulligan/
 COPY services/common /app/mulligan/common
 COPY services/policy /app/mulligan/policy
 COPY models /app/mulligan/models

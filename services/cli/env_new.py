@@ -23,8 +23,8 @@ from __future__ import annotations
 
 from my_game import create
 
-from mulligan.conformance.local import check_environment
-from mulligan.env.base import Split
+from mulligan.conformance import check_environment
+from mulligan.env import Split
 
 # CHANGE: answers that mean something in your environment. They are played among random and hostile ones.
 ACTIONS = ["```10```", "I think it is ```3```", "```17```"]

@@ -191,7 +191,7 @@ WORDS: dict[Any, Words] = {
     listing.numbers: Words("info has limits, counts and players that make sense"),
     listing.prompts: Words(
         "info.prompts has each text, with its placeholders",
-        "generic_prompts in services/env/prompts.py makes them for any task.",
+        "mulligan.env.generic_prompts makes them for any task.",
     ),
     listing.tools: Words(
         "each tool has a name, and a JSON schema of an object as its parameters",
@@ -206,7 +206,7 @@ WORDS: dict[Any, Words] = {
     episodes.listed_tasks_start: Words("tasks that are listed can be started"),
     episodes.unknown_task: Words(
         "start raises UnknownTask for an id that is not one of its tasks",
-        "from mulligan.env.base import UnknownTask; look the id up before anything else.",
+        "from mulligan.env import UnknownTask; look the id up before anything else.",
     ),
     episodes.second_attempt: Words("a task begins with the same observation each time", _SEED),
     episodes.side_by_side: Words("episodes side by side do not disturb each other", _STATE),

@@ -6,13 +6,12 @@ Every checker is a function of (source, path), so that each is also shown to not
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
+
+from tests.support.imports import modules_after
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("env", "policy", "memory", "trainer")
@@ -31,6 +30,7 @@ TORCH_FOLDERS = (
     "services/policy/backends",
     "services/policy/huggingface",
     "services/env/encoders",
+    "services/testing",
     "models",
 )
 
@@ -66,7 +66,8 @@ def within(module: str, *packages: str) -> bool:
 
 def wire_violations(source: str, path: PurePosixPath) -> list[str]:
     """Rule 1: gRPC and protobuf are known at the edge of a service alone."""
-    at_the_edge = path.name in WIRE_FILES or path.is_relative_to("services/conformance")
+    outside = any(path.is_relative_to(f"services/{name}") for name in ("conformance", "testing"))
+    at_the_edge = path.name in WIRE_FILES or outside
     if at_the_edge or (path.parent.name == "common" and path.name in WIRE_COMMON):
         return []
     return [
@@ -156,20 +157,6 @@ def test_importing_a_module_brings_none_of(module: str, packages: tuple[str, ...
     loaded = modules_after(f"import {module}")
     assert module in loaded
     assert [name for name in loaded if within(name, *packages)] == []
-
-
-def modules_after(statement: str) -> list[str]:
-    """Names of all modules that are loaded once a fresh interpreter has run the statement."""
-    result = subprocess.run(
-        [sys.executable, "-c", f"{statement}\nimport sys\nprint(*sorted(sys.modules))"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split()
 
 
 def test_transitive_imports_are_seen() -> None:

@@ -19,8 +19,7 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 
-from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
-from mulligan.env.prompts import generic_prompts
+from mulligan.env import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, generic_prompts, read_settings
 
 
 # CHANGE: what a server's configuration can set. A ValueError stops the server and is shown to whoever started it.

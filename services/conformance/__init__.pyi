@@ -1,0 +1,1 @@
+from .local import check_environment as check_environment

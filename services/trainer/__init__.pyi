@@ -1,0 +1,9 @@
+from .client import LearnersClient as LearnersClient
+from .client import RunClient as RunClient
+from .client import RunInfo as RunInfo
+from .events import Entry as Entry
+from .events import EvaluationEvent as EvaluationEvent
+from .events import NoticeEvent as NoticeEvent
+from .events import StepEvent as StepEvent
+from .folder import RunState as RunState
+from .settings import RunSettings as RunSettings
