@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import structlog
 import typer
@@ -14,7 +16,7 @@ from mulligan.cli.evaluate import evaluate
 from mulligan.cli.experiences import experiences
 from mulligan.cli.learners import learners
 from mulligan.cli.memory import memory
-from mulligan.cli.out import fail
+from mulligan.cli.out import fail, show
 from mulligan.cli.policy import policy
 from mulligan.cli.runs import runs
 from mulligan.cli.stop import resume, stop
@@ -27,7 +29,6 @@ app = typer.Typer(
     name="mulligan",
     help="Language agents that learn by experience: four gRPC services and the loop that trains on them.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
@@ -41,11 +42,30 @@ app.add_typer(memory, name="memory")
 app.add_typer(policy, name="policy")
 
 
+def _print_version(asked: bool) -> None:
+    if not asked:
+        return
+    try:
+        show(f"mulligan {version('mulligan')}")
+    except PackageNotFoundError:
+        fail("mulligan is not installed here, so its version is not known: pip install -e .", 2)
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 def run_app() -> None:
     """Errors of the operating system, and packages that are not installed, are one sentence and status 2."""
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for results
     try:
-        app()
+        app(prog_name="mulligan")  # also where it was called as a module: completion is for this name
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mulligan"):
             raise

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, admin_token, endpoint
-from mulligan.cli.out import fail, line, show
+from mulligan.cli.out import Heartbeat, fail, line, show
 from mulligan.conformance.report import Report, Result, Verdict
 from mulligan.conformance.target import Target, Unreachable
 
@@ -190,9 +190,11 @@ def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bo
     def tell(result: Result) -> None:
         if not as_json and not (quiet and result.verdict is not Verdict.VIOLATED):
             print_result(result, group)
+            heartbeat.said()
 
     try:
-        report = asyncio.run(main(tell))
+        with Heartbeat(lambda: "checking") as heartbeat:
+            report = asyncio.run(main(tell))
     except Unreachable as error:
         fail(error, 2)
     except KeyboardInterrupt:

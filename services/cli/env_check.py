@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mulligan.cli.conformance import MARKS
-from mulligan.cli.out import fail, line
+from mulligan.cli.out import Heartbeat, fail, line
 from mulligan.cli.overrides import read_overrides
 from mulligan.common.extras import how_to_install
 from mulligan.conformance.report import Report, Result, Verdict
@@ -37,23 +37,29 @@ def check(
     except ImportError as error:
         fail(f"{error}: {how_to_install('env')}", 2)
     settings = read_overrides(override or [])
+
+    def tell(result: Result) -> None:
+        _print_result(result)
+        heartbeat.said()
+
     try:
-        report = check_environment(
-            kind,
-            settings,
-            actions=actions,
-            known=tuple(action or ()),
-            seed=seed,
-            step_seconds=step_seconds,
-            on_result=_tell,
-        )
+        with Heartbeat(lambda: f"checking {kind}") as heartbeat:
+            report = check_environment(
+                kind,
+                settings,
+                actions=actions,
+                known=tuple(action or ()),
+                seed=seed,
+                step_seconds=step_seconds,
+                on_result=tell,
+            )
     except ValueError as error:
         fail(error, 2)
     _summary(report)
     sys.exit(0 if report.conforms else 1)
 
 
-def _tell(result: Result) -> None:
+def _print_result(result: Result) -> None:
     line(MARKS[result.verdict], " ", result.title)
     if result.verdict is Verdict.NOT_APPLICABLE:
         line("    ", (result.why, "dim"))

@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import NoReturn
 
 from rich.cells import cell_len
@@ -20,7 +21,9 @@ from rich.text import Text
 _PIPE_WIDTH = 100_000  # lines of a pipe are not folded
 _FOLDED = 8  # columns; what a cell that may be folded needs at least
 _GAP = 2
-_LINE_SECONDS = 15.0  # between lines where there is no terminal
+# Of lines where there is no terminal: how soon the first comes, and how far apart the others are.
+FIRST_SECONDS = 2.0
+EVERY_SECONDS = 15.0
 _JOINERS = "\u200c\u200d"  # invisible, and part of words and of emoji
 Styled = str | tuple[str, str]  # a text, or a text with a style of rich
 
@@ -84,31 +87,67 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Seque
     output.print(shown, soft_wrap=False, crop=False)
 
 
+class Heartbeat:
+    """Shows in a pipe that a command goes on: a line on stderr when nothing was said for a while. A context manager.
+
+    The first line comes after `first` seconds, each further one after `every` seconds. A line is `text()` and the
+    seconds since the block began.
+    """
+
+    def __init__(self, text: Callable[[], str], *, first: float = FIRST_SECONDS, every: float = EVERY_SECONDS):
+        self._text = text
+        self._first = first
+        self._every = every
+        self._began = time.monotonic()
+        self._changed = threading.Condition()
+        self._said = False
+        self._done = False
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def said(self) -> None:
+        """Call it after each other line: the next one of the heartbeat comes after `every` seconds."""
+        with self._changed:
+            self._said = True
+            self._changed.notify()
+
+    def __enter__(self) -> Heartbeat:
+        self._began = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._done = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _beat(self) -> None:
+        seconds = self._first
+        with self._changed:
+            while not self._done:
+                self._said = False
+                self._changed.wait_for(lambda: self._said or self._done, seconds)
+                seconds = self._every
+                if not (self._said or self._done):
+                    note(f"{self._text()} … {time.monotonic() - self._began:.0f} s")
+
+
 @contextmanager
 def working(text: str) -> Iterator[None]:
     """Says on stderr that something takes its time: live on a terminal, else in a line now and then."""
     output = console(err=True)
-    began = time.monotonic()
-    done = threading.Event()
     if not output.is_terminal:
-
-        def tell() -> None:
-            note(f"{text} …")
-            while not done.wait(_LINE_SECONDS):
-                note(f"{text} … {time.monotonic() - began:.0f} s")
-
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
-        try:
+        note(f"{text} …")
+        with Heartbeat(lambda: text, first=EVERY_SECONDS):
             yield
-        finally:
-            done.set()
-            teller.join()
         return
+    began = time.monotonic()
 
-    class Clock:
+    class Elapsed:
         def __rich__(self) -> Text:
             return Text(f"{safe(text)} … {time.monotonic() - began:.0f} s")
 
-    with output.status(Clock()):
+    with output.status(Elapsed()):
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from datetime import timedelta
 from types import TracebackType
 
@@ -11,46 +12,82 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeE
 from rich.table import Column
 from rich.text import Text
 
-from mulligan.cli.out import console, note, safe
+from mulligan.cli.out import EVERY_SECONDS, FIRST_SECONDS, Heartbeat, console, safe
 from mulligan.trainer.client import RunInfo
 from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
 from mulligan.trainer.folder import RunState
 
 _BAR_WIDTH = 110  # columns of a terminal that has room for a bar
-_LINE_SECONDS = 5.0  # between lines where there is no terminal
+_EVALUATION_SECONDS = 5.0  # between lines of `mulligan eval` where there is no terminal
 
 
-async def show(run: RunInfo, entries: AsyncIterator[Entry]) -> StateEvent | None:
-    """Prints events until the run ends; returns its last state. On a terminal, with a live line: step, first- and
-    second-attempt success, reflections, tokens per second, time left."""
-    total = run.settings.steps
-    seconds: list[float] = []
+class _Position:
+    """How far a run is, by the events seen so far."""
+
+    def __init__(self, run: RunInfo):
+        self.total = run.settings.steps
+        self._seconds: list[float] = []
+        self._step = 0
+        self._evaluated = False
+
+    def step(self, step: int, seconds: float) -> timedelta:
+        """The time that is left after this step."""
+        self._step = step + 1
+        self._seconds.append(seconds)
+        recent = self._seconds[-20:]
+        return timedelta(seconds=round(sum(recent) / len(recent) * (self.total - self._step)))
+
+    def evaluated(self) -> None:
+        self._evaluated = True
+
+    def __str__(self) -> str:
+        """What the run does now."""
+        if self._step == 0 and not self._evaluated:
+            return "creating the learner, then evaluating the policy before training"
+        if self._step == self.total:
+            return "evaluating the policy after training"
+        return f"working on step {self._step + 1}/{self.total}"
+
+
+async def show(
+    run: RunInfo, entries: AsyncIterator[Entry], *, first: float = FIRST_SECONDS, every: float = EVERY_SECONDS
+) -> StateEvent | None:
+    """Prints events until the run ends; returns its last state.
+
+    On a terminal, with a live line: step, first- and second-attempt success, reflections, tokens per second, time left.
+    Elsewhere a line on stderr says what the run does when nothing happened for `first` and then `every` seconds.
+    """
+    position = _Position(run)
+    total = position.total
     state: StateEvent | None = None
     terminal = console()
     whole_line = "{task.description}  left {task.fields[left]}  {task.fields[text]}"
     columns: list[ProgressColumn] = [
         TextColumn(whole_line, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
     ]
-    columns += [BarColumn(24), TimeElapsedColumn()] if terminal.width >= _BAR_WIDTH else []
+    columns += [BarColumn(24)] if terminal.width >= _BAR_WIDTH else []
+    columns.append(TimeElapsedColumn())
     bar = Progress(*columns, console=terminal, transient=True)
+    heartbeat = Heartbeat(lambda: f"run {run.run_id}: {position}", first=first, every=every)
 
     def show_line(text: str) -> None:
         bar.console.print(Text(safe(text)), soft_wrap=True)
+        heartbeat.said()
 
-    live = bar.add_task(f"step 0/{total}", total=total, text="", left="?")
-    with bar:
+    live = bar.add_task(f"step 0/{total}", total=total, text=str(position), left="?")
+    with nullcontext() if terminal.is_terminal else heartbeat, bar:
         async for entry in entries:
             match entry.event:
                 case StepEvent(step, metrics):
-                    seconds.append(metrics["seconds"])
-                    recent = seconds[-20:]
-                    left = timedelta(seconds=round(sum(recent) / len(recent) * (total - step - 1)))
+                    left = position.step(step, metrics["seconds"])
                     text = step_text(metrics)
                     done = f"step {step + 1}/{total}"
                     bar.update(live, completed=step + 1, description=done, text=text, left=left)
                     if not terminal.is_terminal or (step + 1) % 10 == 0:
                         show_line(f"step {step + 1:4}/{total}  {text}  left {left}")
                 case EvaluationEvent():
+                    position.evaluated()
+                    bar.update(live, text=str(position))
                     show_line(evaluation_text(entry.event))
                 case NoticeEvent(text):
                     show_line(f"note: {text}")
@@ -65,29 +102,32 @@ class EvaluationDisplay:
     """Tells on stderr how far an evaluation is, and its result so far: live on a terminal, else in a line every few
     seconds. A context manager."""
 
-    def __init__(self, name: str):
-        self._bar = Progress(TextColumn("{task.description}", markup=False), console=console(err=True), transient=True)
-        self._live = self._bar.add_task(f"evaluating {safe(name)} …")
-        self._began = self._told = time.monotonic()
+    def __init__(self, name: str, *, first: float = FIRST_SECONDS, every: float = _EVALUATION_SECONDS):
+        self._text = f"evaluating {name}"
+        self._began = time.monotonic()
+        output = console(err=True)
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=output, transient=True
+        )
+        self._live = self._bar.add_task(f"{safe(self._text)} …")
+        self._shown: Progress | Heartbeat = (
+            self._bar if output.is_terminal else Heartbeat(lambda: self._text, first=first, every=every)
+        )
 
     def __enter__(self) -> EvaluationDisplay:
-        self._bar.__enter__()
+        self._shown.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.__exit__(kind, error, trace)
+        self._shown.__exit__(kind, error, trace)
 
     def update(self, ended: int, total: int, success: float | None) -> None:
-        now = time.monotonic()
-        left = timedelta(seconds=round((now - self._began) / ended * (total - ended))) if ended else "?"
+        left = timedelta(seconds=round((time.monotonic() - self._began) / ended * (total - ended))) if ended else "?"
         so_far = "" if success is None else f"  success so far {success:.2f}"
-        text = f"{ended}/{total} attempts{so_far}  left {left}"
-        self._bar.update(self._live, description=text)
-        if not self._bar.console.is_terminal and now - self._told > _LINE_SECONDS:
-            self._told = now
-            note(text)
+        self._text = f"{ended}/{total} attempts{so_far}  left {left}"
+        self._bar.update(self._live, description=safe(self._text))
 
 
 def step_text(metrics: dict[str, float]) -> str:

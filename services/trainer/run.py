@@ -150,6 +150,7 @@ class Run:
         place = await self.environment.open()
         await self.environment.settle(place, self.notice, accept=self.accept_environment)
         self.accept_environment = False
+        log.info("creating the learner", run_id=self.run_id, model=self.settings.model.source)
         learner = await self.services.open_learner(self.run_id, self.settings)
         try:
             await self._train_with(learner, place)
@@ -255,6 +256,7 @@ class Run:
             return
         name = f"{self.run_id}-evaluation-{self.step}"
         settings = self.settings
+        log.info("evaluating", run_id=self.run_id, step=self.step, tasks=len(test_ids))
         attempts = await evaluate(
             algorithm.player, name, test_ids, settings.evaluation, settings.rollout, settings.seed
         )

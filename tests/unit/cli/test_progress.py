@@ -1,0 +1,88 @@
+"""What takes its time says in a pipe, too, that it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from itertools import count
+
+import pytest
+
+from mulligan.cli.out import Heartbeat, note
+from mulligan.cli.progress import EvaluationDisplay, show
+from mulligan.trainer.client import RunInfo
+from mulligan.trainer.events import Entry, EvaluationEvent, Event, StateEvent, StepEvent
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.settings import RunSettings
+
+SOON = 0.01  # seconds between lines
+METRICS = {"seconds": 1.0, "sample_seconds": 0.5, "sampled_tokens": 8.0, "excluded": 0.0, "reflections": 0.0}
+
+
+class Told:
+    """What was written to stderr. `until` returns when the text is there; the test's own limit ends it otherwise."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]):
+        self._capsys = capsys
+        self.lines: list[str] = []
+
+    def until(self, text: str) -> None:
+        while not any(text in line for line in self._new()):
+            time.sleep(SOON)
+
+    def _new(self) -> list[str]:
+        lines = self._capsys.readouterr().err.splitlines()
+        self.lines += lines
+        return lines
+
+
+def test_a_run_in_a_pipe_says_what_it_does_while_nothing_happens(capsys: pytest.CaptureFixture[str]) -> None:
+    told = Told(capsys)
+    evaluation = EvaluationEvent(0, 0.5, 0.5, 4, 0)
+    numbers = count(1)
+
+    def entry(event: Event) -> Entry:
+        return Entry(next(numbers), datetime.now(UTC), event)
+
+    async def entries() -> AsyncIterator[Entry]:
+        yield entry(StateEvent(RunState.RUNNING))
+        await asyncio.to_thread(
+            told.until, "run lake: creating the learner, then evaluating the policy before training …"
+        )
+        yield entry(evaluation)
+        for step in range(2):
+            await asyncio.to_thread(told.until, f"run lake: working on step {step + 1}/2 … 0 s")
+            yield entry(StepEvent(step, METRICS))
+        await asyncio.to_thread(told.until, "run lake: evaluating the policy after training …")
+        yield entry(evaluation)
+        yield entry(StateEvent(RunState.COMPLETED))
+
+    settings = RunSettings(environment="lake", steps=2)
+    run = RunInfo("lake", RunState.RUNNING, "", settings, 0, datetime.now(UTC), 0.0, "runs/lake")
+    state = asyncio.run(show(run, entries(), first=SOON, every=SOON))
+    assert state == StateEvent(RunState.COMPLETED)
+
+
+def test_an_evaluation_in_a_pipe_goes_on_before_its_first_attempt_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    told = Told(capsys)
+    with EvaluationDisplay("lake", first=SOON, every=SOON) as display:
+        told.until("evaluating lake … 0 s")
+        display.update(1, 4, 0.5)
+        told.until("1/4 attempts  success so far 0.50  left 0:00:0")
+
+
+def test_other_lines_put_off_the_next_of_a_heartbeat(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two hours pass without a line: other lines come before the first is due, and again and again."""
+    told = Told(capsys)
+    with Heartbeat(lambda: "goes on", first=3600.0, every=SOON) as heartbeat:
+        note("something else")
+        told.until("something else")
+        assert not any("goes on" in line for line in told.lines)
+        heartbeat.said()
+        told.until("goes on … 0 s")
+        told.until("goes on … ")
+    note("over")
+    told.until("over")
+    assert told.lines[-1] == "over"
