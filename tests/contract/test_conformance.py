@@ -26,7 +26,7 @@ from mulligan.testing.processes import Services
 from tests.support import faulty_env, faulty_env_calls, faulty_env_steps
 from tests.support.endpoint import MODELS, Asked, Reply, answer, delta, scripted, usage
 from tests.support.faulty_proxy import Fault, between, faults
-from tests.support.paths import ROOT
+from tests.support.paths import IMPORT_ROOTS, ROOT
 from tests.support.policy import serving
 
 DICE = Options(actions=40, known=("1", "3", "5", "6"))
@@ -42,7 +42,7 @@ def command(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], s
     process = subprocess.run(
         [sys.executable, "-m", "mulligan.cli", "conformance", *arguments, "--json"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")]), **environment},
+        env={**os.environ, "PYTHONPATH": IMPORT_ROOTS, **environment},
         capture_output=True,
         text=True,
         check=False,

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from mulligan.cli.app import app
 from mulligan.conformance.local import check_environment
 from mulligan.conformance.report import Report, Verdict
-from tests.support.paths import ROOT
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
 KIND = "tests.support.dice"
 GUESSES = ("1", "3", "5", "6")
@@ -102,7 +102,7 @@ def test_a_module_of_the_current_folder_is_found(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "mulligan.cli", *arguments],
         cwd=tmp_path,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"},
+        env={"PYTHONPATH": IMPORT_ROOTS},
         capture_output=True,
         text=True,
         check=False,

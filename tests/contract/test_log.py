@@ -23,7 +23,7 @@ from mulligan.common.logs import LINE_LIMIT, VALUE_LIMIT
 from mulligan.env.client import EnvClient
 from mulligan.testing.processes import Services
 from tests.support.environments import __name__ as environments
-from tests.support.paths import ROOT
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
 AWKWARD = {"awkward": {"kind": environments}}
 
@@ -96,9 +96,8 @@ def test_no_log_at_all(stderr: Callable[[], dict[str, Any]]) -> None:
     """From the beginning, so that the address is not told either."""
     port = free_ports()["env"]
     command = [sys.executable, "-m", "mulligan.env", "--port", str(port), "--environments", json.dumps(AWKWARD)]
-    roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     options = stderr()
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": roots}, **options)
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": IMPORT_ROOTS}, **options)
     try:
         asyncio.run(play(f"127.0.0.1:{port}", "unseen"))
         assert process.poll() is None

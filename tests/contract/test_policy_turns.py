@@ -12,9 +12,10 @@ import pytest
 from mulligan.common.errors import DomainError
 from mulligan.common.inference import Message, Role, SamplingParams, StopReason
 from mulligan.policy.policies import CannotServe
+from tests.support.paths import ROOT
 from tests.support.policy import serving
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "embedded"
+EMBEDDED = ROOT / "models" / "embedded"
 END = 1  # <|end|>
 BOARD = [Message(Role.SYSTEM, "Play."), Message(Role.USER, "A D D\nD C D\nD D B")]
 

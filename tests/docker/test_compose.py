@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mulligan.testing.compose import missing_compose
 from tests.support.found import require_docker
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 OURS = ("env", "policy", "memory", "trainer")
 FILES = ("compose.yaml", "compose.gpu.yaml", "compose.scale.yaml")
 

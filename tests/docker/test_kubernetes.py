@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -17,8 +16,8 @@ from mulligan.env.config import EnvSettings
 from mulligan.memory.config import MemorySettings
 from mulligan.policy.config import PolicySettings
 from mulligan.trainer.config import TrainerSettings
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docker" / "kubernetes"
 KUSTOMIZATION: dict[str, Any] = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())
 MANIFESTS: list[dict[str, Any]] = [

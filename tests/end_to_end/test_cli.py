@@ -18,7 +18,7 @@ from mulligan.cli.app import app
 from mulligan.testing.processes import Services
 from mulligan.trainer.journal import journaled_steps, read_experiences
 from tests.support.llama_model import write_llama_model
-from tests.support.paths import ROOT
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
 TINY = [
     *("--set", "steps=3", "--set", "rollout.tasks_per_step=4", "--set", "rollout.rollouts_per_task=2"),
@@ -28,11 +28,10 @@ TINY = [
 
 
 def mulligan(*arguments: str) -> subprocess.Popen[str]:
-    roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     return subprocess.Popen(
         [sys.executable, "-m", "mulligan.cli", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": roots, "COLUMNS": "160"},
+        env={**os.environ, "PYTHONPATH": IMPORT_ROOTS, "COLUMNS": "160"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

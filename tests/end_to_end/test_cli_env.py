@@ -14,9 +14,8 @@ from typer.testing import CliRunner, Result
 from mulligan.cli.app import app
 from mulligan.common.extras import how_to_install
 from mulligan.testing.processes import ServiceProcess, Services
-from tests.support.paths import ROOT
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
-ROOTS = os.pathsep.join([str(ROOT), str(ROOT / "src")])
 TWO = "tests.support.two_players"
 
 
@@ -26,7 +25,7 @@ def run(*arguments: str, typed: str = "") -> Result:
 
 def there(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """A process of its own in that folder, which finds the installed distribution and nothing else of the tests."""
-    environment = {**os.environ, "PYTHONPATH": ROOTS, "COLUMNS": "160"}
+    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS, "COLUMNS": "160"}
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -198,7 +197,7 @@ def test_an_interrupt_ends_it_cleanly(server: ServiceProcess, target: bool) -> N
     playing = subprocess.Popen(
         [sys.executable, "-m", "mulligan.cli", "env", "play", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": ROOTS},
+        env={**os.environ, "PYTHONPATH": IMPORT_ROOTS},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -230,7 +229,7 @@ for name, environment in EnvSettings().create_environments().items():
 """
     listed = subprocess.run(
         [sys.executable, "-S", "-c", code],
-        env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join([ROOTS, str(tmp_path)])},
+        env={"PATH": os.defpath, "PYTHONPATH": os.pathsep.join([IMPORT_ROOTS, str(tmp_path)])},
         capture_output=True,
         text=True,
         check=False,

@@ -27,11 +27,10 @@ from mulligan.common.types import Provenance
 from mulligan.memory.client import MemoryClient
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import Services
-from tests.support.paths import ROOT
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
 RUN = "a-run-with-a-long-name-that-a-table-would-cut-20261126-012345"
 HOSTILE = "\x1b[2J[/INST] [bold]rule[/bold] [red]A is \u202egoal\r:smile: \x07"
-ROOTS = os.pathsep.join([str(ROOT), str(ROOT / "src")])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,9 @@ def reflections(loop: Loop) -> list[str]:
 
 def addresses(loop: Loop) -> dict[str, str]:
     found = {"TRAINER": loop.trainer.address, "MEMORY": loop.memory.address, "POLICY": loop.policy.address}
-    return {**os.environ, "PYTHONPATH": ROOTS} | {f"MULLIGAN_CLI_{name}": address for name, address in found.items()}
+    return {**os.environ, "PYTHONPATH": IMPORT_ROOTS} | {
+        f"MULLIGAN_CLI_{name}": address for name, address in found.items()
+    }
 
 
 def piped(loop: Loop, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
@@ -221,7 +222,7 @@ def test_a_command_without_its_packages_says_what_installs_them(tmp_path: Path, 
     (tmp_path / f"{missing}.py").write_text(absent)
     ended = subprocess.run(
         [sys.executable, "-c", "from mulligan.cli.__main__ import main; main()", "runs"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), ROOTS])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), IMPORT_ROOTS])},
         capture_output=True,
         text=True,
         check=False,

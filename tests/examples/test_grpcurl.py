@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from mulligan.testing.loop import Loop
 from tests.support.examples import RUN_SECONDS
 from tests.support.made import buf
+from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy
 
-PAGE = Path(__file__).resolve().parents[2] / "examples" / "grpcurl.md"
+PAGE = ROOT / "examples" / "grpcurl.md"
 BLOCK = re.compile(r"^```sh ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -14,7 +14,8 @@ import pytest
 from mulligan.common.channel import Endpoint
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop
-from tests.support.examples import ROOT, RUN_SECONDS, modules
+from tests.support.examples import RUN_SECONDS, modules
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
 pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy
 
@@ -81,9 +82,8 @@ def test_another_language_calls_the_services(loop: Loop, addresses: dict[str, st
 
 
 async def test_a_model_is_swapped(loop: Loop, addresses: dict[str, str]) -> None:
-    roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     text = commands(MODEL).replace(".venv/bin/mulligan", f"{sys.executable} -m mulligan.cli")
-    output = paste(text, ROOT, addresses, PYTHONPATH=roots)
+    output = paste(text, ROOT, addresses, PYTHONPATH=IMPORT_ROOTS)
     assert "policy actor serves embedded already, as version " in output
     assert "attempts     100 (0 excluded)" in output
     assert "completed" in output

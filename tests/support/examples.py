@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.made import installed
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 RUN_SECONDS = 240.0
 BUILT = ("node_modules", "gen", "dist", "build", "go.sum")  # what a developer's checkout may hold
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def openenv_server(log: Path) -> Iterator[str]:
         process = subprocess.Popen(
             [python, "-m", "benchmarks.openenv.server"],
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])},
+            env={**os.environ, "PYTHONPATH": IMPORT_ROOTS},
             stdout=subprocess.PIPE,
             stderr=written,
         )

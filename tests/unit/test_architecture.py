@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pytest
 
 from tests.support.imports import modules_after
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("env", "policy", "memory", "trainer")
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60

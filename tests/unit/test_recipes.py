@@ -11,8 +11,9 @@ import pytest
 from mulligan.cli.train import read_settings
 from mulligan.env.config import EnvSettings
 from mulligan.trainer.settings import RunSettings, SecondAttempt
+from tests.support.paths import ROOT
 
-FOLDER = Path(__file__).resolve().parents[2] / "recipes"
+FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.glob("*.toml"))
 PAPER = FOLDER / "frozenlake-paper.toml"
 # Published tasks: turns of an attempt, and tokens of a response, which are those of all its turns.

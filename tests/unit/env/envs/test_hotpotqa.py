@@ -17,8 +17,7 @@ from mulligan.env.base import Split, StepResult, UnknownTask
 from mulligan.env.envs import hotpotqa_world
 from mulligan.env.envs.hotpotqa import NOTHING_FOUND, SEARCH, HotpotQa, HotpotQaEpisode, HotpotQaSettings, create
 from mulligan.env.search import Bm25
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
 
 class Asked:
@@ -199,7 +198,7 @@ def test_the_world_is_the_same_everywhere(tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "mulligan.env.envs.hotpotqa_world", str(tmp_path / "there")],
         cwd=ROOT,
-        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
+        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": IMPORT_ROOTS},
         check=True,
     )
     digest = hashlib.sha256()

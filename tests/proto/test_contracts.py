@@ -12,8 +12,8 @@ import pytest
 
 from mulligan.common.errors import Code, DomainError, Reason
 from tests.support.made import buf
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GENERATE = ROOT / "proto" / "generate.py"
 CONTRACTS = sorted((ROOT / "proto" / "mulligan").rglob("*.proto"))
 

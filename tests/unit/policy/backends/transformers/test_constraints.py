@@ -25,7 +25,7 @@ from mulligan.policy.backends.transformers.constraints import Constraints
 from mulligan.policy.config import ModelSettings
 from mulligan.policy.huggingface.tokenizer import Tokenizer
 from tests.support.llama_model import write_llama_model
-from tests.unit.test_engine import SHORT, request, running
+from tests.unit.policy.backends.transformers.test_engine import SHORT, request, running
 
 REGEXES = (
     r"(Up|Down|Left|Right)(, (Up|Down))?",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from enum import StrEnum
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -32,8 +31,8 @@ from mulligan.trainer.settings import (
 )
 from mulligan.trainer.v1 import run_config_pb2
 from mulligan.trainer.wire import plain_from_proto, settings_from_proto, settings_to_proto
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 MESSAGES: dict[str, type[BaseModel]] = {
     "RunConfig": RunSettings,
     "ModelConfig": ModelSettings,

@@ -16,7 +16,7 @@ from mulligan import models
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backends.sglang.backend import open_backend
 from mulligan.policy.config import ModelSettings, SglangSettings
-from tests.support.paths import ROOT
+from tests.support.paths import IMPORT_ROOTS
 
 _SERVICE = """
 import asyncio, sys
@@ -73,7 +73,7 @@ async def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None
 def test_a_server_ends_with_the_service_that_started_it(tmp_path: Path) -> None:
     """However that ends."""
     python = _script(tmp_path, f"echo $$ > {tmp_path}/pid.new; mv {tmp_path}/pid.new {tmp_path}/pid; exec sleep 600")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS}
     command = [sys.executable, "-c", _SERVICE, python, str(tmp_path)]
     service = subprocess.Popen(command, env=environment)
     try:

@@ -21,7 +21,7 @@ from mulligan.policy.canary import Trial, check_probes, greatest_difference, tol
 from mulligan.policy.gate import Gate
 from mulligan.policy.huggingface.compare import alike, alike_original
 from mulligan.policy.versions import Record
-from tests.unit.test_versions import record_of
+from tests.unit.policy.test_versions import record_of
 
 PROBE = CanaryProbe((1, 2, 3), (-0.5, -1.0))
 MODEL = ModelInfo("m", "f", 8, 16, (), False, False, "float32", frozenset(Feature))

@@ -18,8 +18,8 @@ from mulligan.env.config import EnvSettings
 from mulligan.env.envs import frozenlake, hotpotqa, sokoban
 from mulligan.env.envs.sokoban_boards import Board
 from mulligan.env.envs.sokoban_levels import read_levels
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs/environments.md").read_text(), re.MULTILINE | re.DOTALL)
 BOXOBAN = """\
 ; 0

@@ -12,8 +12,8 @@ import pytest
 
 from mulligan.common.types import Split, StepResult
 from mulligan.env.envs.textarena import TextArena, TextArenaEpisode, create
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # Games that draw while they are made, begun and played, also from generators of their own and in global variables.
 DRAWING = {"Secretary-v0": "[continue]", "2048-v0": "[left]", "Sokoban-v0": "[up]", "ThreeCardMonte-v0": "[1]"}
 
@@ -90,12 +90,12 @@ def shown(id_: str) -> list[str]:
 
 
 def test_a_task_is_the_same_in_each_process() -> None:
-    code = f"from tests.unit.test_textarena import *; print([shown(id_) for id_ in {list(DRAWING)!r}])"
+    code = f"from tests.unit.env.envs.test_textarena import *; print([shown(id_) for id_ in {list(DRAWING)!r}])"
     outputs = [
         subprocess.run(
             [sys.executable, "-c", code],
             cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": IMPORT_ROOTS},
             capture_output=True,
             text=True,
             check=True,

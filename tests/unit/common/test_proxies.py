@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mulligan.common.proxies import hint, host_of, is_direct
 from mulligan.testing.processes import Services
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
 
 @pytest.mark.parametrize(
@@ -50,7 +48,7 @@ def test_a_service_on_loopback_answers_whatever_proxy_is_set(services: Services,
     """A health check and a command, each a process of its own. Nothing listens where the proxy is said to be."""
     address = services.start("env").address
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment |= {variable: "http://127.0.0.1:9", "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    environment |= {variable: "http://127.0.0.1:9", "PYTHONPATH": IMPORT_ROOTS}
     for command in (
         ["mulligan.common.healthcheck", address],
         ["mulligan.cli", "conformance", "env", "--target", address, "--only", "ListEnvironments"],

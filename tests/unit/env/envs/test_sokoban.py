@@ -4,7 +4,6 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +12,8 @@ from hypothesis import strategies as st
 from mulligan.env.base import Split, UnknownTask
 from mulligan.env.envs.sokoban import Sokoban, SokobanEpisode, SokobanSettings, create
 from mulligan.env.envs.sokoban_boards import LETTERS, Board, draw_board, solve
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 
 
@@ -191,7 +190,7 @@ def test_a_task_is_its_id_on_every_machine() -> None:
     elsewhere = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}"},
+        env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": IMPORT_ROOTS},
         capture_output=True,
         text=True,
         check=True,

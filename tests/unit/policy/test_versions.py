@@ -24,7 +24,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
 from mulligan.policy.versions import Record, VersionStore
-from tests.support.paths import ROOT
+from tests.support.paths import IMPORT_ROOTS, ROOT
 
 KEEP = 2
 PROBES = (CanaryProbe((1, 2, 3), (-0.5, -1.25)),)
@@ -268,7 +268,7 @@ TestVersions.settings = settings(
 _WRITER = """
 import hashlib, sys
 from pathlib import Path
-from tests.unit.test_versions import record_of, staged
+from tests.unit.policy.test_versions import record_of, staged
 from mulligan.policy.versions import VersionStore
 
 folder = Path(sys.argv[1])
@@ -299,7 +299,7 @@ def test_killed_at_any_moment_it_comes_back_whole(tmp_path: Path) -> None:
         process = subprocess.Popen(
             [sys.executable, "-c", _WRITER, str(tmp_path)],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])},
+            env=os.environ | {"PYTHONPATH": IMPORT_ROOTS},
             stdout=subprocess.PIPE,
             text=True,
         )

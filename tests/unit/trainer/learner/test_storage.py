@@ -26,9 +26,8 @@ from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA, PLAIN, many, sampled, server_settings, spec
+from tests.support.paths import IMPORT_ROOTS, ROOT
 from tests.support.tiny_model import write_tiny_model
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ RESUME = """
 import sys
 from pathlib import Path
 from tests.support.learning import FULL, LORA
-from tests.unit.test_learner_storage import learn, make, weights_digest
+from tests.unit.trainer.learner.test_storage import learn, make, weights_digest
 tiny, folder, kind = sys.argv[1:]
 learner = make(Path(tiny), Path(folder), LORA if kind == "lora" else FULL)
 learner.load_checkpoint("middle")
@@ -77,7 +76,7 @@ def test_a_resumed_learner_ends_bit_equal(tiny: Path, tmp_path: Path, lora: Lora
     learn(interrupted, range(3))
     interrupted.save_checkpoint("middle")
     command = [sys.executable, "-c", RESUME, str(tiny), str(tmp_path / "interrupted"), "lora" if lora else "full"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "src")])}
+    environment = os.environ | {"PYTHONPATH": IMPORT_ROOTS}
     resumed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.split()[-1] == weights_digest(straight) != weights_digest(interrupted)

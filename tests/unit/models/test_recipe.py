@@ -32,8 +32,7 @@ from mulligan.models.recipe.report import readme
 from mulligan.models.recipe.sampling import PAPER_VALIDATION, Sampling, attempt_all, reflection_text, turn_text
 from mulligan.models.recipe.sampling import Attempt as PlayedAttempt
 from mulligan.models.recipe.tokens import Writer
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from mulligan.trainer.learner import storage
 from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA
 from tests.support.tiny_model import write_tiny_model
-from tests.unit.test_learner_storage import learn, make, path_of, weights_digest
+from tests.unit.trainer.learner.test_storage import learn, make, path_of, weights_digest
 
 
 @pytest.fixture(scope="module")

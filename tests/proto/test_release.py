@@ -15,8 +15,8 @@ from google.protobuf import descriptor_pb2
 
 from mulligan.common.errors import DomainError, Reason
 from tests.support.made import buf
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PROTO = ROOT / "proto"
 RELEASED = PROTO / "released" / "v1.binpb"
 ENV = Path("mulligan/env/v1/env_service.proto")

@@ -21,7 +21,7 @@ from mulligan.trainer.folder import RunFolder, RunState
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import Run
 from tests.support.small_disk import SmallDisk
-from tests.unit.test_run import STEPS, World, sampled_parts
+from tests.unit.trainer.test_run import STEPS, World, sampled_parts
 
 PLENTY = 10**9
 

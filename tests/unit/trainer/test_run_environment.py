@@ -19,7 +19,7 @@ from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run_environment import EnvironmentChanged, KnownEnvironment
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
 from tests.support.fakes import FakeEnvironment, FakeEpisode
-from tests.unit.test_run import STEPS, World, sampled_parts
+from tests.unit.trainer.test_run import STEPS, World, sampled_parts
 
 
 class SeededEpisode(FakeEpisode):
