@@ -22,6 +22,7 @@ from mulligan.cli.report import draw_chart, result_lines
 from mulligan.cli.stop import AcceptEnvironment
 from mulligan.cli.train import read_settings
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.tasks import cancel
 from mulligan.trainer.client import RunClient, RunInfo
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.settings import RunSettings
@@ -110,9 +111,7 @@ async def _until_end_or_interrupt(
             )
         return True
     finally:
-        for task in (showing, *others):
-            task.cancel()
-        await asyncio.gather(showing, *others, return_exceptions=True)
+        await cancel(showing, *others)
 
 
 async def _report(client: RunClient, run: RunInfo) -> None:

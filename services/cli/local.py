@@ -18,6 +18,7 @@ from types import TracebackType
 import mulligan
 from mulligan.cli.connection import DEFAULT_ADDRESSES
 from mulligan.common.channel import is_healthy
+from mulligan.common.tasks import cancel, gather_or_cancel
 
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
@@ -114,7 +115,7 @@ class LocalServices:
         for process in self._processes.values():
             process.start()
         try:
-            await asyncio.gather(*(self._wait_until_healthy(process) for process in self._processes.values()))
+            await gather_or_cancel(self._wait_until_healthy(process) for process in self._processes.values())
         except BaseException:
             await self._end()
             raise
@@ -161,9 +162,7 @@ class LocalServices:
 
     async def _end(self) -> None:
         """SIGTERM, trainer first, so that it finishes its step while the others still serve; SIGKILL at last."""
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            await asyncio.gather(self._supervisor, return_exceptions=True)
+        await cancel(self._supervisor)
         for name in reversed(self._processes):
             process = self._processes[name].process
             if process is None or process.poll() is not None:

@@ -1,9 +1,12 @@
-"""Files that other processes read, and that must survive a crash of the machine."""
+"""Files that are whole or absent, also after a crash of the machine."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -23,7 +26,7 @@ def sync(path: Path) -> None:
 
 
 def append(descriptor: int, data: bytes) -> None:
-    """All or nothing: what a failed write has left is cut off again. Raises OSError."""
+    """Writes all or nothing: after a failed write the file is cut to its old size. Raises OSError."""
     end = os.fstat(descriptor).st_size
     try:
         rest = memoryview(data)
@@ -35,17 +38,29 @@ def append(descriptor: int, data: bytes) -> None:
 
 
 def replace(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Writes a file in one rename, past the disk's cache; on a failure the old one stays. Raises OSError."""
-    beside = path.with_name(f"{path.name}.new")
-    try:
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    """Writes a file in one rename. On a failure the old file stays. Raises OSError."""
+    with temporary_file(path.parent, mode) as temporary:
+        descriptor = os.open(temporary, os.O_WRONLY)
         try:
             append(descriptor, content)
-            os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+        move(temporary, path)
+
+
+@contextmanager
+def temporary_file(folder: Path, mode: int = 0o644) -> Iterator[Path]:
+    """A new, empty file in `folder`. It is removed at the end of the block unless it was moved. Raises OSError."""
+    path = folder / f".writing-{secrets.token_hex(8)}"
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a file within one file system and waits until content and name are on the disk. Raises OSError."""
+    sync(source)
+    source.replace(target)
+    sync(target.parent)

@@ -16,6 +16,7 @@ import structlog
 
 from mulligan.common.addresses import Addresses
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.tasks import Broadcast, cancel
 
 log = structlog.get_logger()
 _NOT_ASKED = "not asked yet"
@@ -68,7 +69,7 @@ class Replicas(Generic[C]):
         self._notice = notice or (lambda text: None)
         self._known: dict[str, Replica[C]] = {}  # all that ever were: an episode may still be at one that left
         self._present: dict[str, Replica[C]] = {}
-        self._changed = asyncio.Event()  # replaced by another with each change
+        self._changed = Broadcast()
         self._look_up_now = asyncio.Event()
         self._no_address = ""
         self._starting: asyncio.Task[None] | None = None
@@ -119,25 +120,18 @@ class Replicas(Generic[C]):
         """Ends the checks of a server that are under way."""
         task = replica.checking
         replica.checking = None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await cancel(task)
 
     def wake(self) -> None:
         """Something changed that `change` waits for."""
-        self._changed.set()
-        self._changed = asyncio.Event()
+        self._changed.wake_all()
 
     def tell(self, text: str, **facts: object) -> None:
         log.warning(text, **facts)
         self._notice(" ".join([text, *(f"{name}={value}" for name, value in facts.items())]))
 
     async def close(self) -> None:
-        tasks = [self._starting, self._following, *(replica.checking for replica in self._known.values())]
-        running = [task for task in tasks if task is not None]
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        await cancel(self._starting, self._following, *(replica.checking for replica in self._known.values()))
         for replica in self._known.values():
             await replica.client.close()
 

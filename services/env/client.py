@@ -20,6 +20,7 @@ from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, invalid_field
 from mulligan.common.status import domain_error
 from mulligan.common.suggest import did_you_mean
+from mulligan.common.tasks import cancel
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
 from mulligan.env.keepalive import kept_alive
 from mulligan.env.v1 import env_service_pb2 as pb
@@ -214,9 +215,7 @@ class _StepQueue:
         return await item.future
 
     async def close(self) -> None:
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(*self._tasks)
 
     def _flush(self) -> None:
         self._flush_is_due = False

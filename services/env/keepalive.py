@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 import structlog
 
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.tasks import cancel
 
 log = structlog.get_logger()
 _CALLS_PER_LEASE = 3  # two may be lost or late
@@ -30,8 +31,7 @@ async def kept_alive(
         yield
     finally:
         if renewing is not None:
-            renewing.cancel()
-            await asyncio.gather(renewing, return_exceptions=True)
+            await cancel(renewing)
 
 
 async def _renew(episode_id: str, lease_seconds: float, repeat: Callable[[], Awaitable[None]]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
+from mulligan.common.tasks import cancel
 from mulligan.env.config import EnvSettings
 
 log = structlog.get_logger()
@@ -104,9 +105,7 @@ async def serve(settings: EnvSettings, arguments: Sequence[str]) -> None:
     telling = asyncio.create_task(_tell(children))
     await asyncio.wait([stopped, *keepers], return_when=asyncio.FIRST_COMPLETED)
     failures = [keeper.exception() for keeper in keepers if keeper.done()]
-    for task in (stopped, telling, *keepers):
-        task.cancel()
-    await asyncio.gather(stopped, telling, *keepers, return_exceptions=True)
+    await cancel(stopped, telling, *keepers)
     log.info("draining", processes=len(children), seconds=settings.drain_seconds)
     statuses = await asyncio.gather(*(child.end(settings.drain_seconds + _END_SECONDS) for child in children))
     for failure in failures:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import NoReturn, TypeVar
+
+from cachetools import LRUCache
 
 from mulligan.common.addresses import Addresses, by_rank
 from mulligan.common.channel import Endpoint, Waits
@@ -65,7 +66,7 @@ class EnvReplicas:
         )
         self._described: dict[str, EnvironmentInfo] = {}
         self._shown: dict[str, tuple[str, str]] = {}  # a task of each environment that is deterministic, and its start
-        self._homes: OrderedDict[str, Replica[_Server]] = OrderedDict()
+        self._homes: LRUCache[str, Replica[_Server]] = LRUCache(_MOST_REMEMBERED)
 
     async def list_environments(self) -> list[EnvironmentInfo]:
         """Raises DomainError when the servers offer different ones."""
@@ -167,9 +168,6 @@ class EnvReplicas:
 
     def _remember(self, episode_id: str, replica: Replica[_Server]) -> None:
         self._homes[episode_id] = replica
-        self._homes.move_to_end(episode_id)
-        if len(self._homes) > _MOST_REMEMBERED:
-            self._homes.popitem(last=False)
 
     def _abandon(self, episode_id: str, replicas: list[Replica[_Server]]) -> None:
         for replica in replicas:

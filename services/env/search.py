@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mulligan.common.files import move, temporary_file
 from mulligan.env.base import MissingExtra
 
 if TYPE_CHECKING:
@@ -145,13 +146,10 @@ class Dense:
         vectors = np.concatenate(batches) if batches else np.zeros((0, 1), np.float32)
         if place is not None:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(prefix=".making-", dir=place.parent, delete=False) as file:
-                try:
+            with temporary_file(place.parent) as temporary:
+                with temporary.open("wb") as file:
                     np.save(file, vectors, allow_pickle=False)
-                    os.replace(file.name, place)
-                except BaseException:  # a full disk, say: nothing half-made stays
-                    os.unlink(file.name)
-                    raise
+                move(temporary, place)
         return cls(kept, vectors, encoder)
 
     def search(self, query: str, limit: int) -> Sequence[Hit]:

@@ -27,12 +27,13 @@ Deviations from the paper and its reference code:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from mulligan.common.inference import SamplingParams
 from mulligan.common.rewards import exceeds, reaches
+from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import (
     Attempt,
     DistilledTarget,
@@ -52,7 +53,6 @@ from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSe
 from mulligan.trainer.trainable import NotDistilled, counted, never_fits, trainable, with_usable_reward
 
 Part = TypeVar("Part", Attempt, Reflection)
-Result = TypeVar("Result")
 _MAX_MEMORY_BYTES = 2**20  # of AddReflectionRequest
 
 
@@ -99,7 +99,7 @@ class Erl:
             async with gate:
                 return await self.chain(step, slot, task_id, rollout, entries)
 
-        return await all_or_none(
+        return await gather_or_cancel(
             limited(slot, task_id, rollout)
             for slot, task_id in enumerate(task_ids)
             for rollout in range(self.settings.rollout.rollouts_per_task)
@@ -301,7 +301,7 @@ async def evaluate(
             on_end(attempt)
             return attempt
 
-    return await all_or_none(
+    return await gather_or_cancel(
         limited(slot, task_id, sample) for slot, task_id in enumerate(task_ids) for sample in range(settings.samples)
     )
 
@@ -323,14 +323,3 @@ def _without_gradient(datum: Datum) -> bool:
     if isinstance(datum.objective, PolicyGradient):
         return datum.objective.advantage == 0 or datum.weight == 0
     return datum.objective.target_weight == 0
-
-
-async def all_or_none(coroutines: Iterable[Coroutine[None, None, Result]]) -> list[Result]:
-    """All results in order; at the first failure the others are cancelled and the failure is raised as it is."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

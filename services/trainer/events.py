@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +13,7 @@ import msgspec
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError
 from mulligan.common.files import append
+from mulligan.common.tasks import Broadcast
 
 
 class StepEvent(msgspec.Struct, frozen=True, tag="step"):
@@ -64,14 +64,12 @@ class EventLog:
             if len(whole) < len(lines):
                 os.truncate(path, sum(map(len, whole)))
         self._written = len(self.entries)
-        self._changed = asyncio.Event()
+        self._changed = Broadcast()
 
     def add(self, event: Event) -> None:
         """Raises as `write` does, after whoever follows was told."""
         self.entries.append(Entry(len(self.entries) + 1, datetime.now(UTC), event))
-        changed = self._changed
-        self._changed = asyncio.Event()
-        changed.set()
+        self._changed.wake_all()
         self.write()
 
     def tell(self, event: Event) -> None:
@@ -97,13 +95,12 @@ class EventLog:
         """Every event after number `after`, then new ones as they come, until the run has `ended`."""
         index = after
         while True:
-            changed = self._changed
             while index < len(self.entries):
                 yield self.entries[index]
                 index += 1
             if ended():
                 return
-            await changed.wait()
+            await self._changed.wait()
 
     def steps(self) -> dict[int, StepEvent]:
         return {entry.event.step: entry.event for entry in self.entries if isinstance(entry.event, StepEvent)}

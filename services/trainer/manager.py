@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Callable
@@ -14,6 +13,8 @@ from pathlib import Path
 import structlog
 
 from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.file_lock import lock_file
+from mulligan.common.tasks import cancel
 from mulligan.common.types import Attempt, Split
 from mulligan.trainer.algorithm import evaluate
 from mulligan.trainer.episode import Player
@@ -44,9 +45,8 @@ class RunManager:
         self._active_id = ""
         self._busy_with = ""  # a run that is looked at, though it is not trained
         self._draining = False
-        self._lock = (folder / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock_file(folder / ".lock")
         except BlockingIOError:
             raise OSError(f"runs_folder: {folder} is in use by another trainer") from None
 
@@ -141,9 +141,7 @@ class RunManager:
         self._lock.close()
 
     async def _cancel(self) -> None:
-        if self._active is not None:
-            self._active.cancel()
-            await asyncio.gather(self._active, return_exceptions=True)
+        await cancel(self._active)
 
     async def publish(self, run_id: str) -> None:
         """Makes the run's actor serve its last checkpoint. Raises CHECKPOINT_NOT_FOUND, LEARNER_OWNED, and what keeps a

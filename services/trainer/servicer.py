@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable, invalid_field
+from mulligan.common.tasks import cancel
 from mulligan.common.wire import experience_to_proto
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
@@ -102,8 +103,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
             state.result.CopyFrom(evaluation.result())
             yield state
         finally:
-            evaluation.cancel()
-            await asyncio.gather(evaluation, return_exceptions=True)
+            await cancel(evaluation)
 
     async def _evaluate(
         self, request: pb.EvaluateRequest, tell: Callable[[EvaluationProgress], None] = lambda progress: None

@@ -22,9 +22,10 @@ import resource
 import signal
 import sys
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TextIO
+
+from cachetools import LRUCache
 
 from mulligan.env.envs.reasoning_gym_pool import SIZE
 
@@ -56,8 +57,8 @@ class Datasets:
         self._factory = factory
         self._numpy = np
         self._settings = settings
-        self._made: OrderedDict[tuple[str, int], Any] = OrderedDict()
-        self._entries: OrderedDict[tuple[str, int, int], dict[str, Any]] = OrderedDict()
+        self._made: LRUCache[tuple[str, int], Any] = LRUCache(_KEPT)
+        self._entries: LRUCache[tuple[str, int, int], dict[str, Any]] = LRUCache(_KEPT)
 
     def check(self, name: str) -> None:
         """Raises what the dataset raises at its settings."""
@@ -73,8 +74,6 @@ class Datasets:
             dataset = self._dataset(name, seed)
             self._seed_globals(name, seed, index)  # some generators draw from these
             self._entries[key] = dataset[index]
-            if len(self._entries) > _KEPT:
-                self._entries.popitem(last=False)
         return self._entries[key]
 
     def score(self, name: str, seed: int, index: int, answer: str) -> float:
@@ -107,8 +106,6 @@ class Datasets:
             self._seed_globals(name, seed, 0)
             settings = self._settings.get(name, {})
             self._made[name, seed] = self._factory.create_dataset(name, **settings, seed=seed, size=SIZE)
-            if len(self._made) > _KEPT:
-                self._made.popitem(last=False)
         return self._made[name, seed]
 
     def _seed_globals(self, name: str, seed: int, index: int) -> None:

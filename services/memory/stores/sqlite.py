@@ -9,7 +9,6 @@ survive only the former, and saves nothing that one write per experience could n
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import IO, Any, TypeVar
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.file_lock import lock_file
 from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
 from mulligan.memory.store import Added, Found, Page, Snapshot, StoreError, reflection_id
 
@@ -161,19 +161,15 @@ def _transact(db: sqlite3.Connection, folder: Path, calls: list[Callable[[sqlite
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """Held as long as the process lives, and gone with it. Not on the database itself: SQLite's locks live there."""
+    """On a file beside the database: SQLite puts locks of its own on the database."""
     lock_path = path.with_name(path.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = lock_path.open("ab")
+        return lock_file(lock_path)
+    except BlockingIOError:
+        raise StoreError(f"database: {path} is in use by another process; a database has one server") from None
     except OSError as error:
         raise StoreError(f"database: cannot use {path}: {error}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise StoreError(f"database: {path} is in use by another process; a database has one server") from None
-    return file
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -7,14 +7,12 @@ wherever a crash falls. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason, invalid_field
-from mulligan.common.files import file_sha256, sync
+from mulligan.common.files import file_sha256, move, temporary_file
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MANIFEST = "manifest.json"
@@ -63,9 +61,7 @@ def save_checkpoint(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], sta
             manifest = json.dumps(content, indent=1, sort_keys=True).encode()
             with temporary_file(folder) as path:
                 path.write_bytes(manifest)
-                sync(path)
-                path.replace(folder / _MANIFEST)
-            sync(folder)
+                move(path, folder / _MANIFEST)
     finally:
         _sweep(folder)
     return hashlib.sha256(manifest).hexdigest()
@@ -73,9 +69,9 @@ def save_checkpoint(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], sta
 
 def _save_part(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     with temporary_file(folder) as path:
-        sha256 = write_tensors(tensors, path)
+        sha256 = _write_tensors(tensors, path)
         name = f"{part}-{sha256[:16]}.safetensors"
-        path.replace(folder / name)
+        move(path, folder / name)
     return {"file": name, "sha256": sha256}
 
 
@@ -148,9 +144,9 @@ def publish_file(tensors: Mapping[str, Tensor], path: Path) -> str:
     with writing_to(path.parent, sum(tensor.nbytes for tensor in tensors.values())):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_file(path.parent) as temporary:
-            sha256 = write_tensors(tensors, temporary)
-            temporary.replace(path)
-        sync(path.parent)
+            temporary.chmod(0o644)  # the policy service may run as another user
+            sha256 = _write_tensors(tensors, temporary)
+            move(temporary, path)
     return sha256
 
 
@@ -162,13 +158,10 @@ def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[st
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as temporary:
             write(Path(temporary))
             files = [Path(temporary, name) for name in names]
-            for file in files:
-                sync(file)
             sha256 = file_sha256(files[-1])
             path.mkdir(exist_ok=True)
             for file in files:
-                file.replace(path / file.name)
-        sync(path)
+                move(file, path / file.name)
     return sha256
 
 
@@ -184,21 +177,7 @@ def keep_published(folder: Path, stem: str, count: int, named: Collection[int]) 
             path.unlink(missing_ok=True)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Writes a safetensors file to the disk itself, past its cache. Returns its SHA-256."""
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
+    """Writes a safetensors file. Returns its SHA-256."""
     save_file(dict(tensors), path)
-    sync(path)
     return file_sha256(path)
-
-
-@contextlib.contextmanager
-def temporary_file(folder: Path) -> Iterator[Path]:
-    """A new file on the same file system; what is not renamed is removed."""
-    descriptor, name = tempfile.mkstemp(prefix=".writing-", dir=folder)
-    os.close(descriptor)
-    path = Path(name)
-    path.chmod(0o644)  # the policy service may run as another user
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)

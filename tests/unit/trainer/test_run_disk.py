@@ -74,7 +74,7 @@ def test_wherever_the_disk_is_full_a_run_waits_and_ends_as_if_it_had_not_been(
             await until(lambda: run.paused or training.done())
             for path in world.folder.journal.glob("*"):
                 assert whole_frames(path) == path.stat().st_size, "what found no room left nothing half-written"
-            assert not list(world.folder.path.glob("*.new"))
+            assert not list(world.folder.path.glob(".writing-*"))
             disk.room = room
         await asyncio.wait_for(training, 20)
 

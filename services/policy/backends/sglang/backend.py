@@ -22,6 +22,7 @@ import aiohttp
 
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.inference import Feature, StopReason
+from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
 from mulligan.policy.backends.sglang import requests
 from mulligan.policy.backends.sglang.connection import Connection, Refused, Unreachable
@@ -118,9 +119,9 @@ class SglangBackend:
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
         if not sequences:
             return Scored((), self.policy_version)
-        found = await asyncio.gather(*(self._score(ids, temperature, adapter) for ids in sequences))
+        found = await gather_or_cancel(self._score(ids, temperature, adapter) for ids in sequences)
         while len({version for version, _ in found}) > 1:  # the weights changed in between
-            found = await asyncio.gather(*(self._score(ids, temperature, adapter) for ids in sequences))
+            found = await gather_or_cancel(self._score(ids, temperature, adapter) for ids in sequences)
         return Scored(tuple(row for _, row in found), found[0][0])
 
     async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:

@@ -16,6 +16,7 @@ import aiohttp
 from mulligan.common.errors import DomainError
 from mulligan.common.inference import Feature, LoraLimits, SamplingParams
 from mulligan.common.model_files import UnsupportedModel
+from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Ask, ModelInfo
 from mulligan.policy.backends.sglang import requests
 from mulligan.policy.backends.sglang.connection import (
@@ -135,7 +136,7 @@ async def _describe(
     features = frozenset.intersection(*(server.features for server in servers))
     if fixed and Feature.LORA_WEIGHTS not in features:
         raise UnsupportedModel("adapters: the SGLang servers were not started with --enable-lora")
-    if Feature.SEED in features and not all(await asyncio.gather(*(_repeats(server) for server in servers))):
+    if Feature.SEED in features and not all(await gather_or_cancel(_repeats(server) for server in servers)):
         features -= {Feature.SEED}
     if settings.sglang.router:
         features -= {Feature.PRIORITY}  # its requests have none

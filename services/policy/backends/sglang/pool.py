@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from array import array
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
 import structlog
+from cachetools import LRUCache
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, VersionSpan
+from mulligan.common.tasks import Broadcast, cancel
 from mulligan.policy.backend import Admission
 from mulligan.policy.backends.sglang.connection import Refused, Unreachable
 from mulligan.policy.backends.sglang.folders import Target
@@ -55,8 +56,8 @@ class Pool:
         self._probe_seconds = probe_seconds
         self._wait_seconds = wait_seconds
         self._versions: dict[str, tuple[int, int]] = {}  # of each label: policy version, generation
-        self._places: OrderedDict[object, Server] = OrderedDict()
-        self._changed = asyncio.Event()  # replaced by another with each change
+        self._places: LRUCache[object, Server] = LRUCache(_KEPT_PLACES)
+        self._changed = Broadcast()
         self._held_back = False
         self._restoring: set[Server] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -67,9 +68,7 @@ class Pool:
             self.run(self._probe(server))
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(*self._tasks)
 
     def run(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -121,7 +120,7 @@ class Pool:
             server.in_flight -= 1
             target.running -= 1
             if target.running == 0:
-                self._wake()
+                self._changed.wake_all()
 
     async def _choose(self, key: object) -> Server:
         deadline = asyncio.get_running_loop().time() + self._wait_seconds
@@ -136,10 +135,6 @@ class Pool:
         if place is None or not place.serving or place.in_flight > 1.5 * least + _SLACK:
             place = min(serving, key=lambda server: server.in_flight)
             self._places[key] = place
-            if len(self._places) > _KEPT_PLACES:
-                self._places.popitem(last=False)
-        else:
-            self._places.move_to_end(key)
         return place
 
     def unavailable(self) -> DomainError:
@@ -156,7 +151,7 @@ class Pool:
             yield
         finally:
             self._held_back = False
-            self._wake()
+            self._changed.wake_all()
 
     async def finished(self, target: Target) -> None:
         """Returns when no request runs that was sent for this target."""
@@ -175,7 +170,7 @@ class Pool:
         server.serving = False
         server.problem = problem
         server.held = None
-        self._wake()
+        self._changed.wake_all()
         if server not in self._restoring:
             self._restoring.add(server)
             self.run(self._restore(server))
@@ -185,7 +180,7 @@ class Pool:
         server.serving = True
         server.problem = ""
         server.times_let_in += 1
-        self._wake()
+        self._changed.wake_all()
 
     async def load(self, server: Server, target: Target, *, checked: bool = True) -> None:
         """Whatever it holds now. Raises Unreachable, Refused."""
@@ -241,10 +236,6 @@ class Pool:
                 missed += 1
                 if missed >= _MISSED_PROBES:
                     self.take_out(server, str(error))
-
-    def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 def place_of(session_id: str, adapter: str, token_ids: Sequence[int]) -> object:

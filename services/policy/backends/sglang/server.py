@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, LoraLimits, ReplicaInfo
+from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Scored
 from mulligan.policy.backends.sglang import requests
 from mulligan.policy.backends.sglang.connection import Connection, Refused, Unreachable
@@ -193,7 +193,7 @@ class Server:
         if held is None:
             raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} holds no known weights")
         try:
-            rows = await asyncio.gather(*(self._score_one(ids, temperature, held) for ids in sequences))
+            rows = await gather_or_cancel(self._score_one(ids, temperature, held) for ids in sequences)
         except (Unreachable, Refused, requests.BadAnswer, requests.Aborted) as error:
             raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} cannot score: {error}") from error
         return Scored(tuple(rows), held.weights.policy_version)

@@ -1,0 +1,94 @@
+"""Tasks that are run, ended and woken together."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mulligan.common.tasks import Broadcast, cancel, gather_or_cancel
+
+
+class Failed(Exception):
+    pass
+
+
+async def returned(value: int) -> int:
+    await asyncio.sleep(0)
+    return value
+
+
+async def failing() -> int:
+    await asyncio.sleep(0)
+    raise Failed
+
+
+async def test_results_come_in_order() -> None:
+    assert await gather_or_cancel(returned(value) for value in (3, 1, 2)) == [3, 1, 2]
+    assert await gather_or_cancel([]) == []
+
+
+async def test_the_first_failure_ends_the_others_before_it_is_raised() -> None:
+    ended = []
+
+    async def endless() -> int:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            ended.append(True)
+        return 0
+
+    with pytest.raises(Failed):
+        await gather_or_cancel([endless(), failing(), endless()])
+    assert ended == [True, True]
+
+
+async def test_a_failure_keeps_its_cause() -> None:
+    cause = ValueError("why")
+
+    async def explained() -> int:
+        raise Failed from cause
+
+    with pytest.raises(Failed) as failure:
+        await gather_or_cancel([explained()])
+    assert failure.value.__cause__ is cause and failure.value.__context__ is None
+
+
+async def test_who_is_cancelled_ends_its_calls() -> None:
+    started = asyncio.Event()
+    ended = []
+
+    async def endless() -> int:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+        return 0
+
+    caller = asyncio.create_task(gather_or_cancel([endless(), endless()]))
+    await started.wait()
+    await asyncio.sleep(0)
+    await cancel(caller)
+    assert caller.cancelled() and ended == [True, True]
+
+
+async def test_cancel_waits_and_ignores_what_is_over_or_none() -> None:
+    over = asyncio.create_task(failing())
+    await asyncio.wait([over])
+    running = asyncio.create_task(returned(1))
+    await cancel(over, None, running)
+    assert running.cancelled() and isinstance(over.exception(), Failed)
+
+
+async def test_a_broadcast_wakes_those_that_wait_and_no_later_ones() -> None:
+    changed = Broadcast()
+    waiting = [asyncio.create_task(changed.wait()) for _ in range(3)]
+    await asyncio.sleep(0)
+    changed.wake_all()
+    late = asyncio.create_task(changed.wait())
+    await asyncio.gather(*waiting)
+    assert not late.done()
+    changed.wake_all()
+    await late
