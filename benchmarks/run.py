@@ -37,7 +37,7 @@ from mulligan.trainer.folder import RunFolder
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.local import LocalLearner
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from mulligan.trainer.run import Run, Services
+from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.settings import RunSettings
 
 WARM_UP = 1  # steps
@@ -45,12 +45,12 @@ ENVIRONMENT = "frozenlake-3x3"
 
 
 @dataclass(frozen=True)
-class Measured:
+class LoopRates:
     rollouts_per_second: float
     model_share: float | None = None
 
 
-async def over_services(services: LocalServices, settings: RunSettings, run_id: str) -> Measured:
+async def over_services(services: LocalServices, settings: RunSettings, run_id: str) -> LoopRates:
     """One run; its last step is only there to keep the learner alive while it is asked what it has done."""
     runs = RunClient(Endpoint(services.addresses["trainer"]))
     policy = PolicyClient(Endpoint(services.addresses["policy"]))
@@ -72,10 +72,10 @@ async def over_services(services: LocalServices, settings: RunSettings, run_id: 
             share = ((await policy.info()).compute_seconds + await learner.compute_seconds() - computed) / seconds
     for client in (runs, policy):
         await client.close()
-    return Measured(rollouts / seconds, share)
+    return LoopRates(rollouts / seconds, share)
 
 
-async def in_process(policies: Policies, settings: RunSettings, folder: Path) -> Measured:
+async def in_process(policies: Policies, settings: RunSettings, folder: Path) -> LoopRates:
     async def open_learner(run_id: str, wanted: RunSettings) -> LocalLearner:
         spec = LearnerSpec(wanted.model, wanted.optimizer, wanted.seed, wanted.deterministic)
         server = LearnerServerSettings(folder.parent / "weights", folder / "checkpoints", threads=1)
@@ -85,20 +85,20 @@ async def in_process(policies: Policies, settings: RunSettings, folder: Path) ->
     environment = LocalEnvironment({ENVIRONMENT: EnvSettings().create_environments()[ENVIRONMENT]})
     run_folder = RunFolder(folder / "run")
     run_folder.create("run", settings)
-    services = Services(environment, policies, LocalMemory(store), open_learner)
+    services = ServicePorts(environment, policies, LocalMemory(store), open_learner)
     run = Run("run", run_folder, services)
     await run.train()
     await store.close()
     steps = [event.metrics for step, event in run.events.steps().items() if WARM_UP <= step < settings.steps - 1]
-    return Measured(sum(step["rollouts"] for step in steps) / sum(step["seconds"] for step in steps))
+    return LoopRates(sum(step["rollouts"] for step in steps) / sum(step["seconds"] for step in steps))
 
 
 async def measure(steps: int, rounds: int) -> None:
     recipe = Path("frozenlake-3x3")
     overrides = [f"steps={WARM_UP + steps + 1}", "evaluation.every=0", "evaluation.tasks=1", "evaluation.samples=1"]
     settings = read_settings(recipe, overrides)
-    remote: list[Measured] = []
-    local: list[Measured] = []
+    remote: list[LoopRates] = []
+    local: list[LoopRates] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "weights").mkdir()
@@ -112,7 +112,7 @@ async def measure(steps: int, rounds: int) -> None:
     report(remote, local)
 
 
-def report(remote: list[Measured], local: list[Measured]) -> None:
+def report(remote: list[LoopRates], local: list[LoopRates]) -> None:
     rates = {
         "four services": [m.rollouts_per_second for m in remote],
         "one process": [m.rollouts_per_second for m in local],

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from proof import Unavailable, agreement, docker, faults, kills, learning, sglang, suite
+from proof import CaseUnavailable, agreement, docker, faults, kills, learning, sglang, suite
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "proof"
@@ -50,7 +50,7 @@ def main() -> None:
         start = time.monotonic()
         try:
             measured = CASES[name](ROOT / "runs" / "proof" / name)
-        except Unavailable as lacking:
+        except CaseUnavailable as lacking:
             print(f"    not possible here: {lacking}")
             continue
         result = {"case": name, **measured, **_circumstances(name), "seconds": round(time.monotonic() - start)}

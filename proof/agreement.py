@@ -15,7 +15,7 @@ from mulligan.policy.client import PolicyClient
 from mulligan.testing.agreement import MOVED, TOLERANCE, Compared, assert_agreement, compare_while_training
 from mulligan.testing.processes import Services
 from mulligan.testing.sglang_servers import LAUNCH_SECONDS, launch_settings, python_of_sglang
-from proof import Unavailable
+from proof import CaseUnavailable
 
 UPDATES = 10
 SEQUENCES = 64
@@ -24,7 +24,7 @@ SEQUENCES = 64
 def agree(kind: WeightsKind, folder: Path) -> dict[str, Any]:
     """The policy service launches one server; the learner takes ten optimizer steps on what that sampled."""
     if not python_of_sglang():
-        raise Unavailable("MULLIGAN_TEST_SGLANG_PYTHON: the interpreter of an environment with SGLang")
+        raise CaseUnavailable("MULLIGAN_TEST_SGLANG_PYTHON: the interpreter of an environment with SGLang")
     if folder.exists():
         shutil.rmtree(folder)
     (folder / "weights").mkdir(parents=True)

@@ -19,7 +19,7 @@ from mulligan.trainer.algorithm import is_memorable
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
-from proof import Unavailable
+from proof import CaseUnavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVICES = ("env", "policy", "memory", "trainer")
@@ -202,7 +202,7 @@ def clean_clone(folder: Path) -> Path:
     """Of the commit that is checked out, with the wheels that a user has put into docker/wheels."""
     problem = missing()
     if problem:
-        raise Unavailable(problem)
+        raise CaseUnavailable(problem)
     shutil.rmtree(folder, ignore_errors=True)
     clone = folder / "clone"
     clone.parent.mkdir(parents=True)

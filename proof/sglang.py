@@ -32,7 +32,7 @@ from mulligan.policy.client import PolicyClient
 from mulligan.testing.processes import Services
 from mulligan.testing.sglang_servers import LAUNCH_SECONDS, launch_settings, processes_of, python_of_sglang, runs
 from mulligan.testing.weights import full_weights, load, plain_log_probs
-from proof import Unavailable
+from proof import CaseUnavailable
 
 KILLS = 6
 CALLERS = 12
@@ -44,7 +44,7 @@ _STEP = 0.003  # of an update, in each weight
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class RecordedAnswer:
     """`least` is the version that served when the call was made; `begin` the place of the first log-probability."""
 
     least: int
@@ -61,7 +61,7 @@ class Traffic:
     client: PolicyClient
     chance: random.Random
     version: int = 0
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[RecordedAnswer] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     slowest: float = 0.0
     over: bool = False
@@ -78,12 +78,12 @@ class Traffic:
             self.slowest = max(self.slowest, time.monotonic() - start)
             await asyncio.sleep(self.chance.uniform(0, 0.3))
 
-    async def _generate(self, prompt: list[int], least: int) -> Answer:
+    async def _generate(self, prompt: list[int], least: int) -> RecordedAnswer:
         sampling = SamplingParams(max_tokens=self.chance.randint(1, 80))
         found = await self.client.generate(prompt, sampling, CallOptions(min_policy_version=least))
-        return Answer(least, [*prompt, *found.token_ids], len(prompt), found.log_probs, found.policy_versions)
+        return RecordedAnswer(least, [*prompt, *found.token_ids], len(prompt), found.log_probs, found.policy_versions)
 
-    async def _stream(self, prompt: list[int], least: int) -> Answer:
+    async def _stream(self, prompt: list[int], least: int) -> RecordedAnswer:
         tokens = list(prompt)
         log_probs = []
         spans = []
@@ -95,15 +95,15 @@ class Traffic:
             spans += part.policy_versions
             finished = part.stop_reason is not None
         assert finished, "the stream ended in the middle"
-        return Answer(least, tokens, len(prompt), tuple(log_probs), tuple(spans))
+        return RecordedAnswer(least, tokens, len(prompt), tuple(log_probs), tuple(spans))
 
-    async def _score(self, prompt: list[int], least: int) -> Answer:
+    async def _score(self, prompt: list[int], least: int) -> RecordedAnswer:
         found = await self.client.score([prompt], 1.0, CallOptions(min_policy_version=least))
         span = VersionSpan(found.policy_version, len(prompt) - 1)
-        return Answer(least, list(prompt), 1, tuple(found.log_probs[0]), (span,))
+        return RecordedAnswer(least, list(prompt), 1, tuple(found.log_probs[0]), (span,))
 
 
-class Weights:
+class VersionedWeights:
     """Of each version, published as a trainer does."""
 
     def __init__(self, folder: Path, fingerprint: str, seed: int):
@@ -135,7 +135,7 @@ def kill_servers(seed: int, folder: Path) -> dict[str, Any]:
     """SIGKILLs one of two servers at random moments, KILLS times, also while weights are updated; each time the next
     kill waits until it is back."""
     if not python_of_sglang():
-        raise Unavailable("MULLIGAN_TEST_SGLANG_PYTHON: the interpreter of an environment with SGLang")
+        raise CaseUnavailable("MULLIGAN_TEST_SGLANG_PYTHON: the interpreter of an environment with SGLang")
     if folder.exists():
         shutil.rmtree(folder)
     (folder / "weights").mkdir(parents=True)
@@ -160,7 +160,7 @@ def kill_servers(seed: int, folder: Path) -> dict[str, Any]:
 async def _run(address: str, folder: Path, seed: int) -> dict[str, Any]:
     chance = random.Random(seed)
     client = PolicyClient(Endpoint(address, outage_seconds=0), timeout=300)
-    weights = Weights(folder / "weights", (await client.info()).fingerprint, seed)
+    weights = VersionedWeights(folder / "weights", (await client.info()).fingerprint, seed)
     traffic = Traffic(client, random.Random(seed + 1))
     prompts = [[chance.randrange(5, 319) for _ in range(chance.randint(4, 40))] for _ in range(PROMPTS)]
     callers = [asyncio.create_task(traffic.call(number, prompts)) for number in range(CALLERS)]
@@ -197,7 +197,7 @@ async def _run(address: str, folder: Path, seed: int) -> dict[str, Any]:
 
 
 async def _kill_and_update(
-    client: PolicyClient, traffic: Traffic, weights: Weights, moment: str, chance: random.Random
+    client: PolicyClient, traffic: Traffic, weights: VersionedWeights, moment: str, chance: random.Random
 ) -> tuple[int, int]:
     """The killed server's process id, and how often the update had to be repeated."""
     victim = chance.choice((await client.info()).replicas)
@@ -241,7 +241,7 @@ def _kill(victim: ReplicaInfo, chance: random.Random) -> int:
     return group[0]
 
 
-async def _back(client: PolicyClient, weights: Weights, version: int, killed: int) -> float:
+async def _back(client: PolicyClient, weights: VersionedWeights, version: int, killed: int) -> float:
     """Waits until the killed one is gone and all serve; asks each directly, and compares. Seconds until then."""
     start = time.monotonic()
     replicas: Sequence[ReplicaInfo] = ()
@@ -261,7 +261,7 @@ async def _back(client: PolicyClient, weights: Weights, version: int, killed: in
     return round(time.monotonic() - start, 1)
 
 
-def _verdict(traffic: Traffic, weights: Weights) -> dict[str, Any]:
+def _verdict(traffic: Traffic, weights: VersionedWeights) -> dict[str, Any]:
     stale = [one for one in traffic.answers if any(span.policy_version < one.least for span in one.spans)]
     step = max(1, len(traffic.answers) // CHECKED)
     differences = [0.0]

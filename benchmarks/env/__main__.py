@@ -50,7 +50,7 @@ def main() -> None:
     )
 
 
-def as_json(figures: versus.Figures) -> dict[str, object]:
+def as_json(figures: versus.SideFigures) -> dict[str, object]:
     return {
         "steps_per_second": round(figures.steps_per_second),
         "p50_ms": round(figures.p50_ms, 2),
@@ -60,7 +60,7 @@ def as_json(figures: versus.Figures) -> dict[str, object]:
     }
 
 
-def print_versus(found: dict[str, dict[int, versus.Figures]]) -> None:
+def print_versus(found: dict[str, dict[int, versus.SideFigures]]) -> None:
     rows = []
     for sessions in versus.EPISODES:
         for side in (versus.OURS, versus.OPENENV):

@@ -1,7 +1,7 @@
 """Plays many sessions at once, whoever serves them, and measures their steps; the load process of either side does.
 
 A load process is told on its standard input what to play, a line of JSON each (a `Load`), and answers with a line of
-JSON (a `Measured`). Only the standard library is imported: it runs in OpenEnv's environment, too.
+JSON (a `LoadResult`). Only the standard library is imported: it runs in OpenEnv's environment, too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Measured:
+class LoadResult:
     """`errors`: sessions that failed, at whatever; they do not go on. `error`: what the first one said.
 
     `seconds` and the waits are of steps alone, episodes begin and end outside them; `begin_seconds` are theirs.
@@ -51,7 +51,7 @@ class Measured:
         return self.steps / self.seconds if self.steps else 0.0
 
 
-class Session(Protocol):
+class LoadSession(Protocol):
     async def begin(self, task_id: str) -> None: ...
 
     async def step(self, action: str) -> None: ...
@@ -77,7 +77,7 @@ class _Round:
             self.errors.append(f"{type(error).__name__}: {error}"[:300])
             return None
 
-    async def played(self, session: Session) -> Session:
+    async def played(self, session: LoadSession) -> LoadSession:
         for _ in range(STEPS):
             start = time.perf_counter()
             await session.step(ACTION)
@@ -90,23 +90,23 @@ class _Round:
         return [result for result in found if result is not None]
 
 
-async def measure(open_session: Callable[[], Awaitable[Session]], load: Load) -> Measured:
+async def measure(open_session: Callable[[], Awaitable[LoadSession]], load: Load) -> LoadResult:
     seen = _Round()
     places = asyncio.Semaphore(_OPENING)
 
-    async def opened() -> Session:
+    async def opened() -> LoadSession:
         async with places:
             return await open_session()
 
-    async def begun(session: Session, task: int) -> Session:
+    async def begun(session: LoadSession, task: int) -> LoadSession:
         await session.begin(f"train/{task % TASKS:05d}")
         return session
 
-    async def ended(session: Session) -> Session:
+    async def ended(session: LoadSession) -> LoadSession:
         await session.end()
         return session
 
-    async def closed(session: Session) -> None:
+    async def closed(session: LoadSession) -> None:
         async with places:
             await session.close()
 
@@ -123,7 +123,7 @@ async def measure(open_session: Callable[[], Awaitable[Session]], load: Load) ->
         begin_seconds += begun_at - start
     await seen.all(closed(session) for session in all_sessions)
     waits = sorted(seen.waits)
-    return Measured(
+    return LoadResult(
         len(waits),
         round(seconds, 6),
         round(begin_seconds, 6),
@@ -138,7 +138,7 @@ def _percentile_ms(ordered: list[float], percent: float) -> float:
     return round(ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)] * 1e3, 3) if ordered else 0.0
 
 
-async def answer(open_session: Callable[[], Awaitable[Session]]) -> None:
+async def answer(open_session: Callable[[], Awaitable[LoadSession]]) -> None:
     """Measures what the standard input asks for, until it ends."""
     while line := await asyncio.to_thread(sys.stdin.readline):
         measured = await measure(open_session, Load(**json.loads(line)))

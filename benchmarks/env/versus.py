@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.common import alternate, median
 from benchmarks.env.cores import Cores, on
-from benchmarks.env.sessions import Load, Measured
+from benchmarks.env.sessions import Load, LoadResult
 from benchmarks.openenv import process as openenv
 from mulligan.testing.processes import Services
 
@@ -38,7 +38,7 @@ WARM_UP = (Load(1, 20), Load(64, 2))
 
 
 @dataclass(frozen=True)
-class Figures:
+class SideFigures:
     """Medians of rounds; `errors` are of all rounds together."""
 
     steps_per_second: float
@@ -55,13 +55,13 @@ class LoadProcess:
     def __init__(self, process: asyncio.subprocess.Process):
         self._process = process
 
-    async def play(self, load: Load) -> Measured:
+    async def play(self, load: Load) -> LoadResult:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(asdict(load)).encode() + b"\n")
         line = await self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"a load process ended with status {await self._process.wait()}")
-        return Measured(**json.loads(line))
+        return LoadResult(**json.loads(line))
 
 
 @asynccontextmanager
@@ -75,7 +75,7 @@ async def load_process(command: list[str], environment: Mapping[str, str]) -> As
         await process.wait()
 
 
-async def compare(folder: Path, cores: Cores, rounds: int, rounds_of_many: int) -> dict[str, dict[int, Figures]]:
+async def compare(folder: Path, cores: Cores, rounds: int, rounds_of_many: int) -> dict[str, dict[int, SideFigures]]:
     """By side and number of sessions. Raises NotInstalled where OpenEnv is missing."""
     services = Services(folder)
     roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
@@ -94,11 +94,13 @@ async def compare(folder: Path, cores: Cores, rounds: int, rounds_of_many: int) 
         services.end()
 
 
-async def _compare(sides: dict[str, LoadProcess], rounds: int, rounds_of_many: int) -> dict[str, dict[int, Figures]]:
+async def _compare(
+    sides: dict[str, LoadProcess], rounds: int, rounds_of_many: int
+) -> dict[str, dict[int, SideFigures]]:
     for side in sides.values():
         for load in WARM_UP:
             await side.play(load)
-    found: dict[str, dict[int, Figures]] = {name: {} for name in sides}
+    found: dict[str, dict[int, SideFigures]] = {name: {} for name in sides}
     for sessions, episodes in EPISODES.items():
         load = Load(sessions, episodes)
         plays = {name: partial(side.play, load) for name, side in sides.items()}
@@ -110,8 +112,8 @@ async def _compare(sides: dict[str, LoadProcess], rounds: int, rounds_of_many: i
     return found
 
 
-def _figures(results: list[Measured]) -> Figures:
-    return Figures(
+def _figures(results: list[LoadResult]) -> SideFigures:
+    return SideFigures(
         median([result.rate for result in results]),
         median([result.p50_ms for result in results]),
         median([result.p99_ms for result in results]),
@@ -121,7 +123,7 @@ def _figures(results: list[Measured]) -> Figures:
     )
 
 
-def ratio(found: dict[str, dict[int, Figures]], sessions: int) -> float | None:
+def ratio(found: dict[str, dict[int, SideFigures]], sessions: int) -> float | None:
     """Of the rates, ours to OpenEnv's; None where a side played no step."""
     ours, theirs = (found[name][sessions].steps_per_second for name in (OURS, OPENENV))
     return round(ours / theirs, 2) if ours and theirs else None

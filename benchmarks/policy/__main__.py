@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common import print_result, print_table
 from benchmarks.policy import shapes
 from benchmarks.policy.load import CALLERS, Round
-from benchmarks.policy.measure import Figures, measure, measure_own_updates, measure_updates, rows
+from benchmarks.policy.measure import EngineFigures, measure, measure_own_updates, measure_updates, rows
 from benchmarks.policy.server import sglang_server
 from benchmarks.policy.ways import SglangHttp, in_process, new_session, plain_generate, service
 from mulligan.common.channel import Endpoint
@@ -49,7 +49,7 @@ def main() -> None:
     arguments = parsed()
     torch.set_num_threads(arguments.threads)
     dtype = torch.bfloat16 if arguments.device != "cpu" else torch.float32
-    found: dict[str, Figures | None] = {"embedded": None, "sglang": None}
+    found: dict[str, EngineFigures | None] = {"embedded": None, "sglang": None}
     with TemporaryDirectory() as name:
         folder = Path(name)
         model = model_for(arguments, folder, dtype)
@@ -111,8 +111,8 @@ async def asked(address: str, path: str) -> Any:
         return await SglangHttp(session, address).get(path)
 
 
-async def embedded(arguments: argparse.Namespace, path: Path, folder: Path, dtype: torch.dtype) -> Figures:
-    figures = Figures(EMBEDDED_WAYS)
+async def embedded(arguments: argparse.Namespace, path: Path, folder: Path, dtype: torch.dtype) -> EngineFigures:
+    figures = EngineFigures(EMBEDDED_WAYS)
     settings = {"model": str(path), "threads": arguments.threads, "device": arguments.device}
     async with AsyncExitStack() as stack:
         client = await service_client(stack, folder / "embedded", **settings)
@@ -131,8 +131,10 @@ async def embedded(arguments: argparse.Namespace, path: Path, folder: Path, dtyp
     return figures
 
 
-async def sglang(arguments: argparse.Namespace, address: str, path: Path, folder: Path, dtype: torch.dtype) -> Figures:
-    figures = Figures(SGLANG_WAYS)
+async def sglang(
+    arguments: argparse.Namespace, address: str, path: Path, folder: Path, dtype: torch.dtype
+) -> EngineFigures:
+    figures = EngineFigures(SGLANG_WAYS)
     async with AsyncExitStack() as outer:
         session = await outer.enter_async_context(new_session())
         server = SglangHttp(session, address)
@@ -162,10 +164,15 @@ async def service_client(stack: AsyncExitStack, folder: Path, **settings: object
 
 
 async def updates_of(
-    figures: Figures, client: PolicyClient, path: Path, folder: Path, arguments: argparse.Namespace, dtype: torch.dtype
-) -> shapes.Updates:
+    figures: EngineFigures,
+    client: PolicyClient,
+    path: Path,
+    folder: Path,
+    arguments: argparse.Namespace,
+    dtype: torch.dtype,
+) -> shapes.UpdateSeries:
     info = await client.info()
-    updates = shapes.Updates(path, folder / "weights", info.fingerprint, dtype, arguments.device)
+    updates = shapes.UpdateSeries(path, folder / "weights", info.fingerprint, dtype, arguments.device)
     await measure_updates(figures, client, updates, info.vocabulary_size, updates_per_case(arguments))
     return updates
 
@@ -180,7 +187,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def report(found: dict[str, Figures | None], arguments: argparse.Namespace) -> None:
+def report(found: dict[str, EngineFigures | None], arguments: argparse.Namespace) -> None:
     print_table(HEAD, [row for figures in found.values() if figures is not None for row in rows(figures)])
     values: dict[str, object] = {
         "rounds": arguments.rounds,
@@ -196,7 +203,7 @@ def report(found: dict[str, Figures | None], arguments: argparse.Namespace) -> N
     print_result("policy", values)
 
 
-def flat(engine: str, figures: Figures | None) -> dict[str, object]:
+def flat(engine: str, figures: EngineFigures | None) -> dict[str, object]:
     """The embedded engine's updates and added latency have no prefix."""
     prefix = "" if engine == "embedded" else f"{engine}_"
     if figures is None:

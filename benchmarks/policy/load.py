@@ -25,7 +25,7 @@ FirstToken = Callable[[list[int], int], Awaitable[Callable[[], Awaitable[None]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class EngineAccess:
     """One way to reach one engine."""
 
     generate: Generate

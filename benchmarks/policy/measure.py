@@ -13,7 +13,7 @@ from benchmarks.common import alternate, median, percentile
 from benchmarks.policy.load import (
     CALLERS,
     STREAMING_CALLERS,
-    Engine,
+    EngineAccess,
     Round,
     added_latency,
     ask,
@@ -21,7 +21,7 @@ from benchmarks.policy.load import (
     prompts,
     throughput,
 )
-from benchmarks.policy.shapes import Updates
+from benchmarks.policy.shapes import UpdateSeries
 from benchmarks.policy.ways import SglangHttp
 from mulligan.common.inference import CallOptions, PublishedWeights, SamplingParams
 from mulligan.policy.client import PolicyClient
@@ -32,7 +32,7 @@ _SETTLE_SECONDS = 0.5  # of that load, before an update begins
 
 
 @dataclass
-class Figures:
+class EngineFigures:
     """Of one engine; `ways` begins with what the others are compared with."""
 
     ways: list[str]
@@ -51,9 +51,9 @@ class Figures:
 
 
 async def measure(
-    figures: Figures,
-    direct: Engine,
-    service: Engine,
+    figures: EngineFigures,
+    direct: EngineAccess,
+    service: EngineAccess,
     others: Mapping[str, Callable[[int], Awaitable[Round]]],
     vocabulary: int,
     rounds: int,
@@ -77,7 +77,7 @@ async def measure(
 
 
 async def measure_updates(
-    figures: Figures, client: PolicyClient, updates: Updates, vocabulary: int, count: int
+    figures: EngineFigures, client: PolicyClient, updates: UpdateSeries, vocabulary: int, count: int
 ) -> None:
     """From the call to the first completion of the new version: alone, and while callers go on."""
 
@@ -105,7 +105,11 @@ async def measure_updates(
 
 
 async def measure_own_updates(
-    figures: Figures, server: SglangHttp, updates: Updates, weights: Sequence[PublishedWeights], vocabulary: int
+    figures: EngineFigures,
+    server: SglangHttp,
+    updates: UpdateSeries,
+    weights: Sequence[PublishedWeights],
+    vocabulary: int,
 ) -> None:
     """The same by SGLang's own pause, update and continue, without anything being checked."""
 
@@ -153,7 +157,7 @@ async def _callers(sample: Callable[[list[int]], Awaitable[None]], vocabulary: i
         over.set()
 
 
-def rows(figures: Figures) -> list[list[str]]:
+def rows(figures: EngineFigures) -> list[list[str]]:
     """Of the table for people."""
     found = []
     for callers in CALLERS:

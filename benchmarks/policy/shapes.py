@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from mulligan import models
 from mulligan.common.inference import PublishedWeights, WeightsKind
 from mulligan.models.build import CHAT_TEMPLATE, write_untrained
-from mulligan.trainer.data import Limits
+from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.learner import canary
 
 # Qwen3-4B's, as published in its config.json (https://huggingface.co/Qwen/Qwen3-4B).
@@ -85,7 +85,7 @@ def random_model(
     return path
 
 
-class Updates:
+class UpdateSeries:
     """Weights for one update after the other: each adds a little to what the model came with."""
 
     def __init__(self, model: Path, folder: Path, fingerprint: str, dtype: torch.dtype, device: str):
@@ -97,7 +97,7 @@ class Updates:
         self._model = loaded.to(device).eval()
         tokenizer = AutoTokenizer.from_pretrained(model)
         text = self._model.config.get_text_config()
-        limits = Limits(self._model.get_input_embeddings().num_embeddings, text.max_position_embeddings)
+        limits = ModelLimits(self._model.get_input_embeddings().num_embeddings, text.max_position_embeddings)
         self._probes = canary.probe_sequences(tokenizer, limits)
         self._version = 0
 

@@ -11,7 +11,7 @@ import aiohttp
 import msgspec
 import torch
 
-from benchmarks.policy.load import NEW_TOKENS, Engine, Round, prompts, turns_of
+from benchmarks.policy.load import NEW_TOKENS, EngineAccess, Round, prompts, turns_of
 from mulligan.common.inference import CallOptions, CompletionPart, SamplingParams
 from mulligan.policy.backend import Ask, Sampled
 from mulligan.policy.backends.transformers.backend import TransformersBackend
@@ -42,24 +42,24 @@ def plain_generate(model: Any, vocabulary: int, callers: int) -> Round:
     return Round(tokens / sum(seconds), tuple(one for one in seconds for _ in range(callers)))
 
 
-def in_process(backend: TransformersBackend) -> Engine:
+def in_process(backend: TransformersBackend) -> EngineAccess:
     async def generate(prompt: list[int], tokens: int) -> int:
         return len((await backend.generate(Ask(prompt, _sampling(tokens)))).token_ids)
 
     async def first_token(prompt: list[int], tokens: int) -> Rest:
         return await _after_first(backend.stream(Ask(prompt, _sampling(tokens))))
 
-    return Engine(generate, first_token)
+    return EngineAccess(generate, first_token)
 
 
-def service(client: PolicyClient) -> Engine:
+def service(client: PolicyClient) -> EngineAccess:
     async def generate(prompt: list[int], tokens: int) -> int:
         return len((await client.generate(prompt, _sampling(tokens))).token_ids)
 
     async def first_token(prompt: list[int], tokens: int) -> Rest:
         return await _after_first(client.stream(prompt, _sampling(tokens), 1, CallOptions()))
 
-    return Engine(generate, first_token)
+    return EngineAccess(generate, first_token)
 
 
 async def _after_first(parts: AsyncIterator[Sampled] | AsyncIterator[CompletionPart]) -> Rest:
@@ -84,8 +84,8 @@ class SglangHttp:
         self._session = session
         self.address = address.rstrip("/")
 
-    def engine(self) -> Engine:
-        return Engine(self._generate, self._first_token)
+    def engine(self) -> EngineAccess:
+        return EngineAccess(self._generate, self._first_token)
 
     async def get(self, path: str) -> Any:
         async with self._session.get(f"{self.address}{path}") as response:

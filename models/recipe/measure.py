@@ -14,7 +14,7 @@ from mulligan.env.envs.frozenlake import FrozenLake, FrozenLakeSettings
 from mulligan.env.envs.frozenlake_boards import GOAL, HOLE, PLAYER
 from mulligan.models.build import LETTERS, ROLES
 from mulligan.models.recipe.boards import ALPHABET, CELLS, tables
-from mulligan.models.recipe.sampling import Attempt, Sampling, attempt_all, reflect_all
+from mulligan.models.recipe.sampling import SampledAttempt, Sampling, attempt_all, reflect_all
 
 FIXED_SYMBOLS = "ABCD"
 
@@ -100,7 +100,7 @@ class Meter:
             "second_attempt_success": _mean([attempt.reward for attempt in second]),
         }
 
-    def _play(self, lakes: Sequence[FrozenLake], systems: Sequence[str], seed: int) -> list[Attempt]:
+    def _play(self, lakes: Sequence[FrozenLake], systems: Sequence[str], seed: int) -> list[SampledAttempt]:
         tasks = [(lake.start(_task(index)), system) for lake in lakes for index, system in enumerate(systems)]
         return attempt_all(self.model, self.tokenizer, lakes[0].info, tasks, self.sampling, seed)
 

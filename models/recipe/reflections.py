@@ -42,7 +42,7 @@ CELL_CLASSES = NOW_X + ALPHABET
 
 
 @dataclass(frozen=True)
-class Attempts:
+class FailedAttempts:
     """Failed attempts; turn arrays have one column a turn, valid up to `steps`."""
 
     boards: Ints  # (rows, 3)
@@ -58,12 +58,12 @@ class Attempts:
 
 
 @dataclass(frozen=True)
-class Memory:
+class RememberedLegends:
     letters: Ints  # (rows, 4)
     filled: Bools
 
 
-def draw_attempts(rng: np.random.Generator, rows: int) -> Attempts:
+def draw_attempts(rng: np.random.Generator, rows: int) -> FailedAttempts:
     """Random play, some of it steadier, of which the failures are kept."""
     drawn = 2 * rows + 16
     boards = draw_boards(rng, drawn)
@@ -88,7 +88,7 @@ def draw_attempts(rng: np.random.Generator, rows: int) -> Attempts:
         players.append(player)
         moves.append(move)
     failed = np.flatnonzero(~won)[:rows]
-    return Attempts(
+    return FailedAttempts(
         boards[failed],
         letters[failed],
         np.stack(players, axis=1)[failed],
@@ -98,17 +98,17 @@ def draw_attempts(rng: np.random.Generator, rows: int) -> Attempts:
     )
 
 
-def draw_memory(rng: np.random.Generator, letters: Ints) -> Memory:
+def draw_memory(rng: np.random.Generator, letters: Ints) -> RememberedLegends:
     """None, the right legend, or one with some letters replaced or swapped."""
     rows = len(letters)
     kind = rng.random(rows)
     spoiled = np.where(rng.random(letters.shape) < rng.random(rows)[:, None], draw_assignments(rng, rows), letters)
     shuffled = np.take_along_axis(letters, rng.random(letters.shape).argsort(axis=1), axis=1)
     remembered = np.where((kind < 0.7)[:, None], letters, np.where((kind < 0.88)[:, None], spoiled, shuffled))
-    return Memory(remembered, (kind > 0.4) & ~is_fixed(remembered))
+    return RememberedLegends(remembered, (kind > 0.4) & ~is_fixed(remembered))
 
 
-def write_legends(rng: np.random.Generator, attempts: Attempts, memory: Memory) -> tuple[Ints, Floats]:
+def write_legends(rng: np.random.Generator, attempts: FailedAttempts, memory: RememberedLegends) -> tuple[Ints, Floats]:
     """(rows, 4) letters sampled line by line and the (rows, 4, letters) distributions they were sampled from."""
     rows = len(attempts.steps)
     lines = np.arange(len(attempts.steps))
@@ -149,7 +149,7 @@ def _hole_or_floor(role: int, left: Bools, taken: Bools, moved: Bools) -> Bools:
     return np.where(seen[:, None], left, ~taken)
 
 
-def _could_be_blocked(attempts: Attempts, first: Ints) -> Bools:
+def _could_be_blocked(attempts: FailedAttempts, first: Ints) -> Bools:
     """Letters standing only once, where every move tried would have met a wall (asked when nothing moved)."""
     walls = tables().next_cell == np.arange(CELLS)[:, None]  # (cell, move)
     valid = attempts.moves >= 0
@@ -203,7 +203,7 @@ def _write_answer(writer: Writer, legends: Ints, chances: Floats, weight: Floats
             writer.learn_column(weight * np.float32(0.1))
 
 
-def _changes(attempts: Attempts, player: Ints, reached: Ints) -> Ints:
+def _changes(attempts: FailedAttempts, player: Ints, reached: Ints) -> Ints:
     """(rows, 9) what a board shows about each cell when it is compared with the board before."""
     rows = np.arange(len(player))
     changes = np.full((len(player), CELLS), UNCHANGED)
@@ -215,7 +215,7 @@ def _changes(attempts: Attempts, player: Ints, reached: Ints) -> Ints:
     return changes
 
 
-def write_trace(writer: Writer, attempts: Attempts) -> None:
+def write_trace(writer: Writer, attempts: FailedAttempts) -> None:
     player, goal, holes = attempts.boards.T
     blocked = np.zeros(writer.rows, dtype=np.bool_)
     changes = None

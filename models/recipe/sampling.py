@@ -93,7 +93,7 @@ class Conversations:
 
 
 @dataclass(frozen=True)
-class Attempt:
+class SampledAttempt:
     trace: str
     feedback: str
     reward: float
@@ -107,7 +107,7 @@ def attempt_all(
     tasks: Sequence[tuple[Episode, str]],
     sampling: Sampling,
     seed: int = 0,
-) -> list[Attempt]:
+) -> list[SampledAttempt]:
     """`tasks`: fresh episodes, each with the system prompt of its attempt."""
     episodes = [episode for episode, _ in tasks]
     chat = Conversations(model, tokenizer, len(tasks), seed)
@@ -131,7 +131,7 @@ def attempt_all(
         if all(result is not None and result.done for result in last):
             break
     return [
-        Attempt(trace + text, result.feedback, result.reward, count)
+        SampledAttempt(trace + text, result.feedback, result.reward, count)
         for trace, text, result, count in zip(traces, shown, last, steps, strict=True)
         if result is not None
     ]
@@ -145,7 +145,7 @@ def reflect_all(
     model: Qwen3ForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: PromptSet,
-    failures: Sequence[tuple[Attempt, str]],
+    failures: Sequence[tuple[SampledAttempt, str]],
     sampling: Sampling,
     seed: int = 0,
 ) -> list[str]:
@@ -164,6 +164,6 @@ def reflect_all(
     ]
 
 
-def reflection_text(prompts: PromptSet, attempt: Attempt, memory: str) -> str:
+def reflection_text(prompts: PromptSet, attempt: SampledAttempt, memory: str) -> str:
     filled = prompts.reflection.replace("{reward}", str(attempt.reward)).replace("{trace}", attempt.trace)
     return filled.replace("{feedback}", attempt.feedback).replace("{memory}", memory or prompts.memory_empty)

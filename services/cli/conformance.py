@@ -15,7 +15,7 @@ import typer
 from mulligan.cli.connection import DEFAULT_ADDRESSES, admin_token, endpoint
 from mulligan.cli.out import Heartbeat, fail, line, show
 from mulligan.conformance.report import Report, Result, Verdict
-from mulligan.conformance.target import Target, Unreachable
+from mulligan.conformance.target import Target, TargetUnreachable
 
 conformance = typer.Typer(
     help="Tell what an implementation of a service violates, in any language: `env`, `policy`, `memory`, `trainer`.\n\n"
@@ -61,11 +61,11 @@ def env(
 
     Example: `mulligan conformance env --target 127.0.0.1:50051 --environment frozenlake --action '```Up```'`
     """
-    from mulligan.conformance.env.game import Options
+    from mulligan.conformance.env.game import EnvOptions
     from mulligan.conformance.env.run import check
     from mulligan.conformance.env.run import target as connect
 
-    options = Options(actions, seed, tuple(action or ()))
+    options = EnvOptions(actions, seed, tuple(action or ()))
 
     async def main(on_result: OnResult) -> Report:
         async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:
@@ -121,9 +121,9 @@ def policy(
     """
     from mulligan.conformance.policy.run import check
     from mulligan.conformance.policy.run import target as connect
-    from mulligan.conformance.policy.served import Options
+    from mulligan.conformance.policy.served import PolicyOptions
 
-    options = Options(tolerance, writes)
+    options = PolicyOptions(tolerance, writes)
 
     async def main(on_result: OnResult) -> Report:
         connection = connect(target, token=_token(token), admin_token=admin_token(), timeout=timeout, tls_ca=tls_ca)
@@ -157,13 +157,13 @@ def trainer(
     Example: `mulligan conformance trainer --target 127.0.0.1:50054 --writes`
     """
     from mulligan.cli.train import read_settings
-    from mulligan.conformance.trainer.held import Options
+    from mulligan.conformance.trainer.held import TrainerOptions
     from mulligan.conformance.trainer.run import check, smallest
     from mulligan.conformance.trainer.run import target as connect
     from mulligan.trainer.wire import settings_to_proto
 
     config = settings_to_proto(read_settings(recipe, [])) if recipe else smallest(environment, model)
-    options = Options(model, writes, config, run_seconds)
+    options = TrainerOptions(model, writes, config, run_seconds)
 
     async def main(on_result: OnResult) -> Report:
         async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:
@@ -195,7 +195,7 @@ def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bo
     try:
         with Heartbeat(lambda: "checking") as heartbeat:
             report = asyncio.run(main(tell))
-    except Unreachable as error:
+    except TargetUnreachable as error:
         fail(error, 2)
     except KeyboardInterrupt:
         sys.exit(130)

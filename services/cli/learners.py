@@ -9,7 +9,7 @@ import typer
 from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
 from mulligan.cli.ids import whole_id
 from mulligan.cli.out import show, table
-from mulligan.trainer.client import LearnersClient
+from mulligan.trainer.client import LearnerAdminClient
 from mulligan.trainer.learner.settings import LearnerInfo
 
 learners = typer.Typer(help="See which learners a trainer holds, and delete one that was forgotten.")
@@ -50,7 +50,7 @@ def delete(
 
 
 async def _list(address: str) -> tuple[LearnerInfo, ...]:
-    client = LearnersClient(endpoint(address))
+    client = LearnerAdminClient(endpoint(address))
     try:
         return await client.list()
     finally:
@@ -58,7 +58,7 @@ async def _list(address: str) -> tuple[LearnerInfo, ...]:
 
 
 async def _delete(learner_id: str, address: str) -> None:
-    client = LearnersClient(endpoint(address))
+    client = LearnerAdminClient(endpoint(address))
     try:
         held = {info.learner_id: info for info in await client.list()}
         whole = whole_id(learner_id, held, "learner")

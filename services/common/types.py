@@ -182,7 +182,7 @@ class PromptSet:
     """The texts with which an agent is addressed; `{name}` marks a placeholder, filled by plain substitution.
 
     Prompts belong to the environment, so that an algorithm needs to know none. Which text goes into which message is
-    the trainer's business (`services/trainer/episode.py`).
+    the trainer's business (`services/trainer/harness.py`).
     """
 
     solver: str  # system prompt of a first attempt: x. No placeholders.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from mulligan.conformance.env import episodes, forks, hostile, listing, play
-from mulligan.conformance.env.game import Options
+from mulligan.conformance.env.game import EnvOptions
 from mulligan.conformance.replay import ReplayFailed, play_elsewhere
 from mulligan.conformance.replay import play as play_here
 from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
@@ -28,7 +28,7 @@ class Made:
     kind: str
     settings: Mapping[str, Any]
     environment: Environment
-    options: Options
+    options: EnvOptions
 
     @property
     def info(self) -> EnvironmentInfo:

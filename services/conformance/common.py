@@ -8,12 +8,12 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
-from mulligan.conformance.target import Session, as_demanded
+from mulligan.conformance.target import CheckSession, as_demanded
 
 
-def add_credential(suite: Suite[Session], method: str, request: Any) -> None:
+def add_credential(suite: Suite[CheckSession], method: str, request: Any) -> None:
     @suite.check(method, "without the token, and with another, a call is UNAUTHENTICATED BAD_CREDENTIAL")
-    async def credential(session: Session) -> None:
+    async def credential(session: CheckSession) -> None:
         if not session.target.token:
             raise NotApplicable("no token was given: the server seems to have none")
         for metadata in ((), (("authorization", "Bearer of-nothing"),), (("authorization", session.target.token),)):
@@ -21,9 +21,9 @@ def add_credential(suite: Suite[Session], method: str, request: Any) -> None:
             as_demanded(answer, request, "UNAUTHENTICATED", "BAD_CREDENTIAL")
 
 
-def add_health(suite: Suite[Session]) -> None:
+def add_health(suite: Suite[CheckSession]) -> None:
     @suite.check("grpc.health.v1.Health", "where there is a health service, it says that the server serves")
-    async def health(session: Session) -> None:
+    async def health(session: CheckSession) -> None:
         stub: Any = health_pb2_grpc.HealthStub(cast(Any, session.target.channel))  # its types know synchronous ones
         try:
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=session.target.timeout)
@@ -34,9 +34,9 @@ def add_health(suite: Suite[Session]) -> None:
         demand(answer.status == health_pb2.HealthCheckResponse.SERVING, "SERVING", answer)
 
 
-def add_reflection(suite: Suite[Session], *services: str) -> None:
+def add_reflection(suite: Suite[CheckSession], *services: str) -> None:
     @suite.check("grpc.reflection", "where there is server reflection, it names the services")
-    async def reflection(session: Session) -> None:
+    async def reflection(session: CheckSession) -> None:
         try:
             from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
         except ImportError:

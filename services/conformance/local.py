@@ -18,13 +18,13 @@ import structlog
 from mulligan.common.server import RequestInterceptor
 from mulligan.conformance.author import SUITE, WORDS, Made, ids, typed_info
 from mulligan.conformance.env import ENVIRONMENT
-from mulligan.conformance.env.game import Game, Options
+from mulligan.conformance.env.game import EnvOptions, Game
 from mulligan.conformance.env.run import METHODS
 from mulligan.conformance.env.run import target as connect
 from mulligan.conformance.recorded import Recorded
 from mulligan.conformance.replay import make
 from mulligan.conformance.report import Check, Report, Result, Verdict, judge
-from mulligan.conformance.target import Session
+from mulligan.conformance.target import CheckSession
 from mulligan.env.base import Environment, EnvironmentInfo, close
 from mulligan.env.episodes import EpisodeTable
 from mulligan.env.servicer import add_to_server
@@ -53,7 +53,7 @@ def check_environment(
 
     Raises ValueError when the environment cannot be made: bad settings, or packages that are missing.
     """
-    options = Options(actions, seed, tuple(known))
+    options = EnvOptions(actions, seed, tuple(known))
     environment = make(kind, settings or {})
     info = getattr(environment, "info", None)
     if isinstance(info, EnvironmentInfo) and info.unavailable:
@@ -86,7 +86,7 @@ async def _check(made: Made, step_seconds: float, on_result: Callable[[Result], 
     async with _served(made.info.name, recorded, step_seconds) as address:
         target = connect(address, timeout=step_seconds + 30.0)
         (info,) = (await target.connect(*METHODS)).environments
-        game = Game(Session(target), info, made.options)
+        game = Game(CheckSession(target), info, made.options)
         for check in ENVIRONMENT.checks:
             recorded.raised.clear()
             words = WORDS.get(check.body)

@@ -11,11 +11,11 @@ from uuid import uuid4
 from mulligan.conformance import common
 from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import Report, Result, Suite, demand, run_suite
-from mulligan.conformance.target import Session, Target
+from mulligan.conformance.target import CheckSession, Target
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 
-suite: Suite[Session] = Suite()
+suite: Suite[CheckSession] = Suite()
 LATEST = pb.RETRIEVAL_STRATEGY_LATEST_SUCCESS
 TOP_GAIN = pb.RETRIEVAL_STRATEGY_TOP_GAIN
 SAME_TIME = 8  # calls
@@ -26,7 +26,7 @@ _FIRST = ("GetSnapshot", pb.GetSnapshotRequest(scope="conformance"))
 class Scope:
     """A scope that nobody else writes to."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: CheckSession) -> None:
         self.session = session
         self.name = f"conformance-{uuid4()}"
 
@@ -80,7 +80,7 @@ class Scope:
 
 
 @suite.check("AddReflection", "what is added is read back whole")
-async def whole(session: Session) -> None:
+async def whole(session: CheckSession) -> None:
     scope = Scope(session)
     text = "A is you; √ ends it.\n\x00\t🧊" + "x" * 1000
     request = scope.request("request", text, reward_before=0.25, reward_after=0.75)
@@ -97,7 +97,7 @@ async def whole(session: Session) -> None:
 
 
 @suite.check("AddReflection", "a text of a mebibyte is stored, a longer one is INVALID_ARGUMENT INVALID_FIELD")
-async def long_text(session: Session) -> None:
+async def long_text(session: CheckSession) -> None:
     scope = Scope(session)
     text = "é" * 2**19
     stored = await scope.get((await scope.add("long", text)).reflection_id)
@@ -106,7 +106,7 @@ async def long_text(session: Session) -> None:
 
 
 @suite.check("AddReflection", "every write makes a new version of its scope, counted from 1")
-async def versions(session: Session) -> None:
+async def versions(session: CheckSession) -> None:
     scope = Scope(session)
     other = Scope(session)
     found = [(await scope.add(f"{n}")).version for n in range(3)]
@@ -115,7 +115,7 @@ async def versions(session: Session) -> None:
 
 
 @suite.check("AddReflection", "a repeated call returns the first answer and makes no version, also after forgetting")
-async def repeated(session: Session) -> None:
+async def repeated(session: CheckSession) -> None:
     scope = Scope(session)
     request = scope.request("request", "text")
     first = await scope.send(request)
@@ -129,7 +129,7 @@ async def repeated(session: Session) -> None:
 
 
 @suite.check("AddReflection", "calls with one request_id that come at the same time store one reflection")
-async def concurrent(session: Session) -> None:
+async def concurrent(session: CheckSession) -> None:
     scope = Scope(session)
     request = scope.request("request", "text")
     answers = await gathered(scope.send(request) for _ in range(SAME_TIME))
@@ -139,7 +139,7 @@ async def concurrent(session: Session) -> None:
 
 
 @suite.check("AddReflection", "a request_id in use for another reflection is ALREADY_EXISTS REQUEST_CONFLICT")
-async def conflict(session: Session) -> None:
+async def conflict(session: CheckSession) -> None:
     scope = Scope(session)
     await scope.add("request", "text")
     for request in (scope.request("request", "other"), scope.request("request", "text", reward_before=0.5)):
@@ -175,7 +175,7 @@ BAD_ADDS: tuple[tuple[str, Callable[[Scope], pb.AddReflectionRequest]], ...] = (
 
 
 @suite.check("AddReflection", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named, and stores nothing")
-async def bad_adds(session: Session) -> None:
+async def bad_adds(session: CheckSession) -> None:
     scope = Scope(session)
     for field, make in BAD_ADDS:
         await session.bad_field("AddReflection", make(scope), field)
@@ -183,7 +183,7 @@ async def bad_adds(session: Session) -> None:
 
 
 @suite.check("QueryReflections", "LATEST_SUCCESS finds the latest successful ones of the environment, newest first")
-async def latest(session: Session) -> None:
+async def latest(session: CheckSession) -> None:
     scope = Scope(session)
     await scope.finds("nothing in an empty scope", [])
     for text in ("first", "second"):
@@ -197,7 +197,7 @@ async def latest(session: Session) -> None:
 
 
 @suite.check("QueryReflections", "TOP_GAIN finds the successful ones with the greatest gain; among equals the latest")
-async def top_gain(session: Session) -> None:
+async def top_gain(session: CheckSession) -> None:
     scope = Scope(session)
     for number, before in enumerate([0.5, 0.0, 0.25, 0.0]):
         await scope.add(f"{number}", reward_before=before)
@@ -207,7 +207,7 @@ async def top_gain(session: Session) -> None:
 
 
 @suite.check("QueryReflections", "scopes do not see each other")
-async def scopes(session: Session) -> None:
+async def scopes(session: CheckSession) -> None:
     one = Scope(session)
     other = Scope(session)
     await one.add("mine")
@@ -215,7 +215,7 @@ async def scopes(session: Session) -> None:
 
 
 @suite.check("QueryReflections", "a read as of a version sees exactly that version")
-async def as_of(session: Session) -> None:
+async def as_of(session: CheckSession) -> None:
     scope = Scope(session)
     old = await scope.add("old")
     await scope.add("new")
@@ -232,14 +232,14 @@ async def as_of(session: Session) -> None:
 
 
 @suite.check("QueryReflections", "a version that is not reached yet is OUT_OF_RANGE UNKNOWN_VERSION")
-async def unknown_version(session: Session) -> None:
+async def unknown_version(session: CheckSession) -> None:
     scope = Scope(session)
     await scope.add("one")
     await session.refused("QueryReflections", scope.query(as_of_version=2), "OUT_OF_RANGE", "UNKNOWN_VERSION")
 
 
 @suite.check("QueryReflections", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named")
-async def bad_queries(session: Session) -> None:
+async def bad_queries(session: CheckSession) -> None:
     for field, change in (
         ("scope", {"scope": ""}),
         ("environment", {"environment": ""}),
@@ -254,14 +254,14 @@ async def bad_queries(session: Session) -> None:
 
 
 @suite.check("GetReflection", "an unknown reflection is NOT_FOUND UNKNOWN_REFLECTION")
-async def unknown(session: Session) -> None:
+async def unknown(session: CheckSession) -> None:
     request = pb.GetReflectionRequest(reflection_id=f"conformance-{uuid4()}")
     await session.refused("GetReflection", request, "NOT_FOUND", "UNKNOWN_REFLECTION")
     await session.bad_field("GetReflection", pb.GetReflectionRequest(), "reflection_id")
 
 
 @suite.check("ListReflections", "page by page it lists a scope, oldest first")
-async def pages(session: Session) -> None:
+async def pages(session: CheckSession) -> None:
     scope = Scope(session)
     await gathered(scope.add(f"{n}") for n in range(7))
     for size in (1, 3, 7, 1000):
@@ -281,7 +281,7 @@ async def pages(session: Session) -> None:
 
 
 @suite.check("ListReflections", "a page token that it did not make is INVALID_ARGUMENT BAD_PAGE_TOKEN")
-async def bad_tokens(session: Session) -> None:
+async def bad_tokens(session: CheckSession) -> None:
     for token in ("no such token", "é🧊", "\x00", "bnVsbA=="):
         request = pb.ListReflectionsRequest(scope="conformance", page_token=token)
         await session.refused("ListReflections", request, "INVALID_ARGUMENT", "BAD_PAGE_TOKEN")
@@ -296,7 +296,7 @@ async def bad_tokens(session: Session) -> None:
 @suite.check(
     "DeleteReflection", "a forgotten reflection is not retrieved from the next version on, but stays on record"
 )
-async def forgotten(session: Session) -> None:
+async def forgotten(session: CheckSession) -> None:
     scope = Scope(session)
     added = await scope.add("one")
     await scope.add("two")
@@ -313,7 +313,7 @@ async def forgotten(session: Session) -> None:
 
 
 @suite.check("DeleteReflection", "forgetting again changes nothing, and an unknown one is NOT_FOUND UNKNOWN_REFLECTION")
-async def forgotten_again(session: Session) -> None:
+async def forgotten_again(session: CheckSession) -> None:
     scope = Scope(session)
     added = await scope.add("one")
     first, again = [await scope.delete(added.reflection_id) for _ in range(2)]
@@ -324,7 +324,7 @@ async def forgotten_again(session: Session) -> None:
 
 
 @suite.check("GetSnapshot", "a scope without writes has version 0, one with writes their number")
-async def snapshots(session: Session) -> None:
+async def snapshots(session: CheckSession) -> None:
     scope = Scope(session)
     demand(await scope.snapshot() == (0, 0), "version 0, 0 reflections", f"{await scope.snapshot()}")
     for count in (1, 2):
@@ -344,8 +344,8 @@ def target(address: str, **options: Any) -> Target:
 
 
 async def check(target: Target, *, only: str = "", on_result: Callable[[Result], None] = lambda result: None) -> Report:
-    """Raises Unreachable."""
+    """Raises TargetUnreachable."""
     await target.connect(*_FIRST)
     report = Report("memory", target.address)
-    await run_suite(report, suite, Session(target), only=only, on_result=on_result)
+    await run_suite(report, suite, CheckSession(target), only=only, on_result=on_result)
     return report

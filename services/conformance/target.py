@@ -19,7 +19,7 @@ CONNECT_SECONDS = 10.0
 _MESSAGE_BYTES = 64 * 2**20
 
 
-class Unreachable(Exception):
+class TargetUnreachable(Exception):
     """Nothing can be said of the target: it does not answer, serves something else, or wants a credential."""
 
 
@@ -94,7 +94,7 @@ class Target:
         self._methods = {name: method for stub in stubs for name, method in vars(stub(self.channel)).items()}
 
     async def connect(self, method: str, request: Any) -> Any:
-        """The answer to a first, harmless call; raises Unreachable when there is none."""
+        """The answer to a first, harmless call; raises TargetUnreachable when there is none."""
         try:
             timeout = min(self.timeout, CONNECT_SECONDS)
             return await self._methods[method](request, timeout=timeout, metadata=self.metadata(method))
@@ -106,7 +106,7 @@ class Target:
                 grpc.StatusCode.UNAUTHENTICATED: "it wants a token",
             }.get(code, "")
             details = "; ".join(filter(None, (hint, error.details())))
-            raise Unreachable(f"{self.address}: {method} failed with {code.name}: {details}") from None
+            raise TargetUnreachable(f"{self.address}: {method} failed with {code.name}: {details}") from None
 
     def metadata(self, method: str) -> tuple[tuple[str, str], ...]:
         token = self.admin_token if method in self._admin and self.admin_token else self.token
@@ -119,7 +119,7 @@ class Target:
         await self.channel.close()
 
 
-class Session:
+class CheckSession:
     """What one check does at a target, and what is to be undone afterwards."""
 
     def __init__(self, target: Target) -> None:

@@ -1,4 +1,4 @@
-from .client import LearnersClient as LearnersClient
+from .client import LearnerAdminClient as LearnerAdminClient
 from .client import RunClient as RunClient
 from .client import RunInfo as RunInfo
 from .events import Entry as Entry

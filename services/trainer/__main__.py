@@ -17,7 +17,7 @@ from mulligan.trainer.learner import servicer as learners
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.manager import RunManager
-from mulligan.trainer.run import Services
+from mulligan.trainer.run import ServicePorts
 from mulligan.trainer.settings import RunSettings
 
 
@@ -54,7 +54,7 @@ async def _serve(settings: TrainerSettings) -> None:
     memory = MemoryClient(settings.endpoint(settings.memory_address), on_outage=notice)
     try:
         upload = policy.upload_weights if settings.weights_transfer == "upload" else None
-        services = Services(env, policy, memory, open_learner, upload)
+        services = ServicePorts(env, policy, memory, open_learner, upload)
         manager = RunManager(settings.runs_folder, services)
     except OSError as error:
         refuse(settings.service, str(error))

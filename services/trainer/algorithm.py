@@ -44,8 +44,8 @@ from mulligan.common.types import (
     StoredReflection,
 )
 from mulligan.trainer.batch import minibatches, training_data
-from mulligan.trainer.data import Datum, Limits, PolicyGradient
-from mulligan.trainer.episode import Player, fill, trace_of
+from mulligan.trainer.data import Datum, ModelLimits, PolicyGradient
+from mulligan.trainer.harness import Harness, fill, trace_of
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.metrics import mean_metrics, rollout_metrics
 from mulligan.trainer.seeds import derive_seed
@@ -81,11 +81,11 @@ class NoRecorder:
 
 @dataclass(frozen=True)
 class Erl:
-    """The algorithm of one run. `player` acts, `memory` remembers, `learner` learns."""
+    """The algorithm of one run. `harness` acts, `memory` remembers, `learner` learns."""
 
     run_id: str
     settings: RunSettings
-    player: Player
+    harness: Harness
     memory: MemoryPort
     learner: LearnerPort
     recorder: Recorder
@@ -116,7 +116,7 @@ class Erl:
             chain_id,
             self.run_id,
             step,
-            self.player.info.name,
+            self.harness.info.name,
             task_id,
             rollout,
             await self._first(chain_id, task_id, seed),
@@ -180,20 +180,20 @@ class Erl:
             return ()
         return await self.memory.query(
             self.memory_scope,
-            self.player.info.name,
+            self.harness.info.name,
             algorithm.memory_strategy,
             algorithm.memory_entries,
             memory_version,
         )
 
     async def _first(self, chain_id: str, task_id: str, seed: int) -> Attempt:
-        return await self._attempt(f"{chain_id}-first", task_id, self.player.info.prompts.solver, seed, "first")
+        return await self._attempt(f"{chain_id}-first", task_id, self.harness.info.prompts.solver, seed, "first")
 
     async def _second_chance(
         self, experience: Experience, seed: int, entries: Sequence[StoredReflection]
     ) -> Experience:
         """Reflection (or its ablation), second attempt, distilled target."""
-        prompts = self.player.info.prompts
+        prompts = self.harness.info.prompts
         chain_id = experience.experience_id
         first = experience.first_attempt
         reflection = None
@@ -204,7 +204,7 @@ class Erl:
                 experience = replace(experience, reflection=reflection, memory_entry_ids=used)
                 if not reflection.outcome.has_reward:
                     return experience
-                system = self.player.second_system(reflection)
+                system = self.harness.second_system(reflection)
             case SecondAttempt.RAW_RETRY:
                 system = fill(prompts.retry, trace=trace_of(first, prompts), feedback=first.feedback)
             case _:
@@ -223,7 +223,7 @@ class Erl:
         if attempt is None or never_fits(attempt):  # by now the policy's context may be larger
             rollout = self.settings.rollout
             sampling = SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens)
-            attempt = await self.player.attempt(attempt_id, task_id, system, sampling, derive_seed(seed, role))
+            attempt = await self.harness.attempt(attempt_id, task_id, system, sampling, derive_seed(seed, role))
             self.recorder.add(attempt)
         return with_usable_reward(attempt)
 
@@ -237,7 +237,7 @@ class Erl:
                 rollout.reflection_temperature, rollout.reflection_top_p, max_tokens=rollout.reflection_max_tokens
             )
             memory = "\n\n".join(entry.text for entry in entries)
-            reflection = await self.player.reflect(
+            reflection = await self.harness.reflect(
                 reflection_id, first, memory, sampling, derive_seed(seed, "reflection")
             )
             self.recorder.add(reflection)
@@ -248,7 +248,7 @@ class Erl:
         None where y2 earned nothing. Raises NotDistilled."""
         if second.reward is None or not exceeds(second.reward, 0) or not second.sequences:
             return None
-        prompts = await self.player.first_prompts(first, second)
+        prompts = await self.harness.first_prompts(first, second)
         sequences = tuple(
             sequence.with_prompt(prompt) for sequence, prompt in zip(second.sequences, prompts, strict=True)
         )
@@ -266,11 +266,11 @@ class Erl:
         ]
 
     @property
-    def _limits(self) -> Limits:
+    def _limits(self) -> ModelLimits:
         """The learner's; where it does not state them, the policy's, which serves the same model."""
         learner = self.learner.limits
-        policy = self.player.policy_info
-        return Limits(
+        policy = self.harness.policy_info
+        return ModelLimits(
             learner.vocabulary_size or policy.vocabulary_size, learner.context_length or policy.context_length
         )
 
@@ -280,7 +280,7 @@ class Erl:
 
 
 async def evaluate(
-    player: Player,
+    harness: Harness,
     name: str,
     task_ids: Sequence[str],
     settings: EvaluationSettings,
@@ -297,7 +297,7 @@ async def evaluate(
         async with gate:
             attempt_id = f"{name}-t{slot}-r{sample}"  # a task's id may be as long as an attempt's
             attempt_seed = derive_seed(seed, "evaluation", task_id, sample)
-            attempt = await player.attempt(attempt_id, task_id, player.info.prompts.solver, sampling, attempt_seed)
+            attempt = await harness.attempt(attempt_id, task_id, harness.info.prompts.solver, sampling, attempt_seed)
             on_end(attempt)
             return attempt
 

@@ -146,7 +146,7 @@ def _evaluation(last: pb.StreamEvaluateResponse) -> tuple[EvaluationEvent, int]:
     return evaluation_from_proto(last.result.result), last.result.policy_version
 
 
-class LearnersClient:
+class LearnerAdminClient:
     """Looks after the learners that a server holds; `learner/client.py` trains with one."""
 
     def __init__(self, endpoint: Endpoint):

@@ -14,8 +14,8 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.config import ServiceSettings
 from mulligan.trainer.learner.settings import LearnerServerSettings
 
-Server = Annotated[str, AfterValidator(one_server)]
-Servers = Annotated[str, AfterValidator(lambda text: Addresses.parse(text).text)]
+ServerAddress = Annotated[str, AfterValidator(one_server)]
+ServerAddresses = Annotated[str, AfterValidator(lambda text: Addresses.parse(text).text)]
 
 
 class TrainerSettings(ServiceSettings):
@@ -29,13 +29,13 @@ class TrainerSettings(ServiceSettings):
     weights_transfer: Literal["shared", "upload"] = Field(
         "shared", description="upload: the policy service does not see weights_folder, and files are streamed to it."
     )
-    env_address: Servers = Field(
+    env_address: ServerAddresses = Field(
         "127.0.0.1:50051", description="The environment service: HOST:PORT, HOST:FIRST-LAST, dns:///NAME:PORT, …, …"
     )
-    policy_address: Servers = Field(
+    policy_address: ServerAddresses = Field(
         "127.0.0.1:50052", description="The policy service, likewise. New weights go to every server of it."
     )
-    memory_address: Server = Field("127.0.0.1:50053", description="The memory service.")
+    memory_address: ServerAddress = Field("127.0.0.1:50053", description="The memory service.")
     learner_address: str = Field("", description="Another trainer's LearnerService; this process's own when empty.")
     client_token: SecretStr | None = Field(None, description="Sent to the other services as Bearer token.")
     client_token_file: Path | None = Field(None, description="File that holds `client_token`.")

@@ -46,7 +46,7 @@ class Datum:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ModelLimits:
     """What a model can take: token ids below `vocabulary_size`, sequences of at most `context_length` tokens. 0: not
     known."""
 
@@ -65,46 +65,46 @@ class Problem(StrEnum):
     NOT_FINITE = "not_finite"
 
 
-class Refusal(NamedTuple):
+class DatumProblem(NamedTuple):
     problem: Problem
     field: str
     expected: str
     got: str
 
 
-def refusal(datum: Datum, limits: Limits) -> Refusal | None:
+def datum_problem(datum: Datum, limits: ModelLimits) -> DatumProblem | None:
     """Why a learner with these limits refuses the datum; None for one that it takes."""
     return _refused_tokens(datum, limits) or _refused_numbers(datum)
 
 
-def _refused_tokens(datum: Datum, limits: Limits) -> Refusal | None:
+def _refused_tokens(datum: Datum, limits: ModelLimits) -> DatumProblem | None:
     tokens = datum.token_ids
     mask = datum.loss_mask
     longest = limits.context_length or _LARGEST_INT32
     largest = limits.vocabulary_size - 1
     if not 2 <= len(tokens) <= longest:
         problem = Problem.TOO_SHORT if len(tokens) < 2 else Problem.TOO_LONG
-        return Refusal(problem, "token_ids", f"2 to {longest} tokens", str(len(tokens)))
+        return DatumProblem(problem, "token_ids", f"2 to {longest} tokens", str(len(tokens)))
     if largest < 0:
         largest = _LARGEST_INT32
     if min(tokens) < 0 or max(tokens) > largest:
         place = next(i for i, token in enumerate(tokens) if not 0 <= token <= largest)
         field = f"token_ids[{place}]"
         expected = f"a token id from 0 to {largest}"
-        return Refusal(Problem.NOT_IN_VOCABULARY, field, expected, str(tokens[place]))
+        return DatumProblem(Problem.NOT_IN_VOCABULARY, field, expected, str(tokens[place]))
     if len(mask) != len(tokens):
-        return Refusal(Problem.MISALIGNED, "loss_mask", f"one value per token, {len(tokens)}", str(len(mask)))
+        return DatumProblem(Problem.MISALIGNED, "loss_mask", f"one value per token, {len(tokens)}", str(len(mask)))
     if mask[0]:
-        return Refusal(Problem.MISALIGNED, "loss_mask[0]", "false: nothing predicts the first token", "true")
+        return DatumProblem(Problem.MISALIGNED, "loss_mask[0]", "false: nothing predicts the first token", "true")
     if not any(mask):
-        return Refusal(Problem.NOTHING_SAMPLED, "loss_mask", "at least one trained token", "none")
+        return DatumProblem(Problem.NOTHING_SAMPLED, "loss_mask", "at least one trained token", "none")
     return None
 
 
-def _refused_numbers(datum: Datum) -> Refusal | None:
+def _refused_numbers(datum: Datum) -> DatumProblem | None:
     objective = datum.objective
     if not (math.isfinite(datum.temperature) and datum.temperature > 0):
-        return Refusal(Problem.NOT_FINITE, "temperature", "a finite number above 0", str(datum.temperature))
+        return DatumProblem(Problem.NOT_FINITE, "temperature", "a finite number above 0", str(datum.temperature))
     single = {"weight": datum.weight}
     if not isinstance(objective, PolicyGradient):
         single["distillation.target_weight"] = objective.target_weight
@@ -112,17 +112,17 @@ def _refused_numbers(datum: Datum) -> Refusal | None:
         single["policy_gradient.advantage"] = objective.advantage
     for name, value in single.items():
         if not math.isfinite(value):
-            return Refusal(Problem.NOT_FINITE, name, "a finite number", str(value))
+            return DatumProblem(Problem.NOT_FINITE, name, "a finite number", str(value))
     return _refused_log_probs(objective, sum(datum.loss_mask)) if isinstance(objective, PolicyGradient) else None
 
 
-def _refused_log_probs(objective: PolicyGradient, trained: int) -> Refusal | None:
+def _refused_log_probs(objective: PolicyGradient, trained: int) -> DatumProblem | None:
     for name, values, optional in (
         ("policy_gradient.rollout_log_probs", objective.rollout_log_probs, False),
         ("policy_gradient.old_log_probs", objective.old_log_probs, True),
     ):
         if len(values) != trained and (values or not optional):
-            return Refusal(Problem.MISALIGNED, name, f"one value per trained token, {trained}", str(len(values)))
+            return DatumProblem(Problem.MISALIGNED, name, f"one value per trained token, {trained}", str(len(values)))
         if not all(abs(value) <= _LARGEST_FLOAT32 for value in values):  # the contract's type for them
-            return Refusal(Problem.NOT_FINITE, name, "finite numbers", "a non-finite one")
+            return DatumProblem(Problem.NOT_FINITE, name, "finite numbers", "a non-finite one")
     return None

@@ -30,7 +30,7 @@ from mulligan.common.types import (
     StoredReflection,
     TaskInfo,
 )
-from mulligan.trainer.data import Datum, Limits
+from mulligan.trainer.data import Datum, ModelLimits
 from mulligan.trainer.settings import LossSettings
 
 
@@ -58,8 +58,8 @@ class EnvironmentPort(Protocol):
     async def start(self, environment: str, task_id: str, episode_id: str) -> EpisodeHandle: ...
 
 
-class Speaker(Protocol):
-    """What a player asks."""
+class SamplingClient(Protocol):
+    """What a harness asks."""
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
@@ -69,7 +69,7 @@ class Speaker(Protocol):
         """What `generate` would report as prompt_token_ids; a string is encoded without template."""
 
 
-class PolicyPort(Speaker, Protocol):
+class PolicyPort(SamplingClient, Protocol):
     """All policies of a service. A name that is empty is the default policy's."""
 
     async def info(self, policy: str = "") -> PolicyInfo:
@@ -105,7 +105,7 @@ class LearnerPort(Protocol):
         """Of the model that is trained."""
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ModelLimits:
         """Of the model that is trained."""
 
     @property

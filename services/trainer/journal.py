@@ -70,9 +70,9 @@ class StepCompleted(msgspec.Struct, frozen=True, tag="step_completed"):
     metrics: dict[str, float]
 
 
-Record = StepStarted | AttemptSampled | ReflectionSampled | ExperienceCompleted | StepCompleted
+JournalRecord = StepStarted | AttemptSampled | ReflectionSampled | ExperienceCompleted | StepCompleted
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Record)
+_DECODER: msgspec.msgpack.Decoder[JournalRecord] = msgspec.msgpack.Decoder(JournalRecord)
 
 
 def journal_file(folder: Path, step: int) -> Path:
@@ -170,7 +170,7 @@ class StepJournal:
     def close(self) -> None:
         self._file.close()
 
-    def _append(self, record: Record) -> None:
+    def _append(self, record: JournalRecord) -> None:
         payload = _ENCODER.encode(record)
         data = msgpack.packb([zlib.crc32(payload), payload])
         if os.fstat(self._file.fileno()).st_nlink == 0:  # writes would go nowhere
@@ -179,7 +179,7 @@ class StepJournal:
             append(self._file.fileno(), data)
         self._remember(record)
 
-    def _remember(self, record: Record) -> None:
+    def _remember(self, record: JournalRecord) -> None:
         match record:
             case StepStarted():
                 self.started = record
@@ -241,7 +241,7 @@ def _joined(chain: ExperienceCompleted, parts: dict[str, Attempt | Reflection]) 
     )
 
 
-def read_records(path: Path) -> Iterator[tuple[Record, int]]:
+def read_records(path: Path) -> Iterator[tuple[JournalRecord, int]]:
     """Each whole record with the offset at which it ends; stops at the first that is torn or damaged."""
     with path.open("rb") as file:
         unpacker = msgpack.Unpacker(file, max_buffer_size=2**31 - 1)

@@ -17,13 +17,14 @@ from mulligan.common.file_lock import lock_file
 from mulligan.common.tasks import cancel
 from mulligan.common.types import Attempt, Split
 from mulligan.trainer.algorithm import evaluate
-from mulligan.trainer.episode import Player
 from mulligan.trainer.events import EvaluationEvent, StateEvent
 from mulligan.trainer.folder import RunFolder, RunRecord, RunState
+from mulligan.trainer.harness import Harness
 from mulligan.trainer.metrics import EvaluationProgress
-from mulligan.trainer.named import NamedPolicy, check_environment, check_tasks, check_top_k
-from mulligan.trainer.run import Run, Services, evaluation_of
+from mulligan.trainer.preflight import check_environment, check_tasks, check_top_k
+from mulligan.trainer.run import Run, ServicePorts, evaluation_of
 from mulligan.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
+from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from mulligan.trainer.trainable import prompt_notices
 
@@ -34,7 +35,7 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 class RunManager:
     """Owns `folder`: a second process on it is refused with OSError."""
 
-    def __init__(self, folder: Path, services: Services):
+    def __init__(self, folder: Path, services: ServicePorts):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._services = services
@@ -194,9 +195,9 @@ class RunManager:
             progress.add(attempt)
             tell(progress)
 
-        player = Player(port, named, info, named.info, "0", rollout.max_restarts)
+        harness = Harness(port, named, info, named.info, "0", rollout.max_restarts)
         try:
-            attempts = await evaluate(player, name, [task.task_id for task in tasks], settings, rollout, seed, ended)
+            attempts = await evaluate(harness, name, [task.task_id for task in tasks], settings, rollout, seed, ended)
         except EnvironmentChanged as error:
             raise DomainError(Reason.ENVIRONMENT_CHANGED, str(error), environment=environment) from error
         for text in prompt_notices(attempts):

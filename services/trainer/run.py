@@ -7,31 +7,37 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 
 import structlog
 
+from mulligan.common.disk import free_bytes
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import PolicyInfo
 from mulligan.common.rewards import reaches
 from mulligan.common.types import Attempt, Experience
 from mulligan.trainer.algorithm import Erl, NoRecorder, evaluate
-from mulligan.trainer.episode import Player
 from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
+from mulligan.trainer.harness import Harness
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from mulligan.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
 from mulligan.trainer.metrics import rewards_of
-from mulligan.trainer.named import NamedPolicy, check_actor, check_environment, check_reflector
-from mulligan.trainer.pause import Pause
-from mulligan.trainer.published import PublishedPolicy
-from mulligan.trainer.run_environment import EnvironmentChanged, Place, RunEnvironment
+from mulligan.trainer.preflight import check_actor, check_environment, check_reflector
+from mulligan.trainer.run_environment import EnvironmentChanged, RunEnvironment, RunTasks
+from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
 from mulligan.trainer.seeds import tasks_of_step
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.trainable import drop_notices, prompt_notices
 
 log = structlog.get_logger()
 LEARNER_LOSSES = 3  # how often in a row, without a step in between, a lost learner is set up again
+# While a disk is full: seconds between tries, seconds between looks at the disk, bytes beyond what was to be written.
+_FIRST_DELAY_SECONDS = 0.5
+_MAX_DELAY_SECONDS = 60.0
+_LOOK_SECONDS = 0.5
+_SPARE_BYTES = 2**18
 
 
 class EvaluationFailed(RuntimeError):
@@ -39,7 +45,7 @@ class EvaluationFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Services:
+class ServicePorts:
     """The four ports of a run. `open_learner` gives (run id, settings) → a learner that the run owns. `upload` is for a
     policy service that does not see the trainer's files."""
 
@@ -71,7 +77,7 @@ class Run:
     room on a disk; "" while it trains. With `accept_environment` it goes on in another environment than it began with.
     """
 
-    def __init__(self, run_id: str, folder: RunFolder, services: Services, events: EventLog | None = None):
+    def __init__(self, run_id: str, folder: RunFolder, services: ServicePorts, events: EventLog | None = None):
         self.run_id = run_id
         self.folder = folder
         self.record = folder.record()  # as it was found
@@ -147,20 +153,20 @@ class Run:
 
     async def _train(self) -> None:
         self.events.write()
-        place = await self.environment.open()
-        await self.environment.settle(place, self.notice, accept=self.accept_environment)
+        tasks = await self.environment.open()
+        await self.environment.settle(tasks, self.notice, accept=self.accept_environment)
         self.accept_environment = False
         log.info("creating the learner", run_id=self.run_id, model=self.settings.model.source)
         learner = await self.services.open_learner(self.run_id, self.settings)
         try:
-            await self._train_with(learner, place)
+            await self._train_with(learner, tasks)
         finally:
             await learner.close()
 
-    async def _train_with(self, learner: LearnerPort, place: Place) -> None:
+    async def _train_with(self, learner: LearnerPort, tasks: RunTasks) -> None:
         settings = self.settings
         services = self.services
-        info = place.info
+        info = tasks.info
         actor = await services.actor(settings, learner, self.notice)
         check_environment(info, actor.info)
         reflector = await services.reflector(settings, actor.info)
@@ -170,16 +176,16 @@ class Run:
         self.step = checkpoint.step if checkpoint else 0
         incarnation = uuid.uuid4().hex[:8]
         restarts = settings.rollout.max_restarts
-        player = Player(self.environment.port, actor, info, actor.info, incarnation, restarts, reflector)
-        algorithm = Erl(self.run_id, settings, player, services.memory, learner, NoRecorder())
+        harness = Harness(self.environment.port, actor, info, actor.info, incarnation, restarts, reflector)
+        algorithm = Erl(self.run_id, settings, harness, services.memory, learner, NoRecorder())
         await actor.publish()
         if checkpoint is None:
             await self._save(algorithm, 0)
-        test_ids = [task.task_id for task in place.test]
+        test_ids = [task.task_id for task in tasks.test]
         while self.step < settings.steps and not self._stop.is_set():
             if self._evaluation_due():
                 await self._evaluate(algorithm, test_ids)
-            await self._step(algorithm, actor, place)
+            await self._step(algorithm, actor, tasks)
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps or self._stop.is_set():
                 await self._save(algorithm, self.step)
         if self.step == settings.steps:
@@ -187,13 +193,13 @@ class Run:
             self.folder.write_summary(self.summary())
             self._finished = True
 
-    async def _step(self, algorithm: Erl, policy: PublishedPolicy, place: Place) -> None:
+    async def _step(self, algorithm: Erl, policy: PublishedPolicy, tasks: RunTasks) -> None:
         """Sample, learn, publish, memorise. Every part is found again in the journal when the step is repeated."""
         start = time.monotonic()
         journal = StepJournal(self.folder.journal, self.step)
         try:
             recording = replace(algorithm, recorder=journal)
-            experiences = await self._sample(recording, journal, policy.version, place)
+            experiences = await self._sample(recording, journal, policy.version, tasks)
             sampled = time.monotonic()
             journal.sync()
             first = [experience.first_attempt for experience in experiences]
@@ -222,20 +228,20 @@ class Run:
             self.events.add(StepEvent(self.step, metrics))
         self.step += 1
 
-    async def _sample(self, recording: Erl, journal: StepJournal, version: int, place: Place) -> list[Experience]:
+    async def _sample(self, recording: Erl, journal: StepJournal, version: int, tasks: RunTasks) -> list[Experience]:
         """Raises EnvironmentChanged: nothing is learned from attempts of which some may be of another environment."""
         rollout = self.settings.rollout
         if journal.started is None:
-            chosen = tasks_of_step(len(place.train), rollout.tasks_per_step, self.step, self.settings.seed)
+            chosen = tasks_of_step(len(tasks.train), rollout.tasks_per_step, self.step, self.settings.seed)
             memory_version = await self.services.memory.snapshot(recording.memory_scope)
-            task_ids = [place.train[index].task_id for index in chosen]
+            task_ids = [tasks.train[index].task_id for index in chosen]
             journal.start(StepStarted(self.step, task_ids, memory_version, version))
         assert journal.started is not None
         known = journal.chains == rollout.tasks_per_step * rollout.rollouts_per_task
         try:
             experiences = await recording.sample(self.step, journal.started.task_ids, journal.started.memory_version)
             if not known:
-                await self.environment.check(place)
+                await self.environment.check(tasks)
         except EnvironmentChanged:
             set_aside(self.folder.journal, self.step)
             raise
@@ -258,7 +264,7 @@ class Run:
         settings = self.settings
         log.info("evaluating", run_id=self.run_id, step=self.step, tasks=len(test_ids))
         attempts = await evaluate(
-            algorithm.player, name, test_ids, settings.evaluation, settings.rollout, settings.seed
+            algorithm.harness, name, test_ids, settings.evaluation, settings.rollout, settings.seed
         )
         self._notice_once(prompt_notices(attempts))
         self.events.add(evaluation_of(self.step, attempts, self.settings.algorithm.success_threshold))
@@ -299,3 +305,36 @@ def evaluation_of(step: int, attempts: list[Attempt], threshold: float) -> Evalu
         raise EvaluationFailed("no attempt could be finished: " + "; ".join(causes[:3]))
     success = fmean(reaches(reward, threshold) for reward in rewards)
     return EvaluationEvent(step, success, fmean(rewards), len(rewards), len(attempts) - len(rewards))
+
+
+class Pause:
+    """Between the tries of a run. Call `over` when something was written since."""
+
+    def __init__(self) -> None:
+        self._delay = _FIRST_DELAY_SECONDS
+
+    def over(self) -> None:
+        self._delay = _FIRST_DELAY_SECONDS
+
+    async def wait(self, full: DomainError, stop: asyncio.Event) -> None:
+        """Until there seems to be room for what failed with DISK_FULL, or `stop` is set.
+
+        What is free may say nothing, where there is a quota or the disk is another machine's: then it returns after a
+        while, longer each time, for another try.
+        """
+        folder = Path(full.metadata["folder"])
+        wanted = max(int(full.metadata["needed_bytes"]), int(full.metadata["free_bytes"]) + 1) + _SPARE_BYTES
+        end = time.monotonic() + _MAX_DELAY_SECONDS
+        await _set(stop, self._delay)
+        while not stop.is_set() and time.monotonic() < end and free_bytes(folder) < wanted:
+            await _set(stop, _LOOK_SECONDS)
+        self._delay = min(2 * self._delay, _MAX_DELAY_SECONDS)
+
+
+async def _set(event: asyncio.Event, seconds: float) -> None:
+    """Waits until it is set, but no longer than this."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return

@@ -17,7 +17,7 @@ from mulligan.trainer.fingerprint import Fingerprint, brief, fingerprint
 from mulligan.trainer.folder import RunFolder
 from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle
 from mulligan.trainer.journal import journaled_steps, sampled_chains, set_aside
-from mulligan.trainer.named import check_tasks
+from mulligan.trainer.preflight import check_tasks
 from mulligan.trainer.settings import RunSettings
 
 ADVICE = (
@@ -32,7 +32,7 @@ class EnvironmentChanged(Exception):
 
 
 @dataclass(frozen=True)
-class Place:
+class RunTasks:
     """What attempts are made in."""
 
     info: EnvironmentInfo
@@ -82,7 +82,7 @@ class RunEnvironment:
         self._settings = settings
         self._folder = folder
 
-    async def open(self) -> Place:
+    async def open(self) -> RunTasks:
         """Raises DomainError UNKNOWN_ENVIRONMENT, or INVALID_SETTING where there is nothing to train or measure on."""
         name = self._settings.environment
         settings = self._settings
@@ -90,12 +90,12 @@ class RunEnvironment:
         train = await self.port.list_tasks(name, Split.TRAIN, settings.rollout.train_tasks)
         test = await self.port.list_tasks(name, Split.TEST, settings.evaluation.tasks)
         check_tasks(info, {Split.TRAIN: train, Split.TEST: test})
-        return Place(info, train, test)
+        return RunTasks(info, train, test)
 
-    async def settle(self, place: Place, notice: Callable[[str], None], *, accept: bool) -> None:
+    async def settle(self, tasks: RunTasks, notice: Callable[[str], None], *, accept: bool) -> None:
         """Keeps the fingerprint of the environment that a run begins in. Raises EnvironmentChanged when it goes on in
         another one, unless that is to be accepted."""
-        now = await self._fingerprint(place)
+        now = await self._fingerprint(tasks)
         before = self._folder.environment()
         differences = before.differences(now) if before is not None else []
         if differences and not accept:
@@ -106,10 +106,10 @@ class RunEnvironment:
         if before is None or differences:
             self._folder.write_environment(now)
 
-    async def check(self, place: Place) -> None:
+    async def check(self, tasks: RunTasks) -> None:
         """That it is still the one that the run began in. Raises EnvironmentChanged."""
         info = await self.port.describe(self._settings.environment)
-        await self.settle(replace(place, info=info), lambda text: None, accept=False)
+        await self.settle(replace(tasks, info=info), lambda text: None, accept=False)
 
     async def refuse_another(self) -> None:
         """Before a run is taken up again: raises DomainError ENVIRONMENT_CHANGED. Where it cannot be found out soon, it
@@ -127,8 +127,8 @@ class RunEnvironment:
             message = f"{self._told(differences)}. {ADVICE}"
             raise DomainError(Reason.ENVIRONMENT_CHANGED, message, environment=name)
 
-    async def _fingerprint(self, place: Place) -> Fingerprint:
-        return await fingerprint(self.port, place.info, {Split.TRAIN: place.train, Split.TEST: place.test})
+    async def _fingerprint(self, tasks: RunTasks) -> Fingerprint:
+        return await fingerprint(self.port, tasks.info, {Split.TRAIN: tasks.train, Split.TEST: tasks.test})
 
     def _told(self, differences: list[str]) -> str:
         name = self._settings.environment

@@ -14,7 +14,7 @@ from typing import TypeVar
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.rewards import is_usable
 from mulligan.common.types import Attempt, Experience, Outcome, Reflection, TokenSequence
-from mulligan.trainer.data import Datum, Distillation, Limits, PolicyGradient, Problem, refusal
+from mulligan.trainer.data import Datum, Distillation, ModelLimits, PolicyGradient, Problem, datum_problem
 from mulligan.trainer.settings import AlgorithmSettings
 
 Part = TypeVar("Part", Attempt, Reflection)
@@ -81,7 +81,7 @@ def prompt_notices(first: Sequence[Attempt], later: Sequence[Attempt | Reflectio
 
 
 def trainable(
-    experiences: Sequence[Experience], limits: Limits, settings: AlgorithmSettings
+    experiences: Sequence[Experience], limits: ModelLimits, settings: AlgorithmSettings
 ) -> tuple[list[Experience], Counter[str]]:
     """The experiences without the tokens that cannot be trained on, and how many samples lost theirs, by problem.
 
@@ -151,12 +151,12 @@ def _cut(part: Attempt | Reflection, settings: AlgorithmSettings) -> str | None:
 
 
 def _problem(
-    sequences: Sequence[TokenSequence], temperature: float, limits: Limits, *, is_distilled: bool = False
+    sequences: Sequence[TokenSequence], temperature: float, limits: ModelLimits, *, is_distilled: bool = False
 ) -> Problem | None:
     """The first one of a sample."""
     for sequence in sequences:
         objective = Distillation(1.0) if is_distilled else PolicyGradient(0.0, tuple(sequence.log_probs))
         datum = Datum("", tuple(sequence.token_ids), tuple(sequence.loss_mask), 1.0, temperature, objective, "")
-        if found := refusal(datum, limits):
+        if found := datum_problem(datum, limits):
             return found.problem
     return None if sequences else Problem.NOTHING_SAMPLED

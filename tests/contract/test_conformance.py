@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from mulligan.conformance import memory
-from mulligan.conformance.env.game import Options
+from mulligan.conformance.env.game import EnvOptions
 from mulligan.conformance.env.run import check as check_env
 from mulligan.conformance.env.run import target as env_target
 from mulligan.conformance.policy import run as policy
-from mulligan.conformance.policy.served import Options as PolicyOptions
+from mulligan.conformance.policy.served import PolicyOptions
 from mulligan.conformance.report import Report, Verdict
 from mulligan.conformance.trainer import run as trainer
-from mulligan.conformance.trainer.held import Options as TrainerOptions
+from mulligan.conformance.trainer.held import TrainerOptions
 from mulligan.env.episodes import EpisodeTable
 from mulligan.testing.loop import Loop
 from mulligan.testing.processes import Services
@@ -29,7 +29,7 @@ from tests.support.faulty_proxy import Fault, between, faults
 from tests.support.paths import IMPORT_ROOTS, ROOT
 from tests.support.policy import serving
 
-DICE = Options(actions=40, known=("1", "3", "5", "6"))
+DICE = EnvOptions(actions=40, known=("1", "3", "5", "6"))
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split
 from mulligan.conformance.env import ENVIRONMENT, SERVER, episodes, forks, play, rules, steps
-from mulligan.conformance.env.game import Game, Options
+from mulligan.conformance.env.game import EnvOptions, Game
 from mulligan.conformance.env.run import METHODS, target
 from mulligan.conformance.report import Check, Verdict, judge
-from mulligan.conformance.target import Session, Target
+from mulligan.conformance.target import CheckSession, Target
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.testing.processes import ServiceProcess, Services
@@ -114,13 +114,13 @@ async def connected(server: ServiceProcess) -> AsyncIterator[Target]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def games(connected: Target) -> dict[str, Game]:
     listed = (await connected.connect(*METHODS)).environments
-    return {info.name: Game(Session(connected), info, Options(known=actions_of(info.name))) for info in listed}
+    return {info.name: Game(CheckSession(connected), info, EnvOptions(known=actions_of(info.name))) for info in listed}
 
 
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("check", SERVER.checks, ids=lambda check: f"{check.call}: {check.title}")
-async def test_the_server_keeps_each_promise(connected: Target, check: Check[Session]) -> None:
-    result = await judge(check, Session(connected))
+async def test_the_server_keeps_each_promise(connected: Target, check: Check[CheckSession]) -> None:
+    result = await judge(check, CheckSession(connected))
     if "token" in check.title:
         assert result.verdict is Verdict.NOT_APPLICABLE  # test_conformance.py has a server with one
     else:
@@ -197,7 +197,7 @@ def test_no_action_breaks_it(server: ServiceProcess, name: str, played: list[lis
         connected = target(server.address)
         listed = (await connected.connect(*METHODS)).environments
         (info,) = (info for info in listed if info.name == name)
-        game = Game(Session(connected), info, Options())
+        game = Game(CheckSession(connected), info, EnvOptions())
         tasks = [task.task_id for task in await game.tasks(len(played))]
         plays = [(tasks[n % len(tasks)], actions) for n, actions in enumerate(played)]
         for episode in await game.side_by_side(plays):

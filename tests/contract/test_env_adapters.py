@@ -17,10 +17,10 @@ from websockets.sync.server import ServerConnection, serve
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
 from mulligan.common.types import Outcome, Split
-from mulligan.conformance.env.game import Game, Options
+from mulligan.conformance.env.game import EnvOptions, Game
 from mulligan.conformance.env.run import METHODS, target
 from mulligan.conformance.report import Check, Verdict, judge
-from mulligan.conformance.target import Session, Target
+from mulligan.conformance.target import CheckSession, Target
 from mulligan.env.client import EnvClient
 from mulligan.testing.processes import ServiceProcess, Services
 from tests.contract.test_env import CHECKS, MOVES, without
@@ -79,7 +79,7 @@ async def connected(server: ServiceProcess) -> AsyncIterator[Target]:
 async def games(connected: Target) -> dict[str, Game]:
     listed = (await connected.connect(*METHODS)).environments
     return {
-        info.name: Game(Session(connected), info, Options(known=KNOWN[info.name]))
+        info.name: Game(CheckSession(connected), info, EnvOptions(known=KNOWN[info.name]))
         for info in listed
         if info.name in KNOWN
     }

@@ -1,4 +1,4 @@
-"""The published tasks as an agent meets them: attempts and reflections of the trainer's player, over gRPC."""
+"""The published tasks as an agent meets them: attempts and reflections of the trainer's harness, over gRPC."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mulligan.env.envs import hotpotqa_world
 from mulligan.env.envs.sokoban import Sokoban
 from mulligan.env.envs.sokoban_boards import solve
 from mulligan.testing.processes import Services
-from mulligan.trainer.episode import Player, fill, trace_of
+from mulligan.trainer.harness import Harness, fill, trace_of
 from tests.support.fakes import FakePolicy
 from tests.support.llama_model import TOOLS_TEMPLATE, write_llama_model
 from tests.support.policy import serving
@@ -33,12 +33,12 @@ async def client(shared_services: Services) -> AsyncIterator[EnvClient]:
     await client.close()
 
 
-async def player(client: EnvClient, environment: str, answer: Answer) -> Player:
+async def harness(client: EnvClient, environment: str, answer: Answer) -> Harness:
     policy = FakePolicy(answer)
-    return Player(client, policy, await client.describe(environment), await policy.info(), "i0", 0)
+    return Harness(client, policy, await client.describe(environment), await policy.info(), "i0", 0)
 
 
-async def attempt(made: Player, task_id: str) -> Attempt:
+async def attempt(made: Harness, task_id: str) -> Attempt:
     return await made.attempt(f"a-{task_id}", task_id, made.info.prompts.solver, SAMPLING, 0)
 
 
@@ -51,7 +51,7 @@ async def test_whoever_knows_sokoban_solves_its_tasks(client: EnvClient) -> None
     for task in await client.list_tasks("sokoban", Split.TEST, 5):
         moves = iter(solve(sokoban.board(task.task_id), 8) or ())
         played = await attempt(
-            await player(client, "sokoban", lambda *_, moves=moves: f"```{next(moves)}```"), task.task_id
+            await harness(client, "sokoban", lambda *_, moves=moves: f"```{next(moves)}```"), task.task_id
         )
         assert (played.outcome, played.reward) == (Outcome.COMPLETED, 1.0)
         assert len(played.turns) == task.difficulty
@@ -61,7 +61,7 @@ async def test_whoever_searches_hotpotqa_can_answer_it(client: EnvClient) -> Non
     for record in hotpotqa_world.data_sets()[1][:5]:
         turns = [search(title) for title, _ in record["supporting_facts"]] + [f"\\boxed{{{record['answer']}}}"]
         said = iter(turns)
-        made = await player(client, "hotpotqa", lambda *_, said=said: next(said))
+        made = await harness(client, "hotpotqa", lambda *_, said=said: next(said))
         played = await attempt(made, f"test/{record['_id']}")
         assert (played.outcome, played.reward) == (Outcome.COMPLETED, 1.0)
         assert played.turns[0].observation == record["question"]
@@ -74,7 +74,7 @@ async def test_a_model_searches_hotpotqa_through_its_chat_template(client: EnvCl
     (task,) = await client.list_tasks("hotpotqa", Split.TEST, 1)
     forced = SamplingParams(regex=re.escape(search("river")), max_tokens=200)
     async with serving(write_llama_model(tmp_path / "llama", template=TOOLS_TEMPLATE)) as policy:
-        made = Player(client, policy.client, info, await policy.client.info(), "i0", 0)
+        made = Harness(client, policy.client, info, await policy.client.info(), "i0", 0)
         played = await made.attempt("a", task.task_id, info.prompts.solver, forced, 0)
         text = policy.backend.decode(played.sequences[0].token_ids)
     assert played.error == "" and len(played.turns) > 1 and len(played.sequences) == 1
@@ -103,7 +103,7 @@ async def test_a_failure_is_reflected_on_and_tried_again(
             return "<prompt>Do better.</prompt>"
         return answer
 
-    made = await player(client, environment, say)
+    made = await harness(client, environment, say)
     (task,) = await client.list_tasks(environment, Split.TRAIN, 1)
     first = await attempt(made, task.task_id)
     assert first.reward == 0.0 and first.feedback.startswith(told)

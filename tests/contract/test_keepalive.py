@@ -18,7 +18,7 @@ from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.keepalive import kept_alive
 from mulligan.env.replicas import EnvReplicas, connect
 from mulligan.testing.processes import ServiceProcess, Services
-from mulligan.trainer.episode import Player
+from mulligan.trainer.harness import Harness
 from tests.support.fakes import FakePolicy
 
 LEASE_SECONDS = 0.6
@@ -76,10 +76,10 @@ async def attempt_of(
     policy.think = think
     policy.context_length = 2**20
     info = await client.describe(environment)
-    player = Player(client, policy, info, await policy.info(), uuid4().hex, max_restarts=1)
+    harness = Harness(client, policy, info, await policy.info(), uuid4().hex, max_restarts=1)
     task_id = (await client.list_tasks(environment, SPLIT, 1))[0].task_id
     before = asyncio.all_tasks()
-    attempt = await player.attempt("attempt", task_id, "solve", SamplingParams(max_tokens=100), 0)
+    attempt = await harness.attempt("attempt", task_id, "solve", SamplingParams(max_tokens=100), 0)
     assert {task.get_name() for task in asyncio.all_tasks() - before if "_renew" in repr(task)} == set()
     return attempt
 

@@ -18,7 +18,7 @@ from mulligan.cli.learners import learners as command
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.server import RequestInterceptor
-from mulligan.trainer.client import LearnersClient
+from mulligan.trainer.client import LearnerAdminClient
 from mulligan.trainer.learner import client as client_module
 from mulligan.trainer.learner.client import LEASE_SECONDS, LearnerClient
 from mulligan.trainer.learner.learner import Learner
@@ -218,7 +218,7 @@ async def test_it_is_listed_and_deleted_from_the_command_line(served: Served) ->
     assert unknown.exit_code == 1
     assert (await called("delete", "learner")).output.endswith("deleted\n")
     assert await served.held() == []
-    client = LearnersClient(served.endpoint)
+    client = LearnerAdminClient(served.endpoint)
     await client.delete("learner", "anybody")  # an unknown one succeeds
     await served.create()
     with pytest.raises(DomainError) as caught:

@@ -14,7 +14,7 @@ from mulligan.env.client import EnvClient
 from mulligan.testing.processes import ServiceProcess, Services
 from mulligan.trainer.algorithm import Erl, NoRecorder
 from mulligan.trainer.batch import groups, training_data
-from mulligan.trainer.episode import Player
+from mulligan.trainer.harness import Harness
 from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeLearner, FakeMemory, FakePolicy
 
@@ -51,8 +51,8 @@ async def chain(env: ServiceProcess, kills: int) -> tuple[Erl, list[Experience]]
         {"environment": "frozenlake-3x3", "algorithm": {"second_attempt": "none"}, "rollout": {"rollouts_per_task": 1}}
     )
     info = await client.describe("frozenlake-3x3")
-    player = Player(client, policy, info, await policy.info(), f"{kills}", MAX_RESTARTS)
-    erl = Erl(f"killed-{kills}", settings, player, FakeMemory(), FakeLearner(), NoRecorder())
+    harness = Harness(client, policy, info, await policy.info(), f"{kills}", MAX_RESTARTS)
+    erl = Erl(f"killed-{kills}", settings, harness, FakeMemory(), FakeLearner(), NoRecorder())
     try:
         async with asyncio.timeout(100):
             return erl, list(await erl.sample(0, ["train/00000"], 0))

@@ -25,7 +25,7 @@ from mulligan.memory.v1 import memory_service_pb2 as memory_pb
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.v1 import policy_service_pb2 as policy_pb
 from mulligan.testing.processes import Services
-from mulligan.trainer.episode import Player
+from mulligan.trainer.harness import Harness
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 from tests.support.fakes import FakePolicy
@@ -62,8 +62,8 @@ async def test_an_attempt_with_an_odd_reward_is_excluded_and_the_reward_named(re
         client = EnvClient(Endpoint(address))
         policy = FakePolicy(lambda system, last, sampling: "3")
         info = await client.describe("dice")
-        player = Player(client, policy, info, await policy.info(), uuid4().hex, max_restarts=1)
-        attempt = await player.attempt("attempt", "train/1", "solve", SamplingParams(max_tokens=100), 0)
+        harness = Harness(client, policy, info, await policy.info(), uuid4().hex, max_restarts=1)
+        attempt = await harness.attempt("attempt", "train/1", "solve", SamplingParams(max_tokens=100), 0)
         alone = await (await client.start("dice", "train/1", "alone")).step("3")
         await client.close()
     assert (attempt.outcome, attempt.reward, attempt.restarts) == (Outcome.ENV_ERROR, None, 1)
@@ -250,8 +250,8 @@ async def test_an_attempt_with_odd_log_probabilities_is_the_policys_error() -> N
         client = EnvClient(Endpoint(address))
         policy = PolicyClient(endpoint)
         info = await client.describe("dice")
-        player = Player(client, policy, info, await FakePolicy(lambda *_: "").info(), uuid4().hex, max_restarts=0)
-        attempt = await player.attempt("attempt", "train/1", "solve", SamplingParams(max_tokens=100), 0)
+        harness = Harness(client, policy, info, await FakePolicy(lambda *_: "").info(), uuid4().hex, max_restarts=0)
+        attempt = await harness.attempt("attempt", "train/1", "solve", SamplingParams(max_tokens=100), 0)
         await client.close()
         await policy.close()
     assert attempt.outcome is Outcome.POLICY_ERROR and "log_probs nan" in attempt.error and not attempt.sequences

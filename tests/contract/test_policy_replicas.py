@@ -19,8 +19,7 @@ from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
 from mulligan.common.inference import CallOptions, SamplingParams, VersionState
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.replicas import PolicyReplicas, connect
-from mulligan.trainer.named import NamedPolicy
-from mulligan.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
+from mulligan.trainer.sampling import ForeignWeights, NamedPolicy, PublishedPolicy, VersionLost
 from tests.support.fakes import FakeLearner
 from tests.support.policy_servers import PolicyServer, PolicyServers, policy_servers
 

@@ -14,7 +14,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import LoraLimits, PolicyInfo, WeightsKind
 from mulligan.policy.backend import Sampled, WeightsFile
 from mulligan.testing.weights import load
-from mulligan.trainer.named import check_actor
+from mulligan.trainer.preflight import check_actor
 from mulligan.trainer.settings import LoraSettings, ModelSettings, RunSettings
 from tests.support.sglang import (
     MODEL,

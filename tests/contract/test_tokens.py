@@ -1,7 +1,7 @@
 """What is trained on is what was sampled, id by id, over eight turns, with a tokenizer that never encodes text back to
 the tokens it was sampled as.
 
-The environment service is a process, the policy a real engine behind real gRPC; the player, the algorithm, the journal
+The environment service is a process, the policy a real engine behind real gRPC; the harness, the algorithm, the journal
 and the data of the optimizer step are those of every run.
 """
 
@@ -28,7 +28,7 @@ from mulligan.policy.backend import Ask, Sampled
 from mulligan.testing.processes import Services
 from mulligan.trainer.algorithm import Erl
 from mulligan.trainer.data import Datum
-from mulligan.trainer.episode import Player
+from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
 from mulligan.trainer.learner.wire import data_from_proto, data_to_proto
 from mulligan.trainer.settings import RunSettings
@@ -140,11 +140,11 @@ async def one_step(policy: Serving, env_address: str, folder: Path) -> tuple[lis
     """The chains as the journal holds them, and the data as the learner's service reads them off the wire."""
     environment = EnvClient(Endpoint(env_address))
     info = await environment.describe(SETTINGS.environment)
-    player = Player(environment, policy.client, info, await policy.client.info(), uuid4().hex, max_restarts=0)
+    harness = Harness(environment, policy.client, info, await policy.client.info(), uuid4().hex, max_restarts=0)
     journal = StepJournal(folder, 0)
     learner = FakeLearner()
     journal.start(StepStarted(0, list(TASKS[Split.TRAIN]), 0, 0))
-    algorithm = Erl("run", SETTINGS, player, FakeMemory(), learner, journal)
+    algorithm = Erl("run", SETTINGS, harness, FakeMemory(), learner, journal)
     await algorithm.sample(0, TASKS[Split.TRAIN], 0)
     journal.close()
     await environment.close()

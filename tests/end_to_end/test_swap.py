@@ -29,7 +29,7 @@ from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import Services
-from mulligan.trainer.episode import Player
+from mulligan.trainer.harness import Harness
 from mulligan.trainer.settings import EvaluationSettings, RunSettings
 from tests.support.llama_model import write_llama_model
 
@@ -70,14 +70,14 @@ async def play(env: EnvClient, watched: Watched, info: PolicyInfo) -> list[Attem
     """Sixteen play episode after episode, until another version than the first has answered one of them."""
     lake = await env.describe(LAKE)
     tasks = await env.list_tasks(LAKE, Split.TEST, 16)
-    player = Player(env, watched, lake, info, "x", max_restarts=0)
+    harness = Harness(env, watched, lake, info, "x", max_restarts=0)
     attempts: list[Attempt] = []
 
     async def one_after_another(task_id: str) -> None:
         while len({version for _, version in watched.answers}) < 2:
             attempt_id = f"watched-{len(watched.answers)}-{task_id[-3:]}"
             sampling = SamplingParams(max_tokens=4)
-            attempts.append(await player.attempt(attempt_id, task_id, lake.prompts.solver, sampling, 0))
+            attempts.append(await harness.attempt(attempt_id, task_id, lake.prompts.solver, sampling, 0))
 
     await asyncio.gather(*(one_after_another(task.task_id) for task in tasks))
     return attempts

@@ -15,8 +15,8 @@ from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop
 from mulligan.testing.processes import Services
-from mulligan.trainer.episode import Player
 from mulligan.trainer.folder import RunState
+from mulligan.trainer.harness import Harness
 from tests.support.certificate import write_key_pair
 from tests.support.examples import Program, go
 
@@ -33,9 +33,9 @@ async def played_by_the_trainer(loop: Loop) -> Attempt:
     try:
         info = await env.describe(LAKE)
         (task,) = await env.list_tasks(LAKE, Split.TEST, 1)
-        player = Player(env, policy, info, await policy.info(), uuid4().hex, max_restarts=0)
+        harness = Harness(env, policy, info, await policy.info(), uuid4().hex, max_restarts=0)
         sampling = SamplingParams(temperature=0, max_tokens=4)
-        return await player.attempt("reference", task.task_id, info.prompts.solver, sampling, 0)
+        return await harness.attempt("reference", task.task_id, info.prompts.solver, sampling, 0)
     finally:
         await env.close()
         await policy.close()

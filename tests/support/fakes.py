@@ -41,7 +41,7 @@ from mulligan.common.types import (
     StoredReflection,
     TaskInfo,
 )
-from mulligan.trainer.data import Datum, Limits, refusal
+from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.settings import LossSettings
 
 PROMPTS = PromptSet(
@@ -281,7 +281,7 @@ class FakeLearner:
     checkpoints: dict[str, int] = field(default_factory=dict)
     lose_at: int | None = None
     fingerprint: str = "f"
-    limits: Limits = Limits(2**16, 4096)
+    limits: ModelLimits = ModelLimits(2**16, 4096)
     adapted_layers: tuple[str, ...] = ()
     kind: WeightsKind = WeightsKind.FULL
 
@@ -300,7 +300,7 @@ class FakeLearner:
 
     def _check(self, data: Sequence[Datum]) -> None:
         for datum in data:
-            if found := refusal(datum, self.limits):
+            if found := datum_problem(datum, self.limits):
                 raise DomainError(Reason.INVALID_FIELD, f"{datum.datum_id}: {found}")
 
     async def optim_step(self) -> dict[str, float]:

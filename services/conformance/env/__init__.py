@@ -6,9 +6,9 @@ from __future__ import annotations
 from mulligan.conformance.env import episodes, forks, hostile, listing, play, server, steps
 from mulligan.conformance.env.game import Game
 from mulligan.conformance.report import Suite
-from mulligan.conformance.target import Session
+from mulligan.conformance.target import CheckSession
 
-SERVER: Suite[Session] = server.suite
+SERVER: Suite[CheckSession] = server.suite
 ENVIRONMENT: Suite[Game] = Suite()
 ENVIRONMENT.extend([listing.suite, episodes.suite, steps.suite, play.suite, forks.suite, hostile.suite])
 WITHOUT_EPISODES: Suite[Game] = Suite()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from uuid import uuid4
 
-from mulligan.conformance.env.game import Episode, Game, difference
+from mulligan.conformance.env.game import Game, PlayedEpisode, difference
 from mulligan.conformance.env.steps import unfinished
 from mulligan.conformance.report import NotApplicable, Suite, demand
 from mulligan.env.v1 import env_service_pb2 as pb
@@ -18,7 +18,7 @@ def forks(game: Game) -> None:
         raise NotApplicable("the environment does not say that it can be forked (can_fork)")
 
 
-def request_of(game: Game, episode: Episode, index: int | None = None, new_id: str = "") -> pb.ForkEpisodeRequest:
+def request_of(game: Game, episode: PlayedEpisode, index: int | None = None, new_id: str = "") -> pb.ForkEpisodeRequest:
     """A fork after all of the episode's steps, or after `index`. The copy is ended after the check."""
     new_id = new_id or f"conformance-{uuid4()}"
     game.session.later("EndEpisode", pb.EndEpisodeRequest(episode_id=new_id))
@@ -26,7 +26,7 @@ def request_of(game: Game, episode: Episode, index: int | None = None, new_id: s
     return pb.ForkEpisodeRequest(episode_id=episode.episode_id, step_index=at, new_episode_id=new_id)
 
 
-async def fork(game: Game, episode: Episode) -> Episode:
+async def fork(game: Game, episode: PlayedEpisode) -> PlayedEpisode:
     """A copy that knows the steps that it has in common with the episode."""
     request = request_of(game, episode)
     answer = await game.session.ask("ForkEpisode", request)
@@ -34,7 +34,7 @@ async def fork(game: Game, episode: Episode) -> Episode:
     same = (answer.observation, answer.player) == (last.observation, last.player)
     demand(same, f"what the agent saw last, {last.observation!r}, and whose turn it is", answer, request)
     demand(answer.lease.ToTimedelta().total_seconds() > 0, "a lease of more than 0 seconds", answer, request)
-    copy = Episode(game.session, request.new_episode_id, episode.task_id, episode.begun)
+    copy = PlayedEpisode(game.session, request.new_episode_id, episode.task_id, episode.begun)
     copy.actions = list(episode.actions)
     copy.steps = list(episode.steps)
     return copy

@@ -13,7 +13,7 @@ from uuid import uuid4
 from mulligan.common.v1 import outcome_pb2
 from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import NotApplicable, Violation
-from mulligan.conformance.target import Refusal, Session
+from mulligan.conformance.target import CheckSession, Refusal
 from mulligan.env.v1 import env_service_pb2 as pb
 
 SPLITS = (pb.SPLIT_TRAIN, pb.SPLIT_TEST)
@@ -25,7 +25,7 @@ _FULL_WAITS = 20  # for a place at a full server
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class EnvOptions:
     """`known` are actions that mean something in the environment: they are played among the others. `actions` is how
     many random and hostile ones there are."""
 
@@ -35,10 +35,10 @@ class Options:
 
 
 @dataclass(slots=True)
-class Episode:
+class PlayedEpisode:
     """An episode as it was played. `error` marks one that the environment broke."""
 
-    session: Session
+    session: CheckSession
     episode_id: str
     task_id: str
     begun: pb.StartEpisodeResponse
@@ -67,7 +67,7 @@ class Episode:
         broken = (outcome_pb2.OUTCOME_ENV_ERROR, outcome_pb2.OUTCOME_TIMEOUT)
         return bool(self.steps) and self.steps[-1].outcome in broken
 
-    async def play(self, actions: Sequence[str]) -> Episode:
+    async def play(self, actions: Sequence[str]) -> PlayedEpisode:
         """Until the episode or the actions end."""
         for action in actions:
             if self.over:
@@ -113,14 +113,14 @@ def difference(found: Sequence[Shown], expected: Sequence[Shown]) -> str:
 class Game:
     """What a check about one environment is given."""
 
-    def __init__(self, session: Session, info: pb.EnvironmentInfo, options: Options) -> None:
+    def __init__(self, session: CheckSession, info: pb.EnvironmentInfo, options: EnvOptions) -> None:
         self.session = session
         self.info = info
         self.options = options
         self.random = random.Random(f"{options.seed}/{info.name}")
         self._tasks: list[pb.TaskInfo] | None = None
-        self._samples: list[Episode] | None = None
-        self.hostile: list[Episode] | None = None  # what `hostile.py` played
+        self._samples: list[PlayedEpisode] | None = None
+        self.hostile: list[PlayedEpisode] | None = None  # what `hostile.py` played
         self._unplayable = ""
         self._varies: bool | None = None
 
@@ -180,13 +180,13 @@ class Game:
         self.session.later("EndEpisode", pb.EndEpisodeRequest(episode_id=episode_id))
         return pb.StartEpisodeRequest(episode_id=episode_id, environment=self.name, task_id=task_id)
 
-    async def start(self, task_id: str = "", episode_id: str = "") -> Episode:
+    async def start(self, task_id: str = "", episode_id: str = "") -> PlayedEpisode:
         """An episode of the task, or of the first one."""
         if not task_id:
             task_id = (await self.tasks(1))[0].task_id
         request = self.start_request(task_id, episode_id)
         begun = await self.place(request)
-        return Episode(self.session, request.episode_id, task_id, begun)
+        return PlayedEpisode(self.session, request.episode_id, task_id, begun)
 
     async def place(self, request: pb.StartEpisodeRequest) -> pb.StartEpisodeResponse:
         """Starts the episode; waits for a place where the server is full, as its RetryInfo says."""
@@ -202,7 +202,7 @@ class Game:
             await asyncio.sleep(min(answer.retry_seconds, 1.0))
         raise NotApplicable("the server is full: all its places are taken by others")
 
-    async def end(self, episode: Episode) -> None:
+    async def end(self, episode: PlayedEpisode) -> None:
         await self.session.ask("EndEpisode", pb.EndEpisodeRequest(episode_id=episode.episode_id))
 
     def moves(self, count: int = 0) -> list[str]:
@@ -211,7 +211,7 @@ class Game:
         kinds = self.options.known or ORDINARY
         return [kinds[(n * n + n // 3) % len(kinds)] for n in range(count or max(self.info.max_steps, 1))]
 
-    async def samples(self) -> list[Episode]:
+    async def samples(self) -> list[PlayedEpisode]:
         """Some episodes, played to their end, of different tasks and under different actions. Played once."""
         self.available()
         if self._unplayable:
@@ -224,7 +224,7 @@ class Game:
                 raise
         return self._samples
 
-    async def _play_samples(self) -> list[Episode]:
+    async def _play_samples(self) -> list[PlayedEpisode]:
         played = []
         for number, task in enumerate(await self.tasks(SAMPLES)):
             moves = self.moves()
@@ -235,11 +235,11 @@ class Game:
             await self.end(episode)
         return played
 
-    async def side_by_side(self, plays: Sequence[tuple[str, Sequence[str]]]) -> list[Episode]:
+    async def side_by_side(self, plays: Sequence[tuple[str, Sequence[str]]]) -> list[PlayedEpisode]:
         """An episode per (task id, actions), a few at a time, each ended after its actions."""
         places = asyncio.Semaphore(SIDE_BY_SIDE)
 
-        async def one(task_id: str, actions: Sequence[str]) -> Episode:
+        async def one(task_id: str, actions: Sequence[str]) -> PlayedEpisode:
             async with places:
                 episode = await (await self.start(task_id)).play(actions)
                 await self.end(episode)

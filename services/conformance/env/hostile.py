@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, cycle
 
 from mulligan.conformance.env import rules
-from mulligan.conformance.env.game import ORDINARY, SIDE_BY_SIDE, Episode, Game
+from mulligan.conformance.env.game import ORDINARY, SIDE_BY_SIDE, Game, PlayedEpisode
 from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import Suite, Violation, demand
 from mulligan.env.v1 import env_service_pb2 as pb
@@ -51,9 +51,9 @@ def _code_point(chance: random.Random) -> int:
     return code if not 0xD800 <= code <= 0xDFFF else 0xFFFD
 
 
-async def _play(game: Game, actions: Iterator[str], tasks: Iterator[str]) -> list[Episode]:
+async def _play(game: Game, actions: Iterator[str], tasks: Iterator[str]) -> list[PlayedEpisode]:
     """Plays actions while there are any, in as many episodes as they take, each ended when it is over."""
-    played: list[Episode] = []
+    played: list[PlayedEpisode] = []
     for action in actions:
         if not played or played[-1].over or len(played[-1].steps) >= game.info.max_steps:
             if played:
@@ -63,7 +63,7 @@ async def _play(game: Game, actions: Iterator[str], tasks: Iterator[str]) -> lis
     return played
 
 
-async def plays(game: Game) -> list[Episode]:
+async def plays(game: Game) -> list[PlayedEpisode]:
     """Episodes under random and hostile actions; the same at the second call."""
     if game.hostile is None:
         actions = chain(FIXED, (hostile(game.random, game) for _ in range(game.options.actions)))
@@ -73,7 +73,7 @@ async def plays(game: Game) -> list[Episode]:
     return game.hostile
 
 
-def _held(game: Game, episodes: list[Episode], rule: rules.Rule, demanded: str) -> None:
+def _held(game: Game, episodes: list[PlayedEpisode], rule: rules.Rule, demanded: str) -> None:
     for episode in episodes:
         for wrong in rule(game.info, episode):
             last = ", ".join(repr(action[:100]) for action in episode.actions[-3:])

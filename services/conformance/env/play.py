@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mulligan.conformance.env import rules
-from mulligan.conformance.env.game import Episode, Game, difference
+from mulligan.conformance.env.game import Game, PlayedEpisode, difference
 from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
 
 suite: Suite[Game] = Suite()
@@ -66,7 +66,7 @@ async def deterministic(game: Game) -> None:
         same_play(first, second)
 
 
-def same_play(first: Episode, second: Episode) -> None:
+def same_play(first: PlayedEpisode, second: PlayedEpisode) -> None:
     """Raises Violation where they part."""
     parted = difference(first.shows(), second.shows())
     came = f"task {first.task_id!r} was played twice with the same actions: {parted}"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 from mulligan.common.rewards import reaches, total
 from mulligan.common.v1 import outcome_pb2
-from mulligan.conformance.env.game import Episode
+from mulligan.conformance.env.game import PlayedEpisode
 from mulligan.env.v1 import env_service_pb2 as pb
 
-Rule = Callable[[pb.EnvironmentInfo, Episode], Iterator[str]]
+Rule = Callable[[pb.EnvironmentInfo, PlayedEpisode], Iterator[str]]
 _ENDS = (outcome_pb2.OUTCOME_COMPLETED, outcome_pb2.OUTCOME_TRUNCATED)
 _ROUNDING = 1e-6
 
@@ -19,7 +19,7 @@ def outcome(step: pb.StepEpisodeResponse) -> str:
     return str(outcome_pb2.Outcome.Name(step.outcome))
 
 
-def unbroken(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
+def unbroken(info: pb.EnvironmentInfo, episode: PlayedEpisode) -> Iterator[str]:
     """No step failed."""
     if episode.broken:
         last = episode.steps[-1]
@@ -27,7 +27,7 @@ def unbroken(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
         yield f"step {len(episode.steps) - 1}, {action}, ended with {outcome(last)}: {last.error or 'no error given'}"
 
 
-def failure(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
+def failure(info: pb.EnvironmentInfo, episode: PlayedEpisode) -> Iterator[str]:
     """A failed step is the last, has no reward and says what went wrong."""
     if episode.broken:
         last = episode.steps[-1]
@@ -39,7 +39,7 @@ def failure(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
             yield f"error is empty after {outcome(last)}"
 
 
-def ends(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
+def ends(info: pb.EnvironmentInfo, episode: PlayedEpisode) -> Iterator[str]:
     """It ends on its own as COMPLETED, or after max_steps steps as TRUNCATED."""
     count = len(episode.steps)
     if count > info.max_steps:
@@ -50,7 +50,7 @@ def ends(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
         yield f"it was TRUNCATED after {count} steps, and max_steps is {info.max_steps}"
 
 
-def outcomes(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
+def outcomes(info: pb.EnvironmentInfo, episode: PlayedEpisode) -> Iterator[str]:
     """The outcome is there with `done` and not before."""
     for index, step in enumerate(episode.steps):
         if step.done and not episode.broken and step.outcome not in _ENDS:
@@ -59,7 +59,7 @@ def outcomes(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
             yield f"step {index} is not the last (done is false), with {outcome(step)}"
 
 
-def closing_words(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
+def closing_words(info: pb.EnvironmentInfo, episode: PlayedEpisode) -> Iterator[str]:
     """Feedback on the last step only, errors of failed steps only."""
     for index, step in enumerate(episode.steps):
         if step.feedback and not step.done:
@@ -68,7 +68,7 @@ def closing_words(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
             yield f"step {index} went well, and its error is {step.error[:80]!r}"
 
 
-def rewards(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
+def rewards(info: pb.EnvironmentInfo, episode: PlayedEpisode) -> Iterator[str]:
     """A finite reward of each step, together at most max_reward."""
     gained: list[list[float]] = [[] for _ in range(max(info.player_count, 1))]
     for index, step in enumerate(episode.steps[:-1] if episode.broken else episode.steps):
@@ -84,7 +84,7 @@ def rewards(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
         yield f"the rewards add up to {most:g}, and max_reward is {info.max_reward:g}"
 
 
-def of_players(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
+def of_players(info: pb.EnvironmentInfo, episode: PlayedEpisode) -> Iterator[str]:
     """Players in range; a reward per player where there are several, and none where there is one."""
     count = 0 if info.player_count == 1 else info.player_count
     player = episode.begun.player
@@ -98,7 +98,7 @@ def of_players(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
         player = step.player
 
 
-def tools(info: pb.EnvironmentInfo, episode: Episode) -> Iterator[str]:
+def tools(info: pb.EnvironmentInfo, episode: PlayedEpisode) -> Iterator[str]:
     """A tool that speaks is one that the environment lists."""
     names = {tool.name for tool in info.tools} | {""}
     for index, step in enumerate(episode.steps):

@@ -6,35 +6,35 @@ from uuid import uuid4
 
 from mulligan.conformance import common
 from mulligan.conformance.report import NotApplicable, Suite, demand
-from mulligan.conformance.target import Refusal, Session
+from mulligan.conformance.target import CheckSession, Refusal
 from mulligan.env.v1 import env_service_pb2 as pb
 
-suite: Suite[Session] = Suite()
+suite: Suite[CheckSession] = Suite()
 NOTHING = pb.ListEnvironmentsRequest()
 _ALWAYS = "conformance-of-bad-fields"
 
 
 @suite.check("ListEnvironments", "each environment is listed once, under a name")
-async def listed_once(session: Session) -> None:
+async def listed_once(session: CheckSession) -> None:
     names = [info.name for info in (await session.ask("ListEnvironments", NOTHING)).environments]
     demand(all(names), "each environment has a name", f"names {names}")
     demand(len(set(names)) == len(names), "each environment is listed once", f"names {names}")
 
 
 @suite.check("ListEnvironments", "asked again, it answers the same")
-async def listed_again(session: Session) -> None:
+async def listed_again(session: CheckSession) -> None:
     first, again = [await session.ask("ListEnvironments", NOTHING) for _ in range(2)]
     demand(first == again, "the call is idempotent", f"{len(first.environments)} environments, and then others")
 
 
 @suite.check("ListTasks", "an unknown environment is NOT_FOUND UNKNOWN_ENVIRONMENT")
-async def unknown_environment_listed(session: Session) -> None:
+async def unknown_environment_listed(session: CheckSession) -> None:
     request = pb.ListTasksRequest(environment=f"no-such-environment-{uuid4()}", split=pb.SPLIT_TRAIN)
     await session.refused("ListTasks", request, "NOT_FOUND", "UNKNOWN_ENVIRONMENT")
 
 
 @suite.check("StartEpisode", "an unknown environment is NOT_FOUND UNKNOWN_ENVIRONMENT")
-async def unknown_environment_started(session: Session) -> None:
+async def unknown_environment_started(session: CheckSession) -> None:
     name = f"no-such-environment-{uuid4()}"
     episode_id = f"conformance-{uuid4()}"
     session.later("EndEpisode", pb.EndEpisodeRequest(episode_id=episode_id))
@@ -43,18 +43,18 @@ async def unknown_environment_started(session: Session) -> None:
 
 
 @suite.check("StepEpisode", "a step of an episode that was never started is NOT_FOUND UNKNOWN_EPISODE")
-async def unknown_episode_stepped(session: Session) -> None:
+async def unknown_episode_stepped(session: CheckSession) -> None:
     request = pb.StepEpisodeRequest(episode_id=f"conformance-{uuid4()}", action="an action")
     await session.refused("StepEpisode", request, "NOT_FOUND", "UNKNOWN_EPISODE")
 
 
 @suite.check("EndEpisode", "ending an episode that was never started succeeds")
-async def unknown_episode_ended(session: Session) -> None:
+async def unknown_episode_ended(session: CheckSession) -> None:
     await session.ask("EndEpisode", pb.EndEpisodeRequest(episode_id=f"conformance-{uuid4()}"))
 
 
 @suite.check("ForkEpisode", "a fork of an episode that was never started is refused")
-async def unknown_episode_forked(session: Session) -> None:
+async def unknown_episode_forked(session: CheckSession) -> None:
     request = pb.ForkEpisodeRequest(
         episode_id=f"conformance-{uuid4()}", step_index=0, new_episode_id=f"conformance-{uuid4()}"
     )
@@ -73,7 +73,7 @@ BAD_LISTS: dict[str, pb.ListTasksRequest] = {
 
 
 @suite.check("ListTasks", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named")
-async def bad_lists(session: Session) -> None:
+async def bad_lists(session: CheckSession) -> None:
     for field, request in BAD_LISTS.items():
         await session.bad_field("ListTasks", request, field)
     negative = pb.ListTasksRequest(environment="x", split=pb.SPLIT_TRAIN, page_size=-1)
@@ -92,20 +92,20 @@ BAD_STARTS: tuple[tuple[str, pb.StartEpisodeRequest], ...] = (
 
 
 @suite.check("StartEpisode", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named")
-async def bad_starts(session: Session) -> None:
+async def bad_starts(session: CheckSession) -> None:
     for field, request in BAD_STARTS:
         await session.bad_field("StartEpisode", request, field)
 
 
 @suite.check("StepEpisode", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named")
-async def bad_steps(session: Session) -> None:
+async def bad_steps(session: CheckSession) -> None:
     await session.bad_field("StepEpisode", pb.StepEpisodeRequest(episode_id="", action="a"), "episode_id")
     negative = pb.StepEpisodeRequest(episode_id=_ALWAYS, step_index=-1, action="a")
     await session.bad_field("StepEpisode", negative, "step_index")
 
 
 @suite.check("StepEpisode", "an action of more than 4 MiB is refused")
-async def huge_action(session: Session) -> None:
+async def huge_action(session: CheckSession) -> None:
     """A server whose own limit of a message is smaller says so without ErrorInfo."""
     request = pb.StepEpisodeRequest(episode_id=_ALWAYS, action="x" * (4 * 2**20 + 1))
     answer = await session.attempt("StepEpisode", request)
@@ -115,7 +115,7 @@ async def huge_action(session: Session) -> None:
 
 
 @suite.check("StepEpisodes", "a malformed batch is INVALID_ARGUMENT INVALID_FIELD and named")
-async def bad_batches(session: Session) -> None:
+async def bad_batches(session: CheckSession) -> None:
     steps = [pb.StepEpisodeRequest(episode_id=f"{_ALWAYS}-{n}", action="a") for n in range(1025)]
     await session.bad_field("StepEpisodes", pb.StepEpisodesRequest(), "steps")
     await session.bad_field("StepEpisodes", pb.StepEpisodesRequest(steps=steps), "steps")
@@ -126,18 +126,18 @@ async def bad_batches(session: Session) -> None:
 
 
 @suite.check("StepEpisodes", "a batch in which an episode appears twice is INVALID_ARGUMENT INVALID_FIELD")
-async def repeated_item(session: Session) -> None:
+async def repeated_item(session: CheckSession) -> None:
     step = pb.StepEpisodeRequest(episode_id=f"conformance-{uuid4()}", action="a")
     await session.bad_field("StepEpisodes", pb.StepEpisodesRequest(steps=[step, step]), "steps")
 
 
 @suite.check("EndEpisode", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named")
-async def bad_end(session: Session) -> None:
+async def bad_end(session: CheckSession) -> None:
     await session.bad_field("EndEpisode", pb.EndEpisodeRequest(), "episode_id")
 
 
 @suite.check("ForkEpisode", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named")
-async def bad_forks(session: Session) -> None:
+async def bad_forks(session: CheckSession) -> None:
     for field, request in (
         ("episode_id", pb.ForkEpisodeRequest(new_episode_id="b")),
         ("step_index", pb.ForkEpisodeRequest(episode_id="a", step_index=-1, new_episode_id="b")),

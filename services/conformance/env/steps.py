@@ -7,7 +7,7 @@ from typing import Any
 
 from google.rpc import code_pb2
 
-from mulligan.conformance.env.game import SIDE_BY_SIDE, Episode, Game, difference
+from mulligan.conformance.env.game import SIDE_BY_SIDE, Game, PlayedEpisode, difference
 from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import NotApplicable, Suite, demand
 from mulligan.conformance.target import Refusal
@@ -17,13 +17,13 @@ suite: Suite[Game] = Suite()
 OTHER = "conformance: another action than the one that was played"
 
 
-async def first_step(game: Game) -> Episode:
+async def first_step(game: Game) -> PlayedEpisode:
     episode = await game.start()
     await episode.step(game.moves(1)[0])
     return episode
 
 
-async def unfinished(game: Game) -> Episode:
+async def unfinished(game: Game) -> PlayedEpisode:
     """An episode that goes on after its first step."""
     for task in await game.tasks(SIDE_BY_SIDE):
         episode = await game.start(task.task_id)
@@ -89,7 +89,7 @@ async def concurrent(game: Game) -> None:
         _demand_same(episode, plain, f"{SIDE_BY_SIDE} copies of each step were sent at the same time")
 
 
-def _demand_same(found: Episode, plain: Episode, how: str) -> None:
+def _demand_same(found: PlayedEpisode, plain: PlayedEpisode, how: str) -> None:
     parted = difference(found.shows(), plain.shows())
     came = f"task {found.task_id!r} was played so and, for comparison, plainly: {parted}"
     demand(not parted, f"the same episode, although {how}", came, found.actions)

@@ -6,8 +6,8 @@ from __future__ import annotations
 from mulligan.conformance.policy import admin, generate, refusals, scoring, server, stream
 from mulligan.conformance.policy.served import Served
 from mulligan.conformance.report import Suite
-from mulligan.conformance.target import Session
+from mulligan.conformance.target import CheckSession
 
-SERVER: Suite[Session] = server.suite
+SERVER: Suite[CheckSession] = server.suite
 POLICY: Suite[Served] = Suite()
 POLICY.extend([generate.suite, stream.suite, scoring.suite, refusals.suite, admin.suite])

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from mulligan.conformance.policy import POLICY, SERVER
-from mulligan.conformance.policy.served import Options, Served
+from mulligan.conformance.policy.served import PolicyOptions, Served
 from mulligan.conformance.report import Report, Result, run_suite
-from mulligan.conformance.target import Session, Target, Unreachable
+from mulligan.conformance.target import CheckSession, Target, TargetUnreachable
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
@@ -25,21 +25,21 @@ def target(address: str, **options: Any) -> Target:
 
 async def check(
     target: Target,
-    options: Options,
+    options: PolicyOptions,
     *,
     only: str = "",
     policy: str = "",
     on_result: Callable[[Result], None] = lambda result: None,
 ) -> Report:
-    """All checks of the server, then all of each policy, or of one. Raises Unreachable."""
+    """All checks of the server, then all of each policy, or of one. Raises TargetUnreachable."""
     listed = (await target.connect("ListPolicies", pb.ListPoliciesRequest(page_size=1000))).policies
     chosen = [found for found in listed if not policy or found.name == policy]
     if policy and not chosen:
         names = ", ".join(found.name for found in listed)
-        raise Unreachable(f"{target.address} serves no policy {policy!r}; there are: {names}")
+        raise TargetUnreachable(f"{target.address} serves no policy {policy!r}; there are: {names}")
     report = Report("policy", target.address)
-    await run_suite(report, SERVER, Session(target), only=only, on_result=on_result)
+    await run_suite(report, SERVER, CheckSession(target), only=only, on_result=on_result)
     for found in chosen:
-        served = Served(Session(target), found, options)
+        served = Served(CheckSession(target), found, options)
         await run_suite(report, POLICY, served, subject=found.name, only=only, on_result=on_result)
     return report

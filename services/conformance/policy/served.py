@@ -8,7 +8,7 @@ from typing import Any
 
 from mulligan.common.v1 import message_pb2
 from mulligan.conformance.report import NotApplicable, demand
-from mulligan.conformance.target import Session
+from mulligan.conformance.target import CheckSession
 from mulligan.policy.v1 import policy_service_pb2 as pb
 
 TOKEN_IDS = pb.FEATURE_TOKEN_IDS
@@ -19,7 +19,7 @@ FEW = 8  # tokens
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class PolicyOptions:
     """`tolerance` is how far log-probabilities of one token under one version may lie apart; `writes` allows calls that
     change what the server serves, for the time of a check."""
 
@@ -30,7 +30,7 @@ class Options:
 class Served:
     """What a check about one policy is given."""
 
-    def __init__(self, session: Session, policy: pb.Policy, options: Options) -> None:
+    def __init__(self, session: CheckSession, policy: pb.Policy, options: PolicyOptions) -> None:
         self.session = session
         self.policy = policy
         self.options = options

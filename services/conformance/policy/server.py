@@ -8,19 +8,19 @@ from uuid import uuid4
 from mulligan.conformance import common
 from mulligan.conformance.policy.served import user
 from mulligan.conformance.report import NotApplicable, Suite, demand
-from mulligan.conformance.target import Session, as_demanded
+from mulligan.conformance.target import CheckSession, as_demanded
 from mulligan.policy.v1 import policy_service_pb2 as pb
 
-suite: Suite[Session] = Suite()
+suite: Suite[CheckSession] = Suite()
 DEFAULT = pb.GetPolicyRequest()
 
 
-async def names(session: Session) -> list[str]:
+async def names(session: CheckSession) -> list[str]:
     return [policy.name for policy in (await session.ask("ListPolicies", pb.ListPoliciesRequest())).policies]
 
 
 @suite.check("ListPolicies", "it lists each policy once, under a name, and the default one among them")
-async def listed(session: Session) -> None:
+async def listed(session: CheckSession) -> None:
     found = await names(session)
     demand(all(found) and len(set(found)) == len(found), "names, each once", found)
     default = (await session.ask("GetPolicy", DEFAULT)).policy
@@ -30,7 +30,7 @@ async def listed(session: Session) -> None:
 
 
 @suite.check("ListPolicies", "page by page it lists the same policies")
-async def pages(session: Session) -> None:
+async def pages(session: CheckSession) -> None:
     expected = await names(session)
     found: list[str] = []
     token = ""
@@ -45,7 +45,7 @@ async def pages(session: Session) -> None:
 
 
 @suite.check("ListPolicies", "a bad page token or size is INVALID_ARGUMENT")
-async def bad_pages(session: Session) -> None:
+async def bad_pages(session: CheckSession) -> None:
     for token in ("no such token", "é🧊", "\x00"):
         request = pb.ListPoliciesRequest(page_token=token)
         await session.refused("ListPolicies", request, "INVALID_ARGUMENT", "BAD_PAGE_TOKEN")
@@ -54,7 +54,7 @@ async def bad_pages(session: Session) -> None:
 
 
 @suite.check("GetPolicy", "an unknown policy is NOT_FOUND UNKNOWN_POLICY, in every call")
-async def unknown(session: Session) -> None:
+async def unknown(session: CheckSession) -> None:
     name = f"no-such-policy-{uuid4()}"
     messages = pb.Messages(messages=[user("Hello.")])
     generate = pb.GenerateRequest(policy=name, messages=messages)
@@ -70,12 +70,12 @@ async def unknown(session: Session) -> None:
 
 
 @suite.check("GetPolicy", "a name that is too long is INVALID_ARGUMENT INVALID_FIELD")
-async def long_name(session: Session) -> None:
+async def long_name(session: CheckSession) -> None:
     await session.bad_field("GetPolicy", pb.GetPolicyRequest(policy="p" * 201), "policy")
 
 
 @suite.check("PolicyAdminService", "without the administrator's token a call is UNAUTHENTICATED BAD_CREDENTIAL")
-async def admin_credential(session: Session) -> None:
+async def admin_credential(session: CheckSession) -> None:
     from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 
     if not session.target.admin_token:

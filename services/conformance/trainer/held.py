@@ -11,7 +11,7 @@ from uuid import uuid4
 from google.protobuf.duration_pb2 import Duration
 
 from mulligan.conformance.report import NotApplicable, Violation
-from mulligan.conformance.target import Refusal, Session
+from mulligan.conformance.target import CheckSession, Refusal
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as run_pb
@@ -21,7 +21,7 @@ LEASE_SECONDS = 600  # of every learner: it is gone though the suite is killed
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class TrainerOptions:
     """`model` is what a learner loads; `config` what a run is started with, when `writes` allows one."""
 
     model: str = "embedded"
@@ -31,7 +31,7 @@ class Options:
 
 
 class Trainer:
-    def __init__(self, session: Session, options: Options) -> None:
+    def __init__(self, session: CheckSession, options: TrainerOptions) -> None:
         self.session = session
         self.options = options
         self.trained: run_pb.Run | None = None  # by `training.py`
@@ -55,7 +55,7 @@ class Trainer:
         return pb.CreateLearnerRequest(model=pb.ModelConfig(source=self.options.model), **(given | changes))
 
     @asynccontextmanager
-    async def learner(self, **changes: Any) -> AsyncIterator[Learner]:
+    async def learner(self, **changes: Any) -> AsyncIterator[RemoteLearner]:
         """A learner, which is deleted afterwards. Raises NotApplicable where the trainer has no place for it."""
         request = self.create_request(**changes)
         ids = {"learner_id": request.learner_id, "owner": request.owner}
@@ -67,13 +67,13 @@ class Trainer:
             raise NotApplicable(f"the trainer has no model {self.options.model!r} (--model)")
         if isinstance(answer, Refusal):
             raise Violation("a learner of this model", answer, request)
-        yield Learner(self.session, request, answer)
+        yield RemoteLearner(self.session, request, answer)
         await self.session.ask("DeleteLearner", pb.DeleteLearnerRequest(**ids))
 
 
 @dataclass(frozen=True, slots=True)
-class Learner:
-    session: Session
+class RemoteLearner:
+    session: CheckSession
     request: pb.CreateLearnerRequest
     created: pb.CreateLearnerResponse
 

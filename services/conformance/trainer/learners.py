@@ -7,7 +7,7 @@ from typing import Any
 
 from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import Suite, demand
-from mulligan.conformance.trainer.held import Learner, Trainer, datum
+from mulligan.conformance.trainer.held import RemoteLearner, Trainer, datum
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 
 suite: Suite[Trainer] = Suite()
@@ -121,7 +121,7 @@ async def repeated(trainer: Trainer) -> None:
         demand(following == 2, "next_sequence 2 after one call, however often it came", f"next_sequence {following}")
 
 
-async def gradient(trainer: Trainer, times: int) -> tuple[float, Learner]:
+async def gradient(trainer: Trainer, times: int) -> tuple[float, RemoteLearner]:
     """The gradient's norm when the first call came so many times."""
     async with trainer.learner() as learner:
         for _ in range(times):

@@ -8,7 +8,7 @@ import time
 from google.protobuf.duration_pb2 import Duration
 
 from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
-from mulligan.conformance.trainer.held import LEASE_SECONDS, Learner, Trainer
+from mulligan.conformance.trainer.held import LEASE_SECONDS, RemoteLearner, Trainer
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 
 suite: Suite[Trainer] = Suite()
@@ -19,7 +19,7 @@ _POLL_SECONDS = 0.2
 _PATIENCE_SECONDS = 15
 
 
-async def _listed(learner: Learner) -> pb.LearnerInfo | None:
+async def _listed(learner: RemoteLearner) -> pb.LearnerInfo | None:
     """To look renews no lease."""
     answer = await learner.session.ask("ListLearners", pb.ListLearnersRequest())
     found = [info for info in answer.learners if info.learner_id == learner.request.learner_id]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from mulligan.conformance.report import Report, Result, run_suite
-from mulligan.conformance.target import Session, Target
+from mulligan.conformance.target import CheckSession, Target
 from mulligan.conformance.trainer import SERVER, TRAINER
-from mulligan.conformance.trainer.held import Options, Trainer
+from mulligan.conformance.trainer.held import Trainer, TrainerOptions
 from mulligan.conformance.trainer.server import FIRST
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as learner_grpc
@@ -34,14 +34,14 @@ def smallest(environment: str, model: str) -> config_pb.RunConfig:
 
 async def check(
     target: Target,
-    options: Options,
+    options: TrainerOptions,
     *,
     only: str = "",
     on_result: Callable[[Result], None] = lambda result: None,
 ) -> Report:
-    """Raises Unreachable."""
+    """Raises TargetUnreachable."""
     await target.connect(*FIRST)
     report = Report("trainer", target.address)
-    await run_suite(report, SERVER, Session(target), only=only, on_result=on_result)
-    await run_suite(report, TRAINER, Trainer(Session(target), options), only=only, on_result=on_result)
+    await run_suite(report, SERVER, CheckSession(target), only=only, on_result=on_result)
+    await run_suite(report, TRAINER, Trainer(CheckSession(target), options), only=only, on_result=on_result)
     return report

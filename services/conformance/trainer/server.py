@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from mulligan.conformance import common
 from mulligan.conformance.report import Suite
-from mulligan.conformance.target import Session
+from mulligan.conformance.target import CheckSession
 from mulligan.trainer.v1 import run_service_pb2 as pb
 
-suite: Suite[Session] = Suite()
+suite: Suite[CheckSession] = Suite()
 FIRST = ("ListRuns", pb.ListRunsRequest(page_size=1))
 common.add_credential(suite, *FIRST)
 common.add_health(suite)

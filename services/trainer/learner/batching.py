@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mulligan.common.errors import DomainError, invalid_field
-from mulligan.trainer.data import Datum, Limits, PolicyGradient, refusal
+from mulligan.trainer.data import Datum, ModelLimits, PolicyGradient, datum_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class Microbatch:
     old_log_probs_N: Tensor | None  # NaN where the present weights are the old policy
 
 
-def check(data: Sequence[Datum], limits: Limits) -> None:
+def check(data: Sequence[Datum], limits: ModelLimits) -> None:
     """Raises DomainError INVALID_FIELD that names the first bad datum and field. Nothing is computed before."""
     objectives: dict[str, type] = {}
     for index, datum in enumerate(data):
-        if found := refusal(datum, limits):
+        if found := datum_problem(datum, limits):
             raise _invalid(index, datum, found.field, found.expected, found.got)
         kind = type(datum.objective)
         if objectives.setdefault(datum.branch, kind) is not kind:

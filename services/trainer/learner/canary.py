@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mulligan.common.inference import CanaryProbe
-from mulligan.trainer.data import Limits
+from mulligan.trainer.data import ModelLimits
 
 # Random tokens reach rows of the embedding that text seldom uses; text reaches what training changes most.
 RANDOM_SEQUENCES = 4
@@ -25,7 +25,7 @@ silent they turned back. Nobody asked the bird how it felt: 1, 2, 3 steps, then 
 Sequences = tuple[tuple[int, ...], ...]
 
 
-def probe_sequences(tokenizer: Any, limits: Limits) -> Sequences:
+def probe_sequences(tokenizer: Any, limits: ModelLimits) -> Sequences:
     """In vocabulary, within the context, each of at least two tokens."""
     vocabulary = min(limits.vocabulary_size, len(tokenizer))  # embeddings may be padded with rows that mean nothing
     drawn = random.Random(f"canary/{vocabulary}")

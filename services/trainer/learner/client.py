@@ -15,7 +15,7 @@ from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.inference import CanaryProbe, PublishedWeights, WeightsKind
 from mulligan.policy.wire import canary_from_proto
-from mulligan.trainer.data import Datum, Limits
+from mulligan.trainer.data import Datum, ModelLimits
 from mulligan.trainer.learner.metrics import merge
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.learner.wire import data_to_proto, duration, loss_to_proto, spec_to_proto
@@ -46,7 +46,7 @@ class LearnerClient:
         self._next_sequence = 1
         self._renewal: asyncio.Task[None] | None = None
         self.fingerprint = ""
-        self.limits = Limits(0, 0)
+        self.limits = ModelLimits(0, 0)
         self.adapted_layers: tuple[str, ...] = ()
 
     @classmethod
@@ -179,10 +179,10 @@ def _log_probs(data: Sequence[Datum], response: pb.ForwardResponse) -> list[tupl
     return found
 
 
-def _limits(response: pb.CreateLearnerResponse) -> Limits:
+def _limits(response: pb.CreateLearnerResponse) -> ModelLimits:
     numbers.not_negative("vocabulary_size", [response.vocabulary_size])
     numbers.not_negative("context_length", [response.context_length])
-    return Limits(response.vocabulary_size, response.context_length)
+    return ModelLimits(response.vocabulary_size, response.context_length)
 
 
 def _canary(response: pb.PublishWeightsResponse) -> tuple[CanaryProbe, ...]:

@@ -18,7 +18,7 @@ log = structlog.get_logger()
 _TICK_SECONDS = 0.2
 
 
-class Clock:
+class ProcessClock:
     """Seconds in which this process ran. A process that was stopped for an hour (SIGSTOP, a laptop that sleeps) must
     not find all leases over when it goes on, before their owners can call."""
 
@@ -32,13 +32,13 @@ class Clock:
 
 
 @dataclass
-class Held:
+class HeldLearner:
     """A learner, who owns it, the last call that changed it, and its lease in seconds; None: for ever."""
 
     learner: Learner
     owner: str
     spec: LearnerSpec
-    clock: Clock
+    clock: ProcessClock
     lease: float | None
     last_call: float  # when it ended
     next_sequence: int = 1
@@ -75,20 +75,20 @@ class Held:
 
 
 class HeldLearners:
-    """By id. What changes them runs on one thread; `Held.in_use` and `clock` belong to the event loop."""
+    """By id. What changes them runs on one thread; `HeldLearner.in_use` and `clock` belong to the event loop."""
 
     def __init__(self, limit: int) -> None:
-        self.clock = Clock()
+        self.clock = ProcessClock()
         self._limit = limit
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, HeldLearner] = {}
 
-    def __iter__(self) -> Iterator[Held]:
+    def __iter__(self) -> Iterator[HeldLearner]:
         return iter(sorted(self._held.values(), key=lambda held: held.learner.learner_id))
 
-    def get(self, learner_id: str) -> Held | None:
+    def get(self, learner_id: str) -> HeldLearner | None:
         return self._held.get(learner_id)
 
-    def add(self, held: Held) -> None:
+    def add(self, held: HeldLearner) -> None:
         self._held[held.learner.learner_id] = held
 
     def remove(self, learner_id: str) -> None:
@@ -116,7 +116,7 @@ class HeldLearners:
             owner=first.owner,
         )
 
-    def find(self, learner_id: str) -> Held:
+    def find(self, learner_id: str) -> HeldLearner:
         """Raises DomainError UNKNOWN_LEARNER."""
         held = self._held.get(learner_id)
         if held is None:
@@ -127,7 +127,7 @@ class HeldLearners:
             )
         return held
 
-    def owned(self, learner_id: str, owner: str) -> Held:
+    def owned(self, learner_id: str, owner: str) -> HeldLearner:
         """Raises DomainError UNKNOWN_LEARNER and LEARNER_OWNED."""
         held = self.find(learner_id)
         if held.owner != owner:

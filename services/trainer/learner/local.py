@@ -9,7 +9,7 @@ from functools import partial
 from typing import Self, TypeVar
 
 from mulligan.common.inference import PublishedWeights
-from mulligan.trainer.data import Datum, Limits
+from mulligan.trainer.data import Datum, ModelLimits
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
 from mulligan.trainer.settings import LossSettings
@@ -38,9 +38,9 @@ class LocalLearner:
         return self._learner.fingerprint if self._learner is not None else ""
 
     @property
-    def limits(self) -> Limits:
+    def limits(self) -> ModelLimits:
         """Of the model; unknown before `create` has loaded it."""
-        return self._learner.model.limits if self._learner is not None else Limits(0, 0)
+        return self._learner.model.limits if self._learner is not None else ModelLimits(0, 0)
 
     @property
     def adapted_layers(self) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.inference import CanaryProbe
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from mulligan.models import EMBEDDED
-from mulligan.trainer.data import Limits
+from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.learner import canary
 from mulligan.trainer.learner.batching import Microbatch
 from mulligan.trainer.settings import LoraSettings, ModelSettings
@@ -49,7 +49,7 @@ class PolicyModel:
         self._kept = torch.float32 if settings.lora is None else self.dtype
         base, tokenizer = _load(settings.source, self._kept)
         self.fingerprint = model_fingerprint(base, tokenizer)
-        self.limits = Limits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
+        self.limits = ModelLimits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
         self._probes = _probes(tokenizer, self.limits, settings.source)
         self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
         _check_head(base, settings.source)
@@ -137,7 +137,7 @@ def _unsupported(message: str, source: str) -> DomainError:
     return DomainError(reason, f"model.source: {message}", field="model.source", source=source)
 
 
-def _probes(tokenizer: Any, limits: Limits, source: str) -> canary.Sequences:
+def _probes(tokenizer: Any, limits: ModelLimits, source: str) -> canary.Sequences:
     """Raises DomainError UNSUPPORTED_MODEL for a tokenizer that loads and does not work."""
     try:
         return canary.probe_sequences(tokenizer, limits)

@@ -22,7 +22,7 @@ from google.protobuf.message import Message
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import WeightsKind
 from mulligan.policy.wire import canary_to_proto
-from mulligan.trainer.learner.held import Held, HeldLearners
+from mulligan.trainer.learner.held import HeldLearner, HeldLearners
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.settings import LearnerServerSettings
 from mulligan.trainer.learner.wire import (
@@ -112,7 +112,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         return pb.DeleteLearnerResponse()
 
     async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
-        def forward(held: Held) -> pb.ForwardResponse:
+        def forward(held: HeldLearner) -> pb.ForwardResponse:
             results = held.learner.forward(data_from_proto(request.data))
             return pb.ForwardResponse(
                 log_probs=[pb.ForwardResponse.LogProbs(log_probs=log_probs) for log_probs in results]
@@ -136,7 +136,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         return pb.SaveCheckpointResponse(uri=saved.uri, sha256=saved.sha256)
 
     async def LoadCheckpoint(self, request: pb.LoadCheckpointRequest, context: Context) -> pb.LoadCheckpointResponse:
-        def load(held: Held) -> pb.LoadCheckpointResponse:
+        def load(held: HeldLearner) -> pb.LoadCheckpointResponse:
             state = held.learner.load_checkpoint(request.name)
             held.next_sequence = state.next_sequence
             held.last_request = b""
@@ -159,7 +159,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         """Work that waits is dropped with the call that asked for it; work that runs goes on to its end."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def _with_learner(self, request: Any, work: Callable[[Held], R], *, changes: bool = False) -> R:
+    async def _with_learner(self, request: Any, work: Callable[[HeldLearner], R], *, changes: bool = False) -> R:
         def on_thread() -> R:
             held = self._held.owned(request.learner_id, request.owner)
             start = time.perf_counter()
@@ -191,7 +191,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
                 await self._on_thread(self._held.remove_what_is_over)
 
     async def _exactly_once(self, request: Any, work: Callable[[Learner], dict[str, float]]) -> dict[str, float]:
-        def unless_done(held: Held) -> dict[str, float]:
+        def unless_done(held: HeldLearner) -> dict[str, float]:
             digest = _digest(request)
             if request.sequence == held.next_sequence - 1 and digest == held.last_request:
                 assert held.last_answer is not None
@@ -210,7 +210,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
 
         return await self._with_learner(request, unless_done, changes=True)
 
-    def _create(self, request: pb.CreateLearnerRequest) -> Held:
+    def _create(self, request: pb.CreateLearnerRequest) -> HeldLearner:
         spec = spec_from_proto(request)
         if self._held.get(request.learner_id) is not None:
             held = self._held.owned(request.learner_id, request.owner)
@@ -219,7 +219,9 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             return held
         self._held.check_room()
         learner = Learner(request.learner_id, spec, self._settings)
-        held = Held(learner, request.owner, spec, self._held.clock, lease_from_proto(request), self._held.clock.now)
+        held = HeldLearner(
+            learner, request.owner, spec, self._held.clock, lease_from_proto(request), self._held.clock.now
+        )
         self._held.add(held)
         return held
 

@@ -20,8 +20,8 @@ from mulligan.models.recipe.boards import ALPHABET, FIXED, Ints, draw_assignment
 from mulligan.models.recipe.measure import FIXED_SYMBOLS, Meter, environment, legend, other_symbols, random_play
 from mulligan.models.recipe.play import play_batch
 from mulligan.models.recipe.reflections import (
-    Attempts,
-    Memory,
+    FailedAttempts,
+    RememberedLegends,
     draw_attempts,
     draw_memory,
     reflection_batch,
@@ -29,8 +29,14 @@ from mulligan.models.recipe.reflections import (
     write_trace,
 )
 from mulligan.models.recipe.report import readme
-from mulligan.models.recipe.sampling import PAPER_VALIDATION, Sampling, attempt_all, reflection_text, turn_text
-from mulligan.models.recipe.sampling import Attempt as PlayedAttempt
+from mulligan.models.recipe.sampling import (
+    PAPER_VALIDATION,
+    SampledAttempt,
+    Sampling,
+    attempt_all,
+    reflection_text,
+    turn_text,
+)
 from mulligan.models.recipe.tokens import Writer
 from tests.support.paths import ROOT
 
@@ -164,7 +170,7 @@ def test_plain_play_has_the_solver_prompt_and_no_preference(tokenizer: PreTraine
     assert len(batch.cells_at) == 0
 
 
-def play_out(attempts: Attempts, row: int) -> PlayedAttempt:
+def play_out(attempts: FailedAttempts, row: int) -> SampledAttempt:
     prompts = environment().info.prompts
     episode = start(attempts.boards[row], attempts.letters[row])
     trace = ""
@@ -177,7 +183,7 @@ def play_out(attempts: Attempts, row: int) -> PlayedAttempt:
         feedback = result.feedback
         assert result.reward == 0
     assert result.done
-    return PlayedAttempt(trace + shown, feedback, 0.0, int(attempts.steps[row]))
+    return SampledAttempt(trace + shown, feedback, 0.0, int(attempts.steps[row]))
 
 
 def test_traces_are_rendered_as_the_environment_does(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -200,14 +206,14 @@ def test_traces_are_rendered_as_the_environment_does(tokenizer: PreTrainedTokeni
 def test_legends_tell_what_the_trace_shows() -> None:
     rng = np.random.default_rng(6)
     attempts = draw_attempts(rng, 2000)
-    nothing = Memory(attempts.letters, np.zeros(2000, dtype=np.bool_))
+    nothing = RememberedLegends(attempts.letters, np.zeros(2000, dtype=np.bool_))
     legends, chances = write_legends(rng, attempts, nothing)
     assert np.allclose(chances.sum(axis=2), 1.0)
     right = legends == attempts.letters
     assert right[attempts.fell].all()
     assert right[attempts.moved][:, [0, 3]].all()
     assert 0.5 < right.all(axis=1).mean() < 1.0
-    remembered, _ = write_legends(rng, attempts, Memory(attempts.letters, np.ones(2000, dtype=np.bool_)))
+    remembered, _ = write_legends(rng, attempts, RememberedLegends(attempts.letters, np.ones(2000, dtype=np.bool_)))
     assert (remembered == attempts.letters).all(axis=1).mean() > 0.99
     assert (np.sort(remembered, axis=1)[:, 1:] != np.sort(remembered, axis=1)[:, :-1]).all()
 

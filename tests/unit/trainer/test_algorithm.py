@@ -11,7 +11,7 @@ from mulligan.common.inference import PolicyInfo, SamplingParams
 from mulligan.common.types import Outcome, SegmentKind
 from mulligan.trainer.algorithm import Erl, NoRecorder
 from mulligan.trainer.data import Distillation, PolicyGradient
-from mulligan.trainer.episode import Player
+from mulligan.trainer.harness import Harness
 from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy, encode, timeout
 
@@ -35,8 +35,8 @@ class Loop:
     async def step(self, step: int = 0, tasks: tuple[str, ...] = ("t0",)) -> list[Any]:
         info = await self.environment.describe("fake")
         policy_info: PolicyInfo = await self.policy.info()
-        player = Player(self.environment, self.policy, info, policy_info, "x", self.settings.rollout.max_restarts)
-        self.erl = Erl("run", self.settings, player, self.memory, self.learner, NoRecorder())
+        harness = Harness(self.environment, self.policy, info, policy_info, "x", self.settings.rollout.max_restarts)
+        self.erl = Erl("run", self.settings, harness, self.memory, self.learner, NoRecorder())
         experiences = await self.erl.sample(step, tasks, await self.memory.snapshot("run"))
         self.metrics = self.erl.metrics(experiences) | await self.erl.learn(step, experiences)
         await self.erl.memorise(experiences)

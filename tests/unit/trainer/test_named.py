@@ -14,12 +14,12 @@ from mulligan.common.types import Outcome
 from mulligan.trainer.algorithm import Erl, NoRecorder, evaluate
 from mulligan.trainer.batch import REFLECTION
 from mulligan.trainer.data import PolicyGradient
-from mulligan.trainer.episode import Player
 from mulligan.trainer.folder import RunState
+from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import journal_file, read_experiences
 from mulligan.trainer.manager import RunManager
-from mulligan.trainer.named import NamedPolicy
-from mulligan.trainer.run import Services
+from mulligan.trainer.run import ServicePorts
+from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 
@@ -40,8 +40,8 @@ async def chains(policy: FakePolicy, settings: RunSettings, learner: FakeLearner
     actor = await NamedPolicy.open(policy, settings.policies.actor)
     reflector = await NamedPolicy.open(policy, settings.policies.reflector)
     info = await environment.describe("fake")
-    player = Player(environment, actor, info, actor.info, "x", 0, reflector)
-    erl = Erl("run", settings, player, FakeMemory(), learner, NoRecorder())
+    harness = Harness(environment, actor, info, actor.info, "x", 0, reflector)
+    erl = Erl("run", settings, harness, FakeMemory(), learner, NoRecorder())
     return erl, await erl.sample(0, ["t0"], 0)
 
 
@@ -77,8 +77,8 @@ async def test_what_the_actor_reflects_is_trained_on() -> None:
     learner = FakeLearner()
     environment = FakeEnvironment({"t0": "go"})
     actor = await NamedPolicy.open(policy, "")
-    player = Player(environment, actor, await environment.describe("fake"), actor.info, "x", 0)
-    erl = Erl("run", settings(), player, FakeMemory(), learner, NoRecorder())
+    harness = Harness(environment, actor, await environment.describe("fake"), actor.info, "x", 0)
+    erl = Erl("run", settings(), harness, FakeMemory(), learner, NoRecorder())
     await erl.learn(0, await erl.sample(0, ["t0"], 0))
     data = learner.branch(REFLECTION)
     assert len(data) == 2 and all(isinstance(datum.objective, PolicyGradient) for datum in data)
@@ -88,8 +88,8 @@ async def test_an_episode_is_one_session_and_a_reflection_another() -> None:
     policy = says("no")
     environment = FakeEnvironment({"t0": "go"}, turns=3)
     actor = await NamedPolicy.open(policy, "actor")
-    player = Player(environment, actor, await environment.describe("fake"), actor.info, "x", 0)
-    await Erl("run", settings(), player, FakeMemory(), FakeLearner(), NoRecorder()).sample(0, ["t0"], 0)
+    harness = Harness(environment, actor, await environment.describe("fake"), actor.info, "x", 0)
+    await Erl("run", settings(), harness, FakeMemory(), FakeLearner(), NoRecorder()).sample(0, ["t0"], 0)
     sessions = [options.session_id for options in policy.options[:7]]
     first, reflection, second = (f"run-s0-t0-r0-{part}" for part in ("first-x-0", "reflection-x", "second-x-0"))
     assert sessions == [first] * 3 + [reflection] + [second] * 3
@@ -100,8 +100,8 @@ async def test_an_episode_is_one_session_and_a_reflection_another() -> None:
 async def measured(policy: FakePolicy, name: str, turns: int = 3) -> list[Any]:
     environment = FakeEnvironment({"t0": "go"}, turns=turns)
     named = await NamedPolicy.open(policy, name)
-    player = Player(environment, named, await environment.describe("fake"), named.info, "x", 0)
-    return await evaluate(player, "e", ["t0"], EvaluationSettings(samples=1, top_k=0), RolloutSettings(), 0)
+    harness = Harness(environment, named, await environment.describe("fake"), named.info, "x", 0)
+    return await evaluate(harness, "e", ["t0"], EvaluationSettings(samples=1, top_k=0), RolloutSettings(), 0)
 
 
 async def test_a_policy_without_token_ids_is_measured_by_messages() -> None:
@@ -121,8 +121,8 @@ async def test_a_model_that_is_swapped_in_is_played_as_it_needs(change: dict[str
     named = await NamedPolicy.open(policy, "")
     for name, value in change.items():
         setattr(policy, name, value)
-    player = Player(environment, named, await environment.describe("fake"), named.info, "x", 0)
-    attempt = await player.attempt("a", "t0", "solve", SamplingParams(), 0)
+    harness = Harness(environment, named, await environment.describe("fake"), named.info, "x", 0)
+    attempt = await harness.attempt("a", "t0", "solve", SamplingParams(), 0)
     assert attempt.outcome is Outcome.COMPLETED and attempt.error == "" and len(attempt.sequences) == 3
     assert not any(isinstance(prompt, Continuation) for prompt, _ in policy.calls)
 
@@ -131,7 +131,7 @@ def manager(folder: Path, policy: FakePolicy, learner: FakeLearner) -> RunManage
     async def open_learner(run_id: str, settings: RunSettings) -> FakeLearner:
         return learner
 
-    return RunManager(folder, Services(FakeEnvironment({"t0": "go"}), policy, FakeMemory(), open_learner))
+    return RunManager(folder, ServicePorts(FakeEnvironment({"t0": "go"}), policy, FakeMemory(), open_learner))
 
 
 async def test_any_policy_is_evaluated(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from mulligan.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from mulligan.trainer.named import NamedPolicy, check_actor, check_reflector, check_top_k
-from mulligan.trainer.published import ForeignWeights, PublishedPolicy, VersionLost
+from mulligan.trainer.preflight import check_actor, check_reflector, check_top_k
+from mulligan.trainer.sampling import ForeignWeights, NamedPolicy, PublishedPolicy, VersionLost
 from mulligan.trainer.settings import LoraSettings, ModelSettings, RunSettings
 from tests.support.fakes import FakeLearner, FakePolicy
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mulligan.common.errors import DomainError, ServiceUnavailable
 from mulligan.common.inference import PublishedWeights
 from mulligan.common.types import Experience
-from mulligan.trainer.data import Limits
+from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.events import EvaluationEvent, NoticeEvent, StepEvent
 from mulligan.trainer.folder import RunFolder, RunState
 from mulligan.trainer.journal import (
@@ -28,8 +28,8 @@ from mulligan.trainer.journal import (
     read_records,
 )
 from mulligan.trainer.manager import RunManager
-from mulligan.trainer.published import ForeignWeights
-from mulligan.trainer.run import Run, Services
+from mulligan.trainer.run import Run, ServicePorts
+from mulligan.trainer.sampling import ForeignWeights
 from mulligan.trainer.seeds import tasks_of_step
 from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
@@ -83,7 +83,7 @@ class World:
             self.learner.state = 0  # a fresh process: only checkpoints outlive it
             return self.learner
 
-        return Run("run", self.folder, Services(self.environment, self.policy, self.memory, open_learner))
+        return Run("run", self.folder, ServicePorts(self.environment, self.policy, self.memory, open_learner))
 
     def result(self) -> Any:
         run = Run("run", self.folder, self.run().services)
@@ -277,7 +277,7 @@ async def test_a_run_whose_prompts_never_fit_fails_at_once_and_goes_on_under_a_l
 
 async def test_what_is_left_out_is_told_once(tmp_path: Path) -> None:
     world = World(tmp_path)
-    world.learner.limits = Limits(2**16, 60)  # reflections are longer
+    world.learner.limits = ModelLimits(2**16, 60)  # reflections are longer
     await world.run().train()
     steps = [event.metrics for event in world.run().events.steps().values()]
     assert [step.get("dropped_too_long", 0) for step in steps] == [step["reflections"] for step in steps]

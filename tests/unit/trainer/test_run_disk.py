@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import PublishedWeights
-from mulligan.trainer import pause
+from mulligan.trainer import run as run_module
 from mulligan.trainer.events import Entry, EventLog, NoticeEvent, StateEvent
 from mulligan.trainer.folder import RunFolder, RunState
 from mulligan.trainer.manager import RunManager
@@ -28,9 +28,9 @@ PLENTY = 10**9
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pause, "_FIRST_DELAY_SECONDS", 0.001)
-    monkeypatch.setattr(pause, "_MAX_DELAY_SECONDS", 0.01)
-    monkeypatch.setattr(pause, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(run_module, "_FIRST_DELAY_SECONDS", 0.001)
+    monkeypatch.setattr(run_module, "_MAX_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(run_module, "_LOOK_SECONDS", 0.001)
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,18 @@ import pytest
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Continuation, Feature, Message, Role, SamplingParams, Tool
 from mulligan.common.types import Outcome
-from mulligan.trainer.episode import Player
-from mulligan.trainer.named import NamedPolicy, check_environment
+from mulligan.trainer.harness import Harness
+from mulligan.trainer.preflight import check_environment
+from mulligan.trainer.sampling import NamedPolicy
 from tests.support.fakes import FakeEnvironment, FakePolicy
 
 SEARCH = Tool("search", "Finds text.", '{"type": "object", "properties": {"query": {"type": "string"}}}')
 
 
-async def player(policy: FakePolicy, **changes: Any) -> Player:
+async def harness(policy: FakePolicy, **changes: Any) -> Harness:
     environment = FakeEnvironment({"t0": "go"}, **({"turns": 3, "tools": (SEARCH,)} | changes))
     named = await NamedPolicy.open(policy, "")
-    return Player(environment, named, await environment.describe("fake"), named.info, "x", 0)
+    return Harness(environment, named, await environment.describe("fake"), named.info, "x", 0)
 
 
 def says_go(**changes: Any) -> FakePolicy:
@@ -28,7 +29,7 @@ def says_go(**changes: Any) -> FakePolicy:
 
 async def test_tools_are_shown_once_and_answer_in_their_own_role() -> None:
     policy = says_go()
-    attempt = await (await player(policy)).attempt("a", "t0", "solve", SamplingParams(), 0)
+    attempt = await (await harness(policy)).attempt("a", "t0", "solve", SamplingParams(), 0)
     assert attempt.outcome is Outcome.COMPLETED
     assert [options.tools for options in policy.options] == [(SEARCH,), (), ()], "the tokens so far show them"
     (first, _), *later = policy.calls
@@ -41,7 +42,7 @@ async def test_tools_are_shown_once_and_answer_in_their_own_role() -> None:
 
 async def test_where_turns_are_rendered_anew_each_shows_the_tools() -> None:
     policy = says_go(rewrites_history=True)
-    made = await player(policy)
+    made = await harness(policy)
     attempt = await made.attempt("a", "t0", "solve", SamplingParams(), 0)
     assert [options.tools for options in policy.options] == [(SEARCH,)] * 3
     last, _ = policy.calls[-1]
@@ -68,7 +69,7 @@ async def test_where_turns_are_rendered_anew_each_shows_the_tools() -> None:
 
 async def test_a_reflector_is_shown_no_tools() -> None:
     policy = says_go()
-    made = await player(policy)
+    made = await harness(policy)
     attempt = await made.attempt("a", "t0", "solve", SamplingParams(), 0)
     await made.reflect("r", attempt, "", SamplingParams(), 0)
     assert policy.options[-1].tools == ()

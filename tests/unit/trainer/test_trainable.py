@@ -17,8 +17,8 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, SamplingParams, VersionSpan
 from mulligan.common.types import Attempt, Outcome, Reflection, Segment, SegmentKind, TokenSequence, Turn
 from mulligan.trainer.algorithm import Erl, NoRecorder, evaluate
-from mulligan.trainer.data import Limits
-from mulligan.trainer.episode import Player
+from mulligan.trainer.data import ModelLimits
+from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from mulligan.trainer.trainable import prompt_notices
@@ -45,13 +45,13 @@ class Loop:
         environment = FakeEnvironment(dict.fromkeys(tasks, "go"), turns=turns)
         return cls(policy, RunSettings.model_validate(plain), environment, FakeMemory(), FakeLearner())
 
-    async def player(self) -> Player:
+    async def harness(self) -> Harness:
         restarts = self.settings.rollout.max_restarts
         info = await self.environment.describe("fake")
-        return Player(self.environment, self.policy, info, await self.policy.info(), "x", restarts)
+        return Harness(self.environment, self.policy, info, await self.policy.info(), "x", restarts)
 
     async def step(self, recorder: Any = None) -> list[Any]:
-        algorithm = Erl("run", self.settings, await self.player(), self.memory, self.learner, recorder or NoRecorder())
+        algorithm = Erl("run", self.settings, await self.harness(), self.memory, self.learner, recorder or NoRecorder())
         chains = await algorithm.sample(0, list(self.environment.answers), 0)
         self.metrics = algorithm.metrics(chains) | await algorithm.learn(0, chains)
         await algorithm.memorise(chains)
@@ -157,7 +157,7 @@ def test_whatever_a_journal_holds_can_be_resumed_and_trained_on(
     lives = []
     for _ in range(2):
         loop = Loop.over(policy, algorithm=algorithm, rollout={"rollouts_per_task": len(chains)})
-        loop.learner.limits = Limits(VOCABULARY, CONTEXT)
+        loop.learner.limits = ModelLimits(VOCABULARY, CONTEXT)
         journal = StepJournal(folder, 0)
         asyncio.run(loop.step(journal))
         journal.close()
@@ -178,7 +178,7 @@ async def test_a_distilled_copy_may_be_too_long_where_its_source_is_not() -> Non
     chain, *_ = await loop.step()
     second, copy = (len(part.sequences[0].token_ids) for part in (chain.second_attempt, chain.distilled))
     assert second < copy and not loop.dropped
-    loop.learner = FakeLearner(limits=Limits(VOCABULARY, copy - 1))
+    loop.learner = FakeLearner(limits=ModelLimits(VOCABULARY, copy - 1))
     chain, *_ = await loop.step()
     assert chain.distilled is not None, "what was sampled stays in the journal"
     assert loop.dropped == {"dropped_too_long": 4}, "two first attempts, two copies"
@@ -202,7 +202,7 @@ def with_solver(environment: FakeEnvironment, solver: str) -> Callable[[str], An
 async def test_where_the_learner_states_no_limits_the_policys_hold() -> None:
     loop = Loop.over(FakePolicy(answers({"solve" * 30: "no", "reflect": "<prompt>r</prompt>"}, "go")))
     loop.environment.describe = with_solver(loop.environment, "solve" * 30)  # type: ignore[method-assign]
-    loop.learner = FakeLearner(limits=Limits(0, 0))
+    loop.learner = FakeLearner(limits=ModelLimits(0, 0))
     chain, *_ = await loop.step()
     assert not loop.dropped
     longest = max(len(part.sequences[0].token_ids) for part in (chain.distilled, chain.reflection))
@@ -217,7 +217,7 @@ async def test_a_sample_that_is_dropped_leaves_its_reward_in_the_group() -> None
     said = iter(["go", "no", "n" * 150])
     policy = FakePolicy(lambda system, last, sampling: next(said))
     loop = Loop.over(policy, rollout={"rollouts_per_task": 3}, algorithm={"second_attempt": "none"})
-    loop.learner.limits = Limits(VOCABULARY, 120)
+    loop.learner.limits = ModelLimits(VOCABULARY, 120)
     await loop.step()
     assert loop.dropped == {"dropped_too_long": 1}
     good, bad = (datum.objective.advantage for datum in loop.learner.steps[0])  # type: ignore[union-attr]
@@ -382,9 +382,9 @@ async def test_ids_fit_the_contract_whatever_the_tasks_id(task_id: str) -> None:
     lives = []
     for _ in range(2):
         loop.environment.started.clear()
-        player = await loop.player()
+        harness = await loop.harness()
         rollout = RolloutSettings(concurrency=1)
-        attempts = await evaluate(player, name, tasks, EvaluationSettings(samples=2), rollout, 0)
+        attempts = await evaluate(harness, name, tasks, EvaluationSettings(samples=2), rollout, 0)
         lives.append([attempt.attempt_id for attempt in attempts])
         assert len(set(loop.environment.started)) == len(loop.environment.started) == 2 * len(tasks)
         assert all(len(episode_id) <= 200 for episode_id in loop.environment.started + sampled)

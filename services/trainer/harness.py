@@ -35,8 +35,8 @@ from mulligan.common.types import (
     TokenSequence,
     Turn,
 )
-from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle, Speaker
-from mulligan.trainer.named import NamedPolicy
+from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle, SamplingClient
+from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.trainable import NO_PROMPT, REWRITTEN_HISTORY, NotDistilled, never_fits, with_usable_reward
 
@@ -97,7 +97,7 @@ class _Conversation:
 
 
 @dataclass(frozen=True)
-class Player:
+class Harness:
     """Plays attempts and writes reflections.
 
     `incarnation` is new for each process, so that a resumed run never meets an episode of its former life. `reflector`
@@ -106,7 +106,7 @@ class Player:
     """
 
     environment: EnvironmentPort
-    policy: Speaker
+    policy: SamplingClient
     info: EnvironmentInfo
     policy_info: PolicyInfo
     incarnation: str

@@ -1,42 +1,18 @@
-"""One policy of a service, as a player asks it, and what is asked of it before a run or an evaluation begins."""
+"""Preflight: what is checked before a run or an evaluation begins.
+
+Each check raises DomainError INVALID_SETTING, with metadata `field`, which names the setting that does not fit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.inference import CallOptions, Completion, Feature, PolicyInfo, Prompt, SamplingParams
+from mulligan.common.inference import Feature, PolicyInfo
 from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
-from mulligan.trainer.interfaces import PolicyPort
 from mulligan.trainer.settings import RunSettings
 
-STRICT_TOLERANCE = 0.01  # of a canary that takes the rounding of bfloat16 for other weights
-
-
-@dataclass(frozen=True)
-class NamedPolicy:
-    """A `Speaker`. `name` is as the service's settings have it, "" for the default policy; `info` is what it said of
-    itself when it was opened. An engine that takes no seed is asked without: its answers can't be repeated."""
-
-    port: PolicyPort
-    name: str
-    info: PolicyInfo
-
-    @classmethod
-    async def open(cls, port: PolicyPort, name: str) -> NamedPolicy:
-        """Raises DomainError UNKNOWN_POLICY."""
-        return cls(port, name, await port.info(name))
-
-    async def generate(
-        self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
-    ) -> Completion:
-        if Feature.SEED not in self.info.features:
-            sampling = replace(sampling, seed=None)
-        return await self.port.generate(prompt, sampling, replace(options, policy=self.name))
-
-    async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
-        return await self.port.tokenize(prompt, replace(options, policy=self.name))
+STRICT_TOLERANCE = 0.01  # a canary this strict takes the rounding of bfloat16 for other weights
 
 
 def check_actor(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -12,14 +12,15 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import (
     CallOptions,
     Completion,
+    Feature,
+    PolicyInfo,
     Prompt,
     PublishedWeights,
     SamplingParams,
     VersionState,
     WeightsKind,
 )
-from mulligan.trainer.interfaces import LearnerPort, Upload
-from mulligan.trainer.named import NamedPolicy
+from mulligan.trainer.interfaces import LearnerPort, PolicyPort, Upload
 
 RESTORE_ATTEMPTS = 3
 _ANOTHER_MODEL = (
@@ -39,6 +40,34 @@ _ADVICE = {
 }
 
 
+@dataclass(frozen=True)
+class NamedPolicy:
+    """A `SamplingClient` for one policy of a service.
+
+    `name` is as in the service's settings, "" for the default policy; `info` is what the policy said of itself when it
+    was opened. An engine without seeds is called without one, so its answers cannot be repeated.
+    """
+
+    port: PolicyPort
+    name: str
+    info: PolicyInfo
+
+    @classmethod
+    async def open(cls, port: PolicyPort, name: str) -> NamedPolicy:
+        """Raises DomainError UNKNOWN_POLICY."""
+        return cls(port, name, await port.info(name))
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
+    ) -> Completion:
+        if Feature.SEED not in self.info.features:
+            sampling = replace(sampling, seed=None)
+        return await self.port.generate(prompt, sampling, replace(options, policy=self.name))
+
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
+        return await self.port.tokenize(prompt, replace(options, policy=self.name))
+
+
 class ForeignWeights(RuntimeError):
     """Somebody else has published to the policy that the run trains."""
 
@@ -48,7 +77,7 @@ class VersionLost(RuntimeError):
 
 
 class PublishedPolicy:
-    """A `Speaker` that asks every call for the run's version.
+    """A `SamplingClient` that asks every call for the run's version.
 
     With `upload`, weights are brought to a service that does not see the trainer's files.
 
