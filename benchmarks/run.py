@@ -102,7 +102,8 @@ async def measure(steps: int, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "weights").mkdir()
-        policies = await Policies.open(PolicySettings(weights_folder=folder / "weights", threads=1))
+        policy = PolicySettings.model_validate({"weights_folder": folder / "weights", "threads": 1})
+        policies = await Policies.open(policy)
         async with LocalServices(folder / "services") as services:
             for number in range(rounds):
                 remote.append(await over_services(services, settings, f"round-{number}"))

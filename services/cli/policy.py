@@ -94,7 +94,7 @@ def _show(info: PolicyInfo, server: str = "") -> None:
 def load(
     name: NameOf,
     model: Annotated[str, typer.Option(help="Hub id, `embedded`, or a folder below the service's models folder.")],
-    backend: Annotated[str, typer.Option(help="transformers, sglang or openai; the policy's own when left out.")] = "",
+    backend: Annotated[str, typer.Option(help="What runs the model; the policy's own when left out.")] = "",
     override: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the policy as NAME=VALUE; repeatable.")
     ] = None,

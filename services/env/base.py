@@ -26,7 +26,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
-from mulligan.common.extras import how_to_install
+from mulligan.common.extras import MissingExtra
 from mulligan.common.inference import Tool
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.thoughts import without_thoughts
@@ -91,13 +91,6 @@ class UnknownTask(LookupError):
 
 class Faulted(Exception):
     """An environment failed; the message says all that is known of it."""
-
-
-class MissingExtra(Exception):
-    """The environment needs packages that are not installed; `extra` of this distribution installs them."""
-
-    def __init__(self, extra: str, cause: ImportError) -> None:
-        super().__init__(f"needs the extra {extra!r} ({cause}): {how_to_install(extra)}")
 
 
 def fork(episode: Episode) -> Episode:

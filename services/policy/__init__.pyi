@@ -1,9 +1,11 @@
 from .backend import Ask as Ask
 from .backend import Backend as Backend
+from .backend import BackendSettings as BackendSettings
 from .backend import ModelInfo as ModelInfo
 from .backend import Replica as Replica
 from .backend import Sampled as Sampled
 from .backend import Scored as Scored
 from .backend import WeightsFile as WeightsFile
 from .client import PolicyClient as PolicyClient
+from .config import ModelSettings as ModelSettings
 from .replicas import connect as connect

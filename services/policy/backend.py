@@ -1,11 +1,11 @@
-"""What a policy service needs of a model runtime. A new backend is one file that implements `Backend`."""
+"""What a policy service needs of a model runtime. A new backend is a module that exports `Settings` and `open`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from mulligan.common.inference import (
     CanaryProbe,
@@ -19,7 +19,28 @@ from mulligan.common.inference import (
     VersionSpan,
     WeightsKind,
 )
+from mulligan.common.plugins import PluginSettings
 from mulligan.policy.chat import Chat
+
+
+class BackendSettings(PluginSettings):
+    """Base of the `Settings` that a backend exports: what only this backend is set up with.
+
+    The class variables name some of these settings. `local_only`: those that name programs, files and variables of the
+    server's machine, which LoadModel does not set. `credentials`: by the setting of an address, those of the secrets
+    that go there; LoadModel takes no secret along to another address. `exclusive`: those that list servers whose
+    weights the policy sets, so that no other policy has them.
+    """
+
+    local_only: ClassVar[frozenset[str]] = frozenset()
+    credentials: ClassVar[Mapping[str, frozenset[str]]] = {}
+    exclusive: ClassVar[frozenset[str]] = frozenset()
+    reads_files: ClassVar[bool] = True  # False: `model` and `adapters` are names at an endpoint, never files
+
+    @property
+    def setup(self) -> tuple[str, ...]:
+        """Equal for engines whose checksums of equal weights are equal."""
+        return ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,61 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SecretStr,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mulligan.common.config import ServiceSettings
+from mulligan.common.plugins import chosen_settings, place_of, read_table, with_tables
+from mulligan.policy.backend import BackendSettings
+from mulligan.policy.backends import BACKENDS
 
+S = TypeVar("S", bound=BackendSettings)
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
-class SglangSettings(BaseModel):
-    """SGLang servers: those that run at `servers`, or else ones that this service launches and supervises."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    servers: tuple[str, ...] = Field((), description="Addresses of running servers, such as http://127.0.0.1:30000.")
-    router: str = Field("", description="Address of SGLang's router over `servers`; requests go through it.")
-    launch: int = Field(1, ge=1, le=64, description="How many servers to launch where `servers` is empty.")
-    python: str = Field("python", description="The interpreter of the environment that SGLang is installed in.")
-    flags: tuple[str, ...] = Field((), description="Passed through to sglang.launch_server.")
-    environment: dict[str, str] = Field({}, description="Variables of the launched servers, over the service's own.")
-    start_seconds: float = Field(900.0, gt=0, description="How long a launched server may take until it is ready.")
-    api_key: SecretStr | None = Field(None, description="The servers' --api-key.")
-    admin_api_key: SecretStr | None = Field(None, description="The servers' --admin-api-key.")
-    folder: Path | None = Field(
-        None, description="Where weights are put for the engines to load, shared with them; the state folder if unset."
-    )
-    folder_in_engine: str = Field("", description="What the servers call `folder`, where they see it elsewhere.")
-    request_seconds: float = Field(600.0, gt=0, description="How long a server may take for one request.")
-    wait_seconds: float = Field(10.0, ge=0, description="How long a request waits for a server when none serves.")
-    probe_seconds: float = Field(1.0, gt=0, description="How often a server is asked whether it lives.")
-
-
-class OpenAISettings(BaseModel):
-    """An endpoint that speaks OpenAI's chat completions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    base_url: str = Field("", description="Such as http://127.0.0.1:8000/v1.")
-    api_key: SecretStr | None = Field(None, description="Sent as bearer token.")
-    request_seconds: float = Field(600.0, gt=0, description="How long the endpoint may take for one request.")
-    max_retries: int = Field(3, ge=0, le=20, description="Of requests that it refuses for the moment.")
-    context_length: int = Field(0, ge=0, description="The model's, to be told to callers; 0: as the endpoint says.")
-    concurrency: int = Field(256, ge=1, le=65536, description="Requests at the endpoint together; others wait here.")
-    without: tuple[Literal["stream", "seed", "tools", "json_schema"], ...] = Field(
-        (), description="What the endpoint ignores or lacks; options that need it are refused."
-    )
-    extra_body: dict[str, JsonValue] = Field(
-        {}, description='Put over the body of every request: {"top_k": -1}, {"reasoning_effort": "low"}, …'
-    )
-
-
+@with_tables(BACKENDS)
 class ModelSettings(BaseModel):
-    """One policy: a model and what runs it."""
+    """One policy: a model and what runs it. The settings of the default backend stand beside these, those of another
+    in a table of its name: `threads = 2`, `[sglang]`."""
 
-    backend: Literal["transformers", "sglang", "openai"] = Field("transformers", description="What runs the model.")
+    backend: str = Field(
+        BACKENDS.default,
+        validate_default=True,
+        description=f"What runs the model: {', '.join(BACKENDS.built_in)}, one that is installed, or a module.",
+    )
+    backend_settings: dict[str, JsonValue] = Field(
+        {}, validate_default=True, description="Of a backend that has no table of its name, such as any module."
+    )
     model: str = Field("embedded", description="Hub id, folder, or `embedded`: the small model that comes along.")
     frozen: bool = Field(False, description="Its weights are never updated: a reference, an opponent.")
     adapters: dict[str, str] = Field(
@@ -65,26 +46,41 @@ class ModelSettings(BaseModel):
     )
     context_length: int = Field(0, ge=0, description="Longest prompt plus completion in tokens; 0: the model's own.")
     max_queue: int = Field(4096, ge=0, description="Requests that wait; more are refused with QUEUE_FULL.")
-    sglang: SglangSettings = SglangSettings()
-    openai: OpenAISettings = OpenAISettings()
-    # The rest is of the transformers backend.
-    device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, …")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Of weights and cache; auto: float32 on a CPU, what the model was saved in elsewhere."
-    )
-    threads: int = Field(
-        0, ge=0, le=1024, description="Threads per forward pass on a CPU; 0: half of the cores, the rest serve calls."
-    )
-    deterministic: bool = Field(
-        False, description="Every request runs alone, on one thread, and a repeated one gives exactly the same answer."
-    )
-    max_batch: int = Field(128, ge=1, le=4096, description="Requests that run together.")
-    slots: int = Field(256, ge=1, le=65536, description="Conversations whose keys and values are kept, at most.")
-    cache_gib: float = Field(4.0, gt=0, description="Memory for keys and values; the number of slots follows.")
-    tokens_per_pass: int = Field(4096, ge=16, description="New tokens per forward pass; longer prompts take several.")
-    batch_wait_ms: float = Field(
-        0.0, ge=0, le=1000, description="How long an idle engine waits, after a request, for others to join it."
-    )
+
+    @property
+    def own(self) -> BackendSettings:
+        """The backend's own settings."""
+        own: BackendSettings = chosen_settings(self, BACKENDS, self.backend)
+        return own
+
+    def own_as(self, kind: type[S]) -> S:
+        """The same, by the class that the backend exports."""
+        own = self.own
+        assert isinstance(own, kind), f"{self.backend} has {type(own).__name__}, not {kind.__name__}"
+        return own
+
+    @field_validator("backend")
+    @classmethod
+    def _exists(cls, backend: str) -> str:
+        BACKENDS.find(backend)
+        return backend
+
+    @field_validator("backend_settings")
+    @classmethod
+    def _are_of_the_backend(cls, given: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
+        backend = info.data.get("backend")
+        if backend is None:  # it was refused
+            return given
+        if place_of(cls, BACKENDS, backend) == f"{BACKENDS.others}.":
+            read_table(BACKENDS.find(backend).Settings, given)
+        elif given:
+            raise ValueError(f"the settings of {backend} have a place of their own")
+        return given
+
+    @model_validator(mode="after")
+    def _own_are_complete(self) -> Self:
+        _ = self.own
+        return self
 
     @property
     def model_name(self) -> str:

@@ -284,5 +284,5 @@ class Loader:
     @property
     def _setup(self) -> str:
         """Equal for engines whose checksums of equal weights are equal."""
-        parts = [self._settings.backend, self._backend.model.dtype, self._settings.device, *self._settings.sglang.flags]
+        parts = [self._settings.backend, self._backend.model.dtype, *self._settings.own.setup]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

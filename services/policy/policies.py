@@ -235,12 +235,12 @@ class Policies:
         models = [(known, model) for known, policy in self._policies.items() for model in policy.models.all]
         used = [*((known, model.deployment.settings) for known, model in models), *self._opening]
         for other, taken in used:
-            shared = sorted(servers_of(settings) & servers_of(taken))
+            servers = servers_of(settings)
+            shared = sorted(servers.keys() & servers_of(taken))
             if shared:
-                message = (
-                    f"sglang.servers: {shared[0]} serves the policy {other}, and a server holds one model's weights"
-                )
-                raise DomainError(Reason.INVALID_SETTING, message, field="sglang.servers")
+                field = servers[shared[0]]
+                message = f"{field}: {shared[0]} serves the policy {other}, and a server holds one model's weights"
+                raise DomainError(Reason.INVALID_SETTING, message, field=field)
         self._opening.append((name, settings))
         try:
             yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,11 @@ from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.files import replace
 from mulligan.common.model_files import is_hub_id
+from mulligan.common.plugins import place_of, with_place
 from mulligan.common.suggest import problems
+from mulligan.policy.backend import BackendSettings
+from mulligan.policy.backends import BACKENDS
 from mulligan.policy.config import ModelSettings, PolicyModelSettings
-
-# They name programs, files and variables of the server's machine: for whoever starts the server to say.
-_NOT_REMOTE = ("sglang.python", "sglang.flags", "sglang.environment", "sglang.folder", "sglang.folder_in_engine")
-# A credential is for the address that it was given with.
-_CREDENTIALS = {
-    "openai.base_url": {"openai.api_key"},
-    "sglang.servers": {"sglang.api_key", "sglang.admin_api_key"},
-    "sglang.router": {"sglang.api_key", "sglang.admin_api_key"},
-}
 
 
 class Requested(BaseModel):
@@ -54,16 +48,17 @@ class Requested(BaseModel):
 
     def settings(self, own: ModelSettings | None) -> PolicyModelSettings:
         """The request put over the policy's own settings. Raises DomainError INVALID_SETTING."""
-        merged = (own or PolicyModelSettings()).model_dump()
+        own = own or PolicyModelSettings()
+        backend = self.backend or own.backend
+        if backend not in (own.backend, *BACKENDS.names):  # a module runs code: whoever starts the server names those
+            raise _invalid("backend", str(BACKENDS.unknown(backend)))
+        places = _places(backend)
+        merged = own.model_dump()
         for name, text in sorted(self.options.items()):  # `adapters` comes before `adapters.small`
-            _put(merged, name, text)
-        for address, credentials in _CREDENTIALS.items():
-            if address in self.options:
-                for credential in credentials.difference(self.options):
-                    _put(merged, credential, "null")
-        merged["model"] = self.model
-        if self.backend:
-            merged["backend"] = self.backend
+            _put(merged, name, text, places)
+        for name in _credentials_of_others(self.options, places):
+            _put(merged, name, "null", places)
+        merged |= {"model": self.model, "backend": backend}
         try:
             return PolicyModelSettings.model_validate(merged)
         except ValidationError as error:
@@ -74,7 +69,8 @@ def identity(own: ModelSettings | None) -> str:
     """Of a policy's own settings, credentials left out; "" where it has none."""
     if own is None:
         return ""
-    content = json.dumps(plain(own).model_dump(mode="json"), sort_keys=True)
+    # Without what is as it is by default: a backend that is installed later adds a table.
+    content = json.dumps(plain(own).model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -83,14 +79,16 @@ def plain(settings: ModelSettings) -> PolicyModelSettings:
     return PolicyModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields})
 
 
-def servers_of(settings: ModelSettings) -> set[str]:
-    """Addresses of servers whose weights the policy sets."""
-    return {address.rstrip("/") for address in settings.sglang.servers} if settings.backend == "sglang" else set()
+def servers_of(settings: ModelSettings) -> dict[str, str]:
+    """Addresses of servers whose weights the policy sets, and the setting that lists each."""
+    own = settings.own
+    place = place_of(ModelSettings, BACKENDS, settings.backend)
+    return {address.rstrip("/"): f"{place}{name}" for name in own.exclusive for address in getattr(own, name)}
 
 
 def check_folders(settings: ModelSettings, models_folder: Path | None) -> None:
     """That the model and its adapters are hub ids, or below the folder. Raises DomainError BAD_MODEL."""
-    if settings.backend == "openai":  # what the endpoint calls them: nothing is read here
+    if not settings.own.reads_files:
         return
     for field, source in {"model": settings.model, **_named("adapters", settings.adapters)}.items():
         if source != "embedded" and not is_hub_id(source):
@@ -111,12 +109,29 @@ def _check_below(field: str, source: str, models_folder: Path | None) -> None:
         raise DomainError(Reason.BAD_MODEL, message, field=field)
 
 
-def _put(settings: dict[str, Any], name: str, text: str) -> None:
+def _places(backend: str) -> dict[str, type[BackendSettings]]:
+    """The settings of all backends that the request may name, by what stands before their names."""
+    return {
+        place_of(ModelSettings, BACKENDS, name): BACKENDS.find(name).Settings
+        for name in (*with_place(ModelSettings, BACKENDS), backend)
+    }
+
+
+def _credentials_of_others(options: Mapping[str, str], places: Mapping[str, type[BackendSettings]]) -> Iterator[str]:
+    """A credential is for the address that it was given with."""
+    for place, settings in places.items():
+        for address, credentials in settings.credentials.items():
+            if f"{place}{address}" in options:
+                yield from {f"{place}{name}" for name in credentials}.difference(options)
+
+
+def _put(settings: dict[str, Any], name: str, text: str, places: Mapping[str, type[BackendSettings]]) -> None:
     if name in ("model", "backend"):
         raise _invalid(name, "has a field of its own")
-    if name in ("sglang", "openai"):
+    if f"{name}." in places or name == BACKENDS.others:
         raise _invalid(name, f"its fields are set one by one: {name}.…")
-    if name.startswith(_NOT_REMOTE):
+    local = (f"{place}{field}" for place, kind in places.items() for field in kind.local_only)
+    if any(name == field or name.startswith(f"{field}.") for field in local):
         raise _invalid(name, "is set in the server's settings alone")
     *tables, last = name.split(".")
     place: Any = settings

@@ -12,7 +12,7 @@ import pytest
 from mulligan.common.inference import WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.config import SglangSettings
+from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.testing.weights import load
 from tests.support.sglang import (
     MODEL,

@@ -13,8 +13,10 @@ from typing import Any
 
 from mulligan.common.inference import Message, Role, SamplingParams
 from mulligan.policy.backend import Ask, Sampled
-from mulligan.policy.backends.openai.backend import OpenAIBackend, open_backend
-from mulligan.policy.config import ModelSettings, OpenAISettings
+from mulligan.policy.backends.openai import Settings as OpenAISettings
+from mulligan.policy.backends.openai import open as open_backend
+from mulligan.policy.backends.openai.backend import OpenAIBackend
+from mulligan.policy.config import ModelSettings
 
 
 @dataclass

@@ -20,8 +20,10 @@ from mulligan import models
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import SamplingParams, WeightsKind
 from mulligan.policy.backend import Ask, Replica, Sampled, WeightsFile
-from mulligan.policy.backends.sglang.backend import SglangBackend, open_backend
-from mulligan.policy.config import ModelSettings, SglangSettings
+from mulligan.policy.backends.sglang import Settings as SglangSettings
+from mulligan.policy.backends.sglang import open as open_backend
+from mulligan.policy.backends.sglang.backend import SglangBackend
+from mulligan.policy.config import ModelSettings
 from mulligan.testing.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS
 from mulligan.testing.weights import load, plain_log_probs
 from tests.support.found import sglang_variable

@@ -1,0 +1,6 @@
+"""The engines that come along, a package each. docs/architecture.md says what one exports."""
+
+from mulligan.common.plugins import Plugins
+from mulligan.policy.backend import BackendSettings
+
+BACKENDS = Plugins("backend", __name__, "mulligan.backends", ("Settings", "open"), "transformers", BackendSettings)

@@ -1,3 +1,44 @@
-"""The backend for OpenAI-compatible endpoints; see backend.py."""
+"""Any endpoint that speaks OpenAI's chat completions."""
 
-from mulligan.policy.backends.openai.backend import open_backend as open_backend
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field, JsonValue, SecretStr
+
+from mulligan.common.extras import MissingExtra
+from mulligan.policy.backend import Backend, BackendSettings
+
+if TYPE_CHECKING:
+    from mulligan.policy.config import ModelSettings
+
+
+class Settings(BackendSettings):
+    """An endpoint that speaks OpenAI's chat completions."""
+
+    reads_files: ClassVar[bool] = False
+    credentials: ClassVar = {"base_url": frozenset({"api_key"})}
+
+    base_url: str = Field("", description="Such as http://127.0.0.1:8000/v1.")
+    api_key: SecretStr | None = Field(None, description="Sent as bearer token.")
+    request_seconds: float = Field(600.0, gt=0, description="How long the endpoint may take for one request.")
+    max_retries: int = Field(3, ge=0, le=20, description="Of requests that it refuses for the moment.")
+    context_length: int = Field(0, ge=0, description="The model's, to be told to callers; 0: as the endpoint says.")
+    concurrency: int = Field(256, ge=1, le=65536, description="Requests at the endpoint together; others wait here.")
+    without: tuple[Literal["stream", "seed", "tools", "json_schema"], ...] = Field(
+        (), description="What the endpoint ignores or lacks; options that need it are refused."
+    )
+    extra_body: dict[str, JsonValue] = Field(
+        {}, description='Put over the body of every request: {"top_k": -1}, {"reasoning_effort": "low"}, …'
+    )
+
+
+async def open(settings: ModelSettings, folder: Path, first_version: int) -> Backend:
+    """`folder` is not needed. Raises UnsupportedModel when the endpoint says that it has no such model or refuses the
+    credential; MissingExtra."""
+    try:
+        from mulligan.policy.backends.openai.backend import open_backend
+    except ModuleNotFoundError as error:
+        raise MissingExtra("openai", error) from error
+    return await open_backend(settings, first_version)

@@ -14,7 +14,6 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -26,6 +25,7 @@ from mulligan.common.inference import Feature, ReplicaInfo, VersionSpan, Weights
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.proxies import is_direct
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
+from mulligan.policy.backends.openai import Settings
 from mulligan.policy.backends.openai.chat import (
     NotAnAnswer,
     StreamedAnswer,
@@ -45,7 +45,7 @@ _RETRY_AFTER = timedelta(seconds=1)
 _MESSAGE_LENGTH = 500  # of what an endpoint says that is passed on
 
 
-async def open_backend(settings: ModelSettings, folder: Path, first_version: int) -> OpenAIBackend:
+async def open_backend(settings: ModelSettings, first_version: int) -> OpenAIBackend:
     """Raises UnsupportedModel when the endpoint says that it has no such model or refuses the credential.
 
     One that is down does not keep the policy from starting: endpoints come and go. The policy is unavailable until it
@@ -67,7 +67,7 @@ class Endpoint:
     """The connection, and the one replica of the policy: whether it answers, and how many requests are on their way."""
 
     def __init__(self, settings: ModelSettings):
-        chosen = settings.openai
+        chosen = settings.own_as(Settings)
         self.address = _address(chosen.base_url)
         key = chosen.api_key.get_secret_value() if chosen.api_key else "none"
         host = urlsplit(chosen.base_url).hostname or ""
@@ -197,13 +197,14 @@ class Endpoint:
 class OpenAIBackend:
     def __init__(self, settings: ModelSettings, endpoint: Endpoint, first_version: int):
         self._settings = settings
+        self._own = settings.own_as(Settings)
         self._endpoint = endpoint
         self._version = first_version
         self._limit = "max_tokens"
 
     @property
     def model(self) -> ModelInfo:
-        told = self._settings.openai.context_length or self._settings.context_length
+        told = self._own.context_length or self._settings.context_length
         return ModelInfo(
             model=self._settings.model,
             fingerprint="",
@@ -213,7 +214,7 @@ class OpenAIBackend:
             rewrites_history=True,  # nobody can tell: callers send all messages each turn
             deterministic=False,
             dtype="",
-            features=_FEATURES.difference(map(Feature, self._settings.openai.without)),
+            features=_FEATURES.difference(map(Feature, self._own.without)),
             adapters=tuple(self._settings.adapters),
         )
 
@@ -283,7 +284,7 @@ class OpenAIBackend:
         while True:
             try:
                 return await self._endpoint.client.chat.completions.create(
-                    **request, extra_body=self._settings.openai.extra_body or None
+                    **request, extra_body=self._own.extra_body or None
                 )
             except openai.BadRequestError as error:
                 if "max_tokens" in request and "max_completion_tokens" in _said(error):

@@ -24,7 +24,7 @@ from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.inference import Feature, StopReason
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
-from mulligan.policy.backends.sglang import requests
+from mulligan.policy.backends.sglang import Settings, requests
 from mulligan.policy.backends.sglang.connection import Connection, Refused, Unreachable
 from mulligan.policy.backends.sglang.folders import Folders, Target
 from mulligan.policy.backends.sglang.launch import LaunchedServer
@@ -61,7 +61,7 @@ class SglangBackend:
         self._info = opened.info
         self._chat = opened.chat
         self._updates = Updates(self._pool, self._folders)
-        self._seconds = settings.sglang.request_seconds
+        self._seconds = settings.own_as(Settings).request_seconds
         self._in_flight = 0
 
     @property

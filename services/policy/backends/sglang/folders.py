@@ -18,8 +18,8 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import WeightsKind
 from mulligan.policy import adapter_config
 from mulligan.policy.backend import WeightsFile
+from mulligan.policy.backends.sglang import Settings
 from mulligan.policy.backends.sglang.skeleton import ADAPTER_FILE, Skeleton
-from mulligan.policy.config import SglangSettings
 
 _FULL = "full"
 _ADAPTERS = "adapters"
@@ -45,7 +45,7 @@ class Target:
 class Folders:
     """`folder` is for this alone; what is left in it from before a restart is removed."""
 
-    def __init__(self, settings: SglangSettings, folder: Path, skeleton: Skeleton, first_version: int):
+    def __init__(self, settings: Settings, folder: Path, skeleton: Skeleton, first_version: int):
         self._root = (settings.folder or folder).resolve()
         self._in_engine = settings.folder_in_engine or str(self._root)
         self._shared = settings.folder is not None

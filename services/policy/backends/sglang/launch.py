@@ -15,9 +15,9 @@ from pathlib import Path
 import structlog
 
 from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backends.sglang import Settings
 from mulligan.policy.backends.sglang.connection import Connection, Unreachable
 from mulligan.policy.backends.sglang.server import Server
-from mulligan.policy.config import SglangSettings
 
 log = structlog.get_logger()
 _STOP_SECONDS = 5.0
@@ -49,7 +49,7 @@ except OSError as error:
 class LaunchedServer:
     """One process, and its log in `folder`. `server` gets an address with each start."""
 
-    def __init__(self, settings: SglangSettings, source: str, label: str, folder: Path, index: int):
+    def __init__(self, settings: Settings, source: str, label: str, folder: Path, index: int):
         self._settings = settings
         self._source = source
         self._label = label
@@ -148,7 +148,7 @@ class LaunchedServer:
             return file.read()
 
 
-def _arguments(settings: SglangSettings, source: str, label: str, port: int) -> Sequence[str]:
+def _arguments(settings: Settings, source: str, label: str, port: int) -> Sequence[str]:
     """`label` tells the weights that it comes with from those of every other version."""
     arguments = ["-m", "sglang.launch_server", "--model-path", source, "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--weight-version", label]

@@ -18,7 +18,7 @@ from mulligan.common.inference import Feature, LoraLimits, SamplingParams
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Ask, ModelInfo
-from mulligan.policy.backends.sglang import requests
+from mulligan.policy.backends.sglang import Settings, requests
 from mulligan.policy.backends.sglang.connection import (
     Connection,
     Refused,
@@ -51,7 +51,7 @@ class Opened:
 
 async def open_servers(settings: ModelSettings, folder: Path, first_version: int) -> Opened:
     """Raises UnsupportedModel."""
-    chosen = settings.sglang
+    chosen = settings.own_as(Settings)
     if chosen.router and not chosen.servers:
         raise UnsupportedModel("sglang.router: expected the servers behind it in sglang.servers")
     source = source_of(settings.model)
@@ -138,7 +138,7 @@ async def _describe(
         raise UnsupportedModel("adapters: the SGLang servers were not started with --enable-lora")
     if Feature.SEED in features and not all(await gather_or_cancel(_repeats(server) for server in servers)):
         features -= {Feature.SEED}
-    if settings.sglang.router:
+    if settings.own_as(Settings).router:
         features -= {Feature.PRIORITY}  # its requests have none
     if chat.has_tools:
         features |= {Feature.TOOLS}

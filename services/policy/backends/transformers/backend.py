@@ -9,7 +9,6 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, ReplicaInfo
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
+from mulligan.policy.backends.transformers import Settings
 from mulligan.policy.backends.transformers.attention import SlotCache
 from mulligan.policy.backends.transformers.constraints import Constraints
 from mulligan.policy.backends.transformers.engine import Engine
@@ -46,8 +46,8 @@ _FEATURES = frozenset(
 )
 
 
-async def open_backend(settings: ModelSettings, folder: Path, first_version: int) -> TransformersBackend:
-    """`folder` is not needed. Raises UnsupportedModel."""
+async def open_backend(settings: ModelSettings, first_version: int) -> TransformersBackend:
+    """Raises UnsupportedModel."""
     loaded = await asyncio.to_thread(_Loaded, settings)
     return TransformersBackend(settings, loaded, first_version)
 
@@ -58,12 +58,13 @@ class _Loaded:
     def __init__(self, settings: ModelSettings):
         if settings.adapters:
             raise UnsupportedModel("adapters: the transformers backend serves no fixed adapters")
+        own = settings.own_as(Settings)
         self.model = Model(settings)
         layers = self.model.layers
         capacity = self.model.context_length
         dtype = self.model.dtype
         size = SlotCache.bytes_per_slot(layers, capacity, dtype)
-        slots = min(1 if settings.deterministic else settings.slots, int(settings.cache_gib * 2**30 // size))
+        slots = min(1 if own.deterministic else own.slots, int(own.cache_gib * 2**30 // size))
         if slots < 1:
             raise UnsupportedModel(
                 f"one conversation of {capacity} tokens needs {size / 2**30:.1f} GiB of cache: "
@@ -86,6 +87,7 @@ class TransformersBackend:
     """
 
     def __init__(self, settings: ModelSettings, loaded: _Loaded | None = None, first_version: int = 0):
+        own = settings.own_as(Settings)
         loaded = loaded or _Loaded(settings)
         self._model = loaded.model
         self._cache = loaded.cache
@@ -99,7 +101,7 @@ class TransformersBackend:
             vocabulary_size=self._model.vocabulary_size,
             end_of_turn_token_ids=loaded.end_of_turn,
             rewrites_history=self._chat.rewrites_history,
-            deterministic=settings.deterministic,
+            deterministic=own.deterministic,
             dtype=str(self._model.dtype).removeprefix("torch."),
             features=self._features(),
         )
@@ -109,16 +111,16 @@ class TransformersBackend:
             self._model.device,
             loaded.end_of_turn,
             lambda ids: self._tokenizer.decode(ids, special=True),
-            reuse_prefixes=not settings.deterministic,
-            tokens_per_pass=self._model.context_length if settings.deterministic else settings.tokens_per_pass,
+            reuse_prefixes=not own.deterministic,
+            tokens_per_pass=self._model.context_length if own.deterministic else own.tokens_per_pass,
         )
         self._runner.version = first_version
-        threads = 1 if settings.deterministic else settings.threads or max(1, _CORES // 2)
+        threads = 1 if own.deterministic else own.threads or max(1, _CORES // 2)
         self._engine = Engine(
             self._runner,
-            max_batch=1 if settings.deterministic else min(settings.max_batch, self._cache.slots),
+            max_batch=1 if own.deterministic else min(own.max_batch, self._cache.slots),
             max_queue=settings.max_queue,
-            batch_wait=0 if settings.deterministic else settings.batch_wait_ms / 1000,
+            batch_wait=0 if own.deterministic else own.batch_wait_ms / 1000,
             prepare=lambda: torch.set_num_threads(threads),  # of the calling thread, where torch uses OpenMP
         )
         self._weights = Weights(self._model.module, self._model.load_weights)

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
-from mulligan.policy.backends.transformers import attention
+from mulligan.policy.backends.transformers import Settings, attention
 from mulligan.policy.config import ModelSettings
 from mulligan.policy.huggingface.source import source_of
 from mulligan.policy.huggingface.tokenizer import Tokenizer
@@ -35,10 +35,11 @@ class Model:
     """Raises UnsupportedModel, when loaded, for a model that it would not compute exactly as transformers does."""
 
     def __init__(self, settings: ModelSettings):
+        chosen = settings.own_as(Settings)
         self.source = source_of(settings.model)
-        self._score_logits = 0 if settings.deterministic else _SCORE_LOGITS
-        self.device = _device(settings.device)
-        self._wanted_dtype = _dtype(settings.dtype, self.device)
+        self._score_logits = 0 if chosen.deterministic else _SCORE_LOGITS
+        self.device = _device(chosen.device)
+        self._wanted_dtype = _dtype(chosen.dtype, self.device)
         check_model(self.source)
         self.tokenizer = Tokenizer.load(self.source)
         self.module = self.load_weights()

@@ -10,9 +10,10 @@ import pytest
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.model_files import UnsupportedModel
+from mulligan.policy.backends.openai import Settings as OpenAISettings
 from mulligan.policy.backends.openai import backend as backend_module
-from mulligan.policy.backends.openai.backend import open_backend
-from mulligan.policy.config import ModelSettings, OpenAISettings
+from mulligan.policy.backends.openai import open as open_backend
+from mulligan.policy.config import ModelSettings
 from tests.support.endpoint import (
     KEY,
     MODELS,

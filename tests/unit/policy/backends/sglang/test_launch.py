@@ -14,8 +14,9 @@ import pytest
 
 from mulligan import models
 from mulligan.common.model_files import UnsupportedModel
-from mulligan.policy.backends.sglang.backend import open_backend
-from mulligan.policy.config import ModelSettings, SglangSettings
+from mulligan.policy.backends.sglang import Settings as SglangSettings
+from mulligan.policy.backends.sglang import open as open_backend
+from mulligan.policy.config import ModelSettings
 from tests.support.paths import IMPORT_ROOTS
 
 _SERVICE = """
@@ -24,7 +25,7 @@ from pathlib import Path
 from mulligan.policy.backends.sglang.connection import Connection, new_session
 from mulligan.policy.backends.sglang.launch import LaunchedServer
 from mulligan.policy.backends.sglang.server import Server
-from mulligan.policy.config import SglangSettings
+from mulligan.policy.backends.sglang import Settings as SglangSettings
 
 async def main():
     settings = SglangSettings(python=sys.argv[1])

@@ -16,13 +16,13 @@ from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.inference import SamplingParams, StopReason, VersionSpan, WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Ask, WeightsFile
+from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.policy.backends.sglang import requests
 from mulligan.policy.backends.sglang.connection import Refused
 from mulligan.policy.backends.sglang.folders import Folders, Target
 from mulligan.policy.backends.sglang.pool import Pool, Stale, place_of
 from mulligan.policy.backends.sglang.server import Server
 from mulligan.policy.backends.sglang.skeleton import Skeleton
-from mulligan.policy.config import SglangSettings
 from tests.support.sglang import changed, full
 from tests.support.tiny_model import write_tiny_model
 

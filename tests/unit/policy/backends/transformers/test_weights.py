@@ -20,7 +20,8 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, SamplingParams, VersionSpan, WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Ask, Replica, WeightsFile
-from mulligan.policy.backends.transformers.backend import TransformersBackend, open_backend
+from mulligan.policy.backends.transformers import open as open_backend
+from mulligan.policy.backends.transformers.backend import TransformersBackend
 from mulligan.policy.backends.transformers.model import Model
 from mulligan.policy.backends.transformers.weights import Weights
 from mulligan.policy.config import ModelSettings
