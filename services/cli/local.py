@@ -64,9 +64,9 @@ class LocalServices:
     """`async with LocalServices(folder) as services:` all four are healthy inside.
 
     `folder` gets runs, weights, checkpoints, the memory's database, the policy service's state and the logs. At
-    `log_level` info, each service logs a line per request. `policy_config` is a TOML file of settings of the policy
-    service; `model` wins over its model, and without either it is the embedded one. `LoadModel` takes folders below
-    `models_folder`.
+    `log_level` info, each service logs a line per request. `configs` are TOML files with settings, by service;
+    addresses and folders are those given here. `model` wins over the policy's, and without either it is the embedded
+    one. `LoadModel` takes folders below `models_folder`.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class LocalServices:
         folder: Path,
         *,
         model: str = "",
-        policy_config: Path | None = None,
+        configs: Mapping[str, Path] | None = None,
         models_folder: Path = Path(),
         addresses: Mapping[str, str] | None = None,
         log_level: str = "warning",
@@ -86,7 +86,6 @@ class LocalServices:
         flags = {
             "env": [],
             "policy": [
-                *(("--config", str(policy_config.resolve())) if policy_config else ()),
                 *(("--model", model) if model else ()),
                 *("--weights-folder", str(runs / "weights"), "--state-folder", str(runs / "policy")),
                 *("--models-folder", str(models_folder.resolve())),
@@ -99,6 +98,8 @@ class LocalServices:
                 *("--memory-address", address["memory"]),
             ],
         }
+        for name, file in (configs or {}).items():
+            flags[name] += ["--config", str(file.resolve())]
         quiet = ["--log-level", log_level]
         self._processes = {name: self._process(name, [*flags[name], *quiet]) for name in DEFAULT_ADDRESSES}
         self._supervisor: asyncio.Task[None] | None = None

@@ -13,6 +13,7 @@ import typer
 from mulligan.cli.connection import DEFAULT_ADDRESSES, PORT_BASE, addresses_from, program
 from mulligan.cli.local import LocalServices, ServiceFailed
 from mulligan.cli.out import fail, note
+from mulligan.common.config import SERVICES, read_service_tables
 
 
 def up(
@@ -22,6 +23,22 @@ def up(
     model: Annotated[
         str, typer.Option(help="Hub id, folder, or `embedded`: the default when no file names another.")
     ] = "",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file with a table of settings per service: [env], [policy], [memory], [trainer].",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    env_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of the env service's settings: which environments it serves ([environments.NAME]).",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     policy_config: Annotated[
         Path | None,
         typer.Option(
@@ -42,20 +59,37 @@ def up(
 
     Unfinished runs go on by themselves.
 
-    Example: `mulligan up --model Qwen/Qwen3-4B-Instruct-2507`
+    Addresses and folders are those of this command, whatever a file says.
+
+    Example: `mulligan up --env-config env.toml --model Qwen/Qwen3-4B-Instruct-2507`
     """
     try:
         services = LocalServices(
             folder,
             model=model,
-            policy_config=policy_config,
+            configs=_configs(config, env_config, policy_config),
             models_folder=models_folder,
             addresses=addresses_from(port_base),
             log_level=log_level,
         )
         asyncio.run(_up(services))
-    except ServiceFailed as error:
+    except (ServiceFailed, OSError, ValueError) as error:
         fail(error, 2)
+
+
+def _configs(config: Path | None, env_config: Path | None, policy_config: Path | None) -> dict[str, Path]:
+    """The file that each service reads. Raises ValueError where two hold settings of one service."""
+    single = {name: file for name, file in (("env", env_config), ("policy", policy_config)) if file}
+    if config is None:
+        return single
+    tables = read_service_tables(config)
+    if not tables:
+        names = ", ".join(f"[{name}]" for name in SERVICES)
+        raise ValueError(f"--config {config}: none of {names}; --env-config and --policy-config take one service's")
+    for name, file in single.items():
+        if name in tables:
+            raise ValueError(f"--{name}-config {file}: {config} has the table [{name}], too; give one of them")
+    return dict.fromkeys(SERVICES, config) | single
 
 
 def _next_steps(addresses: Mapping[str, str]) -> Iterator[str]:

@@ -1,7 +1,8 @@
 """Service settings: TOML file, then environment variables, then flags; the later wins (pydantic-settings).
 
 A service subclasses `ServiceSettings`, sets `service`, and calls `load`. `python -m mulligan.env --config env.toml
---port 50051`, `MULLIGAN_ENV_PORT=50051` and `port = 50051` mean the same.
+--port 50051`, `MULLIGAN_ENV_PORT=50051` and `port = 50051` mean the same. One file may hold the settings of all
+services, in the tables [env], [policy], [memory] and [trainer]; each service reads its own.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NoReturn, Self
+from typing import Any, ClassVar, Literal, NoReturn, Self
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
     EnvSettingsSource,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    TomlConfigSettingsSource,
 )
 
 from mulligan.common.suggest import did_you_mean, problems
+
+SERVICES = ("env", "policy", "memory", "trainer")
 
 
 class ServiceSettings(BaseSettings):
@@ -96,6 +100,11 @@ class ServiceSettings(BaseSettings):
         prefix = f"MULLIGAN_{cls.service.upper()}_"
         cls._refuse_unknown_variables(prefix)
 
+        try:
+            in_file = _read_settings(cls.service, toml) if toml else {}
+        except (OSError, ValueError) as error:  # an unreadable or malformed TOML file
+            refuse(cls.service, str(error))
+
         class Loaded(cls):  # type: ignore[valid-type,misc]
             @classmethod
             def settings_customise_sources(
@@ -104,16 +113,38 @@ class ServiceSettings(BaseSettings):
                 return (
                     CliSettingsSource(settings_cls, root_parser=_parser(cls.service), cli_parse_args=argv),
                     EnvSettingsSource(settings_cls, env_prefix=prefix, env_nested_delimiter="__"),
-                    TomlConfigSettingsSource(settings_cls, toml_file=toml or Path()),
+                    InitSettingsSource(settings_cls, init_kwargs=in_file),
                 )
 
         try:
             loaded: Self = Loaded()
         except ValidationError as error:
             refuse(cls.service, *(f"{name}: {said}" for name, said in problems(error, cls).items()))
-        except (OSError, ValueError) as error:  # an unreadable or malformed TOML file
+        except ValueError as error:  # a source that cannot be read as its setting's type
             refuse(cls.service, str(error))
         return loaded
+
+
+def read_service_tables(file: Path) -> dict[str, dict[str, Any]]:
+    """The tables of a TOML file that holds the settings of several services, by service; empty for a file of one
+    service. Raises ValueError for a file that is neither, OSError for one that cannot be read."""
+    content = tomllib.loads(file.read_text())
+    if not content.keys() & set(SERVICES):
+        return {}
+    for name, table in content.items():
+        if name not in SERVICES:
+            raise ValueError(
+                f"{file}: {name!r} stands beside a table of a service{did_you_mean(name, SERVICES)}; a file holds the "
+                f"settings of one service, or these tables alone: {', '.join(f'[{one}]' for one in SERVICES)}"
+            )
+        if not isinstance(table, dict):
+            raise ValueError(f"{file}: {name!r} must be a table of settings, [{name}]")
+    return content
+
+
+def _read_settings(service: str, file: Path) -> dict[str, Any]:
+    tables = read_service_tables(file)
+    return tables.get(service, {}) if tables else tomllib.loads(file.read_text())
 
 
 def refuse(service: str, *problems: str) -> NoReturn:
@@ -133,8 +164,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser(service: str) -> argparse.ArgumentParser:
     return _Parser(
         prog=f"python -m mulligan.{service}",
-        epilog=f"--config FILE.toml reads settings from a file; MULLIGAN_{service.upper()}_NAME=VALUE sets one, too. "
-        "Flags win over variables, variables over the file.",
+        epilog=f"--config FILE.toml reads settings from a file, or its table [{service}]; "
+        f"MULLIGAN_{service.upper()}_NAME=VALUE sets one, too. Flags win over variables, variables over the file.",
     )
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from mulligan.cli.local import free_ports
 from tests.support.paths import ROOT
 
 SOURCES = ("pyproject.toml", "README.md", "services", "models", "recipes", "src")
@@ -62,17 +68,22 @@ class Installed:
     python: Path
     folder: Path
 
-    def run(self, *arguments: str | Path, status: int = 0) -> str:
+    def run(self, *arguments: str | Path, variables: Mapping[str, str] | None = None) -> str:
         """What `python ARGUMENT…` prints there."""
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment = surroundings() | dict(variables or {})
         done = subprocess.run(
             [self.python, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True, check=False
         )
-        assert done.returncode == status, done.stdout + done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def mulligan(self, *arguments: str | Path, status: int = 0) -> str:
-        return self.run(self.python.with_name("mulligan"), *arguments, status=status)
+    def mulligan(self, *arguments: str | Path, variables: Mapping[str, str] | None = None) -> str:
+        return self.run(self.python.with_name("mulligan"), *arguments, variables=variables)
+
+
+def surroundings() -> dict[str, str]:
+    """Environment variables without a way to this repository."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
 @pytest.fixture(scope="module")
@@ -132,4 +143,77 @@ def test_the_demo_runs_in_an_empty_folder(installed: Installed) -> None:
     told = installed.mulligan("demo", *(word for setting in settings for word in ("--set", setting)))
     assert "success on the test boards" in told
     assert (installed.folder / "runs" / "demo" / "runs" / "demo-1" / "chart.png").exists()
-    assert "task " in installed.mulligan("experiences", "runs/demo/runs/demo-1", "--step", "0")
+    assert "first attempt" in installed.mulligan("experiences", "runs/demo/runs/demo-1", "--step", "0")
+
+
+SETTINGS = """
+[env.environments.greetings]
+kind = "greetings"
+
+[env.environments.frozenlake-3x3]
+kind = "frozenlake"
+size_min = 3
+size_max = 3
+prompts = "compact"
+
+[memory]
+log_level = "warning"
+"""
+
+
+@contextmanager
+def up(installed: Installed) -> Iterator[dict[str, str]]:
+    """`mulligan up`, ready; the variables that tell other commands where."""
+    base = free_port_base()
+    command = [installed.python.with_name("mulligan"), "up", "--config", "mulligan.toml", "--port-base", str(base)]
+    with subprocess.Popen(
+        command, cwd=installed.folder, env=surroundings(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            told = ""
+            while "commands find them by: export " not in told:
+                line = process.stdout.readline()
+                assert line, told
+                told += line
+            yield dict(one.split("=", 1) for one in told.rpartition("export ")[2].split())
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.communicate(timeout=100)
+    assert process.returncode == 0
+
+
+def free_port_base() -> int:
+    """Four free ports in a row."""
+    while True:
+        base = free_ports()["env"]
+        with ExitStack() as held:
+            try:
+                for port in range(base, base + 4):
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except (OSError, OverflowError):
+                continue
+        return base
+
+
+def test_what_the_readme_shows_step_by_step_works(installed: Installed) -> None:
+    (installed.folder / "greetings.py").write_text(ENVIRONMENT.replace("    reveal_type(client)\n", ""))
+    (installed.folder / "mulligan.toml").write_text(SETTINGS)
+    small = ("rollout.tasks_per_step=2", "rollout.rollouts_per_task=2", "evaluation.tasks=2", "steps=1")
+    settings = [word for setting in small for word in ("--set", setting)]
+    with up(installed) as variables:
+        run = partial(installed.mulligan, variables=variables)
+        assert "completed" in run("train", "frozenlake-3x3", "--run-id", "short", *settings)
+        assert "short" in run("runs")
+        assert "attempts" in run("eval", "frozenlake-3x3", "--run", "short", "--tasks", "2", "--samples", "1")
+        assert "attempts" in run("eval", "greetings", "--samples", "1", "--max-tokens", "4")
+        assert "first attempt" in run("experiences", "runs/local/runs/short", "--step", "0")
+        assert "actor" in run("policy", "list")
+        assert "serves embedded already" in run("policy", "load", "actor", "--model", "embedded")
+        assert "version" in run("policy", "versions", "actor")
+        run("memory", "list")
+        run("learners")
+        run("env", "new", "word_chain")
+        assert run("env", "check", "word_chain")
+        installed.run("-m", "pytest", "-q", "test_word_chain.py")
+        assert "0 violated" in run("conformance", "env", "--target", variables["MULLIGAN_CLI_ENV"])

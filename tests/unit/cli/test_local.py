@@ -1,4 +1,4 @@
-"""What `mulligan up` and `mulligan demo` start the policy service with."""
+"""What `mulligan up` and `mulligan demo` start services with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from mulligan.cli.local import LocalServices
+from mulligan.cli.up import _configs
+from mulligan.common.config import SERVICES
+from mulligan.env.config import EnvSettings
+from mulligan.memory.config import MemorySettings
 from mulligan.policy.config import PolicySettings
+from mulligan.trainer.config import TrainerSettings
 
 CONFIG = """
 model = "from/the-file"
@@ -38,7 +43,64 @@ def test_everything_that_survives_lies_in_the_folder(tmp_path: Path, monkeypatch
 def test_a_file_names_further_policies_and_a_flag_wins_over_it(tmp_path: Path) -> None:
     config = tmp_path / "policy.toml"
     config.write_text(CONFIG)
-    settings = policy_settings(tmp_path, policy_config=config)
+    settings = policy_settings(tmp_path, configs={"policy": config})
     assert settings.model == "from/the-file"
     assert settings.policies["wise"].backend == "openai"
-    assert policy_settings(tmp_path, policy_config=config, model="mine").model == "mine"
+    assert policy_settings(tmp_path, configs={"policy": config}, model="mine").model == "mine"
+
+
+ALL = """
+[env.environments.mine]
+kind = "my_game"
+
+[policy]
+model = "from/the-file"
+
+[trainer]
+keep_weights = 7
+"""
+
+
+def test_one_file_holds_the_settings_of_all(tmp_path: Path) -> None:
+    config = tmp_path / "mulligan.toml"
+    config.write_text(ALL)
+    processes = LocalServices(tmp_path, configs=_configs(config, None, None))._processes
+    arguments = {name: process.command[3:] for name, process in processes.items()}
+    assert EnvSettings.load(arguments["env"]).environments == {"mine": {"kind": "my_game"}}
+    assert PolicySettings.load(arguments["policy"]).model == "from/the-file"
+    assert MemorySettings.load(arguments["memory"]).database == str(tmp_path / "memory.sqlite")
+    assert TrainerSettings.load(arguments["trainer"]).keep_weights == 7
+
+
+def test_a_file_of_one_service_goes_to_that_service_alone(tmp_path: Path) -> None:
+    env = tmp_path / "env.toml"
+    env.write_text("max_episodes = 3")
+    assert _configs(None, env, None) == {"env": env}
+    with pytest.raises(ValueError, match=r"--config .*env.toml: none of \[env\], \[policy\]"):
+        _configs(env, None, None)
+
+
+def test_two_files_with_settings_of_one_service_are_refused(tmp_path: Path) -> None:
+    config = tmp_path / "mulligan.toml"
+    config.write_text(ALL)
+    env = tmp_path / "env.toml"
+    env.write_text("max_episodes = 3")
+    with pytest.raises(ValueError, match=r"has the table \[env\], too"):
+        _configs(config, env, None)
+    config.write_text("[policy]\nmodel = 'embedded'")
+    assert _configs(config, env, None) == {name: env if name == "env" else config for name in SERVICES}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[env]\n[polcy]\nmodel = 'embedded'", "'polcy' stands beside a table of a service; did you mean 'policy'?"),
+        ("port = 3\n[env]", "'port' stands beside a table of a service"),
+        ("env = 3", "'env' must be a table of settings, \\[env\\]"),
+    ],
+)
+def test_a_file_that_is_neither_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    config = tmp_path / "mulligan.toml"
+    config.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        _configs(config, None, None)
