@@ -42,7 +42,7 @@ class EnvServicer(pb_grpc.EnvServiceServicer):
         size = request.page_size or DEFAULT_PAGE_SIZE
         tasks = await self._table.workers.run(lambda: environment.list_tasks(split, offset, size))
         end = offset + len(tasks)
-        more = bool(tasks) and end < environment.info.task_counts[split]
+        more = bool(tasks) and end < environment.info.task_counts.get(split, 0)
         return pb.ListTasksResponse(
             tasks=[
                 pb.TaskInfo(task_id=task.task_id, split=_SPLITS_BACK[task.split], difficulty=task.difficulty)
@@ -136,8 +136,8 @@ def _info(name: str, info: EnvironmentInfo) -> pb.EnvironmentInfo:
         max_steps=info.max_steps,
         max_reward=info.max_reward,
         deterministic=info.deterministic,
-        train_task_count=info.task_counts[Split.TRAIN],
-        test_task_count=info.task_counts[Split.TEST],
+        train_task_count=info.task_counts.get(Split.TRAIN, 0),
+        test_task_count=info.task_counts.get(Split.TEST, 0),
         tools=tools_to_proto(info.tools),
         unavailable=info.unavailable,
         can_fork=info.can_fork,

@@ -40,7 +40,7 @@ class Greeting:
 
 class Greetings:
     info = EnvironmentInfo(
-        "greetings", "Say hello", generic_prompts("Say hello.", "Any text."), 1, 1.0, True, {Split.TRAIN: 1}
+        "greetings", "Say hello", generic_prompts("Say hello.", "Any text."), 1, 1.0, True, dict.fromkeys(Split, 1)
     )
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
@@ -211,9 +211,10 @@ def test_what_the_readme_shows_step_by_step_works(installed: Installed) -> None:
         assert "actor" in run("policy", "list")
         assert "serves embedded already" in run("policy", "load", "actor", "--model", "embedded")
         assert "version" in run("policy", "versions", "actor")
+        target = ("--target", variables["MULLIGAN_CLI_ENV"], "--environment", "frozenlake-3x3")
         run("memory", "list")
         run("learners")
         run("env", "new", "word_chain")
         assert run("env", "check", "word_chain")
         installed.run("-m", "pytest", "-q", "test_word_chain.py")
-        assert "0 violated" in run("conformance", "env", "--target", variables["MULLIGAN_CLI_ENV"])
+        assert "0 violated" in run("conformance", "env", *target)
