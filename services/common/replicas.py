@@ -37,7 +37,7 @@ C = TypeVar("C", bound=Client)
 
 
 @dataclass(eq=False)
-class Replica(Generic[C]):
+class ServerReplica(Generic[C]):
     """One server. `problem` says why it is not used, "" when it is."""
 
     address: str
@@ -56,7 +56,7 @@ class Replicas(Generic[C]):
         self,
         addresses: Addresses,
         connect: Callable[[str], C],
-        check: Callable[[Replica[C]], Awaitable[bool]],
+        check: Callable[[ServerReplica[C]], Awaitable[bool]],
         *,
         outage_seconds: float,
         notice: Callable[[str], None] | None = None,
@@ -67,8 +67,8 @@ class Replicas(Generic[C]):
         self._connect = connect
         self._check = check
         self._notice = notice or (lambda text: None)
-        self._known: dict[str, Replica[C]] = {}  # all that ever were: an episode may still be at one that left
-        self._present: dict[str, Replica[C]] = {}
+        self._known: dict[str, ServerReplica[C]] = {}  # all that ever were: an episode may still be at one that left
+        self._present: dict[str, ServerReplica[C]] = {}
         self._changed = Broadcast()
         self._look_up_now = asyncio.Event()
         self._no_address = ""
@@ -76,11 +76,11 @@ class Replicas(Generic[C]):
         self._following: asyncio.Task[None] | None = None
 
     @property
-    def present(self) -> list[Replica[C]]:
+    def present(self) -> list[ServerReplica[C]]:
         return list(self._present.values())
 
     @property
-    def usable(self) -> list[Replica[C]]:
+    def usable(self) -> list[ServerReplica[C]]:
         return [replica for replica in self._present.values() if not replica.problem]
 
     @property
@@ -105,18 +105,18 @@ class Replicas(Generic[C]):
         except TimeoutError:
             raise ServiceUnavailable(self.text, time.monotonic() - since, self.problems) from None
 
-    def failed(self, replica: Replica[C], problem: str) -> None:
+    def failed(self, replica: ServerReplica[C], problem: str) -> None:
         """It is not used until it passes a check."""
         self._set(replica, problem or "away")
         self.check(replica)
         self._look_up_now.set()
 
-    def check(self, replica: Replica[C]) -> None:
+    def check(self, replica: ServerReplica[C]) -> None:
         """In the background, again and again until it passes."""
         if self._present.get(replica.address) is replica and (replica.checking is None or replica.checking.done()):
             replica.checking = asyncio.create_task(self._keep_checking(replica))
 
-    async def suspend(self, replica: Replica[C]) -> None:
+    async def suspend(self, replica: ServerReplica[C]) -> None:
         """Ends the checks of a server that are under way."""
         task = replica.checking
         replica.checking = None
@@ -173,18 +173,18 @@ class Replicas(Generic[C]):
 
     def _join(self, address: str) -> None:
         if address not in self._known:
-            self._known[address] = Replica(address, self._connect(address))
+            self._known[address] = ServerReplica(address, self._connect(address))
         replica = self._present[address] = self._known[address]
         replica.problem = _NOT_ASKED
         self.check(replica)
 
-    async def _keep_checking(self, replica: Replica[C]) -> None:
+    async def _keep_checking(self, replica: ServerReplica[C]) -> None:
         delay = _FIRST_DELAY_SECONDS
         while not await self._passes(replica):
             await asyncio.sleep(delay)
             delay = min(2 * delay, _MAX_DELAY_SECONDS)
 
-    async def _passes(self, replica: Replica[C]) -> bool:
+    async def _passes(self, replica: ServerReplica[C]) -> bool:
         try:
             passed = await self._check(replica)
         except ServiceUnavailable as error:
@@ -203,7 +203,7 @@ class Replicas(Generic[C]):
         replica.asked.set()
         return passed
 
-    def _set(self, replica: Replica[C], problem: str) -> None:
+    def _set(self, replica: ServerReplica[C], problem: str) -> None:
         before = replica.problem
         replica.problem = problem
         if problem == before:

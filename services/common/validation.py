@@ -24,7 +24,7 @@ _validator = protovalidate.Validator()
 
 
 @dataclass(frozen=True, slots=True)
-class Violation:
+class FieldViolation:
     """One broken constraint: where, and what was expected there."""
 
     field: str
@@ -34,7 +34,7 @@ class Violation:
         return f"{self.field}: {self.expected}" if self.field else self.expected
 
 
-def violations(message: Message) -> list[Violation]:
+def violations(message: Message) -> list[FieldViolation]:
     """The first constraint that the message breaks, as a list of one; empty for a valid message.
 
     It stops at the first: a hostile message with a million broken items costs no more than one with a single one.
@@ -70,10 +70,10 @@ def _reachable(roots: Iterable[Descriptor]) -> list[Descriptor]:
     return list(seen.values())
 
 
-def _translate(violation: protovalidate.Violation) -> Violation:
+def _translate(violation: protovalidate.Violation) -> FieldViolation:
     path = violation.proto.field
     elements = path.elements if path is not None else []
-    return Violation(field=".".join(_step(element) for element in elements), expected=violation.proto.message)
+    return FieldViolation(field=".".join(_step(element) for element in elements), expected=violation.proto.message)
 
 
 def _step(element: FieldPathElementPb) -> str:

@@ -17,17 +17,17 @@ _MAX_TEXT_BYTES = 16 * 2**20  # far below the limit of a message
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
+class StartResult:
     """What an episode shows before its next step, and whose turn it is."""
 
     observation: str
     player: int
 
 
-def begin(environment: Environment, task_id: str) -> tuple[Episode, Begun]:
+def begin(environment: Environment, task_id: str) -> tuple[Episode, StartResult]:
     episode = environment.start(task_id)
     player = _player(getattr(episode, "player", 0), environment.info.player_count)
-    return episode, Begun(_text("observation", episode.observation), player)
+    return episode, StartResult(_text("observation", episode.observation), player)
 
 
 def play(episode: Episode, action: str, players: int) -> EpisodeStep:
@@ -53,7 +53,7 @@ def play(episode: Episode, action: str, players: int) -> EpisodeStep:
     )
 
 
-def kept(begun: tuple[Episode, Begun], job: Job) -> tuple[Episode, Begun]:
+def kept(begun: tuple[Episode, StartResult], job: Job) -> tuple[Episode, StartResult]:
     """Closes what a start or a fork made that was given up meanwhile."""
     if job.settled:
         close(begun[0])

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from mulligan.common.config import ServiceSettings
 from mulligan.env.base import Environment
-from mulligan.env.episodes import Limits
+from mulligan.env.episodes import EpisodeLimits
 from mulligan.env.load import load_or_explain
 
 DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
@@ -66,8 +66,8 @@ class EnvSettings(ServiceSettings):
         return self
 
     @property
-    def limits(self) -> Limits:
-        return Limits(self.max_episodes, self.max_finished, lease_seconds=self.lease_seconds)
+    def limits(self) -> EpisodeLimits:
+        return EpisodeLimits(self.max_episodes, self.max_finished, lease_seconds=self.lease_seconds)
 
     def create_environments(self) -> dict[str, Environment]:
         """Raises ValueError that names the setting."""

@@ -22,16 +22,25 @@ from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EpisodeStep
 from mulligan.env import calls
 from mulligan.env.base import Environment, Episode, close, fork
-from mulligan.env.calls import Begun
-from mulligan.env.records import Gate, Record, RunningStep, StepRequest, check_place, conflict, episode_of, in_use
-from mulligan.env.workers import Call, Job, TimedOut, WorkerPool
+from mulligan.env.calls import StartResult
+from mulligan.env.records import (
+    EpisodeRecord,
+    Latch,
+    RunningStep,
+    StepRequest,
+    check_place,
+    conflict,
+    episode_of,
+    in_use,
+)
+from mulligan.env.workers import FunctionJob, Job, TimedOut, WorkerPool
 
 log = structlog.get_logger()
 _RETRY_AFTER = timedelta(seconds=0.5)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class EpisodeLimits:
     """`max_finished` bounds the stored answers of episodes that are over; `max_remembered` the ids of expired ones."""
 
     max_episodes: int = 4096
@@ -49,15 +58,15 @@ class EpisodeTable:
         self,
         environments: dict[str, Environment],
         workers: WorkerPool,
-        limits: Limits | None = None,
+        limits: EpisodeLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.environments = environments
         self.workers = workers
-        self.limits = limits or Limits()
+        self.limits = limits or EpisodeLimits()
         self._clock = clock
-        self._live: OrderedDict[str, Record] = OrderedDict()  # both: longest untouched first
-        self._finished: OrderedDict[str, Record] = OrderedDict()
+        self._live: OrderedDict[str, EpisodeRecord] = OrderedDict()  # both: longest untouched first
+        self._finished: OrderedDict[str, EpisodeRecord] = OrderedDict()
         self._expired: dict[str, float] = {}  # id → when; oldest first
         self._closing: set[asyncio.Future[None]] = set()
 
@@ -73,7 +82,7 @@ class EpisodeTable:
             raise DomainError(Reason.UNKNOWN_ENVIRONMENT, message)
         return self.environments[name]
 
-    async def start(self, episode_id: str, environment: str, task_id: str) -> Begun:
+    async def start(self, episode_id: str, environment: str, task_id: str) -> StartResult:
         """Repeatable; a start under way is waited for. The id of a copy is in use for something else."""
         self.expire()
         record = self._find(episode_id)
@@ -83,7 +92,7 @@ class EpisodeTable:
             raise in_use(episode_id, record)
         return await asyncio.shield(record.started)
 
-    def _admit(self, episode_id: str, name: str, task_id: str) -> Record:
+    def _admit(self, episode_id: str, name: str, task_id: str) -> EpisodeRecord:
         environment = self.environment(name)
         if environment.info.unavailable:
             raise DomainError(Reason.ENVIRONMENT_UNAVAILABLE, f"{name!r}: {environment.info.unavailable}")
@@ -95,11 +104,11 @@ class EpisodeTable:
             else:
                 self._not_begun(episode_id, record, calls.start_error(name, task_id, result))
 
-        job = Call(lambda: calls.kept(calls.begin(environment, task_id), job), done)
+        job = FunctionJob(lambda: calls.kept(calls.begin(environment, task_id), job), done)
         self.workers.submit([job])
         return record
 
-    async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> Begun:
+    async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> StartResult:
         """What the agent saw last, and whose turn it is. Repeatable; a fork under way is waited for."""
         self.expire()
         record = self._find(new_episode_id)
@@ -109,7 +118,7 @@ class EpisodeTable:
             raise in_use(new_episode_id, record)
         return await asyncio.shield(record.started)
 
-    def _copy(self, episode_id: str, step_index: int, new_episode_id: str) -> Record:
+    def _copy(self, episode_id: str, step_index: int, new_episode_id: str) -> EpisodeRecord:
         source = self._find(episode_id)
         if source is None or (source.episode is None and not source.finished):
             raise self._unknown(episode_id)
@@ -131,30 +140,32 @@ class EpisodeTable:
                     source.episode = calls.stuck(source.episode, result)
             self._returned(source)
 
-        begun = Begun(last.observation, last.player)
-        job = Call(lambda: calls.kept((fork(episode_of(source)), begun), job), done)
+        begun = StartResult(last.observation, last.player)
+        job = FunctionJob(lambda: calls.kept((fork(episode_of(source)), begun), job), done)
         if self._may_call(source, job):
             self.workers.submit([job])
         return record
 
-    def _place(self, episode_id: str, name: str, task_id: str) -> Record:
+    def _place(self, episode_id: str, name: str, task_id: str) -> EpisodeRecord:
         """A new record; raises CAPACITY_REACHED."""
         if len(self._live) >= self.limits.max_episodes:
             message = f"{len(self._live)} episodes are live, which is this server's limit"
             raise DomainError(Reason.CAPACITY_REACHED, message, retry_after=_RETRY_AFTER)
         players = self.environments[name].info.player_count
-        record = Record(episode_id, name, task_id, players, asyncio.get_running_loop().create_future(), self._clock())
+        record = EpisodeRecord(
+            episode_id, name, task_id, players, asyncio.get_running_loop().create_future(), self._clock()
+        )
         self._live[episode_id] = record
         self._expired.pop(episode_id, None)
         return record
 
-    def _begun(self, record: Record, episode: Episode, begun: Begun) -> None:
+    def _begun(self, record: EpisodeRecord, episode: Episode, begun: StartResult) -> None:
         record.episode = episode
         record.started.set_result(begun)
         if record.released:  # ended meanwhile
             self._release(record)
 
-    def _not_begun(self, episode_id: str, record: Record, error: DomainError) -> None:
+    def _not_begun(self, episode_id: str, record: EpisodeRecord, error: DomainError) -> None:
         if self._live.get(episode_id) is record:
             del self._live[episode_id]
         record.started.set_exception(error)
@@ -174,10 +185,10 @@ class EpisodeTable:
             self.workers.submit(jobs)
         running = [step for step in found if isinstance(step, RunningStep) and step.answer is None]
         if running:
-            gate = Gate(asyncio.get_running_loop().create_future(), len(running))
+            latch = Latch(asyncio.get_running_loop().create_future(), len(running))
             for step in running:
-                step.gates.append(gate)
-            await asyncio.wait((gate.opened,), timeout=max_wait) if max_wait is not None else await gate.opened
+                step.latches.append(latch)
+            await asyncio.wait((latch.opened,), timeout=max_wait) if max_wait is not None else await latch.opened
         return [step.answer if isinstance(step, RunningStep) else step for step in found]
 
     def _take(self, request: StepRequest, jobs: list[Job]) -> EpisodeStep | RunningStep:
@@ -220,10 +231,10 @@ class EpisodeTable:
                 self._finished[record.episode_id] = record
                 record.touched = self._clock()
         step.answer = answer
-        for gate in step.gates:
-            gate.pass_one()
+        for latch in step.latches:
+            latch.count_down()
 
-    def _may_call(self, record: Record, job: Job) -> bool:
+    def _may_call(self, record: EpisodeRecord, job: Job) -> bool:
         """Whether the job may run now; otherwise it is held back until the call that is under way has returned."""
         if record.calling:
             record.held.append(job)
@@ -231,12 +242,12 @@ class EpisodeTable:
         record.calling = True
         return True
 
-    def _returned(self, record: Record) -> None:
+    def _returned(self, record: EpisodeRecord) -> None:
         record.calling = bool(record.held)
         if record.held:
             self.workers.submit([record.held.pop(0)])
 
-    def _release(self, record: Record) -> None:
+    def _release(self, record: EpisodeRecord) -> None:
         """Frees what the episode holds: on a worker's thread, after the calls into it that are under way. One that was
         given up may still run then."""
         record.released = True
@@ -253,7 +264,7 @@ class EpisodeTable:
             self._closing.discard(closed)
             closed.set_result(None)
 
-        if self._may_call(record, job := Call(lambda: close(episode), done)):
+        if self._may_call(record, job := FunctionJob(lambda: close(episode), done)):
             self.workers.submit([job])
 
     def end(self, episode_id: str) -> None:
@@ -315,7 +326,7 @@ class EpisodeTable:
             await asyncio.sleep(every_seconds)
             self.expire()
 
-    def _find(self, episode_id: str) -> Record | None:
+    def _find(self, episode_id: str) -> EpisodeRecord | None:
         records = self._live if episode_id in self._live else self._finished
         record = records.get(episode_id)
         if record is not None:

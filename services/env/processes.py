@@ -35,7 +35,7 @@ class _Failed(Exception):
 
 
 @dataclass
-class _Process:
+class _ServerProcess:
     arguments: list[str]
     port: int
     address: str = ""
@@ -97,7 +97,7 @@ async def serve(settings: EnvSettings, arguments: Sequence[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     children = [
-        _Process(_arguments(settings, arguments, index), _port(settings.port, index))
+        _ServerProcess(_arguments(settings, arguments, index), _port(settings.port, index))
         for index in range(settings.processes)
     ]
     keepers = [asyncio.create_task(child.keep_running()) for child in children]
@@ -144,7 +144,7 @@ async def served(address: str) -> None:
     loop.add_reader(link, supervisor_ended)
 
 
-async def _tell(children: Sequence[_Process]) -> None:
+async def _tell(children: Sequence[_ServerProcess]) -> None:
     for child in children:
         await child.serves.wait()
     addresses = [child.address for child in children]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import EpisodeStep
 from mulligan.env.base import Episode
-from mulligan.env.calls import Begun, play
+from mulligan.env.calls import StartResult, play
 from mulligan.env.workers import Job
 
 
@@ -20,7 +20,7 @@ class StepRequest(NamedTuple):
     action: str
 
 
-class Gate:
+class Latch:
     """Opens once all the steps that a call waits for have their answers."""
 
     __slots__ = ("left", "opened")
@@ -29,7 +29,7 @@ class Gate:
         self.opened = opened
         self.left = left
 
-    def pass_one(self) -> None:
+    def count_down(self) -> None:
         self.left -= 1
         if self.left == 0 and not self.opened.done():
             self.opened.set_result(None)
@@ -38,15 +38,15 @@ class Gate:
 class RunningStep(Job):
     """The job of a step, and what those who wait for it find there."""
 
-    __slots__ = ("action", "answer", "gates", "played", "record")
+    __slots__ = ("action", "answer", "latches", "played", "record")
 
-    def __init__(self, record: Record, action: str, played: Callable[[RunningStep, object], None]):
+    def __init__(self, record: EpisodeRecord, action: str, played: Callable[[RunningStep, object], None]):
         super().__init__()
         self.record = record
         self.action = action
         self.played = played
         self.answer: EpisodeStep | None = None
-        self.gates: list[Gate] = []
+        self.latches: list[Latch] = []
 
     def call(self) -> EpisodeStep:
         return play(episode_of(self.record), self.action, self.record.players)
@@ -56,12 +56,12 @@ class RunningStep(Job):
 
 
 @dataclass(slots=True)
-class Record:
+class EpisodeRecord:
     episode_id: str
     environment: str
     task_id: str
     players: int
-    started: asyncio.Future[Begun]
+    started: asyncio.Future[StartResult]
     touched: float
     source: tuple[str, int] | None = None  # of a copy: the episode that was forked, and the steps it had played
     episode: Episode | None = None
@@ -82,12 +82,12 @@ class Record:
         return self.calling or self.running is not None or not self.started.done()
 
 
-def episode_of(record: Record) -> Episode:
+def episode_of(record: EpisodeRecord) -> Episode:
     assert record.episode is not None
     return record.episode
 
 
-def check_place(source: Record, episode_id: str, step_index: int) -> None:
+def check_place(source: EpisodeRecord, episode_id: str, step_index: int) -> None:
     """Raises unless the episode goes on, has played this many steps, and plays none now."""
     played = len(source.answers)
     if source.finished:
@@ -100,7 +100,7 @@ def check_place(source: Record, episode_id: str, step_index: int) -> None:
         raise DomainError(Reason.STEP_CONFLICT, f"episode {episode_id!r} {state}: no fork after {step_index}")
 
 
-def in_use(episode_id: str, record: Record) -> DomainError:
+def in_use(episode_id: str, record: EpisodeRecord) -> DomainError:
     origin = "" if record.source is None else ", a fork of {!r} after {} steps".format(*record.source)
     message = f"episode {episode_id!r} plays {record.task_id!r} of {record.environment!r}{origin}"
     return DomainError(Reason.EPISODE_CONFLICT, message)

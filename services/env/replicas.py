@@ -21,7 +21,7 @@ from cachetools import LRUCache
 from mulligan.common.addresses import Addresses, by_rank
 from mulligan.common.channel import Endpoint, Waits
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
-from mulligan.common.replicas import Replica, Replicas
+from mulligan.common.replicas import Replicas, ServerReplica
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Split, TaskInfo
 from mulligan.env.client import EnvClient, RemoteEpisode
@@ -58,15 +58,15 @@ class EnvReplicas:
         lost_seconds: float = 10.0,
         on_outage: Callable[[str], None] | None = None,
     ):
-        def open_server(address: str) -> _Server:
-            return _Server(replace(endpoint, address=address), timeout, lost_seconds)
+        def open_server(address: str) -> _EnvServer:
+            return _EnvServer(replace(endpoint, address=address), timeout, lost_seconds)
 
-        self._replicas: Replicas[_Server] = Replicas(
+        self._replicas: Replicas[_EnvServer] = Replicas(
             addresses, open_server, self._check, outage_seconds=endpoint.outage_seconds, notice=on_outage
         )
         self._described: dict[str, EnvironmentInfo] = {}
         self._shown: dict[str, tuple[str, str]] = {}  # a task of each environment that is deterministic, and its start
-        self._homes: LRUCache[str, Replica[_Server]] = LRUCache(_MOST_REMEMBERED)
+        self._homes: LRUCache[str, ServerReplica[_EnvServer]] = LRUCache(_MOST_REMEMBERED)
 
     async def list_environments(self) -> list[EnvironmentInfo]:
         """Raises DomainError when the servers offer different ones."""
@@ -102,7 +102,7 @@ class EnvReplicas:
         """At another server when the first did not answer, the episode may be there as well, untouched: it is ended
         when that one is back. A call that ran out of time is not made elsewhere."""
         waits = Waits(self._replicas.text, self._replicas.outage_seconds)
-        unsure: list[Replica[_Server]] = []
+        unsure: list[ServerReplica[_EnvServer]] = []
         while True:
             for replica in await self._usable(time.monotonic(), episode_id):
                 try:
@@ -138,14 +138,14 @@ class EnvReplicas:
     async def close(self) -> None:
         await self._replicas.close()
 
-    async def _usable(self, since: float, key: str = "") -> list[Replica[_Server]]:
+    async def _usable(self, since: float, key: str = "") -> list[ServerReplica[_EnvServer]]:
         """In the order in which the key prefers them; waits until there is one."""
         await self._replicas.ready()
         while not (usable := {replica.address: replica for replica in self._replicas.usable}):
             await self._replicas.change(since)
         return [usable[address] for address in by_rank(key, usable)]
 
-    async def _find(self, episode_id: str, ask: Callable[[_Server], Awaitable[R]]) -> R:
+    async def _find(self, episode_id: str, ask: Callable[[_EnvServer], Awaitable[R]]) -> R:
         """Servers that are away come last, and are waited for: the episode may be at one of them."""
         await self._replicas.ready()
         if not self._replicas.present:
@@ -166,15 +166,15 @@ class EnvReplicas:
                 return answer
         raise max(said, key=lambda error: error.reason is not Reason.UNKNOWN_EPISODE)
 
-    def _remember(self, episode_id: str, replica: Replica[_Server]) -> None:
+    def _remember(self, episode_id: str, replica: ServerReplica[_EnvServer]) -> None:
         self._homes[episode_id] = replica
 
-    def _abandon(self, episode_id: str, replicas: list[Replica[_Server]]) -> None:
+    def _abandon(self, episode_id: str, replicas: list[ServerReplica[_EnvServer]]) -> None:
         for replica in replicas:
             replica.client.abandoned.add(episode_id)
             self._replicas.check(replica)
 
-    async def _check(self, replica: Replica[_Server]) -> bool:
+    async def _check(self, replica: ServerReplica[_EnvServer]) -> bool:
         """Also that it offers what runs were told of: a server that comes back may have other settings."""
         server = replica.client
         offered = {info.name: info for info in await server.list_environments()}
@@ -194,7 +194,7 @@ class EnvReplicas:
             server.abandoned.discard(episode_id)
         return True
 
-    async def _compare(self, replica: Replica[_Server], environment: str) -> None:
+    async def _compare(self, replica: ServerReplica[_EnvServer], environment: str) -> None:
         """That a task begins here as it does at the others. Raises DomainError ENVIRONMENT_UNAVAILABLE."""
         task_id, expected = self._shown.get(environment, ("", ""))
         try:
@@ -237,7 +237,7 @@ class EnvReplicas:
             await self._replicas.change(since)
 
 
-class _Server(EnvClient):
+class _EnvServer(EnvClient):
     """One of several. Its calls fail at once when it is away; those of an episode wait, as no other server has it."""
 
     def __init__(self, endpoint: Endpoint, timeout: float, lost_seconds: float):

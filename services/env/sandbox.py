@@ -41,7 +41,7 @@ from mulligan.env.base import (
     read_settings,
 )
 from mulligan.env.load import Unavailable
-from mulligan.env.sandbox_pipe import First, Garbled, Reply, Request, receive, send
+from mulligan.env.sandbox_pipe import EpisodeStarted, Garbled, SandboxReply, SandboxRequest, receive, send
 from mulligan.env.workers import TimedOut
 
 log = structlog.get_logger()
@@ -54,7 +54,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ProcessLimits:
     """`memory_mb`: what loading may take, and what each process after that may take on top. `subprocesses`: whether the
     code may start processes, each of which has these limits; then episodes can also be forked, as their processes are.
     `load_seconds`: how long loading may take."""
@@ -70,10 +70,10 @@ class Limits:
             raise ValueError(f"load_seconds must be more than 0, not {self.load_seconds:g}")
 
 
-LIMITS = tuple(field.name for field in Limits.__dataclass_fields__.values())
+LIMITS = tuple(field.name for field in ProcessLimits.__dataclass_fields__.values())
 
 
-def read_limits(values: Mapping[str, object]) -> Limits:
+def read_limits(values: Mapping[str, object]) -> ProcessLimits:
     """Raises ValueError that names the setting."""
     if not sys.platform.startswith("linux"):
         raise ValueError("untrusted: environments run in processes with limits on Linux alone")
@@ -81,17 +81,17 @@ def read_limits(values: Mapping[str, object]) -> Limits:
         importlib.import_module("pyseccomp")
     except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(f"untrusted: needs the system's libseccomp (package libseccomp2): {error}") from error
-    return read_settings(Limits, values)
+    return read_settings(ProcessLimits, values)
 
 
 class _HostLost(Exception):
     """The process that forks episodes is gone; the message says why."""
 
 
-class _Host:
+class _HostProcess:
     """One process that has loaded the environment. Used from many threads."""
 
-    def __init__(self, name: str, table: Mapping[str, Any], limits: Limits) -> None:
+    def __init__(self, name: str, table: Mapping[str, Any], limits: ProcessLimits) -> None:
         """Raises ValueError that names a setting, and _HostLost."""
         self._lock = threading.Lock()
         self._lost = ""
@@ -99,7 +99,7 @@ class _Host:
         with theirs:
             arguments = (theirs.fileno(), os.getpid(), limits.memory_mb * 2**20, int(limits.subprocesses))
             self._process = _SPAWNER.submit(_spawn, theirs.fileno(), [str(argument) for argument in arguments]).result()
-        reply = self.ask(Request("load", name, dict(table)), seconds=limits.load_seconds)
+        reply = self.ask(SandboxRequest("load", name, dict(table)), seconds=limits.load_seconds)
         if reply.problem or reply.kind:
             self.close()
         if reply.kind == "missing extra":
@@ -115,12 +115,14 @@ class _Host:
     def lost(self) -> bool:
         return bool(self._lost)
 
-    def ask(self, request: Request, descriptor: int | None = None, seconds: float = _CONTROL_SECONDS) -> Reply:
+    def ask(
+        self, request: SandboxRequest, descriptor: int | None = None, seconds: float = _CONTROL_SECONDS
+    ) -> SandboxReply:
         with self._lock:
             if not self._lost:
                 try:
                     send(self._control, request, descriptor, seconds)
-                    received = receive(self._control, Reply, seconds)
+                    received = receive(self._control, SandboxReply, seconds)
                     if received is not None:
                         return received[0]
                     self._lost = _ending(self._stopped(_CONTROL_SECONDS))
@@ -135,7 +137,7 @@ class _Host:
 
     def end(self, process: int) -> int:
         """Kills a process; its status, as of waitpid."""
-        return msgspec.msgpack.decode(self.ask(Request("end", process=process)).result, type=int)
+        return msgspec.msgpack.decode(self.ask(SandboxRequest("end", process=process)).result, type=int)
 
     def close(self) -> None:
         with self._lock:
@@ -173,10 +175,12 @@ def _spawn(descriptor: int, arguments: list[str]) -> subprocess.Popen[bytes]:
     )
 
 
-class _Process:
+class _ForkedProcess:
     """One process of an episode, or of a listing."""
 
-    def __init__(self, host: _Host, limits: Limits, seconds: float, connection: socket.socket, process: int) -> None:
+    def __init__(
+        self, host: _HostProcess, limits: ProcessLimits, seconds: float, connection: socket.socket, process: int
+    ) -> None:
         self._host = host
         self._limits = limits
         self._seconds = seconds
@@ -185,14 +189,14 @@ class _Process:
         self._lock = threading.Lock()
         self._ended: str | None = None  # how
 
-    def ask(self, request: Request, kind: type[T]) -> T:
+    def ask(self, request: SandboxRequest, kind: type[T]) -> T:
         self._send(request)
         return self.answer(kind)
 
     def answer(self, kind: type[T]) -> T:
         """Raises UnknownTask, TimedOut, and Faulted for all else. After the latter two the process is gone."""
         try:
-            received = receive(self._connection, Reply, self._seconds)
+            received = receive(self._connection, SandboxReply, self._seconds)
             if received is None:
                 raise Faulted(self.end())
             reply, descriptor = received
@@ -217,12 +221,12 @@ class _Process:
         except OSError:
             raise Faulted(self.end()) from None
 
-    def fork(self) -> tuple[_Process, First]:
+    def fork(self) -> tuple[_ForkedProcess, EpisodeStarted]:
         ours, theirs = socket.socketpair()
         with theirs:
-            self._send(Request("fork"), theirs.fileno())
-        copied = _Process(self._host, self._limits, self._seconds, ours, 0)
-        first = copied.answer(First)
+            self._send(SandboxRequest("fork"), theirs.fileno())
+        copied = _ForkedProcess(self._host, self._limits, self._seconds, ours, 0)
+        first = copied.answer(EpisodeStarted)
         copied._id = first.process
         return copied, first
 
@@ -248,7 +252,7 @@ class _Process:
         status = os.waitstatus_to_exitcode(waited)
         return self._too_much_memory() if status == _MEMORY_STATUS else f"its process {_ending(status)}"
 
-    def _send(self, request: Request, descriptor: int | None = None) -> None:
+    def _send(self, request: SandboxRequest, descriptor: int | None = None) -> None:
         try:
             send(self._connection, request, descriptor, self._seconds)
         except TimeoutError:
@@ -271,13 +275,13 @@ def _ending(status: int) -> str:
 class SandboxedEpisode:
     reads_thoughts = True  # its process knows whether the episode does
 
-    def __init__(self, process: _Process, observation: str, player: int) -> None:
+    def __init__(self, process: _ForkedProcess, observation: str, player: int) -> None:
         self.observation = observation
         self.player = player
         self._process = process
 
     def step(self, action: str) -> StepResult:
-        return self._process.ask(Request("step", action), StepResult)
+        return self._process.ask(SandboxRequest("step", action), StepResult)
 
     def fork(self) -> SandboxedEpisode:
         copied, _ = self._process.fork()
@@ -290,32 +294,32 @@ class SandboxedEpisode:
 class Sandboxed:
     """An environment whose code runs elsewhere. `seconds` bounds each call into it."""
 
-    def __init__(self, name: str, table: Mapping[str, Any], limits: Limits, seconds: float) -> None:
+    def __init__(self, name: str, table: Mapping[str, Any], limits: ProcessLimits, seconds: float) -> None:
         """Raises ValueError that names the setting."""
         self._name = name
         self._table = dict(table)
         self._limits = limits
         self._seconds = seconds
         self._lock = threading.Lock()
-        self._loading: Future[_Host] | None = None
+        self._loading: Future[_HostProcess] | None = None
         try:
-            self._host = _Host(name, table, limits)
+            self._host = _HostProcess(name, table, limits)
         except _HostLost as error:
             raise ValueError(f"environments.{name}: {error}") from error
         can_fork = limits.subprocesses and not self._host.info.unavailable
         self.info = replace(self._host.info, can_fork=can_fork)
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
-        process = self._start(Request("list", split=split, offset=offset, limit=limit))
+        process = self._start(SandboxRequest("list", split=split, offset=offset, limit=limit))
         try:
             return process.answer(list[TaskInfo])
         finally:
             process.end()
 
     def start(self, task_id: str) -> SandboxedEpisode:
-        process = self._start(Request("start", task_id))
+        process = self._start(SandboxRequest("start", task_id))
         try:
-            first = process.answer(First)
+            first = process.answer(EpisodeStarted)
         except BaseException:
             process.end()
             raise
@@ -324,7 +328,7 @@ class Sandboxed:
     def close(self) -> None:
         self._host.close()
 
-    def _start(self, request: Request) -> _Process:
+    def _start(self, request: SandboxRequest) -> _ForkedProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             host = self._running()
@@ -338,9 +342,9 @@ class Sandboxed:
                     raise Faulted(str(error)) from error
         if reply.problem:
             raise Faulted(reply.problem)
-        return _Process(host, self._limits, self._seconds, ours, msgspec.msgpack.decode(reply.result, type=int))
+        return _ForkedProcess(host, self._limits, self._seconds, ours, msgspec.msgpack.decode(reply.result, type=int))
 
-    def _running(self) -> _Host:
+    def _running(self) -> _HostProcess:
         """The host. One that is lost is replaced meanwhile: raises CAPACITY_REACHED while that takes long, and Faulted
         when it fails."""
         with self._lock:
@@ -359,9 +363,9 @@ class Sandboxed:
         except (ValueError, _HostLost) as error:
             raise Faulted(f"it could not be loaded again: {error}") from error
 
-    def _load(self, loading: Future[_Host]) -> None:
+    def _load(self, loading: Future[_HostProcess]) -> None:
         try:
-            host = _Host(self._name, self._table, self._limits)
+            host = _HostProcess(self._name, self._table, self._limits)
         except BaseException as error:  # noqa: BLE001 - who waits for it gets it
             loading.set_exception(error)
             return
@@ -370,7 +374,7 @@ class Sandboxed:
         loading.set_result(host)
 
 
-def sandboxed(name: str, table: Mapping[str, Any], limits: Limits, seconds: float) -> Environment:
+def sandboxed(name: str, table: Mapping[str, Any], limits: ProcessLimits, seconds: float) -> Environment:
     """What is not installed is listed as unavailable."""
     environment = Sandboxed(name, table, limits, seconds)
     return Unavailable(name, environment.info.unavailable) if environment.info.unavailable else environment

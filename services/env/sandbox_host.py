@@ -27,7 +27,7 @@ import pyseccomp
 from mulligan.common.rewards import read_reward
 from mulligan.env.base import Environment, Episode, MissingExtra, Split, StepResult, UnknownTask, act
 from mulligan.env.load import load
-from mulligan.env.sandbox_pipe import First, Garbled, Reply, Request, receive, send
+from mulligan.env.sandbox_pipe import EpisodeStarted, Garbled, SandboxReply, SandboxRequest, receive, send
 
 MEMORY_STATUS = 77  # of a process that has no memory left to say so
 _MAX_OPEN_FILES = 256
@@ -50,17 +50,17 @@ class _Host:
 
     def serve(self) -> None:
         """Until the server is gone."""
-        while (received := receive(self._control, Request)) is not None:
+        while (received := receive(self._control, SandboxRequest)) is not None:
             request, descriptor = received
             if descriptor is not None:
                 reply = self._fork(request, descriptor)
             elif request.do == "load":
                 reply = _attempt(lambda: self._load(request), at_load=True)  # noqa: B023 - called at once
             else:
-                reply = Reply(msgspec.Raw(msgspec.msgpack.encode(_end(request.process))))
+                reply = SandboxReply(msgspec.Raw(msgspec.msgpack.encode(_end(request.process))))
             send(self._control, reply)
 
-    def _load(self, request: Request) -> object:
+    def _load(self, request: SandboxRequest) -> object:
         _limit_memory(self._memory, final=False)
         environment = load(request.text, request.table)
         gc.collect()
@@ -70,7 +70,7 @@ class _Host:
             _prctl(_PR_SET_PDEATHSIG, 0)  # from here on the connection's end is enough, and what runs is ended in order
         return environment.info
 
-    def _fork(self, request: Request, descriptor: int) -> Reply:
+    def _fork(self, request: SandboxRequest, descriptor: int) -> SandboxReply:
         """A process for one task or list."""
         assert self._environment is not None
         host = os.getpid()
@@ -78,10 +78,10 @@ class _Host:
             process = os.fork()
         except OSError as error:
             os.close(descriptor)
-            return Reply(problem=f"no process for it: {error}")
+            return SandboxReply(problem=f"no process for it: {error}")
         if process:
             os.close(descriptor)
-            return Reply(msgspec.Raw(msgspec.msgpack.encode(process)))
+            return SandboxReply(msgspec.Raw(msgspec.msgpack.encode(process)))
         self._control.close()
         return _run(self._environment, request, socket.socket(fileno=descriptor), host, self._restrict)
 
@@ -92,7 +92,11 @@ class _Host:
 
 
 def _run(
-    environment: Environment, request: Request, connection: socket.socket, host: int, restrict: Callable[[], None]
+    environment: Environment,
+    request: SandboxRequest,
+    connection: socket.socket,
+    host: int,
+    restrict: Callable[[], None],
 ) -> NoReturn:
     """The whole life of an episode's process."""
     try:
@@ -116,13 +120,13 @@ def _run(
 def _play(environment: Environment, task_id: str, connection: socket.socket, host: int) -> None:
     episode: Episode | None = None
 
-    def begin() -> First:
+    def begin() -> EpisodeStarted:
         nonlocal episode
         episode = environment.start(task_id)
-        return First(episode.observation, getattr(episode, "player", 0))
+        return EpisodeStarted(episode.observation, getattr(episode, "player", 0))
 
     _answer(connection, _attempt(begin))
-    while (received := receive(connection, Request)) is not None:
+    while (received := receive(connection, SandboxRequest)) is not None:
         request, descriptor = received
         if descriptor is not None:
             connection = _copy(connection, descriptor, host)
@@ -160,31 +164,31 @@ def _copy(connection: socket.socket, descriptor: int, host: int) -> socket.socke
     while os.getppid() != host:
         time.sleep(0.0005)
     _belong_to(host)
-    _answer(copied, _attempt(lambda: First(process=os.getpid())))
+    _answer(copied, _attempt(lambda: EpisodeStarted(process=os.getpid())))
     return copied
 
 
-def _answer(connection: socket.socket, reply: Reply) -> None:
+def _answer(connection: socket.socket, reply: SandboxReply) -> None:
     try:
         send(connection, reply)
     except Garbled as error:
-        send(connection, Reply(problem=f"its process {error}"))
+        send(connection, SandboxReply(problem=f"its process {error}"))
 
 
-def _attempt(call: Callable[[], Any], *, at_load: bool = False) -> Reply:
+def _attempt(call: Callable[[], Any], *, at_load: bool = False) -> SandboxReply:
     """What it returns or raises, as a reply. A ValueError at load names a setting."""
     try:
-        return Reply(msgspec.Raw(msgspec.msgpack.encode(call(), enc_hook=_plain)))
+        return SandboxReply(msgspec.Raw(msgspec.msgpack.encode(call(), enc_hook=_plain)))
     except UnknownTask as error:
-        return Reply(problem=_words(error), kind="unknown task")
+        return SandboxReply(problem=_words(error), kind="unknown task")
     except MissingExtra as error:
-        return Reply(problem=_words(error), kind="missing extra")
+        return SandboxReply(problem=_words(error), kind="missing extra")
     except MemoryError:
-        return Reply(problem="", kind="memory")
+        return SandboxReply(problem="", kind="memory")
     except BaseException as error:  # noqa: BLE001 - foreign code may raise anything, SystemExit included
         if at_load and isinstance(error, ValueError):
-            return Reply(problem=_words(error), kind="setting")
-        return Reply(problem=f"{type(error).__name__}: {_words(error)}")
+            return SandboxReply(problem=_words(error), kind="setting")
+        return SandboxReply(problem=f"{type(error).__name__}: {_words(error)}")
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ _HEADER = struct.Struct(">I")
 T = TypeVar("T")
 
 
-class Request(msgspec.Struct):
+class SandboxRequest(msgspec.Struct):
     """`do`: load (a table), start (a task), list (tasks), end (a process); and to an episode's process: step, fork."""
 
     do: str
@@ -29,7 +29,7 @@ class Request(msgspec.Struct):
     process: int = 0
 
 
-class Reply(msgspec.Struct):
+class SandboxReply(msgspec.Struct):
     """`problem` is empty where `result` is one. `kind` tells problems apart that mean something to the server."""
 
     result: msgspec.Raw = msgspec.Raw(b"\xc0")  # nothing
@@ -37,7 +37,7 @@ class Reply(msgspec.Struct):
     kind: str = ""
 
 
-class First(msgspec.Struct):
+class EpisodeStarted(msgspec.Struct):
     """What an episode shows first. `process` is its id where the server does not know it yet."""
 
     observation: str = ""

@@ -54,7 +54,7 @@ class Index(Protocol):
         """The best passages, best first; among equals the earlier one. Any text is a query."""
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """Text to vectors of length 1, whose inner product is their likeness."""
 
     def encode(self, texts: Sequence[str], *, query: bool) -> np.ndarray:
@@ -128,13 +128,13 @@ class Bm25:
 class Dense:
     """The nearest vectors, compared with all of them."""
 
-    def __init__(self, passages: Sequence[Passage], vectors: np.ndarray, encoder: Encoder) -> None:
+    def __init__(self, passages: Sequence[Passage], vectors: np.ndarray, encoder: TextEncoder) -> None:
         self._passages = passages
         self._vectors = vectors
         self._encoder = encoder
 
     @classmethod
-    def build(cls, passages: Iterable[tuple[str, str]], encoder: Encoder, place: Path | None = None) -> Dense:
+    def build(cls, passages: Iterable[tuple[str, str]], encoder: TextEncoder, place: Path | None = None) -> Dense:
         """`place` is the file that keeps the vectors; they are computed when it is not there yet."""
         import numpy as np
 
@@ -182,13 +182,13 @@ def kept_bm25(passages: Iterable[tuple[str, str]], folder: Path, content: str) -
 
 
 def kept_dense(
-    passages: Iterable[tuple[str, str]], folder: Path, content: str, encoder: Encoder, described: str
+    passages: Iterable[tuple[str, str]], folder: Path, content: str, encoder: TextEncoder, described: str
 ) -> Dense:
     """As `kept_bm25`, with the vectors kept; `described` tells one encoder from another."""
     return Dense.build(passages, encoder, folder / f"dense-{_digest(described, content)}.npy")
 
 
-def load_encoder(name: str, settings: Mapping[str, object]) -> Encoder:
+def load_encoder(name: str, settings: Mapping[str, object]) -> TextEncoder:
     """`name` is a file in `services/env/encoders/` or any module that can be imported; its `create` makes the encoder.
 
     Raises ValueError that names what is wrong, MissingExtra when its packages are not installed.
@@ -202,7 +202,7 @@ def load_encoder(name: str, settings: Mapping[str, object]) -> Encoder:
         raise MissingExtra("hotpotqa-dense", error) from error
     except AttributeError as error:
         raise ValueError(f"encoder: {name!r} is no encoder: {error}") from error
-    made: Encoder = create(settings)
+    made: TextEncoder = create(settings)
     return made
 
 

@@ -56,7 +56,7 @@ class Job(ABC):
             self.done(result)
 
 
-class Call(Job):
+class FunctionJob(Job):
     """A job of two functions."""
 
     __slots__ = ("_call", "_done")
@@ -235,7 +235,7 @@ class WorkerPool:
             else:
                 future.set_result(result)  # type: ignore[arg-type]  # what `call` returned
 
-        self.submit([Call(call, done)])
+        self.submit([FunctionJob(call, done)])
         return await future
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mulligan.common.errors import CallFailed, DomainError, Reason
 from mulligan.common.inference import Feature, PolicyInfo, PolicyState, PolicyVersion, PublishedWeights, VersionState
-from mulligan.common.replicas import Replica
+from mulligan.common.replicas import ServerReplica as Replica
 from mulligan.policy.client import PolicyClient
 
 # What servers of one policy have in common.

@@ -38,7 +38,8 @@ from mulligan.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from mulligan.common.replicas import Replica, Replicas
+from mulligan.common.replicas import Replicas
+from mulligan.common.replicas import ServerReplica as Replica
 from mulligan.policy.admission import Server, Shared, agreed, at, is_refusal, refusal_of, tells, unlike
 from mulligan.policy.client import PolicyClient
 

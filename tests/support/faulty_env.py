@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from mulligan.common.server import RequestInterceptor
-from mulligan.env.episodes import EpisodeTable, Limits
+from mulligan.env.episodes import EpisodeLimits, EpisodeTable
 from mulligan.env.load import load_or_explain
 from mulligan.env.servicer import EnvServicer
 from mulligan.env.v1 import env_service_pb2 as pb
@@ -69,7 +69,7 @@ async def served(kind: type[Faulty] = NoFault, *, guarded: bool = True, healthy:
     """The address of a server in this process. Without `guarded` it checks no fields, as a careless one would."""
     workers = WorkerPool(4, 30.0, 4)
     environment = load_or_explain("dice", kind.table)
-    table = EpisodeTable({"dice": environment}, workers, Limits(lease_seconds=kind.lease_seconds))
+    table = EpisodeTable({"dice": environment}, workers, EpisodeLimits(lease_seconds=kind.lease_seconds))
     server = grpc.aio.server(interceptors=[RequestInterceptor({})] if guarded else [])
     pb_grpc.add_EnvServiceServicer_to_server(kind(table), server)
     status = health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING

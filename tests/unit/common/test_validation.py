@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mulligan.common.buf import validate_pb2
-from mulligan.common.validation import Violation, prepare, violations
+from mulligan.common.validation import FieldViolation, prepare, violations
 
 Field = descriptor_pb2.FieldDescriptorProto
 FileBuilder = Callable[[descriptor_pb2.FileDescriptorProto], None]
@@ -126,8 +126,8 @@ def test_a_violation_names_the_field_and_what_was_expected(message: Message, fie
 
 
 def test_a_violation_reads_as_one_line() -> None:
-    assert str(Violation("steps[1].step_index", "must be 0")) == "steps[1].step_index: must be 0"
-    assert str(Violation("", "must hold together")) == "must hold together"
+    assert str(FieldViolation("steps[1].step_index", "must be 0")) == "steps[1].step_index: must be 0"
+    assert str(FieldViolation("", "must hold together")) == "must hold together"
 
 
 @given(

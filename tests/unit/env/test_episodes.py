@@ -11,9 +11,9 @@ import pytest
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import EpisodeStep, Outcome
-from mulligan.env.episodes import EpisodeTable, Limits
+from mulligan.env.episodes import EpisodeLimits, EpisodeTable
 from mulligan.env.records import StepRequest
-from mulligan.env.workers import Call, TimedOut, WorkerPool
+from mulligan.env.workers import FunctionJob, TimedOut, WorkerPool
 from tests.support.environments import MAX_STEPS, Awkward
 from tests.support.waiting import until
 
@@ -47,7 +47,9 @@ def awkward() -> Awkward:
 
 @pytest.fixture
 def table(workers: WorkerPool, clock: Clock, awkward: Awkward) -> EpisodeTable:
-    limits = Limits(max_episodes=3, max_finished=2, max_remembered=4, lease_seconds=LEASE, remember_seconds=1000.0)
+    limits = EpisodeLimits(
+        max_episodes=3, max_finished=2, max_remembered=4, lease_seconds=LEASE, remember_seconds=1000.0
+    )
     return EpisodeTable({"awkward": awkward}, workers, limits, clock)
 
 
@@ -177,7 +179,7 @@ async def test_an_episode_ended_during_its_step_is_gone(table: EpisodeTable, awk
 async def test_hanging_threads_are_replaced_up_to_a_limit(clock: Clock) -> None:
     pool = WorkerPool(size=1, limit_seconds=0.5, max_abandoned=2)
     awkward = Awkward("awkward", 0)
-    table = EpisodeTable({"awkward": awkward}, pool, Limits(), clock)
+    table = EpisodeTable({"awkward": awkward}, pool, EpisodeLimits(), clock)
     episodes = [f"e{n}" for n in range(5)]
     for episode_id in episodes:
         await table.start(episode_id, "awkward", "waits")
@@ -206,7 +208,7 @@ async def test_the_event_loop_stays_free_while_environments_block(table: Episode
 
 async def test_a_batch_runs_in_one_thread_when_it_is_fast(workers: WorkerPool) -> None:
     threads: list[object] = []
-    workers.submit([Call(threading.get_ident, threads.append) for _ in range(20)])
+    workers.submit([FunctionJob(threading.get_ident, threads.append) for _ in range(20)])
     await workers.run(lambda: None)
     await until(lambda: len(threads) == 20)
     assert len(set(threads)) == 1
@@ -218,7 +220,7 @@ async def test_quick_calls_are_done_when_they_have_been_submitted(workers: Worke
     at_once = 0
     for n in range(200):
         before = seen.qsize()
-        workers.submit([Call(partial(int, n), seen.put_nowait)])
+        workers.submit([FunctionJob(partial(int, n), seen.put_nowait)])
         at_once += seen.qsize() > before
     results = [await seen.get() for _ in range(200)]  # on a busy machine some have not been by then
     assert sorted(results, key=repr) == sorted(range(200), key=repr)
@@ -229,7 +231,7 @@ async def test_slow_calls_are_not_waited_for(workers: WorkerPool) -> None:
     go_on = threading.Event()
     seen: asyncio.Queue[object] = asyncio.Queue()
     for _ in range(4):
-        workers.submit([Call(partial(go_on.wait, 5.0), seen.put_nowait)])
+        workers.submit([FunctionJob(partial(go_on.wait, 5.0), seen.put_nowait)])
     assert seen.empty()
     go_on.set()
     assert [await seen.get() for _ in range(4)] == [True] * 4

@@ -10,7 +10,7 @@ import pytest
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import EpisodeStep, Outcome
 from mulligan.env.base import Environment
-from mulligan.env.episodes import EpisodeTable, Limits
+from mulligan.env.episodes import EpisodeLimits, EpisodeTable
 from mulligan.env.records import StepRequest
 from mulligan.env.workers import WorkerPool
 from mulligan.testing.chained import Chain, Chained, ChainedSettings
@@ -42,7 +42,7 @@ def chained() -> Chained:
 def table(workers: WorkerPool, chained: Chained) -> EpisodeTable:
     rigid = Chained("rigid", ChainedSettings(can_fork=False))
     environments: dict[str, Environment] = {"chained": chained, "rigid": rigid}
-    return EpisodeTable(environments, workers, Limits(max_episodes=4, lease_seconds=LEASE), Clock())
+    return EpisodeTable(environments, workers, EpisodeLimits(max_episodes=4, lease_seconds=LEASE), Clock())
 
 
 async def start(table: EpisodeTable, episode_id: str, task_id: str = "plain", environment: str = "chained") -> Chain:
