@@ -22,7 +22,7 @@ from mulligan.common.errors import CallFailed, DomainError
 from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.envs import hotpotqa_world
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 
 SEARCHES = 4  # of an episode; the fifth turn is the answer
 WORDS = 60_000
@@ -114,7 +114,7 @@ def main() -> None:
             "test_file": str(folder / hotpotqa_world.TEST_FILE),
             "corpus": [str(folder / "pages.jsonl")],
         }
-        services = Services(folder)
+        services = ServiceProcesses(folder)
         try:
             start = time.perf_counter()
             server = services.start("env", environments={"hotpotqa": table})

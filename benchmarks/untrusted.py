@@ -17,7 +17,7 @@ from benchmarks.common import percentile, print_result, print_table
 from mulligan.common.channel import Endpoint
 from mulligan.common.types import Split
 from mulligan.env.client import EnvClient
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 
 ENVIRONMENTS = {"trusted": {"kind": "frozenlake"}, "untrusted": {"kind": "frozenlake", "untrusted": True}}
 CONCURRENT = (1, 64)
@@ -59,7 +59,7 @@ def main() -> None:
     rows = []
     result: dict[str, float] = {}
     with TemporaryDirectory() as folder:
-        services = Services(Path(folder))
+        services = ServiceProcesses(Path(folder))
         try:
             server = services.start("env", environments=ENVIRONMENTS)
             for concurrent in CONCURRENT:

@@ -13,7 +13,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.inference import WeightsKind
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.agreement import MOVED, TOLERANCE, Compared, assert_agreement, compare_while_training
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.sglang_servers import LAUNCH_SECONDS, launch_settings, python_of_sglang
 from proof import CaseUnavailable
 
@@ -28,7 +28,7 @@ def agree(kind: WeightsKind, folder: Path) -> dict[str, Any]:
     if folder.exists():
         shutil.rmtree(folder)
     (folder / "weights").mkdir(parents=True)
-    services = Services(folder)
+    services = ServiceProcesses(folder)
     try:
         process = services.start(
             "policy",

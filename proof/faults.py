@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mulligan.testing.faulty_play import play_under_faults
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 
 STEPS = 25_000  # of one case; the five are more than 100,000
 KILLS = 12
@@ -21,7 +21,7 @@ def play(seed: int, folder: Path) -> dict[str, Any]:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    services = Services(folder)
+    services = ServiceProcesses(folder)
     try:
         found = asyncio.run(play_under_faults(services, steps=STEPS, kills=KILLS, seed=seed))
     finally:

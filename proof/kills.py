@@ -13,7 +13,7 @@ from typing import Any
 
 from mulligan.common.types import Outcome
 from mulligan.testing.loop import Loop, small_run
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.algorithm import is_memorable
 
 KILLS = 40
@@ -25,14 +25,14 @@ def kill_at_random(seed: int, folder: Path) -> dict[str, Any]:
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-    services = Services(folder)
+    services = ServiceProcesses(folder)
     try:
         return asyncio.run(_run(services, folder, seed))
     finally:
         services.end()
 
 
-async def _run(services: Services, folder: Path, seed: int) -> dict[str, Any]:
+async def _run(services: ServiceProcesses, folder: Path, seed: int) -> dict[str, Any]:
     chance = random.Random(seed)
     loop = Loop.start(services, folder)
     client = loop.client()

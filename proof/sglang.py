@@ -29,7 +29,7 @@ from mulligan.common.inference import (
 )
 from mulligan.models import EMBEDDED
 from mulligan.policy.client import PolicyClient
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.sglang_servers import LAUNCH_SECONDS, launch_settings, processes_of, python_of_sglang, runs
 from mulligan.testing.weights import full_weights, load, plain_log_probs
 from proof import CaseUnavailable
@@ -139,7 +139,7 @@ def kill_servers(seed: int, folder: Path) -> dict[str, Any]:
     if folder.exists():
         shutil.rmtree(folder)
     (folder / "weights").mkdir(parents=True)
-    services = Services(folder)
+    services = ServiceProcesses(folder)
     try:
         process = services.start(
             "policy",

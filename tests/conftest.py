@@ -15,7 +15,7 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 
 # A shell that runs the suite in the background has it ignore interrupts; the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -40,17 +40,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 
 @pytest.fixture
-def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcesses]:
     """Starts services for one test: `services.start("env", max_episodes=2).address`."""
-    running = Services(tmp_path_factory.mktemp("services"))
+    running = ServiceProcesses(tmp_path_factory.mktemp("services"))
     yield running
     running.end()
 
 
 @pytest.fixture(scope="module")
-def shared_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    """Services that all tests of a module use; a test must not stop them."""
-    running = Services(tmp_path_factory.mktemp("services"))
+def shared_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcesses]:
+    """ServiceProcesses that all tests of a module use; a test must not stop them."""
+    running = ServiceProcesses(tmp_path_factory.mktemp("services"))
     yield running
     running.end()
 
@@ -60,6 +60,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     if report.failed:
         for value in getattr(item, "funcargs", {}).values():
-            if isinstance(value, Services):
+            if isinstance(value, ServiceProcesses):
                 report.sections.append(("logs of the services", value.logs()))
     return report

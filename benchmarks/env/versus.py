@@ -26,7 +26,7 @@ from benchmarks.common import alternate, median
 from benchmarks.env.cores import Cores, on
 from benchmarks.env.sessions import Load, LoadResult
 from benchmarks.openenv import process as openenv
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -77,7 +77,7 @@ async def load_process(command: list[str], environment: Mapping[str, str]) -> As
 
 async def compare(folder: Path, cores: Cores, rounds: int, rounds_of_many: int) -> dict[str, dict[int, SideFigures]]:
     """By side and number of sessions. Raises NotInstalled where OpenEnv is missing."""
-    services = Services(folder)
+    services = ServiceProcesses(folder)
     roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     try:
         with on(cores.server), openenv.serving() as url:

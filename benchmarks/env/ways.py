@@ -24,7 +24,7 @@ from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.envs.frozenlake import FrozenLake
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 
 ENVIRONMENT = "frozenlake"
 _ids = itertools.count()
@@ -121,7 +121,7 @@ async def measure(address: str, rounds: int) -> dict[str, list[float]]:
 
 def run(folder: Path, server_core: int | None, rounds: int) -> dict[str, int]:
     """Prints the table, and returns the medians of steps per second by way."""
-    services = Services(folder)
+    services = ServiceProcesses(folder)
     try:
         with on(server_core):
             server = services.start("env")

@@ -38,7 +38,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.policy.backends.transformers.backend import TransformersBackend
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 
 EMBEDDED_WAYS = ["plain generate", "engine in process", "service"]
 SGLANG_WAYS = ["SGLang", "service before SGLang"]
@@ -154,7 +154,7 @@ async def sglang(
 async def service_client(stack: AsyncExitStack, folder: Path, **settings: object) -> PolicyClient:
     """Of a service process that may load weights from below `folder / "weights"`."""
     (folder / "weights").mkdir(parents=True)
-    services = Services(folder)
+    services = ServiceProcesses(folder)
     stack.callback(services.end)
     start = partial(services.start, weights_folder=folder / "weights", state_folder=folder / "state")
     process = await asyncio.to_thread(start, "policy", **settings)

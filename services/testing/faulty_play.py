@@ -26,7 +26,7 @@ from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.testing.chained import SLOW, Chain
 from mulligan.testing.faulty_network import Faults, FaultyProxy
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 
 LEASE_SECONDS = 2.0
 STEPS_OF_AN_EPISODE = 25
@@ -34,7 +34,7 @@ CLIENTS = 6
 EPISODES_EACH = 12
 
 
-class Violation(AssertionError):
+class BrokenPromise(AssertionError):
     """What must never happen."""
 
 
@@ -127,7 +127,7 @@ class Play:
         idle = time.monotonic() - episode.called
         expired = error.reason is Reason.EPISODE_EXPIRED and idle > LEASE_SECONDS
         if not unknown and not expired:
-            raise Violation(f"{error}; idle for {idle:.2f} s, generation {episode.generation} of {self.generation}")
+            raise BrokenPromise(f"{error}; idle for {idle:.2f} s, generation {episode.generation} of {self.generation}")
         self.losses[error.reason] += 1
 
 
@@ -156,7 +156,7 @@ class _Episode:
             elif draw < 0.071:
                 await asyncio.sleep(LEASE_SECONDS * 1.5)
         if not self._played[-1][1].done:
-            raise Violation("the last step did not end the episode")
+            raise BrokenPromise("the last step did not end the episode")
         await remote.end()
 
     async def _step(self, remote: RemoteEpisode, chain: Chain) -> None:
@@ -177,10 +177,10 @@ class _Episode:
         self.called = called
         expected = chain.after(action)
         if answer.observation != expected:
-            raise Violation(f"step {index} of {remote.episode_id} showed {answer.observation!r}, not {expected!r}")
+            raise BrokenPromise(f"step {index} of {remote.episode_id} showed {answer.observation!r}, not {expected!r}")
         for other in others:
             if other is not None and other != answer.observation:
-                raise Violation(f"step {index} of {remote.episode_id} had two answers: {other!r}, {expected!r}")
+                raise BrokenPromise(f"step {index} of {remote.episode_id} had two answers: {other!r}, {expected!r}")
             self._play.counts["duplicates_answered"] += other is not None
         self._played.append((action, answer))
         self._play.steps += 1
@@ -192,7 +192,7 @@ class _Episode:
         called = time.monotonic()
         if self._chance.random() < 0.5:
             if await self._client.step(remote.episode_id, index, action) != answer:
-                raise Violation(f"step {index} of {remote.episode_id} has another answer now")
+                raise BrokenPromise(f"step {index} of {remote.episode_id} has another answer now")
             self._play.counts["old_steps_repeated"] += 1
         else:
             try:
@@ -202,7 +202,7 @@ class _Episode:
                     raise
                 self._play.counts["conflicts_refused"] += 1
             else:
-                raise Violation(f"step {index} of {remote.episode_id} was played with two actions")
+                raise BrokenPromise(f"step {index} of {remote.episode_id} was played with two actions")
         self.called = called
 
     async def _continue_as_copy(self, remote: RemoteEpisode) -> RemoteEpisode:
@@ -210,7 +210,7 @@ class _Episode:
         copied = await remote.fork(uuid4().hex)
         self.called = called
         if copied.observation != self._played[-1][1].observation:
-            raise Violation(f"a copy of {remote.episode_id} shows {copied.observation!r}")
+            raise BrokenPromise(f"a copy of {remote.episode_id} shows {copied.observation!r}")
         self._play.counts["forks"] += 1
         await remote.end()
         return copied
@@ -242,9 +242,9 @@ async def _second_connection(address: str) -> AsyncIterator[_Again]:
 
 
 async def play_under_faults(
-    services: Services, *, steps: int, kills: int, seed: int, **settings: object
+    services: ServiceProcesses, *, steps: int, kills: int, seed: int, **settings: object
 ) -> dict[str, Any]:
-    """What happened, in numbers. Raises a group with a Violation at the first wrong answer or loss without a cause.
+    """What happened, in numbers. Raises a group with a BrokenPromise at the first wrong answer or loss without a cause.
     `settings` are the environment's."""
     table = {"kind": "mulligan.testing.chained", "max_steps": STEPS_OF_AN_EPISODE, **settings}
     server = services.start(

@@ -15,7 +15,7 @@ from mulligan.cli.local import free_ports
 from mulligan.common.channel import Endpoint
 from mulligan.common.types import Experience
 from mulligan.memory.client import MemoryClient
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.trainer.client import RunClient, RunInfo
 from mulligan.trainer.events import NoticeEvent, StepEvent
 from mulligan.trainer.folder import RunState
@@ -52,7 +52,7 @@ class Loop:
 
     @classmethod
     def start(
-        cls, services: Services, folder: Path, *, deterministic: bool = False, **settings: dict[str, Any]
+        cls, services: ServiceProcesses, folder: Path, *, deterministic: bool = False, **settings: dict[str, Any]
     ) -> Loop:
         """`settings` are further ones of a service: `policy={"state_folder": …}`."""
         weights = folder / "weights"

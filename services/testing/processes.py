@@ -20,7 +20,7 @@ START_SECONDS = 120.0  # torch takes its time on a busy machine
 STOP_SECONDS = 15.0
 
 
-class ServiceFailed(AssertionError):
+class ProcessFailed(AssertionError):
     """A service process did not do what it was asked to; the message ends with its log."""
 
 
@@ -70,13 +70,13 @@ class ServiceProcess:
             if self.process is not None and self.process.poll() is not None:
                 status = self.process.returncode
                 self.process = None
-                raise ServiceFailed(f"{self.name} ended with status {status}:\n{self.log}")
+                raise ProcessFailed(f"{self.name} ended with status {status}:\n{self.log}")
             for line in self.log_lines:
                 if line["event"] == "serving":
                     return str(line["address"])
             time.sleep(0.02)
         self.kill()
-        raise ServiceFailed(f"{self.name} did not serve within {self.start_seconds:g} s:\n{self.log}")
+        raise ProcessFailed(f"{self.name} did not serve within {self.start_seconds:g} s:\n{self.log}")
 
     def is_healthy(self, service: str = "") -> bool:
         with grpc.insecure_channel(self.address) as channel:
@@ -100,7 +100,7 @@ class ServiceProcess:
             status = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise ServiceFailed(f"{self.name} did not end within {timeout:g} s:\n{self.log}") from None
+            raise ProcessFailed(f"{self.name} did not end within {timeout:g} s:\n{self.log}") from None
         self.process = None
         return status
 
@@ -133,7 +133,7 @@ def flags(settings: Mapping[str, object]) -> list[str]:
     return found
 
 
-class Services:
+class ServiceProcesses:
     """Starts service processes and ends those, and only those, that it started."""
 
     def __init__(self, folder: Path):

@@ -22,7 +22,7 @@ from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as policy_pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as policy_grpc
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.testing.weights import sha256
 from mulligan.trainer.learner.servicer import LearnerServicer
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
@@ -49,7 +49,7 @@ async def refusal(call: Awaitable[Any]) -> Refusal:
 
 
 @pytest.fixture(scope="module")
-def env_server(shared_services: Services) -> ServiceProcess:
+def env_server(shared_services: ServiceProcesses) -> ServiceProcess:
     return shared_services.start("env")
 
 

@@ -22,7 +22,7 @@ from mulligan.conformance.trainer import run as trainer
 from mulligan.conformance.trainer.held import TrainerOptions
 from mulligan.env.episodes import EpisodeTable
 from mulligan.testing.loop import Loop
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from tests.support import faulty_env, faulty_env_calls, faulty_env_steps
 from tests.support.endpoint import MODELS, Asked, Reply, answer, delta, scripted, usage
 from tests.support.faulty_proxy import Fault, between, faults
@@ -33,7 +33,7 @@ DICE = EnvOptions(actions=40, known=("1", "3", "5", "6"))
 
 
 @pytest.fixture(scope="module")
-def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+def loop(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> Loop:
     return Loop.start(shared_services, tmp_path_factory.mktemp("loop"))
 
 
@@ -72,7 +72,9 @@ def test_our_servers_conform(loop: Loop, service: str, flags: list[str], absent:
 
 
 @pytest.mark.parametrize("service", ["env", "memory"])
-def test_a_server_with_tokens_conforms_and_refuses_others(services: Services, tmp_path: Path, service: str) -> None:
+def test_a_server_with_tokens_conforms_and_refuses_others(
+    services: ServiceProcesses, tmp_path: Path, service: str
+) -> None:
     settings: dict[str, Any] = {"database": tmp_path / "memory.sqlite"} if service == "memory" else {}
     address = services.start(service, token="sesame", **settings).address
     status, report, _ = command(service, "--target", address, "--only", "UNAUTHENTICATED", MULLIGAN_CLI_TOKEN="sesame")

@@ -23,7 +23,7 @@ from mulligan.conformance.report import Check, Verdict, judge
 from mulligan.conformance.target import CheckSession, Target
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as pb
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 
 # Name → its table in the server's configuration, with few enough tasks that the suite can list them.
 ENVIRONMENTS: dict[str, dict[str, object]] = {
@@ -88,7 +88,7 @@ def actions_of(name: str) -> Sequence[str]:
 
 
 @pytest.fixture(scope="module")
-def server(shared_services: Services) -> ServiceProcess:
+def server(shared_services: ServiceProcesses) -> ServiceProcess:
     return shared_services.start("env", environments=ENVIRONMENTS)
 
 

@@ -22,7 +22,7 @@ from mulligan.conformance.env.run import METHODS, target
 from mulligan.conformance.report import Check, Verdict, judge
 from mulligan.conformance.target import CheckSession, Target
 from mulligan.env.client import EnvClient
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from tests.contract.test_env import CHECKS, MOVES, without
 from tests.support.openenv_server import openenv_server
 
@@ -44,13 +44,13 @@ def openenv_table(address: str, **settings: object) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
-def upstream(shared_services: Services) -> ServiceProcess:
+def upstream(shared_services: ServiceProcesses) -> ServiceProcess:
     environments = {"frozenlake": LAKE, "tic-tac-toe": TIC_TAC_TOE, "chained": SLEEPY}
     return shared_services.start("env", environments=environments)
 
 
 @pytest.fixture(scope="module")
-def server(shared_services: Services, openenv: str, upstream: ServiceProcess) -> ServiceProcess:
+def server(shared_services: ServiceProcesses, openenv: str, upstream: ServiceProcess) -> ServiceProcess:
     there = {"kind": "remote", "address": upstream.address}
     environments = {
         "openenv": openenv_table(openenv, deterministic=True, train_tasks=120, test_tasks=20),
@@ -124,7 +124,7 @@ async def test_sixty_four_episodes_at_once_through_the_chain(client: EnvClient) 
     assert await asyncio.gather(*(play(number) for number in range(64))) == list(range(64))
 
 
-async def test_what_ends_here_ends_there(services: Services) -> None:
+async def test_what_ends_here_ends_there(services: ServiceProcesses) -> None:
     """The server at the end of the chain has one place."""
     there = services.start("env", environments={"frozenlake": LAKE}, max_episodes=1)
     table = {"kind": "remote", "address": there.address, "outage_seconds": 0.2}
@@ -144,7 +144,7 @@ async def test_what_ends_here_ends_there(services: Services) -> None:
     await client.close()
 
 
-async def test_a_server_that_is_away_at_first_and_lost_later(services: Services) -> None:
+async def test_a_server_that_is_away_at_first_and_lost_later(services: ServiceProcesses) -> None:
     there = services.start("env", environments={"frozenlake": LAKE})
     there.kill()
     table = {"kind": "remote", "address": there.address, "outage_seconds": 0.5, "feedback": "unary"}
@@ -173,7 +173,7 @@ async def test_a_server_that_is_away_at_first_and_lost_later(services: Services)
     await client.close()
 
 
-async def test_what_fails_there_fails_here_in_the_same_way(services: Services) -> None:
+async def test_what_fails_there_fails_here_in_the_same_way(services: ServiceProcesses) -> None:
     awkward = {"kind": "tests.support.environments", "hang_seconds": 10.0}
     there = services.start("env", environments={"awkward": awkward}, step_timeout_seconds=3.0)
     remote = {"kind": "remote", "address": there.address, "environment": "awkward"}
@@ -210,7 +210,7 @@ async def test_openenv_sees_what_the_lake_shows(client: EnvClient, upstream: Ser
     await lake.close()
 
 
-async def test_an_action_written_as_json_and_one_that_does_not_fit(services: Services, openenv: str) -> None:
+async def test_an_action_written_as_json_and_one_that_does_not_fit(services: ServiceProcesses, openenv: str) -> None:
     table = openenv_table(openenv, action="", train_tasks=[{"task_id": "train/00007"}], max_steps=3)
     client = EnvClient(Endpoint(services.start("env", environments={"lake": table}).address))
     episode = await client.start("lake", "train/00000", "json")
@@ -271,7 +271,7 @@ def scripted() -> Iterator[tuple[Script, str]]:
         thread.join()
 
 
-async def test_a_late_answer_is_nobodys(services: Services, scripted: tuple[Script, str]) -> None:
+async def test_a_late_answer_is_nobodys(services: ServiceProcesses, scripted: tuple[Script, str]) -> None:
     script, address = scripted
     tables = {"slow": openenv_table(address, timeout_seconds=2.0, feedback_field="")}
     client = EnvClient(Endpoint(services.start("env", environments=tables).address))
@@ -291,7 +291,7 @@ async def test_a_late_answer_is_nobodys(services: Services, scripted: tuple[Scri
     await client.close()
 
 
-async def test_a_full_server_and_none(services: Services, scripted: tuple[Script, str]) -> None:
+async def test_a_full_server_and_none(services: ServiceProcesses, scripted: tuple[Script, str]) -> None:
     _, address = scripted
     tables = {
         "full": openenv_table(f"{address}/full"),

@@ -16,7 +16,7 @@ from mulligan.env.client import EnvClient
 from mulligan.env.envs import hotpotqa_world
 from mulligan.env.envs.sokoban import Sokoban
 from mulligan.env.envs.sokoban_boards import solve
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.harness import Harness, fill, trace_of
 from tests.support.fakes import FakePolicy
 from tests.support.llama_model import TOOLS_TEMPLATE, write_llama_model
@@ -27,7 +27,7 @@ Answer = Callable[[str, str, SamplingParams], str]
 
 
 @pytest.fixture
-async def client(shared_services: Services) -> AsyncIterator[EnvClient]:
+async def client(shared_services: ServiceProcesses) -> AsyncIterator[EnvClient]:
     client = EnvClient(Endpoint(shared_services.start("env").address))
     yield client
     await client.close()

@@ -12,13 +12,13 @@ from mulligan.common.channel import Endpoint
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 
 MANY = 2_500
 
 
 @pytest.fixture(scope="module")
-def server(shared_services: Services) -> ServiceProcess:
+def server(shared_services: ServiceProcesses) -> ServiceProcess:
     awkward = {"kind": "tests.support.environments"}
     return shared_services.start("env", environments={"awkward": awkward}, max_episodes=2 * MANY)
 

@@ -14,7 +14,7 @@ from mulligan.common.errors import DomainError
 from mulligan.common.status import from_rpc_error
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 
 LEASE_SECONDS = 0.5
 ENVIRONMENTS = {
@@ -24,7 +24,7 @@ ENVIRONMENTS = {
 
 
 @pytest.fixture(scope="module")
-def address(shared_services: Services) -> str:
+def address(shared_services: ServiceProcesses) -> str:
     return shared_services.start("env", environments=ENVIRONMENTS).address
 
 
@@ -83,7 +83,7 @@ async def test_each_refusal_of_a_step_or_a_fork_has_its_code(stub: pb_grpc.EnvSe
         assert (await refusal(call))[:2] == (code, reason)
 
 
-async def test_a_full_server_says_when_to_come_back(services: Services) -> None:
+async def test_a_full_server_says_when_to_come_back(services: ServiceProcesses) -> None:
     server = services.start("env", environments=ENVIRONMENTS, max_episodes=1)
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = pb_grpc.EnvServiceStub(channel)
@@ -97,7 +97,7 @@ async def test_a_full_server_says_when_to_come_back(services: Services) -> None:
         await stub.StartEpisode(starting("b"))
 
 
-async def test_an_idle_episode_says_that_it_expired(services: Services) -> None:
+async def test_an_idle_episode_says_that_it_expired(services: ServiceProcesses) -> None:
     server = services.start("env", environments=ENVIRONMENTS, lease_seconds=LEASE_SECONDS)
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = pb_grpc.EnvServiceStub(channel)

@@ -20,7 +20,7 @@ from mulligan.common.types import Split
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.config import EnvSettings
 from mulligan.env.replicas import EnvReplicas, connect
-from mulligan.testing.processes import ServiceFailed, ServiceProcess, Services
+from mulligan.testing.processes import ProcessFailed, ServiceProcess, ServiceProcesses
 from tests.support.environments import MAX_STEPS
 
 AWKWARD = {"kind": "tests.support.environments"}
@@ -29,7 +29,7 @@ SECONDS = 20.0
 
 
 @pytest.fixture(scope="module")
-def servers(shared_services: Services) -> list[ServiceProcess]:
+def servers(shared_services: ServiceProcesses) -> list[ServiceProcess]:
     def start(_: int) -> ServiceProcess:
         return shared_services.start("env", environments={"awkward": AWKWARD}, max_episodes=CAPACITY)
 
@@ -211,7 +211,7 @@ async def test_an_episode_that_may_have_started_twice_is_ended_where_it_is_not_p
         await other.close()
 
 
-async def test_servers_that_differ_are_told_apart(servers: list[ServiceProcess], services: Services) -> None:
+async def test_servers_that_differ_are_told_apart(servers: list[ServiceProcess], services: ServiceProcesses) -> None:
     hasty = services.start("env", environments={"awkward": AWKWARD | {"feedback": "silent"}, "extra": AWKWARD})
     client = client_of([servers[0], hasty])
     try:
@@ -232,7 +232,7 @@ def processes_of(server: ServiceProcess) -> dict[str, int]:
     return {line["address"]: line["process"] for line in server.log_lines if line["event"] == "serving"}
 
 
-async def test_several_processes_are_kept_running(services: Services) -> None:
+async def test_several_processes_are_kept_running(services: ServiceProcesses) -> None:
     server = services.start("env", environments={"awkward": AWKWARD}, processes=2, drain_seconds=5)
     await until(lambda: any(line["event"] == "all processes serve" for line in server.log_lines))
     found = processes_of(server)
@@ -262,7 +262,7 @@ async def test_several_processes_are_kept_running(services: Services) -> None:
             os.kill(pid, 0)
 
 
-async def test_processes_end_with_their_supervisor(services: Services) -> None:
+async def test_processes_end_with_their_supervisor(services: ServiceProcesses) -> None:
     server = services.start("env", environments={"awkward": AWKWARD}, processes=2)
     await until(lambda: len(processes_of(server)) == 2)
     server.kill()
@@ -278,8 +278,8 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def test_settings_that_all_processes_refuse(services: Services, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ServiceFailed, match=r"status 2(.|\n)*environments.x.kind: 'nope'"):
+def test_settings_that_all_processes_refuse(services: ServiceProcesses, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ProcessFailed, match=r"status 2(.|\n)*environments.x.kind: 'nope'"):
         services.start("env", environments={"x": {"kind": "nope"}}, processes=2)
     with pytest.raises(SystemExit):
         EnvSettings.load(["--port", "65534", "--processes", "3"])

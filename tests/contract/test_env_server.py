@@ -16,7 +16,7 @@ from mulligan.common.v1 import outcome_pb2
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
-from mulligan.testing.processes import ServiceFailed, ServiceProcess, Services
+from mulligan.testing.processes import ProcessFailed, ServiceProcess, ServiceProcesses
 from tests.support.environments import MAX_STEPS, MEETING, TASKS
 from tests.support.waiting import until
 
@@ -27,7 +27,7 @@ BREAKING = [task for task in TASKS if task not in SOUND and not task.endswith("-
 
 
 @pytest.fixture(scope="module")
-def server(shared_services: Services) -> ServiceProcess:
+def server(shared_services: ServiceProcesses) -> ServiceProcess:
     environments = {"awkward": AWKWARD, "missing": {"kind": "tests.support.environments", "missing": "ice"}}
     return shared_services.start("env", environments=environments, step_timeout_seconds=TIMEOUT)
 
@@ -139,7 +139,7 @@ async def test_a_slow_step_holds_up_no_other(client: EnvClient) -> None:
     assert (await slow_step).outcome is Outcome.TIMEOUT
 
 
-async def test_slow_steps_run_side_by_side(services: Services) -> None:
+async def test_slow_steps_run_side_by_side(services: ServiceProcesses) -> None:
     """None of the eight ends before all have begun."""
     client = EnvClient(Endpoint(services.start("env", environments={"awkward": AWKWARD}).address))
     episodes = await asyncio.gather(*(start(client, "meets") for _ in range(MEETING.parties)))
@@ -178,7 +178,7 @@ async def test_one_bad_item_spoils_no_other(client: EnvClient) -> None:
     assert reasons == [Reason.INVALID_FIELD, Reason.INVALID_FIELD, Reason.UNKNOWN_EPISODE]
 
 
-async def test_a_restarted_server_knows_no_episode(services: Services) -> None:
+async def test_a_restarted_server_knows_no_episode(services: ServiceProcesses) -> None:
     server = services.start("env")
     outages: list[str] = []
     client = EnvClient(Endpoint(server.address), on_outage=outages.append)
@@ -195,7 +195,7 @@ async def test_a_restarted_server_knows_no_episode(services: Services) -> None:
     await client.close()
 
 
-async def test_capacity_is_visible(services: Services) -> None:
+async def test_capacity_is_visible(services: ServiceProcesses) -> None:
     server = services.start("env", max_episodes=2, lease_seconds=600.0, environments={"awkward": AWKWARD})
     client = EnvClient(Endpoint(server.address))
     first = await start(client)
@@ -210,7 +210,7 @@ async def test_capacity_is_visible(services: Services) -> None:
     await client.close()
 
 
-async def test_a_new_episode_gets_the_place_of_one_whose_lease_ends(services: Services) -> None:
+async def test_a_new_episode_gets_the_place_of_one_whose_lease_ends(services: ServiceProcesses) -> None:
     server = services.start("env", max_episodes=1, lease_seconds=1.0, environments={"awkward": AWKWARD})
     client = EnvClient(Endpoint(server.address))
     idle = await start(client)
@@ -221,8 +221,8 @@ async def test_a_new_episode_gets_the_place_of_one_whose_lease_ends(services: Se
     await client.close()
 
 
-def test_bad_environment_settings_stop_the_start(services: Services) -> None:
+def test_bad_environment_settings_stop_the_start(services: ServiceProcesses) -> None:
     with pytest.raises(
-        ServiceFailed, match=r"ended with status 2:\senv: bad settings\s.*environments\.x: size_mni: no such"
+        ProcessFailed, match=r"ended with status 2:\senv: bad settings\s.*environments\.x: size_mni: no such"
     ):
         services.start("env", environments={"x": {"kind": "frozenlake", "size_mni": 3}})

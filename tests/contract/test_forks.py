@@ -17,7 +17,7 @@ from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.testing.chained import Chain
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 
 ENVIRONMENTS: dict[str, dict[str, object]] = {
     "frozenlake": {"kind": "frozenlake", "test_tasks": 20},
@@ -44,7 +44,7 @@ actions = st.lists(st.sampled_from(ACTIONS), max_size=6)
 
 
 @pytest.fixture(scope="module")
-def server(shared_services: Services) -> ServiceProcess:
+def server(shared_services: ServiceProcesses) -> ServiceProcess:
     return shared_services.start("env", environments=ENVIRONMENTS)
 
 

@@ -17,7 +17,7 @@ from mulligan.common.types import Attempt, Outcome, Split
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.env.keepalive import kept_alive
 from mulligan.env.replicas import EnvReplicas, connect
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.trainer.harness import Harness
 from tests.support.fakes import FakePolicy
 
@@ -28,7 +28,7 @@ SPLIT = Split.TRAIN
 
 
 @pytest.fixture(scope="module")
-def servers(shared_services: Services) -> list[ServiceProcess]:
+def servers(shared_services: ServiceProcesses) -> list[ServiceProcess]:
     environments = {"frozenlake": {"kind": "frozenlake"}, "chained": CHAINED}
     return [
         shared_services.start("env", environments=environments, lease_seconds=LEASE_SECONDS, max_episodes=4096)
@@ -144,7 +144,7 @@ async def test_an_episode_that_was_begun_again_is_not_gone_on_with_when_it_shows
 
 
 async def test_an_episode_of_a_chained_server_lives_as_long_as_the_one_that_stands_for_it(
-    servers: list[ServiceProcess], services: Services
+    servers: list[ServiceProcess], services: ServiceProcesses
 ) -> None:
     there = {"kind": "remote", "address": servers[0].address, "environment": "frozenlake"}
     front = services.start("env", environments={"frozenlake": there}, lease_seconds=600.0)

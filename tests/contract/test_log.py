@@ -21,7 +21,7 @@ from mulligan.cli.local import free_ports
 from mulligan.common.channel import Endpoint
 from mulligan.common.logs import LINE_LIMIT, VALUE_LIMIT
 from mulligan.env.client import EnvClient
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from tests.support.environments import __name__ as environments
 from tests.support.paths import IMPORT_ROOTS, ROOT
 
@@ -54,7 +54,7 @@ def lost_by_the_metric(address: str) -> float:
     return float(found[1])
 
 
-async def test_a_full_disk(services: Services) -> None:
+async def test_a_full_disk(services: ServiceProcesses) -> None:
     """As a limit on the size of files, under which a line may be written in part, too."""
     server = services.start("env", environments=AWKWARD, metrics_port=0)
     assert server.process is not None
@@ -110,7 +110,7 @@ def test_no_log_at_all(stderr: Callable[[], dict[str, Any]]) -> None:
             os.close(options["stderr"])
 
 
-async def test_lines_are_short(services: Services) -> None:
+async def test_lines_are_short(services: ServiceProcesses) -> None:
     server = services.start("env", environments=AWKWARD)
     client = EnvClient(Endpoint(server.address))
     for name in ("x" * 4_000_000, "\x00" * 1_000_000, "🧊" * 1_000_000):

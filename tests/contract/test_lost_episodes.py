@@ -11,7 +11,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.inference import SamplingParams
 from mulligan.common.types import Experience, Outcome
 from mulligan.env.client import EnvClient
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.trainer.algorithm import Erl, NoRecorder
 from mulligan.trainer.batch import groups, training_data
 from mulligan.trainer.harness import Harness
@@ -22,7 +22,7 @@ MAX_RESTARTS = 2
 
 
 @pytest.fixture(scope="module")
-def env(shared_services: Services) -> ServiceProcess:
+def env(shared_services: ServiceProcesses) -> ServiceProcess:
     return shared_services.start("env")
 
 

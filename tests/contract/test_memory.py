@@ -18,7 +18,7 @@ from mulligan.common.types import Provenance, RetrievalStrategy
 from mulligan.memory.client import MemoryClient
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
-from mulligan.testing.processes import ServiceFailed, ServiceProcess, Services
+from mulligan.testing.processes import ProcessFailed, ServiceProcess, ServiceProcesses
 
 LATEST = RetrievalStrategy.LATEST_SUCCESS
 TOP_GAIN = RetrievalStrategy.TOP_GAIN
@@ -29,7 +29,7 @@ def origin(before: float = 0.0, after: float = 1.0, *, success: bool = True, env
 
 
 @pytest.fixture(scope="module")
-def server(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> ServiceProcess:
+def server(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> ServiceProcess:
     return shared_services.start("memory", database=tmp_path_factory.mktemp("memory") / "memory.db")
 
 
@@ -148,7 +148,7 @@ async def test_unknown_reflections_are_not_found(client: MemoryClient) -> None:
         assert caught.value.reason is Reason.UNKNOWN_REFLECTION
 
 
-async def test_acknowledged_writes_survive_sigkill(services: Services, tmp_path: Path) -> None:
+async def test_acknowledged_writes_survive_sigkill(services: ServiceProcesses, tmp_path: Path) -> None:
     server = services.start("memory", database=tmp_path / "memory.db")
     client = MemoryClient(Endpoint(server.address))
     acknowledged: dict[str, str] = {}
@@ -177,20 +177,20 @@ async def test_acknowledged_writes_survive_sigkill(services: Services, tmp_path:
     await client.close()
 
 
-def test_a_second_server_on_one_database_is_refused(services: Services, tmp_path: Path) -> None:
+def test_a_second_server_on_one_database_is_refused(services: ServiceProcesses, tmp_path: Path) -> None:
     services.start("memory", database=tmp_path / "memory.db")
-    with pytest.raises(ServiceFailed, match=r"ended with status 2:\s[^$]*is in use by another process"):
+    with pytest.raises(ProcessFailed, match=r"ended with status 2:\s[^$]*is in use by another process"):
         services.start("memory", database=tmp_path / "memory.db")
 
 
-def test_a_newer_schema_is_refused(services: Services, tmp_path: Path) -> None:
+def test_a_newer_schema_is_refused(services: ServiceProcesses, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "memory.db") as db:
         db.execute("CREATE TABLE schema_version AS SELECT 7 AS version")
     db.close()
-    with pytest.raises(ServiceFailed, match="schema 7, and this program knows schemas up to 1"):
+    with pytest.raises(ProcessFailed, match="schema 7, and this program knows schemas up to 1"):
         services.start("memory", database=tmp_path / "memory.db")
 
 
-def test_an_unknown_kind_of_store_is_refused(services: Services) -> None:
-    with pytest.raises(ServiceFailed, match="database: no store 'granite'"):
+def test_an_unknown_kind_of_store_is_refused(services: ServiceProcesses) -> None:
+    with pytest.raises(ProcessFailed, match="database: no store 'granite'"):
         services.start("memory", database="granite:tablet")

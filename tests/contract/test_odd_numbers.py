@@ -24,7 +24,7 @@ from mulligan.memory.client import MemoryClient
 from mulligan.memory.v1 import memory_service_pb2 as memory_pb
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.v1 import policy_service_pb2 as policy_pb
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
@@ -72,7 +72,7 @@ async def test_an_attempt_with_an_odd_reward_is_excluded_and_the_reward_named(re
 
 
 @pytest.mark.parametrize("how", [{}, {"feedback": "unary"}, {"untrusted": True}], ids=str)
-async def test_an_environment_with_odd_rewards(shared_services: Services, how: dict[str, object]) -> None:
+async def test_an_environment_with_odd_rewards(shared_services: ServiceProcesses, how: dict[str, object]) -> None:
     faults = {"none": "reward None", "huge": "reward 1e+200", "numpy": ""}
     table = {"kind": "tests.support.dice", **how}
     environments = {name: {**table, "fault": f"reward-{name}"} for name in faults}

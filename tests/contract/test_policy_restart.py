@@ -13,7 +13,7 @@ from mulligan.common.errors import Reason
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import CannotServe, Policies
-from mulligan.testing.processes import ServiceFailed, Services
+from mulligan.testing.processes import ProcessFailed, ServiceProcesses
 from mulligan.testing.weights import full_weights, load
 from tests.support.llama_model import write_llama_model
 from tests.support.scripted import Opened, refused, started
@@ -88,7 +88,7 @@ async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path:
         await Policies.open(PolicySettings(model="one", threads=1, **settings), Opened().create)
 
 
-async def test_a_killed_service_comes_back_with_what_was_loaded(tmp_path: Path, services: Services) -> None:
+async def test_a_killed_service_comes_back_with_what_was_loaded(tmp_path: Path, services: ServiceProcesses) -> None:
     llama = write_llama_model(tmp_path / "models" / "llama")
     settings = {"state_folder": tmp_path / "state", "models_folder": tmp_path / "models", "weights_folder": tmp_path}
     process = services.start("policy", model=write_tiny_model(tmp_path / "tiny"), threads=1, **settings)
@@ -106,9 +106,9 @@ async def test_a_killed_service_comes_back_with_what_was_loaded(tmp_path: Path, 
     assert process.stop() == 0
 
 
-def test_a_policy_that_cannot_be_opened_is_named_at_the_start(services: Services) -> None:
+def test_a_policy_that_cannot_be_opened_is_named_at_the_start(services: ServiceProcesses) -> None:
     policies = {"judge": {"backend": "openai"}, "reference": {"backend": "openai", "openai": {"base_url": "x"}}}
-    with pytest.raises(ServiceFailed) as caught:
+    with pytest.raises(ProcessFailed) as caught:
         services.start("policy", backend="openai", openai={"base_url": "http://127.0.0.1:1/v1"}, policies=policies)
     text = str(caught.value)
     assert "ended with status 2" in text
@@ -117,6 +117,6 @@ def test_a_policy_that_cannot_be_opened_is_named_at_the_start(services: Services
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_without_a_token_the_administration_is_not_open_to_others(services: Services, host: str) -> None:
-    with pytest.raises(ServiceFailed, match=f"admin_token: needed at {host}"):
+def test_without_a_token_the_administration_is_not_open_to_others(services: ServiceProcesses, host: str) -> None:
+    with pytest.raises(ProcessFailed, match=f"admin_token: needed at {host}"):
         services.start("policy", host=host)

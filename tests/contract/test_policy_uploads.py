@@ -27,7 +27,7 @@ from mulligan.policy import uploads
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.weights import full_weights, load, plain_log_probs, sha256
 from tests.support.policy import Serving, serving
 
@@ -186,7 +186,7 @@ async def test_one_that_breaks_off_leaves_nothing(served: Serving, state: Path) 
 
 
 async def test_an_upload_is_repeated_while_the_service_is_away(
-    client: PolicyClient, services: Services, model: Path, tmp_path: Path
+    client: PolicyClient, services: ServiceProcesses, model: Path, tmp_path: Path
 ) -> None:
     weights = await next_weights(client, tmp_path / "w", build_model(3))
     with socket.socket() as free:

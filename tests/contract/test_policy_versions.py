@@ -30,7 +30,7 @@ from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import ModelSettings
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.weights import full_weights, load, plain_log_probs
 from tests.support.faulty import ForgetfulBackend, changed, corrupted
 from tests.support.policy import serving
@@ -164,7 +164,7 @@ async def test_a_version_that_is_known_with_other_weights_is_refused(model: Path
         assert await policy.states() == {2: SERVING, 1: REMOVED, 0: KEPT}
 
 
-async def test_after_a_kill_it_serves_what_it_served(services: Services, model: Path, tmp_path: Path) -> None:
+async def test_after_a_kill_it_serves_what_it_served(services: ServiceProcesses, model: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
     state = tmp_path / "state"
     weights.mkdir()

@@ -20,7 +20,7 @@ from mulligan.common.inference import CallOptions, CanaryProbe, PublishedWeights
 from mulligan.models import EMBEDDED
 from mulligan.models.build import build_model
 from mulligan.policy.client import PolicyClient
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.weights import full_weights, load, plain_log_probs, sha256
 from tests.support.policy import serving
 from tests.support.policy_backends import WITH_WEIGHTS, Running, reference, restore, running
@@ -315,7 +315,7 @@ async def test_weights_have_a_credential_of_their_own(tmp_path: Path) -> None:
             await client.close()
 
 
-async def test_a_restarted_service_asks_for_its_weights_again(tmp_path: Path, services: Services) -> None:
+async def test_a_restarted_service_asks_for_its_weights_again(tmp_path: Path, services: ServiceProcesses) -> None:
     """Without a state folder it forgets them."""
     process = services.start("policy", model=EMBEDDED, weights_folder=tmp_path, threads=1)
     client = PolicyClient(Endpoint(process.address, outage_seconds=60))

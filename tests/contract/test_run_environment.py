@@ -14,7 +14,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import Split
 from mulligan.env.replicas import EnvReplicas, connect
 from mulligan.testing.loop import Loop, small_run
-from mulligan.testing.processes import ServiceProcess, Services, flags
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses, flags
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.events import StateEvent, StepEvent
 from mulligan.trainer.folder import RunState
@@ -35,7 +35,7 @@ def come_back(server: ServiceProcess, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+def loop(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> Loop:
     return Loop.start(shared_services, tmp_path_factory.mktemp("loop"), env=offering(0))
 
 
@@ -111,7 +111,7 @@ async def test_a_run_whose_folder_is_removed_ends_for_whoever_watches(loop: Loop
     await loop.ended(client, "another")
 
 
-async def test_servers_that_differ_in_their_seed_alone(services: Services) -> None:
+async def test_servers_that_differ_in_their_seed_alone(services: ServiceProcesses) -> None:
     first, other = [services.start("env", **offering(seed)) for seed in (0, 1)]
     client = connect(Endpoint(f"{first.address},{other.address}", outage_seconds=SECONDS), lost_seconds=0.5)
     try:
@@ -125,7 +125,7 @@ async def test_servers_that_differ_in_their_seed_alone(services: Services) -> No
         await client.close()
 
 
-async def test_a_server_that_comes_back_with_another_seed_is_not_used(services: Services) -> None:
+async def test_a_server_that_comes_back_with_another_seed_is_not_used(services: ServiceProcesses) -> None:
     first, other = [services.start("env", **offering(0)) for _ in range(2)]
     told: list[str] = []
     address = f"{first.address},{other.address}"

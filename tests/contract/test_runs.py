@@ -12,7 +12,7 @@ import pytest
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.status import from_rpc_error
 from mulligan.testing.loop import Loop, small_run
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.events import StateEvent
 from mulligan.trainer.folder import RunState
@@ -33,7 +33,7 @@ class Refusal(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+def loop(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> Loop:
     """With one run, "done", that is complete."""
     loop = Loop.start(shared_services, tmp_path_factory.mktemp("loop"))
     asyncio.run(loop.train("done", DONE))

@@ -29,7 +29,7 @@ from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_pb_grpc
-from mulligan.testing.processes import ServiceFailed, ServiceProcess, Services
+from mulligan.testing.processes import ProcessFailed, ServiceProcess, ServiceProcesses
 from tests.support.certificate import write_key_pair
 from tests.support.waiting import until
 
@@ -38,7 +38,7 @@ SERVICE = "mulligan.env.v1.EnvService"
 
 
 @pytest.fixture(scope="module")
-def server(shared_services: Services) -> ServiceProcess:
+def server(shared_services: ServiceProcesses) -> ServiceProcess:
     """Logs each request, and takes requests of up to 4 KiB."""
     return shared_services.start("env", environments=AWKWARD, max_message_bytes=4096)
 
@@ -74,7 +74,7 @@ def test_reflection_lists_its_services(server: ServiceProcess) -> None:
     assert {SERVICE, "grpc.health.v1.Health"} <= names
 
 
-def test_the_address_is_told_whatever_the_log_level(services: Services, tmp_path: Path) -> None:
+def test_the_address_is_told_whatever_the_log_level(services: ServiceProcesses, tmp_path: Path) -> None:
     """With port 0 nothing else tells it; `services` waits for that line."""
     quiet = services.start("memory", log_level="error", database=tmp_path / "memory.db")
     (line,) = quiet.log_lines
@@ -119,7 +119,7 @@ async def test_an_oversized_message_is_refused_and_harms_nobody(client: EnvClien
     assert fine.observation == "1: x"
 
 
-async def test_calls_need_the_token_and_probes_do_not(services: Services, server: ServiceProcess) -> None:
+async def test_calls_need_the_token_and_probes_do_not(services: ServiceProcesses, server: ServiceProcess) -> None:
     guarded = services.start("env", token="hunter2")
     assert guarded.is_healthy(SERVICE)
     for token in (None, "hunter3", ""):
@@ -140,7 +140,7 @@ def key_pair(tmp_path: Path) -> tuple[Path, Path]:
     return write_key_pair(tmp_path)
 
 
-async def test_it_speaks_tls(services: Services, key_pair: tuple[Path, Path]) -> None:
+async def test_it_speaks_tls(services: ServiceProcesses, key_pair: tuple[Path, Path]) -> None:
     key, certificate = key_pair
     server = services.start("env", tls_key=key, tls_certificate=certificate)
     client = EnvClient(Endpoint(server.address, tls_ca=certificate))
@@ -161,7 +161,9 @@ def healthcheck(*arguments: object) -> bool:
     return True
 
 
-def test_the_images_health_check(server: ServiceProcess, services: Services, key_pair: tuple[Path, Path]) -> None:
+def test_the_images_health_check(
+    server: ServiceProcess, services: ServiceProcesses, key_pair: tuple[Path, Path]
+) -> None:
     key, certificate = key_pair
     assert healthcheck(server.address)
     secure = services.start("env", tls_key=key, tls_certificate=certificate)
@@ -173,21 +175,21 @@ def test_the_images_health_check(server: ServiceProcess, services: Services, key
     assert not healthcheck(secure.address, "--tls-ca", certificate, "--timeout", 1)
 
 
-def test_unreadable_tls_files_stop_the_start(services: Services, tmp_path: Path) -> None:
-    with pytest.raises(ServiceFailed, match=r"status 2:\senv: .*missing\.pem"):
+def test_unreadable_tls_files_stop_the_start(services: ServiceProcesses, tmp_path: Path) -> None:
+    with pytest.raises(ProcessFailed, match=r"status 2:\senv: .*missing\.pem"):
         services.start("env", tls_key=tmp_path / "missing.pem", tls_certificate=tmp_path / "missing.pem")
 
 
-def test_a_taken_port_stops_the_start(services: Services) -> None:
+def test_a_taken_port_stops_the_start(services: ServiceProcesses) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ServiceFailed, match=rf"status 2:(\s.*)*env: port: cannot listen on 127\.0\.0\.1:{port}"):
+        with pytest.raises(ProcessFailed, match=rf"status 2:(\s.*)*env: port: cannot listen on 127\.0\.0\.1:{port}"):
             services.start("env", port=port)
 
 
-async def test_a_call_without_a_deadline_gets_the_servers(services: Services) -> None:
+async def test_a_call_without_a_deadline_gets_the_servers(services: ServiceProcesses) -> None:
     awkward = {"awkward": {**AWKWARD["awkward"], "hang_seconds": 30.0}}
     server = services.start("env", environments=awkward, default_deadline_seconds=2.0)
     async with grpc.aio.insecure_channel(server.address) as channel:
@@ -199,7 +201,7 @@ async def test_a_call_without_a_deadline_gets_the_servers(services: Services) ->
     assert requests_logged(server, status="DEADLINE_EXCEEDED")
 
 
-async def test_sigterm_finishes_what_is_in_flight(services: Services, tmp_path: Path) -> None:
+async def test_sigterm_finishes_what_is_in_flight(services: ServiceProcesses, tmp_path: Path) -> None:
     began = tmp_path / "began"
     awkward = {**AWKWARD["awkward"], "hang_seconds": 1.0, "began": str(began)}
     server = services.start("env", environments={"awkward": awkward})
@@ -220,7 +222,7 @@ async def test_sigterm_finishes_what_is_in_flight(services: Services, tmp_path: 
     await client.close()
 
 
-async def test_a_call_that_a_stopping_server_gives_up_is_made_again(services: Services, tmp_path: Path) -> None:
+async def test_a_call_that_a_stopping_server_gives_up_is_made_again(services: ServiceProcesses, tmp_path: Path) -> None:
     began = tmp_path / "began"
     awkward = {**AWKWARD["awkward"], "began": str(began)}
     server = services.start("env", environments={"awkward": awkward}, drain_seconds=0)
@@ -236,7 +238,7 @@ async def test_a_call_that_a_stopping_server_gives_up_is_made_again(services: Se
     await client.close()
 
 
-async def test_an_endpoint_that_is_down_is_named_and_waited_for(services: Services) -> None:
+async def test_an_endpoint_that_is_down_is_named_and_waited_for(services: ServiceProcesses) -> None:
     server = services.start("env", environments=AWKWARD)
     outages: list[str] = []
     patient = EnvClient(Endpoint(server.address), on_outage=outages.append)

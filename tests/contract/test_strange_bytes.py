@@ -24,7 +24,7 @@ from mulligan.common.status import from_rpc_error
 from mulligan.env.v1 import env_service_pb2
 from mulligan.memory.v1 import memory_service_pb2
 from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
 from tests.support.mutations import Mutations
 
@@ -97,7 +97,7 @@ TRAINER = PLAUSIBLE | {"environment": ("no-such-environment",)}
 
 
 @pytest.fixture(scope="module")
-def servers(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServiceProcess]:
+def servers(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServiceProcess]:
     folder = tmp_path_factory.mktemp("servers")
     nowhere = {f"{name}_address": "127.0.0.1:1" for name in ("env", "policy", "memory")}
     settings: dict[str, dict[str, object]] = {

@@ -8,7 +8,7 @@ import pytest
 
 from mulligan.common.channel import Endpoint
 from mulligan.env.client import EnvClient
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 
 DICE = {"kind": "tests.support.dice"}
 ANSWERS = {
@@ -20,7 +20,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("kind", ["plain", "limited", "untrusted", "chained"])
-async def test_what_stands_in_a_thought_is_no_action(shared_services: Services, kind: str) -> None:
+async def test_what_stands_in_a_thought_is_no_action(shared_services: ServiceProcesses, kind: str) -> None:
     tables = {"plain": DICE, "limited": {**DICE, "feedback": "unary"}, "untrusted": {**DICE, "untrusted": True}}
     server = shared_services.start("env", environments={kind: tables.get(kind, DICE)})
     if kind == "chained":

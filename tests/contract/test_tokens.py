@@ -25,7 +25,7 @@ from mulligan.common.inference import Message, Role, StopReason
 from mulligan.common.types import Attempt, Experience, Split
 from mulligan.env.client import EnvClient
 from mulligan.policy.backend import Ask, Sampled
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.algorithm import Erl
 from mulligan.trainer.data import Datum
 from mulligan.trainer.harness import Harness
@@ -108,7 +108,7 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-def env_address(shared_services: Services) -> str:
+def env_address(shared_services: ServiceProcesses) -> str:
     environments = {"second-try": {"kind": "tests.support.second_try"}}
     return shared_services.start("env", environments=environments).address
 

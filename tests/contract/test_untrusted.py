@@ -17,7 +17,7 @@ from mulligan.common.errors import CallFailed, DomainError, Reason
 from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.testing.chained import Chain
-from mulligan.testing.processes import ServiceFailed, ServiceProcess, Services
+from mulligan.testing.processes import ProcessFailed, ServiceProcess, ServiceProcesses
 
 HOSTILE = {"kind": "tests.support.hostile", "untrusted": True, "memory_mb": 128}
 TIMEOUT = 2.5
@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(shared_services: Services, folder: Path) -> ServiceProcess:
+def server(shared_services: ServiceProcesses, folder: Path) -> ServiceProcess:
     return shared_services.start(
         "env",
         environment={"CLOUD_SECRET": "s3cr3t"},
@@ -276,7 +276,9 @@ async def test_what_an_episode_started_ends_with_it(client: EnvClient) -> None:
 
 
 @pytest.mark.parametrize("how", ["ended", "expired", "SIGTERM", "SIGKILL"])
-async def test_nothing_is_left_when_episodes_or_the_server_end(services: Services, tmp_path: Path, how: str) -> None:
+async def test_nothing_is_left_when_episodes_or_the_server_end(
+    services: ServiceProcesses, tmp_path: Path, how: str
+) -> None:
     hostile = {**HOSTILE, "folder": str(tmp_path)}
     server = services.start(
         "env",
@@ -322,9 +324,9 @@ async def test_nothing_is_left_when_episodes_or_the_server_end(services: Service
     ],
 )
 def test_what_cannot_be_loaded_stops_the_start(
-    services: Services, tmp_path: Path, changes: dict[str, object], words: str
+    services: ServiceProcesses, tmp_path: Path, changes: dict[str, object], words: str
 ) -> None:
-    with pytest.raises(ServiceFailed, match=rf"ended with status 2:\senv: bad settings\s.*{words}"):
+    with pytest.raises(ProcessFailed, match=rf"ended with status 2:\senv: bad settings\s.*{words}"):
         services.start("env", environments={"x": {**HOSTILE, "folder": str(tmp_path), **changes}})
     deadline = time.monotonic() + PATIENCE
     while any(map(runs, seen(tmp_path))):
@@ -332,7 +334,7 @@ def test_what_cannot_be_loaded_stops_the_start(
         time.sleep(0.01)
 
 
-def test_what_is_not_installed_is_listed(services: Services) -> None:
+def test_what_is_not_installed_is_listed(services: ServiceProcesses) -> None:
     table = {"kind": "tests.support.environments", "missing": "ice", "untrusted": True}
     server = services.start("env", environments={"cold": table})
     (warned,) = (line for line in server.log_lines if line["event"] == "environment unavailable")

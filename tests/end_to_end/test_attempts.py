@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mulligan.testing.loop import Loop, small_run
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.events import EvaluationEvent, StepEvent
 
 PAYING = {"kind": "tests.support.paying"}
@@ -23,7 +23,7 @@ SMALL = {"steps": 2, "checkpoint_every": 1, "rollout": {"tasks_per_step": 2, "re
 
 
 @pytest.fixture(scope="module")
-def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+def loop(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> Loop:
     return Loop.start(shared_services, tmp_path_factory.mktemp("loop"), env={"environments": ENVIRONMENTS})
 
 

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mulligan.cli.app import app
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.journal import journaled_steps, read_experiences
 from tests.support.llama_model import write_llama_model
 from tests.support.paths import IMPORT_ROOTS, ROOT
@@ -105,7 +105,7 @@ def test_a_service_that_is_away_is_one_line() -> None:
     assert shown.returncode == 1 and "error: 127.0.0.1:1 was unreachable" in output and "Traceback" not in output
 
 
-def test_policies_are_looked_after(services: Services, tmp_path: Path) -> None:
+def test_policies_are_looked_after(services: ServiceProcesses, tmp_path: Path) -> None:
     address = services.start("policy", threads=1, models_folder=tmp_path, admin_token="secret").address
 
     def call(*arguments: str, token: str = "secret") -> Result:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from mulligan.cli.app import app
 from mulligan.common.extras import how_to_install
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from tests.support.paths import IMPORT_ROOTS, ROOT
 
 TWO = "tests.support.two_players"
@@ -167,7 +167,7 @@ def test_settings_of_the_service_name_environments(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(shared_services: Services) -> ServiceProcess:
+def server(shared_services: ServiceProcesses) -> ServiceProcess:
     tables = {"two": {"kind": TWO}, "lake": {"kind": "frozenlake", "test_tasks": 3}}
     return shared_services.start("env", environments=tables, max_episodes=1)
 

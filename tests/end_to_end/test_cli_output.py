@@ -26,7 +26,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.types import Provenance
 from mulligan.memory.client import MemoryClient
 from mulligan.testing.loop import Loop, small_run
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from tests.support.paths import IMPORT_ROOTS, ROOT
 
 RUN = "a-run-with-a-long-name-that-a-table-would-cut-20261126-012345"
@@ -34,7 +34,7 @@ HOSTILE = "\x1b[2J[/INST] [bold]rule[/bold] [red]A is \u202egoal\r:smile: \x07"
 
 
 @pytest.fixture(scope="module")
-def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+def loop(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> Loop:
     loop = Loop.start(shared_services, tmp_path_factory.mktemp("loop"))
     asyncio.run(loop.train(RUN, small_run(steps=1, checkpoint_every=1)))
     return loop
@@ -198,7 +198,7 @@ def test_the_reader_of_a_pipe_may_leave(loop: Loop) -> None:
     shown.stderr.close()
 
 
-def test_results_alone_are_on_stdout(loop: Loop, services: Services) -> None:
+def test_results_alone_are_on_stdout(loop: Loop, services: ServiceProcesses) -> None:
     """The warning that a service is away goes to stderr, in the middle of JSON, too."""
     lines = piped(loop, "experiences", RUN, "--json", "--limit", "2").stdout.splitlines()
     assert [json.loads(line)["run_id"] for line in lines] == [RUN] * 2

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mulligan.testing.loop import Loop
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from tests.support.paths import ROOT
 
 ROOTS = os.pathsep.join([str(ROOT), str(ROOT / "src")])
@@ -62,7 +62,7 @@ def test_bash_completes_commands_as_shown_and_as_installed(home: Path) -> None:
     assert completed(home, 'source "$HOME/.bashrc"', "mulligan", "memory", "f") == ["forget"]
 
 
-def test_a_run_that_waits_shows_in_a_pipe_that_it_goes_on(services: Services, tmp_path: Path) -> None:
+def test_a_run_that_waits_shows_in_a_pipe_that_it_goes_on(services: ServiceProcesses, tmp_path: Path) -> None:
     loop = Loop.start(services, tmp_path / "loop")
     assert loop.env.process is not None
     loop.env.process.send_signal(signal.SIGSTOP)  # the run cannot begin, for as long as it takes

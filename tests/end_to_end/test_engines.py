@@ -12,7 +12,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.models import EMBEDDED
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop, small_run
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.settings import EvaluationSettings
 from tests.support.policy_backends import restore, served_name, sglang_address
 
@@ -21,7 +21,7 @@ LORA = {"rank": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}  
 
 
 @pytest.fixture(scope="module")
-def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+def loop(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     address = sglang_address()
     hosted = {"backend": "openai", "model": served_name(address), "openai": {"base_url": f"{address}/v1"}}
     policy = {"backend": "sglang", "model": EMBEDDED, "sglang": {"servers": [address]}, "policies": {"hosted": hosted}}

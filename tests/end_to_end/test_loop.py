@@ -13,7 +13,7 @@ from mulligan.common.types import Experience, Outcome, SegmentKind
 from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop, small_run
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.folder import RunState
 
 
@@ -46,7 +46,7 @@ def successes(chains: list[Experience]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def loop(shared_services: Services, tmp_path_factory: pytest.TempPathFactory) -> Loop:
+def loop(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> Loop:
     """One set of services for all tests that leave them running."""
     return Loop.start(shared_services, tmp_path_factory.mktemp("loop"))
 
@@ -172,7 +172,7 @@ async def test_weights_are_streamed_where_no_file_system_is_shared(loop: Loop) -
 
 @pytest.mark.timeout(400)
 async def test_a_deterministic_run_killed_and_resumed_ends_with_bit_equal_weights(
-    services: Services, tmp_path: Path
+    services: ServiceProcesses, tmp_path: Path
 ) -> None:
     loop = Loop.start(services, tmp_path, deterministic=True)
     settings = small_run(deterministic=True, steps=3, rollout={"tasks_per_step": 2})
@@ -195,7 +195,7 @@ async def test_a_deterministic_run_killed_and_resumed_ends_with_bit_equal_weight
     assert whole == cut
 
 
-async def test_episodes_of_a_killed_env_server_are_never_a_reward(services: Services, tmp_path: Path) -> None:
+async def test_episodes_of_a_killed_env_server_are_never_a_reward(services: ServiceProcesses, tmp_path: Path) -> None:
     env = services.start("env")
     client = EnvClient(Endpoint(env.address, outage_seconds=30))
     episode = await client.start("frozenlake-3x3", "train/00000", "lost")

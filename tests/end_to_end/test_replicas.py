@@ -10,10 +10,10 @@ from typing import Any
 from mulligan.common.channel import Endpoint
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import RUN_SECONDS, Loop, small_run
-from mulligan.testing.processes import ServiceProcess, Services
+from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 
 
-def start(services: Services, folder: Path) -> tuple[Loop, ServiceProcess, ServiceProcess]:
+def start(services: ServiceProcesses, folder: Path) -> tuple[Loop, ServiceProcess, ServiceProcess]:
     """The loop, and the second env and policy server."""
     (folder / "weights").mkdir()
     policy = {"weights_folder": folder / "elsewhere", "threads": 1}  # nothing is shared: weights are uploaded
@@ -56,7 +56,7 @@ async def version_at(server: ServiceProcess) -> int:
         await client.close()
 
 
-async def test_a_run_goes_on_without_a_server_of_each_kind(services: Services, tmp_path: Path) -> None:
+async def test_a_run_goes_on_without_a_server_of_each_kind(services: ServiceProcesses, tmp_path: Path) -> None:
     loop, env, policy = await asyncio.to_thread(start, services, tmp_path)
     trainer = loop.client()
     await trainer.start("first", small_run(steps=3))

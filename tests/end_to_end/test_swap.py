@@ -28,7 +28,7 @@ from mulligan.common.types import Attempt, Split
 from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop, small_run
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.settings import EvaluationSettings, RunSettings
 from tests.support.llama_model import write_llama_model
@@ -135,7 +135,7 @@ def changed(one: Any, other: Any, path: str = "") -> set[str]:
 
 
 @pytest.mark.timeout(300)
-async def test_a_llama_takes_the_place_of_a_qwen_and_is_trained(services: Services, tmp_path: Path) -> None:
+async def test_a_llama_takes_the_place_of_a_qwen_and_is_trained(services: ServiceProcesses, tmp_path: Path) -> None:
     llama = write_llama_model(tmp_path / "models" / "llama")
     loop = Loop.start(
         services,

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from mulligan.testing.loop import Loop
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from tests.support.examples import Program, go, typescript
 
 
 @pytest.fixture(scope="session")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     folder = tmp_path_factory.mktemp("examples")
-    services = Services(folder)
+    services = ServiceProcesses(folder)
     try:
         yield Loop.start(services, folder)
     finally:

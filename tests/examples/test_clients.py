@@ -14,7 +14,7 @@ from mulligan.common.types import Attempt, Outcome, Split
 from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.harness import Harness
 from tests.support.certificate import write_key_pair
@@ -95,7 +95,7 @@ async def test_it_starts_a_run_and_watches_it_through_a_restart(client: Program,
     assert client.refusal("train", "--run-id", run_id, "--steps", "4").startswith("error: RUN_CONFLICT: ")
 
 
-def test_it_sends_the_token_and_speaks_tls(client: Program, services: Services, tmp_path: Path) -> None:
+def test_it_sends_the_token_and_speaks_tls(client: Program, services: ServiceProcesses, tmp_path: Path) -> None:
     key, certificate = write_key_pair(tmp_path)
     env = services.start("env", token="open sesame", tls_key=key, tls_certificate=certificate)
     play = ("play", "--env", env.address, "--ca", str(certificate), "--environment", "nowhere")

@@ -9,10 +9,12 @@ import pytest
 
 from mulligan.cli.connection import addresses_from
 from mulligan.cli.local import LocalServices, ServiceFailed, _Process
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 
 
-async def test_ports_that_are_taken_are_named_before_anything_starts(services: Services, tmp_path: Path) -> None:
+async def test_ports_that_are_taken_are_named_before_anything_starts(
+    services: ServiceProcesses, tmp_path: Path
+) -> None:
     """By a healthy service of somebody else, which answers health checks."""
     port = int(services.start("memory").address.rpartition(":")[2])
     local = LocalServices(tmp_path, addresses=addresses_from(port - 2))
@@ -22,7 +24,7 @@ async def test_ports_that_are_taken_are_named_before_anything_starts(services: S
 
 
 async def test_a_process_that_ends_is_noticed_though_another_answers_at_its_address(
-    services: Services, tmp_path: Path
+    services: ServiceProcesses, tmp_path: Path
 ) -> None:
     """And what is shown of the log is of this start."""
     address = services.start("memory").address

@@ -15,7 +15,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.config import ServiceSettings
 from mulligan.common.metrics import REGISTRY, MethodMetrics, exported
 from mulligan.env.client import EnvClient
-from mulligan.testing.processes import ServiceFailed, Services
+from mulligan.testing.processes import ProcessFailed, ServiceProcesses
 
 
 class Settings(ServiceSettings):
@@ -70,7 +70,7 @@ def test_a_taken_port_is_named(taken: int) -> None:
         pass
 
 
-async def test_every_service_has_them(services: Services) -> None:
+async def test_every_service_has_them(services: ServiceProcesses) -> None:
     server = services.start("env", metrics_port=0)
     [address] = [line["address"] for line in server.log_lines if line["event"] == "metrics"]
     assert address.startswith("127.0.0.1:")
@@ -98,6 +98,6 @@ async def call_twice(address: str) -> None:
     await client.close()
 
 
-def test_a_service_does_not_start_on_a_taken_port(services: Services, taken: int) -> None:
-    with pytest.raises(ServiceFailed, match=r"status 2:(\s.*)*env: metrics_port: cannot listen on"):
+def test_a_service_does_not_start_on_a_taken_port(services: ServiceProcesses, taken: int) -> None:
+    with pytest.raises(ProcessFailed, match=r"status 2:(\s.*)*env: metrics_port: cannot listen on"):
         services.start("env", metrics_port=taken)

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from mulligan.common.proxies import hint, host_of, is_direct
-from mulligan.testing.processes import Services
+from mulligan.testing.processes import ServiceProcesses
 from tests.support.paths import IMPORT_ROOTS, ROOT
 
 
@@ -44,7 +44,7 @@ def test_a_hint_names_the_variable_and_not_its_value(variable: str) -> None:
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy", "HTTP_PROXY"])
-def test_a_service_on_loopback_answers_whatever_proxy_is_set(services: Services, variable: str) -> None:
+def test_a_service_on_loopback_answers_whatever_proxy_is_set(services: ServiceProcesses, variable: str) -> None:
     """A health check and a command, each a process of its own. Nothing listens where the proxy is said to be."""
     address = services.start("env").address
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
