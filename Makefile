@@ -1,5 +1,5 @@
-# Everything a developer runs; `make help` lists it. Needs Python 3.11 or newer, and npm for buf (make check)
-# and the TypeScript examples.
+# Everything a developer runs; `make help` lists it. Needs Python 3.11 or newer. npm is needed for buf (`make check`)
+# and for the TypeScript examples.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -10,6 +10,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python3
 	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$python"; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4
 # Keyed on what was installed, not on time stamps, which a checkout changes.
 INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 
@@ -17,7 +18,6 @@ BUF_VERSION := 1.75.0
 BUF_HOME := .stamps/buf-$(BUF_VERSION)
 export BUF := $(BUF_HOME)/node_modules/.bin/buf
 RELEASED := proto/released/v1.binpb
-# Without npm only the test suite runs, and it reports the lint of the contracts as skipped.
 MAYBE_BUF := $(if $(shell command -v npm),$(BUF))
 
 # Packages of the TypeScript examples, as their lock file has them; tests build with these.
@@ -30,7 +30,7 @@ MAYBE_TYPESCRIPT := $(if $(shell command -v npm),$(TYPESCRIPT_INSTALLED))
 
 OPENENV_PINS := benchmarks/openenv/requirements.txt
 OPENENV_HOME := .stamps/openenv-$(shell sed -n 's/^openenv-core==//p' $(OPENENV_PINS))
-OPENENV := $(OPENENV_HOME)/.installed-$(shell cksum < $(OPENENV_PINS) | cut -d' ' -f1)
+export OPENENV := $(OPENENV_HOME)/.installed-$(shell cksum < $(OPENENV_PINS) | cut -d' ' -f1)
 
 .PHONY: help
 help: ## this list
@@ -64,7 +64,7 @@ $(TYPESCRIPT_INSTALLED):
 	@touch $@
 
 .PHONY: typescript
-typescript: $(TYPESCRIPT_INSTALLED) ## install what the TypeScript examples need
+typescript: $(TYPESCRIPT_INSTALLED) ## install the packages of the TypeScript examples
 
 $(OPENENV):
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer on the PATH; set PYTHON=/path/to/python3" >&2; exit 1; }
@@ -74,17 +74,39 @@ $(OPENENV):
 	@touch $@
 
 .PHONY: openenv
-openenv: $(OPENENV) ## install OpenEnv, which the adapter is tested with
+openenv: $(OPENENV) ## install OpenEnv in an environment of its own, for tests and a benchmark
+
+.PHONY: tools
+tools: $(MAYBE_BUF) $(MAYBE_TYPESCRIPT) $(OPENENV) ## install what some tests need besides .venv: OpenEnv; with npm also buf and the TypeScript examples
 
 .PHONY: test
-test: $(INSTALLED) $(MAYBE_BUF) $(MAYBE_TYPESCRIPT) $(OPENENV) ## run all tests
-	@$(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4 $(ARGS)
+test: $(INSTALLED) ## run all tests; those that need what `make tools` installs are skipped where that is missing
+	@$(PYTEST) $(ARGS)
+
+.PHONY: unit
+unit: $(INSTALLED) ## run the unit tests, in less than a minute
+	@$(PYTEST) tests/unit $(ARGS)
+
+.PHONY: t
+t: $(INSTALLED) ## run the tests whose file, or else whose name, contains T: make t T=test_algorithm
+	@test -n "$(T)" || { echo "error: which tests? For example: make t T=test_algorithm" >&2; exit 2; }
+	@files=$$(find tests -path '*$(T)*' -name 'test_*.py'); \
+		$(BIN)/python -m pytest -q $${files:--k "$(T)"} $(ARGS)
 
 .PHONY: check
-check: $(INSTALLED) $(BUF) ## lint, formatting, types, contracts
+check: lint types contracts ## lint, formatting, types, contracts
+
+.PHONY: lint
+lint: $(INSTALLED) ## lint and formatting of the Python code
 	@echo "ruff: lint" && $(BIN)/ruff check --quiet .
 	@echo "ruff: formatting" && $(BIN)/ruff format --check --quiet . || { echo "not formatted; run \`make format\`" >&2; exit 1; }
+
+.PHONY: types
+types: $(INSTALLED) ## types of the Python code
 	@echo "mypy" && $(BIN)/mypy --no-error-summary
+
+.PHONY: contracts
+contracts: $(INSTALLED) $(BUF) ## lint of the contracts; what is generated from them is fresh
 	@echo "buf: lint" && $(BUF) lint proto
 	@echo "buf: nothing that was released has changed" && $(BUF) breaking proto --against $(RELEASED)
 	@echo "stubs: fresh" && $(BIN)/python proto/generate.py --check

@@ -4,7 +4,7 @@ ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
 WORKDIR /src
-COPY pyproject.toml constraints.txt docker/install.sh ./
+COPY pyproject.toml LICENSE NOTICE constraints.txt docker/install.sh ./
 # Extras of pyproject.toml: gymnasium, reasoning-gym and textarena are others.
 ARG EXTRAS=env,hotpotqa,openenv
 ARG WHEELS=docker/wheels
@@ -20,6 +20,7 @@ RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/m
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="mulligan-env" \
+    org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.description="Environments for language agents, served over gRPC"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh

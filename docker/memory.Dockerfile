@@ -4,7 +4,7 @@ ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
 WORKDIR /src
-COPY pyproject.toml constraints.txt docker/install.sh ./
+COPY pyproject.toml LICENSE NOTICE constraints.txt docker/install.sh ./
 ARG WHEELS=docker/wheels
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[memory]"
@@ -15,6 +15,7 @@ RUN chmod -R a+rX /app && python -m compileall -q /app && rm /opt/mulligan/bin/m
 
 FROM ${BASE}
 LABEL org.opencontainers.image.title="mulligan-memory" \
+    org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.description="Reflections of language agents, kept over gRPC"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh /data/memory /run/credentials

@@ -15,7 +15,7 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/w
 
 FROM torch AS build
 ARG WHEELS=docker/wheels
-COPY pyproject.toml ./
+COPY pyproject.toml LICENSE NOTICE ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[policy,openai,sglang]"
 COPY services/__init__.py services/__init__.pyi /app/mulligan/
@@ -28,6 +28,7 @@ FROM ${BASE}
 # First, so that the layer has the same parents in both images and is stored once.
 COPY --from=torch /opt/torch /opt/torch
 LABEL org.opencontainers.image.title="mulligan-policy" \
+    org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.description="Language models with versioned weights, served over gRPC"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh /data/weights /data/policy /data/engine /data/models /run/credentials

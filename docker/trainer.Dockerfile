@@ -15,7 +15,7 @@ RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/w
 
 FROM torch AS build
 ARG WHEELS=docker/wheels
-COPY pyproject.toml ./
+COPY pyproject.toml LICENSE NOTICE ./
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
     sh install.sh /opt/mulligan ".[trainer,cli]"
 COPY services /app/mulligan
@@ -27,6 +27,7 @@ FROM ${BASE}
 # First, so that the layer has the same parents in both images and is stored once.
 COPY --from=torch /opt/torch /opt/torch
 LABEL org.opencontainers.image.title="mulligan-trainer" \
+    org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.description="Language agents that learn by experience: the trainer and the command line"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
     sh /harden.sh /data/runs /data/checkpoints /data/weights /data/models /run/credentials

@@ -40,7 +40,11 @@ def _run(clone: Path, report: Path) -> dict[str, Any]:
     start = time.monotonic()
     report.unlink(missing_ok=True)
     result = subprocess.run(
-        ["make", "test", f"ARGS=--junit-xml={report.resolve()}"], cwd=clone, capture_output=True, text=True, check=False
+        ["make", "tools", "test", f"ARGS=--junit-xml={report.resolve()}"],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if not report.exists():
         return {"failed": [f"make test ended with {result.returncode}: {result.stderr[-500:]}"]}

@@ -14,17 +14,18 @@ import pytest_asyncio
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
+from benchmarks.openenv import process as openenv_process
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
 from mulligan.common.types import Outcome, Split
 from mulligan.conformance.env.game import EnvOptions, Game
 from mulligan.conformance.env.run import METHODS, target
 from mulligan.conformance.report import Check, Verdict, judge
-from mulligan.conformance.target import CheckSession, Target
+from mulligan.conformance.target import CheckSession
 from mulligan.env.client import EnvClient
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from tests.contract.test_env import CHECKS, MOVES, without
-from tests.support.openenv_server import openenv_server
+from tests.support.made import installed
 
 LAKE = {"kind": "frozenlake", "train_tasks": 250, "test_tasks": 20}
 TIC_TAC_TOE = {"kind": "textarena", "id": "TicTacToe-v0", "players": 2, "max_steps": 12, "train_tasks": 120}
@@ -33,14 +34,16 @@ KNOWN = {"openenv": MOVES, "remote": MOVES, "remote-players": ("[0]", "[4]", "[8
 
 
 @pytest.fixture(scope="module")
-def openenv(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with openenv_server(tmp_path_factory.mktemp("openenv") / "log") as address:
-        yield address
+def openenv() -> Iterator[str]:
+    """The address of OpenEnv's own server, which plays FrozenLake."""
+    installed("OPENENV", "openenv")
+    with openenv_process.serving() as url:
+        yield url
 
 
-def openenv_table(address: str, **settings: object) -> dict[str, object]:
+def openenv_table(url: str, **settings: object) -> dict[str, object]:
     shown = {"action": "text", "observation": ["text"], "feedback_field": "feedback"}
-    return {"kind": "openenv", "url": f"http://{address}", "max_steps": 8, **shown, **settings}
+    return {"kind": "openenv", "url": url, "max_steps": 8, **shown, **settings}
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +53,15 @@ def upstream(shared_services: ServiceProcesses) -> ServiceProcess:
 
 
 @pytest.fixture(scope="module")
-def server(shared_services: ServiceProcesses, openenv: str, upstream: ServiceProcess) -> ServiceProcess:
+def openenv_server(shared_services: ServiceProcesses, openenv: str) -> ServiceProcess:
+    table = openenv_table(openenv, deterministic=True, train_tasks=120, test_tasks=20)
+    return shared_services.start("env", environments={"openenv": table})
+
+
+@pytest.fixture(scope="module")
+def server(shared_services: ServiceProcesses, upstream: ServiceProcess) -> ServiceProcess:
     there = {"kind": "remote", "address": upstream.address}
     environments = {
-        "openenv": openenv_table(openenv, deterministic=True, train_tasks=120, test_tasks=20),
         "remote": {**there, "environment": "frozenlake"},
         "remote-players": {**there, "environment": "tic-tac-toe"},
         "chained": there,
@@ -68,29 +76,21 @@ async def client(server: ServiceProcess) -> AsyncIterator[EnvClient]:
     await client.close()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def connected(server: ServiceProcess) -> AsyncIterator[Target]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=KNOWN)
+async def game(request: pytest.FixtureRequest) -> AsyncIterator[Game]:
+    """One of the environments of `KNOWN`, at a server that has it."""
+    server = request.getfixturevalue("openenv_server" if request.param == "openenv" else "server")
     connected = target(server.address)
-    yield connected
+    listed = (await connected.connect(*METHODS)).environments
+    info = next(info for info in listed if info.name == request.param)
+    yield Game(CheckSession(connected), info, EnvOptions(known=KNOWN[request.param]))
     await connected.close()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def games(connected: Target) -> dict[str, Game]:
-    listed = (await connected.connect(*METHODS)).environments
-    return {
-        info.name: Game(CheckSession(connected), info, EnvOptions(known=KNOWN[info.name]))
-        for info in listed
-        if info.name in KNOWN
-    }
-
-
 @pytest.mark.asyncio(loop_scope="module")
-@pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: f"{check.call}: {check.title}")
-async def test_each_keeps_each_promise(games: dict[str, Game], name: str, check: Check[Game]) -> None:
-    game = games[name]
-    result = await judge(check, game, name)
+async def test_each_keeps_each_promise(game: Game, check: Check[Game]) -> None:
+    result = await judge(check, game, game.info.name)
     expected = Verdict.NOT_APPLICABLE if check.body in without(game.info) else Verdict.PASSED
     assert result.verdict is expected, result
 
@@ -190,7 +190,8 @@ async def test_what_fails_there_fails_here_in_the_same_way(services: ServiceProc
     await client.close()
 
 
-async def test_openenv_sees_what_the_lake_shows(client: EnvClient, upstream: ServiceProcess) -> None:
+async def test_openenv_sees_what_the_lake_shows(openenv_server: ServiceProcess, upstream: ServiceProcess) -> None:
+    client = EnvClient(Endpoint(openenv_server.address))
     lake = EnvClient(Endpoint(upstream.address))
     for number in range(3):
         one = await client.start("openenv", f"train/{number:05d}", str(uuid4()))
@@ -207,6 +208,7 @@ async def test_openenv_sees_what_the_lake_shows(client: EnvClient, upstream: Ser
             if answer.done:
                 assert answer.feedback == expected.feedback
                 break
+    await client.close()
     await lake.close()
 
 
@@ -273,7 +275,7 @@ def scripted() -> Iterator[tuple[Script, str]]:
 
 async def test_a_late_answer_is_nobodys(services: ServiceProcesses, scripted: tuple[Script, str]) -> None:
     script, address = scripted
-    tables = {"slow": openenv_table(address, timeout_seconds=2.0, feedback_field="")}
+    tables = {"slow": openenv_table(f"http://{address}", timeout_seconds=2.0, feedback_field="")}
     client = EnvClient(Endpoint(services.start("env", environments=tables).address))
     episode = await client.start("slow", "train/00000", "first")
     other = await client.start("slow", "train/00000", "second")
@@ -294,8 +296,8 @@ async def test_a_late_answer_is_nobodys(services: ServiceProcesses, scripted: tu
 async def test_a_full_server_and_none(services: ServiceProcesses, scripted: tuple[Script, str]) -> None:
     _, address = scripted
     tables = {
-        "full": openenv_table(f"{address}/full"),
-        "none": openenv_table("127.0.0.1:1", token_env="LAKE_TOKEN"),
+        "full": openenv_table(f"http://{address}/full"),
+        "none": openenv_table("http://127.0.0.1:1", token_env="LAKE_TOKEN"),
     }
     server = services.start("env", environments=tables, environment={"LAKE_TOKEN": "a-token-of-no-one"})
     client = EnvClient(Endpoint(server.address, outage_seconds=0.1))

@@ -19,7 +19,7 @@ def installed(variable: str, target: str) -> Path:
     path = ROOT / (os.environ.get(variable) or _value(variable))
     if path.exists():
         return path
-    message = f"not installed: `make {target}` installs it, and `make test` does where there is npm"
+    message = f"not installed: `make {target}` installs it"
     if "CI" in os.environ:
         pytest.fail(message)
     pytest.skip(message)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from importlib.metadata import requires
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -59,3 +61,40 @@ def test_each_package_is_pinned() -> None:
     # The accelerator libraries of torch's default build are pinned by torch itself, see docs/dependencies.md.
     unpinned = {name for name in brings("dev") - PINNED if not name.startswith(("nvidia-", "cuda-", "triton"))}
     assert unpinned - {"setuptools"} == set()
+
+
+def test_the_licence_is_whole_and_goes_with_the_package() -> None:
+    assert PROJECT["license"] == "Apache-2.0"
+    assert PROJECT["license-files"] == ["LICENSE", "NOTICE"]
+    licence = (ROOT / "LICENSE").read_text()
+    assert "Version 2.0, January 2004" in licence and "END OF TERMS AND CONDITIONS" in licence
+
+
+def test_what_the_notice_names_is_there() -> None:
+    named = re.findall(r"(?:proto|services|examples|recipes|tests|models)/[\w./*-]+", (ROOT / "NOTICE").read_text())
+    assert len(named) > 5
+    assert [path for path in named if not list(ROOT.glob(path.rstrip(".")))] == []
+
+
+def test_every_vendored_contract_is_in_the_notice() -> None:
+    notice = (ROOT / "NOTICE").read_text()
+    foreign = [
+        path
+        for folder in ("proto", "examples")
+        for path in (ROOT / folder).rglob("*.proto")
+        if "package mulligan." not in path.read_text() and "node_modules" not in path.parts
+    ]
+    assert foreign and [path for path in foreign if str(path.relative_to(ROOT)) not in notice] == []
+
+
+def test_hooks_before_a_commit_call_tools_of_this_repository_alone() -> None:
+    hooks = [
+        (repository["repo"], hook)
+        for repository in yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+        for hook in repository["hooks"]
+    ]
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(hooks) > 1
+    for source, hook in hooks:
+        program, target = hook["entry"].split()
+        assert (source, hook["language"], program) == ("local", "system", "make") and target in targets
