@@ -51,11 +51,12 @@ def _run(clone: Path, report: Path) -> dict[str, Any]:
     counts = {"passed": 0, "skipped": 0}
     failed = []
     for case in ElementTree.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        if kinds & {"failure", "error"}:
-            failed.append(f"{case.get('classname')}.{case.get('name')}")
+        outcomes = {child.tag: child for child in case}
+        problem = outcomes.get("failure", outcomes.get("error"))
+        if problem is not None:
+            failed.append(f"{case.get('classname')}.{case.get('name')}: {problem.get('message', '')[:500]}")
         else:
-            counts["skipped" if "skipped" in kinds else "passed"] += 1
+            counts["skipped" if "skipped" in outcomes else "passed"] += 1
     if result.returncode and not failed:
         failed.append(f"make test ended with {result.returncode}")
     return {**counts, "failed": failed, "seconds": round(time.monotonic() - start)}

@@ -25,7 +25,7 @@ from tests.support.environments import MAX_STEPS
 
 AWKWARD = {"kind": "tests.support.environments"}
 CAPACITY = 16
-SECONDS = 20.0
+SECONDS = 100.0
 
 
 @pytest.fixture(scope="module")

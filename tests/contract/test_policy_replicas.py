@@ -24,7 +24,7 @@ from tests.support.fakes import FakeLearner
 from tests.support.policy_servers import PolicyServer, PolicyServers, policy_servers
 
 PROMPT = [1, 2, 3]
-SECONDS = 15.0
+SECONDS = 100.0
 
 
 async def ask(servers: PolicyServers, session: str = "", version: int | None = None) -> int:

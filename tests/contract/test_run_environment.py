@@ -20,7 +20,7 @@ from mulligan.trainer.events import StateEvent, StepEvent
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.settings import EvaluationSettings
 
-SECONDS = 30.0
+SECONDS = 100.0
 
 
 def offering(seed: int) -> dict[str, Any]:

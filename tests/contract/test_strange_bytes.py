@@ -29,7 +29,7 @@ from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
 from tests.support.mutations import Mutations
 
 REQUESTS = int(os.environ.get("MULLIGAN_TEST_BYTES", "100"))
-CALL_SECONDS = 5.0
+CALL_SECONDS = 60.0
 OF_THE_CONTRACT = {
     "OK",
     "INVALID_ARGUMENT",
