@@ -123,13 +123,16 @@ class Pool:
                 self._changed.wake_all()
 
     async def _choose(self, key: object) -> Server:
-        deadline = asyncio.get_running_loop().time() + self._wait_seconds
-        while self._held_back or not (serving := [server for server in self.servers if server.serving]):
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._wait_seconds
+        while (held := self._held_back) or not (serving := [server for server in self.servers if server.serving]):
             try:
-                async with asyncio.timeout_at(None if self._held_back else deadline):
+                async with asyncio.timeout_at(None if held else deadline):
                     await self._changed.wait()
             except TimeoutError:
                 raise self.unavailable() from None
+            if held:  # by an exchange of weights; it does not count as waiting for a server
+                deadline = loop.time() + self._wait_seconds
         least = min(server.in_flight for server in serving)
         place = self._places.get(key)
         if place is None or not place.serving or place.in_flight > 1.5 * least + _SLACK:
