@@ -8,8 +8,8 @@ import sys
 from mulligan.common.config import refuse
 from mulligan.common.server import run, serve
 from mulligan.policy.config import PolicySettings
-from mulligan.policy.metrics import collected
-from mulligan.policy.policies import CannotServe, Policies
+from mulligan.policy.gauges import collected
+from mulligan.policy.policies import Policies
 from mulligan.policy.servicer import add_to_server, credentials, health
 
 # The event loop and the engine's thread take turns in the interpreter; each forward pass needs it hundreds of times.
@@ -28,10 +28,10 @@ def main() -> None:
     async def serve_policies() -> None:
         try:
             policies = await Policies.open(settings)
-        except CannotServe as error:
-            refuse(settings.service, *(f"{name}: {problem}" for name, problem in error.problems.items()))
+        except ExceptionGroup as failed:
+            refuse(settings.service, *map(str, failed.exceptions))
         try:
-            with collected(lambda: policies.deployments):
+            with collected(policies):
                 await serve(
                     settings,
                     lambda server: add_to_server(server, policies),

@@ -6,7 +6,7 @@ It is the `PolicyPort` of a trainer in the same process; `servicer.py` puts it o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,14 @@ from tempfile import gettempdir
 from typing import Any, TypeVar
 
 import structlog
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import (
     CallOptions,
     Completion,
-    CompletionPart,
     PolicyInfo,
     PolicyVersion,
     Prompt,
@@ -29,31 +30,29 @@ from mulligan.common.inference import (
 )
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.suggest import did_you_mean
-from mulligan.policy.backend import Scored
+from mulligan.common.tasks import cancel
 from mulligan.policy.config import ModelSettings, PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend, create_backend
-from mulligan.policy.models import Models
+from mulligan.policy.gauges import gauges
 from mulligan.policy.policy import Policy
 from mulligan.policy.requested import Requested, check_folders, identity, plain, servers_of
 from mulligan.policy.uploads import Uploads
+from mulligan.policy.versions import VersionStore
 
 log = structlog.get_logger()
 T = TypeVar("T")
 _PLAIN = CallOptions()
 
 
-class CannotServe(Exception):
-    """Policies that could not be opened, each with the reason."""
+class Policies(Collector):
+    """Made by `open`. An empty name is the default policy's. Calls raise DomainError as those of the contract do.
 
-    def __init__(self, problems: Mapping[str, str]):
-        super().__init__("; ".join(f"{name}: {problem}" for name, problem in problems.items()))
-        self.problems = problems
-
-
-class Policies:
-    """Made by `open`. A name that is empty is the default policy's. Calls raise DomainError as those of the contract
-    do, UNKNOWN_POLICY included."""
+    `get` finds the policy of a call, which answers it. Changes go through here: `_shielded` runs each in a task of its
+    own, so that a caller who leaves does not stop it, and `close` can. A change of weights then waits for the lock of
+    its policy (`Policy.change`). LoadModel and UnloadModel of one name take turns before that: opening a model takes
+    minutes, in which the present one still gets its weights.
+    """
 
     def __init__(self, settings: PolicySettings, create: OpenBackend):
         self.settings = settings
@@ -70,7 +69,8 @@ class Policies:
     async def open(cls, settings: PolicySettings, create: OpenBackend = create_backend) -> Policies:
         """Serves the policies of the settings, and those that LoadModel brought before a restart.
 
-        Raises CannotServe, and OSError when the state folder cannot be used.
+        Raises an ExceptionGroup of UnsupportedModel, one for each policy that cannot be served, and OSError when the
+        state folder cannot be used.
         """
         policies = cls(settings, create)
         try:
@@ -83,9 +83,14 @@ class Policies:
     @property
     def deployments(self) -> Iterator[Deployment]:
         """The newest of each policy."""
-        return (policy.models.newest.deployment for policy in list(self._policies.values()))
+        return (policy.newest for policy in list(self._policies.values()))
+
+    def collect(self) -> Iterator[Metric]:
+        """As Prometheus asks for it."""
+        return gauges(self.deployments)
 
     def get(self, name: str = "") -> Policy:
+        """Raises DomainError UNKNOWN_POLICY."""
         found = self._policies.get(name or self.settings.default_policy)
         if found is None:
             known = ", ".join(sorted(self._policies))
@@ -103,42 +108,27 @@ class Policies:
     async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:
         return await self.get(options.policy).generate(prompt, sampling, options)
 
-    async def sample(
-        self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
-    ) -> tuple[Completion, ...]:
-        return await self.get(options.policy).sample(prompt, sampling, n, options)
-
-    def stream(
-        self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
-    ) -> AsyncGenerator[CompletionPart, None]:
-        return self.get(options.policy).stream(prompt, sampling, n, options)
-
-    async def score(
-        self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, options: CallOptions = _PLAIN
-    ) -> Scored:
-        return await self.get(options.policy).score(sequences, temperature, options)
-
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = _PLAIN) -> tuple[int, ...]:
         return await self.get(options.policy).tokenize(prompt, options)
-
-    async def update_weights(self, weights: PublishedWeights, policy: str = "") -> float | None:
-        """Cancelling the caller does not stop it, nor any of the changes that follow."""
-        return await self._shielded(self.get(policy).models.update_weights(weights))
-
-    async def rollback(self, policy_version: int, policy: str = "") -> None:
-        await self._shielded(self.get(policy).models.rollback(policy_version))
-
-    async def release_memory(self, policy: str = "") -> None:
-        await self._shielded(self.get(policy).models.release_memory())
-
-    async def resume_memory(self, policy: str = "") -> None:
-        await self._shielded(self.get(policy).models.resume_memory())
 
     async def versions(
         self, policy: str = "", below: int | None = None, limit: int = 1000
     ) -> tuple[PolicyVersion, ...]:
         """Newest first, those less than `below`."""
-        return await self.get(policy).models.newest.deployment.versions(below, limit)
+        return await self.get(policy).versions(below, limit)
+
+    async def update_weights(self, weights: PublishedWeights, policy: str = "") -> float | None:
+        """The largest difference that the canary found; None without one."""
+        return await self._change(policy, lambda deployment: deployment.update_weights(weights))
+
+    async def rollback(self, policy_version: int, policy: str = "") -> None:
+        await self._change(policy, lambda deployment: deployment.rollback(policy_version))
+
+    async def release_memory(self, policy: str = "") -> None:
+        await self._change(policy, Deployment.release_memory)
+
+    async def resume_memory(self, policy: str = "") -> None:
+        await self._change(policy, Deployment.resume_memory)
 
     async def load_model(
         self, policy: str, model: str, backend: str = "", options: Mapping[str, str] | None = None
@@ -156,10 +146,8 @@ class Policies:
 
     async def close(self) -> None:
         """Calls in flight fail."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        closing = [policy.models.close() for policy in self._policies.values()]
+        await cancel(*self._tasks)
+        closing = [policy.close() for policy in self._policies.values()]
         self._policies.clear()
         results = await asyncio.gather(*closing, return_exceptions=True)
         self.uploads.close()
@@ -172,27 +160,27 @@ class Policies:
             settings = request.settings(self._own.get(name))
             await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
             policy = self._policies.get(name)
-            if policy is not None and policy.models.serves(settings):
+            if policy is not None and policy.serves(settings):
                 return policy.info
             with self._servers_of(name, settings), writing_to(self.settings.state_folder or Path(gettempdir())):
-                models = policy.models if policy is not None else await self._models(name)
+                loaded = policy or await self._new_policy(name)
                 try:
-                    await models.load(settings, partial(self._remember, name, request))
+                    await loaded.load(settings, partial(self._remember, name, request))
                 except UnsupportedModel as error:
                     message = f"{settings.model_name} ({settings.backend}): {error}"
                     raise DomainError(Reason.UNSUPPORTED_MODEL, message) from error
                 finally:
-                    if policy is None and not models.all:
-                        await models.close()
-                return self._policies.setdefault(name, Policy(models)).info
+                    if not loaded.deployments:
+                        await loaded.close()
+                return self._policies.setdefault(name, loaded).info
 
     async def _unload(self, name: str) -> None:
         async with self._lock(name):
             policy = self.get(name)
             del self._policies[name]
             await asyncio.to_thread(self._forget, name)
-            await policy.models.finished()
-            await policy.models.close()
+            await policy.finished()
+            await policy.close()
             log.info("policy unloaded", policy=name)
 
     async def _restore_all(self) -> None:
@@ -201,9 +189,9 @@ class Policies:
         for result in results:
             if result is not None and not isinstance(result, UnsupportedModel | DomainError | OSError):
                 raise result
-        problems = {name: str(result) for name, result in zip(names, results, strict=True) if result is not None}
+        problems = [f"{name}: {result}" for name, result in zip(names, results, strict=True) if result is not None]
         if problems:
-            raise CannotServe(problems)
+            raise ExceptionGroup("; ".join(problems), [*map(UnsupportedModel, problems)])
 
     async def _restore(self, name: str) -> None:
         own = self._own.get(name)
@@ -217,23 +205,23 @@ class Policies:
             return
         settings = request.settings(own) if request is not None else plain(own or self.settings)
         with self._servers_of(name, settings):
-            models = await self._models(name)
+            policy = await self._new_policy(name)
             try:
                 if request is not None:
                     await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
-                await models.load(settings, restore=True)
+                await policy.load(settings, restore=True)
             except BaseException as error:
-                await models.close()
+                await policy.close()
                 if request is not None and isinstance(error, UnsupportedModel | DomainError):
                     raise UnsupportedModel(f"{error} (it was loaded by LoadModel: {path})") from error
                 raise
-            self._policies[name] = Policy(models)
+            self._policies[name] = policy
 
     @contextmanager
     def _servers_of(self, name: str, settings: ModelSettings) -> Iterator[None]:
         """Around the opening of a model: two that set the weights of one server would be in each other's way."""
-        models = [(known, model) for known, policy in self._policies.items() for model in policy.models.all]
-        used = [*((known, model.deployment.settings) for known, model in models), *self._opening]
+        serving = [(policy.name, each.settings) for policy in self._policies.values() for each in policy.deployments]
+        used = [*serving, *self._opening]
         for other, taken in used:
             servers = servers_of(settings)
             shared = sorted(servers.keys() & servers_of(taken))
@@ -247,8 +235,9 @@ class Policies:
         finally:
             self._opening.remove((name, settings))
 
-    async def _models(self, name: str) -> Models:
-        return await Models.open(name, self.settings, self._folder(name), self._create, self.uploads)
+    async def _new_policy(self, name: str) -> Policy:
+        store = await asyncio.to_thread(VersionStore, self._folder(name), self.settings.keep_versions)
+        return Policy(name, self.settings, store, self._create, self.uploads)
 
     def _folder(self, name: str) -> Path | None:
         return self.settings.state_folder / "policies" / name if self.settings.state_folder else None
@@ -273,6 +262,9 @@ class Policies:
 
     def _lock(self, name: str) -> asyncio.Lock:
         return self._loading.setdefault(name, asyncio.Lock())
+
+    async def _change(self, policy: str, change: Callable[[Deployment], Awaitable[T]]) -> T:
+        return await self._shielded(self.get(policy).change(change))
 
     async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
         task = asyncio.create_task(work)

@@ -1,14 +1,23 @@
-"""One named policy, in domain types: checks, prompts and answers around its models."""
+"""One named policy: its calls, its sessions, and the deployments that replace each other when a model is loaded.
+
+A session is an episode: it finishes on the deployment that it began with, whatever is loaded meanwhile. A replaced
+deployment is closed when no call is in flight and none of its sessions has asked for a while.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing
+import shutil
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from time import monotonic
+from typing import TypeVar, cast
+
+import structlog
+from cachetools import LRUCache
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import (
@@ -19,33 +28,70 @@ from mulligan.common.inference import (
     Feature,
     Message,
     PolicyInfo,
+    PolicyState,
+    PolicyVersion,
     Prompt,
     SamplingParams,
     Tool,
     VersionSpan,
 )
-from mulligan.policy import checks
+from mulligan.common.tasks import cancel, gather_or_cancel
+from mulligan.policy import preflight
 from mulligan.policy.backend import Ask, Backend, Sampled, Scored
+from mulligan.policy.config import ModelSettings, PolicySettings
 from mulligan.policy.deployment import Deployment
-from mulligan.policy.models import Models
-from mulligan.policy.streams import TextStream, merged, together, unsettling_token
+from mulligan.policy.factory import OpenBackend
+from mulligan.policy.streams import TextStream, merged, unsettling_token
+from mulligan.policy.uploads import Uploads
+from mulligan.policy.versions import VersionStore, source_of
 
+log = structlog.get_logger()
+T = TypeVar("T")
 # Longer texts are rendered and encoded in a thread, so that other calls do not wait for them.
 _LONG_TEXT = 20_000
+_MOST_SESSIONS = 65_536  # those that asked longest ago are forgotten, and begin anew when they ask again
+_LOOK_SECONDS = 0.05
 _PLAIN = CallOptions()
 
 
 class Policy:
-    """Calls raise DomainError as those of PolicyService do. `options.policy` is of no account here."""
+    """`load` comes before anything else. Calls raise DomainError as those of PolicyService do.
 
-    def __init__(self, models: Models):
-        self.name = models.name
-        self.models = models
+    A call takes the deployment of its session (`_use`), is checked (`preflight`), becomes an `Ask` of token ids, waits
+    until the deployment lets it pass (`serving`), asks the engine, and is answered when the weights that sampled it
+    have passed their check (`verified`); otherwise it samples again.
+
+    A change of weights (`change`) or of the model (`load`) holds the one lock, so they come one after the other.
+    `Policies` sees to it that a caller who leaves does not stop one. `store` is closed with the policy.
+    """
+
+    def __init__(self, name: str, service: PolicySettings, store: VersionStore, create: OpenBackend, uploads: Uploads):
+        self.name = name
+        self._service = service
+        self._store = store
+        self._create = create
+        self._uploads = uploads
+        self._changing = asyncio.Lock()
+        self._newest: Deployment | None = None
+        self._draining: list[Deployment] = []
+        self._drains: set[asyncio.Task[None]] = set()
+        self._sessions: LRUCache[str, Deployment] = LRUCache(_MOST_SESSIONS)
+        self._computed = 0.0  # seconds, in deployments that are closed
+
+    @property
+    def newest(self) -> Deployment:
+        assert self._newest is not None, "nothing was loaded yet"
+        return self._newest
+
+    @property
+    def deployments(self) -> list[Deployment]:
+        return [*self._draining, self._newest] if self._newest is not None else list(self._draining)
 
     @property
     def info(self) -> PolicyInfo:
-        deployment = self.models.newest.deployment
+        deployment = self.newest
         model = deployment.backend.model
+        computed = sum(each.backend.compute_seconds for each in self.deployments)
         return PolicyInfo(
             model=model.model,
             fingerprint=model.fingerprint,
@@ -55,7 +101,7 @@ class Policy:
             end_of_turn_token_ids=model.end_of_turn_token_ids,
             rewrites_history=model.rewrites_history,
             deterministic=model.deterministic,
-            compute_seconds=self.models.compute_seconds,
+            compute_seconds=self._computed + computed,
             name=self.name,
             backend=deployment.settings.backend,
             features=model.features,
@@ -64,15 +110,20 @@ class Policy:
             problem=deployment.problem,
             frozen=deployment.settings.frozen,
             replicas=tuple(replica.info for replica in deployment.backend.replicas),
-            draining_models=len(self.models.draining),
+            draining_models=len(self._draining),
             dtype=model.dtype,
             canary_tolerance=deployment.canary_tolerance,
             lora=model.lora,
         )
 
+    async def versions(self, below: int | None, limit: int) -> tuple[PolicyVersion, ...]:
+        """Of all its models, newest first, those less than `below`."""
+        return await asyncio.to_thread(self._store.versions, below, limit)
+
+    # Calls
+
     async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:
-        with self.models.use(options.session_id) as model:
-            deployment = model.deployment
+        with self._use(options.session_id) as deployment:
             ask, shown = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
                 sampled = await _sample(deployment, ask, options)
@@ -84,22 +135,20 @@ class Policy:
         """When one sample fails, all do."""
         if n == 1:
             return (await self.generate(prompt, sampling, options),)
-        checks.check_samples(n, sampling)
-        with self.models.use(options.session_id) as model:
-            deployment = model.deployment
+        preflight.check_samples(n, sampling)
+        with self._use(options.session_id) as deployment:
             ask, shown = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
-                sampled = await together(_sample(deployment, each, options) for each in _asks(ask, n))
+                sampled = await gather_or_cancel(_sample(deployment, each, options) for each in _asks(ask, n))
                 return tuple(_completion(deployment.backend, prompt, shown, each) for each in sampled)
 
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
     ) -> AsyncGenerator[CompletionPart, None]:
         """Closing it stops the engine's work. Raises CANARY_FAILED when weights that came under way are refused."""
-        checks.check_samples(n, sampling)
-        with self.models.use(options.session_id) as model:
-            deployment = model.deployment
-            checks.need_stream(deployment.backend.model)
+        preflight.check_samples(n, sampling)
+        with self._use(options.session_id) as deployment:
+            preflight.check_stream(deployment.backend.model)
             ask, shown = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
                 text = _text_streams(deployment.backend, prompt)
@@ -113,9 +162,8 @@ class Policy:
     async def score(
         self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, options: CallOptions = _PLAIN
     ) -> Scored:
-        with self.models.use() as model:
-            deployment = model.deployment
-            checks.check_score(sequences, temperature, options.adapter, deployment.backend.model)
+        with self._use() as deployment:
+            preflight.check_score(sequences, temperature, options.adapter, deployment.backend.model)
             async with deployment.serving(options.min_policy_version, options.version_wait):
                 while True:
                     scored = await deployment.backend.score(sequences, temperature, options.adapter)
@@ -126,13 +174,128 @@ class Policy:
 
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = _PLAIN) -> tuple[int, ...]:
         """What `generate` would report as prompt_token_ids; a string is encoded without template."""
-        with self.models.use(options.session_id) as model:
-            backend = model.deployment.backend
-            checks.check_tokenize(prompt, options, backend.model)
+        with self._use(options.session_id) as deployment:
+            backend = deployment.backend
+            preflight.check_tokenize(prompt, options, backend.model)
             if not isinstance(prompt, str):
                 return await _shown(backend, prompt, options.tools)
             encode = backend.encode
             return tuple(await asyncio.to_thread(encode, prompt) if len(prompt) > _LONG_TEXT else encode(prompt))
+
+    # Changes
+
+    async def change(self, work: Callable[[Deployment], Awaitable[T]]) -> T:
+        """`work` changes the weights of the newest deployment, and nothing else changes them meanwhile."""
+        async with self._changing:
+            return await work(self.newest)
+
+    async def load(
+        self, settings: ModelSettings, commit: Callable[[], None] = lambda: None, *, restore: bool = False
+    ) -> None:
+        """Opens a model and, once it serves, sends new calls and sessions to it. `commit` makes that last. With
+        `restore` it serves the version that it served before a restart.
+
+        Raises UnsupportedModel, DomainError or OSError; then all is as it was.
+        """
+        self._refuse_released()
+        folder = await asyncio.to_thread(self._store.engine_folder)
+        try:
+            source = source_of(settings) if restore else None
+            version = await asyncio.to_thread(self._store.first_version, source)
+            backend = await self._create(settings, folder, version)
+            deployment = Deployment(self.name, settings, self._service, backend, self._store, folder, self._uploads)
+            async with self._changing:
+                await _or_close(self._start(deployment), backend.close)
+                await _or_close(asyncio.to_thread(commit), deployment.close)
+                self._replace(deployment)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def serves(self, settings: ModelSettings) -> bool:
+        """Whether these are the settings of the newest deployment, and it answers."""
+        return self.newest.settings == settings and self.newest.state is not PolicyState.REFUSED
+
+    async def finished(self) -> None:
+        """Returns when no call is in flight."""
+        while any(deployment.calls for deployment in self.deployments):  # noqa: ASYNC110 - once in a policy's life
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def close(self) -> None:
+        """Waits for the change that is under way. Calls in flight fail."""
+        async with self._changing:
+            await cancel(*self._drains)
+            results = await asyncio.gather(*map(self._close, self.deployments), return_exceptions=True)
+            await asyncio.to_thread(self._store.close)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    # Deployments and their sessions
+
+    @contextmanager
+    def _use(self, session_id: str = "") -> Iterator[Deployment]:
+        """The deployment that answers a call of this session."""
+        deployment = self._choose(session_id) if session_id else self.newest
+        deployment.calls += 1
+        try:
+            yield deployment
+        finally:
+            deployment.calls -= 1
+            if session_id:
+                deployment.last_asked = monotonic()
+
+    def _choose(self, session_id: str) -> Deployment:
+        deployment = self._sessions.get(session_id)
+        if deployment is None or deployment.closed:
+            deployment = self._sessions[session_id] = self.newest
+        return deployment
+
+    async def _start(self, deployment: Deployment) -> None:
+        self._refuse_released()
+        await deployment.start()
+
+    def _refuse_released(self) -> None:
+        """Calls that wait for the memory of the model would wait for ever."""
+        if self._newest is not None and self._newest.state is PolicyState.RELEASED:
+            message = f"the memory of {self.name} is released: ResumeMemory comes first"
+            raise DomainError(Reason.ENGINE_UNAVAILABLE, message)
+
+    def _replace(self, deployment: Deployment) -> None:
+        old = self._newest
+        self._newest = deployment
+        if old is not None:
+            self._draining.append(old)
+            task = asyncio.create_task(self._drain(old))
+            self._drains.add(task)
+            task.add_done_callback(self._drains.discard)
+
+    async def _drain(self, old: Deployment) -> None:
+        idle = self._service.session_idle_seconds
+        while old.calls or monotonic() - old.last_asked < idle:  # noqa: ASYNC110 - time must pass as well
+            await asyncio.sleep(_LOOK_SECONDS)
+        try:
+            await self._close(old)
+        except Exception:
+            log.exception("a replaced model did not close", policy=self.name)
+        else:
+            log.info("a replaced model is closed", policy=self.name, model=old.backend.model.model)
+
+    async def _close(self, deployment: Deployment) -> None:
+        deployment.closed = True  # whatever session asks now begins anew
+        self._computed += deployment.backend.compute_seconds
+        if deployment in self._draining:
+            self._draining.remove(deployment)
+        await deployment.close()
+        await asyncio.to_thread(shutil.rmtree, deployment.folder, ignore_errors=True)
+
+
+async def _or_close(work: Awaitable[object], close: Callable[[], Awaitable[object]]) -> None:
+    try:
+        await work
+    except BaseException:
+        await close()
+        raise
 
 
 async def _ask(
@@ -140,9 +303,9 @@ async def _ask(
 ) -> tuple[Ask, tuple[int, ...]]:
     """What the engine is asked, checked, and the token ids of it that the caller does not have."""
     model = backend.model
-    checks.check_sampling(sampling, model)
-    checks.check_options(options, model)
-    checks.check_prompt(prompt, options, model)
+    preflight.check_sampling(sampling, model)
+    preflight.check_options(options, model)
+    preflight.check_prompt(prompt, options, model)
     token_ids: list[int] = []
     messages: tuple[Message, ...] = ()
     shown: tuple[int, ...] = ()
@@ -153,7 +316,7 @@ async def _ask(
         shown = await _shown(backend, prompt, options.tools)
         held = prompt if isinstance(prompt, list) else prompt.token_ids if isinstance(prompt, Continuation) else ()
         token_ids = [*held, *shown]
-        checks.check_tokens("prompt", token_ids, model, model.context_length - 1)
+        preflight.check_tokens("prompt", token_ids, model, model.context_length - 1)
     ask = Ask(
         token_ids,
         sampling,

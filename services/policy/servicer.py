@@ -62,7 +62,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         return completions_to_proto(
-            await self._policies.sample(
+            await self._policies.get(request.policy).sample(
                 prompt_from_proto(request),
                 sampling_from_proto(request.sampling),
                 request.n or 1,
@@ -74,7 +74,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
         self, request: pb.StreamGenerateRequest, context: Any
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         asked = request.request
-        stream = self._policies.stream(
+        stream = self._policies.get(asked.policy).stream(
             prompt_from_proto(asked), sampling_from_proto(asked.sampling), asked.n or 1, options_from_proto(asked)
         )
         async with aclosing(stream) as parts:
@@ -82,7 +82,7 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 yield part_to_proto(part)
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        scored = await self._policies.score(
+        scored = await self._policies.get(request.policy).score(
             [list(sequence.ids) for sequence in request.sequences],
             request.temperature if request.HasField("temperature") else 1.0,
             score_options_from_proto(request),

@@ -1,13 +1,14 @@
-"""What streams of tokens are turned into: text that is never taken back, and parts of several samples in one row."""
+"""Streams of tokens: decoded to text that later tokens do not change, and several of them merged into one."""
 
 from __future__ import annotations
 
 import asyncio
 import string
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from mulligan.common.tasks import cancel
 
 T = TypeVar("T")
 _UNDECODABLE = "\ufffd"  # what decoders make of bytes that are no character, or not yet
@@ -88,50 +89,31 @@ class TextStream:
         return len(text)
 
 
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    error: Exception | None = None
-
-
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-    """What all of them bring, as it comes. When one fails, or nobody listens any more, all are closed."""
-    queue: asyncio.Queue[T | _Ended] = asyncio.Queue(_AHEAD)
+    """The items of all streams, as they come. When one fails, or nobody listens any more, all are closed."""
+    # An item, the failure of a stream, or None at the end of one.
+    queue: asyncio.Queue[tuple[T] | Exception | None] = asyncio.Queue(_AHEAD)
 
     async def drain(stream: AsyncGenerator[T, None]) -> None:
+        ended: Exception | None = None
         try:
             async with aclosing(stream):
                 async for item in stream:
-                    await queue.put(item)
+                    await queue.put((item,))
         except Exception as error:  # noqa: BLE001 - raised again where the items are taken
-            await queue.put(_Ended(error))
-        else:
-            await queue.put(_Ended())
+            ended = error
+        await queue.put(ended)
 
     tasks = [asyncio.create_task(drain(stream)) for stream in streams]
     left = len(tasks)
     try:
         while left:
-            item = await queue.get()
-            if not isinstance(item, _Ended):
-                yield item
-            elif item.error is not None:
-                raise item.error
-            else:
-                left -= 1
+            match await queue.get():
+                case (item,):
+                    yield item
+                case Exception() as error:
+                    raise error
+                case None:
+                    left -= 1
     finally:
-        await cancelled(tasks)
-
-
-async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """All results, or the first error, and then the others were cancelled."""
-    tasks = [asyncio.create_task(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        await cancelled(tasks)
-
-
-async def cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel(*tasks)

@@ -1,8 +1,8 @@
 """The versions of one policy on disk: a record of each that was ever seen, and the files of those that are kept.
 
-The records are in a SQLite database: what a change touches is changed at once, and after SIGKILL or a loss of power it
-is there completely or not at all. A version's file is whole on disk before its record says so, and it is deleted after
-its record says so; what a kill leaves in between is deleted when the store is opened.
+`deployment.py` says how a version's state changes. The records are in a SQLite database: a change of several records is
+one transaction, also under SIGKILL or a loss of power. A version's file is complete before its record is written, and
+deleted after its record was changed. Files without a record are deleted when the store is opened.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.files import file_sha256, sync
 from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
+from mulligan.policy.config import ModelSettings
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_ENGINE = "engine-"
 _CREATE = """
 CREATE TABLE versions (
     policy_version INTEGER PRIMARY KEY,
@@ -56,11 +58,11 @@ _ON_DISK = (VersionState.SERVING, VersionState.KEPT)
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class VersionRecord:
     """What is known of a version.
 
     `origin` is the version of the weights that its model came with, so it is the same for all versions of one loaded
-    model. `source` names that model as the settings do. Checksums of engines can be compared where `setup` is equal.
+    model. `source` names that model (`source_of`). Checksums of engines can be compared where `setup` is equal.
     """
 
     version: PolicyVersion
@@ -73,15 +75,24 @@ class Record:
     def number(self) -> int:
         return self.version.policy_version
 
-    def now(self, **changes: Any) -> Record:
+    def now(self, **changes: Any) -> VersionRecord:
         """With these fields of the version changed."""
         return replace(self, version=replace(self.version, **changes))
 
 
-class VersionStore:
-    """`folder` is this policy's own; None: a temporary one. Methods wait for the disk: call them in a thread.
+def source_of(settings: ModelSettings) -> str:
+    """The name of a model across restarts: what the settings call it, and its backend."""
+    return f"{settings.backend}:{settings.model}"
 
-    Raises OSError when the folder cannot be used, or another process uses it. What writes raises DomainError DISK_FULL.
+
+class VersionStore:
+    """The folder of one policy: its versions, and a folder for each of its engines.
+
+    None stands for a temporary folder. Methods wait for the disk: call them in a thread. `stage` brings the file of a
+    new version into the store; `serve` records that it serves and deletes what is not kept any more; `refuse` and
+    `lose` record that it never will; `file` verifies the file of a kept version again before it is loaded.
+
+    Raises OSError when the folder cannot be used, or another process uses it. Writing raises DomainError DISK_FULL.
     """
 
     def __init__(self, folder: Path | None, keep: int):
@@ -99,6 +110,8 @@ class VersionStore:
             self._lock_file.close()
             raise
         self._clean()
+        for left_over in self._folder.glob(f"{_ENGINE}*"):
+            shutil.rmtree(left_over, ignore_errors=True)
 
     def close(self) -> None:
         with self._lock:
@@ -107,28 +120,30 @@ class VersionStore:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    @property
+    def engine_folder(self) -> Path:
+        """A new folder for the files of one engine. Whatever is left of it is deleted when the store is opened."""
+        return Path(tempfile.mkdtemp(prefix=_ENGINE, dir=self._folder))
+
     def next_version(self) -> int:
         """Greater than all that are known."""
         [(greatest,)] = self._query("SELECT max(policy_version) FROM versions")
         return 0 if greatest is None else int(greatest) + 1
 
-    def first_version(self, source: str) -> int:
-        """For the weights that a model comes with which is loaded when the service starts: what they had before the
-        restart, if it served this one. `source` is `loading.source_of` its settings."""
-        serving = self.serving
-        return serving.origin if serving is not None and serving.source == source else self.next_version
+    def first_version(self, source: str | None = None) -> int:
+        """The number of the weights that a model comes with: the next one. With `source`, of a model that the service
+        loads at its start, it is the one that they had before the restart, if this model served then."""
+        serving = self.serving() if source is not None else None
+        return serving.origin if serving is not None and serving.source == source else self.next_version()
 
-    @property
-    def serving(self) -> Record | None:
+    def serving(self) -> VersionRecord | None:
         found = self._records("WHERE state = ?", VersionState.SERVING)
         return found[0] if found else None
 
-    def get(self, number: int) -> Record | None:
+    def get(self, number: int) -> VersionRecord | None:
         found = self._records("WHERE policy_version = ?", number)
         return found[0] if found else None
 
-    def of_model(self, origin: int) -> list[Record]:
+    def of_model(self, origin: int) -> list[VersionRecord]:
         """All versions of one loaded model, newest first."""
         return self._records("WHERE origin = ? ORDER BY policy_version DESC", origin)
 
@@ -138,22 +153,22 @@ class VersionStore:
         rows = self._records("WHERE policy_version < ? ORDER BY policy_version DESC LIMIT ?", bound, limit)
         return tuple(record.version for record in rows)
 
-    def begin(self, record: Record) -> None:
-        """A model is served from now on, with the weights that it came with. The one before it has no future; the file
-        that it serves stays until `end`."""
+    def begin(self, record: VersionRecord) -> None:
+        """A model is served from now on, with the weights that it came with. No version of the model before it is kept;
+        the file that that one serves stays until `end`."""
         with self._transaction() as db:
             db.execute("UPDATE versions SET state = 'removed', canary = '[]' WHERE state IN ('serving', 'kept')")
             _put(db, record.now(state=VersionState.SERVING))
         self._held[record.origin] = record.number
 
     def end(self, origin: int) -> None:
-        """The model is closed: its files are not needed any more, unless it is to serve after a restart."""
+        """The model is closed. Its files are deleted, unless it serves again after a restart."""
         self._held.pop(origin, None)
         self._clean()
 
-    def serve(self, record: Record, withdrawn: str = "") -> None:
-        """This version serves from now on; the file of a new one was staged. With `withdrawn`, a reason, greater
-        versions that were kept are withdrawn. Then deletes what is not kept any more."""
+    def serve(self, record: VersionRecord, withdrawn: str = "") -> None:
+        """This version serves from now on; the file of a new one was staged before. `withdrawn` is the reason of a
+        rollback: greater versions are withdrawn. Deletes the files of versions that are not kept any more."""
         with self._transaction() as db:
             if withdrawn:
                 change = "UPDATE versions SET state = 'withdrawn', problem = ?, canary = '[]' "
@@ -170,13 +185,13 @@ class VersionStore:
         self._held[record.origin] = record.number
         self._clean()
 
-    def refuse(self, record: Record) -> None:
+    def refuse(self, record: VersionRecord) -> None:
         """It is never served."""
         with self._transaction() as db:
             _put(db, replace(record.now(state=VersionState.REFUSED), canary=()))
         self._clean()
 
-    def lose(self, record: Record) -> None:
+    def lose(self, record: VersionRecord) -> None:
         """Its file is gone, or another one."""
         with self._transaction() as db:
             _put(db, replace(record.now(state=VersionState.REMOVED), canary=()))
@@ -215,7 +230,7 @@ class VersionStore:
         """Deletes what was staged of a version."""
         shutil.rmtree(self._files / str(number), ignore_errors=True)
 
-    def file(self, record: Record) -> WeightsFile:
+    def file(self, record: VersionRecord) -> WeightsFile:
         """The files of a kept version, verified. Raises DomainError WEIGHTS_NOT_FOUND or CHECKSUM_MISMATCH."""
         folder = self._files / str(record.number)
         paths = {WeightsKind.FULL: folder / "model.safetensors", WeightsKind.LORA: folder, WeightsKind.ORIGINAL: None}
@@ -236,7 +251,7 @@ class VersionStore:
         with self._lock:
             return self._db.execute(statement, values).fetchall()
 
-    def _records(self, clause: str, *values: object) -> list[Record]:
+    def _records(self, clause: str, *values: object) -> list[VersionRecord]:
         return [_record(row) for row in self._query(f"SELECT {_COLUMNS} FROM versions {clause}", *values)]
 
     @contextmanager
@@ -302,7 +317,7 @@ def _open(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _put(db: sqlite3.Connection, record: Record) -> None:
+def _put(db: sqlite3.Connection, record: VersionRecord) -> None:
     version = record.version
     row = (
         version.policy_version,
@@ -327,7 +342,7 @@ def _put(db: sqlite3.Connection, record: Record) -> None:
     )
 
 
-def _record(row: Sequence[Any]) -> Record:
+def _record(row: Sequence[Any]) -> VersionRecord:
     number, origin, source, setup, kind, state, sha256, fingerprint, created, problem, difference, *rest = row
     checksum, model, canary = rest
     version = PolicyVersion(
@@ -343,4 +358,4 @@ def _record(row: Sequence[Any]) -> Record:
         model=model,
     )
     probes = tuple(CanaryProbe(tuple(ids), tuple(log_probs)) for ids, log_probs in json.loads(canary))
-    return Record(version, origin, source, setup, probes)
+    return VersionRecord(version, origin, source, setup, probes)

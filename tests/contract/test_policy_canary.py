@@ -32,7 +32,7 @@ from mulligan.models.build import build_model, write_untrained
 from mulligan.policy.backend import Backend
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import ModelSettings, PolicySettings
-from mulligan.policy.metrics import collected
+from mulligan.policy.gauges import collected
 from mulligan.policy.policies import Policies
 from mulligan.policy.servicer import add_to_server, health
 from mulligan.testing.weights import full_weights, load, plain_log_probs
@@ -120,7 +120,7 @@ async def faulty(model: Path, tmp_path: Path) -> AsyncIterator[Faulty]:
         started.set_result(address)
 
     policies = await Policies.open(settings, create)
-    with structlog.testing.capture_logs() as logged, collected(lambda: policies.deployments):
+    with structlog.testing.capture_logs() as logged, collected(policies):
         service = asyncio.create_task(
             serve(
                 settings,

@@ -13,7 +13,7 @@ import pytest
 from mulligan.common.errors import Code, DomainError, Reason
 from mulligan.common.inference import CallOptions, SamplingParams
 from mulligan.policy.config import PolicySettings
-from mulligan.policy.policies import CannotServe, Policies
+from mulligan.policy.policies import Policies
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
 from mulligan.testing.weights import full_weights, load, plain_log_probs
@@ -66,7 +66,7 @@ async def test_options_are_put_over_the_policy_s_own_settings() -> None:
         assert (settings.sglang.servers, settings.max_queue) == (("http://h:1",), 0)
         assert (await running.client.info()).backend == "sglang"
         await running.client.load_model("other", "two")
-        assert running.served.policies.get("other").models.newest.deployment.settings.max_queue == 7
+        assert running.served.policies.get("other").newest.settings.max_queue == 7
 
 
 async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for() -> None:
@@ -102,7 +102,7 @@ async def test_no_two_models_set_the_weights_of_one_server() -> None:
         await until(lambda: running.opened["one"].closed)
         await running.client.load_model("new", "four", "sglang", {"sglang.servers": ["http://h:1"]})
     settings = PolicySettings(model="one", backend="sglang", sglang=second, policies=policies)
-    with pytest.raises(CannotServe, match="http://h:3 serves the policy actor"):
+    with pytest.raises(ExceptionGroup, match="http://h:3 serves the policy actor"):
         await Policies.open(settings, Opened().create)
 
 

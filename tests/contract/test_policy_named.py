@@ -23,7 +23,7 @@ from mulligan.common.inference import (
 )
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
-from mulligan.policy.policies import CannotServe, Policies
+from mulligan.policy.policies import Policies
 from mulligan.testing.weights import load, plain_log_probs
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import Serving, serving
@@ -94,9 +94,9 @@ async def test_all_that_cannot_be_opened_is_told_and_nothing_stays_open() -> Non
     opened = Opened()
     policies = {"reference": {"model": "bad-1"}, "reflector": {"model": "bad-2"}, "opponent": {"model": "good"}}
     settings = PolicySettings(model="one", policies=policies)
-    with pytest.raises(CannotServe) as caught:
+    with pytest.raises(ExceptionGroup) as caught:
         await Policies.open(settings, opened.create)
-    assert caught.value.problems == {"reference": "bad-1 is bad", "reflector": "bad-2 is bad"}
+    assert [str(error) for error in caught.value.exceptions] == ["reference: bad-1 is bad", "reflector: bad-2 is bad"]
     assert len(opened.backends) == 2 and all(backend.closed for backend in opened.backends)
     assert not any(folder.exists() for folder in opened.folders)
 

@@ -12,7 +12,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.errors import Reason
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
-from mulligan.policy.policies import CannotServe, Policies
+from mulligan.policy.policies import Policies
 from mulligan.testing.processes import ProcessFailed, ServiceProcesses
 from mulligan.testing.weights import full_weights, load
 from tests.support.llama_model import write_llama_model
@@ -81,10 +81,10 @@ async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path:
     settings = {"state_folder": tmp_path / "state", "models_folder": tmp_path / "models"}
     async with started(**settings) as running:
         await running.client.load_model("actor", str(folder))
-    with pytest.raises(CannotServe, match=r"actor: .*loads no folders.*model\.json"):
+    with pytest.raises(ExceptionGroup, match=r"actor: .*loads no folders.*model\.json"):
         await Policies.open(PolicySettings(model="one", threads=1, state_folder=tmp_path / "state"), Opened().create)
     (tmp_path / "state" / "policies" / "actor" / "model.json").write_text("{")
-    with pytest.raises(CannotServe, match=r"actor: .*model\.json is damaged"):
+    with pytest.raises(ExceptionGroup, match=r"actor: .*model\.json is damaged"):
         await Policies.open(PolicySettings(model="one", threads=1, **settings), Opened().create)
 
 

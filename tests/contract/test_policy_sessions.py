@@ -12,7 +12,7 @@ import pytest
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CallOptions, Continuation, Message, Role, SamplingParams, StopReason
 from mulligan.models import EMBEDDED
-from mulligan.policy import models
+from mulligan.policy import policy
 from mulligan.testing.weights import load, plain_log_probs
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import Serving, serving
@@ -54,13 +54,13 @@ async def running(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Swapping]:
     opened = Opened()
     async with serving("one", create=opened.create, session_idle_seconds=3600) as served:
         swapping = Swapping(served, opened)
-        monkeypatch.setattr(models, "monotonic", lambda: swapping.clock)
+        monkeypatch.setattr("mulligan.policy.policy.monotonic", lambda: swapping.clock)
         yield swapping
 
 
 async def looked() -> None:
     """Whoever waits for sessions to end has looked at them in the meantime."""
-    await asyncio.sleep(3 * models._LOOK_SECONDS)
+    await asyncio.sleep(3 * policy._LOOK_SECONDS)
 
 
 async def test_sessions_stay_and_all_others_go_to_the_new_model(running: Swapping) -> None:
@@ -139,13 +139,16 @@ async def parts(swapping: Swapping, options: CallOptions) -> set[int]:
 
 
 async def test_of_more_sessions_than_are_kept_those_are_forgotten_that_asked_longest_ago(
-    running: Swapping, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(models, "_MOST_SESSIONS", 3)
-    for session in ("a", "b", "c", "a", "d"):
-        await running.version(session)
-    await running.load("two")
-    assert [await running.version(session) for session in ("a", "c", "d", "b")] == [0, 0, 0, 1]
+    monkeypatch.setattr("mulligan.policy.policy._MOST_SESSIONS", 3)
+    opened = Opened()
+    async with serving("one", create=opened.create) as served:
+        swapping = Swapping(served, opened)
+        for session in ("a", "b", "c", "a", "d"):
+            await swapping.version(session)
+        await swapping.load("two")
+        assert [await swapping.version(session) for session in ("a", "c", "d", "b")] == [0, 0, 0, 1]
 
 
 async def test_seconds_in_closed_models_are_counted(running: Swapping) -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from mulligan.common.errors import DomainError
 from mulligan.common.inference import Message, Role, SamplingParams, StopReason
-from mulligan.policy.policies import CannotServe
 from tests.support.paths import ROOT
 from tests.support.policy import serving
 
@@ -50,7 +49,7 @@ async def test_a_turn_ends_with_the_token_that_the_template_closes_it_with(other
 
 async def test_a_model_whose_template_closes_turns_with_words_is_refused(tmp_path: Path) -> None:
     spoken = "{% for message in messages %}{{ message.role + ': ' + message.content + '\n' }}{% endfor %}"
-    with pytest.raises(CannotServe, match="closes an assistant's turn with '\\\\n', and not with a control token"):
+    with pytest.raises(ExceptionGroup, match="closes an assistant's turn with '\\\\n', and not with a control token"):
         async with serving(changed(tmp_path, chat_template=spoken)):
             pass
 

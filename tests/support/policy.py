@@ -30,7 +30,7 @@ class Serving:
     @property
     def deployment(self) -> Deployment:
         """The newest model of the default policy."""
-        return self.policies.get().models.newest.deployment
+        return self.policies.get().newest
 
     @property
     def backend(self) -> Any:

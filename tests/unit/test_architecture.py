@@ -6,7 +6,8 @@ Every checker is a function of (source, path), so that each is also shown to not
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+import graphlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 
 import pytest
@@ -242,3 +243,51 @@ def test_commands_print_in_one_way(path: PurePosixPath) -> None:
 )
 def test_another_way_to_print_is_noticed(planted: str) -> None:
     assert printing_violations(planted, PurePosixPath("services/cli/new.py"))
+
+
+def circle(sources: Mapping[PurePosixPath, str]) -> list[str]:
+    """Modules of `mulligan` that import each other in a circle, [] if there are none. Imports within functions do not
+    count, those under TYPE_CHECKING do."""
+    modules = {
+        path: ".".join(["mulligan", *path.with_suffix("").parts[1:]]).removesuffix(".__init__") for path in sources
+    }
+    known = set(modules.values())
+    graph = {}
+    for path, source in sources.items():
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                node.body = [ast.Pass()]
+        found = {name if name in known else name.rpartition(".")[0] for _, name in imports(ast.unparse(tree), path)}
+        graph[modules[path]] = found & known
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle({path: (ROOT / path).read_text() for path in SERVICE_FILES}) == []
+
+
+@pytest.mark.parametrize(
+    ("planted", "found"),
+    [
+        ("from mulligan.policy.deployment import Deployment", True),
+        ("from mulligan.policy import deployment", True),
+        ("from .deployment import Deployment", True),
+        ("if TYPE_CHECKING:\n    import mulligan.policy.deployment", True),
+        ("def f():\n    from mulligan.policy.deployment import Deployment", False),
+        ("from mulligan.policy.backend import Backend", False),
+    ],
+)
+def test_a_circle_is_noticed(planted: str, found: bool) -> None:
+    sources = {
+        "services/policy/__init__.py": "",
+        "services/policy/backend.py": "",
+        "services/policy/deployment.py": "from mulligan.policy import loading",
+        "services/policy/loading.py": "from mulligan.policy.metrics import TOKENS",
+        "services/policy/metrics.py": planted,
+    }
+    assert bool(circle({PurePosixPath(path): source for path, source in sources.items()})) is found

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mulligan.models import EMBEDDED
 from mulligan.policy.huggingface.tokenizer import Tokenizer
-from mulligan.policy.streams import TextStream, merged, together, unsettling_token
+from mulligan.policy.streams import TextStream, merged, unsettling_token
 from tests.support.llama_model import write_llama_model
 from tests.support.tiny_model import write_tiny_model
 
@@ -171,29 +171,3 @@ async def test_a_listener_that_leaves_ends_them_all() -> None:
     async with aclosing(merged([counted(name, 10**9, closed) for name in "abc"])) as stream:
         assert await anext(stream) == "a0"
     assert sorted(closed) == ["a", "b", "c"]
-
-
-async def test_calls_together_end_together() -> None:
-    ended: list[str] = []
-
-    async def call(name: str, seconds: float, error: Exception | None = None) -> str:
-        try:
-            await asyncio.sleep(seconds)
-            if error is not None:
-                raise error
-            return name
-        finally:
-            ended.append(name)
-
-    assert await together([call("a", 0.01), call("b", 0)]) == ["a", "b"]
-    ended.clear()
-    with pytest.raises(RuntimeError, match="broken"):
-        await together([call("a", 3600), call("b", 0, RuntimeError("broken")), call("c", 3600)])
-    assert sorted(ended) == ["a", "b", "c"]
-    ended.clear()
-    waiting = asyncio.create_task(together([call("a", 3600), call("b", 3600)]))
-    await asyncio.sleep(0.01)
-    waiting.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-    assert sorted(ended) == ["a", "b"]

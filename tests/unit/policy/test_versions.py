@@ -23,14 +23,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.versions import Record, VersionStore
+from mulligan.policy.versions import VersionRecord, VersionStore
 from tests.support.paths import IMPORT_ROOTS, ROOT
 
 KEEP = 2
 PROBES = (CanaryProbe((1, 2, 3), (-0.5, -1.25)),)
 
 
-def record_of(number: int, origin: int, content: bytes | None, **changes: object) -> Record:
+def record_of(number: int, origin: int, content: bytes | None, **changes: object) -> VersionRecord:
     version = PolicyVersion(
         policy_version=number,
         kind=WeightsKind.ORIGINAL if content is None else WeightsKind.FULL,
@@ -40,7 +40,7 @@ def record_of(number: int, origin: int, content: bytes | None, **changes: object
         created_at=datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
         model="m",
     )
-    return replace(Record(version, origin, "transformers:m", "s", () if content is None else PROBES), **changes)  # type: ignore[arg-type]
+    return replace(VersionRecord(version, origin, "transformers:m", "s", () if content is None else PROBES), **changes)  # type: ignore[arg-type]
 
 
 def staged(store: VersionStore, folder: Path, number: int, content: bytes) -> WeightsFile:
@@ -62,9 +62,9 @@ def test_a_record_comes_back_as_it_was(store: VersionStore, tmp_path: Path) -> N
     staged(store, tmp_path, 4, b"four")
     record = record_of(4, 0, b"four").now(canary_difference=0.25, engine_checksum="c", problem="p")
     store.serve(record)
-    assert store.get(4) == record == store.serving
+    assert store.get(4) == record == store.serving()
     assert store.get(5) is None
-    assert store.next_version == 5
+    assert store.next_version() == 5
     assert [version.policy_version for version in store.versions(None, 10)] == [4, 0]
     assert [version.policy_version for version in store.versions(4, 10)] == [0]
     assert [version.policy_version for version in store.versions(None, 1)] == [4]
@@ -77,7 +77,7 @@ def test_a_file_is_linked_and_outlives_the_senders(store: VersionStore, tmp_path
     assert file.path is not None and file.path.samefile(published)
     store.serve(record_of(1, 0, b"one"))
     published.unlink()
-    record = store.serving
+    record = store.serving()
     assert record is not None
     assert store.file(record) == WeightsFile(file.path, WeightsKind.FULL, 1, record.version.sha256, PROBES)
 
@@ -175,7 +175,7 @@ class Versions(RuleBasedStateMachine):
     def next_version(self, gap: int) -> int:
         return max(self.states) + gap
 
-    def record(self, number: int) -> Record:
+    def record(self, number: int) -> VersionRecord:
         return record_of(number, self.origin, self.contents[number])
 
     def kept(self) -> list[int]:
@@ -224,7 +224,7 @@ class Versions(RuleBasedStateMachine):
     @rule()
     def load_another_model(self) -> None:
         before = self.origin
-        number = self.store.next_version
+        number = self.store.next_version()
         self.contents[number] = None
         self.store.begin(record_of(number, number, None))
         self.store.end(before)
@@ -245,8 +245,8 @@ class Versions(RuleBasedStateMachine):
     def all_is_known_and_what_is_kept_is_there(self) -> None:
         versions = self.store.versions(None, 1000)
         assert {version.policy_version: version.state for version in versions} == self.states
-        assert self.store.serving is not None and self.store.serving.number == self.serving
-        assert self.store.next_version == max(self.states) + 1
+        assert self.store.serving() is not None and self.store.serving().number == self.serving
+        assert self.store.next_version() == max(self.states) + 1
         for number, state in self.states.items():
             if state in (VersionState.SERVING, VersionState.KEPT):
                 record = self.store.get(number)
@@ -273,11 +273,11 @@ from mulligan.policy.versions import VersionStore
 
 folder = Path(sys.argv[1])
 store = VersionStore(folder / "store", 2)
-if store.serving is None:
+if store.serving() is None:
     store.begin(record_of(0, 0, None))
 print("ready", flush=True)
 while True:
-    number = store.next_version
+    number = store.next_version()
     content = str(number).encode() * 50_000
     staged(store, folder, number, content)
     if number % 7 == 3:
@@ -313,7 +313,7 @@ def test_killed_at_any_moment_it_comes_back_whole(tmp_path: Path) -> None:
         process.stdout.close()
         acknowledged = lines[-1] if lines else acknowledged
         store = VersionStore(tmp_path / "store", KEEP)
-        serving = store.serving
+        serving = store.serving()
         assert serving is not None
         states = {version.policy_version: version.state for version in store.versions(None, 1000)}
         assert states[int(acknowledged)] in (VersionState.SERVING, VersionState.KEPT, VersionState.WITHDRAWN)
@@ -342,7 +342,7 @@ def test_a_full_disk_is_told_and_the_version_before_serves(
     with pytest.raises(DomainError, match=f"the disk of {tmp_path / 'store'} is full") as caught:
         store.serve(replace(record_of(2, 0, b"two"), canary=probes))
     assert caught.value.reason is Reason.DISK_FULL
-    assert store.serving == record_of(1, 0, b"one") and store.get(2) is None
+    assert store.serving() == record_of(1, 0, b"one") and store.get(2) is None
 
     def no_links(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))

@@ -1,8 +1,7 @@
-"""What the canary compares, and who passes the gate meanwhile."""
+"""What the check of an engine's weights compares."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.inference import CanaryProbe, Feature, PolicyState, ReplicaInfo, VersionSpan, WeightsKind
+from mulligan.common.inference import CanaryProbe, Feature, ReplicaInfo, WeightsKind
 from mulligan.policy.backend import ModelInfo, Scored, WeightsFile
-from mulligan.policy.canary import Trial, check_probes, greatest_difference, tolerance_of
-from mulligan.policy.gate import Gate
 from mulligan.policy.huggingface.compare import alike, alike_original
-from mulligan.policy.versions import Record
+from mulligan.policy.preflight import check_probes
+from mulligan.policy.versions import VersionRecord
+from mulligan.policy.weight_check import WeightCheck, largest_difference, tolerance_of
 from tests.unit.policy.test_versions import record_of
 
 PROBE = CanaryProbe((1, 2, 3), (-0.5, -1.0))
@@ -69,17 +68,17 @@ _LOG_PROBS = st.lists(st.lists(st.floats(-30, 0), min_size=1, max_size=5), min_s
 @given(_LOG_PROBS, st.data())
 def test_the_difference_is_the_greatest_one(rows: list[list[float]], data: st.DataObject) -> None:
     probes = [CanaryProbe(tuple(range(len(row) + 1)), tuple(row)) for row in rows]
-    assert greatest_difference(probes, rows) == 0
+    assert largest_difference(probes, rows) == 0
     row = data.draw(st.integers(0, len(rows) - 1))
     place = data.draw(st.integers(0, len(rows[row]) - 1))
     changed = [list(each) for each in rows]
     changed[row][place] += 0.75
-    assert greatest_difference(probes, changed) == pytest.approx(0.75)
+    assert largest_difference(probes, changed) == pytest.approx(0.75)
     changed[row][place] = math.nan
-    assert math.isnan(greatest_difference(probes, changed))
+    assert math.isnan(largest_difference(probes, changed))
     changed[row].pop()
-    assert greatest_difference(probes, changed) == math.inf
-    assert greatest_difference(probes, rows[1:]) == math.inf
+    assert largest_difference(probes, changed) == math.inf
+    assert largest_difference(probes, rows[1:]) == math.inf
 
 
 @dataclass
@@ -102,13 +101,13 @@ class Engine:
 
 
 def trial(
-    *, expected: str = "", others: dict[str, Record] | None = None, same: bool = False, path: Path = Path("w")
-) -> Trial:
-    async def found_alike(_: WeightsFile, other: Record) -> bool:
+    *, expected: str = "", others: dict[str, VersionRecord] | None = None, same: bool = False, path: Path = Path("w")
+) -> WeightCheck:
+    async def found_alike(_: WeightsFile, other: VersionRecord) -> bool:
         return same
 
     weights = WeightsFile(path, WeightsKind.FULL, 7, "s", (PROBE,))
-    return Trial(weights, 1e-3, "float32", expected, others or {}, found_alike)
+    return WeightCheck(weights, 1e-3, "float32", expected, others or {}, found_alike)
 
 
 async def fails(check: Awaitable[None]) -> DomainError:
@@ -203,103 +202,3 @@ def test_adapters_are_alike_with_equal_tensors_and_settings(tmp_path: Path) -> N
     assert not alike(first, second, "float32")
     busy = weights_file(tmp_path / "c", {down: torch.ones(2, 2), up: torch.ones(2, 2)}, WeightsKind.LORA)
     assert not alike_original(busy, "m", "float32") and not alike(first, busy, "float32")
-
-
-@pytest.fixture
-def gate() -> Gate:
-    gate = Gate("actor", 0, lambda: True)
-    gate.open(0)
-    return gate
-
-
-async def settle() -> None:
-    for _ in range(5):
-        await asyncio.sleep(0)
-
-
-async def passes(gate: Gate, version: int | None = None, wait: float = 0.0) -> int:
-    async with gate.serving(version, wait):
-        return gate.policy_version
-
-
-async def refuses(call: Awaitable[object], reason: Reason) -> DomainError:
-    with pytest.raises(DomainError) as caught:
-        await call
-    assert caught.value.reason is reason
-    return caught.value
-
-
-@pytest.mark.parametrize("phase", [PolicyState.UPDATING, PolicyState.RELEASED])
-async def test_calls_wait_while_weights_change(gate: Gate, phase: PolicyState) -> None:
-    gate.set(phase)
-    calls = [asyncio.create_task(passes(gate, version)) for version in (None, 0, 3)]
-    await settle()
-    assert not any(call.done() for call in calls)
-    gate.open(3)
-    assert await asyncio.gather(*calls) == [3, 3, 3]
-    assert gate.in_flight == 0
-
-
-async def test_a_version_is_waited_for_as_long_as_asked(gate: Gate) -> None:
-    error = await refuses(passes(gate, 1), Reason.POLICY_VERSION_TOO_OLD)
-    assert error.metadata == {"policy_version": "0"}
-    await refuses(passes(gate, 1, 0.01), Reason.POLICY_VERSION_TOO_OLD)
-    waiting = asyncio.create_task(passes(gate, 2, 3600))
-    await settle()
-    gate.open(1)
-    await settle()
-    assert not waiting.done()
-    gate.set(PolicyState.UPDATING)
-    gate.open(2)
-    assert await waiting == 2
-
-
-async def test_calls_are_refused_with_the_reason(gate: Gate) -> None:
-    gate.set(PolicyState.UPDATING)
-    waiting = asyncio.create_task(passes(gate))
-    await settle()
-    gate.set(PolicyState.REFUSED, "nothing passes")
-    assert "nothing passes" in (await refuses(waiting, Reason.POLICY_REFUSED)).message
-    await refuses(passes(gate), Reason.POLICY_REFUSED)
-    gate.open(1)
-    assert await passes(gate) == 1 and gate.problem == ""
-
-
-async def test_without_engines_calls_are_told_to_come_again() -> None:
-    here = False
-    gate = Gate("actor", 0, lambda: here)
-    gate.open(0)
-    assert gate.state is PolicyState.UNAVAILABLE
-    error = await refuses(passes(gate), Reason.ENGINE_UNAVAILABLE)
-    assert error.retry_after is not None
-    here = True
-    assert await passes(gate) == 0 and gate.state is PolicyState.SERVING
-
-
-async def test_what_unverified_weights_sampled_is_not_answered(gate: Gate) -> None:
-    old = [VersionSpan(0, 5)]
-    mixed = [VersionSpan(0, 2), VersionSpan(1, 3)]
-    gate.set(PolicyState.UPDATING)
-    assert await gate.verified(old)  # what was checked before needs no waiting
-    waiting = asyncio.create_task(gate.verified(mixed))
-    await settle()
-    assert not waiting.done()
-    gate.open(1)
-    assert await waiting
-    gate.set(PolicyState.UPDATING)
-    refused = asyncio.create_task(gate.verified([VersionSpan(2, 1)]))
-    await settle()
-    assert not refused.done(), "to sample again there must be weights that serve"
-    gate.open(1, "version 2 failed")
-    assert not await refused
-    gate.set(PolicyState.REFUSED)
-    assert await gate.verified(mixed)
-    await refuses(gate.verified([VersionSpan(3, 1)]), Reason.POLICY_REFUSED)
-
-
-async def test_memory_is_released_when_no_call_is_in_flight(gate: Gate) -> None:
-    async with gate.serving():
-        drained = asyncio.create_task(gate.drained())
-        await settle()
-        assert not drained.done() and gate.in_flight == 1
-    await drained

@@ -1,19 +1,32 @@
-"""What is wrong with a request, before any engine sees it. Each check raises a DomainError that names the field."""
+"""Checks of a request before any engine is asked. Each raises a DomainError that names the field."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from mulligan.common.errors import DomainError, Reason, invalid_field
-from mulligan.common.inference import CallOptions, Continuation, Feature, Prompt, SamplingParams
+from mulligan.common.inference import (
+    CallOptions,
+    CanaryProbe,
+    Continuation,
+    Feature,
+    Prompt,
+    PublishedWeights,
+    SamplingParams,
+    VersionState,
+    WeightsKind,
+)
 from mulligan.policy.backend import ModelInfo
+from mulligan.policy.versions import VersionRecord
 
 _LOWEST_TEMPERATURE = 1e-3  # below it, logits / temperature may exceed float32
 MOST_SAMPLES = 256
+WEIGHT_FEATURES = {WeightsKind.FULL: Feature.FULL_WEIGHTS, WeightsKind.LORA: Feature.LORA_WEIGHTS}
 
 
 def check_sampling(sampling: SamplingParams, model: ModelInfo) -> None:
@@ -88,12 +101,64 @@ def check_score(sequences: Sequence[Sequence[int]], temperature: float, adapter:
         check_tokens(f"sequences[{index}]", sequence, model, model.context_length)
 
 
-def need_stream(model: ModelInfo) -> None:
+def check_stream(model: ModelInfo) -> None:
     _need(model, Feature.STREAM, "request")
 
 
+def check_update(
+    weights: PublishedWeights, model: ModelInfo, present: VersionRecord, known: VersionRecord | None, following: int
+) -> None:
+    """`present` serves, or should; `known` is the record of the same number; `following` is the next free number."""
+    feature = WEIGHT_FEATURES[weights.kind]
+    if feature not in model.features:
+        message = f"kind: the engine of {model.model} takes no {weights.kind} weights"
+        raise DomainError(Reason.UNSUPPORTED_OPTION, message, field="kind", feature=feature)
+    number = weights.policy_version
+    conflict = ""
+    if known is not None and known.version.sha256 != weights.sha256:
+        conflict = f"version {number} is known with other weights"
+    elif known is not None and known.version.state in (VersionState.REFUSED, VersionState.WITHDRAWN):
+        conflict = f"version {number} was {known.version.state}: {known.version.problem}"
+    elif number < present.number:
+        conflict = f"{number} is not greater"
+    if conflict:
+        message = f"version {present.number} serves: {conflict}"
+        raise DomainError(Reason.VERSION_CONFLICT, message, policy_version=present.number, next_version=following)
+    if weights.fingerprint != model.fingerprint:
+        raise DomainError(
+            Reason.MODEL_MISMATCH,
+            f"the weights are of a model {weights.fingerprint}; this one, {model.model}, is {model.fingerprint}",
+        )
+    check_probes(weights.canary, model)
+
+
+def check_release(model: ModelInfo) -> None:
+    if Feature.MEMORY_RELEASE not in model.features:
+        message = f"the engine of {model.model} cannot release its memory"
+        raise DomainError(Reason.UNSUPPORTED_OPTION, message, field="policy", feature=Feature.MEMORY_RELEASE)
+
+
+def check_probes(probes: Sequence[CanaryProbe], model: ModelInfo) -> None:
+    """Raises DomainError INVALID_FIELD, or UNSUPPORTED_OPTION where the engine cannot score."""
+    if probes and Feature.SCORE not in model.features:
+        raise DomainError(
+            Reason.UNSUPPORTED_OPTION, f"canary: {model.model} cannot score", field="canary", feature=Feature.SCORE
+        )
+    for index, probe in enumerate(probes):
+        field = f"canary[{index}]"
+        count = len(probe.token_ids)
+        if count < 2 or (model.context_length and count > model.context_length):
+            raise invalid_field(f"{field}.token_ids", f"2 to {model.context_length or 65536} tokens")
+        if any(token < 0 or (model.vocabulary_size and token >= model.vocabulary_size) for token in probe.token_ids):
+            raise invalid_field(f"{field}.token_ids", f"ids from 0 to {model.vocabulary_size - 1}")
+        if len(probe.log_probs) != count - 1:
+            raise invalid_field(f"{field}.log_probs", f"{count - 1} values, one per token after the first")
+        if not all(math.isfinite(value) for value in probe.log_probs):
+            raise invalid_field(f"{field}.log_probs", "finite values")
+
+
 def check_tokens(field: str, token_ids: Sequence[int], model: ModelInfo, longest: int) -> None:
-    """`longest` is of no account where the model's context length is not known."""
+    """`longest` is not used where the model's context length is not known."""
     if len(token_ids) == 0:
         raise _empty(field, "token")
     if model.context_length and len(token_ids) > longest:

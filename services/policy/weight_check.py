@@ -1,5 +1,8 @@
-"""Whether an engine serves the weights that it was given: its log-probabilities against the trainer's, and its own
-checksum of the weights against those of all other versions; on every replica."""
+"""Whether an engine holds the weights that it was given.
+
+Its log-probabilities are compared with the trainer's, and its own checksum with those of all other versions. Each
+replica is checked.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,11 @@ import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mulligan.common.errors import DomainError, Reason, invalid_field
-from mulligan.common.inference import CanaryProbe, Feature, WeightsKind
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import CanaryProbe, WeightsKind
 from mulligan.common.safetensors_header import BadSafetensors, read_header
-from mulligan.policy.backend import ModelInfo, Replica, WeightsFile
-from mulligan.policy.versions import Record
+from mulligan.policy.backend import Replica, WeightsFile
+from mulligan.policy.versions import VersionRecord
 
 # As safetensors and as torch name them.
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -20,32 +23,13 @@ LOW_PRECISION_TOLERANCE = 0.25
 
 
 def tolerance_of(setting: float, dtype: str) -> float:
-    """The largest difference in log-probability; 0 in the settings leaves the choice to the arithmetic."""
+    """The largest difference in log-probability that passes. 0 in the settings: it depends on `dtype`."""
     return setting or (FLOAT32_TOLERANCE if dtype in ("float32", "float64") else LOW_PRECISION_TOLERANCE)
 
 
-def check_probes(probes: Sequence[CanaryProbe], model: ModelInfo) -> None:
-    """Raises DomainError INVALID_FIELD, or UNSUPPORTED_OPTION where the engine cannot score."""
-    if probes and Feature.SCORE not in model.features:
-        raise DomainError(
-            Reason.UNSUPPORTED_OPTION, f"canary: {model.model} cannot score", field="canary", feature=Feature.SCORE
-        )
-    for index, probe in enumerate(probes):
-        field = f"canary[{index}]"
-        count = len(probe.token_ids)
-        if count < 2 or (model.context_length and count > model.context_length):
-            raise invalid_field(f"{field}.token_ids", f"2 to {model.context_length or 65536} tokens")
-        if any(token < 0 or (model.vocabulary_size and token >= model.vocabulary_size) for token in probe.token_ids):
-            raise invalid_field(f"{field}.token_ids", f"ids from 0 to {model.vocabulary_size - 1}")
-        if len(probe.log_probs) != count - 1:
-            raise invalid_field(f"{field}.log_probs", f"{count - 1} values, one per token after the first")
-        if not all(math.isfinite(value) for value in probe.log_probs):
-            raise invalid_field(f"{field}.log_probs", "finite values")
-
-
-def greatest_difference(probes: Sequence[CanaryProbe], log_probs: Sequence[Sequence[float]]) -> float:
-    """In absolute log-probability; NaN when any is, infinite when the engine answered another number of them."""
-    greatest = 0.0
+def largest_difference(probes: Sequence[CanaryProbe], log_probs: Sequence[Sequence[float]]) -> float:
+    """Of absolute differences in log-probability. NaN if any is NaN; infinite if the engine answered more or fewer."""
+    largest = 0.0
     if len(probes) != len(log_probs):
         return math.inf
     for probe, found in zip(probes, log_probs, strict=True):
@@ -55,26 +39,26 @@ def greatest_difference(probes: Sequence[CanaryProbe], log_probs: Sequence[Seque
             difference = abs(ours - theirs)
             if math.isnan(difference):
                 return difference
-            greatest = max(greatest, difference)
-    return greatest
+            largest = max(largest, difference)
+    return largest
 
 
 @dataclass(slots=True)
-class Trial:
-    """The check of one version's weights, replica by replica.
+class WeightCheck:
+    """The check of one version's weights. `admit` is called for each replica that has loaded them.
 
-    `expected` is the checksum that engines found before for the same weights, "" when none did. `others` are the
-    checksums of all other weights of the model, and the versions that have them. `alike` tells whether such a version
-    is the same numbers in another file, so that engines cannot but find the same checksum.
+    `expected` is the checksum that engines found before for the same weights, "" if none did. `others` maps the
+    checksums of all other weights of the model to their versions. `alike` tells whether such a version holds the same
+    numbers in another file: engines find the same checksum then.
     """
 
     weights: WeightsFile
     tolerance: float
     dtype: str  # of the engines' arithmetic
     expected: str
-    others: Mapping[str, Record]
-    alike: Callable[[WeightsFile, Record], Awaitable[bool]]
-    difference: float | None = None  # the greatest of all replicas
+    others: Mapping[str, VersionRecord]
+    alike: Callable[[WeightsFile, VersionRecord], Awaitable[bool]]
+    difference: float | None = None  # the largest of all replicas; None if nothing was compared
     checksum: str = ""
 
     async def admit(self, replica: Replica) -> None:
@@ -86,7 +70,7 @@ class Trial:
     async def _compare(self, replica: Replica) -> None:
         probes = self.weights.canary
         scored = await replica.score([probe.token_ids for probe in probes], 1.0)
-        found = greatest_difference(probes, scored.log_probs)
+        found = largest_difference(probes, scored.log_probs)
         if self.difference is None or not found <= self.difference:
             self.difference = found
         if not found <= self.tolerance:  # NaN is no agreement
