@@ -2,19 +2,18 @@
 
 A version of the weights goes through these states. `Deployment` changes them, `versions.py` records the last five.
 
-    state      how it gets there                        calls meanwhile      what follows
-    staged     UpdateWeights: its file is in the        pass                 loading
+    state      how a version gets there                calls meanwhile   what follows
+    staged     UpdateWeights: its file is in the       pass              loading
                store, with the right checksum
-    loading    every engine loads the file              wait                 checking; forgotten if engines refuse it
-    checking   every engine is asked for its            wait                 serving; refused if one of them fails
-               log-probabilities and its checksum
-    serving    all engines passed                       pass                 kept; withdrawn
-    kept       a newer version serves; the file stays   -                    loading (Rollback); withdrawn; removed
-    refused    an engine failed the check               -                    none: the number is never loaded again
-    withdrawn  Rollback chose a version before it       -                    none: the number is never loaded again
-    removed    newer versions took its place, or its    -                    staged, if it is published again
-               file is damaged, or the model was
-               replaced
+    loading    every engine loads the file             wait              checking; forgotten if engines refuse it
+    checking   every engine is asked for               wait              serving; refused if an engine fails, or kept
+               log-probabilities and its checksum                        if it was kept before
+    serving    every engine passed                     pass              kept; withdrawn
+    kept       a newer version serves, its file stays  -                 loading, by Rollback; withdrawn; removed
+    refused    an engine failed its check              -                 none: the number is never loaded again
+    withdrawn  Rollback chose a version before it      -                 none: the number is never loaded again
+    removed    its file is gone: too many newer ones,  -                 staged, if it is published again before a
+               a damaged file, or another model                          greater version serves
 
 A failure between staging and serving leaves the version that served before. If the engines may hold other weights by
 then, it is loaded and checked in its turn, while calls wait. If that fails, too, the deployment is REFUSED: calls fail

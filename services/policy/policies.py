@@ -35,8 +35,8 @@ from mulligan.policy.config import ModelSettings, PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend, create_backend
 from mulligan.policy.gauges import gauges
+from mulligan.policy.model_request import ModelRequest, check_folders, model_settings, servers_of, settings_digest
 from mulligan.policy.policy import Policy
-from mulligan.policy.requested import Requested, check_folders, identity, plain, servers_of
 from mulligan.policy.uploads import Uploads
 from mulligan.policy.versions import VersionStore
 
@@ -57,7 +57,7 @@ class Policies(Collector):
     def __init__(self, settings: PolicySettings, create: OpenBackend):
         self.settings = settings
         self._create = create
-        self._own: dict[str, ModelSettings] = {settings.default_policy: plain(settings), **settings.policies}
+        self._own: dict[str, ModelSettings] = {settings.default_policy: model_settings(settings), **settings.policies}
         self._policies: dict[str, Policy] = {}
         self._opening: list[tuple[str, ModelSettings]] = []
         self._loading: dict[str, asyncio.Lock] = {}
@@ -134,8 +134,8 @@ class Policies(Collector):
         self, policy: str, model: str, backend: str = "", options: Mapping[str, str] | None = None
     ) -> PolicyInfo:
         """`options` are settings by dotted name, values as JSON."""
-        own = identity(self._own.get(policy))
-        request = Requested(model=model, backend=backend, options=dict(options or {}), own=own)
+        own = settings_digest(self._own.get(policy))
+        request = ModelRequest(model=model, backend=backend, options=dict(options or {}), own=own)
         return await self._shielded(self._load(policy, request))
 
     async def unload_model(self, policy: str) -> None:
@@ -155,7 +155,7 @@ class Policies(Collector):
             if isinstance(result, BaseException):
                 raise result
 
-    async def _load(self, name: str, request: Requested) -> PolicyInfo:
+    async def _load(self, name: str, request: ModelRequest) -> PolicyInfo:
         async with self._lock(name):
             settings = request.settings(self._own.get(name))
             await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
@@ -196,14 +196,14 @@ class Policies(Collector):
     async def _restore(self, name: str) -> None:
         own = self._own.get(name)
         path = self._request_file(name)
-        request = await asyncio.to_thread(Requested.read, path) if path is not None else None
-        if request is not None and request.own != identity(own):
+        request = await asyncio.to_thread(ModelRequest.read, path) if path is not None else None
+        if request is not None and request.own != settings_digest(own):
             log.warning("the settings of a policy changed: they replace what was loaded", policy=name)
             request = None
             await asyncio.to_thread(self._forget, name)
         if request is None and own is None:
             return
-        settings = request.settings(own) if request is not None else plain(own or self.settings)
+        settings = request.settings(own) if request is not None else model_settings(own or self.settings)
         with self._servers_of(name, settings):
             policy = await self._new_policy(name)
             try:
@@ -219,7 +219,8 @@ class Policies(Collector):
 
     @contextmanager
     def _servers_of(self, name: str, settings: ModelSettings) -> Iterator[None]:
-        """Around the opening of a model: two that set the weights of one server would be in each other's way."""
+        """Held while a model is opened. Raises DomainError INVALID_SETTING when another policy sets the weights of a
+        server that the model asks for."""
         serving = [(policy.name, each.settings) for policy in self._policies.values() for each in policy.deployments]
         used = [*serving, *self._opening]
         for other, taken in used:
@@ -252,7 +253,7 @@ class Policies(Collector):
             return []
         return [path.parent.name for path in (self.settings.state_folder / "policies").glob("*/model.json")]
 
-    def _remember(self, name: str, request: Requested) -> None:
+    def _remember(self, name: str, request: ModelRequest) -> None:
         if (path := self._request_file(name)) is not None:
             request.write(path)
 

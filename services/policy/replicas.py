@@ -1,13 +1,13 @@
 """Several policy servers as one `PolicyPort`, at one version.
 
-**Who is asked.** A call goes to the server with the fewest calls in flight, in turns where they are equal; a session
-stays with its server, for the engine's prefix cache, and moves for good when that one is away. A call that was not
-answered is made again elsewhere: with a seed it gives the same, without one a sample as good as the lost one.
+**Which server is asked.** A call goes to the server with the fewest calls in flight, in turns if they are equal. A
+session stays with its server, for the engine's prefix cache; when that server is away, it moves for good. A call that
+was not answered is repeated at another server: with a seed the answer is the same, without one it is another sample.
 
-**Which version.** New weights go to every server. It is a success when all that are up, and served the version before,
-took them; when one of those refuses them, the others are rolled back, so that no two serve different versions, and the
-update fails as that of one server does. A server that was away meanwhile, joins, or comes back without its weights is
-not asked until it was brought to the version; one that cannot be is left out, and the run is told why.
+**Which version.** New weights go to every server. The update succeeds when all servers that are up, and served the
+version before, took them. When one of these refuses them, the others are rolled back, so that no two serve different
+versions, and the update fails as that of one server does. A server that was away, joins, or comes back without its
+weights is brought to the version before it is asked. One that cannot be is left out, and the run is told why.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, unquote
 
 import structlog
+from cachetools import LRUCache
 
 from mulligan.common.addresses import Addresses
 from mulligan.common.channel import Endpoint, Waits
@@ -30,17 +30,17 @@ from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnava
 from mulligan.common.inference import (
     CallOptions,
     Completion,
+    Feature,
     PolicyInfo,
     PolicyState,
     PolicyVersion,
     Prompt,
     PublishedWeights,
     SamplingParams,
+    VersionState,
     WeightsKind,
 )
-from mulligan.common.replicas import Replicas
-from mulligan.common.replicas import ServerReplica as Replica
-from mulligan.policy.admission import Server, Shared, agreed, at, is_refusal, refusal_of, tells, unlike
+from mulligan.common.replicas import Replicas, ServerReplica
 from mulligan.policy.client import PolicyClient
 
 log = structlog.get_logger()
@@ -48,12 +48,54 @@ R = TypeVar("R")
 _PLAIN = CallOptions()
 _MOST_SESSIONS = 65_536  # those that asked longest ago are forgotten, and may move when they ask again
 _TO_UPLOAD = "replicas:"
+# What servers of one policy have in common.
+_ALIKE = (
+    "fingerprint",
+    "context_length",
+    "vocabulary_size",
+    "end_of_turn_token_ids",
+    "rewrites_history",
+    "deterministic",
+    "features",
+    "frozen",
+)
+_TELLING = (VersionState.SERVING, VersionState.WITHDRAWN, VersionState.REFUSED, VersionState.KEPT)
 _ELSEWHERE = (
     Reason.POLICY_VERSION_TOO_OLD,
     Reason.POLICY_REFUSED,
     Reason.ENGINE_UNAVAILABLE,
     Reason.UNKNOWN_POLICY,
 )
+
+
+class KnownServer:
+    """The client of one server, and what is known of its policies, by name.
+
+    `infos` has their last descriptions. `refusals` says why a policy is not asked there, None if it is; one that is
+    missing there has to be looked at first.
+    """
+
+    def __init__(self, client: PolicyClient):
+        self.client = client
+        self.infos: dict[str, PolicyInfo] = {}
+        self.refusals: dict[str, DomainError | None] = {}
+        self.turn = 0  # of the last call
+
+    def asked(self, policy: str) -> bool:
+        return policy in self.refusals and self.refusals[policy] is None
+
+    async def close(self) -> None:
+        await self.client.close()
+
+
+@dataclass
+class SharedPolicy:
+    """One policy at all servers. They are asked at `version`; `target` are its weights, if they were published here."""
+
+    name: str
+    reference: PolicyInfo
+    version: int
+    target: PublishedWeights | None = None
 
 
 def connect(
@@ -75,29 +117,34 @@ def connect(
     if addresses.single:
         return open_client(endpoint)
 
-    def open_server(address: str) -> Server:
-        return Server(open_client(replace(endpoint, address=address, outage_seconds=0.0)))
+    def open_server(address: str) -> KnownServer:
+        return KnownServer(open_client(replace(endpoint, address=address, outage_seconds=0.0)))
 
     return PolicyReplicas(addresses, open_server, outage_seconds=endpoint.outage_seconds, on_outage=on_outage)
 
 
 class PolicyReplicas:
-    """A `PolicyPort`. Made by `connect`. Calls wait `outage_seconds` while no server can be asked."""
+    """A `PolicyPort`, made by `connect`. Calls wait `outage_seconds` while no server can be asked.
+
+    A call (`_ask`) chooses a server that may be asked for its policy, and another one when that fails. `_check` runs in
+    the background for each server that is not used: it looks at its policies and brings those that are behind to their
+    version. An update (`_publish`) goes to all servers at once, and `_take_back` rolls them back.
+    """
 
     def __init__(
         self,
         addresses: Addresses,
-        open_server: Callable[[str], Server],
+        open_server: Callable[[str], KnownServer],
         *,
         outage_seconds: float,
         on_outage: Callable[[str], None] | None = None,
     ):
-        self._replicas: Replicas[Server] = Replicas(
+        self._replicas: Replicas[KnownServer] = Replicas(
             addresses, open_server, self._check, outage_seconds=outage_seconds, notice=on_outage
         )
-        self._policies: dict[str, Shared] = {}
+        self._policies: dict[str, SharedPolicy] = {}
         self._names: dict[str, str] = {}  # as asked, "" for the default policy → as the servers call it
-        self._sessions: OrderedDict[str, Replica[Server]] = OrderedDict()
+        self._sessions: LRUCache[str, ServerReplica[KnownServer]] = LRUCache(_MOST_SESSIONS)
         self._turns = itertools.count(1)
         self._publishing = asyncio.Lock()
 
@@ -115,7 +162,7 @@ class PolicyReplicas:
             shared = self._policies.get(name)
             numbers = {info.policy_version for info in asked.values()}
             if shared is None or shared.target is None or not numbers or max(numbers) > shared.version:
-                shared = self._policies[name] = agreed(name, found)
+                shared = self._policies[name] = _agreed(name, found)
                 asked = infos
             for replica, info in infos.items():
                 replica.client.infos[name] = info
@@ -142,7 +189,7 @@ class PolicyReplicas:
         merged: dict[int, PolicyVersion] = {}
         for version in itertools.chain.from_iterable(answers):
             other = merged.setdefault(version.policy_version, version)
-            if tells(version) < tells(other):
+            if _tells(version) < _tells(other):
                 merged[version.policy_version] = version
         return tuple(merged[number] for number in sorted(merged, reverse=True))
 
@@ -171,7 +218,7 @@ class PolicyReplicas:
     async def close(self) -> None:
         await self._replicas.close()
 
-    async def _known(self, policy: str) -> Shared:
+    async def _known(self, policy: str) -> SharedPolicy:
         if policy not in self._names:
             await self.info(policy)
         return self._policies[self._names[policy]]
@@ -180,7 +227,7 @@ class PolicyReplicas:
         await self._known(options.policy)
         waits = Waits(self._replicas.text, self._replicas.outage_seconds)
         since: float | None = None
-        full: dict[Replica[Server], ServiceUnavailable] = {}
+        full: dict[ServerReplica[KnownServer], ServiceUnavailable] = {}
         while True:
             policy = await self._known(options.policy)  # as it is now: it may have been published meanwhile
             replica = self._choose(policy.name, options.session_id, full)
@@ -214,8 +261,8 @@ class PolicyReplicas:
                 replica.in_flight -= 1
 
     def _choose(
-        self, policy: str, session_id: str, but: dict[Replica[Server], ServiceUnavailable]
-    ) -> Replica[Server] | None:
+        self, policy: str, session_id: str, but: dict[ServerReplica[KnownServer], ServiceUnavailable]
+    ) -> ServerReplica[KnownServer] | None:
         able = [replica for replica in self._replicas.usable if replica.client.asked(policy) and replica not in but]
         if not able:
             return None
@@ -225,12 +272,9 @@ class PolicyReplicas:
         chosen.client.turn = next(self._turns)
         if session_id:
             self._sessions[session_id] = chosen
-            self._sessions.move_to_end(session_id)
-            if len(self._sessions) > _MOST_SESSIONS:
-                self._sessions.popitem(last=False)
         return chosen
 
-    def _refuse_without_hope(self, policy: Shared, options: CallOptions) -> None:
+    def _refuse_without_hope(self, policy: SharedPolicy, options: CallOptions) -> None:
         """Raises when all servers that are up were looked at, and none can be asked."""
         said = [replica.client.refusals.get(policy.name) for replica in self._replicas.usable]
         refusals = [refusal for refusal in said if refusal is not None]
@@ -241,19 +285,21 @@ class PolicyReplicas:
         message = f"no server of {policy.name!r} serves version {policy.version}: {'; '.join(map(str, refusals))}"
         raise DomainError(Reason.POLICY_VERSION_TOO_OLD, message)
 
-    def _set_aside(self, replica: Replica[Server], policy: Shared) -> None:
-        """Until it was looked at."""
+    def _set_aside(self, replica: ServerReplica[KnownServer], policy: SharedPolicy) -> None:
+        """It is not asked until it was looked at."""
         replica.client.refusals.pop(policy.name, None)
         self._replicas.check(replica)
 
-    async def _ask_all(self, ask: Callable[[PolicyClient], Awaitable[R]]) -> dict[Replica[Server], R | DomainError]:
+    async def _ask_all(
+        self, ask: Callable[[PolicyClient], Awaitable[R]]
+    ) -> dict[ServerReplica[KnownServer], R | DomainError]:
         """What each server that is up answers; waits for the first."""
         await self._replicas.ready()
         since = time.monotonic()
         while True:
             present = self._replicas.present
             answers = await asyncio.gather(*(ask(replica.client.client) for replica in present), return_exceptions=True)
-            found: dict[Replica[Server], R | DomainError] = {}
+            found: dict[ServerReplica[KnownServer], R | DomainError] = {}
             for replica, answer in zip(present, answers, strict=True):
                 if isinstance(answer, ServiceUnavailable | CallFailed):
                     self._replicas.failed(replica, getattr(answer, "cause", str(answer)))
@@ -265,7 +311,7 @@ class PolicyReplicas:
                 return found
             await self._replicas.change(since)
 
-    async def _check(self, replica: Replica[Server]) -> bool:
+    async def _check(self, replica: ServerReplica[KnownServer]) -> bool:
         """Whether all policies in use can be asked there; brings those that are behind to their version."""
         async with self._publishing:
             pass
@@ -275,7 +321,7 @@ class PolicyReplicas:
             try:
                 info = replica.client.infos[policy.name] = await replica.client.client.info(policy.name)
                 target = policy.target
-                if target is not None and info.policy_version < policy.version and not unlike(policy.reference, info):
+                if target is not None and info.policy_version < policy.version and not _unlike(policy.reference, info):
                     await self._bring(replica, target, policy.name)
                     log.info("a server was brought to a version", endpoint=replica.address, version=policy.version)
                     info = replica.client.infos[policy.name]
@@ -287,10 +333,10 @@ class PolicyReplicas:
                 self._judge(replica, policy, info)
         return all(replica.client.asked(name) for name in self._policies)
 
-    def _judge(self, replica: Replica[Server], policy: Shared, info: PolicyInfo) -> None:
-        self._refuse(replica, policy, refusal_of(policy, info))
+    def _judge(self, replica: ServerReplica[KnownServer], policy: SharedPolicy, info: PolicyInfo) -> None:
+        self._refuse(replica, policy, _refusal_of(policy, info))
 
-    def _refuse(self, replica: Replica[Server], policy: Shared, refusal: DomainError | None) -> None:
+    def _refuse(self, replica: ServerReplica[KnownServer], policy: SharedPolicy, refusal: DomainError | None) -> None:
         """Does not ask a server for this policy until it passes a check; None: asks it."""
         server = replica.client
         before = server.refusals.get(policy.name)
@@ -305,7 +351,7 @@ class PolicyReplicas:
             self._replicas.tell("a policy server is asked again", endpoint=replica.address, policy=policy.name)
         self._replicas.wake()
 
-    async def _bring(self, replica: Replica[Server], weights: PublishedWeights, name: str) -> float | None:
+    async def _bring(self, replica: ServerReplica[KnownServer], weights: PublishedWeights, name: str) -> float | None:
         client = replica.client.client
         if weights.uri.startswith(_TO_UPLOAD):
             path = Path(unquote(weights.uri.removeprefix(_TO_UPLOAD)))
@@ -315,8 +361,14 @@ class PolicyReplicas:
         server.infos[name] = replace(server.infos[name], policy_version=weights.policy_version, problem="")
         return difference
 
-    async def _publish(self, weights: PublishedWeights, policy: Shared) -> list[float | None]:
-        """What the canaries of the servers that took the weights found; none when all are away."""
+    async def _publish(self, weights: PublishedWeights, policy: SharedPolicy) -> list[float | None]:
+        """What the canaries of the servers that took the weights found; empty when all servers are away.
+
+        `sglang/updates.py` spreads weights over the engines of one server, and shares no code with this. An engine that
+        refuses may hold a part of the new weights, so all engines load the old ones again, step by step together. A
+        server that refuses has put itself back, so only the others are rolled back. No weights are taken back twice: a
+        server answers when its own engines agree.
+        """
         name = policy.name
         await self._replicas.ready()
         for replica in self._replicas.present:
@@ -330,11 +382,11 @@ class PolicyReplicas:
             )
             results = dict(zip(servers, answers, strict=True))
             took = [replica for replica, result in results.items() if not isinstance(result, BaseException)]
-            refused = {replica: result for replica, result in results.items() if is_refusal(result)}
+            refused = {replica: result for replica, result in results.items() if _is_refusal(result)}
             fatal = [replica for replica in refused if replica in asked or not took]
             if fatal:
                 await self._take_back({replica: before[replica] for replica in took}, policy)
-                raise at(fatal[0].address, refused[fatal[0]])
+                raise _at(fatal[0].address, refused[fatal[0]])
             for replica, result in results.items():
                 if isinstance(result, BaseException) and replica not in refused:
                     self._replicas.failed(replica, getattr(result, "cause", str(result)))
@@ -352,7 +404,7 @@ class PolicyReplicas:
             for replica in self._replicas.present:
                 self._replicas.check(replica)
 
-    async def _take_back(self, before: dict[Replica[Server], int], policy: Shared) -> None:
+    async def _take_back(self, before: dict[ServerReplica[KnownServer], int], policy: SharedPolicy) -> None:
         """Another server refused what these took. One that cannot go back is not asked from now on."""
         for replica, version in before.items():
             server = replica.client
@@ -363,3 +415,66 @@ class PolicyReplicas:
                 server.refusals.pop(policy.name, None)
             else:
                 server.infos[policy.name] = replace(server.infos[policy.name], policy_version=version)
+
+
+def _agreed(name: str, found: Mapping[ServerReplica[KnownServer], PolicyInfo | DomainError]) -> SharedPolicy:
+    """Raises DomainError that says which server has another model, or not the policy."""
+    best: PolicyInfo | None = None
+    where = ""
+    for replica, info in found.items():
+        if isinstance(info, PolicyInfo) and (best is None or info.policy_version > best.policy_version):
+            best = info
+            where = replica.address
+    assert best is not None
+    for replica, info in found.items():
+        if isinstance(info, DomainError):
+            raise _at(replica.address, info)
+        if differs := _unlike(best, info):
+            message = (
+                f"policy {name!r} is not the same at all servers: {differs} is {getattr(best, differs)!r} at {where} "
+                f"and {getattr(info, differs)!r} at {replica.address}"
+            )
+            raise DomainError(Reason.MODEL_MISMATCH, message)
+    return SharedPolicy(name, best, best.policy_version)
+
+
+def _refusal_of(policy: SharedPolicy, info: PolicyInfo) -> DomainError | None:
+    """Why a server with this is not asked; ENGINE_UNAVAILABLE passes by itself."""
+    if differs := _unlike(policy.reference, info):
+        ours = getattr(policy.reference, differs)
+        theirs = getattr(info, differs)
+        return DomainError(Reason.MODEL_MISMATCH, f"{differs} is {theirs!r}, elsewhere it is {ours!r}")
+    if _has_versions(info) and info.policy_version != policy.version:
+        message = f"version {info.policy_version} serves, elsewhere it is {policy.version}"
+        return DomainError(Reason.POLICY_VERSION_TOO_OLD, message)
+    if info.state is PolicyState.REFUSED:
+        return DomainError(Reason.POLICY_REFUSED, info.problem)
+    if info.state is PolicyState.UNAVAILABLE:
+        return DomainError(Reason.ENGINE_UNAVAILABLE, info.problem or "no engine answers")
+    return None
+
+
+def _unlike(reference: PolicyInfo, info: PolicyInfo) -> str:
+    """The first field in which they differ and must not, "" when there is none."""
+    return next((name for name in _ALIKE if getattr(reference, name) != getattr(info, name)), "")
+
+
+def _has_versions(info: PolicyInfo) -> bool:
+    """Whether weights can be published to it: otherwise a version counts loaded models, which may differ."""
+    return not info.frozen and not info.features.isdisjoint((Feature.FULL_WEIGHTS, Feature.LORA_WEIGHTS))
+
+
+def _is_refusal(result: object) -> bool:
+    """As against a server that went away meanwhile."""
+    return isinstance(result, DomainError | OSError) or (isinstance(result, CallFailed) and not result.timed_out)
+
+
+def _at(address: str, error: object) -> BaseException:
+    assert isinstance(error, BaseException)
+    if not isinstance(error, DomainError):
+        return error
+    return DomainError(error.reason, f"{address}: {error.message}", retry_after=error.retry_after, **error.metadata)
+
+
+def _tells(version: PolicyVersion) -> int:
+    return _TELLING.index(version.state) if version.state in _TELLING else len(_TELLING)

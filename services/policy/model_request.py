@@ -21,8 +21,8 @@ from mulligan.policy.backends import BACKENDS
 from mulligan.policy.config import ModelSettings, PolicyModelSettings
 
 
-class Requested(BaseModel):
-    """A LoadModel request, as it is kept. `own` identifies the policy's own settings at that time."""
+class ModelRequest(BaseModel):
+    """A LoadModel request, as it is kept. `own` is the digest of the policy's own settings at that time."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,7 +32,7 @@ class Requested(BaseModel):
     own: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> Requested | None:
+    def read(cls, path: Path) -> ModelRequest | None:
         """None where there is no file. Raises OSError, also for one that is damaged."""
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -65,17 +65,17 @@ class Requested(BaseModel):
             raise _invalid(*next(iter(problems(error, PolicyModelSettings).items()))) from error
 
 
-def identity(own: ModelSettings | None) -> str:
-    """Of a policy's own settings, credentials left out; "" where it has none."""
+def settings_digest(own: ModelSettings | None) -> str:
+    """Of a policy's own settings, without credentials; "" if it has none."""
     if own is None:
         return ""
     # Without what is as it is by default: a backend that is installed later adds a table.
-    content = json.dumps(plain(own).model_dump(mode="json", exclude_defaults=True), sort_keys=True)
+    content = json.dumps(model_settings(own).model_dump(mode="json", exclude_defaults=True), sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def plain(settings: ModelSettings) -> PolicyModelSettings:
-    """Without the settings of the service: equal for equal models."""
+def model_settings(settings: ModelSettings) -> PolicyModelSettings:
+    """Those of the model alone, without the settings of the service."""
     return PolicyModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields})
 
 
