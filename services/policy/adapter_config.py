@@ -1,7 +1,8 @@
-"""What the adapter_config.json of a LoRA adapter may say: what every backend computes as peft does, and nothing else.
+"""Which settings the adapter_config.json of a LoRA adapter may have: those that every backend computes as peft does.
 
-Every backend serves W + scale * B A, in linear layers. peft has dozens of settings that mean more than that, and gets
-more with each release, so this is a list of what is accepted: https://huggingface.co/docs/peft/package_reference/lora
+Every backend computes W + scale * B A, in linear layers. peft has dozens of settings that mean more than that, and each
+release adds some. So this module lists what is accepted, and refuses the rest.
+https://huggingface.co/docs/peft/package_reference/lora
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class AdapterConfig:
         return self.alpha / (math.sqrt(rank) if self.content.get("use_rslora") else rank)
 
     def check_layer(self, module: str, rank: int) -> None:
-        """That the configuration, too, gives this layer an adapter, of this rank: peft would leave out its tensors, or
-        refuse them. Raises DomainError MODEL_MISMATCH."""
+        """That the configuration gives this layer an adapter of this rank, too. Otherwise peft would leave out its
+        tensors, or refuse them. Raises DomainError MODEL_MISMATCH."""
         if not self._targets(module):
             raise mismatch(f"{NAME}: target_modules leaves out {module}, which has an adapter in the file")
         ranks = {self.rank, *(self.content.get("rank_pattern") or {}).values()}
@@ -93,7 +94,7 @@ class AdapterConfig:
             raise mismatch(f"the adapter of {module} has rank {rank}, and {NAME} says r = {self.rank}")
 
     def _targets(self, module: str) -> bool:
-        """As peft chooses layers by lists of names. A pattern is taken at its word: the file was made by it."""
+        """As peft chooses layers by lists of names. A pattern is not checked: the file was made by it."""
         targets = self.content.get("target_modules")
         excluded = self.content.get("exclude_modules")
         if isinstance(excluded, list) and _ends(module, excluded):
@@ -112,7 +113,7 @@ def mismatch(message: str) -> DomainError:
 
 
 def _check(name: str, value: object) -> None:
-    """Of what is not listed, a release of peft that is yet to come included, only what is switched off passes."""
+    """A setting that is not listed, such as one of a later peft, passes only if it is switched off."""
     if value is None or name in _WITHOUT_EFFECT | _READ:
         return
     if name in _PLACES:

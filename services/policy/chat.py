@@ -1,10 +1,10 @@
-"""Conversations as token ids: rendered once with the model's chat template, and from then on only appended to.
+"""Conversations as token ids. The chat template renders a conversation once; later turns are only appended.
 
-Rendering a conversation again after each turn would decode what the model sampled and encode it anew, and the tokens
-that are trained on would drift from those that were sampled. So the next prompt is the old tokens plus `extend`: what
-the template puts between a sampled turn and the next. The template is shown a probe, a short conversation of our own,
-and then the new messages; the probe's text, which is known, is cut off at the front. What was sampled is never looked
-at. Two probes must give the same, so that nothing of them reaches a prompt.
+Rendering it again after each turn would decode the sampled tokens and encode the text anew. The tokens that are trained
+on would then differ from those that were sampled. So the next prompt is the old tokens plus those of `extend`: what the
+template puts between a sampled turn and the next. To find that, the template renders a probe, which is a short
+conversation of known text, followed by the new messages, and the probe's text is cut off. What was sampled is never
+looked at. Two probes must give the same result, so that no text of a probe reaches a prompt.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RESULT = Message(Role.TOOL, "resultprobe", name="standin")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Stands in for what was said: a question and its answer, or a call of a tool."""
+    """Stands for the conversation so far: a question and its answer, or a call of a tool."""
 
     question: Message
     answer: Message
@@ -72,17 +72,15 @@ class Encoder(Protocol):
 
 
 class Chat:
-    """A model's chat template.
+    """A model's chat template: `render` gives the token ids of a first prompt, `extend` those of a further turn. Both
+    hide what looks like a control token in a message (`Literals`), apply the template, and encode its text.
 
-    `rewrites_history` is true of a template that shows an earlier turn otherwise than it was sampled (Qwen3 drops old
-    thinking): continuations are refused then, because the model would see what its template never shows it.
+    `rewrites_history`: the template shows earlier turns otherwise than they were sampled (Qwen3 drops old thoughts), so
+    continuations are refused. `begun_thought`: the mark of a thought that the template opens for the model (`<think>`
+    in DeepSeek R1's), or "". `has_tools`: it shows tools, calls of tools and their results.
 
-    `begun_thought` is the mark of a thought that the template begins for the model (`<think>` in DeepSeek R1's), or "".
-
-    `has_tools` is true of a template that shows tools, calls and what the tools answer.
-
-    A template without a system role (Gemma 2) gets leading system messages merged into the first user message, divided
-    by an empty line, as the templates of the later Gemmas do it themselves.
+    A template without a system role (Gemma 2) gets leading system messages merged into the first user message, after an
+    empty line each, as the templates of later Gemmas do themselves.
     """
 
     def __init__(self, template: Template | None, encoder: Encoder, end_of_turn_token_ids: Collection[int]):
@@ -189,7 +187,7 @@ class Chat:
             )
 
     def _merged(self, messages: Sequence[Message], checked: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """System messages where the template shows them."""
+        """With system messages in a place where the template shows them."""
         if self.has_system_role or messages[0].role is not Role.SYSTEM:
             return checked
         leading = next((i for i, message in enumerate(messages) if message.role is not Role.SYSTEM), len(messages))
@@ -217,7 +215,7 @@ class Chat:
             raise DomainError(Reason.TEMPLATE_ERROR, f"the chat template refuses the messages: {failure}") from failure
 
     def _shows_system(self) -> bool:
-        """Some templates raise on a system message, others leave it out without a word."""
+        """Some templates raise on a system message, others drop it silently."""
         try:
             probe = self._dictionaries(Message(Role.SYSTEM, _SYSTEM_PROBE), _PROBES[0].question)
             return _SYSTEM_PROBE in self._apply(probe, add_generation_prompt=True)
@@ -225,7 +223,8 @@ class Chat:
             return False
 
     def _shows_tools(self) -> bool:
-        """What has no place in a template is left out without a word. Finds the form in which it takes calls."""
+        """Whether a tool, a call and its result appear in the text: templates silently drop what they do not know. Also
+        finds the form in which the template takes the arguments of a call."""
         probe = _PROBES[0]
         is_silent = False
         for self._text_arguments, self._call_content in product((False, True), ("", "I call it.")):
@@ -253,10 +252,8 @@ class Chat:
             return ""
 
     def _keeps_history(self) -> bool:
-        """Whether every conversation's text begins with what was shown and sampled before its last message.
-
-        Also finds the text that closes an assistant's turn.
-        """
+        """Whether the text of a conversation begins with all that was shown and sampled before its last message. Also
+        finds the text that closes an assistant's turn."""
         question = _PROBES[0].question
         try:
             shown = self._apply(self._dictionaries(question), add_generation_prompt=True)

@@ -54,11 +54,11 @@ _TRIES = 8
 
 
 class PolicyClient:
-    """Each call has a deadline in seconds: `timeout`, or `update_timeout` for new weights and models, which may be
-    large and wait for the calls that run. `admin_token` is sent with calls of PolicyAdminService alone.
+    """A client of one policy server. Calls raise DomainError as the contract says, CallFailed and ServiceUnavailable.
 
-    Calls raise DomainError as the contract says, CallFailed and ServiceUnavailable. A policy's name that is empty is
-    the default policy's; `options.policy` names the one that is asked.
+    Each call has a deadline in seconds: `timeout`, or `update_timeout` for new weights and models, which may be large
+    and wait for the calls that run. `admin_token` is sent with calls of PolicyAdminService only. An empty name is the
+    default policy's; `options.policy` names the policy of a call.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class PolicyClient:
         await self._admin.call(self._admin_stub.UnloadModel, request, timeout=self._update_timeout)
 
     async def update_weights(self, weights: PublishedWeights, policy: str = "") -> float | None:
-        """The difference that the canary found; None without one."""
+        """The largest difference that the canary found; None without one."""
         request = admin_pb.UpdateWeightsRequest(
             policy_version=weights.policy_version,
             kind=weights_kind_to_proto(weights.kind),
@@ -155,8 +155,8 @@ class PolicyClient:
         return response.canary_difference if response.HasField("canary_difference") else None
 
     async def upload_weights(self, path: Path, kind: WeightsKind, sha256: str, policy: str = "") -> str:
-        """Brings a safetensors file, or an adapter's folder, to a service that cannot read it. The URI for one
-        `update_weights`. When the service goes away in the middle, all of it is sent again. Raises OSError, too."""
+        """Sends a safetensors file, or an adapter's folder, to a service that cannot read it. Returns the URI for one
+        `update_weights`. If the service goes away meanwhile, all of it is sent again. Raises OSError, too."""
         lora = kind is WeightsKind.LORA
         file = path / "adapter_model.safetensors" if lora else path
         header = admin_pb.UploadWeightsRequest.Header(

@@ -236,13 +236,13 @@ class Deployment:
             return
         phase = self._phase
         problem = self._problem
-        self._set(PolicyState.RELEASED)
+        self._set_phase(PolicyState.RELEASED)
         try:
             while self.in_flight:
                 await self._changed.wait()
             await self.backend.release_memory()
         except BaseException:
-            self._set(phase, problem)
+            self._set_phase(phase, problem)
             raise
         log.info("memory released", **self._facts())
 
@@ -254,7 +254,7 @@ class Deployment:
             return
         await self.backend.resume_memory()
         check = self._checks.get(self.record.number)
-        self._set(PolicyState.UPDATING)
+        self._set_phase(PolicyState.UPDATING)
         try:
             if check is None or not check.checksum:
                 raise DomainError(Reason.CANARY_FAILED, "the engine tells no checksum")
@@ -274,7 +274,7 @@ class Deployment:
 
     # The gate
 
-    def _set(self, phase: PolicyState, problem: str | None = None) -> None:
+    def _set_phase(self, phase: PolicyState, problem: str | None = None) -> None:
         """Calls pass (SERVING), wait (UPDATING, RELEASED) or fail (REFUSED) from now on; those that passed go on."""
         self._phase = phase
         if problem is not None:
@@ -285,7 +285,7 @@ class Deployment:
         self.record = record
         self._checks = {record.number: self._checks[record.number]}
         self._passed.add(record.number)
-        self._set(PolicyState.SERVING, problem)
+        self._set_phase(PolicyState.SERVING, problem)
 
     async def _wait_for(self, version: int, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -349,7 +349,7 @@ class Deployment:
         except DomainError as error:
             self.canary_difference = self._checks[record.number].difference
             if error.reason in _UNTOUCHED and self.backend.policy_version == before.number:
-                self._set(phase, problem)
+                self._set_phase(phase, problem)
                 self._checks.pop(record.number, None)
                 raise
             if error.reason is Reason.CANARY_FAILED:
@@ -371,7 +371,7 @@ class Deployment:
         known = await asyncio.to_thread(self._store.of_model, record.origin)
         self._new_check(record, file, known)
         self._passed.discard(record.number)
-        self._set(PolicyState.UPDATING)
+        self._set_phase(PolicyState.UPDATING)
         await self.backend.update_weights(file, self._check_replica)
         return self._found(record)
 
@@ -389,7 +389,7 @@ class Deployment:
                 if reason is Reason.CANARY_FAILED:
                     metrics.CANARY_FAILURES.labels(self.name).inc()
                 problem = "; ".join(filter(None, (problem, f"version {record.number} cannot be served: {error}")))
-                self._set(PolicyState.REFUSED, problem)
+                self._set_phase(PolicyState.REFUSED, problem)
                 log.error("policy refused", policy=self.name, policy_version=record.number, problem=problem)
                 return
             self._now_serves(found, problem)

@@ -1,7 +1,7 @@
-"""Texts that look like control tokens stay texts: only the chat template writes control tokens.
+"""Text in a message that looks like a control token is encoded as text. Only the chat template writes control tokens.
 
-An observation that holds `<|im_end|>` would end its own turn when the rendered conversation is encoded. So each such
-literal in a message is hidden behind one character before the template sees it, and encoded in pieces afterwards.
+An observation with `<|im_end|>` in it would otherwise end its own turn. So each such literal is replaced by one
+private-use character before the template is applied, and encoded in pieces afterwards.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class ControlTokens:
         ]
 
     def edges(self, text: str) -> list[Span]:
-        """What the template's own text before and after could complete to a control token: at the start the end of one,
-        at the end the beginning of one. White space around it counts as absent, since templates strip it."""
+        """The start and the end of a text, where the template's own text beside it could complete a control token.
+        White space around the text is ignored, since templates strip it."""
         start = len(text) - len(text.lstrip())
         end = len(text.rstrip())
         sizes = range(min(self._longest, end - start), 0, -1)
@@ -84,7 +84,7 @@ class ControlTokens:
 
 
 class Literals:
-    """The hidden literals of one conversation."""
+    """The literals of one conversation: `hide` replaces them in its messages, `encode` puts them back as plain text."""
 
     def __init__(self, encode: Callable[[str], list[int]], controls: ControlTokens):
         self._encode = encode
@@ -93,7 +93,7 @@ class Literals:
         self._used: set[str] = set()
 
     def hide(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
-        """In place. What the assistant wrote may hold the marks of thoughts and calls, as the model samples them."""
+        """In place. Marks of thoughts and calls in the assistant's own messages stay: the model samples them so."""
         trees = [(message, message["role"] == "assistant") for message in messages] + [(tool, False) for tool in tools]
         texts = {(text, own) for tree, own in trees for text in _strings(tree)}
         found = {(text, own): spans for text, own in texts if (spans := self._spans(text, own))}
@@ -105,7 +105,7 @@ class Literals:
                 tree[key] = self._masked(value, own, found)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text that the template made of hidden ones."""
+        """Token ids of the text that the template made of the messages."""
         ids: list[int] = []
         begin = 0
         for index, character in enumerate(text) if self._hidden else ():

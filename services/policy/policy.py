@@ -124,10 +124,10 @@ class Policy:
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:
         with self._use(options.session_id) as deployment:
-            ask, shown = await _ask(deployment.backend, prompt, sampling, options)
+            ask, added = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
                 sampled = await _sample(deployment, ask, options)
-                return _completion(deployment.backend, prompt, shown, sampled)
+                return _completion(deployment.backend, prompt, added, sampled)
 
     async def sample(
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
@@ -137,10 +137,10 @@ class Policy:
             return (await self.generate(prompt, sampling, options),)
         preflight.check_samples(n, sampling)
         with self._use(options.session_id) as deployment:
-            ask, shown = await _ask(deployment.backend, prompt, sampling, options)
+            ask, added = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
                 sampled = await gather_or_cancel(_sample(deployment, each, options) for each in _asks(ask, n))
-                return tuple(_completion(deployment.backend, prompt, shown, each) for each in sampled)
+                return tuple(_completion(deployment.backend, prompt, added, each) for each in sampled)
 
     async def stream(
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
@@ -149,15 +149,15 @@ class Policy:
         preflight.check_samples(n, sampling)
         with self._use(options.session_id) as deployment:
             preflight.check_stream(deployment.backend.model)
-            ask, shown = await _ask(deployment.backend, prompt, sampling, options)
+            ask, added = await _ask(deployment.backend, prompt, sampling, options)
             async with deployment.serving(options.min_policy_version, options.version_wait):
                 text = _text_streams(deployment.backend, prompt)
                 streams = [_parts(deployment, each, index, text) for index, each in enumerate(_asks(ask, n))]
                 async with aclosing(streams[0] if n == 1 else merged(streams)) as parts:
                     async for part in parts:
                         _check_versions(part.policy_versions, options)
-                        yield replace(part, prompt_token_ids=shown) if shown else part
-                        shown = ()
+                        yield replace(part, prompt_token_ids=added) if added else part
+                        added = ()
 
     async def score(
         self, sequences: Sequence[Sequence[int]], temperature: float = 1.0, options: CallOptions = _PLAIN
@@ -173,12 +173,12 @@ class Policy:
                         return scored
 
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = _PLAIN) -> tuple[int, ...]:
-        """What `generate` would report as prompt_token_ids; a string is encoded without template."""
+        """What `generate` would report as prompt_token_ids. A string is encoded without the chat template."""
         with self._use(options.session_id) as deployment:
             backend = deployment.backend
             preflight.check_tokenize(prompt, options, backend.model)
             if not isinstance(prompt, str):
-                return await _shown(backend, prompt, options.tools)
+                return await _added_ids(backend, prompt, options.tools)
             encode = backend.encode
             return tuple(await asyncio.to_thread(encode, prompt) if len(prompt) > _LONG_TEXT else encode(prompt))
 
@@ -256,7 +256,7 @@ class Policy:
         await deployment.start()
 
     def _refuse_released(self) -> None:
-        """Calls that wait for the memory of the model would wait for ever."""
+        """Calls that wait for the memory of the present model would wait for ever."""
         if self._newest is not None and self._newest.state is PolicyState.RELEASED:
             message = f"the memory of {self.name} is released: ResumeMemory comes first"
             raise DomainError(Reason.ENGINE_UNAVAILABLE, message)
@@ -301,21 +301,21 @@ async def _or_close(work: Awaitable[object], close: Callable[[], Awaitable[objec
 async def _ask(
     backend: Backend, prompt: Prompt, sampling: SamplingParams, options: CallOptions
 ) -> tuple[Ask, tuple[int, ...]]:
-    """What the engine is asked, checked, and the token ids of it that the caller does not have."""
+    """The request to the engine, checked, and the token ids of its prompt that the caller does not have yet."""
     model = backend.model
     preflight.check_sampling(sampling, model)
     preflight.check_options(options, model)
     preflight.check_prompt(prompt, options, model)
     token_ids: list[int] = []
     messages: tuple[Message, ...] = ()
-    shown: tuple[int, ...] = ()
+    added: tuple[int, ...] = ()
     if Feature.TOKEN_IDS not in model.features:
         assert isinstance(prompt, tuple)
         messages = prompt
     else:
-        shown = await _shown(backend, prompt, options.tools)
+        added = await _added_ids(backend, prompt, options.tools)
         held = prompt if isinstance(prompt, list) else prompt.token_ids if isinstance(prompt, Continuation) else ()
-        token_ids = [*held, *shown]
+        token_ids = [*held, *added]
         preflight.check_tokens("prompt", token_ids, model, model.context_length - 1)
     ask = Ask(
         token_ids,
@@ -327,11 +327,11 @@ async def _ask(
         options.adapter,
         options.request_id,
     )
-    return ask, shown
+    return ask, added
 
 
-async def _shown(backend: Backend, prompt: Prompt, tools: tuple[Tool, ...]) -> tuple[int, ...]:
-    """The token ids that this service adds to a prompt."""
+async def _added_ids(backend: Backend, prompt: Prompt, tools: tuple[Tool, ...]) -> tuple[int, ...]:
+    """The token ids that this service adds to those of the caller."""
     chat = backend.chat
     if isinstance(prompt, list):
         return ()
@@ -344,7 +344,7 @@ async def _shown(backend: Backend, prompt: Prompt, tools: tuple[Tool, ...]) -> t
 
 
 def _asks(ask: Ask, count: int) -> list[Ask]:
-    """One for each sample; the first is the given one."""
+    """One for each sample. The first is `ask` itself, the others have seeds derived from its seed."""
     return [ask, *(replace(ask, sampling=_derived(ask.sampling, index)) for index in range(1, count))]
 
 
@@ -364,7 +364,7 @@ async def _sample(deployment: Deployment, ask: Ask, options: CallOptions) -> Sam
 
 
 def _check_versions(spans: Sequence[VersionSpan], options: CallOptions) -> None:
-    """A rollback while a call is under way can bring a version that the call must not be answered by."""
+    """A rollback during the call may have brought a version that is older than the call asked for."""
     oldest = min((span.policy_version for span in spans), default=None)
     wanted = options.min_policy_version
     if oldest is not None and wanted is not None and oldest < wanted:
@@ -375,11 +375,11 @@ def _check_versions(spans: Sequence[VersionSpan], options: CallOptions) -> None:
         )
 
 
-def _completion(backend: Backend, prompt: Prompt, shown: tuple[int, ...], sampled: Sampled) -> Completion:
+def _completion(backend: Backend, prompt: Prompt, added: tuple[int, ...], sampled: Sampled) -> Completion:
     assert sampled.stop_reason is not None
     text = backend.decode(sampled.token_ids) if sampled.token_ids else sampled.text
     return Completion(
-        prompt_token_ids=shown,
+        prompt_token_ids=added,
         token_ids=sampled.token_ids,
         log_probs=sampled.log_probs,
         text=text,
@@ -390,14 +390,14 @@ def _completion(backend: Backend, prompt: Prompt, shown: tuple[int, ...], sample
 
 
 def _raw_text(backend: Backend, prompt: Prompt, token_ids: Sequence[int], text: str) -> str:
-    """Empty where it equals `text`."""
+    """ "" if it equals `text`."""
     begun = backend.chat.begun_thought if backend.chat is not None and not isinstance(prompt, list) else ""
     raw = begun + (backend.decode_marked(token_ids, text) if token_ids else text)
     return raw if raw != text else ""
 
 
 def _text_streams(backend: Backend, prompt: Prompt) -> Callable[[], TextStream] | None:
-    """None where engines answer text."""
+    """None if the engine answers text."""
     if Feature.TOKEN_IDS not in backend.model.features:
         return None
     raw = partial(_raw_text, backend, prompt)
@@ -407,7 +407,7 @@ def _text_streams(backend: Backend, prompt: Prompt) -> Callable[[], TextStream] 
 async def _parts(
     deployment: Deployment, ask: Ask, index: int, new_text: Callable[[], TextStream] | None
 ) -> AsyncGenerator[CompletionPart, None]:
-    """One sample. It begins anew while nothing has been given out."""
+    """One sample. If its weights are refused before the first part was yielded, it starts again."""
     backend = deployment.backend
     while True:
         text = new_text() if new_text is not None else None

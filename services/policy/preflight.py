@@ -69,7 +69,7 @@ def check_adapter(adapter: str, model: ModelInfo) -> None:
 
 
 def check_prompt(prompt: Prompt | str, options: CallOptions, model: ModelInfo) -> None:
-    """The kind of prompt, and that there is any."""
+    """That the engine takes this kind of prompt, and that it is not empty."""
     field = _field(prompt)
     if field != "messages":
         _need(model, Feature.TOKEN_IDS, field)
@@ -202,7 +202,7 @@ def _check_vocabulary(field: str, token_ids: Sequence[int], size: int) -> None:
 
 
 def _check_regex(pattern: str) -> None:
-    """Engines have dialects of their own; what Python does not take is hardly in any."""
+    """By Python's dialect: engines have their own, but hardly any accepts what Python refuses."""
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
@@ -219,7 +219,7 @@ def _check_schema(schema: str) -> None:
 
 
 def _field(prompt: Prompt | str) -> str:
-    """What the contract calls this kind of prompt."""
+    """The name of this kind of prompt in the contract."""
     if isinstance(prompt, str):
         return "text"
     if isinstance(prompt, list):

@@ -17,10 +17,10 @@ _AHEAD = 64  # parts that wait for a caller who is slow
 
 
 def unsettling_token(encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str]) -> int | None:
-    """A token that can change how those before it read; None with a tokenizer that has none.
+    """A token that can change the text of the tokens before it; None if the tokenizer has none.
 
-    Some decoders (ByteFallback: Llama 2, Gemma) read a row of byte tokens as one, and all of it as undecodable when any
-    of it is, so no byte is certain until another kind of token follows.
+    Some decoders (ByteFallback: Llama 2, Gemma) decode a row of byte tokens together, and as undecodable when any of
+    them is. So the text of a byte token is certain only when another kind of token follows.
     """
     ids = encode(_RARE)
     if len(ids) < 2 or decode(ids) != _RARE or decode(ids[-1:]) != _UNDECODABLE:
@@ -29,12 +29,13 @@ def unsettling_token(encode: Callable[[str], list[int]], decode: Callable[[Seque
 
 
 class TextStream:
-    """Decodes tokens as they come. The pieces add up to the text of all tokens together.
+    """Decodes the tokens of one completion as they come: `push` returns the new text. All pieces together are the text
+    of all tokens together.
 
-    A character's bytes may come in several tokens, so text that ends in undecodable bytes is held back until more is
-    known; so is what an `unsettling` token would change. What a token reads as depends on those before it (a space
-    between words, or none), so each is decoded together with those that gave the last piece of text. `raw_text` gives a
-    completion's raw text from all its tokens and its text.
+    The bytes of a character may come in several tokens, so text that ends in undecodable bytes is held back until the
+    next tokens; so is text that an `unsettling` token would change. The text of a token depends on those before it (a
+    space between words, or none), so each is decoded together with those of the last piece. `raw_text` makes the raw
+    text of a completion from all its tokens and its text.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class TextStream:
         self._last = 0  # where the tokens begin that gave the last piece
 
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
-        """The text that is new. `last` says that no more tokens come."""
+        """The new text. `last`: no more tokens come."""
         self._all += token_ids
         new = self._push(token_ids, last)
         self._text += new

@@ -1,4 +1,4 @@
-"""Weights that come to this server: below its weights folder, or uploaded where no file system is shared."""
+"""Where the weights of an update are: below the server's weights folder, or uploaded if no file system is shared."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _HEAD = 9  # bytes that tell a safetensors file: the length of its header, and t
 
 @dataclass(frozen=True, slots=True)
 class UploadHeader:
-    """What is about to come; `sha256` and `size_bytes` are of the safetensors file."""
+    """What will be uploaded. `sha256` and `size_bytes` are of the safetensors file."""
 
     kind: WeightsKind
     size_bytes: int
@@ -40,7 +40,11 @@ class UploadHeader:
 
 
 class Uploads:
-    """Create it on the event loop that will use it. `folder` is its own; None: a temporary one."""
+    """Uploaded weights. `receive` writes an upload to a folder of its own and returns its URI, `path` finds it by the
+    URI, `remove` deletes it after its update. One that nobody uses is deleted after an hour.
+
+    Create it on the event loop that will use it. `folder` is its own; None: a temporary one.
+    """
 
     def __init__(self, folder: Path | None, limit_bytes: int):
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="mulligan-uploads-")
@@ -52,7 +56,7 @@ class Uploads:
         for path in self._folder.iterdir():
             if path.name.endswith(_PART):
                 shutil.rmtree(path, ignore_errors=True)
-            else:  # a restart gives it another hour: the times of files are not to be trusted
+            else:  # a restart gives it another hour, since the times of files are not reliable
                 self._expire(path.name, _KEPT_SECONDS)
 
     def close(self) -> None:
@@ -62,8 +66,8 @@ class Uploads:
             self._temporary.cleanup()
 
     async def receive(self, header: UploadHeader, chunks: AsyncIterator[bytes]) -> str:
-        """Spools an upload to disk and returns its URI. One that breaks off, or is not what was announced, leaves
-        nothing. Raises DomainError as PolicyAdminService.UploadWeights does."""
+        """Writes an upload to disk and returns its URI. Nothing is left of one that breaks off, or differs from what
+        was announced. Raises DomainError as PolicyAdminService.UploadWeights does."""
         _check_config(header)
         await asyncio.to_thread(self._check_room, header.size_bytes)
         name = uuid.uuid4().hex
@@ -96,7 +100,7 @@ class Uploads:
         return folder
 
     def remove(self, uri: str) -> None:
-        """Of an upload that was used; other URIs are none of its business."""
+        """Deletes an upload that was used. Other URIs are ignored."""
         if is_upload(uri):
             shutil.rmtree(self._folder / self._name(uri), ignore_errors=True)
 
@@ -195,7 +199,7 @@ async def _spool(header: UploadHeader, folder: Path, chunks: AsyncIterator[bytes
 
 
 def _check_head(head: bytes, size: int) -> None:
-    """Nothing but safetensors is written: what else loaders accept can hold code."""
+    """Only safetensors files are written: other formats that loaders accept can hold code."""
     length = int.from_bytes(head[:8], "little")
     if size < _HEAD or (len(head) == _HEAD and (head[8:] != b"{" or length + 8 > size)):
         raise DomainError(Reason.MODEL_MISMATCH, "the upload is not a safetensors file")

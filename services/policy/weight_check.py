@@ -105,7 +105,7 @@ class WeightCheck:
 
 
 def _dtypes_differ(weights: WeightsFile, dtype: str) -> str:
-    """A likely cause: rounding, of a trainer that computes in less than the engine."""
+    """Names a likely cause: the trainer computes in a lower precision than the engine."""
     if weights.kind is not WeightsKind.FULL or weights.safetensors is None:
         return ""
     try:
