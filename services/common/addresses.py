@@ -1,11 +1,11 @@
-"""Where a service is: one server or several, and which of several an id belongs to.
+"""Addresses of a service: parsing, DNS look-up, and the server that an id belongs to.
 
 An address setting is a comma-separated list of
 
     host:50051                  one server (also [::1]:50051 and unix:/path)
     host:50051-50054            one at each of these ports, the last one included
-    dns:///name:50051           one at each address that the name resolves to, looked up again now and then: the names
-                                of a compose service and of a headless Kubernetes service stand for all their replicas
+    dns:///name:50051           one at each address that the name resolves to, looked up again every few seconds: a
+                                compose service and a headless Kubernetes service resolve to all their replicas
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class DnsName:
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Made by `parse`. `fixed` are addresses of servers, `names` stand for any number of them; `text` is as given."""
+    """The servers of a service, made by `parse`. `fixed` are addresses, `names` are resolved at run time, `text` is the
+    setting."""
 
     text: str
     fixed: tuple[str, ...]
@@ -41,12 +42,12 @@ class Addresses:
 
     @property
     def single(self) -> bool:
-        """Whether it is one server, now and always."""
+        """Whether there is exactly one server and no DNS name."""
         return len(self.fixed) == 1 and not self.names
 
     @classmethod
     def parse(cls, text: str) -> Addresses:
-        """Raises ValueError that names the part and what was expected."""
+        """Raises ValueError, which names the bad part and what was expected."""
         fixed: list[str] = []
         names: list[DnsName] = []
         for part in map(str.strip, text.split(",")):
@@ -61,7 +62,7 @@ class Addresses:
         return cls(text, tuple(fixed), tuple(names))
 
     async def look_up(self) -> tuple[str, ...]:
-        """All servers, as they are now, each once. Raises OSError, with the name, when one is not known now."""
+        """The current addresses, each once. Raises OSError, which names the DNS name, when one does not resolve."""
         found = dict.fromkeys(self.fixed)
         for name in self.names:
             found |= dict.fromkeys(await _resolve(name))
@@ -69,17 +70,17 @@ class Addresses:
 
 
 def one_server(text: str) -> str:
-    """The address, where only one server makes sense. Raises ValueError."""
+    """Returns the address. Raises ValueError when it names several servers."""
     if not Addresses.parse(text).single:
-        raise ValueError(f"{text!r} names several servers: expected host:port, of one")
+        raise ValueError(f"{text!r} names several servers: expected the host:port of one")
     return text
 
 
 def by_rank(key: str, addresses: Iterable[str]) -> list[str]:
-    """The servers in the order in which this id prefers them: rendezvous hashing.
+    """Sorts servers by rendezvous hashing: the id belongs to the first, and is tried at the others in this order.
 
-    It depends on nothing but the id and the addresses, so all clients agree without asking each other. Ids spread
-    evenly, and a server that goes takes away or brings only its own.  Thaler and Ravishankar, 1998
+    The order depends on the id and the addresses alone, so all clients agree. Ids spread evenly, and a server that
+    joins or leaves moves only its own ids. Thaler and Ravishankar, 1998
     """
     return sorted(addresses, key=lambda address: (_rank(key, address), address), reverse=True)
 
@@ -96,7 +97,7 @@ def _part(part: str) -> list[str] | DnsName:
     if part.startswith("dns:"):
         rest = part.removeprefix("dns:")
         if rest.startswith("//") and not rest.startswith("///"):
-            raise ValueError(f"{part!r}: the system's resolver is asked, no other: expected dns:///name:port")
+            raise ValueError(f"{part!r}: only the system's resolver is supported: expected dns:///name:port")
         host, [port] = _split(part, rest.removeprefix("///"), ranges=False)
         return DnsName(host, port)
     host, ports = _split(part, part)
@@ -104,7 +105,7 @@ def _part(part: str) -> list[str] | DnsName:
 
 
 def _split(part: str, text: str, *, ranges: bool = True) -> tuple[str, list[int]]:
-    """Host and ports."""
+    """Splits into host and ports."""
     host, colon, given = text.rpartition(":")
     if not colon or not _HOST.fullmatch(host):
         raise ValueError(f"{part!r}: {_FORMS}")

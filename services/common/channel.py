@@ -1,4 +1,4 @@
-"""The client's side of a connection: a deadline on every call, bounded retries, domain errors back as exceptions."""
+"""Client side of a gRPC connection: deadlines, bounded retries, domain errors as exceptions."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from mulligan.common.status import from_rpc_error
 log = structlog.get_logger()
 R = TypeVar("R")
 T = TypeVar("T")
-# A server that shuts down cancels what is left when its time to drain is over. A call that this side gives up raises
-# asyncio.CancelledError instead.
+# CANCELLED comes from a server that shuts down and cancels the calls that outlast its drain. A call that this side
+# cancels raises asyncio.CancelledError instead.
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _LATER = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
 _FIRST_DELAY_SECONDS = 0.05
@@ -32,10 +32,10 @@ _MAX_DELAY_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a service is and how to call it.
+    """Address of a service and how to call it.
 
-    `outage_seconds` bounds how long one call keeps retrying while the service is unreachable, or asks for a later call:
-    RESOURCE_EXHAUSTED or UNAVAILABLE with a RetryInfo. Every call must be safe to repeat: the contracts see to that.
+    A call is retried for at most `outage_seconds` while the service is unreachable, or answers RESOURCE_EXHAUSTED or
+    UNAVAILABLE with a RetryInfo. Every call of the contracts is safe to repeat.
     """
 
     address: str
@@ -47,7 +47,13 @@ class Endpoint:
 
 
 class Connection:
-    """One HTTP/2 channel. `call` and `stream` are the ways in."""
+    """One HTTP/2 channel to one server.
+
+    `call` and `stream` send a request with the credential and a deadline. While the server is unreachable or asks for a
+    later call, `Backoff` sleeps and the call is repeated. Every other failure is raised: as the DomainError that the
+    status carries, or else as CallFailed. `read` converts an answer and raises CallFailed when it violates the
+    contract.
+    """
 
     def __init__(self, endpoint: Endpoint, on_outage: Callable[[str], None] | None = None):
         self.endpoint = endpoint
@@ -59,9 +65,9 @@ class Connection:
             ("grpc.max_receive_message_length", endpoint.max_message_bytes),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),
-            ("grpc.keepalive_time_ms", 30_000),  # a machine that vanished is noticed within a minute
+            ("grpc.keepalive_time_ms", 30_000),  # detects within a minute that a machine vanished
             ("grpc.keepalive_timeout_ms", 20_000),
-            ("grpc.use_local_subchannel_pool", 1),  # a channel of its own: no state shared between clients
+            ("grpc.use_local_subchannel_pool", 1),  # clients share no connection
             *proxies.grpc_options(endpoint.address),
         ]
         if endpoint.tls or endpoint.tls_ca is not None:
@@ -71,13 +77,12 @@ class Connection:
             self.channel = grpc.aio.insecure_channel(endpoint.address, options)
 
     async def call(self, method: Callable[..., Awaitable[R]], request: Any, *, timeout: float) -> R:
-        """Makes one unary call, repeating it while the service is unreachable or full.
+        """Makes one unary call. Repeats it while the service is unreachable or full.
 
-        Raises DomainError, CallFailed (with `timed_out` when the deadline of `timeout` seconds passed, and with
-        INTERNAL when the answer is no message of the call), or ServiceUnavailable after `outage_seconds` without an
-        answer.
+        Raises DomainError; CallFailed, with `timed_out` after `timeout` seconds and with INTERNAL for an answer that
+        cannot be parsed; ServiceUnavailable after `outage_seconds` without an answer.
         """
-        waits = Waits(self.endpoint.address, self.endpoint.outage_seconds)
+        backoff = Backoff(self.endpoint.address, self.endpoint.outage_seconds)
         while True:
             try:
                 response = await method(request, timeout=timeout, metadata=self.metadata)
@@ -86,22 +91,24 @@ class Connection:
             except grpc.aio.AioRpcError as error:
                 cause, refusal = self._retryable(error, _method(request))
             self._report(cause)
-            await waits.wait(cause, refusal)
+            await backoff.wait(cause, refusal)
 
     @asynccontextmanager
     async def stream(
         self, method: Callable[..., AsyncIterable[R]], request: Any, *, timeout: float
     ) -> AsyncIterator[AsyncIterator[R]]:
-        """`async with connection.stream(…) as parts:` makes one call whose answer comes in parts, and cancels it at the
-        end of the block. Until the first part it repeats the call, and raises, as `call` does; afterwards it raises
-        DomainError or CallFailed."""
+        """Makes one call with a streamed answer: `async with connection.stream(…) as parts:`. The end of the block
+        cancels it.
+
+        Before the first part it retries and raises as `call` does; after it, it raises DomainError or CallFailed.
+        """
         async with aclosing(self._parts(method, request, timeout)) as parts:
             yield parts
 
     async def _parts(
         self, method: Callable[..., AsyncIterable[R]], request: Any, timeout: float
     ) -> AsyncGenerator[R, None]:
-        waits = Waits(self.endpoint.address, self.endpoint.outage_seconds)
+        backoff = Backoff(self.endpoint.address, self.endpoint.outage_seconds)
         while True:
             call: Any = method(request, timeout=timeout, metadata=self.metadata)
             begun = False
@@ -118,10 +125,11 @@ class Connection:
             finally:
                 call.cancel()
             self._report(cause)
-            await waits.wait(cause, refusal)
+            await backoff.wait(cause, refusal)
 
     def _retryable(self, error: grpc.aio.AioRpcError, method: str) -> tuple[str, DomainError | None]:
-        """The cause, and what the service said, if anything, when the call should be repeated; raises otherwise."""
+        """Returns the cause, and the refusal of the service if it sent one, of a call that may be repeated. Raises
+        otherwise."""
         failure = self._failure(error, method)
         if isinstance(failure, DomainError):
             if failure.code in _LATER and failure.retry_after is not None:
@@ -132,28 +140,28 @@ class Connection:
         raise failure from error
 
     def read(self, convert: Callable[[R], T], response: R) -> T:
-        """`convert(response)`. Raises CallFailed with INTERNAL for what a server of another make may answer: an unknown
-        enum value, a time that is none, a number of items that nobody asked for, …"""
+        """Returns `convert(response)`. Raises CallFailed with INTERNAL when the conversion fails: an unknown enum
+        value, an invalid time, a wrong number of items, …"""
         try:
             return convert(response)
         except (LookupError, ValueError, TypeError, OverflowError) as error:
             raise self._unreadable(_method(response), f"{type(error).__name__}: {error}") from error
 
     def _readable(self, response: R, method: str) -> R:
-        """grpc.aio gives None for bytes that it cannot read."""
+        """grpc.aio returns None for bytes that it cannot parse."""
         if response is None:
-            raise self._unreadable(method, "the bytes are no message of this call")
+            raise self._unreadable(method, "the bytes cannot be parsed")
         return response
 
     def _unreadable(self, method: str, cause: str) -> CallFailed:
-        return CallFailed(self.endpoint.address, method, "INTERNAL", f"the answer is not of the contract: {cause}")
+        return CallFailed(self.endpoint.address, method, "INTERNAL", f"the answer violates the contract: {cause}")
 
     def _failure(self, error: grpc.aio.AioRpcError, method: str) -> DomainError | CallFailed:
         found = from_rpc_error(error)
         return found or CallFailed(self.endpoint.address, method, error.code().name, error.details() or "")
 
     def _report(self, cause: str) -> None:
-        """Once per outage, however many calls wait. One that does not wait tells its caller alone."""
+        """Logs and reports an outage once, however many calls wait for its end. A call without retries only raises."""
         if self._is_down or not self.endpoint.outage_seconds:
             return
         self._is_down = True
@@ -165,8 +173,8 @@ class Connection:
         await self.channel.close()
 
 
-class Waits:
-    """Between the attempts of one call, at `endpoint`: longer each time, and no longer than `seconds` in all."""
+class Backoff:
+    """Exponential backoff between the tries of one call at `endpoint`, for at most `seconds` in all."""
 
     def __init__(self, endpoint: str, seconds: float):
         self._endpoint = endpoint
@@ -175,8 +183,8 @@ class Waits:
         self._delay = _FIRST_DELAY_SECONDS
 
     async def wait(self, cause: str, refusal: DomainError | None = None) -> None:
-        """At least as long as the service asked for in its `refusal`, where so much time is left. Raises
-        ServiceUnavailable when it is up."""
+        """Sleeps, as long as the `refusal` asks for if so much time is left. Raises ServiceUnavailable when no time is
+        left."""
         now = time.monotonic()
         self._since = self._since or now
         if now - self._since >= self._seconds:
@@ -192,8 +200,11 @@ def _method(message: Any) -> str:
 
 
 async def is_healthy(address: str, timeout: float = 2.0, *, tls_ca: bytes | None = None, tls_name: str = "") -> bool:
-    """Whether a service answers SERVING to a health check. With `tls_ca`, a PEM file's content, over TLS; `tls_name` is
-    then the name in the service's certificate, where that is not the host of `address`."""
+    """Whether a service answers SERVING to a health check.
+
+    `tls_ca` is the content of a PEM file; with it, the check uses TLS. `tls_name` is the name in the certificate, where
+    that is not the host of `address`.
+    """
     options: list[tuple[str, str | int]] = [*proxies.grpc_options(address)]
     if tls_ca is None:
         opened = grpc.aio.insecure_channel(address, options)
@@ -201,7 +212,7 @@ async def is_healthy(address: str, timeout: float = 2.0, *, tls_ca: bytes | None
         options += [("grpc.ssl_target_name_override", tls_name)] if tls_name else []
         opened = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(tls_ca), options)
     async with opened as channel:
-        stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know only the synchronous one
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # typed for synchronous channels only
         try:
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
         except grpc.aio.AioRpcError:

@@ -1,8 +1,9 @@
-"""Service settings: TOML file, then environment variables, then flags; the later wins (pydantic-settings).
+"""Settings of a service, from a TOML file, environment variables and flags (pydantic-settings).
 
-A service subclasses `ServiceSettings`, sets `service`, and calls `load`. `python -m mulligan.env --config env.toml
---port 50051`, `MULLIGAN_ENV_PORT=50051` and `port = 50051` mean the same. One file may hold the settings of all
-services, in the tables [env], [policy], [memory] and [trainer]; each service reads its own.
+Flags win over variables, and variables over the file. A service subclasses `ServiceSettings`, sets `service`, and calls
+`load`. `python -m mulligan.env --config env.toml --port 50051`, `MULLIGAN_ENV_PORT=50051` and `port = 50051` mean the
+same. One file may hold the settings of all services, in the tables [env], [policy], [memory] and [trainer]; each
+service reads its own.
 """
 
 from __future__ import annotations
@@ -39,17 +40,15 @@ class ServiceSettings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all interfaces.")
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 picks a free one, printed at start.")
     max_message_bytes: int = Field(64 * 2**20, ge=2**10, description="Largest request or response.")
-    default_deadline_seconds: float = Field(
-        3600.0, gt=0, description="How long a call may take whose caller sets no deadline."
-    )
-    drain_seconds: float = Field(30.0, ge=0, description="How long calls in flight may go on after SIGTERM.")
+    default_deadline_seconds: float = Field(3600.0, gt=0, description="Deadline of a call whose caller sets none.")
+    drain_seconds: float = Field(30.0, ge=0, description="Time that calls in flight get after SIGTERM.")
     log_format: Literal["console", "json"] = Field("console", description="One line per request either way.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     metrics_port: int = Field(
         -1, ge=-1, le=65535, description="Port of Prometheus metrics over HTTP, at `host`; 0 picks one, -1: none."
     )
     token: SecretStr | None = Field(None, description="When set, calls need `authorization: Bearer TOKEN`.")
-    token_file: Path | None = Field(None, description="File that holds `token`, so that no variable does.")
+    token_file: Path | None = Field(None, description="File that holds `token`, instead of a variable.")
     tls_certificate: Path | None = Field(None, description="PEM file; with tls_key, the server speaks TLS.")
     tls_key: Path | None = None
 
@@ -61,8 +60,8 @@ class ServiceSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _read_secrets(self) -> Self:
-        """A secret with a `NAME_file` beside it is that file's content, without white space around it: container
-        platforms hand out secrets as files."""
+        """Replaces a secret by the stripped content of its `NAME_file` setting: container platforms provide secrets as
+        files."""
         for name in type(self).model_fields:
             file = getattr(self, f"{name}_file", None)
             if file is None:
@@ -80,7 +79,7 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def _refuse_unknown_variables(cls, prefix: str) -> None:
-        """A mistyped variable would be ignored in silence: pydantic-settings only looks for those that it knows."""
+        """pydantic-settings ignores variables that it does not know, so a mistyped one would have no effect."""
         for variable in os.environ:
             name = variable.removeprefix(prefix).partition("__")[0].lower()
             if variable.startswith(prefix) and name not in cls.model_fields:
@@ -89,7 +88,7 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def load(cls, arguments: Sequence[str]) -> Self:
-        """Reads all sources. Exits with status 2 and a line per bad setting, named, when one is invalid."""
+        """Reads all sources. On invalid settings it prints a line per setting and exits with status 2."""
         argv = list(arguments)
         config = _take_config(argv)
         if config == "":
@@ -148,14 +147,14 @@ def _read_settings(service: str, file: Path) -> dict[str, Any]:
 
 
 def refuse(service: str, *problems: str) -> NoReturn:
-    """Ends the process with status 2, as for a bad command line, and a line per problem."""
+    """Prints a line per problem and exits with status 2, as for a bad command line."""
     print(f"{service}: bad settings", *(f"  {problem}" for problem in problems), sep="\n", file=sys.stderr)
     sys.exit(2)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """With the nearest right flag, where one is not known."""
+        """Adds the most similar flag for an unknown one."""
         flag = next((word.partition("=")[0] for word in message.split() if word.startswith("--")), "")
         near = did_you_mean(flag, self._option_string_actions) if flag and "unrecognized" in message else ""
         super().error(message + near)

@@ -1,4 +1,4 @@
-"""Writes on a disk that may be full: told as DISK_FULL, with the folder and what is missing."""
+"""Reports a full disk as DISK_FULL, with the folder and the missing space."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 
 from mulligan.common.errors import DomainError, Reason
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: the limit of a process or a file system for one file
-# How it is told where nothing but words is left of it: by libraries in Rust (safetensors, tantivy), and of SQLite.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: file size limit of a process or a file system
+# The message of errors without an errno: libraries in Rust (safetensors, tantivy), and SQLite.
 _TEXTS = (*map(os.strerror, _FULL), "database or disk is full")
 
 
 @contextmanager
 def writing_to(folder: Path, size: int = 0) -> Iterator[None]:
-    """Around what writes below `folder`, about `size` bytes where that is known. A disk or a quota that is used up is
-    DomainError DISK_FULL, with metadata `folder`, `free_bytes` and `needed_bytes`. Other failures pass as they are."""
+    """Wraps code that writes below `folder`, about `size` bytes if known. Raises DomainError DISK_FULL, with metadata
+    `folder`, `free_bytes` and `needed_bytes`, when the disk or a quota is used up. Other errors pass unchanged."""
     try:
         yield
     except Exception as error:
@@ -39,13 +39,13 @@ def disk_full(folder: Path, size: int = 0) -> DomainError:
 
 
 def free_bytes(folder: Path) -> int:
-    """On the folder's disk, whether the folder is there or not."""
+    """Free bytes on the disk of `folder`, which need not exist yet."""
     there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
     return shutil.disk_usage(there).free
 
 
 def _folder_of(error: Exception, folder: Path) -> Path:
-    """A library may have written elsewhere, to a cache of its own."""
+    """The folder of the file that the error names: a library may have written to its own cache."""
     file = getattr(error, "filename2", None) or getattr(error, "filename", None)
     elsewhere = isinstance(file, str) and not Path(file).absolute().is_relative_to(folder.absolute())
     return Path(str(file)).parent if elsewhere else folder
@@ -60,7 +60,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def _text(size: int) -> str:
-    """With a unit that people read: 512 B, 1.6 MB."""
+    """Formats bytes with a unit: 512 B, 1.6 MB."""
     amount = float(size)
     units = ["B", "kB", "MB", "GB"]
     while amount >= 1000 and len(units) > 1:

@@ -1,7 +1,7 @@
-"""Domain errors: what a service may answer instead of a result. `status.py` carries them over gRPC.
+"""Domain errors: the declared failures of the services. `status.py` carries them over gRPC.
 
-A service raises a `DomainError` with a declared `Reason`; its client raises the same exception on the other side.
-Anything else that escapes a handler is INTERNAL.  https://google.aip.dev/193
+A service raises a `DomainError` with a declared `Reason`; its client raises the same exception on the other side. Any
+other exception that escapes a handler becomes INTERNAL. https://google.aip.dev/193
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from enum import StrEnum
 
 from mulligan.common.text import bounded
 
-# Of an error's message and of each value beside it: characters as JSON writes them.
+# Longest message of an error, and longest metadata value, in characters of their JSON form.
 MESSAGE_LIMIT = 1_500
 METADATA_LIMIT = 500
 
@@ -32,7 +32,7 @@ class Code(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a call failed; each belongs to one status code, in `_CODES`."""
+    """Why a call failed. `_CODES` maps each reason to one status code."""
 
     MALFORMED_MESSAGE = "MALFORMED_MESSAGE"
     INVALID_FIELD = "INVALID_FIELD"
@@ -163,8 +163,8 @@ _CODES: dict[Reason, Code] = {
 class DomainError(Exception):
     """A declared failure. `metadata` travels with it; `retry_after` becomes a google.rpc.RetryInfo.
 
-    Message and metadata may quote what came from elsewhere: they are cut, so that the status that carries them fits
-    into the 8 KiB that HTTP/2 implementations of gRPC allow.
+    Message and metadata may quote foreign text, so they are cut: the status has to fit into the 8 KiB that HTTP/2
+    implementations of gRPC allow.
     """
 
     def __init__(self, reason: Reason, message: str, *, retry_after: timedelta | None = None, **metadata: object):
@@ -184,9 +184,9 @@ class DomainError(Exception):
 
 
 class ServiceUnavailable(Exception):
-    """A service could not be reached for as long as the caller was willing to wait. Names the endpoint.
+    """A service could not be reached within the caller's time limit. The message names the endpoint.
 
-    `cause` is what happened last; `refusal` what the service said, where it was reached and asked for a later call.
+    `cause` is the last failure. `refusal` is the service's last answer if it was reached and asked for a later call.
     """
 
     def __init__(self, endpoint: str, seconds: float, cause: str, refusal: DomainError | None = None):
@@ -197,7 +197,7 @@ class ServiceUnavailable(Exception):
 
 
 class CallFailed(Exception):
-    """A call failed in a way that no declared reason covers (INTERNAL, DEADLINE_EXCEEDED, …)."""
+    """A call failed without a declared reason: INTERNAL, DEADLINE_EXCEEDED, …"""
 
     def __init__(self, endpoint: str, method: str, code: str, details: str):
         super().__init__(f"{method} at {endpoint} failed: {code}: {details}")

@@ -1,10 +1,10 @@
-"""What installs an extra of this distribution, which is on no package index."""
+"""Optional dependencies: what is missing and how to install it. This distribution is on no package index."""
 
 from __future__ import annotations
 
 
 class MissingExtra(Exception):
-    """Something needs packages that are not installed; `extra` of this distribution installs them."""
+    """Packages are not installed that something needs; `extra` of this distribution installs them."""
 
     def __init__(self, extra: str, cause: ImportError) -> None:
         super().__init__(f"needs the extra {extra!r} ({cause}): {how_to_install(extra)}")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, also after a crash of the machine."""
+"""Writes files that are complete or absent, also after a crash of the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def file_sha256(path: Path) -> str:
-    """In hexadecimal. Raises OSError."""
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

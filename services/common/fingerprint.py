@@ -1,7 +1,7 @@
-"""The identity of a model: what weights must have been made for, to be served or trained on further.
+"""Fingerprint of a model: weights with the same fingerprint can be served or trained on by the same model.
 
-Policy and trainer compute it independently and compare; it covers the architecture and the tokenizer, not the weights,
-so it stays the same while a model learns.
+Policy and trainer compute it independently and compare. It covers architecture and tokenizer but not the weights, so it
+stays the same while a model learns.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Where a model was loaded from, in which precision, by which version and what it should return: none of it says what
-# the weights mean. Names with a leading underscore are such, too.
+# Entries of a configuration that do not change what the weights mean: origin, precision, versions, output options.
+# Names with a leading underscore are left out, too.
 _INCIDENTAL = frozenset(
     [
         "architectures",
@@ -32,17 +32,17 @@ _INCIDENTAL = frozenset(
         "use_cache",
     ]
 )
-# State of a tokenizer that calls change, and that no vocabulary depends on.
+# Parts of a tokenizer that calls change; the vocabulary does not depend on them.
 _TOKENIZER_STATE = ("padding", "truncation")
 
 
 def fingerprint(
     config: Mapping[str, object], parameters: Iterable[tuple[str, Sequence[int]]], tokenizer_json: str
 ) -> str:
-    """Lower-case hexadecimal SHA-256.
+    """Returns a lower-case hexadecimal SHA-256.
 
-    `config` is the model's configuration as a dictionary, `parameters` the names and shapes of its parameters, tied
-    ones once, in any order; `tokenizer_json` is the content of a tokenizer.json file.
+    `config` is the model's configuration as a dictionary. `parameters` are the names and shapes of its parameters in
+    any order, tied ones once. `tokenizer_json` is the content of tokenizer.json.
     """
     tokenizer = json.loads(tokenizer_json)
     for name in _TOKENIZER_STATE:
@@ -57,7 +57,7 @@ def fingerprint(
 
 
 def model_fingerprint(model: Any, tokenizer: Any) -> str:
-    """Of a transformers model, before any adapter is attached to it, and its (fast) tokenizer."""
+    """The fingerprint of a transformers model without adapters, and of its fast tokenizer."""
     parameters = ((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
     return fingerprint(model.config.to_dict(), parameters, tokenizer.backend_tokenizer.to_str())
 

@@ -1,4 +1,5 @@
-"""`python -m mulligan.common.healthcheck HOST:PORT`: status 0 when the service there serves, else 1: for containers."""
+"""`python -m mulligan.common.healthcheck HOST:PORT`: exits with 0 when the service serves, else with 1. For
+containers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a policy is asked and answers, and what describes it. Frozen; none knows protobuf."""
+"""Types of inference: prompts, samples, and what describes a policy. Frozen, without protobuf."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """`arguments` is a JSON object."""
+    """A call of a tool, made by the model. `arguments` is a JSON object."""
 
     name: str
     arguments: str
@@ -24,7 +24,8 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """`tool_calls` are the assistant's; `name` is that of the tool which answers, with Role.TOOL."""
+    """One message of a conversation. An assistant's message may have `tool_calls`; with Role.TOOL, `name` is the tool
+    that answers."""
 
     role: Role
     content: str
@@ -51,10 +52,8 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Log-probabilities are of softmax(logits / temperature), before top-p and top-k; temperature 0 is greedy.
-
-    At most one of `regex` and `json_schema` is set.
-    """
+    """How tokens are sampled. Log-probabilities are those of softmax(logits / temperature), before top-p and top-k;
+    temperature 0 is greedy. At most one of `regex` and `json_schema` is set."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -75,20 +74,21 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """The next turn of a conversation: exactly `token_ids`, then what the template puts before the next turn."""
+    """The next turn of a conversation: the prompt is exactly `token_ids`, then what the template adds for
+    `messages`."""
 
     token_ids: tuple[int, ...]
     turn_closed: bool  # whether the last sampled token closed its turn
     messages: tuple[Message, ...]
 
 
-# What a policy is prompted with: messages are rendered, token ids are used as they are.
+# Messages are rendered by the chat template; token ids are used unchanged.
 Prompt = tuple[Message, ...] | list[int] | Continuation
 
 
 @dataclass(frozen=True, slots=True)
 class CallOptions:
-    """How a policy is asked, whatever the prompt. `GenerateRequest` of mulligan.policy.v1 says what each means."""
+    """Options of a call, for every kind of prompt. `GenerateRequest` of mulligan.policy.v1 describes each."""
 
     policy: str = ""
     request_id: str = ""
@@ -102,8 +102,8 @@ class CallOptions:
 
 @dataclass(frozen=True, slots=True)
 class CompletionPart:
-    """What a stream brings at a time. `prompt_token_ids` are in the first part alone, `stop_reason` and `raw_text`, of
-    the whole sample, in a sample's last."""
+    """One part of a streamed sample. `prompt_token_ids` are set in the first part of the stream alone; `stop_reason`
+    and `raw_text`, which is the text of the whole sample, in a sample's last part."""
 
     index: int  # of the sample
     prompt_token_ids: tuple[int, ...]
@@ -117,10 +117,11 @@ class CompletionPart:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """`prompt_token_ids`: the whole rendered prompt for messages, only the appended ids for a continuation.
+    """One sample. `prompt_token_ids` is the whole rendered prompt for messages, and only the appended ids for a
+    continuation.
 
-    `raw_text`: the text with the special tokens that are marks, after the beginning of a thought that the template
-    wrote; empty where it equals `text`.
+    `raw_text` is the text with the special tokens that are marks, and begins with the opening of a thought that the
+    template wrote. It is empty if it equals `text`.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -133,12 +134,12 @@ class Completion:
 
     @property
     def marked_text(self) -> str:
-        """What readers of answers and tool calls read."""
+        """The text that parsers of answers and tool calls read."""
         return self.raw_text or self.text
 
 
 class Feature(StrEnum):
-    """What an engine can do; `Feature` of mulligan.policy.v1 says what each means."""
+    """What an engine can do. `Feature` of mulligan.policy.v1 describes each."""
 
     TOKEN_IDS = "token_ids"
     LOG_PROBS = "log_probs"
@@ -167,7 +168,7 @@ class PolicyState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ReplicaInfo:
-    """One engine behind a policy. `address` is empty for one in the service's own process."""
+    """One engine behind a policy. `address` is empty for an engine in the process of the service."""
 
     address: str
     serving: bool
@@ -177,10 +178,10 @@ class ReplicaInfo:
 
 @dataclass(frozen=True, slots=True)
 class LoraLimits:
-    """What an engine takes of LoRA adapters: 0 and empty where nothing limits it, or it does not tell."""
+    """LoRA adapters that an engine accepts. 0 and empty mean no limit, or an unknown one."""
 
     max_rank: int = 0
-    target_modules: tuple[str, ...] = ()  # last parts of the names of layers
+    target_modules: tuple[str, ...] = ()  # last parts of layer names, such as "q_proj"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +194,7 @@ class PolicyInfo:
     end_of_turn_token_ids: tuple[int, ...]
     rewrites_history: bool
     deterministic: bool
-    compute_seconds: float = 0.0  # in the model, since the service started
+    compute_seconds: float = 0.0  # seconds in the model since the service started
     name: str = ""
     backend: str = ""
     features: frozenset[Feature] = frozenset(Feature)
@@ -203,8 +204,8 @@ class PolicyInfo:
     frozen: bool = False
     replicas: tuple[ReplicaInfo, ...] = ()
     draining_models: int = 0
-    dtype: str = ""  # of the engine's arithmetic, as torch names it; "" where it is not known
-    canary_tolerance: float | None = None  # None where it is not known
+    dtype: str = ""  # of the engine's computation, as torch names it; "" if unknown
+    canary_tolerance: float | None = None  # None if unknown
     lora: LoraLimits = LoraLimits()
 
 
@@ -213,12 +214,13 @@ class WeightsKind(StrEnum):
 
     FULL = "full"
     LORA = "lora"
-    ORIGINAL = "original"  # what the model came with
+    ORIGINAL = "original"  # the weights that the model was loaded with
 
 
 @dataclass(frozen=True, slots=True)
 class CanaryProbe:
-    """What a trainer's forward pass says: a log-probability of softmax(logits) for each token after the first."""
+    """One sequence of a weight check: its tokens, and the trainer's log-probability of softmax(logits) for each token
+    after the first."""
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]

@@ -1,8 +1,8 @@
-"""The log of a service: one line on stderr for each event. What is logged never fails for it, and no line is long.
+"""The log of a service: one line on stderr per event. Logging never raises, and lines have a maximum length.
 
-A value is cut at VALUE_LIMIT characters, a traceback at TRACEBACK_LIMIT, counted as JSON writes them. A line that could
-not be written (a full disk, a pipe that nobody reads, a value that cannot be shown) is counted in the metric
-`mulligan_log_lines_lost`; the next line that can be written is followed by one that says how many were lost.
+A value is cut at VALUE_LIMIT characters, a traceback at TRACEBACK_LIMIT, counted in their JSON form. A line may fail to
+be written: the disk is full, nobody reads the pipe, a value cannot be formatted. The metric `mulligan_log_lines_lost`
+counts such lines, and the next line that can be written is followed by one with their number.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _LINES_LOST = Counter("mulligan_log_lines_lost", "Log lines that could not be wr
 
 
 def configure_logging(settings: ServiceSettings) -> None:
-    if sys.stderr is None:  # closed when the process began: no other file may get its number
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    if sys.stderr is None:  # closed at start; reserve its descriptor, or another file would get it
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open for the life of the process
     renderer: Any = (
         structlog.processors.JSONRenderer()
         if settings.log_format == "json"
@@ -53,12 +53,12 @@ def configure_logging(settings: ServiceSettings) -> None:
 
 
 def log_at_any_level(event: str, **values: Any) -> None:
-    """Logs what must be seen whatever `log_level` is."""
+    """Logs an event regardless of `log_level`."""
     structlog.wrap_logger(_Stderr(), wrapper_class=_from_level("debug")).info(event, **values)
 
 
 class _Lost:
-    """Counts the lines that could not be written since the last one that could."""
+    """Number and cause of the lines lost since the last line that was written."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -81,12 +81,12 @@ _lost = _Lost()
 
 
 class _Unfailing(structlog.BoundLoggerBase):
-    """Every method of a logger comes through here."""
+    """Mixin of loggers: all their methods call `_proxy_to_logger`, which here never raises."""
 
     def _proxy_to_logger(self, method_name: str, event: str | None = None, **event_kw: Any) -> None:
         try:
             super()._proxy_to_logger(method_name, event, **event_kw)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the call that is logged goes on
+        except Exception as error:  # noqa: BLE001 - the caller must not fail because of its log
             _LINES_LOST.inc()
             _lost.add(1, f"{type(error).__name__}: {error}")
             return
@@ -94,21 +94,21 @@ class _Unfailing(structlog.BoundLoggerBase):
         if lines:
             try:
                 super()._proxy_to_logger("warning", "log lines were lost", lines=lines, cause=cause)
-            except Exception:  # noqa: BLE001 - it is said later
+            except Exception:  # noqa: BLE001 - reported after a later line
                 _lost.add(lines, cause)
 
 
 def _from_level(name: str) -> Any:
-    """A class of loggers."""
+    """A logger class that drops events below the level."""
     filtering = structlog.make_filtering_bound_logger(getattr(logging, name.upper()))
     return type("UnfailingLogger", (_Unfailing, filtering), {})
 
 
 class _Stderr:
-    """A line at once, because processes may share it, and past Python's buffer, which would keep what it could not
-    write and send it later, cut somewhere."""
+    """Writes each line with one system call, because processes may share stderr. Bypasses Python's buffer, which would
+    keep a line that failed and send a part of it later."""
 
-    _torn = False  # whether the last line was written in part; of the stream, so of all loggers
+    _torn = False  # whether the last line is incomplete; shared by all loggers
 
     def __init__(self, *_: object) -> None:
         pass
@@ -134,11 +134,11 @@ def _cut_values(_: object, __: str, values: MutableMapping[str, Any]) -> Mutable
 
 
 def _cut(value: object, limit: int) -> object:
-    """A string that fits, or another value as it is when it fits as JSON."""
+    """A string within the limit, or another value unchanged if its JSON form is within it."""
     if isinstance(value, str):
         return bounded(value, limit)
     try:
         written = json.dumps(value, default=repr)
-    except Exception as error:  # noqa: BLE001 - of code that is not ours
+    except Exception as error:  # noqa: BLE001 - foreign objects raise anything
         return f"a {type(value).__name__} that cannot be shown: {type(error).__name__}"
     return value if len(written) <= limit else bounded(written, limit)

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a service: one registry, a counter and a histogram of all requests, and the HTTP endpoint."""
+"""Prometheus metrics of a service: one registry, a counter and a histogram of requests, and the HTTP endpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REGISTRY.register(GC_COLLECTOR)
 _REQUESTS = Counter("mulligan_requests", "Calls that ended, by gRPC status.", ["method", "status"], registry=REGISTRY)
 _SECONDS = Histogram(
     "mulligan_request_seconds",
-    "From the arrival of a call to its end.",
+    "Seconds from the arrival of a call to its end.",
     ["method"],
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000),
     registry=REGISTRY,
@@ -35,7 +35,7 @@ _SECONDS = Histogram(
 
 
 class MethodMetrics:
-    """Of one method, named "mulligan.env.v1.EnvService/StepEpisode". Labels are looked up once, not per call."""
+    """Metrics of one method, such as "mulligan.env.v1.EnvService/StepEpisode". Looks up labels once, not per call."""
 
     def __init__(self, method: str):
         self._method = method
@@ -52,7 +52,7 @@ class MethodMetrics:
 
 @contextmanager
 def exported(settings: ServiceSettings) -> Iterator[None]:
-    """Serves the registry over HTTP at the service's host while the block runs, unless the port is -1."""
+    """Serves the registry over HTTP during the block, unless `metrics_port` is -1."""
     if settings.metrics_port < 0:
         yield
         return

@@ -1,7 +1,7 @@
-"""Whether a folder holds a language model that can be loaded, and which file is wrong when it does not.
+"""Checks whether a folder holds a language model that can be loaded, and names the bad file if not.
 
-Loaders of models say little of a file that is not what it should be, or nothing: a missing tokenizer becomes an empty
-one. The policy and the trainer ask here before they load anything. Nothing of torch is needed.
+Loaders of models report damaged files badly or not at all: a missing tokenizer becomes an empty one. So policy and
+trainer call this module before they load anything. It needs no torch.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 
 from mulligan.common.safetensors_header import BadSafetensors, TensorHeader, read_header
 
-# Repository at the hub, with or without its owner. https://huggingface.co/docs/huggingface_hub/package_reference/utilities
+# Name of a repository at the hub, with or without its owner.
+# https://huggingface.co/docs/huggingface_hub/package_reference/utilities
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024  # at most
 _TOKENIZER = "tokenizer.json"
-# What tokenizers without that file are made of.
+# Files of a tokenizer without that file.
 _VOCABULARY = re.compile(r"vocab\..+|.+\.(model|tiktoken)|tekken\.json|tokenizer-.+")
 _WHOLE = "model.safetensors"
 _SHARDED = "model.safetensors.index.json"
 _PICKLED = "pytorch_model.bin"
 _PICKLED_SHARDED = "pytorch_model.bin.index.json"
-# Read by loaders where they are there.
+# Files that loaders read if they exist.
 _JSON = (
     *("config.json", "generation_config.json", _TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", _SHARDED, _PICKLED_SHARDED),
@@ -37,21 +38,22 @@ _LAYER = re.compile(r"(.*\blayers|.*\bh)\.(\d+)\.")
 
 
 class UnsupportedModel(Exception):
-    """A model that cannot be loaded, or not be computed correctly; the message says why."""
+    """A model cannot be loaded or computed correctly. The message says why."""
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether it names a repository at the hub, rather than a path."""
+    """Whether `source` names a repository at the hub and not a path."""
     return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
 
 
 def short(error: Exception) -> str:
-    """What a library says of a model that it cannot load, bounded."""
+    """The message of a library, cut."""
     return str(error)[:_MESSAGE_LENGTH] or type(error).__name__
 
 
 def check_model(source: str, *, weights: bool = True) -> None:
-    """Of a folder; a hub id passes, since its files are not here yet. Without `weights` these may be elsewhere.
+    """Checks a model folder. A hub id passes, because its files are not here yet. Without `weights`, the weights may be
+    elsewhere.
 
     Raises UnsupportedModel, which names the file.
     """
@@ -66,13 +68,13 @@ def check_model(source: str, *, weights: bool = True) -> None:
 
 
 def layer_count(config: Any) -> int:
-    """By a text model's configuration; with those for speculation, which some have behind the others."""
+    """Number of layers of a text model, including the extra layers that some have for speculative decoding."""
     return int(config.num_hidden_layers) + int(getattr(config, "num_nextn_predict_layers", None) or 0)
 
 
 def check_loaded(source: str, info: Mapping[str, Iterable[Any]], layers: int) -> None:
-    """What transformers found when it loaded a model of so many layers with `output_loading_info` and
-    `ignore_mismatched_sizes`: what the files lack would be random numbers. Raises UnsupportedModel."""
+    """Checks the loading info of transformers (`output_loading_info`, `ignore_mismatched_sizes`) for a model of
+    `layers` layers: missing weights would be random numbers. Raises UnsupportedModel."""
     wrong = sorted((str(name), list(found), list(expected)) for name, found, expected in info["mismatched_keys"])
     if wrong:
         raise UnsupportedModel(f"{source}: {_other_size(*wrong[0])}{_and_more(len(wrong))}")
@@ -82,8 +84,8 @@ def check_loaded(source: str, info: Mapping[str, Iterable[Any]], layers: int) ->
 
 
 def check_weights(source: str, expected: Mapping[str, Iterable[int]], layers: int) -> None:
-    """Compares what a folder's safetensors files say with the shapes of a model of so many layers, of the tensors that
-    both name. Raises UnsupportedModel."""
+    """Compares the shapes in a folder's safetensors files with the expected ones, for tensors that both have. Raises
+    UnsupportedModel."""
     if is_hub_id(source):
         return
     found = _tensors(Path(source))
@@ -98,22 +100,22 @@ def check_weights(source: str, expected: Mapping[str, Iterable[int]], layers: in
 
 
 def _refuse_more_layers(source: str, names: Iterable[str], layers: int) -> None:
-    """Weights of layers that the configuration does not have would be left out."""
+    """Refuses weights of layers that the configuration lacks: loaders would ignore them."""
     for name in sorted(names):
         found = _LAYER.match(name)
         if found and int(found[2]) >= layers:
-            raise UnsupportedModel(f"{source}: the weights have {name}, and config.json tells of {layers} layers")
+            raise UnsupportedModel(f"{source}: the weights contain {name}, but config.json has {layers} layers")
 
 
 class _BadFile(Exception):
-    """The message begins with the file's name."""
+    """A bad file; the message begins with its name."""
 
 
 def _check_folder(folder: Path, *, weights: bool) -> None:
     if not folder.exists():
         raise _BadFile("there is no such folder")
     if not folder.is_dir():
-        raise _BadFile("a file; expected the folder with config.json, the tokenizer and the weights of a model")
+        raise _BadFile("not a folder; expected the folder with config.json, the tokenizer and the weights of a model")
     names = {path.name for path in folder.iterdir()}
     if not names:
         raise _BadFile("the folder is empty")
@@ -133,24 +135,24 @@ def _refuse_pointer(path: Path) -> None:
     if content.startswith(_POINTER):
         size = re.search(rb"^size (\d+)$", content, re.MULTILINE)
         of = f" of {int(size[1]):,} bytes" if size else ""
-        raise _BadFile(f"{path.name} is a git-LFS pointer; the file{of} was not fetched: `git lfs pull` does it")
+        raise _BadFile(f"{path.name} is a git-LFS pointer; the file{of} was not fetched: run `git lfs pull`")
 
 
 def _refuse_adapter(folder: Path, names: set[str]) -> None:
     if "adapter_config.json" not in names:
         return
-    base = _object(folder / "adapter_config.json").get("base_model_name_or_path") or "which is not named"
+    base = _object(folder / "adapter_config.json").get("base_model_name_or_path") or "not named"
     raise _BadFile(
-        f"adapter_config.json: the folder holds an adapter, not a model; expected its base model ({base}), to which "
-        "the adapter is given by UpdateWeights or the setting `adapters`, or into which it was merged"
+        f"adapter_config.json: the folder holds an adapter, not a model; expected its base model ({base}). "
+        "Give the adapter to the base model with UpdateWeights or the setting `adapters`, or merge it first"
     )
 
 
 def _check_config(config: Mapping[str, Any] | None) -> None:
     if config is None:
-        raise _BadFile("there is no config.json")
+        raise _BadFile("config.json is missing")
     if not isinstance(config.get("model_type"), str):
-        raise _BadFile("config.json names no model_type")
+        raise _BadFile("config.json has no model_type")
 
 
 def _check_special_tokens(name: str, content: Mapping[str, Any]) -> None:
@@ -164,7 +166,7 @@ def _check_special_tokens(name: str, content: Mapping[str, Any]) -> None:
 def _check_tokenizer(folder: Path, names: set[str]) -> None:
     parts = sorted(filter(_VOCABULARY.fullmatch, names))
     if _TOKENIZER not in names and not parts:
-        raise _BadFile(f"no tokenizer: expected {_TOKENIZER}, or the vocabulary of an older kind")
+        raise _BadFile(f"no tokenizer: expected {_TOKENIZER}, or the vocabulary files of an older tokenizer")
     for name in [_TOKENIZER] if _TOKENIZER in names else parts:
         _refuse_pointer(folder / name)
     if "chat_template.jinja" in names:
@@ -172,7 +174,7 @@ def _check_tokenizer(folder: Path, names: set[str]) -> None:
 
 
 def _check_weights(folder: Path, names: set[str]) -> None:
-    """Of the file that transformers chooses."""
+    """Checks the file that transformers would load."""
     if _WHOLE in names:
         _header(folder / _WHOLE)
     elif _SHARDED in names:
@@ -191,25 +193,26 @@ def _check_shards(folder: Path) -> None:
     tensors = {shard: _header(_shard(folder, _SHARDED, shard)) for shard in sorted(set(places.values()))}
     for name, shard in sorted(places.items()):
         if name not in tensors[shard]:
-            raise _BadFile(f"{shard} lacks {name}, which {_SHARDED} says is in it")
+            raise _BadFile(f"{shard} lacks {name}, which {_SHARDED} lists there")
 
 
 def _shard(folder: Path, index: str, name: str) -> Path:
     path = folder / name
     if Path(name).name != name or not path.is_file():
-        raise _BadFile(f"{name} is missing, and {index} names it")
+        raise _BadFile(f"{name} is missing, but {index} lists it")
     return path
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     places = _object(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
-        raise _BadFile(f"{index.name} has no weight_map from names of tensors to files")
+        raise _BadFile(f"{index.name} has no weight_map from tensor names to files")
     return places
 
 
 def _check_pickled(path: Path) -> None:
-    """A zip file, whose list of content is at its end; or one that torch wrote before 1.6, of which nothing shows."""
+    """Checks whether a pickled file is complete: a zip file has its directory at the end. A file written by torch
+    before 1.6 cannot be checked."""
     _refuse_pointer(path)
     with path.open("rb") as file:
         begin = file.read(2)
@@ -241,13 +244,13 @@ def _object(path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _BadFile(f"{path.name} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise _BadFile(f"{path.name} holds no JSON object")
+        raise _BadFile(f"{path.name} is not a JSON object")
     return value
 
 
 def _other_size(name: str, found: list[int], expected: list[int]) -> str:
-    return f"{name} has shape {found}, and by config.json it is {expected}"
+    return f"{name} has shape {found}, but config.json implies {expected}"
 
 
 def _and_more(count: int) -> str:
-    return f"; {count} tensors are of another size" if count > 1 else ""
+    return f"; {count} tensors have wrong shapes" if count > 1 else ""

@@ -1,7 +1,7 @@
-"""Checks of numbers that another service or an engine answers, where they come in.
+"""Checks of numbers from another service or an engine.
 
-Each raises ValueError that names the field and the number. The caller makes of that what its side raises at a bad
-answer: `Connection.read` a CallFailed, the SGLang backend a BadAnswer. Rewards have rules of their own (`rewards.py`).
+Each raises ValueError, which names the field and the number. Callers turn that into their own error for a bad answer:
+`Connection.read` into CallFailed, the SGLang backend into BadAnswer. `rewards.py` checks rewards.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-_ROUNDING = 1e-3  # how far above 0 the rounding of bfloat16 may take a log-probability
+_ROUNDING = 1e-3  # how far above 0 a log-probability may be through rounding in bfloat16
 
 
 def finite(field: str, values: Iterable[float]) -> None:
@@ -19,15 +19,15 @@ def finite(field: str, values: Iterable[float]) -> None:
 
 
 def not_negative(field: str, values: Iterable[int | float]) -> None:
-    """Counts, ids, versions and seconds."""
+    """For counts, ids, versions and seconds."""
     for value in values:
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{field} {value}, not a number from 0")
 
 
 def log_probs(field: str, values: Sequence[float | None], count: int | None = None) -> tuple[float, ...]:
-    """The values, of tokens that were sampled or asked for, `count` where that many are expected: finite numbers that
-    are at most 0, rounding aside."""
+    """Returns log-probabilities of tokens if each is finite and at most 0, rounding aside. `count` is the expected
+    number of values, if any is expected."""
     if count is not None and len(values) != count:
         raise ValueError(f"{len(values)} {field} of {count} tokens")
     for value in values:
@@ -37,7 +37,7 @@ def log_probs(field: str, values: Sequence[float | None], count: int | None = No
 
 
 def token_ids(field: str, values: Sequence[int], vocabulary_size: int = 0) -> None:
-    """Of a vocabulary of this size; 0 where it is not known."""
+    """Checks against `vocabulary_size`; 0 means unknown."""
     for value in values:
         if value < 0 or (vocabulary_size and value >= vocabulary_size):
             limit = f"to {vocabulary_size - 1}" if vocabulary_size else "on"

@@ -1,7 +1,7 @@
-"""Which addresses are reached without an HTTP proxy, and what to say of one that may be in the way.
+"""Which addresses bypass an HTTP proxy, and a hint when a proxy may be the cause of a failure.
 
-gRPC, httpx and websockets all read `http_proxy` and its relatives. A proxy of a company's network knows neither
-loopback nor the names of containers, so a service of ours at such an address would never answer.
+gRPC, httpx and websockets all read `http_proxy` and its relatives. A company's proxy reaches neither loopback nor the
+names of containers, so a service there would never answer through it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _PRIVATE_ENDINGS = (".local", ".internal", ".localhost", ".svc")
 
 
 def is_direct(host: str) -> bool:
-    """Whether a host is of this machine or of a private network: loopback, private and link-local addresses, names
-    without a dot (as containers have), and the endings that are kept for private names."""
+    """Whether a host is on this machine or in a private network: loopback, private and link-local addresses, names
+    without a dot (such as containers), and endings reserved for private names."""
     name = host.strip("[]").rstrip(".").lower()
     try:
         address = ipaddress.ip_address(name.partition("%")[0])
@@ -26,7 +26,7 @@ def is_direct(host: str) -> bool:
 
 
 def host_of(address: str) -> str:
-    """Of HOST:PORT, [HOST]:PORT, unix:PATH (then "") or dns:///HOST:PORT."""
+    """The host in HOST:PORT, [HOST]:PORT or dns:///HOST:PORT; "" for unix:PATH."""
     if address.startswith("unix:"):
         return ""
     name = address.rpartition("/")[2]
@@ -34,16 +34,17 @@ def host_of(address: str) -> str:
 
 
 def grpc_options(address: str) -> list[tuple[str, int]]:
-    """Of a channel: https://grpc.github.io/grpc/core/group__grpc__arg__keys.html"""
+    """Channel options that disable a proxy where none is needed:
+    https://grpc.github.io/grpc/core/group__grpc__arg__keys.html"""
     return [("grpc.enable_http_proxy", 0)] if is_direct(host_of(address)) else []
 
 
 def hint(address: str, environment: Mapping[str, str] = os.environ) -> str:
-    """A sentence for an address that cannot be reached, where a proxy is set for it; else "". Values are not told: they
-    may hold credentials."""
+    """A hint for an unreachable address if a proxy is configured for it, else "". It does not show the proxy's URL,
+    which may hold credentials."""
     if is_direct(host_of(address)):
         return ""
     found = next((name for name in environment if name.lower() in _VARIABLES and environment[name]), None)
     if found is None:
         return ""
-    return f" (an HTTP proxy is set by {found}; where it should not be used, name this host in no_proxy)"
+    return f" (an HTTP proxy is set by {found}; to bypass it, add this host to no_proxy)"

@@ -1,7 +1,7 @@
-"""Several servers of one service, as a client sees them: which there are, which can be used now, and when one is back.
+"""Several servers of one service, as a client sees them: which exist, which are usable, and when one returns.
 
-A server that fails a call is not used until it passes a check; one that a DNS name begins to stand for joins when it
-passes. Who of them is asked, and what becomes of a call that failed, is up to the service's own `replicas.py`.
+A server that fails a call is not used until it passes a check. A server that a DNS name newly resolves to joins when it
+passes. Which server gets a call, and what happens to a failed call, is decided in the service's own `replicas.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mulligan.common.tasks import Broadcast, cancel
 
 log = structlog.get_logger()
 _NOT_ASKED = "not asked yet"
-_FIRST_SECONDS = 5.0  # for the first check of all servers, before those that answered are used without the rest
-# between two checks of a server that fails them
+_FIRST_SECONDS = 5.0  # limit of the first checks; afterwards the servers that answered are used
+# delay between two checks of a server that fails them
 _FIRST_DELAY_SECONDS = 0.1
 _MAX_DELAY_SECONDS = 2.0
-# between two look-ups, and at least so
+# delay between two DNS look-ups, and its minimum after a failure
 _LOOK_UP_SECONDS = 5.0
 _LOOK_UP_AGAIN_SECONDS = 0.5
 
@@ -38,19 +38,26 @@ C = TypeVar("C", bound=Client)
 
 @dataclass(eq=False)
 class ServerReplica(Generic[C]):
-    """One server. `problem` says why it is not used, "" when it is."""
+    """One server. `problem` says why it is not used; "" means that it is."""
 
     address: str
     client: C
     problem: str = _NOT_ASKED
     in_flight: int = 0
-    asked: asyncio.Event = field(default_factory=asyncio.Event)  # set after its first check
+    asked: asyncio.Event = field(default_factory=asyncio.Event)  # set after the first check
     checking: asyncio.Task[None] | None = None
 
 
 class Replicas(Generic[C]):
-    """`connect` makes the client of an address, whose calls fail at once when the server is away. `check` raises while
-    a server cannot be used; it returns False when it can, and is to be checked again. `notice` is told of changes."""
+    """The servers of one service, kept up to date in the background.
+
+    `connect` makes the client of an address; its calls must fail at once when the server is away. `check` raises while
+    a server cannot be used, and returns False to be called again for one that can be used. `notice` is told of changes.
+
+    The first call to `ready` looks the addresses up, starts a task per server that checks it until it passes, and a
+    task that follows DNS names. A caller takes a server from `usable`, reports a failure with `failed`, and waits with
+    `change` when there is no other.
+    """
 
     def __init__(
         self,
@@ -67,7 +74,7 @@ class Replicas(Generic[C]):
         self._connect = connect
         self._check = check
         self._notice = notice or (lambda text: None)
-        self._known: dict[str, ServerReplica[C]] = {}  # all that ever were: an episode may still be at one that left
+        self._known: dict[str, ServerReplica[C]] = {}  # including those that left: an episode may still be there
         self._present: dict[str, ServerReplica[C]] = {}
         self._changed = Broadcast()
         self._look_up_now = asyncio.Event()
@@ -89,15 +96,15 @@ class Replicas(Generic[C]):
         return "; ".join(found) or self._no_address or "no server can be used"
 
     async def ready(self) -> None:
-        """Returns when all servers have been asked once, or some did not answer for a while."""
+        """Returns when all servers were checked once, or after a few seconds."""
         if self._starting is None:
             self._starting = asyncio.create_task(self._start())
         if not self._starting.done():
             await asyncio.shield(self._starting)
 
     async def change(self, since: float) -> None:
-        """Waits until a server's state has changed. Raises ServiceUnavailable `outage_seconds` after `since`, which is
-        of `time.monotonic`."""
+        """Waits until the state of a server changes. Raises ServiceUnavailable at `outage_seconds` after `since`, a
+        value of `time.monotonic`."""
         left = since + self.outage_seconds - time.monotonic()
         try:
             async with asyncio.timeout(max(left, 0.0)):
@@ -106,24 +113,24 @@ class Replicas(Generic[C]):
             raise ServiceUnavailable(self.text, time.monotonic() - since, self.problems) from None
 
     def failed(self, replica: ServerReplica[C], problem: str) -> None:
-        """It is not used until it passes a check."""
+        """Stops using a server until it passes a check."""
         self._set(replica, problem or "away")
         self.check(replica)
         self._look_up_now.set()
 
     def check(self, replica: ServerReplica[C]) -> None:
-        """In the background, again and again until it passes."""
+        """Checks a server in the background until it passes."""
         if self._present.get(replica.address) is replica and (replica.checking is None or replica.checking.done()):
             replica.checking = asyncio.create_task(self._keep_checking(replica))
 
     async def suspend(self, replica: ServerReplica[C]) -> None:
-        """Ends the checks of a server that are under way."""
+        """Cancels the running checks of a server."""
         task = replica.checking
         replica.checking = None
         await cancel(task)
 
     def wake(self) -> None:
-        """Something changed that `change` waits for."""
+        """Wakes the callers of `change`."""
         self._changed.wake_all()
 
     def tell(self, text: str, **facts: object) -> None:
@@ -159,7 +166,7 @@ class Replicas(Generic[C]):
     async def _look_up(self) -> None:
         try:
             found = await self._addresses.look_up()
-        except OSError as error:  # a name without any address is a service that is away, or just begins
+        except OSError as error:  # a name does not resolve while its service is down or starting
             self._no_address = str(error)
             found = tuple(self._present) or self._addresses.fixed
         for address in found:
@@ -193,7 +200,7 @@ class Replicas(Generic[C]):
         except (CallFailed, DomainError, OSError) as error:
             problem = str(error)
             passed = False
-        except Exception as error:  # a defect: nothing else would tell of it
+        except Exception as error:  # a bug in `check`; nothing else would report it
             log.exception("a server could not be checked", address=replica.address)
             problem = repr(error)
             passed = False

@@ -1,8 +1,8 @@
-"""Sums of rewards, and what they are compared with.
+"""Sums of rewards and comparisons with thresholds.
 
-Binary fractions round: 0.1 added ten times gives 0.9999999999999999. So sums are rounded once, at their end, and every
-comparison of a reward with a threshold goes through `reaches` or `exceeds`, to which numbers are equal when rounding
-alone tells them apart.
+Binary fractions round: 0.1 added ten times gives 0.9999999999999999. So a sum is rounded once, at its end, and every
+comparison of a reward with a threshold uses `reaches` or `exceeds`, which treat numbers as equal that differ by
+rounding alone.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Iterable
 from mulligan.common.text import bounded
 
 _ROUNDING = 1e-6  # relative, and absolute near 0: environments often compute in float32, which has seven digits
-_SHOWN = 100  # characters of what is no reward
-LARGEST_REWARD = 1e12  # of an attempt, in size; squares of greater ones leave float32, in which a learner computes
+_SHOWN = 100  # characters of an invalid reward that an error shows
+LARGEST_REWARD = 1e12  # absolute value, per attempt; the square of a larger one overflows float32
 
 
 def total(rewards: Iterable[float]) -> float:
-    """The exact sum, rounded once; NaN where the sum is no finite number."""
+    """The exact sum, rounded once; NaN if it is not finite."""
     try:
         return math.fsum(rewards)
-    except (OverflowError, ValueError):  # beyond what a float holds; ∞ − ∞
+    except (OverflowError, ValueError):  # overflow; ∞ − ∞
         return math.nan
 
 
@@ -41,8 +41,8 @@ def is_usable(reward: float) -> bool:
 
 
 def read_reward(reward: object) -> float:
-    """What an environment calls a reward, as a number: Python's, or a scalar of a library. Raises ValueError, which
-    names it, for what is none, is not finite or is too large."""
+    """Returns an environment's reward, a Python number or a scalar of a library, as a float. Raises ValueError, which
+    quotes it, if it is no number, not finite or too large."""
     try:
         number = math.nan if isinstance(reward, str | bytes | bytearray) else float(reward)  # type: ignore[arg-type]  # so it raises
     except Exception:  # noqa: BLE001 - foreign objects raise anything

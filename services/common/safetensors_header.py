@@ -1,4 +1,4 @@
-"""What a safetensors file says that it holds, and whether it is all there. Reads the header alone, without torch.
+"""Reads and checks the header of a safetensors file, without torch: its tensors, and whether the file is complete.
 
 The format: https://huggingface.co/docs/safetensors#format
 """
@@ -14,29 +14,29 @@ from typing import Any
 
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # bytes, as in the format's own library
-# Of one value, by the format's name of the type. Types that are not here are not checked against their shape.
+# Bits of a value, by the name of its type in the format. A type that is missing here is not checked against its shape.
 _BITS = {"F64": 64, "I64": 64, "F32": 32, "I32": 32, "F16": 16, "BF16": 16, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
 
 
 class BadSafetensors(Exception):
-    """The file is not whole, or no safetensors file; the message says why, without the file's name."""
+    """The file is incomplete, or not a safetensors file. The message does not contain its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """`dtype` is the format's name: F32, BF16, …"""
+    """One tensor. `dtype` is a name of the format: F32, BF16, …"""
 
     dtype: str
     shape: tuple[int, ...]
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
-    """The tensors of a file, by name. Raises BadSafetensors and OSError."""
+    """Returns the tensors of a file, by name. Raises BadSafetensors and OSError."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         if size <= _LENGTH_BYTES or length > _LONGEST_HEADER:
-            raise BadSafetensors("no safetensors file")
+            raise BadSafetensors("not a safetensors file")
         if _LENGTH_BYTES + length > size:
             raise _cut(size, _LENGTH_BYTES + length)
         header = _json(file.read(length))
@@ -45,7 +45,7 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     if _LENGTH_BYTES + length + end > size:
         raise _cut(size, _LENGTH_BYTES + length + end)
     if _LENGTH_BYTES + length + end < size:
-        raise BadSafetensors(f"{size - _LENGTH_BYTES - length - end} bytes behind what its header tells of")
+        raise BadSafetensors(f"{size - _LENGTH_BYTES - length - end} bytes longer than its header describes")
     return {name: tensor for name, (tensor, _) in entries.items()}
 
 
@@ -53,14 +53,14 @@ def _json(text: bytes) -> Mapping[str, Any]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
-        raise BadSafetensors("no safetensors file: its header is no JSON") from None
+        raise BadSafetensors("not a safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
-        raise BadSafetensors("no safetensors file: its header is no JSON object")
+        raise BadSafetensors("not a safetensors file: its header is not a JSON object")
     return header
 
 
 def _entry(name: str, value: Any) -> tuple[TensorHeader, int]:
-    """A tensor, and where its bytes end."""
+    """Returns a tensor, and the offset at which its bytes end."""
     try:
         dtype, shape, (begin, end) = (
             str(value["dtype"]),
@@ -68,13 +68,15 @@ def _entry(name: str, value: Any) -> tuple[TensorHeader, int]:
             map(int, value["data_offsets"]),
         )
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise BadSafetensors(f"no safetensors file: its header does not tell where {name} is") from None
+        raise BadSafetensors(f"not a safetensors file: its header gives no valid place for {name}") from None
     if not 0 <= begin <= end or min(shape, default=0) < 0:
-        raise BadSafetensors(f"damaged: the header's place of {name} is none")
+        raise BadSafetensors(f"damaged: the header's place of {name} is invalid")
     if dtype in _BITS and 8 * (end - begin) != prod(shape) * _BITS[dtype]:
-        raise BadSafetensors(f"damaged: {name} has {end - begin} bytes, which are not {dtype} of shape {list(shape)}")
+        raise BadSafetensors(
+            f"damaged: {name} has {end - begin} bytes, which does not match {dtype} of shape {list(shape)}"
+        )
     return TensorHeader(dtype, shape), end
 
 
 def _cut(size: int, expected: int) -> BadSafetensors:
-    return BadSafetensors(f"cut off: {size} bytes, where its header tells of {expected} at least; download it again")
+    return BadSafetensors(f"cut off: {size} bytes, but its header needs at least {expected}; download it again")

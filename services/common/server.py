@@ -28,8 +28,8 @@ from mulligan.common.validation import prepare, violations
 
 log = structlog.get_logger()
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-_Check: TypeAlias = Callable[[Any], Any]  # a request, or a stream of them, to what the servicer may see
-_MAKE_HANDLER: dict[tuple[bool, bool], Any] = {  # by whether requests and answers are streams
+_Check: TypeAlias = Callable[[Any], Any]  # validates a request, or each request of a stream
+_MAKE_HANDLER: dict[tuple[bool, bool], Any] = {  # key: (requests are a stream, answers are a stream)
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,
     (True, False): grpc.stream_unary_rpc_method_handler,
@@ -37,15 +37,19 @@ _MAKE_HANDLER: dict[tuple[bool, bool], Any] = {  # by whether requests and answe
 }
 _OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # probes carry no credential
 _PENDING_CALLS = 65_536
-_HEALTH_SECONDS = 0.5  # between two looks at the health that a service reports of its parts
+_HEALTH_SECONDS = 0.5  # between two looks at the health of a service's parts
 _REQUEST_KEYS = ("run_id", "episode_id", "request_id", "learner_id", "reflection_id", "sequence", "step_index")
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
-    """What every call goes through: credential, field constraints, deadline, error translation, log line.
+    """Wraps every handler of a server.
 
-    `credentials` maps a gRPC service's full name to the token that its calls need; "" is for all others. With `metrics`
-    calls are counted and timed in the registry of `metrics.py`.
+    A call passes these steps: the metrics and the log line begin, the credential is checked, the request is validated
+    against the field constraints, the handler runs under a deadline, and what it raises becomes a status. A DomainError
+    keeps its code and reason; anything else becomes INTERNAL.
+
+    `credentials` maps a gRPC service's full name to the token that its calls need; "" stands for all others. With
+    `metrics`, calls are counted and timed in the registry of `metrics.py`.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         if method in self._handlers:
             return self._handlers[method]
         handler = await continuation(handler_call_details)
-        if handler is None:  # not remembered: anyone can ask for methods that don't exist, without end
+        if handler is None:  # not cached: clients may ask for any number of unknown methods
             return None
         return self._handlers.setdefault(method, self._guard(method, handler))
 
@@ -97,7 +101,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     def _unary(
         self, method: str, call: Callable[..., Awaitable[Any]], checked: _Check, metrics: MethodMetrics | None
     ) -> Callable[..., Awaitable[Any]]:
-        """One answer, to one request or to a stream of them. The credential is checked before a stream is read."""
+        """A handler with one answer, to one request or a stream. It checks the credential before it reads a stream."""
 
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async def answer() -> Any:
@@ -113,20 +117,20 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self, answer: Callable[[], Awaitable[Any]], context: grpc.aio.ServicerContext[Any, Any], logged: _Logged
     ) -> Any:
         try:
-            # gRPC itself cancels a call whose caller's deadline has passed.
+            # gRPC cancels a call whose caller's deadline has passed.
             own = None if context.time_remaining() is not None else self._default_deadline
             async with asyncio.timeout(own) as limit:
                 return await answer()
         except DomainError as error:
             logged.failed(error)
             await context.abort_with_status(to_status(error))
-        except grpc.aio.AbortError:  # a probe's answer: the service has no such part
+        except grpc.aio.AbortError:  # from the health service: it has no such part
             raise
-        except Exception as error:  # noqa: BLE001 - not a declared error: a fault of ours
+        except Exception as error:  # noqa: BLE001 - not declared: INTERNAL
             if isinstance(error, TimeoutError) and limit.expired():
                 logged.timed_out()
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the server's default deadline passed")
-            if context.code() is grpc.StatusCode.UNIMPLEMENTED:  # by a generated base class, then it raises
+            if context.code() is grpc.StatusCode.UNIMPLEMENTED:  # set by a generated base class, which then raises
                 logged.unimplemented()
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, context.details())
             logged.broke(error)
@@ -140,7 +144,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 try:
                     self._authorize(method, context)
                     responses = call(checked(request), context)
-                    if inspect.isawaitable(responses):  # it writes its answers itself, as the health service does
+                    if inspect.isawaitable(responses):  # the health service writes its answers itself
                         await responses
                         return
                     async with aclosing(responses):
@@ -151,7 +155,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                     await context.abort_with_status(to_status(error))
                 except grpc.aio.AbortError:
                     raise
-                except Exception as error:  # noqa: BLE001 - not a declared error: a fault of ours
+                except Exception as error:  # noqa: BLE001 - not declared: INTERNAL
                     logged.broke(error)
                     await context.abort(grpc.StatusCode.INTERNAL, fault(error))
 
@@ -159,8 +163,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
 
 class _Malformed:
-    """Stands for a request whose bytes are no message of its call: gRPC itself would answer UNKNOWN, or end the
-    handler, when they cannot be read. `cause` says what is wrong with them."""
+    """Stands for a request that cannot be parsed. `cause` is the parser's message. Without it, gRPC would answer
+    UNKNOWN, or end the handler."""
 
     def __init__(self, cause: str):
         self.cause = cause
@@ -190,8 +194,8 @@ async def _checked_stream(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
 
 
 class _Logged:
-    """One line per request: method, ids, duration, status. `log_level = "warning"` leaves out those that went well;
-    probes have one when the fault is ours."""
+    """Logs one line per request: method, ids, duration, status. `log_level = "warning"` leaves out requests that
+    succeed. Health probes are logged only after an internal error."""
 
     def __init__(self, method: str, request: Any, metrics: MethodMetrics | None):
         self._method = method.rsplit("/", 1)[-1]
@@ -238,8 +242,8 @@ class _Logged:
 
 
 class _Health(health.aio.HealthServicer):
-    """Standard health. What `observe` reports, by name of a service or a part of one, is looked at whenever somebody
-    asks, and now and then for those who watch."""
+    """The standard health service. `observe` returns whether each service or part serves, by name. It is called for
+    each check, and periodically for watchers."""
 
     def __init__(self, observe: Callable[[], Mapping[str, bool]]):
         super().__init__()
@@ -275,11 +279,11 @@ async def serve(
     on_drain: Callable[[], Awaitable[None]] | None = None,
     on_started: Callable[[str], Awaitable[None]] | None = None,
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then finishes what is in flight.
+    """Serves until SIGTERM or SIGINT, then lets calls in flight finish.
 
     `register` adds servicers and returns their full names. `on_started` gets the bound address once calls are served.
-    `on_drain` runs when the drain begins, before calls in flight are waited for. `health_of_parts` tells which names of
-    the health service serve; it must be cheap. Raises OSError when an address is taken.
+    `on_drain` runs when the drain begins, before calls in flight are waited for. `health_of_parts` returns whether each
+    part serves, by name; it must be cheap. Raises OSError when an address is taken.
     """
     server = _server(settings, credentials or {})
     names = list(register(server))
@@ -299,14 +303,14 @@ async def serve(
         loop.add_signal_handler(number, stopping.set)
     with exported(settings):
         await server.start()
-        # "" stays SERVING whatever becomes of the parts: it is what a liveness probe asks for, and to restart a service
-        # does not bring back an engine that is elsewhere.
+        # "" always is SERVING: liveness probes ask for it, and restarting this service would not repair an engine that
+        # runs elsewhere.
         for name in ["", *names]:
             await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
         watching = asyncio.create_task(health_servicer.watch())
         try:
             bound = f"{settings.host}:{port}"
-            log_at_any_level("serving", address=bound)  # nothing else tells which port was picked
+            log_at_any_level("serving", address=bound)  # the only place that shows the chosen port
             if on_started is not None:
                 await on_started(bound)
             await stopping.wait()
@@ -330,9 +334,9 @@ def _server(settings: ServiceSettings, credentials: Mapping[str, SecretStr | Non
         options=[
             ("grpc.max_send_message_length", settings.max_message_bytes),
             ("grpc.max_receive_message_length", settings.max_message_bytes),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # clients send keep-alive pings
-            ("grpc.so_reuseport", 0),  # a taken port is an error, not a second server
-            # Calls that wait for the event loop. By default gRPC cancels them, at random, from 1,000 on.
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # for the keep-alive pings of clients
+            ("grpc.so_reuseport", 0),  # a port that is taken raises an error; two servers never share one
+            # Calls that wait for the event loop. By default gRPC cancels random ones above 1,000.
             ("grpc.server.max_pending_requests", _PENDING_CALLS),
             ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
         ],
@@ -351,7 +355,8 @@ def run(
     main: Callable[[], Awaitable[None]],
     new_event_loop: Callable[[], asyncio.AbstractEventLoop] | None = None,
 ) -> None:
-    """Runs a service's main coroutine; a bad address or file ends it with status 2 and one line."""
+    """Runs the main coroutine of a service. On an OSError, such as a taken port, it prints one line and exits with
+    status 2."""
     configure_logging(settings)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:

@@ -1,4 +1,4 @@
-"""Domain errors over gRPC: status code + `google.rpc.ErrorInfo` (domain "mulligan"), both directions."""
+"""Domain errors over gRPC: status code and `google.rpc.ErrorInfo` (domain "mulligan"), in both directions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOMAIN = "mulligan"
 
 
 def code_number(code: Code) -> int:
-    """The google.rpc.Code."""
+    """The number of the google.rpc.Code."""
     return int(code_pb2.Code.Value(code))
 
 
@@ -34,16 +34,16 @@ def to_status(error: DomainError) -> grpc.Status:
 
 
 def fault(error: BaseException) -> str:
-    """The message of an INTERNAL status."""
+    """The message of an INTERNAL status, cut."""
     return bounded(f"{type(error).__name__}: {error}", MESSAGE_LIMIT)
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> DomainError | None:
-    """The domain error that a status carries, or None when it carries none of ours, or what nobody can read."""
+    """The domain error that a status carries. None if it carries none of this project, or one that cannot be parsed."""
     try:
-        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # the stub knows synchronous calls alone
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]  # typed for synchronous calls only
         return None if status is None else _from_status(status)
-    except (ValueError, OverflowError, DecodeError):  # not written by us: the details disagree with the code, …
+    except (ValueError, OverflowError, DecodeError):  # another program wrote it: the details contradict the code, …
         return None
 
 
@@ -68,7 +68,7 @@ def _from_status(status: status_pb2.Status) -> DomainError | None:
 
 
 def domain_error(reason: str, message: str, metadata: Mapping[str, str]) -> DomainError | None:
-    """The error as its service raised it, or None for a reason that this version doesn't know."""
+    """The error as its service raised it. None for a reason that this version does not know."""
     if reason not in Reason.__members__:
         return None
     result = DomainError(Reason(reason), message)

@@ -1,4 +1,4 @@
-"""The nearest right name for one that is wrong, and what is wrong with settings, in words."""
+"""Suggestions for misspelt names, and validation errors of settings in plain words."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _UNKNOWN = "extra_forbidden"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'steps'?`, or "" where nothing is near."""
+    """Returns `; did you mean 'steps'?`, or "" if no name is similar."""
     names = {one.lower(): one for one in known}
     near = get_close_matches(name.lower(), names, n=1, cutoff=0.6)
     return f"; did you mean {names[near[0]]!r}?" if near else ""
 
 
 def problems(error: ValidationError, model: type[BaseModel]) -> dict[str, str]:
-    """What is wrong with settings of `model`, by the setting's name. Names that there are not come first: what seems to
-    be missing may only be written wrongly."""
+    """Errors in settings of `model`, by the name of the setting. Unknown names come first, since a setting that seems
+    to be missing may only be misspelt."""
     items = sorted(error.errors(), key=lambda item: item["type"] != _UNKNOWN)
     found: dict[str, str] = {}
     for item in items:
@@ -36,7 +36,7 @@ def problems(error: ValidationError, model: type[BaseModel]) -> dict[str, str]:
 
 
 def _fields(model: type[BaseModel], path: Iterable[str]) -> list[str]:
-    """The settings of the table at `path`; none where that is no table of ours."""
+    """The settings in the table at `path`; empty if that is no table."""
     fields: Mapping[str, Any] = model.model_fields
     for name in path:
         annotation = fields[name].annotation if name in fields else None

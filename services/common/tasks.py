@@ -1,4 +1,4 @@
-"""Tasks of asyncio: run together, ended together, woken together."""
+"""Helpers for asyncio tasks: gather, cancel, wake."""
 
 from __future__ import annotations
 

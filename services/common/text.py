@@ -1,17 +1,17 @@
-"""Text that came from elsewhere, made short enough to be logged and sent on."""
+"""Shortens foreign text for logs and error messages."""
 
 from __future__ import annotations
 
 import json
 
-_MARK_ROOM = 64  # for the note in the middle, as JSON writes it
+_MARK_ROOM = 64  # characters for the note in the middle, in JSON form
 
 
 def bounded(text: str, limit: int) -> str:
-    """`text`, at most `limit` characters long as ASCII JSON writes it. Of a longer one, the beginning and the end with
-    the number of characters that are left out. Surrogates, which UTF-8 cannot carry, become escapes.
+    """Returns `text`, cut to at most `limit` characters of its ASCII JSON form; `limit` is at least 100.
 
-    `limit` is at least 100.
+    A cut text consists of the beginning, the number of characters left out, and the end. Surrogates, which UTF-8 cannot
+    encode, become escapes.
     """
     if len(text) * 6 <= limit and text.isascii():  # JSON needs at most six characters for one
         return text

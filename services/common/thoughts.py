@@ -1,14 +1,14 @@
-"""Thoughts in a model's answer: what stands in one is never an answer, a move, a tool call or a reflection.
+"""Removes thoughts from a model's answer. Text in a thought is never an answer, a move, a tool call or a reflection.
 
-Models mark their thoughts in different ways, and this module knows the usual ones:
+This module knows the usual marks of thoughts:
 
     <think>…</think>, and the same with thinking, thought, reasoning, reason, scratchpad, seed:think, antThinking
     <|think|>…<|/think|>    [THINK]…[/THINK]    ◁think▷…◁/think▷
     <|begin_of_thought|>…<|end_of_thought|>     <|START_THINKING|>…<|END_THINKING|>
     <|channel|>analysis<|message|>… until another channel, message or turn begins; <|channel>thought…<channel|>
 
-Upper and lower case are the same. Thoughts may nest, and one that is not closed lasts to the end. Where a closing mark
-has no opening one, the chat template wrote that: all before it is a thought.
+Case does not matter. Thoughts may nest, and a thought that is not closed lasts to the end. A closing mark without an
+opening one means that the chat template wrote the opening one: everything before it is a thought.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from __future__ import annotations
 import re
 
 _NAME = r"(?:seed:|ant)?think(?:ing)?|thoughts?|reason(?:ing)?|scratchpad"
-# A mark of the same kind closes what a mark opened: its name, or its group without `open_` and `close_`. No pattern
-# spans lines, so that a cut, which leaves a line break, makes no new mark of what was apart.
+# A closing mark closes the innermost open mark of its kind: its name, or its group without `open_` and `close_`. No
+# pattern spans lines: a removed thought leaves a line break, so the parts around it cannot form a new mark.
 _MARK = re.compile(
     rf"""
       <\|?(?P<open_tag>{_NAME})\b(?:[ ][^<>|\n]{{0,100}})?\|?>
@@ -36,8 +36,8 @@ _FIRST = ("<", "[", "◁")  # every mark begins with one of these
 
 
 def without_thoughts(answer: str) -> str:
-    """What an answer says outside of its thoughts, in one piece; an answer without any as it is. Takes time linear in
-    its length. Of its own result it makes the same again."""
+    """Returns the text outside the thoughts, joined; an answer without thoughts is returned unchanged. Takes linear
+    time. Idempotent."""
     if not any(first in answer for first in _FIRST):  # most moves
         return answer
     said: list[str] = []
@@ -52,13 +52,13 @@ def without_thoughts(answer: str) -> str:
             between = answer[end : mark.start()]
             if not inside:
                 said.append(between)
-            if not (inside and inside[-1] == kind and not between.strip()):  # a template's and the model's own
+            if not (inside and inside[-1] == kind and not between.strip()):  # else: opened twice
                 inside.append(kind)
         elif kind in inside:
             while inside.pop() != kind:
                 pass
         elif action == "final" or kind != "channel":
-            said.clear()  # the template began the thought; or it is only spoken of, inside of another
+            said.clear()  # the template opened the thought, or another thought mentions the mark
         else:
             continue  # such as the end of a turn
         found = True
@@ -71,8 +71,8 @@ def without_thoughts(answer: str) -> str:
 
 
 def begun_thought(prompt: str) -> str:
-    """The mark of a thought with which a prompt ends, white space aside, or "": what a chat template begins for the
-    model."""
+    """The opening mark with which a prompt ends, ignoring white space, or "": a thought that the chat template opens
+    for the model."""
     text = prompt.rstrip()
     last = max(_MARK.finditer(text), key=lambda mark: mark.end(), default=None)
     is_open = last is not None and last.end() == len(text) and str(last.lastgroup).startswith("open_")

@@ -1,4 +1,4 @@
-"""Domain types that services share. Frozen; none knows protobuf. Conversions are in `wire.py`."""
+"""Domain types that services share. Frozen, without protobuf; `wire.py` converts them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from mulligan.common.inference import Tool, VersionSpan
 
 
 class Outcome(StrEnum):
-    """How an attempt ended. Only the first two carry a reward: an infrastructure failure is never reward 0."""
+    """How an attempt ended. Only COMPLETED and TRUNCATED attempts carry a reward; infrastructure errors never count as
+    reward 0."""
 
     COMPLETED = "completed"
     TRUNCATED = "truncated"
@@ -33,7 +34,8 @@ class SegmentKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens of one origin. Only sampled ones carry loss, and log-probabilities in the context of sampling."""
+    """Consecutive tokens of one origin. Only sampled tokens carry loss, and the log-probabilities from when they were
+    sampled."""
 
     kind: SegmentKind
     token_ids: tuple[int, ...]
@@ -47,7 +49,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """What went through the policy, start to end: only ever appended to, never decoded and encoded again."""
+    """All tokens of a conversation in order. It is only appended to, and never decoded and encoded again."""
 
     segments: tuple[Segment, ...]
 
@@ -61,7 +63,7 @@ class TokenSequence:
 
     @property
     def log_probs(self) -> list[float]:
-        """Of the sampled tokens, in order."""
+        """Log-probabilities of the sampled tokens, in order."""
         return [value for segment in self.segments for value in segment.log_probs]
 
     @property
@@ -70,11 +72,11 @@ class TokenSequence:
 
     @property
     def has_prompt(self) -> bool:
-        """Whether it begins with one, as all do that the policy reported the tokens of."""
+        """Whether it begins with a prompt. It does unless the policy reported no prompt tokens."""
         return bool(self.segments) and self.segments[0].kind is SegmentKind.PROMPT
 
     def with_prompt(self, prompt_token_ids: Sequence[int]) -> TokenSequence:
-        """The same tokens after another prompt, without log-probabilities: they belong to the old context."""
+        """The same tokens after another prompt. Log-probabilities are dropped: they belong to the old context."""
         first, *rest = self.segments
         assert first.kind is SegmentKind.PROMPT
         return TokenSequence(
@@ -88,16 +90,16 @@ class TokenSequence:
 @dataclass(frozen=True, slots=True)
 class Turn:
     observation: str
-    text: str  # the agent's answer, decoded, for people; training reads the token sequences
-    action: str  # the environment's reading of it
+    text: str  # the agent's answer as text, for people; training uses the token sequences
+    action: str  # the action that the environment read in it
     reward: float
-    tool: str = ""  # whose answer the observation was; empty: the environment spoke as the user
+    tool: str = ""  # the tool that the observation comes from; empty: the environment, as the user
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One try at a task. `reward` is None unless the outcome carries one. `sequences` has one element, or one per turn
-    when the chat template rewrites earlier turns."""
+    """One try at a task. `reward` is None unless the outcome carries one. `sequences` has one element; if the chat
+    template rewrites earlier turns, it has one per turn."""
 
     attempt_id: str
     episode_id: str
@@ -114,8 +116,8 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Reflection:
-    """`outcome` is of the generation; `reward` is the second attempt's, None until that has one. `policy` names the
-    policy that wrote it, where that is not the one that is trained."""
+    """What a policy learns from a first attempt. `outcome` is that of its generation. `reward` is the reward of the
+    second attempt, None before that. `policy` names the policy that wrote it, if that is not the trained one."""
 
     reflection_id: str
     text: str
@@ -128,7 +130,7 @@ class Reflection:
 
     @property
     def policy_version(self) -> int:
-        """The version that wrote its last token; 0 when nothing was sampled."""
+        """The version that sampled its last token; 0 if nothing was sampled."""
         spans = [
             span for sequence in self.sequences for segment in sequence.segments for span in segment.policy_versions
         ]
@@ -137,7 +139,7 @@ class Reflection:
 
 @dataclass(frozen=True, slots=True)
 class DistilledTarget:
-    """A successful second attempt under the first attempt's prompt. Its segments carry no log-probabilities."""
+    """A successful second attempt under the prompt of the first attempt. Its segments carry no log-probabilities."""
 
     distilled_id: str
     source_attempt_id: str
@@ -147,8 +149,8 @@ class DistilledTarget:
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """One chain y1 → f1 → Δ → y2 → distillation. Parts that are None did not happen. `not_distilled` is why a second
-    attempt that succeeded has no distilled copy, in a word."""
+    """One chain: first attempt → reflection → second attempt → distillation. Parts that did not happen are None.
+    `not_distilled` is a keyword that says why a successful second attempt was not distilled."""
 
     experience_id: str
     run_id: str
@@ -164,7 +166,7 @@ class Experience:
     not_distilled: str = ""
 
     def parts(self) -> Iterator[Attempt | Reflection]:
-        """What the policy sampled, in order."""
+        """The attempts and the reflection, in the order of sampling."""
         yield self.first_attempt
         if self.reflection is not None:
             yield self.reflection
@@ -179,22 +181,22 @@ class Split(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The texts with which an agent is addressed; `{name}` marks a placeholder, filled by plain substitution.
+    """The texts that an environment gives its agents; `{name}` marks a placeholder, which is replaced as plain text.
 
-    Prompts belong to the environment, so that an algorithm needs to know none. Which text goes into which message is
-    the trainer's business (`services/trainer/harness.py`).
+    Prompts belong to the environment, so an algorithm needs to know none. The trainer decides which text goes into
+    which message (`services/trainer/harness.py`).
     """
 
     solver: str  # system prompt of a first attempt: x. No placeholders.
     action_reminder: str  # follows a reflection in the second attempt's system prompt. No placeholders.
     reflection_system: str  # system prompt of the reflector. No placeholders.
     reflection: str  # the reflector's user message: {trace} {feedback} {reward} {memory}
-    memory_empty: str  # stands for {memory} while the memory holds nothing
+    memory_empty: str  # replaces {memory} while the memory is empty
     trace_turn: str  # one turn of {trace}: {observation} {action}
     retry: str  # "without reflection": second attempt's system prompt: {trace} {feedback}
     try_again: str  # unary feedback: second attempt's system prompt. No placeholders.
-    reflection_open: str = "<prompt>"  # the reflection is the text between the last such pair of marks…
-    reflection_close: str = "</prompt>"  # …or, when either is absent, the reflector's whole answer
+    reflection_open: str = "<prompt>"  # the reflection is the text between the last pair of these marks…
+    reflection_close: str = "</prompt>"  # …or the whole answer if a mark is missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,19 +204,19 @@ class EnvironmentInfo:
     name: str
     description: str
     prompts: PromptSet
-    max_steps: int  # the true limit: an episode ends at this many steps
+    max_steps: int  # an episode ends after this many steps
     max_reward: float
     deterministic: bool  # same task, same actions → same observations and rewards
     task_counts: dict[Split, int]
-    tools: tuple[Tool, ...] = ()  # what the agent may call; the environment finds the calls in its answer
-    unavailable: str = ""  # why no episode can be started here
+    tools: tuple[Tool, ...] = ()  # tools that the agent may call; the environment parses the calls in its answer
+    unavailable: str = ""  # why no episode can be started; empty if one can
     can_fork: bool = False  # its episodes have `fork`
-    player_count: int = 1  # how many take turns in an episode
+    player_count: int = 1  # players who take turns in an episode
 
 
 @dataclass(frozen=True, slots=True)
 class TaskInfo:
-    """A task is reproducible from its id alone, on any machine."""
+    """One task. It can be reproduced from its id alone, on any machine."""
 
     task_id: str
     split: Split
@@ -223,13 +225,15 @@ class TaskInfo:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one action led to.
+    """The result of one action.
 
-    `observation` is all that the agent sees during the attempt, no-effect notices included. `action` is the
-    environment's reading of the agent's text ("Up", "Up (no effect)", "invalid"): it appears in traces shown to a
-    reflector. `feedback` is set on the last step only and never enters the attempt's own context. `tool` names the tool
-    whose answer the observation is; empty: it speaks as the user. In a game of several players `player` is whose turn
-    it is next, and who sees the observation; `reward` is of the one who acted, and `rewards` has one of each player.
+    - `observation` is all that the agent sees during the attempt, including notices of actions without effect.
+    - `action` is the action that the environment read in the agent's text ("Up", "Up (no effect)", "invalid"). Traces
+      for a reflector show it.
+    - `feedback` is set on the last step only. It never enters the attempt's own context.
+    - `tool` names the tool whose answer the observation is; if empty, the environment speaks as the user.
+    - `player` is the player whose turn is next, and who sees the observation. `reward` belongs to the player who acted;
+      `rewards` has one reward per player in a game of several.
     """
 
     observation: str
@@ -245,8 +249,8 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class EpisodeStep:
-    """A step as the environment service answers it. `reward` is None when the step failed; `outcome` and `feedback`
-    are set once the episode is over."""
+    """A step as the environment service answers it. `reward` is None if the step failed. `outcome` and `feedback` are
+    set when the episode is over."""
 
     observation: str
     action: str
@@ -257,17 +261,17 @@ class EpisodeStep:
     error: str = ""
     tool: str = ""
     player: int = 0  # whose turn it is next
-    rewards: tuple[float, ...] = ()  # of each player, where there are several
+    rewards: tuple[float, ...] = ()  # one per player in a game of several
 
 
 class RetrievalStrategy(StrEnum):
-    LATEST_SUCCESS = "latest_success"  # the paper's
-    TOP_GAIN = "top_gain"  # greatest reward_after - reward_before; among equals the latest
+    LATEST_SUCCESS = "latest_success"  # as in the paper
+    TOP_GAIN = "top_gain"  # largest reward_after - reward_before; ties: the latest
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a reflection comes from and what it did."""
+    """Origin of a reflection, and the rewards before and after it."""
 
     run_id: str
     experience_id: str
@@ -281,7 +285,8 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class StoredReflection:
-    """`version` is the scope's version that the write made; `deleted_version` the one from which it is forgotten."""
+    """A reflection in the memory. `version` is the version of the scope after the write; `deleted_version` is the
+    version from which it is deleted."""
 
     reflection_id: str
     scope: str

@@ -1,8 +1,8 @@
-"""Checks messages against the constraints that the contracts state: protovalidate rules on the fields.
+"""Checks messages against the constraints in the contracts: protovalidate rules on fields.
 
 A constraint is written once, in the .proto file, where clients in any language can read it. The servers' interceptor
-calls `violations` on each request before the servicer sees it; what that costs is in docs/proof/validation.md. The
-engine implements the complete standard rule set and refuses rules that it cannot compile, so none is ignored silently.
+calls `violations` for each request before the servicer sees it; docs/proof/validation.md measures the cost.
+protovalidate implements all standard rules and refuses rules that it cannot compile, so none is ignored silently.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from google.protobuf.message import Message
 if TYPE_CHECKING:
     from protovalidate import FieldPathElementPb
 
-# Compiled rules are kept per message type inside; calls from several threads are safe.
+# Caches compiled rules per message type. Thread-safe.
 _validator = protovalidate.Validator()
 
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One broken constraint: where, and what was expected there."""
+    """One violated constraint: the field and what was expected."""
 
     field: str
     expected: str
@@ -35,19 +35,19 @@ class FieldViolation:
 
 
 def violations(message: Message) -> list[FieldViolation]:
-    """The first constraint that the message breaks, as a list of one; empty for a valid message.
+    """The first constraint that the message violates, as a list of one; empty for a valid message.
 
-    It stops at the first: a hostile message with a million broken items costs no more than one with a single one.
+    Checking stops there, so a hostile message with a million bad items costs no more than one with a single bad item.
     """
     found = _validator.collect_violations(message, fail_fast=True)
     return [_translate(violation) for violation in found]
 
 
 def prepare(service_names: Iterable[str]) -> None:
-    """Compiles the rules of all requests of these services, given by full name such as "mulligan.env.v1.EnvService".
+    """Compiles the rules of all requests of these services, named such as "mulligan.env.v1.EnvService".
 
-    Called when a server starts, so that a rule which cannot be compiled stops it there instead of failing a request,
-    and no request waits for the compilation (milliseconds). Raises `ValueError` that names the message.
+    A server calls it at start: a rule that cannot be compiled then stops the server instead of failing requests, and no
+    request waits milliseconds for the compilation. Raises ValueError, which names the message type.
     """
     pool = descriptor_pool.Default()
     requests = [method.input_type for name in service_names for method in pool.FindServiceByName(name).methods]
@@ -59,7 +59,8 @@ def prepare(service_names: Iterable[str]) -> None:
 
 
 def _reachable(roots: Iterable[Descriptor]) -> list[Descriptor]:
-    """The message types and all types of their fields: the engine compiles a nested type only when it meets one."""
+    """These message types and, recursively, the types of their fields: protovalidate compiles a nested type on first
+    use."""
     seen: dict[str, Descriptor] = {}
     waiting = list(roots)
     while waiting:
@@ -77,7 +78,7 @@ def _translate(violation: protovalidate.Violation) -> FieldViolation:
 
 
 def _step(element: FieldPathElementPb) -> str:
-    """One step of a path, as a caller would write it: `steps[3]`, `labels["split"]`."""
+    """One element of a path, in the notation of callers: `steps[3]`, `labels["split"]`."""
     subscript = element.subscript
     if subscript is None:
         return element.field_name

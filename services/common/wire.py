@@ -1,4 +1,4 @@
-"""Protobuf ↔ domain types, for the messages of `mulligan.common.v1`."""
+"""Converts between protobuf messages of `mulligan.common.v1` and the types of `types.py` and `inference.py`."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ from mulligan.env.servicer import add_to_server
 from mulligan.env.workers import WorkerPool
 
 if sys.platform != "win32":
-    from uvloop import new_event_loop  # a tenth more steps a second
+    from uvloop import new_event_loop  # 10% more steps per second than with asyncio's own loop
 else:
     new_event_loop = None
 
 log = structlog.get_logger()
-_CLOSING_SECONDS = 5.0  # for what episodes and environments hold, once no call is in flight
+_CLOSING_SECONDS = 5.0  # for closing episodes and environments after the drain
 
 
 def main() -> None:
@@ -49,8 +49,8 @@ def main() -> None:
         await table.close(_CLOSING_SECONDS)
         workers.close()
 
-    # The collector would look through the answers that are kept again and again, and through all that was loaded: a
-    # quarter of what a step costs.
+    # The garbage collector would scan the stored answers and all loaded modules again and again: a quarter of the cost
+    # of a step.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
     run(settings, serve_environments, new_event_loop)

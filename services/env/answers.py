@@ -1,5 +1,5 @@
-r"""The final answer in what an agent writes: between <answer> and </answer>, else in the last \boxed{…}; and where a
-number is asked for, the last number. Nothing in a thought counts. Time is linear in the length of hostile text."""
+r"""Finds the final answer in an agent's text: between <answer> and </answer>, else in the last \boxed{…}; if a number
+is expected, the last number. Thoughts are ignored. Time is linear in the length of hostile text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BOX = "\\boxed{"
 _MARKS = re.compile(r"<(?P<closes>/)?answer>", re.IGNORECASE)
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 _LEAD = re.compile(r"\banswer(?:[ ]is\b:?|[ ]?[:=])", re.IGNORECASE)
-# 1,234.5 is one number and 1,2 are two; a minus after a digit or a bracket takes away.
+# 1,234.5 is one number, and 1,2 are two. A minus after a digit or a bracket is a subtraction.
 _DIGITS = r"(?:[0-9]{1,3}(?:[,'’_\u00a0\u202f][0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
     rf"(?:(?<![^\W_])(?<![)\]}}])[-+\u2212])?(?<![^\W_])(?<![0-9]\.)(?:{_DIGITS})(?:[eE][-+]?[0-9]+)?(?![0-9])"
@@ -23,7 +23,7 @@ _PLAIN = str.maketrans({**dict.fromkeys(",'’_\u00a0\u202f "), "\u2212": "-"})
 
 
 def marked(answer: str) -> str | None:
-    """What stands between the last <answer> and its </answer>, else in the last box; None where there is neither."""
+    """The text between the last <answer> and its </answer>, else in the last box; None if there is neither."""
     said = without_thoughts(answer)
     opened = closed = found = None
     for mark in _MARKS.finditer(said):
@@ -37,14 +37,14 @@ def marked(answer: str) -> str | None:
 
 
 def boxed(answer: str) -> str | None:
-    r"""The content of the last complete `\boxed{…}` that is no thought, None without one. Braces may nest; `\text{…}`
-    inside, which models of mathematics write, is taken off. One that is longer than any answer counts as none."""
+    r"""The content of the last complete `\boxed{…}` outside thoughts, or None. Braces may nest. A `\text{…}` inside,
+    which models write in mathematics, is unwrapped. Content longer than any answer is ignored."""
     return _boxed(without_thoughts(answer))
 
 
 def read_answer(answer: str, expected: str = "") -> str:
-    """The marked answer, else what the last line says it is. `expected` is the right one, where it is known: where that
-    is a number or a fraction, the last one of these is taken; its value has no influence."""
+    """The marked answer, else what the last line says. `expected` is the right answer if known. If that is a number or
+    a fraction, the last one in the text is returned; the value of `expected` has no influence."""
     found = marked(answer)
     pattern = next((kind for kind in (_NUMBER, _FRACTION) if kind.fullmatch(expected.strip())), None)
     if pattern is not None:
@@ -54,7 +54,7 @@ def read_answer(answer: str, expected: str = "") -> str:
 
 
 def last_number(text: str) -> str:
-    """Without separators of thousands; empty where there is none."""
+    """The last number, without thousands separators; "" if there is none."""
     return _last(_NUMBER, text)
 
 
@@ -67,7 +67,7 @@ def _last(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _told(text: str, *, keep_period: bool) -> str:
-    """The last line; of one like "The answer is x." only x."""
+    """The last line; in a line such as "The answer is x." only x."""
     lines = text.strip().splitlines()
     line = lines[-1].strip() if lines else ""
     leads = [lead.end() for lead in _LEAD.finditer(line)]
@@ -79,7 +79,7 @@ def _told(text: str, *, keep_period: bool) -> str:
 
 def _boxed(said: str) -> str | None:
     end = len(said)
-    for _ in range(3):  # an answer that is cut off in its last box has an earlier one
+    for _ in range(3):  # the last box may be cut off; an earlier one may be complete
         start = said.rfind(_BOX, 0, end)
         if start < 0:
             return None

@@ -1,21 +1,20 @@
-"""What an environment author writes: one class with typed `start`, one episode class with `step`, no gRPC in sight.
+"""The interface of environments: a class with typed `start`, and an episode class with `step`. Authors never see gRPC.
 
-An environment is a factory of single-use episodes (there is no `reset`; the habit is tinker-cookbook's `rl/types.py`).
-Both may block: the server runs them on worker threads, never on its event loop. An exception ends that episode as
-ENV_ERROR and touches no other.
+An environment makes single-use episodes; there is no `reset` (as in tinker-cookbook's `rl/types.py`). Both may block:
+the server calls them on worker threads, never on its event loop. An exception ends that episode as ENV_ERROR and
+affects no other.
 
-What holds more than memory (a process, a connection, a file) may also have `close(self) -> None`:
+An environment or episode that holds a process, a connection or a file may have `close(self) -> None`. What it raises is
+logged.
 
-- of an episode: called once, when the episode is over, ended or expired, or the server drains; on a worker thread,
-  after its last call has returned. A call that was given up because it took too long may still run: `close` then is
-  what should make it return.
-- of an environment: called once, as the server ends, after its episodes were closed.
+- The server calls an episode's `close` once, when the episode is over, ended or expired, or the server drains; on a
+  worker thread, after the last call into it has returned. Only a call that was given up because it took too long may
+  still run then: `close` should make it return.
+- The server calls an environment's `close` once, after its episodes were closed.
 
-What it raises is logged, no more.
-
-The module also has `create(name, settings) -> Environment`, which the server calls for each `[environments.NAME]` table
-of its configuration that names the module; a ValueError stops the server and is shown to whoever started it, and a
-MissingExtra lists the environment as unavailable.
+The module also has `create(name, settings) -> Environment`. The server calls it for each table `[environments.NAME]`
+that names the module. A ValueError stops the server and is shown to whoever started it; a MissingExtra lists the
+environment as unavailable.
 """
 
 from __future__ import annotations
@@ -54,47 +53,49 @@ __all__ = [
 
 
 class Episode(Protocol):
-    """An episode of a game of several players also has `player: int`, whose turn it is at the start (0 without).
+    """One episode. In a game of several players it also has `player: int`, whose turn it is at the start; without it,
+    0.
 
-    The server makes one call into an episode at a time, though not always on the same thread."""
+    The server makes one call into an episode at a time, but not always on the same thread.
+    """
 
     observation: str  # the first observation
 
     def step(self, action: str) -> StepResult:
-        """Applies the agent's answer, which comes without its thoughts (`services/common/thoughts.py`); an episode that
-        has `reads_thoughts = True` gets all of it. Never called again after `done`."""
+        """Applies the agent's answer, without its thoughts (`services/common/thoughts.py`). An episode with
+        `reads_thoughts = True` gets the whole answer. Never called after `done`."""
 
 
 @runtime_checkable
 class Forkable(Episode, Protocol):
-    """What the episodes of an environment with `info.can_fork` offer besides."""
+    """An episode of an environment with `info.can_fork`."""
 
     def fork(self) -> Episode:
-        """An independent episode in exactly this state, random generators included. Never called during `step`. What
-        it raises fails the fork alone."""
+        """Returns an independent episode in exactly this state, including random generators. Never called during
+        `step`. An exception fails the fork alone."""
 
 
 class Environment(Protocol):
     @property
     def info(self) -> EnvironmentInfo:
-        """An attribute like any other; it changes in one that learns later whether it is available."""
+        """May change, for example when the environment learns later whether it is available."""
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]: ...
 
     def start(self, task_id: str) -> Episode:
-        """Raises UnknownTask when the id is not one of this environment's."""
+        """Makes an episode. Raises UnknownTask for an id of no task."""
 
 
 class UnknownTask(LookupError):
-    """The task id is not one of the environment's."""
+    """The environment has no task with this id."""
 
 
 class Faulted(Exception):
-    """An environment failed; the message says all that is known of it."""
+    """An environment failed. The message is complete: no traceback would add to it."""
 
 
 def fork(episode: Episode) -> Episode:
-    """Raises TypeError when an episode, whose environment says `can_fork`, cannot."""
+    """Forks an episode. Raises TypeError if the environment says `can_fork` but the episode has no valid `fork`."""
     if not isinstance(episode, Forkable):
         raise TypeError(f"can_fork is set, but {type(episode).__name__} has no fork")
     copied = episode.fork()
@@ -105,7 +106,7 @@ def fork(episode: Episode) -> Episode:
 
 
 def act(episode: Episode, action: str) -> StepResult:
-    """What comes of an agent's answer. What stands in a thought is no action, in whatever environment."""
+    """Plays an agent's answer. Text in a thought is never an action, in any environment."""
     return episode.step(action if reads_thoughts(episode) else without_thoughts(action))
 
 
@@ -114,7 +115,7 @@ def reads_thoughts(episode: Episode) -> bool:
 
 
 def close(held: Episode | Environment) -> None:
-    """Frees what it holds, where it holds anything."""
+    """Calls `close` if there is one."""
     method: Callable[[], None] | None = getattr(held, "close", None)
     if method is not None:
         method()
@@ -124,8 +125,9 @@ S = TypeVar("S")
 
 
 def read_settings(kind: type[S], values: Mapping[str, object]) -> S:
-    """The dataclass of an environment's settings, from its TOML table. Raises ValueError that names the setting."""
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # a dataclass, as it says
+    """Makes the settings dataclass of an environment from its TOML table. Raises ValueError, which names the
+    setting."""
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # `kind` is a dataclass
     unknown = sorted(set(values) - set(known))
     if unknown:
         near = did_you_mean(unknown[0], known)

@@ -1,5 +1,5 @@
-"""Calls into environment code: they run on worker threads, and what comes back is checked here, so that a bad answer
-fails the one episode that gave it."""
+"""Calls into environment code. They run on worker threads, and their results are checked here: a bad result fails the
+one episode that returned it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_TEXT_BYTES = 16 * 2**20  # far below the limit of a message
 
 @dataclass(frozen=True, slots=True)
 class StartResult:
-    """What an episode shows before its next step, and whose turn it is."""
+    """The observation of an episode before its next step, and whose turn it is."""
 
     observation: str
     player: int
@@ -53,8 +53,8 @@ def play(episode: Episode, action: str, players: int) -> EpisodeStep:
     )
 
 
-def kept(begun: tuple[Episode, StartResult], job: Job) -> tuple[Episode, StartResult]:
-    """Closes what a start or a fork made that was given up meanwhile."""
+def close_if_given_up(begun: tuple[Episode, StartResult], job: Job) -> tuple[Episode, StartResult]:
+    """Closes a new episode whose start or fork was given up before it returned."""
     if job.settled:
         close(begun[0])
     return begun
@@ -65,7 +65,7 @@ def stuck(episode: Episode, error: TimedOut) -> Episode:
 
 
 class _Stuck:
-    """Stands for an episode in which a call still runs that was given up: no other may run beside it."""
+    """Replaces an episode in which a call still runs that was given up: no other call may run beside it."""
 
     observation = ""
 
@@ -74,7 +74,7 @@ class _Stuck:
         self._error = error
 
     def step(self, action: str) -> NoReturn:
-        raise TimedOut(f"an earlier call into the episode never ended: {self._error}")
+        raise TimedOut(f"an earlier call into the episode has not returned: {self._error}")
 
     def fork(self) -> NoReturn:
         self.step("")
@@ -124,11 +124,11 @@ def _rewards(rewards: object, players: int) -> tuple[float, ...]:
 
 
 def _text(name: str, value: object) -> str:
-    """Text that can travel: raises TypeError for what is no string, UnicodeEncodeError for lone surrogates, ValueError
-    for what is too long."""
+    """Returns text that can be sent. Raises TypeError unless it is a str, UnicodeEncodeError for lone surrogates,
+    ValueError if it is too long."""
     if not isinstance(value, str):
         raise TypeError(f"{name} is {type(value).__name__}, not str")
     size = len(value) if value.isascii() else len(value.encode())
     if size > _MAX_TEXT_BYTES:
-        raise ValueError(f"{name} has {size} bytes; there may be {_MAX_TEXT_BYTES}")
+        raise ValueError(f"{name} has {size} bytes; the limit is {_MAX_TEXT_BYTES}")
     return value

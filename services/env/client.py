@@ -1,47 +1,56 @@
-"""The environment service as the trainer's `EnvironmentPort`.
+"""The client of the environment service; implements the trainer's `EnvironmentPort`.
 
-A unary call costs a few hundred microseconds of Python whatever it carries, so steps are coalesced: what callers ask
-for in one tick of the event loop, or while earlier batches are under way, travels in few StepEpisodes. Two are under
-way at a time, so that the server works on one while this side works on the other. A lone step goes out at once. The
-server answers a batch within `_FIRST_WAIT_SECONDS`; what still runs then is asked for again, apart from the rest, so
-that a slow or hanging episode holds up no other. Steps are exactly-once: repeating is safe.
+A unary call costs a few hundred microseconds of Python regardless of its content. So the steps that callers ask for in
+one tick of the event loop, or while earlier batches are in flight, are sent together by StepEpisodes. Two batches are
+in flight at a time, so that server and client work in parallel. A single step is sent at once. The server answers a
+batch within `_FIRST_WAIT_SECONDS`; steps that still run are asked for again in a separate batch, so a slow or hanging
+episode delays no other. Steps are exactly-once, so repeating them is safe.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
+import structlog
+
 from mulligan.common.channel import Connection, Endpoint
-from mulligan.common.errors import CallFailed, DomainError, Reason, invalid_field
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable, invalid_field
 from mulligan.common.status import domain_error
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.tasks import cancel
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
-from mulligan.env.keepalive import kept_alive
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.env.wire import info_from_proto, step_from_proto, tasks_from_proto
 
-# larger ones gain nothing: a call's own cost is then a tenth of what its steps cost
+# steps per batch; in a larger one the cost of the call is below a tenth of the cost of its steps
 _MIN_BATCH = 8
 _MAX_BATCH = 128
-_MAX_BATCH_CHARACTERS = 4 * 2**20  # far below the limit of a message; a longer action travels alone
+_MAX_BATCH_CHARACTERS = 4 * 2**20  # far below the message limit; a longer action is sent alone
 _MAX_IN_FLIGHT = 2
-_MAX_CALLS = 64  # at a time, of those that are not coalesced: thousands of starts at once swamp a server
+_MAX_CALLS = 64  # concurrent calls other than steps; thousands of starts at once overload a server
 _FIRST_WAIT_SECONDS = 0.05
 _STILL_RUNS = ("DEADLINE_EXCEEDED", "the step still runs")
 _PAGE_SIZE = 1000
+_CALLS_PER_LEASE = 3  # two may be lost or late
+_SHORTEST_WAIT_SECONDS = 0.02
 _SPLITS = {Split.TRAIN: pb.SPLIT_TRAIN, Split.TEST: pb.SPLIT_TEST}
 R = TypeVar("R")
+log = structlog.get_logger()
 
 
 class EnvClient:
-    """`timeout` bounds each call, in seconds; make it longer than the slowest step."""
+    """The client of one environment server.
+
+    Steps go through a queue that batches them (`_StepQueue`). All other calls are unary, at most `_MAX_CALLS` at a
+    time. Every call is retried as `Connection.call` does. `timeout` limits each call, in seconds; it must be longer
+    than the slowest step.
+    """
 
     def __init__(self, endpoint: Endpoint, *, timeout: float = 90.0, on_outage: Callable[[str], None] | None = None):
         self._connection = Connection(endpoint, on_outage)
@@ -83,7 +92,7 @@ class EnvClient:
         return await self._begin(episode_id, partial(self._call, self._stub.StartEpisode, request))
 
     async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> RemoteEpisode:
-        """Another episode in the state that this one has after `step_index` steps."""
+        """Starts another episode in the state of this one after `step_index` steps."""
         request = pb.ForkEpisodeRequest(episode_id=episode_id, step_index=step_index, new_episode_id=new_episode_id)
         return await self._begin(new_episode_id, partial(self._call, self._stub.ForkEpisode, request), step_index)
 
@@ -91,7 +100,7 @@ class EnvClient:
         return RemoteEpisode(episode_id, self, await call(), call, next_step)
 
     async def step(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
-        """Repeating it with the same action returns the same answer."""
+        """Plays one step. A repetition with the same action returns the same answer."""
         if not action.isascii():
             try:
                 action.encode()
@@ -101,7 +110,7 @@ class EnvClient:
         return answer or await self.step_alone(episode_id, step_index, action)
 
     async def step_alone(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
-        """As `step`, in a call of its own, which delays no other step."""
+        """As `step`, but in a unary call, which delays no other step."""
         request = pb.StepEpisodeRequest(episode_id=episode_id, step_index=step_index, action=action)
         return step_from_proto(await self._call(self._stub.StepEpisode, request))
 
@@ -119,10 +128,11 @@ class EnvClient:
 
 
 class RemoteEpisode:
-    """Counts its steps: one that failed on the way may be repeated with the same action. `observation` is what the
-    agent is shown first, `player` whose turn it is. `begun` is the answer of the call `begin`, which began it.
+    """A handle of one episode. It counts the steps; a step that failed on the way may be repeated with the same action.
 
-    Ending one that is over costs no call: it takes no place at the server, which forgets it in time.
+    `observation` is what the agent sees first, `player` is whose turn it is. `begun` is the answer of the call `begin`,
+    which started the episode. `end` sends nothing for an episode that is over: it takes no place at the server, which
+    forgets it in time.
     """
 
     def __init__(
@@ -135,7 +145,7 @@ class RemoteEpisode:
         self._client = client
         self._begun = begun
         self._begin = begin
-        self._last_action: str | None = None  # None: no step of this handle was answered
+        self._last_action: str | None = None  # None: no step was answered yet
         self._next_step = next_step
         self._is_over = False
         self._replaced = ""
@@ -146,21 +156,24 @@ class RemoteEpisode:
         answer = await self._client.step(self.episode_id, self._next_step, action)
         self._next_step += 1
         self._last_action = action
-        self._is_over = answer.done and answer.outcome is not Outcome.ENV_ERROR  # which the server may not know of
+        self._is_over = answer.done and answer.outcome is not Outcome.ENV_ERROR  # the server may not know of it
         self.player = answer.player
         return answer
 
     async def fork(self, new_episode_id: str) -> RemoteEpisode:
-        """A copy in the state that this one is in. Raises DomainError FORK_UNSUPPORTED where `can_fork` is false."""
+        """A copy of the episode in its present state. Raises DomainError FORK_UNSUPPORTED if `can_fork` is false."""
         return await self._client.fork(self.episode_id, self._next_step, new_episode_id)
 
     def kept_alive(self) -> AbstractAsyncContextManager[None]:
-        """Within the block the episode does not expire, however long no step is made."""
+        """During the block the episode does not expire, however long no step is made."""
         return kept_alive(self.episode_id, self._lease_seconds, self._repeat)
 
     async def _repeat(self) -> None:
-        """The last call that was answered, once more. Where a server lost the episode, the call that began it begins
-        another one, which is not gone on with unless it looks the same."""
+        """Repeats the last answered call, which renews the lease and changes nothing.
+
+        If the server lost the episode before its first step, the call starts a new one. The handle refuses to use that
+        unless it shows the same observation.
+        """
         if self._is_over:
             return
         if self._last_action is not None:
@@ -176,7 +189,40 @@ class RemoteEpisode:
             await self._client.end(self.episode_id)
 
 
-_Answer = EpisodeStep | None  # None: to be tried by a call of its own
+@asynccontextmanager
+async def kept_alive(
+    episode_id: str, lease_seconds: float, repeat: Callable[[], Awaitable[None]]
+) -> AsyncIterator[None]:
+    """Calls `repeat` several times per lease during the block, so that an episode does not expire while its agent
+    thinks.
+
+    Every call renews a lease and can be repeated, so repeating the last answered call works with servers in any
+    language. A failure of `repeat` is only logged: the next step reports what happened to the episode. A
+    `lease_seconds` of 0 means unknown, and `repeat` is not called.
+    """
+    renewing = asyncio.create_task(_renew(episode_id, lease_seconds, repeat)) if lease_seconds > 0 else None
+    try:
+        yield
+    finally:
+        if renewing is not None:
+            await cancel(renewing)
+
+
+async def _renew(episode_id: str, lease_seconds: float, repeat: Callable[[], Awaitable[None]]) -> None:
+    wait = max(lease_seconds / _CALLS_PER_LEASE, _SHORTEST_WAIT_SECONDS)
+    while True:
+        await asyncio.sleep(wait)
+        try:
+            async with asyncio.timeout(lease_seconds):
+                await repeat()
+        except (CallFailed, ServiceUnavailable, TimeoutError) as error:
+            log.warning("a lease was not renewed", episode_id=episode_id, cause=str(error) or "no answer in time")
+        except DomainError as error:  # the episode is lost or over
+            log.warning("a lease was not renewed, and will not be", episode_id=episode_id, cause=str(error))
+            return
+
+
+_Answer = EpisodeStep | None  # None: to be repeated in a unary call
 
 
 class _Waiting(NamedTuple):
@@ -187,7 +233,13 @@ class _Waiting(NamedTuple):
 
 
 class _StepQueue:
-    """Turns single steps into batches."""
+    """Sends single steps in batches.
+
+    `put` adds a step and schedules `_flush` at the end of the tick, which forms at most two batches. `_send` makes the
+    calls of a batch and completes the futures of its steps. Steps that still run are asked for again with twice the
+    wait, while `_flush` goes on with the next batches. After an error that one step may have caused, each step of the
+    batch is repeated in a unary call.
+    """
 
     def __init__(self, connection: Connection, stub: pb_grpc.EnvServiceStub, timeout: float):
         self._connection = connection
@@ -195,8 +247,8 @@ class _StepQueue:
         self._timeout = timeout
         self._waiting: deque[_Waiting] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._batches = 0  # that wait for their first answer
-        self._travelling = 0  # steps in them
+        self._batches = 0  # in flight, without a first answer yet
+        self._travelling = 0  # steps in those batches
         self._flush_is_due = False
         self._was_alone = False
 
@@ -204,14 +256,14 @@ class _StepQueue:
         loop = asyncio.get_running_loop()
         item = _Waiting(loop.create_future(), episode_id, step_index, action)
         if self._was_alone and not self._batches and not self._waiting:
-            # Whoever was alone last time probably is now: no tick to wait for others, and no task of its own, which
-            # would be a tenth of what a lone step costs. Others that come in this tick make up the second batch.
+            # The last step was alone, so this one probably is, too: send it at once, without a task, which would cost a
+            # tenth of a lone step. Other steps of this tick form the second batch.
             await self._send(self._counted([item]))
         else:
             self._waiting.append(item)
             if not self._flush_is_due:
                 self._flush_is_due = True
-                loop.call_soon(self._flush)  # after all that runs in this tick
+                loop.call_soon(self._flush)  # at the end of this tick
         return await item.future
 
     async def close(self) -> None:
@@ -221,7 +273,7 @@ class _StepQueue:
         self._flush_is_due = False
         self._was_alone = not self._batches and len(self._waiting) == 1
         while self._waiting and self._batches < _MAX_IN_FLIGHT:
-            # Equal shares, so that neither side waits for the other.
+            # Equal batches, so that neither side waits for the other.
             share = -(-(len(self._waiting) + self._travelling) // _MAX_IN_FLIGHT)
             batch = _split_off(self._waiting, min(max(share, _MIN_BATCH), _MAX_BATCH))
             if batch:
@@ -235,8 +287,8 @@ class _StepQueue:
         return batch
 
     async def _send(self, batch: list[_Waiting]) -> None:
-        """Settles the batch, whatever happens. Items that still run are asked for again, with twice the wait, while
-        the next batches go ahead: a slow step delays others of its kind by no more than it has taken itself."""
+        """Completes all futures of the batch. Steps that still run are asked for again with twice the wait, while the
+        next batches go ahead: a slow step delays others of its kind by at most its own duration."""
         try:
             slow = await self._call(batch, _FIRST_WAIT_SECONDS)
         finally:
@@ -244,7 +296,7 @@ class _StepQueue:
             self._travelling -= len(batch)
             if self._waiting and not self._flush_is_due:
                 self._flush_is_due = True
-                # After the callers that have their answers now: their next steps are part of the next batch.
+                # Flush after the callers that just got answers: their next steps join the next batch.
                 asyncio.get_running_loop().call_soon(self._flush)
         wait = waited = _FIRST_WAIT_SECONDS
         while slow:
@@ -256,7 +308,7 @@ class _StepQueue:
             waited += wait
 
     async def _call(self, batch: list[_Waiting], wait: float) -> list[_Waiting]:
-        """Settles the items that are answered within the wait, and returns the others."""
+        """Completes the futures of the steps that are answered within the wait. Returns the other steps."""
         request = pb.StepEpisodesRequest()
         request.max_wait.nanos = int(wait % 1 * 1e9)
         request.max_wait.seconds = int(wait)
@@ -269,7 +321,7 @@ class _StepQueue:
             for item in batch:
                 item.future.cancel()
             raise
-        except Exception as error:  # noqa: BLE001 - each caller gets it, whatever it is
+        except Exception as error:  # noqa: BLE001 - raised for each caller
             self._fail(batch, error)
             return []
         if len(response.items) != len(batch):
@@ -280,7 +332,7 @@ class _StepQueue:
         return [waiting for waiting, item in pairs if not _settle(waiting.future, item)]
 
     def _fail(self, batch: list[_Waiting], error: Exception) -> None:
-        # One bad item may have spoilt the batch for all: each is then tried by a call of its own.
+        # One bad step may have caused the error for all: repeat each in a unary call.
         one_by_one = len(batch) > 1 and _is_about_the_content(error)
         for item in batch:
             if not item.future.done():
@@ -292,14 +344,14 @@ def _is_about_the_content(error: Exception) -> bool:
 
 
 def _split_off(waiting: deque[_Waiting], count: int) -> list[_Waiting]:
-    """A batch that is neither longer nor larger than a message may be. An episode is in it once."""
+    """Takes the next batch, within the limits of count and size. Each episode is in it at most once."""
     batch: list[_Waiting] = []
     later: list[_Waiting] = []
     seen: set[str] = set()
     characters = 0
     while waiting and len(batch) < count:
         item = waiting.popleft()
-        if item.future.done():  # its caller has left
+        if item.future.done():  # its caller was cancelled
             continue
         if item.episode_id in seen:
             later.append(item)
@@ -315,8 +367,8 @@ def _split_off(waiting: deque[_Waiting], count: int) -> list[_Waiting]:
 
 
 def _settle(future: asyncio.Future[_Answer], item: pb.StepEpisodesResponse.Item) -> bool:
-    """Whether nothing is left to wait for."""
-    if future.done():  # its caller has left
+    """Completes the future if the item has a result. Returns whether it is complete."""
+    if future.done():  # its caller was cancelled
         return True
     kind = item.WhichOneof("result")
     if kind == "step":

@@ -1,8 +1,9 @@
-"""Settings of the environment service, and which environments it serves.
+"""Settings of the environment service, including the environments that it serves.
 
-Each TOML table `[environments.NAME]` is one: `kind` is the module that makes it, `feedback` how much an agent is told
-at the end (full, unary or silent), `untrusted` whether its code runs in processes with limits (`sandbox.py`), the rest
-are that environment's own settings. A kind is a file in `services/env/envs/`, or else any module that can be imported:
+Each TOML table `[environments.NAME]` is one environment. `kind` is the module that makes it: a file in
+`services/env/envs/` or any importable module. `feedback` is how much an agent learns at the end (full, unary or
+silent). `untrusted` runs its code in processes with limits (`sandbox.py`). All other keys are the environment's own
+settings:
 
     [environments.small-lake]
     kind = "frozenlake"
@@ -47,16 +48,16 @@ class EnvSettings(ServiceSettings):
         1,
         ge=1,
         le=256,
-        description="Server processes: at `port`, `port` + 1, … (metrics likewise); at free ones for 0.",
+        description="Server processes, at `port`, `port` + 1, … (metrics likewise), or at free ports if 0.",
     )
     max_episodes: int = Field(
-        4096, ge=1, description="Live episodes, of each process; more are refused with CAPACITY_REACHED."
+        4096, ge=1, description="Live episodes per process; further ones are refused with CAPACITY_REACHED."
     )
-    max_finished: int = Field(4096, ge=0, description="Episodes that are over whose answers stay repeatable.")
+    max_finished: int = Field(4096, ge=0, description="Finished episodes whose answers are kept for repeated calls.")
     lease_seconds: float = Field(600.0, gt=0, le=86_400, description="An episode idle for longer expires.")
-    step_timeout_seconds: float = Field(60.0, gt=0, description="A step that takes longer is a TIMEOUT.")
+    step_timeout_seconds: float = Field(60.0, gt=0, description="A step that takes longer ends its episode as TIMEOUT.")
     worker_threads: int = Field(16, ge=1, le=512, description="Threads for environment code.")
-    max_hanging_threads: int = Field(64, ge=0, description="Threads lost to hanging steps that are replaced.")
+    max_hanging_threads: int = Field(64, ge=0, description="Hanging threads that are replaced.")
 
     @model_validator(mode="after")
     def _ports_exist(self) -> Self:

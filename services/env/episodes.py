@@ -1,9 +1,9 @@
-"""The episode table: exactly-once steps, leases, capacity. Knows neither gRPC nor any particular environment.
+"""The episode table: exactly-once steps, leases, forks, capacity. Knows neither gRPC nor any particular environment.
 
-All of it runs on one event loop and needs no locks; environment code alone runs elsewhere, on the threads of
-`workers.py`, and of each episode one call at a time: what arrives meanwhile is held back. An episode is live until it
-is over. Only live episodes take a place; the answers of one that is over stay repeatable until its lease ends, it is
-ended, or newer ones that are over push it out.
+The table runs on one event loop and needs no locks. Environment code runs on the threads of `workers.py`, with one call
+at a time into each episode; further calls wait. An episode is live until it is over, and only live episodes count
+against `max_episodes`. The answers of a finished episode can be repeated until its lease ends, it is ended, or newer
+finished episodes displace it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import NamedTuple
 
 import structlog
 
@@ -22,17 +23,7 @@ from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EpisodeStep
 from mulligan.env import calls
 from mulligan.env.base import Environment, Episode, close, fork
-from mulligan.env.calls import StartResult
-from mulligan.env.records import (
-    EpisodeRecord,
-    Latch,
-    RunningStep,
-    StepRequest,
-    check_place,
-    conflict,
-    episode_of,
-    in_use,
-)
+from mulligan.env.calls import StartResult, play
 from mulligan.env.workers import FunctionJob, Job, TimedOut, WorkerPool
 
 log = structlog.get_logger()
@@ -41,7 +32,8 @@ _RETRY_AFTER = timedelta(seconds=0.5)
 
 @dataclass(frozen=True, slots=True)
 class EpisodeLimits:
-    """`max_finished` bounds the stored answers of episodes that are over; `max_remembered` the ids of expired ones."""
+    """`max_finished` limits the finished episodes whose answers are kept, `max_remembered` the ids of expired
+    episodes."""
 
     max_episodes: int = 4096
     max_finished: int = 4096
@@ -50,10 +42,89 @@ class EpisodeLimits:
     remember_seconds: float = 3600.0
 
 
+class StepRequest(NamedTuple):
+    episode_id: str
+    step_index: int
+    action: str
+
+
+class Latch:
+    """A count-down latch: `opened` completes when all steps that a call waits for have answers."""
+
+    __slots__ = ("left", "opened")
+
+    def __init__(self, opened: asyncio.Future[None], left: int):
+        self.opened = opened
+        self.left = left
+
+    def count_down(self) -> None:
+        self.left -= 1
+        if self.left == 0 and not self.opened.done():
+            self.opened.set_result(None)
+
+
+class RunningStep(Job):
+    """The job of one step. `answer` is set when it ends, and `latches` are those of the calls that wait for it."""
+
+    __slots__ = ("action", "answer", "latches", "played", "record")
+
+    def __init__(self, record: EpisodeRecord, action: str, played: Callable[[RunningStep, object], None]):
+        super().__init__()
+        self.record = record
+        self.action = action
+        self.played = played
+        self.answer: EpisodeStep | None = None
+        self.latches: list[Latch] = []
+
+    def call(self) -> EpisodeStep:
+        return play(_episode_of(self.record), self.action, self.record.players)
+
+    def done(self, result: object) -> None:
+        self.played(self, result)
+
+
+@dataclass(slots=True)
+class EpisodeRecord:
+    """What the table knows of one episode."""
+
+    episode_id: str
+    environment: str
+    task_id: str
+    players: int
+    started: asyncio.Future[StartResult]
+    touched: float
+    source: tuple[str, int] | None = None  # of a fork: the original episode and its number of steps
+    episode: Episode | None = None
+    # Hashes of the actions: 64 bits each, salted per process. An action may have megabytes.
+    actions: list[int] = field(default_factory=list)
+    answers: list[EpisodeStep] = field(default_factory=list)
+    running: RunningStep | None = None
+    calling: bool = False  # whether a call into the episode runs
+    held: list[Job] = field(default_factory=list)  # calls that wait for the running one
+    released: bool = False  # over, ended or expired: the episode is closed, or will be
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.answers) and self.answers[-1].done
+
+    @property
+    def busy(self) -> bool:
+        return self.calling or self.running is not None or not self.started.done()
+
+
 StepAnswer = EpisodeStep | DomainError
 
 
 class EpisodeTable:
+    """All episodes of a server.
+
+    `start` puts a record among the live episodes and submits a job that makes the episode. `step` looks up each
+    request: a repeated step gets the stored answer or joins the running one, a wrong one gets an error, and a new one
+    becomes a job. The call then waits on a latch. When a job returns, `_step_done` stores the answer and opens the
+    latches; after the last step it moves the record to the finished episodes and closes the episode. Every call first
+    drops the episodes whose lease has ended. `clock` returns seconds.
+    """
+
     def __init__(
         self,
         environments: dict[str, Environment],
@@ -65,9 +136,9 @@ class EpisodeTable:
         self.workers = workers
         self.limits = limits or EpisodeLimits()
         self._clock = clock
-        self._live: OrderedDict[str, EpisodeRecord] = OrderedDict()  # both: longest untouched first
+        self._live: OrderedDict[str, EpisodeRecord] = OrderedDict()  # both: least recently used first
         self._finished: OrderedDict[str, EpisodeRecord] = OrderedDict()
-        self._expired: dict[str, float] = {}  # id → when; oldest first
+        self._expired: dict[str, float] = {}  # id → time of expiry; oldest first
         self._closing: set[asyncio.Future[None]] = set()
 
     @property
@@ -83,13 +154,17 @@ class EpisodeTable:
         return self.environments[name]
 
     async def start(self, episode_id: str, environment: str, task_id: str) -> StartResult:
-        """Repeatable; a start under way is waited for. The id of a copy is in use for something else."""
+        """Starts an episode. A repeated call returns the same result, and waits while the start runs.
+
+        Raises EPISODE_CONFLICT when the id belongs to another episode, CAPACITY_REACHED, UNKNOWN_ENVIRONMENT,
+        UNKNOWN_TASK, ENVIRONMENT_UNAVAILABLE, ENVIRONMENT_FAILED.
+        """
         self.expire()
         record = self._find(episode_id)
         if record is None:
             record = self._admit(episode_id, environment, task_id)
         elif record.source is not None or (record.environment, record.task_id) != (environment, task_id):
-            raise in_use(episode_id, record)
+            raise _in_use(episode_id, record)
         return await asyncio.shield(record.started)
 
     def _admit(self, episode_id: str, name: str, task_id: str) -> EpisodeRecord:
@@ -100,22 +175,26 @@ class EpisodeTable:
 
         def done(result: object) -> None:
             if isinstance(result, tuple):
-                self._begun(record, *result)
+                self._started(record, *result)
             else:
-                self._not_begun(episode_id, record, calls.start_error(name, task_id, result))
+                self._start_failed(episode_id, record, calls.start_error(name, task_id, result))
 
-        job = FunctionJob(lambda: calls.kept(calls.begin(environment, task_id), job), done)
+        job = FunctionJob(lambda: calls.close_if_given_up(calls.begin(environment, task_id), job), done)
         self.workers.submit([job])
         return record
 
     async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> StartResult:
-        """What the agent saw last, and whose turn it is. Repeatable; a fork under way is waited for."""
+        """Copies an episode after `step_index` steps. Returns its last observation and whose turn it is. A repeated
+        call returns the same result, and waits while the fork runs.
+
+        Raises as `start` does, and UNKNOWN_EPISODE, FORK_UNSUPPORTED, EPISODE_FINISHED, STEP_SKIPPED, STEP_CONFLICT.
+        """
         self.expire()
         record = self._find(new_episode_id)
         if record is None:
             record = self._copy(episode_id, step_index, new_episode_id)
         elif record.source != (episode_id, step_index):
-            raise in_use(new_episode_id, record)
+            raise _in_use(new_episode_id, record)
         return await asyncio.shield(record.started)
 
     def _copy(self, episode_id: str, step_index: int, new_episode_id: str) -> EpisodeRecord:
@@ -124,7 +203,7 @@ class EpisodeTable:
             raise self._unknown(episode_id)
         if not self.environment(source.environment).info.can_fork:
             raise DomainError(Reason.FORK_UNSUPPORTED, f"episodes of {source.environment!r} cannot be forked")
-        check_place(source, episode_id, step_index)
+        _check_fork(source, episode_id, step_index)
         record = self._place(new_episode_id, source.environment, source.task_id)
         record.source = (episode_id, step_index)
         record.actions = list(source.actions)
@@ -133,23 +212,23 @@ class EpisodeTable:
 
         def done(result: object) -> None:
             if isinstance(result, tuple):
-                self._begun(record, *result)
+                self._started(record, *result)
             else:
-                self._not_begun(new_episode_id, record, calls.fork_error(source.environment, episode_id, result))
+                self._start_failed(new_episode_id, record, calls.fork_error(source.environment, episode_id, result))
                 if isinstance(result, TimedOut) and source.episode is not None:
                     source.episode = calls.stuck(source.episode, result)
-            self._returned(source)
+            self._call_returned(source)
 
         begun = StartResult(last.observation, last.player)
-        job = FunctionJob(lambda: calls.kept((fork(episode_of(source)), begun), job), done)
+        job = FunctionJob(lambda: calls.close_if_given_up((fork(_episode_of(source)), begun), job), done)
         if self._may_call(source, job):
             self.workers.submit([job])
         return record
 
     def _place(self, episode_id: str, name: str, task_id: str) -> EpisodeRecord:
-        """A new record; raises CAPACITY_REACHED."""
+        """Adds a new record. Raises CAPACITY_REACHED."""
         if len(self._live) >= self.limits.max_episodes:
-            message = f"{len(self._live)} episodes are live, which is this server's limit"
+            message = f"{len(self._live)} episodes are live, the limit of this server"
             raise DomainError(Reason.CAPACITY_REACHED, message, retry_after=_RETRY_AFTER)
         players = self.environments[name].info.player_count
         record = EpisodeRecord(
@@ -159,20 +238,20 @@ class EpisodeTable:
         self._expired.pop(episode_id, None)
         return record
 
-    def _begun(self, record: EpisodeRecord, episode: Episode, begun: StartResult) -> None:
+    def _started(self, record: EpisodeRecord, episode: Episode, begun: StartResult) -> None:
         record.episode = episode
         record.started.set_result(begun)
-        if record.released:  # ended meanwhile
+        if record.released:  # ended while it started
             self._release(record)
 
-    def _not_begun(self, episode_id: str, record: EpisodeRecord, error: DomainError) -> None:
+    def _start_failed(self, episode_id: str, record: EpisodeRecord, error: DomainError) -> None:
         if self._live.get(episode_id) is record:
             del self._live[episode_id]
         record.started.set_exception(error)
-        record.started.exception()  # retrieved here: every caller may have gone
+        record.started.exception()  # mark it as retrieved: no caller may be left
 
     async def step(self, requests: Sequence[StepRequest], max_wait: float | None = None) -> list[StepAnswer | None]:
-        """An answer per request, in order: None for a step that still runs after `max_wait` seconds."""
+        """Returns an answer per request, in order: None for a step that still runs after `max_wait` seconds."""
         self.expire()
         jobs: list[Job] = []
         found: list[StepAnswer | RunningStep] = []
@@ -192,7 +271,7 @@ class EpisodeTable:
         return [step.answer if isinstance(step, RunningStep) else step for step in found]
 
     def _take(self, request: StepRequest, jobs: list[Job]) -> EpisodeStep | RunningStep:
-        """The stored answer, or the running step; adds a job when the step is a new one."""
+        """Returns the stored answer or the running step. Adds a job for a new step. Raises for a wrong one."""
         record = self._find(request.episode_id)
         if record is None or (record.episode is None and not record.finished):
             raise self._unknown(request.episode_id)
@@ -200,7 +279,7 @@ class EpisodeTable:
         played = len(record.answers)
         if index < played:
             if hash(request.action) != record.actions[index]:
-                raise conflict(request)
+                raise _step_conflict(request)
             return record.answers[index]
         if record.finished:
             raise DomainError(Reason.EPISODE_FINISHED, f"episode {request.episode_id!r} was over after {played} steps")
@@ -208,20 +287,20 @@ class EpisodeTable:
             message = f"step {index} of episode {request.episode_id!r} came before step {played}"
             raise DomainError(Reason.STEP_SKIPPED, message, next_step_index=played)
         if record.running is None:
-            record.running = RunningStep(record, request.action, self._played)
+            record.running = RunningStep(record, request.action, self._step_done)
             if self._may_call(record, record.running):
                 jobs.append(record.running)
         elif record.running.action != request.action:
-            raise conflict(request)
+            raise _step_conflict(request)
         return record.running
 
-    def _played(self, step: RunningStep, result: object) -> None:
+    def _step_done(self, step: RunningStep, result: object) -> None:
         record = step.record
         answer = result if isinstance(result, EpisodeStep) else calls.failed_step(result)
         record.running = None
         record.actions.append(hash(step.action))
         record.answers.append(answer)
-        self._returned(record)
+        self._call_returned(record)
         if answer.done:
             if not record.released:
                 self._release(record)
@@ -235,21 +314,21 @@ class EpisodeTable:
             latch.count_down()
 
     def _may_call(self, record: EpisodeRecord, job: Job) -> bool:
-        """Whether the job may run now; otherwise it is held back until the call that is under way has returned."""
+        """Whether the job may run now. Otherwise it is queued until the running call into the episode returns."""
         if record.calling:
             record.held.append(job)
             return False
         record.calling = True
         return True
 
-    def _returned(self, record: EpisodeRecord) -> None:
+    def _call_returned(self, record: EpisodeRecord) -> None:
         record.calling = bool(record.held)
         if record.held:
             self.workers.submit([record.held.pop(0)])
 
     def _release(self, record: EpisodeRecord) -> None:
-        """Frees what the episode holds: on a worker's thread, after the calls into it that are under way. One that was
-        given up may still run then."""
+        """Closes the episode on a worker thread, after the calls into it have returned. A call that was given up may
+        still run."""
         record.released = True
         episode = record.episode
         if episode is None or not hasattr(episode, "close"):
@@ -260,7 +339,7 @@ class EpisodeTable:
         def done(result: object) -> None:
             if isinstance(result, BaseException):
                 log.warning("an episode was not closed", environment=record.environment, error=calls.describe(result))
-            self._returned(record)
+            self._call_returned(record)
             self._closing.discard(closed)
             closed.set_result(None)
 
@@ -274,8 +353,7 @@ class EpisodeTable:
             self._release(record)
 
     async def close(self, seconds: float) -> None:
-        """Ends every episode and closes the environments; waits for what they hold to be freed, at most this long.
-        Calls under way are given up."""
+        """Ends all episodes and closes the environments, within `seconds`. Gives up the calls that run."""
         for episode_id, record in tuple(self._live.items()):
             record.calling = False
             self.end(episode_id)
@@ -295,7 +373,8 @@ class EpisodeTable:
             log.warning("an environment was not closed", environment=name, error=calls.describe(error))
 
     def expire(self) -> None:
-        """Forgets what was not called for longer than its lease. Every call does this; each episode is met once."""
+        """Expires the records that were idle for longer than their lease. Runs at each call and visits expired records
+        only."""
         now = self._clock()
         for records in (self._live, self._finished):
             while records:
@@ -321,7 +400,7 @@ class EpisodeTable:
             del self._expired[episode_id]
 
     async def keep_expiring(self, every_seconds: float) -> None:
-        """Frees what idle episodes hold also while nobody calls. Runs until it is cancelled."""
+        """Expires idle episodes also while no calls arrive. Runs until it is cancelled."""
         while True:
             await asyncio.sleep(every_seconds)
             self.expire()
@@ -339,3 +418,32 @@ class EpisodeTable:
             lease = f"idle for longer than its lease of {self.limits.lease_seconds:g} s"
             return DomainError(Reason.EPISODE_EXPIRED, f"episode {episode_id!r} was {lease}, or over long ago")
         return DomainError(Reason.UNKNOWN_EPISODE, f"episode {episode_id!r} was not started here, or was lost or ended")
+
+
+def _episode_of(record: EpisodeRecord) -> Episode:
+    assert record.episode is not None
+    return record.episode
+
+
+def _check_fork(source: EpisodeRecord, episode_id: str, step_index: int) -> None:
+    """Raises unless the episode is live, has played exactly `step_index` steps and runs none."""
+    played = len(source.answers)
+    if source.finished:
+        raise DomainError(Reason.EPISODE_FINISHED, f"episode {episode_id!r} was over after {played} steps")
+    if step_index > played:
+        message = f"episode {episode_id!r} has played {played} steps, not {step_index}"
+        raise DomainError(Reason.STEP_SKIPPED, message, next_step_index=played)
+    if step_index < played or source.running is not None:
+        state = f"plays step {played}" if source.running is not None else f"has played {played} steps"
+        raise DomainError(Reason.STEP_CONFLICT, f"episode {episode_id!r} {state}: no fork after {step_index}")
+
+
+def _in_use(episode_id: str, record: EpisodeRecord) -> DomainError:
+    origin = "" if record.source is None else ", a fork of {!r} after {} steps".format(*record.source)
+    message = f"episode {episode_id!r} plays {record.task_id!r} of {record.environment!r}{origin}"
+    return DomainError(Reason.EPISODE_CONFLICT, message)
+
+
+def _step_conflict(request: StepRequest) -> DomainError:
+    message = f"step {request.step_index} of episode {request.episode_id!r} was played with another action"
+    return DomainError(Reason.STEP_CONFLICT, message)

@@ -1,7 +1,7 @@
-"""How much an agent is told once an attempt is over: an option of every environment, `feedback` in its table.
+"""How much an agent learns when an attempt is over: the option `feedback` of every environment's table.
 
-Only the closing words change. What is seen during the attempt, notices of moves without effect included, is the same
-under each, so that runs under different feedback stay comparable.
+Only the final feedback changes. What the agent sees during the attempt, including notices of moves without effect,
+stays the same, so that runs with different feedback can be compared.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ WRONG = "That was wrong, try again."
 
 
 class Feedback(StrEnum):
-    """`full`: what the environment says. `unary`: only whether the task was solved, which is to say that the rewards
-    reached the largest sum there is. `silent`: nothing."""
+    """`full`: the environment's text. `unary`: only whether the task was solved, that is, whether the rewards reached
+    the largest possible sum. `silent`: nothing."""
 
     FULL = "full"
     UNARY = "unary"
@@ -41,7 +41,7 @@ def with_feedback(environment: Environment, feedback: Feedback) -> Environment:
 
 
 class _Limited:
-    """An environment whose closing words are replaced."""
+    """An environment whose final feedback is replaced."""
 
     def __init__(self, environment: Environment, feedback: Feedback) -> None:
         self._environment = environment
@@ -74,7 +74,7 @@ class _LimitedEpisode:
 
     def step(self, action: str) -> StepResult:
         result = self._episode.step(action)
-        if not isinstance(result, StepResult):  # an environment's mistake, which the server reports
+        if not isinstance(result, StepResult):  # invalid; the server reports it
             return result
         self._rewards.append(read_reward(result.reward))
         if not result.done:

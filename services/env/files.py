@@ -1,4 +1,4 @@
-"""Where a setting names a file of tasks: one file, or a pattern such as `train-*.parquet` for several."""
+"""Task files in settings: one file, or a pattern such as `train-*.parquet`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def matching(path: str) -> list[Path]:
-    """The file, or all that a pattern stands for, in order of their names; empty when there is none."""
+    """The file, or all files that match the pattern, sorted by name; empty if there is none."""
     if Path(path).is_file():
         return [Path(path)]
     return sorted(found for found in map(Path, glob(path, recursive=True)) if found.is_file())
 
 
 def required(setting: str, path: str) -> list[Path]:
-    """Raises ValueError that names the setting when there is no such file. An empty path is none."""
+    """As `matching`; an empty path gives no files. Raises ValueError, which names the setting, if no file matches."""
     found = matching(path) if path else []
     if path and not found:
         inside = f"; it is a folder: name files in it, as {Path(path) / '*'}" if Path(path).is_dir() else ""

@@ -1,8 +1,8 @@
-"""What grid games share: moves in triple backticks, boards as tasks, and the published prompts.
+"""Shared by grid games: moves in triple backticks, boards as tasks, and the published prompts.
 
-A board game's tasks are numbered. A training board is drawn from its number alone; test boards are drawn in order, each
-once. Which boards are test boards is decided by a hash of their content, so that none can be in both splits, whatever
-the seed, and a task is the same board on every machine.
+Tasks are numbered. A training board is drawn from its number alone; test boards are drawn in order, each once. A hash
+of its content decides whether a board is a test board, so none is in both splits, whatever the seed. A task is the same
+board on every machine.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ NO_EFFECT = "Your last action had no effect: the board is unchanged."
 _BY_FOLDED_NAME = {name.casefold(): name for name in MOVES}
 _FENCE = "```"
 TEST_SHARE = 10  # one board in ten is a test board
-_DRAWS = 4_000  # boards drawn for one task before the settings are declared impossible
+_DRAWS = 4_000  # draws per task before the settings are refused as impossible
 _CACHED_BOARDS = 16_384
 MAX_TASKS = 99_999  # ids have five digits
 
 
 def parse_action(text: str) -> str | None:
-    """The move in the last complete triple-backtick block that is no thought; linear in the length of hostile text."""
+    """The move in the last complete triple-backtick block outside thoughts. Linear in the length of hostile text."""
     parts = without_thoughts(text).split(_FENCE)
     if len(parts) < 3:
         return None
@@ -40,18 +40,18 @@ def parse_action(text: str) -> str | None:
 
 
 def reading_of(move: str | None, effective: bool) -> str:
-    """How a trace shows an answer: "Up", "Up (no effect)" or "invalid"."""
+    """The form of an action in a trace: "Up", "Up (no effect)" or "invalid"."""
     return INVALID if move is None else move if effective else f"{move} (no effect)"
 
 
 def is_test(rows: Sequence[str]) -> bool:
-    """Whether a board belongs to the test split: a hash of its content in canonical letters."""
+    """Whether a board belongs to the test split, by a hash of its content in canonical letters."""
     digest = hashlib.sha256("\n".join(rows).encode()).digest()
     return int.from_bytes(digest[:8]) % TEST_SHARE == 0
 
 
 class GridBoard(Protocol):
-    """Hashable; equal boards are equal tasks."""
+    """A board. Equal boards are equal tasks."""
 
     @property
     def is_test(self) -> bool: ...
@@ -65,9 +65,9 @@ B = TypeVar("B", bound=GridBoard)
 class BoardTasks(Generic[B]):
     """The tasks of a grid game: `train/00000`, …, `test/00000`, …
 
-    `draw` makes a board from random numbers. `solve` counts the moves that a board takes at best, None where it cannot
-    be won within the game's limit: such boards are drawn again. `settings` is named in the ValueError when no board, or
-    too few different ones, can be drawn.
+    `draw` makes a board from random numbers. `solve` returns the length of the shortest solution, or None if the board
+    cannot be won within the game's limit; such a board is drawn again. `settings` is the text that the ValueError names
+    if no board, or too few different ones, can be drawn.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class BoardTasks(Generic[B]):
         self._solve = lru_cache(_CACHED_BOARDS)(solve)
 
     def list(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
-        """With the moves of the shortest solution as difficulty."""
+        """Tasks of a split; the difficulty is the length of the shortest solution."""
         first = max(offset, 0)
         ids = (f"{split}/{index:05d}" for index in range(first, min(self._counts[split], first + max(limit, 0))))
         return [TaskInfo(task_id, split, float(self._solve(self.board(task_id)) or 0)) for task_id in ids]
@@ -139,7 +139,7 @@ You have at most {max_steps} moves; the episode ends then. End every answer with
 backticks: ```Up```, ```Down```, ```Left``` or ```Right```. An answer without such an action changes nothing and \
 still costs a move."""
 
-# `{max_steps}` is the true limit; see `with_limit`. Nothing here says what a symbol means.
+# `with_limit` fills in `{max_steps}`. Nothing here tells what a symbol means.
 PROMPTS = PromptSet(
     solver="""\
 You are a reasoning agent in a grid world. Each turn shows you the board: one row a line, its cells separated by tabs, \
@@ -199,7 +199,7 @@ You are a reasoning agent in a grid world. You have attempted this board before,
 
 
 def with_limit(prompts: PromptSet, max_steps: int) -> PromptSet:
-    """The prompts with the limit that ends the episode."""
+    """Fills `{max_steps}` into the prompts."""
 
     def told(text: str) -> str:
         return text.replace("{max_steps}", str(max_steps))

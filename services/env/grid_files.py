@@ -1,8 +1,8 @@
-"""Boards that people have: the tasks of a grid game, read from files instead of drawn.
+"""Tasks of a grid game from files of boards.
 
-`train_file` holds the training split and `test_file` the test split; a board that is in both is a test board alone.
-With a `train_file` alone, one board in ten is a test board, by the same hash of its content as among drawn boards. A
-task's id is a hash of its board: it stays the same wherever the board stands in which file.
+`train_file` holds the training split and `test_file` the test split; a board in both is a test board only. With
+`train_file` alone, one board in ten is a test board, by the same hash as for drawn boards. A task's id is a hash of its
+board, so it does not depend on the board's file or position.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mulligan.env.base import Split, TaskInfo, UnknownTask
 from mulligan.env.files import required
 from mulligan.env.grid import GridBoard
 
-MAX_STEPS = 1_000  # that a game whose boards come from files may allow
+MAX_STEPS = 1_000  # largest `max_steps` of a game with boards from files
 
 
 class FileBoard(GridBoard, Protocol):
@@ -30,14 +30,14 @@ B = TypeVar("B", bound=FileBoard)
 class Placed(NamedTuple, Generic[B]):
     place: str  # file and line, for errors
     board: B
-    least: int  # moves that it takes at least
+    least: int  # lower bound of the moves to solve it
 
 
 class FileTasks(Generic[B]):
-    """`train/HASH`, …, `test/HASH`, …, in the files' order, each board once. `files` are each split's, "" for none, and
-    `limits` how many tasks it has at most.
+    """The tasks `train/HASH`, …, `test/HASH`, …, in the order of the files, each board once. `files` has the path of
+    each split, "" for none; `limits` has the largest number of tasks.
 
-    Raises ValueError that names the setting, or the file with the line and what was expected.
+    Raises ValueError, which names the setting, or the file and line and what was expected.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class FileTasks(Generic[B]):
         self.counts = {split: len(self._tasks[split]) for split in Split}
 
     def list(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
-        """With the moves that a board takes at least as difficulty."""
+        """Tasks of a split; the difficulty is a lower bound of the moves."""
         first = max(offset, 0)
         chosen = list(self._tasks[split].items())[first : first + max(limit, 0)]
         return [TaskInfo(task_id, split, float(placed.least)) for task_id, placed in chosen]
@@ -71,7 +71,7 @@ class FileTasks(Generic[B]):
 
 
 def read_text(path: Path) -> str:
-    """Raises ValueError. Titles of people may be in any encoding; boards are ASCII."""
+    """Reads a file of boards. Raises ValueError. Boards are ASCII; titles may be in any encoding."""
     try:
         return path.read_text("utf-8-sig", errors="replace")
     except OSError as error:
@@ -81,7 +81,7 @@ def read_text(path: Path) -> str:
 def _splits(
     files: Mapping[Split, str], limits: Mapping[Split, int], read: Callable[[Path], Iterator[Placed[B]]]
 ) -> dict[Split, dict[B, Placed[B]]]:
-    """Of the training file no more is read than is needed."""
+    """Reads no more of the training file than needed."""
     train: dict[B, Placed[B]] = {}
     test: dict[B, Placed[B]] = {}
     for placed in _boards("test_file", files[Split.TEST], read):
@@ -103,7 +103,7 @@ def _splits(
 
 
 def _boards(setting: str, path: str, read: Callable[[Path], Iterator[Placed[B]]]) -> Iterator[Placed[B]]:
-    """Of all files that the path stands for."""
+    """The boards of all files that match the path."""
     for file in required(setting, path):
         any_here = False
         for placed in read(file):

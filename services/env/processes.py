@@ -1,7 +1,7 @@
-"""`processes = N`: server processes with the same settings at ports of their own, each started again when it dies.
+"""Runs `processes = N` server processes with the same settings, each at its own port. Restarts those that die.
 
-Clients reach them as `host:first-last`: an episode sticks to its process (`replicas.py`). The supervisor serves nothing
-itself. It tells each process by a socket that it is there, and a process that is left alone ends.
+Clients reach them as `host:first-last`; an episode stays at its process (`replicas.py`). The supervisor serves nothing
+itself. It holds a socket to each process, and a process ends when the supervisor does.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from mulligan.common.tasks import cancel
 from mulligan.env.config import EnvSettings
 
 log = structlog.get_logger()
-_SUPERVISOR = "MULLIGAN_SUPERVISOR"  # in a process's environment: the descriptor of its end of the socket
-# of one process; more is a defect that restarting does not mend
+_SUPERVISOR = "MULLIGAN_SUPERVISOR"  # environment variable of a process: the descriptor of its end of the socket
+# limit of starts of one process within the time below; more means a bug that a restart does not fix
 _MOST_STARTS = 5
 _STARTS_SECONDS = 60.0
-_END_SECONDS = 10.0  # beyond the drain, before what still runs is killed
+_END_SECONDS = 10.0  # after the drain, before a process is killed
 _BAD_SETTINGS = 2
 
 
@@ -40,12 +40,12 @@ class _ServerProcess:
     port: int
     address: str = ""
     process: asyncio.subprocess.Process | None = None
-    link: asyncio.StreamWriter | None = None  # closed, the process ends
+    link: asyncio.StreamWriter | None = None  # when it closes, the process ends
     serves: asyncio.Event = field(default_factory=asyncio.Event)
     starts: list[float] = field(default_factory=list)
 
     async def keep_running(self) -> None:
-        """Raises _Failed when it cannot be kept running."""
+        """Restarts the process whenever it ends. Raises _Failed when it cannot be kept running."""
         while True:
             status = await self._run()
             pid = self.process.pid if self.process is not None else None
@@ -55,7 +55,7 @@ class _ServerProcess:
             log.warning("a process died and is started again", process=pid, address=self.address, status=status)
 
     async def _run(self) -> int:
-        """Its exit status; negative is a signal's number."""
+        """Runs the process once. Returns its exit status; a negative one is the number of a signal."""
         self.starts.append(time.monotonic())
         ours, theirs = socket.socketpair()
         with theirs:
@@ -76,7 +76,7 @@ class _ServerProcess:
         return status
 
     async def end(self, seconds: float) -> int:
-        """SIGTERM, at last SIGKILL. The exit status."""
+        """Sends SIGTERM, and SIGKILL after `seconds`. Returns the exit status."""
         if self.process is None:
             return 0
         if self.process.returncode is None:
@@ -91,8 +91,8 @@ class _ServerProcess:
 
 
 async def serve(settings: EnvSettings, arguments: Sequence[str]) -> None:
-    """Until SIGTERM or SIGINT. Ends this process with status 2 when the processes refuse their settings, and 1 when one
-    of them cannot be kept running or does not end well."""
+    """Runs the processes until SIGTERM or SIGINT. Exits with status 2 if they refuse their settings, and with 1 if one
+    cannot be kept running or does not exit cleanly."""
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
@@ -119,13 +119,13 @@ async def serve(settings: EnvSettings, arguments: Sequence[str]) -> None:
 
 
 def name_process() -> None:
-    """In one of several processes, every line of its log gets its number."""
+    """Adds the process id to every log line, in one of several processes."""
     if _SUPERVISOR in os.environ:
         structlog.contextvars.bind_contextvars(process=os.getpid())
 
 
 async def served(address: str) -> None:
-    """In a process: tells the supervisor, if there is one, and follows it when it ends."""
+    """In a process with a supervisor: reports the address, and shuts down when the supervisor ends."""
     descriptor = os.environ.pop(_SUPERVISOR, "")
     if not descriptor:
         return
@@ -155,7 +155,7 @@ async def _tell(children: Sequence[_ServerProcess]) -> None:
 
 
 def _arguments(settings: EnvSettings, arguments: Sequence[str], index: int) -> list[str]:
-    """The last of two equal flags wins."""
+    """The flags of one process. The last of two equal flags wins."""
     metrics = str(_port(settings.metrics_port, index))
     return [*arguments, "--processes", "1", "--metrics-port", metrics]
 

@@ -1,4 +1,4 @@
-"""Prompts for environments that come without their own, such as those that an adapter brings in."""
+"""Generic prompts, for environments without their own, such as adapted ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from mulligan.env.base import PromptSet
 
 
 def generic_prompts(task: str, action_format: str) -> PromptSet:
-    """`task` says what the agent is to do in this environment, `action_format` how its answer is read."""
+    """`task` describes the task to the agent, `action_format` the format of its answers."""
     return PromptSet(
         solver=f"{task}\n\n{action_format}",
         action_reminder=action_format,

@@ -1,6 +1,5 @@
-"""Files of records, as data sets are published: a JSON array, JSON lines, or Parquet, told apart by their content; JSON
-that bzip2 or gzip has compressed, too.
-"""
+"""Reads data sets of records: a JSON array, JSON lines or Parquet, recognised by content. JSON may be compressed by
+bzip2 or gzip."""
 
 from __future__ import annotations
 
@@ -15,16 +14,16 @@ import msgspec
 from mulligan.env.base import MissingExtra
 
 _PARQUET = b"PAR1"
-_BATCH = 1_000  # rows of a Parquet file that are in memory at once
+_BATCH = 1_000  # rows of a Parquet file in memory at a time
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _EXPECTED = "expected a JSON array of records, a JSON object in each line, or Parquet"
 T = TypeVar("T", bound=msgspec.Struct)
 
 
 def read_records(path: Path, kind: type[T]) -> Iterator[tuple[str, T]]:
-    """Each record, a msgspec.Struct, with the place that an error about it names.
+    """Yields each record, a msgspec.Struct, with its place (file and line) for error messages.
 
-    Raises ValueError that names the place and what was expected, and MissingExtra for Parquet without pyarrow.
+    Raises ValueError, which names the place and what was expected, and MissingExtra for Parquet without pyarrow.
     """
     try:
         with path.open("rb") as file:
@@ -34,7 +33,7 @@ def read_records(path: Path, kind: type[T]) -> Iterator[tuple[str, T]]:
             return
         with _opened(path, start) as lines:
             yield from _json(path, lines, kind)
-    except (OSError, EOFError) as error:  # EOFError: compressed, and cut off
+    except (OSError, EOFError) as error:  # EOFError: a truncated compressed file
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 

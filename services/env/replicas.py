@@ -1,9 +1,9 @@
-"""Several env servers as one `EnvironmentPort`.
+"""Several environment servers as one `EnvironmentPort`.
 
-An episode goes to the server that its id prefers (`by_rank`), or to the next one when that is full or away, and stays
-there: its steps go nowhere else. A client that knows nothing but the id asks the servers in the same order, and goes on
-past those that do not know it. When a server stays away, its episodes are lost, and reported as that. Steps are
-coalesced per server.
+An episode starts at the server that its id ranks first (`by_rank`), or at the next one if that is full or away. It
+stays there: its steps go to no other server. A client that only knows the id asks the servers in the same order and
+skips those that do not know it. When a server stays away, its episodes are lost and reported as UNKNOWN_EPISODE. Steps
+are batched per server.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NoReturn, TypeVar
 from cachetools import LRUCache
 
 from mulligan.common.addresses import Addresses, by_rank
-from mulligan.common.channel import Endpoint, Waits
+from mulligan.common.channel import Backoff, Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.replicas import Replicas, ServerReplica
 from mulligan.common.suggest import did_you_mean
@@ -27,7 +27,7 @@ from mulligan.common.types import EnvironmentInfo, EpisodeStep, Split, TaskInfo
 from mulligan.env.client import EnvClient, RemoteEpisode
 
 R = TypeVar("R")
-_MOST_REMEMBERED = 65_536  # where episodes are; what is forgotten is found again by asking
+_MOST_REMEMBERED = 65_536  # episodes whose server is remembered; others are found by asking
 _NOT_HERE = (Reason.UNKNOWN_EPISODE, Reason.EPISODE_EXPIRED)
 
 
@@ -38,7 +38,7 @@ def connect(
     lost_seconds: float = 10.0,
     on_outage: Callable[[str], None] | None = None,
 ) -> EnvClient | EnvReplicas:
-    """The client of all servers that the endpoint's address names. Raises ValueError for a bad address."""
+    """Returns the client of all servers in the address of the endpoint. Raises ValueError for a bad address."""
     addresses = Addresses.parse(endpoint.address)
     if addresses.single:
         return EnvClient(endpoint, timeout=timeout, on_outage=on_outage)
@@ -46,8 +46,13 @@ def connect(
 
 
 class EnvReplicas:
-    """As `EnvClient`. A call that any server can answer is made again at another one, and waits `outage_seconds` of the
-    endpoint while none can. An episode whose server is away for `lost_seconds` is UNKNOWN_EPISODE."""
+    """As `EnvClient`, for several servers.
+
+    A call that any server can answer is repeated at another one, and waits up to the endpoint's `outage_seconds` while
+    none is usable. `start` goes to the server of the highest rank that takes it and remembers it; `step`, `fork` and
+    `end` go to the remembered server, or ask the servers by rank. An episode is UNKNOWN_EPISODE after its server was
+    away for `lost_seconds`. `describe` compares the servers: a server with other settings is not used.
+    """
 
     def __init__(
         self,
@@ -65,22 +70,22 @@ class EnvReplicas:
             addresses, open_server, self._check, outage_seconds=endpoint.outage_seconds, notice=on_outage
         )
         self._described: dict[str, EnvironmentInfo] = {}
-        self._shown: dict[str, tuple[str, str]] = {}  # a task of each environment that is deterministic, and its start
+        self._shown: dict[str, tuple[str, str]] = {}  # per deterministic environment: a task and its first observation
         self._homes: LRUCache[str, ServerReplica[_EnvServer]] = LRUCache(_MOST_REMEMBERED)
 
     async def list_environments(self) -> list[EnvironmentInfo]:
-        """Raises DomainError when the servers offer different ones."""
+        """All environments. Raises DomainError when the servers offer different ones."""
         found = await self._offers()
         for name in sorted({name for offered in found.values() for name in offered}):
             _agreed(name, found)
         return list(next(iter(found.values())).values())
 
     async def describe(self, environment: str) -> EnvironmentInfo:
-        """Raises DomainError UNKNOWN_ENVIRONMENT, or ENVIRONMENT_UNAVAILABLE when servers differ in it, be it in the
-        seed alone. One that came to differ meanwhile is not used, and not asked."""
+        """Describes an environment. Raises DomainError UNKNOWN_ENVIRONMENT, or ENVIRONMENT_UNAVAILABLE when servers
+        differ in it, even in the seed alone. Servers that become different later are no longer used."""
         found = await self._offers()
         info = _agreed(environment, found)
-        self._described.pop(environment, None)  # what is found now holds, if it is another
+        self._described.pop(environment, None)  # replaced by the current description
         self._shown.pop(environment, None)
         if info.deterministic:
             for replica in [replica for replica in self._replicas.present if replica.address in found]:
@@ -99,9 +104,9 @@ class EnvReplicas:
                     self._replicas.failed(replica, error.cause)
 
     async def start(self, environment: str, task_id: str, episode_id: str) -> RemoteEpisode:
-        """At another server when the first did not answer, the episode may be there as well, untouched: it is ended
-        when that one is back. A call that ran out of time is not made elsewhere."""
-        waits = Waits(self._replicas.text, self._replicas.outage_seconds)
+        """Starts an episode; at the next server if one does not answer. Then the episode may also exist at the first
+        server, and is ended there when that returns. A call that timed out is not repeated elsewhere."""
+        backoff = Backoff(self._replicas.text, self._replicas.outage_seconds)
         unsure: list[ServerReplica[_EnvServer]] = []
         while True:
             for replica in await self._usable(time.monotonic(), episode_id):
@@ -116,14 +121,14 @@ class EnvReplicas:
                     self._remember(episode_id, replica)
                     self._abandon(episode_id, [other for other in unsure if other is not replica])
                     return episode
-            await waits.wait(last.cause, last.refusal)
+            await backoff.wait(last.cause, last.refusal)
 
     async def fork(self, episode_id: str, step_index: int, new_episode_id: str) -> RemoteEpisode:
-        """At the server of the episode. As `EnvClient.fork`."""
+        """Forks at the server of the episode. As `EnvClient.fork`."""
         return await self._find(episode_id, lambda server: server.fork(episode_id, step_index, new_episode_id))
 
     async def step(self, episode_id: str, step_index: int, action: str) -> EpisodeStep:
-        """As `EnvClient.step`, wherever the episode was started, and by whom."""
+        """As `EnvClient.step`. The episode may have been started by another client."""
         home = self._homes.get(episode_id)
         if home is not None:
             return await home.client.step(episode_id, step_index, action)
@@ -139,14 +144,15 @@ class EnvReplicas:
         await self._replicas.close()
 
     async def _usable(self, since: float, key: str = "") -> list[ServerReplica[_EnvServer]]:
-        """In the order in which the key prefers them; waits until there is one."""
+        """The usable servers, ranked for `key`. Waits until there is one."""
         await self._replicas.ready()
         while not (usable := {replica.address: replica for replica in self._replicas.usable}):
             await self._replicas.change(since)
         return [usable[address] for address in by_rank(key, usable)]
 
     async def _find(self, episode_id: str, ask: Callable[[_EnvServer], Awaitable[R]]) -> R:
-        """Servers that are away come last, and are waited for: the episode may be at one of them."""
+        """Asks servers by rank until one knows the episode. Servers that are away come last and are waited for: the
+        episode may be there."""
         await self._replicas.ready()
         if not self._replicas.present:
             await self._usable(time.monotonic())
@@ -157,7 +163,7 @@ class EnvReplicas:
             try:
                 answer = await ask(replica.client)
             except DomainError as error:
-                # An episode that was started twice, as its first server seemed to be away, was played at the other one.
+                # An episode may exist twice if its first server seemed to be away; it was then played at the other one.
                 if error.reason not in (*_NOT_HERE, Reason.STEP_SKIPPED):
                     raise
                 said.append(error)
@@ -175,7 +181,7 @@ class EnvReplicas:
             self._replicas.check(replica)
 
     async def _check(self, replica: ServerReplica[_EnvServer]) -> bool:
-        """Also that it offers what runs were told of: a server that comes back may have other settings."""
+        """Checks a server, including its settings: a server that returns may have others."""
         server = replica.client
         offered = {info.name: info for info in await server.list_environments()}
         try:
@@ -195,13 +201,14 @@ class EnvReplicas:
         return True
 
     async def _compare(self, replica: ServerReplica[_EnvServer], environment: str) -> None:
-        """That a task begins here as it does at the others. Raises DomainError ENVIRONMENT_UNAVAILABLE."""
+        """Checks that a task starts with the same observation as at the other servers. Raises DomainError
+        ENVIRONMENT_UNAVAILABLE."""
         task_id, expected = self._shown.get(environment, ("", ""))
         try:
             task_id = task_id or await replica.client.first_task(environment)
             episode = await replica.client.start(environment, task_id, f"compare-{uuid.uuid4().hex}")
             await episode.end()
-        except (DomainError, CallFailed, ServiceUnavailable):  # it is full, say, or the task fails everywhere
+        except (DomainError, CallFailed, ServiceUnavailable):  # the server may be full, or the task may fail everywhere
             return
         if not expected:
             self._shown[environment] = task_id, episode.observation
@@ -214,7 +221,7 @@ class EnvReplicas:
             raise DomainError(Reason.ENVIRONMENT_UNAVAILABLE, message)
 
     async def _offers(self) -> dict[str, dict[str, EnvironmentInfo]]:
-        """What each server that answers offers, by address and name: of those that are used, or else of all."""
+        """What each server offers, by address and name. Asks the usable servers, or all if none is usable."""
         await self._replicas.ready()
         since = time.monotonic()
         while True:
@@ -238,17 +245,18 @@ class EnvReplicas:
 
 
 class _EnvServer(EnvClient):
-    """One of several. Its calls fail at once when it is away; those of an episode wait, as no other server has it."""
+    """One of several servers. Its calls fail at once when it is away, except those of an episode: they wait, since no
+    other server has it."""
 
     def __init__(self, endpoint: Endpoint, timeout: float, lost_seconds: float):
         super().__init__(replace(endpoint, outage_seconds=0.0), timeout=timeout)
         self._endpoint = endpoint
         self._lost_seconds = lost_seconds
-        self.difference = ""  # from the others, which was told
-        self.abandoned: set[str] = set()  # episodes that may be here and are played elsewhere
+        self.difference = ""  # how its settings differ from the others, as reported
+        self.abandoned: set[str] = set()  # episodes that may exist here but are played elsewhere
 
     async def first_task(self, environment: str) -> str:
-        """Raises DomainError UNKNOWN_TASK where there is none."""
+        """The first task. Raises DomainError UNKNOWN_TASK if there is none."""
         for split in Split:
             for task in await self.list_tasks(environment, split, 1):
                 return task.task_id
@@ -269,15 +277,15 @@ class _EnvServer(EnvClient):
         return await self._again(partial(super().fork, episode_id, step_index, new_episode_id), episode_id, failure)
 
     async def end(self, episode_id: str) -> None:
-        """Does not wait: an episode that cannot be reached expires by itself."""
+        """Does not wait for a server that is away: its episode expires by itself."""
         try:
             await super().end(episode_id)
         except ServiceUnavailable as error:
             self._lost(episode_id, error)
 
     async def _again(self, call: Callable[[], Awaitable[R]], episode_id: str, failure: ServiceUnavailable) -> R:
-        away = Waits(self._endpoint.address, self._lost_seconds)
-        full = Waits(self._endpoint.address, self._endpoint.outage_seconds)
+        away = Backoff(self._endpoint.address, self._lost_seconds)
+        full = Backoff(self._endpoint.address, self._endpoint.outage_seconds)
         while True:
             if failure.refusal is not None:
                 await full.wait(failure.cause, failure.refusal)
@@ -296,7 +304,8 @@ class _EnvServer(EnvClient):
 
 
 def _agreed(name: str, found: dict[str, dict[str, EnvironmentInfo]]) -> EnvironmentInfo:
-    """The environment, as all servers have it. Raises DomainError that says who differs, and in what."""
+    """The environment if all servers describe it equally. Raises DomainError, which names the servers and the
+    difference."""
     having = {address: offered[name] for address, offered in found.items() if name in offered}
     missing = ", ".join(address for address in found if address not in having)
     if not having:

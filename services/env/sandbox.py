@@ -1,13 +1,13 @@
-"""Untrusted environments: none of their code runs in the server. An option of every environment, `untrusted` in its
-table, with `memory_mb` and `subprocesses`.
+"""Untrusted environments: their code runs in processes with limits, not in the server. The option `untrusted` of every
+environment's table, with `memory_mb` and `subprocesses`.
 
-A process of its own loads the environment (`sandbox_host.py`) and forks one for each episode, which shares what was
-loaded until it writes to it: a start costs milliseconds. What an episode's process does (raise, hang, eat memory,
-crash, write nonsense to its connection) ends that episode alone; the end of the process that forks them ends its
-episodes, and the next start brings another.
+One process loads the environment (`sandbox_host.py`) and forks a process per episode, which shares the loaded memory
+until it writes to it: a start takes milliseconds. Whatever the process of an episode does (raise, hang, use up its
+memory, crash, send garbage) ends that episode alone. If the process that forks them ends, its episodes end with it, and
+the next start loads the environment again.
 
-This bounds what faulty code can do. It is no jail for hostile code, which can read the files that the server's user can
-read, and use the network: give that a container.
+This limits the damage of faulty code. It is no jail for hostile code, which can read the files of the server's user and
+use the network: run that in a container.
 """
 
 from __future__ import annotations
@@ -45,19 +45,22 @@ from mulligan.env.sandbox_pipe import EpisodeStarted, Garbled, SandboxReply, San
 from mulligan.env.workers import TimedOut
 
 log = structlog.get_logger()
-_MEMORY_STATUS = 77  # as in `sandbox_host.py`, which only runs on Linux
+_MEMORY_STATUS = 77  # as in `sandbox_host.py`, which cannot be imported except on Linux
 _RETRY_AFTER = timedelta(seconds=1.0)
-_CONTROL_SECONDS = 10.0  # for a process that only forks and ends others
-# The kernel ends a host with the *thread* that started it: this one lives as long as the server.
+_CONTROL_SECONDS = 10.0  # time limit of the host process, which only forks and ends others
+# The kernel ends a host process with the *thread* that started it, so this thread lives as long as the server.
 _SPAWNER = ThreadPoolExecutor(1, "sandbox")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessLimits:
-    """`memory_mb`: what loading may take, and what each process after that may take on top. `subprocesses`: whether the
-    code may start processes, each of which has these limits; then episodes can also be forked, as their processes are.
-    `load_seconds`: how long loading may take."""
+    """Limits of the processes of one environment.
+
+    `memory_mb` is what loading may use, and what each process may use in addition. With `subprocesses`, the code may
+    start processes, each with these limits; its episodes can then be forked. `load_seconds` is the time limit of
+    loading.
+    """
 
     memory_mb: int = 1024
     subprocesses: bool = False
@@ -85,11 +88,11 @@ def read_limits(values: Mapping[str, object]) -> ProcessLimits:
 
 
 class _HostLost(Exception):
-    """The process that forks episodes is gone; the message says why."""
+    """The host process is gone. The message says why."""
 
 
 class _HostProcess:
-    """One process that has loaded the environment. Used from many threads."""
+    """The server's side of a process that has loaded the environment. Thread-safe."""
 
     def __init__(self, name: str, table: Mapping[str, Any], limits: ProcessLimits) -> None:
         """Raises ValueError that names a setting, and _HostLost."""
@@ -136,7 +139,7 @@ class _HostProcess:
             raise _HostLost(f"the process that loaded the environment {self._lost}")
 
     def end(self, process: int) -> int:
-        """Kills a process; its status, as of waitpid."""
+        """Kills a process. Returns its status as of waitpid."""
         return msgspec.msgpack.decode(self.ask(SandboxRequest("end", process=process)).result, type=int)
 
     def close(self) -> None:
@@ -146,7 +149,7 @@ class _HostProcess:
             self._stopped(_CONTROL_SECONDS)
 
     def _stopped(self, seconds: float) -> int:
-        """The status of the process, which is killed if it does not end in time."""
+        """The exit status of the process. Kills it if it does not end in time."""
         try:
             status = self._process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -156,13 +159,14 @@ class _HostProcess:
 
 
 def _spawn(descriptor: int, arguments: list[str]) -> subprocess.Popen[bytes]:
-    """With nothing of the server's variables but where Python looks for modules."""
+    """Starts the host process, with only those environment variables of the server that Python needs to find
+    modules."""
     variables = {
         "PATH": os.defpath,
         "LANG": "C.UTF-8",
         "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
-        "OMP_NUM_THREADS": "1",  # a pool of threads would not survive a fork
-        "MALLOC_ARENA_MAX": "2",  # each arena takes address space, which is what is limited
+        "OMP_NUM_THREADS": "1",  # thread pools do not survive a fork
+        "MALLOC_ARENA_MAX": "2",  # each arena takes address space, which is limited
     }
     return subprocess.Popen(
         [sys.executable, "-m", "mulligan.env.sandbox_host", *arguments],
@@ -176,7 +180,7 @@ def _spawn(descriptor: int, arguments: list[str]) -> subprocess.Popen[bytes]:
 
 
 class _ForkedProcess:
-    """One process of an episode, or of a listing."""
+    """The server's side of a process of one episode or one listing."""
 
     def __init__(
         self, host: _HostProcess, limits: ProcessLimits, seconds: float, connection: socket.socket, process: int
@@ -194,7 +198,8 @@ class _ForkedProcess:
         return self.answer(kind)
 
     def answer(self, kind: type[T]) -> T:
-        """Raises UnknownTask, TimedOut, and Faulted for all else. After the latter two the process is gone."""
+        """Receives an answer. Raises UnknownTask; TimedOut, and Faulted for everything else, after which the process is
+        gone unless it only reported an error."""
         try:
             received = receive(self._connection, SandboxReply, self._seconds)
             if received is None:
@@ -231,12 +236,12 @@ class _ForkedProcess:
         return copied, first
 
     def end(self) -> str:
-        """Kills it, where it still runs; how it ended."""
+        """Kills the process if it still runs. Returns how it ended."""
         with self._lock:
             if self._ended is None:
-                self._ended = self._end()  # before it notices that its connection ends: all that it started is known
+                self._ended = self._end()  # first: now its children can still be found
                 with suppress(OSError):
-                    self._connection.shutdown(socket.SHUT_RDWR)  # whoever waits for an answer wakes up
+                    self._connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for an answer
                 self._connection.close()
             return self._ended
 
@@ -273,7 +278,7 @@ def _ending(status: int) -> str:
 
 
 class SandboxedEpisode:
-    reads_thoughts = True  # its process knows whether the episode does
+    reads_thoughts = True  # the process removes thoughts if the episode does not read them
 
     def __init__(self, process: _ForkedProcess, observation: str, player: int) -> None:
         self.observation = observation
@@ -292,7 +297,12 @@ class SandboxedEpisode:
 
 
 class Sandboxed:
-    """An environment whose code runs elsewhere. `seconds` bounds each call into it."""
+    """An environment whose code runs in other processes. `seconds` limits each call into it.
+
+    `start` asks the host process to fork, hands it one end of a socket pair, and reads the first observation from the
+    other end. Each later call into the episode is a message to that process. `_running` returns the host, and loads a
+    new one in a thread if it was lost; meanwhile starts are refused with CAPACITY_REACHED.
+    """
 
     def __init__(self, name: str, table: Mapping[str, Any], limits: ProcessLimits, seconds: float) -> None:
         """Raises ValueError that names the setting."""
@@ -334,7 +344,7 @@ class Sandboxed:
             host = self._running()
             try:
                 reply = host.ask(request, theirs.fileno())
-            except _HostLost:  # that is found out only now
+            except _HostLost:  # the loss is noticed only now
                 host = self._running()
                 try:
                     reply = host.ask(request, theirs.fileno())
@@ -345,8 +355,8 @@ class Sandboxed:
         return _ForkedProcess(host, self._limits, self._seconds, ours, msgspec.msgpack.decode(reply.result, type=int))
 
     def _running(self) -> _HostProcess:
-        """The host. One that is lost is replaced meanwhile: raises CAPACITY_REACHED while that takes long, and Faulted
-        when it fails."""
+        """The host process; a lost one is replaced. Raises CAPACITY_REACHED while loading takes long, and Faulted when
+        it fails."""
         with self._lock:
             if not self._host.lost:
                 return self._host
@@ -366,7 +376,7 @@ class Sandboxed:
     def _load(self, loading: Future[_HostProcess]) -> None:
         try:
             host = _HostProcess(self._name, self._table, self._limits)
-        except BaseException as error:  # noqa: BLE001 - who waits for it gets it
+        except BaseException as error:  # noqa: BLE001 - raised for those that wait
             loading.set_exception(error)
             return
         with self._lock:
@@ -375,6 +385,6 @@ class Sandboxed:
 
 
 def sandboxed(name: str, table: Mapping[str, Any], limits: ProcessLimits, seconds: float) -> Environment:
-    """What is not installed is listed as unavailable."""
+    """An environment in processes with limits. One that lacks packages is listed as unavailable."""
     environment = Sandboxed(name, table, limits, seconds)
     return Unavailable(name, environment.info.unavailable) if environment.info.unavailable else environment

@@ -1,9 +1,9 @@
-"""The process that has loaded one untrusted environment, and forks a process for each of its episodes.
+"""The host process of one untrusted environment: it loads the environment and forks a process for each episode.
 
 `python -m mulligan.env.sandbox_host DESCRIPTOR PARENT MEMORY SUBPROCESSES`, started by `sandbox.py` without the
-server's variables. It talks to the server on the descriptor. Apart from loading, no code of the environment runs in it:
-episodes start, and tasks are listed, in processes of their own. These talk to the server directly; each ends when the
-server closes its end, and all end with this one, which ends with the server.
+server's variables. It talks to the server on the descriptor. Except for loading, it runs no code of the environment:
+each episode and each listing has its own process, which talks to the server directly. Such a process ends when the
+server closes its end of the socket. All of them end with this one, and this one ends with the server.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mulligan.env.base import Environment, Episode, MissingExtra, Split, StepRes
 from mulligan.env.load import load
 from mulligan.env.sandbox_pipe import EpisodeStarted, Garbled, SandboxReply, SandboxRequest, receive, send
 
-MEMORY_STATUS = 77  # of a process that has no memory left to say so
+MEMORY_STATUS = 77  # exit status of a process that has no memory left for a message
 _MAX_OPEN_FILES = 256
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -40,7 +40,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Host:
-    """`memory` is what loading may take, and each process after that on top, in bytes."""
+    """`memory` is what loading may use, and what each process may use in addition, in bytes."""
 
     def __init__(self, control: socket.socket, memory: int, subprocesses: bool) -> None:
         self._control = control
@@ -49,7 +49,7 @@ class _Host:
         self._environment: Environment | None = None
 
     def serve(self) -> None:
-        """Until the server is gone."""
+        """Serves requests until the server is gone."""
         while (received := receive(self._control, SandboxRequest)) is not None:
             request, descriptor = received
             if descriptor is not None:
@@ -64,14 +64,14 @@ class _Host:
         _limit_memory(self._memory, final=False)
         environment = load(request.text, request.table)
         gc.collect()
-        gc.freeze()  # what is loaded stays: the collector in each process would only copy its pages
+        gc.freeze()  # the loaded objects stay: collecting them in each process would only copy their pages
         self._environment = environment
         if self._subprocesses:
-            _prctl(_PR_SET_PDEATHSIG, 0)  # from here on the connection's end is enough, and what runs is ended in order
+            _prctl(_PR_SET_PDEATHSIG, 0)  # `serve` now ends with the connection, then `_end_all` runs
         return environment.info
 
     def _fork(self, request: SandboxRequest, descriptor: int) -> SandboxReply:
-        """A process for one task or list."""
+        """Forks a process for one episode or listing."""
         assert self._environment is not None
         host = os.getpid()
         try:
@@ -98,7 +98,7 @@ def _run(
     host: int,
     restrict: Callable[[], None],
 ) -> NoReturn:
-    """The whole life of an episode's process."""
+    """Runs a forked process from begin to end."""
     try:
         _belong_to(host)
         restrict()
@@ -112,7 +112,7 @@ def _run(
     except MemoryError:
         os._exit(MEMORY_STATUS)
     except OSError:
-        pass  # the server has closed its end
+        pass  # the server closed the connection
     finally:
         os._exit(0)
 
@@ -140,17 +140,17 @@ def _step(episode: Episode | None, action: str) -> StepResult:
     if not isinstance(result, StepResult):
         raise TypeError(f"step returned {type(result).__name__}, not StepResult")
     rewards = result.rewards
-    if isinstance(rewards, tuple | list):  # else the server says what is wrong
+    if isinstance(rewards, tuple | list):  # the server reports another type
         rewards = tuple(map(read_reward, rewards))
-    return replace(result, reward=read_reward(result.reward), rewards=rewards)  # plain numbers, which travel
+    return replace(result, reward=read_reward(result.reward), rewards=rewards)  # plain numbers for msgpack
 
 
 def _copy(connection: socket.socket, descriptor: int, host: int) -> socket.socket:
-    """The connection of whoever returns: this process, or its copy, which becomes a child of the host. The copy tells
-    the server so itself."""
+    """Forks an episode. Returns the connection of the process that returns: this one, or the copy, which becomes a
+    child of the host and reports to the server itself."""
     try:
         between = os.fork()
-    except OSError:  # the server sees that nobody answers
+    except OSError:  # the server notices that the connection closed
         os.close(descriptor)
         return connection
     if between:
@@ -176,7 +176,7 @@ def _answer(connection: socket.socket, reply: SandboxReply) -> None:
 
 
 def _attempt(call: Callable[[], Any], *, at_load: bool = False) -> SandboxReply:
-    """What it returns or raises, as a reply. A ValueError at load names a setting."""
+    """Calls, and encodes the result or the exception as a reply. A ValueError while loading names a setting."""
     try:
         return SandboxReply(msgspec.Raw(msgspec.msgpack.encode(call(), enc_hook=_plain)))
     except UnknownTask as error:
@@ -192,7 +192,7 @@ def _attempt(call: Callable[[], Any], *, at_load: bool = False) -> SandboxReply:
 
 
 def _plain(value: Any) -> Any:
-    """The number in a NumPy scalar."""
+    """Converts a NumPy scalar to a number."""
     if not hasattr(value, "item"):
         raise NotImplementedError(f"{type(value).__name__} cannot travel")
     return value.item()
@@ -203,7 +203,7 @@ def _words(error: BaseException) -> str:
 
 
 def _belong_to(host: int) -> None:
-    """A session of its own; ends with the host."""
+    """Gives the process its own session and ends it with the host."""
     if os.getsid(0) != os.getpid():
         os.setsid()
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -212,7 +212,7 @@ def _belong_to(host: int) -> None:
 
 
 def _limit_memory(more: int, *, final: bool) -> None:
-    """The address space may grow by this many bytes: that counts whatever is allocated, by whichever means."""
+    """Limits the growth of the address space to `more` bytes, which covers every kind of allocation."""
     with open("/proc/self/statm", "rb") as file:
         pages = int(file.read().split()[0])
     limit = pages * resource.getpagesize() + more
@@ -221,7 +221,7 @@ def _limit_memory(more: int, *, final: bool) -> None:
 
 
 def _forbid_processes() -> None:
-    """Refuses new processes and programs, signals to others, and to outlive the host. Threads are allowed."""
+    """Refuses new processes and programs, signals to other processes, and outliving the host. Threads are allowed."""
     refuse = pyseccomp.ERRNO(errno.EPERM)
     rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     for call in ("fork", "vfork", "execve", "execveat", "ptrace", "tkill", "rt_sigqueueinfo", "pidfd_send_signal"):
@@ -235,8 +235,8 @@ def _forbid_processes() -> None:
 
 
 def _end(process: int) -> int:
-    """Kills a process of an episode, with all that it started; its status, as of waitpid, -1 for none of ours. One that
-    has ended by itself keeps the status that it ended with."""
+    """Kills the process of an episode and everything that it started. Returns its status as of waitpid, or -1 if it is
+    not a child. A process that ended by itself keeps its status."""
     try:
         os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except OSError:
@@ -251,8 +251,8 @@ def _end(process: int) -> int:
 
 
 def _reap(orphan: int, process: int) -> None:
-    """A child of this one now, unless it is an episode's process: those lead their sessions. Killed if it was started
-    by `process`."""
+    """Reaps a process that became a child of this one; kills it if `process` started it. Skips the processes of
+    episodes, which lead their own sessions."""
     try:
         session = os.getsid(orphan)
         if session == orphan:
@@ -268,19 +268,19 @@ def _children(process: int) -> list[int]:
     try:
         with open(f"/proc/{process}/task/{process}/children", encoding="ascii") as file:
             return [int(child) for child in file.read().split()]
-    except OSError:  # it is gone
+    except OSError:  # the process is gone
         return []
 
 
 def _descendants(process: int) -> list[int]:
     found = _children(process)
-    for child in found:  # which grows meanwhile
+    for child in found:  # the list grows meanwhile
         found += _children(child)
     return found
 
 
 def _kill(process: int) -> None:
-    """Its session's first group, where it leads one, and itself."""
+    """Kills the process, and its process group if it leads one."""
     for kill in (os.killpg, os.kill):
         try:
             kill(process, signal.SIGKILL)
@@ -289,7 +289,7 @@ def _kill(process: int) -> None:
 
 
 def _end_all() -> None:
-    """All descendants: those of an ended process become children of this one."""
+    """Ends all descendants. Orphans become children of this process."""
     try:
         while True:
             for process in _children(os.getpid()):

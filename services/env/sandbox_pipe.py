@@ -1,6 +1,6 @@
-"""Messages between the server and the processes of untrusted environments: their length, then msgpack; never pickle.
+"""Messages between the server and the processes of untrusted environments: length, then msgpack. Never pickle.
 
-A message may carry a file descriptor: the end of a pair of sockets on which a new process is to talk.
+A message may carry a file descriptor: the socket on which a new process is to talk.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ T = TypeVar("T")
 
 
 class SandboxRequest(msgspec.Struct):
-    """`do`: load (a table), start (a task), list (tasks), end (a process); and to an episode's process: step, fork."""
+    """`do` is "load" (a table), "start" (a task), "list" (tasks) or "end" (a process); for the process of an episode,
+    "step" or "fork"."""
 
     do: str
-    text: str = ""  # the environment's name, the task or the action
+    text: str = ""  # name of the environment, task or action
     table: dict[str, Any] = {}
     split: str = ""
     offset: int = 0
@@ -30,7 +31,7 @@ class SandboxRequest(msgspec.Struct):
 
 
 class SandboxReply(msgspec.Struct):
-    """`problem` is empty where `result` is one. `kind` tells problems apart that mean something to the server."""
+    """`problem` is empty if there is a `result`. `kind` marks problems that the server handles in their own way."""
 
     result: msgspec.Raw = msgspec.Raw(b"\xc0")  # nothing
     problem: str = ""
@@ -38,7 +39,7 @@ class SandboxReply(msgspec.Struct):
 
 
 class EpisodeStarted(msgspec.Struct):
-    """What an episode shows first. `process` is its id where the server does not know it yet."""
+    """The first observation of an episode. `process` is the process id if the server does not know it yet."""
 
     observation: str = ""
     player: int = 0
@@ -46,25 +47,25 @@ class EpisodeStarted(msgspec.Struct):
 
 
 class Garbled(Exception):
-    """What came, or is to be sent, is no message, or too long a one. The text says what the other side did."""
+    """A message cannot be parsed or is too long. The text says what the other side did."""
 
 
 def send(
     connection: socket.socket, message: object, descriptor: int | None = None, seconds: float | None = None
 ) -> None:
-    """Raises Garbled for a message that is too long, OSError when the other side is gone, and TimeoutError, which is
-    one, when it takes nothing in."""
+    """Sends a message. Raises Garbled for one that is too long, TimeoutError when the other side does not read, and
+    OSError when it is gone."""
     connection.settimeout(seconds)
     body = msgspec.msgpack.encode(message)
     if len(body) > MAX_MESSAGE_BYTES:
-        raise Garbled(f"has an answer of {len(body)} bytes; there may be {MAX_MESSAGE_BYTES}")
+        raise Garbled(f"has an answer of {len(body)} bytes; the limit is {MAX_MESSAGE_BYTES}")
     data = memoryview(_HEADER.pack(len(body)) + body)
     sent = socket.send_fds(connection, [data], [descriptor]) if descriptor is not None else 0
     connection.sendall(data[sent:])
 
 
 def receive(connection: socket.socket, kind: type[T], seconds: float | None = None) -> tuple[T, int | None] | None:
-    """The next message with its descriptor, if it has one; None where the other side is gone. Raises TimeoutError,
+    """Receives a message and its descriptor, if it has one; None when the other side is gone. Raises TimeoutError and
     Garbled."""
     deadline = None if seconds is None else time.monotonic() + seconds
     connection.settimeout(seconds)
@@ -77,7 +78,7 @@ def receive(connection: socket.socket, kind: type[T], seconds: float | None = No
             return None
         (length,) = _HEADER.unpack(header)
         if length > MAX_MESSAGE_BYTES:
-            raise Garbled(f"announced an answer of {length} bytes; there may be {MAX_MESSAGE_BYTES}")
+            raise Garbled(f"announced an answer of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
         body = bytearray()
         while len(body) < length:
             part = _part(connection, length - len(body), deadline)
@@ -89,7 +90,7 @@ def receive(connection: socket.socket, kind: type[T], seconds: float | None = No
     try:
         return msgspec.msgpack.decode(body, type=kind), descriptors[0] if descriptors else None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Garbled(f"wrote what is no answer: {error}") from error
+        raise Garbled(f"wrote an invalid answer: {error}") from error
 
 
 def _part(connection: socket.socket, size: int, deadline: float | None) -> bytes:

@@ -1,7 +1,7 @@
-"""Search over passages: BM25 by tantivy, or by the nearest vectors of any encoder. Knows no environment.
+"""Search over passages: BM25 with tantivy, or nearest vectors of any encoder. Independent of environments.
 
-Both may be called from many threads at once: tantivy releases the interpreter while it searches, and so does the matrix
-product of the dense index.
+Both indexes may be used from many threads at once: tantivy releases the interpreter lock during a search, and so does
+the matrix product of the dense index.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     import numpy as np
     import tantivy
 
-_MAX_TERMS = 64  # different words of a query that are searched for
+_MAX_TERMS = 64  # distinct words of a query that are searched
 _MAX_QUERY = 2_000  # characters of a query that are read
-_MAX_WORD = 40  # characters; longer ones are in no index
-_TIES = 16  # passages fetched beyond those asked for, so that equal scores are ordered by the passages' numbers
+_MAX_WORD = 40  # characters; longer words are not indexed
+_TIES = 16  # extra passages fetched, so that ties at the end are ordered by number
 _WRITER_BYTES = 128 * 2**20
 _FORMAT = "1"  # of the index on disk
-_BATCH = 256  # passages that are encoded at a time
+_BATCH = 256  # passages encoded at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """`number` is its place in the corpus."""
+    """One passage; `number` is its position in the corpus."""
 
     number: int
     title: str
@@ -51,14 +51,15 @@ class Hit:
 
 class Index(Protocol):
     def search(self, query: str, limit: int) -> Sequence[Hit]:
-        """The best passages, best first; among equals the earlier one. Any text is a query."""
+        """The best passages, best first; ties in the order of the corpus. Any text is a valid query."""
 
 
 class TextEncoder(Protocol):
-    """Text to vectors of length 1, whose inner product is their likeness."""
+    """Encodes text as vectors of length 1. Their inner product is the similarity."""
 
     def encode(self, texts: Sequence[str], *, query: bool) -> np.ndarray:
-        """float32, one row per text. Queries and passages may be encoded differently. Thread-safe."""
+        """Returns float32 of shape (texts, dimensions). Queries and passages may be encoded differently.
+        Thread-safe."""
 
 
 class Bm25:
@@ -71,7 +72,7 @@ class Bm25:
 
     @classmethod
     def build(cls, passages: Iterable[tuple[str, str]], folder: Path | None = None) -> Bm25:
-        """Of (title, text) pairs; in memory without a folder."""
+        """Builds an index of (title, text) pairs, in `folder` or in memory."""
         import tantivy
 
         analyzer = _analyzer()
@@ -89,7 +90,7 @@ class Bm25:
                 writer.add_document(tantivy.Document(words=f"{title}\n{text}", **stored))
             writer.commit()
         finally:
-            writer.wait_merging_threads()  # also ends its threads, which write to the folder
+            writer.wait_merging_threads()  # also ends its threads, which would go on writing
         index.reload()
         return cls(index, analyzer)
 
@@ -126,7 +127,7 @@ class Bm25:
 
 
 class Dense:
-    """The nearest vectors, compared with all of them."""
+    """Exact nearest-neighbour search: a query is compared with all vectors."""
 
     def __init__(self, passages: Sequence[Passage], vectors: np.ndarray, encoder: TextEncoder) -> None:
         self._passages = passages
@@ -135,7 +136,7 @@ class Dense:
 
     @classmethod
     def build(cls, passages: Iterable[tuple[str, str]], encoder: TextEncoder, place: Path | None = None) -> Dense:
-        """`place` is the file that keeps the vectors; they are computed when it is not there yet."""
+        """Encodes the passages. `place` is a file of vectors, which is read if it exists and written if not."""
         import numpy as np
 
         kept = [Passage(number, title, text) for number, (title, text) in enumerate(passages)]
@@ -164,8 +165,8 @@ class Dense:
 
 
 def kept_bm25(passages: Iterable[tuple[str, str]], folder: Path, content: str) -> Bm25:
-    """The index in `folder/<fingerprint of content>`, built on first use. It appears there whole or not at all, so that
-    servers may share the folder and one that is killed leaves nothing half-made behind."""
+    """Opens the index `folder/bm25-FINGERPRINT`, and builds it on first use. The index appears there complete or not at
+    all, so servers may share the folder, and a killed one leaves no partial index."""
     place = folder / f"bm25-{_digest(version('tantivy'), content)}"
     if not place.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +175,7 @@ def kept_bm25(passages: Iterable[tuple[str, str]], folder: Path, content: str) -
             Bm25.build(passages, making)
             os.replace(making, place)
         except OSError:
-            if not place.is_dir():  # else: another server was quicker
+            if not place.is_dir():  # else: another server built it first
                 raise
         finally:
             shutil.rmtree(making, ignore_errors=True)
@@ -184,7 +185,7 @@ def kept_bm25(passages: Iterable[tuple[str, str]], folder: Path, content: str) -
 def kept_dense(
     passages: Iterable[tuple[str, str]], folder: Path, content: str, encoder: TextEncoder, described: str
 ) -> Dense:
-    """As `kept_bm25`, with the vectors kept; `described` tells one encoder from another."""
+    """As `kept_bm25`, for vectors. `described` distinguishes encoders."""
     return Dense.build(passages, encoder, folder / f"dense-{_digest(described, content)}.npy")
 
 

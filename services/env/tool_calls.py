@@ -1,15 +1,15 @@
-"""Tools as models know them: described by a JSON schema, called in the format of the model's chat template.
+"""Tool calls: tools described by a JSON schema, and calls parsed in the format of the model's chat template.
 
-A tool's arguments are a pydantic model: it is the schema that the agent is shown, and what its arguments are checked
-against. Calls are found in the agent's answer as its template has it write them:
+A pydantic model defines the arguments of a tool: its schema is shown to the agent, and arguments are validated against
+it. Calls are found in the agent's answer in these forms:
 
     <tool_call>{"name": "search", "arguments": {"query": "…"}}</tool_call>   Hermes, Qwen
     {"name": "search", "parameters": {"query": "…"}}                         Llama 3; the whole answer, fenced or not
     [TOOL_CALLS] [{"name": "search", "arguments": {"query": "…"}}]           Mistral; later [TOOL_CALLS]search[ARGS]{…}
     <function_calls>search(query="…")</function_calls>                       Olmo 3; Llama 4: [search(query="…")]
 
-An answer is hostile until proven otherwise: time is linear in its length, nothing in it is evaluated, and what cannot
-be read is an error in words, for the agent to see.
+An answer may be hostile: parsing takes linear time and evaluates nothing. A call that cannot be parsed becomes an error
+message for the agent.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pydantic import BaseModel, ValidationError
 from mulligan.common.inference import Tool
 from mulligan.common.thoughts import without_thoughts
 
-MAX_CALLS = 8  # in one answer; what follows is left out
+MAX_CALLS = 8  # per answer; further calls are ignored
 _MAX_CALL_CHARACTERS = 8_192
-_MAX_PROBLEM = 300  # of an error that is shown to the agent
+_MAX_PROBLEM = 300  # characters of an error message for the agent
 _BLOCKS = (("<tool_call>", "</tool_call>"), ("<function_calls>", "</function_calls>"))
 _MISTRAL = "[TOOL_CALLS]"
 _MISTRAL_ARGUMENTS = "[ARGS]"
@@ -39,20 +39,20 @@ _FENCE = "```"
 _FILE_NAME = "<tool call>"
 M = TypeVar("M", bound=BaseModel)
 
-# Python warns of doubtful syntax; a model's is nobody's business here.
+# Python would warn about odd syntax in the text of a model.
 warnings.filterwarnings("ignore", module=_FILE_NAME)
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call. `problem` says in words what cannot be read; `name` is then what was found of it."""
+    """One call. `problem` says why it cannot be parsed; `name` may then be incomplete."""
 
     name: str
     arguments: dict[str, Any]
     problem: str = ""
 
     def describe(self, limit: int) -> str:
-        """One line for a trace; what is neither text nor a plain number is not shown."""
+        """One line for a trace. Shows only text and plain numbers."""
         if self.problem:
             return f"unreadable tool call ({self.problem})"
         values = ((key, _plain(value)) for key, value in islice(self.arguments.items(), 10))
@@ -60,7 +60,7 @@ class Call:
 
 
 def describe(name: str, arguments: type[BaseModel]) -> Tool:
-    """The tool; its description is the model's docstring."""
+    """The tool; its description is the docstring of the pydantic model."""
     schema = arguments.model_json_schema()
     for part in (schema, *schema.get("properties", {}).values()):
         part.pop("title", None)
@@ -69,7 +69,8 @@ def describe(name: str, arguments: type[BaseModel]) -> Tool:
 
 
 def read_arguments(kind: type[M], arguments: dict[str, Any]) -> M:
-    """Raises ValueError in words. An argument that is null counts as absent: models write that for a default."""
+    """Validates arguments. Raises ValueError with a readable message. A null argument counts as absent: models write
+    null for a default."""
     try:
         return kind.model_validate({key: value for key, value in arguments.items() if value is not None})
     except ValidationError as error:
@@ -78,9 +79,8 @@ def read_arguments(kind: type[M], arguments: dict[str, Any]) -> M:
 
 
 def find_calls(answer: str, names: Collection[str]) -> list[Call]:
-    """The calls of an answer, in order; none when it makes none outside of its thoughts. `names` are those of the tools
-    that there are: without marks around it, what calls none of them is no call, but an answer that happens to be JSON
-    or a list."""
+    """Returns the calls of an answer, in order, outside of its thoughts. `names` are the existing tools: without marks
+    around it, JSON or a list that calls none of them is not a call."""
     text = without_thoughts(answer).strip()
     for opening, closing in _BLOCKS:
         if opening in text:
@@ -94,7 +94,7 @@ def find_calls(answer: str, names: Collection[str]) -> list[Call]:
 
 
 def printable(text: str, limit: int) -> str:
-    """One line that can travel: without line breaks, control characters and lone surrogates, cut at `limit`."""
+    """One printable line: no line breaks, control characters or lone surrogates, cut at `limit`."""
     cut = text if len(text) <= limit else text[:limit] + "…"
     line = " ".join(cut.split())
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
@@ -112,13 +112,13 @@ def _first(calls: Iterator[Call]) -> list[Call]:
 
 
 def _blocks(text: str, opening: str, closing: str) -> Iterator[str]:
-    """What is between the marks; the last block may lack its end, where the model stopped there."""
+    """The texts between the marks. The last one may lack its end mark, if the model stopped there."""
     for part in text.split(opening)[1:]:
         yield part.partition(closing)[0]
 
 
 def _unfenced(text: str) -> str:
-    """The content of an answer that is one fenced block, such as ```json … ```; any other text as it is."""
+    """Unwraps an answer that is a single fenced block, such as ```json … ```; other text is returned unchanged."""
     if not (text.startswith(_FENCE) and text.endswith(_FENCE) and len(text) > 2 * len(_FENCE)):
         return text
     first_line, _, rest = text[len(_FENCE) : -len(_FENCE)].partition("\n")
@@ -138,7 +138,7 @@ def _read(block: str) -> Iterator[Call]:
 
 
 def _read_mistral(part: str) -> Iterator[Call]:
-    """A list of calls, or a name and its arguments."""
+    """Parses a list of calls, or a name with its arguments."""
     name, has_name, arguments = part.partition(_MISTRAL_ARGUMENTS)
     if has_name and len(name) < _MAX_PROBLEM:
         part = f'{{"name": {json.dumps(name.strip())}, "arguments": {arguments.strip()}}}'
@@ -170,7 +170,7 @@ def _from_json(item: object) -> Call:
 
 
 def _read_python(text: str) -> Iterator[Call]:
-    """Calls as Python writes them, of literals by keyword. Parsed, never run."""
+    """Parses Python calls with literal keyword arguments. Never runs them."""
     try:
         nodes = _expressions(ast.parse(text, _FILE_NAME))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -189,7 +189,7 @@ def _expressions(module: ast.Module) -> Sequence[ast.AST]:
 
 
 class _JsonNames(ast.NodeTransformer):
-    """Olmo writes JSON's null, true and false among Python's literals."""
+    """Replaces null, true and false, which Olmo writes among Python literals."""
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.Constant(_JSON_NAMES[node.id]) if node.id in _JSON_NAMES else node

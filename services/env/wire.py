@@ -1,4 +1,4 @@
-"""Protobuf → domain types of the environment service, for its client. Numbers are checked here, where they come in."""
+"""Converts protobuf messages to the types of the environment client, and checks their numbers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _FAILED = (Outcome.ENV_ERROR, Outcome.TIMEOUT)
 
 
 def step_from_proto(response: pb.StepEpisodeResponse) -> EpisodeStep:
-    """A step whose reward is no usable number has failed, and is the episode's last, whatever the server says."""
+    """A step with an invalid reward counts as failed and ends the episode, whatever the server says."""
     done = response.done
-    outcome = outcome_from_proto(response.outcome) if done else None  # told with the last step alone
+    outcome = outcome_from_proto(response.outcome) if done else None  # only the last step has one
     reward = response.reward if response.HasField("reward") else None
     if outcome in _FAILED:
         reward = None
@@ -49,7 +49,7 @@ def tasks_from_proto(response: pb.ListTasksResponse) -> list[TaskInfo]:
 
 
 def info_from_proto(info: pb.EnvironmentInfo) -> EnvironmentInfo:
-    """An environment whose numbers make no sense is listed as unavailable."""
+    """An environment with invalid numbers is listed as unavailable."""
     try:
         finite("max_reward", [info.max_reward])
         not_negative("train_task_count", [info.train_task_count])
@@ -57,7 +57,7 @@ def info_from_proto(info: pb.EnvironmentInfo) -> EnvironmentInfo:
         not_negative("max_steps", [info.max_steps])
     except ValueError as error:
         wrong = pb.EnvironmentInfo(name=info.name, description=info.description)
-        wrong.unavailable = info.unavailable or f"its server says of it {error}"
+        wrong.unavailable = info.unavailable or f"its server reports {error}"
         info = wrong
     return EnvironmentInfo(
         name=info.name,
@@ -70,7 +70,7 @@ def info_from_proto(info: pb.EnvironmentInfo) -> EnvironmentInfo:
         tools=tools_from_proto(info.tools),
         unavailable=info.unavailable,
         can_fork=info.can_fork,
-        player_count=max(info.player_count, 1),  # a server that knows nothing of players has one
+        player_count=max(info.player_count, 1),  # an older server leaves it at 0
     )
 
 

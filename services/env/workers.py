@@ -1,16 +1,16 @@
-"""Threads for blocking environment code: a batch costs one hop between threads, and a hanging call costs one thread.
+"""Worker threads for blocking environment code: one thread switch per batch, and one lost thread per hanging call.
 
-The event loop hands over a batch as one queue entry, so that one worker is woken for it and works through all of it:
-the hop (tens of microseconds) is paid once per batch, and fast environments run at nearly the speed of plain Python.
-Where a batch is still unfinished a few milliseconds later its calls are slow, and more workers are sent to help.
+The event loop hands over a batch as one queue entry. It wakes one worker, which works through all of the batch: the
+switch (tens of microseconds) is paid once per batch, so fast environments run almost as fast as plain Python. If a
+batch is unfinished after a few milliseconds, its calls are slow, and more workers help.
 
-Before the loop goes on to other things it gives the worker `_PATIENCE_SECONDS`: calls that take microseconds, as those
-of most games do, are done by then, and the loop is spared the three rounds in which it would hear of that. While calls
-take longer it does so only now and then.
+After handing over a batch, the loop waits for it up to `_PATIENCE_SECONDS`. The calls of most games take microseconds
+and are done by then, which saves three turns of the loop. While calls take longer, the loop waits only for one batch in
+`_PATIENT_ONE_IN`.
 
-A call that takes longer than the limit is given up: its caller gets TimedOut, its thread is abandoned and replaced.
-Python cannot end a thread, so an abandoned one lives until its call returns. `max_abandoned` bounds how many there may
-be; from then on lost threads are not replaced, and once no thread is left every call fails at once.
+A call that exceeds the limit is given up: its caller gets TimedOut, and its thread is abandoned and replaced. Python
+cannot end a thread, so an abandoned one lives until its call returns. At most `max_abandoned` lost threads are
+replaced. Once no thread is left, every call fails at once.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 _HELP_AFTER_SECONDS = 0.003
-_TELL_AFTER_SECONDS = 0.001  # results are reported at the end of a batch, or when they have waited for this long
+_TELL_AFTER_SECONDS = 0.001  # results are reported at the end of a batch, or after this time
 _PATIENCE_SECONDS = 0.0005
-_PATIENT_ONE_IN = 64  # batches, after one that took longer
+_PATIENT_ONE_IN = 64  # while calls are slow, the loop waits for one batch in this many
 R = TypeVar("R")
 
 
 class TimedOut(Exception):
-    """The call took longer than a call may, or no thread is left to run it."""
+    """The call exceeded its time limit, or no thread is left to run it."""
 
 
 class Job(ABC):
@@ -44,7 +44,7 @@ class Job(ABC):
 
     @abstractmethod
     def call(self) -> object:
-        """On a worker's thread."""
+        """Runs on a worker thread."""
 
     @abstractmethod
     def done(self, result: object) -> None:
@@ -57,7 +57,7 @@ class Job(ABC):
 
 
 class FunctionJob(Job):
-    """A job of two functions."""
+    """A job made of two functions."""
 
     __slots__ = ("_call", "_done")
 
@@ -80,7 +80,7 @@ class _Batch:
         self.jobs = jobs
         self.waiting = deque(jobs)
         self.helpers = 1
-        self.is_awaited = False  # the loop waits for `finished` to be released, and needs not be told
+        self.is_awaited = False  # the loop waits for `finished`, so the worker need not notify it
         self.finished = threading.Lock()
 
     def is_settled(self) -> bool:
@@ -88,7 +88,7 @@ class _Batch:
 
 
 class _Place:
-    """Where one worker waits."""
+    """The waiting place of one worker."""
 
     __slots__ = ("filled", "item")
 
@@ -99,8 +99,8 @@ class _Place:
 
 
 class _Queue:
-    """Hands a batch to the worker that has waited for the shortest time, whose stack is warm, and wakes no other. With
-    `queue.SimpleQueue`, which wakes them in turn, and a second one for nothing, a lone step took a tenth longer."""
+    """Hands a batch to the worker that became idle last, and wakes no other; its stack is still in the cache.
+    `queue.SimpleQueue` wakes workers in turn, sometimes two: a single step took 10% longer."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -117,7 +117,7 @@ class _Queue:
         place.filled.release()
 
     def get(self, place: _Place) -> _Batch | None:
-        """Waits for one."""
+        """Waits for a batch."""
         with self._lock:
             if self._items:
                 return self._items.popleft()
@@ -132,10 +132,10 @@ class _Queue:
 
 
 class _Worker:
-    """A thread that takes batches until it is told to stop, or was found to be hanging and then returns after all."""
+    """A thread that runs batches until it is told to stop. One that was abandoned ends when its call returns."""
 
     def __init__(self, pool: WorkerPool):
-        self.current: tuple[Job, float] | None = None  # with the time at which it began; one tuple, read by the loop
+        self.current: tuple[Job, float] | None = None  # with its start time; one tuple, as the loop reads it
         self.abandoned = False
         self._pool = pool
         threading.Thread(target=self._run, name="environment", daemon=True).start()
@@ -172,12 +172,17 @@ class _Worker:
     def _tell(self, callback: Callable[[], None]) -> None:
         try:
             self._pool.loop.call_soon_threadsafe(callback)
-        except RuntimeError:  # the loop is closed: the process ends, and nobody waits for the result
+        except RuntimeError:  # the loop is closed: the process is ending
             self.abandoned = True
 
 
 class WorkerPool:
-    """Made and used on one event loop. `limit_seconds` is for each call, from when it begins to run."""
+    """The threads of a server, used from one event loop.
+
+    `submit` queues a batch. A worker runs its jobs, appends the results, and wakes the loop, which calls `Job.done` for
+    each in `collect`. While batches are open, `_look` runs every few milliseconds: it sends more workers to slow
+    batches and gives up calls that exceed `limit_seconds`, counted from when a call begins to run.
+    """
 
     def __init__(self, size: int, limit_seconds: float, max_abandoned: int):
         self.queue = _Queue()
@@ -190,7 +195,7 @@ class WorkerPool:
         self._look_timer: asyncio.TimerHandle | None = None
         self._next_watch = 0.0
         self._closed = False
-        self._impatient = 0  # batches for which the loop does not wait
+        self._impatient = 0  # batches left that the loop does not wait for
         self._workers = {_Worker(self) for _ in range(size)}
 
     @property
@@ -199,7 +204,7 @@ class WorkerPool:
         return all(worker.abandoned for worker in self._workers)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """The jobs of quick calls are done when it returns."""
+        """Queues a batch. Jobs that finish quickly are done when this returns."""
         batch = _Batch(jobs)
         if self._impatient:
             self._impatient -= 1
@@ -215,14 +220,14 @@ class WorkerPool:
         batch.finished.acquire()
         self.queue.put(batch)
         finished = batch.finished.acquire(timeout=_PATIENCE_SECONDS)
-        batch.is_awaited = False  # a worker that has not seen this yet has left its results before: they are collected
+        batch.is_awaited = False  # a worker that still saw True has already left its results
         self.collect()
         if not finished:
             self._impatient = _PATIENT_ONE_IN
         return finished
 
     async def run(self, call: Callable[[], R]) -> R:
-        """The result of one call; raises what it raises, or TimedOut."""
+        """Runs one call. Returns its result; raises its exception, or TimedOut."""
         future: asyncio.Future[R] = self.loop.create_future()
 
         def done(result: object) -> None:
@@ -239,7 +244,7 @@ class WorkerPool:
         return await future
 
     def close(self) -> None:
-        """Lets idle threads end; those that hang are daemons and end with the process."""
+        """Ends idle threads. Hanging ones are daemons and end with the process."""
         self._closed = True
         if self._look_timer is not None:
             self._look_timer.cancel()
@@ -252,12 +257,12 @@ class WorkerPool:
             job.settle(result)
 
     def gone(self, worker: _Worker) -> None:
-        """A thread has ended. Had it been hanging, its place among the abandoned is free again."""
+        """A thread ended. If it was abandoned, another may now be replaced."""
         self._workers.discard(worker)
         self._replace()
 
     def _look(self) -> None:
-        """Runs every few milliseconds while calls are under way: sends help to slow batches, gives hanging calls up."""
+        """Runs every few milliseconds while batches are open: helps slow batches and gives up hanging calls."""
         self.collect()
         now = time.monotonic()
         if now >= self._next_watch:

@@ -25,7 +25,7 @@ import structlog
 from cachetools import LRUCache
 
 from mulligan.common.addresses import Addresses
-from mulligan.common.channel import Endpoint, Waits
+from mulligan.common.channel import Backoff, Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.inference import (
     CallOptions,
@@ -225,7 +225,7 @@ class PolicyReplicas:
 
     async def _ask(self, options: CallOptions, call: Callable[[PolicyClient], Awaitable[R]]) -> R:
         await self._known(options.policy)
-        waits = Waits(self._replicas.text, self._replicas.outage_seconds)
+        backoff = Backoff(self._replicas.text, self._replicas.outage_seconds)
         since: float | None = None
         full: dict[ServerReplica[KnownServer], ServiceUnavailable] = {}
         while True:
@@ -234,7 +234,7 @@ class PolicyReplicas:
             if replica is None and full:
                 _, last = full.popitem()
                 full.clear()
-                await waits.wait(last.cause, last.refusal)
+                await backoff.wait(last.cause, last.refusal)
                 continue
             if replica is None:
                 self._refuse_without_hope(policy, options)

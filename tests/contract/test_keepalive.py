@@ -14,8 +14,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.inference import SamplingParams
 from mulligan.common.types import Attempt, Outcome, Split
-from mulligan.env.client import EnvClient, RemoteEpisode
-from mulligan.env.keepalive import kept_alive
+from mulligan.env.client import EnvClient, RemoteEpisode, kept_alive
 from mulligan.env.replicas import EnvReplicas, connect
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.trainer.harness import Harness

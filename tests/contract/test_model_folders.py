@@ -128,11 +128,11 @@ FILES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "nothing of the weights": (
         lambda folder: truncate(folder / "model.safetensors", 0),
-        ["model.safetensors is no safetensors file"],
+        ["model.safetensors is not a safetensors file"],
     ),
     "a page of the hub for weights": (
         lambda folder: (folder / "model.safetensors").write_text("<!DOCTYPE html><html>" * 9),
-        ["model.safetensors is no safetensors file"],
+        ["model.safetensors is not a safetensors file"],
     ),
     "pickled and cut": (pickled(b"PK\x03\x04 and then nothing"), ["pytorch_model.bin is cut off"]),
     "pickled and something else": (pickled(b"something else"), ["cannot be loaded"]),
@@ -147,16 +147,16 @@ FILES: dict[str, tuple[Damage, list[str]]] = {
     "a tensor of another size": (smaller, ["model.norm.weight has shape [48]", "[96]", "config.json"]),
     "a configuration of another size": (
         lambda folder: edit(folder / "config.json", vocab_size=256),
-        ["has shape [319, 96], and by config.json it is [256, 96]"],
+        ["has shape [319, 96], but config.json implies [256, 96]"],
     ),
     "a configuration of fewer layers": (
         lambda folder: edit(folder / "config.json", num_hidden_layers=2, layer_types=["full_attention"] * 2),
-        ["model.layers.2.", "config.json tells of 2 layers"],
+        ["model.layers.2.", "config.json has 2 layers"],
     ),
-    "no configuration": (lambda folder: (folder / "config.json").unlink(), ["there is no config.json"]),
+    "no configuration": (lambda folder: (folder / "config.json").unlink(), ["config.json is missing"]),
     "a configuration without a type": (
         lambda folder: edit(folder / "config.json", model_type=None),
-        ["config.json names no model_type"],
+        ["config.json has no model_type"],
     ),
     "a configuration of an unknown type": (
         lambda folder: edit(folder / "config.json", model_type="nobody-knows"),
@@ -175,7 +175,7 @@ FILES: dict[str, tuple[Damage, list[str]]] = {
     },
     "a configuration that is a list": (
         lambda folder: (folder / "config.json").write_text("[]"),
-        ["config.json holds no JSON object"],
+        ["config.json is not a JSON object"],
     ),
     "an end of turn that is no token": (
         lambda folder: edit(folder / "generation_config.json", eos_token_id="</s>"),

@@ -239,7 +239,7 @@ async def test_an_odd_number_is_an_error_that_names_the_field(
 ) -> None:
     async with answering(answer, method) as endpoint:
         client = make(endpoint)
-        with pytest.raises(CallFailed, match="not of the contract") as caught:
+        with pytest.raises(CallFailed, match="violates the contract") as caught:
             await ask(client)
         await client._connection.close()
     assert said in str(caught.value) and caught.value.code == "INTERNAL"

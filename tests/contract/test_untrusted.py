@@ -53,7 +53,7 @@ WHAT_IT_DOES = [
     ("abort", "its process ended with signal 6 (SIGABRT)"),
     ("eat", "used more than memory_mb = 128"),
     ("nibble", "used more than memory_mb = 128"),
-    ("garbage", "its process wrote what is no answer"),
+    ("garbage", "its process wrote an invalid answer"),
     ("announce", "its process announced an answer of 4294967295 bytes"),
     ("hang up", "its process ended with signal 9 (SIGKILL)"),
     ("huge", "its process has an answer of 17825"),

@@ -291,3 +291,38 @@ def test_a_circle_is_noticed(planted: str, found: bool) -> None:
         "services/policy/metrics.py": planted,
     }
     assert bool(circle({PurePosixPath(path): source for path, source in sources.items()})) is found
+
+
+# Every plug-in exports its settings under this name.
+SHARED_NAMES = {"Settings"}
+# Names that still have two meanings. This set may only shrink.
+AMBIGUOUS_NAMES = {
+    "Board",
+    "Connection",
+    "Endpoint",
+    "ModelSettings",
+    "Pool",
+    "Refused",
+    "Target",
+}
+
+
+def ambiguous_names(sources: Mapping[PurePosixPath, str]) -> dict[str, list[str]]:
+    """Public classes that more than one of these modules defines: name → places."""
+    places: dict[str, list[str]] = {}
+    for path, source in sources.items():
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and node.name not in SHARED_NAMES:
+                places.setdefault(node.name, []).append(f"{path}:{node.lineno}")
+    return {name: found for name, found in places.items() if len(found) > 1}
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    found = ambiguous_names({path: (ROOT / path).read_text() for path in python_files("services")})
+    assert {name: places for name, places in found.items() if name not in AMBIGUOUS_NAMES} == {}
+
+
+def test_a_name_with_two_meanings_is_noticed() -> None:
+    classes = "class Limits: ...\nclass _Limits: ...\nclass Settings: ...\n"
+    sources = {PurePosixPath("services/env/a.py"): classes, PurePosixPath("services/policy/b.py"): "\n" + classes}
+    assert ambiguous_names(sources) == {"Limits": ["services/env/a.py:1", "services/policy/b.py:2"]}

@@ -58,7 +58,7 @@ def test_what_an_address_may_be(text: str, fixed: list[str], names: list[DnsName
         ("a:1-3,a:2", "'a:2' is named twice"),
         ("dns:///a:1,dns:a:1", "'dns:///a:1' is named twice"),
         ("dns:///a:1-2", "expected one port behind a DNS name"),
-        ("dns://9.9.9.9/a:1", "the system's resolver is asked"),
+        ("dns://9.9.9.9/a:1", "only the system's resolver"),
         ("dns:///a", "expected host:port"),
     ],
 )

@@ -44,7 +44,7 @@ def test_every_part_of_a_file_is_refused(size: int, tmp_path: Path) -> None:
 
 def test_what_follows_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(FILE + b"x")
-    with pytest.raises(BadSafetensors, match="1 bytes behind"):
+    with pytest.raises(BadSafetensors, match="1 bytes longer"):
         read_header(tmp_path / "f")
 
 

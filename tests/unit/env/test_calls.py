@@ -55,7 +55,7 @@ def test_a_good_answer_is_passed_on() -> None:
         (result(truncated=True), 1, "truncated without done"),
         (result(observation=b"o"), 1, "observation is bytes, not str"),
         (result(tool=None), 1, "tool is NoneType, not str"),
-        (result(observation="x" * (2**24 + 1)), 1, "observation has 16777217 bytes; there may be 16777216"),
+        (result(observation="x" * (2**24 + 1)), 1, "observation has 16777217 bytes; the limit is 16777216"),
         (result(action="√" * 2**23), 1, "action has 25165824 bytes"),
         (None, 1, "step returned NoneType, not StepResult"),
     ],

@@ -11,8 +11,7 @@ import pytest
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import EpisodeStep, Outcome
-from mulligan.env.episodes import EpisodeLimits, EpisodeTable
-from mulligan.env.records import StepRequest
+from mulligan.env.episodes import EpisodeLimits, EpisodeTable, StepRequest
 from mulligan.env.workers import FunctionJob, TimedOut, WorkerPool
 from tests.support.environments import MAX_STEPS, Awkward
 from tests.support.waiting import until

@@ -10,8 +10,7 @@ import pytest
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import EpisodeStep, Outcome
 from mulligan.env.base import Environment
-from mulligan.env.episodes import EpisodeLimits, EpisodeTable
-from mulligan.env.records import StepRequest
+from mulligan.env.episodes import EpisodeLimits, EpisodeTable, StepRequest
 from mulligan.env.workers import WorkerPool
 from mulligan.testing.chained import Chain, Chained, ChainedSettings
 
@@ -198,7 +197,7 @@ async def test_after_a_fork_that_hangs_its_episode_plays_no_more(chained: Chaine
     failed = await forking
     assert failed.reason is Reason.ENVIRONMENT_FAILED and "not finished within 0.5 s" in failed.message
     answer = await held
-    assert answer.outcome is Outcome.TIMEOUT and "never ended" in answer.error
+    assert answer.outcome is Outcome.TIMEOUT and "has not returned" in answer.error
     assert (await step(table, "neighbour", 0, "a")).observation == chain.after("a")
     assert table.live_count == 1
     while len(hanging.closed) < 2:  # noqa: ASYNC110 - in the thread that was given up; the episode and its late copy
