@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ async def _train(project: Project) -> dict[str, Any]:
     try:
         for number, name in enumerate(SERVICES, 1):
             places[name] = await _reached(client, steps * number // 7)
-            restarts[name] = await asyncio.to_thread(seconds, lambda name=name: project.run("restart", name))
+            restarts[name] = await asyncio.to_thread(seconds, partial(project.run, "restart", name))
             print(f"restarted {name} at step {places[name]}: {restarts[name]} s", flush=True)
         places["down"] = await _reached(client, steps * 5 // 7)
         down = await asyncio.to_thread(seconds, lambda: project.run("down"))

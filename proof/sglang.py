@@ -85,8 +85,8 @@ class Traffic:
 
     async def _stream(self, prompt: list[int], least: int) -> RecordedAnswer:
         tokens = list(prompt)
-        log_probs = []
-        spans = []
+        log_probs: list[float] = []
+        spans: list[VersionSpan] = []
         finished = False
         sampling = SamplingParams(max_tokens=self.chance.randint(1, 80))
         async for part in self.client.stream(prompt, sampling, 1, CallOptions(min_policy_version=least)):

@@ -29,7 +29,7 @@ def _scope(file: str) -> str:
     return "sglang" if any(f"from {helper}import" in imports for helper in _ONE_SERVER) else file
 
 
-class _OneProcessPerServer(LoadScopeScheduling):
+class _OneProcessPerServer(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no types
     def _split_scope(self, nodeid: str) -> str:
         return _scope(nodeid.partition("::")[0])
 

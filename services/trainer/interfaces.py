@@ -37,8 +37,12 @@ from mulligan.trainer.settings import LossSettings
 class EpisodeHandle(Protocol):
     """A started episode. It counts its own steps."""
 
-    episode_id: str
-    observation: str  # the first one
+    @property
+    def episode_id(self) -> str: ...
+
+    @property
+    def observation(self) -> str:
+        """The first one."""
 
     async def step(self, action: str) -> EpisodeStep: ...
 

@@ -179,7 +179,7 @@ async def learner(tmp_path: Path) -> AsyncIterator[learner_grpc.LearnerServiceSt
 
 
 async def test_a_checkpoint_of_another_model(learner: learner_grpc.LearnerServiceStub, tmp_path: Path) -> None:
-    ids = {"learner_id": "learner", "owner": "run"}
+    ids: dict[str, Any] = {"learner_id": "learner", "owner": "run"}
 
     async def create(folder: Path, layers: int) -> None:
         source = str(write_tiny_model(folder, layers=layers))

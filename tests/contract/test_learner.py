@@ -172,8 +172,9 @@ async def test_a_lost_answer_is_harmless(
 
         return call
 
-    client._stub.ForwardBackward = losing(client._stub.ForwardBackward)
-    client._stub.OptimStep = losing(client._stub.OptimStep)
+    calls: Any = client._stub
+    calls.ForwardBackward = losing(calls.ForwardBackward)
+    calls.OptimStep = losing(calls.OptimStep)
     for _ in range(2):
         local.forward_backward([sampled()], PLAIN)
         local.optim_step()
@@ -218,7 +219,7 @@ async def test_bad_data_are_named_and_the_sequence_goes_on(client: LearnerClient
 
 
 async def test_only_the_owner_may(client: LearnerClient, stub: pb_grpc.LearnerServiceStub) -> None:
-    ids = {"learner_id": "learner", "owner": "somebody else"}
+    ids: dict[str, Any] = {"learner_id": "learner", "owner": "somebody else"}
     for call in (
         stub.CreateLearner(pb.CreateLearnerRequest(**ids)),
         stub.Forward(pb.ForwardRequest(**ids)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tests.support.learning import server_settings, spec
 from tests.support.tiny_model import write_tiny_model
 
 LEASE = 3600.0  # far longer than a test takes
-IDS = {"learner_id": "learner", "owner": "run"}
+IDS: dict[str, Any] = {"learner_id": "learner", "owner": "run"}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ class Served:
     def pass_by(self, seconds: float) -> None:
         self.servicer._held.clock.now += seconds
 
-    async def create(self, lease: float | None = LEASE, **ids: str) -> pb.CreateLearnerResponse:
+    async def create(self, lease: float | None = LEASE, **ids: Any) -> pb.CreateLearnerResponse:
         request = pb.CreateLearnerRequest(model=pb.ModelConfig(source=str(self._model)), **(IDS | ids))
         if lease is not None:
             request.lease.CopyFrom(Duration(seconds=int(lease), nanos=int(lease % 1 * 1e9)))
@@ -105,19 +105,18 @@ async def test_a_place_is_free_at_the_very_moment(served: Served) -> None:
 async def test_any_call_of_its_owner_renews(served: Served) -> None:
     await served.create()
     stub = served.stub
-    for sequence, call in enumerate(
-        (
-            lambda: stub.ForwardBackward(forward_backward(1)),
-            lambda: stub.OptimStep(pb.OptimStepRequest(sequence=2, **IDS)),
-            lambda: stub.Forward(pb.ForwardRequest(**IDS)),
-            lambda: stub.GetLearner(pb.GetLearnerRequest(learner_id="learner")),
-            lambda: stub.SaveCheckpoint(pb.SaveCheckpointRequest(name="one", **IDS)),
-            lambda: stub.LoadCheckpoint(pb.LoadCheckpointRequest(name="one", **IDS)),
-            lambda: stub.PublishWeights(pb.PublishWeightsRequest(policy_version=1, **IDS)),
-            lambda: refusal(stub.OptimStep(pb.OptimStepRequest(sequence=99, **IDS))),
-            served.create,
-        )
-    ):
+    calls: tuple[Callable[[], Awaitable[object]], ...] = (
+        lambda: stub.ForwardBackward(forward_backward(1)),
+        lambda: stub.OptimStep(pb.OptimStepRequest(sequence=2, **IDS)),
+        lambda: stub.Forward(pb.ForwardRequest(**IDS)),
+        lambda: stub.GetLearner(pb.GetLearnerRequest(learner_id="learner")),
+        lambda: stub.SaveCheckpoint(pb.SaveCheckpointRequest(name="one", **IDS)),
+        lambda: stub.LoadCheckpoint(pb.LoadCheckpointRequest(name="one", **IDS)),
+        lambda: stub.PublishWeights(pb.PublishWeightsRequest(policy_version=1, **IDS)),
+        lambda: refusal(stub.OptimStep(pb.OptimStepRequest(sequence=99, **IDS))),
+        served.create,
+    )
+    for sequence, call in enumerate(calls):
         served.pass_by(LEASE * 0.9)
         await call()
         [info] = await served.held()

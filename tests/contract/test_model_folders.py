@@ -54,6 +54,11 @@ def shard(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
+def without_weight_map(folder: Path) -> None:
+    shard(folder)
+    edit(folder / INDEX, weight_map=None)
+
+
 def without_shard(folder: Path) -> None:
     shard(folder)
     (folder / "model-2.safetensors").unlink()
@@ -141,7 +146,7 @@ FILES: dict[str, tuple[Damage, list[str]]] = {
     "a shard is cut": (with_cut_shard, ["model-2.safetensors is cut off"]),
     "a shard lacks a tensor": (with_tensor_elsewhere, ["model-1.safetensors lacks x"]),
     "an index that is none": (
-        lambda folder: (shard(folder), edit(folder / INDEX, weight_map=None)),
+        without_weight_map,
         [f"{INDEX} has no weight_map"],
     ),
     "a tensor of another size": (smaller, ["model.norm.weight has shape [48]", "[96]", "config.json"]),

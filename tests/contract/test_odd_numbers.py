@@ -134,7 +134,7 @@ def scores(*values: float) -> policy_pb.ScoreResponse:
     return policy_pb.ScoreResponse(scores=[policy_pb.ScoreResponse.Scores(log_probs=values)])
 
 
-def reflection(**origin: float) -> memory_pb.QueryReflectionsResponse:
+def reflection(**origin: Any) -> memory_pb.QueryReflectionsResponse:
     provenance = memory_pb.Provenance(**origin)
     return memory_pb.QueryReflectionsResponse(
         reflections=[memory_pb.StoredReflection(reflection_id="r", provenance=provenance)]
@@ -182,8 +182,8 @@ POLICY: dict[str, tuple[Ask, list[tuple[Message, str]]]] = {
     "GetPolicy": (
         lambda client: client.info(),
         [
-            (policy_pb.GetPolicyResponse(policy={"context_length": -1}), "context_length -1"),
-            (policy_pb.GetPolicyResponse(policy={"compute_seconds": NAN}), "compute_seconds nan"),
+            (policy_pb.GetPolicyResponse(policy=policy_pb.Policy(context_length=-1)), "context_length -1"),
+            (policy_pb.GetPolicyResponse(policy=policy_pb.Policy(compute_seconds=NAN)), "compute_seconds nan"),
         ],
     ),
 }
@@ -212,7 +212,9 @@ ENV: dict[str, tuple[Ask, list[tuple[Message, str]]]] = {
         lambda client: client.list_tasks("e", Split.TRAIN, 1),
         [
             (
-                env_pb.ListTasksResponse(tasks=[{"task_id": "t", "split": env_pb.SPLIT_TRAIN, "difficulty": NAN}]),
+                env_pb.ListTasksResponse(
+                    tasks=[env_pb.TaskInfo(task_id="t", split=env_pb.SPLIT_TRAIN, difficulty=NAN)]
+                ),
                 "difficulty nan",
             )
         ],

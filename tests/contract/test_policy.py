@@ -36,6 +36,7 @@ from mulligan.common.inference import (
     ToolCall,
     VersionSpan,
 )
+from mulligan.common.v1 import message_pb2
 from mulligan.models import EMBEDDED
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
@@ -286,7 +287,7 @@ async def test_every_way_to_stop(policy: Running) -> None:
     ids=["regex", "json", "characters of several tokens"],
 )
 async def test_a_constraint_holds_for_all_of_the_text(
-    policy: Running, constraint: dict[str, str], feature: Feature
+    policy: Running, constraint: dict[str, Any], feature: Feature
 ) -> None:
     """Log-probabilities stay those of the unconstrained model. Of these texts each token is a byte."""
 
@@ -313,7 +314,7 @@ async def test_a_constraint_holds_for_all_of_the_text(
 async def test_defaults_of_the_contract_apply(policy: Running) -> None:
     async with grpc.aio.insecure_channel(policy.address) as channel:
         stub = pb_grpc.PolicyServiceStub(channel)
-        messages = pb.Messages(messages=[{"role": 2, "content": "A B"}])
+        messages = pb.Messages(messages=[message_pb2.Message(role=message_pb2.ROLE_USER, content="A B")])
         texts = set()
         for _ in range(8):
             [completion] = (await stub.Generate(pb.GenerateRequest(messages=messages))).completions

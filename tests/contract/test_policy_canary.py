@@ -130,7 +130,7 @@ async def faulty(model: Path, tmp_path: Path) -> AsyncIterator[Faulty]:
             )
         )
         client = PolicyClient(Endpoint(await started, outage_seconds=0), timeout=30)
-        yield Faulty(client, started.result(), backends[0], model, folder, logged)
+        yield Faulty(client, started.result(), backends[0], model, folder, [dict(entry) for entry in logged])
         await client.close()
         service.cancel()
         await asyncio.gather(service, return_exceptions=True)
@@ -302,7 +302,7 @@ async def test_calls_wait_for_the_update_that_runs(faulty: Faulty) -> None:
         await go_on.wait()
         await load_weights(*arguments)
 
-    faulty.backend.update_weights = slow  # type: ignore[method-assign]
+    faulty.backend.update_weights = slow  # type: ignore[assignment,method-assign]
     updating = asyncio.create_task(faulty.update(1, build_model(1)))
     await held.wait()
     assert (await faulty.client.info()).state is PolicyState.UPDATING

@@ -199,7 +199,7 @@ async def test_loads_of_one_policy_come_one_after_the_other(running: Running) ->
     assert await other == (0, "two"), "policies do not wait for one another"
     results = await asyncio.gather(*loads, return_exceptions=True)
     assert isinstance(results.pop(1), DomainError)
-    versions = {}
+    versions: dict[int, str] = {}
     for name, result in zip(["two", "three", "three", "four"], results, strict=True):
         assert isinstance(result, tuple)
         versions.setdefault(result[0], result[1])
@@ -276,8 +276,8 @@ async def test_under_load_a_llama_replaces_a_qwen_and_takes_weights(tmp_path: Pa
         stop = asyncio.Event()
         replaced = asyncio.Event()
         # by whether the new model served when the call began
-        during = []
-        after = []
+        during: list[Any] = []
+        after: list[Any] = []
 
         async def call() -> None:
             while not stop.is_set():

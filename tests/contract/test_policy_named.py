@@ -3,7 +3,7 @@ an engine sees it, option by option."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ def continued(token_ids: tuple[int, ...] = (1, 2)) -> Continuation:
 
 def options_of(name: str, client: PolicyClient) -> Any:
     """One call for each option that an engine may lack."""
-    return {
+    calls: dict[str, Callable[[], Any]] = {
         "text": lambda: client.tokenize("go"),
         "messages": lambda: client.tokenize(ASKED),
         "token_ids": lambda: generate(client, [1, 2]),
@@ -132,7 +132,8 @@ def options_of(name: str, client: PolicyClient) -> Any:
         "sampling.json_schema": lambda: generate(client, json_schema="{}"),
         "priority": lambda: generate(client, options=CallOptions(priority=-1)),
         "tools": lambda: generate(client, options=CallOptions(tools=(GO,))),
-    }[name]()
+    }
+    return calls[name]()
 
 
 NEEDS = {

@@ -21,6 +21,7 @@ from mulligan.common.inference import (
     Tool,
     WeightsKind,
 )
+from mulligan.common.v1 import message_pb2
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from tests.support.policy_backends import BACKENDS, BOARD, Running, greedy, running
@@ -175,11 +176,11 @@ async def test_conflicting_or_missing_parts_of_a_request_are_refused(policy: Run
     """What only another client than ours can send."""
     async with grpc.aio.insecure_channel(policy.address) as channel:
         stub: Any = pb_grpc.PolicyServiceStub(channel)
-        messages = pb.Messages(messages=[{"role": 2, "content": "A"}])
+        messages = pb.Messages(messages=[message_pb2.Message(role=message_pb2.ROLE_USER, content="A")])
         both = pb.SamplingParams(regex="a")
         both.MergeFrom(pb.SamplingParams(json_schema="{}"))  # a later member of a oneof replaces the earlier
         assert both.WhichOneof("constraint") == "json_schema"
-        tools = [{"name": "go", "parameters": "{}"}]
+        tools = [message_pb2.Tool(name="go", parameters="{}")]
         continuation = pb.Continuation(token_ids=[5], turn_closed=True, messages=messages.messages)
         for call, request in (
             (stub.Generate, pb.GenerateRequest()),

@@ -78,7 +78,7 @@ async def test_settings_that_changed_replace_what_was_loaded(
 async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "models" / "m"
     folder.mkdir(parents=True)
-    settings = {"state_folder": tmp_path / "state", "models_folder": tmp_path / "models"}
+    settings: dict[str, Any] = {"state_folder": tmp_path / "state", "models_folder": tmp_path / "models"}
     async with started(**settings) as running:
         await running.client.load_model("actor", str(folder))
     with pytest.raises(ExceptionGroup, match=r"actor: .*loads no folders.*model\.json"):
@@ -90,7 +90,11 @@ async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path:
 
 async def test_a_killed_service_comes_back_with_what_was_loaded(tmp_path: Path, services: ServiceProcesses) -> None:
     llama = write_llama_model(tmp_path / "models" / "llama")
-    settings = {"state_folder": tmp_path / "state", "models_folder": tmp_path / "models", "weights_folder": tmp_path}
+    settings: dict[str, Any] = {
+        "state_folder": tmp_path / "state",
+        "models_folder": tmp_path / "models",
+        "weights_folder": tmp_path,
+    }
     process = services.start("policy", model=write_tiny_model(tmp_path / "tiny"), threads=1, **settings)
     client = PolicyClient(Endpoint(process.address))
     version, fingerprint = await client.load_model("actor", str(llama))

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def adapter(folder: Path, targets: list[str], seed: int, **settings: Any) -> Any
     for parameter_name, parameter in tuned.named_parameters():
         if "lora_" in parameter_name:
             torch.nn.init.normal_(parameter, std=0.2)
-    tuned.save_pretrained(folder)
+    tuned.save_pretrained(str(folder))
     return tuned.eval()
 
 
@@ -149,12 +150,13 @@ async def test_an_adapter_changes_the_weights_that_the_model_came_with(policy: R
 
 async def test_adapters_that_are_not_plain_lora_are_refused(policy: Running, tmp_path: Path) -> None:
     folder = tmp_path / "weights"
-    for name, settings in {
+    refused_settings: dict[str, dict[str, Any]] = {
         "use_dora": {"use_dora": True},
         "modules_to_save": {"modules_to_save": ["lm_head"]},
         "init_lora_weights": {"init_lora_weights": "pissa"},
         'init_lora_weights = "olora"': {"init_lora_weights": "olora"},
-    }.items():
+    }
+    for name, settings in refused_settings.items():
         adapter(folder / name, ["q_proj"], 1, **settings)
         error = await refused(policy, adapted(policy, folder / name, 1), Reason.MODEL_MISMATCH)
         assert name in error.message
@@ -240,7 +242,7 @@ async def test_a_call_waits_for_the_version_that_it_asks_for(policy: Running, tm
         await policy.client.generate(PROMPT, SamplingParams(), CallOptions(min_policy_version=1))
     assert caught.value.reason is Reason.POLICY_VERSION_TOO_OLD and caught.value.metadata["policy_version"] == "0"
     options = CallOptions(min_policy_version=1, version_wait=60.0)
-    waiting = [
+    waiting: list[asyncio.Future[Any]] = [
         asyncio.ensure_future(policy.client.generate(PROMPT, SamplingParams(max_tokens=2), options)),
         asyncio.ensure_future(policy.client.score([PROMPT], 1.0, options)),
     ]
@@ -294,7 +296,7 @@ async def test_updates_under_load_never_mix_versions(policy: Running, tmp_path: 
 
 
 async def test_weights_have_a_credential_of_their_own(tmp_path: Path) -> None:
-    settings = {"weights_folder": tmp_path, "token": "everyone", "admin_token": "trainer"}
+    settings: dict[str, Any] = {"weights_folder": tmp_path, "token": "everyone", "admin_token": "trainer"}
     async with serving(EMBEDDED, **settings) as policy:
         fingerprint = policy.backend.model.fingerprint
         weights = full_weights(tmp_path / "w", build_model(1).state_dict(), 1, fingerprint)
@@ -305,7 +307,8 @@ async def test_weights_have_a_credential_of_their_own(tmp_path: Path) -> None:
             ("everyone", "trainer", (True, True)),
         ):
             client = PolicyClient(Endpoint(policy.address, token=endpoint_token), admin_token=admin_token)
-            for call, ok in zip((client.info, lambda: client.update_weights(weights)), allowed, strict=True):  # noqa: B023
+            calls: list[Callable[[], Awaitable[object]]] = [client.info, partial(client.update_weights, weights)]
+            for call, ok in zip(calls, allowed, strict=True):
                 if ok:
                     await call()
                 else:

@@ -80,19 +80,20 @@ async def test_unknown_runs_are_not_found(stub: pb_grpc.RunServiceStub, run_id: 
         assert (await refusal(stub, call))[:2] == ("NOT_FOUND", "UNKNOWN_RUN")
 
 
+_config: Any = config_pb.RunConfig  # its parts may be dicts
 BAD_SETTINGS: dict[str, config_pb.RunConfig] = {
     "environment": config_pb.RunConfig(),
-    "steps": config_pb.RunConfig(environment="x", steps=0),
-    "seed": config_pb.RunConfig(environment="x", seed=-1),
-    "rollout.temperature": config_pb.RunConfig(environment="x", rollout={"temperature": 0}),
-    "rollout.top_p": config_pb.RunConfig(environment="x", rollout={"top_p": 1.5}),
-    "evaluation.samples": config_pb.RunConfig(environment="x", evaluation={"samples": 0}),
-    "optimizer.learning_rate": config_pb.RunConfig(environment="x", optimizer={"learning_rate": float("nan")}),
-    "algorithm.memory_entries": config_pb.RunConfig(environment="x", algorithm={"memory_entries": -1}),
-    "algorithm.second_attempt": config_pb.RunConfig(environment="x", algorithm={"second_attempt": 99}),
-    "policies.actor": config_pb.RunConfig(environment="x", policies={"actor": "no name"}),
-    "policies": config_pb.RunConfig(environment="x", policies={"actor": "one", "reflector": "one"}),
-    "model.dtype": config_pb.RunConfig(environment="x", model={"dtype": "float16"}),
+    "steps": _config(environment="x", steps=0),
+    "seed": _config(environment="x", seed=-1),
+    "rollout.temperature": _config(environment="x", rollout={"temperature": 0}),
+    "rollout.top_p": _config(environment="x", rollout={"top_p": 1.5}),
+    "evaluation.samples": _config(environment="x", evaluation={"samples": 0}),
+    "optimizer.learning_rate": _config(environment="x", optimizer={"learning_rate": float("nan")}),
+    "algorithm.memory_entries": _config(environment="x", algorithm={"memory_entries": -1}),
+    "algorithm.second_attempt": _config(environment="x", algorithm={"second_attempt": 99}),
+    "policies.actor": _config(environment="x", policies={"actor": "no name"}),
+    "policies": _config(environment="x", policies={"actor": "one", "reflector": "one"}),
+    "model.dtype": _config(environment="x", model={"dtype": "float16"}),
 }
 
 
@@ -170,7 +171,7 @@ async def test_events_are_taken_up_where_a_stream_broke(client: RunClient) -> No
 async def test_lists_are_paged(loop: Loop, client: RunClient, stub: pb_grpc.RunServiceStub) -> None:
     everything = [info.run_id for info in await client.runs()]
     assert everything[-1] == "done", "newest first"
-    found = []
+    found: list[str] = []
     token = ""
     while len(found) <= len(everything):
         page = await stub.ListRuns(pb.ListRunsRequest(page_size=1, page_token=token))
@@ -180,7 +181,7 @@ async def test_lists_are_paged(loop: Loop, client: RunClient, stub: pb_grpc.RunS
             break
     assert found == everything
     chains = loop.experiences("done")
-    ids = []
+    ids: list[str] = []
     token = ""
     while len(ids) <= len(chains):
         request = pb.ListExperiencesRequest(run_id="done", page_size=3, page_token=token)
@@ -219,5 +220,7 @@ async def test_bad_evaluations_are_refused(stub: pb_grpc.RunServiceStub) -> None
     assert (await refusal(stub, unknown))[:2] == ("NOT_FOUND", "UNKNOWN_ENVIRONMENT")
     nobody = stub.Evaluate(pb.EvaluateRequest(environment="frozenlake-3x3", policy="nobody"))
     assert (await refusal(stub, nobody))[:2] == ("NOT_FOUND", "UNKNOWN_POLICY")
-    setting = stub.Evaluate(pb.EvaluateRequest(environment="frozenlake-3x3", config={"samples": 0}))
+    setting = stub.Evaluate(
+        pb.EvaluateRequest(environment="frozenlake-3x3", config=config_pb.EvaluationConfig(samples=0))
+    )
     assert await refusal(stub, setting) == ("INVALID_ARGUMENT", "INVALID_SETTING", "samples")

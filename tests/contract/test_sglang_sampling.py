@@ -120,7 +120,7 @@ async def test_what_is_cancelled_is_aborted(tmp_path: Path) -> None:
         await _until_running(lambda running: running == 0)
         assert [replica.info.in_flight for replica in backend.replicas] == [0]
         for _ in range(8):  # such a stream may end early by itself
-            parts = backend.stream(ask(temperature=50.0, max_tokens=900))
+            parts: Any = backend.stream(ask(temperature=50.0, max_tokens=900))
             part = await anext(parts)
             await parts.aclose()
             assert part.policy_versions[0] == VersionSpan(0, len(part.token_ids))

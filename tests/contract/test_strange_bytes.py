@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -100,7 +101,7 @@ TRAINER = PLAUSIBLE | {"environment": ("no-such-environment",)}
 def servers(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ServiceProcess]:
     folder = tmp_path_factory.mktemp("servers")
     nowhere = {f"{name}_address": "127.0.0.1:1" for name in ("env", "policy", "memory")}
-    settings: dict[str, dict[str, object]] = {
+    settings: dict[str, dict[str, Any]] = {
         "env": {},
         "policy": {"weights_folder": folder, "threads": 1},
         "memory": {"database": folder / "memory.sqlite"},
@@ -116,7 +117,7 @@ def servers(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPath
     offline = {"HF_HUB_OFFLINE": "1"}
     with ThreadPoolExecutor() as pool:  # all at once: importing torch takes seconds
         started = {
-            name: pool.submit(shared_services.start, name, environment=offline, **values)
+            name: pool.submit(partial(shared_services.start, name, environment=offline, **values))
             for name, values in settings.items()
         }
     return {name: process.result() for name, process in started.items()}
@@ -147,7 +148,7 @@ def send(channel: grpc.Channel, method: MethodDescriptor, requests: list[bytes])
             next(answers, None)
             answers.cancel()
     except grpc.RpcError as error:
-        found = from_rpc_error(error)
+        found = from_rpc_error(cast(Any, error))  # it has what an AioRpcError has
         return Answer(error.code().name, found.reason if found else "", error.details() or "")
     return Answer("OK", "", "")
 
@@ -221,7 +222,7 @@ def test_a_long_id_is_cut_in_the_answer_and_in_the_log(servers: dict[str, Servic
 def test_metadata_may_be_long(servers: dict[str, ServiceProcess]) -> None:
     server = servers["memory"]
     with grpc.insecure_channel(server.address) as channel:
-        get = channel.unary_unary("/mulligan.memory.v1.MemoryService/GetSnapshot", request_serializer=None)
+        get: Any = channel.unary_unary("/mulligan.memory.v1.MemoryService/GetSnapshot", request_serializer=None)
         for key, value, code in (
             ("x-long", "x" * 8_000, grpc.StatusCode.OK),
             ("x-long", "x" * 100_000, grpc.StatusCode.RESOURCE_EXHAUSTED),

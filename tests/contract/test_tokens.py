@@ -127,7 +127,7 @@ def recorded(policy: Serving, monkeypatch: pytest.MonkeyPatch) -> Recorded:
     generate = policy.backend.generate
 
     async def recording(ask: Ask) -> Sampled:
-        answer = await generate(ask)
+        answer: Sampled = await generate(ask)
         recorded.prompts.append(list(ask.token_ids))
         recorded.answers.append(answer)
         return answer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -154,7 +156,8 @@ def chat(source: str | dict[str, str], end_of_turn: str) -> Chat:
     return wrapped(source).chat(encode(end_of_turn))
 
 
-CHATS = {name: chat(source, END_OF_TURN[name]) for name, source in (TEMPLATES | WITH_TOOLS).items()}
+ALL_TEMPLATES: dict[str, Any] = {**TEMPLATES, **WITH_TOOLS}
+CHATS = {name: chat(source, END_OF_TURN[name]) for name, source in ALL_TEMPLATES.items()}
 TOOLS = (Tool("weather", 'Of a "city"', '{"type": "object", "properties": {"city": {"type": "string"}}}'),)
 # Mistral: ids of nine letters and digits, either content or calls, tools before the last question.
 MISTRAL_TOOLS = (

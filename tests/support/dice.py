@@ -55,7 +55,7 @@ class DiceEpisode:
         return replace(said, **self._wrongly(said))
 
     def _wrongly(self, said: StepResult) -> dict[str, Any]:
-        return {
+        changes: dict[str, dict[str, Any]] = {
             "unread": {"action": ""},
             "tool": {"tool": "abacus"},
             "cut-short": {"done": True, "truncated": True},
@@ -63,7 +63,8 @@ class DiceEpisode:
             "reward-none": {"reward": None},
             "reward-huge": {"reward": 1e200},
             "reward-numpy": {"reward": np.float32(0.5)},
-        }.get(self._fault, {})
+        }
+        return changes.get(self._fault, {})
 
     def fork(self) -> DiceEpisode:
         if self._fault == "fork-shares":

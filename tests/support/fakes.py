@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from mulligan.common.errors import CallFailed, DomainError, Reason
 from mulligan.common.inference import (
@@ -142,7 +143,7 @@ class FakePolicy:
 
     answer: Callable[[str, str, SamplingParams], str]
     version: int = 0
-    calls: list[tuple[Prompt, SamplingParams]] = field(default_factory=list)
+    calls: list[tuple[Any, SamplingParams]] = field(default_factory=list)
     options: list[CallOptions] = field(default_factory=list)
     updates: list[PublishedWeights] = field(default_factory=list)
     uploads: list[Path] = field(default_factory=list)

@@ -169,7 +169,7 @@ class DuplicatesInABatch(Faulty):
     title = "a batch in which an episode appears twice is INVALID_ARGUMENT INVALID_FIELD"
 
     async def StepEpisodes(self, request: pb.StepEpisodesRequest, context: Any) -> pb.StepEpisodesResponse:
-        items = []
+        items: list[pb.StepEpisodesResponse.Item] = []
         for step in request.steps:
             items += (await super().StepEpisodes(pb.StepEpisodesRequest(steps=[step]), context)).items
         return pb.StepEpisodesResponse(items=items)

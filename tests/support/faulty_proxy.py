@@ -324,7 +324,7 @@ def faults(base: type[Fault] = Fault) -> list[type[Fault]]:
     return [kind for kind in found if kind.title]
 
 
-class _Handler(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # no generic when it runs
+class _Handler(grpc.GenericRpcHandler):
     def __init__(self, channel: grpc.aio.Channel, fault: Fault):
         self._channel = channel
         self._fault = fault
@@ -338,7 +338,10 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # no generic 
         request, response = (message_factory.GetMessageClass(kind) for kind in (method.input_type, method.output_type))
         fault = self._fault if name in self._fault.call.split() else Fault()
         path = f"/{service}/{name}"
-        packed = {"request_serializer": request.SerializeToString, "response_deserializer": response.FromString}
+        packed: dict[str, Any] = {
+            "request_serializer": request.SerializeToString,
+            "response_deserializer": response.FromString,
+        }
 
         async def unary(asked: Any, context: Any) -> Any:
             sent = request.FromString(asked.SerializeToString())
@@ -360,7 +363,10 @@ class _Handler(grpc.GenericRpcHandler):  # type: ignore[type-arg]  # no generic 
             except grpc.aio.AioRpcError as error:
                 yield await _refused(fault, error, context)
 
-        codecs = {"request_deserializer": request.FromString, "response_serializer": response.SerializeToString}
+        codecs: dict[str, Any] = {
+            "request_deserializer": request.FromString,
+            "response_serializer": response.SerializeToString,
+        }
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(stream, **codecs)
         return grpc.unary_unary_rpc_method_handler(unary, **codecs)
@@ -375,7 +381,7 @@ async def _refused(fault: Fault, error: grpc.aio.AioRpcError, context: Any) -> A
     return await context.abort(error.code(), error.details() or "")
 
 
-def _details(error: grpc.aio.AioRpcError) -> list[tuple[str, bytes]]:
+def _details(error: grpc.aio.AioRpcError) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in error.trailing_metadata() or () if key == "grpc-status-details-bin"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -70,8 +71,8 @@ class Everything(gymnasium.Env[Any, Any]):
 class Talk(gymnasium.Env[str, str]):
     """An action is text: right when it is the word that was said."""
 
-    action_space = spaces.Text(20, min_length=1, charset="abcdefghijklmnopqrstuvwxyz ")
-    observation_space = spaces.Text(20)
+    action_space: spaces.Space[Any] = spaces.Text(20, min_length=1, charset="abcdefghijklmnopqrstuvwxyz ")
+    observation_space: spaces.Space[Any] = spaces.Text(20)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
@@ -97,7 +98,7 @@ class Graphs(Talk):
     action_space = spaces.Dict({"deep": spaces.Tuple((spaces.Graph(spaces.Discrete(5), None),))})
 
 
-def register(name: str, entry_point: type[gymnasium.Env[Any, Any]], **more: Any) -> None:
+def register(name: str, entry_point: Callable[..., gymnasium.Env[Any, Any]], **more: Any) -> None:
     if name not in gymnasium.registry:
         gymnasium.register(name, entry_point, **more)
 

@@ -51,9 +51,9 @@ def write_llama_model(folder: Path, seed: int = 0, template: str = TEMPLATE) -> 
         max_position_embeddings=CONTEXT_LENGTH,
         tie_word_embeddings=False,
         initializer_range=0.1,
-        bos_token_id=tokenizer.convert_tokens_to_ids(BEGIN),
-        eos_token_id=tokenizer.convert_tokens_to_ids(END_OF_TURN),
-        pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
+        bos_token_id=tokenizer.get_vocab()[BEGIN],
+        eos_token_id=tokenizer.get_vocab()[END_OF_TURN],
+        pad_token_id=tokenizer.get_vocab()[PAD],
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -97,6 +97,7 @@ class Mutations:
         if kind == _WIRE.CPPTYPE_BOOL:
             return self._random.random() < 0.5
         if kind == _WIRE.CPPTYPE_ENUM:
+            assert field.enum_type is not None
             known = [value.number for value in field.enum_type.values]
             return self._random.choice([*known, -1, 99, 2**31 - 1] if odd else known)
         if kind == _WIRE.CPPTYPE_STRING:

@@ -41,7 +41,7 @@ class Serving:
 async def serving(
     model: Path | str = "embedded", *, create: OpenBackend = create_backend, **settings: Any
 ) -> AsyncIterator[Serving]:
-    chosen = PolicySettings(**({"model": str(model), "threads": 1} | settings))
+    chosen = PolicySettings.model_validate({"model": str(model), "threads": 1} | settings)
     policies = await Policies.open(chosen, create)
     server = grpc.aio.server(interceptors=[RequestInterceptor({"": chosen.token, **credentials(chosen)})])
     add_to_server(server, policies)

@@ -59,7 +59,9 @@ class PolicyServer:
         self.engine.wrong_from = version  # type: ignore[attr-defined]
 
     async def start(self, **changes: Any) -> None:
-        chosen = PolicySettings(**({"model": "one", "weights_folder": self.folder} | self.settings | changes))
+        chosen = PolicySettings.model_validate(
+            {"model": "one", "weights_folder": self.folder} | self.settings | changes
+        )
         self.policies = await Policies.open(chosen, self.opened.create)
         options = [("grpc.so_reuseport", 0)]
         interceptor = RequestInterceptor({"": chosen.token, **credentials(chosen)})
@@ -91,8 +93,9 @@ class PolicyServers:
     def weights(self, version: int, **changes: Any) -> PublishedWeights:
         path = self.folder / f"{version}.safetensors"
         save_file({"w": np.full(3, version, np.float32)}, path)
-        plain = {"fingerprint": "one", "uri": path.as_uri(), "sha256": sha256(path), "canary": (PROBE,)}
-        return PublishedWeights(**({"policy_version": version, "kind": WeightsKind.FULL} | plain | changes))
+        plain: dict[str, Any] = {"fingerprint": "one", "uri": path.as_uri(), "sha256": sha256(path), "canary": (PROBE,)}
+        plain |= {"policy_version": version, "kind": WeightsKind.FULL}
+        return PublishedWeights(**(plain | changes))
 
     @property
     def versions(self) -> list[int]:

@@ -41,7 +41,7 @@ class ScriptedBackend:
     """
 
     def __init__(self, settings: ModelSettings, first_version: int = 0, **info: Any):
-        plain = {
+        plain: dict[str, Any] = {
             "model": settings.model,
             "fingerprint": settings.model,
             "context_length": settings.context_length or 32,
@@ -205,7 +205,8 @@ class Running:
 @asynccontextmanager
 async def started(opened: Opened | None = None, **settings: Any) -> AsyncIterator[Running]:
     opened = opened or Opened()
-    async with serving(**({"model": "one", "create": opened.create} | settings)) as served:
+    plain: dict[str, Any] = {"model": "one", "create": opened.create}
+    async with serving(**(plain | settings)) as served:
         yield Running(served, opened)
 
 

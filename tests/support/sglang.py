@@ -116,15 +116,14 @@ def full(folder: Path, model: Any, version: int, **changes: torch.Tensor | None)
 def lora(folder: Path, version: int, targets: Sequence[str], **settings: Any) -> tuple[Any, WeightsFile]:
     """A model with an adapter that changes it, and the adapter's files."""
     torch.manual_seed(version)
-    config = LoraConfig(
-        **({"r": 4, "lora_alpha": 8, "target_modules": list(targets), "task_type": "CAUSAL_LM"} | settings)
-    )
+    plain: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": list(targets), "task_type": "CAUSAL_LM"}
+    config = LoraConfig(**(plain | settings))
     tuned = get_peft_model(copy.deepcopy(load(MODEL)), config)
     for name, parameter in tuned.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     path = folder / f"lora-{version}"
-    tuned.save_pretrained(path)
+    tuned.save_pretrained(str(path))
     return tuned.eval(), WeightsFile(path, WeightsKind.LORA, version, _sha256(path / "adapter_model.safetensors"))
 
 

@@ -278,7 +278,8 @@ async def test_files_that_are_no_memory_are_refused(tmp_path: Path) -> None:
 
 async def test_a_failed_transaction_is_the_answer_to_all_of_it(tmp_path: Path) -> None:
     store = await sqlite.open_store(str(tmp_path / "memory.db"))
-    wrong: Any = replace(ORIGIN, reward_after=None)
+    nothing: Any = None
+    wrong = replace(ORIGIN, reward_after=nothing)
     answers = await asyncio.gather(
         store.add("a", "scope", "text", ORIGIN), store.add("b", "scope", "text", wrong), return_exceptions=True
     )
@@ -295,7 +296,7 @@ async def test_a_full_disk_is_told_and_reads_are_answered(tmp_path: Path) -> Non
     [(pages,)] = await store._do(lambda db: db.execute("PRAGMA page_count").fetchall())
     await store._do(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchall())
     long = "x" * 100_000
-    answers = await asyncio.gather(
+    answers: list[Any] = await asyncio.gather(
         *(store.add(f"{number}", "scope", long, ORIGIN) for number in range(3)),
         store.query("scope", ORIGIN.environment, RetrievalStrategy.LATEST_SUCCESS, 9, None),
         *(store.add(f"{number}", "scope", long, ORIGIN) for number in range(3, 6)),

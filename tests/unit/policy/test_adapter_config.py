@@ -96,12 +96,12 @@ OFF: dict[str, Any] = {"a_setting_of_the_future": False, "another": None, "third
 def adapter(folder: Path, **settings: Any) -> Any:
     """Of the embedded model, with factors that all change something; saved by peft, and the model with it."""
     torch.manual_seed(0)
-    plain = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    plain: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     tuned = get_peft_model(load(EMBEDDED), LoraConfig(**(plain | settings)))
     for name, parameter in tuned.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    tuned.save_pretrained(folder)
+    tuned.save_pretrained(str(folder))
     return tuned.eval()
 
 

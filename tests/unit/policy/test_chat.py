@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -126,11 +127,12 @@ def test_what_the_template_refuses_is_a_template_error(name: str, messages: list
 def test_nothing_is_an_empty_prompt_and_no_template_an_error() -> None:
     chatml = CHATS["chatml"]
     user = (Message(Role.USER, "x"),)
-    for call in (
+    calls: tuple[Callable[[], object], ...] = (
         lambda: chatml.render([]),
         lambda: chatml.extend(Continuation((), True, user)),
         lambda: chatml.extend(Continuation((1,), True, ())),
-    ):
+    )
+    for call in calls:
         with pytest.raises(DomainError) as caught:
             call()
         assert caught.value.reason is Reason.EMPTY_PROMPT
@@ -185,7 +187,8 @@ def test_what_a_template_would_leave_out_is_refused(name: str) -> None:
     subject = CHATS[name]
     user = Message(Role.USER, "x")
     assert not subject.has_tools
-    calls = [lambda: subject.render([user], TOOLS), lambda: subject.render([user, Message(Role.TOOL, "y")])]
+    calls: list[Callable[[], object]] = [lambda: subject.render([user], TOOLS)]
+    calls.append(lambda: subject.render([user, Message(Role.TOOL, "y")]))
     calls.append(lambda: subject.render([Message(Role.ASSISTANT, "", (ToolCall("weather", "{}"),)), user]))
     if not subject.rewrites_history:
         calls.append(lambda: subject.extend(Continuation((1,), True, (Message(Role.TOOL, "y"),))))

@@ -18,7 +18,8 @@ SEARCH = Tool("search", "Finds text.", '{"type": "object", "properties": {"query
 
 
 async def harness(policy: FakePolicy, **changes: Any) -> Harness:
-    environment = FakeEnvironment({"t0": "go"}, **({"turns": 3, "tools": (SEARCH,)} | changes))
+    plain: dict[str, Any] = {"turns": 3, "tools": (SEARCH,)}
+    environment = FakeEnvironment({"t0": "go"}, **(plain | changes))
     named = await NamedPolicy.open(policy, "")
     return Harness(environment, named, await environment.describe("fake"), named.info, "x", 0)
 

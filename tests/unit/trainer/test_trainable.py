@@ -174,7 +174,7 @@ def test_whatever_a_journal_holds_can_be_resumed_and_trained_on(
 async def test_a_distilled_copy_may_be_too_long_where_its_source_is_not() -> None:
     """x is longer than the reflection that stood in its place."""
     loop = Loop.over(FakePolicy(answers({"solve" * 30: "no", "reflect": "<prompt>r</prompt>"}, "go")))
-    loop.environment.describe = with_solver(loop.environment, "solve" * 30)  # type: ignore[method-assign]
+    loop.environment.describe = with_solver(loop.environment, "solve" * 30)  # type: ignore[assignment,method-assign]
     chain, *_ = await loop.step()
     second, copy = (len(part.sequences[0].token_ids) for part in (chain.second_attempt, chain.distilled))
     assert second < copy and not loop.dropped
@@ -201,7 +201,7 @@ def with_solver(environment: FakeEnvironment, solver: str) -> Callable[[str], An
 
 async def test_where_the_learner_states_no_limits_the_policys_hold() -> None:
     loop = Loop.over(FakePolicy(answers({"solve" * 30: "no", "reflect": "<prompt>r</prompt>"}, "go")))
-    loop.environment.describe = with_solver(loop.environment, "solve" * 30)  # type: ignore[method-assign]
+    loop.environment.describe = with_solver(loop.environment, "solve" * 30)  # type: ignore[assignment,method-assign]
     loop.learner = FakeLearner(limits=ModelLimits(0, 0))
     chain, *_ = await loop.step()
     assert not loop.dropped
@@ -240,7 +240,7 @@ async def test_a_policy_that_begins_to_rewrite_history_in_the_middle(turns: int,
             policy.rewrites_history = int(options.request_id.rpartition("-")[2]) >= from_call
         return await generate(prompt, sampling, options)
 
-    policy.generate = changing  # type: ignore[method-assign]
+    policy.generate = changing  # type: ignore[assignment,method-assign]
     loop = Loop.over(policy, turns=turns, rollout={"rollouts_per_task": 1})
     (chain,) = await loop.step()
     assert seen["second"] > 0
@@ -346,7 +346,10 @@ async def test_with_a_larger_context_the_same_journal_goes_on(tmp_path: Path) ->
 @pytest.mark.parametrize("text", ["<prompt>rules that go on", "<prompt>rules</prompt> and on", "no marks at all"])
 @pytest.mark.parametrize("train", [False, True])
 async def test_a_cut_reflection_is_not_memorised(text: str, train: bool) -> None:
-    cut = {"rollout": {"reflection_max_tokens": len(text)}, "algorithm": {"train_cut_reflections": train}}
+    cut: dict[str, Any] = {
+        "rollout": {"reflection_max_tokens": len(text)},
+        "algorithm": {"train_cut_reflections": train},
+    }
     loop = Loop.over(says("no", reflection=text), **cut)
     chains = await loop.step()
     assert {chain.reflection.outcome for chain in chains} == {Outcome.TRUNCATED}

@@ -5,12 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mulligan.env.base import Split, UnknownTask
-from mulligan.env.envs.frozenlake import (
-    Board,
-    FrozenLake,
-    FrozenLakeEpisode,
-    FrozenLakeSettings,
-)
+from mulligan.env.envs.frozenlake import FrozenLake, FrozenLakeEpisode, FrozenLakeSettings
+from mulligan.env.envs.frozenlake_boards import Board
 from mulligan.env.grid import parse_action
 
 SMALL = FrozenLakeSettings(size_min=3, size_max=3, prompts="compact", name="frozenlake_small")

@@ -186,7 +186,8 @@ def test_what_is_no_action_at_all_is_said(everything: Gymnasium, answer: str) ->
 @settings(max_examples=300, deadline=None)
 @given(answer=st.text(max_size=60) | JSON.map(json.dumps))
 def test_hostile_answers_are_samples_or_are_refused_in_words(everything: Gymnasium, answer: str) -> None:
-    for space in (everything._actions, *everything._actions.values()):
+    actions: Any = everything._actions
+    for space in (actions, *actions.values()):
         try:
             action = read(space, answer, ())
         except ValueError:

@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -107,7 +107,7 @@ def test_the_right_answer_in_a_sentence_scores_1_and_a_wrong_one_does_not(game: 
 
 
 def test_examples_are_right_where_there_is_no_expected_answer(game: ReasoningGym) -> None:
-    examples = {
+    examples: dict[str, Callable[[Any], str]] = {
         "graph_color": lambda known: json.dumps(known["possible_answer"]),
         "propositional_logic": lambda known: known["example_answer"],
         "rubiks_cube": lambda known: known["example_correct_answer"],

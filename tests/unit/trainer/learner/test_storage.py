@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import pytest
@@ -36,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(
-    tiny: Path, folder: Path, lora: LoraSettings | None = None, *, name: str = "learner", **changes: object
+    tiny: Path, folder: Path, lora: LoraSettings | None = None, *, name: str = "learner", **changes: Any
 ) -> Learner:
     return Learner(name, spec(tiny, lora, deterministic=True, **changes), server_settings(folder))
 
@@ -270,7 +271,7 @@ def test_publishing_again_is_idempotent_and_old_versions_go(
 
 def expected_canary(weights: PublishedWeights, tiny: Path, dtype: torch.dtype) -> list[list[float]]:
     """By transformers' own code, from the published file alone, one sequence at a time."""
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype)
     if weights.kind is WeightsKind.LORA:
         model = PeftModel.from_pretrained(model, str(path_of(weights)), autocast_adapter_dtype=False).to(dtype)
     else:

@@ -193,7 +193,11 @@ ENDINGS: dict[str, tuple[tuple[str, str, int], dict[str, Any], tuple[str, StopRe
 async def test_why_it_stopped(name: str) -> None:
     (content, finish, tokens), extra, (text, reason) = ENDINGS[name]
     middle = len(content) // 2
-    events = [delta(role="assistant", content=""), delta(content=content[:middle]), delta(content=content[middle:])]
+    events: list[Any] = [
+        delta(role="assistant", content=""),
+        delta(content=content[:middle]),
+        delta(content=content[middle:]),
+    ]
     events += [delta(finish, last=extra), usage(tokens), "[DONE]"]
     replies = chats(answer(content, finish, tokens, **extra), Reply(events=events))
     async with scripted(replies) as endpoint, backend(endpoint) as opened:

@@ -110,7 +110,7 @@ async def test_a_cancelled_call_closes_its_connection_and_a_slow_one_has_its_tim
         assert opened.replicas[0].info.in_flight == 1
         call.cancel()
         await until(lambda: endpoint.gone == 1)
-        stream = opened.stream(asks())
+        stream: Any = opened.stream(asks())
         assert (await anext(stream)).text == "a"
         await stream.aclose()
         await until(lambda: endpoint.gone == 2)

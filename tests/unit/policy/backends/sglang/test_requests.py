@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def sent(**sampling: Any) -> dict[str, Any]:
 
 
 def answer(
-    ids: list[int], spans: list[tuple[str, int, int]] = (), label: str = "a", finish: dict[str, Any] | None = None
+    ids: list[int], spans: Sequence[tuple[str, int, int]] = (), label: str = "a", finish: dict[str, Any] | None = None
 ) -> requests.Answer:
     meta = {
         "finish_reason": finish,
@@ -190,7 +191,12 @@ def test_what_shares_a_prefix_shares_a_server() -> None:
 def test_the_fingerprint_needs_no_weights(tmp_path: Path) -> None:
     tiny = write_tiny_model(tmp_path / "tiny")
     for tie in (True, False):
-        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
         config = LlamaConfig(vocab_size=32, tie_word_embeddings=tie, **sizes)
         folder = tmp_path / f"llama-{tie}"
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -101,9 +101,9 @@ def test_greater_priority_goes_first_and_nothing_overtakes_a_pause(wanted: list[
         async with running(max_batch=batch) as it:
             admit = it.runner.admit
 
-            def admitting(one: Request) -> None:
-                admitted.append(one.seed)
-                admit(one)
+            def admitting(request: Request) -> None:
+                admitted.append(request.seed)
+                admit(request)
 
             it.runner.admit = admitting  # type: ignore[method-assign]
 

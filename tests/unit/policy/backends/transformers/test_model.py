@@ -45,7 +45,7 @@ SUPPORTED: dict[str, Callable[[], Any]] = {
         **SMALL, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention", "sliding_attention"]
     ),
     "experts": lambda: hf.Qwen3MoeConfig(
-        **SMALL, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        **(SMALL | {"head_dim": 8}), num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
     ),
     "learned positions": lambda: hf.GPT2Config(
         vocab_size=319, n_positions=256, n_embd=32, n_layer=3, n_head=4, eos_token_id=1, bos_token_id=1
@@ -59,7 +59,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "chunked": (lambda: hf.Qwen3Config(**SMALL, layer_types=["chunked_attention"] * 3), "chunked_attention"),
     "positions in the attention": (
-        lambda: hf.BloomConfig(vocab_size=319, hidden_size=32, n_layer=2, n_head=4, max_position_embeddings=64),
+        lambda: hf.BloomConfig(
+            **dict[str, Any](vocab_size=319, hidden_size=32, n_layer=2, n_head=4, max_position_embeddings=64)
+        ),
         "no attention of their own",
     ),
 }
@@ -159,7 +161,9 @@ def test_only_new_tokens_of_a_conversation_are_computed(tmp_path: Path) -> None:
         runner.admit(Request(prompt, SamplingParams(max_tokens=2, temperature=0.0), seed=0))
         while not (done := runner.step()):
             pass
-        return [*prompt, *done[0][1].token_ids]
+        [(_, sampled)] = done
+        assert not isinstance(sampled, DomainError)
+        return [*prompt, *sampled.token_ids]
 
     system = list(range(10, 50))
     first = run([*system, 60, 61])
