@@ -107,7 +107,8 @@ def metric(name: str, **labels: str) -> float:
 async def faulty(model: Path, tmp_path: Path) -> AsyncIterator[Faulty]:
     folder = tmp_path / "weights"
     folder.mkdir()
-    settings = PolicySettings(model=str(model), threads=1, context_length=128, weights_folder=folder)
+    plain = {"model": str(model), "threads": 1, "context_length": 128, "weights_folder": folder}
+    settings = PolicySettings.model_validate(plain)
     backends: list[FaultyBackend] = []
 
     async def create(settings: ModelSettings, folder: Path, first_version: int) -> Backend:

@@ -57,7 +57,7 @@ async def test_the_same_model_again_changes_nothing(running: Running) -> None:
 async def test_options_are_put_over_the_policy_s_own_settings() -> None:
     async with started(context_length=24, adapters={"a": "x"}, policies={"other": {"max_queue": 7}}) as running:
         await running.client.load_model("actor", "two", "", {"adapters.b": "y", "openai.extra_body": {"top_k": 1}})
-        settings = running.served.deployment.settings
+        settings: Any = running.served.deployment.settings
         assert (settings.context_length, settings.adapters) == (24, {"a": "x", "b": "y"})
         assert settings.openai.extra_body == {"top_k": 1}
         await running.client.load_model("actor", "three", "sglang", {"sglang.servers": ["http://h:1"], "max_queue": 0})
@@ -74,16 +74,19 @@ async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for(
     servers = {"api_key": "s", "admin_api_key": "a"}
     async with started(backend="openai", openai=endpoint, sglang=servers) as running:
         await running.client.load_model("actor", "two", "", {"openai.without": ["seed"]})
-        kept = running.served.deployment.settings.openai.api_key
+        settings: Any = running.served.deployment.settings
+        kept = settings.openai.api_key
         assert kept is not None and kept.get_secret_value() == "secret"
         await running.client.load_model("actor", "two", "", {"openai.base_url": "https://evil"})
-        assert running.served.deployment.settings.openai.api_key is None
+        settings = running.served.deployment.settings
+        assert settings.openai.api_key is None
         await running.client.load_model("actor", "two", "sglang", {"sglang.servers": ["http://evil"]})
-        sglang = running.served.deployment.settings.sglang
-        assert (sglang.api_key, sglang.admin_api_key) == (None, None)
+        settings = running.served.deployment.settings
+        assert (settings.sglang.api_key, settings.sglang.admin_api_key) == (None, None)
         options = {"sglang.servers": ["http://mine"], "sglang.api_key": "new"}
         await running.client.load_model("actor", "two", "sglang", options)
-        given = running.served.deployment.settings.sglang.api_key
+        settings = running.served.deployment.settings
+        given = settings.sglang.api_key
         assert given is not None and given.get_secret_value() == "new"
 
 
@@ -101,7 +104,8 @@ async def test_no_two_models_set_the_weights_of_one_server() -> None:
         await running.client.load_model("actor", "three", "", {"sglang.servers": ["http://h:5"]})
         await until(lambda: running.opened["one"].closed)
         await running.client.load_model("new", "four", "sglang", {"sglang.servers": ["http://h:1"]})
-    settings = PolicySettings(model="one", backend="sglang", sglang=second, policies=policies)
+    plain = {"model": "one", "backend": "sglang", "sglang": second, "policies": policies}
+    settings = PolicySettings.model_validate(plain)
     with pytest.raises(ExceptionGroup, match="http://h:3 serves the policy actor"):
         await Policies.open(settings, Opened().create)
 

@@ -81,11 +81,12 @@ async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path:
     settings: dict[str, Any] = {"state_folder": tmp_path / "state", "models_folder": tmp_path / "models"}
     async with started(**settings) as running:
         await running.client.load_model("actor", str(folder))
+    plain = {"model": "one", "threads": 1, "state_folder": tmp_path / "state"}
     with pytest.raises(ExceptionGroup, match=r"actor: .*loads no folders.*model\.json"):
-        await Policies.open(PolicySettings(model="one", threads=1, state_folder=tmp_path / "state"), Opened().create)
+        await Policies.open(PolicySettings.model_validate(plain), Opened().create)
     (tmp_path / "state" / "policies" / "actor" / "model.json").write_text("{")
     with pytest.raises(ExceptionGroup, match=r"actor: .*model\.json is damaged"):
-        await Policies.open(PolicySettings(model="one", threads=1, **settings), Opened().create)
+        await Policies.open(PolicySettings.model_validate(plain | settings), Opened().create)
 
 
 async def test_a_killed_service_comes_back_with_what_was_loaded(tmp_path: Path, services: ServiceProcesses) -> None:

@@ -165,7 +165,7 @@ log_level = "warning"
 def up(installed: Installed) -> Iterator[dict[str, str]]:
     """`mulligan up`, ready; the variables that tell other commands where."""
     base = free_port_base()
-    command = [installed.python.with_name("mulligan"), "up", "--config", "mulligan.toml", "--port-base", str(base)]
+    command = [str(installed.python.with_name("mulligan")), "up", "--config", "mulligan.toml", "--port-base", str(base)]
     with subprocess.Popen(
         command, cwd=installed.folder, env=surroundings(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

@@ -181,6 +181,7 @@ async def backend(endpoint: ScriptedEndpoint, **changes: Any) -> AsyncIterator[O
     chosen = {"base_url": endpoint.address, "api_key": KEY, "max_retries": 1} | changes.pop("openai", {})
     settings = ModelSettings(backend="openai", model="m", openai=OpenAISettings(**chosen), **changes)
     opened = await open_backend(settings, Path(), 4)
+    assert isinstance(opened, OpenAIBackend)
     try:
         yield opened
     finally:

@@ -52,6 +52,7 @@ async def opened(folder: Path, sglang: SglangSettings | None = None, **settings:
     chosen = sglang or SglangSettings(servers=(server_address(),), probe_seconds=0.2)
     plain = {"backend": "sglang", "model": str(MODEL), "sglang": chosen}
     backend = await open_backend(ModelSettings(**(plain | settings)), folder / "engine", 0)
+    assert isinstance(backend, SglangBackend)
     try:
         yield backend
     finally:

@@ -75,7 +75,7 @@ def saved(folder: Path, config: Any) -> Path:
 
 
 def settings(path: Path) -> PolicySettings:
-    return PolicySettings(model=str(path), device="cpu", context_length=200)
+    return PolicySettings.model_validate({"model": str(path), "device": "cpu", "context_length": 200})
 
 
 def runner_of(model: Model, *, reuse_prefixes: bool = True, slots: int = 4) -> Runner:

@@ -34,6 +34,7 @@ PROMPT = Ask([10, 11, 12], SamplingParams(max_tokens=8, temperature=0.0))
 @pytest.fixture
 async def backend(tmp_path: Path) -> AsyncIterator[TransformersBackend]:
     opened = await open_backend(SETTINGS, tmp_path, 3)
+    assert isinstance(opened, TransformersBackend)
     yield opened
     await opened.close()
 
