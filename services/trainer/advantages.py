@@ -1,6 +1,6 @@
-"""Advantages of every branch of ERL. Pure functions on plain numbers.
+"""Advantages of every branch of ERL: pure functions on plain numbers.
 
-Groups are per task and per role; attempts of different roles are never mixed in one normalisation (ERL: arXiv
+A group holds the attempts of one task and one role. First and second attempts are never normalised together (ERL: arXiv
 2602.13949; GRPO: arXiv 2402.03300, eq. 3).
 """
 
@@ -19,7 +19,7 @@ def group_advantages(rewards_G: Sequence[float], normalize_by_std: bool = True) 
     """GRPO: (r - mean) / (std + ε) over one group, or r - mean. The standard deviation divides by n - 1, as in TRL and
     verl.
 
-    A group of one, or with equal rewards, says nothing about which sample is better: zero advantage.
+    A group of one sample, or with equal rewards, has zero advantage.
     """
     if len(rewards_G) < 2 or len(set(rewards_G)) == 1:
         return [0.0] * len(rewards_G)
@@ -36,7 +36,7 @@ def distillation_weight(
     """Weight of one distilled target; 0 means that it is not trained on.
 
     RAFT (arXiv 2304.06767): max(r2, 0). Cross-entropy: 1 where r2 > 0. With the baseline (RLTF), less the mean reward
-    of the task's first attempts, and never below 0: the likelihood of a success is not pushed down.
+    of the task's first attempts, but at least 0, so that a success never becomes less likely.
     """
     if not exceeds(reward, 0):
         return 0.0

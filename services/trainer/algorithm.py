@@ -1,27 +1,27 @@
 """Experiential Reinforcement Learning: arXiv 2602.13949, algorithm 2, over four services.
 
     y1 ~ π(·|x) → f1, r1          attempt
-    r1 ≥ τ: done                  gate: nothing is reflected on that succeeded
+    r1 ≥ τ: done                  no reflection after a success
     Δ  ~ π(·|x, y1, f1, r1, m)    reflection
     y2 ~ π(·|x, Δ) → f2, r2       second attempt, on the identical task
     r2 ≥ τ: m ← Δ                 memory
     L = RL(y1) + RL(Δ) + RL(y2) − E[1(r2 > 0) log π(y2|x)]
 
-RLVR and the paper's ablations are settings of the same code (`AlgorithmSettings`). With a policy of its own that
-reflects (`policies.reflector`), RL(Δ) is left out: its tokens are not those of the policy that is trained.
+RLVR and the paper's ablations are settings of the same code (`AlgorithmSettings`). Where another policy writes the
+reflections (`policies.reflector`), RL(Δ) is left out: the trained policy did not sample those tokens.
 
 Deviations from the paper and its reference code:
 1. The memory takes Δ when r2 ≥ τ. The paper writes r2 > τ, which cannot fire when the largest reward is τ.
 2. A group of one has zero advantage (the reference gives it its raw reward).
 3. The distilled context is exactly the deployed one, x (the reference's differ by a sentence).
-4. An infrastructure failure is no sample (the reference: reward 0).
-5. Old log-probabilities are the learner's; the engine's serve only to correct the mismatch (uncorrected in the
-   reference).
+4. Attempts that end in an infrastructure error are excluded from training and counted (the reference gives reward 0).
+5. Old log-probabilities come from the learner. The engine's only correct the mismatch between the two, which the
+   reference does not correct.
 6. A step reads one memory snapshot, taken at its start; its writes follow at its end in (task, rollout) order.
 7. All branches, the distilled one too, are trained at the temperature that their tokens were sampled at.
 8. Several optimizer steps share a step's data: each sees all branches at equal weight (`batch.minibatches`).
-9. A reflection that was cut at its token limit is never memorised, and trained on only with `train_cut_reflections`:
-   nothing tells whether the rest of it would have been right.
+9. A reflection that was cut at its token limit is never stored in the memory, and trained on only with
+   `train_cut_reflections`: nobody knows its missing rest.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _MAX_MEMORY_BYTES = 2**20  # of AddReflectionRequest
 
 
 class Recorder(Protocol):
-    """Where the algorithm leaves what it makes, and finds what a former life of the run has made."""
+    """Stores attempts and reflections when they are sampled, and finds those from before a restart."""
 
     def find(self, part_id: str, kind: type[Part]) -> Part | None: ...
 
@@ -67,7 +67,7 @@ class Recorder(Protocol):
 
 
 class NoRecorder:
-    """Keeps nothing: for loops that need not survive."""
+    """Stores nothing: for loops that are never resumed."""
 
     def find(self, part_id: str, kind: type[Part]) -> Part | None:
         return None
@@ -81,7 +81,15 @@ class NoRecorder:
 
 @dataclass(frozen=True)
 class Erl:
-    """The algorithm of one run. `harness` acts, `memory` remembers, `learner` learns."""
+    """The algorithm of one run. `Run` calls `sample`, `learn` and `memorise` once per step.
+
+    `sample` queries the memory once. Then `chain` runs for every (task, rollout): the harness plays the first attempt,
+    writes the reflection and plays the second attempt, and `_distill` makes the distilled target. `learn` drops what
+    cannot be trained on (`trainable`), turns the rest into weighted data (`training_data`), deals them out to optimizer
+    steps (`minibatches`), and calls the learner for each. `memorise` stores the reflections that led to a success.
+
+    Every attempt and reflection goes to the recorder as soon as it exists. A repeated step finds them there.
+    """
 
     run_id: str
     settings: RunSettings
@@ -91,12 +99,12 @@ class Erl:
     recorder: Recorder
 
     async def sample(self, step: int, task_ids: Sequence[str], memory_version: int) -> list[Experience]:
-        """The chains of one step, in (task, rollout) order, each shown the memory as it was at `memory_version`."""
-        entries = await self._remember(memory_version)
-        gate = asyncio.Semaphore(self.settings.rollout.concurrency)
+        """The experiences of one step, in (task, rollout) order. Reflections see the memory at `memory_version`."""
+        entries = await self._query_memory(memory_version)
+        slots = asyncio.Semaphore(self.settings.rollout.concurrency)
 
         async def limited(slot: int, task_id: str, rollout: int) -> Experience:
-            async with gate:
+            async with slots:
                 return await self.chain(step, slot, task_id, rollout, entries)
 
         return await gather_or_cancel(
@@ -146,7 +154,7 @@ class Erl:
         return mean_metrics(metrics) | counted(dropped)
 
     async def memorise(self, experiences: Sequence[Experience]) -> None:
-        """m ← Δ for each reflection that is worth it. Request ids make a repetition harmless."""
+        """m ← Δ for each reflection that led to a success. A repetition has the same request ids and adds nothing."""
         for experience in experiences:
             first = experience.first_attempt
             reflection = experience.reflection
@@ -174,7 +182,7 @@ class Erl:
     def memory_scope(self) -> str:
         return self.settings.algorithm.memory_scope or self.run_id
 
-    async def _remember(self, memory_version: int) -> Sequence[StoredReflection]:
+    async def _query_memory(self, memory_version: int) -> Sequence[StoredReflection]:
         algorithm = self.settings.algorithm
         if algorithm.second_attempt is not SecondAttempt.REFLECTION or algorithm.memory_entries == 0:
             return ()
@@ -220,7 +228,7 @@ class Erl:
 
     async def _attempt(self, attempt_id: str, task_id: str, system: str, seed: int, role: str) -> Attempt:
         attempt = self.recorder.find(attempt_id, Attempt)
-        if attempt is None or never_fits(attempt):  # by now the policy's context may be larger
+        if attempt is None or never_fits(attempt):  # the policy's context may be larger now
             rollout = self.settings.rollout
             sampling = SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens)
             attempt = await self.harness.attempt(attempt_id, task_id, system, sampling, derive_seed(seed, role))
@@ -244,8 +252,10 @@ class Erl:
         return reflection
 
     async def _distill(self, chain_id: str, first: Attempt, second: Attempt) -> DistilledTarget | None:
-        """y2 as if it had been written under x alone: its first prompt segment replaced, everything later identical.
-        None where y2 earned nothing. Raises NotDistilled."""
+        """y2 under x alone: its first prompt segment is replaced, the rest is unchanged. None unless r2 > 0.
+
+        Raises NotDistilled.
+        """
         if second.reward is None or not exceeds(second.reward, 0) or not second.sequences:
             return None
         prompts = await self.harness.first_prompts(first, second)
@@ -267,7 +277,7 @@ class Erl:
 
     @property
     def _limits(self) -> ModelLimits:
-        """The learner's; where it does not state them, the policy's, which serves the same model."""
+        """The learner's limits, or the policy's where the learner reports none: both have the same model."""
         learner = self.learner.limits
         policy = self.harness.policy_info
         return ModelLimits(
@@ -288,13 +298,16 @@ async def evaluate(
     seed: int,
     on_end: Callable[[Attempt], None] = lambda attempt: None,
 ) -> list[Attempt]:
-    """First attempts alone, no reflection in context: what is deployed. `name` tells one evaluation from another; the
-    random numbers are the same in all with the same seed. `on_end` hears of each attempt as it ends."""
+    """First attempts only, without a reflection in context: the policy as it is deployed.
+
+    `name` begins the attempts' ids and is unique for each evaluation. Evaluations with the same `seed` use the same
+    random numbers. `on_end` is called with each attempt when it ends.
+    """
     sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, rollout.max_tokens)
-    gate = asyncio.Semaphore(rollout.concurrency)
+    slots = asyncio.Semaphore(rollout.concurrency)
 
     async def limited(slot: int, task_id: str, sample: int) -> Attempt:
-        async with gate:
+        async with slots:
             attempt_id = f"{name}-t{slot}-r{sample}"  # a task's id may be as long as an attempt's
             attempt_seed = derive_seed(seed, "evaluation", task_id, sample)
             attempt = await harness.attempt(attempt_id, task_id, harness.info.prompts.solver, sampling, attempt_seed)
@@ -307,8 +320,8 @@ async def evaluate(
 
 
 def is_memorable(experience: Experience, threshold: float) -> bool:
-    """Whether the memory takes the reflection: its second attempt succeeded, and it is whole, which is to say that the
-    policy ended it, not a limit; not empty; and no longer than the memory's contract allows."""
+    """Whether the memory takes the reflection: the second attempt succeeded, and the text is complete (the policy ended
+    it, not a limit), not empty, and no longer than the memory's contract allows."""
     first = experience.first_attempt
     reflection = experience.reflection
     second = experience.second_attempt

@@ -1,6 +1,6 @@
 """From experiences to the data of the optimizer steps: advantages per group, weights per branch.
 
-Data are in (task, rollout) order within each branch, whatever order the chains finished in.
+Within each branch, data are in (task, rollout) order, in whatever order the experiences finished.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DISTILLED = "distilled"
 
 
 def groups(experiences: Iterable[Experience]) -> list[Group]:
-    """The chains of each task. An excluded first attempt leaves its group."""
+    """The experiences of each task of the step, without those whose first attempt is excluded."""
     by_task: dict[str, Group] = defaultdict(list)
     for experience in experiences:
         if experience.first_attempt.reward is not None:
@@ -34,11 +34,11 @@ def groups(experiences: Iterable[Experience]) -> list[Group]:
 
 
 def training_data(experiences: Sequence[Experience], settings: AlgorithmSettings) -> list[Datum]:
-    """All data of one step, each branch weighted and normalised by a number of samples, zero advantage included.
+    """All data of one step: the samples of each branch, weighted and divided as `BranchNormalization` says.
 
-    first: advantage within the task's chains. reflection and second: advantage of r2 within the task's failing chains
-    whose second attempt has a reward; what another policy than the trained one reflected is no sample. distilled: no
-    group, no advantage, no log-probabilities; trained at the temperature that it was sampled at, as all branches are.
+    Branch `first`: the advantage among the task's first attempts. Branches `reflection` and `second`: the advantage of
+    r2 among the task's second attempts; reflections by another policy are left out. Branch `distilled`: no advantage
+    and no log-probabilities. Samples with zero advantage are included. Every datum has its sampling temperature.
     """
     data: list[Datum] = []
     for branch, weight, samples in (
@@ -60,9 +60,9 @@ def training_data(experiences: Sequence[Experience], settings: AlgorithmSettings
 def minibatches(data: Sequence[Datum], count: int, seed: int) -> list[list[Datum]]:
     """Deals each branch out over at most `count` optimizer steps, in an order drawn from `seed`.
 
-    Every step holds the same weight of every branch, and its loss estimates the whole batch's. Where a branch does not
-    divide evenly, a datum stands in two or more neighbouring steps with a part of its weight in each. All data of a
-    branch weigh the same before.
+    All data of a branch must have the same weight. Every step gets the same weight of every branch, so each step's loss
+    estimates the loss of the whole batch. Where a branch does not divide evenly, a datum is in several neighbouring
+    steps, with a part of its weight in each.
     """
     count = max(1, min(count, len(data)))
     if count == 1:
@@ -82,10 +82,10 @@ def minibatches(data: Sequence[Datum], count: int, seed: int) -> list[list[Datum
 
 
 def _divisor(branch: str, samples: int, experiences: Sequence[Experience], settings: AlgorithmSettings) -> float:
-    """By what the branch's losses are divided (`BranchNormalization`); 1 where there are no samples.
+    """The number that a branch's losses are divided by (`BranchNormalization`); 1 without samples.
 
-    TRAINABLE: with N chains, of which R should have given a sample and T gave one, a sample weighs R / (T · N). This
-    estimates what CHAINS gives when nothing is lost, 1 / N.
+    TRAINABLE: of N chains, R should have a sample and T have one. A sample then weighs R / (T · N), which estimates its
+    weight 1 / N under CHAINS if nothing had been lost.
     """
     normalization = settings.branch_normalization
     if normalization is BranchNormalization.OWN_COUNT or not samples:
@@ -115,7 +115,7 @@ def _first(experiences: Sequence[Experience], settings: AlgorithmSettings) -> li
 def _second_chance(
     experiences: Sequence[Experience], settings: AlgorithmSettings, branch: str
 ) -> list[tuple[Attempt | Reflection, float]]:
-    """Reflections and second attempts share their group and reward: r2."""
+    """The samples of `branch`, reflections or second attempts. Both have the same groups and the same reward, r2."""
     result: list[tuple[Attempt | Reflection, float]] = []
     for group in groups(experiences):
         chains = [
@@ -127,7 +127,7 @@ def _second_chance(
         for (reflection, second), advantage in zip(chains, advantages, strict=True):
             if branch == SECOND:
                 result.append((second, advantage))
-            elif reflection is not None and not reflection.policy:  # the ablations without reflection have none
+            elif reflection is not None and not reflection.policy:
                 result.append((reflection, advantage))
     return result
 

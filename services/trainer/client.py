@@ -71,9 +71,9 @@ class RunClient:
                 return runs
 
     async def watch(self, run_id: str, after_event: int = 0) -> AsyncIterator[Entry]:
-        """All events after the given one, then new ones until the run ends. Takes a broken stream up again."""
+        """All events after the given one, then new ones until the run ends. Reconnects when the stream breaks."""
         while True:
-            await self.get(run_id)  # says what is wrong, and waits for a trainer that is down
+            await self.get(run_id)  # raises for an unknown run, and waits for a trainer that is down
             request = pb.WatchRunRequest(run_id=run_id, after_event=after_event)
             try:
                 async with self._connection.stream(self._stub.WatchRun, request, timeout=WATCH_SECONDS) as responses:
@@ -105,9 +105,11 @@ class RunClient:
         policy: str = "",
         on_progress: Callable[[int, int, float | None], None] = lambda ended, total, success: None,
     ) -> tuple[EvaluationEvent, int]:
-        """The result and the policy version that was measured; with a run, its last checkpoint is published first, and
-        without, `policy` names one of the policy service. `on_progress` gets the attempts that have ended, of how many,
-        and the share of successes so far."""
+        """The result, and the policy version that was measured.
+
+        With `run_id`, the run's last checkpoint is published first; otherwise `policy` names a policy of the service.
+        `on_progress` gets the number of ended attempts, of all attempts, and the share of successes so far.
+        """
         request = pb.EvaluateRequest(
             environment=environment, seed=seed, max_tokens=max_tokens, run_id=run_id, policy=policy
         )
@@ -147,7 +149,7 @@ def _evaluation(last: pb.StreamEvaluateResponse) -> tuple[EvaluationEvent, int]:
 
 
 class LearnerAdminClient:
-    """Looks after the learners that a server holds; `learner/client.py` trains with one."""
+    """Lists and deletes the learners of a server. `LearnerClient` trains with one."""
 
     def __init__(self, endpoint: Endpoint):
         self._connection = Connection(endpoint)

@@ -1,7 +1,7 @@
-"""What a learner learns from, and what it refuses. Mirrors `Datum` of `mulligan.trainer.v1`.
+"""The data that a learner trains on, and the checks that it makes. Mirrors `Datum` of `mulligan.trainer.v1`.
 
-The two objectives are two types on purpose: a distilled datum was generated under another context than it is trained
-under, so no log-probability of its sampling may reach the loss. It has no field to carry one.
+The two objectives are two types. A distilled datum is trained under another context than it was sampled under, so the
+log-probabilities of its sampling must not reach the loss: `Distillation` has no field for them.
 """
 
 from __future__ import annotations
@@ -47,15 +47,14 @@ class Datum:
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a model can take: token ids below `vocabulary_size`, sequences of at most `context_length` tokens. 0: not
-    known."""
+    """Token ids are below `vocabulary_size`; a sequence has at most `context_length` tokens. 0 means unknown."""
 
     vocabulary_size: int
     context_length: int
 
 
 class Problem(StrEnum):
-    """Why a datum is refused, in a word."""
+    """The kind of a problem; also part of a metric's name (`dropped_…`)."""
 
     TOO_SHORT = "too_short"
     TOO_LONG = "too_long"
@@ -73,7 +72,7 @@ class DatumProblem(NamedTuple):
 
 
 def datum_problem(datum: Datum, limits: ModelLimits) -> DatumProblem | None:
-    """Why a learner with these limits refuses the datum; None for one that it takes."""
+    """The first problem for which a learner with these limits refuses the datum; None if it accepts it."""
     return _refused_tokens(datum, limits) or _refused_numbers(datum)
 
 

@@ -51,8 +51,8 @@ _DECODER = msgspec.json.Decoder(Entry)
 
 
 class EventLog:
-    """What cannot be written is seen all the same, and is written with the next that can. A torn last line, left by a
-    crash, is cut off."""
+    """`add` appends an event, wakes the watchers and writes the file. If writing fails, the watchers still see the
+    event, and the next write includes it. Opening the file cuts off a torn last line."""
 
     def __init__(self, path: Path):
         self.entries: list[Entry] = []
@@ -67,18 +67,18 @@ class EventLog:
         self._changed = Broadcast()
 
     def add(self, event: Event) -> None:
-        """Raises as `write` does, after whoever follows was told."""
+        """Raises the errors of `write`, after the watchers were told."""
         self.entries.append(Entry(len(self.entries) + 1, datetime.now(UTC), event))
         self._changed.wake_all()
         self.write()
 
     def tell(self, event: Event) -> None:
-        """As `add`, for what matters to whoever watches now."""
+        """As `add`, but write errors are ignored: the event matters to those who watch now."""
         with contextlib.suppress(DomainError, OSError):
             self.add(event)
 
     def write(self) -> None:
-        """What is not in the file yet. Raises DomainError DISK_FULL, or OSError when the folder is gone."""
+        """Writes the events that are not in the file yet. Raises DomainError DISK_FULL, or OSError without a folder."""
         lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in self.entries[self._written :])
         if not lines:
             return

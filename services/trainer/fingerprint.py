@@ -1,7 +1,6 @@
-"""What tells an environment from another one of the same name.
+"""The fingerprint of an environment: its description, its task ids, and the first observations of a few tasks.
 
-A server that was started again with another seed or other settings shows it in what it says of the environment, in the
-lists of task ids, or in what tasks show first.
+It differs after a restart of the server with another seed or other settings.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from mulligan.common.errors import CallFailed, DomainError
 from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
 from mulligan.trainer.interfaces import EnvironmentPort
 
-# Words for people, and what a run doesn't use.
+# Texts for people, and what a run does not use.
 _INCIDENTAL = ("description", "unavailable", "can_fork")
 _EXCERPT = 200  # characters
 
 
 class Fingerprint(msgspec.Struct, frozen=True):
-    """As a run's folder keeps it. `observations`, by task id, are what these tasks show first; none where the
-    environment is not deterministic."""
+    """As stored in a run's folder. `observations` maps task ids to first observations; empty if the environment is not
+    deterministic."""
 
     info: dict[str, Any]  # fields by dotted name
     tasks: dict[str, str]  # SHA-256 of the ids that the run uses, by split
     observations: dict[str, str]
 
     def differences(self, now: Fingerprint) -> list[str]:
-        """In words; of what both know."""
+        """Sentences for people, about what both fingerprints contain."""
         found = [f"{name} was {_shown(old)} and is {_shown(new)}" for name, old, new in _changed(self.info, now.info)]
         found += [f"the list of tasks to {split} on is another" for split, *_ in _changed(self.tasks, now.tasks)]
         for task_id, old, new in _changed(self.observations, now.observations):
@@ -44,7 +43,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
 async def fingerprint(
     environment: EnvironmentPort, info: EnvironmentInfo, tasks: Mapping[Split, Sequence[TaskInfo]]
 ) -> Fingerprint:
-    """Starts an episode of a few tasks, and ends it. A task that cannot be started tells nothing."""
+    """Starts and ends an episode of the first and last task of each split. Tasks that cannot start are left out."""
     plain = {name: value for name, value in asdict(info).items() if name not in _INCIDENTAL}
     ids = {str(split): [task.task_id for task in listed] for split, listed in tasks.items()}
     chosen = dict.fromkeys(task_id for listed in ids.values() for task_id in (listed[:1] + listed[-1:]))
@@ -59,7 +58,7 @@ async def fingerprint(
 
 
 def brief(text: str) -> str:
-    """Equal for equal texts alone."""
+    """The text, or its beginning and SHA-256. Only equal texts give equal results."""
     if len(text) <= _EXCERPT:
         return text
     return f"{text[:_EXCERPT]}… (SHA-256 {hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()})"

@@ -1,7 +1,7 @@
 """A run's folder: settings and state (`run.json`), the last checkpoint (`checkpoint.json`), the fingerprint of the
 environment (`environment.json`), events, journal, summary.
 
-Every file is replaced whole: written beside, synced, renamed.
+JSON files are replaced atomically: written to a temporary file, synced, renamed.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class RunRecord(msgspec.Struct, frozen=True):
 
 
 class Checkpoint(msgspec.Struct, frozen=True):
-    """Where a resumed run goes on. Data order and seeds derive from `step`; the learner's checkpoint `name` holds
-    weights, optimizer and random generators; `memory_version` is the memory's after the step's writes."""
+    """Where a resumed run goes on. `name` is the learner's checkpoint (weights, optimizer, random generators);
+    `memory_version` is the memory's version after the step. Seeds and the order of tasks derive from `step`."""
 
     name: str
     step: int
@@ -57,7 +57,7 @@ class RunFolder:
         return (self.path / "run.json").exists()
 
     def create(self, run_id: str, settings: RunSettings, created_at: datetime | None = None) -> None:
-        """Whole or not at all: a folder without run.json is no run. Raises DomainError DISK_FULL."""
+        """Writes run.json. A folder without it is no run. Raises DomainError DISK_FULL."""
         created_at = created_at or datetime.now(UTC)
         with writing_to(self.path.parent):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ class RunFolder:
         write_json(self.path / "checkpoint.json", checkpoint)
 
     def environment(self) -> Fingerprint | None:
-        """None in a run from before it was kept."""
+        """None in runs of versions that did not store it."""
         path = self.path / "environment.json"
         return msgspec.json.decode(path.read_bytes(), type=Fingerprint) if path.exists() else None
 

@@ -1,7 +1,7 @@
-"""Attempt → feedback → reflection → second attempt: how the policy is put into an environment.
+"""The harness: plays a policy in an environment, and has it reflect on what happened.
 
-This module alone assembles messages. What a policy samples is kept as token segments and never rendered again: a later
-turn is prompted with a `Continuation`, which is the very tokens so far plus what the chat template puts in between.
+All messages are put together here. Sampled tokens are kept as segments and never rendered again: a later turn is
+prompted with a `Continuation`, which holds the tokens so far and the new messages.
 """
 
 from __future__ import annotations
@@ -47,14 +47,13 @@ def fill(template: str, **values: str) -> str:
 
 
 def trace_of(attempt: Attempt, prompts: PromptSet) -> str:
-    """The attempt as a reflector reads it: every board and move, then the last board."""
+    """The attempt as text for the reflection: every observation and action, then the last observation."""
     turns = (fill(prompts.trace_turn, observation=turn.observation, action=turn.action) for turn in attempt.turns)
     return "".join(turns) + attempt.final_observation
 
 
 def reflection_in(answer: str, prompts: PromptSet) -> str:
-    """The text between the last pair of marks, or the whole answer when either is absent; in both cases without the
-    writer's thoughts."""
+    """The text between the last pair of marks, or the whole answer without a pair. Thoughts are removed before."""
     said = without_thoughts(answer)
     _, opened, tail = said.rpartition(prompts.reflection_open)
     text, closed, _ = tail.partition(prompts.reflection_close)
@@ -63,8 +62,11 @@ def reflection_in(answer: str, prompts: PromptSet) -> str:
 
 @dataclass
 class _Conversation:
-    """Grows turn by turn. `sequences` is one, or one per turn when each turn is prompted with all messages: where the
-    template rewrites earlier turns, or the engine takes no token ids."""
+    """The messages and token segments of one attempt, turn by turn.
+
+    `sequences` is one token sequence. With `by_messages` it is one per turn: each turn is then prompted with all
+    messages, because the chat template rewrites earlier turns or the engine takes no token ids.
+    """
 
     messages: list[Message]
     by_messages: bool
@@ -100,9 +102,12 @@ class _Conversation:
 class Harness:
     """Plays attempts and writes reflections.
 
-    `incarnation` is new for each process, so that a resumed run never meets an episode of its former life. `reflector`
-    writes the reflections; None: `policy`, which plays. An episode, and a reflection, is a session of its own at the
-    policy service: it finishes on the model that it began with.
+    `attempt` starts an episode, then repeats: prompt the policy with the observation, send its answer to `step`. It
+    starts over when the infrastructure fails. `reflect` prompts `reflector`, or `policy` if that is None, with the
+    trace of an attempt. `first_prompts` gives the prompts under which a second attempt is distilled.
+
+    `incarnation` is new in each process, so that a resumed run never meets its earlier episodes. Each episode and each
+    reflection is one session at the policy service: it ends on the model that it began with.
     """
 
     environment: EnvironmentPort
@@ -114,8 +119,8 @@ class Harness:
     reflector: NamedPolicy | None = None
 
     async def attempt(self, attempt_id: str, task_id: str, system: str, sampling: SamplingParams, seed: int) -> Attempt:
-        """One try at a task, started over under a new episode id when the infrastructure failed, at most
-        `max_restarts` times. Raises ServiceUnavailable when a service stays away."""
+        """Plays a task. After an infrastructure failure it starts over under a new episode id, at most `max_restarts`
+        times. Raises ServiceUnavailable when a service stays unreachable."""
         restarts = 0
         while True:
             episode_id = f"{attempt_id}-{self.incarnation}-{restarts}"
@@ -135,7 +140,7 @@ class Harness:
         outcome = Outcome.TRUNCATED
         feedback = ""
         error = ""
-        blame = Outcome.ENV_ERROR  # whose failure an exception is
+        blame = Outcome.ENV_ERROR  # the outcome of an exception here
         episode: EpisodeHandle | None = None
         try:
             episode = await self.environment.start(self.info.name, task_id, episode_id)
@@ -184,7 +189,7 @@ class Harness:
     async def reflect(
         self, reflection_id: str, first: Attempt, memory: str, sampling: SamplingParams, seed: int
     ) -> Reflection:
-        """Δ ~ π(·|x, y1, f1, r1, m). An outcome other than COMPLETED and TRUNCATED means that none was written."""
+        """Δ ~ π(·|x, y1, f1, r1, m). With an outcome other than COMPLETED and TRUNCATED there is no text."""
         prompts = self.info.prompts
         request = fill(
             prompts.reflection,
@@ -216,12 +221,14 @@ class Harness:
         )
 
     def second_system(self, reflection: Reflection) -> str:
-        """The second attempt's system prompt: the reflection, followed only by the action-format reminder."""
+        """The system prompt of the second attempt: the reflection, then the reminder of the action format."""
         return f"{reflection.text}\n{self.info.prompts.action_reminder}"
 
     async def first_prompts(self, first: Attempt, second: Attempt) -> list[tuple[int, ...]]:
-        """The prompt of each of the second attempt's sequences as it is under x, without the reflection. Raises
-        NotDistilled when it is not known which turn a sequence begins with, or the policy cannot tell a prompt."""
+        """The token ids of the prompt that each sequence of the second attempt has under x, without the reflection.
+
+        Raises NotDistilled when a sequence's first turn is unknown, or the policy reports no prompt tokens.
+        """
         count = len(second.sequences)
         if count not in (1, len(second.turns)) or not all(
             one.has_prompt for one in (*first.sequences[:1], *second.sequences)
@@ -245,8 +252,8 @@ class Harness:
     async def _answer(
         self, conversation: _Conversation, sampling: SamplingParams, options: CallOptions
     ) -> Completion | None:
-        """None when the conversation has outgrown the policy's context. A first prompt that is longer is an error: the
-        policy never spoke."""
+        """None when the conversation no longer fits the policy's context. Raises DomainError PROMPT_TOO_LONG when the
+        first prompt does not fit."""
         try:
             return await self._ask(conversation, sampling, options)
         except DomainError as error:
@@ -262,19 +269,19 @@ class Harness:
     async def _ask(self, conversation: _Conversation, sampling: SamplingParams, options: CallOptions) -> Completion:
         shows_tools = replace(options, tools=self.info.tools)
         prompt = conversation.prompt()
-        try:  # what a continuation goes on from has shown the tools
+        try:  # a continuation's tokens include the tools already
             return await self.policy.generate(
                 prompt, sampling, options if isinstance(prompt, Continuation) else shows_tools
             )
         except DomainError as error:
             if error.reason is not Reason.TEMPLATE_REWRITES_HISTORY or conversation.by_messages:
                 raise
-        conversation.by_messages = True  # the policy was given another model since its `policy_info` was asked for
+        conversation.by_messages = True  # the policy has another model than when `policy_info` was read
         return await self.policy.generate(conversation.prompt(), sampling, shows_tools)
 
 
 def _shown(observation: str, tool: str) -> Message:
-    """What the environment said: as the answer of a tool, or as the user."""
+    """The observation as a message: of the tool, or of the user."""
     return Message(Role.TOOL, observation, name=tool) if tool else Message(Role.USER, observation)
 
 
@@ -283,7 +290,7 @@ def _outcome_of(failure: DomainError | CallFailed, blame: Outcome) -> Outcome:
 
 
 async def _end(episode: EpisodeHandle) -> None:
-    """Frees an episode's place; one that cannot be reached expires by itself."""
+    """Ends an episode. One that cannot be reached expires by itself."""
     try:
         await episode.end()
     except (DomainError, CallFailed):

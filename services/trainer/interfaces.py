@@ -1,7 +1,7 @@
-"""The four protocols that the algorithm is written against: environment, policy, memory, learner.
+"""The four protocols that the algorithm uses: environment, policy, memory, learner.
 
-`__main__` passes gRPC clients; tests and the in-process loop pass plain objects. Implementations raise `DomainError`,
-`CallFailed` and `ServiceUnavailable` of `mulligan.common.errors` and nothing else for what can go wrong outside.
+The trainer passes gRPC clients; tests and the in-process loop pass plain objects. All failures outside this process are
+raised as `DomainError`, `CallFailed` or `ServiceUnavailable` of `mulligan.common.errors`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class EpisodeHandle(Protocol):
     async def step(self, action: str) -> EpisodeStep: ...
 
     def kept_alive(self) -> AbstractAsyncContextManager[None]:
-        """Within the block the episode does not expire, however long no step is made."""
+        """The episode does not expire within the block, however long it takes."""
 
     async def end(self) -> None: ...
 
@@ -63,31 +63,31 @@ class EnvironmentPort(Protocol):
 
 
 class SamplingClient(Protocol):
-    """What a harness asks."""
+    """Samples from one policy and tokenizes for it."""
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
     ) -> Completion: ...
 
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
-        """What `generate` would report as prompt_token_ids; a string is encoded without template."""
+        """The prompt_token_ids that `generate` would report. A string is encoded without the chat template."""
 
 
 class PolicyPort(SamplingClient, Protocol):
-    """All policies of a service. A name that is empty is the default policy's."""
+    """All policies of a service. An empty name means the default policy."""
 
     async def info(self, policy: str = "") -> PolicyInfo:
         """Raises DomainError UNKNOWN_POLICY."""
 
     async def versions(self, policy: str = "") -> Sequence[PolicyVersion]:
-        """Newest first; the last ones, where there are many."""
+        """Newest first. A service with many versions gives the newest only."""
 
     async def update_weights(self, weights: PublishedWeights, policy: str = "") -> float | None:
-        """The difference that the canary found; None without one."""
+        """The largest log-probability difference in the weight check; None if none ran."""
 
 
-# Brings weights to a policy service that cannot read them where they are: (path of a safetensors file or of the folder
-# of an adapter, its kind, the file's SHA-256, the policy's name) → the URI for one `update_weights`.
+# Uploads weights to a policy service that cannot read the trainer's files: (path of a safetensors file or of an
+# adapter's folder, kind, SHA-256 of the file, name of the policy) → the URI for `update_weights`.
 Upload = Callable[[Path, WeightsKind, str, str], Awaitable[str]]
 
 
@@ -100,7 +100,7 @@ class MemoryPort(Protocol):
     ) -> tuple[StoredReflection, ...]: ...
 
     async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
-        """The reflection's id. Repeating a request id changes nothing."""
+        """Returns the reflection's id. A repeated request id changes nothing."""
 
 
 class LearnerPort(Protocol):
@@ -114,8 +114,8 @@ class LearnerPort(Protocol):
 
     @property
     def adapted_layers(self) -> tuple[str, ...]:
-        """With LoRA, last parts of the names of the layers that have an adapter, each once. Empty without, and of a
-        server that does not tell."""
+        """With LoRA, the layers with an adapter: the last part of each name, once. Empty without LoRA, and where the
+        server does not report them."""
 
     async def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
         """Log-probabilities of each datum's trained tokens under the present weights."""
@@ -131,4 +131,4 @@ class LearnerPort(Protocol):
     async def publish_weights(self, policy_version: int) -> PublishedWeights: ...
 
     async def close(self) -> None:
-        """Gives the learner back; what was not saved is lost."""
+        """Deletes the learner at its server. What was not saved is lost."""

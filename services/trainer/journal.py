@@ -1,10 +1,9 @@
-"""The journal of a run: what was sampled, on disk before it is used, and found again after a restart.
+"""The journal of a run: every sampled attempt and reflection, on disk before it is used.
 
-One append-only file per training step, `journal/000012.msgpack`. A file is a plain msgpack stream of
-`[crc32, payload]` pairs; a payload is the msgpack of one record with a `type`. `mulligan experiences` prints them, and
-any msgpack library reads them. A record that was cut off by a crash is dropped when the file is opened again; one that
-finds no room is not written at all. A record survives the end of the process as soon as its call returns, and a loss of
-power after `sync`.
+Each training step has one append-only file, such as `journal/000012.msgpack`: a msgpack stream of `[crc32, payload]`
+pairs. A payload is the msgpack of one record with a `type`. Any msgpack library reads them; `mulligan experiences`
+prints them. Opening a file drops a last record that a crash cut off. A write to a full disk writes nothing. A record
+survives the end of the process when its call has returned, and a loss of power after `sync`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Part = TypeVar("Part", Attempt, Reflection)
 
 
 class StepStarted(msgspec.Struct, frozen=True, tag="step_started"):
-    """Fixes what the step reads, so that a repetition reads the same."""
+    """What the step reads. A repeated step reads the same."""
 
     step: int
     task_ids: list[str]
@@ -47,8 +46,10 @@ class ReflectionSampled(msgspec.Struct, frozen=True, tag="reflection"):
 
 
 class ExperienceCompleted(msgspec.Struct, frozen=True, tag="experience"):
-    """The links of a chain: its attempts and reflection are other records of the same file, by id, and its distilled
-    target is the second attempt after other prompts."""
+    """The parts of a complete experience, by the ids of their records in the same file.
+
+    The distilled target is the second attempt's sequences with `distilled_prompts` in place of the first segments.
+    """
 
     experience_id: str
     run_id: str
@@ -84,22 +85,26 @@ def journaled_steps(folder: Path) -> list[int]:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Takes a step's file out of the journal, but keeps it under another name: the step is sampled anew."""
+    """Renames a step's file, so that the step is sampled again. The file is kept."""
     path = journal_file(folder, step)
     if path.exists():
         path.rename(path.with_name(f"{path.name}.set-aside-{len(list(folder.glob(f'{path.name}.set-aside-*')))}"))
 
 
 def sampled_chains(folder: Path, step: int) -> int:
-    """How many of a step's chains are complete."""
+    """The number of complete experiences of a step."""
     path = journal_file(folder, step)
     return sum(isinstance(record, ExperienceCompleted) for record, _ in read_records(path)) if path.exists() else 0
 
 
 class StepJournal:
-    """One step's file. Implements the algorithm's `Recorder`. One process at a time: the run's lock sees to that.
+    """The file of one step, and the algorithm's `Recorder`.
 
-    What writes raises DomainError DISK_FULL, and FileNotFoundError when the run's folder was removed.
+    Opening it reads all records into memory. `start` fixes what the step reads; `add` appends each attempt and
+    reflection; `complete` appends the links of an experience; `finish` appends the metrics. `find` answers from memory,
+    so a repeated step samples only what is missing. The run's lock keeps other processes out.
+
+    Writes raise DomainError DISK_FULL, and FileNotFoundError when the run's folder was removed.
     """
 
     def __init__(self, folder: Path, step: int):
@@ -124,7 +129,7 @@ class StepJournal:
 
     @property
     def chains(self) -> int:
-        """How many are complete."""
+        """The number of complete experiences."""
         return len(self._experiences)
 
     def find(self, part_id: str, kind: type[Part]) -> Part | None:
@@ -173,7 +178,7 @@ class StepJournal:
     def _append(self, record: JournalRecord) -> None:
         payload = _ENCODER.encode(record)
         data = msgpack.packb([zlib.crc32(payload), payload])
-        if os.fstat(self._file.fileno()).st_nlink == 0:  # writes would go nowhere
+        if os.fstat(self._file.fileno()).st_nlink == 0:  # the file was deleted: writes would be lost
             raise FileNotFoundError(errno.ENOENT, "the journal was removed", self._file.name)
         with writing_to(Path(self._file.name).parent, len(data)):
             append(self._file.fileno(), data)
@@ -194,7 +199,7 @@ class StepJournal:
 
 
 def read_experiences(path: Path) -> list[Experience]:
-    """The complete experiences of one step's file, in (task, rollout) order. Reads while the run writes."""
+    """The complete experiences of one step's file, in (task, rollout) order. The run may be writing to it."""
     parts: dict[str, Attempt | Reflection] = {}
     chains: dict[str, ExperienceCompleted] = {}
     order: list[str] = []
@@ -242,7 +247,7 @@ def _joined(chain: ExperienceCompleted, parts: dict[str, Attempt | Reflection]) 
 
 
 def read_records(path: Path) -> Iterator[tuple[JournalRecord, int]]:
-    """Each whole record with the offset at which it ends; stops at the first that is torn or damaged."""
+    """Each record with the offset of its end. Stops at the first torn or damaged one."""
     with path.open("rb") as file:
         unpacker = msgpack.Unpacker(file, max_buffer_size=2**31 - 1)
         while True:

@@ -1,4 +1,4 @@
-"""The runs of one trainer: starts, stops and resumes them, one at a time, and goes on with unfinished ones at start."""
+"""The runs of one trainer: starts, stops and resumes them, one at a time."""
 
 from __future__ import annotations
 
@@ -33,18 +33,25 @@ _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class RunManager:
-    """Owns `folder`: a second process on it is refused with OSError."""
+    """Keeps one folder per run below `folder`, and trains at most one run at a time.
+
+    `start` creates the run's folder, `resume` opens it again; both call `_drive`, which trains the run in a task. When
+    that ends, `_end` writes the state COMPLETED, STOPPED or FAILED and tells the watchers. A run that is RUNNING on
+    disk when the trainer starts is continued (`go_on`). `publish` and `evaluate` measure without training.
+
+    Raises OSError when another process owns `folder`.
+    """
 
     def __init__(self, folder: Path, services: ServicePorts):
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._services = services
         self._runs: dict[str, Run] = {}
-        self._unwritten: dict[str, RunRecord] = {}  # what became of runs whose folder took no note of it
+        self._unwritten: dict[str, RunRecord] = {}  # final states that could not be written yet
         self._resuming = asyncio.Lock()
         self._active: asyncio.Task[None] | None = None
         self._active_id = ""
-        self._busy_with = ""  # a run that is looked at, though it is not trained
+        self._busy_with = ""  # a run that is checked or published, but not trained
         self._draining = False
         try:
             self._lock = lock_file(folder / ".lock")
@@ -52,7 +59,7 @@ class RunManager:
             raise OSError(f"runs_folder: {folder} is in use by another trainer") from None
 
     def go_on(self) -> None:
-        """Takes up the run that was running when the trainer ended."""
+        """Continues the run that was running when the trainer ended."""
         for run_id in self.run_ids():
             if self.record(run_id).state is RunState.RUNNING and self._active is None:
                 log.info("going on with a run", run_id=run_id)
@@ -89,7 +96,7 @@ class RunManager:
         self._refuse_a_second()
         folder.create(run_id, settings, self._now())
         self._unwritten.pop(run_id, None)
-        self._runs.pop(run_id, None)  # of a folder that was removed
+        self._runs.pop(run_id, None)  # from a folder that was removed
         run = self._open(run_id)
         self._drive(run)
         return run
@@ -101,7 +108,7 @@ class RunManager:
         return run
 
     async def resume(self, run_id: str, *, accept_environment: bool = False) -> Run:
-        """Raises ENVIRONMENT_CHANGED, unless that is accepted, RUN_COMPLETED, LEARNER_OWNED, DISK_FULL, UNKNOWN_RUN."""
+        """Raises RUN_COMPLETED, LEARNER_OWNED, DISK_FULL, UNKNOWN_RUN, and ENVIRONMENT_CHANGED unless accepted."""
         async with self._resuming:
             record = self.record(run_id)
             if self._is_active(run_id):
@@ -124,13 +131,16 @@ class RunManager:
             return run
 
     def notice(self, text: str) -> None:
-        """Tells the watchers of the run that is trained."""
+        """Gives a notice to the watchers of the current run."""
         if self._active is not None and not self._active.done():
             self._runs[self._active_id].notice(text)
 
     async def drain(self, seconds: float) -> None:
-        """Ends after the step that runs, or within it after `seconds`; the run stays marked as running, so that
-        the next start goes on with it. The run still gives its learner back, so this server must still serve."""
+        """Ends the current run after its step, or within the step after `seconds`.
+
+        The run stays RUNNING on disk, so the next start continues it. It deletes its learner at the end, so this server
+        must still be up.
+        """
         self._draining = True
         if self._active is not None and not self._active.done():
             self._runs[self._active_id].stop()
@@ -145,8 +155,10 @@ class RunManager:
         await cancel(self._active)
 
     async def publish(self, run_id: str) -> None:
-        """Makes the run's actor serve its last checkpoint. Raises CHECKPOINT_NOT_FOUND, LEARNER_OWNED, and what keeps a
-        run from starting."""
+        """Makes the run's actor serve the run's last checkpoint.
+
+        Raises CHECKPOINT_NOT_FOUND, LEARNER_OWNED, and the errors of preflight.
+        """
         run = self.run(run_id)
         checkpoint = run.folder.checkpoint()
         if checkpoint is None:
@@ -174,8 +186,10 @@ class RunManager:
         run_id: str = "",
         tell: Callable[[EvaluationProgress], None] = lambda progress: None,
     ) -> tuple[EvaluationEvent, int]:
-        """First attempts of a policy as it serves now, or of a run's actor after `publish`, and its version. Raises
-        UNKNOWN_POLICY, INVALID_SETTING, ENVIRONMENT_CHANGED."""
+        """Evaluates a policy as it serves now, or a run's actor after `publish`. Returns the result and its version.
+
+        Raises UNKNOWN_POLICY, INVALID_SETTING, ENVIRONMENT_CHANGED.
+        """
         port = KnownEnvironment(self._services.environment)
         run = self.run(run_id) if run_id else None
         info = await port.describe(environment)
@@ -226,7 +240,7 @@ class RunManager:
             raise DomainError(Reason.LEARNER_OWNED, message, run_id=busy)
 
     def _drive(self, run: Run) -> None:
-        """The run's record says already that it is running."""
+        """Trains the run in a task. Its record must say RUNNING."""
         self._active_id = run.run_id
         run.events.tell(StateEvent(RunState.RUNNING))
         self._active = asyncio.create_task(self._train(run), name=f"run {run.run_id}")
@@ -236,7 +250,7 @@ class RunManager:
             await run.train()
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # whatever ends a run is its state, and the trainer serves on
+        except Exception as error:  # any error is the run's state; the trainer serves on
             self._end(run, RunState.FAILED, _cause(run, error))
             log.error("run failed", run_id=run.run_id, exc_info=error)
         else:
@@ -246,7 +260,7 @@ class RunManager:
                 self._end(run, RunState.STOPPED)
 
     def _end(self, run: Run, state: RunState, error: str = "") -> None:
-        """What cannot be written is kept until it can, and whoever watches is told."""
+        """Tells the watchers, and writes the state; if that fails, it is kept and written later."""
         self._unwritten[run.run_id] = run.record.now(state, error)
         run.events.tell(StateEvent(state, error))
         self._write_down(run.run_id)
@@ -260,13 +274,13 @@ class RunManager:
                 del self._unwritten[run_id]
 
     def _now(self) -> datetime:
-        """Later than the start of any other run, also when the clock was set back."""
+        """The time, but later than the start of every other run, even if the clock was set back."""
         others = [self.record(run_id).created_at for run_id in self.run_ids()[:1]]
         return max([datetime.now(UTC), *(other + timedelta(microseconds=1) for other in others)])
 
 
 def _cause(run: Run, error: Exception) -> str:
-    if not run.folder.exists:  # whatever noticed it first
+    if not run.folder.exists:  # the error may have another text, depending on what noticed it
         return f"the folder of the run was removed: {run.folder.path}"
     if isinstance(error, EnvironmentChanged):
         return f"{error}. {ADVICE}"

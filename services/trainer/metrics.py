@@ -1,4 +1,4 @@
-"""What a step reports. Averages are over attempts that carry a reward; the others are counted as excluded."""
+"""The metrics of a step. Averages are over attempts with a reward; the others are counted as `excluded`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mulligan.trainer.trainable import never_fits
 
 
 def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict[str, float]:
-    """`rollouts` is the budget in which algorithms are compared: episodes started plus reflections written."""
+    """`rollouts`, the number of episodes and reflections, is the budget for comparing algorithms."""
     first = [experience.first_attempt for experience in experiences]
     second = [experience.second_attempt for experience in experiences if experience.second_attempt is not None]
     reflections = [experience.reflection for experience in experiences if experience.reflection is not None]
@@ -53,7 +53,7 @@ def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
 
 @dataclass
 class EvaluationProgress:
-    """How far an evaluation is."""
+    """The progress of an evaluation."""
 
     total: int  # attempts
     threshold: float
@@ -69,5 +69,5 @@ class EvaluationProgress:
 
     @property
     def success(self) -> float | None:
-        """Share of the attempts that have a reward; None while there is none."""
+        """The share of successes among attempts with a reward; None before the first."""
         return self.successes / self.rewarded if self.rewarded else None

@@ -1,6 +1,6 @@
-"""Preflight: what is checked before a run or an evaluation begins.
+"""Preflight: checks before a run or an evaluation begins.
 
-Each check raises DomainError INVALID_SETTING, with metadata `field`, which names the setting that does not fit.
+Each raises DomainError INVALID_SETTING; the metadata `field` names the setting that does not fit.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from mulligan.common.inference import Feature, PolicyInfo
 from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
 from mulligan.trainer.settings import RunSettings
 
-STRICT_TOLERANCE = 0.01  # a canary this strict takes the rounding of bfloat16 for other weights
+STRICT_TOLERANCE = 0.01  # with a tolerance up to this, a weight check fails on the rounding of bfloat16
 
 
 def check_actor(
     info: PolicyInfo, settings: RunSettings, fingerprint: str, adapted_layers: Collection[str] = ()
 ) -> None:
-    """That the policy can be trained, serves the model of this `fingerprint`, which the learner holds, and takes what
-    the run will publish: with LoRA, an adapter of `adapted_layers`.
+    """Checks that the policy can be trained by this run.
 
-    Raises DomainError INVALID_SETTING, with metadata `field`, or MODEL_MISMATCH.
+    It must serve the learner's model (`fingerprint`), report token ids and log-probabilities, and accept the weights
+    that the run publishes: with LoRA, an adapter for `adapted_layers`.
+
+    Raises DomainError INVALID_SETTING or MODEL_MISMATCH.
     """
     weights = Feature.FULL_WEIGHTS if settings.model.lora is None else Feature.LORA_WEIGHTS
     missing = [feature for feature in (Feature.TOKEN_IDS, Feature.LOG_PROBS, weights) if feature not in info.features]
@@ -47,7 +49,7 @@ def check_actor(
 
 
 def check_tasks(environment: EnvironmentInfo, tasks: Mapping[Split, Sequence[TaskInfo]]) -> None:
-    """That there is something to train on, and to measure on. Raises DomainError INVALID_SETTING."""
+    """Checks that the environment has tasks in each split."""
     _check_available(environment)
     for split, listed in tasks.items():
         if not listed:
@@ -61,7 +63,7 @@ def _check_available(environment: EnvironmentInfo) -> None:
 
 
 def _check_dtype(info: PolicyInfo, dtype: str) -> None:
-    """That the canary lets the rounding of two dtypes pass. Raises DomainError INVALID_SETTING."""
+    """Checks that the policy's weight check tolerates the rounding between two dtypes."""
     tolerance = info.canary_tolerance
     if info.dtype in ("", dtype) or tolerance is None or tolerance > STRICT_TOLERANCE:
         return
@@ -74,7 +76,7 @@ def _check_dtype(info: PolicyInfo, dtype: str) -> None:
 
 
 def _check_lora(info: PolicyInfo, rank: int, layers: Collection[str]) -> None:
-    """Raises DomainError INVALID_SETTING."""
+    """Checks that the engine takes an adapter of this rank for these layers."""
     limits = info.lora
     if limits.max_rank and rank > limits.max_rank:
         raise _invalid(
@@ -93,7 +95,7 @@ def _check_lora(info: PolicyInfo, rank: int, layers: Collection[str]) -> None:
 
 
 def check_environment(environment: EnvironmentInfo, policy: PolicyInfo) -> None:
-    """That attempts of this policy in this environment can be made. Raises DomainError INVALID_SETTING."""
+    """Checks that this policy can play this environment."""
     _check_available(environment)
     name = environment.name
     if environment.player_count > 1:
@@ -105,19 +107,19 @@ def check_environment(environment: EnvironmentInfo, policy: PolicyInfo) -> None:
         raise _invalid(
             "environment",
             f"{name!r} shows its tools through the chat template, and that of policy {policy.name!r} ({policy.model}) "
-            "has no place for any; expected an environment whose prompt tells of its tools (HotpotQA's setting "
+            "has no place for any; expected an environment whose prompt describes its tools (HotpotQA's setting "
             '`tools = "prompt"`)',
         )
 
 
 def check_reflector(info: PolicyInfo, actor: PolicyInfo) -> None:
-    """Raises DomainError INVALID_SETTING."""
+    """Checks that the reflector is another policy than the actor."""
     if info.name == actor.name:  # one of the two names may be empty
         raise _invalid("policies.reflector", "it is the actor; leave it empty, then the actor reflects and learns to")
 
 
 def check_top_k(info: PolicyInfo, top_k: int, field: str) -> None:
-    """Raises DomainError INVALID_SETTING."""
+    """Checks that the policy supports top-k sampling, if it is wanted."""
     if top_k and Feature.TOP_K not in info.features:
         raise _invalid(field, f"policy {info.name!r} ({info.backend}) has no top_k; expected 0")
 

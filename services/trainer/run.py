@@ -1,4 +1,4 @@
-"""One training run, from its folder: the loop around the algorithm, and what makes it survive a restart."""
+"""One training run: the loop around the algorithm. It can be stopped at any point and goes on from its folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.trainable import drop_notices, prompt_notices
 
 log = structlog.get_logger()
-LEARNER_LOSSES = 3  # how often in a row, without a step in between, a lost learner is set up again
+LEARNER_LOSSES = 3  # lost learners in a row, without a step between them, before the run fails
 # While a disk is full: seconds between tries, seconds between looks at the disk, bytes beyond what was to be written.
 _FIRST_DELAY_SECONDS = 0.5
 _MAX_DELAY_SECONDS = 60.0
@@ -46,8 +46,8 @@ class EvaluationFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class ServicePorts:
-    """The four ports of a run. `open_learner` gives (run id, settings) → a learner that the run owns. `upload` is for a
-    policy service that does not see the trainer's files."""
+    """The four ports of a run. `open_learner` takes (run id, settings) and creates a learner that the run owns.
+    `upload` brings weights to a policy service that does not see the trainer's files; None if it sees them."""
 
     environment: EnvironmentPort
     policy: PolicyPort
@@ -58,7 +58,7 @@ class ServicePorts:
     async def actor(
         self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None]
     ) -> PublishedPolicy:
-        """The policy that a run trains. Raises DomainError INVALID_SETTING, MODEL_MISMATCH or UNKNOWN_POLICY."""
+        """The policy that the run trains. Raises DomainError INVALID_SETTING, MODEL_MISMATCH or UNKNOWN_POLICY."""
         found = await NamedPolicy.open(self.policy, settings.policies.actor)
         check_actor(found.info, settings, learner.fingerprint, learner.adapted_layers)
         return PublishedPolicy(found, learner, notice, self.upload, dtype=settings.model.dtype)
@@ -73,17 +73,24 @@ class ServicePorts:
 
 
 class Run:
-    """`train` runs to the end, or until `stop`. Raises what makes a run fail. `paused` says what it waits for, such as
-    room on a disk; "" while it trains. With `accept_environment` it goes on in another environment than it began with.
+    """`train` runs until the last step or `stop`. It raises whatever makes the run fail.
+
+    It opens the environment and compares it with the run's fingerprint, creates the learner, loads the last checkpoint,
+    and publishes the weights. Each `_step` then samples (with the journal as recorder), learns, publishes, memorises
+    and writes its metrics. Evaluations and checkpoints come between steps. Where the learner is lost or a disk is full,
+    `train` begins again at the last checkpoint; the journal has what was sampled since.
+
+    `paused` says what the run waits for; "" while it trains. With `accept_environment`, the run goes on although the
+    environment has changed.
     """
 
     def __init__(self, run_id: str, folder: RunFolder, services: ServicePorts, events: EventLog | None = None):
         self.run_id = run_id
         self.folder = folder
-        self.record = folder.record()  # as it was found
+        self.record = folder.record()  # when the run was opened
         self.settings = folder.settings()
         self.services = services
-        self.events = events or EventLog(folder.events_file)  # watchers follow it across a stop and a resume
+        self.events = events or EventLog(folder.events_file)  # kept over stop and resume, for those who watch
         self.paused = ""
         self.accept_environment = False
         self.environment = RunEnvironment(run_id, self.settings, folder, services.environment)
@@ -94,7 +101,7 @@ class Run:
         self.step = checkpoint.step if checkpoint else 0
 
     def stop(self) -> None:
-        """Ends training after the step that runs."""
+        """Ends training after the current step."""
         self._stop.set()
 
     def notice(self, text: str) -> None:
@@ -102,7 +109,7 @@ class Run:
         self.events.tell(NoticeEvent(text))
 
     def _notice_once(self, texts: list[str]) -> None:
-        """The first of each kind in a run, which is what stands before the colon."""
+        """Gives only the first notice of each kind in a run. The kind is the text before the colon."""
         notices = [entry.event.text for entry in self.events.entries if isinstance(entry.event, NoticeEvent)]
         told = {text.partition(":")[0] for text in notices}
         for text in texts:
@@ -118,8 +125,7 @@ class Run:
         return not self._finished
 
     async def train(self) -> None:
-        """Goes on from the last checkpoint. A learner that was lost is created again from it; a full disk is waited
-        for."""
+        """Trains from the last checkpoint on. Creates a lost learner again, and waits while a disk is full."""
         lost = 0
         while True:
             begun_at = self.step
@@ -194,7 +200,7 @@ class Run:
             self._finished = True
 
     async def _step(self, algorithm: Erl, policy: PublishedPolicy, tasks: RunTasks) -> None:
-        """Sample, learn, publish, memorise. Every part is found again in the journal when the step is repeated."""
+        """Samples, learns, publishes, memorises. A repeated step finds its attempts and reflections in the journal."""
         start = time.monotonic()
         journal = StepJournal(self.folder.journal, self.step)
         try:
@@ -229,7 +235,7 @@ class Run:
         self.step += 1
 
     async def _sample(self, recording: Erl, journal: StepJournal, version: int, tasks: RunTasks) -> list[Experience]:
-        """Raises EnvironmentChanged: nothing is learned from attempts of which some may be of another environment."""
+        """Raises EnvironmentChanged when the environment changed meanwhile; then the step's attempts are not used."""
         rollout = self.settings.rollout
         if journal.started is None:
             chosen = tasks_of_step(len(tasks.train), rollout.tasks_per_step, self.step, self.settings.seed)
@@ -270,8 +276,8 @@ class Run:
         self.events.add(evaluation_of(self.step, attempts, self.settings.algorithm.success_threshold))
 
     def summary(self) -> dict[str, object]:
-        """`rollouts`: episodes started plus reflections written, the budget in which algorithms are compared.
-        `grad_clipped`: share of the optimizer steps whose gradient norm was above `max_grad_norm`."""
+        """The content of summary.json. `rollouts` is the number of episodes and reflections, the budget for comparing
+        algorithms; `grad_clipped` is the share of optimizer steps with a gradient norm above `max_grad_norm`."""
         evaluations = self.events.evaluations()
         steps = self.events.steps()
         curve = [
@@ -298,7 +304,7 @@ class Run:
 
 
 def evaluation_of(step: int, attempts: list[Attempt], threshold: float) -> EvaluationEvent:
-    """Raises EvaluationFailed when no attempt has a reward: there is nothing to average."""
+    """Averages over the attempts with a reward. Raises EvaluationFailed when there is none."""
     rewards = rewards_of(attempts)
     if not rewards:
         causes = sorted({attempt.error for attempt in attempts})
@@ -308,7 +314,7 @@ def evaluation_of(step: int, attempts: list[Attempt], threshold: float) -> Evalu
 
 
 class Pause:
-    """Between the tries of a run. Call `over` when something was written since."""
+    """Waits for room on a disk between the tries of a run, longer after each. `over` begins with short waits again."""
 
     def __init__(self) -> None:
         self._delay = _FIRST_DELAY_SECONDS
@@ -317,10 +323,9 @@ class Pause:
         self._delay = _FIRST_DELAY_SECONDS
 
     async def wait(self, full: DomainError, stop: asyncio.Event) -> None:
-        """Until there seems to be room for what failed with DISK_FULL, or `stop` is set.
+        """Returns when the disk seems to have room for what failed with DISK_FULL, or `stop` is set.
 
-        What is free may say nothing, where there is a quota or the disk is another machine's: then it returns after a
-        while, longer each time, for another try.
+        Free space may be misleading (a quota, another machine's disk). So it also returns after a while, for a try.
         """
         folder = Path(full.metadata["folder"])
         wanted = max(int(full.metadata["needed_bytes"]), int(full.metadata["free_bytes"]) + 1) + _SPARE_BYTES
@@ -332,7 +337,7 @@ class Pause:
 
 
 async def _set(event: asyncio.Event, seconds: float) -> None:
-    """Waits until it is set, but no longer than this."""
+    """Waits until the event is set, for at most `seconds`."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()

@@ -1,7 +1,7 @@
-"""The environment of a run, which stays the one that the run began with.
+"""Keeps a run in the environment that it began with.
 
-Attempts at one task are compared with each other. After a restart of the env server with another seed, or with several
-servers of which one has other settings, they would be attempts at different tasks under one name.
+Attempts at one task are compared with each other. If the env server restarts with another seed, or one of several
+servers has other settings, the same task id means another task. Then the run must end.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _CHECK_SECONDS = 10.0  # while the caller of a resume waits
 
 
 class EnvironmentChanged(Exception):
-    """The message says in what. No attempt is to blame, so the run ends."""
+    """The environment is not the one that the run began with; the message says what differs. It ends the run."""
 
 
 @dataclass(frozen=True)
 class RunTasks:
-    """What attempts are made in."""
+    """What the environment says of itself, and the tasks that the run uses."""
 
     info: EnvironmentInfo
     train: list[TaskInfo]
@@ -41,8 +41,8 @@ class RunTasks:
 
 
 class KnownEnvironment:
-    """An `EnvironmentPort` that compares what a task shows first with what it showed before, where the environment says
-    that it is deterministic. `start` raises EnvironmentChanged."""
+    """An `EnvironmentPort` that compares each task's first observation with the one before, in a deterministic
+    environment. `start` raises EnvironmentChanged when they differ."""
 
     def __init__(self, environment: EnvironmentPort):
         self._environment = environment
@@ -74,7 +74,11 @@ class KnownEnvironment:
 
 
 class RunEnvironment:
-    """Of one run. `port` is for its attempts."""
+    """The environment of one run. Attempts use `port`.
+
+    `open` reads the description and tasks. `settle` compares them with the fingerprint in the run's folder, or writes
+    it at the run's start. `check` does the same after each step's sampling, `refuse_another` before a resume.
+    """
 
     def __init__(self, run_id: str, settings: RunSettings, folder: RunFolder, environment: EnvironmentPort):
         self.port = KnownEnvironment(environment)
@@ -83,7 +87,7 @@ class RunEnvironment:
         self._folder = folder
 
     async def open(self) -> RunTasks:
-        """Raises DomainError UNKNOWN_ENVIRONMENT, or INVALID_SETTING where there is nothing to train or measure on."""
+        """Raises DomainError UNKNOWN_ENVIRONMENT, or INVALID_SETTING for an environment without tasks."""
         name = self._settings.environment
         settings = self._settings
         info = await self.port.describe(name)
@@ -93,8 +97,10 @@ class RunEnvironment:
         return RunTasks(info, train, test)
 
     async def settle(self, tasks: RunTasks, notice: Callable[[str], None], *, accept: bool) -> None:
-        """Keeps the fingerprint of the environment that a run begins in. Raises EnvironmentChanged when it goes on in
-        another one, unless that is to be accepted."""
+        """Writes the fingerprint at the start of a run and compares it later.
+
+        Raises EnvironmentChanged on differences, unless `accept`: then the new fingerprint replaces the old one.
+        """
         now = await self._fingerprint(tasks)
         before = self._folder.environment()
         differences = before.differences(now) if before is not None else []
@@ -107,13 +113,15 @@ class RunEnvironment:
             self._folder.write_environment(now)
 
     async def check(self, tasks: RunTasks) -> None:
-        """That it is still the one that the run began in. Raises EnvironmentChanged."""
+        """Compares the environment again. Raises EnvironmentChanged."""
         info = await self.port.describe(self._settings.environment)
         await self.settle(replace(tasks, info=info), lambda text: None, accept=False)
 
     async def refuse_another(self) -> None:
-        """Before a run is taken up again: raises DomainError ENVIRONMENT_CHANGED. Where it cannot be found out soon, it
-        says nothing, and training will."""
+        """Called before a resume. Raises DomainError ENVIRONMENT_CHANGED when the environment differs.
+
+        If the comparison fails or takes too long, nothing is raised: training compares again.
+        """
         before = self._folder.environment()
         if before is None:
             return
@@ -135,7 +143,7 @@ class RunEnvironment:
         return f"environment {name!r} is not the one that the run began in: {'; '.join(differences)}"
 
     def _forget_unfinished(self) -> None:
-        """A step whose chains are not all there would be finished with attempts of the new environment."""
+        """Sets the last step's journal aside if it is incomplete: it must not mix attempts in two environments."""
         rollout = self._settings.rollout
         journal = self._folder.journal
         for step in journaled_steps(journal)[-1:]:

@@ -1,4 +1,4 @@
-"""The policy that a run trains, as the run uses it: always at the version that the run published last."""
+"""Sampling clients of a run: any policy by its name, and the policy that the run trains, at its published version."""
 
 from __future__ import annotations
 
@@ -69,21 +69,22 @@ class NamedPolicy:
 
 
 class ForeignWeights(RuntimeError):
-    """Somebody else has published to the policy that the run trains."""
+    """The policy serves a version that the run did not publish."""
 
 
 class VersionLost(RuntimeError):
-    """The policy has lost the version that the run published, and does not take it again."""
+    """The policy no longer has the run's version and refuses to load it again."""
 
 
 class PublishedPolicy:
-    """A `SamplingClient` that asks every call for the run's version.
+    """The `SamplingClient` of the policy that a run trains. Every call asks for the run's version.
 
-    With `upload`, weights are brought to a service that does not see the trainer's files.
+    `publish` has the learner write its weights, uploads them if there is an `upload`, and calls `update_weights`, which
+    checks them. `generate` asks for that version. A policy service that lost it in a restart refuses; then the weights
+    are loaded again and the call is repeated.
 
-    A policy service that was restarted and has forgotten its weights refuses, is given them again, and the call is
-    repeated. Raises ForeignWeights when an answer comes from a version that the run did not publish, and VersionLost
-    when the run's was rolled back, or the policy was given another model: no attempt is to blame, so the run ends.
+    Raises ForeignWeights when the policy serves a version of somebody else, and VersionLost when the run's version was
+    rolled back or the policy has another model. Both end the run.
     """
 
     def __init__(
@@ -105,14 +106,15 @@ class PublishedPolicy:
         self._dtype = dtype
         self._weights: PublishedWeights | None = None
         self._restoring = asyncio.Lock()
-        self.canary_difference: float | None = None  # in log-probability, of the last version; None: not compared
+        # Largest log-probability difference in the last weight check; None if none ran.
+        self.canary_difference: float | None = None
 
     @property
     def version(self) -> int:
         return self._weights.policy_version if self._weights else 0
 
     async def publish(self) -> int:
-        """Makes the learner's present weights the policy's next version. Versions never repeat, over all runs."""
+        """Publishes the learner's weights as the policy's next version. No two publications have the same number."""
         version = (await self._check() if self._weights else await self._newest()) + 1
         weights = await self._learner.publish_weights(version)
         await self._update(weights)
@@ -141,14 +143,16 @@ class PublishedPolicy:
         raise AssertionError("unreachable")
 
     async def _newest(self) -> int:
-        """The greatest version that the policy ever had, those that were refused or rolled back included."""
+        """The greatest version that the policy ever had, including refused and rolled back ones."""
         known = await self._policy.versions(self._name)
         served = (await self._policy.info(self._name)).policy_version
         return max([served, *(version.policy_version for version in known)])
 
     async def _check(self) -> int:
-        """The run's version, if it is the one to go on from. A lesser one that serves is a policy that forgot, unless
-        the run's was withdrawn."""
+        """The run's version. A policy with a lesser version has lost the run's in a restart.
+
+        Raises ForeignWeights for a greater version, and DomainError VERSION_CONFLICT if the run's was withdrawn.
+        """
         served = (await self._policy.info(self._name)).policy_version
         if served > self.version:
             raise self._foreign(served)
@@ -183,7 +187,7 @@ class PublishedPolicy:
             raise _advised(error, await self._advice(error.reason, weights.kind)) from error
 
     async def _advice(self, reason: Reason, kind: WeightsKind) -> str:
-        """What a person can do about it. The policy itself sees the dtype of full weights, but not of a LoRA run."""
+        """What a person can do about it. Of a LoRA run, the policy cannot see the dtype, so it is compared here."""
         advice = _ADVICE.get(reason, "")
         info = self.info
         differ = kind is WeightsKind.LORA and self._dtype and info.dtype not in ("", self._dtype)

@@ -1,5 +1,4 @@
-"""Ids and random choices derived from what they are for: the same chain has the same id and the same seeds, so a
-resumed run repeats it and nothing counts twice."""
+"""Seeds and task choices, derived from the run's seed, step, task and rollout. A resumed run makes the same choices."""
 
 from __future__ import annotations
 
@@ -8,13 +7,13 @@ from hashlib import blake2b
 
 
 def derive_seed(*parts: object) -> int:
-    """63 bits that depend on every part, e.g. (run seed, step, task, rollout, role, turn)."""
+    """A seed of 63 bits that depends on every part, e.g. (run seed, step, task, rollout, role, turn)."""
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def tasks_of_step(task_count: int, tasks_per_step: int, step: int, seed: int) -> list[int]:
-    """Indices of a step's tasks: one pass after another over all tasks, each in an order of its own."""
+    """Indices of a step's tasks. Steps go through all tasks again and again, in a new random order each time."""
     start = step * tasks_per_step
     chosen: list[int] = []
     while len(chosen) < tasks_per_step:

@@ -1,7 +1,7 @@
-"""What is a sample, and what can be trained on.
+"""Which attempts and reflections can be trained on.
 
-A sample that a learner would refuse is left out of training and counted, whether it was sampled just now or is found in
-a journal: it never ends a run, and a run whose journal holds one can be resumed.
+A sample that the learner would refuse is left out of training and counted. This also holds for samples from a journal,
+so no such sample ends a run or keeps one from being resumed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mulligan.trainer.settings import AlgorithmSettings
 
 Part = TypeVar("Part", Attempt, Reflection)
 
-# Beside those of single data (`Problem`).
+# Problems of whole samples, beside those of single data (`Problem`).
 CUT_REFLECTION = "cut_reflection"
 REWRITTEN_HISTORY = "rewritten_history"
 NO_PROMPT = "no_prompt"
@@ -33,13 +33,13 @@ _MEANINGS = {
     CUT_REFLECTION: "the reflection was cut at its token limit; algorithm.train_cut_reflections = true trains on it",
     REWRITTEN_HISTORY: "the policy began to rewrite earlier turns in the middle of a second attempt, which has no "
     "distilled copy then",
-    NO_PROMPT: "the policy could not tell the tokens of the first attempt's prompt, under which a second attempt is "
+    NO_PROMPT: "the policy did not report the tokens of the first attempt's prompt, under which a second attempt is "
     "distilled",
 }
 
 
 class NotDistilled(Exception):
-    """A second attempt that succeeded has no distilled copy; `problem` says why, in a word."""
+    """A successful second attempt has no distilled target. `problem` is the reason, one of the names above."""
 
     def __init__(self, problem: str):
         super().__init__(problem)
@@ -47,7 +47,7 @@ class NotDistilled(Exception):
 
 
 def with_usable_reward(attempt: Attempt) -> Attempt:
-    """The attempt, excluded where its reward says nothing: no turn was played, or the reward is no usable number."""
+    """The attempt, without reward where it has no outcome, no turn, or a reward that is not a usable number."""
     if not attempt.outcome.has_reward:
         return replace(attempt, reward=None)
     if not attempt.turns:
@@ -59,8 +59,8 @@ def with_usable_reward(attempt: Attempt) -> Attempt:
 
 
 def never_fits(part: Attempt | Reflection) -> bool:
-    """Whether the first prompt is longer than the policy's context, so that the policy never spoke. An older journal
-    has such attempts as TRUNCATED."""
+    """Whether the first prompt was longer than the policy's context, so that nothing was sampled. Older journals hold
+    such attempts as TRUNCATED."""
     too_long = part.error.startswith(f"{Reason.PROMPT_TOO_LONG}:")
     if isinstance(part, Reflection):
         return too_long
@@ -68,8 +68,10 @@ def never_fits(part: Attempt | Reflection) -> bool:
 
 
 def prompt_notices(first: Sequence[Attempt], later: Sequence[Attempt | Reflection] = ()) -> list[str]:
-    """What to tell people of parts whose first prompt never fits. Raises DomainError PROMPT_TOO_LONG where that is so
-    of all first attempts."""
+    """Notices about attempts and reflections whose first prompt never fits.
+
+    Raises DomainError PROMPT_TOO_LONG when no first attempt fits.
+    """
     if first and all(map(never_fits, first)):
         said = first[0].error.removeprefix(f"{Reason.PROMPT_TOO_LONG}: ")
         raise DomainError(Reason.PROMPT_TOO_LONG, f"no attempt could begin: {said}")
@@ -83,9 +85,9 @@ def prompt_notices(first: Sequence[Attempt], later: Sequence[Attempt | Reflectio
 def trainable(
     experiences: Sequence[Experience], limits: ModelLimits, settings: AlgorithmSettings
 ) -> tuple[list[Experience], Counter[str]]:
-    """The experiences without the tokens that cannot be trained on, and how many samples lost theirs, by problem.
+    """The experiences without token sequences that cannot be trained on, and the number of dropped samples by problem.
 
-    Rewards stay: what an attempt was paid is true of its group, whether or not its tokens fit the learner.
+    Rewards stay, because the advantages of the group need them.
     """
     chains = [_with_usable_rewards(chain) for chain in experiences]
     dropped: Counter[str] = Counter(chain.not_distilled for chain in chains if chain.not_distilled)
@@ -121,14 +123,14 @@ def trainable(
 
 
 def counted(dropped: Mapping[str, int]) -> dict[str, float]:
-    """As metrics of a step."""
+    """The metrics `dropped` and `dropped_PROBLEM` of a step."""
     return {"dropped": float(sum(dropped.values()))} | {
         f"dropped_{problem}": float(count) for problem, count in sorted(dropped.items())
     }
 
 
 def drop_notices(metrics: Mapping[str, float]) -> list[str]:
-    """What to tell people of what `counted` counted: a sentence for each problem."""
+    """A notice for each problem that `counted` counted."""
     return [
         f"left out of training, counted as dropped_{problem}: a sample, because {meaning}"
         for problem, meaning in _MEANINGS.items()
@@ -153,7 +155,7 @@ def _cut(part: Attempt | Reflection, settings: AlgorithmSettings) -> str | None:
 def _problem(
     sequences: Sequence[TokenSequence], temperature: float, limits: ModelLimits, *, is_distilled: bool = False
 ) -> Problem | None:
-    """The first one of a sample."""
+    """The first problem of a sample; None if it can be trained on."""
     for sequence in sequences:
         objective = Distillation(1.0) if is_distilled else PolicyGradient(0.0, tuple(sequence.log_probs))
         datum = Datum("", tuple(sequence.token_ids), tuple(sequence.loss_mask), 1.0, temperature, objective, "")

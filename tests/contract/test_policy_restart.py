@@ -82,10 +82,12 @@ async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path:
     async with started(**settings) as running:
         await running.client.load_model("actor", str(folder))
     plain = {"model": "one", "threads": 1, "state_folder": tmp_path / "state"}
+    plain = {"model": "one", "threads": 1, "state_folder": tmp_path / "state"}
     with pytest.raises(ExceptionGroup, match=r"actor: .*loads no folders.*model\.json"):
         await Policies.open(PolicySettings.model_validate(plain), Opened().create)
     (tmp_path / "state" / "policies" / "actor" / "model.json").write_text("{")
     with pytest.raises(ExceptionGroup, match=r"actor: .*model\.json is damaged"):
+        await Policies.open(PolicySettings.model_validate(plain | settings), Opened().create)
         await Policies.open(PolicySettings.model_validate(plain | settings), Opened().create)
 
 

@@ -1,4 +1,4 @@
-"""From data to tensors: checks of what a caller sent, and micro-batches of bounded size with little padding."""
+"""From data to tensors: checks the data, and packs them into micro-batches of bounded size with little padding."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from mulligan.trainer.data import Datum, ModelLimits, PolicyGradient, datum_prob
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Sequences of one kind of objective that run together. _B sequences, _T tokens padded on the right, _N trained
-    tokens, sequence by sequence.
+    """Token sequences with one kind of objective that run in one pass.
 
-    No attention mask is needed: a causal model's real tokens never see the padding behind them, and no padding is
-    trained. Inputs end before the last trained token, which is only predicted.
+    `check` validates the data of a call, `pack` groups data of similar length, and `microbatch` makes the tensors of a
+    group. Shapes: _B sequences, _T tokens padded on the right, _N trained tokens, one sequence after another.
+
+    There is no attention mask: in a causal model no token sees the padding on its right, and padding is not trained.
+    Inputs end before the last trained token, because that one is only predicted.
     """
 
     rows: tuple[int, ...]  # index of each sequence in the caller's data
     counts: tuple[int, ...]  # trained tokens of each sequence
     input_ids_BT: Tensor
     positions_N: Tensor  # in the flattened _BT: where each trained token is predicted
-    targets_N: Tensor
+    targets_N: Tensor  # ids of the trained tokens
     temperatures_N: Tensor
     weights_N: Tensor
     branches_N: Tensor  # index into the branches of the call
@@ -36,7 +38,7 @@ class Microbatch:
 
 
 def check(data: Sequence[Datum], limits: ModelLimits) -> None:
-    """Raises DomainError INVALID_FIELD that names the first bad datum and field. Nothing is computed before."""
+    """Raises DomainError INVALID_FIELD, which names the first bad datum and its field."""
     objectives: dict[str, type] = {}
     for index, datum in enumerate(data):
         if found := datum_problem(datum, limits):
@@ -51,14 +53,14 @@ def _invalid(index: int, datum: Datum, field: str, expected: str, got: str) -> D
 
 
 def length(datum: Datum) -> int:
-    """Tokens that go into the model: those before the last trained one."""
+    """The number of tokens that go into the model: those before the last trained one."""
     return len(datum.loss_mask) - 1 - datum.loss_mask[::-1].index(True)
 
 
 def pack(data: Sequence[Datum], rows: Sequence[int], tokens: int) -> list[list[int]]:
-    """Splits `rows` into groups of neighbours in length with at most `tokens` padded tokens each, the longest first.
+    """Groups `rows` by similar length, longest first. A group has at most `tokens` tokens, padding included.
 
-    A datum that is longer than `tokens` gets a group of its own.
+    A datum that is longer than `tokens` is a group of its own.
     """
     groups: list[list[int]] = []
     widest = 0
@@ -71,7 +73,7 @@ def pack(data: Sequence[Datum], rows: Sequence[int], tokens: int) -> list[list[i
 
 
 def microbatch(data: Sequence[Datum], rows: Sequence[int], branches: Sequence[str], device: torch.device) -> Microbatch:
-    """Tensors of the data in `rows`, whose objectives are of one kind."""
+    """The tensors of the data in `rows`, which must have one kind of objective."""
     width = max(length(data[row]) for row in rows)
     inputs: list[list[int]] = []
     positions: list[int] = []
@@ -111,7 +113,7 @@ def microbatch(data: Sequence[Datum], rows: Sequence[int], branches: Sequence[st
 
 
 def signal(datum: Datum) -> float:
-    """What a datum's loss is proportional to, besides its weight."""
+    """The factor of a datum's loss besides its weight: advantage or target weight."""
     objective = datum.objective
     return objective.advantage if isinstance(objective, PolicyGradient) else objective.target_weight
 

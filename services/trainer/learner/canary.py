@@ -1,6 +1,7 @@
-"""What an engine's log-probabilities are compared with after an update: the learner's own, on fixed sequences.
+"""The learner's side of the weight check: its log-probabilities on fixed token sequences.
 
-The sequences depend on the model alone, so that equal weights give equal probes, whatever was trained before.
+After an update the policy service compares the engine's log-probabilities with them. The sequences depend on the model
+only, so equal weights always give equal probes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mulligan.common.inference import CanaryProbe
 from mulligan.trainer.data import ModelLimits
 
-# Random tokens reach rows of the embedding that text seldom uses; text reaches what training changes most.
+# Random tokens use rows of the embedding that text seldom uses; text uses the weights that training changes most.
 RANDOM_SEQUENCES = 4
 RANDOM_TOKENS = 32
 TEXT_TOKENS = 64
@@ -26,8 +27,8 @@ Sequences = tuple[tuple[int, ...], ...]
 
 
 def probe_sequences(tokenizer: Any, limits: ModelLimits) -> Sequences:
-    """In vocabulary, within the context, each of at least two tokens."""
-    vocabulary = min(limits.vocabulary_size, len(tokenizer))  # embeddings may be padded with rows that mean nothing
+    """Token sequences within vocabulary and context, each of at least two tokens."""
+    vocabulary = min(limits.vocabulary_size, len(tokenizer))  # embeddings may have unused rows
     drawn = random.Random(f"canary/{vocabulary}")
     length = min(RANDOM_TOKENS, limits.context_length)
     text = tokenizer.encode(TEXT, add_special_tokens=False)[: min(TEXT_TOKENS, limits.context_length)]
@@ -36,9 +37,9 @@ def probe_sequences(tokenizer: Any, limits: ModelLimits) -> Sequences:
 
 
 def probes(model: Any, sequences: Sequences, dtype: torch.dtype) -> tuple[CanaryProbe, ...]:
-    """Log-probabilities of softmax(logits) of each token after the first.
+    """The log-probabilities of each token after the first, from softmax(logits).
 
-    The forward pass is of the weights as they are published: rounded to `dtype`, and in its arithmetic.
+    The forward pass uses the weights as published: rounded to `dtype`, and computed in it.
     """
     weights = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
     ids_BT = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)  # no real token sees the padding

@@ -24,26 +24,27 @@ from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc
 
 log = structlog.get_logger()
-CALL_SECONDS = 3600.0  # large models learn, load and save slowly
+CALL_SECONDS = 3600.0  # large models take long to train, load and save
 DELETE_SECONDS = 10.0
 LEASE_SECONDS = 600.0  # how long a server keeps a learner whose client is gone
-RENEWALS = 5  # in the time of a lease, while nothing else is called: sampling takes hours
-CALL_BYTES = 8 * 2**20  # of data in one call; more are sent in several, which add up to the same gradient
+RENEWALS = 5  # per lease, while there are no other calls: sampling may take hours
+CALL_BYTES = 8 * 2**20  # of data in one call; more are sent in several calls, whose gradients add up
 
 
 class LearnerClient:
-    """LearnerPort. It counts the calls itself, so that one repeated after a lost answer accumulates nothing twice, and
-    renews the learner's lease until it is closed.
+    """The LearnerPort over gRPC. It numbers its calls, so a call that is repeated after a lost answer counts once.
 
-    Not for concurrent use. After any error that is not a DomainError of the call itself, the owner creates the learner
-    again and loads a checkpoint: `create` on the same ids, then `load_checkpoint`.
+    `create` creates the learner, or finds it, and renews its lease until `close`. `forward` and `forward_backward`
+    split large data over several calls. Not for concurrent use.
+
+    After an error other than a DomainError, create the learner again with the same ids and load a checkpoint.
     """
 
     def __init__(self, endpoint: Endpoint, learner_id: str, owner: str, on_outage: Callable[[str], None] | None = None):
         self._connection = Connection(endpoint, on_outage)
         self._stub = learner_service_pb2_grpc.LearnerServiceStub(self._connection.channel)
         self._ids = {"learner_id": learner_id, "owner": owner}
-        self._next_sequence = 1
+        self._next_call = 1  # the `sequence` of the contract
         self._renewal: asyncio.Task[None] | None = None
         self.fingerprint = ""
         self.limits = ModelLimits(0, 0)
@@ -58,7 +59,7 @@ class LearnerClient:
         spec: LearnerSpec,
         on_outage: Callable[[str], None] | None = None,
     ) -> Self:
-        """A learner that is ready. Raises DomainError LEARNER_OWNED, LEARNER_CONFLICT, CAPACITY_REACHED,
+        """Returns when the learner is ready. Raises DomainError LEARNER_OWNED, LEARNER_CONFLICT, CAPACITY_REACHED,
         MODEL_NOT_FOUND, UNSUPPORTED_MODEL or INVALID_FIELD."""
         client = cls(endpoint, learner_id, owner, on_outage)
         request = pb.CreateLearnerRequest(learner_id=learner_id, owner=owner, lease=duration(LEASE_SECONDS))
@@ -69,7 +70,7 @@ class LearnerClient:
         except BaseException:
             await client._connection.close()
             raise
-        client._next_sequence = response.next_sequence
+        client._next_call = response.next_sequence
         client.fingerprint = response.fingerprint
         client._renewal = asyncio.create_task(client._renew())
         client.adapted_layers = tuple(response.lora_target_modules)
@@ -83,7 +84,7 @@ class LearnerClient:
                 await self._stub.GetLearner(
                     request, timeout=LEASE_SECONDS / RENEWALS, metadata=self._connection.metadata
                 )
-            except grpc.aio.AioRpcError as error:  # the owner's next call will tell
+            except grpc.aio.AioRpcError as error:  # the owner's next call raises it
                 log.warning("lease not renewed", **self._ids, cause=error.details())
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     return
@@ -97,21 +98,21 @@ class LearnerClient:
         return results
 
     async def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
-        """In several calls where the data are many; when a later one fails, the earlier ones have accumulated."""
+        """Sends large data in several calls. If a later one fails, the gradients of the earlier ones stay."""
         metrics: list[dict[str, float]] = []
         for part in self._parts(data):
             request = pb.ForwardBackwardRequest(
-                **self._ids, sequence=self._next_sequence, data=data_to_proto(part), loss=loss_to_proto(loss)
+                **self._ids, sequence=self._next_call, data=data_to_proto(part), loss=loss_to_proto(loss)
             )
             response = await self._connection.call(self._stub.ForwardBackward, request, timeout=CALL_SECONDS)
-            self._next_sequence += 1
+            self._next_call += 1
             metrics.append(dict(response.metrics))
         return self._connection.read(lambda _: merge(metrics), response)
 
     async def optim_step(self) -> dict[str, float]:
-        request = pb.OptimStepRequest(**self._ids, sequence=self._next_sequence)
+        request = pb.OptimStepRequest(**self._ids, sequence=self._next_call)
         response = await self._connection.call(self._stub.OptimStep, request, timeout=CALL_SECONDS)
-        self._next_sequence += 1
+        self._next_call += 1
         return dict(response.metrics)
 
     async def save_checkpoint(self, name: str) -> None:
@@ -122,7 +123,7 @@ class LearnerClient:
         """Raises DomainError CHECKPOINT_NOT_FOUND or CHECKPOINT_MISMATCH."""
         request = pb.LoadCheckpointRequest(**self._ids, name=name)
         response = await self._connection.call(self._stub.LoadCheckpoint, request, timeout=CALL_SECONDS)
-        self._next_sequence = response.next_sequence
+        self._next_call = response.next_sequence
 
     async def publish_weights(self, policy_version: int) -> PublishedWeights:
         request = pb.PublishWeightsRequest(**self._ids, policy_version=policy_version)
@@ -138,12 +139,12 @@ class LearnerClient:
         return self._connection.read(_compute_seconds, response)
 
     async def delete(self) -> None:
-        """Frees the learner. An unknown one succeeds; another owner's is LEARNER_OWNED."""
+        """Deletes the learner; succeeds if it is unknown. Raises DomainError LEARNER_OWNED for another owner's."""
         request = pb.DeleteLearnerRequest(**self._ids)
         await self._connection.call(self._stub.DeleteLearner, request, timeout=DELETE_SECONDS)
 
     async def close(self) -> None:
-        """Gives the learner back, as well as that goes, and closes the connection."""
+        """Deletes the learner and closes the connection. A failure is logged."""
         try:
             async with asyncio.timeout(DELETE_SECONDS):
                 await self.delete()
@@ -155,7 +156,7 @@ class LearnerClient:
             await self._connection.close()
 
     def _parts(self, data: Sequence[Datum]) -> Iterator[Sequence[Datum]]:
-        """Runs of data of which each fits into one message. No data: one empty run."""
+        """Splits the data so that each part fits into one message. Without data: one empty part."""
         limit = min(CALL_BYTES, self._connection.endpoint.max_message_bytes // 2)
         start = 0
         size = 0
@@ -170,7 +171,7 @@ class LearnerClient:
 
 
 def _log_probs(data: Sequence[Datum], response: pb.ForwardResponse) -> list[tuple[float, ...]]:
-    """Raises ValueError when they are not one for each trained token, or no log-probabilities."""
+    """Raises ValueError unless there is one valid log-probability per trained token."""
     found = [tuple(item.log_probs) for item in response.log_probs]
     if [len(log_probs) for log_probs in found] != [sum(datum.loss_mask) for datum in data]:
         raise ValueError(f"log-probabilities that are not one for each trained token of {len(data)} data")
@@ -199,5 +200,5 @@ def _compute_seconds(response: pb.GetLearnerResponse) -> float:
 
 
 def _message_bytes(datum: Datum) -> int:
-    """At least what a datum takes in a message: 5 bytes a token id, 1 a mask value, 4 each of two log-probabilities."""
+    """An estimate of a datum's bytes: per token 5 for the id, 1 for the mask, 4 for each of two log-probabilities."""
     return 14 * len(datum.token_ids) + len(datum.datum_id.encode()) + len(datum.branch.encode()) + 100

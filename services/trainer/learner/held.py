@@ -1,4 +1,4 @@
-"""The learners that a server holds: whose they are, and until when."""
+"""The learners of a server: their owners and leases."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _TICK_SECONDS = 0.2
 
 
 class ProcessClock:
-    """Seconds in which this process ran. A process that was stopped for an hour (SIGSTOP, a laptop that sleeps) must
-    not find all leases over when it goes on, before their owners can call."""
+    """Counts the seconds in which this process ran. After a stop (SIGSTOP, a laptop that sleeps) the leases have not
+    run out before their owners could call."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -33,23 +33,23 @@ class ProcessClock:
 
 @dataclass
 class HeldLearner:
-    """A learner, who owns it, the last call that changed it, and its lease in seconds; None: for ever."""
+    """A learner with its owner, its last numbered call, and its lease in seconds (None: no lease)."""
 
     learner: Learner
     owner: str
     spec: LearnerSpec
     clock: ProcessClock
     lease: float | None
-    last_call: float  # when it ended
-    next_sequence: int = 1
-    last_request: bytes = b""  # its digest
-    last_answer: dict[str, float] | None = None
+    last_call: float  # time of its end
+    next_call: int = 1  # the `sequence` of the contract
+    last_request: bytes = b""  # digest of the last numbered call
+    last_answer: dict[str, float] | None = None  # to that call
     compute_seconds: float = 0.0
-    calls: int = 0  # that run, or wait to
+    calls: int = 0  # running or waiting
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Around a call of its owner, which renews the lease at its end."""
+        """A context manager around an owner's call. It renews the lease at its end."""
         self.calls += 1
         try:
             yield
@@ -62,7 +62,7 @@ class HeldLearner:
 
     @property
     def idle(self) -> float:
-        """Seconds since the last call; 0 while one is under way."""
+        """Seconds since the last call; 0 during one."""
         return 0.0 if self.calls else self.clock.now - self.last_call
 
     @property
@@ -75,7 +75,11 @@ class HeldLearner:
 
 
 class HeldLearners:
-    """By id. What changes them runs on one thread; `HeldLearner.in_use` and `clock` belong to the event loop."""
+    """The learners by id. `owned` finds one for its owner; `check_room` deletes those whose lease is over.
+
+    Learners are added, removed and changed on the worker thread; `HeldLearner.in_use` and `clock` are used on the event
+    loop.
+    """
 
     def __init__(self, limit: int) -> None:
         self.clock = ProcessClock()

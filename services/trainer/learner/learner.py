@@ -1,7 +1,7 @@
-"""The learner: accumulates gradients over micro-batches, takes optimizer steps, saves, loads and publishes.
+"""The learner: accumulates gradients, takes optimizer steps, saves, loads and publishes.
 
-Synchronous and not thread-safe: one worker thread runs it. The loss of a call is Σ_data weight · Σ_trained-tokens loss,
-with no normalisation of its own, so it does not depend on how the data are split into calls and micro-batches.
+It is synchronous and not thread-safe: one worker thread runs it. The loss of a call is Σ_data weight · Σ_trained-tokens
+loss. It is not normalised, so splitting data into calls and micro-batches does not change it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,15 @@ class SavedCheckpoint:
 
 
 class Learner:
-    """`learner_id` names its folder of checkpoints and its published files.
+    """One model in training. `learner_id` names its folder of checkpoints and its published files.
 
-    Raises DomainError INVALID_FIELD, MODEL_NOT_FOUND, UNSUPPORTED_MODEL. An exception that is no DomainError, from any
-    method, leaves gradients or weights undefined: the learner is to be thrown away.
+    `forward_backward` checks the data, packs them into micro-batches, and for each computes log-probabilities
+    (`PolicyModel`), the loss (`losses`) and its gradient; metrics are summed in a `Tally`. `optim_step` clips the
+    accumulated gradient and updates the weights. `publish_weights` writes the weights with the probes of the weight
+    check. `storage` writes all files.
+
+    Raises DomainError INVALID_FIELD, MODEL_NOT_FOUND, UNSUPPORTED_MODEL. After any other exception, from any method,
+    gradients or weights are undefined and the learner must be deleted.
     """
 
     def __init__(self, learner_id: str, spec: LearnerSpec, server: LearnerServerSettings):
@@ -44,8 +49,8 @@ class Learner:
         self.spec = spec
         self.server = server
         self.optimizer_steps = 0
-        self._checkpoint = ""  # that was saved or loaded last
-        self._published = -1  # version of the weights that were published last
+        self._checkpoint = ""  # the one saved or loaded last
+        self._published = -1  # the version published last
         self._device = torch.device(server.device)
         if spec.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -68,7 +73,7 @@ class Learner:
         return arithmetic(deterministic=self.spec.deterministic, threads=self.server.threads)
 
     def forward(self, data: Sequence[Datum]) -> list[tuple[float, ...]]:
-        """Log-probabilities of each datum's trained tokens under the present weights."""
+        """The log-probabilities of each datum's trained tokens under the present weights."""
         check(data, self.model.limits)
         results: list[tuple[float, ...]] = [()] * len(data)
         branches = sorted({datum.branch for datum in data})
@@ -82,10 +87,9 @@ class Learner:
         return results
 
     def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
-        """Adds the gradient of the loss over `data`; returns metrics of the call.
+        """Adds the gradient of the loss over `data`. Returns the metrics of the call.
 
-        Data that cannot move the weights (weight or advantage 0, and no KL or entropy term) are run forward only, for
-        their metrics.
+        Data without gradient (weight or advantage 0, and no KL or entropy term) only run forward, for their metrics.
         """
         check(data, self.model.limits)
         tally = Tally(sorted({datum.branch for datum in data}), self._device)
@@ -137,10 +141,10 @@ class Learner:
         return weighted_N.sum()
 
     def optim_step(self) -> dict[str, float]:
-        """Clips the accumulated gradient to the global norm, steps, clears it. `grad_norm` is the norm before;
-        `grad_clipped` is 1 when it was above `max_grad_norm`.
+        """Clips the accumulated gradient to the global norm, takes a step, and clears the gradient.
 
-        A gradient that is not finite, or absent, leaves weights and optimizer as they are; `skipped` is 1 then.
+        Metrics: `grad_norm` before clipping; `grad_clipped`, 1 if that was above `max_grad_norm`; `learning_rate`;
+        `skipped`, 1 if the gradient is absent or not finite, which changes neither weights nor optimizer.
         """
         settings = self.spec.optimizer
         warm = min(1.0, (self.optimizer_steps + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
@@ -164,10 +168,10 @@ class Learner:
             "skipped": float(skipped),
         }
 
-    def save_checkpoint(self, name: str, next_sequence: int = 1) -> SavedCheckpoint:
-        """Writes weights, optimizer and random generator, whole or not at all; not accumulated gradients.
+    def save_checkpoint(self, name: str, next_call: int = 1) -> SavedCheckpoint:
+        """Writes weights, optimizer and random generator, but not accumulated gradients. All or nothing.
 
-        Raises DomainError DISK_FULL.
+        `next_call` is stored for the server. Raises DomainError DISK_FULL.
         """
         folder = self._checkpoints / storage.check_name("name", name)
         optimizer = {
@@ -176,19 +180,19 @@ class Learner:
             for slot, value in self._optimizer.state.get(parameter, {}).items()
         }
         parts = {"weights": self._weights(), "optimizer": optimizer, "random": _random_state(self._device)}
-        state = storage.CheckpointState(self.fingerprint, next_sequence, self.optimizer_steps)
+        state = storage.CheckpointState(self.fingerprint, next_call, self.optimizer_steps)
         sha256 = storage.save_checkpoint(folder, parts, state)
         if self.spec.keep_checkpoints:
-            # The caller may not have noted this one yet: the one that it goes on from until then stays, too.
+            # Until the caller has recorded the new checkpoint, it would go on from the one before: both stay.
             named = {name, self._checkpoint}
             storage.keep_checkpoints(self._checkpoints, max(2, self.spec.keep_checkpoints), named)
         self._checkpoint = name
         return SavedCheckpoint(folder.resolve().as_uri(), sha256)
 
     def load_checkpoint(self, name: str) -> storage.CheckpointState:
-        """Restores what was saved and clears accumulated gradients; on an error nothing has changed.
+        """Restores a checkpoint and clears accumulated gradients. An error changes nothing.
 
-        Raises DomainError CHECKPOINT_NOT_FOUND, or CHECKPOINT_MISMATCH: damaged, or of another model.
+        Raises DomainError CHECKPOINT_NOT_FOUND, or CHECKPOINT_MISMATCH if it is damaged or of another model.
         """
         parts, state = storage.load_checkpoint(self._checkpoints / storage.check_name("name", name))
         self._check_checkpoint(name, parts, state)
@@ -219,9 +223,9 @@ class Learner:
             raise storage.damaged(name, "the optimizer's state is of other parameters")
 
     def publish_weights(self, policy_version: int) -> PublishedWeights:
-        """Writes the weights (all, or the LoRA adapter) where the policy service can read them; keeps the last few.
+        """Writes all weights, or the LoRA adapter, to the weights folder. Older versions are deleted.
 
-        Repeating it under unchanged weights gives the same file and the same canary. Raises DomainError DISK_FULL.
+        With unchanged weights it writes the same file and probes again. Raises DomainError DISK_FULL.
         """
         stem = f"{self.learner_id}-v{policy_version:06d}"
         folder = self.server.weights_folder
@@ -251,7 +255,7 @@ class Learner:
 
 
 def _kinds(data: Sequence[Datum]) -> dict[type, list[int]]:
-    """Rows by kind of objective, in order of first appearance."""
+    """The rows of each kind of objective, in order of first appearance."""
     kinds: dict[type, list[int]] = {}
     for row, datum in enumerate(data):
         kinds.setdefault(type(datum.objective), []).append(row)

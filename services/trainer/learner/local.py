@@ -1,4 +1,4 @@
-"""A learner in this process, behind the port that the algorithm is written against."""
+"""A learner in this process, behind the LearnerPort of the algorithm."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 class LocalLearner:
-    """LearnerPort. One worker thread runs the learner, so that nothing blocks the event loop."""
+    """The LearnerPort without a server. A worker thread runs the learner, so that the event loop is never blocked."""
 
     def __init__(self, learner_id: str, spec: LearnerSpec, server: LearnerServerSettings):
         self._make: Callable[[], Learner] = partial(Learner, learner_id, spec, server)
@@ -34,12 +34,12 @@ class LocalLearner:
 
     @property
     def fingerprint(self) -> str:
-        """Of the model; empty before `create` has loaded it."""
+        """Of the model; empty before it is loaded."""
         return self._learner.fingerprint if self._learner is not None else ""
 
     @property
     def limits(self) -> ModelLimits:
-        """Of the model; unknown before `create` has loaded it."""
+        """Of the model; unknown before it is loaded."""
         return self._learner.model.limits if self._learner is not None else ModelLimits(0, 0)
 
     @property
@@ -73,6 +73,6 @@ class LocalLearner:
         return await self._run(lambda learner: learner.publish_weights(policy_version))
 
     async def close(self) -> None:
-        """Waits for what is running, and frees the model."""
+        """Waits for the current call, then frees the model."""
         self._learner = None
         await asyncio.to_thread(self._thread.shutdown)

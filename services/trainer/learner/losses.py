@@ -1,7 +1,7 @@
 """Losses per trained token, as pure functions.
 
-Shapes: _N is the trained tokens of a micro-batch, all sequences one after another. Every function returns one value per
-token; what a datum weighs, and the sum over tokens and data, are the learner's business. Values are in nats.
+Shapes: _N is the trained tokens of a micro-batch, one sequence after another. Every function returns one value per
+token, in nats; the learner applies the data's weights and sums up.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mulligan.trainer.settings import MismatchCorrection
 
-# exp() of more overflows half precision and says nothing that a ratio this large does not say already.
+# exp() of more overflows half precision.
 MAX_LOG_RATIO = 20.0
 
 
@@ -29,7 +29,7 @@ def clipped_policy_gradient(
     clip_high: float,
     dual_clip: float,
 ) -> tuple[Tensor, Tensor]:
-    """PPO's loss and whether each token was clipped (then it has no gradient).
+    """PPO's loss, and whether each token was clipped, which removes its gradient.
 
     −min(ρA, clip(ρ, 1 − low, 1 + high)·A) with ρ = π/π_old: PPO (arXiv 1707.06347), equation 7, with separate bounds as
     in DAPO (arXiv 2503.14476), section 3.1. For A < 0 the loss is at most −c·A: dual clip (arXiv 1912.09729);
@@ -55,7 +55,7 @@ def mismatch_weights(
 
     With w = π_old(learner) / π_rollout(engine): TRUNCATED gives min(w, limit), truncated importance sampling
     (https://fengyao.notion.site/off-policy-rl); MASKED gives w where 1/limit ≤ w ≤ limit and 0 elsewhere (IcePop,
-    arXiv 2510.18855); NONE gives 1. No gradient flows through them.
+    arXiv 2510.18855); NONE gives 1. The weights have no gradient.
     """
     if correction is MismatchCorrection.NONE:
         return torch.ones_like(old_log_probs_N)
@@ -78,7 +78,7 @@ def kl_estimate(log_probs_N: Tensor, reference_log_probs_N: Tensor) -> Tensor:
 def distillation(log_probs_N: Tensor, target_weights_N: Tensor) -> Tensor:
     """−w·log π(token | context): internalisation in ERL (arXiv 2602.13949), weighted as in RAFT (arXiv 2304.06767).
 
-    The tokens were sampled in another context than they are trained in, so the probabilities they were sampled with
-    mean nothing here; this takes none, and importance weighting is impossible.
+    The tokens were sampled in another context, so the probabilities of their sampling are not used: there is no
+    importance weighting.
     """
     return -target_weights_N * log_probs_N

@@ -1,4 +1,4 @@
-"""Metrics of training: summed on the device while micro-batches run, read once at the end.
+"""Metrics of training: summed on the device while micro-batches run, and read once at the end.
 
 A metric is `loss` (a sum: the loss that was differentiated), `tokens` (a count) or a mean per trained token. Each is
 reported per branch as BRANCH/NAME and over all branches that have it as NAME.
@@ -15,7 +15,7 @@ _SUMS = ("loss", "tokens")
 
 
 class Tally:
-    """Sums and counts per branch of what micro-batches add."""
+    """Sums and counts of each metric, per branch, over the micro-batches of a call."""
 
     def __init__(self, branches: Sequence[str], device: torch.device):
         self.branches = list(branches)
@@ -45,7 +45,7 @@ class Tally:
 
 
 def merge(calls: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of several calls as if they had been one."""
+    """Merges the metrics of several calls into those of one call with all data."""
     branches: dict[str, dict[str, float]] = {}
     for metrics in calls:
         for key, value in metrics.items():

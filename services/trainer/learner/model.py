@@ -25,20 +25,19 @@ from mulligan.trainer.learner import canary
 from mulligan.trainer.learner.batching import Microbatch
 from mulligan.trainer.settings import LoraSettings, ModelSettings
 
-# Logits are computed for so many (token, vocabulary entry) pairs at a time: 64 Mi float32 values are 256 MiB. With a
-# vocabulary of 152 thousand this is 441 tokens; backward computes them again, piece by piece.
+# Logits are computed in pieces of at most this many float32 values: 64 Mi are 256 MiB, or 441 tokens with a vocabulary
+# of 152 thousand. The backward pass computes each piece again.
 LOGITS_AT_ONCE = 2**26
 
 
 class PolicyModel:
     """A causal language model in training, on one device.
 
-    The module stays in evaluation mode: without dropout, `Forward` and `ForwardBackward` give the same probabilities.
-    Trained parameters are float32 whatever the dtype, which is that of the arithmetic (autocast) and of published
-    weights: updates with a small learning rate vanish in bfloat16. What LoRA does not train is kept in the dtype.
+    The module stays in evaluation mode. There is no dropout, so `Forward` and `ForwardBackward` give the same
+    probabilities. `dtype` is that of the computation (autocast) and of published weights. Trained parameters are always
+    float32, because small updates vanish in bfloat16; weights that LoRA does not train are in `dtype`.
 
-    The reference of the KL term is kept as the trained model is, and computed in the same arithmetic: at unchanged
-    weights the two agree to the bit, and the KL is 0.
+    The reference model of the KL term has the same dtypes, so the KL is exactly 0 while the weights are unchanged.
     """
 
     def __init__(self, settings: ModelSettings, device: torch.device, seed: int):
@@ -65,16 +64,17 @@ class PolicyModel:
         return self.base if self.adapter is None else self.adapter
 
     def token_log_probs(self, batch: Microbatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the trained tokens and entropies of the distributions they are drawn from, both _N.
+        """Log-probabilities of the trained tokens, and entropies of their distributions, both _N.
 
-        Of softmax(logits / temperature). The entropy has a gradient only when asked for: it costs memory.
+        The distribution is softmax(logits / temperature). The entropy has a gradient only if asked for, as that costs
+        memory.
         """
         return self._run(self.base, batch, entropy_gradient)
 
     def reference_log_probs(self, batch: Microbatch) -> Tensor:
-        """The same under the initial weights, without gradient: the adapter switched off, or a second, frozen model.
+        """The log-probabilities under the initial weights, without gradient.
 
-        That model is loaded again from its source at first use, so that it is the initial one after a checkpoint, too.
+        With LoRA the adapter is switched off. Otherwise a second, frozen model is loaded from the source at first use.
         """
         with torch.no_grad():
             if self.adapter is not None:
@@ -92,11 +92,11 @@ class PolicyModel:
             return _score(model, hidden_NH, batch.targets_N, batch.temperatures_N, entropy_gradient)
 
     def canary(self) -> tuple[CanaryProbe, ...]:
-        """What an engine that serves the published weights must agree with."""
+        """The probes of the weight check, under the present weights."""
         return canary.probes(self.base, self._probes, self.dtype)
 
     def full_weights(self) -> dict[str, Tensor]:
-        """Every weight by its name in `state_dict()`, tied ones once, in the model's dtype, on the CPU."""
+        """All weights by their names in `state_dict()`, tied ones once, in the model's dtype, on the CPU."""
         weights: dict[str, Tensor] = {}
         seen: set[tuple[int, tuple[int, ...]]] = set()
         for name, tensor in self.base.state_dict().items():
@@ -116,7 +116,7 @@ class PolicyModel:
 def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer. Raises DomainError MODEL_NOT_FOUND, or UNSUPPORTED_MODEL, which says which file is wrong."""
     path = str(EMBEDDED) if source == "embedded" else source
-    disable_progress_bar()  # a service's log is no place for it
+    disable_progress_bar()  # it would fill the log
     try:
         check_model(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -127,7 +127,7 @@ def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(path, use_fast=True)
     except UnsupportedModel as error:
         raise _unsupported(str(error), source) from error
-    except Exception as error:  # a loader fails in many ways, which mean the same to callers
+    except Exception as error:  # loaders raise many kinds of errors
         raise _unsupported(f"{source} cannot be loaded: {short(error)}", source) from error
 
 
@@ -138,7 +138,7 @@ def _unsupported(message: str, source: str) -> DomainError:
 
 
 def _probes(tokenizer: Any, limits: ModelLimits, source: str) -> canary.Sequences:
-    """Raises DomainError UNSUPPORTED_MODEL for a tokenizer that loads and does not work."""
+    """Raises DomainError UNSUPPORTED_MODEL for a tokenizer that does not work."""
     try:
         return canary.probe_sequences(tokenizer, limits)
     except Exception as error:
@@ -150,7 +150,7 @@ def _context_length(config: Any) -> int:
 
 
 def _attach(base: Any, settings: LoraSettings, seed: int) -> PeftModel:
-    """LoRA on `base` (changed in place). The adapter's random start depends on the seed alone."""
+    """Adds LoRA to `base` in place. The adapter's random initial weights depend on the seed only."""
     alpha = 2.0 * settings.rank if settings.alpha is None else settings.alpha
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -170,7 +170,7 @@ def _attach(base: Any, settings: LoraSettings, seed: int) -> PeftModel:
 
 
 def _adapted(adapter: PeftModel) -> dict[str, torch.nn.Module]:
-    """The layers that have an adapter, as they are without it, by name."""
+    """The base layers that have an adapter, by name."""
     model: Any = adapter.base_model.model
     return {
         name: module.get_base_layer() for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
@@ -178,7 +178,7 @@ def _adapted(adapter: PeftModel) -> dict[str, torch.nn.Module]:
 
 
 def _refuse_unservable(adapter: PeftModel) -> None:
-    """No policy takes an adapter of a layer that is not linear, or has its weights together with another."""
+    """Refuses adapters that no policy can serve: of layers that are not linear, or share weights with another layer."""
     layers = _adapted(adapter)
     model = cast(Any, adapter.base_model.model)
     holders: dict[int, set[str]] = {}
@@ -201,7 +201,7 @@ def _refuse_unservable(adapter: PeftModel) -> None:
 def _score(
     model: Any, hidden_NH: Tensor, targets_N: Tensor, temperatures_N: Tensor, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The head, on the trained positions only, in pieces of bounded size."""
+    """Applies the output head to the trained positions, in pieces of bounded size."""
     head = model.get_output_embeddings()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
@@ -228,7 +228,7 @@ def _logits(head: Any, cap: float | None, hidden_NH: Tensor) -> Tensor:
 
 
 def _check_head(model: Any, source: str) -> None:
-    """Refuses a model that does more to its last hidden states than `_logits`: losses would be of another model."""
+    """Raises DomainError UNSUPPORTED_MODEL if the model's logits differ from those of `_logits`."""
     ids_BT = torch.arange(4)[None]
     with torch.no_grad():
         expected = model(input_ids=ids_BT, use_cache=False).logits
@@ -241,7 +241,7 @@ def _check_head(model: Any, source: str) -> None:
 
 @contextlib.contextmanager
 def arithmetic(*, deterministic: bool, threads: int) -> Iterator[None]:
-    """Sets torch's mode for the block. It is the process's: learners of one process run one at a time."""
+    """Sets torch's global mode for the block. Learners of one process must run one at a time."""
     was = torch.are_deterministic_algorithms_enabled()
     threads_before = torch.get_num_threads()
     torch.use_deterministic_algorithms(deterministic)

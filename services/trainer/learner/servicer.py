@@ -1,7 +1,7 @@
 """`LearnerService` of `mulligan.trainer.v1`.
 
-One worker thread does everything that changes a learner: the check of a sequence number, the work, and storing the
-answer are one piece of work to it. A caller that gives up in between finds the stored answer when it asks again.
+One worker thread makes all changes. It checks a call's number, does the work and stores the answer in one go, so a
+caller that gives up in between gets the stored answer when it calls again.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         self._leases: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
-        """Waits for what is running; learners are gone afterwards."""
+        """Waits for the current work, then deletes all learners."""
         if self._leases is not None:
             self._leases.cancel()
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
@@ -68,7 +68,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         held.lease = lease_from_proto(request)
         held.renew()
         return pb.CreateLearnerResponse(
-            next_sequence=held.next_sequence,
+            next_sequence=held.next_call,
             fingerprint=held.learner.fingerprint,
             parameter_count=held.learner.parameter_count,
             trainable_parameter_count=held.learner.trainable_parameter_count,
@@ -82,7 +82,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         held.renew()
         return pb.GetLearnerResponse(
             owner=held.owner,
-            next_sequence=held.next_sequence,
+            next_sequence=held.next_call,
             optimizer_steps=held.learner.optimizer_steps,
             model=model_to_proto(held.spec.model),
             compute_seconds=held.compute_seconds,
@@ -131,14 +131,14 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
 
     async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Context) -> pb.SaveCheckpointResponse:
         saved = await self._with_learner(
-            request, lambda held: held.learner.save_checkpoint(request.name, held.next_sequence)
+            request, lambda held: held.learner.save_checkpoint(request.name, held.next_call)
         )
         return pb.SaveCheckpointResponse(uri=saved.uri, sha256=saved.sha256)
 
     async def LoadCheckpoint(self, request: pb.LoadCheckpointRequest, context: Context) -> pb.LoadCheckpointResponse:
         def load(held: HeldLearner) -> pb.LoadCheckpointResponse:
             state = held.learner.load_checkpoint(request.name)
-            held.next_sequence = state.next_sequence
+            held.next_call = state.next_sequence
             held.last_request = b""
             held.last_answer = None
             return pb.LoadCheckpointResponse(next_sequence=state.next_sequence, optimizer_steps=state.optimizer_steps)
@@ -156,7 +156,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         )
 
     async def _on_thread(self, work: Callable[[], R]) -> R:
-        """Work that waits is dropped with the call that asked for it; work that runs goes on to its end."""
+        """Runs `work` on the worker thread. If the call is cancelled, waiting work is dropped; running work goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     async def _with_learner(self, request: Any, work: Callable[[HeldLearner], R], *, changes: bool = False) -> R:
@@ -168,19 +168,19 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             except DomainError:
                 raise
             except Exception:
-                if changes:  # gradients or weights may be half changed
+                if changes:  # gradients or weights may be incomplete
                     log.error("learner dropped", learner_id=request.learner_id)
                     self._held.remove(request.learner_id)
                 raise
             finally:
                 held.compute_seconds += time.perf_counter() - start
-                held.renew()  # though its caller may have given up meanwhile
+                held.renew()  # also if the caller has given up
 
         with self._in_use(request):
             return await self._on_thread(on_thread)
 
     def _in_use(self, request: Any) -> AbstractContextManager[None]:
-        """Around a call: what waits for the thread keeps its learner, too."""
+        """A context manager around a call. A learner does not expire while a call waits for the thread."""
         held = self._held.get(request.learner_id)
         return held.in_use() if held is not None and held.owner == request.owner else nullcontext()
 
@@ -193,19 +193,19 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     async def _exactly_once(self, request: Any, work: Callable[[Learner], dict[str, float]]) -> dict[str, float]:
         def unless_done(held: HeldLearner) -> dict[str, float]:
             digest = _digest(request)
-            if request.sequence == held.next_sequence - 1 and digest == held.last_request:
+            if request.sequence == held.next_call - 1 and digest == held.last_request:
                 assert held.last_answer is not None
                 return held.last_answer
-            if request.sequence != held.next_sequence:
+            if request.sequence != held.next_call:
                 raise DomainError(
                     Reason.SEQUENCE_MISMATCH,
-                    f"sequence: expected {held.next_sequence}, or the last call again; got {request.sequence}",
-                    next_sequence=held.next_sequence,
+                    f"sequence: expected {held.next_call}, or the last call again; got {request.sequence}",
+                    next_sequence=held.next_call,
                 )
             answer = work(held.learner)
             held.last_request = digest
             held.last_answer = answer
-            held.next_sequence += 1
+            held.next_call += 1
             return answer
 
         return await self._with_learner(request, unless_done, changes=True)

@@ -1,4 +1,4 @@
-"""What a learner server is started with, and what one learner is created with."""
+"""Settings of a learner server, and of one learner."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from mulligan.trainer.settings import ModelSettings, OptimizerSettings
 
 @dataclass(frozen=True, slots=True)
 class LearnerServerSettings:
-    """Of the process. `microbatch_tokens` bounds the padded tokens that are in memory at once (activations grow with
-    it); a sequence that is longer runs alone."""
+    """Settings of the process. `microbatch_tokens` limits the tokens of a micro-batch, padding included; the memory of
+    activations grows with it. A longer sequence runs alone."""
 
     weights_folder: Path  # where published weights go; the policy service reads them there
     checkpoint_folder: Path
     device: str = "cpu"  # as torch names it: "cpu", "cuda", "cuda:1"
     threads: int = 0  # of torch on the CPU; 0 leaves torch's own choice. Deterministic learners use 1.
     microbatch_tokens: int = 4096
-    keep_weights: int = 3  # published versions; the policy may still be loading an older one
+    keep_weights: int = 3  # published versions; the policy may be loading an older one
     max_learners: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerInfo:
-    """A learner that a server holds. `idle` and `lease_left` are in seconds; no `lease_left`: it is kept for ever."""
+    """A learner of a server. `idle` and `lease_left` are in seconds; without lease, `lease_left` is None."""
 
     learner_id: str
     owner: str
@@ -36,10 +36,10 @@ class LearnerInfo:
 
 @dataclass(frozen=True, slots=True)
 class LearnerSpec:
-    """Of one learner. Two equal specs at the same server make equal learners."""
+    """Settings of one learner. Equal specs at the same server give equal learners."""
 
     model: ModelSettings = ModelSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     seed: int = 0
     deterministic: bool = False
-    keep_checkpoints: int = 0  # those furthest on, and always the last two; 0 keeps all
+    keep_checkpoints: int = 0  # those with the most steps, but at least two; 0 keeps all

@@ -1,8 +1,8 @@
-"""Files that are whole or absent: checkpoints and published weights.
+"""Checkpoints and published weights on disk.
 
-A checkpoint is a folder of safetensors files, whose names carry their hashes, and manifest.json, which lists them. The
-manifest is replaced by one rename, so a name that is saved again refers to the old files or to the new, never to a mix,
-wherever a crash falls. Nothing is ever unpickled.
+A checkpoint is a folder of safetensors files, with their hashes in their names, and manifest.json, which lists them.
+The manifest is replaced by a rename, so after a crash a checkpoint is the old one or the new one, never a mix. No file
+is ever unpickled.
 """
 
 from __future__ import annotations
@@ -32,25 +32,24 @@ _FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """The scalars of a checkpoint."""
+    """The scalars of a checkpoint, as stored in its manifest."""
 
     fingerprint: str
-    next_sequence: int
+    next_sequence: int  # number of the learner's next call: the `sequence` of the contract
     optimizer_steps: int
 
 
 def check_name(field: str, name: str) -> str:
-    """A name becomes one path component: no separators, nothing hidden, nothing relative. Raises INVALID_FIELD."""
+    """The name, if it is safe as one path component. Raises INVALID_FIELD for separators, hidden or relative names."""
     if not _NAME.fullmatch(name):
         raise invalid_field(field, "1 to 128 letters, digits, '.', '_' and '-', the first not '.' or '-'")
     return name
 
 
 def save_checkpoint(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], state: CheckpointState) -> str:
-    """Writes the tensors of each part and the scalars; returns the SHA-256 of the manifest, which lists the files'.
+    """Writes the tensors of each part, and the scalars. Returns the SHA-256 of the manifest.
 
-    Saving the same again changes nothing; saving something else under the name replaces it. Raises DomainError
-    DISK_FULL; then all is as it was.
+    An earlier checkpoint in the folder is replaced. Raises DomainError DISK_FULL; then nothing has changed.
     """
     size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
     try:
@@ -76,7 +75,8 @@ def _save_part(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[s
 
 
 def _sweep(folder: Path) -> None:
-    """Deletes what the manifest does not name, and a folder that has none. A manifest that cannot be read keeps all."""
+    """Deletes files that the manifest does not name, or the folder if it has no manifest. Keeps all if the manifest
+    cannot be read."""
     try:
         kept = {_MANIFEST, *(entry["file"] for entry in _manifest(folder)["files"].values())}
     except DomainError as error:
@@ -89,7 +89,8 @@ def _sweep(folder: Path) -> None:
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], CheckpointState]:
-    """Reads and verifies. Raises DomainError CHECKPOINT_NOT_FOUND, or CHECKPOINT_MISMATCH when it is damaged."""
+    """Reads a checkpoint and verifies its hashes. Raises DomainError CHECKPOINT_NOT_FOUND, or CHECKPOINT_MISMATCH when
+    it is damaged."""
     manifest = _manifest(folder)
     parts: dict[str, dict[str, Tensor]] = {}
     try:
@@ -122,16 +123,16 @@ def damaged(name: str, cause: str) -> DomainError:
 
 
 def keep_checkpoints(root: Path, count: int, named: Collection[str]) -> None:
-    """Deletes all but the `count` checkpoints below `root` that are furthest on, and those that are `named`."""
+    """Keeps the `count` checkpoints below `root` with the most optimizer steps and the `named` ones; deletes others."""
     for folder in sorted((path.parent for path in root.glob(f"*/{_MANIFEST}")), key=_place, reverse=True)[count:]:
         if folder.name not in named:
-            (folder / _MANIFEST).unlink()  # first: from here on it is no checkpoint
+            (folder / _MANIFEST).unlink()  # first, so that no incomplete checkpoint is left
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _place(folder: Path) -> tuple[int, str]:
-    """Sorts checkpoints by optimizer step, and equal ones by name, in which a run has its own step. Times of files are
-    not asked: clocks are set back, and some file systems have a clock of their own."""
+    """The sort key of a checkpoint: optimizer steps, then the name, which contains the run's step. File times are not
+    used, because clocks may be wrong."""
     name = re.sub(r"\d+", lambda digits: digits[0].zfill(20), folder.name)
     try:
         return int(_manifest(folder)["state"]["optimizer_steps"]), name
@@ -151,8 +152,10 @@ def publish_file(tensors: Mapping[str, Tensor], path: Path) -> str:
 
 
 def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[str]) -> str:
-    """Takes the files `names` from what `write` makes and renames them into `path`, one by one in this order. Returns
-    the SHA-256 of the last, the one that readers check. Raises DomainError DISK_FULL."""
+    """Calls `write` on a temporary folder and renames the files `names` into `path`, in this order.
+
+    Returns the SHA-256 of the last file, which readers check. Raises DomainError DISK_FULL.
+    """
     with writing_to(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as temporary:
@@ -166,7 +169,7 @@ def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[st
 
 
 def keep_published(folder: Path, stem: str, count: int, named: Collection[int]) -> None:
-    """Deletes all but the `count` greatest versions `stem`-v…, and those that are `named`."""
+    """Keeps the `count` greatest versions `stem`-v…, and the `named` ones. Deletes others."""
     pattern = re.compile(re.escape(stem) + r"-v(\d+)(\.safetensors)?")
     found = {path: int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
     kept = {*sorted(found.values(), reverse=True)[:count], *named}

@@ -42,7 +42,7 @@ def _datum_to_proto(datum: Datum) -> pb.Datum:
 
 
 def data_from_proto(data: Iterable[pb.Datum]) -> list[Datum]:
-    """Raises INVALID_FIELD for a datum without objective; what else can be wrong, the learner checks."""
+    """Raises INVALID_FIELD for a datum without objective. The learner checks the rest."""
     return [
         Datum(
             datum_id=message.datum_id,
@@ -104,7 +104,7 @@ def spec_from_proto(request: pb.CreateLearnerRequest) -> LearnerSpec:
 
 
 def lease_from_proto(request: pb.CreateLearnerRequest) -> float | None:
-    """Seconds; None for ever."""
+    """In seconds; None without lease."""
     return _seconds(request.lease) if request.HasField("lease") else None
 
 

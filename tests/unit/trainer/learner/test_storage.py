@@ -92,7 +92,7 @@ def test_loading_restores_counters_and_clears_gradients(tiny: Path, tmp_path: Pa
     learner = make(tiny, tmp_path)
     learn(learner, range(2))
     before = weights_digest(learner)
-    learner.save_checkpoint("two", next_sequence=5)
+    learner.save_checkpoint("two", next_call=5)
     learner.forward_backward(many(6), PLAIN)
     state = learner.load_checkpoint("two")
     assert (state.next_sequence, state.optimizer_steps, learner.optimizer_steps) == (5, 2, 2)
