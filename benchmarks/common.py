@@ -15,7 +15,7 @@ M = TypeVar("M")
 
 
 async def alternate(measures: Mapping[str, Callable[[], Awaitable[M]]], rounds: int) -> dict[str, list[M]]:
-    """Runs the measures in turn, `rounds` times, so that what slows the machine for a while slows all of them."""
+    """Runs the measures in turn, `rounds` times. So a slow phase of the machine affects all of them."""
     found: dict[str, list[M]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
@@ -28,13 +28,13 @@ def median(values: Sequence[float]) -> float:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The least of the values that so many percent of them do not exceed."""
+    """The smallest value that `percent` percent of the values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 def spread(values: Sequence[float]) -> str:
-    """Least and greatest, for the reader to judge the median by."""
+    """The smallest and the largest value, as text."""
     return f"{min(values):,.0f}–{max(values):,.0f}"
 
 
@@ -46,7 +46,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_result(name: str, values: Mapping[str, object]) -> None:
-    """The last line of a benchmark: one JSON object."""
+    """Prints the last line of a benchmark: one JSON object."""
     machine = {
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),

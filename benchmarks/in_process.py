@@ -1,7 +1,4 @@
-"""Environment and memory without gRPC, as `Policy` and `LocalLearner` are for the other two ports.
-
-What `benchmarks.run` holds the services against.
-"""
+"""Environment and memory without gRPC, for comparison in `benchmarks.run`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 """The learner against a bare forward and backward of the same model: `python -m benchmarks.learner [--quick]`.
 
-Three ways take the gradient over the same sequences, in turn, in one run, on one thread: transformers' own forward with
-`labels`, in batches of neighbours in length, without checks, metrics or a policy-gradient loss; the learner in this
-process; and a learner behind gRPC on loopback. Sequences look like agents' episodes: a prompt, then turns in which a
-few tokens are sampled (trained) and the rest comes from the environment. Tokens are those of the sequences, padding
-not counted.
+Three ways compute the gradient over the same sequences, in turn, on one thread: transformers' own forward with
+`labels`, in batches of similar length, without checks, metrics or a policy-gradient loss; the learner in this process;
+and a learner behind gRPC on loopback. A sequence is like an episode: a prompt, then turns with a few sampled (trained)
+tokens and the environment's tokens. Padding is not counted.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.servicer import LearnerServicer, add_to_server
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from mulligan.trainer.settings import LossSettings, ModelSettings
+from mulligan.trainer.settings import LossSettings, TrainedModelSettings
 
 LOSS = LossSettings(kl_coefficient=0.0)
-# tokens of a turn, and how many of them are sampled
+# tokens of a turn; sampled tokens among them
 TURN = 12
 SAMPLED = 3
 
@@ -70,8 +69,8 @@ def bare(learner: Learner, data: list[Datum]) -> None:
 
 
 async def measure(folder: Path, count: int, rounds: int) -> dict[str, list[float]]:
-    """Tokens a second of each way in each round."""
-    spec = LearnerSpec(ModelSettings(source=str(write_untrained(folder / "model"))))
+    """The tokens per second of each way in each round."""
+    spec = LearnerSpec(TrainedModelSettings(source=str(write_untrained(folder / "model"))))
     settings = LearnerServerSettings(folder / "weights", folder / "checkpoints", threads=1)
     local = Learner("local", spec, settings)
     servicer = LearnerServicer(settings)
@@ -104,7 +103,7 @@ async def measure(folder: Path, count: int, rounds: int) -> dict[str, list[float
 
     try:
         ways = {"bare forward and backward": plainly, "learner": in_process, "learner over gRPC": over_grpc}
-        await alternate(ways, 1)  # what only the first call does
+        await alternate(ways, 1)  # warm-up
         return await alternate(ways, rounds)
     finally:
         await client.close()

@@ -1,9 +1,9 @@
-"""`python -m benchmarks.run [--quick]`: what a training run costs beyond the model.
+"""`python -m benchmarks.run [--quick]`: the cost of a training run beyond the model.
 
-Two loops over the same tasks with the same algorithm: four service processes, and everything in this process
-(`benchmarks.in_process`). Reported: rollouts (episodes + reflections) per second of both and their ratio
+The same algorithm runs on the same tasks twice: with four service processes, and in this process alone
+(`benchmarks.in_process`). Reported are the rollouts (episodes + reflections) per second of both, their ratio
 (`in_process_ratio`), and the share of the services' wall time in which the policy's engine or the learner computes
-(`model_share`). The first steps of each run warm up and are left out.
+(`model_share`). The first step of each run is warm-up and not counted.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LoopRates:
 
 
 async def over_services(services: LocalServices, settings: RunSettings, run_id: str) -> LoopRates:
-    """One run; its last step is only there to keep the learner alive while it is asked what it has done."""
+    """Trains one run. Its last step is not measured: it keeps the learner alive while its compute time is read."""
     runs = RunClient(Endpoint(services.addresses["trainer"]))
     policy = PolicyClient(Endpoint(services.addresses["policy"]))
     learner = LearnerClient(Endpoint(services.addresses["trainer"]), run_id, run_id)

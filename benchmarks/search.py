@@ -1,8 +1,8 @@
 """Searches per second of HotpotQA through the service: `python -m benchmarks.search [--quick] [--passages N]`.
 
-A server process on the loopback searches the passages that come along and N more of made-up words, whose frequencies
-fall as those of a language do. Each of many concurrent episodes searches four times and answers, all through the
-coalescing client; the time of a step is what an agent waits for its passages.
+A server process on loopback searches the small built-in corpus and N passages of made-up words with Zipf frequencies.
+Each of many concurrent episodes searches four times and then answers, through the coalescing client. The time of a step
+is how long an agent waits for passages.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Language:
 
 
 def write_corpus(path: Path, passages: int) -> list[str]:
-    """The file of passages, and queries: eight words that stand together in one of them."""
+    """Writes the passages. Returns queries: eight consecutive words of a passage."""
     language = Language()
     rng = random.Random("passages")
     queries = []
@@ -59,7 +59,7 @@ def write_corpus(path: Path, passages: int) -> list[str]:
 
 
 async def play(episode: RemoteEpisode, queries: list[str], waits: list[float]) -> int:
-    """Plays one episode; 1 when the service failed it."""
+    """Plays one episode. Returns 1 if the service failed, otherwise 0."""
     try:
         for query in queries:
             call = json.dumps({"name": "local_search", "arguments": {"query": query}})

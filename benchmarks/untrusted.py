@@ -1,7 +1,7 @@
-"""What an untrusted environment costs: `python -m benchmarks.untrusted [--quick]`.
+"""The cost of an untrusted environment: `python -m benchmarks.untrusted [--quick]`.
 
-The same FrozenLake on the server's threads and in processes with limits: one episode alone and many at once, through
-the ordinary client against a server process on the loopback.
+The same FrozenLake runs on the server's threads, and in processes with limits: one episode at a time, and many at once.
+The ordinary client calls a server process on loopback.
 """
 
 from __future__ import annotations

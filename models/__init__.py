@@ -1,4 +1,4 @@
-"""The model that comes with the code: small enough for two CPU cores, made by `mulligan.models.recipe` from nothing."""
+"""The embedded model: small enough for two CPU cores, trained from nothing by `mulligan.models.recipe`."""
 
 from pathlib import Path
 

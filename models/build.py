@@ -1,7 +1,7 @@
 """The shape, the tokenizer and the chat template of the embedded model.
 
-Every word of the compact FrozenLake prompts is one token, an answer such as "```Up```" included, so that a turn costs
-few tokens; all other text falls back to bytes and no text is unknown.
+Each word of the compact FrozenLake prompts is one token, also an answer such as "```Up```", so that a turn has few
+tokens. All other text is encoded as bytes, so no text is unknown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-# Spaces and tabs only separate; a notice and a move without effect are one token each, so that boards stay in step.
+# Spaces and tabs only separate. A notice and a move without effect are one token each, so that boards stay aligned.
 _PIECES = r"blocked\n|(?:Up|Down|Left|Right) \(no effect\)|\n|</?prompt>|[^\s<]+|<"
 
 
@@ -91,7 +91,7 @@ def build_model(seed: int) -> Qwen3ForCausalLM:
 
 
 def write_untrained(path: Path, seed: int = 0) -> Path:
-    """A folder that loads like the embedded model, for whoever needs its shape but not its skills."""
+    """Writes a model folder with the shape of the embedded model, but untrained weights."""
     build_model(seed).save_pretrained(path)
     build_tokenizer().save_pretrained(path)
     return path

@@ -1,5 +1,5 @@
-"""Proofs that take too long for the test suite; see `__main__.py`."""
+"""Measurements that take too long for the test suite; see `__main__.py`."""
 
 
 class CaseUnavailable(Exception):
-    """What a case needs is not there; the message says what."""
+    """A case cannot run here; the message says what is missing."""

@@ -1,7 +1,7 @@
 """`python -m proof [--only PREFIX]`: runs the cases that have no result yet, one after the other.
 
-A case's result is `docs/proof/CASE.json`: what it measured, the commit, and the command that repeats it. Interrupted,
-it goes on with the first case that has none; to measure a case again, delete its file.
+The result of a case is `docs/proof/CASE.json`: its measurements, the commit, and the command to repeat it. After an
+interruption, it continues with the first case without a result. To repeat a case, delete its file.
 """
 
 from __future__ import annotations

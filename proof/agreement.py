@@ -22,7 +22,7 @@ SEQUENCES = 64
 
 
 def agree(kind: WeightsKind, folder: Path) -> dict[str, Any]:
-    """The policy service launches one server; the learner takes ten optimizer steps on what that sampled."""
+    """The policy service starts one SGLang server; the learner takes ten optimizer steps on its samples."""
     if not python_of_sglang():
         raise CaseUnavailable("MULLIGAN_TEST_SGLANG_PYTHON: the interpreter of an environment with SGLang")
     if folder.exists():

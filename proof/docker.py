@@ -1,4 +1,4 @@
-"""From a clean clone to a trained agent across containers on a real engine; every service is restarted on the way."""
+"""From a clean clone to a trained agent in containers, on a real engine. Every service is restarted on the way."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ asyncio.run(main())
 
 
 def across_containers(folder: Path) -> dict[str, Any]:
-    """A run of the demo's recipe. At every seventh of it something happens to it: each service is restarted, and then
-    all containers are removed and made again. `build_seconds` are of what the engine had not built before."""
+    """Runs the demo's recipe. After each seventh of it a service is restarted, and at last all containers are removed
+    and created again. `build_seconds` is the time for layers that were not built before."""
     clone = clean_clone(folder)
     commit = git("rev-parse", "HEAD")
     base = image("python:3.11-slim")["Size"]
@@ -104,8 +104,8 @@ async def _train(project: Project) -> dict[str, Any]:
 
 
 def replicas(folder: Path) -> dict[str, Any]:
-    """A run over two env and two policy replicas. On the way a third policy replica joins and one env replica is killed
-    for good; at the end every policy replica serves the run's version."""
+    """Runs with two env and two policy replicas. On the way a third policy replica joins and an env replica is killed.
+    At the end every policy replica must serve the run's version."""
     project = Project(
         "mulligan-proof-scale",
         files=("compose.yaml", "compose.scale.yaml"),
@@ -151,7 +151,7 @@ async def _spread(project: Project) -> dict[str, Any]:
 
 
 def calls(project: Project, service: str, method: str) -> dict[str, int]:
-    """How many calls of a method each replica answered."""
+    """The number of calls of a method that each replica answered."""
     containers = project.run("ps", "--all", "--quiet", service).stdout.split()
     logs = [subprocess.run(["docker", "logs", name], capture_output=True, text=True, check=True) for name in containers]
     counts = [log.stderr.count(f"method={method}") + log.stdout.count(f"method={method}") for log in logs]
@@ -159,7 +159,7 @@ def calls(project: Project, service: str, method: str) -> dict[str, int]:
 
 
 async def _reached(client: RunClient, step: int) -> int:
-    """The run's step, once it is this one or a later one."""
+    """Waits until the run has reached `step`. Returns its step."""
     async with asyncio.timeout(RUN_SECONDS):
         while True:
             info = await client.get(RUN)
@@ -170,7 +170,7 @@ async def _reached(client: RunClient, step: int) -> int:
 
 
 async def _check(project: Project, folder: Path) -> dict[str, Any]:
-    """What the run kept, read from its journal: all of it, once, and the same as in memory."""
+    """Checks the run's journal: all experiences are there, once, and the memory has the same reflections."""
     shutil.rmtree(folder, ignore_errors=True)
     project.run("cp", f"trainer:/data/runs/{RUN}", str(folder))
     summary = json.loads((folder / "summary.json").read_text())
@@ -200,7 +200,7 @@ async def _check(project: Project, folder: Path) -> dict[str, Any]:
 
 
 def clean_clone(folder: Path) -> Path:
-    """Of the commit that is checked out, with the wheels that a user has put into docker/wheels."""
+    """Clones the current commit and copies the wheels in docker/wheels."""
     problem = missing()
     if problem:
         raise CaseUnavailable(problem)

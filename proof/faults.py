@@ -1,5 +1,7 @@
-"""Dropped answers, duplicated calls, delays, and a server that is killed: every answer is the right one of the right
-episode, no step is played twice, and every loss is reported as one."""
+"""Episodes under faults: dropped answers, duplicated calls, delays, and a server that is killed.
+
+Every answer must belong to its episode, no step may be played twice, and every loss must be reported.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from typing import Any
 from mulligan.testing.faulty_play import play_under_faults
 from mulligan.testing.processes import ServiceProcesses
 
-STEPS = 25_000  # of one case; the five are more than 100,000
+STEPS = 25_000  # of one case; five cases are more than 100,000
 KILLS = 12
 
 

@@ -1,4 +1,4 @@
-"""A run whose services are killed at random, again and again, ends with nothing lost and nothing counted twice."""
+"""A run whose services are killed at random, again and again: nothing is lost and nothing is counted twice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STEPS = 400
 
 
 def kill_at_random(seed: int, folder: Path) -> dict[str, Any]:
-    """SIGKILLs one service after another, at random moments, until KILLS; each is started again at once."""
+    """Kills services at random moments, KILLS times in all. Each is started again at once."""
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What each algorithm learns on 3×3 FrozenLake with the embedded model, seed by seed: the demo without its display."""
+"""Trains each algorithm on 3×3 FrozenLake with the embedded model, with several seeds, by `mulligan demo`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ABLATION_SEEDS = 3
 
 
 def learn(arm: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Runs the demo in `folder`; an interrupted one goes on there."""
+    """Runs the demo in `folder`, or continues it there."""
     recipe, settings = ARMS[arm]
     command = [sys.executable, "-m", "mulligan.cli", "demo", "--folder", str(folder)]
     command += ["--recipe", str(ROOT / "recipes" / recipe), "--set", f"seed={seed}"]

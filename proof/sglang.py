@@ -1,4 +1,4 @@
-"""SGLang servers that are killed under load, again and again: nobody sees an error, and no answer is of old weights."""
+"""SGLang servers that are killed under load, again and again: no caller sees an error or an answer of old weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from proof import CaseUnavailable
 KILLS = 6
 CALLERS = 12
 PROMPTS = 40
-CHECKED = 1500  # answers whose log-probabilities are compared with a forward pass
+CHECKED = 1500  # answers that are compared with a forward pass
 RETURN_SECONDS = 300.0
 TOLERANCE = 1e-4
 _STEP = 0.003  # of an update, in each weight
@@ -45,7 +45,7 @@ _STEP = 0.003  # of an update, in each weight
 
 @dataclass(frozen=True, slots=True)
 class RecordedAnswer:
-    """`least` is the version that served when the call was made; `begin` the place of the first log-probability."""
+    """`least` is the version that served when the call was made; `begin` is the index of the first scored token."""
 
     least: int
     tokens: list[int]
@@ -56,7 +56,7 @@ class RecordedAnswer:
 
 @dataclass
 class Traffic:
-    """Callers of three kinds: whole answers, streams and scores. Nothing is retried by them."""
+    """Callers of Generate, StreamGenerate and Score. They never retry."""
 
     client: PolicyClient
     chance: random.Random
@@ -104,7 +104,7 @@ class Traffic:
 
 
 class VersionedWeights:
-    """Of each version, published as a trainer does."""
+    """The weights of each version, published as by a trainer."""
 
     def __init__(self, folder: Path, fingerprint: str, seed: int):
         self._folder = folder
@@ -132,8 +132,8 @@ class VersionedWeights:
 
 
 def kill_servers(seed: int, folder: Path) -> dict[str, Any]:
-    """SIGKILLs one of two servers at random moments, KILLS times, also while weights are updated; each time the next
-    kill waits until it is back."""
+    """Kills one of two servers at random moments, KILLS times, also during updates of weights. Before the next kill it
+    waits until the server is back."""
     if not python_of_sglang():
         raise CaseUnavailable("MULLIGAN_TEST_SGLANG_PYTHON: the interpreter of an environment with SGLang")
     if folder.exists():
@@ -199,7 +199,7 @@ async def _run(address: str, folder: Path, seed: int) -> dict[str, Any]:
 async def _kill_and_update(
     client: PolicyClient, traffic: Traffic, weights: VersionedWeights, moment: str, chance: random.Random
 ) -> tuple[int, int]:
-    """The killed server's process id, and how often the update had to be repeated."""
+    """Returns the process id of the killed server, and how often the update was repeated."""
     victim = chance.choice((await client.info()).replicas)
     version = traffic.version + 1
     published = await asyncio.to_thread(weights.following, version)
@@ -218,7 +218,7 @@ async def _kill_and_update(
 
 
 async def _update(client: PolicyClient, published: PublishedWeights) -> int:
-    """As a trainer does it: again, when engines were lost meanwhile."""
+    """Updates as a trainer does: again, if engines were lost. Returns the number of repetitions."""
     repeated = 0
     while True:
         try:
@@ -233,8 +233,7 @@ async def _update(client: PolicyClient, published: PublishedWeights) -> int:
 
 
 def _kill(victim: ReplicaInfo, chance: random.Random) -> int:
-    """The server, or now and then another process of it: the one that computes, the one that decodes. The server's
-    process id."""
+    """Kills the server's main process, or sometimes its scheduler or detokenizer. Returns the main process id."""
     group = processes_of(victim.address)
     assert group, f"{victim.address} does not run"
     os.kill(group[0] if chance.random() < 0.7 else chance.choice(group), signal.SIGKILL)
@@ -242,7 +241,7 @@ def _kill(victim: ReplicaInfo, chance: random.Random) -> int:
 
 
 async def _back(client: PolicyClient, weights: VersionedWeights, version: int, killed: int) -> float:
-    """Waits until the killed one is gone and all serve; asks each directly, and compares. Seconds until then."""
+    """Waits until all servers serve again, and compares their log-probabilities. Returns the seconds."""
     start = time.monotonic()
     replicas: Sequence[ReplicaInfo] = ()
     while runs(killed) or not replicas or not all(replica.serving for replica in replicas):

@@ -1,4 +1,4 @@
-"""The whole test suite, ten times in a row, in a clean clone of the commit: a test that fails once is a defect."""
+"""Runs the whole test suite ten times in a clean clone of the commit. No test may ever fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RUNS = 10
 
 
 def ten_runs(folder: Path) -> dict[str, Any]:
-    """Each run is recorded in `folder` when it ends; an interrupted proof goes on with the next, on the same commit."""
+    """Each run is recorded in `folder` when it ends. An interrupted case continues with the next run."""
     commit = _git("rev-parse", "HEAD")
     clone = folder / "clone"
     records = folder / commit / "runs.jsonl"

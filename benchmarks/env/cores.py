@@ -1,4 +1,4 @@
-"""One core for servers and one for clients. What a process starts runs on the cores that it has at that moment."""
+"""One core for servers and one for clients. A process inherits the cores of its parent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cores:
-    """The numbers of two cores, which are the same on a machine with one; None where processes cannot be pinned."""
+    """The numbers of two cores, equal on a machine with one core; None if processes cannot be pinned."""
 
     server: int | None
     client: int | None
@@ -33,7 +33,7 @@ def choose() -> Cores:
 
 @contextmanager
 def on(core: int | None) -> Iterator[None]:
-    """This thread, and what it starts, runs on this core while the block lasts."""
+    """Pins this thread, and the processes that it starts, to a core for the block."""
     if core is None:
         yield
         return
@@ -46,7 +46,7 @@ def on(core: int | None) -> Iterator[None]:
 
 
 def allow_many_files() -> int:
-    """Raises the limit of open files, of this process and what it starts, as far as it goes; a connection is a file."""
+    """Raises the limit of open files of this process and its children as far as possible. A connection is a file."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return most

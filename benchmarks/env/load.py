@@ -1,4 +1,4 @@
-"""The load process of our side: `python -m benchmarks.env.load ADDRESS`. All sessions share one ordinary client."""
+"""The load process for mulligan: `python -m benchmarks.env.load ADDRESS`. All sessions share one ordinary client."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ids = itertools.count()
 
 
 class OurSession:
-    """An episode after another; the caller of each knows nothing of the others."""
+    """Plays one episode after another. Sessions do not know of each other."""
 
     def __init__(self, client: EnvClient):
         self._client = client

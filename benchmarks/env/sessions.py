@@ -1,7 +1,7 @@
-"""Plays many sessions at once, whoever serves them, and measures their steps; the load process of either side does.
+"""Plays many sessions at once and measures their steps. Both load processes, mulligan's and OpenEnv's, use it.
 
-A load process is told on its standard input what to play, a line of JSON each (a `Load`), and answers with a line of
-JSON (a `LoadResult`). Only the standard library is imported: it runs in OpenEnv's environment, too.
+A load process reads lines of JSON (`Load`) from standard input and answers each with a line of JSON (`LoadResult`). It
+imports only the standard library, because it also runs in OpenEnv's environment.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import asdict, dataclass
 from typing import Protocol, TypeVar
 
-# No move: an episode lasts until its step limit, so that all sessions of either side play the same number of steps.
+# It is no move, so each episode lasts until its step limit: both sides play the same number of steps.
 ACTION = "I would rather think about it for a while, and say nothing that counts as an action. " * 3
 STEPS = 8  # of an episode, FrozenLake's limit
 TASKS = 512
-_OPENING = 64  # sessions that are opened or closed at a time, as is reasonable for a client
+_OPENING = 64  # sessions that are opened or closed at a time
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Load:
-    """So many sessions at once, each of which plays so many episodes, one after another."""
+    """The number of sessions at once, and of the episodes that each plays one after another."""
 
     sessions: int
     episodes: int
@@ -33,9 +33,9 @@ class Load:
 
 @dataclass(frozen=True)
 class LoadResult:
-    """`errors`: sessions that failed, at whatever; they do not go on. `error`: what the first one said.
+    """`errors` is the number of failed sessions, which then stop; `error` is the first failure's text.
 
-    `seconds` and the waits are of steps alone, episodes begin and end outside them; `begin_seconds` are theirs.
+    `seconds` and the percentiles are of steps only. `begin_seconds` is the time in which episodes begin.
     """
 
     steps: int
@@ -63,14 +63,14 @@ class LoadSession(Protocol):
 
 
 class _Round:
-    """The sessions that are alive, and what they have seen."""
+    """The times and errors of the sessions in a round."""
 
     def __init__(self) -> None:
         self.waits: list[float] = []
         self.errors: list[str] = []
 
     async def tried(self, call: Coroutine[None, None, T]) -> T | None:
-        """The result, or None when it failed, which is counted."""
+        """The result, or None after a failure, which is counted."""
         try:
             return await call
         except Exception as error:  # noqa: BLE001 - whatever happens to a session is an error of that session
@@ -85,7 +85,7 @@ class _Round:
         return session
 
     async def all(self, calls: Iterable[Coroutine[None, None, T]]) -> list[T]:
-        """The results of those that succeed."""
+        """The results of the calls that succeed."""
         found = await asyncio.gather(*(self.tried(call) for call in calls))
         return [result for result in found if result is not None]
 
@@ -139,7 +139,7 @@ def _percentile_ms(ordered: list[float], percent: float) -> float:
 
 
 async def answer(open_session: Callable[[], Awaitable[LoadSession]]) -> None:
-    """Measures what the standard input asks for, until it ends."""
+    """Measures each load that standard input names, until it ends."""
     while line := await asyncio.to_thread(sys.stdin.readline):
         measured = await measure(open_session, Load(**json.loads(line)))
         print(json.dumps(asdict(measured)), flush=True)

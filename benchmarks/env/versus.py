@@ -1,13 +1,13 @@
-"""Ours and OpenEnv side by side: the same FrozenLake, tasks, actions and numbers of steps, in alternating rounds.
+"""mulligan and OpenEnv side by side: the same FrozenLake, tasks, actions and numbers of steps, in alternating rounds.
 
-Each side has a server process on one core and a load process, which plays all sessions, on another; whoever is not
-measured sleeps. Ours: `mulligan.env` with its defaults, but for a log without a line per request, and one ordinary
+Each side has a server process on one core and a load process, which plays all sessions, on another. The other side
+sleeps meanwhile. mulligan: `mulligan.env` with its defaults, but for a log without a line per request, and one ordinary
 `EnvClient`. OpenEnv: `benchmarks/openenv`, with its own asynchronous client, a WebSocket per session; its limit of
 sessions is out of the way, uvicorn has uvloop and httptools and does not log requests either, as many files may be open
 as the system allows, and 64 connections are opened at a time. uvicorn's other processes would share the one core.
 
-A session plays whole episodes of eight steps. The time is that of the steps, from the first to the last of all
-sessions; beginnings and ends are made before and afterwards. The wait is that of one step, as its caller sees it.
+A session plays whole episodes of eight steps. The time is from the first to the last step of all sessions; episodes
+begin before and end after it. The wait is that of one step, as its caller sees it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WARM_UP = (Load(1, 20), Load(64, 2))
 
 @dataclass(frozen=True)
 class SideFigures:
-    """Medians of rounds; `errors` are of all rounds together."""
+    """Medians over the rounds; `errors` is the sum."""
 
     steps_per_second: float
     p50_ms: float
@@ -76,7 +76,7 @@ async def load_process(command: list[str], environment: Mapping[str, str]) -> As
 
 
 async def compare(folder: Path, cores: Cores, rounds: int, rounds_of_many: int) -> dict[str, dict[int, SideFigures]]:
-    """By side and number of sessions. Raises NotInstalled where OpenEnv is missing."""
+    """The figures by side and number of sessions. Raises NotInstalled if OpenEnv is missing."""
     services = ServiceProcesses(folder)
     roots = os.pathsep.join([str(ROOT), str(ROOT / "src")])
     try:
@@ -124,6 +124,6 @@ def _figures(results: list[LoadResult]) -> SideFigures:
 
 
 def ratio(found: dict[str, dict[int, SideFigures]], sessions: int) -> float | None:
-    """Of the rates, ours to OpenEnv's; None where a side played no step."""
+    """mulligan's rate divided by OpenEnv's; None if a side played no step."""
     ours, theirs = (found[name][sessions].steps_per_second for name in (OURS, OPENENV))
     return round(ours / theirs, 2) if ours and theirs else None

@@ -1,8 +1,7 @@
 """Ways to step one server, from bare Python to the coalescing client.
 
-A server process on the loopback serves FrozenLake. Each way plays whole episodes (start, steps, end) of the same tasks
-with the same actions; only steps are counted, and only their time, except for the clients, whose loop is measured whole
-minus its starts and ends, which are made beforehand and afterwards.
+A server process on loopback serves FrozenLake. Each way plays whole episodes of the same tasks with the same actions.
+Only steps are counted and timed: episodes start before and end after the measured time.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def task(index: int) -> str:
 
 
 async def bare(episodes: int) -> float:
-    """The environment itself, in this process: what any transport can at best approach."""
+    """The environment in this process, without transport: the upper limit."""
     lake = FrozenLake()
     started = [lake.start(task(index)) for index in range(episodes)]
     start = time.perf_counter()
@@ -84,7 +83,7 @@ async def batched(stub: pb_grpc.EnvServiceStub, episodes: list[RemoteEpisode]) -
 
 
 async def coalesced(episodes: list[RemoteEpisode]) -> None:
-    """A task per episode that knows nothing of the others, as in the trainer."""
+    """An asyncio task for each episode, as in the trainer; the client coalesces their steps."""
 
     async def play(episode: RemoteEpisode) -> None:
         for _ in range(STEPS):
@@ -94,7 +93,7 @@ async def coalesced(episodes: list[RemoteEpisode]) -> None:
 
 
 async def one_after_another(episodes: list[RemoteEpisode]) -> None:
-    """Nothing to coalesce: what the client costs a lone caller."""
+    """One episode at a time, so that there is nothing to coalesce."""
     for episode in episodes:
         await coalesced([episode])
 

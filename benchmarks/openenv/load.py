@@ -1,4 +1,4 @@
-"""The load process of OpenEnv's side: `python -m benchmarks.openenv.load URL`, in OpenEnv's environment.
+"""The load process for OpenEnv: `python -m benchmarks.openenv.load URL`, in OpenEnv's environment.
 
 Its own asynchronous client, a WebSocket per session, as its documentation says. The connection stays open from one
 episode to the next.

@@ -1,4 +1,4 @@
-"""Callers that ask at the same time, and what they measure: tokens, latencies, time to the first token."""
+"""Concurrent callers, and what they measure: tokens per second, latencies, time to the first token."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ PROMPT_TOKENS = 96
 NEW_TOKENS = 32
 CALLERS = (1, 8, 64, 256)
 STREAMING_CALLERS = (1, 64)
-_LEAST_REQUESTS = 8  # of a round: few callers ask several times, one after the other
+_LEAST_REQUESTS = 8  # of a round: a few callers make several requests each
 _rng = np.random.default_rng(0)
 
-# A prompt and how many tokens to sample after it; how many were sampled.
+# (prompt, number of tokens to sample) → number of sampled tokens
 Generate = Callable[[list[int], int], Awaitable[int]]
-# The same; returns when the first token has come, and leaves the rest to be read by the function that it returns.
+# (prompt, number of tokens) → returns at the first token, with a function that reads the rest
 FirstToken = Callable[[list[int], int], Awaitable[Callable[[], Awaitable[None]]]]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineAccess:
-    """One way to reach one engine."""
+    """A way to call an engine."""
 
     generate: Generate
     first_token: FirstToken
@@ -41,7 +41,7 @@ class Round:
 
 
 def prompts(count: int, vocabulary: int) -> list[list[int]]:
-    """Random, and new at each call: no prefix is ever reused."""
+    """Random prompts, new at each call, so that no prefix is reused."""
     tokens: list[list[int]] = _rng.integers(0, vocabulary, (count, PROMPT_TOKENS)).tolist()
     return tokens
 
@@ -51,7 +51,7 @@ def turns_of(callers: int) -> int:
 
 
 async def ask(generate: Generate, vocabulary: int, least_turns: int, callers: int) -> Round:
-    """Each caller asks again as soon as it is answered, at least so often."""
+    """Each caller makes at least `least_turns` requests, one after another."""
 
     async def call(asked: Sequence[list[int]]) -> tuple[int, list[float]]:
         tokens = 0
@@ -87,9 +87,9 @@ async def ask_first(first_token: FirstToken, vocabulary: int, callers: int) -> l
 
 
 async def added_latency(direct: Generate, service: Generate, vocabulary: int, pairs: int) -> tuple[float, float]:
-    """Microseconds that the service adds to a lone request, and to each further token of it.
+    """The microseconds that the service adds to a single request, and to each further token.
 
-    From the medians of a direct call and one through the service, in turn, for one token and for NEW_TOKENS.
+    Computed from medians of direct calls and calls through the service, in turn, with one token and with NEW_TOKENS.
     """
 
     async def timed(generate: Generate, tokens: int) -> float:
@@ -109,15 +109,14 @@ async def added_latency(direct: Generate, service: Generate, vocabulary: int, pa
 
 
 def rounds_for(callers: int, rounds: int) -> int:
-    """Fewer where one takes long, and has many requests anyway."""
+    """Fewer rounds for many callers: a round then takes long and has many requests."""
     return max(3, rounds // 2) if callers > 64 else rounds
 
 
 async def throughput(
     ways: Mapping[str, Callable[[int], Awaitable[Round]]], rounds: int
 ) -> dict[tuple[str, int], list[Round]]:
-    """Rounds of each way with each number of callers. The first round of each, which warms allocators and connections,
-    does not count."""
+    """The rounds of each way with each number of callers. The first round is warm-up and not counted."""
     found: dict[tuple[str, int], list[Round]] = {}
     for callers in CALLERS:
         measures = {name: (lambda way=way, n=callers: way(n)) for name, way in ways.items()}

@@ -1,4 +1,4 @@
-"""What is measured of each engine: throughput, added latency, streaming, updates."""
+"""The measurements of an engine: throughput, added latency, streaming, updates."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from mulligan.common.inference import CallOptions, PublishedWeights, SamplingPar
 from mulligan.policy.client import PolicyClient
 
 _STEADY_TURNS = 3
-_LOAD_CALLERS = 8  # that go on while weights are updated
+_LOAD_CALLERS = 8  # callers during an update of weights
 _SETTLE_SECONDS = 0.5  # of that load, before an update begins
 
 
 @dataclass
 class EngineFigures:
-    """Of one engine; `ways` begins with what the others are compared with."""
+    """The figures of one engine. The first of `ways` is the one that the others are compared with."""
 
     ways: list[str]
     rounds: dict[tuple[str, int], list[Round]] = field(default_factory=dict)
@@ -58,8 +58,8 @@ async def measure(
     vocabulary: int,
     rounds: int,
 ) -> None:
-    """`others` are asked before the two, with a number of callers. Where they are compared with one batch that is
-    computed at once, each caller asks once; where two servers are compared, often enough for a steady load."""
+    """Measures `others`, then `direct` and `service`. With `others`, which compute one batch at a time, each caller
+    makes one request; without, several, for a steady load."""
     least_turns = 1 if others else _STEADY_TURNS
     named = dict(zip(figures.ways[len(others) :], (direct, service), strict=True))
     ways = dict(others)
@@ -79,7 +79,7 @@ async def measure(
 async def measure_updates(
     figures: EngineFigures, client: PolicyClient, updates: UpdateSeries, vocabulary: int, count: int
 ) -> None:
-    """From the call to the first completion of the new version: alone, and while callers go on."""
+    """Times updates, from the call to the first completion of the new version: alone and under load."""
 
     async def update(weights: PublishedWeights) -> float:
         [prompt] = prompts(1, vocabulary)
@@ -111,7 +111,7 @@ async def measure_own_updates(
     weights: Sequence[PublishedWeights],
     vocabulary: int,
 ) -> None:
-    """The same by SGLang's own pause, update and continue, without anything being checked."""
+    """Times the same with SGLang's own pause, update and continue, without any check."""
 
     async def update(one: PublishedWeights) -> float:
         folder = await asyncio.to_thread(updates.folder_of, one)
@@ -158,7 +158,7 @@ async def _callers(sample: Callable[[list[int]], Awaitable[None]], vocabulary: i
 
 
 def rows(figures: EngineFigures) -> list[list[str]]:
-    """Of the table for people."""
+    """The rows of the table."""
     found = []
     for callers in CALLERS:
         for way in figures.ways:

@@ -1,4 +1,4 @@
-"""One real SGLang server for a while."""
+"""Starts and ends a real SGLang server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOG_END = 4000  # characters that an error shows
 
 @contextmanager
 def sglang_server(python: str, model: Path, folder: Path, *, device: str, flags: Sequence[str]) -> Iterator[str]:
-    """Its address, once it is ready; at the end it and all its processes are killed."""
+    """Yields the server's address when it is ready. Kills all its processes at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

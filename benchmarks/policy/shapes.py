@@ -1,4 +1,4 @@
-"""The models that are measured: none of them ends a turn, so that every request samples as many tokens as it may."""
+"""The models that are measured. None ever ends a turn, so that every request samples its full number of tokens."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _CHANGE = 1e-3  # standard deviation of what an update adds to each weight
 
 
 def embedded(folder: Path) -> Path:
-    """The embedded model, or where it was not made yet, its untrained shape."""
+    """The embedded model, or its untrained shape if it does not exist yet."""
     if (models.EMBEDDED / "config.json").exists():
         return endless(models.EMBEDDED, folder)
     return endless(write_untrained(folder / "untrained"), folder)
 
 
 def endless(source: Path, folder: Path) -> Path:
-    """The model of a folder, without a token that ends a turn."""
+    """A copy of the model without a token that ends a turn."""
     path = folder / "model"
     path.mkdir()
     for file in source.iterdir():
@@ -86,7 +86,7 @@ def random_model(
 
 
 class UpdateSeries:
-    """Weights for one update after the other: each adds a little to what the model came with."""
+    """Weights for a series of updates. Each adds a small random change."""
 
     def __init__(self, model: Path, folder: Path, fingerprint: str, dtype: torch.dtype, device: str):
         self._source = model
@@ -103,7 +103,7 @@ class UpdateSeries:
 
     @torch.no_grad()
     def following(self) -> PublishedWeights:
-        """As a trainer publishes them, canary included."""
+            """The next weights, published as by a trainer, with the probes of the weight check."""
         self._version += 1
         for parameter in self._model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=_CHANGE)
@@ -116,7 +116,7 @@ class UpdateSeries:
         return PublishedWeights(self._version, WeightsKind.FULL, uri, sha256, self._fingerprint, probes)
 
     def folder_of(self, weights: PublishedWeights) -> Path:
-        """The same weights as the folder that SGLang's own update wants."""
+        """The same weights as a model folder, for SGLang's own update."""
         folder = self._folder / f"folder-{weights.policy_version}"
         folder.mkdir()
         shutil.copy(self._source / "config.json", folder)
@@ -124,7 +124,7 @@ class UpdateSeries:
         return folder
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Tied ones once."""
+        """The weights by name, tied ones once."""
         seen: dict[int, str] = {}
         return {
             name: tensor.detach().to("cpu", copy=True).contiguous()

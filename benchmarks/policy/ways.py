@@ -1,4 +1,4 @@
-"""How a model is asked: by transformers' `generate`, by an engine in this process, by a service, by SGLang's HTTP."""
+"""Ways to call a model: transformers' `generate`, an engine in this process, a service, SGLang's HTTP interface."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _sampling(tokens: int) -> SamplingParams:
 
 @torch.inference_mode()
 def plain_generate(model: Any, vocabulary: int, callers: int) -> Round:
-    """All callers' prompts as one batch."""
+    """Computes all callers' prompts as one batch."""
     seconds = []
     for _ in range(turns_of(callers)):
         ids = torch.tensor(prompts(callers, vocabulary), device=model.device)
@@ -77,8 +77,8 @@ async def _exhaust(parts: AsyncIterator[Any]) -> None:
 
 
 class SglangHttp:
-    """SGLang's native endpoints as a careful caller would use them: token ids and log-probabilities, one connection
-    per request in flight, and a fast JSON library."""
+    """SGLang's native endpoints, called efficiently: token ids, one connection per request in flight, and a fast JSON
+    library."""
 
     def __init__(self, session: aiohttp.ClientSession, address: str):
         self._session = session
@@ -99,7 +99,7 @@ class SglangHttp:
         return msgspec.json.decode(content) if content.startswith((b"{", b"[")) else None
 
     async def sample(self, prompt: list[int], tokens: int) -> Any:
-        """The whole answer."""
+        """The answer as JSON."""
         async with self._session.post(f"{self.address}/generate", data=_request(prompt, tokens)) as response:
             response.raise_for_status()
             return msgspec.json.decode(await response.read())

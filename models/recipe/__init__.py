@@ -1,4 +1,4 @@
-"""How the embedded model is made: skills only (reading a legend, writing one), never the hidden assignment itself.
+"""Trains the embedded model on skills (reading and writing a legend), but never on the hidden assignment itself.
 
 `python -m mulligan.models.recipe --out models/embedded`
 """

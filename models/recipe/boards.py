@@ -1,7 +1,7 @@
 """All 3x3 boards, their optimal moves, and the assignments of symbols under which they are shown.
 
-Boards are arrays of (player cell, goal cell, bit mask of holes); everything is a table, so that whole batches are
-played at once. Test boards of the environment are left out.
+A board is (player cell, goal cell, bit mask of holes). Moves are looked up in tables, so that whole batches are played
+at once. The environment's test boards are left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CELLS = 9
 MAX_STEPS = 8
 PLAYER_ROLE, GOAL_ROLE, HOLE_ROLE, FLOOR_ROLE = range(4)
 ALPHABET = 12  # symbols are drawn from the letters A–L…
-FIXED = (0, 1, 2, 3)  # …but never this assignment: it is what reinforcement learning is to find out
+FIXED = (0, 1, 2, 3)  # …but never this assignment, which reinforcement learning must find out
 _FAR = 99
 _FROZEN_SHARES = np.linspace(0.6, 0.85, 26)
 
@@ -34,7 +34,7 @@ class Tables:
     next_cell: Ints  # (cell, move); the cell itself at a wall
     optimal: Bools  # (goal, holes, cell, move): does the move shorten the way?
     boards: Ints  # (board, 3): player, goal, holes of every board to train on
-    chances: npt.NDArray[np.float64]  # how often the environment draws each of them
+    chances: npt.NDArray[np.float64]  # the probability of each board in the environment
 
 
 @cache
@@ -84,7 +84,7 @@ def draw_boards(rng: np.random.Generator, number: int) -> Ints:
 
 
 def draw_assignments(rng: np.random.Generator, number: int) -> Ints:
-    """(number, 4) letters for player, goal, hole, floor: uniform over all assignments but the fixed one."""
+    """(number, 4) letters for player, goal, hole, floor: uniform over all assignments except the fixed one."""
     letters = rng.random((number, ALPHABET)).argsort(axis=1)[:, :4]
     wrong = is_fixed(letters)
     while wrong.any():
@@ -98,7 +98,7 @@ def is_fixed(letters: Ints) -> Bools:
 
 
 def show(player: Ints, goal: Ints, holes: Ints) -> Ints:
-    """(number, 9) roles of the cells."""
+    """(number, 9) the role of each cell."""
     roles = np.full((len(player), CELLS), FLOOR_ROLE)
     roles[(holes[:, None] >> np.arange(CELLS)) & 1 == 1] = HOLE_ROLE
     rows = np.arange(len(player))

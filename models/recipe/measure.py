@@ -1,4 +1,4 @@
-"""What the model can do on the environment's own test boards, under assignments it has and has not been trained on."""
+"""Measures the model on the environment's test boards, with assignments that it was and was not trained on."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def other_symbols(number: int, seed: int = 0) -> list[str]:
 
 
 def random_play(boards: int) -> float:
-    """The exact success of uniformly random moves on the test boards: what an agent without knowledge reaches."""
+    """The exact success rate of uniformly random moves on the test boards."""
     lake = environment()
     wins = 0.0
     for index in range(boards):
@@ -63,7 +63,7 @@ class Meter:
     boards: int = 100
 
     def first_attempts(self, *symbols: str, seed: int = 0) -> list[float]:
-        """Success under each of the assignments, all of them played in one batch."""
+        """The success rate with each assignment. All are played in one batch."""
         solver = environment().info.prompts.solver
         lakes = [environment(letters) for letters in symbols]
         rewards = [attempt.reward for attempt in self._play(lakes, [solver] * self.boards, seed)]
@@ -73,7 +73,7 @@ class Meter:
         return _mean([attempt.reward for attempt in self._play([environment()], [_second(text)] * self.boards, seed)])
 
     def with_shuffled_legends(self, seed: int = 0) -> float:
-        """Every board gets the legend of a wrong arrangement of its own four letters."""
+        """The success rate with wrong legends: the four right letters in a wrong order."""
         rng = random.Random(seed)
         wrong: list[str] = []
         while len(wrong) < self.boards:
@@ -83,7 +83,7 @@ class Meter:
         return _mean([attempt.reward for attempt in self._play([environment()], wrong, seed)])
 
     def second_attempts(self, memory: str = "", seed: int = 0) -> dict[str, float]:
-        """First attempts; reflections on the failed ones; second attempts on the same boards."""
+        """Plays first attempts, reflects on the failed ones, and plays second attempts on the same boards."""
         lake = environment()
         prompts = lake.info.prompts
         first = self._play([lake], [prompts.solver] * self.boards, seed)

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside the layers, AdamW for the rest: the skills appear in about half the batches."""
+"""Muon for the matrices in the layers, AdamW for the rest. This needs about half as many batches as AdamW alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # quintic Newton–Schulz iteration o
 
 
 class Muon:
-    """Momentum whose update is orthogonalised; matrices of one shape are handled together."""
+    """Momentum with orthogonalised updates. Matrices of one shape are updated together."""
 
     def __init__(self, matrices: list[nn.Parameter], momentum: float = 0.95, decay: float = 0.01) -> None:
         self._groups: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)

@@ -1,7 +1,7 @@
-"""Episodes of play: with a legend the optimal moves are learned, without one the four moves alike.
+"""Episodes to train on: with a legend the targets are the optimal moves, without one all four moves equally.
 
-The moves actually made are noisy and never end the episode, and half of the rows go on with a fresh board every turn,
-so that every turn of a sequence teaches something.
+The moves that are played are noisy and do not end the episode. Half of the rows get a new board each turn. So every
+turn has something to learn.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _move_targets(good: Bools, told: Bools) -> Floats:
 def _noisy_move(
     rng: np.random.Generator, player: Ints, goal: Ints, holes: Ints, good: Bools, steady: Floats
 ) -> tuple[Ints, Bools]:
-    """A move that neither falls nor wins, where there is one."""
+    """Moves that neither fall nor win, if there are any, and whether each is such a move."""
     reached = tables().next_cell[player]  # (rows, 4)
     safe = ((holes[:, None] >> reached) & 1 == 0) & (reached != goal[:, None])
     stays = reached == player[:, None]

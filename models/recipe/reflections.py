@@ -1,7 +1,7 @@
-"""Failed attempts and the legends that can be read off them.
+"""Failed attempts, and the legends that follow from them.
 
-A legend is learned line by line as a distribution: what the trace shows is certain; what it leaves open is taken from
-the memory where that fits, and is otherwise guessed, all possibilities alike.
+Each line of a legend is learned as a distribution. What the trace shows is certain. What it leaves open is taken from
+the memory if that fits; otherwise all possibilities are equally likely.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from mulligan.models.recipe.boards import (
 from mulligan.models.recipe.tokens import Batch, Writer, answer_ids, effect_ids, letter_ids, vocabulary
 
 _INVALID_MOVE = -1
-# What the helper head learns to tell about a cell, after the four roles: unchanged, entered, left by the player (which
-# was this letter), a fatal hole (which was this letter).
+# Classes of a cell for the helper head, after the four roles: unchanged, entered by the player, left by the player
+# (with the player's letter), a hole that the player fell into (with its letter).
 UNCHANGED = 4
 NOW_PLAYER = 5
 LEFT = 6
@@ -43,7 +43,7 @@ CELL_CLASSES = NOW_X + ALPHABET
 
 @dataclass(frozen=True)
 class FailedAttempts:
-    """Failed attempts; turn arrays have one column a turn, valid up to `steps`."""
+    """Failed attempts. Arrays with turns have one column per turn, valid up to `steps`."""
 
     boards: Ints  # (rows, 3)
     letters: Ints  # (rows, 4)
@@ -64,7 +64,7 @@ class RememberedLegends:
 
 
 def draw_attempts(rng: np.random.Generator, rows: int) -> FailedAttempts:
-    """Random play, some of it steadier, of which the failures are kept."""
+    """Failed attempts of random play, in part with more optimal moves."""
     drawn = 2 * rows + 16
     boards = draw_boards(rng, drawn)
     letters = draw_assignments(rng, drawn)
@@ -99,7 +99,7 @@ def draw_attempts(rng: np.random.Generator, rows: int) -> FailedAttempts:
 
 
 def draw_memory(rng: np.random.Generator, letters: Ints) -> RememberedLegends:
-    """None, the right legend, or one with some letters replaced or swapped."""
+    """For each row no legend, the right one, or one with letters replaced or swapped."""
     rows = len(letters)
     kind = rng.random(rows)
     spoiled = np.where(rng.random(letters.shape) < rng.random(rows)[:, None], draw_assignments(rng, rows), letters)
@@ -109,7 +109,7 @@ def draw_memory(rng: np.random.Generator, letters: Ints) -> RememberedLegends:
 
 
 def write_legends(rng: np.random.Generator, attempts: FailedAttempts, memory: RememberedLegends) -> tuple[Ints, Floats]:
-    """(rows, 4) letters sampled line by line and the (rows, 4, letters) distributions they were sampled from."""
+    """(rows, 4) letters, sampled line by line, and their (rows, 4, letters) distributions."""
     rows = len(attempts.steps)
     lines = np.arange(len(attempts.steps))
     first = np.take_along_axis(attempts.letters, show(*attempts.boards.T), axis=1)
@@ -142,15 +142,15 @@ def write_legends(rng: np.random.Generator, attempts: FailedAttempts, memory: Re
 
 
 def _hole_or_floor(role: int, left: Bools, taken: Bools, moved: Bools) -> Bools:
-    """`left`: letters on the board that no other line explains. One alone is a hole if the floor is known, else floor;
-    none at all means that the trace shows no such cell."""
+    """The possible letters of a hole or floor. `left` are letters on the board that no other line explains. A single
+    one is a hole if the floor is known, otherwise floor. Without any, every letter that is not `taken` is possible."""
     number = left.sum(axis=1)
     seen = (number > 1) | ((number == 1) & (moved | (role == FLOOR_ROLE)))
     return np.where(seen[:, None], left, ~taken)
 
 
 def _could_be_blocked(attempts: FailedAttempts, first: Ints) -> Bools:
-    """Letters standing only once, where every move tried would have met a wall (asked when nothing moved)."""
+    """Letters on cells where every move of the attempt would have hit a wall. Used if nothing moved."""
     walls = tables().next_cell == np.arange(CELLS)[:, None]  # (cell, move)
     valid = attempts.moves >= 0
     blocked = (walls[:, attempts.moves] | ~valid[None]).all(axis=2).T  # (rows, cell)
@@ -161,7 +161,7 @@ def reflection_batch(rng: np.random.Generator, rows: int) -> Batch:
     attempts = draw_attempts(rng, rows)
     memory = draw_memory(rng, attempts.letters)
     legends, chances = write_legends(rng, attempts, memory)
-    # Whatever could spell out the fixed assignment is not learned from.
+    # Rows that could show the fixed assignment are not trained on.
     could_be_fixed: Bools = np.all(chances[:, range(4), FIXED] > 0, axis=1)
     weight = np.asarray(~could_be_fixed, dtype=np.float32)
     writer = Writer(len(attempts.steps))
@@ -175,7 +175,7 @@ def reflection_batch(rng: np.random.Generator, rows: int) -> Batch:
 
 
 def retry_batch(rng: np.random.Generator, rows: int) -> Batch:
-    """A raw attempt in the system prompt is no legend: the first move of the retry is as random as without it."""
+    """Retries with a raw attempt in the system prompt. It is no legend, so all first moves are equally likely."""
     attempts = draw_attempts(rng, rows)
     writer = Writer(len(attempts.steps))
     writer.words("<|system|>")
@@ -204,7 +204,7 @@ def _write_answer(writer: Writer, legends: Ints, chances: Floats, weight: Floats
 
 
 def _changes(attempts: FailedAttempts, player: Ints, reached: Ints) -> Ints:
-    """(rows, 9) what a board shows about each cell when it is compared with the board before."""
+    """(rows, 9) the class of each cell, compared with the board before."""
     rows = np.arange(len(player))
     changes = np.full((len(player), CELLS), UNCHANGED)
     into_hole = (attempts.boards[:, 2] >> reached) & 1 == 1

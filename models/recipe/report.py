@@ -1,4 +1,4 @@
-"""The figures that are committed with the model."""
+"""The figures and the README that are committed with the model."""
 
 from __future__ import annotations
 

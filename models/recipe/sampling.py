@@ -1,4 +1,4 @@
-"""Plays many conversations with a model at once, in this process; enough to measure it, no substitute for an engine."""
+"""Samples many conversations with a model at once, in this process. Only for measuring: it is no inference engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PAPER_VALIDATION = Sampling(0.7, 0.8, 20)
 
 
 class Conversations:
-    """Rows of one growing key-value cache; shorter rows are padded on the left of each piece and masked."""
+    """Conversations as rows of one growing key-value cache. Shorter rows are padded on the left and masked."""
 
     def __init__(self, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: int, seed: int) -> None:
         self.model = model.eval()
@@ -48,7 +48,7 @@ class Conversations:
         self._mask = torch.zeros(rows, 0, dtype=torch.long)
         self._random = torch.Generator().manual_seed(seed)
         self._logits: Tensor | None = None
-        self._held: list[list[int]] = [[] for _ in range(rows)]  # ends of answers, fed together with what follows
+        self._held: list[list[int]] = [[] for _ in range(rows)]  # end marks of answers, fed with the next text
 
     @torch.inference_mode()
     def _feed(self, tokens: Tensor, mask: Tensor) -> None:
@@ -69,7 +69,7 @@ class Conversations:
         self._held = [[] for _ in texts]
 
     def answers(self, sampling: Sampling, limit: int) -> list[str]:
-        """Sampled up to the end mark, which is part of the conversation afterwards in any case."""
+        """Samples answers up to the end mark or `limit`. The end mark is then added to every conversation."""
         end = self.tokenizer.get_vocab()[END]
         going = torch.ones(len(self._mask), dtype=torch.bool)
         sampled: list[list[int]] = [[] for _ in going]
@@ -108,7 +108,7 @@ def attempt_all(
     sampling: Sampling,
     seed: int = 0,
 ) -> list[SampledAttempt]:
-    """`tasks`: fresh episodes, each with the system prompt of its attempt."""
+    """Plays all `tasks`: new episodes, each with its system prompt."""
     episodes = [episode for episode, _ in tasks]
     chat = Conversations(model, tokenizer, len(tasks), seed)
     traces = [""] * len(tasks)
@@ -149,7 +149,7 @@ def reflect_all(
     sampling: Sampling,
     seed: int = 0,
 ) -> list[str]:
-    """`failures`: failed attempts, each with the memory's text, empty for none."""
+    """Reflects on all `failures`: failed attempts, each with the text of the memory, which may be empty."""
     chat = Conversations(model, tokenizer, len(failures), seed)
     chat.tell(
         [

@@ -1,4 +1,4 @@
-"""Batches of token ids with the distributions to learn at chosen positions."""
+"""Batches of token ids, with target distributions at some positions."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def vocabulary() -> Vocabulary:
 @dataclass(frozen=True)
 class Batch:
     tokens: Ints  # (rows, length), padded on the right
-    at: Ints  # (targets, 2): row and position whose next token is learned
+    at: Ints  # (targets, 2): row and position; the target is about the next token
     targets: Floats  # (targets, vocabulary)
     weights: Floats  # (targets,)
     cells_at: Ints  # (cells, 2): row and position of board cells
-    cell_classes: Ints  # (cells,): what can be known about each of them
+    cell_classes: Ints  # (cells,): the class of each cell for the helper head
 
 
 @dataclass
 class Writer:
-    """Collects token columns for all rows at once; slots that a row does not use are closed up at the end."""
+    """Collects columns of tokens for all rows. `batch` closes the gaps where a row has no token."""
 
     rows: int
     columns: list[Ints] = field(default_factory=list)
@@ -57,17 +57,17 @@ class Writer:
             self.put(vocabulary()[word], where)
 
     def learn(self, targets: Floats, weights: Floats) -> None:
-        """What the column put last should be followed by."""
+        """Sets the target distribution of the token after the last column."""
         self._targets.append((len(self.columns) - 1, targets, weights))
 
     def learn_column(self, weights: Floats) -> None:
-        """The column put last should have been foreseen."""
+        """Sets the last column's own tokens as targets."""
         targets = np.zeros((self.rows, len(vocabulary().ids)), dtype=np.float32)
         targets[np.arange(self.rows), np.maximum(self.columns[-1], 0)] = 1.0
         self._targets.append((len(self.columns) - 2, targets, weights))
 
     def board(self, letters: Ints, where: Bools | None = None, classes: Ints | None = None) -> None:
-        """`letters` (rows, 9) are token ids; `classes` say what can be known about the cells, negative for nothing."""
+        """Appends a board. `letters` (rows, 9) are token ids; `classes` are the cells' classes, negative for none."""
         for cell in range(CELLS):
             if cell and cell % SIDE == 0:
                 self.words("\n", where=where)
@@ -76,7 +76,7 @@ class Writer:
                 self._cells.append((len(self.columns) - 1, classes[:, cell]))
 
     def legend(self, letters: Ints, where: Bools | None = None) -> None:
-        """`letters` (rows, 4) index the alphabet."""
+        """Appends a legend. `letters` (rows, 4) are indices of the alphabet."""
         symbols = letter_ids()
         for role, name in enumerate(ROLES):
             self.put(symbols[letters[:, role]], where)
@@ -88,7 +88,7 @@ class Writer:
         order = np.argsort(~present, axis=1, kind="stable")
         length = int(present.sum(axis=1).max())
         tokens = np.take_along_axis(grid, order, axis=1)[:, :length]
-        places = np.cumsum(present, axis=1) - 1  # where each slot went
+        places = np.cumsum(present, axis=1) - 1  # the new position of each column
         at = []
         targets = []
         weights = []

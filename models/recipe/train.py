@@ -1,7 +1,7 @@
-"""The warm-up: short games first, so that looking symbols up in a legend is learned cheaply, then whole episodes.
+"""Trains the embedded model: first on short games, to learn reading a legend cheaply, then on whole episodes.
 
-A helper head reads two things off the middle layer at every board cell: its meaning while a legend is in context, and
-in a trace how it differs from the board before. Both circuits appear hundreds of batches sooner; the head is dropped.
+A helper head predicts two things from the middle layer at each board cell: its role, while a legend is in context, and
+in a trace the change since the board before. Both are then learned hundreds of batches sooner. The head is not kept.
 """
 
 from __future__ import annotations

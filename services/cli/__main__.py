@@ -1,4 +1,4 @@
-"""The `mulligan` command: what goes wrong is one sentence, never a traceback."""
+"""The `mulligan` command. Errors are one sentence, never a traceback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mulligan.common.extras import how_to_install
 
 
 def main() -> None:
-    """Exit status: 1 a service refused or failed, 2 the command cannot work as it was given, 130 interrupted."""
+    """Exit status: 1 a service refused or failed, 2 the command was called wrongly, 130 interrupted."""
     try:
         from mulligan.cli.app import run_app
     except ImportError as error:

@@ -58,14 +58,14 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """Options of `mulligan` itself, before a command."""
 
 
 def run_app() -> None:
-    """Errors of the operating system, and packages that are not installed, are one sentence and status 2."""
+    """Runs a command. Errors of the operating system and missing packages are one sentence, with status 2."""
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))  # stdout is for results
     try:
-        app(prog_name="mulligan")  # also where it was called as a module: completion is for this name
+        app(prog_name="mulligan")  # completion is for this name, also of `python -m mulligan.cli`
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("mulligan"):
             raise

@@ -1,4 +1,4 @@
-"""`mulligan conformance`: what an implementation of a service violates, whatever it is written in."""
+"""`mulligan conformance`: checks an implementation of a service, in any language, against its contract."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from mulligan.conformance.report import Report, Result, Verdict
 from mulligan.conformance.target import Target, TargetUnreachable
 
 conformance = typer.Typer(
-    help="Tell what an implementation of a service violates, in any language: `env`, `policy`, `memory`, `trainer`.\n\n"
+    help="Check an implementation of a service, in any language: `env`, `policy`, `memory`, `trainer`.\n\n"
     "Exit status: 0 it conforms, 1 it violates something, 2 it cannot be checked (unreachable, or no such service).",
     no_args_is_help=True,
 )
 MARKS = {Verdict.PASSED: ("✓", "green"), Verdict.VIOLATED: ("✗", "red"), Verdict.NOT_APPLICABLE: ("–", "yellow")}
 Only = Annotated[str, typer.Option(help="Only the checks whose call or title contains this, e.g. ForkEpisode.")]
 Token = Annotated[
-    str, typer.Option(envvar="MULLIGAN_CLI_TOKEN", help="The server's token; a flag shows in the process list.")
+    str, typer.Option(envvar="MULLIGAN_CLI_TOKEN", help="The server's token. Flags can be seen in the process list.")
 ]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that any call may take.")]
-Seed = Annotated[int, typer.Option(help="Of everything random: the same seed, the same actions.")]
+Seed = Annotated[int, typer.Option(help="Seed of all random choices: the same seed gives the same actions.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, for machines, and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print violations and the summary alone.")]
-Writes = Annotated[bool, typer.Option("--writes", help="Also checks that change what is served, for their time.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only violations and the summary.")]
+Writes = Annotated[bool, typer.Option("--writes", help="Also run checks that change what is served while they run.")]
 OnResult = Callable[[Result], None]
 TlsCa = Annotated[Path | None, typer.Option(help="Use TLS, with this CA.", exists=True, dir_okay=False)]
 
@@ -46,7 +46,7 @@ def env(
     environment: Annotated[str, typer.Option(help="Only this one; all that are listed when left out.")] = "",
     action: Annotated[
         list[str] | None,
-        typer.Option(help="A text that is a sensible action there; repeatable. Finds more."),
+        typer.Option(help="A valid action of the environment; repeatable. With it, more is checked."),
     ] = None,
     actions: Annotated[int, typer.Option(min=0, help="How many random and hostile actions, per environment.")] = 300,
     only: Only = "",
@@ -104,7 +104,7 @@ def policy(
     name: Annotated[str, typer.Option("--policy", help="Only this one; all that are listed when left out.")] = "",
     writes: Writes = False,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="How far log-probabilities of one token may lie apart.")
+        float, typer.Option(min=0.0, help="Largest difference allowed between log-probabilities of one token.")
     ] = 0.1,
     only: Only = "",
     token: Token = "",
@@ -136,15 +136,16 @@ def policy(
 @conformance.command()
 def trainer(
     target: Annotated[str, _target("trainer")] = DEFAULT_ADDRESSES["trainer"],
-    model: Annotated[str, typer.Option(help="What learners and a run are to train.")] = "embedded",
+    model: Annotated[str, typer.Option(help="The model that learners and runs train.")] = "embedded",
     writes: Annotated[
-        bool, typer.Option("--writes", help="Also what leaves checkpoints, published weights and runs behind.")
+        bool,
+        typer.Option("--writes", help="Also run checks that leave checkpoints, published weights and runs behind."),
     ] = False,
-    environment: Annotated[str, typer.Option(help="Of the runs that --writes starts.")] = "frozenlake-3x3",
+    environment: Annotated[str, typer.Option(help="Environment of the runs that --writes starts.")] = "frozenlake-3x3",
     recipe: Annotated[
-        Path | None, typer.Option(help="Settings of these runs, few steps; else the smallest.", exists=True)
+        Path | None, typer.Option(help="Settings of these runs; a very small run when left out.", exists=True)
     ] = None,
-    run_seconds: Annotated[float, typer.Option(min=1.0, help="How long such a run may take.")] = 600.0,
+    run_seconds: Annotated[float, typer.Option(min=1.0, help="Seconds that such a run may take.")] = 600.0,
     only: Only = "",
     token: Token = "",
     timeout: Timeout = 120.0,
@@ -207,8 +208,8 @@ def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bo
 
 
 def print_result(result: Result, group: list[str]) -> None:
-    """One line, and of a violation what was sent, what the contract demands and what came. `group` is the subject and
-    call of the line before."""
+    """Prints a line; for a violation also what was sent, what the contract demands, and what came back. `group` holds
+    the subject and call of the previous line."""
     if group[0] != result.subject:
         line("\n", (result.subject, "bold"))
     if group != [result.subject, result.call]:
@@ -229,4 +230,4 @@ def print_summary(report: Report) -> None:
         of = f"{result.subject}: " if result.subject else ""
         line("  ", MARKS[Verdict.VIOLATED], f" {of}{result.call}: {result.title}")
     if not report.results:
-        line("  no check has a title or call with that (--only)")
+        line("  no check has the text of --only in its title or call")

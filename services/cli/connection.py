@@ -1,4 +1,4 @@
-"""How commands reach services: addresses from flags or environment, and one line instead of a traceback."""
+"""How commands reach services: addresses from flags or the environment; an error is one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PORT_BASE = 50051
 
 
 def addresses_from(port: int) -> dict[str, str]:
-    """Of the four services on loopback, at this port and the three after it."""
+    """Addresses of the four services on loopback, at this port and the next three."""
     return {name: f"127.0.0.1:{port + place}" for place, name in enumerate(("env", "policy", "memory", "trainer"))}
 
 
@@ -44,24 +44,24 @@ T = TypeVar("T")
 
 
 def program() -> str:
-    """How this program was called, for commands that a person may paste."""
+    """The name under which this program was called, for commands to copy."""
     return sys.argv[0] if Path(sys.argv[0]).name == "mulligan" else "mulligan"
 
 
 def command(*words: str, trainer: str = "") -> str:
-    """One that a person may paste, at the same trainer."""
+    """A command line to copy, for the same trainer."""
     elsewhere = ["--trainer", trainer] if trainer not in ("", DEFAULT_ADDRESSES["trainer"]) else []
     return shlex.join([program(), *words, *elsewhere])
 
 
 def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
-    """The token, if any, is in MULLIGAN_CLI_TOKEN, or in the file that MULLIGAN_CLI_TOKEN_FILE names: a flag would show
-    it in the process list."""
+    """The endpoint, with the token from MULLIGAN_CLI_TOKEN or the file that MULLIGAN_CLI_TOKEN_FILE names. A flag could
+    be seen in the process list."""
     return Endpoint(address, token=_secret("MULLIGAN_CLI_TOKEN"), outage_seconds=outage_seconds)
 
 
 def admin_token() -> str | None:
-    """Of PolicyAdminService, where that has one of its own: in MULLIGAN_CLI_ADMIN_TOKEN, or the file that
+    """The token of PolicyAdminService, if it has its own: from MULLIGAN_CLI_ADMIN_TOKEN, or the file that
     MULLIGAN_CLI_ADMIN_TOKEN_FILE names."""
     return _secret("MULLIGAN_CLI_ADMIN_TOKEN")
 
@@ -78,8 +78,8 @@ def _secret(variable: str) -> str | None:
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """Runs a command. What a service refuses is one line on stderr and exit status 1; a value that no message can
-    carry, such as a number above its field's range or text that is no UTF-8, is status 2."""
+    """Runs a command. If a service refuses or fails, prints one line to stderr and exits with status 1. A value that
+    cannot be sent, such as a number out of range or text that is not UTF-8, exits with status 2."""
     try:
         return asyncio.run(main)
     except (DomainError, CallFailed, ServiceUnavailable) as error:

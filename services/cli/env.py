@@ -16,7 +16,7 @@ env = typer.Typer(help="Write an environment, check it, play it: `new`, `check`,
 
 @env.callback()
 def find_here() -> None:
-    """Modules of the current folder can be named as kinds. Behind all others, so that none of them is hidden."""
+    """Adds the current folder to the end of the module path, so that its modules can be named as kinds."""
     sys.path.append(os.getcwd())
 
 

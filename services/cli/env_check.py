@@ -1,4 +1,4 @@
-"""`mulligan env check`: what is wrong with an environment, told to its author."""
+"""`mulligan env check`: checks an environment, for its author."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def check(
         list[str] | None, typer.Option("--set", help="A setting of the environment as NAME=VALUE; repeatable.")
     ] = None,
     action: Annotated[
-        list[str] | None, typer.Option(help="A text that is a sensible action in it; repeatable. Finds more.")
+        list[str] | None, typer.Option(help="A valid action of the environment; repeatable. With it, more is checked.")
     ] = None,
     actions: Annotated[int, typer.Option(min=0, help="How many random and hostile actions.")] = 300,
-    seed: Annotated[int, typer.Option(help="Of everything random: the same seed, the same actions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random choices: the same seed gives the same actions.")] = 0,
     step_seconds: Annotated[float, typer.Option(min=0.1, help="A step that takes longer hangs.")] = 30.0,
 ) -> None:
     """Play an environment in every way that a server and its clients may, and say what is wrong with it.

@@ -1,4 +1,4 @@
-"""`mulligan env new`: an environment that works, to be changed into another, and its test."""
+"""`mulligan env new`: writes an environment that works, and its test, to be changed into one's own."""
 
 from __future__ import annotations
 
@@ -82,20 +82,20 @@ def new(
 
 
 def _class_name(name: str, text: str) -> str:
-    """In CamelCase, and none that the text uses for something else."""
+    """The name in CamelCase, with a prefix if the text already uses it."""
     joined = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
     is_free = joined.isidentifier() and not re.search(rf"\b{joined}\b", text)
     return joined if is_free else f"Game{joined}"
 
 
 def _problem(name: str) -> str:
-    """Why a module cannot have this name; empty when it can."""
+    """Why a module cannot have this name; empty if it can."""
     if not (name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
         return "expected a Python identifier: letters, digits and underscores, no keyword, such as my_game"
     if not name.strip("_"):
         return "expected a letter or digit in it, such as my_game"
     if find_spec(f"mulligan.env.envs.{name}"):
-        return "an environment that comes along has this name; choose another"
+        return "an environment of mulligan has this name; choose another"
     if name in sys.builtin_module_names or name in sys.stdlib_module_names or _is_installed(name):
         return "a module that is installed has this name; choose another"
     return ""

@@ -1,4 +1,4 @@
-"""`mulligan env play`: an environment as an agent meets it, played by a person in the terminal, or from a pipe."""
+"""`mulligan env play`: a person plays an environment as an agent does, in the terminal or from a pipe."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def play(
 
 
 class Table(Protocol):
-    """Where one episode after the other is played."""
+    """An environment in which episodes are played one after the other."""
 
     info: EnvironmentInfo
 
@@ -79,7 +79,10 @@ class Table(Protocol):
         """Empty when there is none."""
 
     def start(self, task_id: str) -> tuple[str, int]:
-        """The observation, and whose turn it is. Ends the episode before. Raises DomainError for an unknown task."""
+        """Ends the last episode and starts one. Returns the observation and whose turn it is.
+
+        Raises DomainError for an unknown task.
+        """
 
     def step(self, action: str) -> EpisodeStep: ...
 
@@ -87,7 +90,7 @@ class Table(Protocol):
 
 
 class _Here:
-    """In this process."""
+    """An environment in this process."""
 
     def __init__(self, name: str, overrides: dict[str, Any], config: Path | None) -> None:
         named = EnvSettings.load(["--config", str(config)] if config else []).environments
@@ -132,13 +135,13 @@ class _Here:
 
 
 class _There:
-    """At a server."""
+    """An environment of a server."""
 
     def __init__(self, address: str, name: str) -> None:
         self._runner = asyncio.Runner()
         self._client = self._runner.run(self._connect(address))
         self._episode: RemoteEpisode | None = None
-        self._episode_id = ""  # known before the episode is, so that an interrupted start is ended, too
+        self._episode_id = ""  # set before the start, so that an interrupted start is ended, too
         try:
             self.info = self._runner.run(self._client.describe(name))
         except BaseException:
@@ -179,7 +182,7 @@ class _There:
 
 
 class _Play:
-    """`read` gives the next answer, None at the end of the input."""
+    """Plays one task. `read` returns the next answer, or None at the end of the input."""
 
     def __init__(self, table: Table, task: str, split: Split, read: Callable[[], str | None]) -> None:
         self._table = table
@@ -215,7 +218,7 @@ class _Play:
         self._show(observation, player)
 
     def _obey(self, command: str) -> bool:
-        """Whether it was a command."""
+        """Carries out a command. False if the text is none."""
         match command.rstrip():
             case ":help":
                 show(_HELP)
@@ -232,7 +235,7 @@ class _Play:
         return True
 
     def _step(self, answer: str) -> bool:
-        """Whether the episode is over. Ends the program when the environment failed."""
+        """Plays an answer. Returns whether the episode is over. Ends the program if the environment failed."""
         step = self._table.step(answer)
         self._steps += 1
         if step.outcome not in (None, Outcome.COMPLETED, Outcome.TRUNCATED):
@@ -262,7 +265,7 @@ class _Play:
 
 
 def _reader(end: str) -> Callable[[], str | None]:
-    """Answers from the terminal, where a prompt asks for them, or from whatever standard input is."""
+    """Reads answers from standard input; on a terminal with a prompt."""
     asks = sys.stdin.isatty()
 
     def line(mark: str) -> str | None:

@@ -1,4 +1,4 @@
-"""`mulligan experiences`: what an agent went through, printed for people."""
+"""`mulligan experiences`: prints experiences for people."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def _from_trainer(run_id: str, step: int | None, limit: int, trainer: str)
 
 
 def lines(experience: Experience) -> Iterator[str]:
-    """An experience, whole."""
+    """All lines of an experience."""
     yield f"═══ {experience.experience_id}  ({experience.environment} {experience.task_id})"
     yield from _attempt("first attempt", experience.first_attempt)
     reflection = experience.reflection

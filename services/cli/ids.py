@@ -11,7 +11,7 @@ _SHOWN = 10
 
 
 def whole_id(given: str, known: Iterable[str], what: str) -> str:
-    """The id that begins so. Ends the program with status 1 where there is none, or more than one, naming them."""
+    """The id that begins with `given`. If there is none or more than one, ends the program with status 1."""
     ids = list(dict.fromkeys(known))
     if given in ids:
         return given

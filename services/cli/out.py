@@ -1,6 +1,6 @@
-"""The one way to the terminal: data are never markup and never steer it, and nothing that a person needs is cut.
+"""All output of the commands. Data never act as markup or control sequences, and ids are never cut.
 
-Results go to stdout; what is said in passing (progress, warnings, errors) goes to stderr.
+Results go to stdout; progress, warnings and errors go to stderr.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 _PIPE_WIDTH = 100_000  # lines of a pipe are not folded
-_FOLDED = 8  # columns; what a cell that may be folded needs at least
+_FOLDED = 8  # columns that a folded cell has at least
 _GAP = 2
-# Of lines where there is no terminal: how soon the first comes, and how far apart the others are.
+# Without a terminal: when the first line of progress comes, and the time between further ones.
 FIRST_SECONDS = 2.0
 EVERY_SECONDS = 15.0
 _JOINERS = "\u200c\u200d"  # invisible, and part of words and of emoji
@@ -29,8 +29,8 @@ Styled = str | tuple[str, str]  # a text, or a text with a style of rich
 
 
 def safe(text: object) -> str:
-    """With every character that would steer a terminal (escape sequences, carriage returns, changes of direction) shown
-    as Python writes it: `\\x1b`. Line breaks and tabs stay."""
+    """The text with every control character (escape, carriage return, change of direction) as Python writes it, such as
+    `\\x1b`. Line breaks and tabs stay."""
     return "".join(
         one if one.isprintable() or one in "\n\t" or one in _JOINERS else one.encode("unicode_escape").decode()
         for one in str(text).encode("utf-8", "replace").decode()
@@ -38,7 +38,7 @@ def safe(text: object) -> str:
 
 
 def console(*, err: bool = False) -> Console:
-    """For live displays. What it is given is to be safe, and a Text."""
+    """A console for live displays. Print only `Text` made from `safe` text."""
     found = Console(stderr=err, highlight=False, markup=False, emoji=False)
     if not found.is_terminal:
         found.width = _PIPE_WIDTH
@@ -46,17 +46,17 @@ def console(*, err: bool = False) -> Console:
 
 
 def show(*parts: object) -> None:
-    """A line of the result."""
+    """Prints a line of the result."""
     print(*map(safe, parts))
 
 
 def note(*parts: object) -> None:
-    """A line in passing."""
+    """Prints a line to stderr."""
     print(*map(safe, parts), file=sys.stderr, flush=True)
 
 
 def line(*parts: Styled) -> None:
-    """A line of the result, in colours where there is a terminal."""
+    """Prints a line of the result, with colours on a terminal."""
     text = Text()
     for part in parts:
         words, style = (part, "") if isinstance(part, str) else part
@@ -65,13 +65,13 @@ def line(*parts: Styled) -> None:
 
 
 def fail(problem: object, status: int = 1) -> NoReturn:
-    """Ends the program. Status 2 is for what was called wrongly."""
+    """Prints the problem and ends the program. Status 2 means that the command was called wrongly."""
     note(f"error: {problem}")
     sys.exit(status)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, whole: Sequence[str] = ()) -> None:
-    """Columns in `whole` (ids, which the next command needs) are never cut nor folded, however narrow the terminal."""
+    """Prints a table. Columns in `whole`, such as ids, are never cut or folded, even on a narrow terminal."""
     cells = [[safe(cell).replace("\n", " / ") for cell in row] for row in rows]
     shown = Table(box=None)
     needed = 0
@@ -136,7 +136,7 @@ class Heartbeat:
 
 @contextmanager
 def working(text: str) -> Iterator[None]:
-    """Says on stderr that something takes its time: live on a terminal, else in a line now and then."""
+    """Shows on stderr that something is in progress: live on a terminal, otherwise a line now and then."""
     output = console(err=True)
     if not output.is_terminal:
         note(f"{text} …")

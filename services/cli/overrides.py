@@ -10,8 +10,8 @@ from mulligan.cli.out import fail
 
 
 def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Settings by name; ends the program at what is not NAME=VALUE. Each value is TOML, or a string when it is none,
-    or a date, which no setting is."""
+    """The settings by name. A value is read as TOML, else as a string; a date is a string, too. Ends the program if an
+    override is not NAME=VALUE."""
     found: dict[str, Any] = {}
     for override in overrides:
         name, separator, text = override.partition("=")

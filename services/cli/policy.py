@@ -1,6 +1,6 @@
 """`mulligan policy`: the models that the policy service serves, and the versions of their weights.
 
-Where the address names several servers, each is asked, and the program ends with status 1 when one of them fails.
+If the address names several servers, every one is called. The program ends with status 1 if one of them fails.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def list_policies(address: PolicyAddress = DEFAULT_ADDRESSES["policy"]) -> None:
 
 @policy.command()
 def show(name: Name = "", address: PolicyAddress = DEFAULT_ADDRESSES["policy"]) -> None:
-    """Print all that a policy says of itself.
+    """Print everything that is known of a policy.
 
     Example: `mulligan policy show actor`
     """
@@ -100,7 +100,7 @@ def load(
     ] = None,
     address: PolicyAddress = DEFAULT_ADDRESSES["policy"],
 ) -> None:
-    """Put a model in the place of a policy's, or add a policy, while everything runs.
+    """Replace the model of a policy, or add a policy, while the service runs.
 
     Returns once the new model serves. Episodes that began on the old one finish on it. To train the new one, name it in
     the run's `model.source`.
@@ -128,7 +128,7 @@ def load(
 async def _load(
     client: PolicyClient, name: str, source: str, backend: str, options: Mapping[str, Any]
 ) -> tuple[int, str, PolicyInfo | None]:
-    """The version, the fingerprint, and what the policy was before; None where there was none."""
+    """The version, the fingerprint, and the policy before, or None if it is new."""
     before = {info.name: info for info in await client.policies()}.get(name)
     return *await client.load_model(name, source, backend, options), before
 
@@ -186,7 +186,7 @@ def rollback(
 
 @dataclass(frozen=True)
 class _Answers(Generic[T]):
-    """What each server said, or what went wrong there. A single one is not named."""
+    """The answer or the failure of each server. A single server is not named in the output."""
 
     found: Mapping[str, T]
     failures: Mapping[str, BaseException]
@@ -196,7 +196,7 @@ class _Answers(Generic[T]):
         return (server,) if self.several else ()
 
     def done(self) -> None:
-        """Ends the program with status 1, and a line for each server that failed, if any did."""
+        """If servers failed, prints a line for each and ends the program with status 1."""
         if self.failures:
             for server, failure in self.failures.items():
                 note(f"error: {server}: {failure}")
@@ -204,7 +204,7 @@ class _Answers(Generic[T]):
 
 
 def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> _Answers[T]:
-    """Asks every server that the address names."""
+    """Calls every server that the address names."""
     try:
         addresses = Addresses.parse(address)
     except ValueError as error:
@@ -241,10 +241,6 @@ def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> _Answers
 
 def _state(info: PolicyInfo) -> str:
     return f"{info.state}: {info.problem}" if info.problem else str(info.state)
-
-
-def _policy(info: PolicyInfo) -> tuple[str, ...]:
-    return (info.name, _state(info), str(info.policy_version), info.backend, info.model, _engines(info))
 
 
 def _engines(info: PolicyInfo) -> str:

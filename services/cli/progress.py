@@ -99,7 +99,7 @@ async def show(
 
 
 class EvaluationDisplay:
-    """Tells on stderr how far an evaluation is, and its result so far: live on a terminal, else in a line every few
+    """Shows the progress of an evaluation and its result so far on stderr: live on a terminal, else in a line every few
     seconds. A context manager."""
 
     def __init__(self, name: str, *, first: float = FIRST_SECONDS, every: float = _EVALUATION_SECONDS):

@@ -1,4 +1,4 @@
-"""What a finished run says: a few lines and a chart."""
+"""The report of a finished run: a few lines and a chart."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from mulligan.cli.connection import command
 from mulligan.trainer.events import Entry, EvaluationEvent, StepEvent
 
-RLVR = "frozenlake-3x3-rlvr"  # a recipe that comes along
+RLVR = "frozenlake-3x3-rlvr"  # a recipe of the package
 
 
 def result_lines(summary: dict[str, Any], rlvr: dict[str, Any] | None) -> Iterator[str]:
@@ -30,7 +30,7 @@ def result_lines(summary: dict[str, Any], rlvr: dict[str, Any] | None) -> Iterat
 
 
 def at_budget(evaluations: Sequence[dict[str, Any]], rollouts: int) -> dict[str, Any]:
-    """The evaluation nearest to a budget."""
+    """The evaluation with the number of rollouts nearest to a budget."""
     return min(evaluations, key=lambda point: abs(int(point["rollouts"]) - rollouts))
 
 

@@ -1,4 +1,4 @@
-"""`mulligan runs`: what has been trained."""
+"""`mulligan runs`: lists the runs of a trainer."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ async def _list(trainer: str) -> list[RunInfo]:
 
 
 async def whole_run_id(client: RunClient, run_id: str) -> str:
-    """Of a run whose id begins so."""
+    """The id of the run whose id begins with `run_id`."""
     return whole_id(run_id, (info.run_id for info in await client.runs()), "run")

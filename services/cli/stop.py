@@ -49,7 +49,7 @@ def resume(
 
 
 async def _stop(run_id: str, trainer: str) -> tuple[RunState, str]:
-    """What it was before, and its whole id."""
+    """The state before the call, and the whole id."""
     client = RunClient(endpoint(trainer))
     try:
         whole = await whole_run_id(client, run_id)

@@ -53,13 +53,13 @@ async def _train(run_id: str, settings: RunSettings, watch: bool, trainer: str) 
 
 
 def _plain_name(text: str) -> str:
-    """Of letters and digits that every run id may have, however a file is called: `Übung 1` gives `Ubung-1`."""
+    """The text with only the characters that a run id may have: `Übung 1` gives `Ubung-1`."""
     ascii_only = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9._-]+", "-", ascii_only).strip("._-")[:_NAME_LENGTH].rstrip("._-") or "run"
 
 
 def read_settings(recipe: Path | None, overrides: list[str]) -> RunSettings:
-    """Ends the program with one line that names what is wrong."""
+    """The settings of a recipe and overrides. Ends the program with one line if they are wrong."""
     try:
         plain: dict[str, Any] = tomllib.loads(recipe_file(recipe).read_text()) if recipe else {}
         for override in overrides:

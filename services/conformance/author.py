@@ -1,4 +1,4 @@
-"""What concerns the author of an environment: checks of the class itself, and words for those of the server."""
+"""For the author of an environment: checks of the class itself, and titles and hints for the checks of the server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ORDINARY = ("```Up```", "[0]", "1", "yes", "I am not sure.")
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """An environment as its settings made it."""
+    """An environment, and the settings that it was made with."""
 
     kind: str
     settings: Mapping[str, Any]
@@ -50,7 +50,7 @@ SUITE = Suite()
 
 
 async def listed(made: Made, split: Split, offset: int, limit: int) -> list[TaskInfo]:
-    """What list_tasks returns. Raises Violation when it raises."""
+    """The tasks that list_tasks returns. Raises Violation if it raises."""
     try:
         return [*await asyncio.to_thread(made.environment.list_tasks, split, offset, limit)]
     except Exception as error:  # noqa: BLE001 - an environment may raise anything
@@ -123,7 +123,7 @@ async def ids(made: Made) -> None:
 
 
 def _wrong_id(task_id: object) -> str:
-    """What the contract does not allow in it, in words."""
+    """What is wrong with the id; empty if nothing."""
     if not isinstance(task_id, str):
         return f"the id {task_id!r:.200} is a {type(task_id).__name__}, not text"
     if not 1 <= len(task_id) <= _ID_CHARACTERS:

@@ -1,4 +1,4 @@
-"""Checks that every service has: its credential, and the standard services beside it."""
+"""Checks of every service: its credential, health and reflection."""
 
 from __future__ import annotations
 

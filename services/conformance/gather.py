@@ -7,7 +7,7 @@ from typing import Any
 
 
 async def gathered(awaitables: Any) -> list[Any]:
-    """All results. After the first exception it waits for the rest, so that nothing goes on behind the check's back."""
+    """All results. After an exception it waits for the rest and then raises it, so that no call outlives the check."""
     results = await asyncio.gather(*awaitables, return_exceptions=True)
     for result in results:
         if isinstance(result, BaseException):

@@ -1,6 +1,6 @@
-"""For the author of an environment: serves it in this process and says what is wrong with it, in words.
+"""For the author of an environment: serves it in this process, checks it, and explains what is wrong.
 
-`check_environment("my_package.my_environment").conforms` is what its test asks for.
+A test of an environment asserts `check_environment("my_package.my_environment").conforms`.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def check_environment(
     step_seconds: float = 30.0,
     on_result: Callable[[Result], None] = lambda result: None,
 ) -> Report:
-    """Plays the environment over gRPC and looks at its class. Blocks; for code that runs no event loop.
+    """Checks the environment: its class, and its episodes over gRPC. Blocks; call it without a running event loop.
 
     `kind` is as in a server's settings: a file in `services/env/envs/`, or a module with a dot in its name. `known` are
-    actions that mean something in it: they are played among `actions` random and hostile ones. A step that takes longer
-    than `step_seconds` hangs. `report.conforms` says whether all is well, `report.problems()` what is not.
+    valid actions: they are played among `actions` random and hostile ones. A step that takes longer than `step_seconds`
+    counts as hanging. `report.conforms` is True if nothing is wrong; `report.problems()` explains what is.
 
-    Raises ValueError when the environment cannot be made: bad settings, or packages that are missing.
+    Raises ValueError if the environment cannot be made: bad settings or missing packages.
     """
     options = EnvOptions(actions, seed, tuple(known))
     environment = make(kind, settings or {})
@@ -82,7 +82,7 @@ async def _check(made: Made, step_seconds: float, on_result: Callable[[Result], 
         result = await judge(own, replace(made, environment=recorded))
         add(result, made.hint(own.body))
         if own.body in (typed_info, ids) and result.verdict is Verdict.VIOLATED:
-            return report  # no server could tell of it
+            return report  # it cannot be served
     async with _served(made.info.name, recorded, step_seconds) as address:
         target = connect(address, timeout=step_seconds + 30.0)
         (info,) = (await target.connect(*METHODS)).environments
@@ -120,7 +120,7 @@ async def _served(name: str, environment: Environment, step_seconds: float) -> A
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """The server's log would say in its way what the report says in words."""
+    """Switches the log off: the report says the same."""
     before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     try:

@@ -1,5 +1,5 @@
-"""What `proto/mulligan/memory/v1/memory_service.proto` promises. Each check writes to a scope of its own, and forgets
-what it wrote."""
+"""Checks of `proto/mulligan/memory/v1/memory_service.proto`. Each check writes to its own scope and deletes what it
+wrote."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FIRST = ("GetSnapshot", pb.GetSnapshotRequest(scope="conformance"))
 
 
 class Scope:
-    """A scope that nobody else writes to."""
+    """A scope with a random name, so that nobody else writes to it."""
 
     def __init__(self, session: CheckSession) -> None:
         self.session = session

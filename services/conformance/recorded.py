@@ -1,4 +1,4 @@
-"""An environment whose exceptions are kept, so that its author sees the traceback of what a check ran into."""
+"""An environment whose exceptions are recorded, so that its author sees their tracebacks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class Recorded:
-    """`raised` has the tracebacks since it was last cleared, oldest first."""
+    """Passes calls on to `environment`. `raised` has the tracebacks since it was last cleared, oldest first."""
 
     def __init__(self, environment: Environment) -> None:
         self.info: EnvironmentInfo = getattr(environment, "info", None)  # type: ignore[assignment]  # a check tells

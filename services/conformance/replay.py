@@ -1,6 +1,6 @@
 """Plays episodes of an environment without a server: `python -m mulligan.conformance.replay`, JSON in and out.
 
-A second process shows what must not depend on the first: hash seeds, module state, the order of sets.
+A play in a second process differs if it depends on hash seeds, module state or the order of sets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Play = tuple[str, Sequence[str]]  # a task's id, and actions
 
 
 class ReplayFailed(Exception):
-    """The second process could not play; the message holds the end of what it wrote."""
+    """The second process could not play; the message has the end of its output."""
 
 
 def make(kind: str, settings: Mapping[str, Any]) -> Environment:
@@ -31,7 +31,7 @@ def make(kind: str, settings: Mapping[str, Any]) -> Environment:
 
 
 def play(environment: Environment, plays: Sequence[Play]) -> list[list[dict[str, Any]]]:
-    """Per play what an agent sees: the first observation, then each step. An exception ends the play and is shown."""
+    """For each play, what an agent sees: the first observation, then each step. An exception is the last entry."""
     return [_played(environment, task_id, actions) for task_id, actions in plays]
 
 
@@ -52,7 +52,7 @@ def _played(environment: Environment, task_id: str, actions: Sequence[str]) -> l
 
 
 def play_elsewhere(kind: str, settings: Mapping[str, Any], plays: Sequence[Play]) -> list[list[dict[str, Any]]]:
-    """The same in a process of its own. Raises ReplayFailed."""
+    """The same as `play`, in another process. Raises ReplayFailed."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     try:
         process = subprocess.run(

@@ -1,7 +1,7 @@
-"""Checks, what they find, and how that is told.
+"""Checks, their results, and the report.
 
-A check is an async function with a title in words. It returns when the promise is kept, raises Violation when it is
-not, and NotApplicable when the target does not offer what the promise is about.
+A check is an async function with a title, which states a promise of a contract. It returns if the target keeps the
+promise, raises Violation if not, and NotApplicable if the target does not offer the feature.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ SHOWN = 300  # characters of a message in a report
 
 
 class Given(Protocol):
-    """What a check is given."""
+    """The argument of a check."""
 
     async def clean_up(self) -> None:
-        """Undoes what the check did. Raises nothing."""
+        """Undoes what the check did. Never raises."""
 
 
 S = TypeVar("S", bound=Given)
@@ -36,8 +36,8 @@ class Verdict(StrEnum):
 
 
 class Violation(Exception):
-    """The target broke a promise. `came` is what it did instead, in words, a message or a refusal; `words` is the same
-    without status codes."""
+    """The target broke a promise. `demanded` is the promise, `came` what the target did instead (text, a message or a
+    refusal), `sent` the request. `words` is `came` without status codes."""
 
     def __init__(self, demanded: str, came: object, sent: object = "", words: str = "") -> None:
         self.demanded = demanded
@@ -48,11 +48,11 @@ class Violation(Exception):
 
 
 class NotApplicable(Exception):
-    """The target does not offer what the check is about; the message says what is missing."""
+    """The target does not offer the feature of the check; the message says what is missing."""
 
 
 def shown(value: object) -> str:
-    """One line for people: a message with its type, shortened."""
+    """The value as one short line; a message with its type."""
     if isinstance(value, Message):
         fields = text_format.MessageToString(_shortened(value), as_one_line=True, as_utf8=True)
         value = f"{type(value).__name__} {{{fields}}}" if fields else f"{type(value).__name__} {{}}"
@@ -61,7 +61,7 @@ def shown(value: object) -> str:
 
 
 def _shortened(message: Message) -> Message:
-    """A copy whose texts are short: an action may have megabytes."""
+    """A copy with shortened texts: an action may have megabytes."""
     copy = type(message)()
     copy.CopyFrom(message)
     for descriptor, value in copy.ListFields():
@@ -78,8 +78,8 @@ def demand(condition: bool, demanded: str, came: object, sent: object = "") -> N
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`subject` is the environment or policy that was looked at; empty for the server itself. `hint` and `traceback`
-    are for the author of an environment (`local.py`)."""
+    """The result of one check. `subject` is the environment or policy that was checked; empty for the server itself.
+    `hint` and `traceback` are for the author of an environment (`local.py`)."""
 
     call: str
     title: str
@@ -116,15 +116,15 @@ class Report:
 
     @property
     def conforms(self) -> bool:
-        """Whether something was checked and nothing was violated."""
+        """Whether at least one check passed and none found a violation."""
         return not self.violations and bool(self.of(Verdict.PASSED))
 
     def problems(self) -> str:
-        """What is wrong, in words: a paragraph per violation, with a traceback where the author's code raised."""
+        """A paragraph for each violation, with a traceback if the author's code raised."""
         return "\n\n".join(_problem(result) for result in self.violations)
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines: counts by verdict and every result."""
+        """The report as plain values: counts by verdict, and every result."""
         return {
             "service": self.service,
             "target": self.target,
@@ -141,7 +141,7 @@ class Check(Generic[S]):
     body: Body[S]
 
     def wanted(self, only: str) -> bool:
-        """Whether `--only` means it: a part of its call or title, in any case. All are meant by an empty one."""
+        """Whether `only` is a part of the call or title, ignoring case. An empty text selects every check."""
         return only.lower() in f"{self.call} {self.title}".lower()
 
 
@@ -194,7 +194,7 @@ async def run_suite(
     only: str = "",
     on_result: Callable[[Result], None] = lambda result: None,
 ) -> None:
-    """Adds a result for each check that is wanted."""
+    """Runs the checks that `only` selects and adds their results to the report."""
     for check in suite.checks:
         if check.wanted(only):
             result = await judge(check, given, subject)

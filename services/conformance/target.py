@@ -1,4 +1,4 @@
-"""A server that is looked at: calls with a deadline, refusals as values, and a list of what is to be undone."""
+"""The server under check: calls with a deadline, refusals as values, and calls that undo what a check did."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _MESSAGE_BYTES = 64 * 2**20
 
 
 class TargetUnreachable(Exception):
-    """Nothing can be said of the target: it does not answer, serves something else, or wants a credential."""
+    """The target cannot be checked: it does not answer, serves something else, or wants a credential."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A call's error as it came: status code and, where there is one of ours, the reason and metadata of its ErrorInfo.
-    `flaw` says what is wrong with the details."""
+    """The error of a call: status code, and reason and metadata of its ErrorInfo if it has one of our domain. `flaw`
+    says what is wrong with the error's details."""
 
     code: str
     message: str
@@ -63,7 +63,7 @@ def refusal(error: grpc.aio.AioRpcError) -> Refusal:
 
 
 class Target:
-    """One connection. `stubs` are the classes of the contract's services that the target serves."""
+    """A connection to a server. `stubs` are the stub classes of the services that it serves."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Target:
         self._methods = {name: method for stub in stubs for name, method in vars(stub(self.channel)).items()}
 
     async def connect(self, method: str, request: Any) -> Any:
-        """The answer to a first, harmless call; raises TargetUnreachable when there is none."""
+        """The answer to a first, harmless call. Raises TargetUnreachable if it fails."""
         try:
             timeout = min(self.timeout, CONNECT_SECONDS)
             return await self._methods[method](request, timeout=timeout, metadata=self.metadata(method))
@@ -120,14 +120,18 @@ class Target:
 
 
 class CheckSession:
-    """What one check does at a target, and what is to be undone afterwards."""
+    """The calls of one check at a target.
+
+    `ask` expects an answer, `refused` and `bad_field` expect a refusal, `attempt` takes either. `later` registers a
+    call for `clean_up`, which runs after the check.
+    """
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self._later: list[tuple[str, Any]] = []
 
     async def ask(self, method: str, request: Any) -> Any:
-        """The answer. Raises Violation when there is none."""
+        """The answer. Raises Violation for a refusal."""
         answer = await self.attempt(method, request)
         if isinstance(answer, Refusal):
             raise Violation("this call is answered", answer, request)
@@ -143,7 +147,7 @@ class CheckSession:
             )
         except grpc.aio.AioRpcError as error:
             return self._refusal(error, request, timeout)
-        if answer is None:  # so grpc.aio says it
+        if answer is None:  # grpc.aio could not read the message
             raise Violation(f"a message of {method}", "bytes that are none", request)
         return answer
 
@@ -173,19 +177,19 @@ class CheckSession:
         return found
 
     async def refused(self, method: str, request: Any, code: str, reason: str, *metadata: str) -> Refusal:
-        """The refusal that the contract demands: code, reason, and the keys that its metadata has."""
+        """The refusal that the contract demands: code, reason, and keys of its metadata. Raises Violation otherwise."""
         answer = await self.attempt(method, request)
         return as_demanded(answer, request, code, reason, *metadata)
 
     async def bad_field(self, method: str, request: Any, field_name: str) -> None:
-        """The request is refused for this field."""
+        """Expects that the request is refused for this field. Raises Violation otherwise."""
         found = await self.refused(method, request, "INVALID_ARGUMENT", "INVALID_FIELD", "field", "expected")
         named = found.metadata["field"]
         if named != field_name and not named.startswith((f"{field_name}.", f"{field_name}[")):
             raise Violation(f"INVALID_ARGUMENT INVALID_FIELD whose metadata `field` is {field_name!r}", found, request)
 
     def later(self, method: str, request: Any) -> None:
-        """Makes this call once the check is over, whatever becomes of it."""
+        """Registers a call to make after the check, whether it passes or not."""
         self._later.append((method, request))
 
     async def clean_up(self) -> None:
@@ -198,7 +202,7 @@ class CheckSession:
 
 
 def as_demanded(answer: Any, request: Any, code: str, reason: str, *metadata: str) -> Refusal:
-    """The answer as the refusal that the contract demands; raises Violation when it is none."""
+    """The answer, if it is the refusal that the contract demands. Raises Violation otherwise."""
     keys = f" with metadata {', '.join(f'`{key}`' for key in metadata)}" if metadata else ""
     demanded = f"{code} {reason}{keys}"
     if not isinstance(answer, Refusal):

@@ -15,7 +15,7 @@ from mulligan.policy.client import PolicyClient
 from mulligan.trainer.data import Datum, PolicyGradient
 from mulligan.trainer.learner.local import LocalLearner
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from mulligan.trainer.settings import LoraSettings, LossSettings, ModelSettings, OptimizerSettings
+from mulligan.trainer.settings import LoraSettings, LossSettings, OptimizerSettings, TrainedModelSettings
 
 TOLERANCE = 1e-4  # in float32, of a log-probability
 MOVED = 1e-3  # what an update changes at least: with the weights of the version before, no comparison would pass
@@ -49,7 +49,7 @@ async def compare_while_training(
     the policy service loads from."""
     adapter = LoraSettings(rank=8, target_modules=_MODULES) if kind is WeightsKind.LORA else None
     spec = LearnerSpec(
-        ModelSettings(source=str(EMBEDDED), lora=adapter), OptimizerSettings(learning_rate=_LEARNING_RATE[kind])
+        TrainedModelSettings(source=str(EMBEDDED), lora=adapter), OptimizerSettings(learning_rate=_LEARNING_RATE[kind])
     )
     server = LearnerServerSettings(folder / "weights", folder / "checkpoints", threads=1)
     learner = await LocalLearner.create(f"agreement-{kind}", spec, server)

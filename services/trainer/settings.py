@@ -47,7 +47,7 @@ class LoraSettings(_Settings):
     target_modules: tuple[str, ...] = ()
 
 
-class ModelSettings(_Settings):
+class TrainedModelSettings(_Settings):
     source: str = "embedded"
     lora: LoraSettings | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -133,7 +133,7 @@ class PoliciesSettings(_Settings):
 
 class RunSettings(_Settings):
     environment: str = Field(min_length=1)
-    model: ModelSettings = ModelSettings()
+    model: TrainedModelSettings = TrainedModelSettings()
     algorithm: AlgorithmSettings = AlgorithmSettings()
     rollout: RolloutSettings = RolloutSettings()
     loss: LossSettings = LossSettings()

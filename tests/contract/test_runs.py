@@ -16,7 +16,7 @@ from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.events import StateEvent
 from mulligan.trainer.folder import RunState
-from mulligan.trainer.settings import ModelSettings, PoliciesSettings
+from mulligan.trainer.settings import PoliciesSettings, TrainedModelSettings
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as pb
 from mulligan.trainer.v1 import run_service_pb2_grpc as pb_grpc
@@ -146,7 +146,7 @@ async def test_a_trainer_trains_one_run_at_a_time(loop: Loop, client: RunClient,
     ("run_id", "settings", "words"),
     [
         ("no-environment", DONE.model_copy(update={"environment": "chess"}), "UNKNOWN_ENVIRONMENT"),
-        ("no-model", DONE.model_copy(update={"model": ModelSettings(source="/nowhere")}), "MODEL_NOT_FOUND"),
+        ("no-model", DONE.model_copy(update={"model": TrainedModelSettings(source="/nowhere")}), "MODEL_NOT_FOUND"),
         ("no-actor", DONE.model_copy(update={"policies": PoliciesSettings(actor="nobody")}), "UNKNOWN_POLICY"),
     ],
 )

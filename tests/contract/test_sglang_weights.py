@@ -15,7 +15,7 @@ from mulligan.common.inference import LoraLimits, PolicyInfo, WeightsKind
 from mulligan.policy.backend import Sampled, WeightsFile
 from mulligan.testing.weights import load
 from mulligan.trainer.preflight import check_actor
-from mulligan.trainer.settings import LoraSettings, ModelSettings, RunSettings
+from mulligan.trainer.settings import LoraSettings, RunSettings, TrainedModelSettings
 from tests.support.sglang import (
     MODEL,
     Load,
@@ -142,7 +142,7 @@ async def test_what_the_servers_take_of_adapters_is_known_beforehand(tmp_path: P
     info = PolicyInfo("embedded", "f", 0, 1024, 319, (1,), False, False, name="actor", backend="sglang", lora=limits)
     cases = ((8, ATTENTION, ""), (8, (*ATTENTION, "up_proj"), "target_modules"), (9, ATTENTION, "rank"))
     for rank, layers, field in cases:
-        settings = RunSettings(environment="e", model=ModelSettings(lora=LoraSettings(rank=rank)))
+        settings = RunSettings(environment="e", model=TrainedModelSettings(lora=LoraSettings(rank=rank)))
         if not field:
             check_actor(info, settings, "f", layers)
             continue

@@ -86,8 +86,8 @@ def test_only_one_of_the_files_being_there_is_enough_to_write_none(tmp_path: Pat
             for name in ("word-chain", "2048", "", "class", "../x", "a.b", "café")
         ),
         ("__", "expected a letter or digit"),
-        ("sokoban", "an environment that comes along has this name"),
-        ("gymnasium", "an environment that comes along has this name"),
+        ("sokoban", "an environment of mulligan has this name"),
+        ("gymnasium", "an environment of mulligan has this name"),
         ("numpy", "a module that is installed has this name"),
         ("random", "a module that is installed has this name"),
     ],

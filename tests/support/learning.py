@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from mulligan.trainer.settings import LoraSettings, LossSettings, ModelSettings, OptimizerSettings
+from mulligan.trainer.settings import LoraSettings, LossSettings, OptimizerSettings, TrainedModelSettings
 from tests.support.tiny_model import VOCABULARY_SIZE
 
 PLAIN = LossSettings(kl_coefficient=0.0)
@@ -25,7 +25,7 @@ def spec(
     model: Path, lora: LoraSettings | None = None, *, learning_rate: float = 1e-2, **changes: object
 ) -> LearnerSpec:
     optimizer = OptimizerSettings(learning_rate=learning_rate)
-    return LearnerSpec(ModelSettings(source=str(model), lora=lora), optimizer, **changes)  # type: ignore[arg-type]
+    return LearnerSpec(TrainedModelSettings(source=str(model), lora=lora), optimizer, **changes)  # type: ignore[arg-type]
 
 
 def sampled(

@@ -1,5 +1,5 @@
-"""What `proto/mulligan/env/v1/env_service.proto` promises: of the server (`SERVER`), and of each of its environments
-(`ENVIRONMENT`; of one that is unavailable only `WITHOUT_EPISODES`)."""
+"""Checks of `proto/mulligan/env/v1/env_service.proto`: of the server (`SERVER`) and of each environment (`ENVIRONMENT`,
+or `WITHOUT_EPISODES` if it is unavailable)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The beginning and the end of an episode."""
+"""Checks of how an episode begins and ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ForkEpisode: exact, independent copies, or an honest refusal."""
+"""Checks of ForkEpisode: exact and independent copies, or a refusal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def forks(game: Game) -> None:
 
 
 def request_of(game: Game, episode: PlayedEpisode, index: int | None = None, new_id: str = "") -> pb.ForkEpisodeRequest:
-    """A fork after all of the episode's steps, or after `index`. The copy is ended after the check."""
+    """A request to fork the episode at its end, or after `index` steps. The copy is ended after the check."""
     new_id = new_id or f"conformance-{uuid4()}"
     game.session.later("EndEpisode", pb.EndEpisodeRequest(episode_id=new_id))
     at = len(episode.steps) if index is None else index
@@ -27,7 +27,7 @@ def request_of(game: Game, episode: PlayedEpisode, index: int | None = None, new
 
 
 async def fork(game: Game, episode: PlayedEpisode) -> PlayedEpisode:
-    """A copy that knows the steps that it has in common with the episode."""
+    """Forks the episode. The copy has the steps of the episode."""
     request = request_of(game, episode)
     answer = await game.session.ask("ForkEpisode", request)
     last = episode.steps[-1] if episode.steps else episode.begun

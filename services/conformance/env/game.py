@@ -1,4 +1,4 @@
-"""One environment of a server, and episodes of it that a check plays."""
+"""One environment of a server, and the episodes that checks play in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mulligan.conformance.target import CheckSession, Refusal
 from mulligan.env.v1 import env_service_pb2 as pb
 
 SPLITS = (pb.SPLIT_TRAIN, pb.SPLIT_TEST)
-# What an agent may well answer, in one environment or another.
+# Plausible answers of an agent, in one environment or another.
 ORDINARY = ("```Up```", "```Left```", "I go ```Right``` now", "[0]", "1", "yes", "\\boxed{42}", "I am not sure.")
 SIDE_BY_SIDE = 8  # episodes: few enough for a small server
 SAMPLES = 6  # episodes that are played to their end for the rules of play
@@ -26,8 +26,8 @@ _FULL_WAITS = 20  # for a place at a full server
 
 @dataclass(frozen=True, slots=True)
 class EnvOptions:
-    """`known` are actions that mean something in the environment: they are played among the others. `actions` is how
-    many random and hostile ones there are."""
+    """`known` are valid actions of the environment, played among the others. `actions` is the number of random and
+    hostile actions."""
 
     actions: int = 300
     seed: int = 0
@@ -36,7 +36,7 @@ class EnvOptions:
 
 @dataclass(slots=True)
 class PlayedEpisode:
-    """An episode as it was played. `error` marks one that the environment broke."""
+    """An episode, with the actions that were played and the answers to them."""
 
     session: CheckSession
     episode_id: str
@@ -46,7 +46,7 @@ class PlayedEpisode:
     steps: list[pb.StepEpisodeResponse] = field(default_factory=list)
 
     def request(self, action: str, index: int | None = None) -> pb.StepEpisodeRequest:
-        """For the next step, or the one of this index."""
+        """The request for the next step, or for the step `index`."""
         at = len(self.steps) if index is None else index
         return pb.StepEpisodeRequest(episode_id=self.episode_id, step_index=at, action=action)
 
@@ -68,7 +68,7 @@ class PlayedEpisode:
         return bool(self.steps) and self.steps[-1].outcome in broken
 
     async def play(self, actions: Sequence[str]) -> PlayedEpisode:
-        """Until the episode or the actions end."""
+        """Plays the actions until they or the episode end."""
         for action in actions:
             if self.over:
                 break
@@ -76,7 +76,7 @@ class PlayedEpisode:
         return self
 
     def shows(self) -> list[Shown]:
-        """What an agent sees and gets, from the first observation on."""
+        """What an agent sees: the first observation, then each step."""
         first: Shown = {"observation": self.begun.observation, "player": self.begun.player}
         return [first, *map(_shown, self.steps)]
 
@@ -99,7 +99,7 @@ def _shown(step: pb.StepEpisodeResponse) -> Shown:
 
 
 def difference(found: Sequence[Shown], expected: Sequence[Shown]) -> str:
-    """Where two plays part, in words; empty for equal ones."""
+    """Where two plays differ, in words; empty if they are equal."""
     for number, (one, other) in enumerate(zip_longest(found, expected)):
         if one != other:
             when = f"after step {number - 1}" if number else "at the start"
@@ -111,7 +111,12 @@ def difference(found: Sequence[Shown], expected: Sequence[Shown]) -> str:
 
 
 class Game:
-    """What a check about one environment is given."""
+    """The argument of the checks of one environment.
+
+    `start` begins an episode and registers its end. `tasks`, `moves` and `samples` give tasks, actions and finished
+    episodes. `available`, `deterministic` and `comparable` raise NotApplicable if the environment lacks what a check
+    needs.
+    """
 
     def __init__(self, session: CheckSession, info: pb.EnvironmentInfo, options: EnvOptions) -> None:
         self.session = session
@@ -132,7 +137,7 @@ class Game:
         await self.session.clean_up()
 
     def available(self) -> None:
-        """Raises NotApplicable where no episode can be started."""
+        """Raises NotApplicable if no episode can be started."""
         if self.info.unavailable:
             raise NotApplicable(f"the environment is unavailable here: {self.info.unavailable}")
 
@@ -142,8 +147,8 @@ class Game:
             raise NotApplicable("the environment does not say that it is deterministic")
 
     async def comparable(self) -> None:
-        """Raises NotApplicable where one play says nothing about another: the environment isn't deterministic, or says
-        that it is and is not, which is a violation of its own."""
+        """Raises NotApplicable if plays cannot be compared: the environment is not deterministic, or only claims to be,
+        which another check reports."""
         self.deterministic()
         if self._varies is None:
             plays = [(task.task_id, self.moves()) for task in await self.tasks(2)]
@@ -156,7 +161,7 @@ class Game:
             raise NotApplicable("episodes of one task with the same actions differ, so that nothing can be compared")
 
     async def tasks(self, count: int) -> list[pb.TaskInfo]:
-        """At least one and at most `count`, of both splits in turn."""
+        """At least one and at most `count` tasks, from both splits in turn."""
         self.available()
         if self._tasks is None:
             try:
@@ -175,13 +180,13 @@ class Game:
         return page
 
     def start_request(self, task_id: str, episode_id: str = "") -> pb.StartEpisodeRequest:
-        """Under an id of its own where none is given. The episode is ended after the check."""
+        """A request with a new id if none is given. The episode is ended after the check."""
         episode_id = episode_id or f"conformance-{uuid4()}"
         self.session.later("EndEpisode", pb.EndEpisodeRequest(episode_id=episode_id))
         return pb.StartEpisodeRequest(episode_id=episode_id, environment=self.name, task_id=task_id)
 
     async def start(self, task_id: str = "", episode_id: str = "") -> PlayedEpisode:
-        """An episode of the task, or of the first one."""
+        """Starts an episode of the task, or of the first task."""
         if not task_id:
             task_id = (await self.tasks(1))[0].task_id
         request = self.start_request(task_id, episode_id)
@@ -189,7 +194,7 @@ class Game:
         return PlayedEpisode(self.session, request.episode_id, task_id, begun)
 
     async def place(self, request: pb.StartEpisodeRequest) -> pb.StartEpisodeResponse:
-        """Starts the episode; waits for a place where the server is full, as its RetryInfo says."""
+        """Starts the episode. If the server is full, it tries again as RetryInfo says."""
         for _ in range(_FULL_WAITS):
             answer = await self.session.attempt("StartEpisode", request)
             if not isinstance(answer, Refusal):
@@ -206,13 +211,13 @@ class Game:
         await self.session.ask("EndEpisode", pb.EndEpisodeRequest(episode_id=episode.episode_id))
 
     def moves(self, count: int = 0) -> list[str]:
-        """Actions, known ones where there are some; as many as an episode may have where no count is given. The same
-        each time: a check that needs others takes them from `random`."""
+        """`count` actions, or as many as an episode may have. Known ones, if there are any. Every call gives the same
+        actions."""
         kinds = self.options.known or ORDINARY
         return [kinds[(n * n + n // 3) % len(kinds)] for n in range(count or max(self.info.max_steps, 1))]
 
     async def samples(self) -> list[PlayedEpisode]:
-        """Some episodes, played to their end, of different tasks and under different actions. Played once."""
+        """Some finished episodes of different tasks and with different actions. They are played once."""
         self.available()
         if self._unplayable:
             raise NotApplicable(f"no episode could be played to its end: {self._unplayable}")
@@ -236,7 +241,7 @@ class Game:
         return played
 
     async def side_by_side(self, plays: Sequence[tuple[str, Sequence[str]]]) -> list[PlayedEpisode]:
-        """An episode per (task id, actions), a few at a time, each ended after its actions."""
+        """Plays an episode for each (task id, actions), a few at a time."""
         places = asyncio.Semaphore(SIDE_BY_SIDE)
 
         async def one(task_id: str, actions: Sequence[str]) -> PlayedEpisode:

@@ -1,4 +1,4 @@
-"""Actions that no sensible agent would send, and agents are not sensible."""
+"""Checks with random and hostile actions: agents may write anything."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIXED = (
 
 
 def hostile(chance: random.Random, game: Game) -> str:
-    """One action: of the fixed ones, random text, pieces of formats, or calls of the environment's own tools."""
+    """One action: a fixed one, random text, pieces of formats, or a call of one of the environment's tools."""
     kinds: list[Callable[[], str]] = [
         lambda: chance.choice(FIXED),
         lambda: chance.choice(tuple(game.options.known) or ORDINARY),
@@ -46,13 +46,13 @@ def hostile(chance: random.Random, game: Game) -> str:
 
 
 def _code_point(chance: random.Random) -> int:
-    """Any character that UTF-8 can carry: no surrogates."""
+    """Any character of UTF-8: no surrogates."""
     code = chance.choice((chance.randint(0, 127), chance.randint(0, 0x24FF), chance.randint(0, 0x10FFFF)))
     return code if not 0xD800 <= code <= 0xDFFF else 0xFFFD
 
 
 async def _play(game: Game, actions: Iterator[str], tasks: Iterator[str]) -> list[PlayedEpisode]:
-    """Plays actions while there are any, in as many episodes as they take, each ended when it is over."""
+    """Plays all actions, in as many episodes as needed."""
     played: list[PlayedEpisode] = []
     for action in actions:
         if not played or played[-1].over or len(played[-1].steps) >= game.info.max_steps:
@@ -64,7 +64,7 @@ async def _play(game: Game, actions: Iterator[str], tasks: Iterator[str]) -> lis
 
 
 async def plays(game: Game) -> list[PlayedEpisode]:
-    """Episodes under random and hostile actions; the same at the second call."""
+    """Episodes with random and hostile actions. They are played once."""
     if game.hostile is None:
         actions = chain(FIXED, (hostile(game.random, game) for _ in range(game.options.actions)))
         tasks = cycle([task.task_id for task in await game.tasks(100)])
@@ -90,7 +90,7 @@ async def random_actions(game: Game) -> None:
 
 @suite.check("StepEpisode", "under random and hostile actions, too, episodes go as they should")
 async def random_rules(game: Game) -> None:
-    """What `play.py` looks at one by one."""
+    """The rules that `play.py` checks one by one."""
     for rule in rules.ALL:
         if rule not in (rules.unbroken, rules.failure):
             _held(game, await plays(game), rule, (rule.__doc__ or "").strip())

@@ -1,4 +1,4 @@
-"""What an environment says of itself, and the lists of its tasks."""
+"""Checks of an environment's description and of its lists of tasks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mulligan.conformance.report import Suite, Violation, demand
 from mulligan.env.v1 import env_service_pb2 as pb
 
 suite: Suite[Game] = Suite()
-LISTED = 2000  # tasks of a split; of more only these are looked at
+LISTED = 2000  # tasks of a split that are checked
 _PLACEHOLDERS = {
     "solver": (),
     "reflection_system": (),
@@ -61,7 +61,7 @@ async def tools(game: Game) -> None:
 
 
 async def walk(game: Game, split: Any, size: int) -> tuple[list[pb.TaskInfo], bool]:
-    """The tasks of a split, at most LISTED, and whether these are all."""
+    """The tasks of a split, at most LISTED, and whether there are no more."""
     tasks: list[pb.TaskInfo] = []
     token = ""
     seen = set()

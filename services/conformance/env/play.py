@@ -1,4 +1,4 @@
-"""How episodes go: each rule of play, on episodes that were played to their end, and determinism."""
+"""Checks of finished episodes: the rules of `rules.py`, and determinism."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def deterministic(game: Game) -> None:
 
 
 def same_play(first: PlayedEpisode, second: PlayedEpisode) -> None:
-    """Raises Violation where they part."""
+    """Raises Violation if they differ."""
     parted = difference(first.shows(), second.shows())
     came = f"task {first.task_id!r} was played twice with the same actions: {parted}"
     demand(not parted, "the same task and actions lead to the same observations and rewards", came, first.actions)

@@ -1,4 +1,4 @@
-"""What holds for the steps of every episode, however it is played. Each rule yields what is wrong, in words."""
+"""Rules for the steps of every episode. Each rule yields what is wrong, in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an environment server promises whatever it serves."""
+"""Checks of an environment server, whatever it serves."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def bad_steps(session: CheckSession) -> None:
 
 @suite.check("StepEpisode", "an action of more than 4 MiB is refused")
 async def huge_action(session: CheckSession) -> None:
-    """A server whose own limit of a message is smaller says so without ErrorInfo."""
+    """A server with a smaller limit of messages refuses without ErrorInfo, which is allowed."""
     request = pb.StepEpisodeRequest(episode_id=_ALWAYS, action="x" * (4 * 2**20 + 1))
     answer = await session.attempt("StepEpisode", request)
     if isinstance(answer, Refusal) and answer.code == "RESOURCE_EXHAUSTED" and not answer.reason:

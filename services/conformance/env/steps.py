@@ -1,4 +1,4 @@
-"""Exactly once: steps that are repeated, skipped, contradicted, sent twice at a time, and sent in batches."""
+"""Checks that every step is played exactly once: repeated, skipped, contradicting, concurrent and batched steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ async def first_step(game: Game) -> PlayedEpisode:
 
 
 async def unfinished(game: Game) -> PlayedEpisode:
-    """An episode that goes on after its first step."""
+    """An episode that is not over after its first step."""
     for task in await game.tasks(SIDE_BY_SIDE):
         episode = await game.start(task.task_id)
         await episode.step(game.moves(1)[0])
@@ -212,7 +212,7 @@ async def batch_repeated(game: Game) -> None:
 
 @suite.check("StepEpisodes", "one bad item spoils no other")
 async def one_bad_item(game: Game) -> None:
-    """A server may also refuse the call whole: then nothing was played."""
+    """A server may also refuse the whole call; then it plays nothing."""
     episode = await game.start()
     action = game.moves(1)[0]
     bad = pb.StepEpisodeRequest(episode_id=(await game.start()).episode_id, step_index=-1, action=action)

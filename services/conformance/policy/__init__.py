@@ -1,5 +1,5 @@
-"""What `policy_service.proto` and `policy_admin_service.proto` promise: of the server (`SERVER`), and of each of its
-policies (`POLICY`) as far as its features go."""
+"""Checks of `policy_service.proto` and `policy_admin_service.proto`: of the server (`SERVER`), and of each policy
+(`POLICY`), for the features that it offers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""PolicyAdminService, without touching what serves: lists and refusals. `--writes` adds calls that change it for the
-time of a check."""
+"""Checks of PolicyAdminService that change nothing: lists and refusals. `--writes` adds checks that change what serves
+while they run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHA256 = "0" * 64
 
 
 async def available(served: Served) -> None:
-    """Raises NotApplicable where this caller may not administer."""
+    """Raises NotApplicable if the caller has no access to PolicyAdminService."""
     answer = await served.session.attempt(
         "ListVersions", pb.ListVersionsRequest(policy=served.policy.name, page_size=1)
     )

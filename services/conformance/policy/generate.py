@@ -1,4 +1,4 @@
-"""What a policy says of itself, and what it samples."""
+"""Checks of a policy's description and of its samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a policy refuses, and by which name."""
+"""Checks of what a policy must refuse, and with which reason."""
 
 from __future__ import annotations
 

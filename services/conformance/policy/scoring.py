@@ -1,4 +1,4 @@
-"""Score and Tokenize, and whether they agree with Generate."""
+"""Checks of Score and Tokenize, also against Generate."""
 
 from __future__ import annotations
 

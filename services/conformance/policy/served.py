@@ -1,4 +1,4 @@
-"""One policy of a server, and what is asked of it."""
+"""One policy of a server, and requests to it."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ FEW = 8  # tokens
 
 @dataclass(frozen=True, slots=True)
 class PolicyOptions:
-    """`tolerance` is how far log-probabilities of one token under one version may lie apart; `writes` allows calls that
-    change what the server serves, for the time of a check."""
+    """`tolerance` is the largest difference allowed between log-probabilities of one token under one version. `writes`
+    allows checks that change what the server serves while they run."""
 
     tolerance: float = 0.1
     writes: bool = False
 
 
 class Served:
-    """What a check about one policy is given."""
+    """The argument of the checks of one policy."""
 
     def __init__(self, session: CheckSession, policy: pb.Policy, options: PolicyOptions) -> None:
         self.session = session
@@ -42,13 +42,13 @@ class Served:
         return set(features) <= set(self.policy.features)
 
     def need(self, *features: Any) -> None:
-        """Raises NotApplicable where the policy's engine lacks one."""
+        """Raises NotApplicable if the policy lacks a feature."""
         for feature in features:
             if feature not in self.policy.features:
                 raise NotApplicable(f"the policy does not offer {pb.Feature.Name(feature)}")
 
     def request(self, prompt: Any = None, **sampling: Any) -> pb.GenerateRequest:
-        """For token ids, a Continuation, or else a short conversation."""
+        """A request for token ids, a Continuation, or else a short conversation."""
         asked = pb.GenerateRequest(
             request_id="conformance",
             policy=self.policy.name,
@@ -63,7 +63,7 @@ class Served:
         return asked
 
     async def generate(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
-        """An answer whose shape is as it should be."""
+        """The answer. Raises Violation if its shape is wrong."""
         answer: pb.GenerateResponse = await self.session.ask("Generate", request)
         wanted = max(request.n, 1)
         demand(len(answer.completions) == wanted, f"{wanted} completions", answer, request)
@@ -72,7 +72,7 @@ class Served:
         return answer
 
     def shape(self, completion: pb.Completion, request: pb.GenerateRequest) -> None:
-        """What holds for every sample."""
+        """Raises Violation if a sample breaks a rule that holds for all samples."""
         demand(completion.stop_reason != pb.STOP_REASON_UNSPECIFIED, "a stop_reason", completion, request)
         if not self.offers(TOKEN_IDS):
             demand(not completion.token_ids, "no token ids without FEATURE_TOKEN_IDS", completion, request)
@@ -102,13 +102,13 @@ class Served:
         demand(not wrong, "log-probabilities that are finite and at most 0", f"{wrong[:5]}", request)
 
     def close(self, found: Any, expected: Any, demanded: str, request: Any) -> None:
-        """Raises Violation where two rows of log-probabilities lie further apart than the tolerance."""
+        """Raises Violation if two rows of log-probabilities differ by more than the tolerance."""
         apart = max((abs(one - other) for one, other in zip(found, expected, strict=True)), default=0.0)
         limit = self.options.tolerance
         demand(apart <= limit, f"{demanded}, within {limit:g} (--tolerance)", f"{apart:.3g} apart", request)
 
     def ids(self, count: int = 5) -> list[int]:
-        """Some token ids that the vocabulary has."""
+        """Some token ids of the vocabulary."""
         size = self.policy.vocabulary_size or 1000
         return [5 + (7 * n) % max(size - 6, 1) for n in range(count)] if size > 6 else [0] * count
 

@@ -1,4 +1,4 @@
-"""What a policy server promises whichever policies it serves."""
+"""Checks of a policy server, whatever it serves."""
 
 from __future__ import annotations
 

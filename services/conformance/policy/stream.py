@@ -1,4 +1,4 @@
-"""StreamGenerate: the same as Generate, token by token."""
+"""Checks of StreamGenerate: the same as Generate, token by token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def streamed(served: Served, request: pb.GenerateRequest) -> list[pb.Strea
 
 
 def joined(parts: list[pb.StreamGenerateResponse]) -> pb.Completion:
-    """The sample that its messages make."""
+    """The sample that these messages add up to."""
     whole = pb.Completion(stop_reason=parts[-1].stop_reason)
     for part in parts:
         whole.token_ids.extend(part.token_ids)

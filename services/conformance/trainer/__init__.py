@@ -1,5 +1,5 @@
-"""What `learner_service.proto` and `run_service.proto` promise. What stays on the trainer's disk, such as checkpoints
-and runs, is made only where `--writes` allows it."""
+"""Checks of `learner_service.proto` and `run_service.proto`. Checkpoints, published weights and runs, which stay on the
+trainer's disk, are made only with `--writes`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a learner writes: checkpoints and published weights, which stay on the trainer's disk."""
+"""Checks of checkpoints and published weights, which stay on the trainer's disk."""
 
 from __future__ import annotations
 

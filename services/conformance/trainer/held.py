@@ -1,4 +1,4 @@
-"""What a check about a trainer is given, and a learner that a check holds."""
+"""The argument of the checks of a trainer, and a learner that a check creates."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as run_pb
 
 OWNER = "conformance"
-LEASE_SECONDS = 600  # of every learner: it is gone though the suite is killed
+LEASE_SECONDS = 600  # of every learner, so that it is deleted even if the suite is killed
 
 
 @dataclass(frozen=True, slots=True)
 class TrainerOptions:
-    """`model` is what a learner loads; `config` what a run is started with, when `writes` allows one."""
+    """`model` is the model of learners, `config` the settings of runs, which start only with `writes`."""
 
     model: str = "embedded"
     writes: bool = False
@@ -56,7 +56,7 @@ class Trainer:
 
     @asynccontextmanager
     async def learner(self, **changes: Any) -> AsyncIterator[RemoteLearner]:
-        """A learner, which is deleted afterwards. Raises NotApplicable where the trainer has no place for it."""
+        """Creates a learner and deletes it afterwards. Raises NotApplicable if the trainer has no room for it."""
         request = self.create_request(**changes)
         ids = {"learner_id": request.learner_id, "owner": request.owner}
         self.session.later("DeleteLearner", pb.DeleteLearnerRequest(**ids))
@@ -90,7 +90,7 @@ class RemoteLearner:
         return pb.ForwardRequest(data=data or [datum()], **self.ids)
 
     async def log_probs(self) -> list[float]:
-        """Of the trained tokens of one datum, under the present weights."""
+        """The log-probabilities of the trained tokens of one datum, under the present weights."""
         answer = await self.session.ask("Forward", self.forward())
         return list(answer.log_probs[0].log_probs)
 
@@ -102,7 +102,7 @@ class RemoteLearner:
         return pb.OptimStepRequest(sequence=sequence, **(self.ids | ids))
 
     async def learn(self, sequence: int) -> None:
-        """One optimizer step: two calls, from this sequence on."""
+        """Takes an optimizer step in two calls, with the numbers `sequence` and `sequence + 1`."""
         await self.session.ask("ForwardBackward", self.backward(sequence))
         await self.session.ask("OptimStep", self.step(sequence + 1))
 

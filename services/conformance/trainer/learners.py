@@ -1,4 +1,4 @@
-"""LearnerService: exactly once on the sequence, ownership, and data that are refused. Leaves nothing behind."""
+"""Checks of LearnerService: numbered calls exactly once, owners, and bad data. They leave nothing behind."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def repeated(trainer: Trainer) -> None:
 
 
 async def gradient(trainer: Trainer, times: int) -> tuple[float, RemoteLearner]:
-    """The gradient's norm when the first call came so many times."""
+    """The norm of the gradient after the first call was sent so many times."""
     async with trainer.learner() as learner:
         for _ in range(times):
             await trainer.session.ask("ForwardBackward", learner.backward(1))

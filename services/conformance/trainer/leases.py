@@ -1,4 +1,4 @@
-"""LearnerService: what becomes of a learner that nobody calls. These checks take seconds, as leases do."""
+"""Checks of leases: a learner that nobody calls is deleted. They take some seconds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PATIENCE_SECONDS = 15
 
 
 async def _listed(learner: RemoteLearner) -> pb.LearnerInfo | None:
-    """To look renews no lease."""
+    """The learner in the list, which renews no lease; None if it is gone."""
     answer = await learner.session.ask("ListLearners", pb.ListLearnersRequest())
     found = [info for info in answer.learners if info.learner_id == learner.request.learner_id]
     return found[0] if found else None

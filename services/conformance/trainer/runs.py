@@ -1,4 +1,4 @@
-"""RunService, without starting anything: lists, and what is refused."""
+"""Checks of RunService that start no run: lists and refusals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as pb
 
 suite: Suite[Trainer] = Suite()
-NOWHERE = "no-such-environment"  # of a run that must not be started, and would soon fail if it were
+NOWHERE = "no-such-environment"  # a run that is started by mistake soon fails
 
 
 @suite.check("GetRun", "an unknown run is NOT_FOUND UNKNOWN_RUN, in every call")

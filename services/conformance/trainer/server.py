@@ -1,4 +1,4 @@
-"""What a trainer has as every service."""
+"""Checks of a trainer that every service has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is started, watched, stopped and resumed. It stays in the trainer's list: only with `--writes`."""
+"""Checks of runs: started, watched, stopped and resumed. Runs stay in the trainer's list, so this needs `--writes`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _WITH_REWARD = (outcome_pb2.OUTCOME_COMPLETED, outcome_pb2.OUTCOME_TRUNCATED)
 
 
 def request_of(trainer: Trainer, **changes: Any) -> pb.StartRunRequest:
-    """A run of its own, which is stopped after the check."""
+    """The request to start a new run, which is stopped after the check."""
     trainer.may_write()
     config = config_pb.RunConfig()
     if trainer.options.config is not None:
@@ -34,7 +34,7 @@ def request_of(trainer: Trainer, **changes: Any) -> pb.StartRunRequest:
 
 
 async def start(trainer: Trainer, request: pb.StartRunRequest) -> pb.Run:
-    """Waits for a run of an earlier check, which was asked to stop, and for no other."""
+    """Starts a run. If an earlier check's run is still stopping, it waits. Another run raises NotApplicable."""
     began = time.monotonic()
     while True:
         answer = await trainer.session.attempt("StartRun", request)
@@ -65,7 +65,7 @@ async def get(trainer: Trainer, run_id: str) -> pb.Run:
 
 
 async def trained(trainer: Trainer) -> pb.Run:
-    """A run that has completed; one for all checks."""
+    """A completed run. All checks use the same one."""
     trainer.may_write()
     if trainer.untrainable:
         raise NotApplicable(f"no run could be completed: {trainer.untrainable}")

@@ -23,7 +23,7 @@ from mulligan.models import EMBEDDED
 from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.learner import canary
 from mulligan.trainer.learner.batching import Microbatch
-from mulligan.trainer.settings import LoraSettings, ModelSettings
+from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
 
 # Logits are computed in pieces of at most this many float32 values: 64 Mi are 256 MiB, or 441 tokens with a vocabulary
 # of 152 thousand. The backward pass computes each piece again.
@@ -40,7 +40,7 @@ class PolicyModel:
     The reference model of the KL term has the same dtypes, so the KL is exactly 0 while the weights are unchanged.
     """
 
-    def __init__(self, settings: ModelSettings, device: torch.device, seed: int):
+    def __init__(self, settings: TrainedModelSettings, device: torch.device, seed: int):
         self.settings = settings
         self.device = device
         self.dtype: torch.dtype = getattr(torch, settings.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mulligan.trainer.settings import ModelSettings, OptimizerSettings
+from mulligan.trainer.settings import OptimizerSettings, TrainedModelSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class LearnerInfo:
 class LearnerSpec:
     """Settings of one learner. Equal specs at the same server give equal learners."""
 
-    model: ModelSettings = ModelSettings()
+    model: TrainedModelSettings = TrainedModelSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     seed: int = 0
     deterministic: bool = False

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from mulligan.common.errors import invalid_field
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
 from mulligan.trainer.learner.settings import LearnerInfo, LearnerSpec
-from mulligan.trainer.settings import LossSettings, ModelSettings, OptimizerSettings
+from mulligan.trainer.settings import LossSettings, OptimizerSettings, TrainedModelSettings
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.wire import Settings, fill_proto, plain_from_proto
 
@@ -79,7 +79,7 @@ def loss_from_proto(message: pb.LossConfig) -> LossSettings:
     return _settings(LossSettings, "loss", message)
 
 
-def model_to_proto(model: ModelSettings) -> pb.ModelConfig:
+def model_to_proto(model: TrainedModelSettings) -> pb.ModelConfig:
     message = pb.ModelConfig()
     fill_proto(message, model.model_dump(mode="json"))
     return message
@@ -95,7 +95,7 @@ def spec_to_proto(spec: LearnerSpec, request: pb.CreateLearnerRequest) -> None:
 
 def spec_from_proto(request: pb.CreateLearnerRequest) -> LearnerSpec:
     return LearnerSpec(
-        model=_settings(ModelSettings, "model", request.model),
+        model=_settings(TrainedModelSettings, "model", request.model),
         optimizer=_settings(OptimizerSettings, "optimizer", request.optimizer),
         seed=request.seed,
         deterministic=request.deterministic,

@@ -21,7 +21,7 @@ from mulligan.common.inference import (
 )
 from mulligan.trainer.preflight import check_actor, check_reflector, check_top_k
 from mulligan.trainer.sampling import ForeignWeights, NamedPolicy, PublishedPolicy, VersionLost
-from mulligan.trainer.settings import LoraSettings, ModelSettings, RunSettings
+from mulligan.trainer.settings import LoraSettings, RunSettings, TrainedModelSettings
 from tests.support.fakes import FakeLearner, FakePolicy
 
 PROMPT = (Message(Role.USER, "say"),)
@@ -154,8 +154,8 @@ async def test_the_cause_of_a_refusal_is_told_and_no_other(monkeypatch: pytest.M
         assert "dtypes" not in caught.value.message
 
 
-RUN = RunSettings(environment="e", model=ModelSettings(source="our/model"))
-LORA = RUN.model_copy(update={"model": ModelSettings(source="our/model", lora=LoraSettings(rank=2))})
+RUN = RunSettings(environment="e", model=TrainedModelSettings(source="our/model"))
+LORA = RUN.model_copy(update={"model": TrainedModelSettings(source="our/model", lora=LoraSettings(rank=2))})
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ async def test_dtypes_whose_rounding_the_canary_refuses_are_refused_before_the_r
 ) -> None:
     info = await FakePolicy(lambda system, last, sampling: "").info()
     info = replace(info, dtype=engine, canary_tolerance=tolerance)
-    settings = RUN.model_copy(update={"model": ModelSettings(dtype=dtype)})
+    settings = RUN.model_copy(update={"model": TrainedModelSettings(dtype=dtype)})
     if passes:
         check_actor(info, settings, "f")
         return
@@ -217,7 +217,7 @@ async def test_adapters_that_the_engine_has_no_room_for_are_refused_before_the_r
     info = replace(info, lora=LoraLimits(8, ("k_proj", "q_proj")), backend="sglang")
 
     def settings(rank: int) -> RunSettings:
-        return RUN.model_copy(update={"model": ModelSettings(lora=LoraSettings(rank=rank))})
+        return RUN.model_copy(update={"model": TrainedModelSettings(lora=LoraSettings(rank=rank))})
 
     check_actor(info, settings(8), "f", ("q_proj",))
     check_actor(info, RUN, "f")

@@ -22,12 +22,12 @@ from mulligan.trainer.settings import (
     LoraSettings,
     LossSettings,
     MismatchCorrection,
-    ModelSettings,
     OptimizerSettings,
     PoliciesSettings,
     RolloutSettings,
     RunSettings,
     SecondAttempt,
+    TrainedModelSettings,
 )
 from mulligan.trainer.v1 import run_config_pb2
 from mulligan.trainer.wire import plain_from_proto, settings_from_proto, settings_to_proto
@@ -35,7 +35,7 @@ from tests.support.paths import ROOT
 
 MESSAGES: dict[str, type[BaseModel]] = {
     "RunConfig": RunSettings,
-    "ModelConfig": ModelSettings,
+    "ModelConfig": TrainedModelSettings,
     "LoraConfig": LoraSettings,
     "AlgorithmConfig": AlgorithmSettings,
     "RolloutConfig": RolloutSettings,
@@ -125,7 +125,9 @@ LORA = st.builds(
 RUNS = st.builds(
     RunSettings,
     environment=texts,
-    model=st.builds(ModelSettings, source=texts, lora=st.none() | LORA, dtype=st.sampled_from(["float32", "bfloat16"])),
+    model=st.builds(
+        TrainedModelSettings, source=texts, lora=st.none() | LORA, dtype=st.sampled_from(["float32", "bfloat16"])
+    ),
     algorithm=st.builds(
         AlgorithmSettings,
         second_attempt=st.sampled_from(SecondAttempt),

@@ -19,7 +19,7 @@ from mulligan.trainer.learner.batching import length, pack
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.local import LocalLearner
 from mulligan.trainer.learner.metrics import merge
-from mulligan.trainer.settings import LoraSettings, LossSettings, ModelSettings
+from mulligan.trainer.settings import LoraSettings, LossSettings, TrainedModelSettings
 from tests.support.learning import FULL, LORA, PLAIN, distilled, many, sampled, server_settings, spec
 from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tiny_model
 
@@ -144,7 +144,7 @@ def test_the_kl_of_unchanged_weights_is_zero_to_the_bit(
     """The policy and its reference are computed in the same arithmetic, in every mode."""
     if pieces:
         monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 5 * VOCABULARY_SIZE)
-    settings = replace(spec(tiny), model=ModelSettings(source=str(tiny), lora=lora, dtype=dtype))
+    settings = replace(spec(tiny), model=TrainedModelSettings(source=str(tiny), lora=lora, dtype=dtype))
     learner = Learner("learner", replace(settings, deterministic=deterministic), server_settings(tmp_path))
     learner.save_checkpoint("start")
     loss = LossSettings(kl_coefficient=0.1)
@@ -239,7 +239,7 @@ def test_the_gradient_is_clipped_to_the_norm(tiny: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("lora", [FULL, LORA])
 def test_bfloat16_learns_with_float32_weights(tiny: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
-    settings = replace(spec(tiny), model=ModelSettings(source=str(tiny), lora=lora, dtype="bfloat16"))
+    settings = replace(spec(tiny), model=TrainedModelSettings(source=str(tiny), lora=lora, dtype="bfloat16"))
     learner = Learner("learner", settings, server_settings(tmp_path))
     assert {parameter.dtype for parameter in learner.model.trainable.values()} == {torch.float32}
     before = sum(learner.forward([sampled()])[0])
@@ -252,16 +252,16 @@ def test_bfloat16_learns_with_float32_weights(tiny: Path, tmp_path: Path, lora: 
 @pytest.mark.parametrize(
     ("model", "reason", "field"),
     [
-        (ModelSettings(source="/nowhere"), Reason.MODEL_NOT_FOUND, "model.source"),
+        (TrainedModelSettings(source="/nowhere"), Reason.MODEL_NOT_FOUND, "model.source"),
         (
-            ModelSettings(lora=LoraSettings(rank=2, target_modules=("no_such",))),
+            TrainedModelSettings(lora=LoraSettings(rank=2, target_modules=("no_such",))),
             Reason.INVALID_FIELD,
             "model.lora.target_modules",
         ),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused(
-    tiny: Path, tmp_path: Path, model: ModelSettings, reason: Reason, field: str | None
+    tiny: Path, tmp_path: Path, model: TrainedModelSettings, reason: Reason, field: str | None
 ) -> None:
     source = str(tiny) if model.source == "embedded" else model.source
     settings = replace(spec(tiny), model=model.model_copy(update={"source": source}))
