@@ -103,7 +103,7 @@ class UpdateSeries:
 
     @torch.no_grad()
     def following(self) -> PublishedWeights:
-            """The next weights, published as by a trainer, with the probes of the weight check."""
+        """The next weights, published as by a trainer, with the probes of the weight check."""
         self._version += 1
         for parameter in self._model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=_CHANGE)

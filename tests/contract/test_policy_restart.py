@@ -88,7 +88,6 @@ async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path:
     (tmp_path / "state" / "policies" / "actor" / "model.json").write_text("{")
     with pytest.raises(ExceptionGroup, match=r"actor: .*model\.json is damaged"):
         await Policies.open(PolicySettings.model_validate(plain | settings), Opened().create)
-        await Policies.open(PolicySettings.model_validate(plain | settings), Opened().create)
 
 
 async def test_a_killed_service_comes_back_with_what_was_loaded(tmp_path: Path, services: ServiceProcesses) -> None:

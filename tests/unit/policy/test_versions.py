@@ -245,7 +245,8 @@ class Versions(RuleBasedStateMachine):
     def all_is_known_and_what_is_kept_is_there(self) -> None:
         versions = self.store.versions(None, 1000)
         assert {version.policy_version: version.state for version in versions} == self.states
-        assert self.store.serving() is not None and self.store.serving().number == self.serving
+        record = self.store.serving()
+        assert record is not None and record.number == self.serving
         assert self.store.next_version() == max(self.states) + 1
         for number, state in self.states.items():
             if state in (VersionState.SERVING, VersionState.KEPT):
