@@ -49,7 +49,7 @@ from mulligan.policy.backend import Backend, Replica, WeightsFile
 from mulligan.policy.config import ModelSettings, PolicySettings
 from mulligan.policy.uploads import Uploads, find_weights
 from mulligan.policy.versions import VersionRecord, VersionStore, source_of
-from mulligan.policy.weight_check import WeightCheck, tolerance_of
+from mulligan.policy.weight_check import WeightCheck, known_checksums, tolerance_of
 
 log = structlog.get_logger()
 _RETRY_AFTER = timedelta(seconds=1)
@@ -163,6 +163,13 @@ class Deployment:
         return passed
 
     # Changes
+
+    def refuse_released(self) -> None:
+        """Raises DomainError ENGINE_UNAVAILABLE while memory is released: calls wait for it, and a change of weights or
+        of the model would leave them waiting."""
+        if self._phase is PolicyState.RELEASED:
+            message = f"the memory of {self.name} is released: ResumeMemory comes first"
+            raise DomainError(Reason.ENGINE_UNAVAILABLE, message)
 
     async def start(self) -> None:
         """Serves the version that served before a restart, or else the weights that the model came with.
@@ -312,9 +319,7 @@ class Deployment:
     def _refuse_change(self) -> None:
         if self.settings.frozen:
             raise DomainError(Reason.POLICY_FROZEN, f"the weights of {self.name} are frozen by its settings")
-        if self._phase is PolicyState.RELEASED:
-            message = f"the memory of {self.name} is released: ResumeMemory comes first"
-            raise DomainError(Reason.ENGINE_UNAVAILABLE, message)
+        self.refuse_released()
 
     def _available(self) -> bool:
         replicas = self.backend.replicas
@@ -478,16 +483,7 @@ class Deployment:
 
     def _new_check(self, record: VersionRecord, file: WeightsFile, known: Sequence[VersionRecord]) -> None:
         """`known`: the records with whose checksums an engine's is compared."""
-        expected = ""
-        others = {}
-        for other in known:
-            checksum = other.version.engine_checksum
-            if not checksum or other.setup != self._setup or other.version.state is VersionState.REFUSED:
-                continue
-            if other.version.sha256 == record.version.sha256:
-                expected = checksum
-            else:
-                others[checksum] = other
+        expected, others = known_checksums(record, known, self._setup)
         dtype = self.backend.model.dtype
         self._checks[record.number] = WeightCheck(file, self.canary_tolerance, dtype, expected, others, self._are_alike)
 

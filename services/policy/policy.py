@@ -197,7 +197,8 @@ class Policy:
 
         Raises UnsupportedModel, DomainError or OSError; then all is as it was.
         """
-        self._refuse_released()
+        if self._newest is not None:
+            self._newest.refuse_released()
         folder = await asyncio.to_thread(self._store.engine_folder)
         try:
             source = source_of(settings) if restore else None
@@ -252,14 +253,9 @@ class Policy:
         return deployment
 
     async def _start(self, deployment: Deployment) -> None:
-        self._refuse_released()
+        if self._newest is not None:
+            self._newest.refuse_released()
         await deployment.start()
-
-    def _refuse_released(self) -> None:
-        """Calls that wait for the memory of the present model would wait for ever."""
-        if self._newest is not None and self._newest.state is PolicyState.RELEASED:
-            message = f"the memory of {self.name} is released: ResumeMemory comes first"
-            raise DomainError(Reason.ENGINE_UNAVAILABLE, message)
 
     def _replace(self, deployment: Deployment) -> None:
         old = self._newest

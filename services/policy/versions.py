@@ -7,7 +7,6 @@ deleted after its record was changed. Files without a record are deleted when th
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from typing import IO, Any
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.file_lock import lock_file
 from mulligan.common.files import file_sha256, sync
 from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
@@ -186,13 +186,13 @@ class VersionStore:
         self._clean()
 
     def refuse(self, record: VersionRecord) -> None:
-        """It is never served."""
+        """The version failed its check."""
         with self._transaction() as db:
             _put(db, replace(record.now(state=VersionState.REFUSED), canary=()))
         self._clean()
 
     def lose(self, record: VersionRecord) -> None:
-        """Its file is gone, or another one."""
+        """The file of the version is missing or damaged."""
         with self._transaction() as db:
             _put(db, replace(record.now(state=VersionState.REMOVED), canary=()))
         self._clean()
@@ -200,8 +200,8 @@ class VersionStore:
     def stage(self, weights: WeightsFile) -> WeightsFile:
         """Brings the files of a new version into the store and verifies them there.
 
-        A file is linked where that is possible: it costs nothing, and the sender may delete its own. A link shares its
-        content with the original, so the checksum is verified again before each later use. Raises DomainError
+        A file is linked if possible: that takes no space, and the sender may delete its own. The sender can still
+        change the content of a link, so the checksum is verified again before each later use. Raises DomainError
         WEIGHTS_NOT_FOUND, CHECKSUM_MISMATCH or DISK_FULL.
         """
         source = weights.safetensors
@@ -296,14 +296,10 @@ def _bring(source: Path, target: Path, *, link: bool = True) -> None:
 
 
 def _lock(folder: Path) -> IO[bytes]:
-    """Held as long as the process lives, and gone with it."""
-    file = (folder / "lock").open("ab")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
+        return lock_file(folder / "lock")
+    except BlockingIOError:
         raise OSError(f"state_folder: {folder} is in use by another process") from None
-    return file
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.inference import CanaryProbe, WeightsKind
+from mulligan.common.inference import CanaryProbe, VersionState, WeightsKind
 from mulligan.common.safetensors_header import BadSafetensors, read_header
 from mulligan.policy.backend import Replica, WeightsFile
 from mulligan.policy.versions import VersionRecord
@@ -43,13 +43,30 @@ def largest_difference(probes: Sequence[CanaryProbe], log_probs: Sequence[Sequen
     return largest
 
 
+def known_checksums(
+    record: VersionRecord, known: Sequence[VersionRecord], setup: str
+) -> tuple[str, dict[str, VersionRecord]]:
+    """What engines of this setup found before: the checksum of the same weights, "" if they never had them, and the
+    versions of all other weights by their checksums."""
+    expected = ""
+    others = {}
+    for other in known:
+        checksum = other.version.engine_checksum
+        if not checksum or other.setup != setup or other.version.state is VersionState.REFUSED:
+            continue
+        if other.version.sha256 == record.version.sha256:
+            expected = checksum
+        else:
+            others[checksum] = other
+    return expected, others
+
+
 @dataclass(slots=True)
 class WeightCheck:
     """The check of one version's weights. `admit` is called for each replica that has loaded them.
 
-    `expected` is the checksum that engines found before for the same weights, "" if none did. `others` maps the
-    checksums of all other weights of the model to their versions. `alike` tells whether such a version holds the same
-    numbers in another file: engines find the same checksum then.
+    `expected` and `others` are of `known_checksums`. `alike` tells whether one of the others holds the same numbers in
+    another file: engines find the same checksum then.
     """
 
     weights: WeightsFile

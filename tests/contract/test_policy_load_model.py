@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mulligan.common.errors import Code, DomainError, Reason
-from mulligan.common.inference import CallOptions, SamplingParams
+from mulligan.common.inference import CallOptions, CanaryProbe, PublishedWeights, SamplingParams, WeightsKind
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
-from mulligan.testing.weights import full_weights, load, plain_log_probs
+from mulligan.testing.weights import full_weights, load, plain_log_probs, sha256
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import serving
 from tests.support.scripted import Opened, Running, refused, started
@@ -262,6 +264,25 @@ async def test_a_policy_is_unloaded_when_its_calls_have_finished(running: Runnin
     assert backend.closed
     await refused(running.client.unload_model("other"), Reason.UNKNOWN_POLICY, Code.NOT_FOUND)
     assert await running.client.load_model("other", "two") == (0, "two")
+
+
+async def test_an_update_under_way_ends_before_its_policy_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"w": np.zeros(3, np.float32)}, path)
+    canary = (CanaryProbe((1, 2, 3), (-1.0, -1.0)),)
+    weights = PublishedWeights(1, WeightsKind.FULL, path.as_uri(), sha256(path), "two", canary)
+    async with started(weights_folder=tmp_path) as running:
+        await running.client.load_model("other", "two")
+        backend = running.opened["two"]
+        backend.judge.clear()
+        updating = asyncio.create_task(running.client.update_weights(weights, "other"))
+        await until(lambda: backend.policy_version == 1)
+        unloading = asyncio.create_task(running.client.unload_model("other"))
+        await until(lambda: "other" not in [deployment.name for deployment in running.served.policies.deployments])
+        backend.judge.set()
+        assert await updating == 0.0
+        await unloading
+        assert backend.closed
 
 
 async def test_the_default_policy_stays(running: Running) -> None:

@@ -20,6 +20,11 @@ log = structlog.get_logger()
 
 
 class Updates:
+    """Gives new weights to the servers of one pool: all serve them, or all load the old ones again.
+
+    `policy/replicas.py` does the like with policy servers, and says why the two share no code.
+    """
+
     def __init__(self, pool: Pool, folders: Folders):
         self._pool = pool
         self._folders = folders
