@@ -300,7 +300,6 @@ AMBIGUOUS_NAMES = {
     "Board",
     "Connection",
     "Endpoint",
-    "ModelSettings",
     "Pool",
     "Refused",
     "Target",
