@@ -38,7 +38,7 @@ def loop(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFac
 
 
 def command(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], str]:
-    """Exit status, the JSON report, and what it wrote to stderr."""
+    """Exit status, the JSON report, and what it wrote to stderr besides progress."""
     process = subprocess.run(
         [sys.executable, "-m", "mulligan.cli", "conformance", *arguments, "--json"],
         cwd=ROOT,
@@ -47,7 +47,8 @@ def command(*arguments: str, **environment: str) -> tuple[int, dict[str, Any], s
         text=True,
         check=False,
     )
-    return process.returncode, json.loads(process.stdout) if process.stdout else {}, process.stderr
+    told = [line for line in process.stderr.splitlines(keepends=True) if not line.startswith("checking …")]
+    return process.returncode, json.loads(process.stdout) if process.stdout else {}, "".join(told)
 
 
 def titles(report: dict[str, Any], verdict: Verdict) -> set[str]:

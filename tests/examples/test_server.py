@@ -43,7 +43,7 @@ def test_it_conforms(address: str) -> None:
     flags = ["--target", address, "--action", "50", "--action", "7", "--json"]
     result = CliRunner().invoke(app, ["conformance", "env", *flags])
     assert result.exit_code == 0, result.output
-    report = json.loads(result.output)
+    report = json.loads(result.stdout)
     assert "guess-number" in json.dumps(report)
 
 

@@ -13,6 +13,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from mulligan.common import files
 from mulligan.common.errors import DomainError, Reason
 from mulligan.trainer.learner import storage
 from mulligan.trainer.settings import LoraSettings
@@ -146,7 +147,7 @@ def test_weights_that_find_no_room_are_not_published(
     def fails(path: Path) -> None:
         raise no_space()
 
-    monkeypatch.setattr(storage, "sync", fails)
+    monkeypatch.setattr(files, "sync", fails)
     with pytest.raises(DomainError, match=f"the disk of {tmp_path / 'weights'} is full"):
         learner.publish_weights(2)
     assert kept(tmp_path / "weights") == before
