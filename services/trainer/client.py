@@ -47,6 +47,8 @@ class RunInfo:
 
 
 class RunClient:
+    """Starts, stops, watches and lists runs, and evaluates policies. Lists are read page by page."""
+
     def __init__(self, endpoint: Endpoint):
         self._connection = Connection(endpoint)
         self._stub = run_service_pb2_grpc.RunServiceStub(self._connection.channel)

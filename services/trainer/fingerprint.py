@@ -34,7 +34,7 @@ class Fingerprint(msgspec.Struct, frozen=True):
     def differences(self, now: Fingerprint) -> list[str]:
         """Sentences for people, about what both fingerprints contain."""
         found = [f"{name} was {_shown(old)} and is {_shown(new)}" for name, old, new in _changed(self.info, now.info)]
-        found += [f"the list of tasks to {split} on is another" for split, *_ in _changed(self.tasks, now.tasks)]
+        found += [f"the list of {split} tasks has changed" for split, *_ in _changed(self.tasks, now.tasks)]
         for task_id, old, new in _changed(self.observations, now.observations):
             found.append(f"task {task_id!r} showed {_shown(old)} first and shows {_shown(new)}")
         return found

@@ -47,6 +47,8 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 class RunFolder:
+    """Reads and writes the files of one run. Writes raise DomainError DISK_FULL, or OSError without the folder."""
+
     def __init__(self, path: Path):
         self.path = path
         self.journal = path / "journal"

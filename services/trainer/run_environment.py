@@ -66,9 +66,9 @@ class KnownEnvironment:
                 with contextlib.suppress(DomainError, CallFailed):
                     await episode.end()
                 raise EnvironmentChanged(
-                    f"environment {environment!r} is deterministic, as it says, but task {task_id!r} showed {before!r} "
-                    f"first and now {now!r}: its server was started again with another seed or other settings, or one "
-                    "of several servers has others"
+                    f"environment {environment!r} says that it is deterministic, but task {task_id!r} showed "
+                    f"{before!r} first and now {now!r}: its server has restarted with another seed or other settings, "
+                    "or one of several servers has others"
                 )
         return episode
 

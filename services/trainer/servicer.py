@@ -40,6 +40,8 @@ def add_to_server(server: grpc.aio.Server, manager: RunManager) -> list[str]:
 
 
 class RunServicer(run_service_pb2_grpc.RunServiceServicer):
+    """The runs of a trainer, over gRPC: converts messages and calls the `RunManager`."""
+
     def __init__(self, manager: RunManager):
         self._manager = manager
 

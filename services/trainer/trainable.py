@@ -28,7 +28,7 @@ _MEANINGS = {
     Problem.TOO_SHORT: "it has fewer than two tokens",
     Problem.NOT_IN_VOCABULARY: "it has token ids that the model does not know",
     Problem.NOTHING_SAMPLED: "the policy reported no tokens that it sampled",
-    Problem.MISALIGNED: "its tokens and log-probabilities do not belong together",
+    Problem.MISALIGNED: "it does not have one log-probability for each sampled token",
     Problem.NOT_FINITE: "it holds a number that is not finite",
     CUT_REFLECTION: "the reflection was cut at its token limit; algorithm.train_cut_reflections = true trains on it",
     REWRITTEN_HISTORY: "the policy began to rewrite earlier turns in the middle of a second attempt, which has no "

@@ -47,6 +47,14 @@ def add_to_server(server: grpc.aio.Server, servicer: LearnerServicer) -> list[st
 
 
 class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
+    """The learners of a server, over gRPC.
+
+    Each call finds its learner, checks the owner, and does its work on the worker thread (`_with_learner`). Calls that
+    change gradients or weights are numbered: `_exactly_once` answers a repeated call with the stored answer and refuses
+    any other number. An unexpected error in such a call deletes the learner. A task deletes learners whose lease is
+    over.
+    """
+
     def __init__(self, settings: LearnerServerSettings):
         self._settings = settings
         self._held = HeldLearners(settings.max_learners)

@@ -121,7 +121,7 @@ async def test_a_run_resumes_in_its_own_environment_alone(world: World, manager:
         ({"max_reward": 2.0}, "max_reward was 1.0 and is 2.0"),
         ({"task_counts": {Split.TRAIN: 3, Split.TEST: 1}}, "task_counts.train was 4 and is 3"),
         ({"prompts": "solver"}, "prompts.solver was 'solve' and is 'other'"),
-        ({"answers": {"t0": "go", "t9": "go"}}, "the list of tasks to train on is another"),
+        ({"answers": {"t0": "go", "t9": "go"}}, "the list of train tasks has changed"),
     ],
 )
 async def test_what_differs_is_said(world: World, manager: RunManager, changes: dict[str, Any], words: str) -> None:
