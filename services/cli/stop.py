@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, command, endpoint, run
-from mulligan.cli.out import show
+from mulligan.cli.out import Heartbeat, show
 from mulligan.cli.runs import whole_run_id
 from mulligan.cli.watch import watch_run
 from mulligan.trainer.client import RunClient
@@ -65,7 +65,8 @@ async def _resume(run_id: str, watch: bool, accept_environment: bool, trainer: s
     client = RunClient(endpoint(trainer))
     try:
         whole = await whole_run_id(client, run_id)
-        await client.resume(whole, accept_environment=accept_environment)
+        with Heartbeat(lambda: f"resuming run {whole}"):  # the trainer looks at the environment first
+            await client.resume(whole, accept_environment=accept_environment)
     finally:
         await client.close()
     if watch:
