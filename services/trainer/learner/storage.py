@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason, invalid_field
-from mulligan.common.files import file_sha256, move, temporary_file
+from mulligan.common.files import file_sha256, move, sync, temporary_file
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MANIFEST = "manifest.json"
@@ -162,6 +162,8 @@ def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[st
             write(Path(temporary))
             files = [Path(temporary, name) for name in names]
             sha256 = file_sha256(files[-1])
+            for file in files:
+                sync(file)  # a disk that is full says so here, before there is a folder
             path.mkdir(exist_ok=True)
             for file in files:
                 move(file, path / file.name)

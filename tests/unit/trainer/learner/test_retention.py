@@ -147,7 +147,8 @@ def test_weights_that_find_no_room_are_not_published(
     def fails(path: Path) -> None:
         raise no_space()
 
-    monkeypatch.setattr(files, "sync", fails)
+    for module in (files, storage):
+        monkeypatch.setattr(module, "sync", fails)
     with pytest.raises(DomainError, match=f"the disk of {tmp_path / 'weights'} is full"):
         learner.publish_weights(2)
     assert kept(tmp_path / "weights") == before
