@@ -7,6 +7,8 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 
+from mulligan.common.tasks import cancel
+
 
 @dataclass(frozen=True, slots=True)
 class Faults:
@@ -39,9 +41,7 @@ class FaultyProxy:
     async def stop(self) -> None:
         assert self._server is not None
         self._server.close()
-        for task in tuple(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancel(*self._tasks)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -74,9 +74,7 @@ class FaultyProxy:
                 await asyncio.wait(pumps, timeout=self.faults.drop_seconds, return_when=asyncio.FIRST_COMPLETED)
             self.happened["connections_cut"] += 1
         finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            await cancel(*pumps)
             their_writer.transport.abort()
 
     async def _pump(
