@@ -27,7 +27,7 @@ from mulligan.cli.local import LocalServices
 from mulligan.cli.train import read_settings
 from mulligan.common.channel import Endpoint
 from mulligan.env.config import EnvSettings
-from mulligan.memory.stores.sqlite import open_store
+from mulligan.memory.stores import sqlite
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
@@ -81,7 +81,7 @@ async def in_process(policies: Policies, settings: RunSettings, folder: Path) ->
         server = LearnerServerSettings(folder.parent / "weights", folder / "checkpoints", threads=1)
         return await LocalLearner.create(run_id, spec, server)
 
-    store = await open_store(str(folder / "memory.sqlite"))
+    store = await sqlite.open(str(folder / "memory.sqlite"), sqlite.Settings())
     environment = LocalEnvironment({ENVIRONMENT: EnvSettings().create_environments()[ENVIRONMENT]})
     run_folder = RunFolder(folder / "run")
     run_folder.create("run", settings)

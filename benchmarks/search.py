@@ -21,7 +21,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError
 from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient, RemoteEpisode
-from mulligan.env.envs import hotpotqa_world
+from mulligan.env.envs.hotpotqa import world as hotpotqa_world
 from mulligan.testing.processes import ServiceProcesses
 
 SEARCHES = 4  # of an episode; the fifth turn is the answer

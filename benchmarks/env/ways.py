@@ -20,7 +20,7 @@ from benchmarks.env.cores import on
 from benchmarks.env.sessions import ACTION, STEPS
 from mulligan.common.channel import Endpoint
 from mulligan.env.client import EnvClient, RemoteEpisode
-from mulligan.env.envs.frozenlake import FrozenLake
+from mulligan.env.envs.frozenlake.environment import FrozenLake
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.testing.processes import ServiceProcesses

@@ -15,7 +15,7 @@ from typing import Any
 import uvicorn
 from openenv.core.env_server import Action, Environment, Observation, State, create_app
 
-from mulligan.env.envs.frozenlake import FrozenLake, FrozenLakeEpisode
+from mulligan.env.envs.frozenlake.environment import FrozenLake, FrozenLakeEpisode
 
 MAX_SESSIONS = 16_384  # OpenEnv's own limit, out of the way: the benchmark finds the real one
 _BACKLOG = 2048  # uvicorn's default

@@ -10,8 +10,8 @@ from functools import cache
 import numpy as np
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from mulligan.env.envs.frozenlake import FrozenLake, FrozenLakeSettings
-from mulligan.env.envs.frozenlake_boards import GOAL, HOLE, PLAYER
+from mulligan.env.envs.frozenlake.boards import GOAL, HOLE, PLAYER
+from mulligan.env.envs.frozenlake.environment import FrozenLake, Settings
 from mulligan.models.build import LETTERS, ROLES
 from mulligan.models.recipe.boards import ALPHABET, CELLS, tables
 from mulligan.models.recipe.sampling import SampledAttempt, Sampling, attempt_all, reflect_all
@@ -21,7 +21,7 @@ FIXED_SYMBOLS = "ABCD"
 
 @cache
 def environment(symbols: str = FIXED_SYMBOLS) -> FrozenLake:
-    settings = FrozenLakeSettings(size_min=3, size_max=3, symbols=symbols, prompts="compact", name="frozenlake_small")
+    settings = Settings(size_min=3, size_max=3, symbols=symbols, prompts="compact", name="frozenlake_small")
     return FrozenLake(settings)
 
 

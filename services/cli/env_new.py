@@ -14,6 +14,7 @@ import typer
 
 from mulligan.cli.connection import program
 from mulligan.cli.out import fail, show
+from mulligan.env.envs import ENVIRONMENTS
 
 _TEMPLATE = Path(__file__).parent / "template" / "my_game.py"
 _TEST = '''\
@@ -94,8 +95,8 @@ def _problem(name: str) -> str:
         return "expected a Python identifier: letters, digits and underscores, no keyword, such as my_game"
     if not name.strip("_"):
         return "expected a letter or digit in it, such as my_game"
-    if find_spec(f"mulligan.env.envs.{name}"):
-        return "an environment of mulligan has this name; choose another"
+    if name in ENVIRONMENTS.names:
+        return "an environment of mulligan, or one that is installed, has this name; choose another"
     if name in sys.builtin_module_names or name in sys.stdlib_module_names or _is_installed(name):
         return "a module that is installed has this name; choose another"
     return ""

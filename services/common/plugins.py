@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from mulligan.common.extras import MissingExtra
 from mulligan.common.suggest import did_you_mean, problems
 
 M = TypeVar("M", bound=BaseModel)
@@ -91,6 +92,8 @@ class Plugins:
     def _loaded(self, name: str, load: Callable[[], Any]) -> Any:
         try:
             return load()
+        except MissingExtra:
+            raise
         except Exception as error:  # a module's own code runs, and may raise anything
             raise UnusablePlugin(
                 f"the {self.noun} {name!r} cannot be imported: {type(error).__name__}: {error}"

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -122,6 +122,13 @@ def close(held: Episode | Environment) -> None:
 
 
 S = TypeVar("S")
+
+
+def own_settings(plugin: Any, table: Mapping[str, object]) -> Any:
+    """What `create` of an environment or encoder takes: its `Settings`, a dataclass, read from the table; the table
+    itself where it exports none. Raises ValueError that names the setting."""
+    kind = getattr(plugin, "Settings", None)
+    return dict(table) if kind is None else read_settings(kind, table)
 
 
 def read_settings(kind: type[S], values: Mapping[str, object]) -> S:

@@ -1,12 +1,11 @@
 """Settings of the environment service, including the environments that it serves.
 
-Each TOML table `[environments.NAME]` is one environment. `kind` is the module that makes it: a file in
-`services/env/envs/` or any importable module. `feedback` is how much an agent learns at the end (full, unary or
-silent). `untrusted` runs its code in processes with limits (`sandbox.py`). All other keys are the environment's own
-settings:
+Each TOML table `[environments.NAME]` is one environment. `kind` is a built-in environment, an installed one, or a
+module. `feedback` is how much an agent learns at the end (full, unary or silent). `untrusted` runs its code in
+processes with limits (`sandbox.py`). All other keys are the environment's own settings:
 
-    [environments.small-lake]
-    kind = "frozenlake"
+    [environments.small-game]
+    kind = "my_package.my_game"
     size_max = 4
     feedback = "unary"
 """
@@ -20,22 +19,9 @@ from pydantic import Field, model_validator
 
 from mulligan.common.config import ServiceSettings
 from mulligan.env.base import Environment
+from mulligan.env.envs import DEFAULT_ENVIRONMENTS
 from mulligan.env.episodes import EpisodeLimits
 from mulligan.env.load import load_or_explain
-
-DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
-    "frozenlake": {"kind": "frozenlake"},
-    "frozenlake-3x3": {"kind": "frozenlake", "size_min": 3, "size_max": 3, "prompts": "compact"},
-    "sokoban": {"kind": "sokoban"},
-    "hotpotqa": {"kind": "hotpotqa"},
-    "gymnasium-frozenlake": {
-        "kind": "gymnasium",
-        "id": "FrozenLake-v1",
-        "max_reward": 1.0,
-        "actions": ["Left", "Down", "Right", "Up"],
-    },
-    "reasoning-gym": {"kind": "reasoning_gym"},
-}
 
 
 class EnvSettings(ServiceSettings):

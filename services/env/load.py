@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from mulligan.env.base import Environment, EnvironmentInfo, MissingExtra, PromptSet, Split, TaskInfo, UnknownTask
+from mulligan.common.plugins import UnusablePlugin
+from mulligan.env.base import (
+    Environment,
+    EnvironmentInfo,
+    MissingExtra,
+    PromptSet,
+    Split,
+    TaskInfo,
+    UnknownTask,
+    own_settings,
+)
+from mulligan.env.envs import ENVIRONMENTS
 from mulligan.env.feedback import Feedback, with_feedback
-
-_ENVIRONMENTS = "mulligan.env.envs"
 
 
 def load(name: str, table: Mapping[str, Any]) -> Environment:
@@ -18,31 +25,20 @@ def load(name: str, table: Mapping[str, Any]) -> Environment:
     settings = dict(table)
     kind = settings.pop("kind", None)
     if not isinstance(kind, str) or not kind:
-        raise ValueError(f"environments.{name}.kind: names the module that makes the environment, e.g. frozenlake")
+        known = ", ".join(ENVIRONMENTS.names)
+        raise ValueError(f"environments.{name}.kind: names the environment: {known}, or a module")
     given = settings.pop("feedback", Feedback.FULL)
     if given not in tuple(Feedback):
         raise ValueError(f"environments.{name}.feedback: expected {', '.join(Feedback)}, not {given!r}")
-    create = _find(name, kind)
     try:
-        environment = create(name, settings)
+        plugin = ENVIRONMENTS.find(kind)
+    except UnusablePlugin as error:
+        raise ValueError(f"environments.{name}.kind: {error}") from error
+    try:
+        environment: Environment = plugin.create(name, own_settings(plugin, settings))
     except (ValueError, TypeError) as error:
         raise ValueError(f"environments.{name}: {error}") from error
     return with_feedback(environment, Feedback(given))
-
-
-def _find(name: str, kind: str) -> Callable[[str, Mapping[str, Any]], Environment]:
-    """A kind without a dot is a file of `services/env/envs/`, or else a module like any other."""
-    module = kind if "." in kind or not _comes_along(kind) else f"{_ENVIRONMENTS}.{kind}"
-    try:
-        create: Callable[[str, Mapping[str, Any]], Environment] = importlib.import_module(module).create
-    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
-        tried = "" if "." in kind or module != kind else f"no file services/env/envs/{kind}.py, and as a module: "
-        raise ValueError(f"environments.{name}.kind: {kind!r} is no environment: {tried}{error}") from error
-    return create
-
-
-def _comes_along(kind: str) -> bool:
-    return kind.isidentifier() and importlib.util.find_spec(f"{_ENVIRONMENTS}.{kind}") is not None
 
 
 class Unavailable:

@@ -7,7 +7,6 @@ the matrix product of the dense index.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import os
 import shutil
 import tempfile
@@ -19,7 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mulligan.common.files import move, temporary_file
-from mulligan.env.base import MissingExtra
+from mulligan.common.plugins import UnusablePlugin
+from mulligan.env.base import own_settings
+from mulligan.env.encoders import ENCODERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,20 +191,15 @@ def kept_dense(
 
 
 def load_encoder(name: str, settings: Mapping[str, object]) -> TextEncoder:
-    """`name` is a file in `services/env/encoders/` or any module that can be imported; its `create` makes the encoder.
+    """`name` is an encoder that comes along, one that is installed, or a module.
 
     Raises ValueError that names what is wrong, MissingExtra when its packages are not installed.
     """
-    module = name if "." in name else f"mulligan.env.encoders.{name}"
     try:
-        create = importlib.import_module(module).create
-    except ModuleNotFoundError as error:
-        if error.name and module.startswith(error.name):
-            raise ValueError(f"encoder: {name!r} is no encoder: {error}") from error
-        raise MissingExtra("hotpotqa-dense", error) from error
-    except AttributeError as error:
-        raise ValueError(f"encoder: {name!r} is no encoder: {error}") from error
-    made: TextEncoder = create(settings)
+        plugin = ENCODERS.find(name)
+    except UnusablePlugin as error:
+        raise ValueError(f"encoder: {error}") from error
+    made: TextEncoder = plugin.create(own_settings(plugin, settings))
     return made
 
 

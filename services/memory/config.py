@@ -2,35 +2,57 @@
 
 from __future__ import annotations
 
-import importlib
+import re
 from typing import ClassVar
 
-from pydantic import Field
+from pydantic import Field, JsonValue
 
 from mulligan.common.config import ServiceSettings
+from mulligan.common.extras import MissingExtra
+from mulligan.common.plugins import UnusablePlugin, chosen_settings, place_of, with_tables
 from mulligan.memory.store import Store, StoreError
+from mulligan.memory.stores import STORES
+
+_KIND = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
 
+@with_tables(STORES)
 class MemorySettings(ServiceSettings):
+    """Settings of a store's own stand in a table of its name."""
+
     service: ClassVar[str] = "memory"
 
     database: str = Field(
-        "sqlite:mulligan-memory.db",
+        f"{STORES.default}:mulligan-memory.db",
         min_length=1,
-        description="KIND:LOCATION. The kind is a file in services/memory/stores; a location alone is a SQLite file.",
+        description=f"KIND:LOCATION. The kind is a store: {', '.join(STORES.built_in)}, one that is installed, or a "
+        f"module. A location alone is of the kind {STORES.default}.",
+    )
+    store_settings: dict[str, JsonValue] = Field(
+        {}, description="Of a store that has no table of its name, such as any module."
     )
 
     async def open_store(self) -> Store:
         """Raises StoreError that names the setting."""
         kind, colon, location = self.database.partition(":")
         if not colon:
-            kind = "sqlite"
+            kind = STORES.default
             location = self.database
-        if not kind.isidentifier() or not location:
+        if not _KIND.fullmatch(kind) or not location:
             raise StoreError(f"database: expected KIND:LOCATION, not {self.database!r}")
         try:
-            module = importlib.import_module(f"mulligan.memory.stores.{kind}")
-        except ImportError as error:
-            raise StoreError(f"database: no store {kind!r}: {error}") from error
-        store: Store = await module.open_store(location)
+            plugin = STORES.find(kind)
+            place = place_of(type(self), STORES, kind)
+            if self.store_settings and place != f"{STORES.others}.":
+                raise StoreError(f"{STORES.others}: the settings of {kind} have a place of their own")
+        except UnusablePlugin as error:
+            raise StoreError(f"database: {error}") from error
+        try:
+            settings = chosen_settings(self, STORES, kind)
+        except ValueError as error:
+            raise StoreError(f"{place}{error}") from error
+        try:
+            store: Store = await plugin.open(location, settings)
+        except MissingExtra as error:
+            raise StoreError(f"database: the store {kind} {error}") from error
         return store

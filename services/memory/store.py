@@ -1,4 +1,4 @@
-"""What a memory store does, whatever it is made of. A new store is one file in `stores/`.
+"""What a memory store does, whatever it is made of. A new store is a module that exports `Settings` and `open`.
 
 Every write makes a new version of its scope, counted from 1. A read sees exactly the entries of one version. The
 versions of different scopes are independent of each other.

@@ -16,9 +16,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from mulligan.common.config import ServiceSettings
-from mulligan.common.plugins import chosen_settings, place_of, read_table, with_tables
+from mulligan.common.plugins import UnusablePlugin, chosen_settings, place_of, read_table, with_tables
 from mulligan.policy.backend import BackendSettings
 from mulligan.policy.backends import BACKENDS
 
@@ -62,7 +63,10 @@ class ModelSettings(BaseModel):
     @field_validator("backend")
     @classmethod
     def _exists(cls, backend: str) -> str:
-        BACKENDS.find(backend)
+        try:
+            BACKENDS.find(backend)
+        except UnusablePlugin as error:
+            raise PydanticCustomError("plugin", "{problem}", {"problem": str(error)}) from error
         return backend
 
     @field_validator("backend_settings")
@@ -74,7 +78,8 @@ class ModelSettings(BaseModel):
         if place_of(cls, BACKENDS, backend) == f"{BACKENDS.others}.":
             read_table(BACKENDS.find(backend).Settings, given)
         elif given:
-            raise ValueError(f"the settings of {backend} have a place of their own")
+            message = "the settings of {backend} have a place of their own"
+            raise PydanticCustomError("plugin", message, {"backend": backend})
         return given
 
     @model_validator(mode="after")

@@ -13,9 +13,9 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.inference import Message, SamplingParams
 from mulligan.common.types import Attempt, Outcome, Split
 from mulligan.env.client import EnvClient
-from mulligan.env.envs import hotpotqa_world
-from mulligan.env.envs.sokoban import Sokoban
-from mulligan.env.envs.sokoban_boards import solve
+from mulligan.env.envs.hotpotqa import world as hotpotqa_world
+from mulligan.env.envs.sokoban.boards import solve
+from mulligan.env.envs.sokoban.environment import Sokoban
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.harness import Harness, fill, trace_of
 from tests.support.fakes import FakePolicy

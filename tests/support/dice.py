@@ -9,13 +9,13 @@ import copy
 import os
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, read_settings
+from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask
 from mulligan.env.prompts import generic_prompts
 
 MAX_STEPS = 5
@@ -128,5 +128,5 @@ class Dice:
         return DiceEpisode(task_id, self._fault)
 
 
-def create(name: str, settings: Mapping[str, Any]) -> Dice:
-    return Dice(name, read_settings(Settings, settings).fault)
+def create(name: str, settings: Settings) -> Dice:
+    return Dice(name, settings.fault)

@@ -1,0 +1,22 @@
+"""The environments that come along, a module or a package each. docs/environments.md says what one exports."""
+
+from typing import Any
+
+from mulligan.common.plugins import Plugins
+
+ENVIRONMENTS = Plugins("environment", __name__, "mulligan.environments", ("create",))
+
+# What the service serves whose settings name none.
+DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
+    "frozenlake": {"kind": "frozenlake"},
+    "frozenlake-3x3": {"kind": "frozenlake", "size_min": 3, "size_max": 3, "prompts": "compact"},
+    "sokoban": {"kind": "sokoban"},
+    "hotpotqa": {"kind": "hotpotqa"},
+    "gymnasium-frozenlake": {
+        "kind": "gymnasium",
+        "id": "FrozenLake-v1",
+        "max_reward": 1.0,
+        "actions": ["Left", "Down", "Right", "Up"],
+    },
+    "reasoning-gym": {"kind": "reasoning_gym"},
+}

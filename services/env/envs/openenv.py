@@ -33,7 +33,6 @@ from mulligan.env.base import (
     StepResult,
     TaskInfo,
     UnknownTask,
-    read_settings,
 )
 from mulligan.env.prompts import generic_prompts
 from mulligan.env.tool_calls import printable
@@ -57,7 +56,7 @@ _FEW = "expected a number of seeds, or a list of what `reset` is given"
 
 
 @dataclass(frozen=True, slots=True)
-class OpenEnvSettings:
+class Settings:
     """`action` is the field that takes the agent's text, or a table in which `{action}` stands for it; without it the
     agent writes the action itself, as a JSON object. `train_tasks` and `test_tasks` are how many seeds `reset` is
     given, or a list of its arguments, a table for each task; `reset` holds arguments of every task. `feedback_field` is
@@ -115,7 +114,7 @@ class OpenEnvSettings:
 class Session:
     """One connection. Raises Faulted, TimedOut, or DomainError CAPACITY_REACHED; not to be used after any of them."""
 
-    def __init__(self, settings: OpenEnvSettings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._connection = self._connect()
 
@@ -192,7 +191,7 @@ class Refused(Exception):
 
 
 class OpenEnvEpisode:
-    def __init__(self, settings: OpenEnvSettings, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Settings, arguments: Mapping[str, Any]) -> None:
         self._settings = settings
         self._steps = 0
         self._session = Session(settings)
@@ -247,7 +246,7 @@ class OpenEnvEpisode:
 class OpenEnv:
     """Needs no server until an episode starts."""
 
-    def __init__(self, name: str, settings: OpenEnvSettings) -> None:
+    def __init__(self, name: str, settings: Settings) -> None:
         self._settings = settings
         self._given = {Split.TRAIN: settings.train_tasks, Split.TEST: settings.test_tasks}
         self._counts = {split: given if isinstance(given, int) else len(given) for split, given in self._given.items()}
@@ -279,14 +278,13 @@ class OpenEnv:
         raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")
 
 
-def create(name: str, settings: Mapping[str, object]) -> OpenEnv:
+def create(name: str, settings: Settings) -> OpenEnv:
     """From a table of the server's configuration."""
-    read = read_settings(OpenEnvSettings, settings)
     try:
         import websockets.sync.client  # noqa: F401 - what a session uses
     except ImportError as error:
         raise MissingExtra("openenv", error) from error
-    return OpenEnv(name, read)
+    return OpenEnv(name, settings)
 
 
 def _fill(template: Any, text: str) -> Any:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from uuid import uuid4
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.types import Outcome
-from mulligan.env.base import EnvironmentInfo, Faulted, Split, StepResult, TaskInfo, UnknownTask, read_settings
+from mulligan.env.base import EnvironmentInfo, Faulted, Split, StepResult, TaskInfo, UnknownTask
 from mulligan.env.client import RemoteEpisode
 from mulligan.env.load import Unavailable
 from mulligan.env.replicas import connect
@@ -42,7 +42,7 @@ _END_SECONDS = 5.0  # for the end of an episode, and of the client
 
 
 @dataclass(frozen=True, slots=True)
-class RemoteSettings:
+class Settings:
     """`token_env` names the variable with the other server's token, `tls_ca` its certificate authority. A call takes at
     most `timeout_seconds`, of which a server that is away gets `outage_seconds` to come back."""
 
@@ -93,7 +93,7 @@ class _Loop:
 
 
 class Remote:
-    def __init__(self, name: str, settings: RemoteSettings) -> None:
+    def __init__(self, name: str, settings: Settings) -> None:
         self._name = name
         self._settings = settings
         self._there = settings.environment or name
@@ -233,6 +233,6 @@ class RemoteGame:
         self._environment.call(self._begun.end(), _END_SECONDS)
 
 
-def create(name: str, settings: Mapping[str, object]) -> Remote:
+def create(name: str, settings: Settings) -> Remote:
     """From a table of the server's configuration."""
-    return Remote(name, read_settings(RemoteSettings, settings))
+    return Remote(name, settings)

@@ -20,7 +20,7 @@ import random
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -35,7 +35,6 @@ from mulligan.env.base import (
     StepResult,
     TaskInfo,
     UnknownTask,
-    read_settings,
 )
 from mulligan.env.prompts import generic_prompts
 from mulligan.env.tool_calls import printable
@@ -52,7 +51,7 @@ _JUDGED = ("Debate", "GuessWho", "ScenarioPlanning", "TwentyQuestions")
 
 
 @dataclass(frozen=True, slots=True)
-class TextArenaSettings:
+class Settings:
     """`arguments` go to the game's constructor, over those of its id. `max_steps` counts the moves of all players,
     invalid ones too. `max_reward` is the most that one player can get."""
 
@@ -107,7 +106,7 @@ _beginning = threading.Lock()  # a game may draw up its board in global variable
 class TextArenaEpisode:
     """`game` is as TextArena made it, wrapped and not begun."""
 
-    def __init__(self, game: Any, seed: int, settings: TextArenaSettings) -> None:
+    def __init__(self, game: Any, seed: int, settings: Settings) -> None:
         self._wrapped = game
         self._chance = Chance(seed)
         self._settings = settings
@@ -192,7 +191,7 @@ class TextArenaEpisode:
 class TextArena:
     """`game` is copied for each episode."""
 
-    def __init__(self, name: str, settings: TextArenaSettings, game: Any) -> None:
+    def __init__(self, name: str, settings: Settings, game: Any) -> None:
         self._settings = settings
         self._game = game
         self._counts = {Split.TRAIN: settings.train_tasks, Split.TEST: settings.test_tasks}
@@ -226,10 +225,9 @@ class TextArena:
         raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")
 
 
-def create(name: str, settings: Mapping[str, object]) -> TextArena:
+def create(name: str, settings: Settings) -> TextArena:
     """From a table of the server's configuration. Raises ValueError for a game that cannot be played here: each is
     made and begun once."""
-    read = read_settings(TextArenaSettings, settings)
     try:
         import nltk  # noqa: F401 - needed below, as numpy is
         import numpy  # noqa: F401
@@ -238,21 +236,21 @@ def create(name: str, settings: Mapping[str, object]) -> TextArena:
         raise MissingExtra("textarena", error) from error
     _isolate()
     registered = textarena.envs.registration.ENV_REGISTRY
-    if read.id not in registered:
-        near = sorted(each for each in registered if each.split("-")[0].lower() == read.id.split("-")[0].lower())
+    if settings.id not in registered:
+        near = sorted(each for each in registered if each.split("-")[0].lower() == settings.id.split("-")[0].lower())
         hint = f"there are: {', '.join(near)}" if near else f"there are {len(registered)}, such as TicTacToe-v0"
-        raise ValueError(f"id: TextArena {textarena.__version__} has no {read.id!r}; {hint}")
-    environment = TextArena(name, read, _make(read))
+        raise ValueError(f"id: TextArena {textarena.__version__} has no {settings.id!r}; {hint}")
+    environment = TextArena(name, settings, _make(settings))
     try:
-        TextArenaEpisode(deepcopy(environment._game), 0, read)
+        TextArenaEpisode(deepcopy(environment._game), 0, settings)
     except (AssertionError, ValueError) as error:  # how the games refuse a number of players
-        raise ValueError(f"players: {read.id} does not begin with {read.players}: {error}") from error
+        raise ValueError(f"players: {settings.id} does not begin with {settings.players}: {error}") from error
     except Exception as error:
-        raise ValueError(f"id: {read.id} does not begin: {type(error).__name__}: {error}") from error
+        raise ValueError(f"id: {settings.id} does not begin: {type(error).__name__}: {error}") from error
     return environment
 
 
-def _make(settings: TextArenaSettings) -> Any:
+def _make(settings: Settings) -> Any:
     import textarena
 
     wanted: list[str] = []
@@ -276,7 +274,7 @@ def _make(settings: TextArenaSettings) -> Any:
             raise _cannot_make(settings, error) from error
 
 
-def _cannot_make(settings: TextArenaSettings, error: Exception) -> ValueError:
+def _cannot_make(settings: Settings, error: Exception) -> ValueError:
     given = f" with arguments {settings.arguments}" if settings.arguments else ""
     return ValueError(f"id: {settings.id} cannot be made{given}: {type(error).__name__}: {error}")
 

@@ -1,0 +1,5 @@
+"""The stores that come along, a module or a package each. docs/architecture.md says what one exports."""
+
+from mulligan.common.plugins import Plugins, PluginSettings
+
+STORES = Plugins("store", __name__, "mulligan.stores", ("Settings", "open"), "sqlite", PluginSettings)

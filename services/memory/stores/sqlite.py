@@ -21,6 +21,7 @@ from typing import IO, Any, TypeVar
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.file_lock import lock_file
+from mulligan.common.plugins import PluginSettings
 from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
 from mulligan.memory.store import Added, Found, Page, Snapshot, StoreError, reflection_id
 
@@ -61,8 +62,12 @@ R = TypeVar("R")
 _Call = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
 
 
-async def open_store(location: str) -> SqliteStore:
-    """Opens the file, or makes it. Raises StoreError when it cannot be used."""
+class Settings(PluginSettings):
+    """None so far."""
+
+
+async def open(location: str, settings: Settings) -> SqliteStore:
+    """Opens the file at `location`, or makes it. Raises StoreError when it cannot be used."""
     return await asyncio.to_thread(SqliteStore, Path(location), asyncio.get_running_loop())
 
 

@@ -13,7 +13,7 @@ from mulligan.common.errors import DomainError
 from mulligan.common.suggest import did_you_mean
 from mulligan.env.base import read_settings as read_environment
 from mulligan.env.config import EnvSettings
-from mulligan.env.envs.frozenlake import FrozenLakeSettings
+from mulligan.env.envs.frozenlake import Settings
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.wire import validated
 
@@ -66,7 +66,7 @@ def test_settings_of_a_service(
 
 def test_settings_of_an_environment() -> None:
     with pytest.raises(ValueError, match=r"size_mni: no such setting; did you mean 'size_min'\?; there are: "):
-        read_environment(FrozenLakeSettings, {"size_mni": 3})
+        read_environment(Settings, {"size_mni": 3})
 
 
 def test_nothing_is_suggested_where_nothing_is_near() -> None:

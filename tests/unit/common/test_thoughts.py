@@ -13,7 +13,7 @@ from mulligan.common.thoughts import without_thoughts
 from mulligan.env.answers import boxed, marked, read_answer
 from mulligan.env.base import StepResult
 from mulligan.env.calls import play
-from mulligan.env.envs.gymnasium_actions import read
+from mulligan.env.envs.gymnasium.actions import read
 from mulligan.env.grid import parse_action
 from mulligan.env.tool_calls import find_calls
 from mulligan.trainer.harness import reflection_in

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from mulligan.env.base import Environment, Split, UnknownTask
 from mulligan.env.config import EnvSettings
-from mulligan.env.envs import frozenlake, hotpotqa, sokoban
-from mulligan.env.envs.sokoban_boards import Board
-from mulligan.env.envs.sokoban_levels import read_levels
+from mulligan.env.envs.sokoban.boards import Board
+from mulligan.env.envs.sokoban.levels import read_levels
+from tests.support.kinds import creator
 from tests.support.paths import ROOT
 
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (ROOT / "docs/environments.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -92,7 +92,7 @@ def test_the_document_s_two_records_of_hotpotqa_are_the_same_task(tmp_path: Path
     (example,) = [text for kind, text in BLOCKS if kind == "json" and "sentences" in text]
     seen = []
     for line in example.splitlines():
-        world = hotpotqa.create("x", {"test_file": write(tmp_path / "file.jsonl", line)})
+        world = creator("hotpotqa")("x", {"test_file": write(tmp_path / "file.jsonl", line)})
         (task,) = world.list_tasks(Split.TEST, 0, 9)
         game = world.start(task.task_id)
         call = '<tool_call>{"name": "local_search", "arguments": {"query": "Vell"}}</tool_call>'
@@ -102,7 +102,7 @@ def test_the_document_s_two_records_of_hotpotqa_are_the_same_task(tmp_path: Path
 
 def test_a_file_of_boxoban(tmp_path: Path) -> None:
     path = write(tmp_path / "000.txt", BOXOBAN)
-    game = sokoban.create("x", {"train_file": path, "test_file": path, "max_steps": 200})
+    game = creator("sokoban")("x", {"train_file": path, "test_file": path, "max_steps": 200})
     tasks = game.list_tasks(Split.TEST, 0, 9)
     assert game.info.task_counts == {Split.TRAIN: 0, Split.TEST: 2}
     rows = BOXOBAN.splitlines()[1:11]
@@ -158,14 +158,14 @@ def test_what_lies_outside_the_walls_is_wall(tmp_path: Path) -> None:
 )
 def test_a_bad_level_is_named_by_file_and_line(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        sokoban.create("x", {"test_file": write(tmp_path / "a.xsb", text), "max_steps": 5})
+        creator("sokoban")("x", {"test_file": write(tmp_path / "a.xsb", text), "max_steps": 5})
 
 
 def test_the_difficulty_is_the_shortest_solution_or_the_pushes_of_a_large_level(tmp_path: Path) -> None:
     small = "######\n#@   #\n# $. #\n#    #\n######\n"
     large = f"{'#' * 22}\n#@{' ' * 19}#\n#{' .$ ' * 5}#\n" + f"#{' ' * 20}#\n" * 9 + f"{'#' * 22}\n"
     path = write(tmp_path / "a.xsb", f"{small}\n{large}")
-    tasks = sokoban.create("x", {"test_file": path, "max_steps": 1000}).list_tasks(Split.TEST, 0, 9)
+    tasks = creator("sokoban")("x", {"test_file": path, "max_steps": 1000}).list_tasks(Split.TEST, 0, 9)
     assert [task.difficulty for task in tasks] == [2.0, 5.0]  # Down and Right; five boxes, one push each
 
 
@@ -185,13 +185,13 @@ MAPS = {"4x4": ["SFFF", "FHFH", "FFFH", "HFFG"], "wide": ["SFG"]}
     ],
 )
 def test_maps_in_every_format_are_the_same_tasks(tmp_path: Path, name: str, text: str) -> None:
-    lake = frozenlake.create("x", {"test_file": write(tmp_path / name, text)})
-    expected = frozenlake.create("x", {"test_file": write(tmp_path / "expected.json", json.dumps(MAPS))})
+    lake = creator("frozenlake")("x", {"test_file": write(tmp_path / name, text)})
+    expected = creator("frozenlake")("x", {"test_file": write(tmp_path / "expected.json", json.dumps(MAPS))})
     assert lake.list_tasks(Split.TEST, 0, 9) == expected.list_tasks(Split.TEST, 0, 9)
     first, second = ids(lake)
     assert lake.start(first).observation.replace("\t", "") == "ADDD\nDCDC\nDDDC\nCDDB"
     assert play(lake, second, "Right", "Right") == 1.0 and play(lake, second, "Up", "Right", "Right") == 1.0
-    one = frozenlake.create("x", {"test_file": write(tmp_path / "one.json", json.dumps(MAPS["wide"]))})
+    one = creator("frozenlake")("x", {"test_file": write(tmp_path / "one.json", json.dumps(MAPS["wide"]))})
     assert ids(one) == [second]
 
 
@@ -213,29 +213,29 @@ def test_maps_in_every_format_are_the_same_tasks(tmp_path: Path, name: str, text
 )
 def test_a_bad_map_is_named(tmp_path: Path, name: str, text: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        frozenlake.create("x", {"test_file": write(tmp_path / name, text)})
+        creator("frozenlake")("x", {"test_file": write(tmp_path / name, text)})
 
 
-@pytest.mark.parametrize("kind", [frozenlake, sokoban])
-def test_a_file_that_is_not_there_is_named(tmp_path: Path, kind: object) -> None:
+@pytest.mark.parametrize("kind", ["frozenlake", "sokoban"])
+def test_a_file_that_is_not_there_is_named(tmp_path: Path, kind: str) -> None:
     for path in (tmp_path / "none.txt", tmp_path, tmp_path / "*.txt"):
         with pytest.raises(ValueError, match="train_file: no such file"):
-            kind.create("x", {"train_file": str(path)})  # type: ignore[attr-defined]
+            creator(kind)("x", {"train_file": str(path)})
 
 
 def test_splits_of_one_file_and_of_two(tmp_path: Path) -> None:
     middles = ["".join(letters) for letters in product("FH", repeat=4) if "F" in letters]
     maps = [[first, middle, "FFFG"] for first in ("SFFF", "FSFF") for middle in middles]
     one = write(tmp_path / "one.json", json.dumps(maps + maps[:3]))
-    split = frozenlake.create("x", {"train_file": one})
+    split = creator("frozenlake")("x", {"train_file": one})
     train, test = (set(ids(split, each)) for each in Split)
     boards = {split.board(task_id).rows for task_id in train | test}
     assert len(boards) == len(train) + len(test) == len(maps) and test
     assert all(split.board(task_id).is_test == (task_id in test) for task_id in train | test)
     two = write(tmp_path / "two.json", json.dumps(maps[5:7]))
-    both = frozenlake.create("x", {"train_file": one, "test_file": two})
+    both = creator("frozenlake")("x", {"train_file": one, "test_file": two})
     assert both.info.task_counts == {Split.TRAIN: len(maps) - 2, Split.TEST: 2}
-    few = frozenlake.create("x", {"train_file": str(tmp_path / "*.json"), "train_tasks": 4, "test_tasks": 1})
+    few = creator("frozenlake")("x", {"train_file": str(tmp_path / "*.json"), "train_tasks": 4, "test_tasks": 1})
     assert few.info.task_counts == {Split.TRAIN: 4, Split.TEST: 1}
     assert set(ids(few, Split.TRAIN)) < train  # ids are those of the boards
     for wrong in ("train/00000", "test/../x", "", ids(split, Split.TEST)[0].replace("test", "train")):

@@ -9,6 +9,7 @@ import asyncio
 import sqlite3
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflectio
 from mulligan.memory.store import Added, Store, StoreError
 from mulligan.memory.stores import sqlite
 
-STORES = {"sqlite": sqlite.open_store}
+STORES = {"sqlite": partial(sqlite.open, settings=sqlite.Settings())}
 T = TypeVar("T")
 ORIGIN = Provenance("run", "experience", "lake", "train/00001", 3, 0.0, 1.0, True)
 
@@ -216,7 +217,7 @@ TestStore.settings = settings(
 
 
 async def test_concurrent_writers_get_a_version_each(tmp_path: Path) -> None:
-    store = await sqlite.open_store(str(tmp_path / "memory.db"))
+    store = await sqlite.open(str(tmp_path / "memory.db"), sqlite.Settings())
     added = await asyncio.gather(*(store.add(f"request-{n}", "scope", "text", ORIGIN) for n in range(300)))
     assert sorted(one.version for one in added) == list(range(1, 301))
     same = await asyncio.gather(*(store.add("request-7", "scope", "text", ORIGIN) for _ in range(20)))
@@ -226,7 +227,7 @@ async def test_concurrent_writers_get_a_version_each(tmp_path: Path) -> None:
 
 async def test_a_conflict_does_not_undo_its_neighbours(tmp_path: Path) -> None:
     """Calls that wait together share a transaction; one of them may be refused."""
-    store = await sqlite.open_store(str(tmp_path / "memory.db"))
+    store = await sqlite.open(str(tmp_path / "memory.db"), sqlite.Settings())
     await store.add("a", "scope", "text", ORIGIN)
     calls = [store.add(name, "scope", "other text", ORIGIN) for name in ("b", "a", "c")]
     answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -236,7 +237,7 @@ async def test_a_conflict_does_not_undo_its_neighbours(tmp_path: Path) -> None:
 
 
 async def test_unknown_reflections_are_named(tmp_path: Path) -> None:
-    store = await sqlite.open_store(str(tmp_path / "memory.db"))
+    store = await sqlite.open(str(tmp_path / "memory.db"), sqlite.Settings())
     for call in (store.get("nothing"), store.delete("nothing")):
         with pytest.raises(DomainError, match="'nothing'") as caught:
             await call
@@ -246,38 +247,38 @@ async def test_unknown_reflections_are_named(tmp_path: Path) -> None:
 
 async def test_a_second_server_is_refused_until_the_first_is_gone(tmp_path: Path) -> None:
     path = str(tmp_path / "memory.db")
-    first = await sqlite.open_store(path)
+    first = await sqlite.open(path, sqlite.Settings())
     with pytest.raises(StoreError, match=r"memory\.db is in use by another process"):
-        await sqlite.open_store(path)
+        await sqlite.open(path, sqlite.Settings())
     await first.close()
-    await (await sqlite.open_store(path)).close()
+    await (await sqlite.open(path, sqlite.Settings())).close()
 
 
 async def test_a_database_of_a_newer_schema_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "memory.db"
-    await (await sqlite.open_store(str(path))).close()
+    await (await sqlite.open(str(path), sqlite.Settings())).close()
     with sqlite3.connect(path) as db:
         db.execute("UPDATE schema_version SET version = 99")
     db.close()
     with pytest.raises(StoreError, match="has schema 99, and this program knows schemas up to"):
-        await sqlite.open_store(str(path))
+        await sqlite.open(str(path), sqlite.Settings())
 
 
 async def test_files_that_are_no_memory_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("dear diary " * 100)
     with pytest.raises(StoreError, match=r"text\.db: file is not a database"):
-        await sqlite.open_store(str(tmp_path / "text.db"))
+        await sqlite.open(str(tmp_path / "text.db"), sqlite.Settings())
     with sqlite3.connect(tmp_path / "other.db") as db:
         db.execute("CREATE TABLE photos (name TEXT)")
     db.close()
     with pytest.raises(StoreError, match=r"other\.db belongs to another program"):
-        await sqlite.open_store(str(tmp_path / "other.db"))
+        await sqlite.open(str(tmp_path / "other.db"), sqlite.Settings())
     with pytest.raises(StoreError, match="cannot use"):
-        await sqlite.open_store("/dev/null/memory.db")
+        await sqlite.open("/dev/null/memory.db", sqlite.Settings())
 
 
 async def test_a_failed_transaction_is_the_answer_to_all_of_it(tmp_path: Path) -> None:
-    store = await sqlite.open_store(str(tmp_path / "memory.db"))
+    store = await sqlite.open(str(tmp_path / "memory.db"), sqlite.Settings())
     nothing: Any = None
     wrong = replace(ORIGIN, reward_after=nothing)
     answers = await asyncio.gather(
@@ -291,7 +292,7 @@ async def test_a_failed_transaction_is_the_answer_to_all_of_it(tmp_path: Path) -
 
 async def test_a_full_disk_is_told_and_reads_are_answered(tmp_path: Path) -> None:
     """SQLite itself refuses: its limit of pages is what a full disk is to it."""
-    store = await sqlite.open_store(str(tmp_path / "memory.db"))
+    store = await sqlite.open(str(tmp_path / "memory.db"), sqlite.Settings())
     await store.add("first", "scope", "text", ORIGIN)
     [(pages,)] = await store._do(lambda db: db.execute("PRAGMA page_count").fetchall())
     await store._do(lambda db: db.execute(f"PRAGMA max_page_count = {pages}").fetchall())

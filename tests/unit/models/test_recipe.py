@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from mulligan.env.envs.frozenlake import FrozenLakeEpisode
-from mulligan.env.envs.frozenlake_boards import Board
+from mulligan.env.envs.frozenlake.boards import Board
+from mulligan.env.envs.frozenlake.environment import FrozenLakeEpisode
 from mulligan.models import EMBEDDED
 from mulligan.models.build import LETTERS, MOVES, ROLES, build_model, build_tokenizer, write_untrained
 from mulligan.models.recipe.boards import ALPHABET, FIXED, Ints, draw_assignments, draw_boards, show, tables

@@ -5,15 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mulligan.env.base import Split, UnknownTask
-from mulligan.env.envs.frozenlake import FrozenLake, FrozenLakeEpisode, FrozenLakeSettings
-from mulligan.env.envs.frozenlake_boards import Board
+from mulligan.env.envs.frozenlake import Settings
+from mulligan.env.envs.frozenlake.boards import Board
+from mulligan.env.envs.frozenlake.environment import FrozenLake, FrozenLakeEpisode
 from mulligan.env.grid import parse_action
 
-SMALL = FrozenLakeSettings(size_min=3, size_max=3, prompts="compact", name="frozenlake_small")
+SMALL = Settings(size_min=3, size_max=3, prompts="compact", name="frozenlake_small")
 
 
 def episode(*rows: str, symbols: str = "ABCD", max_steps: int = 8, prompts: str = "published") -> FrozenLakeEpisode:
-    return FrozenLakeEpisode(Board(rows), FrozenLakeSettings(symbols=symbols, max_steps=max_steps, prompts=prompts))
+    return FrozenLakeEpisode(Board(rows), Settings(symbols=symbols, max_steps=max_steps, prompts=prompts))
 
 
 def act(move: str) -> str:
@@ -64,7 +65,7 @@ def test_symbols_change_only_the_rendering() -> None:
     game = episode("AB", "CD", symbols="KLMN")
     assert game.observation == "K\tL\nM\tN"
     assert game.step(act("Down")).observation == "N\tL\nX\tN"
-    first, second = (FrozenLake(FrozenLakeSettings(symbols=symbols)) for symbols in ("ABCD", "DCBA"))
+    first, second = (FrozenLake(Settings(symbols=symbols)) for symbols in ("ABCD", "DCBA"))
     assert first.board("train/00007") == second.board("train/00007")
 
 
@@ -110,15 +111,15 @@ def test_published_boards_are_solvable_within_the_limit_and_of_every_side() -> N
     assert sides == set(range(2, 10))
 
 
-@pytest.mark.parametrize("settings", [FrozenLakeSettings(train_tasks=2000), SMALL])
-def test_test_boards_are_unique_and_never_training_boards(settings: FrozenLakeSettings) -> None:
+@pytest.mark.parametrize("settings", [Settings(train_tasks=2000), SMALL])
+def test_test_boards_are_unique_and_never_training_boards(settings: Settings) -> None:
     lake = FrozenLake(settings)
     tests = [lake.board(task.task_id) for task in lake.list_tasks(Split.TEST, 0, 100)]
     assert len(set(tests)) == 100 and all(board.is_test for board in tests)
     train = [lake.board(f"train/{index:05d}") for index in range(2000)]
     assert not any(board.is_test for board in train)
     assert not set(train) & set(tests)
-    assert not set(train) & {FrozenLake(FrozenLakeSettings(seed=5)).board(f"test/{i:05d}") for i in range(100)}
+    assert not set(train) & {FrozenLake(Settings(seed=5)).board(f"test/{i:05d}") for i in range(100)}
 
 
 def test_a_task_is_its_id_on_every_instance() -> None:
@@ -127,7 +128,7 @@ def test_a_task_is_its_id_on_every_instance() -> None:
     second.list_tasks(Split.TRAIN, 100, 20)
     ids = ["train/00042", "train/09999", "test/00007", "test/00099"]
     assert [first.board(task_id) for task_id in ids] == [second.board(task_id) for task_id in reversed(ids)][::-1]
-    other = FrozenLake(FrozenLakeSettings(size_min=3, size_max=3, seed=1))
+    other = FrozenLake(Settings(size_min=3, size_max=3, seed=1))
     assert [first.board(task_id) for task_id in ids] != [other.board(task_id) for task_id in ids]
     # Pinned: a task must stay what it was when results were published.
     assert first.board("train/00042").rows == ("ADD", "DBD", "DDD")
@@ -169,17 +170,17 @@ def test_listing_is_bounded_by_the_split() -> None:
 )
 def test_settings_errors_name_the_setting(changes: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        FrozenLakeSettings(**changes)  # type: ignore[arg-type]
+        Settings(**changes)  # type: ignore[arg-type]
 
 
 def test_boards_that_cannot_be_drawn_are_reported_not_waited_for() -> None:
-    settings = FrozenLakeSettings(size_min=3, size_max=3, frozen_min=0.999999, frozen_max=0.999999)
+    settings = Settings(size_min=3, size_max=3, frozen_min=0.999999, frozen_max=0.999999)
     with pytest.raises(ValueError, match="frozen_min"):
         FrozenLake(settings).start("test/00000")
 
 
 def test_prompts_state_the_true_limit_and_no_meaning() -> None:
-    prompts = FrozenLake(FrozenLakeSettings(max_steps=5)).info.prompts
+    prompts = FrozenLake(Settings(max_steps=5)).info.prompts
     for text in (prompts.solver, prompts.action_reminder, prompts.try_again):
         assert "at most 5 moves" in text and "{" not in text
         assert not any(word in text.lower() for word in ("hole", "goal", "frozen", "player"))

@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mulligan.env.base import Split, UnknownTask
-from mulligan.env.envs.gymnasium import INVALID, Gymnasium, create, without_escapes
-from mulligan.env.envs.gymnasium_actions import read
+from mulligan.env.envs.gymnasium.actions import read
+from mulligan.env.envs.gymnasium.environment import INVALID, Gymnasium, without_escapes
 from mulligan.env.load import load
+from tests.support.kinds import creator
+
+create = creator("gymnasium")
 
 WORLD = "tests.support.gymnasium_world"
 LAKE = {"id": "FrozenLake-v1", "max_reward": 1, "actions": ["Left", "Down", "Right", "Up"]}

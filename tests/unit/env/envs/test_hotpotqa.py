@@ -14,10 +14,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mulligan.env.base import Split, StepResult, UnknownTask
-from mulligan.env.envs import hotpotqa_world
-from mulligan.env.envs.hotpotqa import NOTHING_FOUND, SEARCH, HotpotQa, HotpotQaEpisode, HotpotQaSettings, create
+from mulligan.env.envs.hotpotqa import world as hotpotqa_world
+from mulligan.env.envs.hotpotqa.environment import (
+    NOTHING_FOUND,
+    SEARCH,
+    HotpotQa,
+    HotpotQaEpisode,
+    Settings,
+)
 from mulligan.env.search import Bm25
+from tests.support.kinds import creator
 from tests.support.paths import IMPORT_ROOTS, ROOT
+
+create = creator("hotpotqa")
 
 
 class Asked:
@@ -31,9 +40,7 @@ INDEX = Bm25.build([("Ada", "Ada was born in Vell. " + "x" * 400), ("Vell", "Vel
 
 
 def episode(**settings: Any) -> HotpotQaEpisode:
-    return HotpotQaEpisode(
-        Asked("On which river is Ada's birthplace?", "the Sorn"), INDEX, HotpotQaSettings(**settings)
-    )
+    return HotpotQaEpisode(Asked("On which river is Ada's birthplace?", "the Sorn"), INDEX, Settings(**settings))
 
 
 def call(query: str, **more: object) -> str:
@@ -196,7 +203,7 @@ def test_the_world_is_in_the_official_format_and_its_splits_are_disjoint() -> No
 def test_the_world_is_the_same_everywhere(tmp_path: Path) -> None:
     hotpotqa_world.write(tmp_path / "here")
     subprocess.run(
-        [sys.executable, "-m", "mulligan.env.envs.hotpotqa_world", str(tmp_path / "there")],
+        [sys.executable, "-m", "mulligan.env.envs.hotpotqa.world", str(tmp_path / "there")],
         cwd=ROOT,
         env=os.environ | {"PYTHONHASHSEED": "7", "PYTHONPATH": IMPORT_ROOTS},
         check=True,

@@ -14,9 +14,11 @@ import pytest
 from pyarrow import parquet
 
 from mulligan.env.base import MissingExtra, Split
-from mulligan.env.envs import hotpotqa_world
-from mulligan.env.envs.hotpotqa import create
-from mulligan.env.envs.hotpotqa_data import Files
+from mulligan.env.envs.hotpotqa import world as hotpotqa_world
+from mulligan.env.envs.hotpotqa.data import Files
+from tests.support.kinds import creator
+
+create = creator("hotpotqa")
 
 
 def search(query: str) -> str:

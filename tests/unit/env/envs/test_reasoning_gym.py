@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 
 from mulligan.env.base import Faulted, Split, UnknownTask
-from mulligan.env.envs.reasoning_gym import DATASETS, INVALID, OVER, ReasoningGym, create
-from mulligan.env.envs.reasoning_gym_pool import SIZE, Pool, TookTooLong
-from mulligan.env.envs.reasoning_gym_process import Datasets, is_formula
+from mulligan.env.envs.reasoning_gym.environment import DATASETS, INVALID, OVER, ReasoningGym
+from mulligan.env.envs.reasoning_gym.pool import SIZE, Pool, TookTooLong
+from mulligan.env.envs.reasoning_gym.process import Datasets, is_formula
 from mulligan.env.load import load
+from tests.support.kinds import creator
+
+create = creator("reasoning_gym")
 
 # They have no single answer. Where one is given as an example, `test_examples…` takes it.
 NO_EXPECTED_ANSWER = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}

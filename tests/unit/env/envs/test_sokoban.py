@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mulligan.env.base import Split, UnknownTask
-from mulligan.env.envs.sokoban import Sokoban, SokobanEpisode, SokobanSettings, create
-from mulligan.env.envs.sokoban_boards import LETTERS, Board, draw_board, solve
+from mulligan.env.envs.sokoban.boards import LETTERS, Board, draw_board, solve
+from mulligan.env.envs.sokoban.environment import Settings, Sokoban, SokobanEpisode
+from tests.support.kinds import creator
 from tests.support.paths import IMPORT_ROOTS, ROOT
+
+create = creator("sokoban")
 
 STEPS = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 
@@ -24,7 +27,7 @@ def board(*inner: str) -> Board:
 
 
 def episode(*inner: str, **changes: object) -> SokobanEpisode:
-    return SokobanEpisode(board(*inner), SokobanSettings(**changes))  # type: ignore[arg-type]
+    return SokobanEpisode(board(*inner), Settings(**changes))  # type: ignore[arg-type]
 
 
 def act(move: str) -> str:
@@ -116,7 +119,7 @@ def test_symbols_change_only_the_rendering() -> None:
     game = episode("ABCD", "DDDD", "DDDD", "DDDD", symbols="PpQqRST")
     assert game.observation.splitlines()[1] == "T\tP\tQ\tR\tS\tT"
     assert game.step(act("Right")).observation.splitlines()[1] == "T\tS\tP\tq\tS\tT"
-    first, second = (Sokoban(SokobanSettings(symbols=symbols)) for symbols in ("AaBbCDE", "EDCbBaA"))
+    first, second = (Sokoban(Settings(symbols=symbols)) for symbols in ("AaBbCDE", "EDCbBaA"))
     assert first.board("train/00007") == second.board("train/00007")
 
 
@@ -146,7 +149,7 @@ def test_the_solver_finds_what_brute_force_finds(seed: int, boxes: int, wall_sha
     solution = solve(drawn, max_moves)
     assert (None if solution is None else len(solution)) == brute_force(drawn, max_moves)
     if solution:
-        game = SokobanEpisode(drawn, SokobanSettings(size_min=5, boxes=boxes, max_steps=max_moves))
+        game = SokobanEpisode(drawn, Settings(size_min=5, boxes=boxes, max_steps=max_moves))
         results = [game.step(act(name)) for name in solution]
         assert [result.reward for result in results] == [0.0] * (len(solution) - 1) + [1.0]
 
@@ -176,7 +179,7 @@ def test_test_boards_are_unique_and_never_training_boards() -> None:
     assert len(set(tests)) == 100 and all(board.is_test for board in tests)
     train = [sokoban.board(f"train/{index:05d}") for index in range(3000)]
     assert not any(board.is_test for board in train)
-    other = Sokoban(SokobanSettings(seed=5))
+    other = Sokoban(Settings(seed=5))
     assert not set(train) & {other.board(f"test/{index:05d}") for index in range(100)}
 
 
@@ -185,7 +188,8 @@ def test_a_task_is_its_id_on_every_machine() -> None:
     ids = ["train/00042", "train/09999", "test/00007", "test/00099"]
     boards = [first.board(task_id).rows for task_id in ids]
     code = (
-        f"from mulligan.env.envs.sokoban import Sokoban; s = Sokoban(); print([s.board(i).rows for i in {ids[::-1]!r}])"
+        "from mulligan.env.envs.sokoban.environment import Sokoban; s = Sokoban(); "
+        f"print([s.board(i).rows for i in {ids[::-1]!r}])"
     )
     elsewhere = subprocess.run(
         [sys.executable, "-c", code],
@@ -196,7 +200,7 @@ def test_a_task_is_its_id_on_every_machine() -> None:
         check=True,
     )
     assert elsewhere.stdout.strip() == repr(boards[::-1])
-    assert boards != [Sokoban(SokobanSettings(seed=1)).board(task_id).rows for task_id in ids]
+    assert boards != [Sokoban(Settings(seed=1)).board(task_id).rows for task_id in ids]
     # Pinned: a task must stay what it was when results were published.
     assert boards[0] == (
         *("EEEEEEEE", "EDDDDDDE", "EDDDDADE", "EDDDDDDE"),
@@ -230,7 +234,7 @@ def test_unknown_tasks(task_id: str) -> None:
 )
 def test_settings_errors_name_the_setting(changes: dict[str, object], named: str) -> None:
     with pytest.raises(ValueError, match=named):
-        SokobanSettings(**changes)  # type: ignore[arg-type]
+        Settings(**changes)  # type: ignore[arg-type]
 
 
 def test_boards_that_cannot_be_drawn_are_reported_when_the_server_starts() -> None:
@@ -239,7 +243,7 @@ def test_boards_that_cannot_be_drawn_are_reported_when_the_server_starts() -> No
 
 
 def test_prompts_state_the_true_limit_and_no_meaning() -> None:
-    prompts = Sokoban(SokobanSettings(max_steps=12)).info.prompts
+    prompts = Sokoban(Settings(max_steps=12)).info.prompts
     for text in (prompts.solver, prompts.action_reminder, prompts.try_again):
         assert "at most 12 moves" in text and "{" not in text
         assert not any(word in text.lower() for word in ("push", "box", "goal", "wall", "player"))

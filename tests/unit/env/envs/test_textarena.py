@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from mulligan.common.types import Split, StepResult
-from mulligan.env.envs.textarena import TextArena, TextArenaEpisode, create
+from mulligan.env.envs.textarena import TextArena, TextArenaEpisode
+from tests.support.kinds import creator
 from tests.support.paths import IMPORT_ROOTS, ROOT
+
+create = creator("textarena")
 
 # Games that draw while they are made, begun and played, also from generators of their own and in global variables.
 DRAWING = {"Secretary-v0": "[continue]", "2048-v0": "[left]", "Sokoban-v0": "[up]", "ThreeCardMonte-v0": "[1]"}

@@ -101,7 +101,7 @@ class _Process:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "mulligan.env.envs.reasoning_gym_process", str(seconds), str(memory)]
+        command = [sys.executable, "-m", "mulligan.env.envs.reasoning_gym.process", str(seconds), str(memory)]
         self._seconds = seconds
         self._process = subprocess.Popen(
             command,

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 from cachetools import LRUCache
 
-from mulligan.env.envs.reasoning_gym_pool import SIZE
+from mulligan.env.envs.reasoning_gym.pool import SIZE
 
 _LOAD_SECONDS = 300
 _KEPT = 256  # datasets, and entries: a score is mostly asked for soon after its question

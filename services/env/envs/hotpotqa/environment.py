@@ -2,7 +2,7 @@
 
 As published with ERL (arXiv 2602.13949): one tool, `local_search`, with the five best passages, each cut to 300
 characters; at most five turns; the final answer in a box; reward 1 for an exact match, else F1 from 0.3 on. Without
-files it plays the small data set of `hotpotqa_world.py`. Deviations from the reference code:
+files it plays the small data set of `world.py`. Deviations from the reference code:
 1. Only a box, or what stands between <answer> and </answer>, is an answer (the reference guesses one from bold text,
    dates, names or the first sentence).
 2. The last box counts, not the first.
@@ -32,10 +32,9 @@ from mulligan.env.base import (
     TaskInfo,
     Tool,
     UnknownTask,
-    read_settings,
 )
-from mulligan.env.envs import hotpotqa_world
-from mulligan.env.envs.hotpotqa_score import Method, Score, score
+from mulligan.env.encoders import ENCODERS
+from mulligan.env.envs.hotpotqa.score import Method, Score, score
 from mulligan.env.search import Bm25, Dense, Hit, Index, kept_bm25, kept_dense, load_encoder
 from mulligan.env.tool_calls import Call, describe, find_calls, printable, read_arguments
 
@@ -55,7 +54,7 @@ SEARCH = describe("local_search", LocalSearch)
 
 
 @dataclass(frozen=True, slots=True)
-class HotpotQaSettings:
+class Settings:
     """The published task by default. `train_file` and `test_file` are official question files, `corpus` more files or
     folders with passages, `index_folder` keeps the index between starts. `train_tasks` and `test_tasks` limit the
     questions, 0 for all. `tools` says where the agent learns of the search: from its chat `template`, or, for models
@@ -66,7 +65,7 @@ class HotpotQaSettings:
     corpus: tuple[str, ...] = ()
     index_folder: str = ""
     retriever: str = "bm25"  # or "dense"
-    encoder: str = "transformers"  # of dense retrieval
+    encoder: str = ENCODERS.default  # of dense retrieval
     encoder_settings: dict[str, Any] = field(default_factory=dict)
     results: int = 5
     passage_characters: int = 300
@@ -109,7 +108,7 @@ class Asked(Protocol):
 
 
 class HotpotQaEpisode:
-    def __init__(self, question: Asked, index: Index, settings: HotpotQaSettings) -> None:
+    def __init__(self, question: Asked, index: Index, settings: Settings) -> None:
         self.observation = question.question
         self._gold = question.answer
         self._index = index
@@ -165,9 +164,7 @@ class HotpotQaEpisode:
 class HotpotQa:
     """`questions` are each split's under their ids; `index` finds passages."""
 
-    def __init__(
-        self, questions: Mapping[Split, Mapping[str, Asked]], index: Index, settings: HotpotQaSettings
-    ) -> None:
+    def __init__(self, questions: Mapping[Split, Mapping[str, Asked]], index: Index, settings: Settings) -> None:
         self._questions = {f"{split}/{id_}": one for split in Split for id_, one in questions[split].items()}
         self._ids = {split: [f"{split}/{id_}" for id_ in questions[split]] for split in Split}
         self._index = index
@@ -196,35 +193,37 @@ class HotpotQa:
         return HotpotQaEpisode(self._questions[task_id], self._index, self.settings)
 
 
-def create(name: str, settings: Mapping[str, object]) -> HotpotQa:
+def create(name: str, settings: Settings) -> HotpotQa:
     """From a table of the server's configuration: reads the questions and builds the index, or opens a kept one."""
-    read = read_settings(HotpotQaSettings, {**settings, "name": name})
+    settings = replace(settings, name=name)
     try:
         import tantivy  # noqa: F401 - what `search` uses
 
-        from mulligan.env.envs.hotpotqa_data import Files, Question, by_id
+        from mulligan.env.envs.hotpotqa.data import Files, Question, by_id
     except ImportError as error:
         raise MissingExtra("hotpotqa", error) from error
-    if read.train_file or read.test_file:
-        files = Files(read.train_file, read.test_file, read.corpus)
+    if settings.train_file or settings.test_file:
+        files = Files(settings.train_file, settings.test_file, settings.corpus)
         files.check()
-        train = files.questions(read.train_file, read.train_tasks)
-        test = files.questions(read.test_file, read.test_tasks)
+        train = files.questions(settings.train_file, settings.train_tasks)
+        test = files.questions(settings.test_file, settings.test_tasks)
         passages: Iterable[tuple[str, str]] = files.passages()
-        content = files.fingerprint() if read.index_folder else ""
+        content = files.fingerprint() if settings.index_folder else ""
     else:
         import msgspec
 
-        made = msgspec.convert(hotpotqa_world.data_sets(read.seed), tuple[tuple[Question, ...], tuple[Question, ...]])
-        train = made[0][: read.train_tasks or None]
-        test = made[1][: read.test_tasks or None]
-        passages = hotpotqa_world.passages(read.seed)
-        content = f"world {read.seed}"
+        from mulligan.env.envs.hotpotqa import world
+
+        made = msgspec.convert(world.data_sets(settings.seed), tuple[tuple[Question, ...], tuple[Question, ...]])
+        train = made[0][: settings.train_tasks or None]
+        test = made[1][: settings.test_tasks or None]
+        passages = world.passages(settings.seed)
+        content = f"world {settings.seed}"
     questions = {Split.TRAIN: by_id(train, without=test), Split.TEST: by_id(test)}
-    return HotpotQa(questions, _index(read, passages, content), read)
+    return HotpotQa(questions, _index(settings, passages, content), settings)
 
 
-def _index(settings: HotpotQaSettings, passages: Iterable[tuple[str, str]], content: str) -> Index:
+def _index(settings: Settings, passages: Iterable[tuple[str, str]], content: str) -> Index:
     folder = Path(settings.index_folder) if settings.index_folder else None
     if settings.retriever == "bm25":
         return Bm25.build(passages) if folder is None else kept_bm25(passages, folder, content)

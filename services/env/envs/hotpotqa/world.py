@@ -1,6 +1,6 @@
 """A small multi-hop data set in HotpotQA's format, about a world that does not exist: offline, and known to no model.
 
-`python -m mulligan.env.envs.hotpotqa_world FOLDER` writes it as files of the official names. Everything follows from
+`python -m mulligan.env.envs.hotpotqa.world FOLDER` writes it as files of the official names. Everything follows from
 the seed: the same seed makes the same bytes on every machine.
 """
 
@@ -301,5 +301,5 @@ def _context(entities: Sequence[Entity]) -> list[list[Any]]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m mulligan.env.envs.hotpotqa_world FOLDER")
+        sys.exit("usage: python -m mulligan.env.envs.hotpotqa.world FOLDER")
     write(Path(sys.argv[1]))

@@ -9,11 +9,11 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mulligan.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, read_settings
-from mulligan.env.envs.frozenlake_boards import FROZEN, GOAL, HOLE, PLAYER, Board
-from mulligan.env.envs.frozenlake_maps import read_maps
+from mulligan.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
+from mulligan.env.envs.frozenlake.boards import FROZEN, GOAL, HOLE, PLAYER, Board
+from mulligan.env.envs.frozenlake.maps import read_maps
 from mulligan.env.grid import (
     MAX_TASKS,
     MOVES,
@@ -32,9 +32,9 @@ PLAYER_ON_GOAL = "√"
 
 
 @dataclass(frozen=True, slots=True)
-class FrozenLakeSettings:
+class Settings:
     """The published game by default; the embedded variant is `size_min=size_max=3, prompts="compact"`. With map files
-    (`frozenlake_maps.py`), sizes, shares and `seed` say nothing; `train_tasks` and `test_tasks` are limits."""
+    (`maps.py`), sizes, shares and `seed` say nothing; `train_tasks` and `test_tasks` are limits."""
 
     size_min: int = 2
     size_max: int = 9
@@ -93,7 +93,7 @@ class FrozenLakeSettings:
             )
 
 
-def draw_board(settings: FrozenLakeSettings, rng: random.Random) -> Board:
+def draw_board(settings: Settings, rng: random.Random) -> Board:
     """One draw, which may be unsolvable and of either split."""
     side = rng.randint(settings.size_min, settings.size_max)
     frozen = rng.uniform(settings.frozen_min, settings.frozen_max)
@@ -105,7 +105,7 @@ def draw_board(settings: FrozenLakeSettings, rng: random.Random) -> Board:
 
 
 class FrozenLakeEpisode:
-    def __init__(self, board: Board, settings: FrozenLakeSettings) -> None:
+    def __init__(self, board: Board, settings: Settings) -> None:
         self._cells = [list(row) for row in board.rows]
         self._at = board.find(PLAYER)
         self._texts = _TEXTS[settings.prompts]
@@ -154,8 +154,8 @@ class FrozenLakeEpisode:
 class FrozenLake:
     """Starts at once: training boards are drawn from their id, test boards on first use. Map files are read first."""
 
-    def __init__(self, settings: FrozenLakeSettings | None = None) -> None:
-        self.settings = settings or FrozenLakeSettings()
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
         counts = {Split.TRAIN: self.settings.train_tasks, Split.TEST: self.settings.test_tasks}
         self._tasks: BoardTasks[Board] | FileTasks[Board]
         if self.settings.from_files:
@@ -203,9 +203,9 @@ class FrozenLake:
         return moves if moves is not None and moves <= self.settings.max_steps else None
 
 
-def create(name: str, settings: Mapping[str, object]) -> FrozenLake:
+def create(name: str, settings: Settings) -> FrozenLake:
     """From a table of the server's configuration. Draws or reads boards: impossible settings stop the server."""
-    lake = FrozenLake(read_settings(FrozenLakeSettings, {**settings, "name": name}))
+    lake = FrozenLake(replace(settings, name=name))
     for split in Split:
         lake.list_tasks(split, 0, 1)
     return lake

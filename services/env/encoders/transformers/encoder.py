@@ -6,36 +6,17 @@ The defaults are those of E5, with which the published experiments searched: htt
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from mulligan.env.base import read_settings
-
-
-@dataclass(frozen=True, slots=True)
-class TransformersSettings:
-    """`model` is a hub id or a folder. `pooling`: the mean over tokens, or the first token's state ("cls")."""
-
-    model: str = "intfloat/e5-base-v2"
-    pooling: str = "mean"
-    query_prefix: str = "query: "
-    passage_prefix: str = "passage: "
-    max_tokens: int = 512
-    device: str = "cpu"
-
-    def __post_init__(self) -> None:
-        if self.pooling not in ("mean", "cls"):
-            raise ValueError(f'pooling must be "mean" or "cls", not {self.pooling!r}')
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+from mulligan.env.encoders.transformers import Settings
 
 
 class TransformersEncoder:
-    def __init__(self, settings: TransformersSettings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(settings.model)
@@ -63,8 +44,3 @@ class TransformersEncoder:
                 states = states[:, 0]
             vectors: np.ndarray = torch.nn.functional.normalize(states, dim=-1).cpu().numpy()
         return vectors
-
-
-def create(settings: Mapping[str, object]) -> TransformersEncoder:
-    """From the table `encoder_settings`. Raises ValueError that names the setting."""
-    return TransformersEncoder(read_settings(TransformersSettings, settings))

@@ -20,7 +20,7 @@ from gymnasium import spaces
 
 from mulligan.common.thoughts import without_thoughts
 from mulligan.env.answers import last_number, marked
-from mulligan.env.envs.gymnasium_spaces import Space, is_whole, words
+from mulligan.env.envs.gymnasium.spaces import Space, is_whole, words
 from mulligan.env.tool_calls import printable
 
 _MAX_ANSWER = 20_000  # characters of an action

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mulligan.env.envs.frozenlake_boards import FROZEN, GOAL, HOLE, PLAYER, Board
+from mulligan.env.envs.frozenlake.boards import FROZEN, GOAL, HOLE, PLAYER, Board
 from mulligan.env.grid_files import Placed, read_text
 
 _SYMBOLS = {"S": PLAYER, "F": FROZEN, "H": HOLE, "G": GOAL}

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mulligan.env.envs.sokoban_boards import (
+from mulligan.env.envs.sokoban.boards import (
     BOX,
     BOX_ON_GOAL,
     FLOOR,

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, read_settings
-from mulligan.env.envs.sokoban_boards import (
+from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo
+from mulligan.env.envs.sokoban.boards import (
     BOX,
     BOX_ON_GOAL,
     FLOOR,
@@ -29,7 +29,7 @@ from mulligan.env.envs.sokoban_boards import (
     offsets,
     solve,
 )
-from mulligan.env.envs.sokoban_levels import read_levels
+from mulligan.env.envs.sokoban.levels import read_levels
 from mulligan.env.grid import (
     MAX_TASKS,
     NO_EFFECT,
@@ -44,9 +44,9 @@ from mulligan.env.grid_files import MAX_STEPS, FileTasks
 
 
 @dataclass(frozen=True, slots=True)
-class SokobanSettings:
+class Settings:
     """The published game by default. `wall_share` is the probability that an inner cell is a wall. With level files
-    (`sokoban_levels.py`), sizes, boxes, `wall_share` and `seed` say nothing; `train_tasks`, `test_tasks` are limits."""
+    (`levels.py`), sizes, boxes, `wall_share` and `seed` say nothing; `train_tasks`, `test_tasks` are limits."""
 
     size_min: int = 6
     size_max: int = 8
@@ -91,7 +91,7 @@ class SokobanSettings:
 
 
 class SokobanEpisode:
-    def __init__(self, board: Board, settings: SokobanSettings) -> None:
+    def __init__(self, board: Board, settings: Settings) -> None:
         self._width = board.width
         self._walls = board.walls
         self._goals = board.goals
@@ -147,8 +147,8 @@ class SokobanEpisode:
 class Sokoban:
     """Starts at once: training boards are drawn from their id, test boards on first use. Level files are read first."""
 
-    def __init__(self, settings: SokobanSettings | None = None) -> None:
-        self.settings = settings or SokobanSettings()
+    def __init__(self, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings()
         counts = {Split.TRAIN: self.settings.train_tasks, Split.TEST: self.settings.test_tasks}
         self._tasks: BoardTasks[Board] | FileTasks[Board]
         if self.settings.from_files:
@@ -198,9 +198,9 @@ class Sokoban:
         return None if solution is None else len(solution)
 
 
-def create(name: str, settings: Mapping[str, object]) -> Sokoban:
+def create(name: str, settings: Settings) -> Sokoban:
     """From a table of the server's configuration. Draws or reads boards: impossible settings stop the server."""
-    sokoban = Sokoban(read_settings(SokobanSettings, {**settings, "name": name}))
+    sokoban = Sokoban(replace(settings, name=name))
     for split in Split:
         sokoban.list_tasks(split, 0, 1)
     return sokoban

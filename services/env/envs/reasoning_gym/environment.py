@@ -4,7 +4,7 @@ A task `train/chain_sum/00012` is an element of that dataset under a seed that `
 determine; train and test never share a seed. The reward is the dataset's own score of the answer, from 0 to 1. The
 agent writes it between <answer> and </answer>, as reasoning-gym has it; without these its last box, the last number
 where the expected answer is one, or its last line.
-Questions and scores are made in processes of their own (`reasoning_gym_process.py` says why): reasoning_gym is imported
+Questions and scores are made in processes of their own (`process.py` says why): reasoning_gym is imported
 once the first task starts, or at once where `settings` are to be checked.
 
 Three of the 106 datasets are not served as they come:
@@ -20,7 +20,7 @@ import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mulligan.env.answers import read_answer
@@ -31,9 +31,8 @@ from mulligan.env.base import (
     StepResult,
     TaskInfo,
     UnknownTask,
-    read_settings,
 )
-from mulligan.env.envs.reasoning_gym_pool import SIZE, Pool, Refused, TookTooLong
+from mulligan.env.envs.reasoning_gym.pool import SIZE, Pool, Refused, TookTooLong
 from mulligan.env.prompts import generic_prompts
 from mulligan.env.tool_calls import printable
 
@@ -65,7 +64,7 @@ syllogism time_intervals tower_of_hanoi tsumego word_ladder word_sequence_revers
 
 
 @dataclass(frozen=True, slots=True)
-class ReasoningGymSettings:
+class Settings:
     """`datasets` are all by default; `settings` has a table for those that are not to be as they come. `train_tasks`
     and `test_tasks` are of each dataset. With `tell_answer` full feedback tells the expected answer, too. `processes`
     make questions and score answers, in `seconds` each at most, and with so much memory."""
@@ -140,7 +139,7 @@ class ReasoningGymEpisode:
 class ReasoningGym:
     """Lists the datasets in turn, so that the first tasks are of all."""
 
-    def __init__(self, settings: ReasoningGymSettings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._datasets = settings.datasets or DATASETS
         self._counts = {Split.TRAIN: settings.train_tasks, Split.TEST: settings.test_tasks}
@@ -195,12 +194,12 @@ class ReasoningGym:
         return drawn + (0 if split is Split.TRAIN else _SEEDS)
 
 
-def create(name: str, settings: Mapping[str, object]) -> ReasoningGym:
+def create(name: str, settings: Settings) -> ReasoningGym:
     """From a table of the server's configuration."""
-    read = read_settings(ReasoningGymSettings, {**settings, "name": name})
+    settings = replace(settings, name=name)
     if importlib.util.find_spec("reasoning_gym") is None:
         raise MissingExtra("reasoning-gym", ModuleNotFoundError("No module named 'reasoning_gym'"))
-    game = ReasoningGym(read)
+    game = ReasoningGym(settings)
     try:
         game.check()
     except BaseException:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ from mulligan.env.base import (
     StepResult,
     TaskInfo,
     UnknownTask,
-    read_settings,
 )
 from mulligan.env.prompts import generic_prompts
 
@@ -40,7 +39,7 @@ _ESCAPE = re.compile(r"\x1b\[([0-9;]*)m")
 
 
 @dataclass(frozen=True, slots=True)
-class GymnasiumSettings:
+class Settings:
     """`id` and `arguments` are what `gymnasium.make` takes; `module` is imported before, to register the environment.
 
     `max_reward` is the largest sum of an episode's rewards: Gymnasium does not say it (`reward_threshold` is a mean
@@ -156,15 +155,15 @@ class GymnasiumEpisode:
 class Gymnasium:
     """Makes an environment once, to learn of its spaces. Raises ValueError that names the setting."""
 
-    def __init__(self, settings: GymnasiumSettings) -> None:
+    def __init__(self, settings: Settings) -> None:
         import gymnasium
 
-        from mulligan.env.envs import gymnasium_actions, gymnasium_spaces
+        from mulligan.env.envs.gymnasium import actions, spaces
 
         self.settings = settings
         self._gymnasium = gymnasium
-        self._words = gymnasium_spaces
-        self._answers = gymnasium_actions
+        self._words = spaces
+        self._answers = actions
         self._draws = False
         self._arguments = dict(settings.arguments)
         self._max_steps: int | None = None  # the environment's own
@@ -310,14 +309,14 @@ class Gymnasium:
         return replace(generic_prompts(task, f"{form} {limit}"), **settings.prompts)
 
 
-def create(name: str, settings: Mapping[str, object]) -> Gymnasium:
+def create(name: str, settings: Settings) -> Gymnasium:
     """From a table of the server's configuration."""
-    read = read_settings(GymnasiumSettings, {**settings, "name": name})
+    settings = replace(settings, name=name)
     try:
         import gymnasium  # noqa: F401 - to see whether it is there
     except ImportError as error:
         raise MissingExtra("gymnasium", error) from error
-    return Gymnasium(read)
+    return Gymnasium(settings)
 
 
 def without_escapes(text: str) -> str:
