@@ -95,9 +95,8 @@ class Plugins:
         except MissingExtra:
             raise
         except Exception as error:  # a module's own code runs, and may raise anything
-            raise UnusablePlugin(
-                f"the {self.noun} {name!r} cannot be imported: {type(error).__name__}: {error}"
-            ) from error
+            said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+            raise UnusablePlugin(f"{name!r} is no {self.noun}: {said}") from error
 
     def _complete(self, name: str, plugin: Any) -> Any:
         missing = [export for export in self.exports if not hasattr(plugin, export)]

@@ -7,5 +7,5 @@ from .backend import Sampled as Sampled
 from .backend import Scored as Scored
 from .backend import WeightsFile as WeightsFile
 from .client import PolicyClient as PolicyClient
-from .config import ModelSettings as ModelSettings
+from .model_settings import ModelSettings as ModelSettings
 from .replicas import connect as connect

@@ -12,7 +12,7 @@ from mulligan.common.extras import MissingExtra
 from mulligan.common.model_files import UnsupportedModel, short
 from mulligan.policy.backend import Backend
 from mulligan.policy.backends import BACKENDS
-from mulligan.policy.config import ModelSettings
+from mulligan.policy.model_settings import ModelSettings
 
 log = structlog.get_logger()
 

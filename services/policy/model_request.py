@@ -76,13 +76,13 @@ def settings_digest(own: ModelSettings | None) -> str:
 
 def model_settings(settings: ModelSettings) -> PolicyModelSettings:
     """Those of the model alone, without the settings of the service."""
-    return PolicyModelSettings(**{name: getattr(settings, name) for name in ModelSettings.model_fields})
+    return PolicyModelSettings(**{name: getattr(settings, name) for name in PolicyModelSettings.model_fields})
 
 
 def servers_of(settings: ModelSettings) -> dict[str, str]:
     """Addresses of servers whose weights the policy sets, and the setting that lists each."""
     own = settings.own
-    place = place_of(ModelSettings, BACKENDS, settings.backend)
+    place = place_of(PolicyModelSettings, BACKENDS, settings.backend)
     return {address.rstrip("/"): f"{place}{name}" for name in own.exclusive for address in getattr(own, name)}
 
 
@@ -112,8 +112,8 @@ def _check_below(field: str, source: str, models_folder: Path | None) -> None:
 def _places(backend: str) -> dict[str, type[BackendSettings]]:
     """The settings of all backends that the request may name, by what stands before their names."""
     return {
-        place_of(ModelSettings, BACKENDS, name): BACKENDS.find(name).Settings
-        for name in (*with_place(ModelSettings, BACKENDS), backend)
+        place_of(PolicyModelSettings, BACKENDS, name): BACKENDS.find(name).Settings
+        for name in (*with_place(PolicyModelSettings, BACKENDS), backend)
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 from mulligan.common.channel import Endpoint
-from mulligan.common.errors import CallFailed, Reason
+from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Message, Role, SamplingParams
 from mulligan.conformance import memory
 from mulligan.conformance.env.game import EnvOptions
@@ -62,7 +62,7 @@ async def test_an_environment(services: ServiceProcesses, acme: dict[str, str], 
         episode = await client.start("count", task.task_id, "episode")
         assert episode.observation == "2" and (await episode.step("1")).reward == 1.0
     target = env_target(address)
-    report = await check_env(target, EnvOptions(environment="count", actions=20, known=("1", "2", "3")))
+    report = await check_env(target, EnvOptions(actions=20, known=("1", "2", "3")))
     await target.close()
     assert report.conforms, report.problems()
 
@@ -103,7 +103,9 @@ async def test_a_store(services: ServiceProcesses, acme: dict[str, str], setting
         assert await client.snapshot("scope") == 0
 
 
-def test_settings_come_from_files_and_variables_too(services: ServiceProcesses, acme: dict[str, str], tmp_path: Path) -> None:
+def test_settings_come_from_files_and_variables_too(
+    services: ServiceProcesses, acme: dict[str, str], tmp_path: Path
+) -> None:
     file = tmp_path / "policy.toml"
     file.write_text('backend = "parrot"\n[parrot]\ngreeting = "Ahoy! "\nloudness = 3\n')
     variables = acme | {"MULLIGAN_POLICY_PARROT__LOUDNESS": "0"}
@@ -122,7 +124,7 @@ def test_settings_come_from_files_and_variables_too(services: ServiceProcesses, 
         (
             "policy",
             {"backend": "broken"},
-            "the backend 'broken' cannot be imported: ModuleNotFoundError",
+            "backend: 'broken' is no backend: No module named 'acme.nowhere'",
         ),
         ("policy", {"backend": "acme.countdown"}, "'acme.countdown' is no backend: it has no `open`"),
         ("policy", {"backend": "acme.notes"}, "'acme.notes' is no backend: its `Settings` is no BackendSettings"),
@@ -157,7 +159,11 @@ def test_settings_come_from_files_and_variables_too(services: ServiceProcesses, 
             {"environments": {"e": {"kind": "countdown", "frist": 3}}},
             "frist: no such setting; did you mean",
         ),
-        ("env", {"environments": {"e": {"kind": "countdown", "first": 1}}}, "environments.e: first must be at least 2"),
+        (
+            "env",
+            {"environments": {"e": {"kind": "countdown", "first": 1}}},
+            "environments.e: Value error, first must",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(
@@ -168,16 +174,16 @@ def test_what_is_wrong_is_named(
     assert said in str(caught.value)
 
 
-async def test_load_model_takes_installed_backends_and_no_modules(services: ServiceProcesses, acme: dict[str, str]) -> None:
+async def test_load_model_takes_no_modules(services: ServiceProcesses, acme: dict[str, str]) -> None:
     """A module runs code: whoever starts the server names those."""
     address = services.start("policy", environment=acme, backend="parrot").address
     async with closing(PolicyClient(Endpoint(address))) as client:
         options = {"parrot.greeting": "Ahoy! "}
         await client.load_model("second", "embedded", backend="parrot", options=options)
         assert (await client.info("second")).backend == "parrot"
-        with pytest.raises(CallFailed) as caught:
+        with pytest.raises(DomainError, match=r"there is no backend 'acme\.parrot'") as caught:
             await client.load_model("third", "embedded", backend="acme.parrot")
-    assert caught.value.reason is Reason.INVALID_SETTING and "there is no backend 'acme.parrot'" in str(caught.value)
+    assert caught.value.reason is Reason.INVALID_SETTING
 
 
 def test_the_command_knows_an_installed_environment(acme: dict[str, str], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
 from mulligan.policy.chat import Chat
 from mulligan.policy.client import PolicyClient
-from mulligan.policy.config import ModelSettings
+from mulligan.policy.config import PolicyModelSettings
 from mulligan.policy.literals import ControlTokens
 from tests.support.policy import Serving, serving
 
@@ -173,7 +173,7 @@ class Opened:
     def __getitem__(self, model: str) -> ScriptedBackend:
         return [backend for backend in self.backends if backend.model.model == model][-1]
 
-    async def create(self, settings: ModelSettings, folder: Path, first_version: int) -> ScriptedBackend:
+    async def create(self, settings: PolicyModelSettings, folder: Path, first_version: int) -> ScriptedBackend:
         self.asked.append(settings.model)
         await self.go_on.wait()
         if settings.model.startswith("bad"):

@@ -189,7 +189,7 @@ def test_the_transformers_encoder(tiny_bert: Path, pooling: str) -> None:
 
 
 def test_an_encoder_that_cannot_be_had_is_named(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="encoder: 'no_such' is no encoder"):
+    with pytest.raises(ValueError, match="encoder: there is no encoder 'no_such'; there are transformers"):
         load_encoder("no_such", {})
     with pytest.raises(ValueError, match=r"encoder: 'json\.decoder' is no encoder"):
         load_encoder("json.decoder", {})
@@ -197,7 +197,7 @@ def test_an_encoder_that_cannot_be_had_is_named(tiny_bert: Path, monkeypatch: py
         load_encoder("transformers", {"pooling": "max"})
     with pytest.raises(ValueError, match="model: '/no/such' cannot be loaded"):
         load_encoder("transformers", {"model": "/no/such"})
-    monkeypatch.delitem(sys.modules, "mulligan.env.encoders.transformers")
+    monkeypatch.delitem(sys.modules, "mulligan.env.encoders.transformers.encoder")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtra, match="hotpotqa-dense"):
         load_encoder("transformers", {})

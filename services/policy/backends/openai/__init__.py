@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, JsonValue, SecretStr
 
 from mulligan.common.extras import MissingExtra
 from mulligan.policy.backend import Backend, BackendSettings
-
-if TYPE_CHECKING:
-    from mulligan.policy.config import ModelSettings
+from mulligan.policy.model_settings import ModelSettings
 
 
 class Settings(BackendSettings):

@@ -35,7 +35,7 @@ from mulligan.policy.backends.openai.chat import (
     only_choice,
     text_of,
 )
-from mulligan.policy.config import ModelSettings
+from mulligan.policy.model_settings import ModelSettings
 
 log = structlog.get_logger()
 _FEATURES = frozenset({Feature.STREAM, Feature.SEED, Feature.TOOLS, Feature.JSON_SCHEMA})

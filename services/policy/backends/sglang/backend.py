@@ -34,7 +34,7 @@ from mulligan.policy.backends.sglang.server import Server, score_one
 from mulligan.policy.backends.sglang.skeleton import Skeleton
 from mulligan.policy.backends.sglang.updates import Updates
 from mulligan.policy.chat import Chat
-from mulligan.policy.config import ModelSettings
+from mulligan.policy.model_settings import ModelSettings
 
 _ATTEMPTS = 10  # at servers that fail one after the other
 _ROUTED_ATTEMPTS = 2  # before a server is asked directly: a router may send a prompt to the same stale one each time

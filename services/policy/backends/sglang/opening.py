@@ -32,8 +32,8 @@ from mulligan.policy.backends.sglang.pool import Pool
 from mulligan.policy.backends.sglang.server import Server, Unsuitable
 from mulligan.policy.backends.sglang.skeleton import Skeleton
 from mulligan.policy.chat import Chat
-from mulligan.policy.config import ModelSettings
 from mulligan.policy.huggingface.source import source_of
+from mulligan.policy.model_settings import ModelSettings
 
 
 @dataclass(frozen=True, slots=True)

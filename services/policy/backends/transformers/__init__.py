@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from mulligan.common.extras import MissingExtra
 from mulligan.policy.backend import Backend, BackendSettings
-
-if TYPE_CHECKING:
-    from mulligan.policy.config import ModelSettings
+from mulligan.policy.model_settings import ModelSettings
 
 
 class Settings(BackendSettings):

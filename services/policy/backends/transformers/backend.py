@@ -25,7 +25,7 @@ from mulligan.policy.backends.transformers.model import Model
 from mulligan.policy.backends.transformers.runner import Request, Runner
 from mulligan.policy.backends.transformers.weights import Weights
 from mulligan.policy.chat import Chat
-from mulligan.policy.config import ModelSettings
+from mulligan.policy.model_settings import ModelSettings
 
 # Of the process when it starts: what an engine's thread is told changes what torch answers later.
 _CORES = torch.get_num_threads()

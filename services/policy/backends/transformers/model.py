@@ -17,9 +17,9 @@ from transformers.utils.logging import disable_progress_bar
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from mulligan.policy.backends.transformers import Settings, attention
-from mulligan.policy.config import ModelSettings
 from mulligan.policy.huggingface.source import source_of
 from mulligan.policy.huggingface.tokenizer import Tokenizer
+from mulligan.policy.model_settings import ModelSettings
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Largest difference between log-probabilities of this engine and of the model's own code: float32, and the others.

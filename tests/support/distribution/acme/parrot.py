@@ -45,7 +45,10 @@ class Parrot:
 
     async def generate(self, ask: Ask) -> Sampled:
         text = self._own.greeting + " ".join([ask.messages[-1].content] * self._own.loudness)
-        return Sampled((), (), StopReason.END_OF_TURN, (VersionSpan(self.policy_version, 0),), text)
+        ends = [text.index(stop) + len(stop) for stop in ask.sampling.stop if stop in text]
+        reason = StopReason.STOP_STRING if ends else StopReason.END_OF_TURN
+        text = text[: min(ends, default=len(text))]
+        return Sampled((), (), reason, (VersionSpan(self.policy_version, 0),), text)
 
     async def stream(self, ask: Ask) -> AsyncIterator[Sampled]:
         yield await self.generate(ask)

@@ -16,7 +16,7 @@ from mulligan import models
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.policy.backends.sglang import open as open_backend
-from mulligan.policy.config import ModelSettings
+from mulligan.policy.config import PolicyModelSettings
 from tests.support.paths import IMPORT_ROOTS
 
 _SERVICE = """
@@ -46,7 +46,7 @@ def _script(folder: Path, text: str) -> str:
 
 
 async def _refused(folder: Path, **settings: object) -> str:
-    chosen = ModelSettings(backend="sglang", model=str(models.EMBEDDED), sglang=SglangSettings(**settings))
+    chosen = PolicyModelSettings(backend="sglang", model=str(models.EMBEDDED), sglang=SglangSettings(**settings))
     with pytest.raises(UnsupportedModel) as caught:
         await open_backend(chosen, folder / "engine", 0)
     return str(caught.value)

@@ -1,0 +1,80 @@
+"""What a policy is: a model, and the backend that runs it. A backend imports this; the service's settings, where each
+backend has its place, are in `config.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self, TypeVar
+
+from pydantic import BaseModel, Field, JsonValue, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from mulligan.common.plugins import UnusablePlugin, chosen_settings, place_of, read_table
+from mulligan.policy.backend import BackendSettings
+from mulligan.policy.backends import BACKENDS
+
+S = TypeVar("S", bound=BackendSettings)
+
+
+class ModelSettings(BaseModel):
+    """Those that each policy has, whatever runs it."""
+
+    backend: str = Field(
+        BACKENDS.default,
+        validate_default=True,
+        description=f"What runs the model: {', '.join(BACKENDS.built_in)}, one that is installed, or a module.",
+    )
+    backend_settings: dict[str, JsonValue] = Field(
+        {}, validate_default=True, description="Of a backend that has no table of its name, such as any module."
+    )
+    model: str = Field("embedded", description="Hub id, folder, or `embedded`: the small model that comes along.")
+    frozen: bool = Field(False, description="Its weights are never updated: a reference, an opponent.")
+    adapters: dict[str, str] = Field(
+        {}, description="Fixed LoRA adapters that requests may name: folders, or an endpoint's model names."
+    )
+    context_length: int = Field(0, ge=0, description="Longest prompt plus completion in tokens; 0: the model's own.")
+    max_queue: int = Field(4096, ge=0, description="Requests that wait; more are refused with QUEUE_FULL.")
+
+    @property
+    def own(self) -> BackendSettings:
+        """The backend's own settings."""
+        own: BackendSettings = chosen_settings(self, BACKENDS, self.backend)
+        return own
+
+    def own_as(self, kind: type[S]) -> S:
+        """The same, by the class that the backend exports."""
+        own = self.own
+        assert isinstance(own, kind), f"{self.backend} has {type(own).__name__}, not {kind.__name__}"
+        return own
+
+    @field_validator("backend")
+    @classmethod
+    def _exists(cls, backend: str) -> str:
+        try:
+            BACKENDS.find(backend)
+        except UnusablePlugin as error:
+            raise PydanticCustomError("plugin", "{problem}", {"problem": str(error)}) from error
+        return backend
+
+    @field_validator("backend_settings")
+    @classmethod
+    def _are_of_the_backend(cls, given: dict[str, JsonValue], info: ValidationInfo) -> dict[str, JsonValue]:
+        backend = info.data.get("backend")
+        if backend is None:  # it was refused
+            return given
+        if place_of(cls, BACKENDS, backend) == f"{BACKENDS.others}.":
+            read_table(BACKENDS.find(backend).Settings, given)
+        elif given:
+            message = "the settings of {backend} have a place of their own"
+            raise PydanticCustomError("plugin", message, {"backend": backend})
+        return given
+
+    @model_validator(mode="after")
+    def _own_are_complete(self) -> Self:
+        _ = self.own
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """Hub id or name of a folder, without where the folder is."""
+        return Path(self.model).name if Path(self.model).is_dir() else self.model
