@@ -12,14 +12,13 @@ from mulligan.common.plugins import with_tables
 from mulligan.policy.backends import BACKENDS
 from mulligan.policy.model_settings import ModelSettings
 
-__all__ = ["ModelSettings", "PolicyModelSettings", "PolicySettings"]
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 @with_tables(BACKENDS)
 class PolicyModelSettings(ModelSettings):
     """A further policy, as it stands in the settings. The settings of the default backend stand beside these, those of
-    another in a table of its name: `threads = 2`, `[sglang]`."""
+    another in a table of its name: `threads = 2`, `[another]`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

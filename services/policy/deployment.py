@@ -46,7 +46,8 @@ from mulligan.common.inference import (
 from mulligan.common.tasks import Broadcast
 from mulligan.policy import metrics, preflight
 from mulligan.policy.backend import Backend, Replica, WeightsFile
-from mulligan.policy.config import ModelSettings, PolicySettings
+from mulligan.policy.config import PolicySettings
+from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.uploads import Uploads, find_weights
 from mulligan.policy.versions import VersionRecord, VersionStore, source_of
 from mulligan.policy.weight_check import WeightCheck, known_checksums, tolerance_of

@@ -18,7 +18,8 @@ from mulligan.common.plugins import place_of, with_place
 from mulligan.common.suggest import problems
 from mulligan.policy.backend import BackendSettings
 from mulligan.policy.backends import BACKENDS
-from mulligan.policy.config import ModelSettings, PolicyModelSettings
+from mulligan.policy.config import PolicyModelSettings
+from mulligan.policy.model_settings import ModelSettings
 
 
 class ModelRequest(BaseModel):

@@ -31,11 +31,12 @@ from mulligan.common.inference import (
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.tasks import cancel
-from mulligan.policy.config import ModelSettings, PolicySettings
+from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend, create_backend
 from mulligan.policy.gauges import gauges
 from mulligan.policy.model_request import ModelRequest, check_folders, model_settings, servers_of, settings_digest
+from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.policy import Policy
 from mulligan.policy.uploads import Uploads
 from mulligan.policy.versions import VersionStore

@@ -38,9 +38,10 @@ from mulligan.common.inference import (
 from mulligan.common.tasks import cancel, gather_or_cancel
 from mulligan.policy import preflight
 from mulligan.policy.backend import Ask, Backend, Sampled, Scored
-from mulligan.policy.config import ModelSettings, PolicySettings
+from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend
+from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.streams import TextStream, merged, unsettling_token
 from mulligan.policy.uploads import Uploads
 from mulligan.policy.versions import VersionStore, source_of

@@ -26,7 +26,7 @@ from mulligan.common.file_lock import lock_file
 from mulligan.common.files import file_sha256, sync
 from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.config import ModelSettings
+from mulligan.policy.model_settings import ModelSettings
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ENGINE = "engine-"

@@ -40,7 +40,7 @@ class ScriptedBackend:
     nothing is scored while `judge` is. Weights change under way, and tokens tell of which they are.
     """
 
-    def __init__(self, settings: ModelSettings, first_version: int = 0, **info: Any):
+    def __init__(self, settings: PolicyModelSettings, first_version: int = 0, **info: Any):
         plain: dict[str, Any] = {
             "model": settings.model,
             "fingerprint": settings.model,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import PurePosixPath
 
 import pytest
@@ -34,6 +36,14 @@ TORCH_FOLDERS = (
     "services/testing",
     "models",
 )
+
+# The algorithm, what it plays with, and the protocols that it takes.
+ALGORITHM = tuple(f"services/trainer/{name}.py" for name in ("algorithm", "harness", "interfaces"))
+TRANSPORT = (*CLIENTS, "servicer", "wire", "channel", "server", "status", "validation")
+PLUGINS = ("services/policy/backends", "services/env/envs", "services/env/encoders", "services/memory/stores")
+FRAMEWORK = tuple(f"services/{name}" for name in (*SERVICES, "common", "conformance"))
+# Plug-ins whose names are also words of English, or of a library that others may use.
+ORDINARY = ("remote", "transformers")
 
 Checker = Callable[[str, PurePosixPath], list[str]]
 
@@ -99,6 +109,68 @@ def torch_violations(source: str, path: PurePosixPath) -> list[str]:
     return [f"{path}:{line} {module}" for line, module in imports(source, path) if within(module, *TORCH_PACKAGES)]
 
 
+def algorithm_violations(source: str, path: PurePosixPath) -> list[str]:
+    """Rule 4: the algorithm takes protocols, and knows no transport and no service."""
+    if str(path) not in ALGORITHM:
+        return []
+    closed = [f"mulligan.{name}" for name in SERVICES if name != "trainer"]
+    return [
+        f"{path}:{line} {module}"
+        for line, module in imports(source, path)
+        if within(module, *closed, *WIRE_PACKAGES, *TORCH_PACKAGES)
+        or (within(module, "mulligan") and set(module.split(".")) & set(TRANSPORT))
+    ]
+
+
+@cache
+def plugin_names() -> list[str]:
+    """All backends, environments, encoders and stores that come along."""
+    files = [path for folder in PLUGINS for path in (ROOT / folder).iterdir()]
+    return sorted({path.stem for path in files if not path.name.startswith(("_", "."))})
+
+
+def plugin_violations(source: str, path: PurePosixPath) -> list[str]:
+    """Rule 5: no plug-in is named outside of the folders of its kind: neither imported, nor in a string or a name.
+    Docstrings may mention one as an example."""
+    if not any(path.is_relative_to(folder) for folder in FRAMEWORK):
+        return []
+    if any(path.is_relative_to(folder) for folder in PLUGINS):
+        return []
+    tree = ast.parse(source)
+    packages = [f"mulligan.{folder.removeprefix('services/').replace('/', '.')}" for folder in PLUGINS]
+    known = [f"{package}.{name}" for package in packages for name in plugin_names()]
+    found = [f"{path}:{line} {module}" for line, module in imports(source, path) if within(module, *known)]
+    docstrings = {id(document) for node in ast.walk(tree) for document in _docstring(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            found += [f"{path}:{node.lineno} {node.value!r}" for name in plugin_names() if _names(node.value, name)]
+        for text in _identifiers(node):
+            words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text)
+            found += [f"{path} {text}" for name in plugin_names() if name not in ORDINARY and _names(words, name)]
+    return found
+
+
+def _names(text: str, plugin: str) -> bool:
+    if plugin in ORDINARY:
+        return text == plugin
+    return re.search(rf"(?<![a-z0-9]){plugin.replace('_', '[-_ ]?')}(?![a-z0-9])", text.lower()) is not None
+
+
+def _docstring(node: ast.AST) -> list[ast.expr]:
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
+        first = node.body[0]
+        return [first.value] if isinstance(first, ast.Expr) else []
+    return []
+
+
+def _identifiers(node: ast.AST) -> list[str]:
+    """Names that a node has, other than those of modules that it imports."""
+    names = [getattr(node, field, None) for field in ("id", "attr", "arg", "asname")]
+    if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        names.append(node.name)
+    return [name for name in names if isinstance(name, str)]
+
+
 def size_violations(source: str, path: PurePosixPath) -> list[str]:
     """Files and functions short enough to be read in one go."""
     lines = len(source.splitlines())
@@ -120,8 +192,9 @@ def test_the_rules_look_at_the_files_that_they_are_about() -> None:
     expected = {f"services/{name}/{file}.py" for name in SERVICES for file in ("servicer", "client", "__main__")}
     expected |= {f"services/common/{file}.py" for file in ("types", "wire", "errors", "status", "server", "validation")}
     expected |= {"services/env/base.py", "services/policy/backend.py", "services/memory/store.py"}
-    expected |= {"services/trainer/algorithm.py"}
+    expected |= set(ALGORITHM)
     assert expected <= {str(path) for path in SERVICE_FILES}
+    assert {"frozenlake", "reasoning_gym", "sglang", "sqlite", "transformers"} <= set(plugin_names())
     assert len(ALL_FILES) > len(SERVICE_FILES) >= len(expected)
 
 
@@ -140,6 +213,16 @@ def test_torch_stays_with_those_who_need_it(path: PurePosixPath) -> None:
     assert torch_violations((ROOT / path).read_text(), path) == []
 
 
+@pytest.mark.parametrize("path", SERVICE_FILES, ids=str)
+def test_the_algorithm_knows_no_transport(path: PurePosixPath) -> None:
+    assert algorithm_violations((ROOT / path).read_text(), path) == []
+
+
+@pytest.mark.parametrize("path", SERVICE_FILES, ids=str)
+def test_a_plugin_is_named_in_its_folder_alone(path: PurePosixPath) -> None:
+    assert plugin_violations((ROOT / path).read_text(), path) == []
+
+
 @pytest.mark.parametrize("path", ALL_FILES, ids=str)
 def test_files_and_functions_are_short(path: PurePosixPath) -> None:
     assert size_violations((ROOT / path).read_text(), path) == []
@@ -151,6 +234,7 @@ def test_files_and_functions_are_short(path: PurePosixPath) -> None:
         ("mulligan.trainer.algorithm", ("torch", "grpc", "google.protobuf")),
         ("mulligan.env.__main__", TORCH_PACKAGES),
         ("mulligan.memory.__main__", TORCH_PACKAGES),
+        ("mulligan.policy.config", (*TORCH_PACKAGES, "aiohttp", "openai")),
     ],
 )
 def test_importing_a_module_brings_none_of(module: str, packages: tuple[str, ...]) -> None:
@@ -188,6 +272,24 @@ LONG_FUNCTION = "async def f():\n" + "    pass\n" * MAX_FUNCTION_LINES
         (service_violations, "services/common/types.py", "from mulligan.env.client import EnvClient"),
         (torch_violations, "services/env/envs/sokoban.py", "import torch.nn as nn"),
         (torch_violations, "services/policy/servicer.py", "from transformers import AutoTokenizer"),
+        (algorithm_violations, "services/trainer/algorithm.py", "from mulligan.env.client import EnvClient"),
+        (algorithm_violations, "services/trainer/harness.py", "import mulligan.policy"),
+        (algorithm_violations, "services/trainer/algorithm.py", "from mulligan.trainer.learner.client import Remote"),
+        (algorithm_violations, "services/trainer/interfaces.py", "from mulligan.common.channel import Endpoint"),
+        (algorithm_violations, "services/trainer/algorithm.py", "import grpc"),
+        (algorithm_violations, "services/trainer/algorithm.py", "def f():\n    import torch"),
+        (plugin_violations, "services/policy/config.py", "from mulligan.policy.backends.sglang import Settings"),
+        (plugin_violations, "services/policy/config.py", "from .backends import openai"),
+        (plugin_violations, "services/policy/config.py", "backend: Literal['sglang']"),
+        (plugin_violations, "services/policy/config.py", "class SglangSettings: pass"),
+        (plugin_violations, "services/policy/policies.py", "servers = settings.sglang"),
+        (plugin_violations, "services/policy/policies.py", "message = f'sglang.servers: {address} is taken'"),
+        (plugin_violations, "services/policy/config.py", "default = 'transformers'"),
+        (plugin_violations, "services/memory/config.py", "database = 'sqlite:memory.db'"),
+        (plugin_violations, "services/env/config.py", "def f(reasoning_gym): pass"),
+        (plugin_violations, "services/env/load.py", "importlib.import_module('mulligan.env.envs.remote')"),
+        (plugin_violations, "services/trainer/run.py", "message = 'HotpotQA has a setting for it'"),
+        (plugin_violations, "services/conformance/local.py", "KIND = 'frozenlake-3x3'"),
         (size_violations, "services/env/base.py", "x = 1\n" * MAX_FILE_LINES),
         (size_violations, "services/env/base.py", LONG_FUNCTION),
     ],
@@ -211,6 +313,14 @@ def test_a_planted_violation_is_found(checker: Checker, path: str, source: str) 
         (service_violations, "services/cli/demo.py", "from mulligan.env.servicer import EnvServicer"),
         (torch_violations, "services/policy/backends/local.py", "import torch"),
         (torch_violations, "services/trainer/losses.py", "import torch"),
+        (algorithm_violations, "services/trainer/run.py", "from mulligan.env.client import EnvClient"),
+        (algorithm_violations, "services/trainer/algorithm.py", "from mulligan.trainer.interfaces import LearnerPort"),
+        (plugin_violations, "services/policy/config.py", "from mulligan.policy.backends import BACKENDS"),
+        (plugin_violations, "services/policy/config.py", '"""Such as sglang."""'),
+        (plugin_violations, "services/policy/huggingface/tokenizer.py", "from transformers import AutoTokenizer"),
+        (plugin_violations, "services/policy/backends/sglang/server.py", "NAME = 'sglang'"),
+        (plugin_violations, "services/env/client.py", "class RemoteEpisode: pass"),
+        (plugin_violations, "services/cli/demo.py", "RECIPE = 'frozenlake-3x3'"),
         (size_violations, "services/env/base.py", "x = 1\n" * (MAX_FILE_LINES - 1)),
     ],
 )

@@ -163,9 +163,12 @@ def test_a_bad_variable_is_named(
         ),
         ({"kind": "frozenlake", "size_min": "three"}, r"environments\.x: size_min: Input should be a valid integer"),
         ({"kind": "frozenlake", "max_steps": 0}, r"environments\.x: .*max_steps must be at least 1"),
-        ({"kind": "no_such_game"}, r"environments\.x\.kind: 'no_such_game' is no environment"),
+        (
+            {"kind": "no_such_game"},
+            r"environments\.x\.kind: there is no environment 'no_such_game'; there are frozenlake",
+        ),
         ({"kind": "json.decoder"}, r"environments\.x\.kind: 'json\.decoder' is no environment"),
-        ({"size_min": 3}, r"environments\.x\.kind: names the module"),
+        ({"size_min": 3}, r"environments\.x\.kind: names the environment: frozenlake"),
         ({"kind": "frozenlake", "feedback": "loud"}, r"environments\.x\.feedback: expected full, unary, silent, not"),
         ({"kind": "sokoban", "boxes": 9}, r"environments\.x: .*boxes must be between 1 and 4, not 9"),
         (
