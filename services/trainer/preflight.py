@@ -107,8 +107,8 @@ def check_environment(environment: EnvironmentInfo, policy: PolicyInfo) -> None:
         raise _invalid(
             "environment",
             f"{name!r} shows its tools through the chat template, and that of policy {policy.name!r} ({policy.model}) "
-            "has no place for any; expected an environment whose prompt describes its tools (HotpotQA's setting "
-            '`tools = "prompt"`)',
+            "has no place for any; expected an environment whose prompt describes its tools (some have a setting "
+            'for that: `tools = "prompt"`)',
         )
 
 

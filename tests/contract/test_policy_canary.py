@@ -31,8 +31,9 @@ from mulligan.common.server import serve
 from mulligan.models.build import build_model, write_untrained
 from mulligan.policy.backend import Backend
 from mulligan.policy.client import PolicyClient
-from mulligan.policy.config import PolicyModelSettings, PolicySettings
+from mulligan.policy.config import PolicySettings
 from mulligan.policy.gauges import collected
+from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.policies import Policies
 from mulligan.policy.servicer import add_to_server, health
 from mulligan.testing.weights import full_weights, load, plain_log_probs
@@ -111,7 +112,7 @@ async def faulty(model: Path, tmp_path: Path) -> AsyncIterator[Faulty]:
     settings = PolicySettings.model_validate(plain)
     backends: list[FaultyBackend] = []
 
-    async def create(settings: PolicyModelSettings, folder: Path, first_version: int) -> Backend:
+    async def create(settings: ModelSettings, folder: Path, first_version: int) -> Backend:
         backends.append(FaultyBackend(settings, first_version))
         return backends[0]
 

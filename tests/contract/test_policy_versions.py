@@ -27,7 +27,7 @@ from mulligan.common.inference import (
 from mulligan.common.status import from_rpc_error
 from mulligan.models.build import build_model, write_untrained
 from mulligan.policy.client import PolicyClient
-from mulligan.policy.config import PolicyModelSettings
+from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
 from mulligan.testing.processes import ServiceProcesses
@@ -262,7 +262,7 @@ async def test_frozen_weights_do_not_change(model: Path, tmp_path: Path) -> None
 async def test_memory_is_given_back_while_calls_wait(model: Path, tmp_path: Path) -> None:
     backends: list[ForgetfulBackend] = []
 
-    async def create(settings: PolicyModelSettings, folder: Path, first_version: int) -> ForgetfulBackend:
+    async def create(settings: ModelSettings, folder: Path, first_version: int) -> ForgetfulBackend:
         backends.append(ForgetfulBackend(settings, first_version))
         return backends[0]
 

@@ -24,7 +24,7 @@ from mulligan.common.server import RequestInterceptor, serve
 from mulligan.common.status import from_rpc_error
 from mulligan.common.types import Split
 from mulligan.env.client import EnvClient
-from mulligan.env.config import DEFAULT_ENVIRONMENTS
+from mulligan.env.envs import DEFAULT_ENVIRONMENTS
 from mulligan.env.v1 import env_service_pb2 as pb
 from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb

@@ -16,7 +16,7 @@ from mulligan.policy.backend import Ask, Sampled
 from mulligan.policy.backends.openai import Settings as OpenAISettings
 from mulligan.policy.backends.openai import open as open_backend
 from mulligan.policy.backends.openai.backend import OpenAIBackend
-from mulligan.policy.config import PolicyModelSettings
+from tests.support.settings import model_settings
 
 
 @dataclass
@@ -179,7 +179,7 @@ def chats(*replies: Reply) -> Callable[[Asked], Reply]:
 @asynccontextmanager
 async def backend(endpoint: ScriptedEndpoint, **changes: Any) -> AsyncIterator[OpenAIBackend]:
     chosen = {"base_url": endpoint.address, "api_key": KEY, "max_retries": 1} | changes.pop("openai", {})
-    settings = PolicyModelSettings(backend="openai", model="m", openai=OpenAISettings(**chosen), **changes)
+    settings = model_settings(backend="openai", model="m", openai=OpenAISettings(**chosen), **changes)
     opened = await open_backend(settings, Path(), 4)
     assert isinstance(opened, OpenAIBackend)
     try:

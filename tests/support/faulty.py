@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from mulligan.common.inference import Feature, WeightsKind
 from mulligan.policy.backend import Admission, Replica, WeightsFile
 from mulligan.policy.backends.transformers.backend import TransformersBackend
-from mulligan.policy.config import PolicyModelSettings
+from mulligan.policy.model_settings import ModelSettings
 from mulligan.testing.weights import sha256
 
 Fault = Callable[["FaultyBackend", WeightsFile], WeightsFile]
@@ -22,7 +22,7 @@ Fault = Callable[["FaultyBackend", WeightsFile], WeightsFile]
 class FaultyBackend(TransformersBackend):
     """`faults` are used up by one update each; without any it works as it should."""
 
-    def __init__(self, settings: PolicyModelSettings, first_version: int = 0):
+    def __init__(self, settings: ModelSettings, first_version: int = 0):
         super().__init__(settings, None, first_version)
         self.faults: list[Fault | Exception] = []
         self.loaded = [WeightsFile(None, WeightsKind.ORIGINAL, first_version, "")]  # what it holds, last; and held
@@ -79,7 +79,7 @@ def swapped(tensors: dict[str, torch.Tensor]) -> None:
 class ForgetfulBackend(FaultyBackend):
     """It can give its memory back, and then has lost its weights."""
 
-    def __init__(self, settings: PolicyModelSettings, first_version: int = 0):
+    def __init__(self, settings: ModelSettings, first_version: int = 0):
         super().__init__(settings, first_version)
         self._info = replace(self._info, features=self._info.features | {Feature.MEMORY_RELEASE})
         self.released = False

@@ -26,8 +26,8 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
 from mulligan.policy.chat import Chat
 from mulligan.policy.client import PolicyClient
-from mulligan.policy.config import PolicyModelSettings
 from mulligan.policy.literals import ControlTokens
+from mulligan.policy.model_settings import ModelSettings
 from tests.support.policy import Serving, serving
 
 WORDS = ("up", "down", "left", "right")
@@ -40,7 +40,7 @@ class ScriptedBackend:
     nothing is scored while `judge` is. Weights change under way, and tokens tell of which they are.
     """
 
-    def __init__(self, settings: PolicyModelSettings, first_version: int = 0, **info: Any):
+    def __init__(self, settings: ModelSettings, first_version: int = 0, **info: Any):
         plain: dict[str, Any] = {
             "model": settings.model,
             "fingerprint": settings.model,
@@ -173,7 +173,7 @@ class Opened:
     def __getitem__(self, model: str) -> ScriptedBackend:
         return [backend for backend in self.backends if backend.model.model == model][-1]
 
-    async def create(self, settings: PolicyModelSettings, folder: Path, first_version: int) -> ScriptedBackend:
+    async def create(self, settings: ModelSettings, folder: Path, first_version: int) -> ScriptedBackend:
         self.asked.append(settings.model)
         await self.go_on.wait()
         if settings.model.startswith("bad"):

@@ -23,10 +23,10 @@ from mulligan.policy.backend import Ask, Replica, Sampled, WeightsFile
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.policy.backends.sglang import open as open_backend
 from mulligan.policy.backends.sglang.backend import SglangBackend
-from mulligan.policy.config import PolicyModelSettings
 from mulligan.testing.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS
 from mulligan.testing.weights import load, plain_log_probs
 from tests.support.found import sglang_variable
+from tests.support.settings import model_settings
 from tests.support.waiting import until
 
 MODEL = models.EMBEDDED
@@ -51,7 +51,7 @@ async def opened(folder: Path, sglang: SglangSettings | None = None, **settings:
     """A backend over the server that runs, unless told otherwise."""
     chosen = sglang or SglangSettings(servers=(server_address(),), probe_seconds=0.2)
     plain = {"backend": "sglang", "model": str(MODEL), "sglang": chosen}
-    backend = await open_backend(PolicyModelSettings(**(plain | settings)), folder / "engine", 0)
+    backend = await open_backend(model_settings(**(plain | settings)), folder / "engine", 0)
     assert isinstance(backend, SglangBackend)
     try:
         yield backend

@@ -23,8 +23,8 @@ from mulligan.policy.backend import WeightsFile
 from mulligan.policy.backends.sglang.skeleton import ADAPTER_FILE, Adapter, Skeleton
 from mulligan.policy.backends.transformers.model import Model
 from mulligan.policy.backends.transformers.weights import Weights
-from mulligan.policy.config import PolicyModelSettings
 from mulligan.testing.weights import load, plain_log_probs
+from tests.support.settings import model_settings
 from tests.support.tiny_model import VOCABULARY_SIZE, write_tiny_model
 
 PROMPT = list(range(7, 47))
@@ -124,7 +124,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def engine() -> tuple[Model, Weights]:
-    model = Model(PolicyModelSettings(threads=1))
+    model = Model(model_settings(threads=1))
     return model, Weights(model.module, model.load_weights)
 
 
@@ -250,7 +250,7 @@ def test_adapters_of_other_than_linear_layers_are_refused(
 ) -> None:
     """Merged into a weight that two layers share, an adapter of the one would change the other, too."""
     tied = write_tiny_model(tmp_path / "tied")
-    model = Model(PolicyModelSettings(model=str(tied), threads=1))
+    model = Model(model_settings(model=str(tied), threads=1))
     tensors = {}
     for name in names:
         tensors[f"{name}.lora_A.weight"] = torch.ones(4, 16)

@@ -41,7 +41,8 @@ JSON = st.recursive(
 
 
 def made(**table: Any) -> Gymnasium:
-    return create("game", table)
+    environment: Gymnasium = create("game", table)
+    return environment
 
 
 def fenced(action: object) -> str:

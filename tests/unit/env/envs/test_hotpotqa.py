@@ -50,7 +50,8 @@ def call(query: str, **more: object) -> str:
 
 @pytest.fixture(scope="module")
 def world() -> HotpotQa:
-    return create("hotpotqa", {})
+    environment: HotpotQa = create("hotpotqa", {})
+    return environment
 
 
 def test_searches_and_answers() -> None:

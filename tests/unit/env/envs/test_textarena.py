@@ -22,7 +22,9 @@ DRAWING = {"Secretary-v0": "[continue]", "2048-v0": "[left]", "Sokoban-v0": "[up
 
 
 def made(id_: str, players: int, **settings: object) -> TextArena:
-    return create("game", {"id": id_, "players": players, "train_tasks": 20, "test_tasks": 5, **settings})
+    table = {"id": id_, "players": players, "train_tasks": 20, "test_tasks": 5, **settings}
+    environment: TextArena = create("game", table)
+    return environment
 
 
 def play(episode: TextArenaEpisode, moves: list[str]) -> list[StepResult]:

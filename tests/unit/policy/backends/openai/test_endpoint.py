@@ -13,7 +13,6 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backends.openai import Settings as OpenAISettings
 from mulligan.policy.backends.openai import backend as backend_module
 from mulligan.policy.backends.openai import open as open_backend
-from mulligan.policy.config import PolicyModelSettings
 from tests.support.endpoint import (
     KEY,
     MODELS,
@@ -29,6 +28,7 @@ from tests.support.endpoint import (
     refusal,
     scripted,
 )
+from tests.support.settings import model_settings
 from tests.support.waiting import until
 
 FAULTS: dict[str, tuple[Reply, Reason, str]] = {
@@ -189,7 +189,7 @@ async def test_a_model_that_the_endpoint_does_not_have_is_not_opened(reply: Repl
 
 @pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "file:///etc/passwd", "http://[::1", "http://h:port/v1"])
 async def test_an_address_is_needed(url: str) -> None:
-    settings = PolicyModelSettings(backend="openai", model="m", openai=OpenAISettings(base_url=url))
+    settings = model_settings(backend="openai", model="m", openai=OpenAISettings(base_url=url))
     with pytest.raises(UnsupportedModel, match=r"openai\.base_url"):
         await open_backend(settings, Path(), 0)
 

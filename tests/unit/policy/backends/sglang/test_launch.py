@@ -16,8 +16,8 @@ from mulligan import models
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.policy.backends.sglang import open as open_backend
-from mulligan.policy.config import PolicyModelSettings
 from tests.support.paths import IMPORT_ROOTS
+from tests.support.settings import model_settings
 
 _SERVICE = """
 import asyncio, sys
@@ -46,7 +46,7 @@ def _script(folder: Path, text: str) -> str:
 
 
 async def _refused(folder: Path, **settings: object) -> str:
-    chosen = PolicyModelSettings(backend="sglang", model=str(models.EMBEDDED), sglang=SglangSettings(**settings))
+    chosen = model_settings(backend="sglang", model=str(models.EMBEDDED), sglang=SglangSettings(**settings))
     with pytest.raises(UnsupportedModel) as caught:
         await open_backend(chosen, folder / "engine", 0)
     return str(caught.value)

@@ -22,9 +22,9 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Ask
 from mulligan.policy.backends.transformers.backend import TransformersBackend
 from mulligan.policy.backends.transformers.constraints import Constraints
-from mulligan.policy.config import PolicyModelSettings
 from mulligan.policy.huggingface.tokenizer import Tokenizer
 from tests.support.llama_model import write_llama_model
+from tests.support.settings import model_settings
 from tests.unit.policy.backends.transformers.test_engine import SHORT, request, running
 
 REGEXES = (
@@ -53,7 +53,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def backend(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[TransformersBackend]:
     model = write_llama_model(tmp_path_factory.mktemp("model"))
-    opened = TransformersBackend(PolicyModelSettings(model=str(model), threads=1, cache_gib=0.1))
+    opened = TransformersBackend(model_settings(model=str(model), threads=1, cache_gib=0.1))
     assert opened.model.features >= {Feature.REGEX, Feature.JSON_SCHEMA}
     yield opened
     await opened.close()

@@ -24,9 +24,9 @@ from mulligan.policy.backends.transformers import open as open_backend
 from mulligan.policy.backends.transformers.backend import TransformersBackend
 from mulligan.policy.backends.transformers.model import Model
 from mulligan.policy.backends.transformers.weights import Weights
-from mulligan.policy.config import PolicyModelSettings
+from tests.support.settings import model_settings
 
-SETTINGS = PolicyModelSettings(threads=1, cache_gib=0.1)
+SETTINGS = model_settings(threads=1, cache_gib=0.1)
 ORIGINAL = WeightsFile(None, WeightsKind.ORIGINAL, 0, "")
 PROMPT = Ask([10, 11, 12], SamplingParams(max_tokens=8, temperature=0.0))
 
