@@ -38,7 +38,7 @@ from mulligan.policy.policies import Policies
 from mulligan.policy.servicer import add_to_server, health
 from mulligan.testing.weights import full_weights, load, plain_log_probs
 from tests.support.faulty import Fault, FaultyBackend, changed, corrupted, previous, skipped, swapped
-from tests.unit.common.test_metrics import sample
+from tests.support.metrics import sample
 
 PROMPT = list(range(7, 37))
 PROBE_IDS = (list(range(7, 37)), [5, *range(200, 180, -1)])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
 from mulligan.trainer.settings import LoraSettings, LossSettings, OptimizerSettings, TrainedModelSettings
 from tests.support.tiny_model import VOCABULARY_SIZE
@@ -85,3 +88,23 @@ def many(count: int, seed: int = 0) -> list[Datum]:
                 )
             )
     return data
+
+
+def make(
+    tiny: Path, folder: Path, lora: LoraSettings | None = None, *, name: str = "learner", **changes: Any
+) -> Learner:
+    return Learner(name, spec(tiny, lora, deterministic=True, **changes), server_settings(folder))
+
+
+def learn(learner: Learner, steps: range) -> None:
+    for step in steps:
+        learner.forward_backward(many(6, seed=step), PLAIN)
+        learner.optim_step()
+
+
+def weights_digest(learner: Learner) -> str:
+    """Of every bit of the trained weights."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(learner.model.trainable.items()):
+        digest.update(name.encode() + parameter.detach().numpy().tobytes())
+    return digest.hexdigest()

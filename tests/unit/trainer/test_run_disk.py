@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mulligan.trainer.folder import RunFolder, RunState
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import Run
 from tests.support.small_disk import SmallDisk
+from tests.support.waiting import until
 from tests.unit.trainer.test_run import STEPS, World, sampled_parts
 
 PLENTY = 10**9
@@ -40,10 +42,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return world.result()
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(20):
-        while not condition():  # noqa: ASYNC110 - a run of this process gets there
-            await asyncio.sleep(0.001)
+def completed(manager: RunManager, run_id: str) -> bool:
+    return manager.record(run_id).state is RunState.COMPLETED
 
 
 def notices(run: Run) -> list[str]:
@@ -71,7 +71,7 @@ def test_wherever_the_disk_is_full_a_run_waits_and_ends_as_if_it_had_not_been(
     async def train(run: Run, disk: SmallDisk) -> None:
         training = asyncio.create_task(run.train())
         for room in [*rooms[1:], PLENTY]:
-            await until(lambda: run.paused or training.done())
+            await until(lambda: bool(run.paused) or training.done())
             for path in world.folder.journal.glob("*"):
                 assert whole_frames(path) == path.stat().st_size, "what found no room left nothing half-written"
             assert not list(world.folder.path.glob(".writing-*"))
@@ -117,7 +117,7 @@ async def test_a_pause_is_seen_told_and_stopped(
     manager.go_on()
     watching = asyncio.create_task(follow(manager, "run"))
     run = manager.run("run")
-    await until(lambda: run.paused)
+    await until(lambda: bool(run.paused))
     assert manager.record("run").state is RunState.RUNNING
     assert f"the disk of {world.folder.path}" in run.paused and "are missing (" in run.paused
     assert not watching.done(), "it goes on by itself"
@@ -129,7 +129,7 @@ async def test_a_pause_is_seen_told_and_stopped(
     assert manager.record("run").state is RunState.STOPPED
     assert RunFolder(world.folder.path).record().state is RunState.STOPPED, "written down when there is room"
     assert (await manager.resume("run")).run_id == "run"
-    await until(lambda: manager.record("run").state is RunState.COMPLETED)
+    await until(partial(completed, manager, "run"))
 
 
 async def test_a_failure_that_cannot_be_written_is_told(
@@ -168,7 +168,7 @@ async def test_nothing_of_a_run_that_finds_no_room_is_left(
     assert not list((tmp_path / "other").iterdir())
     disk.room = PLENTY
     manager.start("other", settings)
-    await until(lambda: manager.record("other").state is RunState.COMPLETED)
+    await until(partial(completed, manager, "other"))
 
 
 async def test_another_services_full_disk_pauses_a_run(
@@ -216,7 +216,7 @@ async def test_a_run_whose_folder_is_removed_fails_and_says_so(
     world.environment.fail = lambda episode: None
     run = manager.start("run", settings)
     assert run.step == 0 and not run.events.steps()
-    await until(lambda: manager.record("run").state is RunState.COMPLETED)
+    await until(partial(completed, manager, "run"))
     assert sorted(run.events.steps()) == list(range(STEPS))
 
 
@@ -229,5 +229,5 @@ async def test_runs_are_listed_in_the_order_of_their_starts_whatever_the_clock_s
     world.folder.write_record(type(record)(record.run_id, RunState.COMPLETED, ahead, record.settings))
     for run_id in ("second", "third"):
         manager.start(run_id, settings)
-        await until(lambda run_id=run_id: manager.record(run_id).state is RunState.COMPLETED)
+        await until(partial(completed, manager, run_id))
     assert manager.run_ids() == ["third", "second", "run"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run_environment import EnvironmentChanged, KnownEnvironment
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
 from tests.support.fakes import FakeEnvironment, FakeEpisode
+from tests.support.waiting import until
 from tests.unit.trainer.test_run import STEPS, World, sampled_parts
 
 
@@ -85,9 +85,7 @@ def boards(world: World) -> dict[str, set[str]]:
 
 
 async def ended(manager: RunManager) -> tuple[RunState, str]:
-    async with asyncio.timeout(20):
-        while manager.record("run").state is RunState.RUNNING:  # noqa: ASYNC110 - it is on disk
-            await asyncio.sleep(0.005)
+    await until(lambda: manager.record("run").state is not RunState.RUNNING)
     return manager.record("run").state, manager.record("run").error
 
 

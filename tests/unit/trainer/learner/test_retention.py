@@ -13,13 +13,12 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mulligan.common import files
 from mulligan.common.errors import DomainError, Reason
 from mulligan.trainer.learner import storage
 from mulligan.trainer.settings import LoraSettings
-from tests.support.learning import FULL, LORA
+from tests.support.learning import FULL, LORA, learn, make, weights_digest
 from tests.support.tiny_model import write_tiny_model
-from tests.unit.trainer.learner.test_storage import learn, make, path_of, weights_digest
+from tests.unit.trainer.learner.test_storage import path_of
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +143,10 @@ def test_weights_that_find_no_room_are_not_published(
     learner.publish_weights(1)
     before = kept(tmp_path / "weights")
 
-    def fails(path: Path) -> None:
+    def fails(descriptor: int) -> None:
         raise no_space()
 
-    for module in (files, storage):
-        monkeypatch.setattr(module, "sync", fails)
+    monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(DomainError, match=f"the disk of {tmp_path / 'weights'} is full"):
         learner.publish_weights(2)
     assert kept(tmp_path / "weights") == before

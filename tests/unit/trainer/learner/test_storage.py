@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,61 +23,13 @@ from mulligan.trainer.learner.canary import RANDOM_SEQUENCES
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.settings import LoraSettings
-from tests.support.learning import FULL, LORA, PLAIN, many, sampled, server_settings, spec
-from tests.support.paths import IMPORT_ROOTS, ROOT
+from tests.support.learning import FULL, LORA, PLAIN, learn, make, many, sampled, server_settings, spec, weights_digest
 from tests.support.tiny_model import write_tiny_model
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-def make(
-    tiny: Path, folder: Path, lora: LoraSettings | None = None, *, name: str = "learner", **changes: Any
-) -> Learner:
-    return Learner(name, spec(tiny, lora, deterministic=True, **changes), server_settings(folder))
-
-
-def learn(learner: Learner, steps: range) -> None:
-    for step in steps:
-        learner.forward_backward(many(6, seed=step), PLAIN)
-        learner.optim_step()
-
-
-def weights_digest(learner: Learner) -> str:
-    """Of every bit of the trained weights."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(learner.model.trainable.items()):
-        digest.update(name.encode() + parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
-
-
-RESUME = """
-import sys
-from pathlib import Path
-from tests.support.learning import FULL, LORA
-from tests.unit.trainer.learner.test_storage import learn, make, weights_digest
-tiny, folder, kind = sys.argv[1:]
-learner = make(Path(tiny), Path(folder), LORA if kind == "lora" else FULL)
-learner.load_checkpoint("middle")
-learn(learner, range(3, 6))
-print(weights_digest(learner))
-"""
-
-
-@pytest.mark.parametrize("lora", [FULL, LORA])
-def test_a_resumed_learner_ends_bit_equal(tiny: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
-    straight = make(tiny, tmp_path / "straight", lora)
-    learn(straight, range(6))
-    interrupted = make(tiny, tmp_path / "interrupted", lora)
-    learn(interrupted, range(3))
-    interrupted.save_checkpoint("middle")
-    command = [sys.executable, "-c", RESUME, str(tiny), str(tmp_path / "interrupted"), "lora" if lora else "full"]
-    environment = os.environ | {"PYTHONPATH": IMPORT_ROOTS}
-    resumed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.split()[-1] == weights_digest(straight) != weights_digest(interrupted)
 
 
 def test_the_same_seed_starts_the_same_adapter_and_another_does_not(tiny: Path, tmp_path: Path) -> None:
