@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from mulligan.env.envs.frozenlake.boards import FROZEN, GOAL, HOLE, PLAYER, Board
+from mulligan.env.envs.frozenlake.boards import FROZEN, GOAL, HOLE, PLAYER, LakeBoard
 from mulligan.models.build import MOVES
 
 Ints = npt.NDArray[np.int64]
@@ -75,7 +75,7 @@ def _is_test(player: int, goal: int, holes: int) -> bool:
     cells = [HOLE if (holes >> cell) & 1 else FROZEN for cell in range(CELLS)]
     cells[player] = PLAYER
     cells[goal] = GOAL
-    return Board(tuple("".join(cells[row : row + SIDE]) for row in range(0, CELLS, SIDE))).is_test
+    return LakeBoard(tuple("".join(cells[row : row + SIDE]) for row in range(0, CELLS, SIDE))).is_test
 
 
 def draw_boards(rng: np.random.Generator, number: int) -> Ints:

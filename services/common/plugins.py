@@ -1,11 +1,11 @@
-"""Backends, environments, stores and encoders by name.
+"""Finds backends, environments, stores and encoders by name.
 
-A plug-in is a module or a package that exports what its kind needs: its `Settings`, and an `open` or `create`. A name
-means, in this order, one that comes along, one that an installed distribution has as an entry point, or any other
-module that can be imported, such as `acme.games.chess`.
+A plug-in is a module or package that exports what its kind needs: `Settings`, and `open` or `create`. A name is looked
+up as a built-in plug-in, then as an entry point of an installed distribution, then as any importable module, such as
+`acme.games.chess`.
 
-A module is imported when it is named, and each installed one when the settings of a service are read, so it imports
-what is heavy within its functions.
+A plug-in is imported when it is named; installed backends and stores are also imported when the settings of a service
+are read. So it imports heavy packages inside its functions.
 """
 
 from __future__ import annotations
@@ -30,20 +30,23 @@ S = TypeVar("S", bound="PluginSettings")
 
 
 class UnusablePlugin(ValueError):
-    """The name means nothing, or something that cannot be used; the message says which, and what there is."""
+    """No usable plug-in has this name. The message says why, and lists the known names."""
 
 
 class PluginSettings(BaseModel):
-    """Base of the `Settings` of a plug-in: an unknown one is refused, and none changes."""
+    """Base class of the `Settings` of plug-ins. Unknown settings are refused; instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Plugins:
-    """All of one kind. `noun` is what messages call it, `package` holds those that come along, `group` is the group of
-    entry points, `exports` are the names that each has to have, of which `Settings` is a subclass of `settings`, where
-    there is one. `default` is used where the settings of a service name none."""
+    """The plug-ins of one kind.
+
+    `find` resolves a name and checks that the plug-in has all `exports`; its `Settings` must be a subclass of
+    `settings`, if that is given. `noun` is the name of the kind in messages, `package` contains the built-in ones,
+    `group` is the entry point group. `default` is the plug-in that is used when the settings of a service name none.
+    """
 
     noun: str
     package: str
@@ -54,22 +57,23 @@ class Plugins:
 
     @property
     def others(self) -> str:
-        """The field of a service's settings for those of a plug-in that has no place there."""
+        """The setting that holds the settings of a plug-in without a table of its own."""
         return f"{self.noun}_settings"
 
     @property
     def built_in(self) -> tuple[str, ...]:
-        """Those that come along, by name. A module whose name begins with an underscore is none."""
+        """Names of the built-in plug-ins. Modules with a leading underscore are skipped."""
         path = importlib.import_module(self.package).__path__
         return tuple(sorted(found.name for found in pkgutil.iter_modules(path) if not found.name.startswith("_")))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that come along, and those that are installed."""
+        """Names of the built-in and installed plug-ins."""
         return tuple(sorted({*self.built_in, *(entry.name for entry in entry_points(group=self.group))}))
 
     def find(self, name: str) -> Any:
-        """The module, or whatever an entry point names. Raises UnusablePlugin."""
+        """Returns the module, or the object of an entry point. Raises UnusablePlugin, and MissingExtra for absent
+        packages."""
         if name in self.built_in:
             return self._complete(name, self._loaded(name, lambda: importlib.import_module(f"{self.package}.{name}")))
         if entry := self._installed(name):
@@ -94,7 +98,7 @@ class Plugins:
             return load()
         except MissingExtra:
             raise
-        except Exception as error:  # a module's own code runs, and may raise anything
+        except Exception as error:  # importing runs foreign code, which may raise anything
             said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
             raise UnusablePlugin(f"{name!r} is no {self.noun}: {said}") from error
 
@@ -109,7 +113,7 @@ class Plugins:
 
 
 def _is_module(name: str) -> bool:
-    """A dotted name is taken for one; one without a dot is one that is there."""
+    """Whether the name may be a module: any dotted name, or an undotted one that exists."""
     if not all(part.isidentifier() for part in name.split(".")):
         return False
     try:
@@ -119,8 +123,9 @@ def _is_module(name: str) -> bool:
 
 
 def with_tables(plugins: Plugins) -> Callable[[type[M]], type[M]]:
-    """Decorates the settings of a service. The settings of the default plug-in stand among them; each other one that
-    has any gets a table of its name. One that cannot be imported gets none, and is refused when it is named."""
+    """Decorates the settings class of a service. Adds the settings of the default plug-in as fields, and a table for
+    each other plug-in that has settings. A plug-in that cannot be imported gets no table; it is refused when it is
+    named."""
 
     def decorate(model: type[M]) -> type[M]:
         default: type[PluginSettings] = plugins.find(plugins.default).Settings
@@ -137,20 +142,20 @@ def with_tables(plugins: Plugins) -> Callable[[type[M]], type[M]]:
 
 
 def with_place(model: type[BaseModel], plugins: Plugins) -> tuple[str, ...]:
-    """The plug-ins whose settings have a place of their own in a model that `with_tables` extended."""
+    """The plug-ins with fields or a table in a model that `with_tables` extended."""
     return tuple(name for name in plugins.names if name == plugins.default or _is_table(model.model_fields.get(name)))
 
 
 def place_of(model: type[BaseModel], plugins: Plugins, name: str) -> str:
-    """What stands before the names of a plug-in's settings: "" for the default, `name.` for a table, or `others.`,
-    the field for those of plug-ins that have no place, such as modules."""
+    """The prefix of a plug-in's settings: "" for the default, `NAME.` for one with a table, else `others.`, such as for
+    modules."""
     if name == plugins.default:
         return ""
     return f"{name}." if _is_table(model.model_fields.get(name)) else f"{plugins.others}."
 
 
 def chosen_settings(model: BaseModel, plugins: Plugins, name: str) -> Any:
-    """The settings of the plug-in `name`, of the class that it exports. Raises UnusablePlugin, and
+    """Returns the settings of plug-in `name` as an instance of its `Settings`. Raises UnusablePlugin, and
     PydanticCustomError, a ValueError that names the setting."""
     settings = plugins.find(name).Settings
     if name == plugins.default:
@@ -160,7 +165,7 @@ def chosen_settings(model: BaseModel, plugins: Plugins, name: str) -> Any:
 
 
 def read_table(settings: type[S], table: Mapping[str, Any]) -> S:
-    """Raises PydanticCustomError, a ValueError, with all that is wrong."""
+    """Reads a table into `settings`. Raises PydanticCustomError, a ValueError that lists all problems."""
     try:
         return settings.model_validate(dict(table))
     except ValidationError as error:
@@ -169,7 +174,7 @@ def read_table(settings: type[S], table: Mapping[str, Any]) -> S:
 
 
 def _is_table(field: FieldInfo | None) -> bool:
-    """Whether it is one that `_table` made."""
+    """Whether `_table` made the field."""
     kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
     return any(isinstance(kind, type) and issubclass(kind, PluginSettings) for kind in kinds)
 
@@ -183,7 +188,7 @@ def _settings_of(plugins: Plugins, name: str) -> type[PluginSettings] | None:
 
 
 def _table(settings: type[PluginSettings]) -> tuple[Any, Any]:
-    """Annotation and default of the field. None where a setting has no default."""
+    """The annotation and default of a table field. The default is None if a setting is required."""
     try:
         return settings, settings()
     except ValidationError:

@@ -125,8 +125,8 @@ S = TypeVar("S")
 
 
 def own_settings(plugin: Any, table: Mapping[str, object]) -> Any:
-    """What `create` of an environment or encoder takes: its `Settings`, a dataclass, read from the table; the table
-    itself where it exports none. Raises ValueError that names the setting."""
+    """Returns what a plug-in's `create` takes: an instance of its dataclass `Settings`, read from the table, or the
+    table if it exports none. Raises ValueError, which names the setting."""
     kind = getattr(plugin, "Settings", None)
     return dict(table) if kind is None else read_settings(kind, table)
 

@@ -1,4 +1,5 @@
-"""Makes an environment of its table in the configuration: in the server, or in the process of an untrusted one."""
+"""Makes an environment from its table in the configuration: in the server, or in the host process of an untrusted
+one."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from mulligan.env.feedback import Feedback, with_feedback
 
 
 def load(name: str, table: Mapping[str, Any]) -> Environment:
-    """Raises ValueError that names the setting, and MissingExtra."""
+    """Makes an environment. Raises ValueError, which names the setting, and MissingExtra."""
     settings = dict(table)
     kind = settings.pop("kind", None)
     if not isinstance(kind, str) or not kind:
@@ -42,7 +43,7 @@ def load(name: str, table: Mapping[str, Any]) -> Environment:
 
 
 class Unavailable:
-    """Stands for an environment that is not installed, so that a client is told why and what to install."""
+    """Replaces an environment that lacks packages. Clients are told why, and what to install."""
 
     def __init__(self, name: str, reason: str) -> None:
         self.info = EnvironmentInfo(
@@ -64,7 +65,7 @@ class Unavailable:
 
 
 def load_or_explain(name: str, table: Mapping[str, Any]) -> Environment:
-    """Raises ValueError that names the setting. What lacks packages is listed as unavailable."""
+    """As `load`, but an environment that lacks packages is listed as unavailable."""
     try:
         return load(name, table)
     except MissingExtra as error:

@@ -191,9 +191,9 @@ def kept_dense(
 
 
 def load_encoder(name: str, settings: Mapping[str, object]) -> TextEncoder:
-    """`name` is an encoder that comes along, one that is installed, or a module.
+    """Makes an encoder. `name` is a built-in encoder, an installed one, or a module.
 
-    Raises ValueError that names what is wrong, MissingExtra when its packages are not installed.
+    Raises ValueError, which names the problem, and MissingExtra if its packages are not installed.
     """
     try:
         plugin = ENCODERS.find(name)

@@ -16,7 +16,7 @@ import pytest
 
 from mulligan.env.base import Faulted, Split, UnknownTask
 from mulligan.env.envs.reasoning_gym.environment import DATASETS, INVALID, OVER, ReasoningGym
-from mulligan.env.envs.reasoning_gym.pool import SIZE, Pool, TookTooLong
+from mulligan.env.envs.reasoning_gym.pool import SIZE, DatasetPool, TookTooLong
 from mulligan.env.envs.reasoning_gym.process import Datasets, is_formula
 from mulligan.env.load import load
 from tests.support.kinds import creator
@@ -215,7 +215,7 @@ def test_an_answer_that_takes_too_long_scores_nothing_and_the_next_is_scored() -
 
 
 def test_a_process_that_is_killed_or_takes_too_long_fails_one_request() -> None:
-    pool = Pool(1, 1, 2**32, {})
+    pool = DatasetPool(1, 1, 2**32, {})
     pool.ask({"do": "check", "name": "gcd"})
     (process,) = pool._all
     os.kill(process._process.pid, signal.SIGSTOP)
@@ -234,7 +234,7 @@ def test_a_process_that_is_killed_or_takes_too_long_fails_one_request() -> None:
 
 
 def test_a_process_ends_with_its_server() -> None:
-    pool = Pool(1, 30, 2**32, {})
+    pool = DatasetPool(1, 30, 2**32, {})
     pool.ask({"do": "check", "name": "gcd"})
     (process,) = pool._all
     assert process._process.stdin is not None

@@ -405,15 +405,6 @@ def test_a_circle_is_noticed(planted: str, found: bool) -> None:
 
 # Every plug-in exports its settings under this name.
 SHARED_NAMES = {"Settings"}
-# Names that still have two meanings. This set may only shrink.
-AMBIGUOUS_NAMES = {
-    "Board",
-    "Connection",
-    "Endpoint",
-    "Pool",
-    "Refused",
-    "Target",
-}
 
 
 def ambiguous_names(sources: Mapping[PurePosixPath, str]) -> dict[str, list[str]]:
@@ -427,8 +418,7 @@ def ambiguous_names(sources: Mapping[PurePosixPath, str]) -> dict[str, list[str]
 
 
 def test_a_class_name_has_one_meaning() -> None:
-    found = ambiguous_names({path: (ROOT / path).read_text() for path in python_files("services")})
-    assert {name: places for name, places in found.items() if name not in AMBIGUOUS_NAMES} == {}
+    assert ambiguous_names({path: (ROOT / path).read_text() for path in python_files("services")}) == {}
 
 
 def test_a_name_with_two_meanings_is_noticed() -> None:

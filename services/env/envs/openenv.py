@@ -119,7 +119,7 @@ class Session:
         self._connection = self._connect()
 
     def ask(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The data of the answer. Raises Refused for an action that does not fit the server's schema."""
+        """The data of the answer. Raises ActionRefused for an action that does not fit the server's schema."""
         from websockets.exceptions import ConnectionClosed
 
         sent = json.dumps({"type": kind, "data": data}, ensure_ascii=False)
@@ -178,7 +178,7 @@ class Session:
             return data
         code = str(data.get("code", "")) if isinstance(data, dict) else ""
         if type_ == "error" and code == "VALIDATION_ERROR" and kind == "step":
-            raise Refused(_problems(data.get("errors")))
+            raise ActionRefused(_problems(data.get("errors")))
         self.close()
         said = f"{data.get('message', '')} ({code})" if code else repr(data)
         if code == "CAPACITY_REACHED":
@@ -186,7 +186,7 @@ class Session:
         raise Faulted(f"{self._settings.shown} answered {kind} with {type_}: {said[:_TOLD]}")
 
 
-class Refused(Exception):
+class ActionRefused(Exception):
     """The action does not fit the server's schema; the message says why."""
 
 
@@ -206,7 +206,7 @@ class OpenEnvEpisode:
         reading = printable(action, _SHOWN) or "(nothing)"
         try:
             data = self._session.ask("step", self._action(action))
-        except Refused as refusal:
+        except ActionRefused as refusal:
             return self._result(f"The action is invalid: {refusal}", f"{reading} (invalid)")
         self.observation = self._show(data["observation"])
         try:
@@ -296,11 +296,11 @@ def _fill(template: Any, text: str) -> Any:
 
 
 def _read_object(text: str) -> dict[str, Any]:
-    """From the first brace to the last, so that words and fences around it do no harm. Raises Refused."""
+    """From the first brace to the last, so that words and fences around it do no harm. Raises ActionRefused."""
     try:
         found = json.loads(text[text.index("{") : text.rindex("}") + 1])
     except (ValueError, RecursionError):
-        raise Refused("expected a JSON object") from None
+        raise ActionRefused("expected a JSON object") from None
     return dict(found)
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mulligan.env.base import Environment, Split, UnknownTask
 from mulligan.env.config import EnvSettings
-from mulligan.env.envs.sokoban.boards import Board
+from mulligan.env.envs.sokoban.boards import SokobanBoard
 from mulligan.env.envs.sokoban.levels import read_levels
 from tests.support.kinds import creator
 from tests.support.paths import ROOT
@@ -65,7 +65,7 @@ def write(path: Path, text: str) -> str:
     return str(path)
 
 
-def levels(path: Path, text: str) -> list[Board]:
+def levels(path: Path, text: str) -> list[SokobanBoard]:
     return [placed.board for placed in read_levels(Path(write(path, text)))]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from mulligan.env.envs.frozenlake.boards import Board
+from mulligan.env.envs.frozenlake.boards import LakeBoard
 from mulligan.env.envs.frozenlake.environment import FrozenLakeEpisode
 from mulligan.models import EMBEDDED
 from mulligan.models.build import LETTERS, MOVES, ROLES, build_model, build_tokenizer, write_untrained
@@ -49,7 +49,7 @@ def start(board: Ints, letters: Ints) -> FrozenLakeEpisode:
     roles = show(*(np.array([value]) for value in board))[0]
     cells = "".join("ABCD"[role] for role in roles)
     lake = environment("".join(LETTERS[letter] for letter in letters))
-    return FrozenLakeEpisode(Board((cells[:3], cells[3:6], cells[6:])), lake.settings)
+    return FrozenLakeEpisode(LakeBoard((cells[:3], cells[3:6], cells[6:])), lake.settings)
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_optimal_moves_agree_with_the_environment() -> None:
     for player, goal, holes in draw_boards(np.random.default_rng(2), 300):
         episode = start(np.array([player, goal, holes]), np.array(FIXED))
         cells = episode.observation.replace("\t", "").split("\n")
-        distance = Board(tuple(cells)).shortest_path()
+        distance = LakeBoard(tuple(cells)).shortest_path()
         for move, name in enumerate(MOVES):
             result = start(np.array([player, goal, holes]), np.array(FIXED)).step(f"```{name}```")
             rows = tuple(result.observation.removeprefix("blocked\n").replace("\t", "").split("\n"))
-            left = 0 if result.reward else Board(rows).shortest_path() if not result.done else None
+            left = 0 if result.reward else LakeBoard(rows).shortest_path() if not result.done else None
             shorter = distance is not None and left is not None and left == distance - 1
             assert bool(tables().optimal[goal, holes, player, move]) == shorter
 
@@ -137,7 +137,7 @@ def test_play_is_rendered_as_the_environment_and_the_template_do(tokenizer: PreT
             "ABCD"[letters.index(word)] for word in words[first : words.index("<|end|>", first)] if word != "\n"
         )
         lake = environment("".join(letters))
-        episode = FrozenLakeEpisode(Board((roles[:3], roles[3:6], roles[6:])), lake.settings)
+        episode = FrozenLakeEpisode(LakeBoard((roles[:3], roles[3:6], roles[6:])), lake.settings)
         system = f"{legend(''.join(letters))}\n{lake.info.prompts.action_reminder}"
         messages = [{"role": "system", "content": system}, {"role": "user", "content": episode.observation}]
         answers = [word for word in words if word.startswith("```")]

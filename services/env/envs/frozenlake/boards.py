@@ -17,7 +17,7 @@ FROZEN = "D"
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class LakeBoard:
     """Rows of canonical letters, all of one length, as the task begins."""
 
     rows: tuple[str, ...]

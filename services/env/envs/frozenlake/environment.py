@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 from mulligan.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
-from mulligan.env.envs.frozenlake.boards import FROZEN, GOAL, HOLE, PLAYER, Board
+from mulligan.env.envs.frozenlake.boards import FROZEN, GOAL, HOLE, PLAYER, LakeBoard
 from mulligan.env.envs.frozenlake.maps import read_maps
 from mulligan.env.grid import (
     MAX_TASKS,
@@ -93,7 +93,7 @@ class Settings:
             )
 
 
-def draw_board(settings: Settings, rng: random.Random) -> Board:
+def draw_board(settings: Settings, rng: random.Random) -> LakeBoard:
     """One draw, which may be unsolvable and of either split."""
     side = rng.randint(settings.size_min, settings.size_max)
     frozen = rng.uniform(settings.frozen_min, settings.frozen_max)
@@ -101,11 +101,11 @@ def draw_board(settings: Settings, rng: random.Random) -> Board:
     start, goal = rng.sample(range(side * side), 2)
     cells[start] = PLAYER
     cells[goal] = GOAL
-    return Board(tuple("".join(cells[y * side : (y + 1) * side]) for y in range(side)))
+    return LakeBoard(tuple("".join(cells[y * side : (y + 1) * side]) for y in range(side)))
 
 
 class FrozenLakeEpisode:
-    def __init__(self, board: Board, settings: Settings) -> None:
+    def __init__(self, board: LakeBoard, settings: Settings) -> None:
         self._cells = [list(row) for row in board.rows]
         self._at = board.find(PLAYER)
         self._texts = _TEXTS[settings.prompts]
@@ -157,7 +157,7 @@ class FrozenLake:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         counts = {Split.TRAIN: self.settings.train_tasks, Split.TEST: self.settings.test_tasks}
-        self._tasks: BoardTasks[Board] | FileTasks[Board]
+        self._tasks: BoardTasks[LakeBoard] | FileTasks[LakeBoard]
         if self.settings.from_files:
             files = {Split.TRAIN: self.settings.train_file, Split.TEST: self.settings.test_file}
             self._tasks = FileTasks(self.settings.name, files, counts, self.settings.max_steps, read_maps)
@@ -179,7 +179,7 @@ class FrozenLake:
             can_fork=True,
         )
 
-    def _drawn(self, counts: Mapping[Split, int]) -> BoardTasks[Board]:
+    def _drawn(self, counts: Mapping[Split, int]) -> BoardTasks[LakeBoard]:
         return BoardTasks(
             self.settings.name,
             self.settings.seed,
@@ -195,10 +195,10 @@ class FrozenLake:
     def start(self, task_id: str) -> FrozenLakeEpisode:
         return FrozenLakeEpisode(self.board(task_id), self.settings)
 
-    def board(self, task_id: str) -> Board:
+    def board(self, task_id: str) -> LakeBoard:
         return self._tasks.board(task_id)
 
-    def _solve(self, board: Board) -> int | None:
+    def _solve(self, board: LakeBoard) -> int | None:
         moves = board.shortest_path()
         return moves if moves is not None and moves <= self.settings.max_steps else None
 

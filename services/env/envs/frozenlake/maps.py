@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from mulligan.env.envs.frozenlake.boards import FROZEN, GOAL, HOLE, PLAYER, Board
+from mulligan.env.envs.frozenlake.boards import FROZEN, GOAL, HOLE, PLAYER, LakeBoard
 from mulligan.env.grid_files import Placed, read_text
 
 _SYMBOLS = {"S": PLAYER, "F": FROZEN, "H": HOLE, "G": GOAL}
@@ -20,7 +20,7 @@ _MAX_SIDE = 64
 EXPECTED = "expected S (start), F (frozen), H (hole) and G (goal)"
 
 
-def read_maps(path: Path) -> Iterator[Placed[Board]]:
+def read_maps(path: Path) -> Iterator[Placed[LakeBoard]]:
     """Raises ValueError that names the line, or the map."""
     readers = {".json": json.loads, ".toml": tomllib.loads}
     if path.suffix.lower() not in readers:
@@ -33,7 +33,7 @@ def read_maps(path: Path) -> Iterator[Placed[Board]]:
     yield from _read_value(str(path), content)
 
 
-def _read_text(path: Path) -> Iterator[Placed[Board]]:
+def _read_text(path: Path) -> Iterator[Placed[LakeBoard]]:
     rows: list[str] = []
     first = 0
     for number, line in enumerate([*read_text(path).splitlines(), ""], start=1):
@@ -47,7 +47,7 @@ def _read_text(path: Path) -> Iterator[Placed[Board]]:
             rows = []
 
 
-def _read_value(place: str, value: object) -> Iterator[Placed[Board]]:
+def _read_value(place: str, value: object) -> Iterator[Placed[LakeBoard]]:
     if isinstance(value, str) and "\n" in value:
         value = value.split()
     elif isinstance(value, list) and value and all(map(_is_cells, value)):
@@ -80,13 +80,13 @@ def _check_row(place: str, row: str, before: Sequence[str]) -> None:
         raise ValueError(f"{place}: a row of {len(row)} cells; expected {len(before[0])}, as in the map's first row")
 
 
-def _placed(place: str, rows: Sequence[str]) -> Placed[Board]:
+def _placed(place: str, rows: Sequence[str]) -> Placed[LakeBoard]:
     starts, goals = (sum(row.count(letter) for row in rows) for letter in "SG")
     if starts != 1 or goals < 1:
         raise ValueError(f"{place}: {starts} starts and {goals} goals; expected one S and at least one G")
     if max(len(rows), len(rows[0])) > _MAX_SIDE:
         raise ValueError(f"{place}: {len(rows[0])} x {len(rows)} cells; expected at most {_MAX_SIDE} x {_MAX_SIDE}")
-    board = Board(tuple("".join(map(_SYMBOLS.__getitem__, row)) for row in rows))
+    board = LakeBoard(tuple("".join(map(_SYMBOLS.__getitem__, row)) for row in rows))
     least = board.shortest_path()
     if least is None:
         raise ValueError(f"{place}: there is no way from S to G past the holes")

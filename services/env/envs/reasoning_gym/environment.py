@@ -32,7 +32,7 @@ from mulligan.env.base import (
     TaskInfo,
     UnknownTask,
 )
-from mulligan.env.envs.reasoning_gym.pool import SIZE, Pool, Refused, TookTooLong
+from mulligan.env.envs.reasoning_gym.pool import SIZE, DatasetError, DatasetPool, TookTooLong
 from mulligan.env.prompts import generic_prompts
 from mulligan.env.tool_calls import printable
 
@@ -143,7 +143,7 @@ class ReasoningGym:
         self.settings = settings
         self._datasets = settings.datasets or DATASETS
         self._counts = {Split.TRAIN: settings.train_tasks, Split.TEST: settings.test_tasks}
-        self._pool = Pool(settings.processes, settings.seconds, settings.memory_mb * 2**20, settings.settings)
+        self._pool = DatasetPool(settings.processes, settings.seconds, settings.memory_mb * 2**20, settings.settings)
         what = self._datasets[0] if len(self._datasets) == 1 else f"{len(self._datasets)} datasets"
         self.info = EnvironmentInfo(
             name=settings.name,
@@ -161,7 +161,7 @@ class ReasoningGym:
         for name in self.settings.settings:
             try:
                 self._pool.ask({"do": "check", "name": name})
-            except Refused as error:
+            except DatasetError as error:
                 raise ValueError(f"settings.{name}: {error}") from error
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:

@@ -21,11 +21,11 @@ class TookTooLong(Exception):
     """A request took longer than it may."""
 
 
-class Refused(Exception):
+class DatasetError(Exception):
     """A process answered with an error."""
 
 
-class Pool:
+class DatasetPool:
     """Up to `count` processes, each started when all others are busy. Calls block; any thread may make them."""
 
     def __init__(self, count: int, seconds: int, memory: int, settings: Mapping[str, Any]) -> None:
@@ -33,18 +33,18 @@ class Pool:
         self._settings = settings
         self._free = threading.Semaphore(count)
         self._lock = threading.Lock()
-        self._idle: list[_Process] = []
-        self._all: set[_Process] = set()
+        self._idle: list[_DatasetProcess] = []
+        self._all: set[_DatasetProcess] = set()
         self._closed = False
 
     def ask(self, request: Mapping[str, Any]) -> Any:
-        """Raises TookTooLong, Refused with the process's words, and Faulted when the process ends."""
+        """Raises TookTooLong, DatasetError with the process's words, and Faulted when the process ends."""
         with self._free:
             process = self._take()
             try:
                 answer = process.ask(request)
             except BaseException as error:
-                if not isinstance(error, Refused):
+                if not isinstance(error, DatasetError):
                     self._discard(process)
                     raise
                 self._give_back(process)
@@ -61,14 +61,14 @@ class Pool:
         for process in processes:
             self._discard(process)
 
-    def _take(self) -> _Process:
+    def _take(self) -> _DatasetProcess:
         with self._lock:
             if self._closed:
                 raise Faulted("the environment is closed")
             if self._idle:
                 return self._idle.pop()
             try:
-                process = _Process(*self._limits)
+                process = _DatasetProcess(*self._limits)
             except OSError as error:
                 needed = "untrusted environments need subprocesses = true for it"
                 raise Faulted(f"no process for reasoning-gym ({needed}): {error}") from None
@@ -80,18 +80,18 @@ class Pool:
             raise
         return process
 
-    def _give_back(self, process: _Process) -> None:
+    def _give_back(self, process: _DatasetProcess) -> None:
         with self._lock:
             if not self._closed:
                 self._idle.append(process)
 
-    def _discard(self, process: _Process) -> None:
+    def _discard(self, process: _DatasetProcess) -> None:
         with self._lock:
             self._all.discard(process)
         process.end()
 
 
-class _Process:
+class _DatasetProcess:
     def __init__(self, seconds: int, memory: int) -> None:
         variables = {
             "PATH": os.defpath,
@@ -129,7 +129,7 @@ class _Process:
             raise Faulted(f"the process of reasoning-gym ended with status {status}")
         answer = json.loads(line)
         if "error" in answer:
-            raise Refused(answer["error"])
+            raise DatasetError(answer["error"])
         return answer["ok"]
 
     def end(self) -> None:

@@ -25,7 +25,7 @@ State = tuple[int, frozenset[int]]  # the player's cell, the boxes' cells
 
 
 @dataclass(frozen=True, slots=True)
-class Board:
+class SokobanBoard:
     """Rows of canonical letters, all of one length, as the task begins, with a border of walls."""
 
     rows: tuple[str, ...]
@@ -79,7 +79,7 @@ class Undecided(Exception):
     """The search has reached its limit of states."""
 
 
-def solve(board: Board, max_moves: int, max_states: int | None = None) -> tuple[str, ...] | None:
+def solve(board: SokobanBoard, max_moves: int, max_states: int | None = None) -> tuple[str, ...] | None:
     """A shortest solution, None when there is none of at most `max_moves` moves. Raises Undecided.
 
     Breadth first. States are left out that cannot be won in the moves left: each push moves one box by one cell.
@@ -106,14 +106,14 @@ def solve(board: Board, max_moves: int, max_states: int | None = None) -> tuple[
     return None
 
 
-def least_pushes(board: Board) -> int | None:
+def least_pushes(board: SokobanBoard) -> int | None:
     """How many pushes, and so moves, a solution has at least; None where a box can get to no goal."""
     pushes = _pushes(board)
     least = sum(pushes[box] for box in board.start[1])
     return least if least < _DEAD else None
 
 
-def _pushes(board: Board) -> list[int]:
+def _pushes(board: SokobanBoard) -> list[int]:
     """How many pushes a box on each cell is at least away from the nearest goal, were it alone; `_DEAD` where it can
     never get to one. Found backwards from the goals: a box that came to a cell came from beside it, pushed by a player
     who stood one cell further."""
@@ -140,7 +140,7 @@ def _path(came_from: dict[State, tuple[State, str] | None], state: State) -> tup
     return tuple(reversed(names))
 
 
-def draw_board(rng: random.Random, side_min: int, side_max: int, boxes: int, wall_share: float) -> Board:
+def draw_board(rng: random.Random, side_min: int, side_max: int, boxes: int, wall_share: float) -> SokobanBoard:
     """One draw, which may be unsolvable and of either split: an empty room, inner walls with a probability of
     `wall_share` a cell, and as many goals as boxes, which start elsewhere."""
     side = rng.randint(side_min, side_max)
@@ -151,4 +151,4 @@ def draw_board(rng: random.Random, side_min: int, side_max: int, boxes: int, wal
         cells[cell] = WALL if wall_share and rng.random() < wall_share else FLOOR
     for cell, letter in zip(placed, PLAYER + BOX * boxes + GOAL * boxes, strict=True):
         cells[cell] = letter
-    return Board(tuple("".join(cells[y * side : (y + 1) * side]) for y in range(side)))
+    return SokobanBoard(tuple("".join(cells[y * side : (y + 1) * side]) for y in range(side)))

@@ -23,7 +23,7 @@ from mulligan.env.envs.sokoban.boards import (
     PLAYER,
     PLAYER_ON_GOAL,
     WALL,
-    Board,
+    SokobanBoard,
     draw_board,
     move,
     offsets,
@@ -91,7 +91,7 @@ class Settings:
 
 
 class SokobanEpisode:
-    def __init__(self, board: Board, settings: Settings) -> None:
+    def __init__(self, board: SokobanBoard, settings: Settings) -> None:
         self._width = board.width
         self._walls = board.walls
         self._goals = board.goals
@@ -150,7 +150,7 @@ class Sokoban:
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         counts = {Split.TRAIN: self.settings.train_tasks, Split.TEST: self.settings.test_tasks}
-        self._tasks: BoardTasks[Board] | FileTasks[Board]
+        self._tasks: BoardTasks[SokobanBoard] | FileTasks[SokobanBoard]
         if self.settings.from_files:
             files = {Split.TRAIN: self.settings.train_file, Split.TEST: self.settings.test_file}
             self._tasks = FileTasks(self.settings.name, files, counts, self.settings.max_steps, read_levels)
@@ -173,7 +173,7 @@ class Sokoban:
             can_fork=True,
         )
 
-    def _drawn(self, counts: Mapping[Split, int]) -> BoardTasks[Board]:
+    def _drawn(self, counts: Mapping[Split, int]) -> BoardTasks[SokobanBoard]:
         read = self.settings
         return BoardTasks(
             read.name,
@@ -190,10 +190,10 @@ class Sokoban:
     def start(self, task_id: str) -> SokobanEpisode:
         return SokobanEpisode(self.board(task_id), self.settings)
 
-    def board(self, task_id: str) -> Board:
+    def board(self, task_id: str) -> SokobanBoard:
         return self._tasks.board(task_id)
 
-    def _solve(self, board: Board) -> int | None:
+    def _solve(self, board: SokobanBoard) -> int | None:
         solution = solve(board, self.settings.max_steps)
         return None if solution is None else len(solution)
 

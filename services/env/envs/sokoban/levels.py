@@ -19,7 +19,7 @@ from mulligan.env.envs.sokoban.boards import (
     PLAYER,
     PLAYER_ON_GOAL,
     WALL,
-    Board,
+    SokobanBoard,
     Undecided,
     least_pushes,
     solve,
@@ -34,7 +34,7 @@ _MAX_STATES = 5_000  # of a level that are looked at: a large one would take min
 EXPECTED = "expected # (wall), @ + (player), $ * (box), . (goal), and a space, - or _ (floor)"
 
 
-def read_levels(path: Path) -> Iterator[Placed[Board]]:
+def read_levels(path: Path) -> Iterator[Placed[SokobanBoard]]:
     """Raises ValueError that names the line."""
     rows: list[str] = []
     first = 0
@@ -62,7 +62,7 @@ def _decoded(place: str, line: str) -> list[str]:
     return re.sub(r"(\d+)(\D)", lambda match: int(match[1]) * match[2], line).strip("|").split("|")
 
 
-def _placed(place: str, rows: Sequence[str]) -> Placed[Board]:
+def _placed(place: str, rows: Sequence[str]) -> Placed[SokobanBoard]:
     board = _board(place, rows)
     least = least_pushes(board)
     if least is None:
@@ -78,7 +78,7 @@ def _placed(place: str, rows: Sequence[str]) -> Placed[Board]:
     return Placed(place, board, len(solution))
 
 
-def _board(place: str, rows: Sequence[str]) -> Board:
+def _board(place: str, rows: Sequence[str]) -> SokobanBoard:
     """What lies outside the walls becomes wall; columns that every row lacks are cut off."""
     text = "".join(rows)
     players, boxes, goals = (sum(map(text.count, letters)) for letters in ("@+", "$*", ".+*"))
@@ -95,7 +95,7 @@ def _board(place: str, rows: Sequence[str]) -> Board:
             raise ValueError(f"{place}: the walls have a gap: {cells[y][x]!r} in row {y + 1} is not inside them")
         cells[y][x] = "#"
     left = min(len(row) - len(row.lstrip(" -_")) for row in rows)
-    return Board(tuple("".join(_SYMBOLS[letter] for letter in row[left:]) for row in cells))
+    return SokobanBoard(tuple("".join(_SYMBOLS[letter] for letter in row[left:]) for row in cells))
 
 
 def _outside(cells: Sequence[Sequence[str]]) -> set[tuple[int, int]]:

@@ -51,7 +51,7 @@ async def open_backend(settings: ModelSettings, first_version: int) -> OpenAIBac
     One that is down does not keep the policy from starting: endpoints come and go. The policy is unavailable until it
     is there.
     """
-    endpoint = Endpoint(settings)
+    endpoint = ChatEndpoint(settings)
     try:
         problem = await endpoint.check()
     except openai.APIError as error:
@@ -63,7 +63,7 @@ async def open_backend(settings: ModelSettings, first_version: int) -> OpenAIBac
     return OpenAIBackend(settings, endpoint, first_version)
 
 
-class Endpoint:
+class ChatEndpoint:
     """The connection, and the one replica of the policy: whether it answers, and how many requests are on their way."""
 
     def __init__(self, settings: ModelSettings):
@@ -195,7 +195,7 @@ class Endpoint:
 
 
 class OpenAIBackend:
-    def __init__(self, settings: ModelSettings, endpoint: Endpoint, first_version: int):
+    def __init__(self, settings: ModelSettings, endpoint: ChatEndpoint, first_version: int):
         self._settings = settings
         self._own = settings.own_as(Settings)
         self._endpoint = endpoint
@@ -223,7 +223,7 @@ class OpenAIBackend:
         return self._version
 
     @property
-    def replicas(self) -> Sequence[Endpoint]:
+    def replicas(self) -> Sequence[ChatEndpoint]:
         return (self._endpoint,)
 
     @property

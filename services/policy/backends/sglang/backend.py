@@ -25,11 +25,11 @@ from mulligan.common.inference import Feature, StopReason
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
 from mulligan.policy.backends.sglang import Settings, requests
-from mulligan.policy.backends.sglang.connection import Connection, Refused, Unreachable
-from mulligan.policy.backends.sglang.folders import Folders, Target
+from mulligan.policy.backends.sglang.connection import HttpConnection, RequestRefused, Unreachable
+from mulligan.policy.backends.sglang.folders import Folders, TargetWeights
 from mulligan.policy.backends.sglang.launch import LaunchedServer
 from mulligan.policy.backends.sglang.opening import Opened, open_servers
-from mulligan.policy.backends.sglang.pool import Pool, Stale, place_of
+from mulligan.policy.backends.sglang.pool import ServerPool, Stale, place_of
 from mulligan.policy.backends.sglang.server import Server, score_one
 from mulligan.policy.backends.sglang.skeleton import Skeleton
 from mulligan.policy.backends.sglang.updates import Updates
@@ -54,10 +54,10 @@ class SglangBackend:
         self._session: aiohttp.ClientSession = opened.session
         self._skeleton: Skeleton = opened.skeleton
         self._folders: Folders = opened.folders
-        self._pool: Pool = opened.pool
+        self._pool: ServerPool = opened.pool
         self._launched: Sequence[LaunchedServer] = opened.launched
         self._fixed = opened.fixed
-        self._router: Connection | None = opened.router
+        self._router: HttpConnection | None = opened.router
         self._info = opened.info
         self._chat = opened.chat
         self._updates = Updates(self._pool, self._folders)
@@ -168,12 +168,14 @@ class SglangBackend:
             await asyncio.sleep(_RETRY_SECONDS * attempt)
         raise _gave_up(problem)
 
-    async def _generate_at(self, server: Server, connection: Connection, target: Target, ask: Ask) -> Sampled:
+    async def _generate_at(
+        self, server: Server, connection: HttpConnection, target: TargetWeights, ask: Ask
+    ) -> Sampled:
         rid = uuid.uuid4().hex
         body = self._encode(ask, rid, target, stream=False)
         try:
             answer = requests.decode(await connection.generate(body, self._seconds))
-        except Refused as error:
+        except RequestRefused as error:
             raise _refusal(ask, error) from error
         except (asyncio.CancelledError, Unreachable):
             self._abort(server, rid)
@@ -189,7 +191,7 @@ class SglangBackend:
         return Sampled(tuple(answer.output_ids), log_probs, self._stop_reason(ask, answer, answer.output_ids), spans)
 
     async def _unconstrained(
-        self, server: Server, target: Target, ask: Ask, answer: requests.Answer
+        self, server: Server, target: TargetWeights, ask: Ask, answer: requests.Answer
     ) -> tuple[float, ...]:
         ids = [*ask.token_ids, *answer.output_ids]
         adapter = self._adapter(ask, target)
@@ -223,7 +225,7 @@ class SglangBackend:
         raise _gave_up(problem)
 
     async def _stream_at(
-        self, server: Server, connection: Connection, target: Target, ask: Ask
+        self, server: Server, connection: HttpConnection, target: TargetWeights, ask: Ask
     ) -> AsyncIterator[Sampled]:
         rid = uuid.uuid4().hex
         body = self._encode(ask, rid, target, stream=True)
@@ -242,7 +244,7 @@ class SglangBackend:
                     spans = self._pool.spans(target, labels, own=not ask.adapter)
                     reason = self._stop_reason(ask, answer, reader.token_ids)
                     yield Sampled(tuple(token_ids), log_probs, reason, spans)
-        except Refused as error:
+        except RequestRefused as error:
             raise _refusal(ask, error) from error
         finally:
             if not finished:
@@ -259,7 +261,7 @@ class SglangBackend:
                     labels, row = await score_one(server.connection, ids, 1, temperature, name, self._seconds)
                     requests.check_scores(row)
                     spans = self._pool.spans(target, [(label, 0) for label in sorted(labels)], own=not adapter)
-                except Refused as error:
+                except RequestRefused as error:
                     if "LoRA adapter" not in str(error):
                         raise invalid_field("sequences", f"what SGLang takes, which says: {error}") from error
                     problem = self._failed(server, Stale(str(error)), times_let_in, direct=True)
@@ -271,10 +273,10 @@ class SglangBackend:
             await asyncio.sleep(_RETRY_SECONDS * attempt)
         raise _gave_up(problem)
 
-    def _connection(self, server: Server, attempt: int) -> Connection:
+    def _connection(self, server: Server, attempt: int) -> HttpConnection:
         return self._router if self._router is not None and attempt < _ROUTED_ATTEMPTS else server.connection
 
-    def _encode(self, ask: Ask, rid: str, target: Target, *, stream: bool) -> bytes:
+    def _encode(self, ask: Ask, rid: str, target: TargetWeights, *, stream: bool) -> bytes:
         return requests.encode(
             ask,
             rid,
@@ -285,7 +287,7 @@ class SglangBackend:
             priority=Feature.PRIORITY in self._info.features,
         )
 
-    def _adapter(self, ask: Ask, target: Target) -> str:
+    def _adapter(self, ask: Ask, target: TargetWeights) -> str:
         return self._fixed[ask.adapter] if ask.adapter else target.adapter
 
     def _stop_reason(self, ask: Ask, answer: requests.Answer, token_ids: Sequence[int]) -> StopReason | None:
@@ -307,7 +309,7 @@ class SglangBackend:
             for one in self._pool.servers if self._router is not None else [server]:
                 try:
                     await one.abort(rid)
-                except (Unreachable, Refused):
+                except (Unreachable, RequestRefused):
                     continue
 
         self._pool.run(abort())
@@ -328,7 +330,7 @@ def _after(ask: Ask, part: Sampled) -> Ask:
     return replace(ask, token_ids=[*ask.token_ids, *part.token_ids], sampling=sampling)
 
 
-def _refusal(ask: Ask, error: Refused) -> Exception:
+def _refusal(ask: Ask, error: RequestRefused) -> Exception:
     """What the caller asked for in vain; an adapter that is not there is the server's fault."""
     message = str(error)
     if "LoRA adapter" in message:

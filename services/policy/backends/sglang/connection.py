@@ -21,11 +21,11 @@ class Unreachable(Exception):
     """The server does not answer, or not as one that works does."""
 
 
-class Refused(Exception):
+class RequestRefused(Exception):
     """The server says no (HTTP 4xx); the message is its own."""
 
 
-class Connection:
+class HttpConnection:
     """`session` is shared by all servers, and whoever made it closes it."""
 
     def __init__(
@@ -130,10 +130,10 @@ def _failure(status: int, answer: bytes, address: str) -> Exception:
         return Unreachable(f"{address} refuses the credential (HTTP {status}): see sglang.api_key and admin_api_key")
     if status >= 500 or status == 404:
         return Unreachable(f"{address} (HTTP {status}): {message[:_MESSAGE_LENGTH]}")
-    return Refused(message[:_MESSAGE_LENGTH])
+    return RequestRefused(message[:_MESSAGE_LENGTH])
 
 
-async def first_to_answer(connections: list[Connection], seconds: float) -> None:
+async def first_to_answer(connections: list[HttpConnection], seconds: float) -> None:
     """Waits until a server answers. Raises Unreachable when none does in time."""
     deadline = asyncio.get_running_loop().time() + seconds
     while True:

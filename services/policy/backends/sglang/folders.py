@@ -26,7 +26,7 @@ _ADAPTERS = "adapters"
 
 
 @dataclass(slots=True, eq=False)
-class Target:
+class TargetWeights:
     """What every server has to hold, by names of its own. `label` is its weight_version, of the base weights alone;
     `adapter` its name of a LoRA adapter, which no other version ever had.
 
@@ -56,11 +56,11 @@ class Folders:
             shutil.rmtree(self._root / self._name, ignore_errors=True)
         self.original_label = f"{first_version}-original"
 
-    def original(self, policy_version: int) -> Target:
+    def original(self, policy_version: int) -> TargetWeights:
         weights = WeightsFile(None, WeightsKind.ORIGINAL, policy_version, "")
-        return Target(weights, label=f"{policy_version}-original")
+        return TargetWeights(weights, label=f"{policy_version}-original")
 
-    def prepare(self, weights: WeightsFile) -> Target:
+    def prepare(self, weights: WeightsFile) -> TargetWeights:
         """Verifies the file and puts it where the servers find it.
 
         Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND or DISK_FULL.
@@ -75,11 +75,11 @@ class Folders:
             with self._new(_FULL, label) as folder:
                 self._skeleton.config.to_json_file(folder / "config.json")
                 self._put(weights.path, folder / "model.safetensors")
-            return Target(weights, label, path=self._engine_path(folder))
+            return TargetWeights(weights, label, path=self._engine_path(folder))
         # A name that no server has ever seen: one that was unloaded is loaded again by whoever names it.
         name = f"mulligan-{label}-{secrets.token_hex(4)}"
         adapter_path = self.put_adapter(weights.path, name)
-        return Target(weights, self.original_label, adapter=name, adapter_path=adapter_path)
+        return TargetWeights(weights, self.original_label, adapter=name, adapter_path=adapter_path)
 
     def put_adapter(self, source: Path, name: str) -> str:
         """The folder in which the servers find it. Raises as `prepare` does."""
@@ -92,7 +92,7 @@ class Folders:
             (folder / adapter_config.NAME).write_text(json.dumps(adapter.config))
         return self._engine_path(folder)
 
-    def remove(self, target: Target) -> None:
+    def remove(self, target: TargetWeights) -> None:
         """What no server will load any more."""
         for path in filter(None, (target.path, target.adapter_path)):
             relative = Path(path).relative_to(self._in_engine)

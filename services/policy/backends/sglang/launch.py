@@ -16,7 +16,7 @@ import structlog
 
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backends.sglang import Settings
-from mulligan.policy.backends.sglang.connection import Connection, Unreachable
+from mulligan.policy.backends.sglang.connection import HttpConnection, Unreachable
 from mulligan.policy.backends.sglang.server import Server
 
 log = structlog.get_logger()
@@ -56,7 +56,7 @@ class LaunchedServer:
         self._log_path = folder / f"sglang-{index}.log"
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self, server: Server, make: Callable[[str], Connection]) -> None:
+    async def start(self, server: Server, make: Callable[[str], HttpConnection]) -> None:
         """Returns when it is ready. Raises UnsupportedModel, with the end of its log, when it does not become so."""
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             port = _free_port()
@@ -75,7 +75,9 @@ class LaunchedServer:
                 log.info("server started", server=server.address, log=str(self._log_path))
                 return
 
-    async def supervise(self, server: Server, make: Callable[[str], Connection], died: Callable[[str], None]) -> None:
+    async def supervise(
+        self, server: Server, make: Callable[[str], HttpConnection], died: Callable[[str], None]
+    ) -> None:
         """Starts it again whenever it ends; to be cancelled."""
         failures = 0
         while True:

@@ -20,15 +20,15 @@ from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Ask, ModelInfo
 from mulligan.policy.backends.sglang import Settings, requests
 from mulligan.policy.backends.sglang.connection import (
-    Connection,
-    Refused,
+    HttpConnection,
+    RequestRefused,
     Unreachable,
     first_to_answer,
     new_session,
 )
 from mulligan.policy.backends.sglang.folders import Folders
 from mulligan.policy.backends.sglang.launch import LaunchedServer
-from mulligan.policy.backends.sglang.pool import Pool
+from mulligan.policy.backends.sglang.pool import ServerPool
 from mulligan.policy.backends.sglang.server import Server, Unsuitable
 from mulligan.policy.backends.sglang.skeleton import Skeleton
 from mulligan.policy.chat import Chat
@@ -41,10 +41,10 @@ class Opened:
     session: aiohttp.ClientSession
     skeleton: Skeleton
     folders: Folders
-    pool: Pool
+    pool: ServerPool
     launched: Sequence[LaunchedServer]
     fixed: Mapping[str, str]  # adapters: what the servers call each
-    router: Connection | None
+    router: HttpConnection | None
     info: ModelInfo
     chat: Chat
 
@@ -63,8 +63,8 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
         session = new_session()
         stack.push_async_callback(session.close)
 
-        def connect(address: str) -> Connection:
-            return Connection(session, address, chosen.api_key, chosen.admin_api_key)
+        def connect(address: str) -> HttpConnection:
+            return HttpConnection(session, address, chosen.api_key, chosen.admin_api_key)
 
         addresses = chosen.servers or ("http://127.0.0.1",) * chosen.launch
         servers = [Server(connect(address), chosen.request_seconds, paths) for address in addresses]
@@ -81,7 +81,7 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
         present = await _look_at_all(servers, skeleton, chosen.start_seconds)
         chat = skeleton.tokenizer.chat(skeleton.end_of_turn)
         info = await _describe(settings, skeleton, chat, present, fixed)
-        pool = Pool(
+        pool = ServerPool(
             servers,
             folders.original(first_version),
             lambda server: _look(server, skeleton, info),
@@ -120,7 +120,7 @@ async def _look_at_all(servers: Sequence[Server], skeleton: Skeleton, seconds: f
     results = await asyncio.gather(*(server.look(skeleton) for server in servers), return_exceptions=True)
     for server, result in zip(servers, results, strict=True):
         server.problem = str(result)
-        if isinstance(result, Unsuitable | Refused):
+        if isinstance(result, Unsuitable | RequestRefused):
             raise UnsupportedModel(f"{server.address}: {result}") from result
     _raise_first([result for result in results if not isinstance(result, Unreachable)])
     present = [server for server, result in zip(servers, results, strict=True) if result is None]
@@ -193,7 +193,7 @@ def _narrower(one: LoraLimits, other: LoraLimits) -> bool:
     return rank or modules
 
 
-async def _load(pool: Pool, present: Sequence[Server], *, loaded: bool) -> None:
+async def _load(pool: ServerPool, present: Sequence[Server], *, loaded: bool) -> None:
     """`loaded`: they were just started, with the label of what they came with."""
     target = pool.target
 
@@ -212,7 +212,7 @@ async def _load(pool: Pool, present: Sequence[Server], *, loaded: bool) -> None:
     results = await asyncio.gather(*(load(server) for server in present), return_exceptions=True)
     for server, result in zip(present, results, strict=True):
         server.problem = str(result or "")
-        if isinstance(result, Refused):
+        if isinstance(result, RequestRefused):
             raise UnsupportedModel(f"{server.address} does not take what the model came with: {result}") from result
         if isinstance(result, BaseException) and not isinstance(result, Unreachable):
             raise result
@@ -229,7 +229,7 @@ async def _repeats(server: Server) -> bool:
     bodies = [requests.encode(ask, uuid.uuid4().hex, "", 16, (), stream=False, priority=False) for _ in range(2)]
     try:
         first, second = [requests.decode(await server.connection.generate(body, 60.0)) for body in bodies]
-    except (Unreachable, Refused, requests.BadAnswer):
+    except (Unreachable, RequestRefused, requests.BadAnswer):
         return False
     return first.output_ids == second.output_ids
 

@@ -17,8 +17,8 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, VersionSpan
 from mulligan.common.tasks import Broadcast, cancel
 from mulligan.policy.backend import Admission
-from mulligan.policy.backends.sglang.connection import Refused, Unreachable
-from mulligan.policy.backends.sglang.folders import Target
+from mulligan.policy.backends.sglang.connection import RequestRefused, Unreachable
+from mulligan.policy.backends.sglang.folders import TargetWeights
 from mulligan.policy.backends.sglang.server import Server, Unsuitable
 
 log = structlog.get_logger()
@@ -33,7 +33,7 @@ class Stale(Exception):
     """An answer came from weights that the server was not given, or no longer should hold."""
 
 
-class Pool:
+class ServerPool:
     """`look` finds out what a server is, and raises Unsuitable. `admit`, once there is one, passes each server before
     it serves. `changing` is held by whoever changes what servers hold, and guards `target`: what all have to hold.
     """
@@ -41,7 +41,7 @@ class Pool:
     def __init__(
         self,
         servers: Sequence[Server],
-        target: Target,
+        target: TargetWeights,
         look: Callable[[Server], Coroutine[Any, Any, None]],
         *,
         probe_seconds: float,
@@ -75,7 +75,7 @@ class Pool:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def know(self, target: Target) -> None:
+    def know(self, target: TargetWeights) -> None:
         """Its label is accepted from now on, of requests that come after it as well as of those before."""
         target.generation = 1 + max((generation for _, generation in self._versions.values()), default=0)
         if target.adapter:  # the base below it is what the model came with, whoever loaded that when
@@ -84,7 +84,7 @@ class Pool:
             version = target.weights.policy_version
         self._versions[target.label] = (version, target.generation)
 
-    def spans(self, target: Target, labels: Sequence[tuple[str, int]], *, own: bool) -> tuple[VersionSpan, ...]:
+    def spans(self, target: TargetWeights, labels: Sequence[tuple[str, int]], *, own: bool) -> tuple[VersionSpan, ...]:
         """Policy versions for what the servers call weights, of a request that was sent while `target` was to be
         served; with `own` it used the target's adapter. Raises Stale."""
         found: list[VersionSpan] = []
@@ -105,7 +105,7 @@ class Pool:
     # Requests
 
     @asynccontextmanager
-    async def dispatch(self, key: object) -> AsyncIterator[tuple[Server, Target]]:
+    async def dispatch(self, key: object) -> AsyncIterator[tuple[Server, TargetWeights]]:
         """A server for one request, and what it has to be answered from. Waits for one, if not for ever.
 
         Raises DomainError ENGINE_UNAVAILABLE.
@@ -156,7 +156,7 @@ class Pool:
             self._held_back = False
             self._changed.wake_all()
 
-    async def finished(self, target: Target) -> None:
+    async def finished(self, target: TargetWeights) -> None:
         """Returns when no request runs that was sent for this target."""
         while target.running:
             await self._changed.wait()
@@ -185,8 +185,8 @@ class Pool:
         server.times_let_in += 1
         self._changed.wake_all()
 
-    async def load(self, server: Server, target: Target, *, checked: bool = True) -> None:
-        """Whatever it holds now. Raises Unreachable, Refused."""
+    async def load(self, server: Server, target: TargetWeights, *, checked: bool = True) -> None:
+        """Whatever it holds now. Raises Unreachable, RequestRefused."""
         await server.pause()
         await server.load_base(target, checked=checked)
         await server.go_on()
@@ -201,7 +201,7 @@ class Pool:
                 try:
                     await self._bring_back(server)
                     return
-                except (Unreachable, Refused, Unsuitable, DomainError) as error:
+                except (Unreachable, RequestRefused, Unsuitable, DomainError) as error:
                     if str(error) != server.problem:
                         log.warning("server stays out", server=server.address, problem=str(error))
                     server.problem = str(error)
@@ -235,7 +235,7 @@ class Pool:
             except Unsuitable as error:
                 if not self.changing.locked():
                     self.take_out(server, str(error))
-            except (Unreachable, Refused) as error:
+            except (Unreachable, RequestRefused) as error:
                 missed += 1
                 if missed >= _MISSED_PROBES:
                     self.take_out(server, str(error))

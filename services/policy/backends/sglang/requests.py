@@ -16,7 +16,7 @@ import msgspec
 from mulligan.common import numbers
 from mulligan.common.inference import SamplingParams, StopReason
 from mulligan.policy.backend import Ask
-from mulligan.policy.backends.sglang.connection import Refused
+from mulligan.policy.backends.sglang.connection import RequestRefused
 
 _ONLY_THE_LIKELIEST = 1e-6  # top-p
 # What SGLang calls a stop that it made up, when logits were not numbers.
@@ -83,9 +83,9 @@ def decode(body: bytes) -> Answer:
 
 
 def decode_event(body: bytes) -> Answer:
-    """Of a stream. Raises Refused, too."""
+    """Of a stream. Raises RequestRefused, too."""
     if body.startswith(b'{"error"'):
-        raise Refused(body.decode(errors="replace"))
+        raise RequestRefused(body.decode(errors="replace"))
     return decode(body)
 
 

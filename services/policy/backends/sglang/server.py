@@ -11,8 +11,8 @@ from mulligan.common.inference import Feature, LoraLimits, ReplicaInfo
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Scored
 from mulligan.policy.backends.sglang import requests
-from mulligan.policy.backends.sglang.connection import Connection, Refused, Unreachable
-from mulligan.policy.backends.sglang.folders import Target
+from mulligan.policy.backends.sglang.connection import HttpConnection, RequestRefused, Unreachable
+from mulligan.policy.backends.sglang.folders import TargetWeights
 from mulligan.policy.backends.sglang.skeleton import STACKED, Skeleton
 
 _ADAPTER_PREFIX = "mulligan-"
@@ -38,10 +38,10 @@ class Unsuitable(Exception):
 class Server:
     """A `Replica`. `fixed` are adapters that it is given besides the weights: its name of each, and the folder.
 
-    Calls raise Unreachable and Refused unless said otherwise.
+    Calls raise Unreachable and RequestRefused unless said otherwise.
     """
 
-    def __init__(self, connection: Connection, request_seconds: float, fixed: Mapping[str, str]):
+    def __init__(self, connection: HttpConnection, request_seconds: float, fixed: Mapping[str, str]):
         self.connection = connection
         self._seconds = request_seconds
         self._fixed = fixed
@@ -49,7 +49,7 @@ class Server:
         self.problem = "not asked yet"
         self.times_let_in = 0
         self.in_flight = 0
-        self.held: Target | None = None  # None: unknown
+        self.held: TargetWeights | None = None  # None: unknown
         self.label = ""  # the weight_version that it has to report
         self.path = ""  # the model_path that it has to report
         self.own_path = ""  # of the model that it was started with
@@ -135,7 +135,7 @@ class Server:
     async def go_on(self) -> None:
         await self.connection.control("/continue_generation")
 
-    async def load_base(self, target: Target, *, checked: bool = True) -> None:
+    async def load_base(self, target: TargetWeights, *, checked: bool = True) -> None:
         """The server is paused. Without `checked` its answers are known by a label that nobody accepts."""
         path = target.path or self.own_path
         label = target.label if checked else target.label + _UNCHECKED
@@ -148,7 +148,7 @@ class Server:
         self.label = label
         self.path = path
 
-    async def load_adapters(self, target: Target) -> None:
+    async def load_adapters(self, target: TargetWeights) -> None:
         """Those of this target and the fixed ones; what else of ours is there is from before a restart of ours."""
         wanted = dict(self._fixed)
         if target.adapter:
@@ -159,7 +159,7 @@ class Server:
                 await self.connection.control("/load_lora_adapter", body, timeout=self._seconds)
                 self._adapters.add(name)
 
-    async def unload_others(self, *targets: Target) -> None:
+    async def unload_others(self, *targets: TargetWeights) -> None:
         wanted = {target.adapter for target in targets} | set(self._fixed)
         for name in sorted(self._adapters - wanted):
             if name.startswith(_ADAPTER_PREFIX):
@@ -194,11 +194,11 @@ class Server:
             raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} holds no known weights")
         try:
             rows = await gather_or_cancel(self._score_one(ids, temperature, held) for ids in sequences)
-        except (Unreachable, Refused, requests.BadAnswer, requests.Aborted) as error:
+        except (Unreachable, RequestRefused, requests.BadAnswer, requests.Aborted) as error:
             raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} cannot score: {error}") from error
         return Scored(tuple(rows), held.weights.policy_version)
 
-    async def _score_one(self, ids: Sequence[int], temperature: float, held: Target) -> tuple[float, ...]:
+    async def _score_one(self, ids: Sequence[int], temperature: float, held: TargetWeights) -> tuple[float, ...]:
         labels, row = await score_one(self.connection, ids, 1, temperature, held.adapter, self._seconds)
         if labels - {self.label}:
             raise requests.BadAnswer(f"it answers from weights {sorted(labels)} instead of {self.label!r}")
@@ -209,7 +209,7 @@ class Server:
         held = self.held
         try:
             found = await self.connection.control("/weights_checker", {"action": "checksum"}, timeout=self._seconds)
-        except (Unreachable, Refused) as error:
+        except (Unreachable, RequestRefused) as error:
             raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} tells no checksum: {error}") from error
         checksum = str(found.get("per_engine_checksum") or "")
         # The server's is of the base weights alone.
@@ -222,7 +222,7 @@ _FORCED_TOKENS = 262144
 
 
 async def score_one(
-    connection: Connection, ids: Sequence[int], begin: int, temperature: float, adapter: str, seconds: float
+    connection: HttpConnection, ids: Sequence[int], begin: int, temperature: float, adapter: str, seconds: float
 ) -> tuple[set[str], tuple[float, ...]]:
     """Log-probabilities of softmax(logits / temperature) of all tokens from `begin`, which is at least 1, and the
     labels of the weights that they are by.

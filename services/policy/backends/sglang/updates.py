@@ -11,9 +11,9 @@ import structlog
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature
 from mulligan.policy.backend import Admission, WeightsFile
-from mulligan.policy.backends.sglang.connection import Refused, Unreachable
-from mulligan.policy.backends.sglang.folders import Folders, Target
-from mulligan.policy.backends.sglang.pool import Pool
+from mulligan.policy.backends.sglang.connection import RequestRefused, Unreachable
+from mulligan.policy.backends.sglang.folders import Folders, TargetWeights
+from mulligan.policy.backends.sglang.pool import ServerPool
 from mulligan.policy.backends.sglang.server import Server
 
 log = structlog.get_logger()
@@ -25,7 +25,7 @@ class Updates:
     `policy/replicas.py` does the like with policy servers, and says why the two share no code.
     """
 
-    def __init__(self, pool: Pool, folders: Folders):
+    def __init__(self, pool: ServerPool, folders: Folders):
         self._pool = pool
         self._folders = folders
 
@@ -42,7 +42,7 @@ class Updates:
             if pool.target is not target:
                 await asyncio.to_thread(self._folders.remove, target)
 
-    async def _exchange(self, target: Target, admit: Admission) -> None:
+    async def _exchange(self, target: TargetWeights, admit: Admission) -> None:
         pool = self._pool
         before = self._pool.target
         serving = [server for server in pool.servers if server.serving]
@@ -70,7 +70,7 @@ class Updates:
             raise pool.unavailable()
         pool.run(self._retire(before))
 
-    async def _admit(self, server: Server, target: Target, admit: Admission) -> None:
+    async def _admit(self, server: Server, target: TargetWeights, admit: Admission) -> None:
         if server.held is not target:  # it died
             return
         try:
@@ -80,7 +80,7 @@ class Updates:
                 raise
             self._pool.take_out(server, error.message)
 
-    async def _load_all(self, servers: Sequence[Server], target: Target) -> str:
+    async def _load_all(self, servers: Sequence[Server], target: TargetWeights) -> str:
         """Returns why a server refused, "" when none did."""
         live = await self._each(servers, lambda server: server.pause())
         refused: list[str] = []
@@ -88,7 +88,7 @@ class Updates:
         async def load(server: Server) -> None:
             try:
                 await server.load_base(target)
-            except Refused as error:
+            except RequestRefused as error:
                 refused.append(str(error))
 
         live = await self._each(live, load)
@@ -97,7 +97,7 @@ class Updates:
         live = await self._each(live, lambda server: server.go_on())
         return await self._load_adapters(live, target)
 
-    async def _load_adapters(self, servers: Sequence[Server], target: Target) -> str:
+    async def _load_adapters(self, servers: Sequence[Server], target: TargetWeights) -> str:
         refused: list[str] = []
 
         async def load(server: Server) -> None:
@@ -105,13 +105,13 @@ class Updates:
                 if Feature.LORA_WEIGHTS in server.features:
                     await server.load_adapters(target)
                 server.held = target
-            except Refused as error:
+            except RequestRefused as error:
                 refused.append(str(error))
 
         await self._each(servers, load)
         return refused[0] if refused else ""
 
-    async def _put_back(self, servers: Sequence[Server], before: Target, *, rebase: bool) -> None:
+    async def _put_back(self, servers: Sequence[Server], before: TargetWeights, *, rebase: bool) -> None:
         """What was loaded before. A failed load may have left a part of the new weights behind."""
         self._pool.know(before)
 
@@ -132,7 +132,7 @@ class Updates:
                 return False
             try:
                 await work(server)
-            except (Unreachable, Refused) as error:
+            except (Unreachable, RequestRefused) as error:
                 self._pool.take_out(server, str(error))
                 return False
             return True
@@ -140,7 +140,7 @@ class Updates:
         alive = await asyncio.gather(*(one(server) for server in servers))
         return [server for server, lives in zip(servers, alive, strict=True) if lives]
 
-    async def _retire(self, target: Target) -> None:
+    async def _retire(self, target: TargetWeights) -> None:
         """Unloads an adapter after its last request, and removes the files."""
         await self._pool.finished(target)
         async with self._pool.changing:

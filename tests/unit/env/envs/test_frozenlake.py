@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from mulligan.env.base import Split, UnknownTask
 from mulligan.env.envs.frozenlake import Settings
-from mulligan.env.envs.frozenlake.boards import Board
+from mulligan.env.envs.frozenlake.boards import LakeBoard
 from mulligan.env.envs.frozenlake.environment import FrozenLake, FrozenLakeEpisode
 from mulligan.env.grid import parse_action
 
@@ -14,7 +14,7 @@ SMALL = Settings(size_min=3, size_max=3, prompts="compact", name="frozenlake_sma
 
 
 def episode(*rows: str, symbols: str = "ABCD", max_steps: int = 8, prompts: str = "published") -> FrozenLakeEpisode:
-    return FrozenLakeEpisode(Board(rows), Settings(symbols=symbols, max_steps=max_steps, prompts=prompts))
+    return FrozenLakeEpisode(LakeBoard(rows), Settings(symbols=symbols, max_steps=max_steps, prompts=prompts))
 
 
 def act(move: str) -> str:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mulligan.env.base import Split, UnknownTask
-from mulligan.env.envs.sokoban.boards import LETTERS, Board, draw_board, solve
+from mulligan.env.envs.sokoban.boards import LETTERS, SokobanBoard, draw_board, solve
 from mulligan.env.envs.sokoban.environment import Settings, Sokoban, SokobanEpisode
 from tests.support.kinds import creator
 from tests.support.paths import IMPORT_ROOTS, ROOT
@@ -20,10 +20,10 @@ create = creator("sokoban")
 STEPS = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 
 
-def board(*inner: str) -> Board:
+def board(*inner: str) -> SokobanBoard:
     """With a border of walls around it."""
     side = len(inner[0]) + 2
-    return Board(("E" * side, *(f"E{row}E" for row in inner), "E" * side))
+    return SokobanBoard(("E" * side, *(f"E{row}E" for row in inner), "E" * side))
 
 
 def episode(*inner: str, **changes: object) -> SokobanEpisode:
@@ -38,7 +38,7 @@ def shown(*inner: str) -> str:
     return "\n".join("\t".join(row) for row in board(*inner).rows)
 
 
-def brute_force(start: Board, max_moves: int) -> int | None:
+def brute_force(start: SokobanBoard, max_moves: int) -> int | None:
     """Moves of the shortest solution, by looking at everything that can happen, level by level."""
     at = {
         letter: {(y, x) for y, row in enumerate(start.rows) for x, c in enumerate(row) if c == letter}

@@ -22,7 +22,7 @@ from tests.support.settings import model_settings
 _SERVICE = """
 import asyncio, sys
 from pathlib import Path
-from mulligan.policy.backends.sglang.connection import Connection, new_session
+from mulligan.policy.backends.sglang.connection import HttpConnection, new_session
 from mulligan.policy.backends.sglang.launch import LaunchedServer
 from mulligan.policy.backends.sglang.server import Server
 from mulligan.policy.backends.sglang import Settings as SglangSettings
@@ -30,9 +30,9 @@ from mulligan.policy.backends.sglang import Settings as SglangSettings
 async def main():
     settings = SglangSettings(python=sys.argv[1])
     session = new_session()
-    server = Server(Connection(session, "http://127.0.0.1:9"), 1.0, {})
+    server = Server(HttpConnection(session, "http://127.0.0.1:9"), 1.0, {})
     launched = LaunchedServer(settings, "model", "0-original", Path(sys.argv[2]), 0)
-    await launched.start(server, lambda address: Connection(session, address))
+    await launched.start(server, lambda address: HttpConnection(session, address))
 
 asyncio.run(main())
 """

@@ -19,9 +19,9 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Ask, WeightsFile
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.policy.backends.sglang import requests
-from mulligan.policy.backends.sglang.connection import Refused
-from mulligan.policy.backends.sglang.folders import Folders, Target
-from mulligan.policy.backends.sglang.pool import Pool, Stale, place_of
+from mulligan.policy.backends.sglang.connection import RequestRefused
+from mulligan.policy.backends.sglang.folders import Folders, TargetWeights
+from mulligan.policy.backends.sglang.pool import ServerPool, Stale, place_of
 from mulligan.policy.backends.sglang.server import Server
 from mulligan.policy.backends.sglang.skeleton import Skeleton
 from tests.support.sglang import changed, full
@@ -127,7 +127,7 @@ def test_what_is_no_answer() -> None:
         requests.decode(b"<html>")
     with pytest.raises(requests.BadAnswer):
         answer([1, 2], [("a", 0, 1)]).labels(0, 2)  # some tokens are nobody's
-    with pytest.raises(Refused):
+    with pytest.raises(RequestRefused):
         requests.decode_event(b'{"error": {"message": "no"}}')
     nothing = json.dumps({"output_ids": [3], "meta_info": {"output_token_logprobs": [[None, 3, None]]}}).encode()
     with pytest.raises(requests.BadAnswer):
@@ -142,9 +142,9 @@ def test_a_score_that_is_not_a_number_stays_one() -> None:
         requests.decode_score(requests.decode(json.dumps({"meta_info": meta}).encode()), 4)
 
 
-def _target(version: int, label: str, adapter: str = "") -> Target:
+def _target(version: int, label: str, adapter: str = "") -> TargetWeights:
     kind = WeightsKind.LORA if adapter else WeightsKind.FULL
-    return Target(WeightsFile(None, kind, version, ""), label, adapter=adapter)
+    return TargetWeights(WeightsFile(None, kind, version, ""), label, adapter=adapter)
 
 
 async def _look(server: Server) -> None:
@@ -155,7 +155,7 @@ def test_an_answer_is_as_new_as_what_was_served_when_it_was_asked_for() -> None:
     original = _target(0, "0-original")
     first = _target(1, "1-a")
     second = _target(2, "2-b")
-    pool = Pool([], original, _look, probe_seconds=1, wait_seconds=0)
+    pool = ServerPool([], original, _look, probe_seconds=1, wait_seconds=0)
     pool.know(first)
     spans = pool.spans(original, [("0-original", 2), ("1-a", 3)], own=True)
     assert spans == (VersionSpan(0, 2), VersionSpan(1, 3))  # it was under way
@@ -172,7 +172,7 @@ def test_an_answer_is_as_new_as_what_was_served_when_it_was_asked_for() -> None:
 def test_an_adapter_counts_over_the_weights_that_it_was_made_for() -> None:
     original = _target(0, "0-original")
     tuned = _target(3, "0-original", "mulligan-3")
-    pool = Pool([], original, _look, probe_seconds=1, wait_seconds=0)
+    pool = ServerPool([], original, _look, probe_seconds=1, wait_seconds=0)
     pool.know(tuned)
     assert pool.spans(tuned, [("0-original", 4)], own=True) == (VersionSpan(3, 4),)
     assert pool.spans(tuned, [("0-original", 4)], own=False) == (VersionSpan(0, 4),)  # a fixed adapter
