@@ -22,7 +22,7 @@ _TEST = '''\
 
 from __future__ import annotations
 
-from my_game import create
+from my_game import Settings, create
 
 from mulligan.conformance import check_environment
 from mulligan.env import Split
@@ -37,7 +37,7 @@ def test_it_keeps_what_an_environment_promises() -> None:
 
 
 def test_it_can_be_won() -> None:
-    game = create("my_game", {"highest": 3})
+    game = create("my_game", Settings(highest=3))
     (task,) = game.list_tasks(Split.TRAIN, 0, 1)
     rewards = [game.start(task.task_id).step(f"```{guess}```").reward for guess in (1, 2, 3)]
     assert sorted(rewards) == [0.0, 0.0, game.info.max_reward]

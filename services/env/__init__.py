@@ -1,5 +1,5 @@
 """Environments. An author writes a class with `start` and an episode class with `step`, as `Environment` and `Episode`
-say, and a function `create(name, settings)`; docs/environments.md is the guide.
+say, a dataclass `Settings` and a function `create(name, settings)`; docs/environments.md is the guide.
 
 A caller plays over gRPC: `connect(Endpoint("127.0.0.1:50051"))` is a client of one server or several.
 """

@@ -7,7 +7,7 @@ To serve it, start `python -m mulligan.env --config env.toml` in the folder of t
 
     [environments.my-game]     # the name under which clients ask for it
     kind = "my_game"           # this module
-    highest = 50               # settings: the fields of MyGameSettings
+    highest = 50               # settings: the fields of Settings
     feedback = "full"          # or unary, or silent: of every environment
 """
 
@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from mulligan.env import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, generic_prompts, read_settings
+from mulligan.env import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, generic_prompts
 
 
 # CHANGE: what a server's configuration can set. A ValueError stops the server and is shown to whoever started it.
 @dataclass(frozen=True, slots=True)
-class MyGameSettings:
+class Settings:
     highest: int = 20
     max_steps: int = 5  # the true limit: an episode ends at this many steps
     train_tasks: int = 1_000
@@ -43,7 +43,7 @@ class MyGameSettings:
 
 # CHANGE: the game. One object per attempt; what changes belongs to it and is shared with no other.
 class MyGameEpisode:
-    def __init__(self, hidden: int, settings: MyGameSettings) -> None:
+    def __init__(self, hidden: int, settings: Settings) -> None:
         self.observation = f"I have a number from 1 to {settings.highest}."  # the first thing that the agent sees
         self._hidden = hidden
         self._settings = settings
@@ -79,7 +79,7 @@ def read_guess(answer: str) -> int | None:
 
 
 class MyGame:
-    def __init__(self, settings: MyGameSettings) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._counts = {Split.TRAIN: settings.train_tasks, Split.TEST: settings.test_tasks}
         self.info = EnvironmentInfo(
@@ -112,6 +112,6 @@ class MyGame:
         return MyGameEpisode(hidden, self._settings)
 
 
-def create(name: str, settings: Mapping[str, object]) -> MyGame:
+def create(name: str, settings: Settings) -> MyGame:
     """What the server calls for each [environments.NAME] table whose kind is this module."""
-    return MyGame(read_settings(MyGameSettings, {**settings, "name": name}))
+    return MyGame(replace(settings, name=name))

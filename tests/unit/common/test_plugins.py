@@ -1,0 +1,160 @@
+"""What a name of a plug-in means, and where its settings stand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from mulligan.common.extras import MissingExtra
+from mulligan.common.plugins import Plugins, PluginSettings, UnusablePlugin, chosen_settings, place_of, with_tables
+from mulligan.env.encoders import ENCODERS
+from mulligan.env.envs import ENVIRONMENTS
+from mulligan.memory.stores import STORES
+from mulligan.policy.backends import BACKENDS
+from mulligan.policy.config import PolicyModelSettings
+from tests.support.distribution import install
+
+ALL = [(plugins, name) for plugins in (BACKENDS, ENVIRONMENTS, STORES, ENCODERS) for name in plugins.built_in]
+
+
+@pytest.fixture
+def acme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.syspath_prepend(install(tmp_path / "installed"))
+    yield tmp_path / "installed"
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("acme", "solo")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(("plugins", "name"), ALL, ids=[f"{plugins.noun} {name}" for plugins, name in ALL])
+def test_all_that_come_along_are_whole(plugins: Plugins, name: str) -> None:
+    """Each has settings, whatever it needs besides; none is a helper of another."""
+    found = plugins.find(name)
+    assert all(hasattr(found, export) for export in (*plugins.exports, "Settings"))
+
+
+@pytest.mark.parametrize(
+    "helper", ["sokoban_boards", "gymnasium_actions", "gymnasium_spaces", "hotpotqa_world", "boards"]
+)
+def test_helpers_are_no_kinds(helper: str) -> None:
+    with pytest.raises(UnusablePlugin, match=f"there is no environment '{helper}'"):
+        ENVIRONMENTS.find(helper)
+
+
+def test_the_nearest_name_and_all_that_there_are_are_told() -> None:
+    with pytest.raises(UnusablePlugin) as caught:
+        STORES.find("sqlit")
+    assert str(caught.value) == "there is no store 'sqlit'; did you mean 'sqlite'?; there are sqlite"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a..b", "../x", "sqlite.", "a b", "__main__"])
+def test_what_is_no_name_is_refused(name: str) -> None:
+    with pytest.raises(UnusablePlugin):
+        STORES.find(name)
+
+
+def test_a_name_is_built_in_before_it_is_installed_before_it_is_a_module(
+    acme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ENVIRONMENTS.find("countdown").__name__ == "acme.countdown"
+    assert "countdown" in ENVIRONMENTS.names and "countdown" not in ENVIRONMENTS.built_in
+    assert ENVIRONMENTS.find("acme.countdown") is ENVIRONMENTS.find("countdown")
+    for name in ("sokoban", "countdown", "solo"):
+        (tmp_path / f"{name}.py").write_text("def create(name, settings): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert ENVIRONMENTS.find("sokoban").__name__ == "mulligan.env.envs.sokoban"
+    assert ENVIRONMENTS.find("countdown").__name__ == "acme.countdown"
+    assert ENVIRONMENTS.find("solo").__name__ == "solo"
+
+
+def test_two_distributions_with_one_name_are_told_apart_by_nobody(
+    acme: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = install(tmp_path / "other", "[mulligan.stores]\nnotes = acme.parrot\n")
+    monkeypatch.syspath_prepend(other)
+    (other / "acme-1.0.dist-info").rename(other / "bcme-1.0.dist-info")
+    (other / "bcme-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: bcme\nVersion: 1.0\n")
+    with pytest.raises(UnusablePlugin, match=r"several distributions have a store 'notes': acme\.notes, acme\.parrot"):
+        STORES.find("notes")
+
+
+def test_what_a_module_raises_is_told(acme: Path) -> None:
+    (acme / "acme" / "raises.py").write_text("raise RuntimeError('not today')")
+    with pytest.raises(UnusablePlugin, match=r"'acme\.raises' is no store: RuntimeError: not today"):
+        STORES.find("acme.raises")
+    (acme / "acme" / "lacks.py").write_text(
+        "from mulligan.env import MissingExtra\nraise MissingExtra('gymnasium', ImportError('no gym'))"
+    )
+    with pytest.raises(MissingExtra, match="needs the extra 'gymnasium'"):
+        ENVIRONMENTS.find("acme.lacks")
+
+
+def service() -> Any:
+    """Settings of a service, read with what is installed now."""
+
+    @with_tables(BACKENDS)
+    class Service(BaseModel):
+        backend_settings: dict[str, Any] = {}
+        model: str = "m"
+
+    return Service
+
+
+def test_settings_have_a_place_by_how_the_plugin_is_named(acme: Path) -> None:
+    made = service()
+    assert [
+        place_of(made, BACKENDS, name) for name in ("transformers", "sglang", "parrot", "acme.parrot", "broken")
+    ] == [
+        "",
+        "sglang.",
+        "parrot.",
+        "backend_settings.",
+        "backend_settings.",
+    ]
+    settings = made(threads=2, sglang={"launch": 3}, parrot={"loudness": 3}, backend_settings={"loudness": 2})
+    assert chosen_settings(settings, BACKENDS, "transformers").threads == 2
+    assert chosen_settings(settings, BACKENDS, "sglang").launch == 3
+    assert chosen_settings(settings, BACKENDS, "parrot").loudness == 3
+    assert chosen_settings(settings, BACKENDS, "acme.parrot").loudness == 2
+    with pytest.raises(ValueError, match=r"greting: no such setting; did you mean 'greeting'\?"):
+        chosen_settings(made(backend_settings={"greting": ""}), BACKENDS, "acme.parrot")
+    with pytest.raises(ValidationError, match="loudness"):
+        made(parrot={"loudness": 4})
+
+
+def test_a_plugin_with_a_setting_that_has_no_default(acme: Path) -> None:
+    parrot = acme / "acme" / "parrot.py"
+    parrot.write_text(parrot.read_text().replace('greeting: str = Field("", ', "greeting: str = Field("))
+    made = service()
+    assert made().parrot is None, "whoever names another backend needs none"
+    with pytest.raises(ValueError, match="greeting: Field required"):
+        chosen_settings(made(), BACKENDS, "parrot")
+    assert chosen_settings(made(parrot={"greeting": "Ahoy!"}), BACKENDS, "parrot").greeting == "Ahoy!"
+
+
+@pytest.mark.parametrize("name", BACKENDS.built_in)
+def test_what_a_backend_says_of_its_settings_are_settings(name: str) -> None:
+    settings = BACKENDS.find(name).Settings
+    assert issubclass(settings, PluginSettings)
+    named = {*settings.local_only, *settings.exclusive, *settings.credentials}
+    named |= {credential for credentials in settings.credentials.values() for credential in credentials}
+    assert named <= set(settings.model_fields)
+    assert PolicyModelSettings(backend=name).own == settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "package", "extra"),
+    [("openai", "openai", "openai"), ("sglang", "aiohttp", "sglang"), ("transformers", "torch", "policy")],
+)
+async def test_a_backend_without_its_packages_names_the_extra(
+    name: str, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [module for module in sys.modules if module.startswith(f"mulligan.policy.backends.{name}.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=f"needs the extra '{extra}'"):
+        await BACKENDS.find(name).open(PolicyModelSettings(backend=name), tmp_path, 0)
