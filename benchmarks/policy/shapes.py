@@ -19,7 +19,7 @@ from mulligan import models
 from mulligan.common.inference import PublishedWeights, WeightsKind
 from mulligan.models.build import CHAT_TEMPLATE, write_untrained
 from mulligan.trainer.data import ModelLimits
-from mulligan.trainer.learner import canary
+from mulligan.trainer.learner import weight_check
 
 # Qwen3-4B's, as published in its config.json (https://huggingface.co/Qwen/Qwen3-4B).
 QWEN3_4B = {
@@ -98,7 +98,7 @@ class UpdateSeries:
         tokenizer = AutoTokenizer.from_pretrained(model)
         text = self._model.config.get_text_config()
         limits = ModelLimits(self._model.get_input_embeddings().num_embeddings, text.max_position_embeddings)
-        self._probes = canary.probe_sequences(tokenizer, limits)
+        self._probes = weight_check.probe_sequences(tokenizer, limits)
         self._version = 0
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class UpdateSeries:
         save_file(self._tensors(), path, metadata={"format": "pt"})
         with path.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-        probes = canary.probes(self._model, self._probes, self._dtype)
+        probes = weight_check.probes(self._model, self._probes, self._dtype)
         uri = path.resolve().as_uri()
         return PublishedWeights(self._version, WeightsKind.FULL, uri, sha256, self._fingerprint, probes)
 

@@ -243,8 +243,8 @@ class Learner:
         storage.keep_published(folder, self.learner_id, self.server.keep_weights, named)
         self._published = policy_version
         with self._arithmetic():
-            canary = self.model.canary()
-        return PublishedWeights(policy_version, kind, path.resolve().as_uri(), sha256, self.fingerprint, canary)
+            probes = self.model.probes()
+        return PublishedWeights(policy_version, kind, path.resolve().as_uri(), sha256, self.fingerprint, probes)
 
     @property
     def _checkpoints(self) -> Path:

@@ -21,7 +21,7 @@ from mulligan.common.inference import CanaryProbe
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from mulligan.models import EMBEDDED
 from mulligan.trainer.data import ModelLimits
-from mulligan.trainer.learner import canary
+from mulligan.trainer.learner import weight_check
 from mulligan.trainer.learner.batching import Microbatch
 from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
 
@@ -49,7 +49,7 @@ class PolicyModel:
         base, tokenizer = _load(settings.source, self._kept)
         self.fingerprint = model_fingerprint(base, tokenizer)
         self.limits = ModelLimits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
-        self._probes = _probes(tokenizer, self.limits, settings.source)
+        self._probe_sequences = _probe_sequences(tokenizer, self.limits, settings.source)
         self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
         _check_head(base, settings.source)
         self.base = base.to(device).eval()
@@ -91,9 +91,9 @@ class PolicyModel:
             hidden_NH = hidden_BTH.flatten(0, 1)[batch.positions_N]
             return _score(model, hidden_NH, batch.targets_N, batch.temperatures_N, entropy_gradient)
 
-    def canary(self) -> tuple[CanaryProbe, ...]:
+    def probes(self) -> tuple[CanaryProbe, ...]:
         """The probes of the weight check, under the present weights."""
-        return canary.probes(self.base, self._probes, self.dtype)
+        return weight_check.probes(self.base, self._probe_sequences, self.dtype)
 
     def full_weights(self) -> dict[str, Tensor]:
         """All weights by their names in `state_dict()`, tied ones once, in the model's dtype, on the CPU."""
@@ -137,10 +137,10 @@ def _unsupported(message: str, source: str) -> DomainError:
     return DomainError(reason, f"model.source: {message}", field="model.source", source=source)
 
 
-def _probes(tokenizer: Any, limits: ModelLimits, source: str) -> canary.Sequences:
+def _probe_sequences(tokenizer: Any, limits: ModelLimits, source: str) -> weight_check.ProbeTokens:
     """Raises DomainError UNSUPPORTED_MODEL for a tokenizer that does not work."""
     try:
-        return canary.probe_sequences(tokenizer, limits)
+        return weight_check.probe_sequences(tokenizer, limits)
     except Exception as error:
         raise _unsupported(f"the tokenizer of {source} encodes nothing: {short(error)}", source) from error
 

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.inference import PublishedWeights, WeightsKind
-from mulligan.trainer.learner.canary import RANDOM_SEQUENCES
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.settings import LearnerSpec
+from mulligan.trainer.learner.weight_check import RANDOM_SEQUENCES
 from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA, PLAIN, learn, make, many, sampled, server_settings, spec, weights_digest
 from tests.support.tiny_model import write_tiny_model
@@ -274,9 +274,9 @@ def test_the_canary_stays_inside_vocabulary_and_context(tiny: Path, tmp_path: Pa
     embedded = Learner("embedded", LearnerSpec(), server_settings(tmp_path))
     for learner in (make(tiny, tmp_path), embedded):
         limits = learner.model.limits
-        canary = learner.model.canary()
+        canary = learner.model.probes()
         assert len(canary) >= RANDOM_SEQUENCES
         for probe in canary:
             assert 2 <= len(probe.token_ids) <= limits.context_length
             assert min(probe.token_ids) >= 0 and max(probe.token_ids) < limits.vocabulary_size
-    assert len(embedded.model.canary()) == RANDOM_SEQUENCES + 1, "text, too"
+    assert len(embedded.model.probes()) == RANDOM_SEQUENCES + 1, "text, too"

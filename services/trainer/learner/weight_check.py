@@ -23,10 +23,10 @@ TEXT_TOKENS = 64
 TEXT = """The canary went down into the mine before the people did. It sang while the air was good, and when it fell \
 silent they turned back. Nobody asked the bird how it felt: 1, 2, 3 steps, then up again, into the light."""
 
-Sequences = tuple[tuple[int, ...], ...]
+ProbeTokens = tuple[tuple[int, ...], ...]
 
 
-def probe_sequences(tokenizer: Any, limits: ModelLimits) -> Sequences:
+def probe_sequences(tokenizer: Any, limits: ModelLimits) -> ProbeTokens:
     """Token sequences within vocabulary and context, each of at least two tokens."""
     vocabulary = min(limits.vocabulary_size, len(tokenizer))  # embeddings may have unused rows
     drawn = random.Random(f"canary/{vocabulary}")
@@ -36,7 +36,7 @@ def probe_sequences(tokenizer: Any, limits: ModelLimits) -> Sequences:
     return tuple(tuple(sequence) for sequence in [*sequences, text] if len(sequence) > 1)
 
 
-def probes(model: Any, sequences: Sequences, dtype: torch.dtype) -> tuple[CanaryProbe, ...]:
+def probes(model: Any, sequences: ProbeTokens, dtype: torch.dtype) -> tuple[CanaryProbe, ...]:
     """The log-probabilities of each token after the first, from softmax(logits).
 
     The forward pass uses the weights as published: rounded to `dtype`, and computed in it.
