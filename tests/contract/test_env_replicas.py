@@ -279,7 +279,7 @@ def _runs(pid: int) -> bool:
 
 
 def test_settings_that_all_processes_refuse(services: ServiceProcesses, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ProcessFailed, match=r"status 2(.|\n)*environments.x.kind: 'nope'"):
+    with pytest.raises(ProcessFailed, match=r"status 2(.|\n)*environments.x.kind: there is no environment 'nope'"):
         services.start("env", environments={"x": {"kind": "nope"}}, processes=2)
     with pytest.raises(SystemExit):
         EnvSettings.load(["--port", "65534", "--processes", "3"])
