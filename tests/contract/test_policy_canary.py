@@ -4,7 +4,7 @@ with the real transformers backend, which is made to load something else."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Faulty:
     backend: FaultyBackend
     model: Path
     folder: Path  # weights
-    logged: list[dict[str, Any]]
+    logged: Sequence[MutableMapping[str, Any]]  # it grows
     models: dict[int, torch.nn.Module] = field(default_factory=dict)
 
     def published(self, version: int, weights: torch.nn.Module, *, probes: bool = True) -> PublishedWeights:
@@ -95,7 +95,7 @@ class Faulty:
             answers = [await stub.Check(health_pb2.HealthCheckRequest(service=name)) for name in names]
         return [health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) for answer in answers]
 
-    def errors(self, event: str) -> list[dict[str, Any]]:
+    def errors(self, event: str) -> list[MutableMapping[str, Any]]:
         return [entry for entry in self.logged if entry["event"] == event and entry["log_level"] == "error"]
 
 
@@ -132,7 +132,7 @@ async def faulty(model: Path, tmp_path: Path) -> AsyncIterator[Faulty]:
             )
         )
         client = PolicyClient(Endpoint(await started, outage_seconds=0), timeout=30)
-        yield Faulty(client, started.result(), backends[0], model, folder, [dict(entry) for entry in logged])
+        yield Faulty(client, started.result(), backends[0], model, folder, logged)
         await client.close()
         service.cancel()
         await asyncio.gather(service, return_exceptions=True)
