@@ -9,9 +9,8 @@ from typing import Any
 from uuid import uuid4
 
 from mulligan.conformance import common
-from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import Report, Result, Suite, demand, run_suite
-from mulligan.conformance.target import CheckSession, Target
+from mulligan.conformance.target import CheckSession, Target, gathered
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,3 +212,12 @@ def as_demanded(answer: Any, request: Any, code: str, reason: str, *metadata: st
     if (answer.code, answer.reason) != (code, reason) or any(not answer.metadata.get(key) for key in metadata):
         raise Violation(demanded, answer, request)
     return answer
+
+
+async def gathered(awaitables: Any) -> list[Any]:
+    """All results. After an exception it waits for the rest and then raises it, so that no call outlives the check."""
+    results = await asyncio.gather(*awaitables, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results

@@ -6,9 +6,8 @@ import asyncio
 from uuid import uuid4
 
 from mulligan.conformance.env.game import SIDE_BY_SIDE, Game, difference
-from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import NotApplicable, Suite, demand
-from mulligan.conformance.target import as_demanded
+from mulligan.conformance.target import as_demanded, gathered
 from mulligan.env.v1 import env_service_pb2 as pb
 
 suite: Suite[Game] = Suite()

@@ -11,9 +11,8 @@ from typing import Any, TypeAlias
 from uuid import uuid4
 
 from mulligan.common.v1 import outcome_pb2
-from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import NotApplicable, Violation
-from mulligan.conformance.target import CheckSession, Refusal
+from mulligan.conformance.target import CheckSession, Refusal, gathered
 from mulligan.env.v1 import env_service_pb2 as pb
 
 SPLITS = (pb.SPLIT_TRAIN, pb.SPLIT_TEST)

@@ -8,8 +8,8 @@ from itertools import chain, cycle
 
 from mulligan.conformance.env import rules
 from mulligan.conformance.env.game import ORDINARY, SIDE_BY_SIDE, Game, PlayedEpisode
-from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import Suite, Violation, demand
+from mulligan.conformance.target import gathered
 from mulligan.env.v1 import env_service_pb2 as pb
 
 suite: Suite[Game] = Suite()

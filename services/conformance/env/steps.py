@@ -8,9 +8,8 @@ from typing import Any
 from google.rpc import code_pb2
 
 from mulligan.conformance.env.game import SIDE_BY_SIDE, Game, PlayedEpisode, difference
-from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import NotApplicable, Suite, demand
-from mulligan.conformance.target import Refusal
+from mulligan.conformance.target import Refusal, gathered
 from mulligan.env.v1 import env_service_pb2 as pb
 
 suite: Suite[Game] = Suite()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mulligan.conformance.gather import gathered
 from mulligan.conformance.report import Suite, demand
+from mulligan.conformance.target import gathered
 from mulligan.conformance.trainer.held import RemoteLearner, Trainer, datum
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 
