@@ -84,7 +84,7 @@ def memory(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check a memory service. Writes to scopes of its own, with random names, and forgets what it wrote.
+    """Check a memory service. Writes to new scopes with random names, and deletes what it wrote.
 
     Example: `mulligan conformance memory --target 127.0.0.1:50053`
     """
@@ -115,7 +115,7 @@ def policy(
 ) -> None:
     """Check a policy service. Samples a few hundred tokens of each policy.
 
-    The administration's token, where it has one of its own, is in MULLIGAN_CLI_ADMIN_TOKEN.
+    MULLIGAN_CLI_ADMIN_TOKEN has the token of PolicyAdminService, if that has its own.
 
     Example: `mulligan conformance policy --target 127.0.0.1:50052 --policy actor`
     """

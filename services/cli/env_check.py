@@ -26,7 +26,7 @@ def check(
     seed: Annotated[int, typer.Option(help="Seed of all random choices: the same seed gives the same actions.")] = 0,
     step_seconds: Annotated[float, typer.Option(min=0.1, help="A step that takes longer hangs.")] = 30.0,
 ) -> None:
-    """Play an environment in every way that a server and its clients may, and say what is wrong with it.
+    """Check an environment: play it as a server and its clients may, and explain what is wrong.
 
     Exit status: 0 all is well, 1 something is wrong, 2 the environment cannot be made.
 

@@ -40,8 +40,8 @@ def delete(
     learner_id: Annotated[str, typer.Argument(help="As `mulligan learners` shows it.")],
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
-    """Delete a learner: its place is free, and what it has not saved is lost. A run that uses it goes on from its last
-    checkpoint; `mulligan stop` ends a run.
+    """Delete a learner. What it has not saved is lost. A run that uses it goes on from its last checkpoint; `mulligan
+    stop` ends a run.
 
     Example: `mulligan learners delete my-learner`
     """

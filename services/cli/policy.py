@@ -135,7 +135,7 @@ async def _load(
 
 @policy.command()
 def unload(name: NameOf, address: PolicyAddress = DEFAULT_ADDRESSES["policy"]) -> None:
-    """Remove a policy once its calls have finished.
+    """Remove a policy when its calls have finished.
 
     Example: `mulligan policy unload reflector`
     """

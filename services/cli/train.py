@@ -32,7 +32,7 @@ def train(
     watch: Annotated[bool, typer.Option(help="Show progress until the run ends.")] = True,
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
-    """Start a training run, from a recipe, from --set alone, or both. What is not set has the paper's value.
+    """Start a training run from a recipe, from --set options, or both. Other settings have the paper's values.
 
     Example: `mulligan train frozenlake-3x3 --set steps=20 --set algorithm.second_attempt=none`
     """

@@ -157,7 +157,7 @@ class BatchAllOrNothing(Faulty):
 
 
 class PendingForEver(Faulty):
-    title = "a repeated item returns the stored answer, and one without a place in time is pending"
+    title = "a repeated item returns the stored answer; an item that is not done within max_wait is pending"
 
     async def StepEpisodes(self, request: pb.StepEpisodesRequest, context: Any) -> pb.StepEpisodesResponse:
         await super().StepEpisodes(request, context)
@@ -219,7 +219,7 @@ class NoPrompts(Faulty):
 
 
 class NoPlayers(Faulty):
-    title = "limits, counts and players are numbers that make sense"
+    title = "limits, counts and players are valid numbers"
 
     def told(self, info: pb.EnvironmentInfo) -> None:
         info.player_count = 0

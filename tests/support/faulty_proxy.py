@@ -135,7 +135,7 @@ class OneSample(_Policy):
 
 
 class IgnoresSeeds(_Policy):
-    title = "a seed repeats, and sample 0 of several uses it as it is"
+    title = "the same seed gives the same sample; sample 0 of several uses the seed unchanged"
 
     def after(self, request: Any, answer: Any) -> None:
         answer.completions[0].text += str(uuid4())
@@ -227,7 +227,7 @@ class NoSequence(_Trainer):
 
 
 class OwnedByAll(_Trainer):
-    title = "only the owner may: others are FAILED_PRECONDITION LEARNER_OWNED"
+    title = "calls by another owner are FAILED_PRECONDITION LEARNER_OWNED"
     call = "Forward"
 
     def before(self, request: Any) -> None:
@@ -235,7 +235,7 @@ class OwnedByAll(_Trainer):
 
 
 class CountsLearnersFromZero(_Trainer):
-    title = "a new learner counts from 1, and created again it is answered as it is"
+    title = "a new learner's calls are numbered from 1; a repeated CreateLearner returns the same answer"
     call = "CreateLearner"
 
     def after(self, request: Any, answer: Any) -> None:
@@ -243,7 +243,7 @@ class CountsLearnersFromZero(_Trainer):
 
 
 class KeepsTheGradient(_Trainer):
-    title = "it takes one step and clears the gradient; with nothing accumulated it is left out"
+    title = "it takes one step and clears the gradient; without a gradient it takes none"
     call = "OptimStep"
 
     def after(self, request: Any, answer: Any) -> None:
@@ -282,7 +282,7 @@ class RenewsNothing(_Trainer):
 
 
 class AnyLease(_Trainer):
-    title = "a lease that is none is INVALID_ARGUMENT INVALID_FIELD"
+    title = "a lease that is not positive, or too long, is INVALID_ARGUMENT INVALID_FIELD"
     call = "CreateLearner"
     error = "INVALID_FIELD"
     instead = learner_pb.CreateLearnerResponse()
@@ -303,7 +303,7 @@ class AnySetting(_Trainer):
 
 
 class WatchesFromTheStart(_Trainer):
-    title = "events are counted from 1, and a stream is taken up after any of them"
+    title = "events are numbered from 1, and a stream can begin after any of them"
     call = "WatchRun"
 
     def before(self, request: Any) -> None:
@@ -311,7 +311,7 @@ class WatchesFromTheStart(_Trainer):
 
 
 class RewardsOfNothing(_Trainer):
-    title = "an attempt has a reward exactly when it was completed or cut, and whole segments"
+    title = "an attempt has a reward if and only if it was COMPLETED or TRUNCATED, and its segments are valid"
     call = "ListExperiences"
 
     def after(self, request: Any, answer: Any) -> None:

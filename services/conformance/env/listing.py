@@ -22,7 +22,7 @@ _PLACEHOLDERS = {
 }
 
 
-@suite.check("ListEnvironments", "limits, counts and players are numbers that make sense")
+@suite.check("ListEnvironments", "limits, counts and players are valid numbers")
 async def numbers(game: Game) -> None:
     game.available()
     info = game.info

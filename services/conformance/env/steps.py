@@ -193,7 +193,9 @@ async def batch_plays(game: Game) -> None:
         _demand_same(found, expected, "its steps came in batches")
 
 
-@suite.check("StepEpisodes", "a repeated item returns the stored answer, and one without a place in time is pending")
+@suite.check(
+    "StepEpisodes", "a repeated item returns the stored answer; an item that is not done within max_wait is pending"
+)
 async def batch_repeated(game: Game) -> None:
     tasks = [task.task_id for task in await game.tasks(4)]
     episodes = [await game.start(tasks[n % len(tasks)]) for n in range(4)]
@@ -209,7 +211,7 @@ async def batch_repeated(game: Game) -> None:
         demand(stored, f"the stored answer, {other}", third if third != other else one, step)
 
 
-@suite.check("StepEpisodes", "one bad item spoils no other")
+@suite.check("StepEpisodes", "one bad item does not affect the others")
 async def one_bad_item(game: Game) -> None:
     """A server may also refuse the whole call; then it plays nothing."""
     episode = await game.start()

@@ -14,7 +14,7 @@ _LETTERS = "[ab]{3}"
 _ANSWERS = ["yes", "no"]
 
 
-@suite.check("GetPolicy", "a policy's numbers, features and states make sense")
+@suite.check("GetPolicy", "a policy's numbers, features and state are valid")
 async def describes_itself(served: Served) -> None:
     policy = served.policy
     features = [pb.Feature.Name(feature) for feature in policy.features]
@@ -91,7 +91,7 @@ async def stop_token(served: Served) -> None:
     demand(right, f"STOP_REASON_STOP_TOKEN after token {token}", stopped, request)
 
 
-@suite.check("Generate", "a seed repeats, and sample 0 of several uses it as it is")
+@suite.check("Generate", "the same seed gives the same sample; sample 0 of several uses the seed unchanged")
 async def seed(served: Served) -> None:
     served.need(pb.FEATURE_SEED)
     request = served.request(temperature=1.0, seed=20_231)

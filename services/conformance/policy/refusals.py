@@ -84,7 +84,7 @@ async def bad_fields(served: Served) -> None:
     await served.session.bad_field("Generate", request, "version_wait")
 
 
-@suite.check("Generate", "a prompt is needed: none at all, or an empty one, is INVALID_ARGUMENT")
+@suite.check("Generate", "without a prompt, or with an empty one, a call is INVALID_ARGUMENT")
 async def empty_prompts(served: Served) -> None:
     name = served.policy.name
     await served.session.refused("Generate", pb.GenerateRequest(policy=name), "INVALID_ARGUMENT", "INVALID_FIELD")

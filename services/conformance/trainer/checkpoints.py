@@ -54,7 +54,7 @@ async def restored(trainer: Trainer) -> None:
         demand(nothing.metrics["skipped"] == 1, "no gradient after loading", nothing, learner.step(3))
 
 
-@suite.check("PublishWeights", "it answers where the weights are, for UpdateWeights, and the same when repeated")
+@suite.check("PublishWeights", "it returns the URI of the weights for UpdateWeights, and the same when repeated")
 async def published(trainer: Trainer) -> None:
     trainer.may_write()
     async with trainer.learner() as learner:

@@ -14,7 +14,9 @@ suite: Suite[Trainer] = Suite()
 _ALIKE = 1e-3  # relative: two learners of the same seed on one machine
 
 
-@suite.check("CreateLearner", "a new learner counts from 1, and created again it is answered as it is")
+@suite.check(
+    "CreateLearner", "a new learner's calls are numbered from 1; a repeated CreateLearner returns the same answer"
+)
 async def created(trainer: Trainer) -> None:
     async with trainer.learner() as learner:
         first = learner.created
@@ -76,7 +78,7 @@ async def unknown(trainer: Trainer) -> None:
     await trainer.session.ask("DeleteLearner", pb.DeleteLearnerRequest(**ids))
 
 
-@suite.check("GetLearner", "only the owner may: others are FAILED_PRECONDITION LEARNER_OWNED")
+@suite.check("GetLearner", "calls by another owner are FAILED_PRECONDITION LEARNER_OWNED")
 async def owned(trainer: Trainer) -> None:
     async with trainer.learner() as learner:
         other = learner.ids | {"owner": "somebody-else"}
@@ -92,7 +94,7 @@ async def owned(trainer: Trainer) -> None:
         await learner.log_probs()
 
 
-@suite.check("Forward", "it answers a log-probability per trained token, the same again, and changes nothing")
+@suite.check("Forward", "it returns a log-probability per trained token, the same when repeated, and changes nothing")
 async def forward(trainer: Trainer) -> None:
     async with trainer.learner() as learner:
         request = learner.forward(datum("one"), datum("two", loss_mask=[False] * 5 + [True]))
@@ -179,7 +181,7 @@ async def bad_data(trainer: Trainer) -> None:
         await trainer.session.ask("ForwardBackward", learner.backward(1))
 
 
-@suite.check("OptimStep", "it takes one step and clears the gradient; with nothing accumulated it is left out")
+@suite.check("OptimStep", "it takes one step and clears the gradient; without a gradient it takes none")
 async def optim_step(trainer: Trainer) -> None:
     async with trainer.learner() as learner:
         before = await learner.log_probs()

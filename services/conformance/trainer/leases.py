@@ -75,7 +75,7 @@ async def renewed(trainer: Trainer) -> None:
             demand(held, f"the learner, which was called within {_LONG} s each time", answer, request)
 
 
-@suite.check("CreateLearner", "a lease that is none is INVALID_ARGUMENT INVALID_FIELD")
+@suite.check("CreateLearner", "a lease that is not positive, or too long, is INVALID_ARGUMENT INVALID_FIELD")
 async def bad_leases(trainer: Trainer) -> None:
     for seconds in (0, -1, 31 * 24 * 3600):
         request = trainer.create_request(lease=Duration(seconds=seconds))

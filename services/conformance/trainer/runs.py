@@ -107,7 +107,7 @@ async def bad_watch(trainer: Trainer) -> None:
     demand(found.metadata["field"] == "after_event", "metadata `field` is 'after_event'", found, request)
 
 
-@suite.check("Evaluate", "what cannot be measured is refused and named")
+@suite.check("Evaluate", "a bad field of an evaluation is refused and named")
 async def bad_evaluations(trainer: Trainer) -> None:
     for field, request in (
         ("environment", pb.EvaluateRequest()),

@@ -81,7 +81,7 @@ async def trained(trainer: Trainer) -> pb.Run:
     return trainer.trained
 
 
-@suite.check("StartRun", "a run is started once: the same again is answered as it is, other settings are RUN_CONFLICT")
+@suite.check("StartRun", "a repeated StartRun returns the run; with other settings it is RUN_CONFLICT")
 async def once(trainer: Trainer) -> None:
     request = request_of(trainer, steps=LONG)
     run = await start(trainer, request)
@@ -94,7 +94,7 @@ async def once(trainer: Trainer) -> None:
     await trainer.session.refused("StartRun", other, "ALREADY_EXISTS", "RUN_CONFLICT")
 
 
-@suite.check("StopRun", "a run stops after its step, keeps its place, and is taken up by ResumeRun alone")
+@suite.check("StopRun", "a run stops after its step, and only ResumeRun continues it")
 async def stop_and_resume(trainer: Trainer) -> None:
     await trained(trainer)  # where none can be completed, there is nothing to stop
     request = request_of(trainer, steps=LONG)
@@ -118,7 +118,7 @@ async def stop_and_resume(trainer: Trainer) -> None:
     demand(ended, "the events after the resumption, with STOPPED as the last", more[-1] if more else "no events", stop)
 
 
-@suite.check("WatchRun", "events are counted from 1, and a stream is taken up after any of them")
+@suite.check("WatchRun", "events are numbered from 1, and a stream can begin after any of them")
 async def events_replay(trainer: Trainer) -> None:
     run = await trained(trainer)
     events = await watch(trainer, run.run_id)
@@ -135,7 +135,7 @@ async def events_replay(trainer: Trainer) -> None:
         demand(time.monotonic() - began < trainer.session.target.timeout, "an end, as the run has ended", "none")
 
 
-@suite.check("ResumeRun", "a completed run stays as it is: RUN_COMPLETED, and StopRun changes nothing")
+@suite.check("ResumeRun", "resuming a completed run is RUN_COMPLETED, and StopRun does not change it")
 async def completed_stays(trainer: Trainer) -> None:
     run = await trained(trainer)
     resume = pb.ResumeRunRequest(run_id=run.run_id)
@@ -146,7 +146,7 @@ async def completed_stays(trainer: Trainer) -> None:
     demand(run.run_id in listed, f"{run.run_id} among the newest runs", listed)
 
 
-@suite.check("ListExperiences", "page by page it lists the experiences, by step, task and rollout; a step alone, too")
+@suite.check("ListExperiences", "page by page it lists the experiences by step, task and rollout, or those of one step")
 async def experiences(trainer: Trainer) -> None:
     run = await trained(trainer)
     found = await _experiences(trainer, run.run_id, 3)
@@ -177,7 +177,10 @@ async def _experiences(trainer: Trainer, run_id: str, size: int, **step: int) ->
             return found
 
 
-@suite.check("ListExperiences", "an attempt has a reward exactly when it was completed or cut, and whole segments")
+@suite.check(
+    "ListExperiences",
+    "an attempt has a reward if and only if it was COMPLETED or TRUNCATED, and its segments are valid",
+)
 async def attempts(trainer: Trainer) -> None:
     run = await trained(trainer)
     for experience in await _experiences(trainer, run.run_id, 100):
