@@ -48,11 +48,11 @@ def read_reward(reward: object) -> float:
     except Exception:  # noqa: BLE001 - foreign objects raise anything
         number = math.nan
     if not is_usable(number):
-        raise ValueError(f"reward {_told(reward)} is not a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}")
+        raise ValueError(f"reward {_quoted(reward)} is not a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}")
     return number
 
 
-def _told(value: object) -> str:
+def _quoted(value: object) -> str:
     try:
         return bounded(repr(value), _SHOWN)
     except Exception:  # noqa: BLE001 - foreign objects raise anything

@@ -182,7 +182,9 @@ def _reader(deserialize: Any) -> Callable[[bytes], Any]:
 
 def _checked(request: Any) -> Any:
     if isinstance(request, _Malformed):
-        raise DomainError(Reason.MALFORMED_MESSAGE, f"the bytes are no message of this call: {request.cause}")
+        raise DomainError(
+            Reason.MALFORMED_MESSAGE, f"the bytes cannot be parsed as a message of this call: {request.cause}"
+        )
     for violation in violations(request):
         raise invalid_field(violation.field, violation.expected)
     return request

@@ -50,7 +50,7 @@ def read_answer(answer: str, expected: str = "") -> str:
     if pattern is not None:
         text = found if found is not None else without_thoughts(answer)
         return _last(pattern, text) or _last(_NUMBER, text) or found or ""
-    return found if found is not None else _told(without_thoughts(answer), keep_period=expected.endswith("."))
+    return found if found is not None else _last_statement(without_thoughts(answer), keep_period=expected.endswith("."))
 
 
 def last_number(text: str) -> str:
@@ -66,15 +66,15 @@ def _last(pattern: re.Pattern[str], text: str) -> str:
     return found.translate(_PLAIN)
 
 
-def _told(text: str, *, keep_period: bool) -> str:
+def _last_statement(text: str, *, keep_period: bool) -> str:
     """The last line; in a line such as "The answer is x." only x."""
     lines = text.strip().splitlines()
     line = lines[-1].strip() if lines else ""
     leads = [lead.end() for lead in _LEAD.finditer(line)]
-    told = line[leads[-1] :].strip(" *_") if leads else ""
-    if not told:
+    stated = line[leads[-1] :].strip(" *_") if leads else ""
+    if not stated:
         return line
-    return told if keep_period else told.removesuffix(".").strip(" *_")
+    return stated if keep_period else stated.removesuffix(".").strip(" *_")
 
 
 def _boxed(said: str) -> str | None:

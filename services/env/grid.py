@@ -201,13 +201,13 @@ You are a reasoning agent in a grid world. You have attempted this board before,
 def with_limit(prompts: PromptSet, max_steps: int) -> PromptSet:
     """Fills `{max_steps}` into the prompts."""
 
-    def told(text: str) -> str:
+    def filled(text: str) -> str:
         return text.replace("{max_steps}", str(max_steps))
 
     return replace(
         prompts,
-        solver=told(prompts.solver),
-        action_reminder=told(prompts.action_reminder),
-        retry=told(prompts.retry),
-        try_again=told(prompts.try_again),
+        solver=filled(prompts.solver),
+        action_reminder=filled(prompts.action_reminder),
+        retry=filled(prompts.retry),
+        try_again=filled(prompts.try_again),
     )

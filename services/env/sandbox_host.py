@@ -194,7 +194,7 @@ def _attempt(call: Callable[[], Any], *, at_load: bool = False) -> SandboxReply:
 def _plain(value: Any) -> Any:
     """Converts a NumPy scalar to a number."""
     if not hasattr(value, "item"):
-        raise NotImplementedError(f"{type(value).__name__} cannot travel")
+        raise NotImplementedError(f"{type(value).__name__} cannot be sent")
     return value.item()
 
 

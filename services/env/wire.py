@@ -36,9 +36,9 @@ def step_from_proto(response: pb.StepEpisodeResponse) -> EpisodeStep:
 
 
 def _failed(response: pb.StepEpisodeResponse, reward: float | None) -> EpisodeStep:
-    told = "no reward" if reward is None else f"reward {reward}"
+    given = "no reward" if reward is None else f"reward {reward}"
     rewards = f" and rewards {[*response.rewards]!r:.200}" if response.rewards else ""
-    error = f"the server answered {told}{rewards}, not a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
+    error = f"the server answered {given}{rewards}, not a number from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}"
     return EpisodeStep("", response.action, None, True, Outcome.ENV_ERROR, error=error)
 
 
