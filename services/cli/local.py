@@ -17,6 +17,7 @@ from types import TracebackType
 
 import mulligan
 from mulligan.cli.connection import DEFAULT_ADDRESSES
+from mulligan.cli.out import Heartbeat
 from mulligan.common.channel import is_healthy
 from mulligan.common.tasks import cancel, gather_or_cancel
 
@@ -116,7 +117,7 @@ class LocalServices:
         for process in self._processes.values():
             process.start()
         try:
-            await gather_or_cancel(self._wait_until_healthy(process) for process in self._processes.values())
+            await self._wait_for_all()
         except BaseException:
             await self._end()
             raise
@@ -132,6 +133,16 @@ class LocalServices:
         """Returns never; raises ServiceFailed when a service cannot be kept running."""
         assert self._supervisor is not None
         await asyncio.shield(self._supervisor)
+
+    async def _wait_for_all(self) -> None:
+        missing = list(self._processes)
+
+        async def wait(process: _Process) -> None:
+            await self._wait_until_healthy(process)
+            missing.remove(process.name)
+
+        with Heartbeat(lambda: f"starting {', '.join(missing)}"):
+            await gather_or_cancel(wait(process) for process in self._processes.values())
 
     async def _wait_until_healthy(self, process: _Process) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mulligan.cli import local
 from mulligan.cli.local import LocalServices
+from mulligan.cli.out import Heartbeat
 from mulligan.cli.up import _configs
 from mulligan.common.config import SERVICES
 from mulligan.env.config import EnvSettings
 from mulligan.memory.config import MemorySettings
 from mulligan.policy.config import PolicySettings
 from mulligan.trainer.config import TrainerSettings
+from tests.support.waiting import until
 
 CONFIG = """
 model = "from/the-file"
@@ -104,3 +108,22 @@ def test_a_file_that_is_neither_is_refused(tmp_path: Path, text: str, said: str)
     config.write_text(text)
     with pytest.raises(ValueError, match=said):
         _configs(config, None, None)
+
+
+async def test_whom_the_start_waits_for_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = ""
+
+    def shown() -> bool:
+        nonlocal told
+        told += capsys.readouterr().err
+        return "starting trainer … " in told
+
+    async def healthy(self: LocalServices, process: Any) -> None:
+        if process.name == "trainer":
+            await until(shown)
+
+    monkeypatch.setattr(local, "Heartbeat", partial(Heartbeat, first=0.0, every=0.01))
+    monkeypatch.setattr(LocalServices, "_wait_until_healthy", healthy)
+    await LocalServices(tmp_path)._wait_for_all()
