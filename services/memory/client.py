@@ -47,7 +47,7 @@ class MemoryClient:
         return tuple(self._connection.read(_reflections, response))
 
     async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
-        """The reflection's id. Repeating a request id changes nothing."""
+        """Stores a reflection and returns its id. A repeated request id changes nothing."""
         request = pb.AddReflectionRequest(
             request_id=request_id, scope=scope, text=text, provenance=_provenance(provenance)
         )
@@ -60,7 +60,7 @@ class MemoryClient:
         return self._connection.read(lambda answer: _reflection(answer.reflection), response)
 
     async def list(self, scope: str = "", limit: int = 0, *, include_deleted: bool = False) -> list[StoredReflection]:
-        """The first `limit` reflections, oldest first; 0 means all, an empty scope every scope."""
+        """The first `limit` reflections, oldest first. 0 means all; an empty scope means every scope."""
         found: list[StoredReflection] = []
         token = ""
         while True:
@@ -75,7 +75,7 @@ class MemoryClient:
                 return found
 
     async def delete(self, reflection_id: str) -> int:
-        """The scope's version from which it is forgotten."""
+        """Deletes a reflection. Returns the scope's version from which it is gone."""
         request = pb.DeleteReflectionRequest(reflection_id=reflection_id)
         response = await self._connection.call(self._stub.DeleteReflection, request, timeout=self._timeout)
         return response.version
@@ -109,7 +109,7 @@ def _reflections(
 
 
 def _reflection(message: pb.StoredReflection) -> StoredReflection:
-    """Raises ValueError for rewards and versions that are none."""
+    """Raises ValueError for a reward or version that is not a valid number."""
     origin = message.provenance
     finite("provenance.reward_before", [origin.reward_before])
     finite("provenance.reward_after", [origin.reward_after])

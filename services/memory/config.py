@@ -18,7 +18,7 @@ _KIND = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
 @with_tables(STORES)
 class MemorySettings(ServiceSettings):
-    """Settings of a store's own stand in a table of its name."""
+    """The settings of a store stand in a table of its name."""
 
     service: ClassVar[str] = "memory"
 
@@ -26,7 +26,7 @@ class MemorySettings(ServiceSettings):
         f"{STORES.default}:mulligan-memory.db",
         min_length=1,
         description=f"KIND:LOCATION. The kind is a store: {', '.join(STORES.built_in)}, one that is installed, or a "
-        f"module. A location alone is of the kind {STORES.default}.",
+        f"module. A location alone means {STORES.default}.",
     )
     store_settings: dict[str, JsonValue] = Field(
         {}, description="Of a store that has no table of its name, such as any module."

@@ -1,4 +1,4 @@
-"""What a memory store does, whatever it is made of. A new store is a module that exports `Settings` and `open`.
+"""What a memory store does. A new store is a module that exports `Settings` and `open`.
 
 Every write makes a new version of its scope, counted from 1. A read sees exactly the entries of one version. The
 versions of different scopes are independent of each other.
@@ -43,32 +43,34 @@ class Page:
 
 
 class Store(Protocol):
-    """A write is durable when its call returns. Every method raises DomainError alone for what a caller did wrong."""
+    """A write is durable when its call returns. For mistakes of the caller, methods raise DomainError and nothing
+    else."""
 
     async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> Added:
-        """Exactly once on (scope, request_id): a repeated call returns the first answer. REQUEST_CONFLICT when the
-        reflection differs from the first call's."""
+        """Stores once per (scope, request_id): a repeated call returns the first answer. Raises REQUEST_CONFLICT if the
+        reflection differs from that of the first call."""
 
     async def query(
         self, scope: str, environment: str, strategy: RetrievalStrategy, limit: int, as_of_version: int | None
     ) -> Found:
-        """Successful reflections of the environment, best first. UNKNOWN_VERSION when the version is not reached."""
+        """Successful reflections of the environment, best first. Raises UNKNOWN_VERSION if the scope has no
+        such version yet."""
 
     async def get(self, reflection_id: str) -> StoredReflection:
-        """Deleted ones, too. UNKNOWN_REFLECTION."""
+        """Also returns deleted reflections. Raises UNKNOWN_REFLECTION."""
 
     async def list(self, scope: str, position: int, limit: int, include_deleted: bool) -> Page:
-        """In the order in which they were added, after `position` (0: from the start); all scopes when it is empty."""
+        """In the order of adding, after `position` (0: from the start). An empty scope means all scopes."""
 
     async def delete(self, reflection_id: str) -> int:
-        """The version from which it is forgotten; the same again when repeated. UNKNOWN_REFLECTION."""
+        """Returns the version from which it is deleted; the same one if repeated. Raises UNKNOWN_REFLECTION."""
 
     async def snapshot(self, scope: str) -> Snapshot:
-        """Version 0 for a scope without writes."""
+        """The scope's newest version and the number of its reflections; version 0 for a scope without writes."""
 
     async def close(self) -> None: ...
 
 
 def reflection_id(scope: str, request_id: str) -> str:
-    """The same in every store and after every restart, so that a retry cannot make a second one."""
+    """The id of a reflection. It is the same in every store and after a restart, so a retry cannot store it twice."""
     return hashlib.sha256(json.dumps([scope, request_id]).encode()).hexdigest()[:32]

@@ -24,12 +24,12 @@ from mulligan.policy.chat import Chat
 
 
 class BackendSettings(PluginSettings):
-    """Base of the `Settings` that a backend exports: what only this backend is set up with.
+    """Base of the `Settings` that a backend exports.
 
-    The class variables name some of these settings. `local_only`: those that name programs, files and variables of the
-    server's machine, which LoadModel does not set. `credentials`: by the setting of an address, those of the secrets
-    that go there; LoadModel takes no secret along to another address. `exclusive`: those that list servers whose
-    weights the policy sets, so that no other policy has them.
+    The class variables name some of its fields. `local_only`: fields that LoadModel must not set, because they name
+    programs, files or variables of the server's machine. `credentials`: for each field that holds an address, the
+    fields of the secrets that are sent there; LoadModel drops a secret when it changes the address. `exclusive`: fields
+    that list servers whose weights the policy sets; two policies cannot list the same server.
     """
 
     local_only: ClassVar[frozenset[str]] = frozenset()
@@ -39,14 +39,14 @@ class BackendSettings(PluginSettings):
 
     @property
     def setup(self) -> tuple[str, ...]:
-        """Equal for engines whose checksums of equal weights are equal."""
+        """Two engines with the same setup give the same checksum for the same weights."""
         return ()
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a backend serves, whatever the version of its weights. Sizes are 0, and the fingerprint is empty, where the
-    engine does not tell."""
+    """What a backend serves; the same for all versions of its weights. A size is 0, and the fingerprint is empty, if
+    the engine does not report it."""
 
     model: str
     fingerprint: str
@@ -63,8 +63,8 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One sample to draw. All of it was checked: the prompt is not empty, in vocabulary and shorter than the context,
-    and every option is among the backend's features.
+    """A request for one sample, already validated: the prompt is not empty, its ids are in the vocabulary, it is
+    shorter than the context, and every option is among the backend's features.
 
     `token_ids` is the prompt; without Feature.TOKEN_IDS it is empty, and `messages` and `tools` are the prompt.
     """
@@ -81,9 +81,9 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What one ask sampled, or, in a stream, a part of it. `stop_reason` is None in all parts but the last.
+    """The sample of one ask; in a stream, a part of it. `stop_reason` is None except in the last part.
 
-    `text` is set without Feature.TOKEN_IDS alone; otherwise the caller decodes the token ids.
+    `text` is set only without Feature.TOKEN_IDS. With it, the caller decodes the token ids.
     """
 
     token_ids: tuple[int, ...]
@@ -95,7 +95,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Per sequence one log-probability for each token after the first."""
+    """For each sequence, the log-probability of every token after the first."""
 
     log_probs: tuple[tuple[float, ...], ...]
     policy_version: int
@@ -129,10 +129,10 @@ class Replica(Protocol):
     def info(self) -> ReplicaInfo: ...
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> Scored:
-        """By this engine, with the weights that it holds now, even while it serves nobody."""
+        """Scores with this engine and the weights that it holds now, even while it takes no requests."""
 
     async def checksum(self) -> str:
-        """The engine's own, of all weights that it holds: equal for equal weights in engines that are set up alike."""
+        """The engine's own checksum of all its weights. Engines with the same setup and weights have the same one."""
 
 
 # Checks a replica that has loaded these weights before it serves them. Raises DomainError CANARY_FAILED.
@@ -147,11 +147,11 @@ class Backend(Protocol):
 
     @property
     def policy_version(self) -> int:
-        """Of the weights that were loaded last. 0, at first, for those that the model came with."""
+        """Version of the weights that were loaded last; at first that of the weights the model came with."""
 
     @property
     def replicas(self) -> Sequence[Replica]:
-        """All engines, also those that do not serve now."""
+        """All engines, including those that are not serving now."""
 
     @property
     def chat(self) -> Chat | None:
@@ -159,7 +159,7 @@ class Backend(Protocol):
 
     @property
     def compute_seconds(self) -> float:
-        """Spent in the model since the start; 0 where the engine is elsewhere."""
+        """Seconds spent in the model since the start; 0 if the engine runs elsewhere."""
 
     def encode(self, text: str) -> list[int]:
         """Without special tokens."""

@@ -1,5 +1,5 @@
-"""What a policy is: a model, and the backend that runs it. A backend imports this; the service's settings, where each
-backend has its place, are in `config.py`."""
+"""Settings of one policy: its model and the backend that runs it. Backends import this module. `config.py` adds the
+settings of each backend, and those of the service."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ S = TypeVar("S", bound=BackendSettings)
 
 
 class ModelSettings(BaseModel):
-    """Those that each policy has, whatever runs it."""
+    """The settings that every policy has, with any backend."""
 
     backend: str = Field(
         BACKENDS.default,
@@ -42,7 +42,7 @@ class ModelSettings(BaseModel):
         return own
 
     def own_as(self, kind: type[S]) -> S:
-        """The same, by the class that the backend exports."""
+        """The backend's own settings, as an instance of the class that it exports."""
         own = self.own
         assert isinstance(own, kind), f"{self.backend} has {type(own).__name__}, not {kind.__name__}"
         return own
@@ -76,5 +76,5 @@ class ModelSettings(BaseModel):
 
     @property
     def model_name(self) -> str:
-        """Hub id or name of a folder, without where the folder is."""
+        """Hub id, or the name of the folder without its path."""
         return Path(self.model).name if Path(self.model).is_dir() else self.model

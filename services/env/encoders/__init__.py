@@ -1,4 +1,4 @@
-"""The encoders of dense search that come along, a module or a package each. One exports `create(settings)`."""
+"""The built-in encoders of dense search, a module or a package each. An encoder exports `create(settings)`."""
 
 from mulligan.common.plugins import Plugins
 

@@ -1,4 +1,4 @@
-"""The environments that come along, a module or a package each. docs/environments.md says what one exports."""
+"""The built-in environments, a module or a package each. docs/environments.md says what one exports."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The stores that come along, a module or a package each. docs/architecture.md says what one exports."""
+"""The built-in stores, a module or a package each. docs/architecture.md says what one exports."""
 
 from mulligan.common.plugins import Plugins, PluginSettings
 

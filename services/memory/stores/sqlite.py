@@ -1,9 +1,9 @@
 """Reflections in one SQLite file, written by one process.
 
-One thread owns the connection, so the event loop never waits for a disk. It takes all calls that are waiting, runs them
-in one transaction and answers them after the commit: with synchronous=FULL a commit waits for the disk (milliseconds),
-and this way a burst of writes waits once. An acknowledged write survives SIGKILL and a loss of power. NORMAL would
-survive only the former, and saves nothing that one write per experience could notice.
+One thread owns the connection, so the event loop never waits for the disk. The thread takes all waiting calls, runs
+them in one transaction and answers them after the commit. With synchronous=FULL a commit waits for the disk
+(milliseconds); a burst of writes waits only once. An acknowledged write survives SIGKILL and a loss of power. NORMAL
+would survive only SIGKILL, and the time that it saves does not matter at one write per experience.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _Call = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
 
 
 class Settings(PluginSettings):
-    """None so far."""
+    """This store has no settings besides its location."""
 
 
 async def open(location: str, settings: Settings) -> SqliteStore:
@@ -144,8 +144,9 @@ def _deliver(futures: list[asyncio.Future[Any]], answers: list[Any]) -> None:
 
 
 def _transact(db: sqlite3.Connection, folder: Path, calls: list[Callable[[sqlite3.Connection], Any]]) -> list[Any]:
-    """All calls in one transaction. A DomainError is one call's answer: calls check everything before they write. After
-    any other failure nothing is written, and each call is made alone: on a full disk those that read are answered."""
+    """Runs all calls in one transaction. A DomainError is the answer to one call; calls check everything before they
+    write. After any other failure nothing is written and each call is run alone, so that calls that only read are
+    answered on a full disk."""
     answers: list[Any] = []
     try:
         with writing_to(folder):
@@ -166,7 +167,7 @@ def _transact(db: sqlite3.Connection, folder: Path, calls: list[Callable[[sqlite
 
 
 def _lock(path: Path) -> IO[bytes]:
-    """On a file beside the database: SQLite puts locks of its own on the database."""
+    """Locks a file beside the database, since SQLite has locks of its own on the database."""
     lock_path = path.with_name(path.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

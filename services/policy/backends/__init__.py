@@ -1,4 +1,4 @@
-"""The engines that come along, a package each. docs/architecture.md says what one exports."""
+"""The built-in backends, a package each. docs/architecture.md says what one exports."""
 
 from mulligan.common.plugins import Plugins
 from mulligan.policy.backend import BackendSettings

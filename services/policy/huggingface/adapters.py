@@ -1,4 +1,4 @@
-"""Which tensors of a LoRA adapter belong to which layer of a model, all of it checked."""
+"""Finds, and checks, which tensors of a LoRA adapter belong to which layer of a model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _UP = "lora_B"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A weight matrix of a model. `kind` is the class of its layer; `tied_to` another module that has the same matrix,
-    "" where none has."""
+    """A weight matrix of a model. `kind` is the class of its layer. `tied_to` names another module that has the same
+    matrix; "" if none has."""
 
     shape: tuple[int, ...]
     kind: str
@@ -28,7 +28,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """Of one layer: the names in the file of A [rank, inputs] and B [outputs, rank]."""
+    """The two factors of one layer: the tensor names of A [rank, inputs] and B [outputs, rank]."""
 
     down: str
     up: str
@@ -36,7 +36,7 @@ class Factors:
 
 
 def places_of(model: torch.nn.Module) -> dict[str, Place]:
-    """By the name of the module."""
+    """The weight matrices of the model, by the name of the module."""
     layers = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -57,7 +57,8 @@ def places_of(model: torch.nn.Module) -> dict[str, Place]:
 def factors_of(
     config: AdapterConfig, shapes: Mapping[str, Sequence[int]], places: Mapping[str, Place]
 ) -> dict[str, Factors]:
-    """By the name of the module; `shapes` are those of the file's tensors. Raises DomainError MODEL_MISMATCH."""
+    """The adapter's factors, by the name of the module. `shapes` are those of the file's tensors. Raises DomainError
+    MODEL_MISMATCH."""
     names: dict[str, dict[str, str]] = {}
     for key in shapes:
         module, _, factor = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")

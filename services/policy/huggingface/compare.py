@@ -1,4 +1,4 @@
-"""Whether two files hold the same weights, in the numbers that an engine computes with."""
+"""Compares the weights of two files, after rounding to the precision that an engine computes in."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mulligan.policy.huggingface.source import source_of
 
 
 def alike(first: WeightsFile, second: WeightsFile, dtype: str) -> bool:
-    """Of the same kind, and equal once rounded to `dtype`, a torch name."""
+    """Whether both are of the same kind, and equal after rounding to `dtype`, a torch name."""
     if first.kind is not second.kind or first.safetensors is None or second.safetensors is None:
         return False
     if first.kind is WeightsKind.LORA and _config(first) != _config(second):
@@ -24,9 +24,9 @@ def alike(first: WeightsFile, second: WeightsFile, dtype: str) -> bool:
 
 
 def alike_original(weights: WeightsFile, model: str, dtype: str) -> bool:
-    """The same with the weights that a model, a folder or hub id, came with. An adapter is when it adds nothing.
+    """Whether weights equal those that a model, a folder or hub id, came with. An adapter does if it adds nothing.
 
-    True also for a model that has no safetensors files on this machine: then nothing can tell.
+    Also True if the model has no safetensors files on this machine, since then nothing can be compared.
     """
     if weights.safetensors is None:
         return False
@@ -43,7 +43,8 @@ def alike_original(weights: WeightsFile, model: str, dtype: str) -> bool:
 
 
 def _equal(first: list[Path], second: list[Path], dtype: str) -> bool:
-    """Tensors that only one side has are other names of tied ones: both were found complete when they were loaded."""
+    """Compares the tensors that both sides have. Others are second names of tied tensors: both files were found
+    complete when they were loaded."""
     places = {name: path for path in second for name in _names(path)}
     kind = getattr(torch, dtype, None)
     compared = 0

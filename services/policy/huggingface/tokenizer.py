@@ -14,7 +14,7 @@ from mulligan.policy.literals import AddedToken, ControlTokens, Span
 
 
 class Tokenizer:
-    """`inner` is transformers' own, of the fast kind."""
+    """`inner` is a fast tokenizer of transformers."""
 
     def __init__(self, inner: Any):
         self.inner = inner
@@ -25,7 +25,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: str) -> Tokenizer:
-        """Of a hub id or a folder. Raises UnsupportedModel."""
+        """Loads from a hub id or a folder. Raises UnsupportedModel."""
         try:
             inner = AutoTokenizer.from_pretrained(source)
         except Exception as error:  # a loader fails in many ways, which mean the same to callers
@@ -37,7 +37,7 @@ class Tokenizer:
         return cls(inner)
 
     def encode(self, text: str) -> list[int]:
-        """Control tokens are recognised, and none is added."""
+        """Token ids of the text. Control tokens in it are recognised; none is added."""
         # The inner tokenizer: transformers' wrapper takes five times as long, and is not made for several threads.
         ids: list[int] = self.inner.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return ids
@@ -51,13 +51,15 @@ class Tokenizer:
         return str(self.inner.decode(token_ids, skip_special_tokens=not special))
 
     def decode_marked(self, token_ids: Sequence[int], text: str, end_of_turn: Collection[int]) -> str:
-        """With special tokens, but for these and padding. `text` is what they are without any."""
+        """The text with its special tokens, except padding and those in `end_of_turn`. `text` is the text without
+        any."""
         kept = [token for token in token_ids if token not in end_of_turn and token != self.inner.pad_token_id]
         return self.decode(kept, special=True) if any(map(self.controls.is_special, kept)) else text
 
     def end_of_turn(self, *others: object) -> tuple[int, ...]:
-        """What the tokenizer and these, a model's configuration or generation settings, call the end of a turn, and the
-        token with which the chat template closes one. Raises UnsupportedModel when it closes turns with no token."""
+        """The tokens that end a turn: those that the tokenizer and `others` (the model's configuration and generation
+        settings) name, and the one with which the chat template closes a turn. Raises UnsupportedModel if the template
+        closes turns without a token."""
         found: set[int] = set()
         for source in (self.inner, *others):
             value = getattr(source, "eos_token_id", None)

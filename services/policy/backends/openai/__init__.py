@@ -33,8 +33,8 @@ class Settings(BackendSettings):
 
 
 async def open(settings: ModelSettings, folder: Path, first_version: int) -> Backend:
-    """`folder` is not needed. Raises UnsupportedModel when the endpoint says that it has no such model or refuses the
-    credential; MissingExtra."""
+    """Does not use `folder`. Raises MissingExtra, and UnsupportedModel if the endpoint has no such model or refuses the
+    credential."""
     try:
         from mulligan.policy.backends.openai.backend import open_backend
     except ModuleNotFoundError as error:

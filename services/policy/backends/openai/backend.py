@@ -1,11 +1,15 @@
 """Any endpoint that speaks OpenAI's chat completions: vLLM, TGI, SGLang, a hosted model. For evaluation, for reflection
 by a stronger model, for a frozen opponent.
 
-Messages in, text out: there are no token ids, so nothing that could be trained on, no continuation, no Score, no
-weights. What the protocol leaves to an endpoint: whether it honours seeds, tools and schemas (`openai.without` names
-those that it does not, so that they are refused rather than ignored), top-k, for which the protocol has no field (many
-endpoints take the model's own default; `openai.extra_body` can set it), and which stop string ended a completion (see
-`chat.ending`). Tool calls stand in the text as `chat.render_tool_calls` writes them.
+Messages go in and text comes out. There are no token ids: completions cannot be trained on or continued, and there is
+no Score and no weight update. The protocol leaves open:
+
+- whether an endpoint honours seeds, tools and schemas. `openai.without` names those that it ignores; the policy then
+  refuses them.
+- top-k. The protocol has no field for it, and many endpoints use the model's default. `openai.extra_body` can set it.
+- which stop string ended a completion; see `chat.ending`.
+
+Tool calls stand in the text as `chat.render_tool_calls` writes them.
 """
 
 from __future__ import annotations
@@ -48,8 +52,7 @@ _MESSAGE_LENGTH = 500  # of what an endpoint says that is passed on
 async def open_backend(settings: ModelSettings, first_version: int) -> OpenAIBackend:
     """Raises UnsupportedModel when the endpoint says that it has no such model or refuses the credential.
 
-    One that is down does not keep the policy from starting: endpoints come and go. The policy is unavailable until it
-    is there.
+    If the endpoint is down, the policy starts anyway, and is unavailable until the endpoint answers.
     """
     endpoint = ChatEndpoint(settings)
     try:
@@ -64,7 +67,8 @@ async def open_backend(settings: ModelSettings, first_version: int) -> OpenAIBac
 
 
 class ChatEndpoint:
-    """The connection, and the one replica of the policy: whether it answers, and how many requests are on their way."""
+    """The connection to the endpoint, which is the policy's only replica. Knows whether it answers, and counts the
+    requests in flight."""
 
     def __init__(self, settings: ModelSettings):
         chosen = settings.own_as(Settings)
@@ -103,8 +107,8 @@ class ChatEndpoint:
         return ""  # it tells none
 
     async def check(self) -> str:
-        """Why the endpoint cannot serve the model; empty when it can, or does not tell. Raises openai.APIError when it
-        does not answer."""
+        """Why the endpoint cannot serve the model; empty if it can, or if it lists no models. Raises openai.APIError if
+        it does not answer."""
         try:
             listed = await self._prober.models.list()
         except openai.APIStatusError as error:
@@ -123,7 +127,7 @@ class ChatEndpoint:
         return ""
 
     def fail(self, problem: str) -> None:
-        """Takes the endpoint out until it is found to answer again."""
+        """Refuses requests until a probe finds that the endpoint answers again."""
         if not self._problem:
             log.warning("endpoint is down", endpoint=self.address, problem=problem)
         self._problem = problem
@@ -141,8 +145,8 @@ class ChatEndpoint:
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[float]:
-        """Waits for one of the places at the endpoint. The answer is due at the loop's time that it yields. What goes
-        wrong with the endpoint meanwhile becomes a DomainError."""
+        """Waits until fewer than `openai.concurrency` requests are in flight. Yields the deadline, as a time of the
+        event loop. Turns failures of the endpoint into DomainErrors."""
         if self._problem:
             raise _unavailable(self._problem, timedelta(seconds=_PROBE_SECONDS))
         if self._places.locked() and self._waiting >= self._max_queue:
@@ -278,7 +282,8 @@ class OpenAIBackend:
         return chat_request(model, ask)
 
     async def _create(self, request: dict[str, Any]) -> object:
-        """Asks again, in other words, what endpoints refuse though the contract has it."""
+        """Sends the request. If the endpoint refuses the limit on tokens, sends it again with the newer name or
+        without."""
         if self._limit not in request:
             request[self._limit] = request.pop("max_tokens")
         while True:
@@ -300,7 +305,8 @@ class OpenAIBackend:
         return await self._endpoint.score(sequences, temperature)
 
     async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
-        """Only that those that the endpoint has are called another version."""
+        """Gives the endpoint's weights another version number. Raises DomainError UNSUPPORTED_OPTION for new
+        weights."""
         if weights.kind is not WeightsKind.ORIGINAL:
             raise _unsupported("kind", Feature.FULL_WEIGHTS)
         await admit(self._endpoint, weights)
@@ -317,7 +323,7 @@ class OpenAIBackend:
 
 
 def _address(base_url: str) -> str:
-    """The URL without what may be secret in it. Raises UnsupportedModel."""
+    """The URL without user, password and query, which may be secret. Raises UnsupportedModel."""
     try:
         parts = urlsplit(base_url)
         host = parts.hostname or ""
@@ -347,7 +353,7 @@ def _refuses_credential(address: str, status: int) -> str:
 
 
 def _status(error: openai.APIError) -> int:
-    """Of the answer, or, within a stream that had begun well, what the error's event calls its code; 0 without."""
+    """HTTP status of the answer, or the code in the error event of a stream; 0 if there is none."""
     status = getattr(error, "status_code", None)
     code = status if status is not None else (error.body.get("code") if isinstance(error.body, dict) else None)
     return int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal()) else 0
@@ -360,7 +366,7 @@ def _said(error: openai.APIError) -> str:
 
 
 def _cause(error: openai.APIError) -> str:
-    """`Connection error.` alone helps nobody."""
+    """The error's message with its cause, since openai's own is only "Connection error."."""
     return str(error.__cause__ or _said(error)) or type(error.__cause__).__name__
 
 
@@ -370,6 +376,6 @@ def _beyond_context(error: openai.APIError) -> bool:
 
 
 def _wait(error: openai.APIError) -> timedelta:
-    """What the endpoint asks for in whole seconds, within reason."""
+    """The Retry-After of the answer, in seconds, within limits."""
     header = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
     return timedelta(seconds=min(int(header), 300)) if header.isdecimal() else _RETRY_AFTER

@@ -1,4 +1,4 @@
-"""A sample to draw as a request for OpenAI's chat completions, and what the endpoint answers as a sample.
+"""Converts an `Ask` to a request for OpenAI's chat completions, and the answer to a sample.
 
 https://platform.openai.com/docs/api-reference/chat
 """
@@ -49,8 +49,8 @@ def chat_request(model: str, ask: Ask) -> dict[str, Any]:
 
 
 def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """OpenAI ties a tool's answer to its call by an id, which our messages lack: answers go to calls of their tool in
-    the order of the calls."""
+    """OpenAI connects a tool's answer to its call by an id. Our messages have none: the n-th answer of a tool belongs
+    to the n-th call of that tool."""
     shown: list[dict[str, Any]] = []
     open_calls: list[tuple[str, str]] = []
     made = 0
@@ -82,7 +82,7 @@ def _messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def needs_tools(ask: Ask) -> str:
-    """The field for which the endpoint must know tools; empty when there is none."""
+    """Name of the field that needs an endpoint with tools; empty if none does."""
     if ask.tools:
         return "tools"
     return "messages" if any(one.tool_calls or one.role is Role.TOOL for one in ask.messages) else ""
@@ -125,7 +125,7 @@ def only_choice(answer: object) -> tuple[Choice, CompletionUsage | None]:
 
 
 def text_of(message: ChatCompletionMessage) -> str:
-    """What the model said, with its tool calls rendered behind it."""
+    """The text of the message, followed by its tool calls."""
     called = message.tool_calls or ()
     calls = [ToolCall(call.function.name, call.function.arguments) for call in called if call.type == "function"]
     said = message.content or message.refusal or ""
@@ -137,11 +137,11 @@ def text_of(message: ChatCompletionMessage) -> str:
 def ending(
     choice: Choice | ChunkChoice, text: str, asked: SamplingParams, tokens: int | None
 ) -> tuple[StopReason, str]:
-    """Why it stopped, and what is missing at the end of `text`.
+    """The stop reason, and the stop string that is missing at the end of `text`.
 
-    A completion includes the stop string that ended it, but endpoints cut that off. It is put back where the endpoint
-    tells which it was: vLLM (`stop_reason`) and SGLang (`matched_stop`) do, and TGI does not cut it off. Of others a
-    stop string looks like the end of the turn. `tokens` is the length of the completion, where it is known.
+    Our completions include the stop string that ended them; most endpoints cut it off. It is put back if the endpoint
+    says which one it was, as vLLM (`stop_reason`) and SGLang (`matched_stop`) do. TGI does not cut it off. With other
+    endpoints a stop string looks like the end of the turn. `tokens` is the length of the completion, if known.
     """
     reason = choice.finish_reason
     # A string from here on: engines have reasons of their own.
@@ -173,7 +173,7 @@ class StreamedAnswer:
         self._tokens: int | None = None
 
     def take(self, chunk: object) -> str:
-        """The text that is new. Tool calls come with `finish`: their pieces are no text yet."""
+        """The new text of this chunk. Tool calls are returned by `finish`, when they are complete."""
         if not isinstance(chunk, ChatCompletionChunk):
             raise NotAnAnswer("no chat completion")
         if chunk.usage is not None:
@@ -194,7 +194,7 @@ class StreamedAnswer:
         return text
 
     def finish(self) -> tuple[StopReason, str]:
-        """Why it stopped, and the text that is still missing."""
+        """The stop reason, and the rest of the text."""
         if self._last is None:
             raise NotAnAnswer("a stream that broke off")
         reason, missing = ending(self._last, self._text, self._asked, self._tokens)

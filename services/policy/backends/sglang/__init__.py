@@ -44,7 +44,7 @@ class Settings(BackendSettings):
 
 
 async def open(settings: ModelSettings, folder: Path, first_version: int) -> Backend:
-    """`folder` is for the weights that the servers load, where the settings name none. Raises UnsupportedModel,
+    """Weights are put into `folder` for the servers to load, unless the settings name another. Raises UnsupportedModel,
     MissingExtra."""
     try:
         from mulligan.policy.backends.sglang.backend import open_backend

@@ -1,12 +1,12 @@
-"""SGLang servers: some that run, or some that this service launches.  https://github.com/sgl-project/sglang
+"""SGLang servers that run already, or that this service launches. https://github.com/sgl-project/sglang
 
-Token ids go to /generate and come back. Each answer tells by which weights, as the server calls them, each of its
-tokens was sampled; one from weights that the server was not given is discarded, the server is taken out, loaded and
-checked again, and the request goes to another.
+Token ids go to /generate and come back. Each answer names the weights that sampled each token. If a server answers from
+weights that it was not given, the answer is discarded and the request goes to another server. The first one serves
+again after it was loaded and checked.
 
-What the engine itself does not do is done here: log-probabilities under a regex or schema are scored anew, since SGLang
-gives those of the constrained logits (and a stream of such a request comes in one part); and Score at a temperature
-other than 1 costs a request of one token per token.
+Two things are done here because SGLang does not do them. Under a regex or schema SGLang returns log-probabilities of
+the constrained logits: they are scored again, and a stream comes in one part. Score at a temperature other than 1 takes
+one request for each token.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _FAILURES = (Unreachable, Stale, requests.BadAnswer, requests.Aborted)
 
 
 async def open_backend(settings: ModelSettings, folder: Path, first_version: int) -> SglangBackend:
-    """Launched servers are ready when it returns; of those that run, one at least. Raises UnsupportedModel."""
+    """Returns when all launched servers, or one of those that ran already, are ready. Raises UnsupportedModel."""
     return SglangBackend(settings, await open_servers(settings, folder, first_version))
 
 
@@ -101,7 +101,7 @@ class SglangBackend:
             self._in_flight -= 1
 
     async def stream(self, ask: Ask) -> AsyncIterator[Sampled]:
-        """A server that fails in the middle is replaced by another, which goes on from the tokens that there are."""
+        """If the server fails in the middle, another one continues after the tokens sampled so far."""
         self._enter()
         try:
             if _is_constrained(ask):
@@ -125,7 +125,8 @@ class SglangBackend:
         return Scored(tuple(row for _, row in found), found[0][0])
 
     async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
-        """Requests on other full weights go on with the new ones; on an adapter they finish with it."""
+        """Requests that run on full weights go on with the new ones. Requests on an adapter finish with that
+        adapter."""
         await self._updates.update(weights, admit)
 
     async def release_memory(self) -> None:
@@ -251,7 +252,7 @@ class SglangBackend:
                 self._abort(server, rid)
 
     async def _score(self, ids: Sequence[int], temperature: float, adapter: str) -> tuple[int, tuple[float, ...]]:
-        """Not by a router, whose requests have not all that this needs."""
+        """Asks a server directly: the router does not pass on all fields that this needs."""
         problem = ""
         for attempt in range(_ATTEMPTS):
             async with self._pool.dispatch(place_of("", adapter, ids)) as (server, target):
@@ -303,7 +304,7 @@ class SglangBackend:
         return str(error)
 
     def _abort(self, server: Server, rid: str) -> None:
-        """Closing the connection does it, too, but only some seconds later."""
+        """Aborts the request at once. Closing the connection would also abort it, but some seconds later."""
 
         async def abort() -> None:
             for one in self._pool.servers if self._router is not None else [server]:
@@ -325,13 +326,14 @@ def _is_constrained(ask: Ask) -> bool:
 
 
 def _after(ask: Ask, part: Sampled) -> Ask:
-    """What is still to be sampled."""
+    """The ask for the tokens that are still to be sampled."""
     sampling = replace(ask.sampling, max_tokens=ask.sampling.max_tokens - len(part.token_ids))
     return replace(ask, token_ids=[*ask.token_ids, *part.token_ids], sampling=sampling)
 
 
 def _refusal(ask: Ask, error: RequestRefused) -> Exception:
-    """What the caller asked for in vain; an adapter that is not there is the server's fault."""
+    """The error for a request that the server refused. A missing adapter is the server's fault, all else the
+    caller's."""
     message = str(error)
     if "LoRA adapter" in message:
         return Stale(message)

@@ -18,15 +18,15 @@ _KEEP_SECONDS = 3.0
 
 
 class Unreachable(Exception):
-    """The server does not answer, or not as one that works does."""
+    """The server does not answer, or answers as one that does not work."""
 
 
 class RequestRefused(Exception):
-    """The server says no (HTTP 4xx); the message is its own."""
+    """The server refused the request (HTTP 4xx). The message is the server's."""
 
 
 class HttpConnection:
-    """`session` is shared by all servers, and whoever made it closes it."""
+    """`session` is shared by all servers; its creator closes it."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class HttpConnection:
     async def control(
         self, path: str, body: Mapping[str, object] | None = None, timeout: float = CONTROL_SECONDS
     ) -> dict[str, Any]:
-        """A call that changes the server; it needs the administrator's key where there is one."""
+        """A call that changes the server. It sends the administrator's key, if there is one."""
         answer = await self._call("POST", path, msgspec.json.encode(body or {}), self._control_headers, timeout)
         return _decoded(answer)
 
@@ -90,7 +90,7 @@ class HttpConnection:
 
 
 def new_session() -> aiohttp.ClientSession:
-    """Without a limit on connections: SGLang has a queue of its own."""
+    """A session without a limit on connections, since SGLang queues requests itself."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_SECONDS), cookie_jar=aiohttp.DummyCookieJar()
     )
@@ -134,7 +134,7 @@ def _failure(status: int, answer: bytes, address: str) -> Exception:
 
 
 async def first_to_answer(connections: list[HttpConnection], seconds: float) -> None:
-    """Waits until a server answers. Raises Unreachable when none does in time."""
+    """The first server that answers. Raises Unreachable if none does in time."""
     deadline = asyncio.get_running_loop().time() + seconds
     while True:
         results = await asyncio.gather(*(one.get("/model_info", 10.0) for one in connections), return_exceptions=True)

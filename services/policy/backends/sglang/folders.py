@@ -27,10 +27,10 @@ _ADAPTERS = "adapters"
 
 @dataclass(slots=True, eq=False)
 class TargetWeights:
-    """What every server has to hold, by names of its own. `label` is its weight_version, of the base weights alone;
-    `adapter` its name of a LoRA adapter, which no other version ever had.
+    """The weights that every server must hold, by the names that the servers know. `label` is the weight_version of the
+    base weights. `adapter` is the name of a LoRA adapter, which is never used for another version.
 
-    `path` is empty for the model's own, wherever a server has that. `generation` counts what was loaded.
+    `path` is empty for the weights that the model came with. `generation` counts the updates.
     """
 
     weights: WeightsFile
@@ -43,7 +43,7 @@ class TargetWeights:
 
 
 class Folders:
-    """`folder` is for this alone; what is left in it from before a restart is removed."""
+    """Nothing else uses `folder`. What an earlier process left in it is removed."""
 
     def __init__(self, settings: Settings, folder: Path, skeleton: Skeleton, first_version: int):
         self._root = (settings.folder or folder).resolve()
@@ -93,7 +93,7 @@ class Folders:
         return self._engine_path(folder)
 
     def remove(self, target: TargetWeights) -> None:
-        """What no server will load any more."""
+        """Removes the files of weights that no server will load again."""
         for path in filter(None, (target.path, target.adapter_path)):
             relative = Path(path).relative_to(self._in_engine)
             shutil.rmtree(self._root / relative, ignore_errors=True)
@@ -103,7 +103,7 @@ class Folders:
 
     @contextmanager
     def _new(self, kind: str, name: str) -> Iterator[Path]:
-        """A folder to be filled; it goes again when that fails."""
+        """A new folder to fill. It is removed if that fails."""
         folder = self._root / self._name / kind / f"{name}-{secrets.token_hex(4)}"
         try:
             with writing_to(self._root):
@@ -117,7 +117,8 @@ class Folders:
         return f"{self._in_engine.rstrip('/')}/{folder.relative_to(self._root).as_posix()}"
 
     def _put(self, source: Path, path: Path) -> None:
-        """A link, so that gigabytes are not copied; of the hard kind, where a server may not see what it leads to."""
+        """Links the file, so that gigabytes are not copied. A hard link if servers may not see the file that a symbolic
+        one points to."""
         try:
             os.link(source.resolve(), path)
         except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""SGLang servers that this service starts, starts again when they end, and ends when it ends itself."""
+"""SGLang servers that this service starts. It restarts those that end, and stops all when it ends."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ except OSError as error:
 
 
 class LaunchedServer:
-    """One process, and its log in `folder`. `server` gets an address with each start."""
+    """One process and its log, in `folder`. Each start gives `server` a new address."""
 
     def __init__(self, settings: Settings, source: str, label: str, folder: Path, index: int):
         self._settings = settings
@@ -57,7 +57,8 @@ class LaunchedServer:
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, server: Server, make: Callable[[str], HttpConnection]) -> None:
-        """Returns when it is ready. Raises UnsupportedModel, with the end of its log, when it does not become so."""
+        """Returns when the server is ready. Raises UnsupportedModel, with the end of its log, if it does not get
+        ready."""
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             port = _free_port()
             server.connection = make(f"http://127.0.0.1:{port}")
@@ -78,7 +79,7 @@ class LaunchedServer:
     async def supervise(
         self, server: Server, make: Callable[[str], HttpConnection], died: Callable[[str], None]
     ) -> None:
-        """Starts it again whenever it ends; to be cancelled."""
+        """Restarts the server whenever it ends, until cancelled."""
         failures = 0
         while True:
             if self._process is not None:
@@ -151,7 +152,7 @@ class LaunchedServer:
 
 
 def _arguments(settings: Settings, source: str, label: str, port: int) -> Sequence[str]:
-    """`label` tells the weights that it comes with from those of every other version."""
+    """`label` names the weights that the server starts with; no other version has it."""
     arguments = ["-m", "sglang.launch_server", "--model-path", source, "--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--weight-version", label]
     if "--incremental-streaming-output" not in settings.flags:  # without it a stream repeats all that came before

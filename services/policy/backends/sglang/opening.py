@@ -99,7 +99,7 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
 
 
 def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str, str], dict[str, str]]:
-    """What the servers are to call each, and where they find it."""
+    """For each adapter, the name and the path by which the servers know it."""
     names = {}
     paths = {}
     for name, folder in settings.adapters.items():
@@ -112,7 +112,7 @@ def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str
 
 
 async def _look_at_all(servers: Sequence[Server], skeleton: Skeleton, seconds: float) -> list[Server]:
-    """Those that answer."""
+    """The servers that answer."""
     try:
         await first_to_answer([server.connection for server in servers], seconds)
     except Unreachable as error:
@@ -132,7 +132,7 @@ async def _look_at_all(servers: Sequence[Server], skeleton: Skeleton, seconds: f
 async def _describe(
     settings: ModelSettings, skeleton: Skeleton, chat: Chat, servers: Sequence[Server], fixed: Mapping[str, str]
 ) -> ModelInfo:
-    """What all servers can do."""
+    """The policy's ModelInfo: only what all servers can do."""
     features = frozenset.intersection(*(server.features for server in servers))
     if fixed and Feature.LORA_WEIGHTS not in features:
         raise UnsupportedModel("adapters: the SGLang servers were not started with --enable-lora")
@@ -162,7 +162,7 @@ async def _describe(
 
 
 def _common_limits(servers: Sequence[Server]) -> LoraLimits:
-    """What all servers take. Raises UnsupportedModel where that is nothing."""
+    """The LoRA limits of all servers together. Raises UnsupportedModel if no adapter fits them all."""
     ranks = [server.lora.max_rank for server in servers if server.lora.max_rank]
     modules = [set(server.lora.target_modules) for server in servers if server.lora.target_modules]
     common = set.intersection(*modules) if modules else set()
@@ -172,7 +172,7 @@ def _common_limits(servers: Sequence[Server]) -> LoraLimits:
 
 
 async def _look(server: Server, skeleton: Skeleton, info: ModelInfo) -> None:
-    """Of a server that is to come in: as those were that the policy was described by. Raises Unsuitable, too."""
+    """Checks that a server can do what the policy's ModelInfo says. Raises Unsuitable, and as `_look` does."""
     await server.look(skeleton)
     missing = info.features - server.features - {Feature.TOOLS}
     if missing:
@@ -194,7 +194,7 @@ def _narrower(one: LoraLimits, other: LoraLimits) -> bool:
 
 
 async def _load(pool: ServerPool, present: Sequence[Server], *, loaded: bool) -> None:
-    """`loaded`: they were just started, with the label of what they came with."""
+    """`loaded`: the servers were just launched, with the right label."""
     target = pool.target
 
     async def load(server: Server) -> None:
@@ -224,7 +224,7 @@ async def _load(pool: ServerPool, present: Sequence[Server], *, loaded: bool) ->
 
 
 async def _repeats(server: Server) -> bool:
-    """Whether a seed makes sampling repeatable, rather than being ignored."""
+    """Whether the server honours seeds."""
     ask = Ask([0], SamplingParams(temperature=1.0, max_tokens=8, seed=1))
     bodies = [requests.encode(ask, uuid.uuid4().hex, "", 16, (), stream=False, priority=False) for _ in range(2)]
     try:

@@ -1,4 +1,4 @@
-"""The servers of one policy: which one is asked, which are out, and how those come in again."""
+"""The servers of one policy: which one gets a request, which are taken out, and how those come back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SLACK = 8  # requests that a conversation's server may have above one and a hal
 
 
 class Stale(Exception):
-    """An answer came from weights that the server was not given, or no longer should hold."""
+    """An answer came from weights that the server was never given, or should no longer hold."""
 
 
 class ServerPool:
@@ -76,7 +76,7 @@ class ServerPool:
         task.add_done_callback(self._tasks.discard)
 
     def know(self, target: TargetWeights) -> None:
-        """Its label is accepted from now on, of requests that come after it as well as of those before."""
+        """From now on, answers with the label of `target` are accepted, also to requests that were sent before."""
         target.generation = 1 + max((generation for _, generation in self._versions.values()), default=0)
         if target.adapter:  # the base below it is what the model came with, whoever loaded that when
             version, _ = self._versions[target.label]
@@ -106,7 +106,8 @@ class ServerPool:
 
     @asynccontextmanager
     async def dispatch(self, key: object) -> AsyncIterator[tuple[Server, TargetWeights]]:
-        """A server for one request, and what it has to be answered from. Waits for one, if not for ever.
+        """A server for one request, and the weights that must answer it. Waits for a server, up to
+        `sglang.wait_seconds`.
 
         Raises DomainError ENGINE_UNAVAILABLE.
         """
@@ -146,7 +147,7 @@ class ServerPool:
 
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
-        """No request runs, and new ones wait."""
+        """Within it no request runs, and new ones wait."""
         self._held_back = True
         try:
             while any(server.in_flight for server in self.servers):
@@ -157,7 +158,7 @@ class ServerPool:
             self._changed.wake_all()
 
     async def finished(self, target: TargetWeights) -> None:
-        """Returns when no request runs that was sent for this target."""
+        """Returns when all requests that were sent for this target have ended."""
         while target.running:
             await self._changed.wait()
 
@@ -242,7 +243,7 @@ class ServerPool:
 
 
 def place_of(session_id: str, adapter: str, token_ids: Sequence[int]) -> object:
-    """What requests that share a prefix have in common: the session, or else how the prompt begins."""
+    """The key of requests that share a prefix: the session, or else the beginning of the prompt."""
     if session_id:
         return session_id
     return adapter, hashlib.blake2b(array("q", token_ids[:_PREFIX]).tobytes(), digest_size=16).digest()

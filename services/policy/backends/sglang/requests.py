@@ -1,4 +1,4 @@
-"""An `Ask` as a request to SGLang's /generate, and its answer as a `Sampled`.
+"""Converts an `Ask` to a request to SGLang's /generate, and the answer to a `Sampled`.
 
 SGLang's log-probabilities of output tokens are those of the contract: of softmax(logits / temperature), and of
 softmax(logits) for a greedy request (temperature 0 is top-k 1 at temperature 1 there), whatever runs beside it. Two
@@ -24,7 +24,7 @@ _NOT_A_NUMBER = "NaN happened"
 
 
 class BadAnswer(Exception):
-    """What a server that works does not answer."""
+    """An answer that a working server would not give."""
 
 
 class Aborted(Exception):

@@ -13,7 +13,7 @@ from mulligan.policy.model_settings import ModelSettings
 
 
 class Settings(BackendSettings):
-    """Of the engine in this process."""
+    """Settings of the engine in this process."""
 
     device: str = Field("auto", description="`auto`, `cpu`, `cuda`, `cuda:1`, …")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -39,7 +39,7 @@ class Settings(BackendSettings):
 
 
 async def open(settings: ModelSettings, folder: Path, first_version: int) -> Backend:
-    """`folder` is not needed. Raises UnsupportedModel, MissingExtra."""
+    """Does not use `folder`. Raises UnsupportedModel, MissingExtra."""
     try:
         from mulligan.policy.backends.transformers.backend import open_backend
     except ModuleNotFoundError as error:

@@ -53,7 +53,7 @@ async def open_backend(settings: ModelSettings, first_version: int) -> Transform
 
 
 class _Loaded:
-    """What takes long to make, and needs no event loop: the model, and a cache for it."""
+    """The model and its cache. Loading takes long and needs no event loop, so it can run in a thread."""
 
     def __init__(self, settings: ModelSettings):
         if settings.adapters:
@@ -80,8 +80,7 @@ class _Loaded:
 
 
 class TransformersBackend:
-    """Create it on the event loop that will call it. That takes as long as loading the model does, which
-    `open_backend` does in a thread.
+    """Create it on the event loop that will call it. Without `loaded` it loads the model first, which blocks.
 
     Raises UnsupportedModel.
     """
@@ -182,11 +181,11 @@ class TransformersBackend:
         return Request(ask.token_ids, sampling, seed, await asyncio.to_thread(self._constraints.of, sampling))
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
-        """`adapter` is empty: there are none."""
+        """`adapter` is always empty: this backend has no fixed adapters."""
         return await _score(self._engine.in_steps, self._model, self._runner, sequences, temperature)
 
     async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
-        """Nothing is sampled from the new weights before `admit` has passed them."""
+        """Nothing is sampled from the new weights until `admit` has returned."""
         async with self._updating:
             tensors = await asyncio.to_thread(self._weights.read, weights)
 
@@ -207,7 +206,7 @@ class TransformersBackend:
         raise _no_memory_release()
 
     async def close(self) -> None:
-        """Frees the memory of weights and cache, whoever still holds this object."""
+        """Frees the memory of weights and cache, even if this object is still referenced."""
         await self._engine.close()
         self._weights.close()
         self._cache.close()
@@ -231,7 +230,7 @@ class _LocalReplica:
         return await _score(self._engine.urgently, self._model, self._runner, sequences, temperature)
 
     async def checksum(self) -> str:
-        """Lower-case hexadecimal SHA-256 of all that the module holds."""
+        """SHA-256 of all parameters and buffers, in lower-case hexadecimal."""
         [*_, digest] = await self._engine.urgently(self._weights.checksum())
         return digest
 

@@ -1,4 +1,4 @@
-"""Completions that match a regular expression or a JSON schema: which tokens keep that possible, token by token.
+"""Constrained sampling: which tokens keep a completion matching a regular expression or a JSON schema.
 
 https://github.com/guidance-ai/llguidance
 """
@@ -25,14 +25,14 @@ _PROBES = 500
 
 
 class Constraint:
-    """How far one completion has come."""
+    """The state of one completion."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocabulary_size: int):
         self._matcher = matcher
         self._size = vocabulary_size
 
     def allowed(self) -> npt.NDArray[np.bool_] | None:
-        """For each token of the vocabulary whether it may come next; None when the completion can't be ended well."""
+        """For each token of the vocabulary, whether it may come next; None if no continuation can match."""
         if self._matcher.is_error():
             return None
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
@@ -40,21 +40,21 @@ class Constraint:
         return allowed if allowed.any() and not self._matcher.is_error() else None
 
     def advance(self, token: int) -> None:
-        """Takes a token that was allowed."""
+        """Appends a token that was allowed."""
         self._matcher.consume_token(token)
 
     @property
     def problem(self) -> str:
-        """Why not, in a line."""
+        """Why no token is allowed, in one line."""
         error = " ".join(self._matcher.get_error().partition("<state>")[0].split())
         return error or "no token of the vocabulary continues it"
 
 
 class Constraints:
-    """For one tokenizer; takes a second for a large one.
+    """Makes constraints for one tokenizer. Creating it takes a second for a large vocabulary.
 
-    Raises UnsupportedModel where a text is not what its tokens are in bytes, one after the other: some tokenizers put
-    spaces between words only when they decode, and what the grammar sees would not be what the caller gets.
+    Raises UnsupportedModel if a text is not the concatenation of its tokens' bytes. Some tokenizers add spaces only
+    when they decode: the grammar would then see another text than the caller.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocabulary_size: int, end_of_turn: Sequence[int]):
@@ -70,7 +70,7 @@ class Constraints:
         self._compiled = lru_cache(maxsize=256)(self._compile)
 
     def _decodes_as(self, tokenizer: Tokenizer) -> bool:
-        """Tried on tokens at random, a few in a row."""
+        """Tests short sequences of random tokens."""
         rng = np.random.default_rng(0)
         for row in rng.integers(0, min(self._size, len(tokenizer.inner)), (_PROBES, 4)).tolist():
             ids = [token for token in row if not self._tokenizer.is_special_token(token)]
@@ -83,7 +83,7 @@ class Constraints:
         return True
 
     def of(self, sampling: SamplingParams) -> Constraint:
-        """May take seconds. Raises DomainError INVALID_FIELD."""
+        """A new constraint for the request. Can take seconds. Raises DomainError INVALID_FIELD."""
         field, expected = ("regex", "a regular expression") if sampling.regex is not None else _SCHEMA
         try:
             constraint = Constraint(self._compiled(sampling.regex, sampling.json_schema).deep_copy(), self._size)

@@ -1,8 +1,8 @@
 """The thread that owns the model: takes requests from the event loop and runs them together, pass by pass.
 
-New requests join between two forward passes. A pause, in which weights are changed, begins when all that was submitted
-before it has finished, and what is submitted later waits for its end: so each completion has one version of the
-weights, and nothing is cut short.
+New requests join between two forward passes. Weights are changed in a pause. A pause begins when all work that was
+submitted before it has finished; work that is submitted later waits until it ends. So each completion comes from one
+version of the weights, and none is cut short.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _RETRY_AFTER = timedelta(milliseconds=200)
 
 @dataclass(eq=False, slots=True)
 class _Work:
-    """One thing to do: a request, steps, or, with neither, a pause.
+    """One unit of work: a request, an iterator of steps, or, if it has neither, a pause.
 
     Steps are done one at a time between forward passes; urgent ones before what waits, even during a pause.
     """
@@ -101,7 +101,7 @@ class Engine:
             return result
 
     async def stream(self, request: Request, priority: int = 0) -> AsyncGenerator[Sampled]:
-        """The same in parts: each is what was sampled since the last was taken."""
+        """As `generate`, in parts. Each part has the tokens sampled since the one before it was taken."""
         with self._admitted():
             parts: asyncio.Queue[Sampled | BaseException] = asyncio.Queue()
             work = _Work(self._loop.create_future(), request=request, priority=priority, parts=parts)
@@ -121,19 +121,21 @@ class Engine:
                     self._withdraw(work)
 
     async def in_steps(self, steps: Iterator[T]) -> list[T]:
-        """Runs an iterator in the thread, other requests in between; returns what it yielded. Raises as `generate`."""
+        """Runs an iterator in the thread, with requests between its steps. Returns what it yielded. Raises as
+        `generate`."""
         with self._admitted():
             result: list[T] = await self._do(_Work(self._loop.create_future(), steps=steps))
             return result
 
     async def urgently(self, steps: Iterator[T]) -> list[T]:
-        """The same, but before all that waits, even during a pause and when the queue is full. One after the other."""
+        """As `in_steps`, but ahead of all waiting work, also during a pause or when the queue is full. One at a
+        time."""
         result: list[T] = await self._do(_Work(self._loop.create_future(), steps=steps, urgent=True))
         return result
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
-        """Begins once all that was submitted before has finished. What is submitted later waits for its end."""
+        """Begins when all work submitted before it has finished. Work submitted later waits until it ends."""
         work = _Work(self._loop.create_future())
         await self._do(work)
         try:
@@ -142,7 +144,7 @@ class Engine:
             self._withdraw(work)
 
     async def close(self) -> None:
-        """Fails whatever has not finished, and what is asked later."""
+        """Fails all unfinished work, and all that is submitted later."""
         self._closed = True
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
@@ -190,7 +192,7 @@ class Engine:
         self._fail(_shut_down())
 
     def _receive(self, *, wait: bool) -> None:
-        """Takes what has arrived. When idle it waits for the first, and a moment for those that come with it."""
+        """Takes the work that has arrived. If idle, waits for the first piece, and then `batch_wait` for more."""
         if wait:
             self._file(self._inbox.get())
             deadline = time.monotonic() + self._batch_wait
@@ -226,7 +228,7 @@ class Engine:
             self._runner.cancel(work.request)
 
     def _advance(self) -> None:
-        """Starts what may start, then does one forward pass and one step of each kind."""
+        """Starts the work that may start, then does one forward pass and one step of each kind."""
         start = time.perf_counter()
         if self._urgent:
             self._step(self._urgent)
@@ -265,7 +267,7 @@ class Engine:
                 self._deliver([(work, None)])
 
     def _take_parts(self, finished: list[tuple[_Work, Any]]) -> list[tuple[_Work, Any]]:
-        """What the streams that go on have sampled since the last pass."""
+        """The new parts of all running streams."""
         for work, _ in finished:
             assert work.request is not None
             self._streaming.pop(work.request, None)
@@ -273,7 +275,7 @@ class Engine:
         return [(work, part) for work, part in parts if part is not None]
 
     def _step(self, works: deque[_Work]) -> None:
-        """One step of the first of these works."""
+        """One step of the first work in the queue."""
         work = works[0]
         if work.over:
             works.popleft()
@@ -300,7 +302,7 @@ class Engine:
         self._deliver_error(works, error)
 
     def _deliver(self, results: list[tuple[_Work, Any]]) -> None:
-        """Wakes the event loop once for all that one pass brought."""
+        """Delivers all results of one pass; wakes the event loop once."""
         if results:
             self._loop.call_soon_threadsafe(_resolve, results)
 
@@ -320,7 +322,7 @@ def _reject(works: list[_Work], error: BaseException) -> None:
 
 
 def _joined(first: Sampled, second: Sampled | BaseException) -> Sampled | BaseException:
-    """Two parts of one stream as one; they are of one version, since weights change when nothing runs."""
+    """Joins two parts of one stream. Both are of one version, since weights change only when nothing runs."""
     if not isinstance(second, Sampled):
         return second
     (before,), (after,) = first.policy_versions, second.policy_versions

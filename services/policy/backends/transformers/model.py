@@ -1,4 +1,4 @@
-"""A causal language model of transformers, loaded, checked, and reduced to what the engine calls.
+"""A causal language model of transformers, loaded and checked, with the few calls that the engine needs.
 
 Shapes: N packed tokens, R requests, B rows, T tokens, V vocabulary.
 """
@@ -32,7 +32,7 @@ _LOADING = threading.Lock()
 
 
 class Model:
-    """Raises UnsupportedModel, when loaded, for a model that it would not compute exactly as transformers does."""
+    """Loading raises UnsupportedModel if this engine would not compute the model exactly as transformers does."""
 
     def __init__(self, settings: ModelSettings):
         chosen = settings.own_as(Settings)
@@ -81,7 +81,7 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, ids_1N: torch.Tensor, positions_1N: torch.Tensor, last_R: torch.Tensor) -> torch.Tensor:
-        """Logits [R, V] at these indices of the packed row."""
+        """Logits [R, V] at the given indices of the packed row."""
         output = self.module(input_ids=ids_1N, position_ids=positions_1N, use_cache=False, logits_to_keep=last_R)
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -121,7 +121,7 @@ class Model:
             )
 
     def _check(self) -> dict[int, attention.LayerShape]:
-        """Compares packed passes over a cache, with two requests in turns, with the model's own code."""
+        """Compares packed passes over a cache, with two requests in turn, to the model's own forward pass."""
         rng = np.random.default_rng(0)
         length = min(24, self.context_length)
         rows = rng.integers(0, self.vocabulary_size, (2, length))
@@ -146,7 +146,8 @@ class Model:
         return dense.layers
 
     def _check_layers(self, layers: dict[int, attention.LayerShape]) -> None:
-        """Every layer attends, and those that the configuration limits to a window said so: 24 tokens don't show it."""
+        """Checks that every layer calls the attention function, and that the windows are those of the configuration,
+        which 24 tokens would not show."""
         count = int(self.config.num_hidden_layers)
         if sorted(layers) != list(range(count)):
             raise UnsupportedModel(
@@ -194,7 +195,7 @@ def _device(name: str) -> torch.device:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | None:
-    """None: what the model was saved in."""
+    """The torch dtype; None for the one that the model was saved in."""
     if name == "auto":
         return torch.float32 if device.type == "cpu" else None
     dtype: torch.dtype = getattr(torch, name)

@@ -1,8 +1,8 @@
-"""Runs many requests through one model, a forward pass at a time. Knows no threads: `engine.py` does.
+"""Runs many requests through one model, one forward pass at a time. Threads are the business of `engine.py`.
 
-State is kept in arrays, one element per slot, so that a pass costs Python the same for one request as for a hundred.
-A slot keeps its tokens after its request has finished, and a request whose prompt continues them, as the next turn of a
-conversation does, computes only what is new.
+State is kept in arrays with one element per slot, so a pass takes Python the same time for one request as for a
+hundred. A slot keeps its tokens after its request has finished. If a later prompt continues them, as the next turn of a
+conversation does, only the new tokens are computed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """A prompt to sample after. `slot` is set while it runs; `taken` tokens were answered in parts already."""
+    """A prompt and how to sample after it. `slot` is set while it runs. The first `taken` tokens were already delivered
+    in parts."""
 
     prompt: Sequence[int]
     sampling: SamplingParams
@@ -113,19 +114,19 @@ class Runner:
         self._touch(slot)
 
     def cancel(self, request: Request) -> None:
-        """Frees the request's slot; what it computed stays there for reuse."""
+        """Frees the request's slot. What it computed stays there for reuse."""
         if request.slot >= 0:
             self._free(request)
 
     def flush(self) -> None:
-        """Forgets all that is cached: the weights changed. Nothing may run."""
+        """Clears the cache, after the weights changed. No request may be running."""
         self._cached[:] = 0
         self._used[:] = -1
 
     def step(self) -> list[tuple[Request, Sampled | DomainError]]:
         """One forward pass, with one new token for each request whose prompt is complete.
 
-        Returns what finished, without what was taken in parts, and what failed.
+        Returns the finished requests, each with the tokens not yet taken in parts, and the failed ones.
         """
         slots_R = np.flatnonzero(self._running)
         pasts_R = self._cached[slots_R]
@@ -186,7 +187,7 @@ class Runner:
     def _allowed(
         self, slots_S: Ints, size: int, failed: list[tuple[Request, Sampled | DomainError]]
     ) -> npt.NDArray[np.bool_]:
-        """[S, V]. What can't go on is taken out, and added to `failed`."""
+        """Allowed tokens, [S, V]. Requests that no token can continue are removed, and added to `failed`."""
         allowed_SV = np.ones((len(slots_S), size), dtype=bool)
         for index in np.flatnonzero(self._constrained[slots_S]):
             request = self._requests[slots_S[index]]
@@ -221,7 +222,7 @@ class Runner:
         return StopReason.MAX_TOKENS if sampled >= request.sampling.max_tokens else StopReason.CONTEXT_FULL
 
     def take_part(self, request: Request) -> Sampled | None:
-        """What a running request has sampled since its last part, if anything."""
+        """The tokens that a running request sampled since its last part; None if there are none."""
         slot = request.slot
         begin = int(self._prompt[slot]) + request.taken
         end = int(self._known[slot])
@@ -255,10 +256,11 @@ class Runner:
         self._used[slot] = self._clock
 
     def _choose_slot(self, prompt: npt.NDArray[np.int32]) -> tuple[int, int]:
-        """A free slot and how many tokens of the prompt it holds: at most all but one, whose logits are needed.
+        """A free slot, and how many tokens of the prompt it already holds: all but the last one at most, whose logits
+        are needed.
 
-        A conversation continues in its own slot. Any other takes the slot that was unused for longest, and copies
-        what it shares with another, such as a system prompt: that one's conversation may go on.
+        A conversation continues in its own slot. Any other prompt takes the least recently used slot. A prefix that it
+        shares with another slot, such as a system prompt, is copied from there, since that conversation may go on.
         """
         length = len(prompt)
         if self._reuse_prefixes and (own := self._own_slot(prompt)) is not None:
@@ -279,7 +281,8 @@ class Runner:
         return oldest, count
 
     def _own_slot(self, prompt: npt.NDArray[np.int32]) -> int | None:
-        """The free slot of which the prompt continues the most tokens: all that it holds, and half of the prompt."""
+        """The free slot that holds the longest beginning of the prompt: nothing else, and at least half of the
+        prompt."""
         last = self._cached - 1
         fits = ~self._running & (last >= len(prompt) // 2) & (last < len(prompt))
         candidates = np.flatnonzero(fits)
@@ -291,7 +294,8 @@ class Runner:
         return None
 
     def _within_budget(self, slots_R: Ints, counts_R: Ints) -> Ints:
-        """How many tokens of each request this pass computes: requests that sample first, then the oldest prompts."""
+        """How many tokens of each request this pass computes. Requests that sample come first, then the oldest
+        prompts."""
         order = np.lexsort((self._used[slots_R], counts_R > 1))
         before = np.cumsum(counts_R[order]) - counts_R[order]
         allowed = np.empty_like(counts_R)

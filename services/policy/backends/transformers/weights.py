@@ -1,7 +1,7 @@
-"""New weights for a model that runs: read and verified completely before anything is touched.
+"""Loads new weights into a running model. They are read and verified completely before anything is changed.
 
 A full file replaces every parameter. A LoRA adapter is merged into the weights that the model came with,
-W = W0 + scale * B A, whatever was served before it.
+W = W0 + scale * B A, no matter which version was served before.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mulligan.policy.huggingface.adapters import factors_of, places_of
 
 
 class Weights:
-    """The parameters of one module. `load_original` loads it anew, as it came."""
+    """The parameters of one module. `load_original` loads the module again, with its original weights."""
 
     def __init__(self, module: torch.nn.Module, load_original: Callable[[], torch.nn.Module]):
         self._module = module
@@ -33,7 +33,8 @@ class Weights:
         self._originals: dict[str, torch.Tensor] = {}
 
     def read(self, weights: WeightsFile) -> dict[str, torch.Tensor]:
-        """All parameters to change, verified. Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND."""
+        """The verified new values of all parameters that change. Raises DomainError MODEL_MISMATCH,
+        WEIGHTS_NOT_FOUND."""
         if weights.path is None or weights.safetensors is None:
             parameters, _ = self._load()
             return parameters
@@ -44,7 +45,7 @@ class Weights:
 
     @torch.no_grad()
     def apply(self, tensors: Mapping[str, torch.Tensor], kind: WeightsKind) -> None:
-        """Nothing may run meanwhile. Cannot fail on what `read` returned."""
+        """Writes what `read` returned, which cannot fail. No request may run meanwhile."""
         for name, tensor in tensors.items():
             self._parameters[name].copy_(tensor)
         if kind is WeightsKind.ORIGINAL:
@@ -58,9 +59,10 @@ class Weights:
             self._originals = {name: self._originals[name] for name in self._changed}
 
     def checksum(self) -> Iterator[str]:
-        """SHA-256 of names, types, shapes and bytes of all that the module holds now: the digest so far, by tensor.
+        """SHA-256 of the names, types, shapes and bytes of all tensors of the module. Yields the digest after each
+        tensor.
 
-        In steps, since gigabytes take seconds; nothing may change the weights meanwhile.
+        It comes in steps because gigabytes take seconds. Nothing may change the weights meanwhile.
         """
         digest = hashlib.sha256()
         parameters, _ = _parameters(self._module)
@@ -124,7 +126,8 @@ class Weights:
 
 
 def _parameters(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Parameters and persistent buffers by name, tied ones once; and for every name, the one that it is known by."""
+    """Parameters and persistent buffers by name, tied ones once; and for each name of a tied tensor, the one used
+    here."""
     by_identity: dict[int, str] = {}
     parameters: dict[str, torch.Tensor] = {}
     names: dict[str, str] = {}
