@@ -6,9 +6,9 @@
     action = "text"               # the field of the action that takes what the agent writes
     observation = ["text"]        # the fields of an observation that the agent is shown
 
-Each episode has a connection, which is OpenEnv's session, of its own. OpenEnv's answers do not say what they answer: so
-a connection whose answer is late is closed, never asked again, and its episode has failed. An action that does not fit
-the server's schema is an invalid one, of which the agent is told.
+Each episode has its own connection, which is OpenEnv's session. OpenEnv's answers do not name the request that they
+belong to. So a connection whose answer is late is closed, and its episode has failed. An action that does not fit the
+server's schema is invalid, and the agent is told why.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ _FEW = "expected a number of seeds, or a list of what `reset` is given"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`action` is the field that takes the agent's text, or a table in which `{action}` stands for it; without it the
-    agent writes the action itself, as a JSON object. `train_tasks` and `test_tasks` are how many seeds `reset` is
-    given, or a list of its arguments, a table for each task; `reset` holds arguments of every task. `feedback_field` is
-    a field of the last observation. `token_env` names the variable with the bearer token, where the server wants one.
+    """`action` is the field that takes the agent's text, or a table in which `{action}` stands for that text. Without
+    it the agent writes the action itself, as a JSON object. `train_tasks` and `test_tasks` are numbers of seeds for
+    `reset`, or lists of tables, one table of arguments for each task. `reset` holds the arguments that all tasks have.
+    `feedback_field` is a field of the last observation. `token_env` names the variable that holds the bearer token, if
+    the server wants one.
     """
 
     url: str
@@ -112,14 +113,15 @@ class Settings:
 
 
 class Session:
-    """One connection. Raises Faulted, TimedOut, or DomainError CAPACITY_REACHED; not to be used after any of them."""
+    """One connection. Raises Faulted, TimedOut, or DomainError CAPACITY_REACHED. It cannot be used after an error."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._connection = self._connect()
 
     def ask(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The data of the answer. Raises ActionRefused for an action that does not fit the server's schema."""
+        """Sends a request and returns the data of the answer. Raises ActionRefused for an action that does not fit the
+        server's schema."""
         from websockets.exceptions import ConnectionClosed
 
         sent = json.dumps({"type": kind, "data": data}, ensure_ascii=False)
@@ -244,7 +246,7 @@ class OpenEnvEpisode:
 
 
 class OpenEnv:
-    """Needs no server until an episode starts."""
+    """Connects to the server only when an episode starts."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         self._settings = settings
@@ -279,7 +281,7 @@ class OpenEnv:
 
 
 def create(name: str, settings: Settings) -> OpenEnv:
-    """From a table of the server's configuration."""
+    """Raises MissingExtra, and ValueError that names the setting."""
     try:
         import websockets.sync.client  # noqa: F401 - what a session uses
     except ImportError as error:
@@ -296,7 +298,7 @@ def _fill(template: Any, text: str) -> Any:
 
 
 def _read_object(text: str) -> dict[str, Any]:
-    """From the first brace to the last, so that words and fences around it do no harm. Raises ActionRefused."""
+    """Reads from the first brace to the last, and ignores words and fences around them. Raises ActionRefused."""
     try:
         found = json.loads(text[text.index("{") : text.rindex("}") + 1])
     except (ValueError, RecursionError):

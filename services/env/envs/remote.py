@@ -1,16 +1,16 @@
-"""An environment of another environment server, so that servers chain.
+"""An environment of another environment server. Servers can be chained.
 
     [environments.sokoban]
     kind = "remote"
     address = "games.example.org:50051"     # or several servers, as in `trainer.env`
     environment = "sokoban"                 # its name there; without it, the same name
 
-Its episodes are the other server's, each under an id that was never used before. That server stores the answer of each
-step, and the client repeats a step that got lost on the way: exactly-once holds across the chain. Steps of all episodes
-are coalesced by one client, on an event loop of its own.
+Its episodes run on the other server, each under a new id. That server stores the answer of each step, and the client
+repeats a step that was lost on the way, so a step is executed exactly once across the chain. One client, with its own
+event loop, sends the steps of all episodes in batches.
 
-The other server may start later. Until it has answered, the environment is listed as unavailable, and it is asked
-again. What it said of the environment then holds until this server is started again.
+The other server may start later. Until it answers, the environment is listed as unavailable and the server is asked
+again. Its description of the environment is then kept until this server is restarted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _END_SECONDS = 5.0  # for the end of an episode, and of the client
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`token_env` names the variable with the other server's token, `tls_ca` its certificate authority. A call takes at
-    most `timeout_seconds`, of which a server that is away gets `outage_seconds` to come back."""
+    most `timeout_seconds`. A server that is away has `outage_seconds` of these to come back."""
 
     address: str
     environment: str = ""
@@ -68,7 +68,7 @@ class Settings:
 
 
 class _Loop:
-    """An event loop on a thread of its own, for blocking callers."""
+    """An event loop in its own thread, for callers that block."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -131,7 +131,7 @@ class Remote:
         self._loop.close()
 
     def call(self, coroutine: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
-        """From any thread but the loop's. Raises DomainError, Faulted or TimedOut."""
+        """Runs a coroutine on the loop; called from any other thread. Raises DomainError, Faulted or TimedOut."""
         limit = seconds or self._settings.timeout_seconds
         try:
             return self._loop.run(coroutine, limit)
@@ -145,7 +145,8 @@ class Remote:
             raise (TimedOut if error.timed_out else Faulted)(str(error)) from error
 
     def keep(self, begun: RemoteEpisode) -> Future[None]:
-        """Keeps an episode there from expiring, as its lease is not this server's. Ends when it is cancelled."""
+        """Keeps an episode of the other server from expiring, until cancelled. Leases there are not those of this
+        server."""
 
         async def keeping() -> None:
             async with begun.kept_alive():
@@ -154,7 +155,8 @@ class Remote:
         return self._loop.later(keeping())
 
     def passed_on(self, error: DomainError) -> Exception:
-        """What that server declares of its episode ids says nothing of this one's; a full server is one here, too."""
+        """The error to raise here for one of the other server. If it says when to retry, as a full server does, it is
+        passed on; any other becomes Faulted, since it may be about ids that mean nothing here."""
         return error if error.retry_after is not None else Faulted(f"{self._settings.address}: {error}")
 
     async def _connect(self) -> Any:
@@ -189,7 +191,7 @@ class Remote:
 
 
 class RemoteGame:
-    """An episode there, alive as long as the one here."""
+    """An episode of the other server, kept alive as long as ours."""
 
     reads_thoughts = True  # that server knows whether its environment does
 
@@ -234,5 +236,5 @@ class RemoteGame:
 
 
 def create(name: str, settings: Settings) -> Remote:
-    """From a table of the server's configuration."""
+    """The environment; the other server may be away."""
     return Remote(name, settings)

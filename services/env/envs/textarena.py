@@ -5,12 +5,12 @@
     id = "TicTacToe-v0"
     players = 2
 
-A player sees what TextArena's queue holds for it: all since it acted last, at first with the rules; its own moves,
-which it knows, are left out. The wrappers of an id that sum observations up are not used, those that read moves are.
-The game's rewards come with its last step. TextArena decides what is an invalid move and how many it tolerates.
+A player sees what TextArena queued for it since its last move, without its own moves; the first time this includes the
+rules. Of an id's wrappers, those that read moves are used and those that sum up observations are not. All rewards come
+with the game's last step. TextArena decides which moves are invalid and how many of them it tolerates.
 
-The games draw from Python's and numpy's global generators, which concurrent episodes would share. So in TextArena's
-modules these names stand for the generators of the episode that the thread is playing.
+The games draw from the global generators of Python and numpy, which concurrent episodes would share. So in TextArena's
+modules these names are replaced by the generators of the episode that the thread is playing.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _JUDGED = ("Debate", "GuessWho", "ScenarioPlanning", "TwentyQuestions")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`arguments` go to the game's constructor, over those of its id. `max_steps` counts the moves of all players,
-    invalid ones too. `max_reward` is the most that one player can get."""
+    """`arguments` are passed to the game's constructor and override those of its id. `max_steps` counts the moves of
+    all players, including invalid ones. `max_reward` is the most that one player can get."""
 
     id: str
     players: int
@@ -87,7 +87,7 @@ class Chance:
 
     @contextmanager
     def rules(self) -> Iterator[None]:
-        """What this thread plays meanwhile draws from here."""
+        """Within it, what this thread plays draws from these generators."""
         _playing.chance = self
         try:
             yield
@@ -104,7 +104,7 @@ _beginning = threading.Lock()  # a game may draw up its board in global variable
 
 
 class TextArenaEpisode:
-    """`game` is as TextArena made it, wrapped and not begun."""
+    """`game` is what TextArena made: wrapped, and not started."""
 
     def __init__(self, game: Any, seed: int, settings: Settings) -> None:
         self._wrapped = game
@@ -149,7 +149,7 @@ class TextArenaEpisode:
 
     @property
     def _game(self) -> Any:
-        """Without its wrappers."""
+        """The game without its wrappers."""
         import textarena
 
         game = self._wrapped
@@ -158,12 +158,13 @@ class TextArenaEpisode:
         return game
 
     def _errors(self, player: int) -> tuple[int, bool]:
-        """How many invalid moves in a row there were, and whether one has cost the player the game."""
+        """The number of invalid moves in a row, and whether the player lost the game by one."""
         state = self._game.state
         return getattr(state, "error_count", 0), bool(state.game_info.get(player, {}).get("invalid_move"))
 
     def _look(self, at_end_of: int | None = None) -> tuple[int, str]:
-        """Whose turn it is and what that player sees. At the end it may be nobody's: then the last one's."""
+        """Whose turn it is and what that player sees. If the game is over and it is nobody's turn: the last
+        player's."""
         import textarena
 
         state = self._game.state
@@ -180,7 +181,7 @@ class TextArenaEpisode:
         return int(player), "\n".join(lines)
 
     def _rewards(self) -> list[float]:
-        """Of the game that is over, by player."""
+        """The rewards of a finished game, by player."""
         with self._chance.rules():
             rewards, _ = self._game.close()
         values = [(rewards or {}).get(player, 0.0) for player in range(self._settings.players)]
@@ -226,8 +227,8 @@ class TextArena:
 
 
 def create(name: str, settings: Settings) -> TextArena:
-    """From a table of the server's configuration. Raises ValueError for a game that cannot be played here: each is
-    made and begun once."""
+    """Raises MissingExtra, and ValueError for a game that cannot be played here: the
+    game is made and started once."""
     try:
         import nltk  # noqa: F401 - needed below, as numpy is
         import numpy  # noqa: F401
@@ -284,7 +285,7 @@ _importing = threading.RLock()
 
 @contextmanager
 def _without_downloads(wanted: list[str]) -> Iterator[None]:
-    """Games download data as they are imported. A server that starts downloads nothing; it says what is wanted."""
+    """Games download data when they are imported. A server downloads nothing at its start: the error names the data."""
     import nltk
 
     def note(packages: str | Sequence[str] = (), *args: Any, **kwargs: Any) -> bool:
@@ -301,7 +302,7 @@ def _without_downloads(wanted: list[str]) -> Iterator[None]:
 
 
 def _isolate() -> None:
-    """In TextArena's modules, those that were loaded by now: an episode's own generators, no output, no downloads."""
+    """Gives all loaded modules of TextArena the generators of the episode, and takes away output and downloads."""
     import nltk
     import numpy
 
@@ -330,7 +331,7 @@ class _Instead:
 
 
 class _OfEpisode(_Instead):
-    """A module whose functions are methods of one global generator: in an episode, those of the episode's generator."""
+    """Replaces a module whose functions use one global generator: in an episode they use the episode's generator."""
 
     def __init__(self, module: Any, kind: type, generator: Callable[[Chance], object], **names: object) -> None:
         super().__init__(module, **names)
@@ -354,7 +355,7 @@ def _nothing(*args: object, **kwargs: object) -> None:
 
 
 def _new_random(seed: Any = None) -> random.Random:
-    """An unseeded one is seeded by the episode's."""
+    """A generator; without a seed it is seeded by the episode's generator."""
     chance = _playing.chance
     return random.Random(chance.python.getrandbits(64) if seed is None and chance is not None else seed)
 

@@ -1,4 +1,4 @@
-"""Encoders of the Hugging Face hub, or from a folder."""
+"""Text encoders from the Hugging Face hub or a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Settings:
 
 
 def create(settings: Settings) -> TextEncoder:
-    """Raises ValueError that names the setting, MissingExtra."""
+    """Loads the encoder. Raises ValueError, which names the setting, and MissingExtra."""
     try:
         from mulligan.env.encoders.transformers.encoder import TransformersEncoder
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Encoders of the Hugging Face hub, or from a folder: the last hidden states, pooled and brought to length 1.
+"""Text encoders from the Hugging Face hub or a folder: the last hidden states, pooled and scaled to length 1.
 
 The defaults are those of E5, with which the published experiments searched: https://huggingface.co/intfloat/e5-base-v2
 """

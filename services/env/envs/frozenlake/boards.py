@@ -18,7 +18,7 @@ FROZEN = "D"
 
 @dataclass(frozen=True, slots=True)
 class LakeBoard:
-    """Rows of canonical letters, all of one length, as the task begins."""
+    """The board at the start: rows of canonical letters, all of the same length."""
 
     rows: tuple[str, ...]
 
@@ -34,7 +34,7 @@ class LakeBoard:
         raise ValueError(f"no {letter} on the board")
 
     def shortest_path(self) -> int | None:
-        """Moves from the player to the goal past the holes; None when there is no way."""
+        """The number of moves from the player to the goal around the holes; None if there is no way."""
         height = len(self.rows)
         width = len(self.rows[0])
         start = self.find(PLAYER)

@@ -1,7 +1,8 @@
-"""FrozenLake with hidden symbols: walk over frozen tiles to a goal, past holes, not being told which letter is which.
+"""FrozenLake with hidden symbols: walk over frozen tiles to a goal, around holes. The agent is not told which letter
+means what.
 
-Boards are described internally by the canonical letters A–D and rendered in the configured symbols, so that the same
-task is the same board whatever the symbols.
+Inside, boards are written in the canonical letters A–D. They are shown in the configured symbols, so a task is the same
+board with any symbols.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PLAYER_ON_GOAL = "√"
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The published game by default; the embedded variant is `size_min=size_max=3, prompts="compact"`. With map files
-    (`maps.py`), sizes, shares and `seed` say nothing; `train_tasks` and `test_tasks` are limits."""
+    (`maps.py`), sizes, shares and `seed` have no effect, and `train_tasks` and `test_tasks` are limits."""
 
     size_min: int = 2
     size_max: int = 9
@@ -94,7 +95,7 @@ class Settings:
 
 
 def draw_board(settings: Settings, rng: random.Random) -> LakeBoard:
-    """One draw, which may be unsolvable and of either split."""
+    """Draws one board. It may be unsolvable, and may belong to either split."""
     side = rng.randint(settings.size_min, settings.size_max)
     frozen = rng.uniform(settings.frozen_min, settings.frozen_max)
     cells = [FROZEN if rng.random() < frozen else HOLE for _ in range(side * side)]
@@ -135,7 +136,7 @@ class FrozenLakeEpisode:
         return copied
 
     def _move(self, move: str) -> str | None:
-        """Moves the player; returns what the entered cell was, or None at a wall."""
+        """Moves the player. Returns the letter of the entered cell, or None at a wall."""
         (y, x), (dy, dx) = self._at, MOVES[move]
         to_y = y + dy
         to_x = x + dx
@@ -152,7 +153,8 @@ class FrozenLakeEpisode:
 
 
 class FrozenLake:
-    """Starts at once: training boards are drawn from their id, test boards on first use. Map files are read first."""
+    """Starting takes no time: a training board is drawn from its id, test boards on first use. Map files are read at
+    once."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
@@ -204,7 +206,7 @@ class FrozenLake:
 
 
 def create(name: str, settings: Settings) -> FrozenLake:
-    """From a table of the server's configuration. Draws or reads boards: impossible settings stop the server."""
+    """Draws or reads the first boards, so that impossible settings stop the server."""
     lake = FrozenLake(replace(settings, name=name))
     for split in Split:
         lake.list_tasks(split, 0, 1)
@@ -213,7 +215,7 @@ def create(name: str, settings: Settings) -> FrozenLake:
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    """What the environment says, apart from boards."""
+    """All texts of the environment except boards."""
 
     no_effect: str
     fell: str

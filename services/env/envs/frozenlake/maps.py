@@ -21,7 +21,7 @@ EXPECTED = "expected S (start), F (frozen), H (hole) and G (goal)"
 
 
 def read_maps(path: Path) -> Iterator[Placed[LakeBoard]]:
-    """Raises ValueError that names the line, or the map."""
+    """Reads maps. Raises ValueError, which names the line or the map."""
     readers = {".json": json.loads, ".toml": tomllib.loads}
     if path.suffix.lower() not in readers:
         yield from _read_text(path)

@@ -1,9 +1,9 @@
 """Actions of Gymnasium's spaces, read from an agent's answer.
 
-An action is JSON between triple backticks, else between <answer> and </answer> or in a box, else the whole answer:
-numbers, lists and objects as its space is made. A discrete one may have a name; one that has none is the last number.
-Where the action is text, the whole answer is it. Nothing is made to fit: what is out of bounds is refused with a
-ValueError that says what was expected.
+An action is JSON: numbers, lists and objects in the structure of its space. It stands between triple backticks, else
+between <answer> and </answer> or in a box, else it is the whole answer. A discrete action may have a name; without one
+it is the last number. In a space of texts, the action is the whole answer. Values are never adjusted: what is out of
+bounds raises a ValueError that says what was expected.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LEAVES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box
 
 
 def check(space: Space) -> None:
-    """Raises ValueError for a space whose values no answer can express."""
+    """Raises ValueError if answers cannot express the values of the space."""
     parts: Sequence[Space] = ()
     if isinstance(space, spaces.Dict):
         parts = list(space.values())
@@ -47,14 +47,14 @@ def check(space: Space) -> None:
 
 
 def form(space: Space, names: Sequence[str]) -> str:
-    """What an action is. `names` are those of discrete ones, in their order."""
+    """Describes an action in words. `names` are the names of discrete actions, in order."""
     if isinstance(space, spaces.Discrete) and names:
         return f"{', '.join(names)} (or {words(space)})"
     return words(space)
 
 
 def read(space: Space, answer: str, names: Sequence[str]) -> Any:
-    """The action that an answer means: a sample of the space. Raises ValueError in words."""
+    """The action in an answer, as a sample of the space. Raises ValueError with a message for the agent."""
     said = without_thoughts(answer)
     if isinstance(space, spaces.Text):
         return _decode(space, said, "the answer")
@@ -78,7 +78,7 @@ def read(space: Space, answer: str, names: Sequence[str]) -> Any:
 
 
 def tell(space: Space, action: Any, names: Sequence[str]) -> str:
-    """How a trace shows an action."""
+    """The action as a trace shows it."""
     if isinstance(space, spaces.Discrete) and names:
         return names[int(action) - int(space.start)]
     if isinstance(action, str):
@@ -87,7 +87,7 @@ def tell(space: Space, action: Any, names: Sequence[str]) -> str:
 
 
 def _written(answer: str) -> str:
-    """The last complete block in triple backticks, else the marked answer; the whole answer where there is neither."""
+    """The last complete block in triple backticks, else the marked answer, else the whole answer."""
     parts = answer.split(_FENCE)
     if len(parts) < 3:
         found = marked(answer)
@@ -102,7 +102,7 @@ def _refuse(constant: str) -> NoReturn:
 
 @singledispatch
 def _decode(space: Space, value: Any, at: str) -> Any:
-    """A JSON value as a sample; `at` says where it stands."""
+    """Converts a JSON value to a sample. `at` is its place, for messages."""
     raise TypeError(f"check() lets no {type(space).__name__} pass")
 
 

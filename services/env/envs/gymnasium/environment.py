@@ -1,9 +1,9 @@
 """Any environment of Gymnasium (https://gymnasium.farama.org), its spaces put into words.
 
-A task is a seed with which the environment is reset; train and test seeds differ. The reward of a step is the
-environment's own, and an answer that is no valid action changes nothing and costs a step. Each episode has an
-environment of its own. A fork is made by playing the same actions again in another one, which is exact because the
-environment says that it is deterministic; those that say otherwise (`spec.nondeterministic`) do not fork.
+A task is a seed with which the environment is reset. Train and test seeds differ. The reward of a step is the
+environment's own. An answer that is no valid action changes nothing and costs a step. Each episode has its own
+environment. A fork plays the same actions again in a new environment, which is exact if the environment is
+deterministic. Environments that say they are not (`spec.nondeterministic`) cannot be forked.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _ESCAPE = re.compile(r"\x1b\[([0-9;]*)m")
 class Settings:
     """`id` and `arguments` are what `gymnasium.make` takes; `module` is imported before, to register the environment.
 
-    `max_reward` is the largest sum of an episode's rewards: Gymnasium does not say it (`reward_threshold` is a mean
-    that counts as solved). `max_steps` is the environment's own limit by default. `actions` names discrete actions in
-    their order, `components` the parts of an observation. `observation` is what the agent sees: `render`, what the
-    environment draws as text; `values`, its observation in words; `auto`, the drawing where there is one. `task` tells
-    the agent what to do, `prompts` replaces texts of the PromptSet."""
+    `max_reward` is the largest sum of an episode's rewards, which Gymnasium does not tell (`reward_threshold` is the
+    mean that counts as solved). `max_steps` defaults to the environment's own limit. `actions` names the discrete
+    actions in order, `components` the parts of an observation. `observation` is what the agent sees: `render`, the
+    environment's drawing as text; `values`, its observation in words; `auto`, the drawing if there is one. `task` tells
+    the agent what to do. `prompts` replaces texts of the PromptSet."""
 
     id: str
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class GymnasiumEpisode:
         )
 
     def fork(self) -> GymnasiumEpisode:
-        """Raises RuntimeError when the same actions lead elsewhere."""
+        """Raises RuntimeError if the same actions lead to another observation."""
         copied = GymnasiumEpisode(self._game, self._seed)
         try:
             for taken in self._taken:
@@ -141,7 +141,7 @@ class GymnasiumEpisode:
         self._env.close()
 
     def _take(self, action: Any) -> tuple[float, bool, bool]:
-        """Reward, terminated, truncated."""
+        """Takes the action. Returns reward, terminated and truncated."""
         self._taken.append(action)
         observed, reward, terminated, truncated, _ = self._env.step(action)
         self.observation = self._game.show(self._env, observed)
@@ -153,7 +153,7 @@ class GymnasiumEpisode:
 
 
 class Gymnasium:
-    """Makes an environment once, to learn of its spaces. Raises ValueError that names the setting."""
+    """Makes an environment once to see its spaces. Raises ValueError, which names the setting."""
 
     def __init__(self, settings: Settings) -> None:
         import gymnasium
@@ -193,7 +193,7 @@ class Gymnasium:
             self._check_start()
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
-        """All of difficulty 1: Gymnasium knows of none."""
+        """All tasks have difficulty 1, since Gymnasium has no difficulties."""
         first = max(offset, 0)
         last = min(self.info.task_counts[split], first + max(limit, 0))
         return [TaskInfo(f"{split}/{index:05d}", split, 1.0) for index in range(first, last)]
@@ -206,7 +206,7 @@ class Gymnasium:
         return GymnasiumEpisode(self, self._seed(Split(split), int(digits)))
 
     def make(self) -> gymnasium.Env[Any, Any]:
-        """An environment of its own for an episode."""
+        """A new environment, for one episode."""
         return self._gymnasium.make(
             self.settings.id, max_episode_steps=self._max_steps, disable_env_checker=True, **self._arguments
         )
@@ -216,7 +216,7 @@ class Gymnasium:
         return text if text.strip() else _EMPTY
 
     def read(self, answer: str) -> tuple[Any, str]:
-        """The action, and how a trace shows it. Raises ValueError in words."""
+        """The action, and its form in a trace. Raises ValueError with a message for the agent."""
         action = self._answers.read(self._actions, answer, self.settings.actions)
         return action, self._answers.tell(self._actions, action, self.settings.actions)
 
@@ -282,7 +282,7 @@ class Gymnasium:
             )
 
     def _check_start(self) -> None:
-        """Some arguments make an environment draw from a generator that no seed reaches."""
+        """Checks that the start depends on the seed alone. Some arguments make an environment ignore it."""
         seed = self._seed(Split.TRAIN, 0)
         episodes = [GymnasiumEpisode(self, seed), GymnasiumEpisode(self, seed)]
         for episode in episodes:
@@ -310,7 +310,7 @@ class Gymnasium:
 
 
 def create(name: str, settings: Settings) -> Gymnasium:
-    """From a table of the server's configuration."""
+    """Raises MissingExtra, and ValueError that names the setting."""
     settings = replace(settings, name=name)
     try:
         import gymnasium  # noqa: F401 - to see whether it is there
@@ -320,7 +320,7 @@ def create(name: str, settings: Settings) -> Gymnasium:
 
 
 def without_escapes(text: str) -> str:
-    """What a terminal shows in colour, in words: `[S on red]`, `[R in blue]`."""
+    """Replaces the colours of a terminal by words: `[S on red]`, `[R in blue]`."""
     pieces: list[str] = []
     opened: list[str] = []
     at = 0
@@ -337,7 +337,7 @@ def without_escapes(text: str) -> str:
 
 
 def _color(codes: str) -> str:
-    """Empty where the codes set none, which ends those before."""
+    """The colour in words; empty if the codes set none, which ends the colours before."""
     for code in codes.split(";"):
         for base, preposition in ((30, "in"), (40, "on")):
             if code.isdigit() and 0 <= int(code) - base < len(_COLORS):

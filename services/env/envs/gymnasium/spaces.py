@@ -1,4 +1,4 @@
-"""Gymnasium's spaces as text: what a value is, and an observation in words."""
+"""Gymnasium's spaces as text: describes the values of a space, and writes observations in words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_NAMED = 12  # bounds that are told one by one
 
 @singledispatch
 def words(space: Space) -> str:
-    """What a value of the space is, as JSON."""
+    """Describes the JSON form of the space's values."""
     return f"a value of {type(space).__name__}"
 
 
@@ -82,7 +82,7 @@ def is_whole(space: Space) -> bool:
 
 
 def check_observations(space: Space) -> None:
-    """Raises ValueError for arrays that are too large to be read as numbers."""
+    """Raises ValueError if an array has too many numbers to be shown."""
     if isinstance(space, spaces.Box | spaces.MultiDiscrete | spaces.MultiBinary):
         count = math.prod(space.shape)
         if count > MAX_SHOWN:
@@ -110,7 +110,7 @@ def show_named(space: Space, value: Any, digits: int, names: Sequence[str]) -> s
 
 @singledispatch
 def show(space: Space, value: Any, digits: int) -> str:
-    """A value in words, its numbers with so many significant digits."""
+    """A value in words. Numbers have `digits` significant digits."""
     return str(value).encode("utf-8", "replace").decode()
 
 

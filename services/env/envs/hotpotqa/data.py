@@ -28,7 +28,7 @@ _CHUNK = 2**20
 
 
 class Question(msgspec.Struct, frozen=True):
-    """One record of a question file; what the environment does not use is left out."""
+    """One record of a question file, with the fields that the environment uses."""
 
     question: str
     official_id: str | int | None = msgspec.field(name="_id", default="")
@@ -38,7 +38,7 @@ class Question(msgspec.Struct, frozen=True):
 
     @property
     def id(self) -> str:
-        """Its own; of a question without one, the beginning of the SHA-256 of its text."""
+        """The record's own id, or the beginning of the SHA-256 of the question."""
         own = next((str(given) for given in (self.official_id, self.hub_id) if given not in ("", None)), "")
         return own or hashlib.sha256(self.question.encode()).hexdigest()[:24]
 
@@ -62,7 +62,7 @@ class _Paragraph(msgspec.Struct):
 
 
 class _Page(msgspec.Struct):
-    """What passages come from: a question's context, or an introduction."""
+    """A source of passages: a question's context, or an introduction."""
 
     context: list[tuple[str, list[str]] | _Paragraph] | _Columns | None = None
     title: str | None = None
@@ -87,14 +87,14 @@ class _Page(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """What a data set is read from. An empty path is none."""
+    """The files of a data set. An empty path means that there is no such file."""
 
     train_file: str = ""
     test_file: str = ""
     corpus: tuple[str, ...] = ()
 
     def questions(self, path: str, limit: int) -> tuple[Question, ...]:
-        """The first `limit` ones of a file, 0 for all. Raises ValueError that names the file and the record."""
+        """The first `limit` questions of a file; 0 means all. Raises ValueError that names the file and the record."""
         read = (record for file in matching(path) for record in read_records(file, Question))
         found = []
         for place, question in islice(read, limit or None):
@@ -108,7 +108,8 @@ class Files:
         return tuple(found)
 
     def passages(self) -> Iterator[tuple[str, str]]:
-        """(title, text) of every paragraph in the question files and the corpus, each once, in the files' order."""
+        """Title and text of every paragraph in the question files and the corpus, each once, in the order of the
+        files."""
         seen: set[bytes] = set()
         for title, text in self._paragraphs():
             key = hashlib.blake2b(f"{title}\n{text}".encode(), digest_size=8).digest()
@@ -117,7 +118,7 @@ class Files:
                 yield title, text
 
     def fingerprint(self) -> str:
-        """Of the content of all files that passages come from."""
+        """A hash of the content of all files that have passages."""
         digest = hashlib.sha256()
         for path in self._sources():
             with path.open("rb") as file:
@@ -127,7 +128,7 @@ class Files:
         return digest.hexdigest()
 
     def check(self) -> None:
-        """Raises ValueError when a file is not there."""
+        """Raises ValueError if a file does not exist."""
         for setting, path in (("train_file", self.train_file), ("test_file", self.test_file)):
             required(setting, path)
         for path in self.corpus:
@@ -152,8 +153,8 @@ class Files:
 
 
 def by_id(questions: Iterable[Question], without: Iterable[Question] = ()) -> dict[str, Question]:
-    """The questions under their ids, in order; those that are asked in `without`, too, are left out. Raises ValueError
-    when an id is there twice."""
+    """The questions by id, in order, without those that are also in `without`. Raises ValueError if an id occurs
+    twice."""
     asked = {_plain(question) for question in without}
     found: dict[str, Question] = {}
     for question in questions:

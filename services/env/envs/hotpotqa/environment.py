@@ -7,7 +7,7 @@ files it plays the small data set of `world.py`. Deviations from the reference c
    dates, names or the first sentence).
 2. The last box counts, not the first.
 3. The agent is told the true number of turns.
-4. A search that fails is ENV_ERROR or TIMEOUT, which is no sample (the reference: reward 0).
+4. A search that fails is ENV_ERROR or TIMEOUT, and the attempt is excluded (the reference: reward 0).
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ SEARCH = describe("local_search", LocalSearch)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The published task by default. `train_file` and `test_file` are official question files, `corpus` more files or
-    folders with passages, `index_folder` keeps the index between starts. `train_tasks` and `test_tasks` limit the
-    questions, 0 for all. `tools` says where the agent learns of the search: from its chat `template`, or, for models
-    whose template has no tools, from the `prompt`."""
+    """The published task by default. `train_file` and `test_file` are official question files. `corpus` lists more
+    files or folders with passages. `index_folder` keeps the index between starts. `train_tasks` and `test_tasks` limit
+    the questions; 0 means all. `tools` says what describes the search to the agent: its chat `template`, or the
+    `prompt`, for models whose template has no tools."""
 
     train_file: str = ""
     test_file: str = ""
@@ -131,7 +131,7 @@ class HotpotQaEpisode:
         return copy(self)  # with the same index, which only reads
 
     def _answer_calls(self, calls: Sequence[Call]) -> StepResult:
-        """Every call of the turn is answered. A turn without a readable one gets the problem from the user's side."""
+        """Answers every call of the turn. If none can be read, the user message says what is wrong."""
         answers = [self._answer(call) for call in calls]
         searched = any(found for found, _ in answers)
         text = "\n\n".join(text for _, text in answers)
@@ -139,7 +139,7 @@ class HotpotQaEpisode:
         return StepResult(text, _reading(calls), tool=SEARCH.name if is_tool else "")
 
     def _answer(self, call: Call) -> tuple[bool, str]:
-        """Whether a search was made, and what it found or what is wrong with the call."""
+        """Whether a search was made, and its result or the problem with the call."""
         if call.problem:
             return False, f"The tool call could not be read: {call.problem}."
         if call.name != SEARCH.name:
@@ -162,7 +162,7 @@ class HotpotQaEpisode:
 
 
 class HotpotQa:
-    """`questions` are each split's under their ids; `index` finds passages."""
+    """`questions` are those of each split by id. `index` finds passages."""
 
     def __init__(self, questions: Mapping[Split, Mapping[str, Asked]], index: Index, settings: Settings) -> None:
         self._questions = {f"{split}/{id_}": one for split in Split for id_, one in questions[split].items()}
@@ -194,7 +194,7 @@ class HotpotQa:
 
 
 def create(name: str, settings: Settings) -> HotpotQa:
-    """From a table of the server's configuration: reads the questions and builds the index, or opens a kept one."""
+    """Reads the questions, and builds the index or opens one that was kept."""
     settings = replace(settings, name=name)
     try:
         import tantivy  # noqa: F401 - what `search` uses
@@ -235,7 +235,7 @@ def _index(settings: Settings, passages: Iterable[tuple[str, str]], content: str
 
 
 def _reading(calls: Iterable[Call]) -> str:
-    """How a trace shows a turn of calls."""
+    """A turn's calls as a trace shows them."""
     return "; ".join(call.describe(_SHOWN) for call in calls)
 
 
@@ -244,7 +244,7 @@ def _answer_reading(result: Score) -> str:
 
 
 def _feedback(result: Score, truncated: bool) -> str:
-    """Status, reward, the answer that was found and how it was scored; never the right one."""
+    """Status, reward, the answer that was read and how it was scored. Never tells the right answer."""
     if truncated:
         return f"The turns were used up. Reward {result.reward:.2f}. There was no boxed answer."
     if result.method is Method.NO_ANSWER:
@@ -320,7 +320,7 @@ For each call, return a JSON object with its name and arguments within <tool_cal
 
 
 def _prompts(max_steps: int, told: Sequence[Tool]) -> PromptSet:
-    """With the true limit, and with the tools that no chat template tells of."""
+    """The prompts, with the true limit, and with the tools if the chat template does not describe them."""
     functions = (
         {"name": tool.name, "description": tool.description, "parameters": json.loads(tool.parameters)} for tool in told
     )

@@ -1,5 +1,5 @@
-"""How a HotpotQA answer is scored: normalisation, exact match and F1 as in the official `hotpot_evaluate_v1.py`, and
-the reward of arXiv 2602.13949: exact match 1; else F1 where that is at least 0.3; else 0.
+"""Scores HotpotQA answers: normalisation, exact match and F1 as in the official `hotpot_evaluate_v1.py`. The reward is
+that of arXiv 2602.13949: 1 for an exact match, else F1 if it is at least 0.3, else 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _CLOSED = ("yes", "no", "noanswer")  # answers of which a part is worth nothing
 
 
 class Method(StrEnum):
-    """What decided the reward."""
+    """How the reward was determined."""
 
     EXACT_MATCH = "exact match"
     F1 = "F1"
@@ -32,7 +32,7 @@ class Score:
 
 
 def normalize(text: str) -> str:
-    """Lower case, without punctuation, articles and extra white space."""
+    """The text in lower case, without punctuation, articles and extra white space."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -41,7 +41,7 @@ def exact_match(answer: str, gold: str) -> bool:
 
 
 def f1(answer: str, gold: str) -> float:
-    """Harmonic mean of the precision and recall of words, repetitions counted."""
+    """Harmonic mean of precision and recall of the words. Repeated words count."""
     ours = normalize(answer)
     theirs = normalize(gold)
     if ours != theirs and (ours in _CLOSED or theirs in _CLOSED):

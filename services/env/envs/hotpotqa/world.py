@@ -1,7 +1,7 @@
-"""A small multi-hop data set in HotpotQA's format, about a world that does not exist: offline, and known to no model.
+"""A small multi-hop data set in HotpotQA's format, about a made-up world. It needs no network, and no model knows it.
 
-`python -m mulligan.env.envs.hotpotqa.world FOLDER` writes it as files of the official names. Everything follows from
-the seed: the same seed makes the same bytes on every machine.
+`python -m mulligan.env.envs.hotpotqa.world FOLDER` writes it to files with the official names. The same seed gives
+the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class World:
 
 
 def data_sets(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and test questions. Which are test questions is decided by a hash of their text."""
+    """Training and test questions. A hash of the text decides which are test questions."""
     world = World(seed)
     rng = random.Random(f"questions/{seed}")
     found: dict[bool, dict[str, dict[str, Any]]] = {False: {}, True: {}}
@@ -185,13 +185,13 @@ def write(folder: Path, seed: int = 0) -> None:
 
 
 def passages(seed: int = 0) -> Iterator[tuple[str, str]]:
-    """(title, text) of the whole world."""
+    """Title and text of all passages of the world."""
     for entity in World(seed).entities:
         yield entity.name, "".join(entity.sentences)
 
 
 def _names(rng: random.Random) -> Iterator[str]:
-    """Names that sound alike and are all different."""
+    """Names that sound alike, all different."""
     seen: set[str] = set()
     while True:
         syllables = rng.randint(1, 2)
@@ -278,7 +278,7 @@ _TEMPLATES = (
 
 
 def _record(asked: _Asked, question_id: str, world: World, rng: random.Random) -> dict[str, Any]:
-    """With paragraphs that lead astray: others of the same kinds."""
+    """One record. Its context also has misleading paragraphs, about others of the same kinds."""
     gold = list(dict.fromkeys(entity for entity, _ in asked.facts))
     kinds = dict.fromkeys(type(entity) for entity in gold)
     alike = [entity for kind in kinds for entity in rng.sample(world.of_kind[kind], _PARAGRAPHS) if entity not in gold]

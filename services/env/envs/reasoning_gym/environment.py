@@ -1,17 +1,17 @@
 """The generators of reasoning-gym (https://github.com/open-thought/reasoning-gym) as tasks of one question each.
 
-A task `train/chain_sum/00012` is an element of that dataset under a seed that `seed`, split, dataset and number
-determine; train and test never share a seed. The reward is the dataset's own score of the answer, from 0 to 1. The
-agent writes it between <answer> and </answer>, as reasoning-gym has it; without these its last box, the last number
-where the expected answer is one, or its last line.
-Questions and scores are made in processes of their own (`process.py` says why): reasoning_gym is imported
-once the first task starts, or at once where `settings` are to be checked.
+A task such as `train/chain_sum/00012` is an element of that dataset. Its seed depends on `seed`, split, dataset and
+number; train and test never share a seed. The reward is the dataset's own score of the answer, from 0 to 1. The agent
+writes the answer between <answer> and </answer>. Without these marks its last box is read, else the last number if the
+expected answer is a number, else its last line.
+Questions and scores are made in separate processes; `process.py` says why. These import reasoning_gym when the first
+task starts, or at once if there are `settings` to check.
 
-Three of the 106 datasets are not served as they come:
-- `composite`, which mixes others, is left out: this environment does.
+Not all of the 106 datasets are served unchanged:
+- `composite` mixes other datasets and is left out, since this environment mixes them itself.
 - `game_of_life_halting` scores any answer as right; here it must be the expected one.
-- What those draw that depend on Python's hash seed or on a generator that all share (`codeio`, `isomorphic_strings`,
-  `knight_swap`, `list_functions`, `polynomial_multiplication`, `ransom_note`, `word_ladder`) is made under fixed seeds.
+- Some draw from Python's hash seed or a generator that all share (`codeio`, `isomorphic_strings`,
+  `knight_swap`, `list_functions`, `polynomial_multiplication`, `ransom_note`, `word_ladder`); these have fixed seeds.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ syllogism time_intervals tower_of_hanoi tsumego word_ladder word_sequence_revers
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`datasets` are all by default; `settings` has a table for those that are not to be as they come. `train_tasks`
-    and `test_tasks` are of each dataset. With `tell_answer` full feedback tells the expected answer, too. `processes`
-    make questions and score answers, in `seconds` each at most, and with so much memory."""
+    """`datasets` defaults to all. `settings` has a table for each dataset whose settings differ from its defaults.
+    `train_tasks` and `test_tasks` count the tasks of each dataset. With `tell_answer`, full feedback includes the
+    expected answer. `processes` is how many processes make questions and score answers. `seconds` and the memory limit
+    hold for each question or score."""
 
     datasets: tuple[str, ...] = ()
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -104,7 +105,7 @@ class Settings:
 
 
 class ReasoningGymEpisode:
-    """`expected` is the dataset's own answer, empty where several are right and it has none."""
+    """`expected` is the dataset's own answer; empty if several answers are right."""
 
     def __init__(self, question: str, expected: str, task: Mapping[str, Any], game: ReasoningGym) -> None:
         self.observation = question
@@ -137,7 +138,7 @@ class ReasoningGymEpisode:
 
 
 class ReasoningGym:
-    """Lists the datasets in turn, so that the first tasks are of all."""
+    """Lists tasks of all datasets in turn."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -157,7 +158,7 @@ class ReasoningGym:
         )
 
     def check(self) -> None:
-        """Raises ValueError that names the dataset whose settings are wrong."""
+        """Raises ValueError if a dataset's settings are wrong, and names the dataset."""
         for name in self.settings.settings:
             try:
                 self._pool.ask({"do": "check", "name": name})
@@ -165,7 +166,7 @@ class ReasoningGym:
                 raise ValueError(f"settings.{name}: {error}") from error
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
-        """All of difficulty 1: the datasets say theirs in ranges of parameters, not as a number."""
+        """All tasks have difficulty 1: the datasets define difficulty by ranges of parameters, not as a number."""
         first = max(offset, 0)
         last = min(self.info.task_counts[split], first + max(limit, 0))
         places = (divmod(at, len(self._datasets)) for at in range(first, last))
@@ -195,7 +196,7 @@ class ReasoningGym:
 
 
 def create(name: str, settings: Settings) -> ReasoningGym:
-    """From a table of the server's configuration."""
+    """Raises MissingExtra, and ValueError that names the setting."""
     settings = replace(settings, name=name)
     if importlib.util.find_spec("reasoning_gym") is None:
         raise MissingExtra("reasoning-gym", ModuleNotFoundError("No module named 'reasoning_gym'"))

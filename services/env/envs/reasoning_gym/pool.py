@@ -1,4 +1,4 @@
-"""The processes that make reasoning-gym's questions and score answers, as the environment asks them."""
+"""The processes that make reasoning-gym's questions and score answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = 1_000  # of a dataset as it is made: some draw from it as a whole, so tha
 
 
 class TookTooLong(Exception):
-    """A request took longer than it may."""
+    """A request took too long."""
 
 
 class DatasetError(Exception):
@@ -26,7 +26,8 @@ class DatasetError(Exception):
 
 
 class DatasetPool:
-    """Up to `count` processes, each started when all others are busy. Calls block; any thread may make them."""
+    """Up to `count` processes. A new one is started when all others are busy. Calls block, and may come from any
+    thread."""
 
     def __init__(self, count: int, seconds: int, memory: int, settings: Mapping[str, Any]) -> None:
         self._limits = (seconds, memory)
@@ -38,7 +39,8 @@ class DatasetPool:
         self._closed = False
 
     def ask(self, request: Mapping[str, Any]) -> Any:
-        """Raises TookTooLong, DatasetError with the process's words, and Faulted when the process ends."""
+        """Sends a request and returns the answer. Raises TookTooLong, DatasetError with the error of the process, and
+        Faulted if the process ends."""
         with self._free:
             process = self._take()
             try:
@@ -53,7 +55,7 @@ class DatasetPool:
             return answer
 
     def close(self) -> None:
-        """Ends all processes; what is being asked raises Faulted."""
+        """Ends all processes. Requests that are running raise Faulted."""
         with self._lock:
             self._closed = True
             processes = tuple(self._all)
@@ -133,7 +135,7 @@ class _DatasetProcess:
         return answer["ok"]
 
     def end(self) -> None:
-        """Kills it. A thread that waits for its answer sees the end of the pipe."""
+        """Kills the process. A thread that waits for its answer sees the end of the pipe."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):

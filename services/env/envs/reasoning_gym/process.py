@@ -1,10 +1,10 @@
 """The process in which reasoning-gym makes questions and scores answers. Its arguments: seconds and bytes.
 
-It is a process of its own for four reasons: what some generators draw depends on Python's hash seed, which is fixed
-here; importing them takes seconds; a question may take a second, all of it under the interpreter's lock; and scoring
-evaluates answers. Several datasets hand an answer to `eval` or to sympy's parser, which evaluates it, too. Here the
-former is replaced by `ast.literal_eval` and the latter sees only names that formulas have. The process can write no
-file and take no more memory than it is given, and the kernel ends it when a request takes too long.
+This runs in a separate process for four reasons. Some generators depend on Python's hash seed, which is fixed here. The
+import takes seconds. A question can take a second, all of it under the interpreter's lock. And scoring evaluates
+answers: several datasets pass an answer to `eval` or to sympy's parser, which also evaluates it. Here
+`ast.literal_eval` replaces `eval`, and the parser sees only the names of formulas. The process cannot write files, its
+memory is limited, and the kernel ends it when a request takes too long.
 
 Reads requests from stdin and writes answers to stdout, a line of JSON each, until stdin ends.
 """
@@ -46,7 +46,7 @@ _FORMULA = re.compile(r"[\w\s+\-*/^().,=]*")
 
 
 class Datasets:
-    """Those of the distribution, each made when it is first asked for."""
+    """The datasets of the distribution. Each is made when it is first needed."""
 
     def __init__(self, settings: dict[str, dict[str, Any]]) -> None:
         import numpy as np
@@ -61,14 +61,14 @@ class Datasets:
         self._entries: LRUCache[tuple[str, int, int], dict[str, Any]] = LRUCache(_KEPT)
 
     def check(self, name: str) -> None:
-        """Raises what the dataset raises at its settings."""
+        """Makes the dataset. Raises what the dataset raises for wrong settings."""
         _, config = self._factory.DATASETS[name]
         made = config(**self._settings.get(name, {}), seed=0, size=SIZE)
         if hasattr(made, "validate"):
             made.validate()
 
     def entry(self, name: str, seed: int, index: int) -> dict[str, Any]:
-        """The same for the same arguments, whatever was asked for before."""
+        """One entry. It depends on the arguments alone."""
         key = (name, seed, index)
         if key not in self._entries:
             dataset = self._dataset(name, seed)
@@ -77,7 +77,7 @@ class Datasets:
         return self._entries[key]
 
     def score(self, name: str, seed: int, index: int, answer: str) -> float:
-        """In [0, 1]. What the dataset cannot read scores 0."""
+        """The score, from 0 to 1. An answer that the dataset cannot read scores 0."""
         entry = self.entry(name, seed, index)
         if name in _PARSED and not is_formula(answer):
             return 0.0
@@ -91,7 +91,7 @@ class Datasets:
         return min(max(score, 0.0), 1.0) if math.isfinite(score) else 0.0
 
     def do(self, request: dict[str, Any]) -> object:
-        """`check`, `question` or `score`, as the pool asks for it."""
+        """Handles a request of the pool: `check`, `question` or `score`."""
         if request["do"] == "check":
             self.check(request["name"])
             return None
@@ -114,7 +114,7 @@ class Datasets:
 
 
 def is_formula(answer: str) -> bool:
-    """Whether it has nothing but numbers, operators, one-letter variables and names of functions."""
+    """Whether the text has only numbers, operators, one-letter variables and names of functions."""
     if not _FORMULA.fullmatch(answer) or "_" in answer:
         return False
     return all(len(name) == 1 or name in _FORMULA_NAMES for name in _NAME.findall(_EXPONENT.sub("", answer)))

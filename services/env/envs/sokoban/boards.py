@@ -26,7 +26,7 @@ State = tuple[int, frozenset[int]]  # the player's cell, the boxes' cells
 
 @dataclass(frozen=True, slots=True)
 class SokobanBoard:
-    """Rows of canonical letters, all of one length, as the task begins, with a border of walls."""
+    """The board at the start: rows of canonical letters, all of the same length, with a border of walls."""
 
     rows: tuple[str, ...]
 
@@ -57,7 +57,7 @@ class SokobanBoard:
 
 
 def move(state: State, offset: int, walls: frozenset[int]) -> State | None:
-    """The state after a move by `offset` cells, pushing a box that is there; None when it has no effect."""
+    """The state after a move by `offset` cells, which may push a box; None if the move has no effect."""
     player, boxes = state
     to = player + offset
     if to in walls:
@@ -71,7 +71,7 @@ def move(state: State, offset: int, walls: frozenset[int]) -> State | None:
 
 
 def offsets(width: int) -> dict[str, int]:
-    """How far each move goes in the numbering of cells."""
+    """For each move, the difference in the cell's number."""
     return {name: dy * width + dx for name, (dy, dx) in MOVES.items()}
 
 
@@ -80,9 +80,9 @@ class Undecided(Exception):
 
 
 def solve(board: SokobanBoard, max_moves: int, max_states: int | None = None) -> tuple[str, ...] | None:
-    """A shortest solution, None when there is none of at most `max_moves` moves. Raises Undecided.
+    """A shortest solution, or None if there is none with at most `max_moves` moves. Raises Undecided.
 
-    Breadth first. States are left out that cannot be won in the moves left: each push moves one box by one cell.
+    Breadth-first search. It skips states that cannot be won with the remaining moves: a push moves one box by one cell.
     """
     goals = board.goals
     walls = board.walls
@@ -107,16 +107,16 @@ def solve(board: SokobanBoard, max_moves: int, max_states: int | None = None) ->
 
 
 def least_pushes(board: SokobanBoard) -> int | None:
-    """How many pushes, and so moves, a solution has at least; None where a box can get to no goal."""
+    """A lower bound of the pushes, and so of the moves, of a solution; None if some box cannot reach a goal."""
     pushes = _pushes(board)
     least = sum(pushes[box] for box in board.start[1])
     return least if least < _DEAD else None
 
 
 def _pushes(board: SokobanBoard) -> list[int]:
-    """How many pushes a box on each cell is at least away from the nearest goal, were it alone; `_DEAD` where it can
-    never get to one. Found backwards from the goals: a box that came to a cell came from beside it, pushed by a player
-    who stood one cell further."""
+    """For each cell, the pushes that a single box needs from there to the nearest goal; `_DEAD` if it cannot reach one.
+    Computed backwards from the goals: a box on a cell came from a neighbouring cell, and the player who pushed it stood
+    one cell further away."""
     walls = board.walls
     pushes = [_DEAD] * (board.width * len(board.rows))
     queue = deque(board.goals)
@@ -141,8 +141,8 @@ def _path(came_from: dict[State, tuple[State, str] | None], state: State) -> tup
 
 
 def draw_board(rng: random.Random, side_min: int, side_max: int, boxes: int, wall_share: float) -> SokobanBoard:
-    """One draw, which may be unsolvable and of either split: an empty room, inner walls with a probability of
-    `wall_share` a cell, and as many goals as boxes, which start elsewhere."""
+    """Draws one board: a room in which each inner cell is a wall with probability `wall_share`, with as many goals as
+    boxes. No box starts on a goal. The board may be unsolvable, and may belong to either split."""
     side = rng.randint(side_min, side_max)
     inner = [y * side + x for y in range(1, side - 1) for x in range(1, side - 1)]
     placed = rng.sample(inner, 2 * boxes + 1)

@@ -1,10 +1,10 @@
-"""Sokoban with hidden symbols: push boxes onto goals, not being told which letter is which.
+"""Sokoban with hidden symbols: push boxes onto goals. The agent is not told which letter means what.
 
 As published (arXiv 2602.13949): rooms of side 6–8 with a border of walls, one box, at most 8 moves, reward 1 when the
 box is on the goal. Deviations from the reference code:
 1. An episode ends after the number of moves that the agent is told (the reference says 64 and ends at 8).
-2. The second attempt's reminder gives no rule away (the reference's says when a box can be pushed).
-3. Test boards are told from training boards by a hash of their content, so that no seed can mix them.
+2. The reminder of the second attempt tells no rule (the reference's says when a box can be pushed).
+3. A hash of its content decides whether a board is a test board, so no seed can mix the splits.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from mulligan.env.grid_files import MAX_STEPS, FileTasks
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The published game by default. `wall_share` is the probability that an inner cell is a wall. With level files
-    (`levels.py`), sizes, boxes, `wall_share` and `seed` say nothing; `train_tasks`, `test_tasks` are limits."""
+    (`levels.py`), sizes, boxes, `wall_share` and `seed` have no effect; `train_tasks` and `test_tasks` are limits."""
 
     size_min: int = 6
     size_max: int = 8
@@ -145,7 +145,8 @@ class SokobanEpisode:
 
 
 class Sokoban:
-    """Starts at once: training boards are drawn from their id, test boards on first use. Level files are read first."""
+    """Starting takes no time: a training board is drawn from its id, test boards on first use. Level files are read at
+    once."""
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
@@ -199,7 +200,7 @@ class Sokoban:
 
 
 def create(name: str, settings: Settings) -> Sokoban:
-    """From a table of the server's configuration. Draws or reads boards: impossible settings stop the server."""
+    """Draws or reads the first boards, so that impossible settings stop the server."""
     sokoban = Sokoban(replace(settings, name=name))
     for split in Split:
         sokoban.list_tasks(split, 0, 1)

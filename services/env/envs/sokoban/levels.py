@@ -1,8 +1,8 @@
 """Sokoban's level files: the XSB format, and Boxoban's, which is XSB with a comment before each level.
 
-`#` is a wall, `@` the player (`+` on a goal), `$` a box (`*` on a goal), `.` a goal; floor is a space, `-` or `_`. A
-level is what stands between lines that are none of its rows: empty ones, titles, and comments (`; …`). A level in one
-line, with `|` between rows and numbers for repetitions (`3#|#.#`), is read, too.
+`#` is a wall, `@` the player (`+` on a goal), `$` a box (`*` on a goal), `.` a goal; floor is a space, `-` or `_`.
+Levels are separated by lines that are no rows: empty lines, titles and comments (`; …`). A level may also stand in one
+line, with `|` between rows and numbers for repetitions (`3#|#.#`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXPECTED = "expected # (wall), @ + (player), $ * (box), . (goal), and a space, -
 
 
 def read_levels(path: Path) -> Iterator[Placed[SokobanBoard]]:
-    """Raises ValueError that names the line."""
+    """Reads levels. Raises ValueError, which names the line."""
     rows: list[str] = []
     first = 0
     for number, text in enumerate([*read_text(path).splitlines(), ""], start=1):
@@ -79,7 +79,7 @@ def _placed(place: str, rows: Sequence[str]) -> Placed[SokobanBoard]:
 
 
 def _board(place: str, rows: Sequence[str]) -> SokobanBoard:
-    """What lies outside the walls becomes wall; columns that every row lacks are cut off."""
+    """Turns everything outside the walls into walls, and cuts off columns that are empty in every row."""
     text = "".join(rows)
     players, boxes, goals = (sum(map(text.count, letters)) for letters in ("@+", "$*", ".+*"))
     if players != 1:
@@ -99,7 +99,7 @@ def _board(place: str, rows: Sequence[str]) -> SokobanBoard:
 
 
 def _outside(cells: Sequence[Sequence[str]]) -> set[tuple[int, int]]:
-    """Cells from which one can walk off the level."""
+    """Cells from which the player could leave the level."""
     height = len(cells)
     width = len(cells[0])
     edge = [(y, x) for y in range(height) for x in range(width) if y in (0, height - 1) or x in (0, width - 1)]

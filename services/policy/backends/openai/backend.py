@@ -366,7 +366,7 @@ def _said(error: openai.APIError) -> str:
 
 
 def _cause(error: openai.APIError) -> str:
-    """The error's message with its cause, since openai's own is only "Connection error."."""
+    """The error's cause, or its own message; that is often only `Connection error.`"""
     return str(error.__cause__ or _said(error)) or type(error.__cause__).__name__
 
 

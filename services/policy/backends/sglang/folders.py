@@ -117,8 +117,8 @@ class Folders:
         return f"{self._in_engine.rstrip('/')}/{folder.relative_to(self._root).as_posix()}"
 
     def _put(self, source: Path, path: Path) -> None:
-        """Links the file, so that gigabytes are not copied. A hard link if servers may not see the file that a symbolic
-        one points to."""
+        """Makes a hard link, so that gigabytes are not copied. On another file system it copies the file if the
+        folder is shared with the servers, else it makes a symbolic link."""
         try:
             os.link(source.resolve(), path)
         except FileNotFoundError as error:

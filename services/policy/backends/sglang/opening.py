@@ -99,7 +99,7 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
 
 
 def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str, str], dict[str, str]]:
-    """For each adapter, the name and the path by which the servers know it."""
+    """The servers' name of each adapter, and the path of each of these names."""
     names = {}
     paths = {}
     for name, folder in settings.adapters.items():
@@ -162,7 +162,7 @@ async def _describe(
 
 
 def _common_limits(servers: Sequence[Server]) -> LoraLimits:
-    """The LoRA limits of all servers together. Raises UnsupportedModel if no adapter fits them all."""
+    """The LoRA limits that hold on all servers. Raises UnsupportedModel if no layer can be adapted on all of them."""
     ranks = [server.lora.max_rank for server in servers if server.lora.max_rank]
     modules = [set(server.lora.target_modules) for server in servers if server.lora.target_modules]
     common = set.intersection(*modules) if modules else set()
@@ -172,7 +172,7 @@ def _common_limits(servers: Sequence[Server]) -> LoraLimits:
 
 
 async def _look(server: Server, skeleton: Skeleton, info: ModelInfo) -> None:
-    """Checks that a server can do what the policy's ModelInfo says. Raises Unsuitable, and as `_look` does."""
+    """Checks that a server can do what the policy's ModelInfo says. Raises Unsuitable, and as `Server.look` does."""
     await server.look(skeleton)
     missing = info.features - server.features - {Feature.TOOLS}
     if missing:
