@@ -1,4 +1,4 @@
-"""Reflection memory. The author of a store implements `Store`.
+"""Reflection memory. The author of a store implements `Store`, and exports `Settings` and `open`.
 
 A caller writes and reads over gRPC: `MemoryClient(Endpoint("127.0.0.1:50053"))`.
 """

@@ -5,4 +5,5 @@ from .store import Page as Page
 from .store import Snapshot as Snapshot
 from .store import Store as Store
 from .store import StoreError as StoreError
+from .store import StoreSettings as StoreSettings
 from .store import reflection_id as reflection_id

@@ -11,7 +11,12 @@ import json
 from dataclasses import dataclass
 from typing import Protocol
 
+from mulligan.common.plugins import PluginSettings
 from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
+
+
+class StoreSettings(PluginSettings):
+    """Base of the `Settings` that a store exports."""
 
 
 class StoreError(Exception):

@@ -1,3 +1,4 @@
+from .backend import Admission as Admission
 from .backend import Ask as Ask
 from .backend import Backend as Backend
 from .backend import BackendSettings as BackendSettings

@@ -14,7 +14,7 @@ from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.files import replace
 from mulligan.common.model_files import is_hub_id
-from mulligan.common.plugins import place_of, with_place
+from mulligan.common.plugins import UnusablePlugin, place_of, with_place
 from mulligan.common.suggest import problems
 from mulligan.policy.backend import BackendSettings
 from mulligan.policy.backends import BACKENDS
@@ -51,10 +51,15 @@ class ModelRequest(BaseModel):
         """The request put over the policy's own settings. Raises DomainError INVALID_SETTING."""
         own = own or PolicyModelSettings()
         backend = self.backend or own.backend
-        if backend not in (own.backend, *BACKENDS.names):  # a module runs code: whoever starts the server names those
-            raise _invalid("backend", str(BACKENDS.unknown(backend)))
-        places = _places(backend)
+        try:
+            if backend not in (own.backend, *BACKENDS.names):  # a module runs code: only the server's settings name one
+                raise BACKENDS.unknown(backend)
+            places = _places(backend)
+        except UnusablePlugin as error:
+            raise _invalid("backend", str(error)) from error
         merged = own.model_dump()
+        if backend != own.backend:
+            merged[BACKENDS.others] = {}  # they are of the policy's own backend
         for name, text in sorted(self.options.items()):  # `adapters` comes before `adapters.small`
             _put(merged, name, text, places)
         for name in _credentials_of_others(self.options, places):

@@ -175,15 +175,21 @@ def test_what_is_wrong_is_named(
 
 
 async def test_load_model_takes_no_modules(services: ServiceProcesses, acme: dict[str, str]) -> None:
-    """A module runs code: whoever starts the server names those."""
-    address = services.start("policy", environment=acme, backend="parrot").address
+    """A module runs code: only the server's settings name one."""
+    settings: dict[str, Any] = {"backend": "acme.parrot", "backend-settings": {"greeting": "Hello! "}}
+    address = services.start("policy", environment=acme, **settings).address
     async with closing(PolicyClient(Endpoint(address))) as client:
         options = {"parrot.greeting": "Ahoy! "}
         await client.load_model("second", "embedded", backend="parrot", options=options)
-        assert (await client.info("second")).backend == "parrot"
-        with pytest.raises(DomainError, match=r"there is no backend 'acme\.parrot'") as caught:
-            await client.load_model("third", "embedded", backend="acme.parrot")
-    assert caught.value.reason is Reason.INVALID_SETTING
+        await client.load_model("actor", "another", backend="parrot", options=options)
+        assert {(await client.info(name)).backend for name in ("actor", "second")} == {"parrot"}
+        assert await said(address) == "Ahoy! Pretty Polly", "the module's settings are not the other backend's"
+        await client.load_model("actor", "another", options={"backend_settings.loudness": 2})
+        assert await said(address) == "Hello! Pretty Polly Pretty Polly"
+        for backend, problem in (("acme.countdown", "there is no backend"), ("broken", "'broken' is no backend")):
+            with pytest.raises(DomainError, match=problem) as caught:
+                await client.load_model("third", "embedded", backend=backend)
+            assert caught.value.reason is Reason.INVALID_SETTING
 
 
 def test_the_command_knows_an_installed_environment(acme: dict[str, str], tmp_path: Path) -> None:

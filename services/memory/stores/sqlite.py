@@ -21,9 +21,8 @@ from typing import IO, Any, TypeVar
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.file_lock import lock_file
-from mulligan.common.plugins import PluginSettings
 from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
-from mulligan.memory.store import Added, Found, Page, Snapshot, StoreError, reflection_id
+from mulligan.memory.store import Added, Found, Page, Snapshot, StoreError, StoreSettings, reflection_id
 
 _MAX_TRANSACTION = 256
 _CREATE = """
@@ -62,7 +61,7 @@ R = TypeVar("R")
 _Call = tuple[Callable[[sqlite3.Connection], Any], "asyncio.Future[Any]"]
 
 
-class Settings(PluginSettings):
+class Settings(StoreSettings):
     """This store has no settings besides its location."""
 
 

@@ -8,12 +8,11 @@ from datetime import UTC, datetime
 from pydantic import Field
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.plugins import PluginSettings
 from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
-from mulligan.memory import Added, Found, Page, Snapshot, StoreError, reflection_id
+from mulligan.memory import Added, Found, Page, Snapshot, StoreError, StoreSettings, reflection_id
 
 
-class Settings(PluginSettings):
+class Settings(StoreSettings):
     """A notebook."""
 
     pages: int = Field(1_000_000, ge=1, description="Reflections that it has room for.")

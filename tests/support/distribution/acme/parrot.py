@@ -10,8 +10,7 @@ from pydantic import Field
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import ReplicaInfo, StopReason, VersionSpan
-from mulligan.policy import Ask, BackendSettings, ModelInfo, ModelSettings, Sampled, Scored, WeightsFile
-from mulligan.policy.backend import Admission
+from mulligan.policy import Admission, Ask, BackendSettings, ModelInfo, ModelSettings, Sampled, Scored, WeightsFile
 
 
 class Settings(BackendSettings):
