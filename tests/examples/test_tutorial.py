@@ -73,5 +73,5 @@ def test_the_tutorial_from_its_first_line_to_its_last(tmp_path: Path) -> None:
     assert "run second: completed" in printed
     assert "run plain: completed" in printed
     assert "first-s0-t0-r0  (doors train/" in printed
-    assert re.search(r"^step 1: \d+ of 16 solved at once, \d+ of \d+ reflections right$", printed, re.MULTILINE)
+    assert re.search(r"^step 1: \d+ of 16 solved at once, \d+ of \d+ with a reflection$", printed, re.MULTILINE)
     assert "policy actor serves larger" in printed

@@ -12,7 +12,7 @@ async def until(condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS
     """Raises TimeoutError."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - nobody tells when it changes
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
 
 
 async def until_async(condition: Callable[[], Awaitable[bool]], seconds: float = PATIENCE_SECONDS) -> None:
