@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -19,6 +20,9 @@ from mulligan.testing.processes import ServiceProcesses
 
 # A shell that runs the suite in the background has it ignore interrupts; the programs under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# How long an example takes depends on what else the machine does.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 _ONE_SERVER = ("tests.support.sglang ", "tests.support.policy_backends ")
 
 

@@ -188,7 +188,7 @@ async def test_a_tool_answers_as_a_tool_unless_the_prompt_tells_of_it(client: En
     assert taken[1].feedback == "That was wrong, try again."
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(played=st.lists(st.lists(hostile_texts, min_size=1, max_size=14), min_size=1, max_size=12))
 def test_no_action_breaks_it(server: ServiceProcess, name: str, played: list[list[str]]) -> None:
     """Episodes side by side, a task each: some thousand actions over all examples and environments."""

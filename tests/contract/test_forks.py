@@ -59,7 +59,7 @@ async def play(episode: RemoteEpisode, texts: list[str]) -> list[EpisodeStep]:
 
 
 @pytest.mark.parametrize("name", FORKING)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(number=st.integers(0, 9), past=actions, future=actions, other=actions)
 def test_a_copy_goes_on_as_its_source_does(
     server: ServiceProcess, name: str, number: int, past: list[str], future: list[str], other: list[str]

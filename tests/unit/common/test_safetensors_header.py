@@ -17,7 +17,7 @@ from mulligan.models import EMBEDDED
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.bool: "BOOL"}
 FILE = save({"a": torch.ones(2, 3), "b": torch.ones(5, dtype=torch.bfloat16)}, {"format": "pt"})
-SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))

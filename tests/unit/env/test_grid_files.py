@@ -244,7 +244,7 @@ def test_splits_of_one_file_and_of_two(tmp_path: Path) -> None:
 
 
 @given(text=st.text(alphabet="#@$.*+ -_;|12ax\n", max_size=120))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whatever_is_in_a_level_file_it_is_read_or_refused_in_words(tmp_path_factory, text: str) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path_factory.getbasetemp() / "any.xsb"
     found = []

@@ -24,7 +24,7 @@ def controls(ids: Sequence[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", list(CHATS))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(texts=st.tuples(hostile, hostile, hostile, hostile))
 def test_only_the_template_writes_control_tokens(name: str, texts: tuple[str, ...]) -> None:
     """A conversation holds as many as with each text replaced by x; what the assistant said may hold marks."""
@@ -44,7 +44,7 @@ def test_only_the_template_writes_control_tokens(name: str, texts: tuple[str, ..
 
 
 @pytest.mark.parametrize("name", list(WITH_TOOLS))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.tuples(hostile, hostile, hostile))
 def test_tools_and_what_they_answer_write_no_control_tokens(name: str, texts: tuple[str, ...]) -> None:
     def ids(described: str, argument: str, answer: str) -> list[int]:

@@ -81,7 +81,7 @@ def test_tokenizers_whose_bytes_depend_on_those_after_them_are_known(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_pieces_of_any_tokens_add_up(
     tokenizers: dict[str, tuple[Tokenizer, int]], name: str, data: st.DataObject
@@ -94,7 +94,7 @@ def test_pieces_of_any_tokens_add_up(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(text=TEXTS, data=st.data())
 def test_pieces_of_text_add_up_and_split_no_character(
     tokenizers: dict[str, tuple[Tokenizer, int]], name: str, text: str, data: st.DataObject

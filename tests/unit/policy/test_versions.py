@@ -262,9 +262,7 @@ class Versions(RuleBasedStateMachine):
 
 
 TestVersions = Versions.TestCase
-TestVersions.settings = settings(
-    max_examples=40, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestVersions.settings = settings(max_examples=40, stateful_step_count=15, suppress_health_check=list(HealthCheck))
 
 _WRITER = """
 import hashlib, sys

@@ -138,7 +138,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @example(crashes=[15, 15, 0], torn=34)  # two torn ends make a whole frame, with a wrong checksum
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(crashes=st.lists(st.integers(0, 90), min_size=1, max_size=4), torn=st.integers(0, 40))
 def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
     tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any, crashes: list[int], torn: int

@@ -61,7 +61,7 @@ def whole_frames(path: Path) -> int:
     return count
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rooms=st.lists(st.integers(0, 30_000), min_size=1, max_size=4))
 def test_wherever_the_disk_is_full_a_run_waits_and_ends_as_if_it_had_not_been(
     tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any, rooms: list[int]

@@ -154,7 +154,7 @@ RUNS = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(run=RUNS)
 def test_settings_survive_the_wire_and_a_file(run: RunSettings) -> None:
     assert settings_from_proto(settings_to_proto(run)) == run

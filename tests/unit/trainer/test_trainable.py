@@ -138,7 +138,7 @@ ALGORITHM = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(chains=CHAINS, algorithm=ALGORITHM, rewrites=st.booleans())
 def test_whatever_a_journal_holds_can_be_resumed_and_trained_on(
     tmp_path_factory: pytest.TempPathFactory, chains: list[Any], algorithm: dict[str, Any], rewrites: bool

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mulligan.env.base import Split, StepResult, UnknownTask
@@ -142,7 +142,6 @@ def test_feedback_never_tells_the_answer() -> None:
 hostile = st.text() | st.text(alphabet='<tool_call>/{}[]"\\:,() boxed', max_size=60)
 
 
-@settings(deadline=None)
 @given(st.lists(hostile | st.builds(call, hostile), min_size=5, max_size=5))
 def test_any_text_is_an_action(texts: list[str]) -> None:
     game = episode()

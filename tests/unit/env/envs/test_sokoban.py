@@ -123,7 +123,6 @@ def test_symbols_change_only_the_rendering() -> None:
     assert first.board("train/00007") == second.board("train/00007")
 
 
-@settings(deadline=None)
 @given(st.lists(st.text() | st.sampled_from([act(name) for name in STEPS]), min_size=8, max_size=8))
 def test_any_text_is_an_action(texts: list[str]) -> None:
     game = episode("DDDD", "DADD", "DBDD", "DDCD")
@@ -138,7 +137,7 @@ def test_any_text_is_an_action(texts: list[str]) -> None:
             break
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**32),
     boxes=st.integers(1, 2),

@@ -89,7 +89,7 @@ def checksum(weights: Weights) -> str:
     return list(weights.checksum())[-1]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_the_checksum_notices_the_smallest_change_of_any_weight(data: st.DataObject, loaded: Any) -> None:
     model, weights = loaded
