@@ -364,7 +364,7 @@ class PolicyReplicas:
     async def _publish(self, weights: PublishedWeights, policy: SharedPolicy) -> list[float | None]:
         """What the canaries of the servers that took the weights found; empty when all servers are away.
 
-        `sglang/updates.py` gives weights to the engines of one server, and shares no code with this. Engines load in
+        `_servers/updates.py` gives weights to the engines of one server, and shares no code with this. Engines load in
         steps, each finished by all before the next, and one that dies is taken out at once. One that refuses may hold a
         part of the new weights, so all load the old ones again. A policy server that refuses has put itself back, so
         only the others are rolled back. Nothing is taken back twice: a server answers when its own engines agree.

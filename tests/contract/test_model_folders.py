@@ -19,7 +19,7 @@ from mulligan.common.model_files import UnsupportedModel, check_model
 from mulligan.common.server import RequestInterceptor
 from mulligan.common.status import from_rpc_error
 from mulligan.models import EMBEDDED
-from mulligan.policy.backends.sglang.skeleton import Skeleton
+from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.backends.transformers import backend as transformers_backend
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies

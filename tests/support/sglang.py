@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from mulligan import models
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import SamplingParams, WeightsKind
-from mulligan.policy.backend import Ask, Replica, Sampled, WeightsFile
+from mulligan.policy.backend import Ask, Backend, Replica, Sampled, WeightsFile
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.policy.backends.sglang import open as open_backend
 from mulligan.policy.backends.sglang.backend import SglangBackend
@@ -63,7 +63,7 @@ def ask(prompt: Sequence[int] = PROMPT, *, adapter: str = "", session_id: str = 
     return Ask(list(prompt), SamplingParams(**({"max_tokens": 24} | sampling)), adapter=adapter, session_id=session_id)
 
 
-async def streamed(backend: SglangBackend, request: Ask) -> Sampled:
+async def streamed(backend: Backend, request: Ask) -> Sampled:
     """A stream, put together."""
     parts = [part async for part in backend.stream(request)]
     assert [part.stop_reason for part in parts[:-1]] == [None] * (len(parts) - 1)

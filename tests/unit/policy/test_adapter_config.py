@@ -20,7 +20,7 @@ from mulligan.common.inference import WeightsKind
 from mulligan.models import EMBEDDED
 from mulligan.policy.adapter_config import AdapterConfig
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.backends.sglang.skeleton import ADAPTER_FILE, Adapter, Skeleton
+from mulligan.policy.backends._servers.skeleton import ADAPTER_FILE, Adapter, Skeleton
 from mulligan.policy.backends.transformers.model import Model
 from mulligan.policy.backends.transformers.weights import Weights
 from mulligan.testing.weights import load, plain_log_probs

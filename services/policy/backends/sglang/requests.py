@@ -13,22 +13,15 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from mulligan.common import numbers
 from mulligan.common.inference import SamplingParams, StopReason
 from mulligan.policy.backend import Ask
-from mulligan.policy.backends.sglang.connection import RequestRefused
+from mulligan.policy.backends._servers import answers
+from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, known
+from mulligan.policy.backends._servers.connection import RequestRefused
 
 _ONLY_THE_LIKELIEST = 1e-6  # top-p
 # What SGLang calls a stop that it made up, when logits were not numbers.
 _NOT_A_NUMBER = "NaN happened"
-
-
-class BadAnswer(Exception):
-    """An answer that a working server would not give."""
-
-
-class Aborted(Exception):
-    """Somebody aborted the request."""
 
 
 class _Span(msgspec.Struct):
@@ -157,7 +150,7 @@ def decode_score(answer: Answer, count: int) -> tuple[float, ...]:
     found = answer.meta_info.input_token_logprobs or []
     if len(found) < count:
         raise BadAnswer(f"{len(found)} log-probabilities of a prompt instead of {count}")
-    # JSON has no NaN: null stands for it. The canary must see it.
+    # JSON has no NaN: null stands for it. The weight check must see it.
     return tuple(math.nan if value is None else value for value, _, _ in found[len(found) - count :])
 
 
@@ -207,27 +200,7 @@ def check_finish(answer: Answer) -> None:
 def log_probs(answer: Answer) -> tuple[float, ...]:
     """Of all sampled tokens. Raises BadAnswer."""
     found = [value for value, _, _ in answer.meta_info.output_token_logprobs or []]
-    return _known(found, len(answer.output_ids))
-
-
-def check_scores(row: Sequence[float]) -> None:
-    """Raises BadAnswer for log-probabilities that are none, which the canary alone may see."""
-    _known(row, len(row))
-
-
-def check_tokens(answer: Answer, vocabulary_size: int) -> None:
-    """Raises BadAnswer for token ids that the model has not."""
-    try:
-        numbers.token_ids("output_ids", answer.output_ids, vocabulary_size)
-    except ValueError as error:
-        raise BadAnswer(str(error)) from error
-
-
-def _known(found: Sequence[float | None], count: int) -> tuple[float, ...]:
-    try:
-        return numbers.log_probs("log-probabilities", found, count)
-    except ValueError as error:
-        raise BadAnswer(str(error)) from error
+    return known(found, len(answer.output_ids))
 
 
 class Reader:
@@ -268,22 +241,15 @@ class Reader:
                 return None
             labels = [(self._label, end - begin)]
         self.told = end
-        return self.token_ids[begin:end], _known(self._values[begin:end], end - begin), labels
+        return self.token_ids[begin:end], known(self._values[begin:end], end - begin), labels
 
 
 def stop_reason(
     answer: Answer, token_ids: Sequence[int], sampling: SamplingParams, end_of_turn: Collection[int]
 ) -> StopReason:
-    """Of these tokens, all that were sampled. The last token decides, whatever the server calls the end: it says
-    `length` of a turn that closes with the last token there was room for. The order is that of the transformers
-    backend."""
+    """Of these tokens, all that were sampled."""
     finish = answer.meta_info.finish_reason
     assert finish is not None
-    last = token_ids[-1] if token_ids else -1
-    if last in end_of_turn:
-        return StopReason.END_OF_TURN
-    if last in sampling.stop_token_ids:
-        return StopReason.STOP_TOKEN
-    if finish.type == "stop":
-        return StopReason.STOP_STRING if isinstance(finish.matched, str) else StopReason.END_OF_TURN
-    return StopReason.MAX_TOKENS if len(token_ids) >= sampling.max_tokens else StopReason.CONTEXT_FULL
+    stopped = finish.type == "stop"
+    by_string = isinstance(finish.matched, str)
+    return answers.stop_reason(token_ids, sampling, end_of_turn, stopped, by_string=by_string)

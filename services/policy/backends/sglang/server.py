@@ -1,22 +1,18 @@
-"""One SGLang server: what it is, what it holds, and how that is changed."""
+"""One SGLang server: what it can do, and the calls that change it."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from mulligan.common.errors import DomainError, Reason
-from mulligan.common.inference import Feature, LoraLimits, ReplicaInfo
-from mulligan.common.tasks import gather_or_cancel
-from mulligan.policy.backend import Scored
+from mulligan.common.inference import Feature, LoraLimits, SamplingParams
+from mulligan.policy.backend import Ask
+from mulligan.policy.backends._servers.answers import BadAnswer
+from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused, Unreachable
+from mulligan.policy.backends._servers.server import EngineServer, Unsuitable, last_name
+from mulligan.policy.backends._servers.skeleton import STACKED, Skeleton
 from mulligan.policy.backends.sglang import requests
-from mulligan.policy.backends.sglang.connection import HttpConnection, RequestRefused, Unreachable
-from mulligan.policy.backends.sglang.folders import TargetWeights
-from mulligan.policy.backends.sglang.skeleton import STACKED, Skeleton
 
-_ADAPTER_PREFIX = "mulligan-"
-_UNCHECKED = "-unchecked"  # ends the weight_version of a server that may not be asked yet
 _ALWAYS = frozenset(
     [
         Feature.TOKEN_IDS,
@@ -31,42 +27,13 @@ _ALWAYS = frozenset(
 )
 
 
-class Unsuitable(Exception):
-    """A server that must not serve this policy; the message says why."""
-
-
-class Server:
-    """A `Replica`. `fixed` are adapters that it is given besides the weights: its name of each, and the folder.
-
-    Calls raise Unreachable and RequestRefused unless said otherwise.
-    """
-
-    def __init__(self, connection: HttpConnection, request_seconds: float, fixed: Mapping[str, str]):
-        self.connection = connection
-        self._seconds = request_seconds
-        self._fixed = fixed
-        self.serving = False
-        self.problem = "not asked yet"
-        self.times_let_in = 0
-        self.in_flight = 0
-        self.held: TargetWeights | None = None  # None: unknown
-        self.label = ""  # the weight_version that it has to report
-        self.path = ""  # the model_path that it has to report
-        self.own_path = ""  # of the model that it was started with
-        self.settings: Mapping[str, Any] = {}
-        self._adapters: set[str] = set()
-
-    @property
-    def address(self) -> str:
-        return self.connection.address
-
-    @property
-    def info(self) -> ReplicaInfo:
-        return ReplicaInfo(self.address, self.serving, self.in_flight, "" if self.serving else self.problem)
+class SglangServer(EngineServer):
+    engine = "SGLang"
+    load_adapter_path = "/load_lora_adapter"
+    unload_adapter_path = "/unload_lora_adapter"
 
     @property
     def incremental(self) -> bool:
-        """Whether the parts of a stream are what is new in it."""
         return bool(self.settings.get("incremental_streaming_output"))
 
     @property
@@ -90,6 +57,10 @@ class Server:
         return frozenset(found)
 
     @property
+    def deterministic(self) -> bool:
+        return bool(self.settings.get("enable_deterministic_inference"))
+
+    @property
     def lora(self) -> LoraLimits:
         """What it was started with: --max-lora-rank and --lora-target-modules. Layers that SGLang stacks into one go
         together."""
@@ -100,14 +71,19 @@ class Server:
                 taken |= set(group)
         return LoraLimits(int(self.settings.get("max_lora_rank") or 0), tuple(sorted(taken)))
 
+    def dtype(self, skeleton: Skeleton) -> str:
+        told = str(self.settings.get("dtype") or "auto")
+        if told == "auto":  # SGLang does not run a float32 model as such unless it is told to
+            return "float16" if skeleton.dtype == "float32" else skeleton.dtype
+        return {"half": "float16", "float": "float32"}.get(told, told)
+
     async def look(self, skeleton: Skeleton) -> None:
-        """Learns what the server is. Raises Unsuitable, too."""
         self.settings = await self.connection.get("/server_info")
         model = await self.connection.get("/model_info")
         self.own_path = str(self.settings.get("model_path"))
         if not model.get("is_generation") or model.get("model_type") != skeleton.model_type:
             raise Unsuitable(f"it serves {self.own_path}, a {model.get('model_type')}, not {skeleton.source}")
-        if _name(self.own_path) != _name(skeleton.source):
+        if last_name(self.own_path) != last_name(skeleton.source):
             raise Unsuitable(
                 f"it serves {self.own_path}, not {skeleton.source}: `model` has to be what the server was started with"
             )
@@ -119,7 +95,6 @@ class Server:
         self._adapters = {str(card["id"]) for card in listed if card.get("parent")}
 
     async def probe(self) -> None:
-        """Raises Unsuitable when somebody else has changed its weights."""
         label = self.label
         path = self.path
         found = await self.connection.get("/model_info", 5.0)
@@ -129,54 +104,33 @@ class Server:
             raise Unsuitable(f"it holds weights {found.get('weight_version')!r} instead of {label!r}")
 
     async def pause(self) -> None:
-        """Running requests wait, and go on with the weights that are there then: their cache is computed anew."""
         await self.connection.control("/pause_generation", {"mode": "retract"})
 
     async def go_on(self) -> None:
         await self.connection.control("/continue_generation")
 
-    async def load_base(self, target: TargetWeights, *, checked: bool = True) -> None:
-        """The server is paused. Without `checked` its answers are known by a label that nobody accepts."""
-        path = target.path or self.own_path
-        label = target.label if checked else target.label + _UNCHECKED
-        self.held = None
+    async def _load(self, path: str, label: str) -> None:
         await self.connection.control(
             "/update_weights_from_disk",
             {"model_path": path, "load_format": "auto", "weight_version": label, "flush_cache": True},
             timeout=self._seconds,
         )
-        self.label = label
-        self.path = path
 
-    async def load_adapters(self, target: TargetWeights) -> None:
-        """Those of this target and the fixed ones; what else of ours is there is from before a restart of ours."""
-        wanted = dict(self._fixed)
-        if target.adapter:
-            wanted[target.adapter] = target.adapter_path
-        for name, path in wanted.items():
-            if name not in self._adapters:
-                body = {"lora_name": name, "lora_path": path}
-                await self.connection.control("/load_lora_adapter", body, timeout=self._seconds)
-                self._adapters.add(name)
+    async def _rename(self, label: str) -> None:
+        await self.connection.control("/update_weight_version", {"new_version": label, "abort_all_requests": False})
 
-    async def unload_others(self, *targets: TargetWeights) -> None:
-        wanted = {target.adapter for target in targets} | set(self._fixed)
-        for name in sorted(self._adapters - wanted):
-            if name.startswith(_ADAPTER_PREFIX):
-                await self.unload(name)
+    async def _checksum(self) -> str:
+        found = await self.connection.control("/weights_checker", {"action": "checksum"}, timeout=self._seconds)
+        return str(found.get("per_engine_checksum") or "")
 
-    async def unload(self, name: str) -> None:
-        """Returns when no request uses it any longer."""
-        if name in self._adapters:
-            self._adapters.discard(name)
-            await self.connection.control("/unload_lora_adapter", {"lora_name": name}, timeout=self._seconds)
-
-    async def accept(self) -> None:
-        """What it holds was checked: from now on it is known by its proper label."""
-        if self.label.endswith(_UNCHECKED):
-            label = self.label.removesuffix(_UNCHECKED)
-            await self.connection.control("/update_weight_version", {"new_version": label, "abort_all_requests": False})
-            self.label = label
+    async def repeats(self) -> bool:
+        ask = Ask([0], SamplingParams(temperature=1.0, max_tokens=8, seed=1))
+        bodies = [requests.encode(ask, uuid.uuid4().hex, "", 16, (), stream=False, priority=False) for _ in range(2)]
+        try:
+            first, second = [requests.decode(await self.connection.generate(body, 60.0)) for body in bodies]
+        except (Unreachable, RequestRefused, BadAnswer):
+            return False
+        return first.output_ids == second.output_ids
 
     async def release_memory(self) -> None:
         await self.connection.control("/release_memory_occupation", timeout=self._seconds)
@@ -187,33 +141,10 @@ class Server:
     async def abort(self, rid: str) -> None:
         await self.connection.control("/abort_request", {"rid": rid})
 
-    async def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> Scored:
-        """By this server as it is. Raises DomainError ENGINE_UNAVAILABLE when it holds nothing that is known."""
-        held = self.held
-        if held is None:
-            raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} holds no known weights")
-        try:
-            rows = await gather_or_cancel(self._score_one(ids, temperature, held) for ids in sequences)
-        except (Unreachable, RequestRefused, requests.BadAnswer, requests.Aborted) as error:
-            raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} cannot score: {error}") from error
-        return Scored(tuple(rows), held.weights.policy_version)
-
-    async def _score_one(self, ids: Sequence[int], temperature: float, held: TargetWeights) -> tuple[float, ...]:
-        labels, row = await score_one(self.connection, ids, 1, temperature, held.adapter, self._seconds)
-        if labels - {self.label}:
-            raise requests.BadAnswer(f"it answers from weights {sorted(labels)} instead of {self.label!r}")
-        return row
-
-    async def checksum(self) -> str:
-        """Raises DomainError ENGINE_UNAVAILABLE."""
-        held = self.held
-        try:
-            found = await self.connection.control("/weights_checker", {"action": "checksum"}, timeout=self._seconds)
-        except (Unreachable, RequestRefused) as error:
-            raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} tells no checksum: {error}") from error
-        checksum = str(found.get("per_engine_checksum") or "")
-        # The server's is of the base weights alone.
-        return f"{checksum}+{held.weights.sha256}" if checksum and held is not None and held.adapter else checksum
+    async def score_one(
+        self, ids: Sequence[int], begin: int, temperature: float, adapter: str
+    ) -> tuple[set[str], tuple[float, ...]]:
+        return await score_one(self.connection, ids, begin, temperature, adapter, self._seconds)
 
 
 # Prefixes per request when scoring at a temperature, and token ids in them.
@@ -249,7 +180,3 @@ async def score_one(
             labels |= {label for label, _ in answer.labels(0, 1)}
         values += row
     return labels, tuple(values)
-
-
-def _name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]

@@ -22,17 +22,18 @@ from tests.support.settings import model_settings
 _SERVICE = """
 import asyncio, sys
 from pathlib import Path
-from mulligan.policy.backends.sglang.connection import HttpConnection, new_session
-from mulligan.policy.backends.sglang.launch import LaunchedServer
-from mulligan.policy.backends.sglang.server import Server
+from mulligan.policy.backends._servers.connection import new_session
+from mulligan.policy.backends.sglang.connection import SglangConnection
+from mulligan.policy.backends.sglang.launch import LaunchedSglang
+from mulligan.policy.backends.sglang.server import SglangServer
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 
 async def main():
     settings = SglangSettings(python=sys.argv[1])
     session = new_session()
-    server = Server(HttpConnection(session, "http://127.0.0.1:9"), 1.0, {})
-    launched = LaunchedServer(settings, "model", "0-original", Path(sys.argv[2]), 0)
-    await launched.start(server, lambda address: HttpConnection(session, address))
+    server = SglangServer(SglangConnection(session, "http://127.0.0.1:9"), 1.0, {})
+    launched = LaunchedSglang(settings, "model", "0-original", Path(sys.argv[2]), 0)
+    await launched.start(server, lambda address: SglangConnection(session, address))
 
 asyncio.run(main())
 """

@@ -17,13 +17,14 @@ from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.inference import SamplingParams, StopReason, VersionSpan, WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Ask, WeightsFile
+from mulligan.policy.backends._servers.answers import Aborted, BadAnswer
+from mulligan.policy.backends._servers.connection import RequestRefused
+from mulligan.policy.backends._servers.folders import Folders, TargetWeights
+from mulligan.policy.backends._servers.pool import ServerPool, Stale, place_of
+from mulligan.policy.backends._servers.server import EngineServer
+from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.policy.backends.sglang import requests
-from mulligan.policy.backends.sglang.connection import RequestRefused
-from mulligan.policy.backends.sglang.folders import Folders, TargetWeights
-from mulligan.policy.backends.sglang.pool import ServerPool, Stale, place_of
-from mulligan.policy.backends.sglang.server import Server
-from mulligan.policy.backends.sglang.skeleton import Skeleton
 from tests.support.sglang import changed, full
 from tests.support.tiny_model import write_tiny_model
 
@@ -100,7 +101,7 @@ def test_tokens_are_kept_back_while_nobody_knows_whose_they_are() -> None:
 def test_tokens_that_were_told_wrongly_are_noticed() -> None:
     reader = requests.Reader("a", incremental=True)
     reader.read(answer([1]))
-    with pytest.raises(requests.BadAnswer):
+    with pytest.raises(BadAnswer):
         reader.read(answer([2], [("b", 0, 2)], "b", LENGTH))
 
 
@@ -119,18 +120,18 @@ def test_why_it_ended() -> None:
 
 
 def test_what_is_no_answer() -> None:
-    with pytest.raises(requests.Aborted, match="gone"):
+    with pytest.raises(Aborted, match="gone"):
         requests.check_finish(answer([1], [("a", 0, 1)], finish={"type": "abort", "message": "gone"}))
-    with pytest.raises(requests.BadAnswer, match="not numbers"):
+    with pytest.raises(BadAnswer, match="not numbers"):
         requests.check_finish(answer([1], [("a", 0, 1)], finish={"type": "stop", "matched": "NaN happened"}))
-    with pytest.raises(requests.BadAnswer):
+    with pytest.raises(BadAnswer):
         requests.decode(b"<html>")
-    with pytest.raises(requests.BadAnswer):
+    with pytest.raises(BadAnswer):
         answer([1, 2], [("a", 0, 1)]).labels(0, 2)  # some tokens are nobody's
     with pytest.raises(RequestRefused):
         requests.decode_event(b'{"error": {"message": "no"}}')
     nothing = json.dumps({"output_ids": [3], "meta_info": {"output_token_logprobs": [[None, 3, None]]}}).encode()
-    with pytest.raises(requests.BadAnswer):
+    with pytest.raises(BadAnswer):
         requests.log_probs(requests.decode(nothing))
 
 
@@ -138,7 +139,7 @@ def test_a_score_that_is_not_a_number_stays_one() -> None:
     meta = {"input_token_logprobs": [[None, 3, None], [-1.5, 4, None], [None, 5, None]]}
     found = requests.decode_score(requests.decode(json.dumps({"meta_info": meta}).encode()), 2)
     assert found[0] == -1.5 and math.isnan(found[1])
-    with pytest.raises(requests.BadAnswer):
+    with pytest.raises(BadAnswer):
         requests.decode_score(requests.decode(json.dumps({"meta_info": meta}).encode()), 4)
 
 
@@ -147,7 +148,7 @@ def _target(version: int, label: str, adapter: str = "") -> TargetWeights:
     return TargetWeights(WeightsFile(None, kind, version, ""), label, adapter=adapter)
 
 
-async def _look(server: Server) -> None:
+async def _look(server: EngineServer) -> None:
     raise AssertionError("nothing looks here")
 
 

@@ -17,9 +17,9 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, VersionSpan
 from mulligan.common.tasks import Broadcast, cancel
 from mulligan.policy.backend import Admission
-from mulligan.policy.backends.sglang.connection import RequestRefused, Unreachable
-from mulligan.policy.backends.sglang.folders import TargetWeights
-from mulligan.policy.backends.sglang.server import Server, Unsuitable
+from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
+from mulligan.policy.backends._servers.folders import TargetWeights
+from mulligan.policy.backends._servers.server import EngineServer, Unsuitable
 
 log = structlog.get_logger()
 _MISSED_PROBES = 3  # that a busy server may leave unanswered
@@ -40,9 +40,9 @@ class ServerPool:
 
     def __init__(
         self,
-        servers: Sequence[Server],
+        servers: Sequence[EngineServer],
         target: TargetWeights,
-        look: Callable[[Server], Coroutine[Any, Any, None]],
+        look: Callable[[EngineServer], Coroutine[Any, Any, None]],
         *,
         probe_seconds: float,
         wait_seconds: float,
@@ -56,12 +56,16 @@ class ServerPool:
         self._probe_seconds = probe_seconds
         self._wait_seconds = wait_seconds
         self._versions: dict[str, tuple[int, int]] = {}  # of each label: policy version, generation
-        self._places: LRUCache[object, Server] = LRUCache(_KEPT_PLACES)
+        self._places: LRUCache[object, EngineServer] = LRUCache(_KEPT_PLACES)
         self._changed = Broadcast()
         self._held_back = False
-        self._restoring: set[Server] = set()
+        self._restoring: set[EngineServer] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self.know(target)
+
+    @property
+    def engine(self) -> str:
+        return self.servers[0].engine
 
     def start(self) -> None:
         for server in self.servers:
@@ -105,9 +109,9 @@ class ServerPool:
     # Requests
 
     @asynccontextmanager
-    async def dispatch(self, key: object) -> AsyncIterator[tuple[Server, TargetWeights]]:
+    async def dispatch(self, key: object) -> AsyncIterator[tuple[EngineServer, TargetWeights]]:
         """A server for one request, and the weights that must answer it. Waits for a server, up to
-        `sglang.wait_seconds`.
+        `wait_seconds`.
 
         Raises DomainError ENGINE_UNAVAILABLE.
         """
@@ -123,7 +127,7 @@ class ServerPool:
             if target.running == 0:
                 self._changed.wake_all()
 
-    async def _choose(self, key: object) -> Server:
+    async def _choose(self, key: object) -> EngineServer:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_seconds
         while (held := self._held_back) or not (serving := [server for server in self.servers if server.serving]):
@@ -143,7 +147,9 @@ class ServerPool:
 
     def unavailable(self) -> DomainError:
         problems = "; ".join(f"{server.address}: {server.problem}" for server in self.servers if not server.serving)
-        return DomainError(Reason.ENGINE_UNAVAILABLE, f"no SGLang server serves: {problems}", retry_after=_RETRY_AFTER)
+        return DomainError(
+            Reason.ENGINE_UNAVAILABLE, f"no {self.engine} server serves: {problems}", retry_after=_RETRY_AFTER
+        )
 
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
@@ -164,7 +170,7 @@ class ServerPool:
 
     # Health
 
-    def take_out(self, server: Server, problem: str, times_let_in: int | None = None) -> None:
+    def take_out(self, server: EngineServer, problem: str, times_let_in: int | None = None) -> None:
         """Until it is there again, holds what it has to, and was admitted. What is known from before it was let in
         last, as `times_let_in` tells, says nothing of it now."""
         if times_let_in not in (None, server.times_let_in):
@@ -179,14 +185,14 @@ class ServerPool:
             self._restoring.add(server)
             self.run(self._restore(server))
 
-    def let_in(self, server: Server) -> None:
+    def let_in(self, server: EngineServer) -> None:
         log.info("server serves", server=server.address, policy_version=self.target.weights.policy_version)
         server.serving = True
         server.problem = ""
         server.times_let_in += 1
         self._changed.wake_all()
 
-    async def load(self, server: Server, target: TargetWeights, *, checked: bool = True) -> None:
+    async def load(self, server: EngineServer, target: TargetWeights, *, checked: bool = True) -> None:
         """Whatever it holds now. Raises Unreachable, RequestRefused."""
         await server.pause()
         await server.load_base(target, checked=checked)
@@ -195,7 +201,7 @@ class ServerPool:
             await server.load_adapters(target)
         server.held = target
 
-    async def _restore(self, server: Server) -> None:
+    async def _restore(self, server: EngineServer) -> None:
         delay = min(0.2, self._probe_seconds)
         try:
             while True:
@@ -211,7 +217,7 @@ class ServerPool:
         finally:
             self._restoring.discard(server)
 
-    async def _bring_back(self, server: Server) -> None:
+    async def _bring_back(self, server: EngineServer) -> None:
         await self._look(server)
         async with self.changing:
             if self.released:
@@ -223,7 +229,7 @@ class ServerPool:
             await server.unload_others(self.target)
             self.let_in(server)
 
-    async def _probe(self, server: Server) -> None:
+    async def _probe(self, server: EngineServer) -> None:
         missed = 0
         while True:
             await asyncio.sleep(self._probe_seconds)

@@ -11,10 +11,10 @@ import structlog
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature
 from mulligan.policy.backend import Admission, WeightsFile
-from mulligan.policy.backends.sglang.connection import RequestRefused, Unreachable
-from mulligan.policy.backends.sglang.folders import Folders, TargetWeights
-from mulligan.policy.backends.sglang.pool import ServerPool
-from mulligan.policy.backends.sglang.server import Server
+from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
+from mulligan.policy.backends._servers.folders import Folders, TargetWeights
+from mulligan.policy.backends._servers.pool import ServerPool
+from mulligan.policy.backends._servers.server import EngineServer
 
 log = structlog.get_logger()
 
@@ -57,7 +57,7 @@ class Updates:
             refused = await (self._load_all(serving, target) if rebase else self._load_adapters(serving, target))
             if refused:
                 await self._put_back(serving, before, rebase=rebase)
-                raise DomainError(Reason.MODEL_MISMATCH, f"SGLang refuses the weights: {refused}")
+                raise DomainError(Reason.MODEL_MISMATCH, f"{pool.engine} refuses the weights: {refused}")
             if not any(server.held is target for server in serving):
                 raise pool.unavailable()
             pool.target = target
@@ -70,7 +70,7 @@ class Updates:
             raise pool.unavailable()
         pool.run(self._retire(before))
 
-    async def _admit(self, server: Server, target: TargetWeights, admit: Admission) -> None:
+    async def _admit(self, server: EngineServer, target: TargetWeights, admit: Admission) -> None:
         if server.held is not target:  # it died
             return
         try:
@@ -80,12 +80,12 @@ class Updates:
                 raise
             self._pool.take_out(server, error.message)
 
-    async def _load_all(self, servers: Sequence[Server], target: TargetWeights) -> str:
+    async def _load_all(self, servers: Sequence[EngineServer], target: TargetWeights) -> str:
         """Returns why a server refused, "" when none did."""
         live = await self._each(servers, lambda server: server.pause())
         refused: list[str] = []
 
-        async def load(server: Server) -> None:
+        async def load(server: EngineServer) -> None:
             try:
                 await server.load_base(target)
             except RequestRefused as error:
@@ -97,10 +97,10 @@ class Updates:
         live = await self._each(live, lambda server: server.go_on())
         return await self._load_adapters(live, target)
 
-    async def _load_adapters(self, servers: Sequence[Server], target: TargetWeights) -> str:
+    async def _load_adapters(self, servers: Sequence[EngineServer], target: TargetWeights) -> str:
         refused: list[str] = []
 
-        async def load(server: Server) -> None:
+        async def load(server: EngineServer) -> None:
             try:
                 if Feature.LORA_WEIGHTS in server.features:
                     await server.load_adapters(target)
@@ -111,11 +111,11 @@ class Updates:
         await self._each(servers, load)
         return refused[0] if refused else ""
 
-    async def _put_back(self, servers: Sequence[Server], before: TargetWeights, *, rebase: bool) -> None:
+    async def _put_back(self, servers: Sequence[EngineServer], before: TargetWeights, *, rebase: bool) -> None:
         """What was loaded before. A failed load may have left a part of the new weights behind."""
         self._pool.know(before)
 
-        async def put_back(server: Server) -> None:
+        async def put_back(server: EngineServer) -> None:
             if rebase:
                 await self._pool.load(server, before)
             else:
@@ -124,10 +124,12 @@ class Updates:
 
         await self._each(servers, put_back)
 
-    async def _each(self, servers: Sequence[Server], work: Callable[[Server], Awaitable[None]]) -> list[Server]:
+    async def _each(
+        self, servers: Sequence[EngineServer], work: Callable[[EngineServer], Awaitable[None]]
+    ) -> list[EngineServer]:
         """At once. Returns those that are still there."""
 
-        async def one(server: Server) -> bool:
+        async def one(server: EngineServer) -> bool:
             if not server.serving:
                 return False
             try:
@@ -161,7 +163,7 @@ class Updates:
         """What was released is empty afterwards: the weights are loaded again."""
         pool = self._pool
 
-        async def resume(server: Server) -> None:
+        async def resume(server: EngineServer) -> None:
             await server.resume_memory()
             await pool.load(server, pool.target)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -14,26 +13,39 @@ from pathlib import Path
 import aiohttp
 
 from mulligan.common.errors import DomainError
-from mulligan.common.inference import Feature, LoraLimits, SamplingParams
+from mulligan.common.inference import Feature, LoraLimits
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.tasks import gather_or_cancel
-from mulligan.policy.backend import Ask, ModelInfo
-from mulligan.policy.backends.sglang import Settings, requests
-from mulligan.policy.backends.sglang.connection import (
+from mulligan.policy.backend import ModelInfo
+from mulligan.policy.backends._servers import ServerSettings
+from mulligan.policy.backends._servers.connection import (
     HttpConnection,
     RequestRefused,
     Unreachable,
     first_to_answer,
     new_session,
 )
-from mulligan.policy.backends.sglang.folders import Folders
-from mulligan.policy.backends.sglang.launch import LaunchedServer
-from mulligan.policy.backends.sglang.pool import ServerPool
-from mulligan.policy.backends.sglang.server import Server, Unsuitable
-from mulligan.policy.backends.sglang.skeleton import Skeleton
+from mulligan.policy.backends._servers.folders import Folders
+from mulligan.policy.backends._servers.launch import LaunchedServer
+from mulligan.policy.backends._servers.pool import ServerPool
+from mulligan.policy.backends._servers.server import EngineServer, Unsuitable
+from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.chat import Chat
 from mulligan.policy.huggingface.source import source_of
 from mulligan.policy.model_settings import ModelSettings
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What is its own in each."""
+
+    connection: type[HttpConnection]
+    server: type[EngineServer]
+    launched: type[LaunchedServer]
+
+    @property
+    def name(self) -> str:
+        return self.server.engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +56,19 @@ class Opened:
     pool: ServerPool
     launched: Sequence[LaunchedServer]
     fixed: Mapping[str, str]  # adapters: what the servers call each
-    router: HttpConnection | None
     info: ModelInfo
     chat: Chat
 
 
-async def open_servers(settings: ModelSettings, folder: Path, first_version: int) -> Opened:
-    """Raises UnsupportedModel."""
-    chosen = settings.own_as(Settings)
-    if chosen.router and not chosen.servers:
-        raise UnsupportedModel("sglang.router: expected the servers behind it in sglang.servers")
+async def open_servers(
+    engine: EngineParts,
+    settings: ModelSettings,
+    folder: Path,
+    first_version: int,
+    without: frozenset[Feature] = frozenset(),
+) -> Opened:
+    """`without`: features that the servers have and requests do not reach. Raises UnsupportedModel."""
+    chosen = settings.own_as(ServerSettings)
     source = source_of(settings.model)
     skeleton = await asyncio.to_thread(partial(Skeleton, source, weights=not chosen.servers))
     folders = await asyncio.to_thread(Folders, chosen, folder, skeleton, first_version)
@@ -64,12 +79,12 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
         stack.push_async_callback(session.close)
 
         def connect(address: str) -> HttpConnection:
-            return HttpConnection(session, address, chosen.api_key, chosen.admin_api_key)
+            return engine.connection(session, address, chosen.api_key, chosen.admin_key)
 
         addresses = chosen.servers or ("http://127.0.0.1",) * chosen.launch
-        servers = [Server(connect(address), chosen.request_seconds, paths) for address in addresses]
+        servers = [engine.server(connect(address), chosen.request_seconds, paths) for address in addresses]
         launched = [
-            LaunchedServer(chosen, source, folders.original_label, folder, index)
+            engine.launched(chosen, source, folders.original_label, folder, index)
             for index in range(0 if chosen.servers else chosen.launch)
         ]
         for process in launched:
@@ -78,9 +93,9 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
             pairs = zip(launched, servers, strict=True)
             started = [process.start(server, connect) for process, server in pairs]
             _raise_first(await asyncio.gather(*started, return_exceptions=True))
-        present = await _look_at_all(servers, skeleton, chosen.start_seconds)
+        present = await _look_at_all(engine, servers, skeleton, chosen.start_seconds)
         chat = skeleton.tokenizer.chat(skeleton.end_of_turn)
-        info = await _describe(settings, skeleton, chat, present, fixed)
+        info = await _describe(engine, settings, skeleton, chat, present, fixed, without)
         pool = ServerPool(
             servers,
             folders.original(first_version),
@@ -94,8 +109,7 @@ async def open_servers(settings: ModelSettings, folder: Path, first_version: int
             pool.run(process.supervise(server, connect, partial(pool.take_out, server)))
         pool.start()
         stack.pop_all()
-    router = connect(chosen.router) if chosen.router else None
-    return Opened(session, skeleton, folders, pool, launched, fixed, router, info, chat)
+    return Opened(session, skeleton, folders, pool, launched, fixed, info, chat)
 
 
 def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str, str], dict[str, str]]:
@@ -111,12 +125,14 @@ def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str
     return names, paths
 
 
-async def _look_at_all(servers: Sequence[Server], skeleton: Skeleton, seconds: float) -> list[Server]:
+async def _look_at_all(
+    engine: EngineParts, servers: Sequence[EngineServer], skeleton: Skeleton, seconds: float
+) -> list[EngineServer]:
     """The servers that answer."""
     try:
         await first_to_answer([server.connection for server in servers], seconds)
     except Unreachable as error:
-        raise UnsupportedModel(f"no SGLang server answers: {error}") from error
+        raise UnsupportedModel(f"no {engine.name} server answers: {error}") from error
     results = await asyncio.gather(*(server.look(skeleton) for server in servers), return_exceptions=True)
     for server, result in zip(servers, results, strict=True):
         server.problem = str(result)
@@ -130,22 +146,28 @@ async def _look_at_all(servers: Sequence[Server], skeleton: Skeleton, seconds: f
 
 
 async def _describe(
-    settings: ModelSettings, skeleton: Skeleton, chat: Chat, servers: Sequence[Server], fixed: Mapping[str, str]
+    engine: EngineParts,
+    settings: ModelSettings,
+    skeleton: Skeleton,
+    chat: Chat,
+    servers: Sequence[EngineServer],
+    fixed: Mapping[str, str],
+    without: frozenset[Feature],
 ) -> ModelInfo:
     """The policy's ModelInfo: only what all servers can do."""
-    features = frozenset.intersection(*(server.features for server in servers))
+    features = frozenset.intersection(*(server.features for server in servers)) - without
     if fixed and Feature.LORA_WEIGHTS not in features:
-        raise UnsupportedModel("adapters: the SGLang servers were not started with --enable-lora")
-    if Feature.SEED in features and not all(await gather_or_cancel(_repeats(server) for server in servers)):
+        raise UnsupportedModel(f"adapters: the {engine.name} servers take no LoRA adapters")
+    if Feature.SEED in features and not all(await gather_or_cancel(server.repeats() for server in servers)):
         features -= {Feature.SEED}
-    if settings.own_as(Settings).router:
-        features -= {Feature.PRIORITY}  # its requests have none
     if chat.has_tools:
         features |= {Feature.TOOLS}
     lengths = [server.context_length for server in servers]
-    [dtype, *others] = {_dtype(server, skeleton) for server in servers}
+    [dtype, *others] = {server.dtype(skeleton) for server in servers}
     if others:
-        raise UnsupportedModel(f"the SGLang servers compute in {', '.join([dtype, *others])}: expected one --dtype")
+        raise UnsupportedModel(
+            f"the {engine.name} servers compute in {', '.join([dtype, *others])}: expected one --dtype"
+        )
     return ModelInfo(
         model=settings.model_name,
         fingerprint=skeleton.fingerprint,
@@ -153,25 +175,25 @@ async def _describe(
         vocabulary_size=skeleton.vocabulary_size,
         end_of_turn_token_ids=skeleton.end_of_turn,
         rewrites_history=chat.rewrites_history,
-        deterministic=all(server.settings.get("enable_deterministic_inference") for server in servers),
+        deterministic=all(server.deterministic for server in servers),
         dtype=dtype,
         features=features,
         adapters=tuple(fixed),
-        lora=_common_limits(servers) if Feature.LORA_WEIGHTS in features else LoraLimits(),
+        lora=_common_limits(engine, servers) if Feature.LORA_WEIGHTS in features else LoraLimits(),
     )
 
 
-def _common_limits(servers: Sequence[Server]) -> LoraLimits:
+def _common_limits(engine: EngineParts, servers: Sequence[EngineServer]) -> LoraLimits:
     """The LoRA limits that hold on all servers. Raises UnsupportedModel if no layer can be adapted on all of them."""
     ranks = [server.lora.max_rank for server in servers if server.lora.max_rank]
     modules = [set(server.lora.target_modules) for server in servers if server.lora.target_modules]
     common = set.intersection(*modules) if modules else set()
     if modules and not common:
-        raise UnsupportedModel("the SGLang servers have no layer in common in their --lora-target-modules")
+        raise UnsupportedModel(f"the {engine.name} servers have no layer in common in their --lora-target-modules")
     return LoraLimits(min(ranks, default=0), tuple(sorted(common)))
 
 
-async def _look(server: Server, skeleton: Skeleton, info: ModelInfo) -> None:
+async def _look(server: EngineServer, skeleton: Skeleton, info: ModelInfo) -> None:
     """Checks that a server can do what the policy's ModelInfo says. Raises Unsuitable, and as `Server.look` does."""
     await server.look(skeleton)
     missing = info.features - server.features - {Feature.TOOLS}
@@ -181,8 +203,8 @@ async def _look(server: Server, skeleton: Skeleton, info: ModelInfo) -> None:
         raise Unsuitable(f"it takes {server.context_length} tokens, the others {info.context_length}")
     if Feature.LORA_WEIGHTS in info.features and _narrower(server.lora, info.lora):
         raise Unsuitable(f"it takes LoRA as {server.lora}, the others as {info.lora}")
-    if _dtype(server, skeleton) != info.dtype:
-        raise Unsuitable(f"it computes in {_dtype(server, skeleton)}, the others in {info.dtype}")
+    if server.dtype(skeleton) != info.dtype:
+        raise Unsuitable(f"it computes in {server.dtype(skeleton)}, the others in {info.dtype}")
 
 
 def _narrower(one: LoraLimits, other: LoraLimits) -> bool:
@@ -193,14 +215,13 @@ def _narrower(one: LoraLimits, other: LoraLimits) -> bool:
     return rank or modules
 
 
-async def _load(pool: ServerPool, present: Sequence[Server], *, loaded: bool) -> None:
+async def _load(pool: ServerPool, present: Sequence[EngineServer], *, loaded: bool) -> None:
     """`loaded`: the servers were just launched, with the right label."""
     target = pool.target
 
-    async def load(server: Server) -> None:
+    async def load(server: EngineServer) -> None:
         if loaded:
-            server.label = target.label
-            server.path = server.own_path
+            await server.was_launched(target.label)
             if Feature.LORA_WEIGHTS in server.features:
                 await server.load_adapters(target)
             server.held = target
@@ -221,24 +242,6 @@ async def _load(pool: ServerPool, present: Sequence[Server], *, loaded: bool) ->
     for server in pool.servers:
         if not server.serving:
             pool.take_out(server, server.problem)
-
-
-async def _repeats(server: Server) -> bool:
-    """Whether the server honours seeds."""
-    ask = Ask([0], SamplingParams(temperature=1.0, max_tokens=8, seed=1))
-    bodies = [requests.encode(ask, uuid.uuid4().hex, "", 16, (), stream=False, priority=False) for _ in range(2)]
-    try:
-        first, second = [requests.decode(await server.connection.generate(body, 60.0)) for body in bodies]
-    except (Unreachable, RequestRefused, requests.BadAnswer):
-        return False
-    return first.output_ids == second.output_ids
-
-
-def _dtype(server: Server, skeleton: Skeleton) -> str:
-    told = str(server.settings.get("dtype") or "auto")
-    if told == "auto":  # SGLang does not run a float32 model as such unless it is told to
-        return "float16" if skeleton.dtype == "float32" else skeleton.dtype
-    return {"half": "float16", "float": "float32"}.get(told, told)
 
 
 def _raise_first(results: Sequence[object]) -> None:

@@ -57,7 +57,7 @@ class Skeleton:
     def check_full(self, path: Path) -> None:
         """Every parameter once, by the name and in the shape that the model has, with finite values.
 
-        SGLang would take a part of a file and then fail, or leave out silently what it does not know.
+        The servers would take a part of a file and then fail, or leave out silently what they do not know.
         Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND.
         """
         missing = dict(self._shapes)
@@ -83,18 +83,18 @@ class Skeleton:
                 tensors.check_values(key)
             ranks = {found.rank for found in factors.values()}
             if len(ranks) > 1:
-                raise mismatch(f"the adapter has ranks {sorted(ranks)}; SGLang takes one rank for all layers")
+                raise mismatch(f"the adapter has ranks {sorted(ranks)}; the servers take one rank for all layers")
             [rank] = ranks
             missing = self._missing(factors)
             if not missing:
-                return Adapter(_for_sglang(config, factors, rank))
+                return Adapter(_for_servers(config, factors, rank))
             some = tensors.tensor(tensors.names[0])
             completed = {key: tensors.tensor(key) for key in tensors.names}
             for module in missing:
                 rows, columns = self._shapes[f"{module}.weight"]
                 completed[f"{_ADAPTER_PREFIX}{module}.lora_A.weight"] = torch.zeros((rank, columns), dtype=some.dtype)
                 completed[f"{_ADAPTER_PREFIX}{module}.lora_B.weight"] = torch.zeros((rows, rank), dtype=some.dtype)
-            return Adapter(_for_sglang(config, [*factors, *missing], rank), completed)
+            return Adapter(_for_servers(config, [*factors, *missing], rank), completed)
 
     def _missing(self, adapted: Collection[str]) -> list[str]:
         """Layers that SGLang wants an adapter of because one that it stacks them with has one."""
@@ -108,15 +108,15 @@ class Skeleton:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """As SGLang has to see it. `tensors` are the file's, and factors that change nothing where SGLang needs some; empty
-    where the file is as it should be."""
+    """As the servers have to see it. `tensors` are the file's, and factors that change nothing where SGLang needs some;
+    empty where the file is as it should be."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
-def _for_sglang(config: AdapterConfig, modules: Collection[str], rank: int) -> dict[str, Any]:
-    """SGLang scales by lora_alpha / r, whatever use_rslora says, and knows no patterns of names or ranks."""
+def _for_servers(config: AdapterConfig, modules: Collection[str], rank: int) -> dict[str, Any]:
+    """SGLang scales by lora_alpha / r, whatever use_rslora says. Patterns of names or ranks are known to none."""
     alpha = config.scale(rank) * rank
     names = sorted({module.rpartition(".")[2] for module in modules})
     plain = {"use_rslora": False, "rank_pattern": {}, "target_modules": names}

@@ -1,4 +1,4 @@
-"""Weights on disk in the form that SGLang loads: a folder with a configuration and safetensors, one per version."""
+"""Weights on disk in the form that the servers load: a folder with a configuration and safetensors, one per version."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import WeightsKind
 from mulligan.policy import adapter_config
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.backends.sglang import Settings
-from mulligan.policy.backends.sglang.skeleton import ADAPTER_FILE, Skeleton
+from mulligan.policy.backends._servers import ServerSettings
+from mulligan.policy.backends._servers.skeleton import ADAPTER_FILE, Skeleton
 
 _FULL = "full"
 _ADAPTERS = "adapters"
@@ -45,7 +45,7 @@ class TargetWeights:
 class Folders:
     """Nothing else uses `folder`. What an earlier process left in it is removed."""
 
-    def __init__(self, settings: Settings, folder: Path, skeleton: Skeleton, first_version: int):
+    def __init__(self, settings: ServerSettings, folder: Path, skeleton: Skeleton, first_version: int):
         self._root = (settings.folder or folder).resolve()
         self._in_engine = settings.folder_in_engine or str(self._root)
         self._shared = settings.folder is not None

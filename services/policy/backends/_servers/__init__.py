@@ -1,0 +1,47 @@
+"""What backends share whose engines are servers that are reached over HTTP: SGLang and vLLM.
+
+It is no backend by itself. Each of the two adds what is its own: requests and answers, what a server can do, and the
+calls that change it. For a request, `ServersBackend` picks a server of the `ServerPool`, has the engine's subclass ask
+it, and asks another when that one fails. For an update, `Updates` has every `EngineServer` load the `TargetWeights`
+that `Folders` has put on disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, SecretStr
+
+from mulligan.policy.backend import BackendSettings
+
+
+class ServerSettings(BackendSettings):
+    """Servers that run at `servers`, or else ones that this service launches and supervises."""
+
+    local_only: ClassVar = frozenset({"python", "flags", "environment", "folder", "folder_in_engine"})
+    exclusive: ClassVar = frozenset({"servers"})
+
+    servers: tuple[str, ...] = Field((), description="Addresses of running servers, such as http://127.0.0.1:30000.")
+    launch: int = Field(1, ge=1, le=64, description="How many servers to launch where `servers` is empty.")
+    python: str = Field("python", description="The interpreter of the environment that the engine is installed in.")
+    flags: tuple[str, ...] = Field((), description="Passed through to the servers that are launched.")
+    environment: dict[str, str] = Field({}, description="Variables of the launched servers, over the service's own.")
+    start_seconds: float = Field(900.0, gt=0, description="How long a launched server may take until it is ready.")
+    api_key: SecretStr | None = Field(None, description="The servers' --api-key.")
+    folder: Path | None = Field(
+        None, description="Where weights are put for the engines to load, shared with them; the state folder if unset."
+    )
+    folder_in_engine: str = Field("", description="What the servers call `folder`, where they see it elsewhere.")
+    request_seconds: float = Field(600.0, gt=0, description="How long a server may take for one request.")
+    wait_seconds: float = Field(10.0, ge=0, description="How long a request waits for a server when none serves.")
+    probe_seconds: float = Field(1.0, gt=0, description="How often a server is asked whether it lives.")
+
+    @property
+    def admin_key(self) -> SecretStr | None:
+        """For calls that change a server, where an engine has a key of its own for them."""
+        return None
+
+    @property
+    def setup(self) -> tuple[str, ...]:
+        return self.flags

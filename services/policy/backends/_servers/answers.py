@@ -1,0 +1,53 @@
+"""What an answer of a server means, and the checks that all answers pass."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from mulligan.common import numbers
+from mulligan.common.inference import SamplingParams, StopReason
+
+
+class BadAnswer(Exception):
+    """An answer that a working server would not give."""
+
+
+class Aborted(Exception):
+    """Somebody aborted the request."""
+
+
+def checked_tokens(token_ids: Sequence[int], vocabulary_size: int) -> None:
+    """Raises BadAnswer for token ids that the model has not."""
+    try:
+        numbers.token_ids("token ids", token_ids, vocabulary_size)
+    except ValueError as error:
+        raise BadAnswer(str(error)) from error
+
+
+def known(found: Sequence[float | None], count: int) -> tuple[float, ...]:
+    """Raises BadAnswer where these are not that many log-probabilities."""
+    try:
+        return numbers.log_probs("log-probabilities", found, count)
+    except ValueError as error:
+        raise BadAnswer(str(error)) from error
+
+
+def check_scores(row: Sequence[float]) -> None:
+    """Raises BadAnswer for log-probabilities that are none, which the weight check alone may see."""
+    known(row, len(row))
+
+
+def stop_reason(
+    token_ids: Sequence[int], sampling: SamplingParams, end_of_turn: Collection[int], stopped: bool, *, by_string: bool
+) -> StopReason:
+    """Of these tokens, all that were sampled. The last token decides, whatever the server calls the end: it says
+    `length` of a turn that closes with the last token there was room for. The order is that of the transformers
+    backend. `stopped`: the server says that it ended by itself; `by_string`: with a stop string."""
+    last = token_ids[-1] if token_ids else -1
+    if last in end_of_turn:
+        return StopReason.END_OF_TURN
+    if last in sampling.stop_token_ids:
+        return StopReason.STOP_TOKEN
+    if stopped:
+        return StopReason.STOP_STRING if by_string else StopReason.END_OF_TURN
+    return StopReason.MAX_TOKENS if len(token_ids) >= sampling.max_tokens else StopReason.CONTEXT_FULL

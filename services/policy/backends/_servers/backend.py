@@ -1,0 +1,262 @@
+"""A backend whose engines are servers: which one a request goes to, and what happens when that one fails.
+
+Each answer names the weights that sampled each token. If a server answers from weights that it was not given, the answer
+is discarded and the request goes to another server. The first one serves again after it was loaded and checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import replace
+from datetime import timedelta
+
+import aiohttp
+
+from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.inference import Feature
+from mulligan.common.tasks import gather_or_cancel
+from mulligan.policy.backend import Admission, Ask, ModelInfo, Replica, Sampled, Scored, WeightsFile
+from mulligan.policy.backends._servers import ServerSettings
+from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, check_scores
+from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused, Unreachable
+from mulligan.policy.backends._servers.folders import Folders, TargetWeights
+from mulligan.policy.backends._servers.launch import LaunchedServer
+from mulligan.policy.backends._servers.opening import Opened
+from mulligan.policy.backends._servers.pool import ServerPool, Stale, place_of
+from mulligan.policy.backends._servers.server import EngineServer
+from mulligan.policy.backends._servers.skeleton import Skeleton
+from mulligan.policy.backends._servers.updates import Updates
+from mulligan.policy.chat import Chat
+from mulligan.policy.model_settings import ModelSettings
+
+_ATTEMPTS = 10  # at servers that fail one after the other
+_RETRY_SECONDS = 0.05
+_RETRY_AFTER = timedelta(seconds=1)
+_FAILURES = (Unreachable, Stale, BadAnswer, Aborted)
+
+
+class ServersBackend(ABC):
+    """Subclasses ask one server, and say how an engine is spoken to."""
+
+    def __init__(self, settings: ModelSettings, opened: Opened):
+        self._settings = settings
+        self._session: aiohttp.ClientSession = opened.session
+        self._skeleton: Skeleton = opened.skeleton
+        self._folders: Folders = opened.folders
+        self._pool: ServerPool = opened.pool
+        self._launched: Sequence[LaunchedServer] = opened.launched
+        self._fixed = opened.fixed
+        self._info = opened.info
+        self._chat = opened.chat
+        self._updates = Updates(self._pool, self._folders)
+        self._seconds = settings.own_as(ServerSettings).request_seconds
+        self._in_flight = 0
+
+    @property
+    def model(self) -> ModelInfo:
+        return self._info
+
+    @property
+    def policy_version(self) -> int:
+        return self._pool.target.weights.policy_version
+
+    @property
+    def replicas(self) -> Sequence[Replica]:
+        return self._pool.servers
+
+    @property
+    def chat(self) -> Chat:
+        return self._chat
+
+    @property
+    def compute_seconds(self) -> float:
+        return 0.0
+
+    def encode(self, text: str) -> list[int]:
+        return self._skeleton.tokenizer.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self._skeleton.tokenizer.decode(token_ids)
+
+    def decode_marked(self, token_ids: Sequence[int], text: str) -> str:
+        return self._skeleton.tokenizer.decode_marked(token_ids, text, self._info.end_of_turn_token_ids)
+
+    async def generate(self, ask: Ask) -> Sampled:
+        self._enter()
+        try:
+            return await self._generate(ask)
+        finally:
+            self._in_flight -= 1
+
+    async def stream(self, ask: Ask) -> AsyncIterator[Sampled]:
+        """If the server fails in the middle, another one continues after the tokens sampled so far."""
+        self._enter()
+        try:
+            if not self._can_stream(ask):
+                yield await self._generate(ask)
+                return
+            parts = self._stream(ask)
+            try:
+                async for part in parts:
+                    yield part
+            finally:
+                await parts.aclose()
+        finally:
+            self._in_flight -= 1
+
+    async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
+        if not sequences:
+            return Scored((), self.policy_version)
+        found = await gather_or_cancel(self._score(ids, temperature, adapter) for ids in sequences)
+        while len({version for version, _ in found}) > 1:  # the weights changed in between
+            found = await gather_or_cancel(self._score(ids, temperature, adapter) for ids in sequences)
+        return Scored(tuple(row for _, row in found), found[0][0])
+
+    async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
+        """Requests that run on full weights go on with the new ones. Requests on an adapter finish with that
+        adapter."""
+        await self._updates.update(weights, admit)
+
+    async def release_memory(self) -> None:
+        self._need(Feature.MEMORY_RELEASE)
+        await self._updates.release_memory()
+
+    async def resume_memory(self) -> None:
+        self._need(Feature.MEMORY_RELEASE)
+        await self._updates.resume_memory()
+
+    async def close(self) -> None:
+        await self._pool.close()
+        await asyncio.gather(*(launched.stop() for launched in self._launched))
+        await self._session.close()
+        await asyncio.to_thread(self._folders.close)
+
+    def _enter(self) -> None:
+        limit = self._settings.max_queue
+        if self._in_flight >= limit:
+            raise DomainError(Reason.QUEUE_FULL, f"{self._in_flight} requests wait", retry_after=_RETRY_AFTER)
+        self._in_flight += 1
+
+    def _need(self, feature: Feature) -> None:
+        if feature not in self._info.features:
+            raise DomainError(
+                Reason.UNSUPPORTED_OPTION,
+                f"the {self._pool.engine} servers lack {feature.value}",
+                feature=feature.value,
+            )
+
+    async def _generate(self, ask: Ask) -> Sampled:
+        key = place_of(ask.session_id, ask.adapter, ask.token_ids)
+        problem = ""
+        for attempt in range(_ATTEMPTS):
+            async with self._pool.dispatch(key) as (server, target):
+                times_let_in = server.times_let_in
+                connection = self._connection(server, attempt)
+                try:
+                    return await self._generate_at(server, connection, target, ask)
+                except _FAILURES as error:
+                    problem = self._failed(server, error, times_let_in, direct=connection is server.connection)
+            await asyncio.sleep(_RETRY_SECONDS * attempt)
+        raise self._gave_up(problem)
+
+    async def _stream(self, ask: Ask) -> AsyncGenerator[Sampled, None]:
+        key = place_of(ask.session_id, ask.adapter, ask.token_ids)
+        rest = ask
+        problem = ""
+        for attempt in range(_ATTEMPTS):
+            async with self._pool.dispatch(key) as (server, target):
+                times_let_in = server.times_let_in
+                connection = self._connection(server, attempt)
+                try:
+                    async for part in self._stream_at(server, connection, target, rest):
+                        rest = _after(rest, part)
+                        yield part
+                        if part.stop_reason is not None:
+                            return
+                except _FAILURES as error:
+                    problem = self._failed(server, error, times_let_in, direct=connection is server.connection)
+            if rest is not ask and ask.sampling.stop:  # a stop string may have begun in what is already sampled
+                raise self._gave_up(problem)
+            await asyncio.sleep(_RETRY_SECONDS * attempt)
+        raise self._gave_up(problem)
+
+    async def _score(self, ids: Sequence[int], temperature: float, adapter: str) -> tuple[int, tuple[float, ...]]:
+        """Asks a server directly: the router does not pass on all fields that this needs."""
+        problem = ""
+        for attempt in range(_ATTEMPTS):
+            async with self._pool.dispatch(place_of("", adapter, ids)) as (server, target):
+                times_let_in = server.times_let_in
+                name = self._fixed[adapter] if adapter else target.adapter
+                try:
+                    labels, row = await server.score_one(ids, 1, temperature, name)
+                    check_scores(row)
+                    spans = self._pool.spans(target, [(label, 0) for label in sorted(labels)], own=not adapter)
+                except RequestRefused as error:
+                    if not self._lacks_adapter(error):
+                        said = f"what {server.engine} takes, which says: {error}"
+                        raise invalid_field("sequences", said) from error
+                    problem = self._failed(server, Stale(str(error)), times_let_in, direct=True)
+                except _FAILURES as error:
+                    problem = self._failed(server, error, times_let_in, direct=True)
+                else:
+                    if len(spans) == 1:
+                        return spans[0].policy_version, row
+            await asyncio.sleep(_RETRY_SECONDS * attempt)
+        raise self._gave_up(problem)
+
+    def _adapter(self, ask: Ask, target: TargetWeights) -> str:
+        return self._fixed[ask.adapter] if ask.adapter else target.adapter
+
+    def _failed(self, server: EngineServer, error: Exception, times_let_in: int, *, direct: bool) -> str:
+        """What went wrong. Whoever aborted a request did not make the server worse; and who answered behind a router
+        nobody knows, but the probes find it out."""
+        if direct and not isinstance(error, Aborted):
+            self._pool.take_out(server, str(error), times_let_in)
+        return str(error)
+
+    def _gave_up(self, problem: str) -> DomainError:
+        message = f"the {self._pool.engine} servers fail one after the other: {problem}"
+        return DomainError(Reason.ENGINE_UNAVAILABLE, message, retry_after=_RETRY_AFTER)
+
+    def _refusal(self, ask: Ask, error: RequestRefused) -> Exception:
+        """The error for a request that the server refused. A missing adapter is the server's fault, all else the
+        caller's."""
+        if self._lacks_adapter(error):
+            return Stale(str(error))
+        field = "regex" if ask.sampling.regex is not None else "json_schema" if ask.sampling.json_schema else ""
+        said = f"what {self._pool.engine} takes: {error}"
+        return invalid_field(f"sampling.{field}" if field else "sampling", said)
+
+    # The engine's own
+
+    def _connection(self, server: EngineServer, attempt: int) -> HttpConnection:
+        """Where a request to this server goes: to it, unless a router stands before it."""
+        return server.connection
+
+    def _can_stream(self, ask: Ask) -> bool:
+        """Whether parts can be passed on before all is known of them."""
+        return True
+
+    @abstractmethod
+    def _lacks_adapter(self, error: RequestRefused) -> bool:
+        """Whether the server refused because it has no adapter of a name that it was given."""
+
+    @abstractmethod
+    async def _generate_at(
+        self, server: EngineServer, connection: HttpConnection, target: TargetWeights, ask: Ask
+    ) -> Sampled:
+        """Raises DomainError, and what `_FAILURES` lists."""
+
+    @abstractmethod
+    def _stream_at(
+        self, server: EngineServer, connection: HttpConnection, target: TargetWeights, ask: Ask
+    ) -> AsyncIterator[Sampled]:
+        """Raises as `_generate_at` does."""
+
+
+def _after(ask: Ask, part: Sampled) -> Ask:
+    """The ask for the tokens that are still to be sampled."""
+    sampling = replace(ask.sampling, max_tokens=ask.sampling.max_tokens - len(part.token_ids))
+    return replace(ask, token_ids=[*ask.token_ids, *part.token_ids], sampling=sampling)

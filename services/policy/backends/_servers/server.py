@@ -1,0 +1,209 @@
+"""One server: what it is, what it holds, and how that is changed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import Feature, LoraLimits, ReplicaInfo
+from mulligan.common.tasks import gather_or_cancel
+from mulligan.policy.backend import Scored
+from mulligan.policy.backends._servers.answers import Aborted, BadAnswer
+from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused, Unreachable
+from mulligan.policy.backends._servers.folders import TargetWeights
+from mulligan.policy.backends._servers.skeleton import Skeleton
+
+_ADAPTER_PREFIX = "mulligan-"
+_UNCHECKED = "-unchecked"  # ends the label of a server that may not be asked yet
+
+
+class Unsuitable(Exception):
+    """A server that must not serve this policy; the message says why."""
+
+
+class EngineServer(ABC):
+    """A `Replica`. `fixed` are adapters that it is given besides the weights: its name of each, and the folder.
+
+    Subclasses say what an engine can do, and how it is told. Calls raise Unreachable and RequestRefused unless said
+    otherwise.
+    """
+
+    engine: ClassVar[str]
+    load_adapter_path: ClassVar[str]
+    unload_adapter_path: ClassVar[str]
+
+    def __init__(self, connection: HttpConnection, request_seconds: float, fixed: Mapping[str, str]):
+        self.connection = connection
+        self._seconds = request_seconds
+        self._fixed = fixed
+        self.serving = False
+        self.problem = "not asked yet"
+        self.times_let_in = 0
+        self.in_flight = 0
+        self.held: TargetWeights | None = None  # None: unknown
+        self.label = ""  # the name of its weights that it has to report
+        self.path = ""  # of the folder that it loaded last
+        self.own_path = ""  # of the model that it was started with
+        self.settings: Mapping[str, Any] = {}
+        self._adapters: set[str] = set()
+
+    @property
+    def address(self) -> str:
+        return self.connection.address
+
+    @property
+    def info(self) -> ReplicaInfo:
+        return ReplicaInfo(self.address, self.serving, self.in_flight, "" if self.serving else self.problem)
+
+    # What it is
+
+    @property
+    def incremental(self) -> bool:
+        """Whether the parts of a stream are what is new in it."""
+        return True
+
+    @property
+    @abstractmethod
+    def context_length(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def features(self) -> frozenset[Feature]: ...
+
+    @property
+    @abstractmethod
+    def deterministic(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def lora(self) -> LoraLimits: ...
+
+    @abstractmethod
+    def dtype(self, skeleton: Skeleton) -> str:
+        """As torch names it."""
+
+    @abstractmethod
+    async def look(self, skeleton: Skeleton) -> None:
+        """Learns what the server is. Raises Unsuitable, too."""
+
+    @abstractmethod
+    async def probe(self) -> None:
+        """Raises Unsuitable when somebody else has changed its weights."""
+
+    @abstractmethod
+    async def repeats(self) -> bool:
+        """Whether the server honours seeds."""
+
+    # What it holds
+
+    @abstractmethod
+    async def pause(self) -> None:
+        """Running requests wait, and go on with the weights that are there then: their cache is computed anew."""
+
+    @abstractmethod
+    async def go_on(self) -> None: ...
+
+    async def load_base(self, target: TargetWeights, *, checked: bool = True) -> None:
+        """The server is paused. Without `checked` its answers are known by a label that nobody accepts."""
+        label = target.label if checked else target.label + _UNCHECKED
+        self.held = None
+        await self._load(target.path or self.own_path, label)
+        self.label = label
+        self.path = target.path or self.own_path
+
+    async def was_launched(self, label: str) -> None:
+        """With what its model came with, which is to be known by this label."""
+        self.label = label
+        self.path = self.own_path
+
+    async def load_adapters(self, target: TargetWeights) -> None:
+        """Those of this target and the fixed ones; what else of ours is there is from before a restart of ours."""
+        wanted = dict(self._fixed)
+        if target.adapter:
+            wanted[target.adapter] = target.adapter_path
+        for name, path in wanted.items():
+            if name not in self._adapters:
+                body = {"lora_name": name, "lora_path": path}
+                await self.connection.control(self.load_adapter_path, body, timeout=self._seconds)
+                self._adapters.add(name)
+
+    async def unload_others(self, *targets: TargetWeights) -> None:
+        wanted = {target.adapter for target in targets} | set(self._fixed)
+        for name in sorted(self._adapters - wanted):
+            if name.startswith(_ADAPTER_PREFIX):
+                await self.unload(name)
+
+    async def unload(self, name: str) -> None:
+        """No request uses it any longer."""
+        if name in self._adapters:
+            self._adapters.discard(name)
+            await self.connection.control(self.unload_adapter_path, {"lora_name": name}, timeout=self._seconds)
+
+    async def accept(self) -> None:
+        """What it holds was checked: from now on it is known by its proper label."""
+        if self.label.endswith(_UNCHECKED):
+            label = self.label.removesuffix(_UNCHECKED)
+            await self._rename(label)
+            self.label = label
+
+    @abstractmethod
+    async def release_memory(self) -> None: ...
+
+    @abstractmethod
+    async def resume_memory(self) -> None: ...
+
+    async def abort(self, rid: str) -> None:
+        """A request whose caller went away. Engines that notice that by themselves need to do nothing."""
+        del rid
+
+    @abstractmethod
+    async def score_one(
+        self, ids: Sequence[int], begin: int, temperature: float, adapter: str
+    ) -> tuple[set[str], tuple[float, ...]]:
+        """Log-probabilities of softmax(logits / temperature) of all tokens from `begin`, which is at least 1, and the
+        labels of the weights that they are by. Raises BadAnswer and Aborted, too."""
+
+    async def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> Scored:
+        """By this server as it is. Raises DomainError ENGINE_UNAVAILABLE when it holds nothing that is known."""
+        held = self.held
+        if held is None:
+            raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} holds no known weights")
+        try:
+            rows = await gather_or_cancel(self._score_held(ids, temperature, held) for ids in sequences)
+        except (Unreachable, RequestRefused, BadAnswer, Aborted) as error:
+            raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} cannot score: {error}") from error
+        return Scored(tuple(rows), held.weights.policy_version)
+
+    async def checksum(self) -> str:
+        """Raises DomainError ENGINE_UNAVAILABLE."""
+        held = self.held
+        try:
+            checksum = await self._checksum()
+        except (Unreachable, RequestRefused) as error:
+            raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} tells no checksum: {error}") from error
+        # The server's is of the base weights alone.
+        return f"{checksum}+{held.weights.sha256}" if checksum and held is not None and held.adapter else checksum
+
+    async def _score_held(self, ids: Sequence[int], temperature: float, held: TargetWeights) -> tuple[float, ...]:
+        labels, row = await self.score_one(ids, 1, temperature, held.adapter)
+        if labels - {self.label}:
+            raise BadAnswer(f"it answers from weights {sorted(labels)} instead of {self.label!r}")
+        return row
+
+    @abstractmethod
+    async def _load(self, path: str, label: str) -> None:
+        """The weights of this folder, to be known by this label."""
+
+    @abstractmethod
+    async def _rename(self, label: str) -> None:
+        """The same weights by another label."""
+
+    @abstractmethod
+    async def _checksum(self) -> str:
+        """Of the base weights; empty where it tells none."""
+
+
+def last_name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]

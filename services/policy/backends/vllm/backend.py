@@ -1,0 +1,108 @@
+"""vLLM servers: some that run, or some that this service launches.  https://github.com/vllm-project/vllm
+
+Token ids go to /inference/v1/generate and come back.
+
+What the engine itself does not do is done here. Log-probabilities under top-p, top-k, a regex or a schema are scored
+anew, since vLLM gives those of the tokens that are left (and a stream of such a request comes in one part). Score at a
+temperature other than 1 costs a request of one token per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+from mulligan.common.inference import Feature, StopReason
+from mulligan.policy.backend import Ask, Sampled
+from mulligan.policy.backends._servers.answers import Aborted, check_scores, checked_tokens, known, stop_reason
+from mulligan.policy.backends._servers.backend import ServersBackend
+from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused
+from mulligan.policy.backends._servers.folders import TargetWeights
+from mulligan.policy.backends._servers.opening import EngineParts, open_servers
+from mulligan.policy.backends._servers.server import EngineServer
+from mulligan.policy.backends.vllm import requests
+from mulligan.policy.backends.vllm.connection import VllmConnection
+from mulligan.policy.backends.vllm.launch import LaunchedVllm
+from mulligan.policy.backends.vllm.server import VllmServer
+from mulligan.policy.model_settings import ModelSettings
+
+_ENGINE = EngineParts(VllmConnection, VllmServer, LaunchedVllm)
+
+
+async def open_backend(settings: ModelSettings, folder: Path, first_version: int) -> VllmBackend:
+    """Returns when all launched servers, or one of those that ran already, are ready. Raises UnsupportedModel."""
+    return VllmBackend(settings, await open_servers(_ENGINE, settings, folder, first_version))
+
+
+class VllmBackend(ServersBackend):
+    """A request whose connection is closed is aborted by vLLM itself."""
+
+    def _can_stream(self, ask: Ask) -> bool:
+        return not requests.is_renormalised(ask)
+
+    def _lacks_adapter(self, error: RequestRefused) -> bool:
+        return False  # vLLM answers HTTP 404 to that
+
+    async def _generate_at(
+        self, server: EngineServer, connection: HttpConnection, target: TargetWeights, ask: Ask
+    ) -> Sampled:
+        body = self._encode(ask, target, stream=False)
+        try:
+            answer = requests.decode(await connection.generate(body, self._seconds))
+        except RequestRefused as error:
+            raise self._refusal(ask, error) from error
+        token_ids = answer.choice.token_ids
+        checked_tokens(token_ids, self._info.vocabulary_size)
+        labels = answer.labels(0, len(token_ids))
+        spans = self._pool.spans(target, labels, own=not ask.adapter)
+        if requests.is_renormalised(ask):
+            log_probs = await self._scored(server, target, ask, token_ids, {label for label, _ in labels})
+        else:
+            log_probs = known(answer.log_probs, len(token_ids))
+        return Sampled(tuple(token_ids), log_probs, self._stop_reason(ask, answer, token_ids), spans)
+
+    async def _scored(
+        self, server: EngineServer, target: TargetWeights, ask: Ask, token_ids: Sequence[int], sampled_by: set[str]
+    ) -> tuple[float, ...]:
+        ids = [*ask.token_ids, *token_ids]
+        adapter = self._adapter(ask, target)
+        labels, row = await server.score_one(ids, len(ask.token_ids), ask.sampling.temperature, adapter)
+        check_scores(row)
+        if labels | sampled_by != labels & sampled_by:
+            raise Aborted("the weights changed between sampling and scoring")
+        return row
+
+    async def _stream_at(
+        self, server: EngineServer, connection: HttpConnection, target: TargetWeights, ask: Ask
+    ) -> AsyncIterator[Sampled]:
+        assert isinstance(server, VllmServer)
+        changes = server.changes
+        reader = requests.VllmStream(server.label)
+        try:
+            async for event in connection.generate_stream(self._encode(ask, target, stream=True), self._seconds):
+                answer = requests.decode(event)
+                checked_tokens(answer.choice.token_ids, self._info.vocabulary_size)
+                news = reader.read(answer, changed=changes != server.changes)
+                if news is not None:
+                    token_ids, log_probs, labels = news
+                    spans = self._pool.spans(target, labels, own=not ask.adapter)
+                    yield Sampled(tuple(token_ids), log_probs, self._stop_reason(ask, answer, reader.token_ids), spans)
+        except RequestRefused as error:
+            raise self._refusal(ask, error) from error
+
+    def _encode(self, ask: Ask, target: TargetWeights, *, stream: bool) -> bytes:
+        return requests.encode(
+            ask,
+            self._adapter(ask, target),
+            self._info.context_length,
+            self._info.end_of_turn_token_ids,
+            stream=stream,
+            priority=Feature.PRIORITY in self._info.features,
+        )
+
+    def _stop_reason(self, ask: Ask, answer: requests.VllmAnswer, token_ids: Sequence[int]) -> StopReason | None:
+        if not answer.finished:
+            return None
+        by_string = isinstance(answer.choice.stop_reason, str)
+        stopped = answer.choice.finish_reason == "stop"
+        return stop_reason(token_ids, ask.sampling, self._info.end_of_turn_token_ids, stopped, by_string=by_string)

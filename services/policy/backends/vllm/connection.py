@@ -1,0 +1,25 @@
+"""Where vLLM has what, as of 0.32.0: vllm.entrypoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused
+
+# The worker did not take a file, and the server lives on. vLLM answers HTTP 500 to that.
+_NOT_TAKEN = ("Call to add_lora method failed", "Call to collective_rpc method failed")
+
+
+class VllmConnection(HttpConnection):
+    engine = "vLLM"
+    keys = "vllm.api_key"
+    generate_path = "/inference/v1/generate"
+    alive_path = "/health"
+
+    def _decoded(self, answer: bytes) -> dict[str, Any]:
+        """Calls for adapters are answered with words."""
+        return {} if answer.startswith(b"Success") else super()._decoded(answer)
+
+    def _failure(self, status: int, answer: bytes) -> Exception:
+        failure = super()._failure(status, answer)
+        return RequestRefused(str(failure)) if any(said in str(failure) for said in _NOT_TAKEN) else failure

@@ -1,0 +1,223 @@
+"""An `Ask` as a request to vLLM's /inference/v1/generate, and its answer as a `Sampled`.
+
+With --logprobs-mode processed_logprobs the log-probabilities of output tokens are those of what was sampled from: of
+softmax(logits / temperature), which is what the contract says, but renormalised over the tokens that top-p, top-k or a
+grammar leave. Where one of these is asked for, they are scored anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import msgspec
+
+from mulligan.policy.backend import Ask
+from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, known
+from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
+
+_NOT_A_NUMBER = -9999.0  # what vLLM sends instead
+
+
+class _LogProb(msgspec.Struct):
+    token_id: int
+    logprob: float
+    top_logprobs: list[_LogProb] = []
+
+
+class _LogProbs(msgspec.Struct):
+    content: list[_LogProb] | None = None
+
+
+class _PromptLogProb(msgspec.Struct):
+    logprob: float
+
+
+class _Span(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class _Choice(msgspec.Struct):
+    token_ids: list[int] = []
+    logprobs: _LogProbs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    weight_versions: list[_Span] | None = None
+
+
+class _Failure(msgspec.Struct):
+    message: str = ""
+    code: int = 500
+
+
+class VllmAnswer(msgspec.Struct):
+    """Of one sample, or, in a stream, what is new in it."""
+
+    choices: list[_Choice] = []
+    prompt_logprobs: list[dict[int, _PromptLogProb] | None] | None = None
+    error: _Failure | None = None
+
+    @property
+    def choice(self) -> _Choice:
+        return self.choices[0]
+
+    @property
+    def finished(self) -> bool:
+        return self.choice.finish_reason is not None
+
+    @property
+    def log_probs(self) -> list[float | None]:
+        content = self.choice.logprobs.content if self.choice.logprobs is not None else None
+        return [None if value.logprob <= _NOT_A_NUMBER else value.logprob for value in content or ()]
+
+    def labels(self, begin: int, end: int) -> list[tuple[str, int]]:
+        """By which weights, as the server calls them, these tokens of the sample were sampled, and how many each."""
+        found: list[tuple[str, int]] = []
+        for span in self.choice.weight_versions or ():
+            count = min(span.end, end) - max(span.start, begin)
+            if count > 0:
+                found.append((span.version, count))
+        if sum(count for _, count in found) != end - begin:
+            raise BadAnswer("weight_versions do not cover the tokens: is this vLLM 0.32 or later?")
+        return found
+
+
+_decoder = msgspec.json.Decoder(VllmAnswer)
+
+
+def decode(body: bytes) -> VllmAnswer:
+    """Raises BadAnswer and Aborted; and RequestRefused and Unreachable, of a stream that began well."""
+    try:
+        answer = _decoder.decode(body)
+    except msgspec.DecodeError as error:
+        raise BadAnswer(f"{error}: {body[:300].decode(errors='replace')}") from error
+    if answer.error is not None:
+        raise (RequestRefused if 400 <= answer.error.code < 500 else Unreachable)(answer.error.message)
+    if len(answer.choices) != 1:
+        raise BadAnswer(f"{len(answer.choices)} samples instead of one")
+    if answer.choice.finish_reason == "abort":
+        raise Aborted("the request was aborted")
+    return answer
+
+
+def is_renormalised(ask: Ask) -> bool:
+    """Whether vLLM's log-probabilities are not those of the contract."""
+    sampling = ask.sampling
+    constrained = sampling.regex is not None or sampling.json_schema is not None
+    return constrained or (sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0))
+
+
+def encode(
+    ask: Ask, adapter: str, context_length: int, end_of_turn: Collection[int], *, stream: bool, priority: bool
+) -> bytes:
+    """`end_of_turn`: the server knows those of the model's configuration by itself, and not that of a chat template."""
+    sampling = ask.sampling
+    params: dict[str, Any] = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": min(sampling.max_tokens, context_length - len(ask.token_ids)),
+        "logprobs": 0,  # none beside that of the sampled token
+    }
+    if sampling.seed is not None:
+        params["seed"] = sampling.seed
+    if sampling.stop:
+        params["stop"] = sampling.stop
+    if stops := sorted({*sampling.stop_token_ids, *end_of_turn}):
+        params["stop_token_ids"] = stops
+    if sampling.regex is not None:
+        params["structured_outputs"] = {"regex": sampling.regex}
+    if sampling.json_schema is not None:
+        params["structured_outputs"] = {"json": sampling.json_schema}
+    request = _request(ask.token_ids, adapter, params) | {"stream": stream}
+    if priority:
+        request["priority"] = -ask.priority  # the lower goes first there
+    return msgspec.json.encode(request)
+
+
+def encode_label(token_ids: Sequence[int], adapter: str) -> bytes:
+    """One token, whose answer tells by which weights it is."""
+    return msgspec.json.encode(_request(token_ids, adapter, {"max_tokens": 1}))
+
+
+def encode_score(token_ids: Sequence[int], adapter: str) -> bytes:
+    """Log-probabilities of softmax(logits) of all tokens after the first. One token more is sampled."""
+    return msgspec.json.encode(_request(token_ids, adapter, {"max_tokens": 1, "prompt_logprobs": 0}))
+
+
+def decode_score(answer: VllmAnswer, token_ids: Sequence[int], begin: int) -> tuple[float, ...]:
+    """Of the tokens from `begin`, which is at least 1."""
+    rows = answer.prompt_logprobs or []
+    if len(rows) != len(token_ids):
+        raise BadAnswer(f"{len(rows)} log-probabilities of a prompt of {len(token_ids)} tokens")
+    found = []
+    for row, token in zip(rows[begin:], token_ids[begin:], strict=True):
+        if row is None or token not in row:
+            raise BadAnswer(f"no log-probability of token {token} of a prompt")
+        found.append(_number(row[token].logprob))
+    return tuple(found)
+
+
+def encode_forced(prefix: Sequence[int], token: int, temperature: float, adapter: str) -> bytes:
+    """The log-probability at this temperature of a token that follows, whatever is sampled.
+
+    vLLM shows as many as are asked for, and the sampled token is among them: the token is asked for twice.
+    """
+    params = {"max_tokens": 1, "temperature": temperature, "logprobs": 2, "logprob_token_ids": [token, token]}
+    return msgspec.json.encode(_request(prefix, adapter, params))
+
+
+def decode_forced(answer: VllmAnswer, token: int) -> float:
+    content = answer.choice.logprobs.content if answer.choice.logprobs is not None else None
+    for value in content[0].top_logprobs if content else ():
+        if value.token_id == token:
+            return _number(value.logprob)
+    raise BadAnswer(f"no log-probability of token {token}, which was asked for")
+
+
+class VllmStream:
+    """Of the parts of one stream. Only the last tells by which weights each token was sampled.
+
+    Until the server is told to change its weights, which the caller says, tokens are by `label`: what it held when the
+    request was sent. From then on they are kept back until the last part comes.
+    """
+
+    def __init__(self, label: str):
+        self._label = label
+        self._certain = True
+        self._values: list[float | None] = []
+        self.token_ids: list[int] = []
+        self.told = 0
+
+    def read(
+        self, answer: VllmAnswer, *, changed: bool
+    ) -> tuple[list[int], tuple[float, ...], list[tuple[str, int]]] | None:
+        """Token ids, log-probabilities and labels to pass on now. Raises BadAnswer."""
+        self.token_ids += answer.choice.token_ids
+        self._values += answer.log_probs
+        self._certain = self._certain and not changed
+        begin = self.told
+        end = len(self.token_ids)
+        if answer.finished:
+            if begin and any(label != self._label for label, _ in answer.labels(0, begin)):
+                raise BadAnswer("tokens that were sent were not sampled by the weights that the server held")
+            labels = answer.labels(begin, end)
+        elif self._certain and end > begin:
+            labels = [(self._label, end - begin)]
+        else:
+            return None
+        self.told = end
+        return self.token_ids[begin:end], known(self._values[begin:end], end - begin), labels
+
+
+def _request(token_ids: Sequence[int], adapter: str, params: dict[str, Any]) -> dict[str, Any]:
+    request = {"token_ids": token_ids, "sampling_params": params}
+    return request | {"model": adapter} if adapter else request
+
+
+def _number(value: float) -> float:
+    """JSON has no NaN. The weight check must see it."""
+    return math.nan if value <= _NOT_A_NUMBER else value

@@ -1,0 +1,187 @@
+"""One vLLM server: what it can do, and the calls that change it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mulligan.common.inference import Feature, LoraLimits, SamplingParams
+from mulligan.common.tasks import gather_or_cancel
+from mulligan.policy.backend import Ask
+from mulligan.policy.backends._servers.answers import Aborted, BadAnswer
+from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
+from mulligan.policy.backends._servers.server import EngineServer, Unsuitable, last_name
+from mulligan.policy.backends._servers.skeleton import Skeleton
+from mulligan.policy.backends.vllm import requests
+
+_ALWAYS = frozenset(
+    [
+        Feature.TOKEN_IDS,
+        Feature.LOG_PROBS,
+        Feature.SCORE,
+        Feature.SCORE_TEMPERATURE,
+        Feature.STREAM,
+        Feature.TOP_K,
+        Feature.SEED,
+        Feature.STOP_TOKEN_IDS,
+        Feature.REGEX,
+        Feature.JSON_SCHEMA,
+        Feature.FULL_WEIGHTS,
+    ]
+)
+_GENERATE = "/inference/v1/generate"
+_CONTROL = frozenset({"/pause", "/resume", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version"})
+_MODE = "processed_logprobs"
+_FORCED = 32  # requests at a time when scoring at a temperature
+
+
+class VllmServer(EngineServer):
+    engine = "vLLM"
+    load_adapter_path = "/v1/load_lora_adapter"
+    unload_adapter_path = "/v1/unload_lora_adapter"
+    changes = 0  # how often it was told to change its weights
+
+    @property
+    def context_length(self) -> int:
+        """A prompt that is scored needs room for the one token that is sampled behind it."""
+        return int(self._model.get("max_model_len") or 0) - 1
+
+    @property
+    def features(self) -> frozenset[Feature]:
+        found = set(_ALWAYS)
+        if self._part("scheduler_config").get("policy") == "priority":
+            found.add(Feature.PRIORITY)
+        # Adapters are known to the process that they were loaded through.
+        one_process = int(self._part("parallel_config").get("_api_process_count") or 1) == 1
+        if self._part("lora_config") and one_process and self.load_adapter_path in self.settings["paths"]:
+            found.add(Feature.LORA_WEIGHTS)
+        return frozenset(found)
+
+    @property
+    def deterministic(self) -> bool:
+        return False
+
+    @property
+    def lora(self) -> LoraLimits:
+        config = self._part("lora_config")
+        modules = config.get("target_modules") or ()
+        return LoraLimits(int(config.get("max_lora_rank") or 0), tuple(sorted(modules)))
+
+    def dtype(self, skeleton: Skeleton) -> str:
+        return str(self._model.get("dtype")).removeprefix("torch.")
+
+    async def look(self, skeleton: Skeleton) -> None:
+        paths = (await self.connection.get("/openapi.json")).get("paths") or {}
+        if _GENERATE not in paths:
+            raise Unsuitable("it takes no token ids: start it with --enable-scale-out (vLLM 0.32 or later)")
+        if missing := sorted(_CONTROL - set(paths)):
+            raise Unsuitable(f"it has no {missing[0]}: start it with VLLM_SERVER_DEV_MODE=1 in its environment")
+        told = await self.connection.get("/server_info?config_format=json")
+        self.settings = {"paths": frozenset(paths), **(told.get("vllm_config") or {})}
+        listed = (await self.connection.get("/v1/models")).get("data") or ()
+        self.own_path = next((str(card["root"]) for card in listed if not card.get("parent")), "")
+        if last_name(self.own_path) != last_name(skeleton.source):
+            raise Unsuitable(
+                f"it serves {self.own_path}, not {skeleton.source}: `model` has to be what the server was started with"
+            )
+        if self._model.get("logprobs_mode") != _MODE:
+            raise Unsuitable(
+                f"its log-probabilities are {self._model.get('logprobs_mode')}: start it with --logprobs-mode {_MODE}"
+            )
+        self._adapters = {str(card["id"]) for card in listed if card.get("parent")}
+
+    async def probe(self) -> None:
+        label = self.label
+        found = (await self.connection.get("/weight_info", 5.0)).get("weight_version")
+        if label == self.label and found != label:
+            raise Unsuitable(f"it holds weights {found!r} instead of {label!r}")
+
+    async def pause(self) -> None:
+        self.changes += 1
+        await self.connection.control("/pause?mode=keep")
+        await self.connection.control("/reset_prefix_cache?reset_running_requests=true")
+
+    async def go_on(self) -> None:
+        await self.connection.control("/resume")
+
+    async def was_launched(self, label: str) -> None:
+        await self._rename(label)
+        await super().was_launched(label)
+
+    async def _load(self, path: str, label: str) -> None:
+        """A load that fails leaves layers without weights: the server stays paused until one succeeds."""
+        body = {"method": "reload_weights", "kwargs": {"weights_path": path}, "timeout": self._seconds}
+        await self.connection.control("/collective_rpc", body, timeout=self._seconds)
+        await self._rename(label)
+
+    async def _rename(self, label: str) -> None:
+        await self.connection.control("/update_weight_version", {"new_version": label})
+
+    async def _checksum(self) -> str:
+        found = await self.connection.control("/weight_checker", {"action": "checksum"}, timeout=self._seconds)
+        by_tensor = found.get("checksums")
+        return hashlib.sha256(json.dumps(by_tensor, sort_keys=True).encode()).hexdigest() if by_tensor else ""
+
+    async def release_memory(self) -> None:
+        raise RequestRefused("vLLM releases memory on some GPUs only, which is not supported here")
+
+    async def resume_memory(self) -> None:
+        raise RequestRefused("vLLM releases memory on some GPUs only, which is not supported here")
+
+    async def repeats(self) -> bool:
+        ask = Ask([0], SamplingParams(temperature=1.0, max_tokens=8, seed=1))
+        body = requests.encode(ask, "", 16, (), stream=False, priority=False)
+        try:
+            first, second = [requests.decode(await self.connection.generate(body, 60.0)) for _ in range(2)]
+        except (Unreachable, RequestRefused, BadAnswer, Aborted):
+            return False
+        return first.choice.token_ids == second.choice.token_ids
+
+    async def score_one(
+        self, ids: Sequence[int], begin: int, temperature: float, adapter: str
+    ) -> tuple[set[str], tuple[float, ...]]:
+        """vLLM scores a prompt at temperature 1 alone, and not with --enable-lora: on a CPU the engine of vLLM 0.32.0
+        dies of log-probabilities of a prompt beside other requests. Otherwise each token is asked for as the one that
+        follows its prefix: as many requests of one token as there are tokens, their prefixes from the cache."""
+        changes = self.changes
+        if begin >= len(ids):
+            answers = [
+                requests.decode(await self.connection.generate(requests.encode_label(ids, adapter), self._seconds))
+            ]
+            row: tuple[float, ...] = ()
+        elif temperature in (0.0, 1.0) and not self._part("lora_config"):
+            body = requests.encode_score(ids, adapter)
+            answer = requests.decode(await self.connection.generate(body, self._seconds))
+            answers = [answer]
+            row = requests.decode_score(answer, ids, begin)
+        else:
+            answers, row = await self._score_forced(ids, begin, temperature or 1.0, adapter)
+        if changes != self.changes:
+            raise Aborted("the weights changed while it scored")
+        return {label for answer in answers for label, _ in answer.labels(0, 1)}, row
+
+    async def _score_forced(
+        self, ids: Sequence[int], begin: int, temperature: float, adapter: str
+    ) -> tuple[list[requests.VllmAnswer], tuple[float, ...]]:
+        slots = asyncio.Semaphore(_FORCED)
+
+        async def ask(place: int) -> requests.VllmAnswer:
+            body = requests.encode_forced(ids[:place], ids[place], temperature, adapter)
+            async with slots:
+                return requests.decode(await self.connection.generate(body, self._seconds))
+
+        places = range(begin, len(ids))
+        answers = await gather_or_cancel(ask(place) for place in places)
+        return answers, tuple(
+            requests.decode_forced(answer, ids[place]) for answer, place in zip(answers, places, strict=True)
+        )
+
+    @property
+    def _model(self) -> Mapping[str, Any]:
+        return self._part("model_config")
+
+    def _part(self, name: str) -> Mapping[str, Any]:
+        return self.settings.get(name) or {}

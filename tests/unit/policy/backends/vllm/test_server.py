@@ -1,0 +1,302 @@
+"""What the backend makes of a vLLM server. The answers are those of a real one, vLLM 0.32.0 on a CPU; they were
+recorded, and shortened to what matters."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from mulligan.common.inference import Feature, LoraLimits, SamplingParams, WeightsKind
+from mulligan.models import EMBEDDED
+from mulligan.policy.backend import Ask, WeightsFile
+from mulligan.policy.backends._servers.answers import Aborted, BadAnswer
+from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable, new_session
+from mulligan.policy.backends._servers.folders import TargetWeights
+from mulligan.policy.backends._servers.server import Unsuitable
+from mulligan.policy.backends._servers.skeleton import Skeleton
+from mulligan.policy.backends.vllm import Settings as VllmSettings
+from mulligan.policy.backends.vllm import requests
+from mulligan.policy.backends.vllm.connection import VllmConnection
+from mulligan.policy.backends.vllm.launch import LaunchedVllm
+from mulligan.policy.backends.vllm.server import VllmServer
+
+RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "recorded.json").read_text())
+
+
+def body_of(name: str) -> bytes:
+    return json.dumps(RECORDED[name]).encode()
+
+
+def sent(**sampling: Any) -> dict[str, Any]:
+    ask = Ask([5, 6, 7], SamplingParams(**sampling), priority=3)
+    found: dict[str, Any] = json.loads(requests.encode(ask, "adapter", 20, (1,), stream=False, priority=True))
+    return found
+
+
+def events() -> list[requests.VllmAnswer]:
+    found = [part.removeprefix("data: ") for part in RECORDED["stream"].split("\n\n") if part]
+    assert found[-1] == "[DONE]"
+    return [requests.decode(part.encode()) for part in found[:-1]]
+
+
+class Replaying:
+    """Answers as the recorded server did, and notes what it was asked."""
+
+    def __init__(self, recorded: dict[str, Any]):
+        self.asked: list[tuple[str, Any]] = []
+        self.recorded = recorded
+
+    async def answer(self, request: web.Request) -> web.Response:
+        body: Any = await request.json() if request.can_read_body else None
+        self.asked.append((request.path_qs, body))
+        recorded = self.recorded
+        if request.path == "/inference/v1/generate":
+            forced = "logprob_token_ids" in body["sampling_params"]
+            return web.json_response(recorded["forced" if forced else "score"])
+        found = {
+            "/openapi.json": {"paths": {path: {} for path in recorded["paths"]}},
+            "/server_info": recorded["server_info"],
+            "/v1/models": recorded["models"],
+            "/weight_info": recorded["weight_info"],
+            "/weight_checker": recorded["checksum"],
+        }
+        if request.path == "/v1/load_lora_adapter":
+            return web.json_response(recorded["rank"]["body"], status=recorded["rank"]["status"])
+        return web.json_response(found.get(request.path, {}))
+
+
+@asynccontextmanager
+async def replaying(**changes: Any) -> AsyncIterator[tuple[VllmServer, Replaying]]:
+    replaying = Replaying(copy.deepcopy(RECORDED) | changes)
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", replaying.answer)
+    session = new_session()
+    async with TestServer(app) as running:
+        server = VllmServer(VllmConnection(session, str(running.make_url("/"))), 5.0, {})
+        yield server, replaying
+        await session.close()
+
+
+@pytest.fixture(scope="module")
+def skeleton() -> Skeleton:
+    found = Skeleton(str(EMBEDDED))
+    found.source = "/elsewhere/long-heads"
+    return found
+
+
+def test_options_go_by_the_names_that_vllm_has() -> None:
+    request = sent(temperature=0.5, top_p=0.9, top_k=4, max_tokens=5, stop=("x",), stop_token_ids=(9,), seed=-3)
+    assert request["token_ids"] == [5, 6, 7] and request["model"] == "adapter" and request["priority"] == -3
+    assert request["sampling_params"] == {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 4,
+        "max_tokens": 5,
+        "logprobs": 0,
+        "seed": -3,
+        "stop": ["x"],
+        "stop_token_ids": [1, 9],
+    }
+    assert sent(max_tokens=100)["sampling_params"]["max_tokens"] == 17  # the context has no room for more
+    assert sent(regex="a+")["sampling_params"]["structured_outputs"] == {"regex": "a+"}
+    assert sent(json_schema="{}")["sampling_params"]["structured_outputs"] == {"json": "{}"}
+
+
+def test_what_is_scored_anew() -> None:
+    def anew(**sampling: Any) -> bool:
+        return requests.is_renormalised(Ask([1], SamplingParams(**sampling)))
+
+    assert anew(top_p=0.9) and anew(top_k=3) and anew(regex="a") and anew(temperature=0.0, json_schema="{}")
+    assert not anew(temperature=0.7) and not anew(temperature=0.0, top_p=0.5, top_k=3)
+
+
+def test_an_answer_has_token_ids_log_probabilities_and_weights() -> None:
+    answer = requests.decode(body_of("generate"))
+    ids = answer.choice.token_ids
+    assert len(ids) == 3 and answer.finished and answer.choice.finish_reason == "length"
+    assert len(answer.log_probs) == 3 and all(value is not None and value < 0 for value in answer.log_probs)
+    assert answer.labels(0, 3) == [("default", 3)] and answer.labels(1, 3) == [("default", 2)]
+    stopped = requests.decode(body_of("stop_token")).choice
+    assert (stopped.token_ids, stopped.finish_reason, stopped.stop_reason) == (ids[:2], "stop", ids[1])
+
+
+def test_a_stream_names_its_weights_at_the_end() -> None:
+    whole = requests.decode(body_of("generate"))
+    reader = requests.VllmStream("default")
+    parts = [reader.read(event, changed=False) for event in events()]
+    assert parts == [
+        ([token], (value,), [("default", 1)])
+        for token, value in zip(whole.choice.token_ids, whole.log_probs, strict=True)
+    ]
+
+
+def test_tokens_are_kept_back_while_nobody_knows_whose_they_are() -> None:
+    first, second, last = events()
+    reader = requests.VllmStream("default")
+    assert reader.read(first, changed=False) is not None
+    assert reader.read(second, changed=True) is None
+    found = reader.read(last, changed=False)
+    assert found is not None and found[0] == [*second.choice.token_ids, *last.choice.token_ids]
+    assert found[2] == [("default", 2)]
+    reader = requests.VllmStream("another")
+    reader.read(first, changed=False)
+    with pytest.raises(BadAnswer):
+        reader.read(last, changed=False)
+
+
+def test_scores_are_of_the_prompts_own_tokens() -> None:
+    answer = requests.decode(body_of("score"))
+    row = requests.decode_score(answer, [20, 21, 22], 1)
+    assert len(row) == 2 and all(value < 0 for value in row)
+    assert requests.decode_score(answer, [20, 21, 22], 2) == row[1:]
+    for ids in ([20, 21], [20, 99, 22]):
+        with pytest.raises(BadAnswer):
+            requests.decode_score(answer, ids, 1)
+    forced = requests.decode(body_of("forced"))
+    assert requests.decode_forced(forced, 77) < 0
+    with pytest.raises(BadAnswer):
+        requests.decode_forced(forced, 78)
+
+
+def test_what_vllm_sends_for_nan_is_none() -> None:
+    found = copy.deepcopy(RECORDED["score"])
+    found["prompt_logprobs"][1]["21"]["logprob"] = -9999.0
+    assert math.isnan(requests.decode_score(requests.decode(json.dumps(found).encode()), [20, 21, 22], 1)[0])
+    found = copy.deepcopy(RECORDED["generate"])
+    found["choices"][0]["logprobs"]["content"][0]["logprob"] = -9999.0
+    assert requests.decode(json.dumps(found).encode()).log_probs[0] is None
+
+
+def test_what_is_no_answer() -> None:
+    refused = RECORDED["stream_refused"].split("\n\n")[0].removeprefix("data: ").encode()
+    with pytest.raises(RequestRefused, match="maximum model length"):
+        requests.decode(refused)
+    with pytest.raises(Unreachable):
+        requests.decode(b'{"error": {"message": "dead", "code": 500}}')
+    with pytest.raises(BadAnswer):
+        requests.decode(b"<html>")
+    with pytest.raises(BadAnswer):
+        requests.decode(b'{"choices": []}')
+    with pytest.raises(Aborted):
+        requests.decode(b'{"choices": [{"token_ids": [], "finish_reason": "abort"}]}')
+    with pytest.raises(BadAnswer, match=r"0\.32"):
+        requests.decode(b'{"choices": [{"token_ids": [3], "finish_reason": "stop"}]}').labels(0, 1)
+
+
+async def test_what_a_server_can_do_is_read_from_it(skeleton: Skeleton) -> None:
+    async with replaying() as (server, _):
+        await server.look(skeleton)
+        unknown = {Feature.PRIORITY, Feature.TOOLS, Feature.MEMORY_RELEASE}
+        assert server.features == frozenset(Feature) - unknown
+        assert server.context_length == 511 and server.dtype(skeleton) == "float32"
+        assert server.lora == LoraLimits(8) and server.own_path == "/models/long-heads"
+    changed = copy.deepcopy(RECORDED["server_info"])
+    changed["vllm_config"] |= {"scheduler_config": {"policy": "priority"}, "lora_config": None}
+    async with replaying(server_info=changed) as (server, _):
+        await server.look(skeleton)
+        assert server.features == frozenset(Feature) - {Feature.LORA_WEIGHTS, Feature.TOOLS, Feature.MEMORY_RELEASE}
+
+
+async def test_servers_that_lack_something_are_refused_and_told_what(skeleton: Skeleton) -> None:
+    paths = RECORDED["paths"]
+    raw = copy.deepcopy(RECORDED["server_info"])
+    raw["vllm_config"]["model_config"]["logprobs_mode"] = "raw_logprobs"
+    other = copy.deepcopy(RECORDED["models"])
+    other["data"][0]["root"] = "/models/other"
+    cases: dict[str, dict[str, Any]] = {
+        "--enable-scale-out": {"paths": [path for path in paths if path != "/inference/v1/generate"]},
+        "VLLM_SERVER_DEV_MODE": {"paths": [path for path in paths if path != "/collective_rpc"]},
+        "--logprobs-mode processed_logprobs": {"server_info": raw},
+        "/models/other": {"models": other},
+    }
+    for words, changes in cases.items():
+        async with replaying(**changes) as (server, _):
+            with pytest.raises(Unsuitable, match=words):
+                await server.look(skeleton)
+
+
+async def test_weights_are_loaded_while_nothing_runs_and_then_named(skeleton: Skeleton) -> None:
+    target = TargetWeights(WeightsFile(None, WeightsKind.FULL, 3, "ab"), "3-ab", path="/shared/3")
+    async with replaying() as (server, seen):
+        await server.look(skeleton)
+        before = len(seen.asked)
+        await server.pause()
+        await server.load_base(target)
+        await server.go_on()
+        assert [path for path, _ in seen.asked[before:]] == [
+            "/pause?mode=keep",
+            "/reset_prefix_cache?reset_running_requests=true",
+            "/collective_rpc",
+            "/update_weight_version",
+            "/resume",
+        ]
+        assert seen.asked[-3][1]["kwargs"] == {"weights_path": "/shared/3"}
+        assert seen.asked[-2][1] == {"new_version": "3-ab"}
+        assert (server.label, server.path) == ("3-ab", "/shared/3")
+        with pytest.raises(Unsuitable, match="'default' instead of '3-ab'"):
+            await server.probe()
+        checksum = await server.checksum()
+        assert len(checksum) == 64
+        with pytest.raises(RequestRefused, match="max_lora_rank"):
+            await server.load_adapters(TargetWeights(target.weights, "3-ab", adapter="c", adapter_path="/shared/c"))
+
+
+async def test_a_prompt_is_scored_at_once_only_without_lora(skeleton: Skeleton) -> None:
+    plain = copy.deepcopy(RECORDED["server_info"])
+    plain["vllm_config"]["lora_config"] = None
+    async with replaying(server_info=plain) as (server, seen):
+        await server.look(skeleton)
+        labels, row = await server.score_one([20, 21, 22], 1, 1.0, "")
+        assert labels == {"default"} and len(row) == 2
+        assert "prompt_logprobs" in seen.asked[-1][1]["sampling_params"]
+    async with replaying() as (server, seen):
+        await server.look(skeleton)
+        labels, row = await server.score_one([20, 77, 77], 1, 1.0, "")
+        assert labels == {"default"} and len(row) == 2
+        assert [body["token_ids"] for _, body in seen.asked[-2:]] == [[20], [20, 77]]
+
+
+async def test_refusals_and_failures_are_told_apart() -> None:
+    async def failure(name: str) -> Exception:
+        async def answer(request: web.Request) -> web.Response:
+            return web.json_response(RECORDED[name]["body"], status=RECORDED[name]["status"])
+
+        app = web.Application()
+        app.router.add_post("/inference/v1/generate", answer)
+        session = new_session()
+        async with TestServer(app) as running:
+            try:
+                await VllmConnection(session, str(running.make_url("/"))).generate(b"{}", 5.0)
+            except (RequestRefused, Unreachable) as error:
+                return error
+            finally:
+                await session.close()
+        raise AssertionError("no failure")
+
+    for name in ("too_hot", "bad_regex", "rank"):
+        assert isinstance(await failure(name), RequestRefused), name
+    assert "temperature must be in [0, 2]" in str(await failure("too_hot"))
+    assert isinstance(await failure("no_adapter"), Unreachable)  # it was restarted: the server is loaded again
+
+
+def test_a_launched_server_is_told_what_the_backend_needs(tmp_path: Path) -> None:
+    settings = VllmSettings(flags=("--tensor-parallel-size", "2"), environment={"OMP_NUM_THREADS": "1"})
+    launched = LaunchedVllm(settings, "some/model", "0-original", tmp_path, 0)
+    arguments = launched._arguments(30000)
+    assert list(arguments[:4]) == ["-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"]
+    assert "--enable-scale-out" in arguments and "processed_logprobs" in arguments
+    assert list(arguments[-2:]) == ["--tensor-parallel-size", "2"]
+    assert launched._environment() == {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "OMP_NUM_THREADS": "1",
+    }
