@@ -115,7 +115,7 @@ async def test_no_two_models_set_the_weights_of_one_server() -> None:
 @pytest.mark.parametrize(
     ("backend", "options", "field"),
     [
-        ("vllm", {}, "backend"),
+        ("tgi", {}, "backend"),
         ("../x", {}, "backend"),
         ("", {"context_length": -1}, "context_length"),
         ("", {"context_length": "many"}, "context_length"),

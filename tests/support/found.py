@@ -1,9 +1,10 @@
-"""What tests need and may not find here: Docker, SGLang. Where it is missing they are skipped and say so; where it must
-be there, they fail.
+"""What tests need and may not find here: Docker, SGLang, vLLM. Where it is missing they are skipped and say so; where
+it must be there, they fail.
 
 MULLIGAN_TEST_SGLANG is the address of a server of the embedded model with LoRA, MULLIGAN_TEST_SGLANG_PYTHON the
-interpreter that launches further ones. Continuous integration sets MULLIGAN_TEST_SGLANG_REQUIRED and
-MULLIGAN_TEST_DOCKER_REQUIRED once it has started them.
+interpreter that launches further ones; MULLIGAN_TEST_VLLM_PYTHON is the interpreter that has vLLM. Continuous
+integration sets MULLIGAN_TEST_SGLANG_REQUIRED and MULLIGAN_TEST_DOCKER_REQUIRED once it has started them; the same for
+vLLM is MULLIGAN_TEST_VLLM_REQUIRED.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A backend whose engines are servers: which one a request goes to, and what happens when that one fails.
 
-Each answer names the weights that sampled each token. If a server answers from weights that it was not given, the answer
-is discarded and the request goes to another server. The first one serves again after it was loaded and checked.
+Each answer names the weights that sampled each token. If a server answers from weights that it was not given, the
+answer is discarded and the request goes to another server. The first one serves again after it was loaded and checked.
 """
 
 from __future__ import annotations

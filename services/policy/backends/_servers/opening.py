@@ -194,7 +194,7 @@ def _common_limits(engine: EngineParts, servers: Sequence[EngineServer]) -> Lora
 
 
 async def _look(server: EngineServer, skeleton: Skeleton, info: ModelInfo) -> None:
-    """Checks that a server can do what the policy's ModelInfo says. Raises Unsuitable, and as `Server.look` does."""
+    """Checks that a server can do what the policy's ModelInfo says. Raises as `EngineServer.look` does."""
     await server.look(skeleton)
     missing = info.features - server.features - {Feature.TOOLS}
     if missing:
