@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from mulligan.memory.stores import STORES
 from mulligan.policy.backends import BACKENDS
 from mulligan.policy.config import PolicyModelSettings
 from tests.support.distribution import install
+from tests.support.paths import IMPORT_ROOTS
 
 ALL = [(plugins, name) for plugins in (BACKENDS, ENVIRONMENTS, STORES, ENCODERS) for name in plugins.built_in]
 
@@ -146,15 +149,32 @@ def test_what_a_backend_says_of_its_settings_are_settings(name: str) -> None:
     assert PolicyModelSettings(backend=name).own == settings()
 
 
+WITHOUT = """
+import asyncio, sys
+from pathlib import Path
+sys.modules[sys.argv[2]] = None  # importing it fails as if it were not installed
+from mulligan.common.extras import MissingExtra
+from mulligan.policy.backends import BACKENDS
+from mulligan.policy.config import PolicyModelSettings
+try:
+    asyncio.run(BACKENDS.find(sys.argv[1]).open(PolicyModelSettings(backend=sys.argv[1]), Path(sys.argv[3]), 0))
+except MissingExtra as error:
+    print(error)
+"""
+
+
 @pytest.mark.parametrize(
     ("name", "package", "extra"),
-    [("openai", "openai", "openai"), ("sglang", "aiohttp", "sglang"), ("transformers", "torch", "policy")],
+    [
+        ("openai", "openai", "openai"),
+        ("sglang", "aiohttp", "sglang"),
+        ("transformers", "torch", "policy"),
+        ("vllm", "aiohttp", "vllm"),
+    ],
 )
-async def test_a_backend_without_its_packages_names_the_extra(
-    name: str, package: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in [module for module in sys.modules if module.startswith(f"mulligan.policy.backends.{name}.")]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingExtra, match=f"needs the extra '{extra}'"):
-        await BACKENDS.find(name).open(PolicyModelSettings(backend=name), tmp_path, 0)
+def test_a_backend_without_its_packages_names_the_extra(name: str, package: str, extra: str, tmp_path: Path) -> None:
+    """In a fresh interpreter: here most of the modules are loaded already."""
+    command = [sys.executable, "-c", WITHOUT, name, package, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert f"needs the extra '{extra}'" in done.stdout, done.stderr
