@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+
+import msgspec
 
 from mulligan.common import numbers
 from mulligan.common.inference import SamplingParams, StopReason
@@ -14,6 +16,27 @@ class BadAnswer(Exception):
 
 class Aborted(Exception):
     """Somebody aborted the request."""
+
+
+class WeightSpan(msgspec.Struct):
+    """Tokens `start` up to `end` of a sample were computed by the weights of this name."""
+
+    version: str
+    start: int
+    end: int
+
+
+def labels_between(spans: Iterable[WeightSpan], begin: int, end: int, engine: str) -> list[tuple[str, int]]:
+    """The names of the weights that sampled the tokens `begin` up to `end`, and how many each. Raises BadAnswer where
+    the spans do not cover these tokens. `engine` is its name and the version that first tells spans."""
+    found: list[tuple[str, int]] = []
+    for span in spans:
+        count = min(span.end, end) - max(span.start, begin)
+        if count > 0:
+            found.append((span.version, count))
+    if sum(count for _, count in found) != end - begin:
+        raise BadAnswer(f"weight_versions do not cover the tokens: is this {engine} or later?")
+    return found
 
 
 def checked_tokens(token_ids: Sequence[int], vocabulary_size: int) -> None:

@@ -16,18 +16,12 @@ import msgspec
 from mulligan.common.inference import SamplingParams, StopReason
 from mulligan.policy.backend import Ask
 from mulligan.policy.backends._servers import answers
-from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, known
+from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, WeightSpan, known, labels_between
 from mulligan.policy.backends._servers.connection import RequestRefused
 
 _ONLY_THE_LIKELIEST = 1e-6  # top-p
 # What SGLang calls a stop that it made up, when logits were not numbers.
 _NOT_A_NUMBER = "NaN happened"
-
-
-class _Span(msgspec.Struct):
-    version: str
-    start: int
-    end: int
 
 
 class _Finish(msgspec.Struct):
@@ -40,7 +34,7 @@ class _Finish(msgspec.Struct):
 class _Meta(msgspec.Struct):
     finish_reason: _Finish | None = None
     weight_version: str = ""
-    weight_versions: list[_Span] = []
+    weight_versions: list[WeightSpan] = []
     input_token_logprobs: list[tuple[float | None, int, str | None]] | None = None
     output_token_logprobs: list[tuple[float | None, int, str | None]] | None = None
     output_token_ids_logprobs: list[list[tuple[float | None, int, str | None]]] | None = None
@@ -54,14 +48,7 @@ class Answer(msgspec.Struct):
         """By which weights, as the server calls them, these of its tokens were sampled, and how many each."""
         if begin == end:  # also what sampled nothing was computed by somebody
             return [(self.meta_info.weight_version, 0)]
-        found: list[tuple[str, int]] = []
-        for span in self.meta_info.weight_versions:
-            count = min(span.end, end) - max(span.start, begin)
-            if count > 0:
-                found.append((span.version, count))
-        if sum(count for _, count in found) != end - begin:
-            raise BadAnswer("weight_versions do not cover the tokens: is this SGLang 0.5.23 or later?")
-        return found
+        return labels_between(self.meta_info.weight_versions, begin, end, "SGLang 0.5.23")
 
 
 _decoder = msgspec.json.Decoder(Answer)

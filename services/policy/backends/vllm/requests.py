@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from mulligan.policy.backend import Ask
-from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, known
+from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, WeightSpan, known, labels_between
 from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
 
 _NOT_A_NUMBER = -9999.0  # what vLLM sends instead
@@ -34,18 +34,12 @@ class _PromptLogProb(msgspec.Struct):
     logprob: float
 
 
-class _Span(msgspec.Struct):
-    version: str
-    start: int
-    end: int
-
-
 class _Choice(msgspec.Struct):
     token_ids: list[int] = []
     logprobs: _LogProbs | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    weight_versions: list[_Span] | None = None
+    weight_versions: list[WeightSpan] | None = None
 
 
 class _Failure(msgspec.Struct):
@@ -75,14 +69,7 @@ class VllmAnswer(msgspec.Struct):
 
     def labels(self, begin: int, end: int) -> list[tuple[str, int]]:
         """By which weights, as the server calls them, these tokens of the sample were sampled, and how many each."""
-        found: list[tuple[str, int]] = []
-        for span in self.choice.weight_versions or ():
-            count = min(span.end, end) - max(span.start, begin)
-            if count > 0:
-                found.append((span.version, count))
-        if sum(count for _, count in found) != end - begin:
-            raise BadAnswer("weight_versions do not cover the tokens: is this vLLM 0.32 or later?")
-        return found
+        return labels_between(self.choice.weight_versions or (), begin, end, "vLLM 0.32")
 
 
 _decoder = msgspec.json.Decoder(VllmAnswer)
