@@ -53,7 +53,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProces
 
 @pytest.fixture(scope="module")
 def shared_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcesses]:
-    """ServiceProcesses that all tests of a module use; a test must not stop them."""
+    """Services that all tests of a module use; a test must not stop them."""
     running = ServiceProcesses(tmp_path_factory.mktemp("services"))
     yield running
     running.end()

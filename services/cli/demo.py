@@ -39,7 +39,7 @@ def demo(
     ] = None,
     accept_environment: AcceptEnvironment = False,
 ) -> None:
-    """Train the embedded model on FrozenLake by ERL: four services, one run, a chart. About ten minutes on two cores.
+    """Train the embedded model on FrozenLake by ERL: four services, one run, a chart. About five minutes on two cores.
 
     An interrupted demo goes on where it was.
 

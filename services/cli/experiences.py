@@ -26,7 +26,7 @@ def experiences(
 ) -> None:
     """Print journaled experiences: attempt, feedback, reflection, second attempt.
 
-    Example: `mulligan experiences runs/demo/runs/demo --step 10 --limit 1`
+    Example: `mulligan experiences runs/demo/runs/demo-1 --step 10 --limit 1`
     """
     if Path(source).is_dir():
         found = list(_from_folder(Path(source) / "journal", step, limit))

@@ -26,7 +26,7 @@ class ProcessFailed(AssertionError):
 
 @dataclass
 class ServiceProcess:
-    """One `python -m services.NAME`. It listens on the same port after a restart."""
+    """One `python -m mulligan.NAME`. It listens on the same port after a restart."""
 
     name: str
     arguments: list[str]
@@ -149,7 +149,7 @@ class ServiceProcesses:
         start_seconds: float = START_SECONDS,
         **settings: object,
     ) -> ServiceProcess:
-        """Starts `python -m services.NAME` with these settings and waits until it serves, at a free port by default."""
+        """Starts `python -m mulligan.NAME` with these settings and waits until it serves, at a free port by default."""
         log_path = self._folder / f"{name}-{len(self.started)}.log"
         service = ServiceProcess(
             name, flags(settings), log_path, environment or {}, address, start_seconds=start_seconds

@@ -82,7 +82,6 @@ async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path:
     async with started(**settings) as running:
         await running.client.load_model("actor", str(folder))
     plain = {"model": "one", "threads": 1, "state_folder": tmp_path / "state"}
-    plain = {"model": "one", "threads": 1, "state_folder": tmp_path / "state"}
     with pytest.raises(ExceptionGroup, match=r"actor: .*loads no folders.*model\.json"):
         await Policies.open(PolicySettings.model_validate(plain), Opened().create)
     (tmp_path / "state" / "policies" / "actor" / "model.json").write_text("{")
