@@ -280,8 +280,14 @@ class RunManager:
 
 
 def _cause(run: Run, error: Exception) -> str:
-    if not run.folder.exists:  # the error may have another text, depending on what noticed it
-        return f"the folder of the run was removed: {run.folder.path}"
+    # Whatever noticed it first, and however much of the folder is left, the text is the same.
+    if not run.folder.exists or _is_missing_below(error, run.folder.path):
+        return f"the folder of the run, or a file in it, was removed: {run.folder.path}"
     if isinstance(error, EnvironmentChanged):
         return f"{error}. {ADVICE}"
     return f"{type(error).__name__}: {error}"
+
+
+def _is_missing_below(error: Exception, folder: Path) -> bool:
+    """Whether the error says that a file of the folder is not there."""
+    return isinstance(error, FileNotFoundError) and Path(str(error.filename)).is_relative_to(folder)

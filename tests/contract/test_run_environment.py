@@ -103,7 +103,7 @@ async def test_a_run_whose_folder_is_removed_ends_for_whoever_watches(loop: Loop
     shutil.rmtree(loop.folder / "runs", ignore_errors=True)
     async with asyncio.timeout(60):
         events = [entry.event async for entry in client.watch("removed")]
-    expected = f"the folder of the run was removed: {loop.folder / 'runs' / 'removed'}"
+    expected = f"the folder of the run, or a file in it, was removed: {loop.folder / 'runs' / 'removed'}"
     assert events[-1] == StateEvent(RunState.FAILED, expected)
     (info,) = await client.runs()
     assert (info.run_id, info.state, info.error) == ("removed", RunState.FAILED, expected)

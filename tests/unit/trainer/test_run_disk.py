@@ -206,7 +206,7 @@ async def test_a_run_whose_folder_is_removed_fails_and_says_so(
     world.environment.fail = remove
     manager.go_on()
     entries = await asyncio.wait_for(follow(manager, "run"), 20)
-    expected = f"the folder of the run was removed: {world.folder.path}"
+    expected = f"the folder of the run, or a file in it, was removed: {world.folder.path}"
     assert entries[-1].event == StateEvent(RunState.FAILED, expected)
     record = manager.record("run")
     assert (record.state, record.error, manager.run_ids()) == (RunState.FAILED, expected, ["run"])
@@ -218,6 +218,17 @@ async def test_a_run_whose_folder_is_removed_fails_and_says_so(
     assert run.step == 0 and not run.events.steps()
     await until(partial(completed, manager, "run"))
     assert sorted(run.events.steps()) == list(range(STEPS))
+
+
+async def test_a_folder_that_is_being_removed_is_told_like_one_that_is_gone(
+    world: World, manager: RunManager, tmp_path: Path
+) -> None:
+    """`rm -rf` takes the files one by one: the journal may be gone while run.json is still there."""
+    world.environment.fail = lambda episode: shutil.rmtree(tmp_path / "run" / "journal", ignore_errors=True)
+    manager.go_on()
+    entries = await asyncio.wait_for(follow(manager, "run"), 20)
+    expected = f"the folder of the run, or a file in it, was removed: {world.folder.path}"
+    assert entries[-1].event == StateEvent(RunState.FAILED, expected)
 
 
 async def test_runs_are_listed_in_the_order_of_their_starts_whatever_the_clock_says(
