@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 from uuid import uuid4
@@ -18,6 +17,7 @@ from mulligan.cli.out import fail, note, show
 from mulligan.cli.overrides import read_overrides
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.rewards import total
+from mulligan.common.tasks import LoopThread
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split
 from mulligan.env import calls
 from mulligan.env.base import Environment, Episode, UnknownTask, close
@@ -86,6 +86,9 @@ class Table(Protocol):
 
     def step(self, action: str) -> EpisodeStep: ...
 
+    def kept_alive(self) -> AbstractContextManager[None]:
+        """The episode does not expire within the block, however long it takes."""
+
     def close(self) -> None: ...
 
 
@@ -124,6 +127,9 @@ class _Here:
             note(traceback.format_exc())
             return calls.failed_step(error)
 
+    def kept_alive(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def close(self) -> None:
         self._end()
         close(self._environment)
@@ -135,38 +141,48 @@ class _Here:
 
 
 class _There:
-    """An environment of a server."""
+    """An environment of a server. The client has an event loop of its own, which goes on while a person thinks."""
 
     def __init__(self, address: str, name: str) -> None:
-        self._runner = asyncio.Runner()
-        self._client = self._runner.run(self._connect(address))
+        self._loop = LoopThread("client")
+        self._client = self._loop.run(self._connect(address))
         self._episode: RemoteEpisode | None = None
         self._episode_id = ""  # set before the start, so that an interrupted start is ended, too
         try:
-            self.info = self._runner.run(self._client.describe(name))
+            self.info = self._loop.run(self._client.describe(name))
         except BaseException:
             self.close()
             raise
 
     def first_task(self, split: Split) -> str:
-        tasks = self._runner.run(self._client.list_tasks(self.info.name, split, 1))
+        tasks = self._loop.run(self._client.list_tasks(self.info.name, split, 1))
         return tasks[0].task_id if tasks else ""
 
     def start(self, task_id: str) -> tuple[str, int]:
         self._end()
         self._episode_id = str(uuid4())
-        self._episode = self._runner.run(self._client.start(self.info.name, task_id, self._episode_id))
+        self._episode = self._loop.run(self._client.start(self.info.name, task_id, self._episode_id))
         return self._episode.observation, self._episode.player
 
     def step(self, action: str) -> EpisodeStep:
         assert self._episode is not None
-        return self._runner.run(self._episode.step(action))
+        return self._loop.run(self._episode.step(action))
+
+    @contextmanager
+    def kept_alive(self) -> Iterator[None]:
+        assert self._episode is not None
+        renewing = self._episode.kept_alive()
+        self._loop.run(renewing.__aenter__())
+        try:
+            yield
+        finally:
+            self._loop.run(renewing.__aexit__(None, None, None))
 
     def close(self) -> None:
         with suppress(DomainError, CallFailed, ServiceUnavailable):  # it is gone already, or expires in time
             self._end()
-        self._runner.run(self._client.close())
-        self._runner.close()
+        self._loop.run(self._client.close())
+        self._loop.close()
 
     def _end(self) -> None:
         episode = self._episode
@@ -174,7 +190,7 @@ class _There:
         episode_id = self._episode_id
         self._episode_id = ""
         if episode_id:
-            self._runner.run(episode.end() if episode is not None else self._client.end(episode_id))
+            self._loop.run(episode.end() if episode is not None else self._client.end(episode_id))
 
     @staticmethod
     async def _connect(address: str) -> EnvClient:
@@ -204,7 +220,8 @@ class _Play:
             self._obey(":prompt")
         self._begin()
         while True:
-            answer = self._read()
+            with self._table.kept_alive():
+                answer = self._read()
             if answer is None or answer.strip() == ":quit":
                 show(f"\nleft after {self._steps} steps, reward {self._sum()}")
                 return

@@ -1,12 +1,15 @@
-"""Helpers for asyncio tasks: gather, cancel, wake."""
+"""Helpers for asyncio tasks: gather, cancel, wake, and run in another thread."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_END_SECONDS = 5.0
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -45,3 +48,32 @@ class Broadcast:
     def wake_all(self) -> None:
         self._event.set()
         self._event = asyncio.Event()
+
+
+class LoopThread:
+    """An event loop in its own thread, for callers that block. Its tasks go on while the caller does something else."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+        """Runs the coroutine and returns its result. Raises TimeoutError after `seconds`.
+
+        The coroutine is cancelled then, and also when the caller is interrupted.
+        """
+        future = self.later(coroutine)
+        try:
+            return future.result(seconds)
+        except BaseException:
+            future.cancel()
+            raise
+
+    def later(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Starts the coroutine and does not wait for it."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_END_SECONDS)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,33 @@ def test_an_episode_is_played_at_a_server(server: ServiceProcess) -> None:
     ):
         refused = run("play", *arguments)
         assert refused.exit_code == 1 and problem in refused.output, refused.output
+
+
+def test_an_episode_is_kept_while_a_person_thinks(services: ServiceProcesses) -> None:
+    """The last call is repeated in time: first the start, then the step."""
+    server = services.start("env", environments={"two": {"kind": TWO}}, lease_seconds=9.0)
+    playing = subprocess.Popen(
+        [sys.executable, "-m", "mulligan.cli", "env", "play", "two", "--target", server.address],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": IMPORT_ROOTS},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert playing.stdin is not None and playing.stdout is not None
+    try:
+        for player, call, count in ((1, "StartEpisode", 2), (0, "StepEpisode", 1)):  # a first step is in StepEpisodes
+            while f"player {player}'s turn" not in playing.stdout.readline():
+                assert playing.poll() is None
+            while sum(line.get("method") == call for line in server.log_lines) < count:
+                assert playing.poll() is None
+                time.sleep(0.02)
+            playing.stdin.write("5\n")
+            playing.stdin.flush()
+        assert "completed after 2 steps" in playing.stdout.read()
+    finally:
+        playing.kill()
+        playing.communicate()
 
 
 @pytest.mark.parametrize("target", [False, True])

@@ -28,6 +28,7 @@ from uuid import uuid4
 
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.tasks import LoopThread
 from mulligan.common.types import Outcome
 from mulligan.env.base import EnvironmentInfo, Faulted, Split, StepResult, TaskInfo, UnknownTask
 from mulligan.env.client import RemoteEpisode
@@ -67,37 +68,12 @@ class Settings:
         return Endpoint(self.address, token, self.tls_ca, self.tls, outage_seconds=self.outage_seconds)
 
 
-class _Loop:
-    """An event loop in its own thread, for callers that block."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="remote environment", daemon=True)
-        self._thread.start()
-
-    def run(self, coroutine: Coroutine[Any, Any, T], seconds: float) -> T:
-        """Raises TimeoutError, after which the coroutine is cancelled."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result(seconds)
-        except TimeoutError:
-            future.cancel()
-            raise
-
-    def later(self, coroutine: Coroutine[Any, Any, None]) -> Future[None]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_END_SECONDS)
-
-
 class Remote:
     def __init__(self, name: str, settings: Settings) -> None:
         self._name = name
         self._settings = settings
         self._there = settings.environment or name
-        self._loop = _Loop()
+        self._loop = LoopThread("remote environment")
         self._client = self._loop.run(self._connect(), _END_SECONDS)
         self._tasks: dict[Split, list[TaskInfo]] = {}
         self._listing = threading.Lock()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
-from mulligan.common.tasks import Broadcast, cancel, gather_or_cancel
+from mulligan.common.tasks import Broadcast, LoopThread, cancel, gather_or_cancel
 
 
 class Failed(Exception):
@@ -92,3 +93,36 @@ async def test_a_broadcast_wakes_those_that_wait_and_no_later_ones() -> None:
     assert not late.done()
     changed.wake_all()
     await late
+
+
+def test_tasks_of_a_loop_in_a_thread_go_on_while_nobody_waits_for_them() -> None:
+    thread = LoopThread("test")
+    done = threading.Event()
+
+    async def later() -> None:
+        await asyncio.sleep(0)
+        done.set()
+
+    thread.later(later())
+    assert done.wait(300)
+    assert thread.run(returned(3)) == 3
+    with pytest.raises(Failed):
+        thread.run(failing())
+    thread.close()
+
+
+def test_a_coroutine_that_is_not_waited_for_any_longer_is_cancelled() -> None:
+    thread = LoopThread("test")
+    cancelled = threading.Event()
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    with pytest.raises(TimeoutError):
+        thread.run(endless(), 0.01)
+    assert cancelled.wait(300)
+    thread.close()
