@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mulligan.cli.connection import DEFAULT_ADDRESSES, admin_token, endpoint
+from mulligan.cli.connection import DEFAULT_ADDRESSES, admin_token, service_token
 from mulligan.cli.out import Heartbeat, fail, line, show
 from mulligan.conformance.report import Report, Result, Verdict
 from mulligan.conformance.target import Target, TargetUnreachable
@@ -182,7 +182,7 @@ async def closing(target: Target) -> AsyncIterator[Target]:
 
 
 def _token(given: str) -> str | None:
-    return given or endpoint("").token
+    return given or service_token()
 
 
 def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bool, quiet: bool) -> None:

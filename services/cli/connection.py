@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from mulligan.cli.out import fail
+from mulligan.common import proxies
+from mulligan.common.addresses import Addresses
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 
@@ -55,9 +58,29 @@ def command(*words: str, trainer: str = "") -> str:
 
 
 def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
-    """The endpoint, with the token from MULLIGAN_CLI_TOKEN or the file that MULLIGAN_CLI_TOKEN_FILE names. A flag could
-    be seen in the process list."""
-    return Endpoint(address, token=_secret("MULLIGAN_CLI_TOKEN"), outage_seconds=outage_seconds)
+    """The endpoint, with `service_token`. Ends the program if the address is not that of one server.
+
+    Raises ServiceUnavailable if its host is unknown.
+    """
+    try:
+        parsed = Addresses.parse(address)
+    except ValueError as error:
+        fail(error, 2)
+    if len(parsed.fixed) + len(parsed.names) != 1:
+        fail(f"{address!r} names several servers: expected the host:port of one", 2)
+    host = proxies.host_of(address)
+    if host and not proxies.hint(address):  # a proxy knows hosts that this machine does not
+        try:
+            socket.getaddrinfo(host, None)
+        except OSError as error:
+            raise ServiceUnavailable(address, 0, f"the host is not known: {error.strerror or error}") from error
+    return Endpoint(address, token=service_token(), outage_seconds=outage_seconds)
+
+
+def service_token() -> str | None:
+    """The services' token: from MULLIGAN_CLI_TOKEN, or the file that MULLIGAN_CLI_TOKEN_FILE names. A flag could be
+    seen in the process list."""
+    return _secret("MULLIGAN_CLI_TOKEN")
 
 
 def admin_token() -> str | None:

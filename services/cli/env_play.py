@@ -15,6 +15,7 @@ import typer
 from mulligan.cli.connection import endpoint
 from mulligan.cli.out import fail, note, show
 from mulligan.cli.overrides import read_overrides
+from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.rewards import total
 from mulligan.common.tasks import LoopThread
@@ -144,8 +145,9 @@ class _There:
     """An environment of a server. The client has an event loop of its own, which goes on while a person thinks."""
 
     def __init__(self, address: str, name: str) -> None:
+        server = endpoint(address)
         self._loop = LoopThread("client")
-        self._client = self._loop.run(self._connect(address))
+        self._client = self._loop.run(self._connect(server))
         self._episode: RemoteEpisode | None = None
         self._episode_id = ""  # set before the start, so that an interrupted start is ended, too
         try:
@@ -193,8 +195,8 @@ class _There:
             self._loop.run(episode.end() if episode is not None else self._client.end(episode_id))
 
     @staticmethod
-    async def _connect(address: str) -> EnvClient:
-        return EnvClient(endpoint(address))
+    async def _connect(server: Endpoint) -> EnvClient:
+        return EnvClient(server)
 
 
 class _Play:

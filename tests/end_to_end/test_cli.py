@@ -105,6 +105,24 @@ def test_a_service_that_is_away_is_one_line() -> None:
     assert shown.returncode == 1 and "error: 127.0.0.1:1 was unreachable" in output and "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    ("address", "status", "complaint"),
+    [
+        ("nowhere.invalid:50054", 1, "nowhere.invalid:50054 was unreachable for 0 s: the host is not known: "),
+        ("foo:bar", 2, "'foo:bar': expected a port from 1 to 65535, not 'bar'"),
+        ("localhost", 2, "'localhost': expected host:port"),
+        ("localhost:50054-50055", 2, "'localhost:50054-50055' names several servers: expected the host:port of one"),
+    ],
+)
+def test_an_address_that_cannot_be_called_is_said_without_trying_again(
+    address: str, status: int, complaint: str
+) -> None:
+    for command in (["runs", "--trainer", address], ["env", "play", "frozenlake", "--target", address]):
+        shown = CliRunner().invoke(app, command)
+        assert shown.exit_code == status and f"error: {complaint}" in shown.output
+        assert "waiting for a service" not in shown.output
+
+
 def test_policies_are_looked_after(services: ServiceProcesses, tmp_path: Path) -> None:
     address = services.start("policy", threads=1, models_folder=tmp_path, admin_token="secret").address
 
