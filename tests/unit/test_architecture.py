@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import PurePosixPath
 
@@ -54,12 +54,17 @@ def python_files(*folders: str) -> list[PurePosixPath]:
     return sorted(path for path in found if not {"v1", "buf"} & set(path.parts))  # those are generated
 
 
-def imports(source: str, path: PurePosixPath) -> Iterator[tuple[int, str]]:
+@cache
+def imports(source: str, path: PurePosixPath) -> Sequence[tuple[int, str]]:
     """Line and absolute name of all that is imported, also inside functions, under TYPE_CHECKING and by name.
 
-    `from a import b` yields `a.b`, whether b is a module or not: it lies within the package `a` either way.
+    `from a import b` is `a.b`, whether b is a module or not: it lies within the package `a` either way.
     """
-    for node in ast.walk(ast.parse(source)):
+    return list(_imported(ast.parse(source), path))
+
+
+def _imported(tree: ast.Module, path: PurePosixPath) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -188,6 +193,11 @@ ALL_FILES = python_files("services", "models", "benchmarks", "tests", "examples"
 ALL_FILES.append(PurePosixPath("proto/generate.py"))
 
 
+def violations(checker: Checker, files: Sequence[PurePosixPath] = SERVICE_FILES) -> list[str]:
+    """All that the checker finds; each names its file."""
+    return [found for path in files for found in checker((ROOT / path).read_text(), path)]
+
+
 def test_the_rules_look_at_the_files_that_they_are_about() -> None:
     expected = {f"services/{name}/{file}.py" for name in SERVICES for file in ("servicer", "client", "__main__")}
     expected |= {f"services/common/{file}.py" for file in ("types", "wire", "errors", "status", "server", "validation")}
@@ -198,34 +208,28 @@ def test_the_rules_look_at_the_files_that_they_are_about() -> None:
     assert len(ALL_FILES) > len(SERVICE_FILES) >= len(expected)
 
 
-@pytest.mark.parametrize("path", SERVICE_FILES, ids=str)
-def test_only_the_edges_know_the_wire(path: PurePosixPath) -> None:
-    assert wire_violations((ROOT / path).read_text(), path) == []
+def test_only_the_edges_know_the_wire() -> None:
+    assert violations(wire_violations) == []
 
 
-@pytest.mark.parametrize("path", SERVICE_FILES, ids=str)
-def test_services_meet_through_clients_alone(path: PurePosixPath) -> None:
-    assert service_violations((ROOT / path).read_text(), path) == []
+def test_services_meet_through_clients_alone() -> None:
+    assert violations(service_violations) == []
 
 
-@pytest.mark.parametrize("path", SERVICE_FILES, ids=str)
-def test_torch_stays_with_those_who_need_it(path: PurePosixPath) -> None:
-    assert torch_violations((ROOT / path).read_text(), path) == []
+def test_torch_stays_with_those_who_need_it() -> None:
+    assert violations(torch_violations) == []
 
 
-@pytest.mark.parametrize("path", SERVICE_FILES, ids=str)
-def test_the_algorithm_knows_no_transport(path: PurePosixPath) -> None:
-    assert algorithm_violations((ROOT / path).read_text(), path) == []
+def test_the_algorithm_knows_no_transport() -> None:
+    assert violations(algorithm_violations) == []
 
 
-@pytest.mark.parametrize("path", SERVICE_FILES, ids=str)
-def test_a_plugin_is_named_in_its_folder_alone(path: PurePosixPath) -> None:
-    assert plugin_violations((ROOT / path).read_text(), path) == []
+def test_a_plugin_is_named_in_its_folder_alone() -> None:
+    assert violations(plugin_violations) == []
 
 
-@pytest.mark.parametrize("path", ALL_FILES, ids=str)
-def test_files_and_functions_are_short(path: PurePosixPath) -> None:
-    assert size_violations((ROOT / path).read_text(), path) == []
+def test_files_and_functions_are_short() -> None:
+    assert violations(size_violations, ALL_FILES) == []
 
 
 @pytest.mark.parametrize(
@@ -342,9 +346,8 @@ def printing_violations(source: str, path: PurePosixPath) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", python_files("services/cli"), ids=str)
-def test_commands_print_in_one_way(path: PurePosixPath) -> None:
-    assert printing_violations((ROOT / path).read_text(), path) == []
+def test_commands_print_in_one_way() -> None:
+    assert violations(printing_violations, python_files("services/cli")) == []
 
 
 @pytest.mark.parametrize(
@@ -368,7 +371,7 @@ def circle(sources: Mapping[PurePosixPath, str]) -> list[str]:
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 node.body = [ast.Pass()]
-        found = {name if name in known else name.rpartition(".")[0] for _, name in imports(ast.unparse(tree), path)}
+        found = {name if name in known else name.rpartition(".")[0] for _, name in _imported(tree, path)}
         graph[modules[path]] = found & known
     try:
         graphlib.TopologicalSorter(graph).prepare()

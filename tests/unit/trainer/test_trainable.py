@@ -73,7 +73,17 @@ def says(first: str, second: str = "go", reflection: str = "<prompt>rules</promp
 # Anything that an older version of the trainer, or a policy in any language, may have left in a journal.
 
 NUMBERS = st.one_of(st.sampled_from([0.0, 1.0, -0.5]), st.floats(allow_nan=True, allow_infinity=True, width=64))
-TOKENS = st.lists(st.one_of(st.integers(0, VOCABULARY - 1), st.integers(-2, 2**40)), max_size=CONTEXT // 2)
+ODD = st.lists(st.integers(-2, 2**40), max_size=2)
+
+
+def ids(fewest: int, most: int) -> st.SearchStrategy[list[int]]:
+    """Token ids of the vocabulary. Their number is drawn, and the first; the others follow: to draw each takes long."""
+    drawn = st.tuples(st.integers(0, VOCABULARY - 1), st.integers(fewest, most))
+    return drawn.map(lambda run: [(run[0] + index) % VOCABULARY for index in range(run[1])])
+
+
+TURN = ids(1, CONTEXT // 4).map(tuple)
+TOKENS = st.tuples(ODD, ids(0, CONTEXT // 2), ODD).map(lambda parts: [*parts[0], *parts[1], *parts[2]])
 
 
 @st.composite
@@ -87,8 +97,8 @@ def segments(draw: st.DrawFn) -> Segment:
 @st.composite
 def turn_segments(draw: st.DrawFn, kind: SegmentKind) -> tuple[Segment, Segment]:
     """As every policy should report a turn."""
-    tokens = tuple(draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=CONTEXT // 4)))
-    asked = tuple(draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=CONTEXT // 4)))
+    tokens = draw(TURN)
+    asked = draw(TURN)
     return Segment(kind, asked), Segment(SegmentKind.SAMPLED, tokens, (-0.5,) * len(tokens))
 
 

@@ -119,7 +119,8 @@ def test_test_boards_are_unique_and_never_training_boards(settings: Settings) ->
     train = [lake.board(f"train/{index:05d}") for index in range(2000)]
     assert not any(board.is_test for board in train)
     assert not set(train) & set(tests)
-    assert not set(train) & {FrozenLake(Settings(seed=5)).board(f"test/{i:05d}") for i in range(100)}
+    other = FrozenLake(Settings(seed=5))
+    assert not set(train) & {other.board(f"test/{index:05d}") for index in range(100)}
 
 
 def test_a_task_is_its_id_on_every_instance() -> None:

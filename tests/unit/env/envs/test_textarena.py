@@ -19,10 +19,12 @@ create = creator("textarena")
 
 # Games that draw while they are made, begun and played, also from generators of their own and in global variables.
 DRAWING = {"Secretary-v0": "[continue]", "2048-v0": "[left]", "Sokoban-v0": "[up]", "ThreeCardMonte-v0": "[1]"}
+ARGUMENTS = {"Sokoban-v0": {"num_boxes": 2}}  # boards with three take ten times as long to draw
 
 
 def made(id_: str, players: int, **settings: object) -> TextArena:
-    table = {"id": id_, "players": players, "train_tasks": 20, "test_tasks": 5, **settings}
+    arguments = ARGUMENTS.get(id_, {})
+    table = {"id": id_, "players": players, "arguments": arguments, "train_tasks": 20, "test_tasks": 5, **settings}
     environment: TextArena = create("game", table)
     return environment
 
