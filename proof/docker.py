@@ -16,7 +16,7 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.types import Outcome
 from mulligan.memory.client import MemoryClient
 from mulligan.testing.compose import Project, image, missing
-from mulligan.trainer.algorithm import is_memorable
+from mulligan.testing.loop import is_memorable
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
@@ -181,7 +181,7 @@ async def _check(project: Project, folder: Path) -> dict[str, Any]:
     memorised = [entry.provenance.experience_id for entry in await client.list(RUN)]
     await client.close()
     rollout = summary["settings"]["rollout"]
-    outcomes = [part.outcome for chain in chains for part in chain.parts()]
+    outcomes = [part.outcome for chain in chains for part in chain.samples]
     result = {
         "test_success_before": summary["test_success_before"],
         "test_success_after": summary["test_success_after"],
@@ -192,7 +192,7 @@ async def _check(project: Project, folder: Path) -> dict[str, Any]:
         "memory_equals_journal": memorised == solved,
         "excluded": sum(not outcome.has_reward for outcome in outcomes),
         "outcomes": {str(outcome): outcomes.count(outcome) for outcome in Outcome},
-        "restarted_attempts": sum(chain.first_attempt.restarts > 0 for chain in chains),
+        "restarted_attempts": sum(chain["first"].restarts > 0 for chain in chains),
     }
     assert result["experiences"] == result["experiences_expected"] and result["counted_twice"] == 0, result
     assert result["memory_equals_journal"] and result["excluded"] == 0, result

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mulligan.common.types import Outcome
-from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.loop import Loop, is_memorable, small_run
 from mulligan.testing.processes import ServiceProcesses
-from mulligan.trainer.algorithm import is_memorable
 
 KILLS = 40
 STEPS = 400
@@ -53,7 +52,7 @@ async def _run(services: ServiceProcesses, folder: Path, seed: int) -> dict[str,
     chains = [chain for chain in loop.experiences("killed") if chain.step < steps]
     identities = {chain.experience_id for chain in chains}
     solved = [chain.experience_id for chain in chains if is_memorable(chain, threshold=1.0)]
-    outcomes = [part.outcome for chain in chains for part in chain.parts()]
+    outcomes = [part.outcome for chain in chains for part in chain.samples]
     result = {
         "kills": killed,
         "seconds_under_fire": round(under_fire),
@@ -63,7 +62,7 @@ async def _run(services: ServiceProcesses, folder: Path, seed: int) -> dict[str,
         "counted_twice": len(chains) - len(identities),
         "memory_equals_journal": await loop.memorised("killed") == solved,
         "excluded": sum(not outcome.has_reward for outcome in outcomes),
-        "restarted_attempts": sum(c.first_attempt.restarts > 0 for c in chains),
+        "restarted_attempts": sum(c["first"].restarts > 0 for c in chains),
         "outcomes": {str(outcome): outcomes.count(outcome) for outcome in Outcome},
     }
     assert result["experiences"] == result["experiences_expected"] and result["counted_twice"] == 0, result

@@ -16,9 +16,9 @@ ARMS = {
     "erl": ("frozenlake-3x3.toml", ()),
     "rlvr": ("frozenlake-3x3-rlvr.toml", ()),
     "without-memory": ("frozenlake-3x3.toml", ("algorithm.memory_entries=0",)),
-    "without-reflection": ("frozenlake-3x3.toml", ("algorithm.second_attempt=raw_retry",)),
+    "without-reflection": ("frozenlake-3x3.toml", ("algorithm.name=raw_retry",)),
     "without-distillation": ("frozenlake-3x3.toml", ("algorithm.distillation_weight=0",)),
-    "try-again": ("frozenlake-3x3.toml", ("algorithm.second_attempt=try_again",)),
+    "try-again": ("frozenlake-3x3.toml", ("algorithm.name=try_again",)),
 }
 SEEDS = {"erl": 5, "rlvr": 5}
 ABLATION_SEEDS = 3

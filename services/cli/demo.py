@@ -121,7 +121,7 @@ async def _report(client: RunClient, run: RunInfo) -> None:
     recorded = _recorded_rlvr(summary)
     await asyncio.to_thread(draw_chart, folder / "chart.png", entries, recorded)
     found = await client.experiences(run.run_id, step=0, limit=1000)
-    told = next((experience for experience in found if experience.distilled is not None), None)
+    told = next((experience for experience in found if experience.targets), None)
     if told is not None:
         say("\n".join(["\none experience, whole:", *lines(told)]))
     say()
@@ -139,7 +139,7 @@ async def _report(client: RunClient, run: RunInfo) -> None:
 def _recorded_rlvr(summary: dict[str, Any]) -> dict[str, Any] | None:
     """RLVR's figures on the same task, measured before; none beside RLVR itself."""
     path = RECIPES / "frozenlake-3x3-rlvr.summary.json"
-    if summary["settings"]["algorithm"]["second_attempt"] == "none" or not path.exists():
+    if summary["settings"]["algorithm"]["name"] == "rlvr" or not path.exists():
         return None
     recorded: dict[str, Any] = json.loads(path.read_text())
     return recorded

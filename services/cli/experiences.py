@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +12,7 @@ import typer
 from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
 from mulligan.cli.out import fail, show
 from mulligan.cli.runs import whole_run_id
-from mulligan.common.types import Attempt, Experience
+from mulligan.common.experience import Experience, Sample
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 
@@ -24,7 +24,7 @@ def experiences(
     json: Annotated[bool, typer.Option("--json", help="One JSON object a line, token ids included.")] = False,
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
-    """Print journaled experiences: attempt, feedback, reflection, second attempt.
+    """Print journaled experiences: what was played and written, in order, and what was trained on instead.
 
     Example: `mulligan experiences runs/demo/runs/demo-1 --step 10 --limit 1`
     """
@@ -58,29 +58,29 @@ async def _from_trainer(run_id: str, step: int | None, limit: int, trainer: str)
 
 def lines(experience: Experience) -> Iterator[str]:
     """All lines of an experience."""
-    yield f"═══ {experience.experience_id}  ({experience.environment} {experience.task_id})"
-    yield from _attempt("first attempt", experience.first_attempt)
-    reflection = experience.reflection
-    if reflection is not None:
-        used = ", ".join(experience.memory_entry_ids) or "nothing"
-        writer = f"{reflection.policy or 'policy'} version {reflection.policy_version}"
-        yield f"─── reflection, written by {writer}; shown from memory: {used}"
-        yield from _indented(reflection.text or f"({reflection.outcome}: {reflection.error})")
-    if experience.second_attempt is not None:
-        yield from _attempt("second attempt", experience.second_attempt)
-    if experience.distilled is not None:
-        trained = sum(sequence.sampled_count for sequence in experience.distilled.sequences)
-        yield f"─── distilled: the {trained} sampled tokens of the second attempt, under the first attempt's prompt"
+    yield f"═══ {experience.experience_id}  ({experience.environment} {experience.task_id}, {experience.algorithm})"
+    for sample in experience.samples:
+        yield from _episode(sample) if sample.is_episode else _text(sample, experience.memory_entry_ids)
+    for target in experience.targets:
+        trained = sum(sequence.sampled_count for sequence in target.sequences)
+        role = experience.source(target).role
+        yield f"─── {target.role}: the {trained} sampled tokens of {role!r}, under another system prompt"
 
 
-def _attempt(title: str, attempt: Attempt) -> Iterator[str]:
-    reward = "no reward" if attempt.reward is None else f"reward {attempt.reward:g}"
-    yield f"─── {title}: {attempt.outcome}, {reward}"
-    for turn in attempt.turns:
+def _episode(episode: Sample) -> Iterator[str]:
+    reward = "no reward" if episode.reward is None else f"reward {episode.reward:g}"
+    yield f"─── {episode.role}: {episode.outcome}, {reward}"
+    for turn in episode.turns:
         yield from _indented(turn.observation)
         yield f"    → {turn.action}"
-    yield from _indented(attempt.final_observation)
-    yield f"    {attempt.feedback or attempt.error}"
+    yield from _indented(episode.final_observation)
+    yield f"    {episode.feedback or episode.error}"
+
+
+def _text(text: Sample, memory_entry_ids: Sequence[str]) -> Iterator[str]:
+    shown = f"; shown from memory: {', '.join(memory_entry_ids)}" if memory_entry_ids else ""
+    yield f"─── {text.role}, written by {text.policy or 'policy'} version {text.policy_version}{shown}"
+    yield from _indented(text.text or f"({text.outcome}: {text.error})")
 
 
 def _indented(text: str) -> Iterator[str]:

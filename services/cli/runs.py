@@ -19,10 +19,9 @@ def runs(trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) -> None:
         state = f"{info.state}: {info.error}" if info.error else str(info.state)
         state = f"paused: {info.paused}" if info.paused else state
         step = f"{info.step}/{settings.steps}"
-        second = str(settings.algorithm.second_attempt)
         trained = f"{info.train_seconds:.0f} s"
-        rows.append((info.run_id, state, step, settings.environment, second, trained, info.folder))
-    columns = ("run", "state", "step", "environment", "second attempt", "trained", "folder")
+        rows.append((info.run_id, state, step, settings.environment, settings.algorithm.name, trained, info.folder))
+    columns = ("run", "state", "step", "environment", "algorithm", "trained", "folder")
     table(columns, rows, whole=("run", "step"))
 
 

@@ -34,7 +34,7 @@ def train(
 ) -> None:
     """Start a training run from a recipe, from --set options, or both. Other settings have the paper's values.
 
-    Example: `mulligan train frozenlake-3x3 --set steps=20 --set algorithm.second_attempt=none`
+    Example: `mulligan train frozenlake-3x3 --set steps=20 --set algorithm.memory_entries=0`
     """
     settings = read_settings(recipe, override or [])
     name = run_id or f"{_plain_name(recipe.stem if recipe else settings.environment)}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mulligan.common.extras import MissingExtra
 from mulligan.common.suggest import did_you_mean, problems
@@ -162,6 +162,36 @@ def chosen_settings(model: BaseModel, plugins: Plugins, name: str) -> Any:
         return settings(**{field: getattr(model, field) for field in settings.model_fields})
     table = getattr(model, place_of(type(model), plugins, name).removesuffix("."))
     return table if isinstance(table, settings) else read_table(settings, table or {})
+
+
+def read_named(plugins: Plugins, table: Mapping[str, Any] | S, default: str) -> S:
+    """Reads a table with the settings of one plug-in, which its entry `name` chooses. For validators of pydantic.
+
+    Raises ValidationError whose locations are those of the settings in the table.
+    """
+    if not isinstance(table, Mapping):
+        return table
+    name = str(table.get("name", default))
+    try:
+        settings: type[S] = plugins.find(name).Settings
+    except (UnusablePlugin, MissingExtra) as error:
+        raise located({("name",): str(error)}) from error
+    try:
+        return settings.model_validate({**table, "name": name})
+    except ValidationError as error:
+        told = {tuple(field.split(".")): said for field, said in problems(error, settings).items()}
+        raise located(told) from error
+
+
+def located(said: Mapping[tuple[str, ...], str]) -> ValidationError:
+    """An error for a validator of pydantic to raise: what is wrong, by the place in the table that it reads."""
+    return ValidationError.from_exception_data(
+        "settings",
+        [
+            InitErrorDetails(type=PydanticCustomError("plugin", "{problem}", {"problem": text}), loc=place, input=None)
+            for place, text in said.items()
+        ],
+    )
 
 
 def read_table(settings: type[S], table: Mapping[str, Any]) -> S:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
-from mulligan.common.inference import Tool, VersionSpan
+from mulligan.common.inference import Tool
 
 
 class Outcome(StrEnum):
@@ -24,154 +23,6 @@ class Outcome(StrEnum):
     @property
     def has_reward(self) -> bool:
         return self in (Outcome.COMPLETED, Outcome.TRUNCATED)
-
-
-class SegmentKind(StrEnum):
-    PROMPT = "prompt"
-    SAMPLED = "sampled"
-    ENVIRONMENT = "environment"
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Consecutive tokens of one origin. Only sampled tokens carry loss, and the log-probabilities from when they were
-    sampled."""
-
-    kind: SegmentKind
-    token_ids: tuple[int, ...]
-    log_probs: tuple[float, ...] = ()
-    policy_versions: tuple[VersionSpan, ...] = ()
-
-    @property
-    def loss(self) -> bool:
-        return self.kind is SegmentKind.SAMPLED
-
-
-@dataclass(frozen=True, slots=True)
-class TokenSequence:
-    """All tokens of a conversation in order. It is only appended to, and never decoded and encoded again."""
-
-    segments: tuple[Segment, ...]
-
-    @property
-    def token_ids(self) -> list[int]:
-        return [token for segment in self.segments for token in segment.token_ids]
-
-    @property
-    def loss_mask(self) -> list[bool]:
-        return [segment.loss for segment in self.segments for _ in segment.token_ids]
-
-    @property
-    def log_probs(self) -> list[float]:
-        """Log-probabilities of the sampled tokens, in order."""
-        return [value for segment in self.segments for value in segment.log_probs]
-
-    @property
-    def sampled_count(self) -> int:
-        return sum(len(segment.token_ids) for segment in self.segments if segment.loss)
-
-    @property
-    def has_prompt(self) -> bool:
-        """Whether it begins with a prompt. It does unless the policy reported no prompt tokens."""
-        return bool(self.segments) and self.segments[0].kind is SegmentKind.PROMPT
-
-    def with_prompt(self, prompt_token_ids: Sequence[int]) -> TokenSequence:
-        """The same tokens after another prompt. Log-probabilities are dropped: they belong to the old context."""
-        first, *rest = self.segments
-        assert first.kind is SegmentKind.PROMPT
-        return TokenSequence(
-            (
-                Segment(SegmentKind.PROMPT, tuple(prompt_token_ids)),
-                *(Segment(segment.kind, segment.token_ids) for segment in rest),
-            )
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    observation: str
-    text: str  # the agent's answer as text, for people; training uses the token sequences
-    action: str  # the action that the environment read in it
-    reward: float
-    tool: str = ""  # the tool that the observation comes from; empty: the environment, as the user
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One try at a task. `reward` is None unless the outcome carries one. `sequences` has one element; if the chat
-    template rewrites earlier turns, it has one per turn."""
-
-    attempt_id: str
-    episode_id: str
-    outcome: Outcome
-    reward: float | None
-    feedback: str
-    turns: tuple[Turn, ...]
-    final_observation: str
-    sequences: tuple[TokenSequence, ...]
-    temperature: float
-    error: str = ""
-    restarts: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Reflection:
-    """What a policy learns from a first attempt. `outcome` is that of its generation. `reward` is the reward of the
-    second attempt, None before that. `policy` names the policy that wrote it, if that is not the trained one."""
-
-    reflection_id: str
-    text: str
-    sequences: tuple[TokenSequence, ...]
-    temperature: float
-    outcome: Outcome
-    reward: float | None = None
-    error: str = ""
-    policy: str = ""
-
-    @property
-    def policy_version(self) -> int:
-        """The version that sampled its last token; 0 if nothing was sampled."""
-        spans = [
-            span for sequence in self.sequences for segment in sequence.segments for span in segment.policy_versions
-        ]
-        return spans[-1].policy_version if spans else 0
-
-
-@dataclass(frozen=True, slots=True)
-class DistilledTarget:
-    """A successful second attempt under the prompt of the first attempt. Its segments carry no log-probabilities."""
-
-    distilled_id: str
-    source_attempt_id: str
-    sequences: tuple[TokenSequence, ...]
-    reward: float
-
-
-@dataclass(frozen=True, slots=True)
-class Experience:
-    """One chain: first attempt → reflection → second attempt → distillation. Parts that did not happen are None.
-    `not_distilled` is a keyword that says why a successful second attempt was not distilled."""
-
-    experience_id: str
-    run_id: str
-    step: int
-    environment: str
-    task_id: str
-    rollout: int
-    first_attempt: Attempt
-    reflection: Reflection | None = None
-    second_attempt: Attempt | None = None
-    distilled: DistilledTarget | None = None
-    memory_entry_ids: tuple[str, ...] = ()
-    not_distilled: str = ""
-
-    def parts(self) -> Iterator[Attempt | Reflection]:
-        """The attempts and the reflection, in the order of sampling."""
-        yield self.first_attempt
-        if self.reflection is not None:
-            yield self.reflection
-        if self.second_attempt is not None:
-            yield self.second_attempt
 
 
 class Split(StrEnum):

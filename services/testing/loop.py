@@ -13,7 +13,9 @@ from safetensors.numpy import load_file
 
 from mulligan.cli.local import free_ports
 from mulligan.common.channel import Endpoint
-from mulligan.common.types import Experience
+from mulligan.common.experience import Experience
+from mulligan.common.rewards import reaches
+from mulligan.common.types import Outcome
 from mulligan.memory.client import MemoryClient
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.trainer.client import RunClient, RunInfo
@@ -40,6 +42,16 @@ def small_run(**changes: Any) -> RunSettings:
     for name, value in changes.items():
         plain[name] = plain.get(name, {}) | value if isinstance(value, dict) else value
     return RunSettings.model_validate(plain)
+
+
+def is_memorable(experience: Experience, threshold: float) -> bool:
+    """Whether the memory has to take the reflection of an experience of ERL: the second attempt succeeded, and the text
+    is complete and not empty."""
+    reflection = experience.sample("reflection")
+    second = experience.sample("second")
+    if reflection is None or reflection.outcome is not Outcome.COMPLETED or not reflection.text:
+        return False
+    return second is not None and second.reward is not None and reaches(second.reward, threshold)
 
 
 @dataclass

@@ -9,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import fsum, sqrt
 
-from mulligan.common.rewards import exceeds
-from mulligan.trainer.settings import DistillationLoss
-
 EPSILON = 1e-6  # verl's, on which the paper's reference code is built
 
 
@@ -28,19 +25,3 @@ def group_advantages(rewards_G: Sequence[float], normalize_by_std: bool = True) 
         return [reward - mean for reward in rewards_G]
     std = sqrt(fsum((reward - mean) ** 2 for reward in rewards_G) / (len(rewards_G) - 1))
     return [(reward - mean) / (std + EPSILON) for reward in rewards_G]
-
-
-def distillation_weight(
-    reward: float, loss: DistillationLoss, first_rewards_G: Sequence[float], subtract_baseline: bool
-) -> float:
-    """Weight of one distilled target; 0 means that it is not trained on.
-
-    RAFT (arXiv 2304.06767): max(r2, 0). Cross-entropy: 1 where r2 > 0. With the baseline (RLTF), less the mean reward
-    of the task's first attempts, but at least 0, so that a success never becomes less likely.
-    """
-    if not exceeds(reward, 0):
-        return 0.0
-    weight = reward if loss is DistillationLoss.RAFT else 1.0
-    if subtract_baseline and first_rewards_G:
-        weight -= fsum(first_rewards_G) / len(first_rewards_G)
-    return max(weight, 0.0)

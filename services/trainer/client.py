@@ -9,8 +9,8 @@ from typing import Any
 
 from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import CallFailed
-from mulligan.common.types import Experience
-from mulligan.common.wire import experience_from_proto
+from mulligan.common.experience import Experience
+from mulligan.common.experience_wire import experience_from_proto
 from mulligan.trainer.events import Entry, EvaluationEvent
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.learner.settings import LearnerInfo

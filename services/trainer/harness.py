@@ -7,9 +7,11 @@ prompted with a `Continuation`, which holds the tokens so far and the new messag
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from mulligan.common.errors import CallFailed, DomainError, Reason
+from mulligan.common.experience import Sample, Segment, SegmentKind, TokenSequence, Turn
 from mulligan.common.inference import (
     CallOptions,
     Completion,
@@ -24,17 +26,7 @@ from mulligan.common.inference import (
 )
 from mulligan.common.rewards import total
 from mulligan.common.thoughts import without_thoughts
-from mulligan.common.types import (
-    Attempt,
-    EnvironmentInfo,
-    Outcome,
-    PromptSet,
-    Reflection,
-    Segment,
-    SegmentKind,
-    TokenSequence,
-    Turn,
-)
+from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet
 from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle, SamplingClient
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
@@ -46,10 +38,26 @@ def fill(template: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
-def trace_of(attempt: Attempt, prompts: PromptSet) -> str:
-    """The attempt as text for the reflection: every observation and action, then the last observation."""
+def trace_of(attempt: Sample, prompts: PromptSet) -> str:
+    """An episode as text for the reflection: every observation and action, then the last observation."""
     turns = (fill(prompts.trace_turn, observation=turn.observation, action=turn.action) for turn in attempt.turns)
     return "".join(turns) + attempt.final_observation
+
+
+def reflection_request(episode: Sample, prompts: PromptSet, texts: Sequence[str]) -> str:
+    """The user message to a reflector: what happened in the episode, and `texts` from the memory."""
+    return fill(
+        prompts.reflection,
+        trace=trace_of(episode, prompts),
+        feedback=episode.feedback,
+        reward=f"{episode.reward:g}",
+        memory="\n\n".join(texts) or prompts.memory_empty,
+    )
+
+
+def guided_by(text: str, prompts: PromptSet) -> str:
+    """The system prompt of an attempt that is given a reflection: its text, then the reminder of the action format."""
+    return f"{text}\n{prompts.action_reminder}"
 
 
 def reflection_in(answer: str, prompts: PromptSet) -> str:
@@ -100,14 +108,14 @@ class _Conversation:
 
 @dataclass(frozen=True)
 class Harness:
-    """Plays attempts and writes reflections.
+    """Plays episodes and has texts written.
 
     `attempt` starts an episode, then repeats: prompt the policy with the observation, send its answer to `step`. It
-    starts over when the infrastructure fails. `reflect` prompts `reflector`, or `policy` if that is None, with the
-    trace of an attempt. `first_prompts` gives the prompts under which a second attempt is distilled.
+    starts over when the infrastructure fails. `write` prompts a policy with messages and keeps its answer. `prompts_of`
+    gives the prompts that an episode would have had under another system prompt.
 
     `incarnation` is new in each process, so that a resumed run never meets its earlier episodes. Each episode and each
-    reflection is one session at the policy service: it ends on the model that it began with.
+    text is one session at the policy service: it ends on the model that it began with.
     """
 
     environment: EnvironmentPort
@@ -118,23 +126,43 @@ class Harness:
     max_restarts: int
     reflector: NamedPolicy | None = None
 
-    async def attempt(self, attempt_id: str, task_id: str, system: str, sampling: SamplingParams, seed: int) -> Attempt:
+    async def attempt(
+        self,
+        attempt_id: str,
+        task_id: str,
+        system: str,
+        sampling: SamplingParams,
+        seed: int,
+        role: str = "first",
+        parent_id: str = "",
+    ) -> Sample:
         """Plays a task. After an infrastructure failure it starts over under a new episode id, at most `max_restarts`
         times. Raises ServiceUnavailable when a service stays unreachable."""
         restarts = 0
         while True:
             episode_id = f"{attempt_id}-{self.incarnation}-{restarts}"
-            attempt = await self._play(attempt_id, episode_id, task_id, system, sampling, seed)
+            blank = Sample(
+                attempt_id,
+                role,
+                Outcome.TRUNCATED,
+                (),
+                sampling.temperature,
+                parent_id=parent_id,
+                system=system,
+                episode_id=episode_id,
+                restarts=restarts,
+            )
+            attempt = await self._play(blank, task_id, sampling, seed)
             if attempt.outcome.has_reward or restarts == self.max_restarts or never_fits(attempt):
-                return replace(attempt, restarts=restarts)
+                return attempt
             restarts += 1
 
-    async def _play(
-        self, attempt_id: str, episode_id: str, task_id: str, system: str, sampling: SamplingParams, seed: int
-    ) -> Attempt:
+    async def _play(self, blank: Sample, task_id: str, sampling: SamplingParams, seed: int) -> Sample:
+        """The sample `blank`, played."""
+        episode_id = blank.episode_id
         turns: list[Turn] = []
         by_messages = self.policy_info.rewrites_history or Feature.TOKEN_IDS not in self.policy_info.features
-        conversation = _Conversation([Message(Role.SYSTEM, system)], by_messages)
+        conversation = _Conversation([Message(Role.SYSTEM, blank.system)], by_messages)
         observation = ""
         tool = ""
         outcome = Outcome.TRUNCATED
@@ -148,7 +176,7 @@ class Harness:
             for turn in range(self.info.max_steps):
                 conversation.messages.append(_shown(observation, tool))
                 blame = Outcome.POLICY_ERROR
-                options = CallOptions(request_id=f"{attempt_id}-{turn}", session_id=episode_id)
+                options = CallOptions(request_id=f"{blank.sample_id}-{turn}", session_id=episode_id)
                 seeded = replace(sampling, seed=derive_seed(seed, turn))
                 async with episode.kept_alive():  # the policy may take longer than the episode's lease
                     completion = await self._answer(conversation, seeded, options)
@@ -171,76 +199,76 @@ class Harness:
         finally:
             if episode is not None and not (turns and outcome is Outcome.COMPLETED):
                 await _end(episode)
-        reward = total(turn.reward for turn in turns) if outcome.has_reward else None
-        attempt = Attempt(
-            attempt_id=attempt_id,
-            episode_id=episode_id,
+        attempt = replace(
+            blank,
             outcome=outcome,
-            reward=reward,
+            reward=total(turn.reward for turn in turns) if outcome.has_reward else None,
             feedback=feedback,
             turns=tuple(turns),
             final_observation=observation,
             sequences=conversation.sequences,
-            temperature=sampling.temperature,
             error=error,
         )
         return with_usable_reward(attempt)
 
-    async def reflect(
-        self, reflection_id: str, first: Attempt, memory: str, sampling: SamplingParams, seed: int
-    ) -> Reflection:
-        """Δ ~ π(·|x, y1, f1, r1, m). With an outcome other than COMPLETED and TRUNCATED there is no text."""
-        prompts = self.info.prompts
-        request = fill(
-            prompts.reflection,
-            trace=trace_of(first, prompts),
-            feedback=first.feedback,
-            reward=f"{first.reward:g}",
-            memory=memory or prompts.memory_empty,
-        )
-        conversation = _Conversation(
-            [Message(Role.SYSTEM, prompts.reflection_system), Message(Role.USER, request)], False
-        )
-        options = CallOptions(request_id=f"{reflection_id}-0", session_id=f"{reflection_id}-{self.incarnation}")
-        speaker, writer = (self.reflector, self.reflector.name) if self.reflector else (self.policy, "")
+    async def write(
+        self,
+        blank: Sample,
+        user: str,
+        sampling: SamplingParams,
+        seed: int,
+        speaker: NamedPolicy | None = None,
+        read: Callable[[str], str] = without_thoughts,
+    ) -> Sample:
+        """The text sample `blank`, written: the policy's answer to its system prompt and the message `user`.
+
+        `speaker` is another policy than the trained one. `read` takes the text out of the answer, which has its
+        thoughts marked. With an outcome other than COMPLETED and TRUNCATED there is no text.
+        """
+        messages = [Message(Role.SYSTEM, blank.system), Message(Role.USER, user)]
+        conversation = _Conversation([message for message in messages if message.content], False)
+        name = blank.sample_id
+        options = CallOptions(request_id=f"{name}-0", session_id=f"{name}-{self.incarnation}")
         outcome = Outcome.COMPLETED
         text = ""
         error = ""
         try:
-            sampling = replace(sampling, seed=derive_seed(seed, 0))
-            completion = await speaker.generate(conversation.prompt(), sampling, options)
+            seeded = replace(sampling, seed=derive_seed(seed, 0))
+            completion = await (speaker or self.policy).generate(conversation.prompt(), seeded, options)
             conversation.add(completion)
-            text = reflection_in(completion.marked_text, prompts)
+            text = read(completion.marked_text)
             if completion.stop_reason is not StopReason.END_OF_TURN:
                 outcome = Outcome.TRUNCATED
         except (DomainError, CallFailed) as failure:
             outcome = _outcome_of(failure, Outcome.POLICY_ERROR)
             error = str(failure)
-        return Reflection(
-            reflection_id, text, conversation.sequences, sampling.temperature, outcome, error=error, policy=writer
+        return replace(
+            blank,
+            outcome=outcome,
+            text=text,
+            sequences=conversation.sequences,
+            temperature=sampling.temperature,
+            error=error,
+            policy=speaker.name if speaker else "",
         )
 
-    def second_system(self, reflection: Reflection) -> str:
-        """The system prompt of the second attempt: the reflection, then the reminder of the action format."""
-        return f"{reflection.text}\n{self.info.prompts.action_reminder}"
+    async def prompts_of(self, episode: Sample, system: str, like: Sample | None = None) -> list[tuple[int, ...]]:
+        """The token ids of the prompt that each sequence of an episode has under the system prompt `system`.
 
-    async def first_prompts(self, first: Attempt, second: Attempt) -> list[tuple[int, ...]]:
-        """The token ids of the prompt that each sequence of the second attempt has under x, without the reflection.
-
-        Raises NotDistilled when a sequence's first turn is unknown, or the policy reports no prompt tokens.
+        `like` is an episode that was played under it: where both began with the same observation, its prompt is the
+        answer. Raises NotDistilled when a sequence's first turn is unknown, or the policy reports no prompt tokens.
         """
-        count = len(second.sequences)
-        if count not in (1, len(second.turns)) or not all(
-            one.has_prompt for one in (*first.sequences[:1], *second.sequences)
-        ):
+        count = len(episode.sequences)
+        known = like.sequences[:1] if like is not None else ()
+        if count not in (1, len(episode.turns)) or not all(one.has_prompt for one in (*known, *episode.sequences)):
             raise NotDistilled(REWRITTEN_HISTORY)
-        same = first.sequences and first.turns[0].observation == second.turns[0].observation
+        same = like is not None and known and like.turns[0].observation == episode.turns[0].observation
         if count == 1 and same and not self.policy_info.rewrites_history:
-            return [first.sequences[0].segments[0].token_ids]
-        messages = [Message(Role.SYSTEM, self.info.prompts.solver)]
-        options = CallOptions(session_id=second.episode_id, tools=self.info.tools)
+            return [known[0].segments[0].token_ids]
+        messages = [Message(Role.SYSTEM, system)]
+        options = CallOptions(session_id=episode.episode_id, tools=self.info.tools)
         prompts = []
-        for turn in second.turns[: len(second.sequences)]:
+        for turn in episode.turns[: len(episode.sequences)]:
             messages.append(_shown(turn.observation, turn.tool))
             try:
                 prompts.append(await self.policy.tokenize(tuple(messages), options))

@@ -1,4 +1,4 @@
-"""The journal of a run: every sampled attempt and reflection, on disk before it is used.
+"""The journal of a run: every sample, on disk before it is used, and what was trained on.
 
 Each training step has one append-only file, such as `journal/000012.msgpack`: a msgpack stream of `[crc32, payload]`
 pairs. A payload is the msgpack of one record with a `type`. Any msgpack library reads them; `mulligan experiences`
@@ -11,21 +11,21 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 import msgpack
 import msgspec
 import structlog
 
 from mulligan.common.disk import writing_to
+from mulligan.common.experience import Experience, Sample, Trained, TrainingTarget
 from mulligan.common.files import append
-from mulligan.common.types import Attempt, DistilledTarget, Experience, Reflection
+from mulligan.trainer.old_journal import AttemptSampled, OldExperience, ReflectionSampled, with_parents
 
 log = structlog.get_logger()
-Part = TypeVar("Part", Attempt, Reflection)
 
 
 class StepStarted(msgspec.Struct, frozen=True, tag="step_started"):
@@ -37,19 +37,20 @@ class StepStarted(msgspec.Struct, frozen=True, tag="step_started"):
     policy_version: int
 
 
-class AttemptSampled(msgspec.Struct, frozen=True, tag="attempt"):
-    attempt: Attempt
+class SampleRecorded(msgspec.Struct, frozen=True, tag="sample"):
+    sample: Sample
 
 
-class ReflectionSampled(msgspec.Struct, frozen=True, tag="reflection"):
-    reflection: Reflection
+class Credit(msgspec.Struct, frozen=True):
+    """A reward that the algorithm gave, and its components."""
+
+    reward: float | None
+    parts: dict[str, float]
 
 
-class ExperienceCompleted(msgspec.Struct, frozen=True, tag="experience"):
-    """The parts of a complete experience, by the ids of their records in the same file.
-
-    The distilled target is the second attempt's sequences with `distilled_prompts` in place of the first segments.
-    """
+class ExperienceCompleted(msgspec.Struct, frozen=True, tag="experience_completed"):
+    """A complete experience. Its samples are named by the ids of their records in the same file. `credits` are the
+    rewards that the algorithm gave to samples which have none of the environment."""
 
     experience_id: str
     run_id: str
@@ -57,13 +58,18 @@ class ExperienceCompleted(msgspec.Struct, frozen=True, tag="experience"):
     environment: str
     task_id: str
     rollout: int
-    first_id: str
-    reflection_id: str | None
-    second_id: str | None
-    distilled_id: str | None
-    distilled_prompts: list[list[int]]
+    algorithm: str
+    sample_ids: list[str]
+    credits: dict[str, Credit]
+    targets: list[TrainingTarget]
     memory_entry_ids: list[str]
-    not_distilled: str = ""
+    untrained: list[str]
+
+
+class StepTrained(msgspec.Struct, frozen=True, tag="trained"):
+    """What the learner was given in this step, before it was dealt out over optimizer steps."""
+
+    data: list[Trained]
 
 
 class StepCompleted(msgspec.Struct, frozen=True, tag="step_completed"):
@@ -71,9 +77,11 @@ class StepCompleted(msgspec.Struct, frozen=True, tag="step_completed"):
     metrics: dict[str, float]
 
 
-JournalRecord = StepStarted | AttemptSampled | ReflectionSampled | ExperienceCompleted | StepCompleted
+JournalRecord = StepStarted | SampleRecorded | ExperienceCompleted | StepTrained | StepCompleted
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER: msgspec.msgpack.Decoder[JournalRecord] = msgspec.msgpack.Decoder(JournalRecord)
+_DECODER: msgspec.msgpack.Decoder[JournalRecord | AttemptSampled | ReflectionSampled | OldExperience] = (
+    msgspec.msgpack.Decoder(JournalRecord | AttemptSampled | ReflectionSampled | OldExperience)
+)
 
 
 def journal_file(folder: Path, step: int) -> Path:
@@ -91,7 +99,7 @@ def set_aside(folder: Path, step: int) -> None:
         path.rename(path.with_name(f"{path.name}.set-aside-{len(list(folder.glob(f'{path.name}.set-aside-*')))}"))
 
 
-def sampled_chains(folder: Path, step: int) -> int:
+def sampled_experiences(folder: Path, step: int) -> int:
     """The number of complete experiences of a step."""
     path = journal_file(folder, step)
     return sum(isinstance(record, ExperienceCompleted) for record, _ in read_records(path)) if path.exists() else 0
@@ -100,9 +108,9 @@ def sampled_chains(folder: Path, step: int) -> int:
 class StepJournal:
     """The file of one step, and the algorithm's `Recorder`.
 
-    Opening it reads all records into memory. `start` fixes what the step reads; `add` appends each attempt and
-    reflection; `complete` appends the links of an experience; `finish` appends the metrics. `find` answers from memory,
-    so a repeated step samples only what is missing. The run's lock keeps other processes out.
+    Opening it reads all records into memory. `start` fixes what the step reads; `add` appends each sample; `complete`
+    appends the links of an experience; `train` appends what is trained on; `finish` appends the metrics. `find` answers
+    from memory, so a repeated step samples only what is missing. The run's lock keeps other processes out.
 
     Writes raise DomainError DISK_FULL, and FileNotFoundError when the run's folder was removed.
     """
@@ -114,8 +122,9 @@ class StepJournal:
 
     def _open(self, path: Path) -> None:
         self.started: StepStarted | None = None
+        self.trained: StepTrained | None = None
         self.completed: StepCompleted | None = None
-        self._parts: dict[str, Attempt | Reflection] = {}
+        self._samples: dict[str, Sample] = {}
         self._experiences: dict[str, ExperienceCompleted] = {}
         end = 0
         if path.exists():
@@ -128,22 +137,17 @@ class StepJournal:
             self._file.truncate(end)
 
     @property
-    def chains(self) -> int:
+    def experiences(self) -> int:
         """The number of complete experiences."""
         return len(self._experiences)
 
-    def find(self, part_id: str, kind: type[Part]) -> Part | None:
-        part = self._parts.get(part_id)
-        return part if isinstance(part, kind) else None
+    def find(self, sample_id: str) -> Sample | None:
+        return self._samples.get(sample_id)
 
-    def add(self, part: Attempt | Reflection) -> None:
-        self._append(AttemptSampled(part) if isinstance(part, Attempt) else ReflectionSampled(part))
+    def add(self, sample: Sample) -> None:
+        self._append(SampleRecorded(sample))
 
     def complete(self, experience: Experience) -> None:
-        reflection = experience.reflection
-        second = experience.second_attempt
-        distilled = experience.distilled
-        prompts = [list(sequence.segments[0].token_ids) for sequence in distilled.sequences] if distilled else []
         record = ExperienceCompleted(
             experience_id=experience.experience_id,
             run_id=experience.run_id,
@@ -151,15 +155,23 @@ class StepJournal:
             environment=experience.environment,
             task_id=experience.task_id,
             rollout=experience.rollout,
-            first_id=experience.first_attempt.attempt_id,
-            reflection_id=reflection.reflection_id if reflection else None,
-            second_id=second.attempt_id if second else None,
-            distilled_id=distilled.distilled_id if distilled else None,
-            distilled_prompts=prompts,
+            algorithm=experience.algorithm,
+            sample_ids=[sample.sample_id for sample in experience.samples],
+            credits={
+                sample.sample_id: Credit(sample.reward, dict(sample.reward_parts))
+                for sample in experience.samples
+                if not sample.is_episode and sample.reward is not None
+            },
+            targets=list(experience.targets),
             memory_entry_ids=list(experience.memory_entry_ids),
-            not_distilled=experience.not_distilled,
+            untrained=list(experience.untrained),
         )
         if record != self._experiences.get(experience.experience_id):
+            self._append(record)
+
+    def train(self, data: Sequence[Trained]) -> None:
+        record = StepTrained(list(data))
+        if record != self.trained:
             self._append(record)
 
     def start(self, record: StepStarted) -> None:
@@ -188,66 +200,101 @@ class StepJournal:
         match record:
             case StepStarted():
                 self.started = record
-            case AttemptSampled(attempt):
-                self._parts[attempt.attempt_id] = attempt
-            case ReflectionSampled(reflection):
-                self._parts[reflection.reflection_id] = reflection
+            case SampleRecorded(sample):
+                self._samples[sample.sample_id] = sample
             case ExperienceCompleted():
                 self._experiences[record.experience_id] = record
+            case StepTrained():
+                self.trained = record
             case StepCompleted():
                 self.completed = record
 
 
 def read_experiences(path: Path) -> list[Experience]:
     """The complete experiences of one step's file, in (task, rollout) order. The run may be writing to it."""
-    parts: dict[str, Attempt | Reflection] = {}
-    chains: dict[str, ExperienceCompleted] = {}
+    samples: dict[str, Sample] = {}
+    completed: dict[str, ExperienceCompleted] = {}
+    trained: dict[str, list[Trained]] = {}
     order: list[str] = []
     for record, _ in read_records(path):
         match record:
             case StepStarted():
                 order = record.task_ids
-            case AttemptSampled(attempt):
-                parts[attempt.attempt_id] = attempt
-            case ReflectionSampled(reflection):
-                parts[reflection.reflection_id] = reflection
+            case SampleRecorded(sample):
+                samples[sample.sample_id] = sample
             case ExperienceCompleted():
-                chains[record.experience_id] = record
+                completed[record.experience_id] = record
+            case StepTrained(data):
+                trained = {}
+                for datum in data:
+                    trained.setdefault(datum.source_id, []).append(datum)
     position = {task_id: slot for slot, task_id in reversed(list(enumerate(order)))}
-    ordered = sorted(chains.values(), key=lambda chain: (position.get(chain.task_id, 0), chain.rollout))
-    return [_joined(chain, parts) for chain in ordered]
+    ordered = sorted(completed.values(), key=lambda record: (position.get(record.task_id, 0), record.rollout))
+    return [_joined(record, samples, trained) for record in ordered]
 
 
-def _joined(chain: ExperienceCompleted, parts: dict[str, Attempt | Reflection]) -> Experience:
-    first = parts[chain.first_id]
-    second = parts[chain.second_id] if chain.second_id else None
-    reflection = parts[chain.reflection_id] if chain.reflection_id else None
-    assert isinstance(first, Attempt) and not isinstance(second, Reflection) and not isinstance(reflection, Attempt)
-    distilled = None
-    if second is not None and reflection is not None:
-        reflection = replace(reflection, reward=second.reward)
-    if chain.distilled_id and second is not None and second.reward is not None:
-        pairs = zip(second.sequences, chain.distilled_prompts, strict=True)
-        sequences = tuple(sequence.with_prompt(prompt) for sequence, prompt in pairs)
-        distilled = DistilledTarget(chain.distilled_id, second.attempt_id, sequences, second.reward)
+def _joined(
+    record: ExperienceCompleted, samples: Mapping[str, Sample], trained: Mapping[str, list[Trained]]
+) -> Experience:
+    found = [samples[sample_id] for sample_id in record.sample_ids]
+    found = [_credited(one, record.credits.get(one.sample_id)) for one in found]
+    ids = [*record.sample_ids, *(target.target_id for target in record.targets)]
     return Experience(
-        experience_id=chain.experience_id,
-        run_id=chain.run_id,
-        step=chain.step,
-        environment=chain.environment,
-        task_id=chain.task_id,
-        rollout=chain.rollout,
-        first_attempt=first,
-        reflection=reflection,
-        second_attempt=second,
-        distilled=distilled,
-        memory_entry_ids=tuple(chain.memory_entry_ids),
-        not_distilled=chain.not_distilled,
+        experience_id=record.experience_id,
+        run_id=record.run_id,
+        step=record.step,
+        environment=record.environment,
+        task_id=record.task_id,
+        rollout=record.rollout,
+        samples=tuple(found),
+        targets=tuple(record.targets),
+        memory_entry_ids=tuple(record.memory_entry_ids),
+        untrained=tuple(record.untrained),
+        algorithm=record.algorithm,
+        trained=tuple(datum for source_id in ids for datum in trained.get(source_id, ())),
     )
 
 
+def _credited(sample: Sample, credit: Credit | None) -> Sample:
+    return sample if credit is None else replace(sample, reward=credit.reward, reward_parts=credit.parts)
+
+
 def read_records(path: Path) -> Iterator[tuple[JournalRecord, int]]:
-    """Each record with the offset of its end. Stops at the first torn or damaged one."""
+    """Each record with the offset of its end. Records of older versions are given as today's. Stops at the first torn
+    or damaged one."""
+    old: dict[str, Sample] = {}
+    for record, end in _read(path):
+        match record:
+            case AttemptSampled() | ReflectionSampled():
+                sample = record.sample()
+                old[sample.sample_id] = sample
+                yield SampleRecorded(sample), end
+            case OldExperience():
+                for sample in with_parents([old[sample_id] for sample_id in record.sample_ids]):
+                    yield SampleRecorded(sample), end
+                yield _of_old(record, old), end
+            case _:
+                yield record, end
+
+
+def _of_old(record: OldExperience, samples: Mapping[str, Sample]) -> ExperienceCompleted:
+    return ExperienceCompleted(
+        experience_id=record.experience_id,
+        run_id=record.run_id,
+        step=record.step,
+        environment=record.environment,
+        task_id=record.task_id,
+        rollout=record.rollout,
+        algorithm="erl",
+        sample_ids=record.sample_ids,
+        credits={sample_id: Credit(reward, {}) for sample_id, reward in record.credits(samples).items()},
+        targets=record.targets(samples),
+        memory_entry_ids=record.memory_entry_ids,
+        untrained=[record.not_distilled] if record.not_distilled else [],
+    )
+
+
+def _read(path: Path) -> Iterator[tuple[JournalRecord | AttemptSampled | ReflectionSampled | OldExperience, int]]:
     with path.open("rb") as file:
         unpacker = msgpack.Unpacker(file, max_buffer_size=2**31 - 1)
         while True:

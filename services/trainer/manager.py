@@ -13,16 +13,17 @@ from pathlib import Path
 import structlog
 
 from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.experience import Sample
 from mulligan.common.file_lock import lock_file
 from mulligan.common.tasks import cancel
-from mulligan.common.types import Attempt, Split
-from mulligan.trainer.algorithm import evaluate
+from mulligan.common.types import Split
+from mulligan.trainer.evaluation import evaluate, evaluation_of
 from mulligan.trainer.events import EvaluationEvent, StateEvent
 from mulligan.trainer.folder import RunFolder, RunRecord, RunState
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.metrics import EvaluationProgress
 from mulligan.trainer.preflight import check_environment, check_tasks, check_top_k
-from mulligan.trainer.run import Run, ServicePorts, evaluation_of
+from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
@@ -205,7 +206,7 @@ class RunManager:
         progress = EvaluationProgress(len(tasks) * settings.samples, threshold)
         tell(progress)
 
-        def ended(attempt: Attempt) -> None:
+        def ended(attempt: Sample) -> None:
             progress.add(attempt)
             tell(progress)
 

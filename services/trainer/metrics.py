@@ -7,39 +7,39 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from mulligan.common.experience import Experience, Sample
 from mulligan.common.rewards import reaches
-from mulligan.common.types import Attempt, Experience
 from mulligan.trainer.trainable import never_fits
 
 
 def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict[str, float]:
-    """`rollouts`, the number of episodes and reflections, is the budget for comparing algorithms."""
-    first = [experience.first_attempt for experience in experiences]
-    second = [experience.second_attempt for experience in experiences if experience.second_attempt is not None]
-    reflections = [experience.reflection for experience in experiences if experience.reflection is not None]
-    parts = [part for experience in experiences for part in experience.parts()]
-    sequences = [sequence for part in parts for sequence in part.sequences]
+    """`rollouts`, the number of episodes and texts, is the budget for comparing algorithms. `reflections` counts texts,
+    `distilled` targets. For the episodes of each role there are `reward_ROLE` and `success_ROLE`."""
+    samples = [sample for experience in experiences for sample in experience.samples]
+    episodes = [sample for sample in samples if sample.is_episode]
+    texts = len(samples) - len(episodes)
+    sequences = [sequence for sample in samples for sequence in sample.sequences]
     metrics = {
-        "reflections": float(len(reflections)),
-        "distilled": float(sum(experience.distilled is not None for experience in experiences)),
-        "excluded": float(sum(not part.outcome.has_reward for part in parts)),
-        "restarts": float(sum(attempt.restarts for attempt in first + second)),
-        "rollouts": float(sum(1 + attempt.restarts for attempt in first + second) + len(reflections)),
+        "reflections": float(texts),
+        "distilled": float(sum(len(experience.targets) for experience in experiences)),
+        "excluded": float(sum(not sample.outcome.has_reward for sample in samples)),
+        "restarts": float(sum(episode.restarts for episode in episodes)),
+        "rollouts": float(sum(1 + episode.restarts for episode in episodes) + texts),
         "sampled_tokens": float(sum(sequence.sampled_count for sequence in sequences)),
     }
-    unplayed = sum(map(never_fits, parts))
+    unplayed = sum(map(never_fits, samples))
     if unplayed:
         metrics["excluded_prompt_too_long"] = float(unplayed)
-    for name, attempts in (("first", first), ("second", second)):
-        rewards = rewards_of(attempts)
+    for role in dict.fromkeys(episode.role for episode in episodes):
+        rewards = rewards_of(episode for episode in episodes if episode.role == role)
         if rewards:
-            metrics[f"reward_{name}"] = fmean(rewards)
-            metrics[f"success_{name}"] = fmean(reaches(reward, threshold) for reward in rewards)
+            metrics[f"reward_{role}"] = fmean(rewards)
+            metrics[f"success_{role}"] = fmean(reaches(reward, threshold) for reward in rewards)
     return metrics
 
 
-def rewards_of(attempts: Iterable[Attempt]) -> list[float]:
-    return [attempt.reward for attempt in attempts if attempt.reward is not None]
+def rewards_of(samples: Iterable[Sample]) -> list[float]:
+    return [sample.reward for sample in samples if sample.reward is not None]
 
 
 def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -61,7 +61,7 @@ class EvaluationProgress:
     rewarded: int = 0
     successes: int = 0
 
-    def add(self, attempt: Attempt) -> None:
+    def add(self, attempt: Sample) -> None:
         self.ended += 1
         if attempt.reward is not None:
             self.rewarded += 1

@@ -14,21 +14,20 @@ import structlog
 
 from mulligan.common.disk import free_bytes
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.experience import Experience
 from mulligan.common.inference import PolicyInfo
-from mulligan.common.rewards import reaches
-from mulligan.common.types import Attempt, Experience
-from mulligan.trainer.algorithm import Erl, NoRecorder, evaluate
-from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
+from mulligan.trainer.evaluation import evaluate, evaluation_of
+from mulligan.trainer.events import EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from mulligan.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
-from mulligan.trainer.metrics import rewards_of
 from mulligan.trainer.preflight import check_actor, check_environment, check_reflector
 from mulligan.trainer.run_environment import EnvironmentChanged, RunEnvironment, RunTasks
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
 from mulligan.trainer.seeds import tasks_of_step
 from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.step import StepRunner
 from mulligan.trainer.trainable import drop_notices, prompt_notices
 
 log = structlog.get_logger()
@@ -38,10 +37,6 @@ _FIRST_DELAY_SECONDS = 0.5
 _MAX_DELAY_SECONDS = 60.0
 _LOOK_SECONDS = 0.5
 _SPARE_BYTES = 2**18
-
-
-class EvaluationFailed(RuntimeError):
-    """None of an evaluation's attempts could be finished."""
 
 
 @dataclass(frozen=True)
@@ -183,33 +178,33 @@ class Run:
         incarnation = uuid.uuid4().hex[:8]
         restarts = settings.rollout.max_restarts
         harness = Harness(self.environment.port, actor, info, actor.info, incarnation, restarts, reflector)
-        algorithm = Erl(self.run_id, settings, harness, services.memory, learner, NoRecorder())
+        runner = StepRunner(self.run_id, settings, harness, services.memory, learner)
         await actor.publish()
         if checkpoint is None:
-            await self._save(algorithm, 0)
+            await self._save(runner, 0)
         test_ids = [task.task_id for task in tasks.test]
         while self.step < settings.steps and not self._stop.is_set():
             if self._evaluation_due():
-                await self._evaluate(algorithm, test_ids)
-            await self._step(algorithm, actor, tasks)
+                await self._evaluate(runner, test_ids)
+            await self._step(runner, actor, tasks)
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps or self._stop.is_set():
-                await self._save(algorithm, self.step)
+                await self._save(runner, self.step)
         if self.step == settings.steps:
-            await self._evaluate(algorithm, test_ids)
+            await self._evaluate(runner, test_ids)
             self.folder.write_summary(self.summary())
             self._finished = True
 
-    async def _step(self, algorithm: Erl, policy: PublishedPolicy, tasks: RunTasks) -> None:
-        """Samples, learns, publishes, memorises. A repeated step finds its attempts and reflections in the journal."""
+    async def _step(self, runner: StepRunner, policy: PublishedPolicy, tasks: RunTasks) -> None:
+        """Samples, learns, publishes, memorises. A repeated step finds its samples in the journal."""
         start = time.monotonic()
         journal = StepJournal(self.folder.journal, self.step)
         try:
-            recording = replace(algorithm, recorder=journal)
+            recording = replace(runner, recorder=journal)
             experiences = await self._sample(recording, journal, policy.version, tasks)
             sampled = time.monotonic()
             journal.sync()
-            first = [experience.first_attempt for experience in experiences]
-            later = [part for experience in experiences for part in experience.parts()]
+            first = [experience.samples[0] for experience in experiences if experience.samples]
+            later = [sample for experience in experiences for sample in experience.samples[1:]]
             self._notice_once(prompt_notices(first, later))
             metrics = recording.metrics(experiences) | await recording.learn(self.step, experiences)
             self._notice_once(drop_notices(metrics))
@@ -234,7 +229,9 @@ class Run:
             self.events.add(StepEvent(self.step, metrics))
         self.step += 1
 
-    async def _sample(self, recording: Erl, journal: StepJournal, version: int, tasks: RunTasks) -> list[Experience]:
+    async def _sample(
+        self, recording: StepRunner, journal: StepJournal, version: int, tasks: RunTasks
+    ) -> list[Experience]:
         """Raises EnvironmentChanged when the environment changed meanwhile; then the step's attempts are not used."""
         rollout = self.settings.rollout
         if journal.started is None:
@@ -243,7 +240,7 @@ class Run:
             task_ids = [tasks.train[index].task_id for index in chosen]
             journal.start(StepStarted(self.step, task_ids, memory_version, version))
         assert journal.started is not None
-        known = journal.chains == rollout.tasks_per_step * rollout.rollouts_per_task
+        known = journal.experiences == rollout.tasks_per_step * rollout.rollouts_per_task
         try:
             experiences = await recording.sample(self.step, journal.started.task_ids, journal.started.memory_version)
             if not known:
@@ -253,25 +250,23 @@ class Run:
             raise
         return experiences
 
-    async def _save(self, algorithm: Erl, step: int) -> None:
+    async def _save(self, runner: StepRunner, step: int) -> None:
         name = f"{self.run_id}-{step:06}"
-        await algorithm.learner.save_checkpoint(name)
-        memory_version = await self.services.memory.snapshot(algorithm.memory_scope)
+        await runner.learner.save_checkpoint(name)
+        memory_version = await self.services.memory.snapshot(runner.memory_scope)
         self.folder.write_checkpoint(Checkpoint(name, step, memory_version))
 
     def _evaluation_due(self) -> bool:
         every = self.settings.evaluation.every
         return (self.step == 0 or (every > 0 and self.step % every == 0)) and self.step not in self.events.evaluations()
 
-    async def _evaluate(self, algorithm: Erl, test_ids: list[str]) -> None:
+    async def _evaluate(self, runner: StepRunner, test_ids: list[str]) -> None:
         if self.step in self.events.evaluations():
             return
         name = f"{self.run_id}-evaluation-{self.step}"
         settings = self.settings
         log.info("evaluating", run_id=self.run_id, step=self.step, tasks=len(test_ids))
-        attempts = await evaluate(
-            algorithm.harness, name, test_ids, settings.evaluation, settings.rollout, settings.seed
-        )
+        attempts = await evaluate(runner.harness, name, test_ids, settings.evaluation, settings.rollout, settings.seed)
         self._notice_once(prompt_notices(attempts))
         self.events.add(evaluation_of(self.step, attempts, self.settings.algorithm.success_threshold))
 
@@ -301,16 +296,6 @@ class Run:
             "evaluations": curve,
             "settings": self.settings.model_dump(mode="json"),
         }
-
-
-def evaluation_of(step: int, attempts: list[Attempt], threshold: float) -> EvaluationEvent:
-    """Averages over the attempts with a reward. Raises EvaluationFailed when there is none."""
-    rewards = rewards_of(attempts)
-    if not rewards:
-        causes = sorted({attempt.error for attempt in attempts})
-        raise EvaluationFailed("no attempt could be finished: " + "; ".join(causes[:3]))
-    success = fmean(reaches(reward, threshold) for reward in rewards)
-    return EvaluationEvent(step, success, fmean(rewards), len(rewards), len(attempts) - len(rewards))
 
 
 class Pause:

@@ -16,7 +16,7 @@ from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
 from mulligan.trainer.fingerprint import Fingerprint, brief, fingerprint
 from mulligan.trainer.folder import RunFolder
 from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle
-from mulligan.trainer.journal import journaled_steps, sampled_chains, set_aside
+from mulligan.trainer.journal import journaled_steps, sampled_experiences, set_aside
 from mulligan.trainer.preflight import check_tasks
 from mulligan.trainer.settings import RunSettings
 
@@ -147,5 +147,5 @@ class RunEnvironment:
         rollout = self._settings.rollout
         journal = self._folder.journal
         for step in journaled_steps(journal)[-1:]:
-            if sampled_chains(journal, step) < rollout.tasks_per_step * rollout.rollouts_per_task:
+            if sampled_experiences(journal, step) < rollout.tasks_per_step * rollout.rollouts_per_task:
                 set_aside(journal, step)

@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable, invalid_field
+from mulligan.common.experience_wire import experience_to_proto
 from mulligan.common.tasks import cancel
-from mulligan.common.wire import experience_to_proto
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from mulligan.trainer.manager import RunManager

@@ -3,32 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
+from mulligan.common.plugins import Plugins, PluginSettings, located, read_named
+from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import RetrievalStrategy
 
 _POLICY_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
-
-
-class SecondAttempt(StrEnum):
-    NONE = "none"
-    REFLECTION = "reflection"
-    RAW_RETRY = "raw_retry"
-    TRY_AGAIN = "try_again"
-
-
-class DistillationLoss(StrEnum):
-    RAFT = "raft"
-    CROSS_ENTROPY = "cross_entropy"
-
-
-class BranchNormalization(StrEnum):
-    OWN_COUNT = "own_count"
-    CHAINS = "chains"
-    TRAINABLE = "trainable"
 
 
 class MismatchCorrection(StrEnum):
@@ -78,22 +63,54 @@ class LossSettings(_Settings):
         return self
 
 
-class AlgorithmSettings(_Settings):
-    second_attempt: SecondAttempt = SecondAttempt.REFLECTION
-    memory_strategy: RetrievalStrategy = RetrievalStrategy.LATEST_SUCCESS
-    memory_entries: int = Field(1, ge=0, le=100)
-    memory_scope: str | None = None
+class AlgorithmSettings(PluginSettings):
+    """What every algorithm has. An algorithm's own `Settings` add to it, and may give other defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str
     success_threshold: float = 1.0
-    distillation_loss: DistillationLoss = DistillationLoss.RAFT
-    distillation_weight: float = Field(1.0, ge=0)
-    distillation_baseline: bool = False
-    first_weight: float = Field(1.0, ge=0)
-    reflection_weight: float = Field(1.0, ge=0)
-    second_weight: float = Field(1.0, ge=0)
-    normalize_by_std: bool = True
     optimizer_steps: int = Field(1, ge=1, le=1000)
-    branch_normalization: BranchNormalization = BranchNormalization.OWN_COUNT
+    normalize_by_std: bool = True
+    memory_strategy: RetrievalStrategy = RetrievalStrategy.LATEST_SUCCESS
+    memory_entries: int = Field(0, ge=0, le=100)
+    memory_scope: str | None = None
     train_cut_reflections: bool = False
+
+
+ALGORITHMS = Plugins(
+    noun="algorithm",
+    package="mulligan.trainer.algorithms",
+    group="mulligan.algorithms",
+    exports=("Settings", "play", "train"),
+    default="erl",
+    settings=AlgorithmSettings,
+)
+# Before algorithms had names, this setting told them apart, and all of them had ERL's settings.
+BY_SECOND_ATTEMPT = {"reflection": "erl", "none": "rlvr", "raw_retry": "raw_retry", "try_again": "try_again"}
+
+
+def _algorithm(table: Any) -> AlgorithmSettings:
+    if isinstance(table, Mapping) and (table.get("second_attempt") or "name" not in table):
+        table = _named(table)
+    found: AlgorithmSettings = read_named(ALGORITHMS, table, ALGORITHMS.default)
+    return found
+
+
+def _named(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with `name` in place of `second_attempt`. Without a name, ERL's settings that the algorithm has not are
+    left out: they had no meaning for it."""
+    old = str(table.get("second_attempt") or "reflection")
+    if old not in BY_SECOND_ATTEMPT:
+        near = did_you_mean(old, BY_SECOND_ATTEMPT)
+        raise located({("second_attempt",): f"expected {', '.join(BY_SECOND_ATTEMPT)}; got {old!r}{near}"})
+    name = table.get("name", BY_SECOND_ATTEMPT[old])
+    if BY_SECOND_ATTEMPT[old] != name and "second_attempt" in table:
+        raise located({("second_attempt",): f"{old!r} and name = {name!r} are two algorithms; expected one of the two"})
+    own = ALGORITHMS.find(name).Settings.model_fields
+    others = ALGORITHMS.find(ALGORITHMS.default).Settings.model_fields.keys() - own.keys()
+    dropped = {"second_attempt", *(others if "name" not in table else ())}
+    return {"name": name} | {field: value for field, value in table.items() if field not in dropped}
 
 
 class RolloutSettings(_Settings):
@@ -134,7 +151,9 @@ class PoliciesSettings(_Settings):
 class RunSettings(_Settings):
     environment: str = Field(min_length=1)
     model: TrainedModelSettings = TrainedModelSettings()
-    algorithm: AlgorithmSettings = AlgorithmSettings()
+    algorithm: Annotated[SerializeAsAny[AlgorithmSettings], BeforeValidator(_algorithm)] = Field(
+        default_factory=lambda: _algorithm({})
+    )
     rollout: RolloutSettings = RolloutSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()

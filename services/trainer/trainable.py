@@ -1,4 +1,4 @@
-"""Which attempts and reflections can be trained on.
+"""Which samples and targets can be trained on.
 
 A sample that the learner would refuse is left out of training and counted. This also holds for samples from a journal,
 so no such sample ends a run or keeps one from being resumed.
@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.experience import Experience, Sample, TokenSequence, TrainingTarget
 from mulligan.common.rewards import is_usable
-from mulligan.common.types import Attempt, Experience, Outcome, Reflection, TokenSequence
+from mulligan.common.types import Outcome
 from mulligan.trainer.data import Datum, Distillation, ModelLimits, PolicyGradient, Problem, datum_problem
-from mulligan.trainer.settings import AlgorithmSettings
-
-Part = TypeVar("Part", Attempt, Reflection)
 
 # Problems of whole samples, beside those of single data (`Problem`).
 CUT_REFLECTION = "cut_reflection"
@@ -39,87 +36,82 @@ _MEANINGS = {
 
 
 class NotDistilled(Exception):
-    """A successful second attempt has no distilled target. `problem` is the reason, one of the names above."""
+    """A sample has no prompt under another context. `problem` is the reason, one of the names above."""
 
     def __init__(self, problem: str):
         super().__init__(problem)
         self.problem = problem
 
 
-def with_usable_reward(attempt: Attempt) -> Attempt:
-    """The attempt, without reward where it has no outcome, no turn, or a reward that is not a usable number."""
-    if not attempt.outcome.has_reward:
-        return replace(attempt, reward=None)
-    if not attempt.turns:
-        return replace(attempt, outcome=Outcome.ENV_ERROR, reward=None, error="no turn was played")
-    if attempt.reward is None or not is_usable(attempt.reward):
-        error = f"the rewards of the steps add up to {attempt.reward}, which is no usable number"
-        return replace(attempt, outcome=Outcome.ENV_ERROR, reward=None, error=error)
-    return attempt
+def with_usable_reward(episode: Sample) -> Sample:
+    """The episode, without reward where it has no outcome, no turn, or a reward that is not a usable number."""
+    if not episode.outcome.has_reward:
+        return replace(episode, reward=None)
+    if not episode.turns:
+        return replace(episode, outcome=Outcome.ENV_ERROR, reward=None, error="no turn was played")
+    if episode.reward is None or not is_usable(episode.reward):
+        error = f"the rewards of the steps add up to {episode.reward}, which is no usable number"
+        return replace(episode, outcome=Outcome.ENV_ERROR, reward=None, error=error)
+    return episode
 
 
-def never_fits(part: Attempt | Reflection) -> bool:
+def never_fits(sample: Sample) -> bool:
     """Whether the first prompt was longer than the policy's context, so that nothing was sampled. Older journals hold
-    such attempts as TRUNCATED."""
-    too_long = part.error.startswith(f"{Reason.PROMPT_TOO_LONG}:")
-    if isinstance(part, Reflection):
+    such episodes as TRUNCATED."""
+    too_long = sample.error.startswith(f"{Reason.PROMPT_TOO_LONG}:")
+    if not sample.is_episode:
         return too_long
-    return not part.turns and (too_long or part.outcome is Outcome.TRUNCATED)
+    return not sample.turns and (too_long or sample.outcome is Outcome.TRUNCATED)
 
 
-def prompt_notices(first: Sequence[Attempt], later: Sequence[Attempt | Reflection] = ()) -> list[str]:
-    """Notices about attempts and reflections whose first prompt never fits.
+def prompt_notices(first: Sequence[Sample], later: Sequence[Sample] = ()) -> list[str]:
+    """Notices about samples whose first prompt never fits. `first` are those that experiences begin with.
 
-    Raises DomainError PROMPT_TOO_LONG when no first attempt fits.
+    Raises DomainError PROMPT_TOO_LONG when none of `first` fits.
     """
     if first and all(map(never_fits, first)):
         said = first[0].error.removeprefix(f"{Reason.PROMPT_TOO_LONG}: ")
         raise DomainError(Reason.PROMPT_TOO_LONG, f"no attempt could begin: {said}")
-    for part in (*first, *later):
-        if never_fits(part):
-            what = "a reflection" if isinstance(part, Reflection) else "an attempt"
-            return [f"excluded, counted as excluded_prompt_too_long: {what}, because {part.error}"]
+    for sample in (*first, *later):
+        if never_fits(sample):
+            what = "an attempt" if sample.is_episode else f"a {sample.role}"
+            return [f"excluded, counted as excluded_prompt_too_long: {what}, because {sample.error}"]
     return []
 
 
 def trainable(
-    experiences: Sequence[Experience], limits: ModelLimits, settings: AlgorithmSettings
+    experiences: Sequence[Experience], limits: ModelLimits, *, train_cut_texts: bool = False
 ) -> tuple[list[Experience], Counter[str]]:
     """The experiences without token sequences that cannot be trained on, and the number of dropped samples by problem.
 
-    Rewards stay, because the advantages of the group need them.
+    Only samples with a reward count as dropped: the others are never trained on. Rewards stay, because the advantages
+    of the group need them. Texts that were cut at their token limit are dropped unless `train_cut_texts`.
     """
-    chains = [_with_usable_rewards(chain) for chain in experiences]
-    dropped: Counter[str] = Counter(chain.not_distilled for chain in chains if chain.not_distilled)
+    dropped: Counter[str] = Counter()
 
-    def kept(part: Part) -> Part:
-        problem = _cut(part, settings) or _problem(part.sequences, part.temperature, limits)
+    def kept(sample: Sample) -> Sample:
+        if sample.reward is None or sample.policy:
+            return sample
+        cut = not sample.is_episode and sample.outcome is Outcome.TRUNCATED and not train_cut_texts
+        problem = CUT_REFLECTION if cut else _problem(sample.sequences, sample.temperature, limits)
         if problem:
             dropped[problem] += 1
-        return replace(part, sequences=()) if problem else part
+        return replace(sample, sequences=()) if problem else sample
 
-    def chain_kept(chain: Experience) -> Experience:
-        if chain.first_attempt.reward is None:
-            return chain
-        second = chain.second_attempt
-        reflection = chain.reflection
-        target = chain.distilled
-        if second is None or second.reward is None:  # then the reflection has no reward either
-            return replace(chain, first_attempt=kept(chain.first_attempt))
-        if target is not None and (
-            problem := _problem(target.sequences, second.temperature, limits, is_distilled=True)
-        ):
+    def is_kept(target: TrainingTarget, source: Sample) -> bool:
+        problem = _problem(target.sequences, source.temperature, limits, is_distilled=True)
+        if problem:
             dropped[problem] += 1
-            target = None
-        return replace(
-            chain,
-            first_attempt=kept(chain.first_attempt),
-            reflection=reflection if reflection is None or reflection.policy else kept(reflection),
-            second_attempt=kept(second),
-            distilled=target,
-        )
+        return problem is None
 
-    return [chain_kept(chain) for chain in chains], dropped
+    def experience_kept(experience: Experience) -> Experience:
+        samples = tuple(map(_with_usable_reward, experience.samples))
+        experience = replace(experience, samples=samples)
+        dropped.update(experience.untrained)
+        targets = tuple(target for target in experience.targets if is_kept(target, experience.source(target)))
+        return replace(experience, samples=tuple(map(kept, samples)), targets=targets)
+
+    return [experience_kept(experience) for experience in experiences], dropped
 
 
 def counted(dropped: Mapping[str, int]) -> dict[str, float]:
@@ -138,18 +130,8 @@ def drop_notices(metrics: Mapping[str, float]) -> list[str]:
     ]
 
 
-def _with_usable_rewards(chain: Experience) -> Experience:
-    second = chain.second_attempt
-    return replace(
-        chain,
-        first_attempt=with_usable_reward(chain.first_attempt),
-        second_attempt=None if second is None else with_usable_reward(second),
-    )
-
-
-def _cut(part: Attempt | Reflection, settings: AlgorithmSettings) -> str | None:
-    is_cut = isinstance(part, Reflection) and part.outcome is Outcome.TRUNCATED
-    return CUT_REFLECTION if is_cut and not settings.train_cut_reflections else None
+def _with_usable_reward(sample: Sample) -> Sample:
+    return with_usable_reward(sample) if sample.is_episode else sample
 
 
 def _problem(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, TypeVar
 
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import BaseModel, ValidationError
@@ -16,10 +17,11 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.suggest import problems
 from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
 from mulligan.trainer.folder import RunState
-from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.settings import BY_SECOND_ATTEMPT, RunSettings
 from mulligan.trainer.v1 import run_config_pb2, run_service_pb2
 
 Settings = TypeVar("Settings", bound=BaseModel)
+_STRUCT = "google.protobuf.Struct"
 
 
 def settings_from_proto(config: run_config_pb2.RunConfig) -> RunSettings:
@@ -39,19 +41,30 @@ def validated(model: type[Settings], plain: Mapping[str, Any]) -> Settings:
 def settings_to_proto(settings: RunSettings) -> run_config_pb2.RunConfig:
     config = run_config_pb2.RunConfig()
     fill_proto(config, settings.model_dump(mode="json"))
+    for old, name in BY_SECOND_ATTEMPT.items():  # for clients from before algorithms had names
+        if name == settings.algorithm.name:
+            fill_proto(config.algorithm, {"second_attempt": old})
     return config
 
 
 def plain_from_proto(message: Message) -> dict[str, Any]:
-    """The fields that are present, as plain values."""
-    return {field.name: _plain(field, value) for field, value in message.ListFields()}
+    """The fields that are present, as plain values. What a plug-in's `settings` hold stands beside the other fields."""
+    plain = {field.name: _plain(field, value) for field, value in message.ListFields()}
+    if _takes_others(message):
+        plain |= plain.pop("settings", {})
+    return plain
 
 
 def fill_proto(message: Message, plain: Mapping[str, Any]) -> None:
+    """Fills in the fields by their names. Names without a field go into `settings`, where the message has that."""
+    known = message.DESCRIPTOR.fields_by_name
     for name, value in plain.items():
-        field = message.DESCRIPTOR.fields_by_name[name]
         if value is None:
             continue
+        if name not in known and _takes_others(message):
+            getattr(message, "settings")[name] = value  # noqa: B009 - no type has it
+            continue
+        field = known[name]
         if isinstance(value, Mapping):
             getattr(message, name).SetInParent()
             fill_proto(getattr(message, name), value)
@@ -63,7 +76,14 @@ def fill_proto(message: Message, plain: Mapping[str, Any]) -> None:
             setattr(message, name, value)
 
 
+def _takes_others(message: Message) -> bool:
+    field = message.DESCRIPTOR.fields_by_name.get("settings")
+    return field is not None and field.message_type is not None and field.message_type.full_name == _STRUCT
+
+
 def _plain(field: Any, value: Any) -> Any:
+    if field.message_type is not None and field.message_type.full_name == _STRUCT:
+        return MessageToDict(value)
     if field.message_type is not None:
         return plain_from_proto(value)
     if field.enum_type is not None:

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 
 from mulligan.common.channel import Endpoint
+from mulligan.common.experience import Sample
 from mulligan.common.inference import Message, SamplingParams
-from mulligan.common.types import Attempt, Outcome, Split
+from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient
 from mulligan.env.envs.hotpotqa import world as hotpotqa_world
 from mulligan.env.envs.sokoban.boards import solve
 from mulligan.env.envs.sokoban.environment import Sokoban
 from mulligan.testing.processes import ServiceProcesses
-from mulligan.trainer.harness import Harness, fill, trace_of
+from mulligan.trainer.harness import Harness, fill, guided_by, reflection_in, reflection_request, trace_of
 from tests.support.fakes import FakePolicy
 from tests.support.llama_model import TOOLS_TEMPLATE, write_llama_model
 from tests.support.policy import serving
@@ -38,7 +39,7 @@ async def harness(client: EnvClient, environment: str, answer: Answer) -> Harnes
     return Harness(client, policy, await client.describe(environment), await policy.info(), "i0", 0)
 
 
-async def attempt(made: Harness, task_id: str) -> Attempt:
+async def attempt(made: Harness, task_id: str) -> Sample:
     return await made.attempt(f"a-{task_id}", task_id, made.info.prompts.solver, SAMPLING, 0)
 
 
@@ -107,7 +108,10 @@ async def test_a_failure_is_reflected_on_and_tried_again(
     (task,) = await client.list_tasks(environment, Split.TRAIN, 1)
     first = await attempt(made, task.task_id)
     assert first.reward == 0.0 and first.feedback.startswith(told)
-    reflection = await made.reflect("r", first, "", SAMPLING, 0)
+    prompts = made.info.prompts
+    blank = Sample("r", "reflection", Outcome.COMPLETED, (), 1.0, system=prompts.reflection_system)
+    asked = reflection_request(first, prompts, [])
+    reflection = await made.write(blank, asked, SAMPLING, 0, read=lambda said: reflection_in(said, prompts))
     assert reflection.text == "Do better."
     (request,) = requests
     assert seen in request and told in request and made.info.prompts.memory_empty in request
@@ -115,7 +119,7 @@ async def test_a_failure_is_reflected_on_and_tried_again(
     for text in (request, retry):
         left = set(re.findall(r"\{(trace|feedback|reward|memory|observation|action)\}", text))
         assert left <= ({"trace"} if "{trace}" in answer else set())
-    second = await made.attempt("b", task.task_id, made.second_system(reflection), SAMPLING, 0)
+    second = await made.attempt("b", task.task_id, guided_by(reflection.text, prompts), SAMPLING, 0)
     assert second.turns[0].observation == first.turns[0].observation
     prompt, _ = made.policy.calls[-len(second.turns)]  # type: ignore[attr-defined]
     assert prompt[0] == Message(prompt[0].role, "Do better.\n" + made.info.prompts.action_reminder)

@@ -12,8 +12,9 @@ import pytest
 
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.experience import Sample
 from mulligan.common.inference import SamplingParams
-from mulligan.common.types import Attempt, Outcome, Split
+from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient, RemoteEpisode, kept_alive
 from mulligan.env.replicas import EnvReplicas, connect
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
@@ -70,7 +71,7 @@ class Thinker(FakePolicy):
 
 async def attempt_of(
     client: EnvClient | EnvReplicas, think: Callable[[], Awaitable[None]], environment: str = "frozenlake"
-) -> Attempt:
+) -> Sample:
     policy = Thinker(lambda system, last, sampling: "```Up```")
     policy.think = think
     policy.context_length = 2**20

@@ -8,14 +8,14 @@ from collections.abc import Callable
 import pytest
 
 from mulligan.common.channel import Endpoint
+from mulligan.common.experience import Experience
 from mulligan.common.inference import SamplingParams
-from mulligan.common.types import Experience, Outcome
+from mulligan.common.types import Outcome
 from mulligan.env.client import EnvClient
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
-from mulligan.trainer.algorithm import Erl, NoRecorder
-from mulligan.trainer.batch import groups, training_data
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.step import StepRunner
 from tests.support.fakes import FakeLearner, FakeMemory, FakePolicy
 
 MAX_RESTARTS = 2
@@ -43,34 +43,34 @@ class Killer:
         return "```Up```"
 
 
-async def chain(env: ServiceProcess, kills: int) -> tuple[Erl, list[Experience]]:
+async def chain(env: ServiceProcess, kills: int) -> tuple[StepRunner, list[Experience]]:
     killer = Killer(env.restart, kills)
     client = EnvClient(Endpoint(env.address, outage_seconds=60))
     policy = FakePolicy(killer.answer)
     settings = RunSettings.model_validate(
-        {"environment": "frozenlake-3x3", "algorithm": {"second_attempt": "none"}, "rollout": {"rollouts_per_task": 1}}
+        {"environment": "frozenlake-3x3", "algorithm": {"name": "rlvr"}, "rollout": {"rollouts_per_task": 1}}
     )
     info = await client.describe("frozenlake-3x3")
     harness = Harness(client, policy, info, await policy.info(), f"{kills}", MAX_RESTARTS)
-    erl = Erl(f"killed-{kills}", settings, harness, FakeMemory(), FakeLearner(), NoRecorder())
+    runner = StepRunner(f"killed-{kills}", settings, harness, FakeMemory(), FakeLearner())
     try:
         async with asyncio.timeout(100):
-            return erl, list(await erl.sample(0, ["train/00000"], 0))
+            return runner, list(await runner.sample(0, ["train/00000"], 0))
     finally:
         await client.close()
 
 
 async def test_a_lost_episode_is_played_again_under_a_new_id(env: ServiceProcess) -> None:
-    erl, (experience,) = await chain(env, kills=1)
-    attempt = experience.first_attempt
+    runner, (experience,) = await chain(env, kills=1)
+    attempt = experience["first"]
     assert attempt.outcome.has_reward and attempt.restarts == 1 and attempt.episode_id.endswith("-1")
-    assert erl.metrics([experience])["restarts"] == 1 and erl.metrics([experience])["excluded"] == 0
+    assert runner.metrics([experience])["restarts"] == 1 and runner.metrics([experience])["excluded"] == 0
 
 
 async def test_after_the_last_restart_it_is_excluded_and_counted(env: ServiceProcess) -> None:
-    erl, (experience,) = await chain(env, kills=MAX_RESTARTS + 1)
-    attempt = experience.first_attempt
+    runner, (experience,) = await chain(env, kills=MAX_RESTARTS + 1)
+    attempt = experience["first"]
     assert attempt.outcome is Outcome.ENV_ERROR and attempt.reward is None and attempt.restarts == MAX_RESTARTS
     assert "UNKNOWN_EPISODE" in attempt.error
-    assert groups([experience]) == [] and training_data([experience], erl.settings.algorithm) == []
-    assert erl.metrics([experience])["excluded"] == 1
+    assert runner.training_data([experience])[0] == []
+    assert runner.metrics([experience])["excluded"] == 1

@@ -59,9 +59,9 @@ async def test_an_env_server_that_comes_back_with_another_seed(loop: Loop, clien
     error = await loop.failure("run")
     assert "task 'train" in error and "--accept-environment" in error
     for chain in loop.experiences("run"):
-        second = chain.second_attempt
-        if second is not None and second.turns and chain.first_attempt.turns:
-            assert second.turns[0].observation == chain.first_attempt.turns[0].observation
+        second = chain.sample("second")
+        if second is not None and second.turns and chain["first"].turns:
+            assert second.turns[0].observation == chain["first"].turns[0].observation
 
     with pytest.raises(DomainError) as caught:
         await client.resume("run")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import string
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from uuid import uuid4
@@ -21,17 +21,19 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from mulligan.common.channel import Endpoint
+from mulligan.common.experience import Experience, Sample
 from mulligan.common.inference import Message, Role, StopReason
-from mulligan.common.types import Attempt, Experience, Split
+from mulligan.common.types import Split
 from mulligan.env.client import EnvClient
 from mulligan.policy.backend import Ask, Sampled
 from mulligan.testing.processes import ServiceProcesses
-from mulligan.trainer.algorithm import Erl
 from mulligan.trainer.data import Datum
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
 from mulligan.trainer.learner.wire import data_from_proto, data_to_proto
+from mulligan.trainer.member import NoRecorder
 from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.step import StepRunner
 from tests.support.fakes import FakeLearner, FakeMemory
 from tests.support.policy import Serving, serving
 from tests.support.second_try import MAX_STEPS, TASKS
@@ -144,12 +146,12 @@ async def one_step(policy: Serving, env_address: str, folder: Path) -> tuple[lis
     journal = StepJournal(folder, 0)
     learner = FakeLearner()
     journal.start(StepStarted(0, list(TASKS[Split.TRAIN]), 0, 0))
-    algorithm = Erl("run", SETTINGS, harness, FakeMemory(), learner, journal)
+    algorithm = StepRunner("run", SETTINGS, harness, FakeMemory(), learner, journal)
     await algorithm.sample(0, TASKS[Split.TRAIN], 0)
     journal.close()
     await environment.close()
     chains = read_experiences(journal_file(folder, 0))
-    await algorithm.learn(0, chains)
+    await replace(algorithm, recorder=NoRecorder()).learn(0, chains)
     (data,) = learner.steps
     return chains, data_from_proto(data_to_proto(data))
 
@@ -173,19 +175,19 @@ async def test_over_eight_turns_the_ids_trained_on_are_the_ids_sampled(
     assert len(chains) == 4
     closed: list[bool] = []
     for chain in chains:
-        first = chain.first_attempt
-        reflection = chain.reflection
-        second = chain.second_attempt
-        distilled = chain.distilled
-        assert reflection is not None and second is not None and distilled is not None
+        first = chain.sample("first")
+        reflection = chain.sample("reflection")
+        second = chain.sample("second")
+        distilled = chain.target("distilled")
+        assert first is not None and reflection is not None and second is not None and distilled is not None
         assert (first.reward, second.reward, len(first.turns), len(second.turns)) == (0.0, 1.0, MAX_STEPS, MAX_STEPS)
-        second_data = trained(data, second.attempt_id)
+        second_data = trained(data, second.sample_id)
         first_calls = recorded.take(MAX_STEPS)
-        check(trained(data, first.attempt_id), first_calls, one_per_turn=rewrites)
-        check(trained(data, reflection.reflection_id), recorded.take(1), one_per_turn=True)
+        check(trained(data, first.sample_id), first_calls, one_per_turn=rewrites)
+        check(trained(data, reflection.sample_id), recorded.take(1), one_per_turn=True)
         second_calls = recorded.take(MAX_STEPS)
         check(second_data, second_calls, one_per_turn=rewrites)
-        check_distilled(trained(data, distilled.distilled_id), second_data, second_calls, first_calls[0][0])
+        check_distilled(trained(data, distilled.target_id), second_data, second_calls, first_calls[0][0])
         for attempt, calls in ((first, first_calls), (second, second_calls)):
             await check_that_text_would_not_do(policy, attempt, calls, rewrites)
         closed += [answer.stop_reason is StopReason.END_OF_TURN for _, answer in first_calls + second_calls]
@@ -224,7 +226,7 @@ def check_distilled(
 
 
 async def check_that_text_would_not_do(
-    policy: Serving, attempt: Attempt, calls: list[tuple[list[int], Sampled]], rewrites: bool
+    policy: Serving, attempt: Sample, calls: list[tuple[list[int], Sampled]], rewrites: bool
 ) -> None:
     """Decoding and encoding again gives other ids: for most turns alone, and for the conversation rendered anew."""
     messages = [Message(Role.SYSTEM, "any")]

@@ -49,7 +49,7 @@ async def test_distilled_copies_that_no_learner_takes_are_left_out(loop: Loop) -
     await loop.train("long-x", small_run(environment="long-x", loss={"kl_coefficient": 0.01}, **SMALL))
     chains = loop.experiences("long-x")
     for chain in chains:
-        assert chain.distilled is not None and len(chain.distilled.sequences[0].token_ids) > 1024
+        assert chain.target("distilled") is not None and len(chain.targets[0].sequences[0].token_ids) > 1024
     steps = [event.metrics for event in await events(loop, "long-x") if isinstance(event, StepEvent)]
     assert sum(step["dropped_too_long"] for step in steps) == len(chains) == 8
     assert {name for step in steps for name in step if name.endswith("/loss")} >= {"first/loss", "second/loss"}

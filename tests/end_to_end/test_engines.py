@@ -37,7 +37,7 @@ async def test_sglang_is_trained_and_an_endpoint_reflects(loop: Loop) -> None:
     assert (await policy.info()).policy_version == before + 3
     await policy.close()
     chains = loop.experiences("full")
-    reflections = [chain.reflection for chain in chains if chain.reflection is not None]
+    reflections = [one for chain in chains for one in chain.samples if one.role == "reflection"]
     assert reflections and all(reflection.policy == "hosted" and reflection.text for reflection in reflections)
     assert [sequence.sampled_count for r in reflections for sequence in r.sequences] == [0] * len(reflections)
     for metrics in await loop.metrics("full"):

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from mulligan.common.channel import Endpoint
-from mulligan.common.types import Experience, Outcome, SegmentKind
+from mulligan.common.experience import Experience, SegmentKind
+from mulligan.common.types import Outcome
 from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop, small_run
@@ -21,15 +22,15 @@ def check_experiences(chains: list[Experience], steps: int, tasks: int, rollouts
     """Each chain once, every token sampled by a stamped version, every distilled target without the reflection."""
     assert len(chains) == len({chain.experience_id for chain in chains}) == steps * tasks * rollouts
     for chain in chains:
-        for part in chain.parts():
+        for part in chain.samples:
             for sequence in part.sequences:
                 sampled = [segment for segment in sequence.segments if segment.kind is SegmentKind.SAMPLED]
                 assert sampled and all(len(s.log_probs) == len(s.token_ids) for s in sampled)
                 assert all(sum(v.token_count for v in s.policy_versions) == len(s.token_ids) for s in sampled)
                 assert all(value <= 0 for value in sequence.log_probs)
-        if chain.distilled is not None and chain.second_attempt is not None:
-            for target, source in zip(chain.distilled.sequences, chain.second_attempt.sequences, strict=True):
-                assert target.segments[0].token_ids == chain.first_attempt.sequences[0].segments[0].token_ids
+        if chain.target("distilled") is not None and chain.sample("second") is not None:
+            for target, source in zip(chain.targets[0].sequences, chain["second"].sequences, strict=True):
+                assert target.segments[0].token_ids == chain["first"].sequences[0].segments[0].token_ids
                 assert [s.token_ids for s in target.segments[1:]] == [s.token_ids for s in source.segments[1:]]
 
 
@@ -38,10 +39,10 @@ def successes(chains: list[Experience]) -> list[str]:
     return [
         c.experience_id
         for c in chains
-        if c.reflection is not None
-        and c.reflection.outcome is Outcome.COMPLETED
-        and c.second_attempt is not None
-        and (c.second_attempt.reward or 0) >= 1
+        if c.sample("reflection") is not None
+        and c["reflection"].outcome is Outcome.COMPLETED
+        and c.sample("second") is not None
+        and (c["second"].reward or 0) >= 1
     ]
 
 
@@ -58,10 +59,10 @@ async def test_the_loop_over_four_processes(loop: Loop) -> None:
     assert info.step == 4
     chains = loop.experiences("first")
     check_experiences(chains, steps=4, tasks=4, rollouts=2)
-    assert any(chain.reflection is not None for chain in chains)
+    assert any(chain.sample("reflection") is not None for chain in chains)
     assert await loop.memorised("first") == successes(chains)
     versions = {
-        span.policy_version for c in chains for s in c.first_attempt.sequences[0].segments for span in s.policy_versions
+        span.policy_version for c in chains for s in c["first"].sequences[0].segments for span in s.policy_versions
     }
     assert versions == {before + 1 + n for n in range(4)}, "each step is sampled by the weights of the step before"
     assert (await policy.info()).policy_version == before + 5
@@ -92,7 +93,7 @@ async def test_a_policy_of_its_own_reflects_and_is_measured(loop: Loop) -> None:
     policy = PolicyClient(Endpoint(loop.policy.address))
     await policy.load_model("wise", "embedded", options={"frozen": True})
     await loop.train("reflected", small_run(steps=2, policies={"reflector": "wise"}))
-    reflections = [chain.reflection for chain in loop.experiences("reflected") if chain.reflection is not None]
+    reflections = [one for chain in loop.experiences("reflected") for one in chain.samples if one.role == "reflection"]
     assert reflections and {(r.policy, r.policy_version) for r in reflections} == {("wise", 0)}
     learned = {name.partition("/")[0] for metrics in await loop.metrics("reflected") for name in metrics if "/" in name}
     assert "reflection" not in learned and "first" in learned
@@ -146,7 +147,7 @@ async def kill_twice(loop: Loop, victim: str, run_id: str) -> list[str]:
     chains = loop.experiences(run_id)
     check_experiences(chains, steps=6, tasks=4, rollouts=2)
     assert await loop.memorised(run_id) == successes(chains), "nothing is lost or counted twice"
-    ended = {part.outcome for chain in chains for part in chain.parts()}
+    ended = {part.outcome for chain in chains for part in chain.samples}
     assert ended <= {Outcome.COMPLETED, Outcome.TRUNCATED}, "lost episodes were run again"
     return await loop.notices(run_id)
 
@@ -189,7 +190,7 @@ async def test_a_deterministic_run_killed_and_resumed_ends_with_bit_equal_weight
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
     whole, cut = (
-        [part.sequences[0].token_ids for chain in loop.experiences(run_id) for part in chain.parts()]
+        [part.sequences[0].token_ids for chain in loop.experiences(run_id) for part in chain.samples]
         for run_id in ("whole", "cut")
     )
     assert whole == cut

@@ -81,6 +81,6 @@ async def test_a_run_goes_on_without_a_server_of_each_kind(services: ServiceProc
         assert [step["policy_version"] - 1 for step in metrics] == versions
         assert all(step["excluded"] == 0 and step["canary_difference"] < 1e-4 for step in metrics)
         for chain in loop.experiences(run_id):
-            segments = [segment for part in chain.parts() for found in part.sequences for segment in found.segments]
+            segments = [segment for part in chain.samples for found in part.sequences for segment in found.segments]
             spans = [span for segment in segments for span in segment.policy_versions]
             assert spans and {span.policy_version for span in spans} == {versions[chain.step]}

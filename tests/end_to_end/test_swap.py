@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from mulligan.cli.app import app
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.experience import Sample
 from mulligan.common.inference import (
     CallOptions,
     Completion,
@@ -24,7 +25,7 @@ from mulligan.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from mulligan.common.types import Attempt, Split
+from mulligan.common.types import Split
 from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop, small_run
@@ -66,12 +67,12 @@ class Watched:
         return found
 
 
-async def play(env: EnvClient, watched: Watched, info: PolicyInfo) -> list[Attempt]:
+async def play(env: EnvClient, watched: Watched, info: PolicyInfo) -> list[Sample]:
     """Sixteen play episode after episode, until another version than the first has answered one of them."""
     lake = await env.describe(LAKE)
     tasks = await env.list_tasks(LAKE, Split.TEST, 16)
     harness = Harness(env, watched, lake, info, "x", max_restarts=0)
-    attempts: list[Attempt] = []
+    attempts: list[Sample] = []
 
     async def one_after_another(task_id: str) -> None:
         while len({version for _, version in watched.answers}) < 2:
@@ -189,4 +190,4 @@ async def the_llama_is_trained(loop: Loop, policy: PolicyClient, llama: Path, se
         assert all(map(math.isfinite, metrics.values()))
         assert metrics["grad_norm"] > 0 and metrics["canary_difference"] < 1e-3
         assert metrics["excluded"] == 0
-    assert any(chain.distilled for chain in loop.experiences("llama"))
+    assert any(chain.target("distilled") for chain in loop.experiences("llama"))

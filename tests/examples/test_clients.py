@@ -9,8 +9,9 @@ from uuid import uuid4
 import pytest
 
 from mulligan.common.channel import Endpoint
+from mulligan.common.experience import Sample
 from mulligan.common.inference import Message, Role, SamplingParams, StopReason
-from mulligan.common.types import Attempt, Outcome, Split
+from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop
@@ -26,7 +27,7 @@ LAKE = "frozenlake-3x3"
 GREEDY = ("--temperature", "0", "--max-tokens", "4")
 
 
-async def played_by_the_trainer(loop: Loop) -> Attempt:
+async def played_by_the_trainer(loop: Loop) -> Sample:
     """The first test task, greedily: what any client has to get."""
     env = EnvClient(Endpoint(loop.env.address))
     policy = PolicyClient(Endpoint(loop.policy.address))

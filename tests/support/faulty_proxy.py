@@ -316,7 +316,7 @@ class RewardsOfNothing(_Trainer):
 
     def after(self, request: Any, answer: Any) -> None:
         for experience in answer.experiences:
-            experience.first_attempt.ClearField("reward")
+            experience["first"].ClearField("reward")
 
 
 def faults(base: type[Fault] = Fault) -> list[type[Fault]]:

@@ -24,7 +24,7 @@ MAX_FUNCTION_LINES = 60
 WIRE_PACKAGES = ("grpc", "grpc_health", "grpc_reflection", "grpc_status", "google", "buf", "protovalidate")
 STUBS = tuple(f"mulligan.{name}.v1" for name in (*SERVICES, "common"))
 # A service's own wire.py holds the conversions that its servicer and its client share.
-WIRE_FILES = ("servicer.py", "client.py", "wire.py")
+WIRE_FILES = ("servicer.py", "client.py", "wire.py", "experience_wire.py")
 CLIENTS = ("client", "replicas")  # of one server, of several
 WIRE_COMMON = ("status.py", "server.py", "validation.py", "channel.py")
 TORCH_PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
@@ -38,7 +38,10 @@ TORCH_FOLDERS = (
 )
 
 # The algorithm, what it plays with, and the protocols that it takes.
-ALGORITHM = tuple(f"services/trainer/{name}.py" for name in ("algorithm", "harness", "interfaces"))
+ALGORITHM = (
+    *(f"services/trainer/{name}.py" for name in ("step", "member", "batch", "evaluation", "harness", "interfaces")),
+    *(f"services/trainer/algorithms/{path.name}" for path in (ROOT / "services/trainer/algorithms").glob("*.py")),
+)
 TRANSPORT = (*CLIENTS, "servicer", "wire", "channel", "server", "status", "validation")
 PLUGINS = ("services/policy/backends", "services/env/envs", "services/env/encoders", "services/memory/stores")
 FRAMEWORK = tuple(f"services/{name}" for name in (*SERVICES, "common", "conformance"))
@@ -235,7 +238,7 @@ def test_files_and_functions_are_short() -> None:
 @pytest.mark.parametrize(
     ("module", "packages"),
     [
-        ("mulligan.trainer.algorithm", ("torch", "grpc", "google.protobuf")),
+        ("mulligan.trainer.step", ("torch", "grpc", "google.protobuf")),
         ("mulligan.env.__main__", TORCH_PACKAGES),
         ("mulligan.memory.__main__", TORCH_PACKAGES),
         ("mulligan.policy.config", (*TORCH_PACKAGES, "aiohttp", "openai")),
@@ -262,7 +265,7 @@ LONG_FUNCTION = "async def f():\n" + "    pass\n" * MAX_FUNCTION_LINES
         (wire_violations, "services/env/base.py", "import grpc.aio"),
         (wire_violations, "services/env/base.py", "from mulligan.env.v1 import env_service_pb2"),
         (wire_violations, "services/env/base.py", "def f():\n    from google.protobuf import message"),
-        (wire_violations, "services/trainer/algorithm.py", "if TYPE_CHECKING:\n    import grpc"),
+        (wire_violations, "services/trainer/algorithms/erl.py", "if TYPE_CHECKING:\n    import grpc"),
         (wire_violations, "services/common/types.py", "importlib.import_module('grpc')"),
         (wire_violations, "services/common/config.py", "import protovalidate"),
         (wire_violations, "services/env/server.py", "import grpc"),
@@ -276,12 +279,16 @@ LONG_FUNCTION = "async def f():\n" + "    pass\n" * MAX_FUNCTION_LINES
         (service_violations, "services/common/types.py", "from mulligan.env.client import EnvClient"),
         (torch_violations, "services/env/envs/sokoban.py", "import torch.nn as nn"),
         (torch_violations, "services/policy/servicer.py", "from transformers import AutoTokenizer"),
-        (algorithm_violations, "services/trainer/algorithm.py", "from mulligan.env.client import EnvClient"),
+        (algorithm_violations, "services/trainer/step.py", "from mulligan.env.client import EnvClient"),
         (algorithm_violations, "services/trainer/harness.py", "import mulligan.policy"),
-        (algorithm_violations, "services/trainer/algorithm.py", "from mulligan.trainer.learner.client import Remote"),
+        (
+            algorithm_violations,
+            "services/trainer/algorithms/erl.py",
+            "from mulligan.trainer.learner.client import Remote",
+        ),
         (algorithm_violations, "services/trainer/interfaces.py", "from mulligan.common.channel import Endpoint"),
-        (algorithm_violations, "services/trainer/algorithm.py", "import grpc"),
-        (algorithm_violations, "services/trainer/algorithm.py", "def f():\n    import torch"),
+        (algorithm_violations, "services/trainer/algorithms/erl.py", "import grpc"),
+        (algorithm_violations, "services/trainer/algorithms/erl.py", "def f():\n    import torch"),
         (plugin_violations, "services/policy/config.py", "from mulligan.policy.backends.sglang import Settings"),
         (plugin_violations, "services/policy/config.py", "from .backends import openai"),
         (plugin_violations, "services/policy/config.py", "backend: Literal['sglang']"),
@@ -318,7 +325,11 @@ def test_a_planted_violation_is_found(checker: Checker, path: str, source: str) 
         (torch_violations, "services/policy/backends/local.py", "import torch"),
         (torch_violations, "services/trainer/losses.py", "import torch"),
         (algorithm_violations, "services/trainer/run.py", "from mulligan.env.client import EnvClient"),
-        (algorithm_violations, "services/trainer/algorithm.py", "from mulligan.trainer.interfaces import LearnerPort"),
+        (
+            algorithm_violations,
+            "services/trainer/algorithms/erl.py",
+            "from mulligan.trainer.interfaces import LearnerPort",
+        ),
         (plugin_violations, "services/policy/config.py", "from mulligan.policy.backends import BACKENDS"),
         (plugin_violations, "services/policy/config.py", '"""Such as sglang."""'),
         (plugin_violations, "services/policy/huggingface/tokenizer.py", "from transformers import AutoTokenizer"),

@@ -10,7 +10,7 @@ import pytest
 
 from mulligan.cli.train import read_settings
 from mulligan.env.config import EnvSettings
-from mulligan.trainer.settings import RunSettings, SecondAttempt
+from mulligan.trainer.settings import RunSettings
 from tests.support.paths import ROOT
 
 FOLDER = ROOT / "recipes"
@@ -59,24 +59,27 @@ def test_the_published_settings(game: str) -> None:
     assert (evaluation.temperature, evaluation.top_p, evaluation.top_k) == (0.7, 0.8, 20)
     assert (loss.clip_low, loss.clip_high, loss.dual_clip, loss.kl_coefficient) == (0.2, 0.28, 3.0, 0.001)
     assert (run.optimizer.learning_rate, run.optimizer.weight_decay, run.optimizer.max_grad_norm) == (1e-6, 0.01, 1.0)
-    assert run.algorithm.second_attempt is SecondAttempt.REFLECTION and run.algorithm.memory_entries == 1
+    assert run.algorithm.name == "erl" and run.algorithm.memory_entries == 1
 
 
 @pytest.mark.parametrize("game", PUBLISHED)
 def test_rlvr_is_the_same_run_without_a_second_attempt_at_the_same_budget(game: str) -> None:
     erl, rlvr = (read_settings(FOLDER / f"{game}-paper{arm}.toml", []) for arm in ("", "-rlvr"))
-    differences = changed(plain(erl), plain(rlvr))
+    whole = plain(erl)
+    whole["algorithm"] = {name: value for name, value in whole["algorithm"].items() if name in plain(rlvr)["algorithm"]}
+    differences = changed(whole, plain(rlvr))
     differences = {name for name in differences if not name.startswith("rollout.reflection_")}  # there are none
-    assert differences == {"algorithm.second_attempt", "rollout.rollouts_per_task"}
-    assert rlvr.algorithm.second_attempt is SecondAttempt.NONE and rlvr.rollout.rollouts_per_task == 10
+    differences.remove("algorithm.memory_entries")  # there is nothing to remember
+    assert differences == {"algorithm.name", "rollout.rollouts_per_task"}
+    assert rlvr.algorithm.name == "rlvr" and rlvr.rollout.rollouts_per_task == 10
 
 
 @pytest.mark.parametrize(
     "setting",
     [
         "algorithm.memory_entries=0",
-        "algorithm.second_attempt=raw_retry",
-        "algorithm.second_attempt=try_again",
+        "algorithm.name=raw_retry",
+        "algorithm.name=try_again",
         "algorithm.distillation_weight=0",
     ],
 )

@@ -324,9 +324,313 @@ class DistilledTarget(_message.Message):
 Global___DistilledTarget: _TypeAlias = DistilledTarget  # noqa: Y015
 
 @_typing.final
+class ForkPoint(_message.Message):
+    """The state of an episode after `step_index` steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPISODE_ID_FIELD_NUMBER: _builtins.int
+    STEP_INDEX_FIELD_NUMBER: _builtins.int
+    episode_id: _builtins.str
+    step_index: _builtins.int
+    def __init__(
+        self,
+        *,
+        episode_id: _builtins.str = ...,
+        step_index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["episode_id", b"episode_id", "step_index", b"step_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkPoint: _TypeAlias = ForkPoint  # noqa: Y015
+
+@_typing.final
+class Sample(_message.Message):
+    """What a policy sampled for one role of an experience: an episode that it played, or a text that it wrote. A text has no
+    episode_id.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RewardPartsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SAMPLE_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    PARENT_ID_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
+    REWARD_PARTS_FIELD_NUMBER: _builtins.int
+    SYSTEM_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    EPISODE_ID_FIELD_NUMBER: _builtins.int
+    TURNS_FIELD_NUMBER: _builtins.int
+    FEEDBACK_FIELD_NUMBER: _builtins.int
+    FINAL_OBSERVATION_FIELD_NUMBER: _builtins.int
+    RESTARTS_FIELD_NUMBER: _builtins.int
+    FORKED_FROM_FIELD_NUMBER: _builtins.int
+    sample_id: _builtins.str
+    """Unique in the run."""
+    role: _builtins.str
+    """The purpose, such as "first", "reflection", "second" or "critique". The algorithm names it; an experience may have
+    several samples of one role.
+    """
+    parent_id: _builtins.str
+    """The sample that this one follows from: which was reflected on, tried again, or forked. Empty for the first."""
+    policy: _builtins.str
+    """Name of the policy that sampled it, where that is not the one that is trained. Where it gives no token ids, the
+    segments hold none.
+    """
+    outcome: _outcome_pb2.Outcome.ValueType
+    reward: _builtins.float
+    """Of an episode: the sum of the step rewards, present exactly when the outcome is COMPLETED or TRUNCATED. Of a text:
+    what the algorithm credited it with, if anything.
+    """
+    system: _builtins.str
+    """The system prompt."""
+    temperature: _builtins.float
+    """Sampling temperature of the log-probabilities."""
+    error: _builtins.str
+    """What went wrong, when the outcome is none of COMPLETED and TRUNCATED."""
+    text: _builtins.str
+    """Of a text: what it says, without thoughts and marks."""
+    episode_id: _builtins.str
+    """Of an episode, as in Attempt."""
+    feedback: _builtins.str
+    final_observation: _builtins.str
+    restarts: _builtins.int
+    @_builtins.property
+    def reward_parts(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Components of the reward, by name."""
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSequence]: ...
+    @_builtins.property
+    def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Turn]: ...
+    @_builtins.property
+    def forked_from(self) -> Global___ForkPoint:
+        """Where the episode began, if not at the start of the task."""
+
+    def __init__(
+        self,
+        *,
+        sample_id: _builtins.str = ...,
+        role: _builtins.str = ...,
+        parent_id: _builtins.str = ...,
+        policy: _builtins.str = ...,
+        outcome: _outcome_pb2.Outcome.ValueType = ...,
+        reward: _builtins.float | None = ...,
+        reward_parts: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        system: _builtins.str = ...,
+        sequences: _abc.Iterable[Global___TokenSequence] | None = ...,
+        temperature: _builtins.float = ...,
+        error: _builtins.str = ...,
+        text: _builtins.str = ...,
+        episode_id: _builtins.str = ...,
+        turns: _abc.Iterable[Global___Turn] | None = ...,
+        feedback: _builtins.str = ...,
+        final_observation: _builtins.str = ...,
+        restarts: _builtins.int = ...,
+        forked_from: Global___ForkPoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_forked_from", b"_forked_from", "_reward", b"_reward", "forked_from", b"forked_from", "reward", b"reward"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forked_from", b"_forked_from", "_reward", b"_reward", "episode_id", b"episode_id", "error", b"error", "feedback", b"feedback", "final_observation", b"final_observation", "forked_from", b"forked_from", "outcome", b"outcome", "parent_id", b"parent_id", "policy", b"policy", "restarts", b"restarts", "reward", b"reward", "reward_parts", b"reward_parts", "role", b"role", "sample_id", b"sample_id", "sequences", b"sequences", "system", b"system", "temperature", b"temperature", "text", b"text", "turns", b"turns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__forked_from: _TypeAlias = _typing.Literal["forked_from"]  # noqa: Y015
+    _WhichOneofArgType__forked_from: _TypeAlias = _typing.Literal["_forked_from", b"_forked_from"]  # noqa: Y015
+    _WhichOneofReturnType__reward: _TypeAlias = _typing.Literal["reward"]  # noqa: Y015
+    _WhichOneofArgType__reward: _TypeAlias = _typing.Literal["_reward", b"_reward"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__forked_from) -> _WhichOneofReturnType__forked_from | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reward) -> _WhichOneofReturnType__reward | None: ...
+
+Global___Sample: _TypeAlias = Sample  # noqa: Y015
+
+@_typing.final
+class TrainingTarget(_message.Message):
+    """Tokens that are trained on under another prompt than they were sampled under, or tokens of several samples in a row.
+    Carries no log-probabilities.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    SYSTEM_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    target_id: _builtins.str
+    role: _builtins.str
+    """Such as "distilled"."""
+    source_id: _builtins.str
+    """The sample whose tokens are trained."""
+    system: _builtins.str
+    """The system prompt that the tokens stand under here."""
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSequence]: ...
+    def __init__(
+        self,
+        *,
+        target_id: _builtins.str = ...,
+        role: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        system: _builtins.str = ...,
+        sequences: _abc.Iterable[Global___TokenSequence] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "sequences", b"sequences", "source_id", b"source_id", "system", b"system", "target_id", b"target_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainingTarget: _TypeAlias = TrainingTarget  # noqa: Y015
+
+@_typing.final
+class TrainedValues(_message.Message):
+    """One value per trained token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrainedValues: _TypeAlias = TrainedValues  # noqa: Y015
+
+@_typing.final
+class Trained(_message.Message):
+    """What the learner was given of a sample or target."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NumbersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class ValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___TrainedValues: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___TrainedValues | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    DATUM_ID_FIELD_NUMBER: _builtins.int
+    SOURCE_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    BRANCH_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    NUMBERS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    datum_id: _builtins.str
+    source_id: _builtins.str
+    """Of the sample or target."""
+    sequence: _builtins.int
+    """Index of its token sequence."""
+    branch: _builtins.str
+    objective: _builtins.str
+    """Name of the objective, such as "policy_gradient"."""
+    weight: _builtins.float
+    """The datum's loss is the sum over its trained tokens times this, before it is dealt out over optimizer steps."""
+    @_builtins.property
+    def numbers(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Numbers of the whole datum, such as `advantage`."""
+
+    @_builtins.property
+    def values(self) -> _containers.MessageMap[_builtins.str, Global___TrainedValues]:
+        """Arrays of one value per trained token that the algorithm gave, such as `advantages`."""
+
+    def __init__(
+        self,
+        *,
+        datum_id: _builtins.str = ...,
+        source_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        branch: _builtins.str = ...,
+        objective: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        numbers: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        values: _abc.Mapping[_builtins.str, Global___TrainedValues] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "datum_id", b"datum_id", "numbers", b"numbers", "objective", b"objective", "sequence", b"sequence", "source_id", b"source_id", "values", b"values", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trained: _TypeAlias = Trained  # noqa: Y015
+
+@_typing.final
 class Experience(_message.Message):
-    """One chain of Experiential Reinforcement Learning (arXiv 2602.13949, algorithm 2):
-    attempt, feedback, reflection, second attempt, distillation. Absent parts did not happen.
+    """One member of a group: a tree of samples. `samples` and `targets` have all of it, whatever the algorithm is. For
+    Experiential Reinforcement Learning (arXiv 2602.13949, algorithm 2) and its ablations, fields 7 to 10 show the same
+    parts by their names: attempt, feedback, reflection, second attempt, distillation. Absent parts did not happen.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -342,15 +646,22 @@ class Experience(_message.Message):
     SECOND_ATTEMPT_FIELD_NUMBER: _builtins.int
     DISTILLED_FIELD_NUMBER: _builtins.int
     MEMORY_ENTRY_IDS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    TRAINED_FIELD_NUMBER: _builtins.int
+    ALGORITHM_FIELD_NUMBER: _builtins.int
+    UNTRAINED_FIELD_NUMBER: _builtins.int
     experience_id: _builtins.str
-    """Derived from (run, step, task, rollout): the same chain always has the same id."""
+    """Derived from (run, step, task, rollout): the same experience always has the same id."""
     run_id: _builtins.str
     step: _builtins.int
     """Training step, from 0."""
     environment: _builtins.str
     task_id: _builtins.str
     rollout: _builtins.int
-    """Index of the chain among the chains of the same task in the same step, from 0."""
+    """Index among the experiences of the same task in the same step, from 0."""
+    algorithm: _builtins.str
+    """Name of the algorithm that played it."""
     @_builtins.property
     def first_attempt(self) -> Global___Attempt: ...
     @_builtins.property
@@ -363,7 +674,21 @@ class Experience(_message.Message):
     def distilled(self) -> Global___DistilledTarget: ...
     @_builtins.property
     def memory_entry_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Entries of the reflection memory that the reflection was shown."""
+        """Entries of the reflection memory that its samples were shown."""
+
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sample]:
+        """In the order of sampling."""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainingTarget]: ...
+    @_builtins.property
+    def trained(self) -> _containers.RepeatedCompositeFieldContainer[Global___Trained]:
+        """Of its samples and targets, once its step was learned from."""
+
+    @_builtins.property
+    def untrained(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Keywords that say why a target could not be made, such as "rewritten_history"."""
 
     def __init__(
         self,
@@ -379,10 +704,15 @@ class Experience(_message.Message):
         second_attempt: Global___Attempt | None = ...,
         distilled: Global___DistilledTarget | None = ...,
         memory_entry_ids: _abc.Iterable[_builtins.str] | None = ...,
+        samples: _abc.Iterable[Global___Sample] | None = ...,
+        targets: _abc.Iterable[Global___TrainingTarget] | None = ...,
+        trained: _abc.Iterable[Global___Trained] | None = ...,
+        algorithm: _builtins.str = ...,
+        untrained: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_distilled", b"_distilled", "_reflection", b"_reflection", "_second_attempt", b"_second_attempt", "distilled", b"distilled", "first_attempt", b"first_attempt", "reflection", b"reflection", "second_attempt", b"second_attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distilled", b"_distilled", "_reflection", b"_reflection", "_second_attempt", b"_second_attempt", "distilled", b"distilled", "environment", b"environment", "experience_id", b"experience_id", "first_attempt", b"first_attempt", "memory_entry_ids", b"memory_entry_ids", "reflection", b"reflection", "rollout", b"rollout", "run_id", b"run_id", "second_attempt", b"second_attempt", "step", b"step", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distilled", b"_distilled", "_reflection", b"_reflection", "_second_attempt", b"_second_attempt", "algorithm", b"algorithm", "distilled", b"distilled", "environment", b"environment", "experience_id", b"experience_id", "first_attempt", b"first_attempt", "memory_entry_ids", b"memory_entry_ids", "reflection", b"reflection", "rollout", b"rollout", "run_id", b"run_id", "samples", b"samples", "second_attempt", b"second_attempt", "step", b"step", "targets", b"targets", "task_id", b"task_id", "trained", b"trained", "untrained", b"untrained"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__distilled: _TypeAlias = _typing.Literal["distilled"]  # noqa: Y015
     _WhichOneofArgType__distilled: _TypeAlias = _typing.Literal["_distilled", b"_distilled"]  # noqa: Y015

@@ -5,6 +5,7 @@ isort:skip_file
 
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mulligan.memory.v1 import memory_service_pb2 as _memory_service_pb2
 from mulligan.trainer.v1 import learner_service_pb2 as _learner_service_pb2
@@ -36,7 +37,7 @@ class _SecondAttemptEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SecondA
     """A second attempt that is told only that the first failed."""
 
 class SecondAttempt(_SecondAttempt, metaclass=_SecondAttemptEnumTypeWrapper):
-    """What a failing first attempt leads to."""
+    """What a failing first attempt leads to. AlgorithmConfig.name says the same by the names of algorithms."""
 
 SECOND_ATTEMPT_UNSPECIFIED: SecondAttempt.ValueType  # 0
 SECOND_ATTEMPT_NONE: SecondAttempt.ValueType  # 1
@@ -249,10 +250,14 @@ class AlgorithmConfig(_message.Message):
     OPTIMIZER_STEPS_FIELD_NUMBER: _builtins.int
     BRANCH_NORMALIZATION_FIELD_NUMBER: _builtins.int
     TRAIN_CUT_REFLECTIONS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     second_attempt: Global___SecondAttempt.ValueType
-    """Default REFLECTION."""
+    """Without a name it chooses the algorithm: NONE is "rlvr", REFLECTION "erl", RAW_RETRY "raw_retry", TRY_AGAIN
+    "try_again". Beside a name it must say the same, or nothing.
+    """
     memory_strategy: _memory_service_pb2.RetrievalStrategy.ValueType
-    """Which reflections of the memory the reflector sees. Default LATEST_SUCCESS. Only with REFLECTION."""
+    """Which reflections of the memory the reflector sees. Default LATEST_SUCCESS."""
     memory_entries: _builtins.int
     """How many of them, at most 100; 0 switches the memory off. Default 1."""
     memory_scope: _builtins.str
@@ -282,6 +287,14 @@ class AlgorithmConfig(_message.Message):
     such a reflection would have been right, and to reward it rewards length (overlong filtering: DAPO, arXiv
     2503.14476, 3.4). The second attempt is given it as far as it was written; the memory never takes it.
     """
+    name: _builtins.str
+    """A module of the trainer, an installed algorithm, or any module that the trainer can import. Default "erl"."""
+    @_builtins.property
+    def settings(self) -> _struct_pb2.Struct:
+        """The algorithm's settings that have no field here, by their names. A field that the algorithm has not is
+        INVALID_SETTING.
+        """
+
     def __init__(
         self,
         *,
@@ -300,10 +313,12 @@ class AlgorithmConfig(_message.Message):
         optimizer_steps: _builtins.int | None = ...,
         branch_normalization: Global___BranchNormalization.ValueType = ...,
         train_cut_reflections: _builtins.bool | None = ...,
+        name: _builtins.str = ...,
+        settings: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "name", b"name", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__distillation_baseline: _TypeAlias = _typing.Literal["distillation_baseline"]  # noqa: Y015
     _WhichOneofArgType__distillation_baseline: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline"]  # noqa: Y015

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from mulligan.common.experience import SegmentKind
 from mulligan.common.inference import PolicyInfo, SamplingParams
-from mulligan.common.types import Outcome, SegmentKind
-from mulligan.trainer.algorithm import Erl, NoRecorder
+from mulligan.common.types import Outcome
 from mulligan.trainer.data import Distillation, PolicyGradient
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.step import StepRunner
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy, encode, timeout
 
 
@@ -36,10 +37,10 @@ class Loop:
         info = await self.environment.describe("fake")
         policy_info: PolicyInfo = await self.policy.info()
         harness = Harness(self.environment, self.policy, info, policy_info, "x", self.settings.rollout.max_restarts)
-        self.erl = Erl("run", self.settings, harness, self.memory, self.learner, NoRecorder())
-        experiences = await self.erl.sample(step, tasks, await self.memory.snapshot("run"))
-        self.metrics = self.erl.metrics(experiences) | await self.erl.learn(step, experiences)
-        await self.erl.memorise(experiences)
+        self.runner = StepRunner("run", self.settings, harness, self.memory, self.learner)
+        experiences = await self.runner.sample(step, tasks, await self.memory.snapshot("run"))
+        self.metrics = self.runner.metrics(experiences) | await self.runner.learn(step, experiences)
+        await self.runner.memorise(experiences)
         return experiences
 
     def advantages(self, branch: str) -> list[float]:
@@ -66,10 +67,12 @@ async def test_one_step_of_the_paper() -> None:
     loop = Loop(scripted(["go", "a", "b", "c"], ["go", "d", "go"]))
     solved, *failed = await loop.step()
 
-    assert solved.reflection is None and solved.second_attempt is None and solved.distilled is None
-    assert [chain.reflection.text for chain in failed] == ["rule 0", "rule 1", "rule 2"]
-    assert [chain.second_attempt.reward for chain in failed] == [1, 0, 1]
-    assert [chain.reflection.reward for chain in failed] == [1, 0, 1]
+    assert (
+        solved.sample("reflection") is None and solved.sample("second") is None and solved.target("distilled") is None
+    )
+    assert [chain["reflection"].text for chain in failed] == ["rule 0", "rule 1", "rule 2"]
+    assert [chain["second"].reward for chain in failed] == [1, 0, 1]
+    assert [chain["reflection"].reward for chain in failed] == [1, 0, 1]
     # deviations divide by n − 1. first: mean 1/4, std 1/2; second and reflection: mean 2/3, std 1/√3
     high = 0.75 / 0.5
     low = -0.25 / 0.5
@@ -100,9 +103,9 @@ async def test_the_distilled_sample_is_the_second_attempt_without_the_reflection
     loop = Loop(scripted(["a"] * 3, ["b", "c", "go"]), environment=environment, rollout={"rollouts_per_task": 1})
     (chain,) = await loop.step()
     (distilled,), (second,), (first,) = (
-        chain.distilled.sequences,
-        chain.second_attempt.sequences,
-        chain.first_attempt.sequences,
+        chain.targets[0].sequences,
+        chain["second"].sequences,
+        chain["first"].sequences,
     )
 
     assert distilled.segments[0] == first.segments[0].__class__(SegmentKind.PROMPT, first.segments[0].token_ids)
@@ -122,7 +125,7 @@ async def test_what_is_trained_on_is_what_was_sampled() -> None:
     environment = FakeEnvironment({"t0": "go", "t1": "go"}, turns=8)
     loop = Loop(lambda system, last: "a" if system == "solve" else "go", environment=environment)
     for chain in await loop.step(tasks=("t0", "t1")):
-        (sequence,) = chain.first_attempt.sequences
+        (sequence,) = chain["first"].sequences
         assert sum(segment.kind is SegmentKind.SAMPLED for segment in sequence.segments) == 8
         prompts = [call for call, _ in loop.policy.calls if hasattr(call, "token_ids")]
         assert all(prompt.turn_closed for prompt in prompts)
@@ -139,17 +142,17 @@ async def test_a_success_in_small_parts_is_a_success(parts: int) -> None:
         environment=FakeEnvironment({"t0": "go"}, turns=parts, in_parts=True),
     )
     experiences = await loop.step()
-    assert [chain.second_attempt.reward for chain in experiences] == pytest.approx([1.0] * 4)
+    assert [chain["second"].reward for chain in experiences] == pytest.approx([1.0] * 4)
     assert loop.metrics["success_second"] == 1
     assert len(loop.memory.entries) == 4
     solved = Loop(lambda system, last: "go", environment=FakeEnvironment({"t0": "go"}, turns=parts, in_parts=True))
-    assert all(chain.reflection is None for chain in await solved.step())
+    assert all(chain.sample("reflection") is None for chain in await solved.step())
 
 
 async def test_a_solved_first_attempt_makes_no_reflection() -> None:
     loop = Loop(lambda system, last: "go")
     experiences = await loop.step()
-    assert all(chain.reflection is None and chain.second_attempt is None for chain in experiences)
+    assert all(chain.sample("reflection") is None and chain.sample("second") is None for chain in experiences)
     assert len(loop.policy.calls) == 4 and loop.memory.entries == []
 
 
@@ -178,8 +181,8 @@ async def test_an_infrastructure_failure_is_no_sample() -> None:
     environment = FakeEnvironment({"t0": "go"}, fail=fail)
     loop = Loop(lambda system, last: "go" if system != "solve" else "a", environment=environment)
     lost, *rest = await loop.step()
-    assert lost.first_attempt.outcome is Outcome.TIMEOUT and lost.first_attempt.reward is None
-    assert lost.reflection is None and lost.first_attempt.restarts == 2
+    assert lost["first"].outcome is Outcome.TIMEOUT and lost["first"].reward is None
+    assert lost.sample("reflection") is None and lost["first"].restarts == 2
     assert [name for name in environment.started if "-r0-" in name] == [f"run-s0-t0-r0-first-x-{n}" for n in range(3)]
     assert {datum.datum_id.split("-")[3] for step in loop.learner.steps for datum in step} == {"r1", "r2", "r3"}
     assert len(rest) == 3 and loop.metrics["excluded"] == 1 and loop.metrics["success_first"] == 0
@@ -188,7 +191,7 @@ async def test_an_infrastructure_failure_is_no_sample() -> None:
 async def test_an_empty_reflection_is_not_remembered() -> None:
     loop = Loop(lambda system, last: {"reflect": "", "solve": "a"}.get(system, "go"))
     experiences = await loop.step()
-    assert all(chain.second_attempt.reward == 1 and chain.reflection.text == "" for chain in experiences)
+    assert all(chain["second"].reward == 1 and chain["reflection"].text == "" for chain in experiences)
     assert loop.memory.entries == []
 
 
@@ -222,7 +225,7 @@ async def test_the_reflector_sees_trace_feedback_and_reward_and_the_solver_does_
 async def test_ablations_without_reflection(second_attempt: str, system: str) -> None:
     loop = Loop(lambda given, last: "a" if given == "solve" else "go", algorithm={"second_attempt": second_attempt})
     experiences = await loop.step()
-    assert all(chain.reflection is None and chain.distilled is not None for chain in experiences)
+    assert all(chain.sample("reflection") is None and chain.target("distilled") is not None for chain in experiences)
     assert loop.policy.calls[1][0][0].content == system and loop.memory.entries == []
 
 
@@ -236,7 +239,7 @@ async def test_ablations_of_memory_distillation_and_rlvr() -> None:
     await without_distillation.step()
     assert without_distillation.learner.branch("distilled") == [] and without_distillation.learner.branch("second")
     rlvr = Loop(scripted(["go", "a", "a", "a"], []), algorithm={"second_attempt": "none"})
-    assert all(chain.second_attempt is None for chain in await rlvr.step())
+    assert all(chain.sample("second") is None for chain in await rlvr.step())
     assert {datum.branch for step in rlvr.learner.steps for datum in step} == {"first"}
 
 
@@ -260,12 +263,12 @@ async def test_a_template_that_rewrites_history_gives_one_sequence_per_turn() ->
         scripted(["a"] * 3, ["b", "c", "go"]), environment=environment, rewrites=True, rollout={"rollouts_per_task": 1}
     )
     (chain,) = await loop.step()
-    assert len(chain.first_attempt.sequences) == len(chain.distilled.sequences) == 3
-    for distilled, second in zip(chain.distilled.sequences, chain.second_attempt.sequences, strict=True):
+    assert len(chain["first"].sequences) == len(chain.targets[0].sequences) == 3
+    for distilled, second in zip(chain.targets[0].sequences, chain["second"].sequences, strict=True):
         assert [segment.kind for segment in distilled.segments] == [SegmentKind.PROMPT, SegmentKind.SAMPLED]
         assert distilled.segments[1].token_ids == second.segments[1].token_ids
         assert bytes(distilled.segments[0].token_ids).decode().startswith("[system:solve][user:board t0]")
-    assert bytes(chain.distilled.sequences[1].token_ids).decode().endswith("[assistant:b][user:after b][assistant:c]")
+    assert bytes(chain.targets[0].sequences[1].token_ids).decode().endswith("[assistant:b][user:after b][assistant:c]")
 
 
 async def test_seeds_tell_every_turn_of_every_chain_apart() -> None:

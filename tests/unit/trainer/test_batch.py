@@ -12,20 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mulligan.common.types import (
-    Attempt,
-    DistilledTarget,
-    Experience,
-    Outcome,
-    Reflection,
-    Segment,
-    SegmentKind,
-    TokenSequence,
-)
+from mulligan.common.experience import Experience, Sample, Segment, SegmentKind, TokenSequence, TrainingTarget
+from mulligan.common.types import Outcome
 from mulligan.trainer.advantages import EPSILON, group_advantages
-from mulligan.trainer.batch import minibatches, training_data
+from mulligan.trainer.algorithms.erl import BranchNormalization, Settings, train
+from mulligan.trainer.batch import groups_of, minibatches
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
-from mulligan.trainer.settings import AlgorithmSettings, BranchNormalization
 
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=16).filter(lambda rewards: len(set(rewards)) > 1))
@@ -92,28 +84,28 @@ def sequence() -> tuple[TokenSequence, ...]:
     return (TokenSequence((prompt, Segment(SegmentKind.SAMPLED, (3, 4), (-0.5, -0.5), ()))),)
 
 
-def attempt(name: str, reward: float | None) -> Attempt:
+def attempt(name: str, role: str, reward: float | None) -> Sample:
     outcome = Outcome.ENV_ERROR if reward is None else Outcome.COMPLETED
-    return Attempt(name, name, outcome, reward, "", (), "", sequence(), temperature=0.7)
+    return Sample(f"{name}-{role}", role, outcome, sequence(), 0.7, reward, episode_id=f"{name}-{role}")
 
 
 def chain(number: int, first: float | None, second: float | None = None, *, lost: bool = False) -> Experience:
     """A chain whose failing first attempt led to a reflection and a second attempt; `lost`: that one has no reward."""
     name = f"run-s0-t{number // 4}-r{number % 4}"
-    experience = Experience(name, "run", 0, "env", "task", number % 4, attempt(f"{name}-first", first))
+    experience = Experience(name, "run", 0, "env", "task", number % 4, (attempt(name, "first", first),))
     if second is None and not lost:
         return experience
-    reflection = Reflection(f"{name}-reflection", "rule", sequence(), 0.5, Outcome.COMPLETED, reward=second)
-    retried = attempt(f"{name}-second", second)
-    target = DistilledTarget(f"{name}-distilled", retried.attempt_id, sequence(), second) if second else None
-    return replace(experience, reflection=reflection, second_attempt=retried, distilled=target)
+    reflection = Sample(f"{name}-reflection", "reflection", Outcome.COMPLETED, sequence(), 0.5, second, text="rule")
+    retried = attempt(name, "second", second)
+    targets = (TrainingTarget(f"{name}-distilled", "distilled", retried.sample_id, sequence()),) if second else ()
+    return replace(experience, samples=(*experience.samples, reflection, retried), targets=targets)
 
 
 def branch_weights(experiences: Sequence[Experience], normalization: BranchNormalization) -> dict[str, float]:
     """Sum of the weights of each branch's data."""
-    settings = AlgorithmSettings(branch_normalization=normalization)
+    settings = Settings(branch_normalization=normalization)
     sums: dict[str, float] = defaultdict(float)
-    for item in training_data(experiences, settings):
+    for item in train(groups_of(experiences), settings):
         sums[item.branch] += item.weight
     return dict(sums)
 
@@ -132,7 +124,7 @@ def test_a_branch_keeps_its_weight_when_a_quarter_of_it_is_lost() -> None:
 
 
 def test_a_lost_first_attempt_and_a_distilled_copy_that_cannot_be_trained_on_take_no_weight_away() -> None:
-    chains = [chain(0, None), chain(1, 1.0), chain(2, 0.0, 1.0), replace(chain(3, 0.0, 1.0), distilled=None)]
+    chains = [chain(0, None), chain(1, 1.0), chain(2, 0.0, 1.0), replace(chain(3, 0.0, 1.0), targets=())]
     expected = {"first": 1.0, "reflection": 2 / 3, "second": 2 / 3, "distilled": 2 / 3}
     assert branch_weights(chains, BranchNormalization.TRAINABLE) == pytest.approx(expected)
 
@@ -144,7 +136,7 @@ def test_a_step_in_which_everything_was_lost_has_no_data(normalization: BranchNo
 
 
 def test_every_branch_is_trained_at_the_temperature_that_it_was_sampled_at() -> None:
-    data = training_data([chain(0, 0.0, 1.0)], AlgorithmSettings())
+    data = train([[chain(0, 0.0, 1.0)]], Settings())
     assert {item.branch: item.temperature for item in data} == {
         "first": 0.7,
         "reflection": 0.5,

@@ -11,9 +11,9 @@ import pytest
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Continuation, Feature, SamplingParams
 from mulligan.common.types import Outcome
-from mulligan.trainer.algorithm import Erl, NoRecorder, evaluate
-from mulligan.trainer.batch import REFLECTION
+from mulligan.trainer.algorithms.erl import REFLECTION
 from mulligan.trainer.data import PolicyGradient
+from mulligan.trainer.evaluation import evaluate
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import journal_file, read_experiences
@@ -21,6 +21,7 @@ from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import ServicePorts
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+from mulligan.trainer.step import StepRunner
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 
 TEXT_ALONE = frozenset({Feature.STREAM, Feature.TOOLS})
@@ -35,14 +36,14 @@ def service(actor: FakePolicy, **others: FakePolicy) -> FakePolicy:
     return replace(actor, others=others)
 
 
-async def chains(policy: FakePolicy, settings: RunSettings, learner: FakeLearner) -> tuple[Erl, list[Any]]:
+async def chains(policy: FakePolicy, settings: RunSettings, learner: FakeLearner) -> tuple[StepRunner, list[Any]]:
     environment = FakeEnvironment({"t0": "go"})
     actor = await NamedPolicy.open(policy, settings.policies.actor)
     reflector = await NamedPolicy.open(policy, settings.policies.reflector)
     info = await environment.describe("fake")
     harness = Harness(environment, actor, info, actor.info, "x", 0, reflector)
-    erl = Erl("run", settings, harness, FakeMemory(), learner, NoRecorder())
-    return erl, await erl.sample(0, ["t0"], 0)
+    runner = StepRunner("run", settings, harness, FakeMemory(), learner)
+    return runner, await runner.sample(0, ["t0"], 0)
 
 
 def settings(**policies: str) -> RunSettings:
@@ -58,18 +59,18 @@ async def test_a_reflector_writes_and_is_not_trained(features: frozenset[Feature
     wise = says("be wise", version=7, features=features)
     policy = service(told, wise=wise)
     learner = FakeLearner()
-    erl, experiences = await chains(policy, settings(reflector="wise"), learner)
+    runner, experiences = await chains(policy, settings(reflector="wise"), learner)
     for chain in experiences:
-        reflection = chain.reflection
+        reflection = chain.sample("reflection")
         assert (reflection.text, reflection.policy, reflection.policy_version) == ("be wise", "wise", 7)
-        assert reflection.outcome is Outcome.COMPLETED and reflection.reward == chain.second_attempt.reward == 1
+        assert reflection.outcome is Outcome.COMPLETED and reflection.reward == chain["second"].reward == 1
         assert bool(reflection.sequences[0].token_ids) == (Feature.TOKEN_IDS in features)
     assert len(wise.calls) == 2 and len(policy.calls) == 4
-    await erl.learn(0, experiences)
+    await runner.learn(0, experiences)
     branches = {datum.branch for step in learner.steps for datum in step}
     assert branches == {"first", "second", "distilled"}
-    await erl.memorise(experiences)
-    assert [entry.provenance.policy_version for entry in erl.memory.entries] == [7, 7]  # type: ignore[attr-defined]
+    await runner.memorise(experiences)
+    assert [entry.provenance.policy_version for entry in runner.memory.entries] == [7, 7]  # type: ignore[attr-defined]
 
 
 async def test_what_the_actor_reflects_is_trained_on() -> None:
@@ -78,8 +79,8 @@ async def test_what_the_actor_reflects_is_trained_on() -> None:
     environment = FakeEnvironment({"t0": "go"})
     actor = await NamedPolicy.open(policy, "")
     harness = Harness(environment, actor, await environment.describe("fake"), actor.info, "x", 0)
-    erl = Erl("run", settings(), harness, FakeMemory(), learner, NoRecorder())
-    await erl.learn(0, await erl.sample(0, ["t0"], 0))
+    runner = StepRunner("run", settings(), harness, FakeMemory(), learner)
+    await runner.learn(0, await runner.sample(0, ["t0"], 0))
     data = learner.branch(REFLECTION)
     assert len(data) == 2 and all(isinstance(datum.objective, PolicyGradient) for datum in data)
 
@@ -89,7 +90,7 @@ async def test_an_episode_is_one_session_and_a_reflection_another() -> None:
     environment = FakeEnvironment({"t0": "go"}, turns=3)
     actor = await NamedPolicy.open(policy, "actor")
     harness = Harness(environment, actor, await environment.describe("fake"), actor.info, "x", 0)
-    await Erl("run", settings(), harness, FakeMemory(), FakeLearner(), NoRecorder()).sample(0, ["t0"], 0)
+    await StepRunner("run", settings(), harness, FakeMemory(), FakeLearner()).sample(0, ["t0"], 0)
     sessions = [options.session_id for options in policy.options[:7]]
     first, reflection, second = (f"run-s0-t0-r0-{part}" for part in ("first-x-0", "reflection-x", "second-x-0"))
     assert sessions == [first] * 3 + [reflection] + [second] * 3
@@ -168,7 +169,10 @@ async def test_a_run_trains_its_actor_with_another_reflector(tmp_path: Path) -> 
     runs = manager(tmp_path, policy, FakeLearner())
     assert await ended(runs, "one", policies={"actor": "actor", "reflector": "wise"}) == ""
     chain = read_experiences(journal_file(tmp_path / "one" / "journal", 0))[0]
-    assert chain.reflection is not None and (chain.reflection.policy, chain.reflection.text) == ("wise", "be wise")
+    assert chain.sample("reflection") is not None and (
+        chain["reflection"].policy,
+        chain["reflection"].text,
+    ) == ("wise", "be wise")
     assert policy.others["wise"].updates == [] and len(policy.updates) == 2
     assert runs.run("one").events.steps()[0].metrics["canary_difference"] == 1e-6
     await runs.close()

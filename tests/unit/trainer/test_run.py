@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,13 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mulligan.common.errors import DomainError, ServiceUnavailable
+from mulligan.common.experience import Experience
 from mulligan.common.inference import PublishedWeights
-from mulligan.common.types import Experience
 from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.events import EvaluationEvent, NoticeEvent, StepEvent
 from mulligan.trainer.folder import RunFolder, RunState
 from mulligan.trainer.journal import (
-    AttemptSampled,
-    ReflectionSampled,
+    SampleRecorded,
     StepJournal,
     journal_file,
     journaled_steps,
@@ -102,10 +102,10 @@ class World:
             (
                 chain.experience_id,
                 chain.task_id,
-                [(part.sequences[0].token_ids, part.sequences[0].loss_mask) for part in chain.parts()],
-                chain.first_attempt.reward,
-                chain.reflection and (chain.reflection.text, chain.reflection.reward),
-                chain.distilled and chain.distilled.sequences,
+                [(part.sequences[0].token_ids, part.sequences[0].loss_mask) for part in chain.samples],
+                chain["first"].reward,
+                chain.sample("reflection") and (chain["reflection"].text, chain["reflection"].reward),
+                chain.target("distilled") and chain.targets[0].sequences,
                 chain.memory_entry_ids,
             )
             for chain in experiences
@@ -124,7 +124,7 @@ async def test_a_run_from_start_to_end(tmp_path: Path) -> None:
     versions = [update.policy_version for update in world.policy.updates]
     assert versions == list(range(1, STEPS + 2)), "the initial weights and one version per step"
     assert run.summary()["rollouts"] == sum(
-        1 + (chain.reflection is not None) + (chain.second_attempt is not None)
+        1 + (chain.sample("reflection") is not None) + (chain.sample("second") is not None)
         for step in range(STEPS)
         for chain in read_experiences(journal_file(world.folder.journal, step))
     )
@@ -161,14 +161,12 @@ def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
 
 
 def sampled_parts(world: World) -> list[str]:
-    """Ids of all journaled attempts and reflections, in order, with repetitions."""
+    """Ids of all journaled samples, in order, with repetitions."""
     found: list[str] = []
     for path in sorted(world.folder.journal.glob("*")):
         for record, _ in read_records(path):
-            if isinstance(record, AttemptSampled):
-                found.append(record.attempt.attempt_id)
-            elif isinstance(record, ReflectionSampled):
-                found.append(record.reflection.reflection_id)
+            if isinstance(record, SampleRecorded):
+                found.append(record.sample.sample_id)
     return found
 
 
@@ -318,33 +316,67 @@ def test_the_journal_is_plain_msgpack(tmp_path: Path) -> None:
     with journal_file(world.folder.journal, 0).open("rb") as file:
         records = [msgpack.unpackb(payload) for _, payload in msgpack.Unpacker(file)]
     kinds = [record["type"] for record in records]
-    assert kinds[0] == "step_started" and kinds[-1] == "step_completed" and kinds.count("experience") == 4
+    assert kinds[0] == "step_started" and kinds[-1] == "step_completed" and kinds.count("experience_completed") == 4
+
+
+def as_before(record: dict[str, Any]) -> dict[str, Any] | None:
+    """A record as it was written before samples had roles; None for one that was not written."""
+    match record["type"]:
+        case "trained":
+            return None
+        case "sample":
+            sample = record["sample"]
+            kind = "attempt" if sample["episode_id"] else "reflection"
+            names = OLD_ATTEMPT if kind == "attempt" else OLD_REFLECTION
+            return {"type": kind, kind: {f"{kind}_id": sample["sample_id"]} | {name: sample[name] for name in names}}
+        case "experience_completed":
+            ids = {
+                name: one for one in record["sample_ids"] for name in ("first", "reflection", "second") if name in one
+            }
+            targets = [[s["segments"][0]["token_ids"] for s in target["sequences"]] for target in record["targets"]]
+            return {name: record[name] for name in OLD_EXPERIENCE} | {
+                "type": "experience",
+                "first_id": ids["first"],
+                "reflection_id": ids.get("reflection"),
+                "second_id": ids.get("second"),
+                "distilled_id": record["targets"][0]["target_id"] if targets else None,
+                "distilled_prompts": targets[0] if targets else [],
+            }
+    return record
+
+
+OLD_ATTEMPT = ("episode_id", "outcome", "reward", "feedback", "turns", "final_observation", "sequences", "temperature")
+OLD_REFLECTION = ("text", "sequences", "temperature", "outcome", "error", "policy")
+OLD_EXPERIENCE = ("experience_id", "run_id", "step", "environment", "task_id", "rollout", "memory_entry_ids")
 
 
 async def test_a_journal_of_an_earlier_version_can_be_read_and_resumed(tmp_path: Path) -> None:
-    """Its records have no `not_distilled`, and attempts without a turn have a reward."""
+    """Its records know attempts and reflections, not samples; attempts without a turn have a reward."""
     world = World(tmp_path)
     await world.run().train()
     path = journal_file(world.folder.journal, 0)
     before = read_experiences(path)
-    seen = set()
     records = []
     for _, payload in msgpack.Unpacker(path.open("rb")):
-        record = msgpack.unpackb(payload)
-        seen.add(record.pop("not_distilled", None))
+        record = as_before(msgpack.unpackb(payload))
+        if record is None:
+            continue
         attempt = record.get("attempt")
         if attempt and attempt["attempt_id"].endswith("-r0-first"):
             attempt |= {"turns": [], "sequences": [], "outcome": "truncated", "reward": 0.0}
         changed = msgpack.packb(record)
         records.append(msgpack.packb([zlib.crc32(changed), changed]))
     path.write_bytes(b"".join(records))
-    assert seen == {None, ""} and len(read_experiences(path)) == len(before)
+    for now, then in zip(read_experiences(path), before, strict=True):
+        samples = now.samples if not now.rollout else tuple(replace(one, system="") for one in then.samples)
+        assert now.samples == samples, "all but the system prompts was written before, too"
+        assert now.targets == tuple(replace(target, system="") for target in then.targets)
     (tmp_path / "run" / "checkpoint.json").unlink()
     again = world.run()
     world.learner.checkpoints.clear()
     await again.train()
     chains = read_experiences(path)
-    assert all(chain.first_attempt.turns for chain in chains), "what never spoke is asked again"
+    assert all(chain["first"].turns for chain in chains), "what never spoke is asked again"
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 3))

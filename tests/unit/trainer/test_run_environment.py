@@ -77,7 +77,7 @@ def boards(world: World) -> dict[str, set[str]]:
     for step in range(STEPS):
         path = journal_file(world.folder.journal, step)
         for chain in read_experiences(path) if path.exists() else ():
-            for attempt in (chain.first_attempt, chain.second_attempt):
+            for attempt in (chain.sample("first"), chain.sample("second")):
                 if attempt is not None and attempt.turns:
                     group = found.setdefault(chain.experience_id.rpartition("-r")[0], set())
                     group.add(attempt.turns[0].observation)

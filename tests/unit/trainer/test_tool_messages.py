@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.experience import Sample
 from mulligan.common.inference import Continuation, Feature, Message, Role, SamplingParams, Tool
 from mulligan.common.types import Outcome
 from mulligan.trainer.harness import Harness
@@ -63,7 +64,7 @@ async def test_where_turns_are_rendered_anew_each_shows_the_tools() -> None:
         return await tokenize(prompt, options)
 
     object.__setattr__(made, "policy", type("Recording", (), {"tokenize": staticmethod(recording)}))
-    await made.first_prompts(attempt, attempt)
+    await made.prompts_of(attempt, "solve", attempt)
     assert [prompt for prompt, _ in asked] == [prompt for prompt, _ in policy.calls]
     assert all(options.tools == (SEARCH,) for _, options in asked)
 
@@ -72,7 +73,8 @@ async def test_a_reflector_is_shown_no_tools() -> None:
     policy = says_go()
     made = await harness(policy)
     attempt = await made.attempt("a", "t0", "solve", SamplingParams(), 0)
-    await made.reflect("r", attempt, "", SamplingParams(), 0)
+    blank = Sample("r", "reflection", Outcome.COMPLETED, (), 1.0, system="reflect", parent_id=attempt.sample_id)
+    await made.write(blank, "what happened?", SamplingParams(), 0)
     assert policy.options[-1].tools == ()
 
 

@@ -14,13 +14,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.experience import Sample, Segment, SegmentKind, TokenSequence, Turn
 from mulligan.common.inference import Feature, SamplingParams, VersionSpan
-from mulligan.common.types import Attempt, Outcome, Reflection, Segment, SegmentKind, TokenSequence, Turn
-from mulligan.trainer.algorithm import Erl, NoRecorder, evaluate
+from mulligan.common.types import Outcome
 from mulligan.trainer.data import ModelLimits
+from mulligan.trainer.evaluation import evaluate
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
+from mulligan.trainer.member import NoRecorder
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+from mulligan.trainer.step import StepRunner
 from mulligan.trainer.trainable import prompt_notices
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 
@@ -51,7 +54,9 @@ class Loop:
         return Harness(self.environment, self.policy, info, await self.policy.info(), "x", restarts)
 
     async def step(self, recorder: Any = None) -> list[Any]:
-        algorithm = Erl("run", self.settings, await self.harness(), self.memory, self.learner, recorder or NoRecorder())
+        algorithm = StepRunner(
+            "run", self.settings, await self.harness(), self.memory, self.learner, recorder or NoRecorder()
+        )
         chains = await algorithm.sample(0, list(self.environment.answers), 0)
         self.metrics = algorithm.metrics(chains) | await algorithm.learn(0, chains)
         await algorithm.memorise(chains)
@@ -116,8 +121,9 @@ BOTH = st.tuples(good_sequences(), BROKEN).map(lambda both: both[0] + both[1])
 SEQUENCES = st.one_of(good_sequences(), BROKEN, BOTH)
 TURNS = st.lists(st.builds(Turn, st.sampled_from(["a", "b"]), st.just("t"), st.just("A"), NUMBERS), max_size=3)
 ATTEMPTS = st.builds(
-    Attempt,
-    attempt_id=st.just(""),
+    Sample,
+    sample_id=st.just(""),
+    role=st.just(""),
     episode_id=st.just("e"),
     outcome=st.sampled_from(Outcome),
     reward=st.one_of(st.none(), NUMBERS),
@@ -128,8 +134,9 @@ ATTEMPTS = st.builds(
     temperature=st.one_of(st.just(0.7), NUMBERS),
 )
 REFLECTIONS = st.builds(
-    Reflection,
-    reflection_id=st.just(""),
+    Sample,
+    sample_id=st.just(""),
+    role=st.just("reflection"),
     text=st.sampled_from(["", "rules"]),
     sequences=SEQUENCES,
     temperature=st.one_of(st.just(0.5), NUMBERS),
@@ -158,9 +165,9 @@ def test_whatever_a_journal_holds_can_be_resumed_and_trained_on(
     journal.start(StepStarted(0, ["t0"], 0, 0))
     for number, (first, reflection, second) in enumerate(chains):
         chain_id = f"run-s0-t0-r{number}"
-        journal.add(replace(first, attempt_id=f"{chain_id}-first"))
-        journal.add(replace(reflection, reflection_id=f"{chain_id}-reflection"))
-        journal.add(replace(second, attempt_id=f"{chain_id}-second"))
+        journal.add(replace(first, sample_id=f"{chain_id}-first", role="first"))
+        journal.add(replace(reflection, sample_id=f"{chain_id}-reflection"))
+        journal.add(replace(second, sample_id=f"{chain_id}-second", role="second"))
     journal.close()
     policy = says("no")
     policy.rewrites_history = rewrites
@@ -186,11 +193,11 @@ async def test_a_distilled_copy_may_be_too_long_where_its_source_is_not() -> Non
     loop = Loop.over(FakePolicy(answers({"solve" * 30: "no", "reflect": "<prompt>r</prompt>"}, "go")))
     loop.environment.describe = with_solver(loop.environment, "solve" * 30)  # type: ignore[assignment,method-assign]
     chain, *_ = await loop.step()
-    second, copy = (len(part.sequences[0].token_ids) for part in (chain.second_attempt, chain.distilled))
+    second, copy = (len(part.sequences[0].token_ids) for part in (chain.sample("second"), chain.target("distilled")))
     assert second < copy and not loop.dropped
     loop.learner = FakeLearner(limits=ModelLimits(VOCABULARY, copy - 1))
     chain, *_ = await loop.step()
-    assert chain.distilled is not None, "what was sampled stays in the journal"
+    assert chain.target("distilled") is not None, "what was sampled stays in the journal"
     assert loop.dropped == {"dropped_too_long": 4}, "two first attempts, two copies"
     assert loop.trained() == {"reflection", "second"}
 
@@ -215,8 +222,8 @@ async def test_where_the_learner_states_no_limits_the_policys_hold() -> None:
     loop.learner = FakeLearner(limits=ModelLimits(0, 0))
     chain, *_ = await loop.step()
     assert not loop.dropped
-    longest = max(len(part.sequences[0].token_ids) for part in (chain.distilled, chain.reflection))
-    assert longest == len(chain.distilled.sequences[0].token_ids)
+    longest = max(len(part.sequences[0].token_ids) for part in (chain.target("distilled"), chain.sample("reflection")))
+    assert longest == len(chain.targets[0].sequences[0].token_ids)
     loop.policy.context_length = longest - 1
     await loop.step()
     assert loop.dropped == {"dropped_too_long": 4}
@@ -254,11 +261,11 @@ async def test_a_policy_that_begins_to_rewrite_history_in_the_middle(turns: int,
     loop = Loop.over(policy, turns=turns, rollout={"rollouts_per_task": 1})
     (chain,) = await loop.step()
     assert seen["second"] > 0
-    sequences = chain.second_attempt.sequences
+    sequences = chain["second"].sequences
     if len(sequences) < turns:  # a sequence holds several turns, and another begins anew
-        assert chain.distilled is None and loop.dropped == {"dropped_rewritten_history": 1}
+        assert chain.target("distilled") is None and loop.dropped == {"dropped_rewritten_history": 1}
     else:
-        for place, sequence in enumerate(chain.distilled.sequences):
+        for place, sequence in enumerate(chain.targets[0].sequences):
             shown = bytes(sequence.segments[0].token_ids).decode()
             assert shown.count("[assistant:go]") == place and shown.startswith("[system:solve]")
     assert "second" in loop.trained(), "its own tokens are what the policy saw"
@@ -274,7 +281,7 @@ async def test_a_policy_that_cannot_tell_the_first_prompt() -> None:
     policy.tokenize = tokenize  # type: ignore[method-assign]
     loop = Loop.over(policy)
     chains = await loop.step()
-    assert all(chain.distilled is None and chain.not_distilled == "no_prompt" for chain in chains)
+    assert all(chain.target("distilled") is None and chain.untrained == ("no_prompt",) for chain in chains)
     assert loop.dropped == {"dropped_no_prompt": 2} and loop.trained() == {"first", "reflection", "second"}
 
 
@@ -295,10 +302,10 @@ async def test_a_first_prompt_that_never_fits_is_no_sample() -> None:
     loop = Loop.over(policy)
     chains = await loop.step()
     for chain in chains:
-        first = chain.first_attempt
+        first = chain.sample("first")
         assert (first.outcome, first.reward, first.restarts) == (Outcome.POLICY_ERROR, None, 0)
         assert "first prompt has 40 tokens, and the policy's context is 10" in first.error
-        assert chain.reflection is None and chain.second_attempt is None
+        assert chain.sample("reflection") is None and chain.sample("second") is None
     assert loop.metrics["excluded"] == loop.metrics["excluded_prompt_too_long"] == 2
     assert "success_first" not in loop.metrics and not loop.learner.steps
 
@@ -308,8 +315,8 @@ async def test_a_reflection_that_is_too_long_for_a_second_attempt_earns_nothing(
     policy.context_length = 330
     loop = Loop.over(policy)
     chains = await loop.step()
-    assert {chain.second_attempt.outcome for chain in chains} == {Outcome.POLICY_ERROR}
-    assert {chain.reflection.reward for chain in chains} == {None}
+    assert {chain["second"].outcome for chain in chains} == {Outcome.POLICY_ERROR}
+    assert {chain["reflection"].reward for chain in chains} == {None}
     assert loop.metrics["excluded_prompt_too_long"] == 2 and loop.trained() == {"first"}
 
 
@@ -317,10 +324,10 @@ async def test_an_attempt_that_is_too_long_to_reflect_on_is_counted() -> None:
     loop = Loop.over(says("no"))
     loop.policy.context_length = 100
     chains = await loop.step()
-    assert {chain.reflection.outcome for chain in chains} == {Outcome.POLICY_ERROR}
+    assert {chain["reflection"].outcome for chain in chains} == {Outcome.POLICY_ERROR}
     assert loop.metrics["excluded_prompt_too_long"] == 2 and loop.trained() == {"first"}
-    firsts = [chain.first_attempt for chain in chains]
-    parts = [part for chain in chains for part in chain.parts()]
+    firsts = [chain.sample("first") for chain in chains]
+    parts = [part for chain in chains for part in chain.samples]
     (notice,) = prompt_notices(firsts, parts)
     assert "a reflection, because PROMPT_TOO_LONG" in notice and prompt_notices(firsts) == []
 
@@ -330,7 +337,7 @@ async def test_a_conversation_that_outgrows_the_context_is_a_sample() -> None:
     policy.context_length = 60
     loop = Loop.over(policy, turns=5, algorithm={"second_attempt": "none"})
     for chain in await loop.step():
-        first = chain.first_attempt
+        first = chain.sample("first")
         assert (first.outcome, first.reward) == (Outcome.TRUNCATED, 0) and 0 < len(first.turns) < 5
     assert loop.metrics["excluded"] == 0 and loop.trained() == {"first"}
 
@@ -344,10 +351,12 @@ async def test_with_a_larger_context_the_same_journal_goes_on(tmp_path: Path) ->
         journal = StepJournal(tmp_path, 0)
         chains = await loop.step(journal)
         journal.close()
-        assert {chain.first_attempt.reward for chain in chains} == rewards
+        assert {chain["first"].reward for chain in chains} == rewards
         read = read_experiences(journal_file(tmp_path, 0))
-        assert [chain.first_attempt.reward for chain in read] == [chain.first_attempt.reward for chain in chains]
-        assert [chain.second_attempt is None for chain in read] == [chain.second_attempt is None for chain in chains]
+        assert [chain["first"].reward for chain in read] == [chain["first"].reward for chain in chains]
+        assert [chain.sample("second") is None for chain in read] == [
+            chain.sample("second") is None for chain in chains
+        ]
 
 
 # Reflections that were cut.
@@ -362,8 +371,8 @@ async def test_a_cut_reflection_is_not_memorised(text: str, train: bool) -> None
     }
     loop = Loop.over(says("no", reflection=text), **cut)
     chains = await loop.step()
-    assert {chain.reflection.outcome for chain in chains} == {Outcome.TRUNCATED}
-    assert {chain.second_attempt.reward for chain in chains} == {1.0} and not loop.memory.entries
+    assert {chain["reflection"].outcome for chain in chains} == {Outcome.TRUNCATED}
+    assert {chain["second"].reward for chain in chains} == {1.0} and not loop.memory.entries
     assert ("reflection" in loop.trained()) is train
     assert loop.dropped == ({} if train else {"dropped_cut_reflection": 2})
     assert {"second", "distilled"} <= loop.trained(), "what it led to was sampled as it was"
@@ -398,7 +407,7 @@ async def test_ids_fit_the_contract_whatever_the_tasks_id(task_id: str) -> None:
         harness = await loop.harness()
         rollout = RolloutSettings(concurrency=1)
         attempts = await evaluate(harness, name, tasks, EvaluationSettings(samples=2), rollout, 0)
-        lives.append([attempt.attempt_id for attempt in attempts])
+        lives.append([attempt.sample_id for attempt in attempts])
         assert len(set(loop.environment.started)) == len(loop.environment.started) == 2 * len(tasks)
         assert all(len(episode_id) <= 200 for episode_id in loop.environment.started + sampled)
     assert lives[0] == lives[1] and len(set(lives[0])) == 2 * len(tasks)

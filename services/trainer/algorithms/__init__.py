@@ -1,0 +1,13 @@
+"""Algorithms of learning from experience, one module each.
+
+A module exports
+
+- `Settings`, a subclass of `AlgorithmSettings`: the table `[algorithm]` of a run;
+- `async def play(member: Member[Settings]) -> None`, which plays one member of a group and reads like the paper: it
+  calls helpers of `Member`, such as `attempt`, `reflect` and `under`;
+- `def train(groups: Sequence[Group], settings: Settings) -> list[Datum]`, a pure function from the step's groups to
+  weighted training data. Helpers are in `mulligan.trainer.batch` and `mulligan.trainer.advantages`.
+
+`algorithm.name` is the name of a module here, of an entry point of the group `mulligan.algorithms`, or of any
+importable module.
+"""

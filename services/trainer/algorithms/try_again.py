@@ -1,0 +1,29 @@
+"""ERL with unary feedback: the second attempt is told only that the first failed.
+
+An ablation of ERL ("w/o reflection", without the first attempt); it has ERL's settings, and those of reflection and
+memory mean nothing.
+"""
+
+from __future__ import annotations
+
+from mulligan.common.rewards import exceeds
+from mulligan.trainer.algorithms import erl
+from mulligan.trainer.algorithms.erl import train
+from mulligan.trainer.member import Member
+
+__all__ = ["Settings", "play", "train"]
+
+
+class Settings(erl.Settings):
+    name: str = "try_again"
+    memory_entries: int = 0
+
+
+async def play(member: Member[Settings]) -> None:
+    first = await member.attempt(erl.FIRST)
+    if first.reward is None or member.solves(first):
+        return
+    system = member.prompts.try_again
+    second = await member.attempt(erl.SECOND, system=system, parent=first)
+    if second.reward is not None and exceeds(second.reward, 0):
+        await member.under(erl.DISTILLED, second, like=first)

@@ -1,0 +1,239 @@
+"""What an algorithm plays with: one member of a group, and the helpers that its `play` calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Generic, Protocol, TypeVar
+
+from mulligan.common.experience import Experience, Sample, Trained, TrainingTarget
+from mulligan.common.inference import SamplingParams
+from mulligan.common.rewards import reaches
+from mulligan.common.tasks import Broadcast
+from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet, StoredReflection
+from mulligan.trainer.harness import Harness, reflection_in, reflection_request
+from mulligan.trainer.seeds import derive_seed
+from mulligan.trainer.settings import AlgorithmSettings, RolloutSettings
+from mulligan.trainer.trainable import NotDistilled, never_fits, with_usable_reward
+
+S_co = TypeVar("S_co", bound=AlgorithmSettings, covariant=True)
+_MAX_MEMORY_BYTES = 2**20  # of AddReflectionRequest
+
+
+class Recorder(Protocol):
+    """Stores samples when they are sampled, and finds those from before a restart."""
+
+    def find(self, sample_id: str) -> Sample | None: ...
+
+    def add(self, sample: Sample) -> None: ...
+
+    def complete(self, experience: Experience) -> None: ...
+
+    def train(self, data: Sequence[Trained]) -> None: ...
+
+
+class NoRecorder:
+    """Stores nothing: for loops that are never resumed."""
+
+    def find(self, sample_id: str) -> Sample | None:
+        return None
+
+    def add(self, sample: Sample) -> None:
+        return None
+
+    def complete(self, experience: Experience) -> None:
+        return None
+
+    def train(self, data: Sequence[Trained]) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A text for the memory, and the rewards before and after it."""
+
+    text: Sample
+    reward_before: float
+    reward_after: float
+
+
+@dataclass
+class Peers:
+    """The members of one group: what each has sampled so far, and which have ended."""
+
+    samples: dict[int, list[Sample]] = field(default_factory=dict)  # by rollout
+    running: set[int] = field(default_factory=set)
+    changed: Broadcast = field(default_factory=Broadcast)
+
+
+@dataclass
+class Member(Generic[S_co]):
+    """One member of a group. It plays one experience: what its helpers sample is recorded, and found again after a
+    restart, so `play` must call them in an order that depends on nothing but their results.
+
+    `rollout` is its index in the group, from 0. `step` counts from 0 to `steps` - 1. `memory` is what the reflection
+    memory had at the start of the step, `info` what the environment says of itself.
+    """
+
+    experience_id: str
+    task_id: str
+    rollout: int
+    step: int
+    steps: int
+    settings: S_co
+    sampling: RolloutSettings
+    seed: int
+    harness: Harness
+    recorder: Recorder
+    memory: Sequence[StoredReflection]
+    peers: Peers
+    slots: asyncio.Semaphore
+    targets: list[TrainingTarget] = field(default_factory=list)
+    lessons: list[Lesson] = field(default_factory=list)
+    untrained: list[str] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)  # ids of memory entries
+
+    @property
+    def info(self) -> EnvironmentInfo:
+        return self.harness.info
+
+    @property
+    def prompts(self) -> PromptSet:
+        return self.harness.info.prompts
+
+    @property
+    def samples(self) -> list[Sample]:
+        return self.peers.samples.setdefault(self.rollout, [])
+
+    def solves(self, sample: Sample) -> bool:
+        """Whether its reward reaches `success_threshold`."""
+        return sample.reward is not None and reaches(sample.reward, self.settings.success_threshold)
+
+    async def attempt(self, role: str, *, system: str | None = None, parent: Sample | None = None) -> Sample:
+        """Plays the task from its start, under the system prompt `system`: the environment's solver prompt if None.
+
+        Its reward is None where the infrastructure failed. Raises ServiceUnavailable when a service stays unreachable.
+        """
+        name, sample_id = self._next(role)
+        attempt = self.recorder.find(sample_id)
+        if attempt is None or never_fits(attempt):  # the policy's context may be larger now
+            system = self.prompts.solver if system is None else system
+            parent_id = parent.sample_id if parent else ""
+            seed = derive_seed(self.seed, name)
+            attempt = await self.harness.attempt(
+                sample_id, self.task_id, system, self._attempt_sampling, seed, role, parent_id
+            )
+            self.recorder.add(attempt)
+        return self._keep(with_usable_reward(attempt))
+
+    async def reflect(self, role: str, on: Sample, *, texts: Sequence[str] | None = None) -> Sample:
+        """Δ ~ π(·|x, y, f, r, m): what the reflector (`policies.reflector`, else the policy itself) learns from the
+        episode `on`. `texts` stand in its prompt as memory, the entries of `memory` if None."""
+        if texts is None:
+            texts = [entry.text for entry in self.memory]
+            self.shown = [entry.reflection_id for entry in self.memory]
+        user = reflection_request(on, self.prompts, texts)
+        return await self.write(role, user, system=self.prompts.reflection_system, parent=on)
+
+    async def write(self, role: str, user: str, *, system: str = "", parent: Sample | None = None) -> Sample:
+        """A text: the reflector's answer to `system` and the message `user`, sampled as `rollout.reflection_*` say.
+
+        Where the answer has a pair of the environment's reflection marks, the text is what stands between them.
+        """
+        name, sample_id = self._next(role)
+        text = self.recorder.find(sample_id)
+        if text is None:
+            blank = Sample(sample_id, role, Outcome.COMPLETED, (), 1.0, system=system)
+            blank = replace(blank, parent_id=parent.sample_id if parent else "")
+            rollout = self.sampling
+            sampling = SamplingParams(
+                rollout.reflection_temperature, rollout.reflection_top_p, max_tokens=rollout.reflection_max_tokens
+            )
+            seed = derive_seed(self.seed, name)
+            reflector = self.harness.reflector
+            text = await self.harness.write(
+                blank, user, sampling, seed, reflector, lambda answer: reflection_in(answer, self.prompts)
+            )
+            self.recorder.add(text)
+        return self._keep(text)
+
+    async def under(
+        self, role: str, episode: Sample, *, system: str | None = None, like: Sample | None = None
+    ) -> TrainingTarget | None:
+        """The episode's tokens under another system prompt, the solver prompt if None, for training. `like` is an
+        episode that was played under that prompt.
+
+        None where an episode's prompts cannot be known; the reason is counted.
+        """
+        system = self.prompts.solver if system is None else system
+        try:
+            prompts = await self.harness.prompts_of(episode, system, like)
+        except NotDistilled as error:
+            self.untrained.append(error.problem)
+            return None
+        if not episode.sequences:
+            return None
+        pairs = zip(episode.sequences, prompts, strict=True)
+        sequences = tuple(sequence.with_prompt(prompt) for sequence, prompt in pairs)
+        name = f"{self.experience_id}-{self._numbered(role, [target.role for target in self.targets])}"
+        target = TrainingTarget(name, role, episode.sample_id, sequences, system)
+        self.targets.append(target)
+        return target
+
+    def credit(self, text: Sample, reward: float | None, parts: Mapping[str, float] | None = None) -> Sample:
+        """The text with a reward. The later of two credits holds. An episode has that of its environment."""
+        assert not text.is_episode, f"{text.role!r} is an episode"
+        place = next(index for index, one in enumerate(self.samples) if one.sample_id == text.sample_id)
+        self.samples[place] = replace(self.samples[place], reward=reward, reward_parts=parts or {})
+        return self.samples[place]
+
+    def remember(self, text: Sample, *, before: float | None, after: float | None) -> None:
+        """Puts the text into the memory at the end of the step, if it is complete (the policy ended it, not a limit),
+        not empty, and no longer than the memory's contract allows."""
+        if before is None or after is None or text.outcome is not Outcome.COMPLETED:
+            return
+        if 0 < len(text.text.encode()) <= _MAX_MEMORY_BYTES:
+            self.lessons.append(Lesson(text, before, after))
+
+    def ended(self) -> None:
+        """Called when `play` is over: nobody waits for this member any more."""
+        self.peers.running.discard(self.rollout)
+        self.peers.changed.wake_all()
+
+    async def siblings(self, role: str) -> list[Sample]:
+        """The samples of this role of the group's other members, in their order. Waits until each has one or has ended.
+
+        Meanwhile it leaves its place among the `rollout.concurrency` members that run.
+        """
+        self.slots.release()
+        try:
+            while any(self._sampled(other, role) is None for other in self.peers.running - {self.rollout}):
+                await self.peers.changed.wait()
+        finally:
+            await self.slots.acquire()
+        others = sorted(self.peers.samples.keys() - {self.rollout})
+        return [found for other in others if (found := self._sampled(other, role)) is not None]
+
+    def _sampled(self, rollout: int, role: str) -> Sample | None:
+        return next((one for one in self.peers.samples.get(rollout, ()) if one.role == role), None)
+
+    def _keep(self, sample: Sample) -> Sample:
+        self.samples.append(sample)
+        self.peers.changed.wake_all()
+        return sample
+
+    def _next(self, role: str) -> tuple[str, str]:
+        """Name and id of the next sample of this role: the second and later ones are numbered."""
+        name = self._numbered(role, [sample.role for sample in self.samples])
+        return name, f"{self.experience_id}-{name}"
+
+    @staticmethod
+    def _numbered(role: str, roles: Sequence[str]) -> str:
+        count = roles.count(role)
+        return f"{role}-{count + 1}" if count else role
+
+    @property
+    def _attempt_sampling(self) -> SamplingParams:
+        rollout = self.sampling
+        return SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_tokens)

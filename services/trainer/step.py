@@ -1,0 +1,224 @@
+"""One training step of any algorithm: sample, learn, memorise."""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.experience import Experience
+from mulligan.common.tasks import gather_or_cancel
+from mulligan.common.types import Provenance, StoredReflection
+from mulligan.trainer.batch import groups_of, minibatches, trained
+from mulligan.trainer.data import Datum, ModelLimits, PolicyGradient, datum_problem
+from mulligan.trainer.harness import Harness
+from mulligan.trainer.interfaces import LearnerPort, MemoryPort
+from mulligan.trainer.member import Lesson, Member, NoRecorder, Peers, Recorder
+from mulligan.trainer.metrics import mean_metrics, rollout_metrics
+from mulligan.trainer.run_environment import EnvironmentChanged
+from mulligan.trainer.sampling import ForeignWeights, VersionLost
+from mulligan.trainer.seeds import derive_seed
+from mulligan.trainer.settings import ALGORITHMS, AlgorithmSettings, RunSettings
+from mulligan.trainer.trainable import counted, trainable
+
+# What an algorithm's helpers may raise: these pass through it as they are.
+_OUTSIDE = (DomainError, CallFailed, ServiceUnavailable, EnvironmentChanged, ForeignWeights, VersionLost, OSError)
+
+
+class AlgorithmFailed(RuntimeError):
+    """The algorithm's own code raised; the message has its traceback."""
+
+
+@dataclass
+class StepRunner:
+    """Runs an algorithm's steps. `Run` calls `sample`, `learn` and `memorise` once per step.
+
+    `sample` queries the memory once, then runs the algorithm's `play` for every (task, rollout). `learn` drops what
+    cannot be trained on (`trainable`), calls the algorithm's `train`, deals its data out to optimizer steps
+    (`minibatches`), and calls the learner for each. `memorise` stores what the algorithm wants to be remembered.
+
+    Every sample goes to the recorder as soon as it exists. A repeated step finds it there.
+    """
+
+    run_id: str
+    settings: RunSettings
+    harness: Harness
+    memory: MemoryPort
+    learner: LearnerPort
+    recorder: Recorder = field(default_factory=NoRecorder)
+    algorithm: ModuleType = field(init=False)
+    _lessons: dict[str, list[Lesson]] = field(init=False, default_factory=dict)  # by experience
+
+    def __post_init__(self) -> None:
+        self.algorithm = ALGORITHMS.find(self.settings.algorithm.name)
+
+    async def sample(self, step: int, task_ids: Sequence[str], memory_version: int) -> list[Experience]:
+        """The experiences of one step, in (task, rollout) order. They see the memory at `memory_version`."""
+        entries = await self._query_memory(memory_version)
+        slots = asyncio.Semaphore(self.settings.rollout.concurrency)
+        size = self.settings.rollout.rollouts_per_task
+        members = []
+        for slot, task_id in enumerate(task_ids):
+            peers = Peers(running=set(range(size)))
+            members += [self._member(step, slot, task_id, rollout, entries, peers, slots) for rollout in range(size)]
+        return await gather_or_cancel(self._play(member) for member in members)
+
+    def _member(
+        self,
+        step: int,
+        slot: int,
+        task_id: str,
+        rollout: int,
+        entries: Sequence[StoredReflection],
+        peers: Peers,
+        slots: asyncio.Semaphore,
+    ) -> Member[AlgorithmSettings]:
+        return Member(
+            experience_id=f"{self.run_id}-s{step}-t{slot}-r{rollout}",
+            task_id=task_id,
+            rollout=rollout,
+            step=step,
+            steps=self.settings.steps,
+            settings=self.settings.algorithm,
+            sampling=self.settings.rollout,
+            seed=derive_seed(self.settings.seed, step, task_id, slot, rollout),
+            harness=self.harness,
+            recorder=self.recorder,
+            memory=entries,
+            peers=peers,
+            slots=slots,
+        )
+
+    async def _play(self, member: Member[AlgorithmSettings]) -> Experience:
+        try:
+            async with member.slots:
+                with self._blame():
+                    await self.algorithm.play(member)
+        finally:
+            member.ended()
+        experience = Experience(
+            experience_id=member.experience_id,
+            run_id=self.run_id,
+            step=member.step,
+            environment=self.harness.info.name,
+            task_id=member.task_id,
+            rollout=member.rollout,
+            samples=tuple(member.samples),
+            targets=tuple(member.targets),
+            memory_entry_ids=tuple(member.shown),
+            untrained=tuple(member.untrained),
+            algorithm=self.settings.algorithm.name,
+        )
+        self._lessons[member.experience_id] = member.lessons
+        self.recorder.complete(experience)
+        return experience
+
+    def training_data(self, experiences: Sequence[Experience]) -> tuple[list[Datum], dict[str, float]]:
+        """What is trained on, and the metrics of what is not. Raises AlgorithmFailed."""
+        algorithm = self.settings.algorithm
+        kept, dropped = trainable(experiences, self._limits, train_cut_texts=algorithm.train_cut_reflections)
+        with self._blame():
+            data: list[Datum] = self.algorithm.train(groups_of(kept), algorithm)
+        for datum in data:
+            if found := datum_problem(datum, self._limits):
+                said = f"{found.field}: expected {found.expected}, got {found.got}"
+                problem = f"gave a datum that cannot be trained on: {datum.datum_id}: {said}"
+                raise AlgorithmFailed(f"algorithm {algorithm.name!r} {problem}")
+        return data, counted(dropped)
+
+    async def learn(self, step: int, experiences: Sequence[Experience]) -> dict[str, float]:
+        """One loss over all branches, in `optimizer_steps` optimizer steps."""
+        data, left_out = self.training_data(experiences)
+        self.recorder.train(trained(data, experiences))
+        if not self._regularised:
+            data = [datum for datum in data if not _without_gradient(datum)]
+        if not data:
+            return left_out
+        count = self.settings.algorithm.optimizer_steps
+        if count > 1:
+            data = await self._with_old_log_probs(data)
+        metrics = []
+        for minibatch in minibatches(data, count, derive_seed(self.settings.seed, step, "minibatch")):
+            losses = await self.learner.forward_backward(minibatch, self.settings.loss)
+            metrics.append(losses | await self.learner.optim_step())
+        return mean_metrics(metrics) | left_out
+
+    async def memorise(self, experiences: Sequence[Experience]) -> None:
+        """Stores the lessons of the step. A repetition has the same request ids and adds nothing."""
+        for experience in experiences:
+            for lesson in self._lessons[experience.experience_id]:
+                provenance = Provenance(
+                    run_id=self.run_id,
+                    experience_id=experience.experience_id,
+                    environment=experience.environment,
+                    task_id=experience.task_id,
+                    policy_version=lesson.text.policy_version,
+                    reward_before=lesson.reward_before,
+                    reward_after=lesson.reward_after,
+                    success=True,
+                )
+                await self.memory.add(lesson.text.sample_id, self.memory_scope, lesson.text.text, provenance)
+
+    def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+        return rollout_metrics(experiences, self.settings.algorithm.success_threshold)
+
+    @property
+    def memory_scope(self) -> str:
+        return self.settings.algorithm.memory_scope or self.run_id
+
+    async def _query_memory(self, memory_version: int) -> Sequence[StoredReflection]:
+        algorithm = self.settings.algorithm
+        if algorithm.memory_entries == 0:
+            return ()
+        return await self.memory.query(
+            self.memory_scope,
+            self.harness.info.name,
+            algorithm.memory_strategy,
+            algorithm.memory_entries,
+            memory_version,
+        )
+
+    async def _with_old_log_probs(self, data: Sequence[Datum]) -> list[Datum]:
+        """PPO's old policy is the learner itself, before the first of several optimizer steps."""
+        sampled = [datum for datum in data if isinstance(datum.objective, PolicyGradient)]
+        old = dict(zip((datum.datum_id for datum in sampled), await self.learner.forward(sampled), strict=True))
+        return [
+            replace(datum, objective=replace(datum.objective, old_log_probs=old[datum.datum_id]))
+            if isinstance(datum.objective, PolicyGradient)
+            else datum
+            for datum in data
+        ]
+
+    @contextmanager
+    def _blame(self) -> Iterator[None]:
+        """Tells the algorithm's own errors apart from those of services. Raises AlgorithmFailed."""
+        try:
+            yield
+        except _OUTSIDE:
+            raise
+        except Exception as error:  # foreign code may raise anything
+            frames = "".join(traceback.format_exception(error))
+            raise AlgorithmFailed(f"algorithm {self.settings.algorithm.name!r} raised\n{frames}") from error
+
+    @property
+    def _limits(self) -> ModelLimits:
+        """The learner's limits, or the policy's where the learner reports none: both have the same model."""
+        learner = self.learner.limits
+        policy = self.harness.policy_info
+        return ModelLimits(
+            learner.vocabulary_size or policy.vocabulary_size, learner.context_length or policy.context_length
+        )
+
+    @property
+    def _regularised(self) -> bool:
+        return self.settings.loss.kl_coefficient > 0 or self.settings.loss.entropy_coefficient > 0
+
+
+def _without_gradient(datum: Datum) -> bool:
+    if isinstance(datum.objective, PolicyGradient):
+        return datum.objective.advantage == 0 or datum.weight == 0
+    return datum.objective.target_weight == 0

@@ -1,0 +1,201 @@
+"""Algorithms as plug-ins: one of somebody else's, errors of its own, waiting for siblings, what is journaled of it."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.types import Outcome
+from mulligan.trainer.batch import policy_gradient
+from mulligan.trainer.harness import Harness
+from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
+from mulligan.trainer.manager import RunManager
+from mulligan.trainer.run import ServicePorts
+from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.step import AlgorithmFailed, StepRunner
+from mulligan.trainer.wire import settings_from_proto, settings_to_proto, validated
+from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
+from tests.support.waiting import until
+
+BEST_OF_GROUP = '''
+"""Each member plays, looks at what the others did, and plays again under a hint if it is not among the best."""
+
+from pydantic import Field
+
+from mulligan.trainer.batch import distillation, policy_gradient
+from mulligan.trainer.settings import AlgorithmSettings
+
+
+class Settings(AlgorithmSettings):
+    name: str = "best_of_group"
+    hint: str = "hint"
+    weight: float = Field(2.0, ge=0)
+
+
+async def play(member):
+    first = await member.attempt("first")
+    others = await member.siblings("first")
+    if member.settings.hint == "break":
+        raise KeyError("nothing here")
+    if first.reward is None or any(other.reward > first.reward for other in others if other.reward is not None):
+        again = await member.attempt("hinted", system=member.settings.hint, parent=first)
+        verdict = await member.write("verdict", "better?", system="judge", parent=again)
+        member.credit(verdict, 0.25, {"form": 0.25})
+        await member.under("internalised", again)
+
+
+def train(groups, settings):
+    data = []
+    for group in groups:
+        for one in group:
+            data += policy_gradient(one["first"], 1.0, settings.weight, "first")
+            for target in one.targets:
+                data += distillation(target, 0.7, 1.0, 1.0, "internalised")
+    return data
+'''
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An algorithm of somebody else's package; its name."""
+    folder = tmp_path / "packages" / "acme"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "best_of_group.py").write_text(BEST_OF_GROUP)
+    monkeypatch.syspath_prepend(str(folder.parent))
+    yield "acme.best_of_group"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "acme"]:
+        del sys.modules[name]
+
+
+def config(name: str, concurrency: int = 1, **algorithm: Any) -> RunSettings:
+    rollout = {"tasks_per_step": 1, "rollouts_per_task": 3, "concurrency": concurrency}
+    plain = {"environment": "fake", "algorithm": {"name": name, **algorithm}, "rollout": rollout, "steps": 1}
+    return validated(RunSettings, plain | {"loss": {"kl_coefficient": 0.0}, "evaluation": {"samples": 1}})
+
+
+def says(system: str, last: str, sampling: Any) -> str:
+    if system == "judge":
+        return "much better"
+    return "go" if system == "hint" or sampling.seed % 3 == 0 else "no"
+
+
+async def runner(settings: RunSettings, recorder: Any) -> StepRunner:
+    environment = FakeEnvironment({"t0": "go"})
+    policy = FakePolicy(says)
+    info = await environment.describe("fake")
+    harness = Harness(environment, policy, info, await policy.info(), "x", 0)
+    return StepRunner("run.1", settings, harness, FakeMemory(), FakeLearner(), recorder)
+
+
+@pytest.mark.parametrize("concurrency", [1, 2, 8])
+async def test_an_algorithm_from_outside_the_tree(outside: str, tmp_path: Path, concurrency: int) -> None:
+    settings = config(outside, concurrency, weight=3)
+    assert settings_from_proto(settings_to_proto(settings)) == settings, "its own settings cross the wire"
+    journal = StepJournal(tmp_path, 0)
+    journal.start(StepStarted(0, ["t0"], 0, 0))
+    made = await runner(settings, journal)
+    async with asyncio.timeout(60):
+        sampled = await made.sample(0, ["t0"], 0)
+    first = [one["first"].reward for one in sampled]
+    assert first == [1.0 if "hinted" not in [s.role for s in one.samples] else 0.0 for one in sampled]
+    assert 0 < sum(map(float, map(bool, first))) < 3, "the group has both kinds"
+    await made.learn(0, sampled)
+    journal.close()
+    hinted = [one for one in read_experiences(journal_file(tmp_path, 0)) if one.sample("hinted")]
+    for one in hinted:
+        assert [sample.role for sample in one.samples] == ["first", "hinted", "verdict"]
+        assert one["hinted"].parent_id == one["first"].sample_id and one["hinted"].system == "hint"
+        verdict = one["verdict"]
+        assert (verdict.text, verdict.reward, verdict.reward_parts) == ("much better", 0.25, {"form": 0.25})
+        assert verdict.outcome is Outcome.COMPLETED and not verdict.is_episode
+        (target,) = one.targets
+        assert target.source_id == one["hinted"].sample_id and target.system == "solve"
+        told = [(datum.branch, datum.source_id, datum.objective, datum.weight) for datum in one.trained]
+        assert told == [
+            ("first", one["first"].sample_id, "policy_gradient", 3.0),
+            ("internalised", target.target_id, "distillation", 1.0),
+        ]
+    metrics = made.metrics(sampled)
+    assert metrics["success_hinted"] == 1.0 and metrics["rollouts"] == 3 + 2 * len(hinted)
+
+
+async def test_a_repeated_step_finds_every_sample_again(outside: str, tmp_path: Path) -> None:
+    lives = []
+    for _ in range(2):
+        journal = StepJournal(tmp_path, 0)
+        made = await runner(config(outside), journal)
+        lives.append(await made.sample(0, ["t0"], 0))
+        journal.close()
+        asked = made.harness.policy.calls  # type: ignore[attr-defined]
+        assert bool(asked) is (len(lives) == 1), "what was sampled before is not sampled again"
+    assert lives[0] == lives[1]
+
+
+async def test_an_algorithm_that_raises_fails_its_run_with_its_own_traceback(outside: str, tmp_path: Path) -> None:
+    async def open_learner(run_id: str, settings: RunSettings) -> FakeLearner:
+        return FakeLearner()
+
+    environment = FakeEnvironment({"t0": "go"})
+    manager = RunManager(tmp_path, ServicePorts(environment, FakePolicy(says), FakeMemory(), open_learner))
+    run = manager.start("broken", config(outside, hint="break"))
+    await until(lambda: manager.record("broken").error != "")
+    error = manager.record("broken").error
+    assert "algorithm 'acme.best_of_group' raised" in error and "KeyError: 'nothing here'" in error
+    assert "best_of_group.py" in error and 'raise KeyError("nothing here")' in error
+    assert run.events.entries[-1].event.error == error  # type: ignore[union-attr]
+    journal = StepJournal(run.folder.journal, 0)
+    assert journal.find("broken-s0-t0-r0-first"), "what was sampled is kept"
+    journal.close()
+    await manager.close()
+
+
+async def test_data_that_no_learner_takes_are_the_algorithms_fault(
+    outside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await runner(config(outside, weight=1e308), StepJournal(tmp_path, 0))
+    sampled = await made.sample(0, ["t0"], 0)
+    assert made.training_data(sampled)[0], "large is allowed"
+    made.settings = config(outside)
+    monkeypatch.setattr(made.algorithm, "train", lambda groups, _: policy_gradient(groups[0][0]["first"], 1, nan, "b"))
+    with pytest.raises(AlgorithmFailed, match=r"run.1-s0-t0-r0-first: weight: expected a finite number, got nan"):
+        made.training_data(sampled)
+
+
+@pytest.mark.parametrize(
+    ("table", "field", "words"),
+    [
+        ({"name": "elr"}, "algorithm.name", "there is no algorithm 'elr'; did you mean 'erl'?"),
+        ({"name": "acme.nothing"}, "algorithm.name", "No module named"),
+        ({"name": "json"}, "algorithm.name", "'json' is no algorithm: it has no `Settings`"),
+        ({"name": "rlvr", "distillation_weight": 1.0}, "algorithm.distillation_weight", "no such setting"),
+        ({"name": "erl", "memory_entires": 1}, "algorithm.memory_entires", "did you mean 'memory_entries'?"),
+        ({"memory_entries": 101}, "algorithm.memory_entries", "less than or equal to 100"),
+        ({"second_attempt": "refection"}, "algorithm.second_attempt", "did you mean 'reflection'?"),
+        ({"name": "rlvr", "second_attempt": "reflection"}, "algorithm.second_attempt", "are two algorithms"),
+    ],
+)
+def test_settings_that_fit_no_algorithm_are_named(table: dict[str, Any], field: str, words: str) -> None:
+    with pytest.raises(DomainError) as caught:
+        validated(RunSettings, {"environment": "fake", "algorithm": table})
+    assert caught.value.reason is Reason.INVALID_SETTING and caught.value.metadata["field"] == field
+    assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("second_attempt", "name"),
+    [("none", "rlvr"), ("reflection", "erl"), ("raw_retry", "raw_retry"), ("try_again", "try_again")],
+)
+def test_settings_from_before_algorithms_had_names(second_attempt: str, name: str) -> None:
+    """All of ERL's settings stood in every run, also in those that had no use for them."""
+    old = {"second_attempt": second_attempt, "memory_entries": 1, "distillation_weight": 0.5, "first_weight": 0.25}
+    settings = validated(RunSettings, {"environment": "fake", "algorithm": old})
+    assert settings.algorithm.name == name and settings.algorithm.first_weight == 0.25  # type: ignore[attr-defined]
+    assert settings_from_proto(settings_to_proto(settings)) == settings
