@@ -14,15 +14,19 @@ _END_SECONDS = 5.0
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """All results, in order. After the first failure the others are cancelled and waited for, and that failure is
-    raised as it is: an `asyncio.TaskGroup` alone would raise an ExceptionGroup."""
+    raised as it is. A caller that is cancelled gets CancelledError, whatever the others raise."""
+    caller = asyncio.current_task()
+    assert caller is not None
+    cancelled_before = caller.cancelling()
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(coroutine) for coroutine in coroutines]
-    except BaseExceptionGroup as failures:
-        first = failures.exceptions[0]
-    else:
-        return [task.result() for task in tasks]
-    raise first
+        return await asyncio.gather(*tasks)
+    except Exception:
+        if caller.cancelling() > cancelled_before:
+            raise asyncio.CancelledError from None
+        raise
+    finally:
+        await cancel(*tasks)
 
 
 async def cancel(*tasks: asyncio.Future[Any] | None) -> None:

@@ -75,6 +75,31 @@ async def test_who_is_cancelled_ends_its_calls() -> None:
     assert caller.cancelled() and ended == [True, True]
 
 
+async def test_who_is_cancelled_is_cancelled_although_a_call_fails_at_its_end() -> None:
+    started = asyncio.Event()
+
+    async def fails_at_its_end() -> int:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise Failed from None
+        return 0
+
+    caller = asyncio.create_task(gather_or_cancel([fails_at_its_end(), fails_at_its_end()]))
+    await started.wait()
+    await cancel(caller)
+    assert caller.cancelled()
+
+
+async def test_a_failure_leaves_no_cancellation_behind() -> None:
+    """With one, a timeout around it would cancel its task."""
+    with pytest.raises(Failed):
+        await gather_or_cancel([failing()])
+    caller = asyncio.current_task()
+    assert caller is not None and caller.cancelling() == 0
+
+
 async def test_cancel_waits_and_ignores_what_is_over_or_none() -> None:
     over = asyncio.create_task(failing())
     await asyncio.wait([over])
