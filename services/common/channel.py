@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +39,7 @@ class Endpoint:
     """
 
     address: str
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     tls_ca: Path | None = None
     tls: bool = False
     outage_seconds: float = 120.0

@@ -16,6 +16,10 @@ from mulligan.common.status import to_status
 SOON = timedelta(milliseconds=1)
 
 
+def test_a_token_is_not_shown() -> None:
+    assert "secret" not in repr(Endpoint("127.0.0.1:50051", token="secret"))
+
+
 class Method:
     """Answers with these errors, then well."""
 
