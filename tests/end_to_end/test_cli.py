@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mulligan.cli.app import app
+from mulligan.cli.recipes import RECIPES, recipe_file
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.journal import journaled_steps, read_experiences
 from tests.support.llama_model import write_llama_model
@@ -101,6 +102,12 @@ def test_every_command_explains_itself_with_an_example() -> None:
 def test_a_bad_setting_is_named(override: str, complaint: str) -> None:
     shown = CliRunner().invoke(app, ["train", str(ROOT / "recipes" / "frozenlake-3x3.toml"), "--set", override])
     assert shown.exit_code == 2 and complaint in shown.output
+
+
+def test_a_folder_of_its_name_does_not_hide_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "frozenlake-3x3").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert recipe_file(Path("frozenlake-3x3")) == RECIPES / "frozenlake-3x3.toml"
 
 
 def test_a_service_that_is_away_is_one_line() -> None:
