@@ -286,6 +286,8 @@ def _cause(run: Run, error: Exception) -> str:
         return f"the folder of the run, or a file in it, was removed: {run.folder.path}"
     if isinstance(error, EnvironmentChanged):
         return f"{error}. {ADVICE}"
+    if isinstance(error, DomainError):
+        return str(error)
     return f"{type(error).__name__}: {error}"
 
 

@@ -266,7 +266,7 @@ async def test_without_tasks_nothing_is_paid_for(world: World, manager: RunManag
     seeded(world).without = split
     manager.go_on()
     state, error = await ended(manager)
-    assert state is RunState.FAILED and error.startswith("DomainError: INVALID_SETTING: environment: 'fake'")
+    assert state is RunState.FAILED and error.startswith("INVALID_SETTING: environment: 'fake'")
     assert words in error and not world.environment.started and not world.policy.calls and not world.policy.updates
 
 
