@@ -47,9 +47,10 @@ def check_environment(
 ) -> Report:
     """Checks the environment: its class, and its episodes over gRPC. Blocks; call it without a running event loop.
 
-    `kind` is as in a server's settings: a file in `services/env/envs/`, or a module with a dot in its name. `known` are
-    valid actions: they are played among `actions` random and hostile ones. A step that takes longer than `step_seconds`
-    counts as hanging. `report.conforms` is True if nothing is wrong; `report.problems()` explains what is.
+    `kind` is as in a server's settings: the name of an environment of the package or of an installed one, or a module.
+    `known` are valid actions: they are played among `actions` random and hostile ones. A step that takes longer than
+    `step_seconds` counts as hanging. `report.conforms` is True if nothing is wrong; `report.problems()` explains what
+    is.
 
     Raises ValueError if the environment cannot be made: bad settings or missing packages.
     """
