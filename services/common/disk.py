@@ -1,10 +1,11 @@
-"""Reports a full disk as DISK_FULL, with the folder and the missing space."""
+"""Reports a full disk as DISK_FULL, with the folder and the missing space, and a removed folder as FOLDER_REMOVED."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,15 @@ _TEXTS = (*map(os.strerror, _FULL), "database or disk is full")
 @contextmanager
 def writing_to(folder: Path, size: int = 0) -> Iterator[None]:
     """Wraps code that writes below `folder`, about `size` bytes if known. Raises DomainError DISK_FULL, with metadata
-    `folder`, `free_bytes` and `needed_bytes`, when the disk or a quota is used up. Other errors pass unchanged."""
+    `folder`, `free_bytes` and `needed_bytes`, when the disk or a quota is used up, and FOLDER_REMOVED, with metadata
+    `folder`, when the folder or its database is gone. Other errors pass unchanged."""
     try:
         yield
     except Exception as error:
         if _is_full(error):
             raise disk_full(_folder_of(error, folder), size) from error
+        if _is_removed(error, folder):
+            raise folder_removed(folder) from error
         raise
 
 
@@ -36,6 +40,11 @@ def disk_full(folder: Path, size: int = 0) -> DomainError:
         details = f"{_text(free)} are free, so there may be a quota" if size else f"{_text(free)} are free"
     message = f"the disk of {folder} is full: {details}"
     return DomainError(Reason.DISK_FULL, message, folder=folder, free_bytes=free, needed_bytes=size)
+
+
+def folder_removed(folder: Path) -> DomainError:
+    message = f"{folder}, or a file in it, was removed while this service ran. Start the service again"
+    return DomainError(Reason.FOLDER_REMOVED, message, folder=folder)
 
 
 def free_bytes(folder: Path) -> int:
@@ -57,6 +66,12 @@ def _is_full(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     return any(text in str(error) for text in _TEXTS)
+
+
+def _is_removed(error: Exception, folder: Path) -> bool:
+    if isinstance(error, sqlite3.OperationalError):  # its files may be gone from a folder that is there
+        return not folder.exists() or error.sqlite_errorname == "SQLITE_READONLY_DBMOVED"
+    return isinstance(error, FileNotFoundError) and not folder.exists()
 
 
 def _text(size: int) -> str:

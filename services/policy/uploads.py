@@ -69,7 +69,8 @@ class Uploads:
         """Writes an upload to disk and returns its URI. Nothing is left of one that breaks off, or differs from what
         was announced. Raises DomainError as PolicyAdminService.UploadWeights does."""
         _check_config(header)
-        await asyncio.to_thread(self._check_room, header.size_bytes)
+        with writing_to(self._folder):
+            await asyncio.to_thread(self._check_room, header.size_bytes)
         name = uuid.uuid4().hex
         part = self._folder / f"{name}{_PART}"
         folder = self._folder / name

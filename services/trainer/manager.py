@@ -292,5 +292,7 @@ def _cause(run: Run, error: Exception) -> str:
 
 
 def _is_missing_below(error: Exception, folder: Path) -> bool:
-    """Whether the error says that a file of the folder is not there."""
+    """Whether the error says that the folder, or a file of it, is not there."""
+    if isinstance(error, DomainError):
+        return error.reason is Reason.FOLDER_REMOVED and Path(error.metadata["folder"]).is_relative_to(folder)
     return isinstance(error, FileNotFoundError) and Path(str(error.filename)).is_relative_to(folder)

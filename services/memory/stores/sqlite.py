@@ -18,7 +18,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import IO, Any, TypeVar
 
-from mulligan.common.disk import writing_to
+from mulligan.common.disk import folder_removed, writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.file_lock import lock_file
 from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
@@ -76,7 +76,7 @@ class SqliteStore:
     def __init__(self, path: Path, loop: asyncio.AbstractEventLoop):
         self._loop = loop
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        self._folder = path.parent
+        self._path = path
         self._lock = _lock(path)
         try:
             self._connection = _open(path)
@@ -126,7 +126,7 @@ class SqliteStore:
                 pass
             closing = None in waiting
             calls = [call for call in waiting if call is not None]
-            answers = _transact(self._connection, self._folder, [call for call, _ in calls])
+            answers = _transact(self._connection, self._path, [call for call, _ in calls])
             self._loop.call_soon_threadsafe(_deliver, [future for _, future in calls], answers)
         self._connection.close()
         self._lock.close()
@@ -142,26 +142,29 @@ def _deliver(futures: list[asyncio.Future[Any]], answers: list[Any]) -> None:
             future.set_result(answer)
 
 
-def _transact(db: sqlite3.Connection, folder: Path, calls: list[Callable[[sqlite3.Connection], Any]]) -> list[Any]:
+def _transact(db: sqlite3.Connection, path: Path, calls: list[Callable[[sqlite3.Connection], Any]]) -> list[Any]:
     """Runs all calls in one transaction. A DomainError is the answer to one call; calls check everything before they
     write. After any other failure nothing is written and each call is run alone, so that calls that only read are
-    answered on a full disk."""
+    answered on a full disk. SQLite itself would go on writing to a database that was deleted."""
     answers: list[Any] = []
+    changes = db.total_changes
     try:
-        with writing_to(folder):
+        with writing_to(path.parent):
             db.execute("BEGIN")
             for call in calls:
                 try:
                     answers.append(call(db))
                 except DomainError as error:
                     answers.append(error)
+            if db.total_changes != changes and not path.exists():
+                raise folder_removed(path.parent)
             db.execute("COMMIT")
     except Exception as error:  # noqa: BLE001 - whoever waits must be told
         if db.in_transaction:
             db.execute("ROLLBACK")
         if len(calls) == 1:
             return [error]
-        return [answer for call in calls for answer in _transact(db, folder, [call])]
+        return [answer for call in calls for answer in _transact(db, path, [call])]
     return answers
 
 

@@ -26,7 +26,8 @@ class MemoryServiceStub:
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
     What writes can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written.
+    nothing was written. FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while
+    it ran, and nothing was written either; it has to be started again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -63,7 +64,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
     (a fault of the server, which its log explains).
     What writes can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written.
+    nothing was written. FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while
+    it ran, and nothing was written either; it has to be started again.
     """
 
     @_abc_1.abstractmethod

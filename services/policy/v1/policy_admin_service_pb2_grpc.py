@@ -30,7 +30,8 @@ class PolicyAdminServiceStub:
     metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
     every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
     Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written, and what served before goes on serving.
+    nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION FOLDER_REMOVED,
+    metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     """
 
     def __init__(self, channel):
@@ -86,7 +87,8 @@ class PolicyAdminServiceServicer:
     metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
     every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
     Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written, and what served before goes on serving.
+    nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION FOLDER_REMOVED,
+    metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     """
 
     def LoadModel(self, request, context):
@@ -234,7 +236,8 @@ class PolicyAdminService:
     metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
     every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
     Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written, and what served before goes on serving.
+    nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION FOLDER_REMOVED,
+    metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     """
 
     @staticmethod

@@ -17,7 +17,8 @@ class PolicyAdminServiceStub:
     metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
     every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
     Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written, and what served before goes on serving.
+    nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION FOLDER_REMOVED,
+    metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -83,7 +84,8 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
     every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
     Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written, and what served before goes on serving.
+    nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION FOLDER_REMOVED,
+    metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     """
 
     @_abc_1.abstractmethod

@@ -6,6 +6,7 @@ A new store is added to STORES.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 from collections.abc import Coroutine
 from dataclasses import dataclass, replace
@@ -308,4 +309,19 @@ async def test_a_full_disk_is_told_and_reads_are_answered(tmp_path: Path) -> Non
         assert answer.metadata["folder"] == str(tmp_path)
     await store._do(lambda db: db.execute("PRAGMA max_page_count = 100000").fetchall())
     assert (await store.add("0", "scope", long, ORIGIN)).version == 2, "nothing of the refused writes is left"
+    await store.close()
+
+
+async def test_nothing_is_acknowledged_once_the_folder_was_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "memory"
+    store = await sqlite.open(str(folder / "memory.db"), sqlite.Settings())
+    await store.add("first", "scope", "text", ORIGIN)
+    shutil.rmtree(folder)
+    answers: list[Any] = await asyncio.gather(
+        *(store.add(f"{number}", "scope", "lost", ORIGIN) for number in range(3)), return_exceptions=True
+    )
+    for answer in answers:
+        assert isinstance(answer, DomainError) and answer.reason is Reason.FOLDER_REMOVED
+        assert answer.metadata == {"folder": str(folder)}
+    assert (await store.snapshot("scope")).version == 1, "reads are answered"
     await store.close()

@@ -145,6 +145,12 @@ async def test_a_full_disk_is_noticed_before_it_is_full(uploads: Uploads, monkey
     assert error.reason is Reason.UPLOAD_TOO_LARGE and error.metadata["room_bytes"] == "10"
 
 
+async def test_a_folder_that_was_removed_is_named(uploads: Uploads, tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "uploads")
+    error = await fails(uploads, FULL, FILE)
+    assert error.reason is Reason.FOLDER_REMOVED and error.metadata == {"folder": str(tmp_path / "uploads")}
+
+
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.parametrize("header", [FULL, LORA])
 async def test_a_disk_that_becomes_full_meanwhile_is_named(

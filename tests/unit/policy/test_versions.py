@@ -327,6 +327,18 @@ def test_killed_at_any_moment_it_comes_back_whole(tmp_path: Path) -> None:
         store.close()
 
 
+def test_a_state_folder_that_was_removed_is_told(store: VersionStore, tmp_path: Path) -> None:
+    store.begin(record_of(0, 0, None))
+    shutil.rmtree(tmp_path / "store")
+    with pytest.raises(DomainError) as caught:
+        staged(store, tmp_path, 1, b"one")
+    assert caught.value.reason is Reason.FOLDER_REMOVED
+    assert caught.value.metadata == {"folder": str(tmp_path / "store")}
+    with pytest.raises(DomainError) as caught:
+        store.serve(record_of(1, 0, b"one"))
+    assert caught.value.reason is Reason.FOLDER_REMOVED
+
+
 def test_a_full_disk_is_told_and_the_version_before_serves(
     store: VersionStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
