@@ -21,7 +21,7 @@ _TEXTS = (*map(os.strerror, _FULL), "database or disk is full")
 def writing_to(folder: Path, size: int = 0) -> Iterator[None]:
     """Wraps code that writes below `folder`, about `size` bytes if known. Raises DomainError DISK_FULL, with metadata
     `folder`, `free_bytes` and `needed_bytes`, when the disk or a quota is used up, and FOLDER_REMOVED, with metadata
-    `folder`, when the folder or its database is gone. Other errors pass unchanged."""
+    `folder`, when the folder is gone. Other errors pass unchanged."""
     try:
         yield
     except Exception as error:
@@ -69,9 +69,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def _is_removed(error: Exception, folder: Path) -> bool:
-    if isinstance(error, sqlite3.OperationalError):  # its files may be gone from a folder that is there
-        return not folder.exists() or error.sqlite_errorname == "SQLITE_READONLY_DBMOVED"
-    return isinstance(error, FileNotFoundError) and not folder.exists()
+    return isinstance(error, FileNotFoundError | sqlite3.OperationalError) and not folder.exists()
 
 
 def _text(size: int) -> str:

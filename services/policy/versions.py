@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from mulligan.common.disk import writing_to
+from mulligan.common.disk import folder_removed, writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import file_sha256, sync
@@ -99,13 +99,14 @@ class VersionStore:
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="mulligan-versions-")
         self._folder = folder or Path(self._temporary.name)  # type: ignore[union-attr]
         self._files = self._folder / "files"
+        self._database = self._folder / "versions.db"
         self._keep = keep
         self._files.mkdir(parents=True, exist_ok=True)
         self._lock_file = _lock(self._folder)
         self._lock = threading.Lock()
         self._held: dict[int, int] = {}  # what the models serve that are loaded, by origin
         try:
-            self._db = _open(self._folder / "versions.db")
+            self._db = _open(self._database)
         except BaseException:
             self._lock_file.close()
             raise
@@ -258,6 +259,8 @@ class VersionStore:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         # The inner one commits, or rolls back on an exception.
         with writing_to(self._folder), self._lock, self._db:
+            if not self._database.exists():
+                raise folder_removed(self._folder)
             self._db.execute("BEGIN IMMEDIATE")
             yield self._db
 

@@ -329,13 +329,14 @@ def test_killed_at_any_moment_it_comes_back_whole(tmp_path: Path) -> None:
 
 def test_a_state_folder_that_was_removed_is_told(store: VersionStore, tmp_path: Path) -> None:
     store.begin(record_of(0, 0, None))
+    (tmp_path / "store" / "versions.db").unlink()
+    with pytest.raises(DomainError) as caught:
+        store.serve(record_of(1, 0, b"one"))
+    assert caught.value.reason is Reason.FOLDER_REMOVED
+    assert caught.value.metadata == {"folder": str(tmp_path / "store")}
     shutil.rmtree(tmp_path / "store")
     with pytest.raises(DomainError) as caught:
         staged(store, tmp_path, 1, b"one")
-    assert caught.value.reason is Reason.FOLDER_REMOVED
-    assert caught.value.metadata == {"folder": str(tmp_path / "store")}
-    with pytest.raises(DomainError) as caught:
-        store.serve(record_of(1, 0, b"one"))
     assert caught.value.reason is Reason.FOLDER_REMOVED
 
 
