@@ -53,6 +53,9 @@ class LocalEpisode:
     def kept_alive(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
 
+    async def fork(self, new_episode_id: str) -> LocalEpisode:
+        raise DomainError(Reason.FORK_UNSUPPORTED, "this stand-in has no forks")
+
     async def end(self) -> None:
         return None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from mulligan.common.inference import VersionSpan
+from mulligan.common.rewards import total
 from mulligan.common.types import Outcome
 
 
@@ -125,6 +126,22 @@ class Sample:
     final_observation: str = ""
     restarts: int = 0
     forked_from: ForkPoint | None = None
+    try_turns: tuple[int, ...] = ()  # turns of each try, where one conversation holds several; the last one's reward
+
+    @classmethod
+    def planned(cls, sample_id: str, role: str, system: str, parent_id: str = "") -> Sample:
+        """One that is still to be sampled."""
+        return cls(sample_id, role, Outcome.TRUNCATED, (), 1.0, system=system, parent_id=parent_id)
+
+    @property
+    def try_rewards(self) -> list[float]:
+        """The reward of each try; of the episode, where there was a single one."""
+        counts = self.try_turns or (len(self.turns),)
+        starts = [sum(counts[:index]) for index in range(len(counts))]
+        return [
+            total(turn.reward for turn in self.turns[start : start + count])
+            for start, count in zip(starts, counts, strict=True)
+        ]
 
     @property
     def is_episode(self) -> bool:

@@ -77,6 +77,7 @@ def _sample_to_proto(sample: domain.Sample) -> pb.Sample:
         final_observation=sample.final_observation,
         restarts=sample.restarts,
         forked_from=pb.ForkPoint(episode_id=fork.episode_id, step_index=fork.step_index) if fork else None,
+        try_turns=sample.try_turns,
     )
 
 
@@ -101,6 +102,7 @@ def _sample_from_proto(message: pb.Sample) -> domain.Sample:
         final_observation=message.final_observation,
         restarts=message.restarts,
         forked_from=domain.ForkPoint(fork.episode_id, fork.step_index) if message.HasField("forked_from") else None,
+        try_turns=tuple(message.try_turns),
     )
 
 

@@ -1,9 +1,15 @@
+from .batch import Group as Group
+from .batch import distillation as distillation
+from .batch import policy_gradient as policy_gradient
 from .client import LearnerAdminClient as LearnerAdminClient
 from .client import RunClient as RunClient
 from .client import RunInfo as RunInfo
+from .data import Datum as Datum
 from .events import Entry as Entry
 from .events import EvaluationEvent as EvaluationEvent
 from .events import NoticeEvent as NoticeEvent
 from .events import StepEvent as StepEvent
 from .folder import RunState as RunState
+from .member import Member as Member
+from .settings import AlgorithmSettings as AlgorithmSettings
 from .settings import RunSettings as RunSettings

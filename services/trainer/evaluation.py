@@ -11,7 +11,7 @@ from mulligan.common.inference import SamplingParams
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.trainer.events import EvaluationEvent
-from mulligan.trainer.harness import Harness
+from mulligan.trainer.harness import Harness, Plan
 from mulligan.trainer.metrics import rewards_of
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
@@ -42,7 +42,8 @@ async def evaluate(
         async with slots:
             attempt_id = f"{name}-t{slot}-r{sample}"  # a task's id may be as long as an attempt's
             attempt_seed = derive_seed(seed, "evaluation", task_id, sample)
-            attempt = await harness.attempt(attempt_id, task_id, harness.info.prompts.solver, sampling, attempt_seed)
+            blank = Sample.planned(attempt_id, "first", harness.info.prompts.solver)
+            attempt = await harness.attempt(blank, Plan(task_id, sampling, attempt_seed))
             on_end(attempt)
             return attempt
 

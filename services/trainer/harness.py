@@ -1,17 +1,12 @@
-"""The harness: plays a policy in an environment, and has it reflect on what happened.
-
-All messages are put together here. Sampled tokens are kept as segments and never rendered again: a later turn is
-prompted with a `Continuation`, which holds the tokens so far and the new messages.
-"""
+"""The harness: plays a policy in an environment, and has policies write texts. All messages are put together here."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from mulligan.common.errors import CallFailed, DomainError, Reason
-from mulligan.common.experience import Sample, Segment, SegmentKind, TokenSequence, Turn
+from mulligan.common.experience import ForkPoint, Sample, SegmentKind, Turn
 from mulligan.common.inference import (
     CallOptions,
     Completion,
@@ -19,91 +14,64 @@ from mulligan.common.inference import (
     Feature,
     Message,
     PolicyInfo,
-    Prompt,
     Role,
     SamplingParams,
     StopReason,
 )
-from mulligan.common.rewards import total
+from mulligan.common.rewards import reaches, total
 from mulligan.common.thoughts import without_thoughts
-from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet
+from mulligan.common.types import EnvironmentInfo, Outcome
+from mulligan.trainer.conversation import Conversation, shown
 from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle, SamplingClient
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
+from mulligan.trainer.texts import fill
 from mulligan.trainer.trainable import NO_PROMPT, REWRITTEN_HISTORY, NotDistilled, never_fits, with_usable_reward
 
 
-def fill(template: str, **values: str) -> str:
-    """Replaces each `{name}` in one pass, so that braces inside a value stay as they are."""
-    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+class NotRepeatable(RuntimeError):
+    """An episode cannot be played again up to some step: the environment showed something else."""
 
 
-def trace_of(attempt: Sample, prompts: PromptSet) -> str:
-    """An episode as text for the reflection: every observation and action, then the last observation."""
-    turns = (fill(prompts.trace_turn, observation=turn.observation, action=turn.action) for turn in attempt.turns)
-    return "".join(turns) + attempt.final_observation
+@dataclass(frozen=True)
+class Plan:
+    """How an episode is played: which task, with what sampling.
 
+    With `tries` above 1, an episode that did not reach `solved_at` is followed by another on the same task in the same
+    conversation. Its first observation is put into `again`, together with what was said at the end: `{feedback}`,
+    `{observation}`. `horizon` limits the turns of each try beside the environment's own limit. `fork` is an episode,
+    and the number of its turns after which this one goes on.
+    """
 
-def reflection_request(episode: Sample, prompts: PromptSet, texts: Sequence[str]) -> str:
-    """The user message to a reflector: what happened in the episode, and `texts` from the memory."""
-    return fill(
-        prompts.reflection,
-        trace=trace_of(episode, prompts),
-        feedback=episode.feedback,
-        reward=f"{episode.reward:g}",
-        memory="\n\n".join(texts) or prompts.memory_empty,
-    )
-
-
-def guided_by(text: str, prompts: PromptSet) -> str:
-    """The system prompt of an attempt that is given a reflection: its text, then the reminder of the action format."""
-    return f"{text}\n{prompts.action_reminder}"
-
-
-def reflection_in(answer: str, prompts: PromptSet) -> str:
-    """The text between the last pair of marks, or the whole answer without a pair. Thoughts are removed before."""
-    said = without_thoughts(answer)
-    _, opened, tail = said.rpartition(prompts.reflection_open)
-    text, closed, _ = tail.partition(prompts.reflection_close)
-    return (text if opened and closed else said).strip()
+    task_id: str
+    sampling: SamplingParams
+    seed: int
+    tries: int = 1
+    again: str = "{observation}"
+    solved_at: float = 1.0
+    horizon: int | None = None
+    fork: tuple[Sample, int] | None = None
 
 
 @dataclass
-class _Conversation:
-    """The messages and token segments of one attempt, turn by turn.
+class _Play:
+    """An episode while it is played: what is known of it so far."""
 
-    `sequences` is one token sequence. With `by_messages` it is one per turn: each turn is then prompted with all
-    messages, because the chat template rewrites earlier turns or the engine takes no token ids.
-    """
-
-    messages: list[Message]
-    by_messages: bool
-    segments: list[Segment] = field(default_factory=list)
-    finished: list[TokenSequence] = field(default_factory=list)
-    turn_closed: bool = True
-
-    def prompt(self) -> Prompt:
-        if not self.segments or self.by_messages:
-            return tuple(self.messages)
-        tokens = tuple(token for segment in self.segments for token in segment.token_ids)
-        return Continuation(tokens, self.turn_closed, (self.messages[-1],))
-
-    def add(self, completion: Completion) -> None:
-        if self.segments and self.by_messages:
-            self.finished.append(TokenSequence(tuple(self.segments)))
-            self.segments = []
-        kind = SegmentKind.ENVIRONMENT if self.segments else SegmentKind.PROMPT
-        self.segments.append(Segment(kind, completion.prompt_token_ids))
-        self.segments.append(
-            Segment(SegmentKind.SAMPLED, completion.token_ids, completion.log_probs, completion.policy_versions)
-        )
-        self.by_messages = self.by_messages or not completion.token_ids
-        self.turn_closed = completion.stop_reason is StopReason.END_OF_TURN
-        self.messages.append(Message(Role.ASSISTANT, completion.text))
+    conversation: Conversation
+    turns: list[Turn] = field(default_factory=list)
+    try_turns: list[int] = field(default_factory=list)  # of the tries that have ended
+    observation: str = ""
+    tool: str = ""
+    outcome: Outcome = Outcome.TRUNCATED
+    feedback: str = ""
+    error: str = ""
+    blame: Outcome = Outcome.ENV_ERROR  # the outcome of an exception now
+    is_full: bool = False  # the conversation no longer fits the policy's context
 
     @property
-    def sequences(self) -> tuple[TokenSequence, ...]:
-        return (*self.finished, TokenSequence(tuple(self.segments))) if self.segments else ()
+    def reward(self) -> float:
+        """Of the try that was played last."""
+        return total(turn.reward for turn in self.turns[len(self.turns) - self.try_turns[-1] :])
 
 
 @dataclass(frozen=True)
@@ -114,8 +82,9 @@ class Harness:
     starts over when the infrastructure fails. `write` prompts a policy with messages and keeps its answer. `prompts_of`
     gives the prompts that an episode would have had under another system prompt.
 
-    `incarnation` is new in each process, so that a resumed run never meets its earlier episodes. Each episode and each
-    text is one session at the policy service: it ends on the model that it began with.
+    `speakers` are other policies than the trained one, by what they are for: "reflector", "judge". `incarnation` is new
+    in each process, so that a resumed run never meets its earlier episodes. Each episode and each text is one session
+    at the policy service: it ends on the model that it began with.
     """
 
     environment: EnvironmentPort
@@ -124,92 +93,119 @@ class Harness:
     policy_info: PolicyInfo
     incarnation: str
     max_restarts: int
-    reflector: NamedPolicy | None = None
+    speakers: Mapping[str, NamedPolicy] = field(default_factory=dict)
 
-    async def attempt(
-        self,
-        attempt_id: str,
-        task_id: str,
-        system: str,
-        sampling: SamplingParams,
-        seed: int,
-        role: str = "first",
-        parent_id: str = "",
-    ) -> Sample:
-        """Plays a task. After an infrastructure failure it starts over under a new episode id, at most `max_restarts`
-        times. Raises ServiceUnavailable when a service stays unreachable."""
+    async def attempt(self, blank: Sample, plan: Plan) -> Sample:
+        """The sample `blank`, played: it has the id, role, parent and system prompt.
+
+        After an infrastructure failure it starts over under a new episode id, at most `max_restarts` times. Raises
+        ServiceUnavailable when a service stays unreachable.
+        """
         restarts = 0
         while True:
-            episode_id = f"{attempt_id}-{self.incarnation}-{restarts}"
-            blank = Sample(
-                attempt_id,
-                role,
-                Outcome.TRUNCATED,
-                (),
-                sampling.temperature,
-                parent_id=parent_id,
-                system=system,
-                episode_id=episode_id,
-                restarts=restarts,
-            )
-            attempt = await self._play(blank, task_id, sampling, seed)
+            episode_id = f"{blank.sample_id}-{self.incarnation}-{restarts}"
+            attempt = await self._play(replace(blank, episode_id=episode_id, restarts=restarts), plan)
             if attempt.outcome.has_reward or restarts == self.max_restarts or never_fits(attempt):
                 return attempt
             restarts += 1
 
-    async def _play(self, blank: Sample, task_id: str, sampling: SamplingParams, seed: int) -> Sample:
-        """The sample `blank`, played."""
-        episode_id = blank.episode_id
-        turns: list[Turn] = []
+    async def _play(self, blank: Sample, plan: Plan) -> Sample:
         by_messages = self.policy_info.rewrites_history or Feature.TOKEN_IDS not in self.policy_info.features
-        conversation = _Conversation([Message(Role.SYSTEM, blank.system)], by_messages)
-        observation = ""
-        tool = ""
-        outcome = Outcome.TRUNCATED
-        feedback = ""
-        error = ""
-        blame = Outcome.ENV_ERROR  # the outcome of an exception here
-        episode: EpisodeHandle | None = None
+        play = _Play(Conversation([Message(Role.SYSTEM, blank.system)], by_messages))
         try:
-            episode = await self.environment.start(self.info.name, task_id, episode_id)
-            observation = episode.observation
-            for turn in range(self.info.max_steps):
-                conversation.messages.append(_shown(observation, tool))
-                blame = Outcome.POLICY_ERROR
-                options = CallOptions(request_id=f"{blank.sample_id}-{turn}", session_id=episode_id)
-                seeded = replace(sampling, seed=derive_seed(seed, turn))
-                async with episode.kept_alive():  # the policy may take longer than the episode's lease
-                    completion = await self._answer(conversation, seeded, options)
-                if completion is None:
-                    break
-                conversation.add(completion)
-                blame = Outcome.ENV_ERROR
-                step = await episode.step(completion.marked_text)
-                turns.append(Turn(observation, completion.text, step.action, step.reward or 0.0, tool))
-                observation = step.observation
-                tool = step.tool
-                if step.done:
-                    outcome = step.outcome or Outcome.ENV_ERROR
-                    feedback = step.feedback
-                    error = step.error
+            for number in range(plan.tries):
+                episode_id = blank.episode_id if number == 0 else f"{blank.episode_id}-t{number}"
+                await self._try(play, blank, episode_id, plan)
+                if not play.outcome.has_reward or play.is_full or reaches(play.reward, plan.solved_at):
                     break
         except (DomainError, CallFailed) as failure:
-            outcome = _outcome_of(failure, blame)
-            error = str(failure)
-        finally:
-            if episode is not None and not (turns and outcome is Outcome.COMPLETED):
-                await _end(episode)
+            play.outcome = _outcome_of(failure, play.blame)
+            play.error = str(failure)
         attempt = replace(
             blank,
-            outcome=outcome,
-            reward=total(turn.reward for turn in turns) if outcome.has_reward else None,
-            feedback=feedback,
-            turns=tuple(turns),
-            final_observation=observation,
-            sequences=conversation.sequences,
-            error=error,
+            outcome=play.outcome,
+            reward=play.reward if play.outcome.has_reward else None,
+            temperature=plan.sampling.temperature,
+            feedback=play.feedback,
+            turns=tuple(play.turns),
+            final_observation=play.observation,
+            sequences=play.conversation.sequences,
+            error=play.error,
+            try_turns=tuple(play.try_turns) if plan.tries > 1 else (),
+            forked_from=ForkPoint(plan.fork[0].episode_id, plan.fork[1]) if plan.fork else None,
         )
         return with_usable_reward(attempt)
+
+    async def _try(self, play: _Play, blank: Sample, episode_id: str, plan: Plan) -> None:
+        """Plays one episode to its end."""
+        play.blame = Outcome.ENV_ERROR
+        play.outcome = Outcome.TRUNCATED
+        play.tool = ""
+        before = len(play.turns)
+        episode: EpisodeHandle | None = None
+        limit = self.info.max_steps if plan.horizon is None else min(self.info.max_steps, plan.horizon)
+        try:
+            episode = await self._open(play, episode_id, plan)
+            first = episode.observation
+            play.observation = fill(plan.again, feedback=play.feedback, observation=first) if before else first
+            for _ in range(limit - (plan.fork[1] if plan.fork else 0)):
+                if not await self._turn(play, blank, episode, plan):
+                    break
+            play.try_turns.append(len(play.turns) - before)
+        finally:
+            if episode is not None and not (len(play.turns) > before and play.outcome is Outcome.COMPLETED):
+                await _end(episode)
+
+    async def _turn(self, play: _Play, blank: Sample, episode: EpisodeHandle, plan: Plan) -> bool:
+        """One answer and its step. False where there is no other: the episode is over, or the conversation is full."""
+        number = len(play.turns)
+        play.conversation.messages.append(shown(play.observation, play.tool))
+        play.blame = Outcome.POLICY_ERROR
+        options = CallOptions(request_id=f"{blank.sample_id}-{number}", session_id=blank.episode_id)
+        seeded = replace(plan.sampling, seed=derive_seed(plan.seed, number))
+        async with episode.kept_alive():  # the policy may take longer than the episode's lease
+            completion = await self._answer(play.conversation, seeded, options)
+        if completion is None:
+            play.is_full = True
+            return False
+        play.conversation.add(completion)
+        play.blame = Outcome.ENV_ERROR
+        step = await episode.step(completion.marked_text)
+        play.turns.append(Turn(play.observation, completion.text, step.action, step.reward or 0.0, play.tool))
+        play.observation = step.observation
+        play.tool = step.tool
+        if step.done:
+            play.outcome = step.outcome or Outcome.ENV_ERROR
+            play.feedback = step.feedback
+            play.error = step.error
+        return not step.done
+
+    async def _open(self, play: _Play, episode_id: str, plan: Plan) -> EpisodeHandle:
+        """A new episode; with `plan.fork`, one in the state of another after some of its turns."""
+        if plan.fork is None or play.turns:
+            return await self.environment.start(self.info.name, plan.task_id, episode_id)
+        source, count = plan.fork
+        play.conversation.recall(source.turns[:count])
+        play.conversation.begun = _tokens_before(source, count)
+        trunk = await self._replay(source, count, f"{episode_id}-trunk", plan.task_id)
+        try:
+            return await trunk.fork(episode_id)
+        finally:
+            await _end(trunk)
+
+    async def _replay(self, source: Sample, count: int, episode_id: str, task_id: str) -> EpisodeHandle:
+        """An episode that has played the first turns of another. Raises NotRepeatable."""
+        episode = await self.environment.start(self.info.name, task_id, episode_id)
+        observation = episode.observation
+        for turn in source.turns[:count]:
+            if observation != turn.observation:
+                await _end(episode)
+                raise NotRepeatable(
+                    f"task {task_id!r} of environment {self.info.name!r} showed {turn.observation!r} to "
+                    f"{source.sample_id} and now {observation!r}: it cannot be forked from an earlier step"
+                )
+            observation = (await episode.step(turn.text)).observation
+        return episode
 
     async def write(
         self,
@@ -226,7 +222,7 @@ class Harness:
         thoughts marked. With an outcome other than COMPLETED and TRUNCATED there is no text.
         """
         messages = [Message(Role.SYSTEM, blank.system), Message(Role.USER, user)]
-        conversation = _Conversation([message for message in messages if message.content], False)
+        conversation = Conversation([message for message in messages if message.content], False)
         name = blank.sample_id
         options = CallOptions(request_id=f"{name}-0", session_id=f"{name}-{self.incarnation}")
         outcome = Outcome.COMPLETED
@@ -269,7 +265,7 @@ class Harness:
         options = CallOptions(session_id=episode.episode_id, tools=self.info.tools)
         prompts = []
         for turn in episode.turns[: len(episode.sequences)]:
-            messages.append(_shown(turn.observation, turn.tool))
+            messages.append(shown(turn.observation, turn.tool))
             try:
                 prompts.append(await self.policy.tokenize(tuple(messages), options))
             except (DomainError, CallFailed) as error:
@@ -278,7 +274,7 @@ class Harness:
         return prompts
 
     async def _answer(
-        self, conversation: _Conversation, sampling: SamplingParams, options: CallOptions
+        self, conversation: Conversation, sampling: SamplingParams, options: CallOptions
     ) -> Completion | None:
         """None when the conversation no longer fits the policy's context. Raises DomainError PROMPT_TOO_LONG when the
         first prompt does not fit."""
@@ -294,12 +290,12 @@ class Harness:
             message = f"the first prompt has {tokens} tokens, and the policy's context is {context}: {error.message}"
             raise DomainError(error.reason, message) from error
 
-    async def _ask(self, conversation: _Conversation, sampling: SamplingParams, options: CallOptions) -> Completion:
+    async def _ask(self, conversation: Conversation, sampling: SamplingParams, options: CallOptions) -> Completion:
         shows_tools = replace(options, tools=self.info.tools)
         prompt = conversation.prompt()
         try:  # a continuation's tokens include the tools already
             return await self.policy.generate(
-                prompt, sampling, options if isinstance(prompt, Continuation) else shows_tools
+                prompt, sampling, options if isinstance(prompt, Continuation | list) else shows_tools
             )
         except DomainError as error:
             if error.reason is not Reason.TEMPLATE_REWRITES_HISTORY or conversation.by_messages:
@@ -308,9 +304,18 @@ class Harness:
         return await self.policy.generate(conversation.prompt(), sampling, shows_tools)
 
 
-def _shown(observation: str, tool: str) -> Message:
-    """The observation as a message: of the tool, or of the user."""
-    return Message(Role.TOOL, observation, name=tool) if tool else Message(Role.USER, observation)
+def _tokens_before(source: Sample, count: int) -> list[int]:
+    """The tokens that turn `count` of an episode was prompted with; empty where it was prompted with messages."""
+    if len(source.sequences) != 1:
+        return []
+    tokens: list[int] = []
+    for segment in source.sequences[0].segments:
+        if segment.kind is SegmentKind.SAMPLED:
+            if count == 0:
+                return tokens
+            count -= 1
+        tokens += segment.token_ids
+    return []
 
 
 def _outcome_of(failure: DomainError | CallFailed, blame: Outcome) -> Outcome:

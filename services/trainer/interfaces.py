@@ -49,6 +49,9 @@ class EpisodeHandle(Protocol):
     def kept_alive(self) -> AbstractAsyncContextManager[None]:
         """The episode does not expire within the block, however long it takes."""
 
+    async def fork(self, new_episode_id: str) -> EpisodeHandle:
+        """A copy of the episode in its present state. Raises DomainError FORK_UNSUPPORTED if `can_fork` is false."""
+
     async def end(self) -> None: ...
 
 

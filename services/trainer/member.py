@@ -12,9 +12,10 @@ from mulligan.common.inference import SamplingParams
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import Broadcast
 from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet, StoredReflection
-from mulligan.trainer.harness import Harness, reflection_in, reflection_request
+from mulligan.trainer.harness import Harness, Plan
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import AlgorithmSettings, RolloutSettings
+from mulligan.trainer.texts import reflection_in, reflection_request
 from mulligan.trainer.trainable import NotDistilled, never_fits, with_usable_reward
 
 S_co = TypeVar("S_co", bound=AlgorithmSettings, covariant=True)
@@ -110,22 +111,41 @@ class Member(Generic[S_co]):
         """Whether its reward reaches `success_threshold`."""
         return sample.reward is not None and reaches(sample.reward, self.settings.success_threshold)
 
-    async def attempt(self, role: str, *, system: str | None = None, parent: Sample | None = None) -> Sample:
+    async def attempt(
+        self,
+        role: str,
+        *,
+        system: str | None = None,
+        parent: Sample | None = None,
+        tries: int = 1,
+        again: str = "{observation}",
+    ) -> Sample:
         """Plays the task from its start, under the system prompt `system`: the environment's solver prompt if None.
 
-        Its reward is None where the infrastructure failed. Raises ServiceUnavailable when a service stays unreachable.
+        With `tries` above 1, what did not solve the task is followed by another try in the same conversation; `again`
+        is its first message, with `{feedback}` and `{observation}`. The reward is that of the last try, and None where
+        the infrastructure failed. Raises ServiceUnavailable when a service stays unreachable.
         """
+        plan = Plan(self.task_id, self._attempt_sampling, 0, tries, again, self.settings.success_threshold)
+        return await self._play(role, self.prompts.solver if system is None else system, parent, plan)
+
+    async def fork(self, role: str, episode: Sample, turn: int, *, parent: Sample | None = None) -> Sample:
+        """Plays on from the state that `episode` was in after `turn` of its turns, in its conversation up to there.
+        Only what is sampled now is trained on.
+
+        Raises DomainError FORK_UNSUPPORTED, and NotRepeatable where the environment does not repeat those turns.
+        """
+        plan = Plan(self.task_id, self._attempt_sampling, 0, fork=(episode, turn))
+        return await self._play(role, episode.system, parent or episode, plan)
+
+    async def _play(self, role: str, system: str, parent: Sample | None, plan: Plan) -> Sample:
         name, sample_id = self._next(role)
-        attempt = self.recorder.find(sample_id)
-        if attempt is None or never_fits(attempt):  # the policy's context may be larger now
-            system = self.prompts.solver if system is None else system
-            parent_id = parent.sample_id if parent else ""
-            seed = derive_seed(self.seed, name)
-            attempt = await self.harness.attempt(
-                sample_id, self.task_id, system, self._attempt_sampling, seed, role, parent_id
-            )
-            self.recorder.add(attempt)
-        return self._keep(with_usable_reward(attempt))
+        episode = self.recorder.find(sample_id)
+        if episode is None or never_fits(episode):  # the policy's context may be larger now
+            blank = Sample.planned(sample_id, role, system, parent.sample_id if parent else "")
+            episode = await self.harness.attempt(blank, replace(plan, seed=derive_seed(self.seed, name)))
+            self.recorder.add(episode)
+        return self._keep(with_usable_reward(episode))
 
     async def reflect(self, role: str, on: Sample, *, texts: Sequence[str] | None = None) -> Sample:
         """Δ ~ π(·|x, y, f, r, m): what the reflector (`policies.reflector`, else the policy itself) learns from the
@@ -136,24 +156,26 @@ class Member(Generic[S_co]):
         user = reflection_request(on, self.prompts, texts)
         return await self.write(role, user, system=self.prompts.reflection_system, parent=on)
 
-    async def write(self, role: str, user: str, *, system: str = "", parent: Sample | None = None) -> Sample:
-        """A text: the reflector's answer to `system` and the message `user`, sampled as `rollout.reflection_*` say.
+    async def write(
+        self, role: str, user: str, *, system: str = "", parent: Sample | None = None, speaker: str = "reflector"
+    ) -> Sample:
+        """A text: the answer to `system` and the message `user`, sampled as `rollout.reflection_*` say.
 
+        `speaker` is "reflector" or "judge": the policy of that name in `policies`, or the trained one if it is not set.
         Where the answer has a pair of the environment's reflection marks, the text is what stands between them.
         """
         name, sample_id = self._next(role)
         text = self.recorder.find(sample_id)
         if text is None:
-            blank = Sample(sample_id, role, Outcome.COMPLETED, (), 1.0, system=system)
-            blank = replace(blank, parent_id=parent.sample_id if parent else "")
+            blank = Sample.planned(sample_id, role, system, parent.sample_id if parent else "")
             rollout = self.sampling
             sampling = SamplingParams(
                 rollout.reflection_temperature, rollout.reflection_top_p, max_tokens=rollout.reflection_max_tokens
             )
             seed = derive_seed(self.seed, name)
-            reflector = self.harness.reflector
+            by = self.harness.speakers.get(speaker)
             text = await self.harness.write(
-                blank, user, sampling, seed, reflector, lambda answer: reflection_in(answer, self.prompts)
+                blank, user, sampling, seed, by, lambda answer: reflection_in(answer, self.prompts)
             )
             self.recorder.add(text)
         return self._keep(text)

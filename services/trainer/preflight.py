@@ -6,9 +6,11 @@ Each raises DomainError INVALID_SETTING; the metadata `field` names the setting 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import ModuleType
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, PolicyInfo
+from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
 from mulligan.trainer.settings import RunSettings
 
@@ -112,10 +114,29 @@ def check_environment(environment: EnvironmentInfo, policy: PolicyInfo) -> None:
         )
 
 
-def check_reflector(info: PolicyInfo, actor: PolicyInfo) -> None:
-    """Checks that the reflector is another policy than the actor."""
+def check_algorithm(algorithm: ModuleType, environment: EnvironmentInfo, policy: PolicyInfo) -> None:
+    """Checks that environment and policy can do what the algorithm declares in `NEEDS`."""
+    lacking = {
+        "fork": not (environment.can_fork and environment.deterministic)
+        and f"forks episodes, and environment {environment.name!r} has no forks",
+        "tokenize": policy.rewrites_history
+        and "joins what was sampled in several turns, and the chat template of policy "
+        f"{policy.name!r} rewrites earlier turns",
+    }
+    needs: Collection[str] = getattr(algorithm, "NEEDS", ())
+    name = algorithm.__name__.rpartition(".")[2]
+    for need in needs:
+        if need not in lacking:
+            near = did_you_mean(need, lacking)
+            raise _invalid("algorithm.name", f"{name!r} declares an unknown need {need!r}{near}")
+        if problem := lacking[need]:
+            raise _invalid("algorithm.name", f"{name!r} {problem}")
+
+
+def check_speaker(purpose: str, info: PolicyInfo, actor: PolicyInfo) -> None:
+    """Checks that the reflector or judge is another policy than the actor."""
     if info.name == actor.name:  # one of the two names may be empty
-        raise _invalid("policies.reflector", "it is the actor; leave it empty, then the actor reflects and learns to")
+        raise _invalid(f"policies.{purpose}", "it is the actor; leave it empty, then the actor writes and learns to")
 
 
 def check_top_k(info: PolicyInfo, top_k: int, field: str) -> None:

@@ -22,7 +22,7 @@ from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from mulligan.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
-from mulligan.trainer.preflight import check_actor, check_environment, check_reflector
+from mulligan.trainer.preflight import check_actor, check_algorithm, check_environment, check_speaker
 from mulligan.trainer.run_environment import EnvironmentChanged, RunEnvironment, RunTasks
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
 from mulligan.trainer.seeds import tasks_of_step
@@ -58,12 +58,13 @@ class ServicePorts:
         check_actor(found.info, settings, learner.fingerprint, learner.adapted_layers)
         return PublishedPolicy(found, learner, notice, self.upload, dtype=settings.model.dtype)
 
-    async def reflector(self, settings: RunSettings, actor: PolicyInfo) -> NamedPolicy | None:
-        """Raises DomainError INVALID_SETTING or UNKNOWN_POLICY."""
-        if not settings.policies.reflector:
-            return None
-        found = await NamedPolicy.open(self.policy, settings.policies.reflector)
-        check_reflector(found.info, actor)
+    async def speakers(self, settings: RunSettings, actor: PolicyInfo) -> dict[str, NamedPolicy]:
+        """The other policies that write texts. Raises DomainError INVALID_SETTING or UNKNOWN_POLICY."""
+        found = {}
+        for purpose in ("reflector", "judge"):
+            if name := getattr(settings.policies, purpose):
+                found[purpose] = await NamedPolicy.open(self.policy, name)
+                check_speaker(purpose, found[purpose].info, actor)
         return found
 
 
@@ -170,15 +171,16 @@ class Run:
         info = tasks.info
         actor = await services.actor(settings, learner, self.notice)
         check_environment(info, actor.info)
-        reflector = await services.reflector(settings, actor.info)
+        speakers = await services.speakers(settings, actor.info)
         checkpoint = self.folder.checkpoint()
         if checkpoint is not None:
             await learner.load_checkpoint(checkpoint.name)
         self.step = checkpoint.step if checkpoint else 0
         incarnation = uuid.uuid4().hex[:8]
         restarts = settings.rollout.max_restarts
-        harness = Harness(self.environment.port, actor, info, actor.info, incarnation, restarts, reflector)
+        harness = Harness(self.environment.port, actor, info, actor.info, incarnation, restarts, speakers)
         runner = StepRunner(self.run_id, settings, harness, services.memory, learner)
+        check_algorithm(runner.algorithm, info, actor.info)
         await actor.publish()
         if checkpoint is None:
             await self._save(runner, 0)

@@ -140,11 +140,14 @@ class EvaluationSettings(_Settings):
 class PoliciesSettings(_Settings):
     actor: str = Field("", pattern=_POLICY_NAME)
     reflector: str = Field("", pattern=_POLICY_NAME)
+    judge: str = Field("", pattern=_POLICY_NAME)
 
     @model_validator(mode="after")
-    def _reflector_is_another(self) -> Self:
-        if self.reflector and self.reflector == self.actor:
-            raise ValueError("reflector: expected another policy than the actor, or nothing: then the actor reflects")
+    def _speakers_are_others(self) -> Self:
+        for name, verb in (("reflector", "reflects"), ("judge", "judges")):
+            speaker = getattr(self, name)
+            if speaker and speaker == self.actor:
+                raise ValueError(f"{name}: expected another policy than the actor, or nothing: then the actor {verb}")
         return self
 
 

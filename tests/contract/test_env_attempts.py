@@ -18,9 +18,11 @@ from mulligan.env.envs.hotpotqa import world as hotpotqa_world
 from mulligan.env.envs.sokoban.boards import solve
 from mulligan.env.envs.sokoban.environment import Sokoban
 from mulligan.testing.processes import ServiceProcesses
-from mulligan.trainer.harness import Harness, fill, guided_by, reflection_in, reflection_request, trace_of
+from mulligan.trainer.harness import Harness
+from mulligan.trainer.texts import fill, guided_by, reflection_in, reflection_request, trace_of
 from tests.support.fakes import FakePolicy
 from tests.support.llama_model import TOOLS_TEMPLATE, write_llama_model
+from tests.support.playing import play_episode
 from tests.support.policy import serving
 
 SAMPLING = SamplingParams()
@@ -40,7 +42,7 @@ async def harness(client: EnvClient, environment: str, answer: Answer) -> Harnes
 
 
 async def attempt(made: Harness, task_id: str) -> Sample:
-    return await made.attempt(f"a-{task_id}", task_id, made.info.prompts.solver, SAMPLING, 0)
+    return await play_episode(made, f"a-{task_id}", task_id, made.info.prompts.solver, SAMPLING)
 
 
 def search(query: str) -> str:
@@ -76,7 +78,7 @@ async def test_a_model_searches_hotpotqa_through_its_chat_template(client: EnvCl
     forced = SamplingParams(regex=re.escape(search("river")), max_tokens=200)
     async with serving(write_llama_model(tmp_path / "llama", template=TOOLS_TEMPLATE)) as policy:
         made = Harness(client, policy.client, info, await policy.client.info(), "i0", 0)
-        played = await made.attempt("a", task.task_id, info.prompts.solver, forced, 0)
+        played = await play_episode(made, "a", task.task_id, info.prompts.solver, forced)
         text = policy.backend.decode(played.sequences[0].token_ids)
     assert played.error == "" and len(played.turns) > 1 and len(played.sequences) == 1
     assert [turn.tool for turn in played.turns] == ["", *["local_search"] * (len(played.turns) - 1)]
@@ -119,7 +121,7 @@ async def test_a_failure_is_reflected_on_and_tried_again(
     for text in (request, retry):
         left = set(re.findall(r"\{(trace|feedback|reward|memory|observation|action)\}", text))
         assert left <= ({"trace"} if "{trace}" in answer else set())
-    second = await made.attempt("b", task.task_id, guided_by(reflection.text, prompts), SAMPLING, 0)
+    second = await play_episode(made, "b", task.task_id, guided_by(reflection.text, prompts), SAMPLING)
     assert second.turns[0].observation == first.turns[0].observation
     prompt, _ = made.policy.calls[-len(second.turns)]  # type: ignore[attr-defined]
     assert prompt[0] == Message(prompt[0].role, "Do better.\n" + made.info.prompts.action_reminder)

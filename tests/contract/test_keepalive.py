@@ -20,6 +20,7 @@ from mulligan.env.replicas import EnvReplicas, connect
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
 from mulligan.trainer.harness import Harness
 from tests.support.fakes import FakePolicy
+from tests.support.playing import play_episode
 
 LEASE_SECONDS = 0.6
 CHAINED = {"kind": "mulligan.testing.chained", "max_steps": 3}  # every start shows another observation
@@ -79,7 +80,7 @@ async def attempt_of(
     harness = Harness(client, policy, info, await policy.info(), uuid4().hex, max_restarts=1)
     task_id = (await client.list_tasks(environment, SPLIT, 1))[0].task_id
     before = asyncio.all_tasks()
-    attempt = await harness.attempt("attempt", task_id, "solve", SamplingParams(max_tokens=100), 0)
+    attempt = await play_episode(harness, "attempt", task_id, "solve", SamplingParams(max_tokens=100))
     assert {task.get_name() for task in asyncio.all_tasks() - before if "_renew" in repr(task)} == set()
     return attempt
 

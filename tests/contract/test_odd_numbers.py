@@ -31,6 +31,7 @@ from mulligan.trainer.v1 import learner_service_pb2 as learner_pb
 from tests.support.fakes import FakePolicy
 from tests.support.faulty_env import Faulty, served
 from tests.support.learning import sampled
+from tests.support.playing import play_episode
 
 NAN = math.nan
 INF = math.inf
@@ -63,7 +64,7 @@ async def test_an_attempt_with_an_odd_reward_is_excluded_and_the_reward_named(re
         policy = FakePolicy(lambda system, last, sampling: "3")
         info = await client.describe("dice")
         harness = Harness(client, policy, info, await policy.info(), uuid4().hex, max_restarts=1)
-        attempt = await harness.attempt("attempt", "train/1", "solve", SamplingParams(max_tokens=100), 0)
+        attempt = await play_episode(harness, "attempt", "train/1", "solve", SamplingParams(max_tokens=100))
         alone = await (await client.start("dice", "train/1", "alone")).step("3")
         await client.close()
     assert (attempt.outcome, attempt.reward, attempt.restarts) == (Outcome.ENV_ERROR, None, 1)
@@ -253,7 +254,7 @@ async def test_an_attempt_with_odd_log_probabilities_is_the_policys_error() -> N
         policy = PolicyClient(endpoint)
         info = await client.describe("dice")
         harness = Harness(client, policy, info, await FakePolicy(lambda *_: "").info(), uuid4().hex, max_restarts=0)
-        attempt = await harness.attempt("attempt", "train/1", "solve", SamplingParams(max_tokens=100), 0)
+        attempt = await play_episode(harness, "attempt", "train/1", "solve", SamplingParams(max_tokens=100))
         await client.close()
         await policy.close()
     assert attempt.outcome is Outcome.POLICY_ERROR and "log_probs nan" in attempt.error and not attempt.sequences

@@ -33,6 +33,7 @@ from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.settings import EvaluationSettings, RunSettings
 from tests.support.llama_model import write_llama_model
+from tests.support.playing import play_episode
 
 LAKE = "frozenlake-3x3"
 ENVIRONMENTS = {
@@ -78,7 +79,7 @@ async def play(env: EnvClient, watched: Watched, info: PolicyInfo) -> list[Sampl
         while len({version for _, version in watched.answers}) < 2:
             attempt_id = f"watched-{len(watched.answers)}-{task_id[-3:]}"
             sampling = SamplingParams(max_tokens=4)
-            attempts.append(await harness.attempt(attempt_id, task_id, lake.prompts.solver, sampling, 0))
+            attempts.append(await play_episode(harness, attempt_id, task_id, lake.prompts.solver, sampling))
 
     await asyncio.gather(*(one_after_another(task.task_id) for task in tasks))
     return attempts

@@ -20,6 +20,7 @@ from mulligan.trainer.folder import RunState
 from mulligan.trainer.harness import Harness
 from tests.support.certificate import write_key_pair
 from tests.support.examples import Program, go
+from tests.support.playing import play_episode
 
 pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy
 
@@ -36,7 +37,7 @@ async def played_by_the_trainer(loop: Loop) -> Sample:
         (task,) = await env.list_tasks(LAKE, Split.TEST, 1)
         harness = Harness(env, policy, info, await policy.info(), uuid4().hex, max_restarts=0)
         sampling = SamplingParams(temperature=0, max_tokens=4)
-        return await harness.attempt("reference", task.task_id, info.prompts.solver, sampling, 0)
+        return await play_episode(harness, "reference", task.task_id, info.prompts.solver, sampling)
     finally:
         await env.close()
         await policy.close()

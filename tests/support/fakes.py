@@ -112,14 +112,16 @@ class FakeEpisode:
     task_id: str
     episode_id: str
     played: int = 0
+    seen: str = ""
 
     @property
     def observation(self) -> str:
-        return f"board {self.task_id}"
+        return self.seen or f"board {self.task_id}"
 
     async def step(self, action: str) -> EpisodeStep:
         self.environment.fail(self.episode_id)
         self.played += 1
+        self.seen = f"after {action}"
         done = self.played == self.environment.turns
         matches = action == self.environment.answers[self.task_id]
         right = done and matches
@@ -131,6 +133,10 @@ class FakeEpisode:
 
     def kept_alive(self) -> AbstractAsyncContextManager[None]:
         return nullcontext()
+
+    async def fork(self, new_episode_id: str) -> FakeEpisode:
+        self.environment.started.append(new_episode_id)
+        return FakeEpisode(self.environment, self.task_id, new_episode_id, self.played, self.seen)
 
     async def end(self) -> None:
         return None
@@ -211,6 +217,11 @@ class FakePolicy:
             ids = encode("".join(f"[{message.role}:{message.content}]" for message in prompt.messages) + "[assistant:")
             system = next(text for start, text in self.systems.items() if prompt.token_ids[: len(start)] == start)
             last = prompt.messages[-1].content
+        elif isinstance(prompt, list):
+            ids = tuple(prompt)
+            system = next(text for start, text in self.systems.items() if ids[: len(start)] == start)
+            self.systems[ids] = system
+            last = ""
         else:
             assert isinstance(prompt, tuple)
             ids = encode(render(prompt))

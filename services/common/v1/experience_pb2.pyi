@@ -393,6 +393,7 @@ class Sample(_message.Message):
     FINAL_OBSERVATION_FIELD_NUMBER: _builtins.int
     RESTARTS_FIELD_NUMBER: _builtins.int
     FORKED_FROM_FIELD_NUMBER: _builtins.int
+    TRY_TURNS_FIELD_NUMBER: _builtins.int
     sample_id: _builtins.str
     """Unique in the run."""
     role: _builtins.str
@@ -435,6 +436,12 @@ class Sample(_message.Message):
     def forked_from(self) -> Global___ForkPoint:
         """Where the episode began, if not at the start of the task."""
 
+    @_builtins.property
+    def try_turns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Turns of each try, where one conversation holds several tries at the task; the reward is that of the last. Empty for
+        a single one.
+        """
+
     def __init__(
         self,
         *,
@@ -456,10 +463,11 @@ class Sample(_message.Message):
         final_observation: _builtins.str = ...,
         restarts: _builtins.int = ...,
         forked_from: Global___ForkPoint | None = ...,
+        try_turns: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_forked_from", b"_forked_from", "_reward", b"_reward", "forked_from", b"forked_from", "reward", b"reward"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forked_from", b"_forked_from", "_reward", b"_reward", "episode_id", b"episode_id", "error", b"error", "feedback", b"feedback", "final_observation", b"final_observation", "forked_from", b"forked_from", "outcome", b"outcome", "parent_id", b"parent_id", "policy", b"policy", "restarts", b"restarts", "reward", b"reward", "reward_parts", b"reward_parts", "role", b"role", "sample_id", b"sample_id", "sequences", b"sequences", "system", b"system", "temperature", b"temperature", "text", b"text", "turns", b"turns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forked_from", b"_forked_from", "_reward", b"_reward", "episode_id", b"episode_id", "error", b"error", "feedback", b"feedback", "final_observation", b"final_observation", "forked_from", b"forked_from", "outcome", b"outcome", "parent_id", b"parent_id", "policy", b"policy", "restarts", b"restarts", "reward", b"reward", "reward_parts", b"reward_parts", "role", b"role", "sample_id", b"sample_id", "sequences", b"sequences", "system", b"system", "temperature", b"temperature", "text", b"text", "try_turns", b"try_turns", "turns", b"turns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__forked_from: _TypeAlias = _typing.Literal["forked_from"]  # noqa: Y015
     _WhichOneofArgType__forked_from: _TypeAlias = _typing.Literal["_forked_from", b"_forked_from"]  # noqa: Y015

@@ -38,9 +38,9 @@ from mulligan.common.rewards import exceeds
 from mulligan.trainer.advantages import group_advantages
 from mulligan.trainer.batch import Group, distillation, policy_gradient
 from mulligan.trainer.data import Datum
-from mulligan.trainer.harness import guided_by
 from mulligan.trainer.member import Member
 from mulligan.trainer.settings import AlgorithmSettings
+from mulligan.trainer.texts import guided_by
 
 FIRST = "first"
 REFLECTION = "reflection"

@@ -9,8 +9,8 @@ from __future__ import annotations
 from mulligan.common.rewards import exceeds
 from mulligan.trainer.algorithms import erl
 from mulligan.trainer.algorithms.erl import train
-from mulligan.trainer.harness import fill, trace_of
 from mulligan.trainer.member import Member
+from mulligan.trainer.texts import fill, trace_of
 
 __all__ = ["Settings", "play", "train"]
 

@@ -202,6 +202,7 @@ class PoliciesConfig(_message.Message):
 
     ACTOR_FIELD_NUMBER: _builtins.int
     REFLECTOR_FIELD_NUMBER: _builtins.int
+    JUDGE_FIELD_NUMBER: _builtins.int
     actor: _builtins.str
     """Plays the attempts and is trained; it gives token ids and log-probabilities, takes weights, and serves the model
     that the run trains. Default "", the service's default policy.
@@ -210,22 +211,29 @@ class PoliciesConfig(_message.Message):
     """Writes the reflections, on any model. They are not trained on: the branch "reflection" is left out. Default "", the
     actor itself, whose reflections are trained on.
     """
+    judge: _builtins.str
+    """Writes verdicts and critiques, in algorithms that have such. Default "", the actor itself."""
     def __init__(
         self,
         *,
         actor: _builtins.str | None = ...,
         reflector: _builtins.str | None = ...,
+        judge: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_actor", b"_actor", "_reflector", b"_reflector", "actor", b"actor", "reflector", b"reflector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_actor", b"_actor", "_judge", b"_judge", "_reflector", b"_reflector", "actor", b"actor", "judge", b"judge", "reflector", b"reflector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actor", b"_actor", "_reflector", b"_reflector", "actor", b"actor", "reflector", b"reflector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actor", b"_actor", "_judge", b"_judge", "_reflector", b"_reflector", "actor", b"actor", "judge", b"judge", "reflector", b"reflector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__actor: _TypeAlias = _typing.Literal["actor"]  # noqa: Y015
     _WhichOneofArgType__actor: _TypeAlias = _typing.Literal["_actor", b"_actor"]  # noqa: Y015
+    _WhichOneofReturnType__judge: _TypeAlias = _typing.Literal["judge"]  # noqa: Y015
+    _WhichOneofArgType__judge: _TypeAlias = _typing.Literal["_judge", b"_judge"]  # noqa: Y015
     _WhichOneofReturnType__reflector: _TypeAlias = _typing.Literal["reflector"]  # noqa: Y015
     _WhichOneofArgType__reflector: _TypeAlias = _typing.Literal["_reflector", b"_reflector"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__actor) -> _WhichOneofReturnType__actor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__judge) -> _WhichOneofReturnType__judge | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reflector) -> _WhichOneofReturnType__reflector | None: ...
 

@@ -16,7 +16,7 @@ from mulligan.env.calls import play
 from mulligan.env.envs.gymnasium.actions import read
 from mulligan.env.grid import parse_action
 from mulligan.env.tool_calls import find_calls
-from mulligan.trainer.harness import reflection_in
+from mulligan.trainer.texts import reflection_in
 from tests.support.fakes import PROMPTS
 
 HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>"

@@ -23,6 +23,7 @@ from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from mulligan.trainer.step import StepRunner
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
+from tests.support.playing import play_episode
 
 TEXT_ALONE = frozenset({Feature.STREAM, Feature.TOOLS})
 
@@ -41,7 +42,7 @@ async def chains(policy: FakePolicy, settings: RunSettings, learner: FakeLearner
     actor = await NamedPolicy.open(policy, settings.policies.actor)
     reflector = await NamedPolicy.open(policy, settings.policies.reflector)
     info = await environment.describe("fake")
-    harness = Harness(environment, actor, info, actor.info, "x", 0, reflector)
+    harness = Harness(environment, actor, info, actor.info, "x", 0, {"reflector": reflector} if reflector else {})
     runner = StepRunner("run", settings, harness, FakeMemory(), learner)
     return runner, await runner.sample(0, ["t0"], 0)
 
@@ -123,7 +124,7 @@ async def test_a_model_that_is_swapped_in_is_played_as_it_needs(change: dict[str
     for name, value in change.items():
         setattr(policy, name, value)
     harness = Harness(environment, named, await environment.describe("fake"), named.info, "x", 0)
-    attempt = await harness.attempt("a", "t0", "solve", SamplingParams(), 0)
+    attempt = await play_episode(harness, "a", "t0", "solve", SamplingParams())
     assert attempt.outcome is Outcome.COMPLETED and attempt.error == "" and len(attempt.sequences) == 3
     assert not any(isinstance(prompt, Continuation) for prompt, _ in policy.calls)
 

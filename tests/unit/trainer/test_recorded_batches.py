@@ -73,8 +73,8 @@ async def batches(arm: str) -> list[list[dict[str, Any]]]:
     environment = FakeEnvironment(TASKS, turns=2, fail=fail, in_parts=True)
     info = await environment.describe("fake")
     named = settings.policies.reflector
-    reflector = await NamedPolicy.open(policy, named) if named else None
-    harness = Harness(environment, policy, info, await policy.info(), "x", 1, reflector)
+    speakers = {"reflector": await NamedPolicy.open(policy, named)} if named else {}
+    harness = Harness(environment, policy, info, await policy.info(), "x", 1, speakers)
     learner = FakeLearner()
     memory = FakeMemory()
     runner = StepRunner("run", settings, harness, memory, learner)

@@ -14,6 +14,7 @@ from mulligan.trainer.harness import Harness
 from mulligan.trainer.preflight import check_environment
 from mulligan.trainer.sampling import NamedPolicy
 from tests.support.fakes import FakeEnvironment, FakePolicy
+from tests.support.playing import play_episode
 
 SEARCH = Tool("search", "Finds text.", '{"type": "object", "properties": {"query": {"type": "string"}}}')
 
@@ -31,7 +32,7 @@ def says_go(**changes: Any) -> FakePolicy:
 
 async def test_tools_are_shown_once_and_answer_in_their_own_role() -> None:
     policy = says_go()
-    attempt = await (await harness(policy)).attempt("a", "t0", "solve", SamplingParams(), 0)
+    attempt = await play_episode(await harness(policy), "a", "t0", "solve", SamplingParams())
     assert attempt.outcome is Outcome.COMPLETED
     assert [options.tools for options in policy.options] == [(SEARCH,), (), ()], "the tokens so far show them"
     (first, _), *later = policy.calls
@@ -45,7 +46,7 @@ async def test_tools_are_shown_once_and_answer_in_their_own_role() -> None:
 async def test_where_turns_are_rendered_anew_each_shows_the_tools() -> None:
     policy = says_go(rewrites_history=True)
     made = await harness(policy)
-    attempt = await made.attempt("a", "t0", "solve", SamplingParams(), 0)
+    attempt = await play_episode(made, "a", "t0", "solve", SamplingParams())
     assert [options.tools for options in policy.options] == [(SEARCH,)] * 3
     last, _ = policy.calls[-1]
     assert isinstance(last, tuple) and [message.role for message in last[1:]] == [
@@ -72,7 +73,7 @@ async def test_where_turns_are_rendered_anew_each_shows_the_tools() -> None:
 async def test_a_reflector_is_shown_no_tools() -> None:
     policy = says_go()
     made = await harness(policy)
-    attempt = await made.attempt("a", "t0", "solve", SamplingParams(), 0)
+    attempt = await play_episode(made, "a", "t0", "solve", SamplingParams())
     blank = Sample("r", "reflection", Outcome.COMPLETED, (), 1.0, system="reflect", parent_id=attempt.sample_id)
     await made.write(blank, "what happened?", SamplingParams(), 0)
     assert policy.options[-1].tools == ()

@@ -1,0 +1,122 @@
+"""Several tries in one conversation, and episodes that go on from the state of another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mulligan.common.experience import ForkPoint, Sample, SegmentKind
+from mulligan.common.inference import SamplingParams
+from mulligan.common.types import Outcome
+from mulligan.trainer.harness import Harness, NotRepeatable, Plan
+from tests.support.fakes import LOG_PROB, FakeEnvironment, FakePolicy, timeout
+
+SAMPLING = SamplingParams()
+
+
+async def harness(environment: FakeEnvironment, policy: FakePolicy) -> Harness:
+    return Harness(environment, policy, await environment.describe("fake"), await policy.info(), "x", 1)
+
+
+def planned(system: str = "solve") -> Sample:
+    return Sample.planned("a", "first", system)
+
+
+def text_of(sample: Sample) -> str:
+    return "".join(bytes(sequence.token_ids).decode() for sequence in sample.sequences)
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+@pytest.mark.parametrize(("right_at", "tries", "turns"), [(1, 3, 1), (2, 3, 2), (3, 3, 2), (9, 3, 1)])
+async def test_what_did_not_solve_the_task_is_tried_again_in_the_same_conversation(
+    right_at: int, tries: int, turns: int, rewrites: bool
+) -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=turns)
+    said = iter(range(100))
+
+    def say(system: str, last: str, sampling: SamplingParams) -> str:
+        return "go" if next(said) // turns + 1 >= right_at else "no"
+
+    policy = FakePolicy(say, rewrites_history=rewrites)
+    plan = Plan("t0", SAMPLING, 0, tries, "{feedback}, again: {observation}")
+    sample = await (await harness(environment, policy)).attempt(planned(), plan)
+    played = min(right_at, tries)
+    assert sample.outcome is Outcome.COMPLETED and sample.reward == float(right_at <= tries)
+    assert sample.try_turns == (turns,) * played and len(sample.turns) == played * turns
+    assert sample.try_rewards == [float(number + 1 == right_at) for number in range(played)]
+    assert environment.started == [f"a-x-0{'' if number == 0 else f'-t{number}'}" for number in range(played)]
+    shown = [turn.observation for turn in sample.turns[::turns]]
+    assert shown == ["board t0"] + ["wrong, again: board t0"] * (played - 1)
+    assert len(sample.sequences) == (len(sample.turns) if rewrites else 1)
+    assert text_of(sample).count("wrong, again: board t0") >= played - 1
+    seeds = [sampling.seed for _, sampling in policy.calls]
+    assert len(set(seeds)) == len(seeds) == len(sample.turns)
+
+
+async def test_a_failure_in_a_later_try_starts_the_whole_sample_over() -> None:
+    environment = FakeEnvironment({"t0": "go"})
+    failing = iter([False, True, False, False])
+
+    def fail(episode_id: str) -> None:
+        if next(failing, False):
+            raise timeout()
+
+    environment.fail = fail
+    policy = FakePolicy(lambda system, last, sampling: "no")
+    sample = await (await harness(environment, policy)).attempt(planned(), Plan("t0", SAMPLING, 0, tries=2))
+    assert (sample.outcome, sample.restarts, sample.try_turns) == (Outcome.COMPLETED, 1, (1, 1))
+    assert environment.started == ["a-x-0", "a-x-0-t1", "a-x-1", "a-x-1-t1"]
+
+
+async def test_a_conversation_without_room_for_another_try_ends() -> None:
+    environment = FakeEnvironment({"t0": "go"})
+    policy = FakePolicy(lambda system, last, sampling: "no")
+    policy.context_length = 60
+    sample = await (await harness(environment, policy)).attempt(planned(), Plan("t0", SAMPLING, 0, tries=9))
+    assert sample.outcome is Outcome.TRUNCATED and sample.reward == 0.0
+    assert sample.try_turns[-1] == 0 and 0 < len(sample.turns) < 9
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3, 9])
+async def test_a_horizon_limits_the_turns(horizon: int) -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=3)
+    policy = FakePolicy(lambda system, last, sampling: "go")
+    sample = await (await harness(environment, policy)).attempt(planned(), Plan("t0", SAMPLING, 0, horizon=horizon))
+    assert len(sample.turns) == min(horizon, 3)
+    assert sample.outcome is (Outcome.COMPLETED if horizon >= 3 else Outcome.TRUNCATED)
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+@pytest.mark.parametrize("turn", [0, 1, 2])
+async def test_a_fork_goes_on_from_the_state_and_the_conversation_of_its_source(turn: int, rewrites: bool) -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=3)
+    answers = iter(["a", "b", "c", "x", "y", "go"])
+    policy = FakePolicy(lambda system, last, sampling: next(answers), rewrites_history=rewrites)
+    made = await harness(environment, policy)
+    source = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
+    blank = Sample.planned("b", "fork", source.system, source.sample_id)
+    fork = await made.attempt(blank, Plan("t0", SAMPLING, 1, fork=(source, turn)))
+    assert fork.forked_from == ForkPoint(source.episode_id, turn) and fork.parent_id == source.sample_id
+    assert len(fork.turns) == 3 - turn and [one.text for one in fork.turns] == ["x", "y", "go"][: 3 - turn]
+    assert fork.reward == float(turn == 0), "the last of three answers pays"
+    assert fork.turns[0].observation == source.turns[turn].observation
+    assert environment.started[-2:] == ["b-x-0-trunk", "b-x-0"]
+    before = text_of(source)[: text_of(source).index(f"{'abc'[turn]}]")] if not rewrites else ""
+    if rewrites:
+        assert len(fork.sequences) == 3 - turn
+    else:
+        (sequence,) = fork.sequences
+        assert bytes(sequence.token_ids).decode().startswith(before + "x]")
+        assert [one.kind for one in sequence.segments[:2]] == [SegmentKind.PROMPT, SegmentKind.SAMPLED]
+        assert sequence.log_probs == [LOG_PROB] * sequence.sampled_count, "the source's tokens carry no loss"
+
+
+async def test_an_episode_that_does_not_repeat_itself_cannot_be_forked() -> None:
+    environment = FakeEnvironment({"t0": "go", "t1": "go"}, turns=2)
+    policy = FakePolicy(lambda system, last, sampling: "a")
+    made = await harness(environment, policy)
+    source = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
+    plan: Any = Plan("t1", SAMPLING, 1, fork=(source, 1))
+    with pytest.raises(NotRepeatable, match="showed 'board t0' to a and now 'board t1'"):
+        await made.attempt(Sample.planned("b", "fork", "solve"), plan)
