@@ -90,13 +90,13 @@ class Segment(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Log-probabilities of softmax(logits / temperature), before top-p and top-k, one per token id; empty unless
-        SAMPLED. Empty also in a distilled target: it has no behaviour policy in its own context.
+        """Log-probabilities of softmax(logits / temperature), before top-p and top-k, one per token id. Empty unless SAMPLED,
+        and in a distilled target, whose tokens no policy sampled in that context.
         """
 
     @_builtins.property
     def policy_versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]:
-        """Which policy versions produced the tokens; token counts sum to the number of token ids. Empty unless SAMPLED."""
+        """Which policy versions produced the tokens. Their token counts sum to the number of token ids. Empty unless SAMPLED."""
 
     def __init__(
         self,
@@ -117,8 +117,8 @@ Global___Segment: _TypeAlias = Segment  # noqa: Y015
 
 @_typing.final
 class TokenSequence(_message.Message):
-    """The token ids that went through the policy, start to end. A conversation is one sequence, unless the chat template
-    rewrites earlier turns: then it is one sequence per turn.
+    """The token ids that went through the policy, from start to end. A conversation is one sequence. If the chat template
+    rewrites earlier turns, it is one sequence per turn.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -159,7 +159,7 @@ class Turn(_message.Message):
     reward: _builtins.float
     """Reward of this step alone."""
     tool: _builtins.str
-    """Name of the tool whose answer the observation was; empty where the environment spoke as the user."""
+    """Name of the tool whose answer the observation was. Empty if the environment spoke as the user."""
     def __init__(
         self,
         *,
@@ -201,7 +201,7 @@ class Attempt(_message.Message):
     reward: _builtins.float
     """Sum of the step rewards. Present exactly when the outcome is COMPLETED or TRUNCATED."""
     feedback: _builtins.str
-    """The environment's closing words. They never enter the attempt's own context."""
+    """What the environment said about the attempt when it was over. It never enters the attempt's own context."""
     final_observation: _builtins.str
     """The last observation, after the last action."""
     temperature: _builtins.float
@@ -262,8 +262,8 @@ class Reflection(_message.Message):
     """The second attempt's reward. Present when the second attempt has one."""
     error: _builtins.str
     policy: _builtins.str
-    """Name of the policy that wrote it, where that is not the one that is trained. The versions in `sequences` are its
-    own; where it gives no token ids, the segments hold none.
+    """Name of the policy that wrote it, if that is not the one that is trained. The versions in `sequences` are that
+    policy's own. If it gives no token ids, the segments hold none.
     """
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSequence]: ...
@@ -292,7 +292,7 @@ Global___Reflection: _TypeAlias = Reflection  # noqa: Y015
 @_typing.final
 class DistilledTarget(_message.Message):
     """A successful second attempt as it is trained on: under the first attempt's prompt, without the reflection. Its
-    sequences equal the second attempt's but for the first prompt segment. Carries no log-probabilities.
+    sequences equal the second attempt's except for the first prompt segment. It has no log-probabilities.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -42,7 +42,7 @@ Global___Split: _TypeAlias = Split  # noqa: Y015
 
 @_typing.final
 class PromptSet(_message.Message):
-    """The texts with which an agent is addressed. `{name}` marks a placeholder, filled by plain substitution."""
+    """The texts that an agent is given. `{name}` is a placeholder, filled by plain substitution."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -134,7 +134,7 @@ class EnvironmentInfo(_message.Message):
     def prompts(self) -> Global___PromptSet: ...
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Tool]:
-        """What the agent may call. The chat template of its model shows them to it and says how a call is written; the
+        """What the agent may call. The chat template of its model shows it these tools, and how to write a call. The
         environment finds the calls in the agent's answer.
         """
 
@@ -318,8 +318,8 @@ class StartEpisodeResponse(_message.Message):
     """Whose turn it is, and who sees the observation: 0 to player_count - 1."""
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
-        """The episode expires when it is not called for this long. Every call that names it begins the lease anew, a repeated
-        one, too: a client whose agent thinks for longer repeats the last call that was answered, a few times in each lease.
+        """The episode expires when no call names it for this long. Every call that names it renews the lease, also a repeated
+        one. So a client whose agent thinks for longer repeats its last answered call, a few times in each lease.
         """
 
     def __init__(
@@ -348,8 +348,8 @@ class StepEpisodeRequest(_message.Message):
     step_index: _builtins.int
     """0 for the first step, then one more each time."""
     action: _builtins.str
-    """The agent's answer, whole, with the marks of its thoughts; the environment finds the action in it. What stands in a
-    thought (`<think>`…`</think>`, `[THINK]`…`[/THINK]` and the like; to the end, where it is not closed) is no action.
+    """The agent's whole answer, with the marks of its thoughts. The environment finds the action in it. A thought
+    (`<think>`…`</think>`, `[THINK]`…`[/THINK]` and the like) holds no action; one that is not closed lasts to the end.
     At most 4 MiB in UTF-8.
     """
     def __init__(
@@ -386,16 +386,18 @@ class StepEpisodeResponse(_message.Message):
     action: _builtins.str
     """How the environment read the answer, e.g. "Up (no effect)"."""
     reward: _builtins.float
-    """Reward of this step, of the player who acted: from -1e12 to 1e12. Absent when the step failed (outcome ENV_ERROR or
-    TIMEOUT), and only then. A client takes a step without a reward, or with one that is NaN, infinite or greater in
-    size, for one that failed.
+    """Reward of the player who acted, for this step: from -1e12 to 1e12. Absent when the step failed (outcome ENV_ERROR
+    or TIMEOUT), and only then. A client treats a step as failed if its reward is absent, NaN, infinite or out of these
+    bounds.
     """
     done: _builtins.bool
     """Whether the episode is over."""
     outcome: _outcome_pb2.Outcome.ValueType
     """How it ended; OUTCOME_UNSPECIFIED while it goes on."""
     feedback: _builtins.str
-    """Closing words, on the last step only. Not for the attempt's own context."""
+    """What the environment says about the attempt when it is over; on the last step only. Not for the attempt's own
+    context.
+    """
     error: _builtins.str
     """What went wrong, for ENV_ERROR and TIMEOUT."""
     tool: _builtins.str
@@ -404,7 +406,7 @@ class StepEpisodeResponse(_message.Message):
     """Whose turn it is next, and who sees the observation. The same player may act several times in a row."""
     @_builtins.property
     def rewards(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Reward of this step of each player, in order, within the same bounds; empty where there is one player."""
+        """The reward of each player for this step, in order, within the same bounds; empty if there is one player."""
 
     def __init__(
         self,
@@ -440,8 +442,8 @@ class StepEpisodesRequest(_message.Message):
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepEpisodeRequest]: ...
     @_builtins.property
     def max_wait(self) -> _duration_pb2.Duration:
-        """How long to wait for slow steps: an item without an answer by then is `pending`, so that one slow episode holds up
-        no other. Absent: until every item has its answer.
+        """How long to wait for slow steps. An item without an answer by then is `pending`, so one slow episode does not hold
+        up the others. Absent: the call waits until every item has its answer.
         """
 
     def __init__(
@@ -513,7 +515,7 @@ Global___StepError: _TypeAlias = StepError  # noqa: Y015
 
 @_typing.final
 class StepPending(_message.Message):
-    """The step runs and has no answer yet: repeat it, e.g. with StepEpisode, which waits."""
+    """The step runs and has no answer yet. Repeat it, for example with StepEpisode, which waits."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

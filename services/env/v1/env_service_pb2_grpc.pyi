@@ -15,18 +15,24 @@ GRPC_VERSION: str
 class EnvServiceStub:
     """Serves episodes of environments. Episodes are single-use: there is no reset.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details; the reasons are named at
-    each call. Every call can also return INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`;
-    MALFORMED_MESSAGE for bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a
-    server sees them), UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer
-    TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call),
-    RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise, or
-    metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
+    reasons. Every call can also return
+
+    - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
+    - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
+      with INTERNAL themselves, before a server sees them;
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+      `authorization: Bearer TOKEN`;
+    - DEADLINE_EXCEEDED;
+    - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
+      metadata is larger than 8 KiB;
+    - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListEnvironments: _aio.UnaryUnaryMultiCallable[_env_service_pb2.ListEnvironmentsRequest, _env_service_pb2.ListEnvironmentsResponse]
-    """Lists the environments that this server offers, with the prompts with which an agent is addressed in each.
+    """Lists the environments that this server offers, with the prompts for an agent in each.
     Idempotent.
     """
     ListTasks: _aio.UnaryUnaryMultiCallable[_env_service_pb2.ListTasksRequest, _env_service_pb2.ListTasksResponse]
@@ -42,22 +48,23 @@ class EnvServiceStub:
     raised, or took longer than a step may; the id is free again.
     """
     StepEpisode: _aio.UnaryUnaryMultiCallable[_env_service_pb2.StepEpisodeRequest, _env_service_pb2.StepEpisodeResponse]
-    """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer, and one
-    that is repeated while the step still runs waits for it. Answers are kept until EndEpisode or the end of the lease.
-    An environment that fails is no error of the call: the step's outcome is ENV_ERROR or TIMEOUT, and it is the last.
+    """Applies one action, exactly once for each (episode_id, step_index): a repeated call returns the stored answer. If
+    the step still runs, the repeated call waits for it. Answers are kept until EndEpisode or the end of the lease. A
+    failing environment is not an error of the call: the step's outcome is ENV_ERROR or TIMEOUT, and the episode is
+    over.
     NOT_FOUND UNKNOWN_EPISODE: never started here, ended, or lost in a restart; EPISODE_EXPIRED: idle for longer than
     its lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
     another action; EPISODE_FINISHED: the episode is over.
     """
     StepEpisodes: _aio.UnaryUnaryMultiCallable[_env_service_pb2.StepEpisodesRequest, _env_service_pb2.StepEpisodesResponse]
     """Applies one action to each of many episodes. Each item has the result or the error of StepEpisode; the call itself
-    fails only when the request is malformed. An episode may appear once. Exactly once per (episode_id, step_index):
-    that is why an item that came back as `pending` can be repeated.
+    fails only when the request is malformed. An episode may appear once. Steps are played exactly once for each
+    (episode_id, step_index), so an item that came back as `pending` can be repeated.
     """
     ForkEpisode: _aio.UnaryUnaryMultiCallable[_env_service_pb2.ForkEpisodeRequest, _env_service_pb2.ForkEpisodeResponse]
-    """Starts another episode in the state that an episode has after `step_index` steps. The copy is exact: from there on
-    both answer the same actions alike, where the environment is deterministic. Idempotent on new_episode_id. The steps
-    that were played before belong to the copy, too, and are repeatable in it.
+    """Starts another episode in the state that an episode has after `step_index` steps. The copy is exact: if the
+    environment is deterministic, both answer the same actions alike from there on. The steps played before belong to
+    the copy, too, and can be repeated in it. Idempotent on new_episode_id.
     UNIMPLEMENTED FORK_UNSUPPORTED: the environment cannot (`can_fork`). NOT_FOUND UNKNOWN_EPISODE, EPISODE_EXPIRED.
     FAILED_PRECONDITION STEP_SKIPPED: the episode has played fewer steps; STEP_CONFLICT: it has played more, or plays
     one now; EPISODE_FINISHED. ALREADY_EXISTS EPISODE_CONFLICT: the new id is in use for something else.
@@ -69,13 +76,19 @@ class EnvServiceStub:
 class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
     """Serves episodes of environments. Episodes are single-use: there is no reset.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details; the reasons are named at
-    each call. Every call can also return INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`;
-    MALFORMED_MESSAGE for bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a
-    server sees them), UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer
-    TOKEN` in the call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call),
-    RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise, or
-    metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
+    reasons. Every call can also return
+
+    - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
+    - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
+      with INTERNAL themselves, before a server sees them;
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+      `authorization: Bearer TOKEN`;
+    - DEADLINE_EXCEEDED;
+    - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
+      metadata is larger than 8 KiB;
+    - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
     """
 
     @_abc_1.abstractmethod
@@ -84,7 +97,7 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _env_service_pb2.ListEnvironmentsRequest,
         context: _aio.ServicerContext[_env_service_pb2.ListEnvironmentsRequest, _abc.Awaitable[_env_service_pb2.ListEnvironmentsResponse]],
     ) -> _abc.Awaitable[_env_service_pb2.ListEnvironmentsResponse]:
-        """Lists the environments that this server offers, with the prompts with which an agent is addressed in each.
+        """Lists the environments that this server offers, with the prompts for an agent in each.
         Idempotent.
         """
 
@@ -118,9 +131,10 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _env_service_pb2.StepEpisodeRequest,
         context: _aio.ServicerContext[_env_service_pb2.StepEpisodeRequest, _abc.Awaitable[_env_service_pb2.StepEpisodeResponse]],
     ) -> _abc.Awaitable[_env_service_pb2.StepEpisodeResponse]:
-        """Applies one action. Exactly once on (episode_id, step_index): a repeated call returns the stored answer, and one
-        that is repeated while the step still runs waits for it. Answers are kept until EndEpisode or the end of the lease.
-        An environment that fails is no error of the call: the step's outcome is ENV_ERROR or TIMEOUT, and it is the last.
+        """Applies one action, exactly once for each (episode_id, step_index): a repeated call returns the stored answer. If
+        the step still runs, the repeated call waits for it. Answers are kept until EndEpisode or the end of the lease. A
+        failing environment is not an error of the call: the step's outcome is ENV_ERROR or TIMEOUT, and the episode is
+        over.
         NOT_FOUND UNKNOWN_EPISODE: never started here, ended, or lost in a restart; EPISODE_EXPIRED: idle for longer than
         its lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
         another action; EPISODE_FINISHED: the episode is over.
@@ -133,8 +147,8 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_env_service_pb2.StepEpisodesRequest, _abc.Awaitable[_env_service_pb2.StepEpisodesResponse]],
     ) -> _abc.Awaitable[_env_service_pb2.StepEpisodesResponse]:
         """Applies one action to each of many episodes. Each item has the result or the error of StepEpisode; the call itself
-        fails only when the request is malformed. An episode may appear once. Exactly once per (episode_id, step_index):
-        that is why an item that came back as `pending` can be repeated.
+        fails only when the request is malformed. An episode may appear once. Steps are played exactly once for each
+        (episode_id, step_index), so an item that came back as `pending` can be repeated.
         """
 
     @_abc_1.abstractmethod
@@ -143,9 +157,9 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _env_service_pb2.ForkEpisodeRequest,
         context: _aio.ServicerContext[_env_service_pb2.ForkEpisodeRequest, _abc.Awaitable[_env_service_pb2.ForkEpisodeResponse]],
     ) -> _abc.Awaitable[_env_service_pb2.ForkEpisodeResponse]:
-        """Starts another episode in the state that an episode has after `step_index` steps. The copy is exact: from there on
-        both answer the same actions alike, where the environment is deterministic. Idempotent on new_episode_id. The steps
-        that were played before belong to the copy, too, and are repeatable in it.
+        """Starts another episode in the state that an episode has after `step_index` steps. The copy is exact: if the
+        environment is deterministic, both answer the same actions alike from there on. The steps played before belong to
+        the copy, too, and can be repeated in it. Idempotent on new_episode_id.
         UNIMPLEMENTED FORK_UNSUPPORTED: the environment cannot (`can_fork`). NOT_FOUND UNKNOWN_EPISODE, EPISODE_EXPIRED.
         FAILED_PRECONDITION STEP_SKIPPED: the episode has played fewer steps; STEP_CONFLICT: it has played more, or plays
         one now; EPISODE_FINISHED. ALREADY_EXISTS EPISODE_CONFLICT: the new id is in use for something else.

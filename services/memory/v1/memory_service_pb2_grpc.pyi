@@ -15,29 +15,37 @@ GRPC_VERSION: str
 class MemoryServiceStub:
     """Keeps reflections with their provenance, versioned, shared by all runs that name the same scope.
 
-    Every write makes a new version of its scope, counted from 1. Reads may name a version and then see exactly the
-    entries of that version, whatever is written meanwhile.
+    Every write makes a new version of its scope, counted from 1. A read that names a version sees exactly the entries of
+    that version, whatever is written meanwhile.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`; MALFORMED_MESSAGE for bytes that are no message of
-    the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
-    when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
-    UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
-    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
-    (a fault of the server, which its log explains).
-    What writes can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written. FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while
-    it ran, and nothing was written either; it has to be started again.
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
+    reasons. Every call can also return
+
+    - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
+    - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
+      with INTERNAL themselves, before a server sees them;
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+      `authorization: Bearer TOKEN`;
+    - DEADLINE_EXCEEDED;
+    - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
+      metadata is larger than 8 KiB;
+    - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
+
+    Calls that write can return RESOURCE_EXHAUSTED DISK_FULL: nothing was written. Metadata `folder`, `free_bytes` and
+    `needed_bytes` (0: unknown).
+    They can also return FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: the service's folder was removed while it
+    ran. Nothing was written, and the service must be started again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     AddReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.AddReflectionRequest, _memory_service_pb2.AddReflectionResponse]
-    """Stores a reflection. Idempotent on (scope, request_id): a repeated call returns the first answer, and
-    ALREADY_EXISTS REQUEST_CONFLICT when its reflection differs.
+    """Stores a reflection. Idempotent on (scope, request_id): a repeated call returns the first answer.
+    ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another reflection.
     """
     QueryReflections: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.QueryReflectionsRequest, _memory_service_pb2.QueryReflectionsResponse]
     """Retrieves the reflections that an agent should be shown. Idempotent.
-    OUT_OF_RANGE UNKNOWN_VERSION: as_of_version is not reached yet.
+    OUT_OF_RANGE UNKNOWN_VERSION: the scope has not reached as_of_version.
     """
     GetReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.GetReflectionRequest, _memory_service_pb2.GetReflectionResponse]
     """NOT_FOUND UNKNOWN_REFLECTION. Idempotent."""
@@ -53,19 +61,27 @@ class MemoryServiceStub:
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps reflections with their provenance, versioned, shared by all runs that name the same scope.
 
-    Every write makes a new version of its scope, counted from 1. Reads may name a version and then see exactly the
-    entries of that version, whatever is written meanwhile.
+    Every write makes a new version of its scope, counted from 1. A read that names a version sees exactly the entries of
+    that version, whatever is written meanwhile.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`; MALFORMED_MESSAGE for bytes that are no message of
-    the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
-    when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
-    UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
-    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
-    (a fault of the server, which its log explains).
-    What writes can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written. FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while
-    it ran, and nothing was written either; it has to be started again.
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
+    reasons. Every call can also return
+
+    - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
+    - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
+      with INTERNAL themselves, before a server sees them;
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+      `authorization: Bearer TOKEN`;
+    - DEADLINE_EXCEEDED;
+    - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
+      metadata is larger than 8 KiB;
+    - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
+
+    Calls that write can return RESOURCE_EXHAUSTED DISK_FULL: nothing was written. Metadata `folder`, `free_bytes` and
+    `needed_bytes` (0: unknown).
+    They can also return FAILED_PRECONDITION FOLDER_REMOVED, metadata `folder`: the service's folder was removed while it
+    ran. Nothing was written, and the service must be started again.
     """
 
     @_abc_1.abstractmethod
@@ -74,8 +90,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_service_pb2.AddReflectionRequest,
         context: _aio.ServicerContext[_memory_service_pb2.AddReflectionRequest, _abc.Awaitable[_memory_service_pb2.AddReflectionResponse]],
     ) -> _abc.Awaitable[_memory_service_pb2.AddReflectionResponse]:
-        """Stores a reflection. Idempotent on (scope, request_id): a repeated call returns the first answer, and
-        ALREADY_EXISTS REQUEST_CONFLICT when its reflection differs.
+        """Stores a reflection. Idempotent on (scope, request_id): a repeated call returns the first answer.
+        ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another reflection.
         """
 
     @_abc_1.abstractmethod
@@ -85,7 +101,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_memory_service_pb2.QueryReflectionsRequest, _abc.Awaitable[_memory_service_pb2.QueryReflectionsResponse]],
     ) -> _abc.Awaitable[_memory_service_pb2.QueryReflectionsResponse]:
         """Retrieves the reflections that an agent should be shown. Idempotent.
-        OUT_OF_RANGE UNKNOWN_VERSION: as_of_version is not reached yet.
+        OUT_OF_RANGE UNKNOWN_VERSION: the scope has not reached as_of_version.
         """
 
     @_abc_1.abstractmethod

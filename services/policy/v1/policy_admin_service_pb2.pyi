@@ -30,10 +30,10 @@ class _WeightsKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WeightsKi
     WEIGHTS_KIND_FULL: _WeightsKind.ValueType  # 1
     """A safetensors file with every parameter of the model."""
     WEIGHTS_KIND_LORA: _WeightsKind.ValueType  # 2
-    """A folder with a peft LoRA adapter of linear layers: adapter_config.json and adapter_model.safetensors. What is added
-    to a layer's weight is lora_alpha / r · B A, or, with use_rslora, lora_alpha / √r · B A. A setting that means more
-    (use_dora, bias, modules_to_save, alpha_pattern, an init_lora_weights that changes the model below the adapter, such
-    as pissa, …), or that is not known, is MODEL_MISMATCH, and the message names it.
+    """A folder with a peft LoRA adapter of linear layers: adapter_config.json and adapter_model.safetensors. What is
+    added to a layer's weight is lora_alpha / r · B A, or, with use_rslora, lora_alpha / √r · B A. A setting that means
+    more, or that is not known, is MODEL_MISMATCH, and the message names it: use_dora, bias, modules_to_save,
+    alpha_pattern, an init_lora_weights that changes the model below the adapter (such as pissa), and others.
     """
     WEIGHTS_KIND_ORIGINAL: _WeightsKind.ValueType  # 3
     """Those that the model came with. Only in answers."""
@@ -44,10 +44,10 @@ WEIGHTS_KIND_UNSPECIFIED: WeightsKind.ValueType  # 0
 WEIGHTS_KIND_FULL: WeightsKind.ValueType  # 1
 """A safetensors file with every parameter of the model."""
 WEIGHTS_KIND_LORA: WeightsKind.ValueType  # 2
-"""A folder with a peft LoRA adapter of linear layers: adapter_config.json and adapter_model.safetensors. What is added
-to a layer's weight is lora_alpha / r · B A, or, with use_rslora, lora_alpha / √r · B A. A setting that means more
-(use_dora, bias, modules_to_save, alpha_pattern, an init_lora_weights that changes the model below the adapter, such
-as pissa, …), or that is not known, is MODEL_MISMATCH, and the message names it.
+"""A folder with a peft LoRA adapter of linear layers: adapter_config.json and adapter_model.safetensors. What is
+added to a layer's weight is lora_alpha / r · B A, or, with use_rslora, lora_alpha / √r · B A. A setting that means
+more, or that is not known, is MODEL_MISMATCH, and the message names it: use_dora, bias, modules_to_save,
+alpha_pattern, an init_lora_weights that changes the model below the adapter (such as pissa), and others.
 """
 WEIGHTS_KIND_ORIGINAL: WeightsKind.ValueType  # 3
 """Those that the model came with. Only in answers."""
@@ -68,7 +68,7 @@ class _VersionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VersionS
     VERSION_STATE_REFUSED: _VersionState.ValueType  # 4
     """It failed its canary."""
     VERSION_STATE_WITHDRAWN: _VersionState.ValueType  # 5
-    """Rollback went back behind it."""
+    """A rollback went to a version before it."""
 
 class VersionState(_VersionState, metaclass=_VersionStateEnumTypeWrapper): ...
 
@@ -81,7 +81,7 @@ VERSION_STATE_REMOVED: VersionState.ValueType  # 3
 VERSION_STATE_REFUSED: VersionState.ValueType  # 4
 """It failed its canary."""
 VERSION_STATE_WITHDRAWN: VersionState.ValueType  # 5
-"""Rollback went back behind it."""
+"""A rollback went to a version before it."""
 Global___VersionState: _TypeAlias = VersionState  # noqa: Y015
 
 @_typing.final
@@ -121,8 +121,9 @@ class LoadModelRequest(_message.Message):
     @_builtins.property
     def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Settings of a policy by dotted name, values as JSON: {"context_length": "2048", "sglang.servers":
-        "[\\"http://127.0.0.1:30000\\"]"}. They are put over the policy's own; a credential of its own is not sent to an
-        address that is given here. Programs, their flags and environment, and folders are the server's settings' alone.
+        "[\\"http://127.0.0.1:30000\\"]"}. They override the policy's own settings. A credential of those settings is not
+        sent to an address that is given here. Only the server's settings name programs, their flags and environment, and
+        folders.
         """
 
     def __init__(
@@ -277,7 +278,7 @@ Global___UploadWeightsResponse: _TypeAlias = UploadWeightsResponse  # noqa: Y015
 
 @_typing.final
 class CanaryProbe(_message.Message):
-    """What the trainer's own forward pass says about fixed token sequences under the weights."""
+    """What the trainer's own forward pass says about a fixed token sequence under the weights."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -356,7 +357,7 @@ class UpdateWeightsResponse(_message.Message):
     CANARY_DIFFERENCE_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     canary_difference: _builtins.float
-    """The greatest difference that the canary found, in log-probability; absent without one."""
+    """The largest difference in log-probability that the canary found; absent if the request had no canary."""
     def __init__(
         self,
         *,

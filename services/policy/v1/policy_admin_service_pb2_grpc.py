@@ -92,25 +92,25 @@ class PolicyAdminServiceServicer:
     """
 
     def LoadModel(self, request, context):
-        """Puts a model in the place of a policy's, or adds a policy, while the service runs. It answers once the new model
-        serves; until then, and when it cannot be loaded, the old one does. Sessions that began on the old model finish on
-        it; it is closed when none of them has asked for a while. The policy's own settings, those of the server's settings,
-        hold where no option is given. The loaded model is the policy's next version. Survives a restart of the service when
-        it has a state folder, unless the policy's own settings changed. Idempotent while that model serves under the same
-        options.
-        INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; of a folder, the message names the file
-        that is wrong; INVALID_SETTING: metadata `field`, also
-        for SGLang servers that serve another model, be it the one to be replaced: a server holds one model's weights;
-        BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the
-        policy is released.
+        """Replaces the model of a policy, or adds a policy, while the service runs. The call answers once the new model
+        serves. Until then the old one serves, and it goes on if the new one cannot be loaded. Sessions that began on the
+        old model finish on it; it is closed when none of them has asked for a while. Where no option is given, the
+        settings that the server's settings give the policy hold. The loaded model is the policy's next version. It
+        survives a restart of the service if the service has a state folder and its settings for the policy have not
+        changed. Idempotent while that model serves under the same options.
+        INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
+        file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
+        one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
+        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Removes a policy once its calls have finished; what comes meanwhile is UNKNOWN_POLICY. FAILED_PRECONDITION
-        DEFAULT_POLICY: the default one stays. One of the server's settings is back after a restart.
+        """Removes a policy once its calls have finished. Calls that come meanwhile get UNKNOWN_POLICY. A policy of the
+        server's settings is back after a restart. FAILED_PRECONDITION DEFAULT_POLICY: the default policy cannot be
+        removed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,10 +118,10 @@ class PolicyAdminServiceServicer:
 
     def UploadWeights(self, request_iterator, context):
         """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
-        4 MiB. The answer's URI is for one UpdateWeights; what is not used within an hour, or one of the server's restart, is
-        removed. Repeating it is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: no header first, more or fewer bytes than
-        announced. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a
-        safetensors file, or an adapter that is more than LoRA.
+        4 MiB. The answer's URI is for one UpdateWeights. Weights that are not used within an hour of the upload, or of the
+        server's restart, are removed. Repeating the call is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is
+        not first, or there are more or fewer bytes than it says. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION
+        CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, or an adapter that is more than LoRA.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,12 +129,12 @@ class PolicyAdminServiceServicer:
 
     def UpdateWeights(self, request, context):
         """Loads weights, checks them, and serves them as `policy_version`. Atomic: on any error the old version keeps
-        serving. Calls that come meanwhile wait for the update. Calls that run finish on the version that they began with
-        or, where the engine changes weights under way, tell which tokens came from which version.
-        The canary: the engine scores fixed prompts, and its log-probabilities must agree with those sent along, on every
-        replica; its own checksum of the weights must differ from that of any other version and agree between replicas. If
-        not, the version is refused for good, the one before it is loaded and checked in turn, and nothing that the refused
-        one sampled is answered.
+        serving. Calls that come meanwhile wait for the update. Running calls finish on the version that they began with.
+        If the engine changes weights under way, they tell which tokens came from which version.
+        The check is called canary. On every replica the engine scores fixed prompts, and its log-probabilities must agree
+        with those of the request. The engine's own checksum of the weights must be the same on all replicas and differ
+        from that of every other version. Otherwise the version is refused for good, and the one before it is loaded and
+        checked in turn. Tokens that the refused version sampled are never part of an answer.
         Idempotent on (policy_version, sha256) while that version serves.
         INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder, symbolic links resolved;
         UNSUPPORTED_OPTION: the engine takes no weights of this kind.
@@ -142,8 +142,8 @@ class PolicyAdminServiceServicer:
         FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, an
         adapter that is more than LoRA, or names, shapes or a fingerprint of another model; CANARY_FAILED: metadata
         `difference` and `tolerance`, or `checksum`, and `policy_version`, the one that serves; POLICY_FROZEN;
-        VERSION_CONFLICT: the version is known with another checksum, was refused or rolled back, or is not greater than the
-        one that serves; metadata `policy_version`, the one that serves.
+        VERSION_CONFLICT: the version is known with another checksum, was refused or rolled back, or is not greater than
+        the one that serves; metadata `policy_version`, the one that serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,15 +158,16 @@ class PolicyAdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Serves an earlier version again, checked as at its update. Greater versions are withdrawn for good: a run that
-        trains this policy fails. Idempotent. NOT_FOUND VERSION_NOT_KEPT. FAILED_PRECONDITION CANARY_FAILED, POLICY_FROZEN.
+        """Serves an earlier version again, after the same check as at its update. Later versions are withdrawn for good, and
+        a run that trains this policy fails. Idempotent. NOT_FOUND VERSION_NOT_KEPT. FAILED_PRECONDITION CANARY_FAILED,
+        POLICY_FROZEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReleaseMemory(self, request, context):
-        """Gives the engine's memory (weights, cache) back, so that a trainer can use the device. Calls that run finish first;
+        """Gives the engine's memory (weights, cache) back, so that a trainer can use the device. Running calls finish first;
         later ones wait for ResumeMemory. Idempotent. INVALID_ARGUMENT UNSUPPORTED_OPTION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -23,37 +23,37 @@ class PolicyAdminServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     LoadModel: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.LoadModelRequest, _policy_admin_service_pb2.LoadModelResponse]
-    """Puts a model in the place of a policy's, or adds a policy, while the service runs. It answers once the new model
-    serves; until then, and when it cannot be loaded, the old one does. Sessions that began on the old model finish on
-    it; it is closed when none of them has asked for a while. The policy's own settings, those of the server's settings,
-    hold where no option is given. The loaded model is the policy's next version. Survives a restart of the service when
-    it has a state folder, unless the policy's own settings changed. Idempotent while that model serves under the same
-    options.
-    INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; of a folder, the message names the file
-    that is wrong; INVALID_SETTING: metadata `field`, also
-    for SGLang servers that serve another model, be it the one to be replaced: a server holds one model's weights;
-    BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the
-    policy is released.
+    """Replaces the model of a policy, or adds a policy, while the service runs. The call answers once the new model
+    serves. Until then the old one serves, and it goes on if the new one cannot be loaded. Sessions that began on the
+    old model finish on it; it is closed when none of them has asked for a while. Where no option is given, the
+    settings that the server's settings give the policy hold. The loaded model is the policy's next version. It
+    survives a restart of the service if the service has a state folder and its settings for the policy have not
+    changed. Idempotent while that model serves under the same options.
+    INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
+    file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
+    one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
+    models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.UnloadModelRequest, _policy_admin_service_pb2.UnloadModelResponse]
-    """Removes a policy once its calls have finished; what comes meanwhile is UNKNOWN_POLICY. FAILED_PRECONDITION
-    DEFAULT_POLICY: the default one stays. One of the server's settings is back after a restart.
+    """Removes a policy once its calls have finished. Calls that come meanwhile get UNKNOWN_POLICY. A policy of the
+    server's settings is back after a restart. FAILED_PRECONDITION DEFAULT_POLICY: the default policy cannot be
+    removed.
     """
     UploadWeights: _aio.StreamUnaryMultiCallable[_policy_admin_service_pb2.UploadWeightsRequest, _policy_admin_service_pb2.UploadWeightsResponse]
     """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
-    4 MiB. The answer's URI is for one UpdateWeights; what is not used within an hour, or one of the server's restart, is
-    removed. Repeating it is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: no header first, more or fewer bytes than
-    announced. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a
-    safetensors file, or an adapter that is more than LoRA.
+    4 MiB. The answer's URI is for one UpdateWeights. Weights that are not used within an hour of the upload, or of the
+    server's restart, are removed. Repeating the call is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is
+    not first, or there are more or fewer bytes than it says. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION
+    CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, or an adapter that is more than LoRA.
     """
     UpdateWeights: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.UpdateWeightsRequest, _policy_admin_service_pb2.UpdateWeightsResponse]
     """Loads weights, checks them, and serves them as `policy_version`. Atomic: on any error the old version keeps
-    serving. Calls that come meanwhile wait for the update. Calls that run finish on the version that they began with
-    or, where the engine changes weights under way, tell which tokens came from which version.
-    The canary: the engine scores fixed prompts, and its log-probabilities must agree with those sent along, on every
-    replica; its own checksum of the weights must differ from that of any other version and agree between replicas. If
-    not, the version is refused for good, the one before it is loaded and checked in turn, and nothing that the refused
-    one sampled is answered.
+    serving. Calls that come meanwhile wait for the update. Running calls finish on the version that they began with.
+    If the engine changes weights under way, they tell which tokens came from which version.
+    The check is called canary. On every replica the engine scores fixed prompts, and its log-probabilities must agree
+    with those of the request. The engine's own checksum of the weights must be the same on all replicas and differ
+    from that of every other version. Otherwise the version is refused for good, and the one before it is loaded and
+    checked in turn. Tokens that the refused version sampled are never part of an answer.
     Idempotent on (policy_version, sha256) while that version serves.
     INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder, symbolic links resolved;
     UNSUPPORTED_OPTION: the engine takes no weights of this kind.
@@ -61,19 +61,20 @@ class PolicyAdminServiceStub:
     FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, an
     adapter that is more than LoRA, or names, shapes or a fingerprint of another model; CANARY_FAILED: metadata
     `difference` and `tolerance`, or `checksum`, and `policy_version`, the one that serves; POLICY_FROZEN;
-    VERSION_CONFLICT: the version is known with another checksum, was refused or rolled back, or is not greater than the
-    one that serves; metadata `policy_version`, the one that serves.
+    VERSION_CONFLICT: the version is known with another checksum, was refused or rolled back, or is not greater than
+    the one that serves; metadata `policy_version`, the one that serves.
     """
     ListVersions: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.ListVersionsRequest, _policy_admin_service_pb2.ListVersionsResponse]
     """The versions of a policy, newest first: those that are kept, and the record of those that were removed. Idempotent.
     INVALID_ARGUMENT BAD_PAGE_TOKEN.
     """
     Rollback: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.RollbackRequest, _policy_admin_service_pb2.RollbackResponse]
-    """Serves an earlier version again, checked as at its update. Greater versions are withdrawn for good: a run that
-    trains this policy fails. Idempotent. NOT_FOUND VERSION_NOT_KEPT. FAILED_PRECONDITION CANARY_FAILED, POLICY_FROZEN.
+    """Serves an earlier version again, after the same check as at its update. Later versions are withdrawn for good, and
+    a run that trains this policy fails. Idempotent. NOT_FOUND VERSION_NOT_KEPT. FAILED_PRECONDITION CANARY_FAILED,
+    POLICY_FROZEN.
     """
     ReleaseMemory: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.ReleaseMemoryRequest, _policy_admin_service_pb2.ReleaseMemoryResponse]
-    """Gives the engine's memory (weights, cache) back, so that a trainer can use the device. Calls that run finish first;
+    """Gives the engine's memory (weights, cache) back, so that a trainer can use the device. Running calls finish first;
     later ones wait for ResumeMemory. Idempotent. INVALID_ARGUMENT UNSUPPORTED_OPTION.
     """
     ResumeMemory: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.ResumeMemoryRequest, _policy_admin_service_pb2.ResumeMemoryResponse]
@@ -94,17 +95,16 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_admin_service_pb2.LoadModelRequest,
         context: _aio.ServicerContext[_policy_admin_service_pb2.LoadModelRequest, _abc.Awaitable[_policy_admin_service_pb2.LoadModelResponse]],
     ) -> _abc.Awaitable[_policy_admin_service_pb2.LoadModelResponse]:
-        """Puts a model in the place of a policy's, or adds a policy, while the service runs. It answers once the new model
-        serves; until then, and when it cannot be loaded, the old one does. Sessions that began on the old model finish on
-        it; it is closed when none of them has asked for a while. The policy's own settings, those of the server's settings,
-        hold where no option is given. The loaded model is the policy's next version. Survives a restart of the service when
-        it has a state folder, unless the policy's own settings changed. Idempotent while that model serves under the same
-        options.
-        INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; of a folder, the message names the file
-        that is wrong; INVALID_SETTING: metadata `field`, also
-        for SGLang servers that serve another model, be it the one to be replaced: a server holds one model's weights;
-        BAD_MODEL: a folder that is not below the server's models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the
-        policy is released.
+        """Replaces the model of a policy, or adds a policy, while the service runs. The call answers once the new model
+        serves. Until then the old one serves, and it goes on if the new one cannot be loaded. Sessions that began on the
+        old model finish on it; it is closed when none of them has asked for a while. Where no option is given, the
+        settings that the server's settings give the policy hold. The loaded model is the policy's next version. It
+        survives a restart of the service if the service has a state folder and its settings for the policy have not
+        changed. Idempotent while that model serves under the same options.
+        INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
+        file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
+        one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
+        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released.
         """
 
     @_abc_1.abstractmethod
@@ -113,8 +113,9 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_admin_service_pb2.UnloadModelRequest,
         context: _aio.ServicerContext[_policy_admin_service_pb2.UnloadModelRequest, _abc.Awaitable[_policy_admin_service_pb2.UnloadModelResponse]],
     ) -> _abc.Awaitable[_policy_admin_service_pb2.UnloadModelResponse]:
-        """Removes a policy once its calls have finished; what comes meanwhile is UNKNOWN_POLICY. FAILED_PRECONDITION
-        DEFAULT_POLICY: the default one stays. One of the server's settings is back after a restart.
+        """Removes a policy once its calls have finished. Calls that come meanwhile get UNKNOWN_POLICY. A policy of the
+        server's settings is back after a restart. FAILED_PRECONDITION DEFAULT_POLICY: the default policy cannot be
+        removed.
         """
 
     @_abc_1.abstractmethod
@@ -124,10 +125,10 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_abc.AsyncIterator[_policy_admin_service_pb2.UploadWeightsRequest], _abc.Awaitable[_policy_admin_service_pb2.UploadWeightsResponse]],
     ) -> _abc.Awaitable[_policy_admin_service_pb2.UploadWeightsResponse]:
         """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
-        4 MiB. The answer's URI is for one UpdateWeights; what is not used within an hour, or one of the server's restart, is
-        removed. Repeating it is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: no header first, more or fewer bytes than
-        announced. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a
-        safetensors file, or an adapter that is more than LoRA.
+        4 MiB. The answer's URI is for one UpdateWeights. Weights that are not used within an hour of the upload, or of the
+        server's restart, are removed. Repeating the call is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is
+        not first, or there are more or fewer bytes than it says. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION
+        CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, or an adapter that is more than LoRA.
         """
 
     @_abc_1.abstractmethod
@@ -137,12 +138,12 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_policy_admin_service_pb2.UpdateWeightsRequest, _abc.Awaitable[_policy_admin_service_pb2.UpdateWeightsResponse]],
     ) -> _abc.Awaitable[_policy_admin_service_pb2.UpdateWeightsResponse]:
         """Loads weights, checks them, and serves them as `policy_version`. Atomic: on any error the old version keeps
-        serving. Calls that come meanwhile wait for the update. Calls that run finish on the version that they began with
-        or, where the engine changes weights under way, tell which tokens came from which version.
-        The canary: the engine scores fixed prompts, and its log-probabilities must agree with those sent along, on every
-        replica; its own checksum of the weights must differ from that of any other version and agree between replicas. If
-        not, the version is refused for good, the one before it is loaded and checked in turn, and nothing that the refused
-        one sampled is answered.
+        serving. Calls that come meanwhile wait for the update. Running calls finish on the version that they began with.
+        If the engine changes weights under way, they tell which tokens came from which version.
+        The check is called canary. On every replica the engine scores fixed prompts, and its log-probabilities must agree
+        with those of the request. The engine's own checksum of the weights must be the same on all replicas and differ
+        from that of every other version. Otherwise the version is refused for good, and the one before it is loaded and
+        checked in turn. Tokens that the refused version sampled are never part of an answer.
         Idempotent on (policy_version, sha256) while that version serves.
         INVALID_ARGUMENT BAD_WEIGHTS_URI: not below the server's weights folder, symbolic links resolved;
         UNSUPPORTED_OPTION: the engine takes no weights of this kind.
@@ -150,8 +151,8 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, values that are not finite, an
         adapter that is more than LoRA, or names, shapes or a fingerprint of another model; CANARY_FAILED: metadata
         `difference` and `tolerance`, or `checksum`, and `policy_version`, the one that serves; POLICY_FROZEN;
-        VERSION_CONFLICT: the version is known with another checksum, was refused or rolled back, or is not greater than the
-        one that serves; metadata `policy_version`, the one that serves.
+        VERSION_CONFLICT: the version is known with another checksum, was refused or rolled back, or is not greater than
+        the one that serves; metadata `policy_version`, the one that serves.
         """
 
     @_abc_1.abstractmethod
@@ -170,8 +171,9 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_admin_service_pb2.RollbackRequest,
         context: _aio.ServicerContext[_policy_admin_service_pb2.RollbackRequest, _abc.Awaitable[_policy_admin_service_pb2.RollbackResponse]],
     ) -> _abc.Awaitable[_policy_admin_service_pb2.RollbackResponse]:
-        """Serves an earlier version again, checked as at its update. Greater versions are withdrawn for good: a run that
-        trains this policy fails. Idempotent. NOT_FOUND VERSION_NOT_KEPT. FAILED_PRECONDITION CANARY_FAILED, POLICY_FROZEN.
+        """Serves an earlier version again, after the same check as at its update. Later versions are withdrawn for good, and
+        a run that trains this policy fails. Idempotent. NOT_FOUND VERSION_NOT_KEPT. FAILED_PRECONDITION CANARY_FAILED,
+        POLICY_FROZEN.
         """
 
     @_abc_1.abstractmethod
@@ -180,7 +182,7 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_admin_service_pb2.ReleaseMemoryRequest,
         context: _aio.ServicerContext[_policy_admin_service_pb2.ReleaseMemoryRequest, _abc.Awaitable[_policy_admin_service_pb2.ReleaseMemoryResponse]],
     ) -> _abc.Awaitable[_policy_admin_service_pb2.ReleaseMemoryResponse]:
-        """Gives the engine's memory (weights, cache) back, so that a trainer can use the device. Calls that run finish first;
+        """Gives the engine's memory (weights, cache) back, so that a trainer can use the device. Running calls finish first;
         later ones wait for ResumeMemory. Idempotent. INVALID_ARGUMENT UNSUPPORTED_OPTION.
         """
 

@@ -116,9 +116,9 @@ class _PolicyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PolicySta
     POLICY_STATE_UPDATING: _PolicyState.ValueType  # 2
     """New weights are being loaded or checked; calls wait."""
     POLICY_STATE_REFUSED: _PolicyState.ValueType  # 3
-    """The weights failed their canary and so did those before them; calls are refused."""
+    """The weights failed their canary, and so did those before them. Calls are refused."""
     POLICY_STATE_UNAVAILABLE: _PolicyState.ValueType  # 4
-    """No engine answers; they are tried again and again."""
+    """No engine answers. The service tries them again and again."""
     POLICY_STATE_RELEASED: _PolicyState.ValueType  # 5
     """Its memory was given back by ReleaseMemory; calls wait."""
 
@@ -129,9 +129,9 @@ POLICY_STATE_SERVING: PolicyState.ValueType  # 1
 POLICY_STATE_UPDATING: PolicyState.ValueType  # 2
 """New weights are being loaded or checked; calls wait."""
 POLICY_STATE_REFUSED: PolicyState.ValueType  # 3
-"""The weights failed their canary and so did those before them; calls are refused."""
+"""The weights failed their canary, and so did those before them. Calls are refused."""
 POLICY_STATE_UNAVAILABLE: PolicyState.ValueType  # 4
-"""No engine answers; they are tried again and again."""
+"""No engine answers. The service tries them again and again."""
 POLICY_STATE_RELEASED: PolicyState.ValueType  # 5
 """Its memory was given back by ReleaseMemory; calls wait."""
 Global___PolicyState: _TypeAlias = PolicyState  # noqa: Y015
@@ -178,8 +178,8 @@ Global___Messages: _TypeAlias = Messages  # noqa: Y015
 
 @_typing.final
 class Continuation(_message.Message):
-    """The next turn of a conversation whose tokens the caller holds: exactly these tokens, then what the chat template puts
-    between the last sampled turn and the next. What was sampled is never decoded.
+    """The next turn of a conversation whose tokens the caller holds. The prompt is exactly these tokens, then what the chat
+    template puts between the last sampled turn and the next. Sampled tokens are never decoded for it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -188,7 +188,9 @@ class Continuation(_message.Message):
     TURN_CLOSED_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     turn_closed: _builtins.bool
-    """Whether the last sampled token closed its turn (STOP_REASON_END_OF_TURN). If not, the closing token is added."""
+    """Whether the last sampled token closed its turn (STOP_REASON_END_OF_TURN). If it did not, the closing token is
+    added.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """All tokens so far, ending with the last sampled one."""
@@ -236,11 +238,11 @@ class SamplingParams(_message.Message):
     max_tokens: _builtins.int
     """Default 256. A completion also ends where the context is full."""
     seed: _builtins.int
-    """Makes sampling repeatable; any number. Drawn by the server when absent. Sample i of a request uses a seed that
-    derives from it and i; sample 0 uses it as it is.
+    """Any number. Makes sampling repeatable. When absent, the server draws one. Sample 0 of a request uses it as it is;
+    sample i uses a seed that derives from it and i.
     """
     regex: _builtins.str
-    """A regular expression that all of it matches."""
+    """A regular expression that the whole text matches."""
     json_schema: _builtins.str
     """A JSON schema."""
     @_builtins.property
@@ -319,15 +321,16 @@ class GenerateRequest(_message.Message):
     policy: _builtins.str
     """Name of a policy; the default one when empty."""
     session_id: _builtins.str
-    """Requests of one session go to the same engine while it lives, which holds their prefix, and to the same model even
-    while LoadModel replaces it: an episode finishes on the model that began it. Any when empty.
+    """Requests of one session go to the same engine while it lives, because it holds their prefix. They also stay with
+    the same model while LoadModel replaces it: an episode finishes on the model that began it. When empty, any will
+    do.
     """
     n: _builtins.int
     """Samples to draw; 0 means 1. More than one needs a temperature above 0."""
     priority: _builtins.int
-    """Where requests wait, those with a greater one go first. Default 0."""
+    """Of waiting requests, those with a greater priority go first. Default 0."""
     adapter: _builtins.str
-    """Name of one of the policy's fixed LoRA adapters, see GetPolicy. The version that serves when empty."""
+    """Name of one of the policy's fixed LoRA adapters, see GetPolicy. When empty, the version that serves."""
     @_builtins.property
     def messages(self) -> Global___Messages:
         """Rendered with the model's chat template, with a header for the assistant's turn."""
@@ -342,8 +345,8 @@ class GenerateRequest(_message.Message):
     def sampling(self) -> Global___SamplingParams: ...
     @_builtins.property
     def version_wait(self) -> _duration_pb2.Duration:
-        """How long to wait for min_policy_version; when absent, or when it has passed, the call fails with
-        FAILED_PRECONDITION POLICY_VERSION_TOO_OLD.
+        """How long to wait for min_policy_version. Then, or at once when absent, the call fails with FAILED_PRECONDITION
+        POLICY_VERSION_TOO_OLD.
         """
 
     @_builtins.property
@@ -398,10 +401,9 @@ class Completion(_message.Message):
     """The sampled tokens decoded, without special tokens."""
     stop_reason: Global___StopReason.ValueType
     raw_text: _builtins.str
-    """The sampled tokens decoded with the special tokens that are marks, such as those around calls of tools; not those
-    that end a turn, and no padding. In front stands the mark with which the chat template began a thought for the model
-    (`<think>`), if it did. What reads calls of tools, and answers that follow a thought, reads this. Empty when it
-    equals `text`.
+    """The sampled tokens decoded, with the special tokens that are marks, such as those around tool calls, but without
+    those that end a turn and without padding. If the chat template began a thought for the model, its mark (`<think>`)
+    stands in front. Read this for tool calls, and for answers that follow a thought. Empty when it equals `text`.
     """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -441,8 +443,8 @@ class GenerateResponse(_message.Message):
     COMPLETIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """What the policy saw: the whole rendered prompt for `messages`, only the ids appended to the caller's for
-        `continuation`, nothing for `token_ids`.
+        """What the policy saw. For `messages`, the whole rendered prompt; for `continuation`, only the ids that were appended
+        to the caller's; for `token_ids`, nothing.
         """
 
     @_builtins.property
@@ -498,7 +500,7 @@ class StreamGenerateResponse(_message.Message):
     index: _builtins.int
     """Which sample this belongs to, from 0."""
     text: _builtins.str
-    """The text that is new; characters whose tokens are not complete come with a later message."""
+    """The new text. A character whose tokens are not complete comes with a later message."""
     stop_reason: Global___StopReason.ValueType
     """Set in the last message of the sample."""
     raw_text: _builtins.str
@@ -815,7 +817,7 @@ Global___Replica: _TypeAlias = Replica  # noqa: Y015
 
 @_typing.final
 class LoraLimits(_message.Message):
-    """The LoRA adapters that an engine has made room for."""
+    """The LoRA adapters that an engine has room for."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -872,38 +874,36 @@ class Policy(_message.Message):
     model: _builtins.str
     """Hub id or folder name."""
     fingerprint: _builtins.str
-    """Identifies architecture and tokenizer; weights of another fingerprint are refused. Empty where the engine does not
+    """Identifies architecture and tokenizer. Weights with another fingerprint are refused. Empty if the engine does not
     tell (without FEATURE_TOKEN_IDS).
     """
     policy_version: _builtins.int
-    """0 until the first update. A model that LoadModel brought begins with the next version, so that none repeats."""
+    """0 until the first update. A model that LoadModel brought begins with the next version, so a version never repeats."""
     context_length: _builtins.int
     """Tokens of prompt and completion together; 0 where it is not known."""
     vocabulary_size: _builtins.int
     """Token ids are less than this; 0 where it is not known."""
     rewrites_history: _builtins.bool
-    """The chat template changes earlier turns when later ones are added: continuations are refused, and an attempt
-    becomes one sequence per turn.
+    """Whether the chat template changes earlier turns when later ones are added. If so, continuations are refused, and an
+    attempt becomes one sequence per turn.
     """
     deterministic: _builtins.bool
-    """Every request runs in a batch of its own."""
+    """Whether every request runs in a batch of its own."""
     compute_seconds: _builtins.float
-    """Seconds that the engines have spent in the model since the service started, where they are in its process; 0
-    otherwise.
-    """
+    """Seconds that the engines have computed since the service started, if they run in its process; 0 otherwise."""
     state: Global___PolicyState.ValueType
     problem: _builtins.str
-    """What keeps it from serving, or what went wrong with the last update; empty when all is well."""
+    """Why it does not serve, or what went wrong with the last update. Empty when all is well."""
     frozen: _builtins.bool
-    """Its weights can't be updated."""
+    """Whether its weights cannot be updated."""
     draining_models: _builtins.int
-    """Models that LoadModel has replaced and that finish their sessions."""
+    """How many models that LoadModel replaced still finish their sessions."""
     dtype: _builtins.str
     """Of the engine's arithmetic: "float32", "bfloat16", "float16"; empty where it is not known."""
     canary_tolerance: _builtins.float
-    """The largest difference between a log-probability of the trainer's and the engine's that the canary of UpdateWeights
+    """The largest difference between a log-probability of the trainer and of the engine that the canary of UpdateWeights
     lets pass. A trainer in another dtype differs by rounding alone: by up to 0.25 between float32 and bfloat16. Absent
-    where it is not known.
+    if it is not known.
     """
     @_builtins.property
     def end_of_turn_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -919,9 +919,7 @@ class Policy(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]: ...
     @_builtins.property
     def lora(self) -> Global___LoraLimits:
-        """What the engine takes of LoRA adapters; others are refused by UpdateWeights. Absent where nothing limits it, or it
-        does not tell.
-        """
+        """Which LoRA adapters the engine takes. UpdateWeights refuses others. Absent if there is no limit, or none is known."""
 
     def __init__(
         self,

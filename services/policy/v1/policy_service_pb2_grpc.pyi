@@ -17,35 +17,43 @@ class PolicyServiceStub:
     unchanged, and a conversation is never rendered again.
 
     One service holds several named policies (an actor, a frozen reference, a reflector, an opponent), each with a model
-    of its own; a request without a name is for the default one. What a policy's engine can't do is in its features, and
-    an option that needs an absent one is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
+    of its own. A request without a name is for the default one. A policy's features say what its engine can do. An
+    option that needs an absent feature is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`; MALFORMED_MESSAGE for bytes that are no message of
-    the call, which some gRPC libraries answer with INTERNAL before a server sees them), NOT_FOUND (UNKNOWN_POLICY),
-    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
-    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE
-    with a RetryInfo: no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those
-    before them), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set
-    otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log
-    explains).
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
+    reasons. Every call can also return
+
+    - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
+    - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
+      with INTERNAL themselves, before a server sees them;
+    - NOT_FOUND UNKNOWN_POLICY;
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+      `authorization: Bearer TOKEN`;
+    - DEADLINE_EXCEEDED;
+    - UNAVAILABLE: the server drains or is down; repeat the call;
+    - UNAVAILABLE ENGINE_UNAVAILABLE, with a RetryInfo: no engine of the policy answers;
+    - UNAVAILABLE POLICY_REFUSED: the policy's weights failed their canary, and so did those before them;
+    - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
+      metadata is larger than 8 KiB;
+    - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.GenerateRequest, _policy_service_pb2.GenerateResponse]
-    """Samples completions. A cancelled call, or one whose deadline passes, stops generating. Changes nothing and stores no
-    answer: a repeated call samples again, whatever its request_id. With a seed a repeated call samples the same tokens
-    from the same policy version: exactly in deterministic mode, up to floating-point near-ties otherwise.
+    """Samples completions. Generation stops when the call is cancelled or its deadline passes. The call changes nothing
+    and stores no answer: a repeated call samples again, whatever its request_id. With a seed, a repeated call samples
+    the same tokens from the same policy version: exactly in deterministic mode, otherwise up to ties within rounding.
     INVALID_ARGUMENT EMPTY_PROMPT: metadata `field`; TOKEN_OUT_OF_VOCABULARY: metadata `field` and `index`;
     PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR;
     UNSUPPORTED_OPTION. NOT_FOUND UNKNOWN_ADAPTER: metadata `adapter`.
-    FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: a continuation
-    was asked of a model whose chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
+    FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: the request is a
+    continuation, and the model's chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a
+    RetryInfo.
     """
     StreamGenerate: _aio.UnaryStreamMultiCallable[_policy_service_pb2.StreamGenerateRequest, _policy_service_pb2.StreamGenerateResponse]
-    """The same, token by token. The answers of several samples alternate; each sample ends with a message that has a
-    stop_reason. Errors as in Generate; one can also come after the first tokens: FAILED_PRECONDITION CANARY_FAILED says
-    that the weights changed under way and the new ones were refused, so that the call is to be repeated.
+    """As Generate, token by token. The messages of several samples may alternate; each sample ends with a message that
+    has a stop_reason. Errors as in Generate. One more can come after the first tokens: FAILED_PRECONDITION
+    CANARY_FAILED. The weights changed under way and the new ones were refused: repeat the call.
     """
     Score: _aio.UnaryUnaryMultiCallable[_policy_service_pb2.ScoreRequest, _policy_service_pb2.ScoreResponse]
     """Computes the log-probability of every token of given sequences. Idempotent.
@@ -67,18 +75,25 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     unchanged, and a conversation is never rendered again.
 
     One service holds several named policies (an actor, a frozen reference, a reflector, an opponent), each with a model
-    of its own; a request without a name is for the default one. What a policy's engine can't do is in its features, and
-    an option that needs an absent one is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
+    of its own. A request without a name is for the default one. A policy's features say what its engine can do. An
+    option that needs an absent feature is refused: INVALID_ARGUMENT UNSUPPORTED_OPTION, metadata `field` and `feature`.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`; MALFORMED_MESSAGE for bytes that are no message of
-    the call, which some gRPC libraries answer with INTERNAL before a server sees them), NOT_FOUND (UNKNOWN_POLICY),
-    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
-    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call; ENGINE_UNAVAILABLE
-    with a RetryInfo: no engine of the policy answers; POLICY_REFUSED: its weights failed their canary and so did those
-    before them), RESOURCE_EXHAUSTED without ErrorInfo (a message larger than the server's limit, 64 MiB unless set
-    otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log
-    explains).
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
+    reasons. Every call can also return
+
+    - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
+    - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
+      with INTERNAL themselves, before a server sees them;
+    - NOT_FOUND UNKNOWN_POLICY;
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+      `authorization: Bearer TOKEN`;
+    - DEADLINE_EXCEEDED;
+    - UNAVAILABLE: the server drains or is down; repeat the call;
+    - UNAVAILABLE ENGINE_UNAVAILABLE, with a RetryInfo: no engine of the policy answers;
+    - UNAVAILABLE POLICY_REFUSED: the policy's weights failed their canary, and so did those before them;
+    - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
+      metadata is larger than 8 KiB;
+    - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
     """
 
     @_abc_1.abstractmethod
@@ -87,14 +102,15 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.GenerateRequest,
         context: _aio.ServicerContext[_policy_service_pb2.GenerateRequest, _abc.Awaitable[_policy_service_pb2.GenerateResponse]],
     ) -> _abc.Awaitable[_policy_service_pb2.GenerateResponse]:
-        """Samples completions. A cancelled call, or one whose deadline passes, stops generating. Changes nothing and stores no
-        answer: a repeated call samples again, whatever its request_id. With a seed a repeated call samples the same tokens
-        from the same policy version: exactly in deterministic mode, up to floating-point near-ties otherwise.
+        """Samples completions. Generation stops when the call is cancelled or its deadline passes. The call changes nothing
+        and stores no answer: a repeated call samples again, whatever its request_id. With a seed, a repeated call samples
+        the same tokens from the same policy version: exactly in deterministic mode, otherwise up to ties within rounding.
         INVALID_ARGUMENT EMPTY_PROMPT: metadata `field`; TOKEN_OUT_OF_VOCABULARY: metadata `field` and `index`;
         PROMPT_TOO_LONG: no room for a sampled token, metadata `field`, `token_count`, `context_length`; TEMPLATE_ERROR;
         UNSUPPORTED_OPTION. NOT_FOUND UNKNOWN_ADAPTER: metadata `adapter`.
-        FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: a continuation
-        was asked of a model whose chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a RetryInfo.
+        FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: the request is a
+        continuation, and the model's chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a
+        RetryInfo.
         """
 
     @_abc_1.abstractmethod
@@ -103,9 +119,9 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_service_pb2.StreamGenerateRequest,
         context: _aio.ServicerContext[_policy_service_pb2.StreamGenerateRequest, _abc.AsyncIterator[_policy_service_pb2.StreamGenerateResponse]],
     ) -> _abc.AsyncIterator[_policy_service_pb2.StreamGenerateResponse]:
-        """The same, token by token. The answers of several samples alternate; each sample ends with a message that has a
-        stop_reason. Errors as in Generate; one can also come after the first tokens: FAILED_PRECONDITION CANARY_FAILED says
-        that the weights changed under way and the new ones were refused, so that the call is to be repeated.
+        """As Generate, token by token. The messages of several samples may alternate; each sample ends with a message that
+        has a stop_reason. Errors as in Generate. One more can come after the first tokens: FAILED_PRECONDITION
+        CANARY_FAILED. The weights changed under way and the new ones were refused: repeat the call.
         """
 
     @_abc_1.abstractmethod

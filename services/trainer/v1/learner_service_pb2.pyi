@@ -60,8 +60,8 @@ class LoraConfig(_message.Message):
     """Scale is alpha / rank. Greater than 0. Default: 2 × rank."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the linear layers; all linear layers when empty. A layer that shares its weights with another, such as an
-        output layer that is tied to the embedding, is INVALID_FIELD: no policy could serve its adapter.
+        """Names of the linear layers; all linear layers when empty. A layer that shares its weights with another is
+        INVALID_FIELD, such as an output layer that is tied to the embedding: no policy could serve its adapter.
         """
 
     def __init__(
@@ -206,8 +206,8 @@ class CreateLearnerRequest(_message.Message):
     deterministic: _builtins.bool
     """Use deterministic algorithms and fix the number of threads: the same calls give bit-equal weights."""
     keep_checkpoints: _builtins.int
-    """How many checkpoints to keep, by optimizer steps, then by name; the others are deleted, but never the last two that
-    were saved or loaded. 0 keeps all.
+    """How many checkpoints to keep: those with the most optimizer steps, then by name. The others are deleted, but never
+    the last two that were saved or loaded. 0 keeps all.
     """
     @_builtins.property
     def model(self) -> Global___ModelConfig:
@@ -217,10 +217,10 @@ class CreateLearnerRequest(_message.Message):
     def optimizer(self) -> Global___OptimizerConfig: ...
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
-        """The learner is deleted when no call that names it, ListLearners and refused ones aside, has come for so long; what
-        it has not saved is lost. Time counts from the end of the last call: a call that waits or runs, however long, ends
-        no lease, also when its caller has given up on it. More than 0, at most 30 days. For ever when absent. The last
-        CreateLearner decides: it is no setting that LEARNER_CONFLICT is about.
+        """The learner is deleted when no call has named it for so long; what it has not saved is lost. ListLearners and
+        refused calls do not count. Time runs from the end of the last call: the lease does not end while a call waits or
+        runs, also when its caller has given up on it. More than 0, at most 30 days. When absent, the learner is kept for
+        ever. The last CreateLearner decides: another lease is not a LEARNER_CONFLICT.
         """
 
     def __init__(
@@ -263,8 +263,8 @@ class CreateLearnerResponse(_message.Message):
     parameter_count: _builtins.int
     trainable_parameter_count: _builtins.int
     context_length: _builtins.int
-    """What the model takes: at most so many tokens in a datum, and token ids below the vocabulary's size. Callers leave
-    out what is beyond. Absent: not stated, and data beyond it are INVALID_FIELD.
+    """The limits of the model: at most context_length tokens in a datum, and token ids below vocabulary_size. Callers
+    leave out data beyond them; such data are INVALID_FIELD. Absent: the limits are not stated, but hold.
     """
     vocabulary_size: _builtins.int
     @_builtins.property
@@ -478,8 +478,8 @@ class PolicyGradient(_message.Message):
     """Of every trained token of the datum."""
     @_builtins.property
     def rollout_log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """What the inference engine reported when it sampled, one per trained token. Serves only to correct the mismatch
-        between engine and learner.
+        """The log-probabilities that the inference engine reported when it sampled, one per trained token. They serve only to
+        correct the mismatch between engine and learner.
         """
 
     @_builtins.property
@@ -503,7 +503,9 @@ Global___PolicyGradient: _TypeAlias = PolicyGradient  # noqa: Y015
 
 @_typing.final
 class Distillation(_message.Message):
-    """Supervised: minus weight × log-probability. It has no log-probabilities, so importance weighting is impossible."""
+    """Supervised: the loss is minus weight × log-probability. There are no sampled log-probabilities, so there is no
+    importance weighting.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -599,7 +601,7 @@ class LossConfig(_message.Message):
     clip_high: _builtins.float
     """Ratios above 1 + clip_high are clipped. Greater than 0. Default 0.28."""
     dual_clip: _builtins.float
-    """Bound on the loss of a negative advantage, greater than 1. Default 3; 0 switches it off."""
+    """Bounds the loss of a negative advantage. Greater than 1. Default 3; 0 switches it off."""
     kl_coefficient: _builtins.float
     """Not negative. Default 0.001; with 0 the initial policy is not computed."""
     entropy_coefficient: _builtins.float
@@ -778,9 +780,9 @@ class ForwardBackwardResponse(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Per branch as BRANCH/NAME and over all branches that have it as NAME: loss and tokens are sums over the call's
-        trained tokens; log_prob, entropy and, of policy gradients, clip_fraction, mismatch_kl (the k3 estimate of the
-        divergence between engine and learner) and kl (only with a kl_coefficient) are means per trained token.
+        """Each is given per branch as BRANCH/NAME, and over all branches that have it as NAME. Sums over the call's trained
+        tokens: loss, tokens. Means per trained token: log_prob, entropy; for policy gradients also clip_fraction,
+        mismatch_kl (the k3 estimate of the divergence between engine and learner) and, with a kl_coefficient, kl.
         """
 
     def __init__(
@@ -848,8 +850,8 @@ class OptimStepResponse(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """grad_norm (before clipping); grad_clipped: 1 when it was above max_grad_norm; learning_rate; and skipped: 1 when the
-        gradient was not finite, or nothing had been accumulated, and the step was left out.
+        """grad_norm: before clipping. grad_clipped: 1 when grad_norm was above max_grad_norm. learning_rate. skipped: 1 when
+        the step was left out, because the gradient was not finite or nothing had been accumulated.
         """
 
     def __init__(
@@ -1004,8 +1006,8 @@ class PublishWeightsResponse(_message.Message):
     """Whether the file holds a LoRA adapter."""
     @_builtins.property
     def canary(self) -> _containers.RepeatedCompositeFieldContainer[_policy_admin_service_pb2.CanaryProbe]:
-        """For PolicyAdminService.UpdateWeights: the learner's own forward pass, under the weights as the file holds them, over
-        sequences that depend on the model alone.
+        """For PolicyAdminService.UpdateWeights: log-probabilities of the learner's own forward pass, under the weights as the
+        file holds them. The sequences depend on the model alone.
         """
 
     def __init__(

@@ -16,31 +16,39 @@ class LearnerServiceStub:
     """Holds the model that is trained. A training loop is four verbs: forward_backward, optim_step, save_checkpoint,
     publish_weights (the habit is tinker-cookbook's).
 
-    Calls that change the learner carry a `sequence`: 1 for the first such call after CreateLearner or LoadCheckpoint
-    (which answer where counting stands), then one more each time. The last one that succeeded, repeated with the same
-    content, returns the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with
-    metadata `next_sequence`. A call that fails with a declared reason has changed nothing, and its sequence is still the
-    next. A restarted server knows no learner, and one drops a learner when ForwardBackward, OptimStep or LoadCheckpoint
-    fails with INTERNAL, because it may be half changed (NOT_FOUND UNKNOWN_LEARNER): accumulated gradients are lost, and
-    the owner creates it again and loads a checkpoint. Calls run one at a time; one that its caller gave up on still runs
-    to its end.
+    Calls that change the learner carry a `sequence`. It counts from 1 after CreateLearner; the answers of CreateLearner
+    and LoadCheckpoint say which number is next. The last call that succeeded may be repeated with the same content: it
+    returns the stored answer and changes nothing. Any other number is FAILED_PRECONDITION SEQUENCE_MISMATCH, metadata
+    `next_sequence`. A call that fails with a declared reason has changed nothing, and its number is still the next.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
-    learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
-    FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`; MALFORMED_MESSAGE for
-    bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a server sees them),
-    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
-    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
-    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8
-    KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    A restarted server holds no learners. A server also drops a learner when ForwardBackward, OptimStep or LoadCheckpoint
+    fails with INTERNAL, because the learner may be half changed. Calls then get NOT_FOUND UNKNOWN_LEARNER. Accumulated
+    gradients are lost; the owner creates the learner again and loads a checkpoint.
+
+    Calls run one at a time. A call runs to its end, also when its caller has given up on it.
+
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
+    reasons. Every call can also return
+
+    - NOT_FOUND UNKNOWN_LEARNER, if it names an existing learner: metadata `learner_id`;
+    - FAILED_PRECONDITION LEARNER_OWNED, if it has an `owner`: another owner holds the learner, metadata `owner`;
+    - INVALID_ARGUMENT INVALID_FIELD: metadata `field`, such as `data[3].loss_mask`, and `expected`;
+    - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
+      with INTERNAL themselves, before a server sees them;
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+      `authorization: Bearer TOKEN`;
+    - DEADLINE_EXCEEDED;
+    - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
+      metadata is larger than 8 KiB;
+    - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.CreateLearnerRequest, _learner_service_pb2.CreateLearnerResponse]
     """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
-    LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND;
-    UNSUPPORTED_MODEL: the folder is there, and the message says which of its files is wrong, and how; both have metadata
+    LEARNER_OWNED. ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND;
+    UNSUPPORTED_MODEL: the folder exists, and the message says which of its files is wrong, and how; both have metadata
     `source` and `field`.
     RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
     metadata `learner_id` and `owner` the one that has been idle for longest.
@@ -52,7 +60,9 @@ class LearnerServiceStub:
     DeleteLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _learner_service_pb2.DeleteLearnerResponse]
     """Frees the learner; what it has not saved is lost. Idempotent: an unknown one succeeds."""
     Forward: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ForwardRequest, _learner_service_pb2.ForwardResponse]
-    """Log-probabilities of the trained tokens under the present weights: PPO's old policy. Changes nothing. Idempotent."""
+    """Computes the log-probabilities of the trained tokens under the present weights: PPO's old policy. Changes nothing.
+    Idempotent.
+    """
     ForwardBackward: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ForwardBackwardRequest, _learner_service_pb2.ForwardBackwardResponse]
     """Adds the gradient of the loss over `data` to what has accumulated. Exactly once on sequence."""
     OptimStep: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.OptimStepRequest, _learner_service_pb2.OptimStepResponse]
@@ -63,38 +73,46 @@ class LearnerServiceStub:
     metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown); what was there before is untouched.
     """
     LoadCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.LoadCheckpointRequest, _learner_service_pb2.LoadCheckpointResponse]
-    """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients, and the
-    sequence counts on from where it stood at the save. Idempotent. NOT_FOUND CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION
+    """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing. Clears accumulated gradients. The
+    sequence continues from where it stood at the save. Idempotent. NOT_FOUND CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION
     CHECKPOINT_MISMATCH: it belongs to another model or is damaged. Both have metadata `name`.
     """
     PublishWeights: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.PublishWeightsRequest, _learner_service_pb2.PublishWeightsResponse]
-    """Writes the present weights where the policy service can read them, and computes what its canary is compared with.
-    Idempotent on policy_version while the weights are the same. The server keeps the greatest versions and the last two
-    that were published. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
+    """Writes the present weights where the policy service can read them, and computes the log-probabilities that the
+    canary compares. Idempotent on policy_version while the weights are the same. The server keeps the highest versions,
+    and in any case the last two that it published. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
     """
 
 class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Holds the model that is trained. A training loop is four verbs: forward_backward, optim_step, save_checkpoint,
     publish_weights (the habit is tinker-cookbook's).
 
-    Calls that change the learner carry a `sequence`: 1 for the first such call after CreateLearner or LoadCheckpoint
-    (which answer where counting stands), then one more each time. The last one that succeeded, repeated with the same
-    content, returns the stored answer and changes nothing; any other is FAILED_PRECONDITION SEQUENCE_MISMATCH with
-    metadata `next_sequence`. A call that fails with a declared reason has changed nothing, and its sequence is still the
-    next. A restarted server knows no learner, and one drops a learner when ForwardBackward, OptimStep or LoadCheckpoint
-    fails with INTERNAL, because it may be half changed (NOT_FOUND UNKNOWN_LEARNER): accumulated gradients are lost, and
-    the owner creates it again and loads a checkpoint. Calls run one at a time; one that its caller gave up on still runs
-    to its end.
+    Calls that change the learner carry a `sequence`. It counts from 1 after CreateLearner; the answers of CreateLearner
+    and LoadCheckpoint say which number is next. The last call that succeeded may be repeated with the same content: it
+    returns the stored answer and changes nothing. Any other number is FAILED_PRECONDITION SEQUENCE_MISMATCH, metadata
+    `next_sequence`. A call that fails with a declared reason has changed nothing, and its number is still the next.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call that names an existing
-    learner can return NOT_FOUND UNKNOWN_LEARNER (metadata `learner_id`), and every one with an `owner`
-    FAILED_PRECONDITION LEARNER_OWNED: another owner holds it, metadata `owner`. Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field`, such as `data[3].loss_mask`, and `expected`; MALFORMED_MESSAGE for
-    bytes that are no message of the call, which some gRPC libraries answer with INTERNAL before a server sees them),
-    UNAUTHENTICATED (BAD_CREDENTIAL, when the server has a token; it is sent as `authorization: Bearer TOKEN` in the
-    call's metadata), DEADLINE_EXCEEDED, UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED
-    without ErrorInfo (a message larger than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8
-    KiB), and INTERNAL without ErrorInfo (a fault of the server, which its log explains).
+    A restarted server holds no learners. A server also drops a learner when ForwardBackward, OptimStep or LoadCheckpoint
+    fails with INTERNAL, because the learner may be half changed. Calls then get NOT_FOUND UNKNOWN_LEARNER. Accumulated
+    gradients are lost; the owner creates the learner again and loads a checkpoint.
+
+    Calls run one at a time. A call runs to its end, also when its caller has given up on it.
+
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
+    reasons. Every call can also return
+
+    - NOT_FOUND UNKNOWN_LEARNER, if it names an existing learner: metadata `learner_id`;
+    - FAILED_PRECONDITION LEARNER_OWNED, if it has an `owner`: another owner holds the learner, metadata `owner`;
+    - INVALID_ARGUMENT INVALID_FIELD: metadata `field`, such as `data[3].loss_mask`, and `expected`;
+    - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
+      with INTERNAL themselves, before a server sees them;
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+      `authorization: Bearer TOKEN`;
+    - DEADLINE_EXCEEDED;
+    - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
+      metadata is larger than 8 KiB;
+    - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
     """
 
     @_abc_1.abstractmethod
@@ -104,8 +122,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_learner_service_pb2.CreateLearnerRequest, _abc.Awaitable[_learner_service_pb2.CreateLearnerResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.CreateLearnerResponse]:
         """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
-        LEARNER_OWNED; ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND;
-        UNSUPPORTED_MODEL: the folder is there, and the message says which of its files is wrong, and how; both have metadata
+        LEARNER_OWNED. ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND;
+        UNSUPPORTED_MODEL: the folder exists, and the message says which of its files is wrong, and how; both have metadata
         `source` and `field`.
         RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
         metadata `learner_id` and `owner` the one that has been idle for longest.
@@ -141,7 +159,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.ForwardRequest,
         context: _aio.ServicerContext[_learner_service_pb2.ForwardRequest, _abc.Awaitable[_learner_service_pb2.ForwardResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.ForwardResponse]:
-        """Log-probabilities of the trained tokens under the present weights: PPO's old policy. Changes nothing. Idempotent."""
+        """Computes the log-probabilities of the trained tokens under the present weights: PPO's old policy. Changes nothing.
+        Idempotent.
+        """
 
     @_abc_1.abstractmethod
     def ForwardBackward(
@@ -176,8 +196,8 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.LoadCheckpointRequest,
         context: _aio.ServicerContext[_learner_service_pb2.LoadCheckpointRequest, _abc.Awaitable[_learner_service_pb2.LoadCheckpointResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.LoadCheckpointResponse]:
-        """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing; clears accumulated gradients, and the
-        sequence counts on from where it stood at the save. Idempotent. NOT_FOUND CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION
+        """Restores what SaveCheckpoint wrote for this learner_id, or changes nothing. Clears accumulated gradients. The
+        sequence continues from where it stood at the save. Idempotent. NOT_FOUND CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION
         CHECKPOINT_MISMATCH: it belongs to another model or is damaged. Both have metadata `name`.
         """
 
@@ -187,9 +207,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.PublishWeightsRequest,
         context: _aio.ServicerContext[_learner_service_pb2.PublishWeightsRequest, _abc.Awaitable[_learner_service_pb2.PublishWeightsResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.PublishWeightsResponse]:
-        """Writes the present weights where the policy service can read them, and computes what its canary is compared with.
-        Idempotent on policy_version while the weights are the same. The server keeps the greatest versions and the last two
-        that were published. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
+        """Writes the present weights where the policy service can read them, and computes the log-probabilities that the
+        canary compares. Idempotent on policy_version while the weights are the same. The server keeps the highest versions,
+        and in any case the last two that it published. RESOURCE_EXHAUSTED DISK_FULL, as in SaveCheckpoint.
         """
 
 def add_LearnerServiceServicer_to_server(servicer: LearnerServiceServicer, server: _aio.Server) -> None: ...

@@ -79,32 +79,32 @@ class _BranchNormalizationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_B
     DESCRIPTOR: _descriptor.EnumDescriptor
     BRANCH_NORMALIZATION_UNSPECIFIED: _BranchNormalization.ValueType  # 0
     BRANCH_NORMALIZATION_OWN_COUNT: _BranchNormalization.ValueType  # 1
-    """The branch's own count: each branch weighs the same however few its samples are."""
+    """The branch's own count: each branch weighs the same, however few samples it has."""
     BRANCH_NORMALIZATION_CHAINS: _BranchNormalization.ValueType  # 2
-    """The number of the step's chains: each sample weighs the same. A branch fades as its samples become few."""
+    """The number of the step's chains: each sample weighs the same. A branch counts less as its samples become few."""
     BRANCH_NORMALIZATION_TRAINABLE: _BranchNormalization.ValueType  # 3
-    """As CHAINS, but samples that were lost (to a failing environment or policy, or too long to be trained on) do not make
-    their branch weigh less: the samples that are left weigh more. Recommended over CHAINS.
+    """As CHAINS, but lost samples do not make their branch weigh less: the samples that are left weigh more. Lost are
+    those of a failing environment or policy, and those that are too long to be trained on. Recommended over CHAINS.
     """
 
 class BranchNormalization(_BranchNormalization, metaclass=_BranchNormalizationEnumTypeWrapper):
-    """By what a branch's losses are divided."""
+    """What a branch's losses are divided by."""
 
 BRANCH_NORMALIZATION_UNSPECIFIED: BranchNormalization.ValueType  # 0
 BRANCH_NORMALIZATION_OWN_COUNT: BranchNormalization.ValueType  # 1
-"""The branch's own count: each branch weighs the same however few its samples are."""
+"""The branch's own count: each branch weighs the same, however few samples it has."""
 BRANCH_NORMALIZATION_CHAINS: BranchNormalization.ValueType  # 2
-"""The number of the step's chains: each sample weighs the same. A branch fades as its samples become few."""
+"""The number of the step's chains: each sample weighs the same. A branch counts less as its samples become few."""
 BRANCH_NORMALIZATION_TRAINABLE: BranchNormalization.ValueType  # 3
-"""As CHAINS, but samples that were lost (to a failing environment or policy, or too long to be trained on) do not make
-their branch weigh less: the samples that are left weigh more. Recommended over CHAINS.
+"""As CHAINS, but lost samples do not make their branch weigh less: the samples that are left weigh more. Lost are
+those of a failing environment or policy, and those that are too long to be trained on. Recommended over CHAINS.
 """
 Global___BranchNormalization: _TypeAlias = BranchNormalization  # noqa: Y015
 
 @_typing.final
 class RunConfig(_message.Message):
-    """Every setting of a training run. Absent fields take the default that is named, which is the paper's
-    (arXiv 2602.13949) where it names one. The run stores the settings it used, defaults filled in.
+    """Every setting of a training run. An absent field has the default that its comment names: the paper's (arXiv
+    2602.13949) where the paper names one. The run stores the settings that it used, with the defaults filled in.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -129,8 +129,8 @@ class RunConfig(_message.Message):
     seed: _builtins.int
     """All random choices of the run derive from it. Not negative. Default 0."""
     deterministic: _builtins.bool
-    """One request at a time and fixed thread counts: a killed and resumed run ends with bit-equal weights. Slow. The
-    policy must be deterministic, too. Default false.
+    """One request at a time and fixed numbers of threads, so a killed and resumed run ends with bit-equal weights. Slow.
+    The policy must be deterministic, too. Default false.
     """
     checkpoint_every: _builtins.int
     """Steps between checkpoints, at least 1. Default 10. There is always one at the end."""
@@ -204,7 +204,7 @@ class PoliciesConfig(_message.Message):
     REFLECTOR_FIELD_NUMBER: _builtins.int
     JUDGE_FIELD_NUMBER: _builtins.int
     actor: _builtins.str
-    """Plays the attempts and is trained; it gives token ids and log-probabilities, takes weights, and serves the model
+    """Plays the attempts and is trained. It must give token ids and log-probabilities, take weights, and serve the model
     that the run trains. Default "", the service's default policy.
     """
     reflector: _builtins.str
@@ -291,9 +291,9 @@ class AlgorithmConfig(_message.Message):
     branch_normalization: Global___BranchNormalization.ValueType
     """Default OWN_COUNT, as in the reference."""
     train_cut_reflections: _builtins.bool
-    """Train on reflections that were cut at reflection_max_tokens, too. Default false. Nothing tells whether the rest of
-    such a reflection would have been right, and to reward it rewards length (overlong filtering: DAPO, arXiv
-    2503.14476, 3.4). The second attempt is given it as far as it was written; the memory never takes it.
+    """Train on reflections that were cut at reflection_max_tokens, too. Default false: nothing tells whether the rest of
+    such a reflection would have been right, and rewarding it rewards length (overlong filtering: DAPO, arXiv
+    2503.14476, 3.4). The second attempt is given the part that was written. The memory never takes it.
     """
     name: _builtins.str
     """A module of the trainer, an installed algorithm, or any module that the trainer can import. Default "erl"."""
@@ -408,7 +408,7 @@ class RolloutConfig(_message.Message):
     concurrency: _builtins.int
     """Chains that run at a time. Default 256."""
     max_restarts: _builtins.int
-    """How often an attempt that failed for its infrastructure is started over before it is excluded. Default 3."""
+    """How often an attempt is started over after an infrastructure error, before it is excluded. Default 3."""
     train_tasks: _builtins.int
     """Only the first so many training tasks are used; 0, the default, means all."""
     def __init__(
@@ -493,8 +493,8 @@ class EvaluationConfig(_message.Message):
     TOP_P_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     every: _builtins.int
-    """Steps between evaluations on the test split; also before the first step and after the last. 0 switches the ones in
-    between off. Default 5.
+    """Steps between evaluations on the test split. There is always one before the first step and one after the last; 0
+    switches off those in between. Default 5.
     """
     tasks: _builtins.int
     """Test tasks; 0, the default, means all."""

@@ -75,7 +75,7 @@ class Run(_message.Message):
     folder: _builtins.str
     """The folder of the run on the trainer's machine."""
     paused: _builtins.str
-    """What it waits for, such as room on a disk, while it is RUNNING; it goes on by itself. Empty while it trains."""
+    """What a RUNNING run waits for, such as room on a disk; it goes on by itself. Empty while it trains."""
     @_builtins.property
     def config(self) -> _run_config_pb2.RunConfig:
         """As used, defaults filled in."""
@@ -288,15 +288,26 @@ class StepCompleted(_message.Message):
     step: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """success_first, success_second: shares of the attempts whose reward reached the threshold; reward_first,
-        reward_second: means. Absent when no attempt of the kind has a reward. reflections, distilled: counts. excluded:
-        attempts and reflections that ended without a reward for a failure of the infrastructure, or because no turn could
-        be played; excluded_prompt_too_long: those of them whose first prompt is longer than the policy's context. dropped:
-        samples with a reward that cannot be trained on; dropped_PROBLEM: how many for each problem, such as too_long. A
-        notice explains the first of each kind. restarts: attempts started over. rollouts: episodes started plus reflections written. sampled_tokens. seconds, and of these
-        sample_seconds and learn_seconds. policy_version that the step published, and canary_difference: the greatest
-        difference in log-probability between trainer and engine under it. And the learner's metrics, averaged over
-        optimizer steps.
+        """By name:
+
+        success_first, success_second: the shares of attempts whose reward reached the threshold. reward_first,
+        reward_second: means. Absent when no attempt of the kind has a reward.
+
+        reflections, distilled: counts. restarts: attempts that were started over. rollouts: episodes started plus
+        reflections written. sampled_tokens: a count.
+
+        excluded: attempts and reflections without a reward, because of a failure of the infrastructure or because no turn
+        could be played. excluded_prompt_too_long: those of them whose first prompt is longer than the policy's context.
+
+        dropped: samples that have a reward but cannot be trained on. dropped_PROBLEM: how many for each problem, such as
+        too_long. A notice explains the first of each kind.
+
+        seconds: of the whole step. sample_seconds, learn_seconds: parts of it.
+
+        policy_version: the one that the step published. canary_difference: the largest difference in log-probability
+        between trainer and engine under it.
+
+        And the learner's metrics, averaged over optimizer steps.
         """
 
     def __init__(
@@ -372,7 +383,7 @@ Global___StateChanged: _TypeAlias = StateChanged  # noqa: Y015
 
 @_typing.final
 class Notice(_message.Message):
-    """A passing condition, such as a service that is down."""
+    """Something that passes, such as a service that is down."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -500,7 +511,7 @@ class ResumeRunRequest(_message.Message):
     ACCEPT_ENVIRONMENT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     accept_environment: _builtins.bool
-    """Go on in the environment as it is now, though it is not the one that the run began in; from then on it is the run's.
+    """Continue in the environment as it is now, although the run began in another one. From then on it is the run's own.
     A step that was sampled in part is sampled anew.
     """
     def __init__(
@@ -556,8 +567,8 @@ class EvaluateRequest(_message.Message):
     max_tokens: _builtins.int
     """Sampled tokens of one turn, at most. Default 1024."""
     run_id: _builtins.str
-    """Publishes this run's last checkpoint to its actor first, and measures that. The policy as it serves when empty.
-    NOT_FOUND UNKNOWN_RUN, CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION LEARNER_OWNED: the server trains a run.
+    """First publish this run's last checkpoint to its actor, then measure that. When empty, measure the policy as it
+    serves. NOT_FOUND UNKNOWN_RUN, CHECKPOINT_NOT_FOUND. FAILED_PRECONDITION LEARNER_OWNED: the server trains a run.
     """
     policy: _builtins.str
     """Name of any policy of the policy service, also one without token ids; the default one when empty. Not with run_id."""
@@ -648,8 +659,9 @@ class StreamEvaluateResponse(_message.Message):
     SUCCESS_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     ended: _builtins.int
-    """Attempts that have ended, of all that there will be."""
+    """Attempts that have ended."""
     total: _builtins.int
+    """All attempts of the evaluation."""
     success: _builtins.float
     """Share of successes among those that ended with a reward. Absent while there is none."""
     @_builtins.property

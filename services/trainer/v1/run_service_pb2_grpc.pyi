@@ -15,58 +15,64 @@ GRPC_VERSION: str
 class RunServiceStub:
     """Starts and watches training runs. A run goes on by itself when its server is restarted.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`; MALFORMED_MESSAGE for bytes that are no message of
-    the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
-    when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
-    UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
-    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
-    (a fault of the server, which its log explains).
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
+    reasons. Every call can also return
 
-    A run that finds no room on a disk, the trainer's or that of a service which it uses, is paused: it goes on by itself
-    when there is room. A run whose folder is removed has FAILED.
+    - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
+    - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
+      with INTERNAL themselves, before a server sees them;
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+      `authorization: Bearer TOKEN`;
+    - DEADLINE_EXCEEDED;
+    - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
+      metadata is larger than 8 KiB;
+    - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
+
+    A run pauses while a disk is full, be it the trainer's or that of a service that it uses. It goes on by itself when
+    there is room. A run whose folder is removed has FAILED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     StartRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.StartRunRequest, _run_service_pb2.StartRunResponse]
-    """Starts a run. Idempotent on run_id: one that exists with the same settings is answered as it is, and an ended one
-    is not taken up again (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
+    """Starts a run. Idempotent on run_id: if it exists with the same settings, the answer is that run as it is. A run
+    that has ended does not go on (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
     FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
     INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
-    `free_bytes` and `needed_bytes`. What only training finds out, such as an unknown environment or model, an
-    environment without training tasks or without test tasks, or a service that stays away, ends the run as FAILED.
+    `free_bytes` and `needed_bytes`. Some problems are found only by training: an unknown environment or model, an
+    environment without training tasks or without test tasks, a service that stays away. They end the run as FAILED.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.GetRunRequest, _run_service_pb2.GetRunResponse]
     """NOT_FOUND UNKNOWN_RUN. Idempotent."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListRunsRequest, _run_service_pb2.ListRunsResponse]
     """Newest first. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN."""
     WatchRun: _aio.UnaryStreamMultiCallable[_run_service_pb2.WatchRunRequest, _run_service_pb2.WatchRunResponse]
-    """Streams the events of a run from a given one on, then new ones as they come, and ends when the run has ended. A
-    broken stream is taken up with after_event set to the number of the last one seen. NOT_FOUND UNKNOWN_RUN.
+    """Streams the events of a run after a given one, then new ones as they come, and ends when the run has ended. If the
+    stream breaks, call again with after_event set to the number of the last event seen. NOT_FOUND UNKNOWN_RUN.
     """
     StopRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.StopRunRequest, _run_service_pb2.StopRunResponse]
-    """Asks a run to stop after the step that it is at; it keeps its place. The answer does not wait for that: WatchRun
-    shows when it is STOPPED. A run that has ended stays as it is. Idempotent. NOT_FOUND UNKNOWN_RUN.
+    """Asks a run to stop after its present step. It can be resumed there. The answer does not wait for that; WatchRun
+    shows when the run is STOPPED. A run that has ended stays as it is. Idempotent. NOT_FOUND UNKNOWN_RUN.
     """
     ResumeRun: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ResumeRunRequest, _run_service_pb2.ResumeRunResponse]
-    """Goes on with a stopped or failed run from its last checkpoint, reusing the journaled attempts of the steps after
-    it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED; LEARNER_OWNED: the server
-    trains another run, metadata `run_id`; ENVIRONMENT_CHANGED: the environment is not the one that the run began in, the
-    message says in what (see `accept_environment`). A run that finds this out while it trains has FAILED.
-    RESOURCE_EXHAUSTED DISK_FULL, as in StartRun.
+    """Continues a stopped or failed run from its last checkpoint. Journaled attempts of the steps after it are used
+    again. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED; LEARNER_OWNED: the
+    server trains another run, metadata `run_id`; ENVIRONMENT_CHANGED: the environment is not the one that the run
+    began in, and the message says what differs (see `accept_environment`). A run that finds this out while it trains
+    has FAILED. RESOURCE_EXHAUSTED DISK_FULL, as in StartRun.
     """
     Evaluate: _aio.UnaryUnaryMultiCallable[_run_service_pb2.EvaluateRequest, _run_service_pb2.EvaluateResponse]
-    """Measures first attempts, without reflection in context, of a policy as it serves now, or of a run's last checkpoint.
-    Takes as long as the attempts do: minutes for a large model. Not idempotent, harmless to repeat.
+    """Measures first attempts, without a reflection in context: of a policy as it serves now, or of a run's last
+    checkpoint. Takes as long as the attempts take: minutes for a large model. Not idempotent, but harmless to repeat.
     NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
     INVALID_ARGUMENT PROMPT_TOO_LONG: the first prompt of every attempt is longer than the policy's context.
-    The environment has no test tasks: INVALID_SETTING of `environment`. FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was
-    exchanged meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`.
-    INTERNAL when no attempt could be finished.
+    INVALID_ARGUMENT INVALID_SETTING, metadata `field` = `environment`: the environment has no test tasks.
+    FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was replaced by another one meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE:
+    a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
     """
     StreamEvaluate: _aio.UnaryStreamMultiCallable[_run_service_pb2.StreamEvaluateRequest, _run_service_pb2.StreamEvaluateResponse]
-    """Evaluate with its progress: a message after each attempt, then the result in the last. A caller that leaves ends the
-    evaluation. Errors as in Evaluate.
+    """As Evaluate, with progress: a message after each attempt; the last message has the result. The evaluation ends when
+    its caller leaves. Errors as in Evaluate.
     """
     ListExperiences: _aio.UnaryUnaryMultiCallable[_run_service_pb2.ListExperiencesRequest, _run_service_pb2.ListExperiencesResponse]
     """Pages through the journaled experiences of a run, in the order of (step, task, rollout). NOT_FOUND UNKNOWN_RUN.
@@ -76,16 +82,22 @@ class RunServiceStub:
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     """Starts and watches training runs. A run goes on by itself when its server is restarted.
 
-    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan"). Every call can also return
-    INVALID_ARGUMENT (INVALID_FIELD; metadata `field` and `expected`; MALFORMED_MESSAGE for bytes that are no message of
-    the call, which some gRPC libraries answer with INTERNAL before a server sees them), UNAUTHENTICATED (BAD_CREDENTIAL,
-    when the server has a token; it is sent as `authorization: Bearer TOKEN` in the call's metadata), DEADLINE_EXCEEDED,
-    UNAVAILABLE (the server drains or is down: repeat the call), RESOURCE_EXHAUSTED without ErrorInfo (a message larger
-    than the server's limit, 64 MiB unless set otherwise, or metadata of more than 8 KiB), and INTERNAL without ErrorInfo
-    (a fault of the server, which its log explains).
+    Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
+    reasons. Every call can also return
 
-    A run that finds no room on a disk, the trainer's or that of a service which it uses, is paused: it goes on by itself
-    when there is room. A run whose folder is removed has FAILED.
+    - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
+    - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
+      with INTERNAL themselves, before a server sees them;
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+      `authorization: Bearer TOKEN`;
+    - DEADLINE_EXCEEDED;
+    - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
+      metadata is larger than 8 KiB;
+    - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
+
+    A run pauses while a disk is full, be it the trainer's or that of a service that it uses. It goes on by itself when
+    there is room. A run whose folder is removed has FAILED.
     """
 
     @_abc_1.abstractmethod
@@ -94,12 +106,12 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.StartRunRequest,
         context: _aio.ServicerContext[_run_service_pb2.StartRunRequest, _abc.Awaitable[_run_service_pb2.StartRunResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.StartRunResponse]:
-        """Starts a run. Idempotent on run_id: one that exists with the same settings is answered as it is, and an ended one
-        is not taken up again (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
+        """Starts a run. Idempotent on run_id: if it exists with the same settings, the answer is that run as it is. A run
+        that has ended does not go on (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
         FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
         INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
-        `free_bytes` and `needed_bytes`. What only training finds out, such as an unknown environment or model, an
-        environment without training tasks or without test tasks, or a service that stays away, ends the run as FAILED.
+        `free_bytes` and `needed_bytes`. Some problems are found only by training: an unknown environment or model, an
+        environment without training tasks or without test tasks, a service that stays away. They end the run as FAILED.
         """
 
     @_abc_1.abstractmethod
@@ -124,8 +136,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.WatchRunRequest,
         context: _aio.ServicerContext[_run_service_pb2.WatchRunRequest, _abc.AsyncIterator[_run_service_pb2.WatchRunResponse]],
     ) -> _abc.AsyncIterator[_run_service_pb2.WatchRunResponse]:
-        """Streams the events of a run from a given one on, then new ones as they come, and ends when the run has ended. A
-        broken stream is taken up with after_event set to the number of the last one seen. NOT_FOUND UNKNOWN_RUN.
+        """Streams the events of a run after a given one, then new ones as they come, and ends when the run has ended. If the
+        stream breaks, call again with after_event set to the number of the last event seen. NOT_FOUND UNKNOWN_RUN.
         """
 
     @_abc_1.abstractmethod
@@ -134,8 +146,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.StopRunRequest,
         context: _aio.ServicerContext[_run_service_pb2.StopRunRequest, _abc.Awaitable[_run_service_pb2.StopRunResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.StopRunResponse]:
-        """Asks a run to stop after the step that it is at; it keeps its place. The answer does not wait for that: WatchRun
-        shows when it is STOPPED. A run that has ended stays as it is. Idempotent. NOT_FOUND UNKNOWN_RUN.
+        """Asks a run to stop after its present step. It can be resumed there. The answer does not wait for that; WatchRun
+        shows when the run is STOPPED. A run that has ended stays as it is. Idempotent. NOT_FOUND UNKNOWN_RUN.
         """
 
     @_abc_1.abstractmethod
@@ -144,11 +156,11 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.ResumeRunRequest,
         context: _aio.ServicerContext[_run_service_pb2.ResumeRunRequest, _abc.Awaitable[_run_service_pb2.ResumeRunResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.ResumeRunResponse]:
-        """Goes on with a stopped or failed run from its last checkpoint, reusing the journaled attempts of the steps after
-        it. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED; LEARNER_OWNED: the server
-        trains another run, metadata `run_id`; ENVIRONMENT_CHANGED: the environment is not the one that the run began in, the
-        message says in what (see `accept_environment`). A run that finds this out while it trains has FAILED.
-        RESOURCE_EXHAUSTED DISK_FULL, as in StartRun.
+        """Continues a stopped or failed run from its last checkpoint. Journaled attempts of the steps after it are used
+        again. Idempotent while it runs. NOT_FOUND UNKNOWN_RUN. FAILED_PRECONDITION RUN_COMPLETED; LEARNER_OWNED: the
+        server trains another run, metadata `run_id`; ENVIRONMENT_CHANGED: the environment is not the one that the run
+        began in, and the message says what differs (see `accept_environment`). A run that finds this out while it trains
+        has FAILED. RESOURCE_EXHAUSTED DISK_FULL, as in StartRun.
         """
 
     @_abc_1.abstractmethod
@@ -157,13 +169,13 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.EvaluateRequest,
         context: _aio.ServicerContext[_run_service_pb2.EvaluateRequest, _abc.Awaitable[_run_service_pb2.EvaluateResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.EvaluateResponse]:
-        """Measures first attempts, without reflection in context, of a policy as it serves now, or of a run's last checkpoint.
-        Takes as long as the attempts do: minutes for a large model. Not idempotent, harmless to repeat.
+        """Measures first attempts, without a reflection in context: of a policy as it serves now, or of a run's last
+        checkpoint. Takes as long as the attempts take: minutes for a large model. Not idempotent, but harmless to repeat.
         NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
         INVALID_ARGUMENT PROMPT_TOO_LONG: the first prompt of every attempt is longer than the policy's context.
-        The environment has no test tasks: INVALID_SETTING of `environment`. FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was
-        exchanged meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE: a service that it needs stays away, metadata `endpoint`.
-        INTERNAL when no attempt could be finished.
+        INVALID_ARGUMENT INVALID_SETTING, metadata `field` = `environment`: the environment has no test tasks.
+        FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was replaced by another one meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE:
+        a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
         """
 
     @_abc_1.abstractmethod
@@ -172,8 +184,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.StreamEvaluateRequest,
         context: _aio.ServicerContext[_run_service_pb2.StreamEvaluateRequest, _abc.AsyncIterator[_run_service_pb2.StreamEvaluateResponse]],
     ) -> _abc.AsyncIterator[_run_service_pb2.StreamEvaluateResponse]:
-        """Evaluate with its progress: a message after each attempt, then the result in the last. A caller that leaves ends the
-        evaluation. Errors as in Evaluate.
+        """As Evaluate, with progress: a message after each attempt; the last message has the result. The evaluation ends when
+        its caller leaves. Errors as in Evaluate.
         """
 
     @_abc_1.abstractmethod
