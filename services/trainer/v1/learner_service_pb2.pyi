@@ -601,7 +601,7 @@ class LossConfig(_message.Message):
     clip_high: _builtins.float
     """Ratios above 1 + clip_high are clipped. Greater than 0. Default 0.28."""
     dual_clip: _builtins.float
-    """Bounds the loss of a negative advantage. Greater than 1. Default 3; 0 switches it off."""
+    """Bound on the loss of a negative advantage, greater than 1. Default 3; 0 switches it off."""
     kl_coefficient: _builtins.float
     """Not negative. Default 0.001; with 0 the initial policy is not computed."""
     entropy_coefficient: _builtins.float
@@ -780,9 +780,9 @@ class ForwardBackwardResponse(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Each is given per branch as BRANCH/NAME, and over all branches that have it as NAME. Sums over the call's trained
-        tokens: loss, tokens. Means per trained token: log_prob, entropy; for policy gradients also clip_fraction,
-        mismatch_kl (the k3 estimate of the divergence between engine and learner) and, with a kl_coefficient, kl.
+        """Per branch as BRANCH/NAME and over all branches that have it as NAME: loss and tokens are sums over the call's
+        trained tokens; log_prob, entropy and, of policy gradients, clip_fraction, mismatch_kl (the k3 estimate of the
+        divergence between engine and learner) and kl (only with a kl_coefficient) are means per trained token.
         """
 
     def __init__(

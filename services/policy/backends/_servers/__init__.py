@@ -1,6 +1,6 @@
-"""What backends share whose engines are servers that are reached over HTTP: SGLang and vLLM.
+"""What the backends for servers reached over HTTP share: SGLang and vLLM.
 
-It is no backend by itself. Each of the two adds what is its own: requests and answers, what a server can do, and the
+This is not a backend itself. Each of the two adds its own part: requests and answers, what a server can do, and the
 calls that change it. For a request, `ServersBackend` picks a server of the `ServerPool`, has the engine's subclass ask
 it, and asks another when that one fails. For an update, `Updates` has every `EngineServer` load the `TargetWeights`
 that `Folders` has put on disk.
@@ -17,7 +17,7 @@ from mulligan.policy.backend import BackendSettings
 
 
 class ServerSettings(BackendSettings):
-    """Servers that run at `servers`, or else ones that this service launches and supervises."""
+    """Servers that run at `servers`. If none are named, this service launches and supervises some."""
 
     local_only: ClassVar = frozenset({"python", "flags", "environment", "folder", "folder_in_engine"})
     exclusive: ClassVar = frozenset({"servers"})
@@ -39,7 +39,7 @@ class ServerSettings(BackendSettings):
 
     @property
     def admin_key(self) -> SecretStr | None:
-        """For calls that change a server, where an engine has a key of its own for them."""
+        """The key for calls that change a server, if the engine has one for them."""
         return None
 
     @property

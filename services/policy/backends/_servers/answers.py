@@ -27,8 +27,8 @@ class WeightSpan(msgspec.Struct):
 
 
 def labels_between(spans: Iterable[WeightSpan], begin: int, end: int, engine: str) -> list[tuple[str, int]]:
-    """The names of the weights that sampled the tokens `begin` up to `end`, and how many each. Raises BadAnswer where
-    the spans do not cover these tokens. `engine` is its name and the version that first tells spans."""
+    """The names of the weights that sampled the tokens `begin` up to `end`, each with its number of tokens. Raises
+    BadAnswer if the spans do not cover these tokens. `engine` is the engine's name and its first version with spans."""
     found: list[tuple[str, int]] = []
     for span in spans:
         count = min(span.end, end) - max(span.start, begin)
@@ -48,7 +48,7 @@ def checked_tokens(token_ids: Sequence[int], vocabulary_size: int) -> None:
 
 
 def known(found: Sequence[float | None], count: int) -> tuple[float, ...]:
-    """Raises BadAnswer where these are not that many log-probabilities."""
+    """The log-probabilities. Raises BadAnswer unless they are `count` valid ones."""
     try:
         return numbers.log_probs("log-probabilities", found, count)
     except ValueError as error:
@@ -56,16 +56,18 @@ def known(found: Sequence[float | None], count: int) -> tuple[float, ...]:
 
 
 def check_scores(row: Sequence[float]) -> None:
-    """Raises BadAnswer for log-probabilities that are none, which the weight check alone may see."""
+    """Raises BadAnswer for numbers that are not log-probabilities. Only the weight check may see those."""
     known(row, len(row))
 
 
 def stop_reason(
     token_ids: Sequence[int], sampling: SamplingParams, end_of_turn: Collection[int], stopped: bool, *, by_string: bool
 ) -> StopReason:
-    """Of these tokens, all that were sampled. The last token decides, whatever the server calls the end: it says
-    `length` of a turn that closes with the last token there was room for. The order is that of the transformers
-    backend. `stopped`: the server says that it ended by itself; `by_string`: with a stop string."""
+    """Why a sample of these tokens ended. The last token decides, not the server's word for the end: for a turn that
+    closes with the last token that had room, it says `length`. The order is that of the transformers backend.
+
+    `stopped`: the server says that the sample ended by itself. `by_string`: it ended with a stop string.
+    """
     last = token_ids[-1] if token_ids else -1
     if last in end_of_turn:
         return StopReason.END_OF_TURN

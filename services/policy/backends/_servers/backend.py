@@ -38,7 +38,7 @@ _FAILURES = (Unreachable, Stale, BadAnswer, Aborted)
 
 
 class ServersBackend(ABC):
-    """Subclasses ask one server, and say how an engine is spoken to."""
+    """Subclasses know how to ask a server of their engine."""
 
     def __init__(self, settings: ModelSettings, opened: Opened):
         self._settings = settings
@@ -210,8 +210,8 @@ class ServersBackend(ABC):
         return self._fixed[ask.adapter] if ask.adapter else target.adapter
 
     def _failed(self, server: EngineServer, error: Exception, times_let_in: int, *, direct: bool) -> str:
-        """What went wrong. Whoever aborted a request did not make the server worse; and who answered behind a router
-        nobody knows, but the probes find it out."""
+        """What went wrong. The server is taken out, unless somebody aborted the request, or a router chose the server:
+        then nobody knows which one failed, and the probes find it."""
         if direct and not isinstance(error, Aborted):
             self._pool.take_out(server, str(error), times_let_in)
         return str(error)
@@ -221,7 +221,7 @@ class ServersBackend(ABC):
         return DomainError(Reason.ENGINE_UNAVAILABLE, message, retry_after=_RETRY_AFTER)
 
     def _refusal(self, ask: Ask, error: RequestRefused) -> Exception:
-        """The error for a request that the server refused. A missing adapter is the server's fault, all else the
+        """The error for a request that the server refused. A missing adapter is the server's fault, anything else the
         caller's."""
         if self._lacks_adapter(error):
             return Stale(str(error))
@@ -232,16 +232,16 @@ class ServersBackend(ABC):
     # The engine's own
 
     def _connection(self, server: EngineServer, attempt: int) -> HttpConnection:
-        """Where a request to this server goes: to it, unless a router stands before it."""
+        """Where a request for this server is sent: to the server itself, or to a router before it."""
         return server.connection
 
     def _can_stream(self, ask: Ask) -> bool:
-        """Whether parts can be passed on before all is known of them."""
+        """Whether parts can be passed on while the sample goes on."""
         return True
 
     @abstractmethod
     def _lacks_adapter(self, error: RequestRefused) -> bool:
-        """Whether the server refused because it has no adapter of a name that it was given."""
+        """Whether the server refused because it does not have the adapter of the request."""
 
     @abstractmethod
     async def _generate_at(

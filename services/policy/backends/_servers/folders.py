@@ -1,4 +1,4 @@
-"""Weights on disk in the form that the servers load: a folder with a configuration and safetensors, one per version."""
+"""Weights on disk as the servers load them: for each version a folder with a configuration and safetensors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Folders:
         return TargetWeights(weights, label=f"{policy_version}-original")
 
     def prepare(self, weights: WeightsFile) -> TargetWeights:
-        """Verifies the file and puts it where the servers find it.
+        """Verifies the file and puts it where the servers can find it.
 
         Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND or DISK_FULL.
         """
@@ -76,13 +76,13 @@ class Folders:
                 self._skeleton.config.to_json_file(folder / "config.json")
                 self._put(weights.path, folder / "model.safetensors")
             return TargetWeights(weights, label, path=self._engine_path(folder))
-        # A name that no server has ever seen: one that was unloaded is loaded again by whoever names it.
+        # A new name: a server would load an adapter again that a late request names, although it was unloaded.
         name = f"mulligan-{label}-{secrets.token_hex(4)}"
         adapter_path = self.put_adapter(weights.path, name)
         return TargetWeights(weights, self.original_label, adapter=name, adapter_path=adapter_path)
 
     def put_adapter(self, source: Path, name: str) -> str:
-        """The folder in which the servers find it. Raises as `prepare` does."""
+        """Puts an adapter where the servers can find it, and returns its folder as they see it. Raises as `prepare`."""
         adapter = self._skeleton.check_adapter(source)
         with self._new(_ADAPTERS, name) as folder:
             if adapter.tensors:

@@ -37,7 +37,7 @@ from mulligan.policy.model_settings import ModelSettings
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """What is its own in each."""
+    """The classes of one engine."""
 
     connection: type[HttpConnection]
     server: type[EngineServer]
@@ -67,7 +67,7 @@ async def open_servers(
     first_version: int,
     without: frozenset[Feature] = frozenset(),
 ) -> Opened:
-    """`without`: features that the servers have and requests do not reach. Raises UnsupportedModel."""
+    """`without`: features of the servers that requests cannot use. Raises UnsupportedModel."""
     chosen = settings.own_as(ServerSettings)
     source = source_of(settings.model)
     skeleton = await asyncio.to_thread(partial(Skeleton, source, weights=not chosen.servers))
@@ -113,7 +113,7 @@ async def open_servers(
 
 
 def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str, str], dict[str, str]]:
-    """The servers' name of each adapter, and the path of each of these names."""
+    """For each adapter the name that the servers use, and for each of these names its path."""
     names = {}
     paths = {}
     for name, folder in settings.adapters.items():
@@ -128,7 +128,7 @@ def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str
 async def _look_at_all(
     engine: EngineParts, servers: Sequence[EngineServer], skeleton: Skeleton, seconds: float
 ) -> list[EngineServer]:
-    """The servers that answer."""
+    """The servers that answer. Raises UnsupportedModel if none does, or if one must not serve the policy."""
     try:
         await first_to_answer([server.connection for server in servers], seconds)
     except Unreachable as error:
@@ -216,7 +216,7 @@ def _narrower(one: LoraLimits, other: LoraLimits) -> bool:
 
 
 async def _load(pool: ServerPool, present: Sequence[EngineServer], *, loaded: bool) -> None:
-    """`loaded`: the servers were just launched, with the right label."""
+    """Has the servers load the target. With `loaded` they were just launched, and already hold it under its label."""
     target = pool.target
 
     async def load(server: EngineServer) -> None:

@@ -34,8 +34,8 @@ class Stale(Exception):
 
 
 class ServerPool:
-    """`look` finds out what a server is, and raises Unsuitable. `admit`, once there is one, passes each server before
-    it serves. `changing` is held by whoever changes what servers hold, and guards `target`: what all have to hold.
+    """`look` finds out what a server is, and raises Unsuitable. `target` is what all servers must hold. Whoever changes
+    it, or what servers hold, holds the lock `changing`. Once `admit` is set, it checks each server before it serves.
     """
 
     def __init__(
@@ -80,17 +80,17 @@ class ServerPool:
         task.add_done_callback(self._tasks.discard)
 
     def know(self, target: TargetWeights) -> None:
-        """From now on, answers with the label of `target` are accepted, also to requests that were sent before."""
+        """Accepts answers with the label of `target` from now on, also to requests that were sent before."""
         target.generation = 1 + max((generation for _, generation in self._versions.values()), default=0)
-        if target.adapter:  # the base below it is what the model came with, whoever loaded that when
+        if target.adapter:  # its base is what the model came with, from whichever update
             version, _ = self._versions[target.label]
         else:
             version = target.weights.policy_version
         self._versions[target.label] = (version, target.generation)
 
     def spans(self, target: TargetWeights, labels: Sequence[tuple[str, int]], *, own: bool) -> tuple[VersionSpan, ...]:
-        """Policy versions for what the servers call weights, of a request that was sent while `target` was to be
-        served; with `own` it used the target's adapter. Raises Stale."""
+        """Turns the servers' labels of weights into policy versions, for a request that was sent while `target` was to
+        be served. With `own` the request used the target's adapter. Raises Stale."""
         found: list[VersionSpan] = []
         for label, count in labels:
             version, generation = self._versions.get(label, (0, -1))
@@ -110,7 +110,7 @@ class ServerPool:
 
     @asynccontextmanager
     async def dispatch(self, key: object) -> AsyncIterator[tuple[EngineServer, TargetWeights]]:
-        """A server for one request, and the weights that must answer it. Waits for a server, up to
+        """Yields a server for one request, and the weights that must answer it. Waits for a server for up to
         `wait_seconds`.
 
         Raises DomainError ENGINE_UNAVAILABLE.
@@ -136,7 +136,7 @@ class ServerPool:
                     await self._changed.wait()
             except TimeoutError:
                 raise self.unavailable() from None
-            if held:  # by an exchange of weights; it does not count as waiting for a server
+            if held:  # while weights are exchanged, which does not count as waiting for a server
                 deadline = loop.time() + self._wait_seconds
         least = min(server.in_flight for server in serving)
         place = self._places.get(key)
@@ -153,7 +153,7 @@ class ServerPool:
 
     @asynccontextmanager
     async def drained(self) -> AsyncIterator[None]:
-        """Within it no request runs, and new ones wait."""
+        """Inside, no request runs, and new ones wait."""
         self._held_back = True
         try:
             while any(server.in_flight for server in self.servers):
@@ -171,8 +171,8 @@ class ServerPool:
     # Health
 
     def take_out(self, server: EngineServer, problem: str, times_let_in: int | None = None) -> None:
-        """Until it is there again, holds what it has to, and was admitted. What is known from before it was let in
-        last, as `times_let_in` tells, says nothing of it now."""
+        """Sends the server no requests until it answers again, holds the target and is admitted. A problem of a request
+        that was sent before the server was last let in, by `times_let_in`, is ignored."""
         if times_let_in not in (None, server.times_let_in):
             return
         if server.serving:
@@ -193,7 +193,7 @@ class ServerPool:
         self._changed.wake_all()
 
     async def load(self, server: EngineServer, target: TargetWeights, *, checked: bool = True) -> None:
-        """Whatever it holds now. Raises Unreachable, RequestRefused."""
+        """Makes the server hold `target`, whatever it holds now. Raises Unreachable, RequestRefused."""
         await server.pause()
         await server.load_base(target, checked=checked)
         await server.go_on()

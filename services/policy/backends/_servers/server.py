@@ -1,4 +1,4 @@
-"""One server: what it is, what it holds, and how that is changed."""
+"""One server: what it can do, which weights it holds, and how to change them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Unsuitable(Exception):
 
 
 class EngineServer(ABC):
-    """A `Replica`. `fixed` are adapters that it is given besides the weights: its name of each, and the folder.
+    """A `Replica`. `fixed` are the adapters that it holds besides the weights: for each of its names, the folder.
 
-    Subclasses say what an engine can do, and how it is told. Calls raise Unreachable and RequestRefused unless said
-    otherwise.
+    Subclasses know what an engine can do, and how to call it. Methods raise Unreachable and RequestRefused unless they
+    say otherwise.
     """
 
     engine: ClassVar[str]
@@ -43,7 +43,7 @@ class EngineServer(ABC):
         self.times_let_in = 0
         self.in_flight = 0
         self.held: TargetWeights | None = None  # None: unknown
-        self.label = ""  # the name of its weights that it has to report
+        self.label = ""  # the name that its answers must give for its weights
         self.path = ""  # of the folder that it loaded last
         self.own_path = ""  # of the model that it was started with
         self.settings: Mapping[str, Any] = {}
@@ -82,15 +82,15 @@ class EngineServer(ABC):
 
     @abstractmethod
     def dtype(self, skeleton: Skeleton) -> str:
-        """As torch names it."""
+        """The name that torch has for it."""
 
     @abstractmethod
     async def look(self, skeleton: Skeleton) -> None:
-        """Learns what the server is. Raises Unsuitable, too."""
+        """Reads what the server can do. Also raises Unsuitable."""
 
     @abstractmethod
     async def probe(self) -> None:
-        """Raises Unsuitable when somebody else has changed its weights."""
+        """Also raises Unsuitable, if somebody else has changed its weights."""
 
     @abstractmethod
     async def repeats(self) -> bool:
@@ -100,13 +100,14 @@ class EngineServer(ABC):
 
     @abstractmethod
     async def pause(self) -> None:
-        """Running requests wait, and go on with the weights that are there then: their cache is computed anew."""
+        """Running requests wait, and later go on with the weights that are there then. Their cache is computed anew."""
 
     @abstractmethod
     async def go_on(self) -> None: ...
 
     async def load_base(self, target: TargetWeights, *, checked: bool = True) -> None:
-        """The server is paused. Without `checked` its answers are known by a label that nobody accepts."""
+        """Loads the base weights; the server must be paused. Without `checked` its answers have a label that nobody
+        accepts."""
         label = target.label if checked else target.label + _UNCHECKED
         self.held = None
         await self._load(target.path or self.own_path, label)
@@ -114,12 +115,12 @@ class EngineServer(ABC):
         self.path = target.path or self.own_path
 
     async def was_launched(self, label: str) -> None:
-        """With what its model came with, which is to be known by this label."""
+        """Notes that the server was started with what its model came with, under this label."""
         self.label = label
         self.path = self.own_path
 
     async def load_adapters(self, target: TargetWeights) -> None:
-        """Those of this target and the fixed ones; what else of ours is there is from before a restart of ours."""
+        """Loads the adapter of this target, and the fixed ones."""
         wanted = dict(self._fixed)
         if target.adapter:
             wanted[target.adapter] = target.adapter_path
@@ -142,7 +143,7 @@ class EngineServer(ABC):
             await self.connection.control(self.unload_adapter_path, {"lora_name": name}, timeout=self._seconds)
 
     async def accept(self) -> None:
-        """What it holds was checked: from now on it is known by its proper label."""
+        """Gives the weights their proper label, after they were checked."""
         if self.label.endswith(_UNCHECKED):
             label = self.label.removesuffix(_UNCHECKED)
             await self._rename(label)
@@ -162,11 +163,12 @@ class EngineServer(ABC):
     async def score_one(
         self, ids: Sequence[int], begin: int, temperature: float, adapter: str
     ) -> tuple[set[str], tuple[float, ...]]:
-        """Log-probabilities of softmax(logits / temperature) of all tokens from `begin`, which is at least 1, and the
-        labels of the weights that they are by. Raises BadAnswer and Aborted, too."""
+        """The labels of the weights that computed, and the log-probabilities of softmax(logits / temperature) of all
+        tokens from `begin`, which is at least 1. Also raises BadAnswer and Aborted."""
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float) -> Scored:
-        """By this server as it is. Raises DomainError ENGINE_UNAVAILABLE when it holds nothing that is known."""
+        """Scores with the weights that this server holds. Raises DomainError ENGINE_UNAVAILABLE, also when they are not
+        known."""
         held = self.held
         if held is None:
             raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} holds no known weights")
@@ -177,13 +179,13 @@ class EngineServer(ABC):
         return Scored(tuple(rows), held.weights.policy_version)
 
     async def checksum(self) -> str:
-        """Raises DomainError ENGINE_UNAVAILABLE."""
+        """Of all weights that it holds; empty if the engine has none. Raises DomainError ENGINE_UNAVAILABLE."""
         held = self.held
         try:
             checksum = await self._checksum()
         except (Unreachable, RequestRefused) as error:
             raise DomainError(Reason.ENGINE_UNAVAILABLE, f"{self.address} tells no checksum: {error}") from error
-        # The server's is of the base weights alone.
+        # The server's own checksum is of the base weights alone.
         return f"{checksum}+{held.weights.sha256}" if checksum and held is not None and held.adapter else checksum
 
     async def _score_held(self, ids: Sequence[int], temperature: float, held: TargetWeights) -> tuple[float, ...]:
@@ -194,15 +196,15 @@ class EngineServer(ABC):
 
     @abstractmethod
     async def _load(self, path: str, label: str) -> None:
-        """The weights of this folder, to be known by this label."""
+        """Loads the weights of this folder under this label."""
 
     @abstractmethod
     async def _rename(self, label: str) -> None:
-        """The same weights by another label."""
+        """Gives the same weights another label."""
 
     @abstractmethod
     async def _checksum(self) -> str:
-        """Of the base weights; empty where it tells none."""
+        """Of the base weights; empty if the engine has none."""
 
 
 def last_name(path: str) -> str:

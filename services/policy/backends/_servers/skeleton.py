@@ -26,8 +26,8 @@ STACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_p
 
 
 class Skeleton:
-    """Of a hub id or a folder. Takes seconds, and the network for a hub id. Without `weights` the folder needs to hold
-    none, because the servers have them. Raises UnsupportedModel."""
+    """The skeleton of a hub id or a folder. It takes seconds to make, and for a hub id the network. Without `weights`
+    the folder need not hold any, because the servers have them. Raises UnsupportedModel."""
 
     def __init__(self, source: str, *, weights: bool = True):
         self.source = source
@@ -55,9 +55,9 @@ class Skeleton:
             check_weights(source, self._shapes, layer_count(text))
 
     def check_full(self, path: Path) -> None:
-        """Every parameter once, by the name and in the shape that the model has, with finite values.
+        """Checks that a file has every parameter once, with the model's name and shape, and finite values.
 
-        The servers would take a part of a file and then fail, or leave out silently what they do not know.
+        The servers would load a part of a wrong file and then fail, or silently leave out what they do not know.
         Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND.
         """
         missing = dict(self._shapes)
@@ -74,7 +74,7 @@ class Skeleton:
             raise mismatch(f"{len(missing)} parameters are missing, first {min(missing)}")
 
     def check_adapter(self, folder: Path) -> Adapter:
-        """Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND."""
+        """The adapter of a folder, checked. Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND."""
         config = AdapterConfig.read(folder / adapter_config.NAME)
         with _Reader(folder / ADAPTER_FILE) as tensors:
             shapes = {key: tensors.shape(key) for key in tensors.names}
@@ -97,7 +97,7 @@ class Skeleton:
             return Adapter(_for_servers(config, [*factors, *missing], rank), completed)
 
     def _missing(self, adapted: Collection[str]) -> list[str]:
-        """Layers that SGLang wants an adapter of because one that it stacks them with has one."""
+        """Layers without an adapter that are stacked with adapted ones. SGLang needs an adapter for them, too."""
         missing = set()
         for module in adapted:
             parent, _, leaf = module.rpartition(".")
@@ -108,15 +108,16 @@ class Skeleton:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """As the servers have to see it. `tensors` are the file's, and factors that change nothing where SGLang needs some;
-    empty where the file is as it should be."""
+    """An adapter as the servers need it. `tensors` are those of the file, and for layers that SGLang wants factors that
+    change nothing. They are empty if the file is right as it is."""
 
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 def _for_servers(config: AdapterConfig, modules: Collection[str], rank: int) -> dict[str, Any]:
-    """SGLang scales by lora_alpha / r, whatever use_rslora says. Patterns of names or ranks are known to none."""
+    """The configuration for the servers. SGLang scales by lora_alpha / r, whatever use_rslora says. No server knows
+    patterns of names or ranks."""
     alpha = config.scale(rank) * rank
     names = sorted({module.rpartition(".")[2] for module in modules})
     plain = {"use_rslora": False, "rank_pattern": {}, "target_modules": names}
@@ -156,7 +157,8 @@ class _Reader:
 
 
 def _shapes(module: Any) -> tuple[dict[str, list[int]], dict[str, str]]:
-    """Of parameters and persistent buffers by name, tied ones once; and of the other names of tied ones, theirs."""
+    """Shapes of parameters and persistent buffers by name, of tied ones under one name; and for each other name of a
+    tied one, that name."""
     by_identity: dict[int, str] = {}
     shapes: dict[str, list[int]] = {}
     tied: dict[str, str] = {}

@@ -20,9 +20,9 @@ log = structlog.get_logger()
 
 
 class Updates:
-    """Gives new weights to the servers of one pool: all serve them, or all load the old ones again.
+    """Gives new weights to the servers of one pool. Either all serve them, or all load the old ones again.
 
-    `policy/replicas.py` does the like with policy servers, and says why the two share no code.
+    `policy/replicas.py` does the same with policy servers, and says why the two share no code.
     """
 
     def __init__(self, pool: ServerPool, folders: Folders):
@@ -30,7 +30,7 @@ class Updates:
         self._folders = folders
 
     async def update(self, weights: WeightsFile, admit: Admission) -> None:
-        """As `Backend.update_weights`. A server that dies meanwhile is taken out, and the others go on."""
+        """As `Backend.update_weights`. A server that fails meanwhile is taken out, and the others go on."""
         pool = self._pool
         target = await asyncio.to_thread(self._folders.prepare, weights)
         try:
@@ -49,7 +49,7 @@ class Updates:
         if not serving:
             raise pool.unavailable()
         async with AsyncExitStack() as stack:
-            # A request on an adapter cannot go on over other base weights, nor one on other weights below an adapter.
+            # A running request on an adapter cannot go on over another base, nor one on the base below an adapter.
             rebase = not target.adapter or any(server.label != target.label for server in serving)
             if rebase and (before.adapter or target.adapter):
                 await stack.enter_async_context(pool.drained())
@@ -81,7 +81,7 @@ class Updates:
             self._pool.take_out(server, error.message)
 
     async def _load_all(self, servers: Sequence[EngineServer], target: TargetWeights) -> str:
-        """Returns why a server refused, "" when none did."""
+        """Returns why a server refused; empty if none did."""
         live = await self._each(servers, lambda server: server.pause())
         refused: list[str] = []
 
@@ -112,7 +112,7 @@ class Updates:
         return refused[0] if refused else ""
 
     async def _put_back(self, servers: Sequence[EngineServer], before: TargetWeights, *, rebase: bool) -> None:
-        """What was loaded before. A failed load may have left a part of the new weights behind."""
+        """Loads what was there before. A failed load may have left a part of the new weights behind."""
         self._pool.know(before)
 
         async def put_back(server: EngineServer) -> None:
@@ -127,7 +127,7 @@ class Updates:
     async def _each(
         self, servers: Sequence[EngineServer], work: Callable[[EngineServer], Awaitable[None]]
     ) -> list[EngineServer]:
-        """At once. Returns those that are still there."""
+        """Does the work for all servers at once. Returns those that still serve; the others are taken out."""
 
         async def one(server: EngineServer) -> bool:
             if not server.serving:
@@ -153,14 +153,14 @@ class Updates:
             await asyncio.to_thread(self._folders.remove, target)
 
     async def release_memory(self) -> None:
-        """Of servers that serve; nothing runs."""
+        """Releases the memory of all servers that serve. No request may run."""
         async with self._pool.changing:
             if not await self._each(self._pool.servers, lambda server: server.release_memory()):
                 raise self._pool.unavailable()
             self._pool.released = True
 
     async def resume_memory(self) -> None:
-        """What was released is empty afterwards: the weights are loaded again."""
+        """Takes the memory again and loads the weights, since released memory is empty."""
         pool = self._pool
 
         async def resume(server: EngineServer) -> None:
