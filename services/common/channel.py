@@ -28,6 +28,7 @@ _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 _LATER = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE)
 _FIRST_DELAY_SECONDS = 0.05
 _MAX_DELAY_SECONDS = 2.0
+_SHOWN = 100  # characters of a bad value in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,36 @@ class Connection:
                 cause, refusal = self._retryable(error, _method(request))
             self._report(cause)
             await backoff.wait(cause, refusal)
+
+    async def list_items(
+        self,
+        method: Callable[..., Awaitable[R]],
+        request: Any,
+        convert: Callable[[R], list[T]],
+        *,
+        timeout: float,
+        limit: int = 0,
+    ) -> list[T]:
+        """Returns the items of a listing: the first `limit`, or all if that is 0. It asks for pages of at most
+        `request.page_size` items and changes the request. `convert` returns the items of a page.
+
+        Raises as `call` and `read` do, and CallFailed with INTERNAL if a page token comes twice: that list has no end.
+        """
+        largest = request.page_size
+        found: list[T] = []
+        seen: set[str] = set()
+        while True:
+            if limit:
+                request.page_size = min(largest, limit - len(found))
+            page: Any = await self.call(method, request, timeout=timeout)
+            found += self.read(convert, page)
+            token: str = page.next_page_token
+            if not token or 0 < limit <= len(found):
+                return found
+            if token in seen:
+                raise self._unreadable(_method(request), f"next_page_token {token[:_SHOWN]!r} comes again")
+            seen.add(token)
+            request.page_token = token
 
     @asynccontextmanager
     async def stream(

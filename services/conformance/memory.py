@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
 from mulligan.conformance import common
 from mulligan.conformance.report import Report, Result, Suite, demand, run_suite
-from mulligan.conformance.target import CheckSession, Target, gathered
+from mulligan.conformance.target import CheckSession, Target, all_pages, gathered
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 
@@ -265,13 +266,10 @@ async def pages(session: CheckSession) -> None:
     await gathered(scope.add(f"{n}") for n in range(7))
     for size in (1, 3, 7, 1000):
         found: list[int] = []
-        token = ""
-        while len(found) < 8:
-            page = await scope.page(size, token)
+        async for page in all_pages(partial(scope.page, size)):
             demand(len(page.reflections) <= size, f"a page of at most {size}", f"{len(page.reflections)} reflections")
             found += [reflection.version for reflection in page.reflections]
-            token = page.next_page_token
-            if not token:
+            if len(found) >= 8:
                 break
         demand(found == list(range(1, 8)), f"versions 1 to 7 in pages of {size}", found)
     everything = pb.ListReflectionsRequest(page_size=1)

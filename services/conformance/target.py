@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,22 @@ def as_demanded(answer: Any, request: Any, code: str, reason: str, *metadata: st
     if (answer.code, answer.reason) != (code, reason) or any(not answer.metadata.get(key) for key in metadata):
         raise Violation(demanded, answer, request)
     return answer
+
+
+async def all_pages(ask: Callable[[str], Awaitable[Any]]) -> AsyncIterator[Any]:
+    """Yields the pages of a listing. `ask` gets the page token, "" at first. Raises Violation if a token comes twice:
+    that list has no end."""
+    seen: set[str] = set()
+    token = ""
+    while True:
+        page = await ask(token)
+        yield page
+        token = page.next_page_token
+        if not token:
+            return
+        if token in seen:
+            raise Violation("each page has a token of its own: the list comes to an end", f"{token!r} again")
+        seen.add(token)
 
 
 async def gathered(awaitables: Any) -> list[Any]:

@@ -74,18 +74,11 @@ class EnvClient:
 
     async def list_tasks(self, environment: str, split: Split, limit: int) -> list[TaskInfo]:
         """The first `limit` tasks; 0 means all."""
-        tasks: list[TaskInfo] = []
-        token = ""
-        while True:
-            size = min(_PAGE_SIZE, limit - len(tasks)) if limit else _PAGE_SIZE
-            request = pb.ListTasksRequest(
-                environment=environment, split=_SPLITS[split], page_size=size, page_token=token
+        request = pb.ListTasksRequest(environment=environment, split=_SPLITS[split], page_size=_PAGE_SIZE)
+        async with self._places:
+            return await self._connection.list_items(
+                self._stub.ListTasks, request, tasks_from_proto, timeout=self._timeout, limit=limit
             )
-            response = await self._call(self._stub.ListTasks, request)
-            tasks += self._connection.read(tasks_from_proto, response)
-            token = response.next_page_token
-            if not token or (limit and len(tasks) >= limit):
-                return tasks
 
     async def start(self, environment: str, task_id: str, episode_id: str) -> RemoteEpisode:
         request = pb.StartEpisodeRequest(episode_id=episode_id, environment=environment, task_id=task_id)

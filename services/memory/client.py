@@ -61,18 +61,10 @@ class MemoryClient:
 
     async def list(self, scope: str = "", limit: int = 0, *, include_deleted: bool = False) -> list[StoredReflection]:
         """The first `limit` reflections, oldest first. 0 means all; an empty scope means every scope."""
-        found: list[StoredReflection] = []
-        token = ""
-        while True:
-            size = min(_PAGE_SIZE, limit - len(found)) if limit else _PAGE_SIZE
-            request = pb.ListReflectionsRequest(
-                scope=scope, page_size=size, page_token=token, include_deleted=include_deleted
-            )
-            response = await self._connection.call(self._stub.ListReflections, request, timeout=self._timeout)
-            found += self._connection.read(_reflections, response)
-            token = response.next_page_token
-            if not token or (limit and len(found) >= limit):
-                return found
+        request = pb.ListReflectionsRequest(scope=scope, page_size=_PAGE_SIZE, include_deleted=include_deleted)
+        return await self._connection.list_items(
+            self._stub.ListReflections, request, _reflections, timeout=self._timeout, limit=limit
+        )
 
     async def delete(self, reflection_id: str) -> int:
         """Deletes a reflection. Returns the scope's version from which it is gone."""

@@ -84,14 +84,15 @@ class PolicyClient:
 
     async def policies(self) -> tuple[PolicyInfo, ...]:
         """All, by name."""
-        found: list[PolicyInfo] = []
         request = pb.ListPoliciesRequest(page_size=_PAGE)
-        while True:
-            response = await self._connection.call(self._stub.ListPolicies, request, timeout=self._timeout)
-            found += self._connection.read(lambda answer: [*map(policy_from_proto, answer.policies)], response)
-            request.page_token = response.next_page_token
-            if not request.page_token:
-                return tuple(found)
+        return tuple(
+            await self._connection.list_items(
+                self._stub.ListPolicies,
+                request,
+                lambda page: [*map(policy_from_proto, page.policies)],
+                timeout=self._timeout,
+            )
+        )
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:
         [completion] = await self.sample(prompt, sampling, 1, options)
@@ -185,14 +186,15 @@ class PolicyClient:
 
     async def versions(self, policy: str = "") -> tuple[PolicyVersion, ...]:
         """All that were ever seen, newest first."""
-        found: list[PolicyVersion] = []
-        request = admin_pb.ListVersionsRequest(policy=policy, page_size=1000)
-        while True:
-            response = await self._admin.call(self._admin_stub.ListVersions, request, timeout=self._timeout)
-            found += self._admin.read(lambda answer: [*map(version_from_proto, answer.versions)], response)
-            request.page_token = response.next_page_token
-            if not request.page_token:
-                return tuple(found)
+        request = admin_pb.ListVersionsRequest(policy=policy, page_size=_PAGE)
+        return tuple(
+            await self._admin.list_items(
+                self._admin_stub.ListVersions,
+                request,
+                lambda page: [*map(version_from_proto, page.versions)],
+                timeout=self._timeout,
+            )
+        )
 
     async def rollback(self, policy_version: int, policy: str = "") -> None:
         request = admin_pb.RollbackRequest(policy=policy, policy_version=policy_version)

@@ -62,15 +62,12 @@ class RunClient:
         return self._run(await self._connection.call(self._stub.GetRun, request, timeout=CALL_SECONDS))
 
     async def runs(self) -> list[RunInfo]:
-        runs: list[RunInfo] = []
-        token = ""
-        while True:
-            request = pb.ListRunsRequest(page_token=token)
-            response = await self._connection.call(self._stub.ListRuns, request, timeout=CALL_SECONDS)
-            runs += self._connection.read(lambda answer: [_info(run) for run in answer.runs], response)
-            token = response.next_page_token
-            if not token:
-                return runs
+        return await self._connection.list_items(
+            self._stub.ListRuns,
+            pb.ListRunsRequest(),
+            lambda page: [_info(run) for run in page.runs],
+            timeout=CALL_SECONDS,
+        )
 
     async def watch(self, run_id: str, after_event: int = 0) -> AsyncIterator[Entry]:
         """All events after the given one, then new ones until the run ends. Reconnects when the stream breaks."""
@@ -124,18 +121,12 @@ class RunClient:
         return self._connection.read(_evaluation, last)
 
     async def experiences(self, run_id: str, step: int | None = None, limit: int = 10) -> list[Experience]:
-        found: list[Experience] = []
-        token = ""
-        while len(found) < limit:
-            request = pb.ListExperiencesRequest(
-                run_id=run_id, step=step, page_size=min(100, limit - len(found)), page_token=token
-            )
-            response = await self._connection.call(self._stub.ListExperiences, request, timeout=CALL_SECONDS)
-            found += self._connection.read(_experiences, response)
-            token = response.next_page_token
-            if not token:
-                break
-        return found
+        if limit == 0:
+            return []
+        request = pb.ListExperiencesRequest(run_id=run_id, step=step, page_size=100)
+        return await self._connection.list_items(
+            self._stub.ListExperiences, request, _experiences, timeout=CALL_SECONDS, limit=limit
+        )
 
     def _run(self, response: Any) -> RunInfo:
         return self._connection.read(lambda answer: _info(answer.run), response)

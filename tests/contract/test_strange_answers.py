@@ -33,7 +33,7 @@ TYPED = (DomainError, CallFailed, ServiceUnavailable)
 SECONDS = 100.0  # nothing here takes a thousandth of it
 ORIGIN = Provenance("run", "experience", "frozenlake-3x3", "train/00000", 1, 0.0, 1.0, True)
 WEIGHTS = PublishedWeights(1, WeightsKind.FULL, "file:///weights", "0" * 64, "fingerprint")
-# A token that always leads to one more page has no end.
+# A list whose tokens are always new has no end.
 PLAUSIBLE: dict[str, tuple[Any, ...]] = {"next_page_token": ("",), "environment": ("frozenlake-3x3",), "seconds": (1,)}
 
 
@@ -108,6 +108,8 @@ async def policy_calls(client: PolicyClient) -> AsyncIterator[Callable[[], Await
     yield lambda: client.load_model("actor", "embedded")
     yield lambda: client.update_weights(WEIGHTS)
     yield lambda: client.rollback(1)
+    yield client.policies
+    yield client.versions
 
 
 async def run_calls(client: RunClient) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
@@ -121,6 +123,7 @@ async def run_calls(client: RunClient) -> AsyncIterator[Callable[[], Awaitable[A
     yield lambda: client.stop("run")
     yield lambda: client.evaluate("text", EvaluationSettings())
     yield lambda: client.experiences("run", limit=1)
+    yield client.runs
 
 
 async def learner_calls(client: LearnerClient) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
@@ -160,6 +163,28 @@ async def test_a_value_or_a_typed_error(strange: tuple[Strange, Endpoint], name:
     finally:
         await client.close()
     assert errors
+
+
+LISTINGS: dict[str, Callable[[Any], Awaitable[Any]]] = {
+    "env": lambda client: client.list_tasks("text", Split.TRAIN, 2),
+    "memory": lambda client: client.list(),
+    "policy": lambda client: client.policies(),
+    "policy versions": lambda client: client.versions(),
+    "run": lambda client: client.runs(),
+    "run experiences": lambda client: client.experiences("run"),
+}
+
+
+@pytest.mark.parametrize("name", LISTINGS)
+async def test_a_page_token_that_comes_again_ends_the_list(strange: tuple[Strange, Endpoint], name: str) -> None:
+    handler, endpoint = strange
+    answer = env_pb.ListTasksResponse(next_page_token="again")  # the token is field 2 of every listing
+    handler.given = answer.SerializeToString()
+    client = CLIENTS[name.partition(" ")[0]][0](endpoint)
+    async with asyncio.timeout(SECONDS):
+        with pytest.raises(CallFailed, match="the answer violates the contract: next_page_token 'again' comes again"):
+            await LISTINGS[name](client)
+    await client.close()
 
 
 async def test_a_batch_with_too_few_answers_fails_at_once(strange: tuple[Strange, Endpoint]) -> None:

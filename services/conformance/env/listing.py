@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from typing import Any
 
 from mulligan.conformance.env.game import SPLITS, Game
 from mulligan.conformance.report import Suite, Violation, demand
+from mulligan.conformance.target import all_pages
 from mulligan.env.v1 import env_service_pb2 as pb
 
 suite: Suite[Game] = Suite()
@@ -63,18 +65,13 @@ async def tools(game: Game) -> None:
 async def walk(game: Game, split: Any, size: int) -> tuple[list[pb.TaskInfo], bool]:
     """The tasks of a split, at most LISTED, and whether there are no more."""
     tasks: list[pb.TaskInfo] = []
-    token = ""
-    seen = set()
-    while True:
-        page = await game.page(split, size, token)
-        limit = size or 100
+    limit = size or 100
+    async for page in all_pages(partial(game.page, split, size)):
         demand(len(page.tasks) <= limit, f"a page of at most {limit} tasks", f"{len(page.tasks)} tasks")
         tasks += page.tasks
-        token = page.next_page_token
-        if not token or len(tasks) >= LISTED:
-            return tasks, not token
-        demand(token not in seen, "each page has a token of its own: the list comes to an end", f"{token!r} again")
-        seen.add(token)
+        if page.next_page_token and len(tasks) >= LISTED:
+            return tasks, False
+    return tasks, True
 
 
 def _split(split: Any) -> str:
@@ -121,13 +118,10 @@ async def sizes(game: Game) -> None:
         demand(default == expected[: len(default)], "the same order under page_size 0 and 1000", default[:5])
         for size in (1, 7):
             found: list[str] = []
-            token = ""
-            while len(found) < len(few):
-                page = await game.page(split, size, token)
+            async for page in all_pages(partial(game.page, split, size)):
                 demand(len(page.tasks) <= size, f"a page of at most {size} tasks", f"{len(page.tasks)} tasks")
                 found += [task.task_id for task in page.tasks]
-                token = page.next_page_token
-                if not token:
+                if len(found) >= len(few):
                     break
             same = found[: len(few)] == few
             demand(same, f"pages of {size} list the tasks that a page of 1000 does", f"{found[:5]}, not {few[:5]}")

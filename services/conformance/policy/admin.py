@@ -8,7 +8,7 @@ from uuid import uuid4
 
 from mulligan.conformance.policy.served import Served
 from mulligan.conformance.report import NotApplicable, Suite, demand
-from mulligan.conformance.target import Refusal
+from mulligan.conformance.target import Refusal, all_pages
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2 as policy_pb
 
@@ -29,14 +29,15 @@ async def available(served: Served) -> None:
 async def versions(served: Served) -> None:
     await available(served)
     found: list[int] = []
-    token = ""
-    while len(found) < 50:
-        request = pb.ListVersionsRequest(policy=served.policy.name, page_size=2, page_token=token)
-        page = await served.session.ask("ListVersions", request)
-        demand(len(page.versions) <= 2, "a page of at most 2 versions", f"{len(page.versions)}", request)
+    name = served.policy.name
+    async for page in all_pages(
+        lambda token: served.session.ask(
+            "ListVersions", pb.ListVersionsRequest(policy=name, page_size=2, page_token=token)
+        )
+    ):
+        demand(len(page.versions) <= 2, "a page of at most 2 versions", f"{len(page.versions)}")
         found += [version.policy_version for version in page.versions]
-        token = page.next_page_token
-        if not token:
+        if len(found) >= 50:
             break
     demand(found == sorted(set(found), reverse=True), "versions, newest first, each once", found)
 

@@ -8,7 +8,7 @@ from uuid import uuid4
 from mulligan.conformance import common
 from mulligan.conformance.policy.served import user
 from mulligan.conformance.report import NotApplicable, Suite, demand
-from mulligan.conformance.target import CheckSession, as_demanded
+from mulligan.conformance.target import CheckSession, all_pages, as_demanded
 from mulligan.policy.v1 import policy_service_pb2 as pb
 
 suite: Suite[CheckSession] = Suite()
@@ -33,13 +33,12 @@ async def listed(session: CheckSession) -> None:
 async def pages(session: CheckSession) -> None:
     expected = await names(session)
     found: list[str] = []
-    token = ""
-    while len(found) <= len(expected):
-        page = await session.ask("ListPolicies", pb.ListPoliciesRequest(page_size=1, page_token=token))
+    async for page in all_pages(
+        lambda token: session.ask("ListPolicies", pb.ListPoliciesRequest(page_size=1, page_token=token))
+    ):
         demand(len(page.policies) <= 1, "a page of at most one policy", f"{len(page.policies)} policies")
         found += [policy.name for policy in page.policies]
-        token = page.next_page_token
-        if not token:
+        if len(found) > len(expected):
             break
     demand(found == expected, f"{expected} in pages of one", found)
 

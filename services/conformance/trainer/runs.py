@@ -6,7 +6,7 @@ from typing import Any
 from uuid import uuid4
 
 from mulligan.conformance.report import NotApplicable, Suite, demand
-from mulligan.conformance.target import Refusal, as_demanded
+from mulligan.conformance.target import Refusal, all_pages, as_demanded
 from mulligan.conformance.trainer.held import Trainer
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as pb
@@ -72,13 +72,12 @@ async def pages(trainer: Trainer) -> None:
     demand(times == sorted(times, reverse=True), "created_at from the newest to the oldest", f"{times[:5]}", request)
     expected = [run.run_id for run in everything][:30]
     found: list[str] = []
-    token = ""
-    while len(found) < len(expected):
-        page = await trainer.session.ask("ListRuns", pb.ListRunsRequest(page_size=2, page_token=token))
+    async for page in all_pages(
+        lambda token: trainer.session.ask("ListRuns", pb.ListRunsRequest(page_size=2, page_token=token))
+    ):
         demand(len(page.runs) <= 2, "a page of at most 2 runs", f"{len(page.runs)} runs")
         found += [run.run_id for run in page.runs]
-        token = page.next_page_token
-        if not token:
+        if len(found) >= len(expected):
             break
     demand(found[: len(expected)] == expected, f"the same runs in pages of 2, {expected}", found)
     for run in everything:

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from mulligan.common.v1 import experience_pb2, outcome_pb2
 from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
-from mulligan.conformance.target import Refusal
+from mulligan.conformance.target import Refusal, all_pages
 from mulligan.conformance.trainer.held import Trainer
 from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as pb
@@ -165,16 +165,17 @@ async def experiences(trainer: Trainer) -> None:
 
 async def _experiences(trainer: Trainer, run_id: str, size: int, **step: int) -> list[experience_pb2.Experience]:
     found: list[experience_pb2.Experience] = []
-    token = ""
-    while True:
+
+    async def ask(token: str) -> pb.ListExperiencesResponse:
         request = pb.ListExperiencesRequest(run_id=run_id, page_size=size, page_token=token, **step)
-        page = await trainer.session.ask("ListExperiences", request)
-        demand(len(page.experiences) <= size, f"a page of at most {size}", f"{len(page.experiences)}", request)
-        demand(bool(page.experiences) or not page.next_page_token, "no page token after an empty page", page, request)
+        page: pb.ListExperiencesResponse = await trainer.session.ask("ListExperiences", request)
+        return page
+
+    async for page in all_pages(ask):
+        demand(len(page.experiences) <= size, f"a page of at most {size}", f"{len(page.experiences)}")
+        demand(bool(page.experiences) or not page.next_page_token, "no page token after an empty page", page)
         found += page.experiences
-        token = page.next_page_token
-        if not token:
-            return found
+    return found
 
 
 @suite.check(

@@ -12,6 +12,7 @@ from google.protobuf.empty_pb2 import Empty
 from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
 from mulligan.common.status import to_status
+from mulligan.env.v1 import env_service_pb2 as pb
 
 SOON = timedelta(milliseconds=1)
 
@@ -62,3 +63,27 @@ async def test_without_a_time_to_come_again_it_is_the_answer(reason: Reason) -> 
     with pytest.raises(DomainError) as caught:
         await call(method)
     assert caught.value.reason is reason and method.calls == 1
+
+
+async def pages(request: pb.ListTasksRequest, **_: Any) -> pb.ListTasksResponse:
+    """A list of seven tasks, in pages of at most three."""
+    begin = int(request.page_token or 0)
+    end = min(begin + min(request.page_size, 3), 7)
+    tasks = [pb.TaskInfo(task_id=str(number)) for number in range(begin, end)]
+    return pb.ListTasksResponse(tasks=tasks, next_page_token=str(end) if end < 7 else "")
+
+
+@pytest.mark.parametrize("limit", range(9))
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+async def test_a_listing_has_the_first_items_or_all(limit: int, size: int) -> None:
+    connection = Connection(Endpoint("127.0.0.1:1"))
+    found = await connection.list_items(
+        pages, pb.ListTasksRequest(page_size=size), lambda page: [*page.tasks], timeout=1, limit=limit
+    )
+    await connection.close()
+    assert [task.task_id for task in found] == [str(number) for number in range(min(limit or 7, 7))]
+
+
+def test_an_endpoint_is_shown_without_its_token() -> None:
+    shown = repr(Endpoint("host:1", "hunter2"))
+    assert "host:1" in shown and "hunter2" not in shown
