@@ -1,4 +1,5 @@
-"""The log of a service: one line on stderr per event. Logging never raises, and lines have a maximum length.
+"""The log of a service: one line on stderr per event. Logging never raises, and lines have a maximum length. What
+libraries log through Python's `logging`, from WARNING on, is a part of it.
 
 A value is cut at VALUE_LIMIT characters, a traceback at TRACEBACK_LIMIT, counted in their JSON form. A line may fail to
 be written: the disk is full, nobody reads the pipe, a value cannot be formatted. The metric `mulligan_log_lines_lost`
@@ -25,6 +26,7 @@ from mulligan.common.text import bounded
 VALUE_LIMIT = 1_000
 TRACEBACK_LIMIT = 8_000
 LINE_LIMIT = 32_768
+_LEVELS = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)
 _LINES_LOST = Counter("mulligan_log_lines_lost", "Log lines that could not be written.", registry=REGISTRY)
 
 
@@ -50,6 +52,19 @@ def configure_logging(settings: ServiceSettings) -> None:
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(service=settings.service)
+    logging.basicConfig(handlers=[_FromLibraries()], level=logging.WARNING, force=True)
+
+
+class _FromLibraries(logging.Handler):
+    """Writes what libraries log through Python's `logging`, such as gRPC and asyncio, as events of this log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            event = record.getMessage()
+        except Exception as error:  # noqa: BLE001 - the arguments are foreign
+            event = f"a line that cannot be formatted: {type(error).__name__}"
+        level = max((level for level in _LEVELS if level <= record.levelno), default=logging.DEBUG)
+        structlog.get_logger().log(level, event, logger=record.name, exc_info=record.exc_info or None)
 
 
 def log_at_any_level(event: str, **values: Any) -> None:

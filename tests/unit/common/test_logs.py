@@ -1,0 +1,40 @@
+"""What libraries log, in a fresh interpreter: pytest has handlers of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from mulligan.common.logs import LINE_LIMIT, VALUE_LIMIT
+from tests.support.paths import IMPORT_ROOTS
+
+LOGGING = """
+import logging
+from mulligan.common.logs import configure_logging
+from mulligan.memory.config import MemorySettings
+configure_logging(MemorySettings(log_format="json"))
+library = logging.getLogger("a.library")
+library.error("long " + 1_000_000 * "x")
+library.info("not shown")
+try:
+    raise ValueError("deep " + 1_000_000 * "y")
+except ValueError:
+    library.exception("two\\nlines")
+library.warning("%d", "no number")
+library.log(37, "a level of its own")
+"""
+
+
+def test_what_libraries_log_is_a_short_line_like_any_other() -> None:
+    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS}
+    done = subprocess.run([sys.executable, "-c", LOGGING], env=environment, capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    assert max(map(len, lines)) < LINE_LIMIT
+    long, deep, bad, odd = map(json.loads, lines)
+    assert all((line["logger"], line["service"]) == ("a.library", "memory") for line in (long, deep, bad, odd))
+    assert long["event"].startswith("long xxx") and len(long["event"]) <= VALUE_LIMIT and long["level"] == "error"
+    assert deep["event"] == "two\nlines" and "ValueError: deep yyy" in deep["exception"]
+    assert bad["event"] == "a line that cannot be formatted: TypeError" and bad["level"] == "warning"
+    assert (odd["event"], odd["level"]) == ("a level of its own", "warning")
