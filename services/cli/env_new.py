@@ -55,7 +55,7 @@ def new(
     problem = _problem(name)
     if problem:
         fail(f"{name!r}: {problem}", 2)
-    texts = {f"{name}.py": _TEMPLATE.read_text(), f"test_{name}.py": _TEST}
+    texts = {f"{name}.py": _TEMPLATE.read_text(encoding="utf-8"), f"test_{name}.py": _TEST}
     class_name = _class_name(name, texts[f"{name}.py"])
     if taken := [file for file in texts if (folder / file).exists()]:
         fail(f"{folder / taken[0]} is there already; nothing was written")
@@ -63,7 +63,7 @@ def new(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
-            with (folder / file).open("x") as opened:
+            with (folder / file).open("x", encoding="utf-8") as opened:
                 opened.write(
                     text.replace("My game:", f"{shown_title}:")
                     .replace("my-game", name.strip("_").replace("_", "-"))

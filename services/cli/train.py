@@ -61,7 +61,7 @@ def _plain_name(text: str) -> str:
 def read_settings(recipe: Path | None, overrides: list[str]) -> RunSettings:
     """The settings of a recipe and overrides. Ends the program with one line if they are wrong."""
     try:
-        plain: dict[str, Any] = tomllib.loads(recipe_file(recipe).read_text()) if recipe else {}
+        plain: dict[str, Any] = tomllib.loads(recipe_file(recipe).read_text(encoding="utf-8")) if recipe else {}
         for override in overrides:
             _override(plain, override)
         return validated(RunSettings, plain)

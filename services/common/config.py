@@ -101,7 +101,7 @@ class ServiceSettings(BaseSettings):
 
         try:
             in_file = _read_settings(cls.service, toml) if toml else {}
-        except (OSError, ValueError) as error:  # an unreadable or malformed TOML file
+        except (OSError, ValueError) as error:
             refuse(cls.service, str(error))
 
         class Loaded(cls):  # type: ignore[valid-type,misc]
@@ -127,7 +127,7 @@ class ServiceSettings(BaseSettings):
 def read_service_tables(file: Path) -> dict[str, dict[str, Any]]:
     """The tables of a TOML file that holds the settings of several services, by service; empty for a file of one
     service. Raises ValueError for a file that is neither, OSError for one that cannot be read."""
-    content = tomllib.loads(file.read_text())
+    content = _read_toml(file)
     if not content.keys() & set(SERVICES):
         return {}
     for name, table in content.items():
@@ -143,7 +143,15 @@ def read_service_tables(file: Path) -> dict[str, dict[str, Any]]:
 
 def _read_settings(service: str, file: Path) -> dict[str, Any]:
     tables = read_service_tables(file)
-    return tables.get(service, {}) if tables else tomllib.loads(file.read_text())
+    return tables.get(service, {}) if tables else _read_toml(file)
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as opened:  # TOML is UTF-8, whatever the locale says
+            return tomllib.load(opened)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def refuse(service: str, *problems: str) -> NoReturn:

@@ -125,14 +125,16 @@ def _is_module(name: str) -> bool:
 def with_tables(plugins: Plugins) -> Callable[[type[M]], type[M]]:
     """Decorates the settings class of a service. Adds the settings of the default plug-in as fields, and a table for
     each other plug-in that has settings. A plug-in that cannot be imported gets no table; it is refused when it is
-    named."""
+    named. One whose name means something else in the class gets none either."""
 
     def decorate(model: type[M]) -> type[M]:
         default: type[PluginSettings] = plugins.find(plugins.default).Settings
         added: dict[str, Any] = {name: (field.annotation, field) for name, field in default.model_fields.items()}
         for name in plugins.names:
-            settings = _settings_of(plugins, name) if name != plugins.default and name.isidentifier() else None
-            if settings is not None and settings.model_fields and name not in {*model.model_fields, *added}:
+            if name == plugins.default or name in added or not _may_be_field(model, name):
+                continue
+            settings = _settings_of(plugins, name)
+            if settings is not None and settings.model_fields:
                 added[name] = _table(settings)
         extended = create_model(model.__name__, __base__=model, __module__=model.__module__, **added)
         extended.__doc__ = model.__doc__
@@ -159,7 +161,7 @@ def chosen_settings(model: BaseModel, plugins: Plugins, name: str) -> Any:
     PydanticCustomError, a ValueError that names the setting."""
     settings = plugins.find(name).Settings
     if name == plugins.default:
-        return settings(**{field: getattr(model, field) for field in settings.model_fields})
+        return read_table(settings, {field: getattr(model, field) for field in settings.model_fields})
     table = getattr(model, place_of(type(model), plugins, name).removesuffix("."))
     return table if isinstance(table, settings) else read_table(settings, table or {})
 
@@ -209,10 +211,16 @@ def _is_table(field: FieldInfo | None) -> bool:
     return any(isinstance(kind, type) and issubclass(kind, PluginSettings) for kind in kinds)
 
 
+def _may_be_field(model: type[BaseModel], name: str) -> bool:
+    """Whether pydantic takes the name for a further field, which then replaces nothing in the class."""
+    usable = name.isidentifier() and not name.startswith("_")
+    return usable and name not in model.model_fields and not hasattr(model, name)
+
+
 def _settings_of(plugins: Plugins, name: str) -> type[PluginSettings] | None:
     try:
         settings: type[PluginSettings] = plugins.find(name).Settings
-    except UnusablePlugin:
+    except (UnusablePlugin, MissingExtra):
         return None
     return settings
 

@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue
 from mulligan.common.config import ServiceSettings
 from mulligan.common.extras import MissingExtra
 from mulligan.common.plugins import UnusablePlugin, chosen_settings, place_of, with_tables
-from mulligan.memory.store import Store, StoreError
+from mulligan.memory.store import Store, StoreError, StoreSettings
 from mulligan.memory.stores import STORES
 
 _KIND = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
@@ -42,17 +42,19 @@ class MemorySettings(ServiceSettings):
             raise StoreError(f"database: expected KIND:LOCATION, not {self.database!r}")
         try:
             plugin = STORES.find(kind)
-            place = place_of(type(self), STORES, kind)
-            if self.store_settings and place != f"{STORES.others}.":
-                raise StoreError(f"{STORES.others}: the settings of {kind} have a place of their own")
+            store: Store = await plugin.open(location, self._settings_of(kind))
         except UnusablePlugin as error:
             raise StoreError(f"database: {error}") from error
-        try:
-            settings = chosen_settings(self, STORES, kind)
-        except ValueError as error:
-            raise StoreError(f"{place}{error}") from error
-        try:
-            store: Store = await plugin.open(location, settings)
         except MissingExtra as error:
             raise StoreError(f"database: the store {kind} {error}") from error
         return store
+
+    def _settings_of(self, kind: str) -> StoreSettings:
+        place = place_of(type(self), STORES, kind)
+        if self.store_settings and place != f"{STORES.others}.":
+            raise StoreError(f"{STORES.others}: the settings of {kind} have a place of their own")
+        try:
+            settings: StoreSettings = chosen_settings(self, STORES, kind)
+        except ValueError as error:
+            raise StoreError(f"{place}{error}") from error
+        return settings

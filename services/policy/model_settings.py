@@ -9,6 +9,7 @@ from typing import Self, TypeVar
 from pydantic import BaseModel, Field, JsonValue, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from mulligan.common.extras import MissingExtra
 from mulligan.common.plugins import UnusablePlugin, chosen_settings, place_of, read_table
 from mulligan.policy.backend import BackendSettings
 from mulligan.policy.backends import BACKENDS
@@ -54,6 +55,9 @@ class ModelSettings(BaseModel):
             BACKENDS.find(backend)
         except UnusablePlugin as error:
             raise PydanticCustomError("plugin", "{problem}", {"problem": str(error)}) from error
+        except MissingExtra as error:
+            problem = f"the backend {backend} {error}"
+            raise PydanticCustomError("plugin", "{problem}", {"problem": problem}) from error
         return backend
 
     @field_validator("backend_settings")

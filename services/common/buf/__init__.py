@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 else:
     try:
         from buf.validate import validate_pb2
-    except ModuleNotFoundError:
+    except ImportError:
         from mulligan.common.buf.validate import validate_pb2
 
 __all__ = ["validate_pb2"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,8 +13,10 @@ from pydantic import SecretStr
 from mulligan.env.base import Split, UnknownTask
 from mulligan.env.config import EnvSettings
 from mulligan.memory.config import MemorySettings
+from mulligan.memory.store import StoreError
 from mulligan.policy.config import PolicySettings
 from mulligan.trainer.config import TrainerSettings
+from tests.support.paths import IMPORT_ROOTS
 
 
 @pytest.fixture
@@ -127,7 +131,7 @@ def test_a_bad_flag_is_named(flags: list[str], message: str, capsys: pytest.Capt
     [
         ("max_epsiodes = 3", "max_epsiodes: no such setting; did you mean 'max_episodes'?"),
         ("max_episodes = 'many'", "max_episodes: Input should be a valid integer"),
-        ("max_episodes = ", "Invalid value"),
+        ("max_episodes = ", "bad.toml: Invalid value"),
         ("[environments]\nlake = 3", "environments.lake: Input should be a valid dictionary"),
     ],
 )
@@ -137,6 +141,21 @@ def test_a_bad_line_of_toml_is_named(
     path = tmp_path / "bad.toml"
     path.write_text(text)
     refused([f"--config={path}"], message, capsys)
+
+
+def test_a_file_is_utf_8_whatever_the_locale_says(tmp_path: Path) -> None:
+    path = tmp_path / "env.toml"
+    path.write_text("[environments.'Übung']\nkind = 'frozenlake'", encoding="utf-8")
+    program = "import sys; from mulligan.env.config import EnvSettings; print(ascii(EnvSettings.load(sys.argv[1:])))"
+    ascii_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": IMPORT_ROOTS}
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--config", str(path)],
+        env={**os.environ, **ascii_locale},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert r"{'\xdcbung': {'kind': 'frozenlake'}}" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -185,6 +204,19 @@ def test_a_bad_setting_of_an_environment_is_named(table: dict[str, object], word
 def test_an_environment_may_live_anywhere() -> None:
     settings = EnvSettings(environments={"x": {"kind": "tests.support.environments", "hang_seconds": 1}})
     assert settings.create_environments()["x"].info.name == "x"
+
+
+async def test_a_plugin_whose_packages_are_missing_is_named_with_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lacking = "from mulligan.env import MissingExtra\nraise MissingExtra('parquet', ImportError('no pyarrow'))"
+    (tmp_path / "lacking.py").write_text(lacking)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(StoreError, match=r"^database: the store lacking needs the extra 'parquet'"):
+        await MemorySettings.load(["--database", "lacking:here"]).open_store()
+    with pytest.raises(SystemExit):
+        PolicySettings.load(["--backend", "lacking"])
+    assert "backend: the backend lacking needs the extra 'parquet'" in capsys.readouterr().err
 
 
 def test_an_unknown_flag_is_named(capsys: pytest.CaptureFixture[str]) -> None:

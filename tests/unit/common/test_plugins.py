@@ -139,6 +139,28 @@ def test_a_plugin_with_a_setting_that_has_no_default(acme: Path) -> None:
     assert chosen_settings(made(parrot={"greeting": "Ahoy!"}), BACKENDS, "parrot").greeting == "Ahoy!"
 
 
+@pytest.mark.parametrize(
+    ("name", "plugin"), [("lacking", "acme.lacking"), ("model_copy", "acme.parrot"), ("_hidden", "acme.parrot")]
+)
+def test_nothing_that_is_installed_breaks_a_service_that_does_not_name_it(acme: Path, name: str, plugin: str) -> None:
+    (acme / "acme" / "lacking.py").write_text(
+        "from mulligan.env import MissingExtra\nraise MissingExtra('vllm', ImportError('no engine'))"
+    )
+    (acme / "acme-1.0.dist-info" / "entry_points.txt").write_text(f"[mulligan.backends]\n{name} = {plugin}\n")
+    settings = service()(threads=2, backend_settings={"loudness": 2})
+    assert settings.model_copy().threads == 2
+    assert place_of(type(settings), BACKENDS, name) == "backend_settings."
+    if plugin == "acme.parrot":
+        assert chosen_settings(settings, BACKENDS, name).loudness == 2
+
+
+def test_a_bad_setting_of_the_default_plugin_is_named(acme: Path) -> None:
+    """Without its value, which may be a secret."""
+    with pytest.raises(ValueError, match=r"^threads: Input should be a valid integer") as caught:
+        chosen_settings(service()().model_copy(update={"threads": "hunter2"}), BACKENDS, "transformers")
+    assert "hunter2" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", BACKENDS.built_in)
 def test_what_a_backend_says_of_its_settings_are_settings(name: str) -> None:
     settings = BACKENDS.find(name).Settings
