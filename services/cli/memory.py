@@ -8,12 +8,13 @@ import typer
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, MemoryAddress, endpoint, run
 from mulligan.cli.ids import whole_id
+from mulligan.cli.out import note, table
 from mulligan.cli.out import show as show_line
-from mulligan.cli.out import table
 from mulligan.common.types import StoredReflection
 from mulligan.memory.client import MemoryClient
 
 memory = typer.Typer(help="Look into the reflection memory: `list`, `show`, `forget`.", no_args_is_help=True)
+_LIMIT = 50
 ReflectionId = Annotated[str, typer.Argument(help="As `mulligan memory list` shows it; a unique beginning is enough.")]
 
 
@@ -21,19 +22,25 @@ ReflectionId = Annotated[str, typer.Argument(help="As `mulligan memory list` sho
 def list_reflections(
     scope: Annotated[str, typer.Option(help="A run's id, by default; all scopes when left out.")] = "",
     deleted: Annotated[bool, typer.Option("--deleted", help="Show forgotten ones, too.")] = False,
+    limit: Annotated[int, typer.Option(help="How many.", min=1)] = _LIMIT,
+    everything: Annotated[bool, typer.Option("--all", help="List all, whatever the limit.")] = False,
     address: MemoryAddress = DEFAULT_ADDRESSES["memory"],
 ) -> None:
     """List reflections, oldest first.
 
-    Example: `mulligan memory list --scope demo-1`
+    Example: `mulligan memory list --scope demo-1 --limit 10`
     """
+    entries = run(_list(scope, deleted, address))
+    shown = entries if everything else entries[:limit]
     rows = []
-    for entry in run(_list(scope, deleted, address)):
+    for entry in shown:
         gain = f"{entry.provenance.reward_before:g} → {entry.provenance.reward_after:g}"
         text = entry.text[:80]
         forgotten = f" (forgotten in {entry.deleted_version})" if entry.deleted_version is not None else ""
         rows.append((entry.reflection_id, entry.scope, str(entry.version), gain, text + forgotten))
     table(("reflection", "scope", "version", "reward", "text"), rows, whole=("reflection", "scope"))
+    if len(shown) < len(entries):
+        note(f"{len(entries) - len(shown):,} more: --all lists them, --limit N the first N")
 
 
 @memory.command()

@@ -107,6 +107,15 @@ def test_data_are_neither_markup_nor_escape_sequences(loop: Loop, reflections: S
     assert "\x1b" not in refused and "[/x]" in refused
 
 
+def test_a_long_list_of_reflections_is_cut_and_says_so(loop: Loop, reflections: Sequence[str]) -> None:
+    listing = ("memory", "list", "--scope", "hostile")
+    cut = piped(loop, *listing, "--limit", "1")
+    assert len(cut.stdout.splitlines()) == 2 and f"{len(reflections) - 1} more: --all lists them" in cut.stderr
+    for arguments in ((), ("--all", "--limit", "1"), ("--limit", str(len(reflections)))):
+        whole = piped(loop, *listing, *arguments)
+        assert len(whole.stdout.splitlines()) == 1 + len(reflections) and "more" not in whole.stderr
+
+
 def test_whatever_is_printed_is_printable() -> None:
     every = "".join(map(chr, range(0x3000))) + "\ud800\U000e0001"
     assert all(one.isprintable() or one in "\n\t\u200c\u200d" for one in safe(every))
