@@ -18,6 +18,7 @@ from types import TracebackType
 import mulligan
 from mulligan.cli.connection import DEFAULT_ADDRESSES
 from mulligan.cli.out import Heartbeat
+from mulligan.common.addresses import Addresses
 from mulligan.common.channel import is_healthy
 from mulligan.common.tasks import cancel, gather_or_cancel
 
@@ -36,9 +37,13 @@ class _Process:
     address: str
     command: list[str]
     log: Path
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] | None = None  # the only one, or the supervisor of several
     started: list[float] = field(default_factory=list)
     _log_start: int = 0
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        return Addresses.parse(self.address).fixed
 
     def start(self) -> None:
         self.started.append(time.monotonic())
@@ -66,8 +71,9 @@ class LocalServices:
 
     `folder` gets runs, weights, checkpoints, the memory's database, the policy service's state and the logs. At
     `log_level` info, each service logs a line per request. `configs` are TOML files with settings, by service;
-    addresses and folders are those given here. `model` wins over the policy's, and without either it is the embedded
-    one. `LoadModel` takes folders below `models_folder`.
+    addresses and folders are those given here. The env service runs a process for each port of its address, such as
+    `127.0.0.1:50055-50057`. `model` wins over the policy's, and without either it is the embedded one. `LoadModel`
+    takes folders below `models_folder`.
     """
 
     def __init__(
@@ -85,7 +91,7 @@ class LocalServices:
         runs = self.folder
         address = self.addresses
         flags = {
-            "env": [],
+            "env": ["--processes", str(len(Addresses.parse(address["env"]).fixed))],
             "policy": [
                 *(("--model", model) if model else ()),
                 *("--weights-folder", str(runs / "weights"), "--state-folder", str(runs / "policy")),
@@ -106,7 +112,7 @@ class LocalServices:
         self._supervisor: asyncio.Task[None] | None = None
 
     def _process(self, name: str, flags: list[str]) -> _Process:
-        host, _, port = self.addresses[name].rpartition(":")
+        host, _, port = Addresses.parse(self.addresses[name]).fixed[0].rpartition(":")
         command = [sys.executable, "-m", f"mulligan.{name}", "--host", host, "--port", port, *flags]
         return _Process(name, self.addresses[name], command, self.folder / "logs" / f"{name}.log")
 
@@ -147,7 +153,7 @@ class LocalServices:
     async def _wait_until_healthy(self, process: _Process) -> None:
         deadline = time.monotonic() + START_SECONDS
         while True:
-            healthy = await is_healthy(process.address)
+            healthy = all([await is_healthy(server) for server in process.servers])
             if process.process is None or process.process.poll() is not None:  # whoever answers there is another
                 raise ServiceFailed(f"{process.name} ended at start:\n{process.log_end()}")
             if healthy:
@@ -157,9 +163,10 @@ class LocalServices:
             await asyncio.sleep(0.1)
 
     def _check_ports(self) -> None:
-        taken = {name: address for name, address in self.addresses.items() if not _is_free(address)}
+        servers = [(server, process.name) for process in self._processes.values() for server in process.servers]
+        taken = [(server, name) for server, name in servers if not _is_free(server)]
         if taken:
-            places = ", ".join(f"{address} ({name})" for name, address in taken.items())
+            places = ", ".join(f"{server} ({name})" for server, name in taken)
             raise ServiceFailed(f"another process listens at {places}: end it, or take other ports with --port-base")
 
     async def _supervise(self) -> None:

@@ -14,6 +14,7 @@ from mulligan.cli.connection import DEFAULT_ADDRESSES, PORT_BASE, addresses_from
 from mulligan.cli.local import LocalServices, ServiceFailed
 from mulligan.cli.out import fail, note
 from mulligan.common.config import SERVICES, read_service_tables
+from mulligan.env.config import EnvSettings
 
 
 def up(
@@ -51,7 +52,12 @@ def up(
         Path, typer.Option(help="`mulligan policy load` takes folders below this one.", exists=True, file_okay=False)
     ] = Path(),
     port_base: Annotated[
-        int, typer.Option(min=1, max=65532, help="The services listen on this port and the three after it.")
+        int,
+        typer.Option(
+            min=1,
+            max=65532,
+            help="The services listen on this port and the three after it, several env processes behind these.",
+        ),
     ] = PORT_BASE,
     log_level: Annotated[str, typer.Option(help="debug, info (a line per request), warning or error.")] = "info",
 ) -> None:
@@ -64,12 +70,13 @@ def up(
     Example: `mulligan up --env-config env.toml --model Qwen/Qwen3-4B-Instruct-2507`
     """
     try:
+        configs = _configs(config, env_config, policy_config)
         services = LocalServices(
             folder,
             model=model,
-            configs=_configs(config, env_config, policy_config),
+            configs=configs,
             models_folder=models_folder,
-            addresses=addresses_from(port_base),
+            addresses=_addresses(port_base, configs.get("env")),
             log_level=log_level,
         )
         asyncio.run(_up(services))
@@ -90,6 +97,16 @@ def _configs(config: Path | None, env_config: Path | None, policy_config: Path |
         if name in tables:
             raise ValueError(f"--{name}-config {file}: {config} has the table [{name}], too; give one of them")
     return dict.fromkeys(SERVICES, config) | single
+
+
+def _addresses(port_base: int, env_config: Path | None) -> dict[str, str]:
+    """Several env processes need consecutive ports, and take those behind the other services."""
+    addresses = addresses_from(port_base)
+    processes = EnvSettings.load(["--config", str(env_config)] if env_config else []).processes
+    if processes > 1:
+        first = port_base + len(addresses)
+        addresses["env"] = f"127.0.0.1:{first}-{first + processes - 1}"
+    return addresses
 
 
 def _next_steps(addresses: Mapping[str, str]) -> Iterator[str]:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from mulligan.cli.connection import addresses_from
-from mulligan.cli.local import LocalServices, ServiceFailed, _Process
+from mulligan.cli.local import LocalServices, ServiceFailed, _Process, free_ports
+from mulligan.cli.up import _addresses
+from mulligan.common.channel import Endpoint, is_healthy
+from mulligan.env import connect
 from mulligan.testing.processes import ServiceProcesses
 
 
@@ -37,6 +40,27 @@ async def test_a_process_that_ends_is_noticed_though_another_answers_at_its_addr
     with pytest.raises(ServiceFailed, match="memory ended at start:\na new failure") as caught:
         await LocalServices(tmp_path)._wait_until_healthy(process)
     assert "old" not in str(caught.value)
+
+
+async def test_several_env_processes_are_waited_for_at_ports_of_their_own(tmp_path: Path) -> None:
+    config = tmp_path / "env.toml"
+    config.write_text('processes = 2\n[environments.lake]\nkind = "frozenlake"\n')
+    (tmp_path / "logs").mkdir()
+    base = min(free_ports().values())
+    local = LocalServices(tmp_path, configs={"env": config}, addresses=_addresses(base, config))
+    process = local._processes["env"]
+    process.start()
+    assert process.process is not None
+    try:
+        await local._wait_until_healthy(process)
+        client = connect(Endpoint(process.address))
+        assert [info.name for info in await client.list_environments()] == ["lake"]
+        await client.close()
+        healthy = [await is_healthy(server) for server in process.servers]
+        assert healthy == [True, True] and base not in [int(one.rpartition(":")[2]) for one in process.servers]
+    finally:
+        process.process.terminate()
+        assert await asyncio.to_thread(process.process.wait) == 0
 
 
 def test_a_port_base_gives_four_ports_in_a_row() -> None:

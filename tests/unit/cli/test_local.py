@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from mulligan.cli import local
+from mulligan.cli.connection import addresses_from
 from mulligan.cli.local import LocalServices
 from mulligan.cli.out import Heartbeat
-from mulligan.cli.up import _configs
+from mulligan.cli.up import _addresses, _configs
 from mulligan.common.config import SERVICES
 from mulligan.env.config import EnvSettings
 from mulligan.memory.config import MemorySettings
@@ -74,6 +75,25 @@ def test_one_file_holds_the_settings_of_all(tmp_path: Path) -> None:
     assert PolicySettings.load(arguments["policy"]).model == "from/the-file"
     assert MemorySettings.load(arguments["memory"]).database == str(tmp_path / "memory.sqlite")
     assert TrainerSettings.load(arguments["trainer"]).keep_weights == 7
+
+
+def test_several_env_processes_take_the_ports_behind_the_other_services(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "mulligan.toml"
+    config.write_text("[env]\nprocesses = 3")
+    addresses = _addresses(7000, config)
+    assert addresses == addresses_from(7000) | {"env": "127.0.0.1:7004-7006"}
+    processes = LocalServices(tmp_path, configs={"env": config}, addresses=addresses)._processes
+    arguments = {name: process.command[3:] for name, process in processes.items()}
+    env = EnvSettings.load(arguments["env"])
+    assert (env.port, env.processes) == (7004, 3)
+    assert TrainerSettings.load(arguments["trainer"]).env_address == "127.0.0.1:7004-7006"
+    assert processes["env"].servers == ("127.0.0.1:7004", "127.0.0.1:7005", "127.0.0.1:7006")
+    monkeypatch.setenv("MULLIGAN_ENV_PROCESSES", "2")
+    assert _addresses(7000, None)["env"] == "127.0.0.1:7004-7005"
+    alone = LocalServices(tmp_path)._processes["env"].command[3:]
+    assert EnvSettings.load(alone).processes == 1, "one port was given"
 
 
 def test_a_file_of_one_service_goes_to_that_service_alone(tmp_path: Path) -> None:
