@@ -13,8 +13,9 @@ logged.
 - The server calls an environment's `close` once, after its episodes were closed.
 
 The module also has `create(name, settings) -> Environment`. The server calls it for each table `[environments.NAME]`
-that names the module. A ValueError stops the server and is shown to whoever started it; a MissingExtra lists the
-environment as unavailable.
+that names the module. `settings` is an instance of the module's dataclass `Settings`, read from that table; or the
+table, if the module has no `Settings`. A ValueError stops the server and is shown to whoever started it; a MissingExtra
+lists the environment as unavailable.
 """
 
 from __future__ import annotations

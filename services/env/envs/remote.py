@@ -2,7 +2,7 @@
 
     [environments.sokoban]
     kind = "remote"
-    address = "games.example.org:50051"     # or several servers, as in `trainer.env`
+    address = "games.example.org:50051"     # or several servers, as in the trainer's `env_address`
     environment = "sokoban"                 # its name there; without it, the same name
 
 Its episodes run on the other server, each under a new id. That server stores the answer of each step, and the client
