@@ -52,20 +52,13 @@ def up(
         Path, typer.Option(help="`mulligan policy load` takes folders below this one.", exists=True, file_okay=False)
     ] = Path(),
     port_base: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            max=65532,
-            help="The services listen on this port and the three after it, several env processes behind these.",
-        ),
+        int, typer.Option(min=1, max=65532, help="The services listen on this port and those behind it.")
     ] = PORT_BASE,
     log_level: Annotated[str, typer.Option(help="debug, info (a line per request), warning or error.")] = "info",
 ) -> None:
     """Start the four services on loopback and keep them running until Ctrl-C.
 
-    Unfinished runs go on by themselves.
-
-    Addresses and folders are those of this command, whatever a file says.
+    Unfinished runs go on by themselves. Addresses and folders are those of this command, whatever a file says.
 
     Example: `mulligan up --env-config env.toml --model Qwen/Qwen3-4B-Instruct-2507`
     """
