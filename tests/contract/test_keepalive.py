@@ -39,7 +39,7 @@ def servers(shared_services: ServiceProcesses) -> list[ServiceProcess]:
 
 @asynccontextmanager
 async def connected(address: str) -> AsyncIterator[EnvClient | EnvReplicas]:
-    client = connect(Endpoint(address, outage_seconds=20.0))
+    client = connect(Endpoint(address, outage_seconds=200.0))
     yield client
     await client.close()
 

@@ -30,7 +30,7 @@ AWKWARD = {"awkward": {"kind": environments}}
 
 async def play(address: str, name: str) -> None:
     """Calls of which each takes effect: a step that had failed could not be followed by the next."""
-    client = EnvClient(Endpoint(address, outage_seconds=20))
+    client = EnvClient(Endpoint(address, outage_seconds=200))
     try:
         for number in range(5):
             episode = await client.start("awkward", "good", f"{name}-{number}")
