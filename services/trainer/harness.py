@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mulligan.common.errors import CallFailed, DomainError, Reason
-from mulligan.common.experience import ForkPoint, Sample, SegmentKind, Turn
+from mulligan.common.experience import ForkPoint, Sample, Segment, SegmentKind, TokenSequence, Turn
 from mulligan.common.inference import (
     CallOptions,
     Completion,
@@ -273,6 +273,31 @@ class Harness:
             messages.append(Message(Role.ASSISTANT, turn.text))
         return prompts
 
+    async def joined(self, samples: Sequence[Sample], between: Sequence[str], trained: Sequence[bool]) -> TokenSequence:
+        """The tokens of several samples in a row, as one conversation: before each but the first stands the user's
+        message from `between`. Only samples that are `trained` carry loss.
+
+        Raises NotDistilled where a sample is not one token sequence with a prompt, or the policy cannot tell the tokens
+        of a message.
+        """
+        if self.policy_info.rewrites_history or not all(
+            len(one.sequences) == 1 and one.sequences[0].has_prompt for one in samples
+        ):
+            raise NotDistilled(REWRITTEN_HISTORY)
+        first, *rest = samples[0].sequences[0].segments
+        segments = [Segment(first.kind, first.token_ids), *_with_loss(rest, trained[0])]
+        for sample, text, is_trained in zip(samples[1:], between, trained[1:], strict=True):
+            tokens = tuple(token for segment in segments for token in segment.token_ids)
+            closed = tokens[-1] in self.policy_info.end_of_turn_token_ids
+            prompt = Continuation(tokens, closed, (Message(Role.USER, text),))
+            try:
+                joint = await self.policy.tokenize(prompt, CallOptions(session_id=samples[0].episode_id))
+            except (DomainError, CallFailed) as error:
+                raise NotDistilled(NO_PROMPT) from error
+            segments += [Segment(SegmentKind.ENVIRONMENT, joint)]
+            segments += _with_loss(sample.sequences[0].segments[1:], is_trained)
+        return TokenSequence(tuple(segments))
+
     async def _answer(
         self, conversation: Conversation, sampling: SamplingParams, options: CallOptions
     ) -> Completion | None:
@@ -316,6 +341,12 @@ def _tokens_before(source: Sample, count: int) -> list[int]:
             count -= 1
         tokens += segment.token_ids
     return []
+
+
+def _with_loss(segments: Sequence[Segment], is_trained: bool) -> list[Segment]:
+    """The segments without log-probabilities; only with `is_trained` do sampled tokens carry loss."""
+    kind = SegmentKind.SAMPLED if is_trained else SegmentKind.ENVIRONMENT
+    return [Segment(kind if one.loss else one.kind, one.token_ids) for one in segments]
 
 
 def _outcome_of(failure: DomainError | CallFailed, blame: Outcome) -> Outcome:

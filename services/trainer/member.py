@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-from mulligan.common.experience import Experience, Sample, Trained, TrainingTarget
+from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget
 from mulligan.common.inference import SamplingParams
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import Broadcast
@@ -198,8 +198,27 @@ class Member(Generic[S_co]):
             return None
         pairs = zip(episode.sequences, prompts, strict=True)
         sequences = tuple(sequence.with_prompt(prompt) for sequence, prompt in pairs)
+        return self._target(role, episode, sequences, system)
+
+    async def joined(
+        self, role: str, samples: Sequence[Sample], between: Sequence[str], *, trained: Sequence[bool]
+    ) -> TrainingTarget | None:
+        """The tokens of several samples as one conversation, for training: before each but the first stands the user's
+        message from `between`. Only the samples that are `trained` carry loss. An algorithm that calls it has
+        "tokenize" among its `NEEDS`.
+
+        None where the tokens cannot be known; the reason is counted.
+        """
+        try:
+            sequence = await self.harness.joined(samples, between, trained)
+        except NotDistilled as error:
+            self.untrained.append(error.problem)
+            return None
+        return self._target(role, samples[-1], (sequence,), samples[0].system)
+
+    def _target(self, role: str, source: Sample, sequences: tuple[TokenSequence, ...], system: str) -> TrainingTarget:
         name = f"{self.experience_id}-{self._numbered(role, [target.role for target in self.targets])}"
-        target = TrainingTarget(name, role, episode.sample_id, sequences, system)
+        target = TrainingTarget(name, role, source.sample_id, sequences, system)
         self.targets.append(target)
         return target
 

@@ -198,6 +198,8 @@ class FakePolicy:
         return (*gone, record(found.version, VersionState.SERVING))
 
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
+        if isinstance(prompt, Continuation):
+            return encode("".join(f"[{message.role}:{message.content}]" for message in prompt.messages) + "[assistant:")
         assert isinstance(prompt, tuple)
         return encode(render(prompt))
 

@@ -10,6 +10,7 @@ from mulligan.common.experience import ForkPoint, Sample, SegmentKind
 from mulligan.common.inference import SamplingParams
 from mulligan.common.types import Outcome
 from mulligan.trainer.harness import Harness, NotRepeatable, Plan
+from mulligan.trainer.trainable import NotDistilled
 from tests.support.fakes import LOG_PROB, FakeEnvironment, FakePolicy, timeout
 
 SAMPLING = SamplingParams()
@@ -120,3 +121,30 @@ async def test_an_episode_that_does_not_repeat_itself_cannot_be_forked() -> None
     plan: Any = Plan("t1", SAMPLING, 1, fork=(source, 1))
     with pytest.raises(NotRepeatable, match="showed 'board t0' to a and now 'board t1'"):
         await made.attempt(Sample.planned("b", "fork", "solve"), plan)
+
+
+@pytest.mark.parametrize("trained", [(False, True), (True, True)])
+async def test_samples_are_joined_to_one_conversation(trained: tuple[bool, bool]) -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=2)
+    answers = iter(["a", "b", "c", "go"])
+    policy = FakePolicy(lambda system, last, sampling: next(answers))
+    made = await harness(environment, policy)
+    first = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
+    second = await made.attempt(Sample.planned("b", "second", "be wise"), Plan("t0", SAMPLING, 1))
+    sequence = await made.joined([first, second], ["wrong. board t0"], trained)
+    assert bytes(sequence.token_ids).decode() == (
+        "[system:solve][user:board t0][assistant:a][user:after a][assistant:b]"
+        "[user:wrong. board t0][assistant:c][user:after c][assistant:go]"
+    )
+    carried = [token for token, loss in zip(sequence.token_ids, sequence.loss_mask, strict=True) if loss]
+    assert bytes(carried).decode() == ("a]b]" if trained[0] else "") + "c]go]"
+    assert sequence.log_probs == []
+
+
+async def test_what_cannot_be_joined_is_told() -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=2)
+    policy = FakePolicy(lambda system, last, sampling: "a", rewrites_history=True)
+    made = await harness(environment, policy)
+    first = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
+    with pytest.raises(NotDistilled, match="rewritten_history"):
+        await made.joined([first, first], ["again"], (False, True))
