@@ -58,9 +58,10 @@ def distillation(
 def minibatches(data: Sequence[Datum], count: int, seed: int) -> list[list[Datum]]:
     """Deals each branch out over at most `count` optimizer steps, in an order drawn from `seed`.
 
-    All data of a branch must have the same weight. Every step gets the same weight of every branch, so each step's loss
-    estimates the loss of the whole batch. Where a branch does not divide evenly, a datum is in several neighbouring
-    steps, with a part of its weight in each.
+    Every step gets equally many data of a branch, so each step's loss estimates the loss of the whole batch; the mean
+    of the steps' losses is exactly that. Weights within a branch may differ; if they are equal, every step has exactly
+    the branch's weight. Where a branch does not divide evenly, a datum is in several neighbouring steps, with a part of
+    its weight in each.
     """
     count = max(1, min(count, len(data)))
     if count == 1:

@@ -35,7 +35,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Experience, Sample
 from mulligan.common.rewards import exceeds
-from mulligan.trainer.advantages import group_advantages
+from mulligan.trainer.advantages.grpo import group_advantages
 from mulligan.trainer.batch import Group, distillation, policy_gradient
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member

@@ -19,10 +19,13 @@ from mulligan.env.envs import ENVIRONMENTS
 from mulligan.memory.stores import STORES
 from mulligan.policy.backends import BACKENDS
 from mulligan.policy.config import PolicyModelSettings
+from mulligan.trainer.advantages import ADVANTAGES
 from tests.support.distribution import install
 from tests.support.paths import IMPORT_ROOTS
 
-ALL = [(plugins, name) for plugins in (BACKENDS, ENVIRONMENTS, STORES, ENCODERS) for name in plugins.built_in]
+ALL = [
+    (plugins, name) for plugins in (BACKENDS, ENVIRONMENTS, STORES, ENCODERS, ADVANTAGES) for name in plugins.built_in
+]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Advantages, weights of the branches, and how a step's data are dealt out over its optimizer steps."""
+"""Weights of the branches, and how a step's data are dealt out over its optimizer steps."""
 
 from __future__ import annotations
 
@@ -8,28 +8,14 @@ from dataclasses import replace
 from math import fsum
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mulligan.common.experience import Experience, Sample, Segment, SegmentKind, TokenSequence, TrainingTarget
 from mulligan.common.types import Outcome
-from mulligan.trainer.advantages import EPSILON, group_advantages
 from mulligan.trainer.algorithms.erl import BranchNormalization, Settings, train
 from mulligan.trainer.batch import groups_of, minibatches
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
-
-
-@given(st.lists(st.floats(-10, 10), min_size=2, max_size=16).filter(lambda rewards: len(set(rewards)) > 1))
-def test_group_advantages_are_those_of_torchs_standard_deviation(rewards: list[float]) -> None:
-    """TRL and verl: `rewards.std()`, which divides by n − 1."""
-    expected = torch.tensor(rewards, dtype=torch.float64)
-    expected = (expected - expected.mean()) / (expected.std() + EPSILON)
-    assert group_advantages(rewards) == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-9)
-
-
-def test_groups_that_say_nothing_have_no_advantage() -> None:
-    assert group_advantages([]) == [] and group_advantages([1.0]) == [0.0] and group_advantages([0.5] * 3) == [0.0] * 3
 
 
 def datum(branch: str, number: int, weight: float) -> Datum:
@@ -62,6 +48,36 @@ def test_every_optimizer_step_sees_every_branch_at_the_weight_of_the_whole_batch
         for item in minibatch:
             totals[item.datum_id] += item.weight
     assert totals == pytest.approx({item.datum_id: item.weight * len(dealt) for item in data})
+
+
+@given(st.lists(st.tuples(st.sampled_from(["first", "second"]), st.floats(0.01, 10)), max_size=40), st.integers(1, 12))
+def test_data_of_different_weights_are_dealt_out_in_equal_numbers(drawn: list[tuple[str, float]], count: int) -> None:
+    """A step has as many data of a branch as any other, and the steps' mean is the whole batch."""
+    data = [datum(branch, number, weight) for number, (branch, weight) in enumerate(drawn)]
+    whole = {item.datum_id: item.weight for item in data}
+    dealt = minibatches(data, count, 0)
+    for minibatch in dealt:
+        shares: dict[str, float] = defaultdict(float)
+        for item in minibatch:
+            shares[item.branch] += item.weight / whole[item.datum_id]
+        assert shares == pytest.approx(Counter(item.branch for item in data))
+    totals: dict[str, float] = defaultdict(float)
+    for minibatch in dealt:
+        for item in minibatch:
+            totals[item.datum_id] += item.weight / len(dealt)
+    assert totals == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("step", range(3))
+def test_a_step_of_different_weights_is_the_whole_batch_on_average(step: int) -> None:
+    """Over the seeds each datum has its own weight in each step, however large it is."""
+    weights = [9.0, 1.0, 0.1, 4.0, 4.0]
+    data = [datum("first", number, weight) for number, weight in enumerate(weights)]
+    sums: dict[str, float] = defaultdict(float)
+    for seed in range(2000):
+        for item in minibatches(data, 3, seed)[step]:
+            sums[item.datum_id] += item.weight / 2000
+    assert sums == pytest.approx({item.datum_id: item.weight for item in data}, rel=0.1)
 
 
 def test_where_a_branch_stands_depends_on_the_seed_and_not_on_sizes() -> None:
