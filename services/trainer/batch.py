@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget
+from mulligan.common.plugins import read_table
+from mulligan.common.types import Outcome
+from mulligan.trainer.advantages import ADVANTAGES, Advantage, Return
+from mulligan.trainer.aggregation import aggregate
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.trainer.settings import AlgorithmSettings
 
 Group = list[Experience]
 
@@ -21,8 +26,46 @@ def groups_of(experiences: Iterable[Experience]) -> list[Group]:
     return list(by_task.values())
 
 
-def policy_gradient(sample: Sample, advantage: float, weight: float, branch: str) -> list[Datum]:
-    """The data of a sample, one per token sequence, with one advantage for all its tokens."""
+def returns(sample: Sample, before: float | None = None) -> Return:
+    """What an advantage estimator is told of a sample with a reward. `before` is that of the attempt that it improves
+    on."""
+    assert sample.reward is not None
+    counts = [len(segment.token_ids) for sequence in sample.sequences for segment in sequence.segments if segment.loss]
+    rewards = [turn.reward for turn in sample.turns]
+    if not sample.is_episode or len(counts) != len(rewards):  # a text, or an episode without its tokens
+        counts, rewards = [sum(counts)], [sample.reward]
+    return Return(sample.reward, tuple(rewards), tuple(counts), sample.outcome is Outcome.TRUNCATED, before)
+
+
+def gradients(
+    groups: Sequence[Sequence[Sample]],
+    settings: AlgorithmSettings,
+    weight: float,
+    branch: str,
+    before: Mapping[str, float] | None = None,
+) -> list[Datum]:
+    """The policy gradients of a branch: each sample's advantage in its group as `settings.advantage` estimates it,
+    token losses summed as `settings.aggregation` says. `weight` is that of a sample.
+
+    All samples have a reward. Those of another policy and those without tokens give no data, but count in their groups.
+    `before` has the reward of the attempt that a sample improves on, by the sample's id.
+    """
+    before = before or {}
+    estimator = ADVANTAGES.find(settings.advantage)
+    told = [[returns(sample, before.get(sample.sample_id)) for sample in group] for group in groups]
+    estimated = estimator.estimate(told, read_table(estimator.Settings, settings.estimator_settings))
+    data: list[Datum] = []
+    for group, advantages in zip(groups, estimated, strict=True):
+        for sample, advantage in zip(group, advantages, strict=True):
+            if not sample.policy:
+                data += policy_gradient(sample, advantage, weight, branch)
+    return aggregate(data, settings.aggregation, settings.aggregation_constant)
+
+
+def policy_gradient(sample: Sample, advantage: Advantage, weight: float, branch: str) -> list[Datum]:
+    """The data of a sample, one per token sequence. The advantage is one for all its sampled tokens, or one each."""
+    if isinstance(advantage, tuple):
+        raise NotImplementedError("token-level advantages")
     return [
         Datum(
             datum_id=datum_id,

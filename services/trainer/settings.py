@@ -8,10 +8,13 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic_core import PydanticCustomError
 
-from mulligan.common.plugins import Plugins, PluginSettings, located, read_named
+from mulligan.common.plugins import Plugins, PluginSettings, UnusablePlugin, located, read_named, read_table
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import RetrievalStrategy
+from mulligan.trainer.advantages import ADVANTAGES
+from mulligan.trainer.aggregation import Aggregation
 
 _POLICY_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 
@@ -72,10 +75,30 @@ class AlgorithmSettings(PluginSettings):
     success_threshold: float = 1.0
     optimizer_steps: int = Field(1, ge=1, le=1000)
     normalize_by_std: bool = True
+    advantage: str = ADVANTAGES.default
+    advantage_settings: dict[str, Any] = Field(default_factory=dict)
+    aggregation: Aggregation = Aggregation.SEQUENCE_MEAN_TOKEN_SUM
+    aggregation_constant: float = Field(1.0, gt=0)
     memory_strategy: RetrievalStrategy = RetrievalStrategy.LATEST_SUCCESS
     memory_entries: int = Field(0, ge=0, le=100)
     memory_scope: str | None = None
     train_cut_reflections: bool = False
+
+    @model_validator(mode="after")
+    def _advantage_is_usable(self) -> Self:
+        try:
+            read_table(ADVANTAGES.find(self.advantage).Settings, self.estimator_settings)
+        except UnusablePlugin as error:
+            raise located({("advantage",): str(error)}) from None
+        except PydanticCustomError as error:
+            raise located({("advantage_settings",): error.message()}) from None
+        return self
+
+    @property
+    def estimator_settings(self) -> dict[str, Any]:
+        """Those of the advantage estimator. `normalize_by_std` is GRPO's."""
+        own = {"normalize_by_std": self.normalize_by_std} if self.advantage == ADVANTAGES.default else {}
+        return own | self.advantage_settings
 
 
 ALGORITHMS = Plugins(

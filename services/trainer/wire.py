@@ -65,7 +65,9 @@ def fill_proto(message: Message, plain: Mapping[str, Any]) -> None:
             getattr(message, "settings")[name] = value  # noqa: B009 - no type has it
             continue
         field = known[name]
-        if isinstance(value, Mapping):
+        if field.message_type is not None and field.message_type.full_name == _STRUCT:
+            getattr(message, name).update(value)
+        elif isinstance(value, Mapping):
             getattr(message, name).SetInParent()
             fill_proto(getattr(message, name), value)
         elif isinstance(value, list | tuple):

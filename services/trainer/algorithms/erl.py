@@ -33,10 +33,9 @@ from math import fsum
 
 from pydantic import Field
 
-from mulligan.common.experience import Experience, Sample
+from mulligan.common.experience import Experience
 from mulligan.common.rewards import exceeds
-from mulligan.trainer.advantages.grpo import group_advantages
-from mulligan.trainer.batch import Group, distillation, policy_gradient
+from mulligan.trainer.batch import Group, distillation, gradients
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.settings import AlgorithmSettings
@@ -98,18 +97,15 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     and no log-probabilities. Samples with zero advantage are included. Every datum has its sampling temperature.
     """
     groups = [[one for one in group if _reward(one, FIRST) is not None] for group in groups]
-    retried = [[one for one in group if _reward(one, SECOND) is not None] for group in groups]
     data: list[Datum] = []
-    for role, by, members, weight in (
-        (FIRST, FIRST, groups, settings.first_weight),
-        (REFLECTION, SECOND, retried, settings.reflection_weight),
-        (SECOND, SECOND, retried, settings.second_weight),
+    for role, weight in (
+        (FIRST, settings.first_weight),
+        (REFLECTION, settings.reflection_weight),
+        (SECOND, settings.second_weight),
     ):
-        samples = [pair for group in members for pair in _with_advantages(group, role, by, settings)]
-        count = sum(bool(sample.sequences) for sample, _ in samples)
-        divisor = _divisor(role, count, groups, settings)
-        for sample, advantage in samples:
-            data += policy_gradient(sample, advantage, weight / divisor, role)
+        samples = [[one[role] for one in group if _reward(one, role) is not None] for group in groups]
+        count = sum(bool(sample.sequences) for group in samples for sample in group)
+        data += gradients(samples, settings, weight / _divisor(role, count, groups, settings), role, _before(groups))
     if settings.distillation_weight > 0:
         targets = [(one, group) for group in groups for one in group if one.target(DISTILLED)]
         divisor = _divisor(DISTILLED, len(targets), groups, settings)
@@ -137,16 +133,10 @@ def distillation_weight(reward: float, group: Sequence[Experience], settings: Se
     return max(weight, 0.0)
 
 
-def _with_advantages(group: Group, role: str, by: str, settings: Settings) -> list[tuple[Sample, float]]:
-    """The group's samples of `role`, with the advantages of the rewards of the samples of `by`."""
-    rewards = [reward for one in group if (reward := _reward(one, by)) is not None]
-    advantages = group_advantages(rewards, settings.normalize_by_std)
-    samples = [one.sample(role) for one in group]
-    return [
-        (sample, advantage)
-        for sample, advantage in zip(samples, advantages, strict=True)
-        if sample is not None and not sample.policy
-    ]
+def _before(groups: Sequence[Group]) -> dict[str, float]:
+    """The reward of the first attempt, by the ids of what followed it."""
+    rewards = {sample.sample_id: _reward(one, FIRST) for group in groups for one in group for sample in one.samples[1:]}
+    return {sample_id: reward for sample_id, reward in rewards.items() if reward is not None}
 
 
 def _divisor(branch: str, samples: int, groups: Sequence[Group], settings: Settings) -> float:

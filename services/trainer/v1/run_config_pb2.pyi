@@ -101,6 +101,36 @@ those of a failing environment or policy, and those that are too long to be trai
 """
 Global___BranchNormalization: _TypeAlias = BranchNormalization  # noqa: Y015
 
+class _Aggregation:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AggregationEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Aggregation.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    AGGREGATION_UNSPECIFIED: _Aggregation.ValueType  # 0
+    AGGREGATION_SEQUENCE_MEAN_TOKEN_SUM: _Aggregation.ValueType  # 1
+    """1 / N."""
+    AGGREGATION_SEQUENCE_MEAN_TOKEN_MEAN: _Aggregation.ValueType  # 2
+    """1 / (N · T): GRPO (arXiv 2402.03300)."""
+    AGGREGATION_TOKEN_MEAN: _Aggregation.ValueType  # 3
+    """1 / (sum of all T): DAPO (arXiv 2503.14476)."""
+    AGGREGATION_CONSTANT: _Aggregation.ValueType  # 4
+    """1 / (N · aggregation_constant): Dr. GRPO (arXiv 2503.20783)."""
+
+class Aggregation(_Aggregation, metaclass=_AggregationEnumTypeWrapper):
+    """What a token loss of a sequence is multiplied by, in a branch of N sequences. The sequence has T trained tokens."""
+
+AGGREGATION_UNSPECIFIED: Aggregation.ValueType  # 0
+AGGREGATION_SEQUENCE_MEAN_TOKEN_SUM: Aggregation.ValueType  # 1
+"""1 / N."""
+AGGREGATION_SEQUENCE_MEAN_TOKEN_MEAN: Aggregation.ValueType  # 2
+"""1 / (N · T): GRPO (arXiv 2402.03300)."""
+AGGREGATION_TOKEN_MEAN: Aggregation.ValueType  # 3
+"""1 / (sum of all T): DAPO (arXiv 2503.14476)."""
+AGGREGATION_CONSTANT: Aggregation.ValueType  # 4
+"""1 / (N · aggregation_constant): Dr. GRPO (arXiv 2503.20783)."""
+Global___Aggregation: _TypeAlias = Aggregation  # noqa: Y015
+
 @_typing.final
 class RunConfig(_message.Message):
     """Every setting of a training run. An absent field has the default that its comment names: the paper's (arXiv
@@ -260,6 +290,10 @@ class AlgorithmConfig(_message.Message):
     TRAIN_CUT_REFLECTIONS_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
+    ADVANTAGE_FIELD_NUMBER: _builtins.int
+    ADVANTAGE_SETTINGS_FIELD_NUMBER: _builtins.int
+    AGGREGATION_FIELD_NUMBER: _builtins.int
+    AGGREGATION_CONSTANT_FIELD_NUMBER: _builtins.int
     second_attempt: Global___SecondAttempt.ValueType
     """Without a name it chooses the algorithm: NONE is "rlvr", REFLECTION "erl", RAW_RETRY "raw_retry", TRY_AGAIN
     "try_again". Beside a name it must say the same, or nothing.
@@ -285,23 +319,37 @@ class AlgorithmConfig(_message.Message):
     second_weight: _builtins.float
     """Of the second attempts'. Default 1; 0 leaves the branch out of training."""
     normalize_by_std: _builtins.bool
-    """Divide advantages by the group's standard deviation (GRPO, arXiv 2402.03300). Default true."""
+    """Divide advantages by the group's standard deviation (GRPO, arXiv 2402.03300); only with the advantage "grpo".
+    Default true.
+    """
     optimizer_steps: _builtins.int
     """Optimizer steps into which a training step's data is split: 1 to 1,000. Default 1."""
     branch_normalization: Global___BranchNormalization.ValueType
     """Default OWN_COUNT, as in the reference."""
     train_cut_reflections: _builtins.bool
-    """Train on reflections that were cut at reflection_max_tokens, too. Default false: nothing tells whether the rest of
+    """Train on reflections that were cut at reflection_max_tokens, too. Default false. Nothing tells whether the rest of
     such a reflection would have been right, and rewarding it rewards length (overlong filtering: DAPO, arXiv
     2503.14476, 3.4). The second attempt is given the part that was written. The memory never takes it.
     """
     name: _builtins.str
     """A module of the trainer, an installed algorithm, or any module that the trainer can import. Default "erl"."""
+    advantage: _builtins.str
+    """What turns the rewards of a group into advantages: a module of the trainer, an installed estimator, or any module that
+    the trainer can import. Default "grpo".
+    """
+    aggregation: Global___Aggregation.ValueType
+    """How the token losses of a branch are summed. Default SEQUENCE_MEAN_TOKEN_SUM."""
+    aggregation_constant: _builtins.float
+    """Of CONSTANT alone: the number of tokens that the losses are divided by. Greater than 0. Default 1."""
     @_builtins.property
     def settings(self) -> _struct_pb2.Struct:
         """The algorithm's settings that have no field here, by their names. A field that the algorithm has not is
         INVALID_SETTING.
         """
+
+    @_builtins.property
+    def advantage_settings(self) -> _struct_pb2.Struct:
+        """The estimator's own settings. Its defaults when empty."""
 
     def __init__(
         self,
@@ -323,11 +371,17 @@ class AlgorithmConfig(_message.Message):
         train_cut_reflections: _builtins.bool | None = ...,
         name: _builtins.str = ...,
         settings: _struct_pb2.Struct | None = ...,
+        advantage: _builtins.str = ...,
+        advantage_settings: _struct_pb2.Struct | None = ...,
+        aggregation: Global___Aggregation.ValueType = ...,
+        aggregation_constant: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant", "_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "advantage_settings", b"advantage_settings", "aggregation_constant", b"aggregation_constant", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "name", b"name", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant", "_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "advantage", b"advantage", "advantage_settings", b"advantage_settings", "aggregation", b"aggregation", "aggregation_constant", b"aggregation_constant", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "name", b"name", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__aggregation_constant: _TypeAlias = _typing.Literal["aggregation_constant"]  # noqa: Y015
+    _WhichOneofArgType__aggregation_constant: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant"]  # noqa: Y015
     _WhichOneofReturnType__distillation_baseline: _TypeAlias = _typing.Literal["distillation_baseline"]  # noqa: Y015
     _WhichOneofArgType__distillation_baseline: _TypeAlias = _typing.Literal["_distillation_baseline", b"_distillation_baseline"]  # noqa: Y015
     _WhichOneofReturnType__distillation_weight: _TypeAlias = _typing.Literal["distillation_weight"]  # noqa: Y015
@@ -350,6 +404,8 @@ class AlgorithmConfig(_message.Message):
     _WhichOneofArgType__success_threshold: _TypeAlias = _typing.Literal["_success_threshold", b"_success_threshold"]  # noqa: Y015
     _WhichOneofReturnType__train_cut_reflections: _TypeAlias = _typing.Literal["train_cut_reflections"]  # noqa: Y015
     _WhichOneofArgType__train_cut_reflections: _TypeAlias = _typing.Literal["_train_cut_reflections", b"_train_cut_reflections"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__aggregation_constant) -> _WhichOneofReturnType__aggregation_constant | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__distillation_baseline) -> _WhichOneofReturnType__distillation_baseline | None: ...
     @_typing.overload

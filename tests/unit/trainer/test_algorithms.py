@@ -14,6 +14,7 @@ import pytest
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import Outcome
 from mulligan.trainer.batch import policy_gradient
+from mulligan.trainer.data import PolicyGradient
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
 from mulligan.trainer.manager import RunManager
@@ -177,6 +178,13 @@ async def test_data_that_no_learner_takes_are_the_algorithms_fault(
         ({"name": "json"}, "algorithm.name", "'json' is no algorithm: it has no `Settings`"),
         ({"name": "rlvr", "distillation_weight": 1.0}, "algorithm.distillation_weight", "no such setting"),
         ({"name": "erl", "memory_entires": 1}, "algorithm.memory_entires", "did you mean 'memory_entries'?"),
+        ({"advantage": "gpro"}, "algorithm.advantage", "did you mean 'grpo'?"),
+        (
+            {"advantage": "rloo", "advantage_settings": {"bas": 1}},
+            "algorithm.advantage_settings",
+            "bas: no such setting",
+        ),
+        ({"aggregation": "mean"}, "algorithm.aggregation", "sequence_mean_token_sum"),
         ({"memory_entries": 101}, "algorithm.memory_entries", "less than or equal to 100"),
         ({"second_attempt": "refection"}, "algorithm.second_attempt", "did you mean 'reflection'?"),
         ({"name": "rlvr", "second_attempt": "reflection"}, "algorithm.second_attempt", "are two algorithms"),
@@ -199,3 +207,18 @@ def test_settings_from_before_algorithms_had_names(second_attempt: str, name: st
     settings = validated(RunSettings, {"environment": "fake", "algorithm": old})
     assert settings.algorithm.name == name and settings.algorithm.first_weight == 0.25  # type: ignore[attr-defined]
     assert settings_from_proto(settings_to_proto(settings)) == settings
+
+
+async def test_an_estimator_and_an_aggregation_of_choice(tmp_path: Path) -> None:
+    """RLOO over 1, 0 and 0: r minus the mean of the others; each sequence divided by its tokens."""
+    settings = config("rlvr", advantage="rloo", aggregation="sequence_mean_token_mean")
+    assert settings_from_proto(settings_to_proto(settings)) == settings
+    made = await runner(settings, StepJournal(tmp_path, 0))
+    sampled = await made.sample(0, ["t0"], 0)
+    rewards = [one["first"].reward or 0.0 for one in sampled]
+    data, _ = made.training_data(sampled)
+    for datum, reward in zip(data, rewards, strict=True):
+        others = (sum(rewards) - reward) / 2
+        assert isinstance(datum.objective, PolicyGradient)
+        assert datum.objective.advantage == pytest.approx(reward - others)
+        assert datum.weight == pytest.approx(1 / 3 / sum(datum.loss_mask))
