@@ -30,11 +30,14 @@ class BackendSettings(PluginSettings):
     programs, files or variables of the server's machine. `credentials`: for each field that holds an address, the
     fields of the secrets that are sent there; LoadModel drops a secret when it changes the address. `exclusive`: fields
     that list servers whose weights the policy sets; two policies cannot list the same server.
+
+    `in_0_1_0`: that release had a table of these settings, and made a digest of it that may still be kept.
     """
 
     local_only: ClassVar[frozenset[str]] = frozenset()
     credentials: ClassVar[Mapping[str, frozenset[str]]] = {}
     exclusive: ClassVar[frozenset[str]] = frozenset()
+    in_0_1_0: ClassVar[bool] = False
     reads_files: ClassVar[bool] = True  # False: `model` and `adapters` are names at an endpoint, never files
 
     @property

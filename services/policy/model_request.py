@@ -21,6 +21,12 @@ from mulligan.policy.backends import BACKENDS
 from mulligan.policy.config import PolicyModelSettings
 from mulligan.policy.model_settings import ModelSettings
 
+# The settings of which the digest was made in 0.1.0, besides the tables of other backends.
+_FIRST_SETTINGS = {
+    *("backend", "model", "frozen", "adapters", "context_length", "max_queue", "device", "dtype", "threads"),
+    *("deterministic", "max_batch", "slots", "cache_gib", "tokens_per_pass", "batch_wait_ms"),
+}
+
 
 class ModelRequest(BaseModel):
     """A LoadModel request, as it is kept. `own` is the digest of the policy's own settings at that time."""
@@ -41,6 +47,13 @@ class ModelRequest(BaseModel):
             return None
         except ValidationError as error:
             raise OSError(f"{path} is damaged: {error.errors()[0]['msg']}") from error
+
+    def over(self, own: ModelSettings | None) -> ModelRequest | None:
+        """The request with the digest of today. None if the policy's own settings changed since it came."""
+        digest = settings_digest(own)
+        if self.own not in (digest, _first_digest(own)):
+            return None
+        return self.model_copy(update={"own": digest})
 
     def write(self, path: Path) -> None:
         """Atomically. Options may hold a credential, so nobody else may read it. Raises DomainError DISK_FULL."""
@@ -76,8 +89,22 @@ def settings_digest(own: ModelSettings | None) -> str:
     if own is None:
         return ""
     # Without what is as it is by default: a backend that is installed later adds a table.
-    content = json.dumps(model_settings(own).model_dump(mode="json", exclude_defaults=True), sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    content = model_settings(own).model_dump(mode="json", exclude_defaults=True)
+    if BACKENDS.others in content:  # as the backend reads them: it alone knows which are credentials
+        content[BACKENDS.others] = own.own.model_dump(mode="json", exclude_defaults=True)
+    return _digest(content)
+
+
+def _first_digest(own: ModelSettings | None) -> str:
+    """As `settings_digest` of 0.1.0, which left nothing out: what was loaded then is still there after an upgrade."""
+    if own is None:
+        return ""
+    tables = {name for name in with_place(PolicyModelSettings, BACKENDS) if BACKENDS.find(name).Settings.in_0_1_0}
+    return _digest(model_settings(own).model_dump(mode="json", include=_FIRST_SETTINGS | tables))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def model_settings(settings: ModelSettings) -> PolicyModelSettings:

@@ -26,7 +26,10 @@ class ModelSettings(BaseModel):
         description=f"What runs the model: {', '.join(BACKENDS.built_in)}, one that is installed, or a module.",
     )
     backend_settings: dict[str, JsonValue] = Field(
-        {}, validate_default=True, description="Of a backend that has no table of its name, such as any module."
+        {},
+        validate_default=True,
+        repr=False,  # there may be credentials among them
+        description="Of a backend that has no table of its name, such as any module.",
     )
     model: str = Field("embedded", description="Hub id, folder, or `embedded`: the small model that comes along.")
     frozen: bool = Field(False, description="Its weights are never updated: a reference, an opponent.")

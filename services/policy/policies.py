@@ -197,11 +197,7 @@ class Policies(Collector):
     async def _restore(self, name: str) -> None:
         own = self._own.get(name)
         path = self._request_file(name)
-        request = await asyncio.to_thread(ModelRequest.read, path) if path is not None else None
-        if request is not None and request.own != settings_digest(own):
-            log.warning("the settings of a policy changed: they replace what was loaded", policy=name)
-            request = None
-            await asyncio.to_thread(self._forget, name)
+        request = await asyncio.to_thread(self._remembered, name)
         if request is None and own is None:
             return
         settings = request.settings(own) if request is not None else model_settings(own or self.settings)
@@ -253,6 +249,20 @@ class Policies(Collector):
         if self.settings.state_folder is None:
             return []
         return [path.parent.name for path in (self.settings.state_folder / "policies").glob("*/model.json")]
+
+    def _remembered(self, name: str) -> ModelRequest | None:
+        """What LoadModel brought, unless the policy's own settings have changed since."""
+        path = self._request_file(name)
+        kept = ModelRequest.read(path) if path is not None else None
+        if kept is None:
+            return None
+        request = kept.over(self._own.get(name))
+        if request is None:
+            log.warning("the settings of a policy changed: they replace what was loaded", policy=name)
+            self._forget(name)
+        elif request != kept:
+            self._remember(name, request)
+        return request
 
     def _remember(self, name: str, request: ModelRequest) -> None:
         if (path := self._request_file(name)) is not None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import structlog
+from safetensors.numpy import save_file
 
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import Reason
+from mulligan.common.inference import CanaryProbe, PublishedWeights, WeightsKind
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
 from mulligan.testing.processes import ProcessFailed, ServiceProcesses
-from mulligan.testing.weights import full_weights, load
+from mulligan.testing.weights import full_weights, load, sha256
 from tests.support.llama_model import write_llama_model
 from tests.support.scripted import Opened, refused, started
 from tests.support.tiny_model import write_tiny_model
@@ -73,6 +77,42 @@ async def test_settings_that_changed_replace_what_was_loaded(
         async with started(state_folder=tmp_path, **after) as running:
             assert [info.model for info in await running.client.policies()] == [after["model"]]
     assert [entry for entry in logs if entry["log_level"] == "warning"] == []
+
+
+@pytest.mark.parametrize(
+    ("own", "options", "digest"),
+    [
+        ({}, {}, "c0380102aad19fbe04fa4b82507f8e2b9c6edd7a0e8ee9de0bf549cf63b71d9e"),
+        (
+            {"backend": "sglang", "sglang": {"servers": ["http://h:1"], "api_key": "k"}},
+            {"sglang.servers": ["http://h:2"]},
+            "7747f4eec4b538f1cfc927189c6fe4bc430c417eac44ee95f959004ec078547f",
+        ),
+    ],
+)
+async def test_what_was_loaded_and_trained_is_there_after_an_upgrade(
+    tmp_path: Path, own: dict[str, Any], options: dict[str, Any], digest: str
+) -> None:
+    """0.1.0 made another digest of the policy's own settings, which is this one."""
+    state = tmp_path / "state"
+    settings = {"model": "embedded", "threads": 0, "state_folder": state, "weights_folder": tmp_path, **own}
+    weights = tmp_path / "w.safetensors"
+    save_file({"w": np.zeros(3, np.float32)}, weights)
+    canary = (CanaryProbe((1, 2, 3), (-1.0, -1.0)),)
+    async with started(**settings) as running:
+        await running.client.load_model("actor", "two", "", options)
+        published = PublishedWeights(2, WeightsKind.FULL, weights.as_uri(), sha256(weights), "two", canary)
+        await running.client.update_weights(published)
+        before = await running.client.versions()
+    kept = state / "policies" / "actor" / "model.json"
+    request = json.loads(kept.read_text())
+    kept.write_text(json.dumps(request | {"own": digest}))
+    for _ in range(2):
+        async with started(**settings) as running:
+            await running.serves("two", 2)
+            assert await running.client.versions() == before
+        assert json.loads(kept.read_text()) == request
+    assert [path.name for path in (state / "policies" / "actor" / "files").iterdir()] == ["2"]
 
 
 async def test_a_loaded_model_that_is_gone_stops_the_start_and_says_so(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from mulligan.policy.model_settings import ModelSettings
 class Settings(BackendSettings):
     """An endpoint that speaks OpenAI's chat completions."""
 
+    in_0_1_0: ClassVar[bool] = True
     reads_files: ClassVar[bool] = False
     credentials: ClassVar = {"base_url": frozenset({"api_key"})}
 

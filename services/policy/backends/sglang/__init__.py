@@ -18,6 +18,7 @@ _KEYS = frozenset({"api_key", "admin_api_key"})
 class Settings(ServerSettings):
     """SGLang servers: those that run at `servers`, or else ones that this service launches and supervises."""
 
+    in_0_1_0: ClassVar[bool] = True
     credentials: ClassVar = {"servers": _KEYS, "router": _KEYS}
 
     router: str = Field("", description="Address of SGLang's router over `servers`; requests go through it.")
