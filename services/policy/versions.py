@@ -105,6 +105,7 @@ class VersionStore:
         self._lock_file = _lock(self._folder)
         self._lock = threading.Lock()
         self._held: dict[int, int] = {}  # what the models serve that are loaded, by origin
+        self._staged: set[int] = set()  # versions without a record, whose files are there already
         try:
             self._db = _open(self._database)
         except BaseException:
@@ -184,12 +185,14 @@ class VersionStore:
             ).fetchall()
             db.executemany("UPDATE versions SET state = 'removed', canary = '[]' WHERE policy_version = ?", kept)
         self._held[record.origin] = record.number
+        self._staged.discard(record.number)
         self._clean()
 
     def refuse(self, record: VersionRecord) -> None:
         """The version failed its check."""
         with self._transaction() as db:
             _put(db, replace(record.now(state=VersionState.REFUSED), canary=()))
+        self._staged.discard(record.number)
         self._clean()
 
     def lose(self, record: VersionRecord) -> None:
@@ -209,6 +212,7 @@ class VersionStore:
         assert weights.path is not None and source is not None
         folder = self._files / str(weights.policy_version)
         self.discard(weights.policy_version)
+        self._staged.add(weights.policy_version)
         lora = weights.kind is WeightsKind.LORA
         staged = replace(weights, path=folder if lora else folder / "model.safetensors")
         assert staged.safetensors is not None
@@ -229,6 +233,7 @@ class VersionStore:
 
     def discard(self, number: int) -> None:
         """Deletes what was staged of a version."""
+        self._staged.discard(number)
         shutil.rmtree(self._files / str(number), ignore_errors=True)
 
     def file(self, record: VersionRecord) -> WeightsFile:
@@ -241,10 +246,12 @@ class VersionStore:
         return weights
 
     def _clean(self) -> None:
-        """Deletes the files of versions that are not kept."""
-        kept = {str(record.number) for record in self._records("WHERE state IN (?, ?)", *_ON_DISK)}
-        kept |= {str(number) for number in self._held.values()}
-        for folder in self._files.iterdir():
+        """Deletes the files of versions that are neither kept nor on their way."""
+        # In this order: another thread may stage a version meanwhile, or record one that was staged.
+        folders = list(self._files.iterdir())
+        kept = {str(number) for number in (*self._staged, *self._held.values())}
+        kept |= {str(record.number) for record in self._records("WHERE state IN (?, ?)", *_ON_DISK)}
+        for folder in folders:
             if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 

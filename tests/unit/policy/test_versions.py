@@ -155,6 +155,19 @@ def test_a_model_keeps_its_number_over_a_restart_and_another_gets_the_next(tmp_p
     store.close()
 
 
+def test_a_model_that_is_closed_takes_no_file_of_an_update_under_way(store: VersionStore, tmp_path: Path) -> None:
+    store.begin(record_of(0, 0, None))
+    store.begin(record_of(1, 1, None))
+    file = staged(store, tmp_path, 2, b"two")
+    store.end(0)
+    record = record_of(2, 1, b"two")
+    store.serve(record)
+    assert store.file(record) == file
+    staged(store, tmp_path, 3, b"three")
+    store.discard(3)
+    assert [path.name for path in (tmp_path / "store" / "files").iterdir()] == ["2"]
+
+
 class Versions(RuleBasedStateMachine):
     """Any sequence of updates, refusals, rollbacks, other models and restarts, against what should be known."""
 
