@@ -98,6 +98,7 @@ class Deployment:
         self._weights_folder = service.weights_folder
         self._phase = PolicyState.UPDATING
         self._problem = ""
+        self._may_resume = True  # memory that is released
         self._changed = Broadcast()
         self._passed: set[int] = set()  # versions whose weights passed the check when they were loaded last
         self._checks: dict[int, WeightCheck] = {}  # of the version that serves, and of the one that is being loaded
@@ -135,7 +136,7 @@ class Deployment:
         """Around one call. Waits while weights change or memory is released, and at most `version_wait` seconds for
         the version.
 
-        Raises DomainError POLICY_VERSION_TOO_OLD, POLICY_REFUSED or ENGINE_UNAVAILABLE.
+        Raises DomainError POLICY_VERSION_TOO_OLD, POLICY_REFUSED, ENGINE_UNAVAILABLE or UNKNOWN_POLICY.
         """
         if self._phase is not PolicyState.SERVING or (min_policy_version or 0) > self.policy_version:
             await self._wait_for(min_policy_version or 0, version_wait)
@@ -275,6 +276,11 @@ class Deployment:
         self._refuse_refused()
         log.info("memory resumed", **self._facts())
 
+    def expect_no_resume(self) -> None:
+        """From now on, calls do not wait for released memory: they fail."""
+        self._may_resume = False
+        self._changed.wake_all()
+
     async def close(self) -> None:
         """Calls in flight fail."""
         await self.backend.close()
@@ -299,6 +305,9 @@ class Deployment:
         deadline = time.monotonic() + seconds
         while True:
             self._refuse_refused()
+            if self._phase is PolicyState.RELEASED and not self._may_resume:
+                message = f"the policy {self.name} was unloaded while its memory was released"
+                raise DomainError(Reason.UNKNOWN_POLICY, message, policy=self.name)
             if self._phase is not PolicyState.SERVING:
                 await self._changed.wait()
                 continue

@@ -206,10 +206,13 @@ class Policy:
             version = await asyncio.to_thread(self._store.first_version, source)
             backend = await self._create(settings, folder, version)
             deployment = Deployment(self.name, settings, self._service, backend, self._store, folder, self._uploads)
-            async with self._changing:
+            await _or_close(self._changing.acquire(), backend.close)
+            try:
                 await _or_close(self._start(deployment), backend.close)
                 await _or_close(asyncio.to_thread(commit), deployment.close)
                 self._replace(deployment)
+            finally:
+                self._changing.release()
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -219,7 +222,10 @@ class Policy:
         return self.newest.settings == settings and self.newest.state is not PolicyState.REFUSED
 
     async def finished(self) -> None:
-        """Returns when no call is in flight."""
+        """Returns when no call is in flight. No new one may come: those that wait for released memory fail with
+        UNKNOWN_POLICY, because nobody can resume it any more."""
+        for deployment in self.deployments:
+            deployment.expect_no_resume()
         while any(deployment.calls for deployment in self.deployments):  # noqa: ASYNC110 - once in a policy's life
             await asyncio.sleep(_LOOK_SECONDS)
 

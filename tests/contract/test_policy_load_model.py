@@ -22,6 +22,7 @@ from mulligan.testing.weights import full_weights, load, plain_log_probs, sha256
 from tests.support.llama_model import write_llama_model
 from tests.support.policy import serving
 from tests.support.scripted import Opened, Running, refused, started
+from tests.support.settings import model_settings
 from tests.support.tiny_model import write_tiny_model
 from tests.support.waiting import until
 
@@ -239,6 +240,21 @@ async def test_a_service_that_stops_while_it_loads_leaves_nothing_behind() -> No
     assert [backend.closed for backend in opened.backends] == [True]
 
 
+async def test_a_model_that_waits_for_a_change_is_closed_when_its_load_is_cancelled(running: Running) -> None:
+    policy = running.served.policies.get()
+    go_on = asyncio.Event()
+    changing = asyncio.create_task(policy.change(lambda _: go_on.wait()))
+    load = asyncio.create_task(policy.load(model_settings(model="two")))
+    await until(lambda: len(running.opened.backends) == 2)
+    load.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await load
+    assert running.opened["two"].closed and not running.opened.folders[1].exists()
+    go_on.set()
+    await changing
+    await running.serves("one", 0)
+
+
 async def test_a_model_whose_memory_is_released_is_not_replaced(running: Running) -> None:
     await running.served.policies.release_memory()
     error = await refused(running.client.load_model("actor", "two"), Reason.ENGINE_UNAVAILABLE, Code.UNAVAILABLE)
@@ -264,6 +280,18 @@ async def test_a_policy_is_unloaded_when_its_calls_have_finished(running: Runnin
     assert backend.closed
     await refused(running.client.unload_model("other"), Reason.UNKNOWN_POLICY, Code.NOT_FOUND)
     assert await running.client.load_model("other", "two") == (0, "two")
+
+
+async def test_a_call_that_waits_for_memory_does_not_keep_a_policy(running: Running) -> None:
+    """Nobody can resume the memory of a policy that is unloaded."""
+    await running.client.load_model("other", "two")
+    await running.served.policies.release_memory("other")
+    call = asyncio.create_task(running.client.generate(PROMPT, PLAIN, CallOptions(policy="other")))
+    await until(lambda: running.served.policies.get("other").newest.calls == 1)
+    await running.client.unload_model("other")
+    error = await refused(call, Reason.UNKNOWN_POLICY, Code.NOT_FOUND)
+    assert "unloaded while its memory was released" in error.message
+    assert running.opened["two"].closed and not running.opened["two"].asks
 
 
 async def test_an_update_under_way_ends_before_its_policy_is_closed(tmp_path: Path) -> None:

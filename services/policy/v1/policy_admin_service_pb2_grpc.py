@@ -108,8 +108,9 @@ class PolicyAdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Removes a policy once its calls have finished; what comes meanwhile is UNKNOWN_POLICY. FAILED_PRECONDITION
-        DEFAULT_POLICY: the default one stays. One of the server's settings is back after a restart.
+        """Removes a policy once its calls have finished; what comes meanwhile, or waits for released memory, is
+        UNKNOWN_POLICY. FAILED_PRECONDITION DEFAULT_POLICY: the default one stays. One of the server's settings is back after
+        a restart.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

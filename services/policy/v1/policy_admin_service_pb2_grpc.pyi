@@ -35,8 +35,9 @@ class PolicyAdminServiceStub:
     models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.UnloadModelRequest, _policy_admin_service_pb2.UnloadModelResponse]
-    """Removes a policy once its calls have finished; what comes meanwhile is UNKNOWN_POLICY. FAILED_PRECONDITION
-    DEFAULT_POLICY: the default one stays. One of the server's settings is back after a restart.
+    """Removes a policy once its calls have finished; what comes meanwhile, or waits for released memory, is
+    UNKNOWN_POLICY. FAILED_PRECONDITION DEFAULT_POLICY: the default one stays. One of the server's settings is back after
+    a restart.
     """
     UploadWeights: _aio.StreamUnaryMultiCallable[_policy_admin_service_pb2.UploadWeightsRequest, _policy_admin_service_pb2.UploadWeightsResponse]
     """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
@@ -112,8 +113,9 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_admin_service_pb2.UnloadModelRequest,
         context: _aio.ServicerContext[_policy_admin_service_pb2.UnloadModelRequest, _abc.Awaitable[_policy_admin_service_pb2.UnloadModelResponse]],
     ) -> _abc.Awaitable[_policy_admin_service_pb2.UnloadModelResponse]:
-        """Removes a policy once its calls have finished; what comes meanwhile is UNKNOWN_POLICY. FAILED_PRECONDITION
-        DEFAULT_POLICY: the default one stays. One of the server's settings is back after a restart.
+        """Removes a policy once its calls have finished; what comes meanwhile, or waits for released memory, is
+        UNKNOWN_POLICY. FAILED_PRECONDITION DEFAULT_POLICY: the default one stays. One of the server's settings is back after
+        a restart.
         """
 
     @_abc_1.abstractmethod
