@@ -64,3 +64,10 @@ def move(source: Path, target: Path) -> None:
     sync(source)
     source.replace(target)
     sync(target.parent)
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """As `move`, a folder with all that is in it. `target` is absent, or an empty folder. Raises OSError."""
+    for path in source.rglob("*"):
+        sync(path)
+    move(source, target)

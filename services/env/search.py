@@ -7,7 +7,6 @@ the matrix product of the dense index.
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mulligan.common.files import move, temporary_file
+from mulligan.common.files import move, move_folder, temporary_file
 from mulligan.common.plugins import UnusablePlugin
 from mulligan.env.base import own_settings
 from mulligan.env.encoders import ENCODERS
@@ -174,7 +173,7 @@ def kept_bm25(passages: Iterable[tuple[str, str]], folder: Path, content: str) -
         making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder))
         try:
             Bm25.build(passages, making)
-            os.replace(making, place)
+            move_folder(making, place)
         except OSError:
             if not place.is_dir():  # else: another server built it first
                 raise

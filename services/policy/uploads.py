@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 from urllib.parse import unquote, urlsplit
 
 import structlog
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.files import move_folder
 from mulligan.common.inference import WeightsKind
 from mulligan.policy.adapter_config import AdapterConfig
 
@@ -79,7 +79,7 @@ class Uploads:
             with writing_to(self._folder, header.size_bytes):
                 await asyncio.to_thread(part.mkdir)
                 await _spool(header, part, chunks)
-                await asyncio.to_thread(part.rename, folder)
+                await asyncio.to_thread(move_folder, part, folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -194,7 +194,6 @@ async def _spool(header: UploadHeader, folder: Path, chunks: AsyncIterator[bytes
         if digest.hexdigest() != header.sha256:
             message = f"the upload has sha256 {digest.hexdigest()}, not {header.sha256}"
             raise DomainError(Reason.CHECKSUM_MISMATCH, message)
-        await asyncio.to_thread(_finish, file)
     if lora:
         await asyncio.to_thread((folder / "adapter_config.json").write_bytes, header.adapter_config)
 
@@ -204,11 +203,6 @@ def _check_head(head: bytes, size: int) -> None:
     length = int.from_bytes(head[:8], "little")
     if size < _HEAD or (len(head) == _HEAD and (head[8:] != b"{" or length + 8 > size)):
         raise DomainError(Reason.MODEL_MISMATCH, "the upload is not a safetensors file")
-
-
-def _finish(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _incomplete(message: str) -> DomainError:

@@ -22,7 +22,7 @@ import structlog
 
 from mulligan.common.disk import writing_to
 from mulligan.common.experience import Experience, Sample, Trained, TrainingTarget
-from mulligan.common.files import append
+from mulligan.common.files import append, move
 from mulligan.trainer.old_journal import AttemptSampled, OldExperience, ReflectionSampled, with_parents
 
 log = structlog.get_logger()
@@ -96,7 +96,7 @@ def set_aside(folder: Path, step: int) -> None:
     """Renames a step's file, so that the step is sampled again. The file is kept."""
     path = journal_file(folder, step)
     if path.exists():
-        path.rename(path.with_name(f"{path.name}.set-aside-{len(list(folder.glob(f'{path.name}.set-aside-*')))}"))
+        move(path, path.with_name(f"{path.name}.set-aside-{len(list(folder.glob(f'{path.name}.set-aside-*')))}"))
 
 
 def sampled_experiences(folder: Path, step: int) -> int:

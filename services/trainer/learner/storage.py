@@ -167,6 +167,7 @@ def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[st
             path.mkdir(exist_ok=True)
             for file in files:
                 move(file, path / file.name)
+            sync(path.parent)  # the name of the folder
     return sha256
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mulligan.common.file_lock import lock_file
-from mulligan.common.files import move, replace, temporary_file
+from mulligan.common.files import move, move_folder, replace, temporary_file
 from tests.support.small_disk import SmallDisk
 
 
@@ -55,6 +55,25 @@ def test_content_and_name_are_synced_around_the_rename(tmp_path: Path, monkeypat
     source.write_bytes(b"x")
     move(source, target)
     assert seen == [("source", False), (tmp_path.name, True)]
+
+
+def test_a_folder_is_synced_with_what_is_in_it_before_its_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, bool]] = []
+    target = tmp_path / "target"
+
+    def fsync(descriptor: int) -> None:
+        seen.append((os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), target.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    inner = tmp_path / "source" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "file").write_bytes(b"x")
+    move_folder(tmp_path / "source", target)
+    assert sorted(seen[:3]) == [("file", False), ("inner", False), ("source", False)]
+    assert seen[3:] == [(tmp_path.name, True)]
+    assert (target / "inner" / "file").read_bytes() == b"x"
 
 
 def test_another_process_cannot_take_a_lock_that_is_held(tmp_path: Path) -> None:

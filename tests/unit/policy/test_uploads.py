@@ -72,6 +72,24 @@ async def test_an_adapter_is_a_folder(uploads: Uploads) -> None:
     }
 
 
+@pytest.mark.parametrize("header", [FULL, LORA])
+async def test_one_that_was_answered_is_there_after_a_loss_of_power(
+    uploads: Uploads, monkeypatch: pytest.MonkeyPatch, header: UploadHeader
+) -> None:
+    """Content and names are on the disk, those of its folder too."""
+    synced: set[int] = set()
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    path = uploads.path(await uploads.receive(header, pieces(FILE)))
+    folder = path if path.is_dir() else path.parent
+    assert {each.stat().st_ino for each in (folder.parent, folder, *folder.iterdir())} <= synced
+
+
 @pytest.mark.usefixtures("nothing_left")
 async def test_what_was_not_announced_leaves_nothing(uploads: Uploads) -> None:
     evil = pickle.dumps({"x": 1})
