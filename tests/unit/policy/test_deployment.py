@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import (
     CanaryProbe,
     PolicyState,
+    PolicyVersion,
     PublishedWeights,
     ReplicaInfo,
     VersionSpan,
@@ -24,7 +26,7 @@ from mulligan.policy.backend import Scored
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.uploads import Uploads
-from mulligan.policy.versions import VersionStore
+from mulligan.policy.versions import VersionRecord, VersionStore
 from mulligan.testing.weights import sha256
 from tests.support.scripted import ScriptedBackend
 from tests.support.waiting import until
@@ -33,9 +35,13 @@ PROBE = CanaryProbe((1, 2, 3), (-1.0, -1.0))  # what the engine scores while its
 
 
 class Engine(ScriptedBackend):
-    """`wrong` are versions that it does not load right."""
+    """`wrong` are versions that it does not load right; `says` is its checksum of all that it loads."""
 
     wrong: Sequence[int] = ()
+    says = ""
+
+    async def checksum(self) -> str:
+        return self.says
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
         scored = await super().score(sequences, temperature, adapter)
@@ -96,6 +102,35 @@ async def refuses(call: Awaitable[object], reason: Reason) -> DomainError:
         await call
     assert caught.value.reason is reason
     return caught.value
+
+
+async def test_a_checksum_that_an_older_service_kept_is_compared(tmp_path: Path) -> None:
+    """Under the setup that 0.1.0 wrote: the model's folder has other content by now."""
+    settings = PolicySettings.model_validate(
+        {"model": "one", "backend": "sglang", "sglang": {"flags": ["--tp", "2"]}, "weights_folder": tmp_path}
+    )
+    for checksum, version in (("abc", 0), ("def", 1)):
+        store = VersionStore(None, 2)
+        uploads = Uploads(None, 0)
+        kept = PolicyVersion(
+            policy_version=0,
+            kind=WeightsKind.ORIGINAL,
+            state=VersionState.SERVING,
+            sha256="",
+            fingerprint="one",
+            created_at=datetime.now(UTC),
+            engine_checksum="abc",
+            model="one",
+        )
+        store.begin(VersionRecord(kept, 0, "sglang:one", "7ac32d412fa4a9c0"))
+        engine = Engine(settings)
+        engine.says = checksum
+        deployment = Deployment("actor", settings, settings, engine, store, tmp_path, uploads)
+        await deployment.start()
+        assert deployment.policy_version == version
+        await deployment.close()
+        uploads.close()
+        store.close()
 
 
 async def test_calls_wait_while_weights_change(served: Served) -> None:

@@ -28,6 +28,11 @@ class Settings(ServerSettings):
     def admin_key(self) -> SecretStr | None:
         return self.admin_api_key
 
+    @property
+    def setup(self) -> tuple[str, ...]:
+        """With what 0.1.0 put first, so that a checksum that it kept is still compared."""
+        return ("auto", *self.flags)
+
 
 async def open(settings: ModelSettings, folder: Path, first_version: int) -> Backend:
     """Weights are put into `folder` for the servers to load, unless the settings name another. Raises UnsupportedModel,
