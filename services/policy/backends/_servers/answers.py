@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
@@ -39,7 +39,44 @@ def labels_between(spans: Iterable[WeightSpan], begin: int, end: int, engine: st
     return found
 
 
-def checked_tokens(token_ids: Sequence[int], vocabulary_size: int) -> None:
+class StreamReader:
+    """Of one stream: which of its tokens are passed on, and when. Only the last event tells by which weights each token
+    was sampled.
+
+    As long as it is certain that the server holds what it held when the request was sent, tokens are by `label`. From
+    then on they are kept back until the last event comes. Subclasses add what an event brings to `token_ids` and
+    `_values`, their log-probabilities.
+    """
+
+    def __init__(self, label: str):
+        self._label = label
+        self._certain = True
+        self._values: list[float | None] = []
+        self.token_ids: list[int] = []
+        self._told = 0
+
+    def _news(
+        self, labels: Callable[[int, int], list[tuple[str, int]]] | None, *, certain: bool
+    ) -> tuple[list[int], tuple[float, ...], list[tuple[str, int]]] | None:
+        """Token ids, log-probabilities and labels to pass on now. `labels` is that of the last event. Raises
+        BadAnswer."""
+        begin = self._told
+        end = len(self.token_ids)
+        if labels is not None:
+            if begin and any(label != self._label for label, _ in labels(0, begin)):
+                raise BadAnswer("tokens that were sent were not sampled by the weights that the server held")
+            found = labels(begin, end)
+        else:
+            self._certain = self._certain and certain
+            end = min(end, len(self._values))
+            if not self._certain or begin == end:
+                return None
+            found = [(self._label, end - begin)]
+        self._told = end
+        return self.token_ids[begin:end], known(self._values[begin:end], end - begin), found
+
+
+def check_tokens(token_ids: Sequence[int], vocabulary_size: int) -> None:
     """Raises BadAnswer for token ids that the model has not."""
     try:
         numbers.token_ids("token ids", token_ids, vocabulary_size)

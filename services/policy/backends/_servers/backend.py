@@ -206,6 +206,24 @@ class ServersBackend(ABC):
             await asyncio.sleep(_RETRY_SECONDS * attempt)
         raise self._gave_up(problem)
 
+    async def _scored_anew(
+        self,
+        server: EngineServer,
+        target: TargetWeights,
+        ask: Ask,
+        token_ids: Sequence[int],
+        labels: Sequence[tuple[str, int]],
+    ) -> tuple[float, ...]:
+        """The log-probabilities of a sample of which the engine gave others than those of the contract. `labels` is by
+        which weights it was sampled. Raises Aborted when the server holds others by now."""
+        ids = [*ask.token_ids, *token_ids]
+        adapter = self._adapter(ask, target)
+        scored_by, row = await server.score_one(ids, len(ask.token_ids), ask.sampling.temperature, adapter)
+        check_scores(row)
+        if scored_by != {label for label, _ in labels}:
+            raise Aborted("the weights changed between sampling and scoring")
+        return row
+
     def _adapter(self, ask: Ask, target: TargetWeights) -> str:
         return self._fixed[ask.adapter] if ask.adapter else target.adapter
 

@@ -140,7 +140,7 @@ def _timeout(total: float | None, between: float | None = None) -> aiohttp.Clien
 
 
 async def first_to_answer(connections: list[HttpConnection], seconds: float) -> None:
-    """The first server that answers. Raises Unreachable if none does in time."""
+    """Waits until a server answers. Raises Unreachable if none does in time."""
     deadline = asyncio.get_running_loop().time() + seconds
     while True:
         results = await asyncio.gather(*(one.get(one.alive_path, 10.0) for one in connections), return_exceptions=True)

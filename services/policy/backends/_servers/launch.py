@@ -49,17 +49,16 @@ except OSError as error:
 
 
 class LaunchedServer(ABC):
-    """One process and its log, in `folder`. Each start gives `server` a new address. `label` names the weights that the
-    server starts with; no other version has it."""
+    """One process and its log. Each start gives `server` a new address. `label` names the weights that the server
+    starts with; no other version has it."""
 
-    engine: ClassVar[str]
     ready_path: ClassVar[str]
 
-    def __init__(self, settings: ServerSettings, source: str, label: str, folder: Path, index: int):
+    def __init__(self, settings: ServerSettings, source: str, label: str, log_path: Path):
         self._settings = settings
         self._source = source
         self._label = label
-        self._log_path = folder / f"{self.engine.lower()}-{index}.log"
+        self._log_path = log_path
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, server: EngineServer, make: Callable[[str], HttpConnection]) -> None:
@@ -151,11 +150,11 @@ class LaunchedServer(ABC):
             if time.monotonic() > deadline:
                 seconds = self._settings.start_seconds
                 raise UnsupportedModel(
-                    f"{self.engine} was not ready within {seconds:g} s; its log ends with:\n{self._said()}"
+                    f"{server.engine} was not ready within {seconds:g} s; its log ends with:\n{self._said()}"
                 )
             await asyncio.sleep(0.1)
         raise UnsupportedModel(
-            f"{self.engine} ended with status {self._process.returncode}; its log ends with:\n{self._said()}"
+            f"{server.engine} ended with status {self._process.returncode}; its log ends with:\n{self._said()}"
         )
 
     def _said(self) -> str:

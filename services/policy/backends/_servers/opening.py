@@ -45,7 +45,7 @@ class EngineParts:
 
     @property
     def name(self) -> str:
-        return self.server.engine
+        return self.connection.engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ async def open_servers(
         addresses = chosen.servers or ("http://127.0.0.1",) * chosen.launch
         servers = [engine.server(connect(address), chosen.request_seconds, paths) for address in addresses]
         launched = [
-            engine.launched(chosen, source, folders.original_label, folder, index)
+            engine.launched(chosen, source, folders.original_label, folder / f"{engine.name.lower()}-{index}.log")
             for index in range(0 if chosen.servers else chosen.launch)
         ]
         for process in launched:
@@ -157,7 +157,9 @@ async def _describe(
     """The policy's ModelInfo: only what all servers can do."""
     features = frozenset.intersection(*(server.features for server in servers)) - without
     if fixed and Feature.LORA_WEIGHTS not in features:
-        raise UnsupportedModel(f"adapters: the {engine.name} servers take no LoRA adapters")
+        raise UnsupportedModel(
+            f"adapters: the {engine.name} servers take no LoRA adapters: start them with {engine.server.lora_needs}"
+        )
     if Feature.SEED in features and not all(await gather_or_cancel(server.repeats() for server in servers)):
         features -= {Feature.SEED}
     if chat.has_tools:

@@ -30,7 +30,7 @@ class EngineServer(ABC):
     say otherwise.
     """
 
-    engine: ClassVar[str]
+    lora_needs: ClassVar[str]  # what it is to be started with to take LoRA adapters
     load_adapter_path: ClassVar[str]
     unload_adapter_path: ClassVar[str]
 
@@ -50,6 +50,11 @@ class EngineServer(ABC):
         self._adapters: set[str] = set()
 
     @property
+    def engine(self) -> str:
+        """What messages call it."""
+        return self.connection.engine
+
+    @property
     def address(self) -> str:
         return self.connection.address
 
@@ -58,11 +63,6 @@ class EngineServer(ABC):
         return ReplicaInfo(self.address, self.serving, self.in_flight, "" if self.serving else self.problem)
 
     # What it is
-
-    @property
-    def incremental(self) -> bool:
-        """Whether the parts of a stream are what is new in it."""
-        return True
 
     @property
     @abstractmethod
@@ -137,7 +137,7 @@ class EngineServer(ABC):
                 await self.unload(name)
 
     async def unload(self, name: str) -> None:
-        """No request uses it any longer."""
+        """Unloads the adapter of this name, which no request uses any longer. One that is not loaded is ignored."""
         if name in self._adapters:
             self._adapters.discard(name)
             await self.connection.control(self.unload_adapter_path, {"lora_name": name}, timeout=self._seconds)
@@ -154,10 +154,6 @@ class EngineServer(ABC):
 
     @abstractmethod
     async def resume_memory(self) -> None: ...
-
-    async def abort(self, rid: str) -> None:
-        """A request whose caller went away. Engines that notice that by themselves need to do nothing."""
-        del rid
 
     @abstractmethod
     async def score_one(

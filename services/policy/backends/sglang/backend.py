@@ -17,7 +17,7 @@ from pathlib import Path
 from mulligan.common.inference import Feature, StopReason
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import Ask, Sampled
-from mulligan.policy.backends._servers.answers import Aborted, check_scores, checked_tokens
+from mulligan.policy.backends._servers.answers import check_tokens
 from mulligan.policy.backends._servers.backend import ServersBackend
 from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused, Unreachable
 from mulligan.policy.backends._servers.folders import TargetWeights
@@ -72,42 +72,31 @@ class SglangBackend(ServersBackend):
             self._abort(server, rid)
             raise
         requests.check_finish(answer)
-        checked_tokens(answer.output_ids, self._info.vocabulary_size)
-        count = len(answer.output_ids)
-        spans = self._pool.spans(target, answer.labels(0, count), own=not ask.adapter)
+        token_ids = answer.output_ids
+        check_tokens(token_ids, self._info.vocabulary_size)
+        labels = answer.labels(0, len(token_ids))
+        spans = self._pool.spans(target, labels, own=not ask.adapter)
         if _is_constrained(ask):
-            log_probs = await self._unconstrained(server, target, ask, answer)
+            log_probs = await self._scored_anew(server, target, ask, token_ids, labels)
         else:
             log_probs = requests.log_probs(answer)
-        return Sampled(tuple(answer.output_ids), log_probs, self._stop_reason(ask, answer, answer.output_ids), spans)
-
-    async def _unconstrained(
-        self, server: EngineServer, target: TargetWeights, ask: Ask, answer: requests.Answer
-    ) -> tuple[float, ...]:
-        ids = [*ask.token_ids, *answer.output_ids]
-        adapter = self._adapter(ask, target)
-        temperature = ask.sampling.temperature
-        labels, row = await server.score_one(ids, len(ask.token_ids), temperature, adapter)
-        check_scores(row)
-        sampled_by = {label for label, _ in answer.labels(0, len(answer.output_ids))}
-        if labels | sampled_by != labels & sampled_by:
-            raise Aborted("the weights changed between sampling and scoring")
-        return row
+        return Sampled(tuple(token_ids), log_probs, self._stop_reason(ask, answer, token_ids), spans)
 
     async def _stream_at(
         self, server: EngineServer, connection: HttpConnection, target: TargetWeights, ask: Ask
     ) -> AsyncIterator[Sampled]:
+        assert isinstance(server, SglangServer)
         rid = uuid.uuid4().hex
         body = self._encode(ask, rid, target, stream=True)
         label = target.label if connection is self._router else server.label
-        reader = requests.Reader(label, incremental=server.incremental)
+        reader = requests.SglangStream(label, incremental=server.incremental)
         finished = False
         try:
             async for event in connection.generate_stream(body, self._seconds):
                 answer = requests.decode_event(event)
                 finished = answer.meta_info.finish_reason is not None
                 requests.check_finish(answer)
-                checked_tokens(answer.output_ids, self._info.vocabulary_size)
+                check_tokens(answer.output_ids, self._info.vocabulary_size)
                 news = reader.read(answer)
                 if news is not None:
                     token_ids, log_probs, labels = news
@@ -142,7 +131,7 @@ class SglangBackend(ServersBackend):
         async def abort() -> None:
             for one in self._pool.servers if self._router is not None else [server]:
                 try:
-                    await one.abort(rid)
+                    await one.connection.control("/abort_request", {"rid": rid})
                 except (Unreachable, RequestRefused):
                     continue
 

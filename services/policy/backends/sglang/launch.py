@@ -8,7 +8,6 @@ from mulligan.policy.backends._servers.launch import LaunchedServer
 
 
 class LaunchedSglang(LaunchedServer):
-    engine = "SGLang"
     ready_path = "/ready"
 
     def _arguments(self, port: int) -> Sequence[str]:

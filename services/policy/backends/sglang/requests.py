@@ -16,7 +16,14 @@ import msgspec
 from mulligan.common.inference import SamplingParams, StopReason
 from mulligan.policy.backend import Ask
 from mulligan.policy.backends._servers import answers
-from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, WeightSpan, known, labels_between
+from mulligan.policy.backends._servers.answers import (
+    Aborted,
+    BadAnswer,
+    StreamReader,
+    WeightSpan,
+    known,
+    labels_between,
+)
 from mulligan.policy.backends._servers.connection import RequestRefused
 
 _ONLY_THE_LIKELIEST = 1e-6  # top-p
@@ -190,21 +197,13 @@ def log_probs(answer: Answer) -> tuple[float, ...]:
     return known(found, len(answer.output_ids))
 
 
-class Reader:
-    """Of the events of one stream, which hold what is new (`incremental`) or all that there is so far.
-
-    Only the last tells by which weights each token was sampled; those before it tell what the server holds while it
-    sends them. Until that changes from `label`, which it was when the request was sent, it is true of the tokens, too.
-    From then on they are kept back until the last comes.
-    """
+class SglangStream(StreamReader):
+    """Its events hold what is new (`incremental`) or all that there is so far. Each tells what the server holds while
+    it sends it: until that changes from `label`, it is true of the tokens, too."""
 
     def __init__(self, label: str, *, incremental: bool):
-        self._label = label
+        super().__init__(label)
         self._incremental = incremental
-        self._certain = True
-        self._values: list[float | None] = []
-        self.token_ids: list[int] = []
-        self.told = 0
 
     def read(self, answer: Answer) -> tuple[list[int], tuple[float, ...], list[tuple[str, int]]] | None:
         """Token ids, log-probabilities and labels to pass on now. Raises BadAnswer."""
@@ -215,20 +214,9 @@ class Reader:
         else:
             self.token_ids = answer.output_ids
             self._values = values
-        begin = self.told
-        end = len(self.token_ids)
-        if answer.meta_info.finish_reason is not None:
-            if begin and any(label != self._label for label, _ in answer.labels(0, begin)):
-                raise BadAnswer("tokens that were sent were not sampled by the weights that the server held")
-            labels = answer.labels(begin, end)
-        else:
-            self._certain = self._certain and answer.meta_info.weight_version == self._label
-            end = min(end, len(self._values))
-            if not self._certain or begin == end:
-                return None
-            labels = [(self._label, end - begin)]
-        self.told = end
-        return self.token_ids[begin:end], known(self._values[begin:end], end - begin), labels
+        finished = answer.meta_info.finish_reason is not None
+        certain = answer.meta_info.weight_version == self._label
+        return self._news(answer.labels if finished else None, certain=certain)
 
 
 def stop_reason(

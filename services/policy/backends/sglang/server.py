@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mulligan.common.inference import Feature, LoraLimits, SamplingParams
 from mulligan.policy.backend import Ask
 from mulligan.policy.backends._servers.answers import BadAnswer
-from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused, Unreachable
+from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
 from mulligan.policy.backends._servers.server import EngineServer, Unsuitable, last_name
 from mulligan.policy.backends._servers.skeleton import STACKED, Skeleton
 from mulligan.policy.backends.sglang import requests
@@ -25,15 +25,19 @@ _ALWAYS = frozenset(
         Feature.FULL_WEIGHTS,
     ]
 )
+# Prefixes per request when scoring at a temperature, and token ids in them.
+_FORCED = 128
+_FORCED_TOKENS = 262144
 
 
 class SglangServer(EngineServer):
-    engine = "SGLang"
+    lora_needs = "--enable-lora, without --dp-size"
     load_adapter_path = "/load_lora_adapter"
     unload_adapter_path = "/unload_lora_adapter"
 
     @property
     def incremental(self) -> bool:
+        """Whether the events of a stream are what is new in it."""
         return bool(self.settings.get("incremental_streaming_output"))
 
     @property
@@ -138,45 +142,28 @@ class SglangServer(EngineServer):
     async def resume_memory(self) -> None:
         await self.connection.control("/resume_memory_occupation", timeout=self._seconds)
 
-    async def abort(self, rid: str) -> None:
-        await self.connection.control("/abort_request", {"rid": rid})
-
     async def score_one(
         self, ids: Sequence[int], begin: int, temperature: float, adapter: str
     ) -> tuple[set[str], tuple[float, ...]]:
-        return await score_one(self.connection, ids, begin, temperature, adapter, self._seconds)
-
-
-# Prefixes per request when scoring at a temperature, and token ids in them.
-_FORCED = 128
-_FORCED_TOKENS = 262144
-
-
-async def score_one(
-    connection: HttpConnection, ids: Sequence[int], begin: int, temperature: float, adapter: str, seconds: float
-) -> tuple[set[str], tuple[float, ...]]:
-    """Log-probabilities of softmax(logits / temperature) of all tokens from `begin`, which is at least 1, and the
-    labels of the weights that they are by.
-
-    SGLang scores a prompt at temperature 1 alone. At any other, each token is asked for as the one that follows its
-    prefix: as many requests of one token as there are tokens, their prefixes from the cache.
-    """
-    count = len(ids) - begin
-    if count <= 0 or temperature in (0.0, 1.0):
-        body = requests.encode_score(ids, uuid.uuid4().hex, adapter, begin)
-        answer = requests.decode(await connection.generate(body, seconds))
-        requests.check_finish(answer)
-        row = requests.decode_score(answer, count) if count > 0 else ()
-        return {label for label, _ in answer.labels(0, 0)}, row
-    labels: set[str] = set()
-    values: list[float] = []
-    size = max(1, min(_FORCED, _FORCED_TOKENS // len(ids)))
-    for first in range(begin, len(ids), size):
-        places = range(first, min(first + size, len(ids)))
-        body = requests.encode_forced([ids[:place] for place in places], [ids[p] for p in places], temperature, adapter)
-        answers, row = requests.decode_forced(await connection.generate(body, seconds), len(places))
-        for answer in answers:
+        """SGLang scores a prompt at temperature 1 alone. At any other, each token is asked for as the one that follows
+        its prefix: as many requests of one token as there are tokens, their prefixes from the cache."""
+        count = len(ids) - begin
+        if count <= 0 or temperature in (0.0, 1.0):
+            body = requests.encode_score(ids, uuid.uuid4().hex, adapter, begin)
+            answer = requests.decode(await self.connection.generate(body, self._seconds))
             requests.check_finish(answer)
-            labels |= {label for label, _ in answer.labels(0, 1)}
-        values += row
-    return labels, tuple(values)
+            row = requests.decode_score(answer, count) if count > 0 else ()
+            return {label for label, _ in answer.labels(0, 0)}, row
+        labels: set[str] = set()
+        values: list[float] = []
+        size = max(1, min(_FORCED, _FORCED_TOKENS // len(ids)))
+        for first in range(begin, len(ids), size):
+            places = range(first, min(first + size, len(ids)))
+            following = [ids[place] for place in places]
+            body = requests.encode_forced([ids[:place] for place in places], following, temperature, adapter)
+            answers, row = requests.decode_forced(await self.connection.generate(body, self._seconds), len(places))
+            for answer in answers:
+                requests.check_finish(answer)
+                labels |= {label for label, _ in answer.labels(0, 1)}
+            values += row
+        return labels, tuple(values)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mulligan.common.inference import Feature, StopReason
 from mulligan.policy.backend import Ask, Sampled
-from mulligan.policy.backends._servers.answers import Aborted, check_scores, checked_tokens, known, stop_reason
+from mulligan.policy.backends._servers.answers import check_tokens, known, stop_reason
 from mulligan.policy.backends._servers.backend import ServersBackend
 from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused
 from mulligan.policy.backends._servers.folders import TargetWeights
@@ -52,25 +52,14 @@ class VllmBackend(ServersBackend):
         except RequestRefused as error:
             raise self._refusal(ask, error) from error
         token_ids = answer.choice.token_ids
-        checked_tokens(token_ids, self._info.vocabulary_size)
+        check_tokens(token_ids, self._info.vocabulary_size)
         labels = answer.labels(0, len(token_ids))
         spans = self._pool.spans(target, labels, own=not ask.adapter)
         if requests.is_renormalised(ask):
-            log_probs = await self._scored(server, target, ask, token_ids, {label for label, _ in labels})
+            log_probs = await self._scored_anew(server, target, ask, token_ids, labels)
         else:
             log_probs = known(answer.log_probs, len(token_ids))
         return Sampled(tuple(token_ids), log_probs, self._stop_reason(ask, answer, token_ids), spans)
-
-    async def _scored(
-        self, server: EngineServer, target: TargetWeights, ask: Ask, token_ids: Sequence[int], sampled_by: set[str]
-    ) -> tuple[float, ...]:
-        ids = [*ask.token_ids, *token_ids]
-        adapter = self._adapter(ask, target)
-        labels, row = await server.score_one(ids, len(ask.token_ids), ask.sampling.temperature, adapter)
-        check_scores(row)
-        if labels | sampled_by != labels & sampled_by:
-            raise Aborted("the weights changed between sampling and scoring")
-        return row
 
     async def _stream_at(
         self, server: EngineServer, connection: HttpConnection, target: TargetWeights, ask: Ask
@@ -81,7 +70,7 @@ class VllmBackend(ServersBackend):
         try:
             async for event in connection.generate_stream(self._encode(ask, target, stream=True), self._seconds):
                 answer = requests.decode(event)
-                checked_tokens(answer.choice.token_ids, self._info.vocabulary_size)
+                check_tokens(answer.choice.token_ids, self._info.vocabulary_size)
                 news = reader.read(answer, changed=changes != server.changes)
                 if news is not None:
                     token_ids, log_probs, labels = news

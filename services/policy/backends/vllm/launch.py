@@ -11,7 +11,6 @@ _ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING":
 
 
 class LaunchedVllm(LaunchedServer):
-    engine = "vLLM"
     ready_path = "/health"
 
     def _arguments(self, port: int) -> Sequence[str]:

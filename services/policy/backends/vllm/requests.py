@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from mulligan.policy.backend import Ask
-from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, WeightSpan, known, labels_between
+from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, StreamReader, WeightSpan, labels_between
 from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
 
 _NOT_A_NUMBER = -9999.0  # what vLLM sends instead
@@ -165,19 +165,8 @@ def decode_forced(answer: VllmAnswer, token: int) -> float:
     raise BadAnswer(f"no log-probability of token {token}, which was asked for")
 
 
-class VllmStream:
-    """Of the parts of one stream. Only the last tells by which weights each token was sampled.
-
-    Until the server is told to change its weights, which the caller says, tokens are by `label`: what it held when the
-    request was sent. From then on they are kept back until the last part comes.
-    """
-
-    def __init__(self, label: str):
-        self._label = label
-        self._certain = True
-        self._values: list[float | None] = []
-        self.token_ids: list[int] = []
-        self.told = 0
+class VllmStream(StreamReader):
+    """Its events hold what is new. That the server was told to change its weights, the caller says (`changed`)."""
 
     def read(
         self, answer: VllmAnswer, *, changed: bool
@@ -185,19 +174,7 @@ class VllmStream:
         """Token ids, log-probabilities and labels to pass on now. Raises BadAnswer."""
         self.token_ids += answer.choice.token_ids
         self._values += answer.log_probs
-        self._certain = self._certain and not changed
-        begin = self.told
-        end = len(self.token_ids)
-        if answer.finished:
-            if begin and any(label != self._label for label, _ in answer.labels(0, begin)):
-                raise BadAnswer("tokens that were sent were not sampled by the weights that the server held")
-            labels = answer.labels(begin, end)
-        elif self._certain and end > begin:
-            labels = [(self._label, end - begin)]
-        else:
-            return None
-        self.told = end
-        return self.token_ids[begin:end], known(self._values[begin:end], end - begin), labels
+        return self._news(answer.labels if answer.finished else None, certain=not changed)
 
 
 def _request(token_ids: Sequence[int], adapter: str, params: dict[str, Any]) -> dict[str, Any]:

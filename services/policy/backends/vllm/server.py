@@ -12,7 +12,7 @@ from mulligan.common.inference import Feature, LoraLimits, SamplingParams
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Ask
 from mulligan.policy.backends._servers.answers import Aborted, BadAnswer
-from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
+from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused, Unreachable
 from mulligan.policy.backends._servers.server import EngineServer, Unsuitable, last_name
 from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.backends.vllm import requests
@@ -35,14 +35,18 @@ _ALWAYS = frozenset(
 _GENERATE = "/inference/v1/generate"
 _CONTROL = frozenset({"/pause", "/resume", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version"})
 _MODE = "processed_logprobs"
-_FORCED = 32  # requests at a time when scoring at a temperature
+_FORCED = 32  # requests at a time when scoring at a temperature, of all sequences together
 
 
 class VllmServer(EngineServer):
-    engine = "vLLM"
+    lora_needs = "--enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in their environment"
     load_adapter_path = "/v1/load_lora_adapter"
     unload_adapter_path = "/v1/unload_lora_adapter"
-    changes = 0  # how often it was told to change its weights
+
+    def __init__(self, connection: HttpConnection, request_seconds: float, fixed: Mapping[str, str]):
+        super().__init__(connection, request_seconds, fixed)
+        self.changes = 0  # raised before its weights change, and when they have changed
+        self._slots = asyncio.Semaphore(_FORCED)
 
     @property
     def context_length(self) -> int:
@@ -79,8 +83,10 @@ class VllmServer(EngineServer):
             raise Unsuitable("it takes no token ids: start it with --enable-scale-out (vLLM 0.32 or later)")
         if missing := sorted(_CONTROL - set(paths)):
             raise Unsuitable(f"it has no {missing[0]}: start it with VLLM_SERVER_DEV_MODE=1 in its environment")
-        told = await self.connection.get("/server_info?config_format=json")
-        self.settings = {"paths": frozenset(paths), **(told.get("vllm_config") or {})}
+        config = (await self.connection.get("/server_info?config_format=json")).get("vllm_config")
+        if not isinstance(config, dict):
+            raise Unsuitable("it does not tell its vllm_config as JSON: is it vLLM 0.32 or later?")
+        self.settings = {"paths": frozenset(paths), **config}
         listed = (await self.connection.get("/v1/models")).get("data") or ()
         self.own_path = next((str(card["root"]) for card in listed if not card.get("parent")), "")
         if last_name(self.own_path) != last_name(skeleton.source):
@@ -116,6 +122,7 @@ class VllmServer(EngineServer):
         body = {"method": "reload_weights", "kwargs": {"weights_path": path}, "timeout": self._seconds}
         await self.connection.control("/collective_rpc", body, timeout=self._seconds)
         await self._rename(label)
+        self.changes += 1  # what was sent since `pause` waited for these weights
 
     async def _rename(self, label: str) -> None:
         await self.connection.control("/update_weight_version", {"new_version": label})
@@ -166,11 +173,9 @@ class VllmServer(EngineServer):
     async def _score_forced(
         self, ids: Sequence[int], begin: int, temperature: float, adapter: str
     ) -> tuple[list[requests.VllmAnswer], tuple[float, ...]]:
-        slots = asyncio.Semaphore(_FORCED)
-
         async def ask(place: int) -> requests.VllmAnswer:
-            body = requests.encode_forced(ids[:place], ids[place], temperature, adapter)
-            async with slots:
+            async with self._slots:
+                body = requests.encode_forced(ids[:place], ids[place], temperature, adapter)
                 return requests.decode(await self.connection.generate(body, self._seconds))
 
         places = range(begin, len(ids))

@@ -32,7 +32,7 @@ async def main():
     settings = SglangSettings(python=sys.argv[1])
     session = new_session()
     server = SglangServer(SglangConnection(session, "http://127.0.0.1:9"), 1.0, {})
-    launched = LaunchedSglang(settings, "model", "0-original", Path(sys.argv[2]), 0)
+    launched = LaunchedSglang(settings, "model", "0-original", Path(sys.argv[2]) / "log")
     await launched.start(server, lambda address: SglangConnection(session, address))
 
 asyncio.run(main())

@@ -82,7 +82,7 @@ def test_a_stream_of_parts_and_one_that_repeats_itself_read_alike() -> None:
     parts = [answer([1]), answer([2]), answer([3], last, finish=LENGTH)]
     repeated = [answer([1]), answer([1, 2]), answer([1, 2, 3], last, finish=LENGTH)]
     for events, incremental in ((parts, True), (repeated, False)):
-        reader = requests.Reader("a", incremental=incremental)
+        reader = requests.SglangStream("a", incremental=incremental)
         news = [reader.read(event) for event in events]
         assert news == [([1], (-1.0,), [("a", 1)]), ([2], (-2.0,), [("a", 1)]), ([3], (-3.0,), [("a", 1)])]
         assert reader.token_ids == [1, 2, 3]
@@ -90,7 +90,7 @@ def test_a_stream_of_parts_and_one_that_repeats_itself_read_alike() -> None:
 
 def test_tokens_are_kept_back_while_nobody_knows_whose_they_are() -> None:
     """An event tells what the server holds when it sends it, which may be newer than its token."""
-    reader = requests.Reader("a", incremental=True)
+    reader = requests.SglangStream("a", incremental=True)
     assert reader.read(answer([1])) is not None
     assert reader.read(answer([2], label="b")) is None
     assert reader.read(answer([3], label="b")) is None
@@ -99,7 +99,7 @@ def test_tokens_are_kept_back_while_nobody_knows_whose_they_are() -> None:
 
 
 def test_tokens_that_were_told_wrongly_are_noticed() -> None:
-    reader = requests.Reader("a", incremental=True)
+    reader = requests.SglangStream("a", incremental=True)
     reader.read(answer([1]))
     with pytest.raises(BadAnswer):
         reader.read(answer([2], [("b", 0, 2)], "b", LENGTH))

@@ -3,6 +3,7 @@ recorded, and shortened to what matters."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import json
 import math
@@ -16,18 +17,23 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from mulligan.common.inference import Feature, LoraLimits, SamplingParams, WeightsKind
+from mulligan.common.model_files import UnsupportedModel
 from mulligan.models import EMBEDDED
-from mulligan.policy.backend import Ask, WeightsFile
+from mulligan.policy.backend import Ask, Replica, Sampled, WeightsFile
 from mulligan.policy.backends._servers.answers import Aborted, BadAnswer
 from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable, new_session
 from mulligan.policy.backends._servers.folders import TargetWeights
 from mulligan.policy.backends._servers.server import Unsuitable
 from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.backends.vllm import Settings as VllmSettings
+from mulligan.policy.backends.vllm import open as open_backend
 from mulligan.policy.backends.vllm import requests
 from mulligan.policy.backends.vllm.connection import VllmConnection
 from mulligan.policy.backends.vllm.launch import LaunchedVllm
 from mulligan.policy.backends.vllm.server import VllmServer
+from tests.support.settings import model_settings
+from tests.support.sglang import lora
+from tests.support.waiting import until
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "recorded.json").read_text())
 
@@ -54,14 +60,27 @@ class Replaying:
     def __init__(self, recorded: dict[str, Any]):
         self.asked: list[tuple[str, Any]] = []
         self.recorded = recorded
+        self.label = "default"
+        self.may_load = asyncio.Event()  # while it is clear, weights are being loaded
+        self.may_load.set()
+        self.runs = asyncio.Event()  # while it is clear, nothing is sampled
+        self.runs.set()
+        self.in_flight: list[int] = [0]  # requests, after each that came or was answered
 
     async def answer(self, request: web.Request) -> web.Response:
         body: Any = await request.json() if request.can_read_body else None
         self.asked.append((request.path_qs, body))
         recorded = self.recorded
         if request.path == "/inference/v1/generate":
-            forced = "logprob_token_ids" in body["sampling_params"]
-            return web.json_response(recorded["forced" if forced else "score"])
+            return await self.sampled(body)
+        if request.path == "/pause":
+            self.runs.clear()
+        if request.path == "/collective_rpc":
+            await self.may_load.wait()
+        if request.path == "/update_weight_version":
+            self.label = body["new_version"]
+        if request.path == "/resume":
+            self.runs.set()
         found = {
             "/openapi.json": {"paths": {path: {} for path in recorded["paths"]}},
             "/server_info": recorded["server_info"],
@@ -73,16 +92,30 @@ class Replaying:
             return web.json_response(recorded["rank"]["body"], status=recorded["rank"]["status"])
         return web.json_response(found.get(request.path, {}))
 
+    async def sampled(self, body: Any) -> web.Response:
+        self.in_flight.append(self.in_flight[-1] + 1)
+        await self.runs.wait()
+        self.in_flight.append(self.in_flight[-1] - 1)
+        if body.get("stream"):
+            return web.Response(text=self.recorded["stream"].replace('"default"', f'"{self.label}"'))
+        forced = "logprob_token_ids" in body["sampling_params"]
+        return web.json_response(self.recorded["forced" if forced else "score"])
+
 
 @asynccontextmanager
-async def replaying(**changes: Any) -> AsyncIterator[tuple[VllmServer, Replaying]]:
+async def at_an_address(**changes: Any) -> AsyncIterator[tuple[str, Replaying]]:
     replaying = Replaying(copy.deepcopy(RECORDED) | changes)
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", replaying.answer)
-    session = new_session()
     async with TestServer(app) as running:
-        server = VllmServer(VllmConnection(session, str(running.make_url("/"))), 5.0, {})
-        yield server, replaying
+        yield str(running.make_url("/")), replaying
+
+
+@asynccontextmanager
+async def replaying(**changes: Any) -> AsyncIterator[tuple[VllmServer, Replaying]]:
+    session = new_session()
+    async with at_an_address(**changes) as (address, replaying):
+        yield VllmServer(VllmConnection(session, address), 5.0, {}), replaying
         await session.close()
 
 
@@ -212,7 +245,9 @@ async def test_servers_that_lack_something_are_refused_and_told_what(skeleton: S
     raw["vllm_config"]["model_config"]["logprobs_mode"] = "raw_logprobs"
     other = copy.deepcopy(RECORDED["models"])
     other["data"][0]["root"] = "/models/other"
+    words_only = {"vllm_config": "model='/models/long-heads', ..."}  # of one that knows no config_format
     cases: dict[str, dict[str, Any]] = {
+        r"vLLM 0\.32 or later": {"server_info": words_only},
         "--enable-scale-out": {"paths": [path for path in paths if path != "/inference/v1/generate"]},
         "VLLM_SERVER_DEV_MODE": {"paths": [path for path in paths if path != "/collective_rpc"]},
         "--logprobs-mode processed_logprobs": {"server_info": raw},
@@ -222,6 +257,18 @@ async def test_servers_that_lack_something_are_refused_and_told_what(skeleton: S
         async with replaying(**changes) as (server, _):
             with pytest.raises(Unsuitable, match=words):
                 await server.look(skeleton)
+
+
+async def test_what_adapters_need_is_told(tmp_path: Path) -> None:
+    models = copy.deepcopy(RECORDED["models"])
+    models["data"][0]["root"] = str(EMBEDDED)
+    paths = [path for path in RECORDED["paths"] if path != "/v1/load_lora_adapter"]
+    _, adapter = lora(tmp_path, 1, ["q_proj"])
+    async with at_an_address(models=models, paths=paths) as (address, _):
+        settings = VllmSettings(servers=(address,))
+        chosen = model_settings(backend="vllm", model=str(EMBEDDED), vllm=settings, adapters={"a": str(adapter.path)})
+        with pytest.raises(UnsupportedModel, match=r"--enable-lora.* VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
+            await open_backend(chosen, tmp_path / "engine", 0)
 
 
 async def test_weights_are_loaded_while_nothing_runs_and_then_named(skeleton: Skeleton) -> None:
@@ -265,6 +312,43 @@ async def test_a_prompt_is_scored_at_once_only_without_lora(skeleton: Skeleton) 
         assert [body["token_ids"] for _, body in seen.asked[-2:]] == [[20], [20, 77]]
 
 
+async def test_scoring_token_by_token_leaves_room_for_others(skeleton: Skeleton) -> None:
+    sequences = [[20] + [77] * 39] * 2
+    async with replaying() as (server, seen):
+        await server.look(skeleton)
+        seen.runs.clear()
+        scoring = asyncio.gather(*(server.score_one(ids, 1, 0.5, "") for ids in sequences))
+        await until(lambda: seen.in_flight[-1] >= 32)
+        seen.runs.set()
+        assert [len(row) for _, row in await scoring] == [39, 39]
+        assert max(seen.in_flight) == 32
+
+
+async def test_a_stream_that_waited_for_new_weights_tells_theirs(tmp_path: Path) -> None:
+    models = copy.deepcopy(RECORDED["models"])
+    models["data"][0]["root"] = str(EMBEDDED)
+
+    async def admit(replica: Replica, weights: WeightsFile) -> None:
+        return None
+
+    async with at_an_address(models=models) as (address, seen):
+        settings = VllmSettings(servers=(address,), probe_seconds=60)
+        chosen = model_settings(backend="vllm", model=str(EMBEDDED), vllm=settings)
+        backend = await open_backend(chosen, tmp_path / "engine", 0)
+        seen.may_load.clear()
+        new = WeightsFile(None, WeightsKind.ORIGINAL, 1, "")
+        updating = asyncio.create_task(backend.update_weights(new, admit))
+        await until(lambda: not seen.runs.is_set())
+        stream = asyncio.create_task(_all(backend.stream(Ask([20], SamplingParams(max_tokens=3)))))
+        await until(lambda: seen.in_flight[-1] == 1)
+        seen.may_load.set()
+        await updating
+        spans = [span for part in await stream for span in part.policy_versions]
+        assert sum(span.token_count for span in spans) == 3
+        assert {span.policy_version for span in spans} == {1}
+        await backend.close()
+
+
 async def test_refusals_and_failures_are_told_apart() -> None:
     async def failure(name: str) -> Exception:
         async def answer(request: web.Request) -> web.Response:
@@ -290,7 +374,7 @@ async def test_refusals_and_failures_are_told_apart() -> None:
 
 def test_a_launched_server_is_told_what_the_backend_needs(tmp_path: Path) -> None:
     settings = VllmSettings(flags=("--tensor-parallel-size", "2"), environment={"OMP_NUM_THREADS": "1"})
-    launched = LaunchedVllm(settings, "some/model", "0-original", tmp_path, 0)
+    launched = LaunchedVllm(settings, "some/model", "0-original", tmp_path / "log")
     arguments = launched._arguments(30000)
     assert list(arguments[:4]) == ["-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"]
     assert "--enable-scale-out" in arguments and "processed_logprobs" in arguments
@@ -300,3 +384,7 @@ def test_a_launched_server_is_told_what_the_backend_needs(tmp_path: Path) -> Non
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "OMP_NUM_THREADS": "1",
     }
+
+
+async def _all(parts: AsyncIterator[Sampled]) -> list[Sampled]:
+    return [part async for part in parts]
