@@ -17,12 +17,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from proof import CaseUnavailable, agreement, docker, faults, kills, learning, sglang, suite
+from proof import CaseUnavailable, agreement, docker, faults, kills, learning, methods, sglang, suite
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "proof"
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **learning.CASES,
+    **methods.CASES,
     **kills.CASES,
     **docker.CASES,
     **agreement.CASES,
@@ -54,6 +55,7 @@ def main() -> None:
             print(f"    not possible here: {lacking}")
             continue
         result = {"case": name, **measured, **_circumstances(name), "seconds": round(time.monotonic() - start)}
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=2) + "\n")
         print(json.dumps(measured))
 

@@ -1,0 +1,165 @@
+"""Compares all methods on 3×3 FrozenLake with the embedded model: `python -m benchmarks.methods [--report-only]`.
+
+Runs what has no result yet (`proof/methods.py`, cell by cell, about eight hours of two cores), then writes into
+docs/proof: `methods.md` (means with 95 % intervals), `methods.png` (learning curves with bands) and
+`erl_vs_rlvr.json`. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from math import sqrt
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from benchmarks.common import print_result
+from proof.methods import ARMS, RESULTS, ROOT, Arm, others
+
+THRESHOLD = 0.8  # of test success
+# Two-sided 95 % quantiles of Student's t distribution, by degrees of freedom.
+T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+
+Result = Mapping[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report what there is")
+    if not parser.parse_args().report_only:
+        subprocess.run([sys.executable, "-m", "proof", "--only", "methods/"], cwd=ROOT, check=True)
+    arms = {name: results for name, arm in {**ARMS, **others()}.items() if (results := _results(name, arm))}
+    if not {"erl", "rlvr"} <= arms.keys():
+        sys.exit("no result of erl and rlvr yet: run it without --report-only")
+    (RESULTS / "methods.md").write_text(page(arms))
+    draw(RESULTS / "methods.png", arms)
+    claim = compare(arms["erl"], arms["rlvr"])
+    (RESULTS / "erl_vs_rlvr.json").write_text(json.dumps(claim, indent=2) + "\n")
+    print((RESULTS / "methods.md").read_text())
+    print_result("methods", claim)
+
+
+def _results(name: str, arm: Arm) -> list[Result]:
+    files = [RESULTS / "methods" / f"{name}-{seed}.json" for seed in range(arm.seeds)]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
+
+
+def at(result: Result, rollouts: float) -> float | None:
+    """Test success after so many rollouts, on the line between two evaluations; None beyond the last."""
+    curve = [(point["rollouts"], point["success"]) for point in result["evaluations"]]
+    for (left, low), (right, high) in pairwise(curve):
+        if left <= rollouts <= right:
+            return float(low + (high - low) * (rollouts - left) / (right - left))
+    return None
+
+
+def rollouts_to(result: Result, success: float) -> float | None:
+    """Rollouts until the test success, on the line between two evaluations; None where it was never reached."""
+    curve = [(point["rollouts"], point["success"]) for point in result["evaluations"]]
+    for (left, low), (right, high) in pairwise(curve):
+        if high >= success:
+            return float(right if high == low else left + (right - left) * max(0.0, (success - low) / (high - low)))
+    return None
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % interval over seeds (Student's t); None for a single seed."""
+    if len(values) < 2:
+        return fmean(values), None
+    return fmean(values), T_QUANTILES[min(len(values) - 1, 4)] * stdev(values) / sqrt(len(values))
+
+
+def told(values: Sequence[float], digits: int = 2) -> str:
+    mean, half = interval(values)
+    return f"{mean:,.{digits}f}" + ("" if half is None else f" ± {half:,.{digits}f}")
+
+
+def compare(erl: Sequence[Result], rlvr: Sequence[Result]) -> dict[str, Any]:
+    """The headline: final test success of both, and how many rollouts ERL needs for what RLVR needs."""
+    ends = {name: [result["test_success_after"] for result in arm] for name, arm in (("erl", erl), ("rlvr", rlvr))}
+
+    def ratio(success: float) -> float | None:
+        """Mean rollouts of ERL over those of RLVR until the success; None where a seed never reaches it."""
+        needed = [[rollouts_to(result, success) for result in arm] for arm in (erl, rlvr)]
+        known = [[one for one in arm if one is not None] for arm in needed]
+        if [len(arm) for arm in known] != [len(erl), len(rlvr)]:
+            return None
+        return fmean(known[0]) / fmean(known[1])
+
+    final = fmean(ends["rlvr"])
+    reached = [rollouts_to(result, final) for result in erl]
+    spent = fmean(result["rollouts"] for result in rlvr)
+    needed = [one for one in reached if one is not None]
+    return {
+        "frozenlake_erl": fmean(ends["erl"]),
+        "frozenlake_erl_interval": interval(ends["erl"])[1],
+        "frozenlake_rlvr": final,
+        "frozenlake_rlvr_interval": interval(ends["rlvr"])[1],
+        "rollouts_to_threshold_ratio": ratio(THRESHOLD),
+        "rollouts_to_rlvr_final_ratio": fmean(needed) / spent if len(needed) == len(erl) else None,
+        "seeds": {"erl": len(erl), "rlvr": len(rlvr)},
+    }
+
+
+def page(arms: Mapping[str, Sequence[Result]]) -> str:
+    """The table of all arms. The budget of a column is what every seed of every arm has spent, or all of it."""
+    half = min(result["rollouts"] for results in arms.values() for result in results)
+    lines = [
+        "# Methods on 3×3 FrozenLake",
+        "",
+        "Embedded model, 100 test boards, first attempts without a reflection in context. Each arm has the best of",
+        "three learning rates (half the steps, one seed, training boards only); RLVR has that and the best of three",
+        "entropy bonuses. Means over seeds with 95 % intervals (Student's t). Rollouts are episodes and texts. Made by",
+        "`python -m benchmarks.methods` from the files in [methods/](methods/), each with its commit and command.",
+        "",
+        f"| method | seeds | learning rate | success at {half:,} rollouts | success at the end | rollouts "
+        "| optimizer steps | sampled tokens | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, results in sorted(arms.items(), key=lambda arm: -fmean(r["test_success_after"] for r in arm[1])):
+        early = [found for result in results if (found := at(result, half)) is not None]
+        entropy = f", entropy {results[0]['entropy']}" if results[0]["entropy"] else ""
+        row = [
+            name,
+            str(len(results)),
+            results[0]["rate"] + entropy,
+            told(early) if early else "",
+            told([result["test_success_after"] for result in results]),
+            told([result["rollouts"] for result in results], 0),
+            f"{results[0]['optimizer_steps']:,}",
+            told([result["sampled_tokens"] for result in results], 0),
+            told([result["train_seconds"] for result in results], 0),
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, "", "![Learning curves](methods.png)", ""])
+
+
+def draw(path: Path, arms: Mapping[str, Sequence[Result]]) -> None:
+    """Test success over rollouts: the mean over seeds, and a band from the least to the greatest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), dpi=120)
+    for name, results in sorted(arms.items()):
+        last = min(result["rollouts"] for result in results)
+        places = [last * index / 40 for index in range(41)]
+        values = [[at(result, place) or 0.0 for result in results] for place in places]
+        (line,) = axes.plot(places, [fmean(column) for column in values], label=name)
+        axes.fill_between(places, [*map(min, values)], [*map(max, values)], alpha=0.12, color=line.get_color())
+    axes.set(xlabel="rollouts: episodes + texts", ylabel="success on the test boards", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize="small", ncols=2)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

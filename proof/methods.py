@@ -1,0 +1,129 @@
+"""Trains every method on 3×3 FrozenLake with the embedded model, on equal terms, by `mulligan demo`.
+
+Each arm first gets the same small search: three learning rates, half the steps, one seed, judged by the training boards
+alone. RLVR gets one over its entropy bonus, too. Then its seeds run with what was best. `python -m benchmarks.methods`
+makes the table and the charts.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mulligan.trainer.events import EventLog
+from proof import CaseUnavailable
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "proof"
+STEPS = 200
+RATES = ("3e-5", "1e-4", "3e-4")
+ENTROPIES = ("0.003", "0.01")
+SEARCH_SEED = 100
+LAST_STEPS = 20  # of a search, over which training success is averaged
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A recipe with settings. `share` is the share of the full budget that its seeds run for."""
+
+    recipe: str
+    settings: tuple[str, ...] = ()
+    seeds: int = 3
+    share: float = 1.0
+    entropies: tuple[str, ...] = ()
+
+
+ARMS = {
+    "erl": Arm("frozenlake-3x3", seeds=5),
+    "rlvr": Arm("frozenlake-3x3-rlvr", seeds=5, entropies=ENTROPIES),
+    "without-memory": Arm("frozenlake-3x3", ("algorithm.memory_entries=0",)),
+    "without-reflection": Arm("frozenlake-3x3", ("algorithm.name=raw_retry",)),
+    "without-distillation": Arm("frozenlake-3x3", ("algorithm.distillation_weight=0",)),
+    "try-again": Arm("frozenlake-3x3", ("algorithm.name=try_again",)),
+}
+
+
+def others() -> dict[str, Arm]:
+    """The methods beyond ERL and RLVR, by their recipes. They run at half the budget."""
+    known = {arm.recipe for arm in ARMS.values()}
+    found = sorted(path.stem for path in (ROOT / "recipes").glob("frozenlake-3x3-*.toml"))
+    return {name.removeprefix("frozenlake-3x3-"): Arm(name, share=0.5) for name in found if name not in known}
+
+
+def search(arm: Arm, rate: str, entropy: str, folder: Path) -> dict[str, Any]:
+    """Half the steps with one learning rate. The result has no number of the test boards."""
+    steps = int(STEPS * arm.share / 2)
+    settings = [f"steps={steps}", f"seed={SEARCH_SEED}", f"optimizer.learning_rate={rate}", "evaluation.every=0"]
+    settings += [f"loss.entropy_coefficient={entropy}"] if entropy else []
+    run = _train(arm, settings, folder)
+    curve = [metrics.get("success_first", 0.0) for _, metrics in sorted(_metrics(run).items())]
+    return {"rate": rate, "entropy": entropy, "steps": steps, "train_success": fmean(curve[-LAST_STEPS:])}
+
+
+def learn(name: str, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
+    """One seed with the settings that the search found. Raises CaseUnavailable before the search."""
+    best = chosen(name, arm)
+    settings = [f"steps={int(STEPS * arm.share)}", f"seed={seed}", f"optimizer.learning_rate={best['rate']}"]
+    settings += [f"loss.entropy_coefficient={best['entropy']}"] if best["entropy"] else []
+    run = _train(arm, settings, folder)
+    summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
+    metrics = _metrics(run)
+    return {
+        "arm": name,
+        "seed": seed,
+        "rate": best["rate"],
+        "entropy": best["entropy"],
+        "optimizer_steps": summary["steps"] * summary["settings"]["algorithm"]["optimizer_steps"],
+        "train_success": [round(metrics[step].get("success_first", 0.0), 4) for step in sorted(metrics)],
+        **{name: value for name, value in summary.items() if name not in ("run_id",)},
+    }
+
+
+def chosen(name: str, arm: Arm) -> dict[str, Any]:
+    """The result of the arm's search with the greatest success in training; of equal ones the first."""
+    cases = list(searches(name, arm))
+    missing = [case for case, _, _ in cases if not (RESULTS / f"{case}.json").exists()]
+    if missing:
+        raise CaseUnavailable(f"its search comes first: {', '.join(missing)}")
+    results = [json.loads((RESULTS / f"{case}.json").read_text()) for case, _, _ in cases]
+    best: dict[str, Any] = max(results, key=lambda result: float(result["train_success"]))
+    return best
+
+
+def searches(name: str, arm: Arm) -> Iterator[tuple[str, str, str]]:
+    """Each search of an arm: its case, learning rate and entropy bonus ("": the recipe's)."""
+    for rate in RATES:
+        for entropy in ("", *arm.entropies):
+            yield f"methods/search-{name}-{rate}{'-entropy-' + entropy if entropy else ''}", rate, entropy
+
+
+def _train(arm: Arm, settings: list[str], folder: Path) -> Path:
+    """Runs the demo in `folder`, or continues it there. Returns the folder of the run."""
+    command = [sys.executable, "-m", "mulligan.cli", "demo", "--folder", str(folder), "--recipe", arm.recipe]
+    for setting in (*arm.settings, *settings):
+        command += ["--set", setting]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (summary,) = folder.glob("runs/*/summary.json")
+    return summary.parent
+
+
+def _metrics(run: Path) -> dict[int, dict[str, float]]:
+    return {step: event.metrics for step, event in EventLog(run / "events.jsonl").steps().items()}
+
+
+def _cases() -> Iterator[tuple[str, Callable[[Path], dict[str, Any]]]]:
+    for name, arm in {**ARMS, **others()}.items():
+        for case, rate, entropy in searches(name, arm):
+            yield case, partial(search, arm, rate, entropy)
+        for seed in range(arm.seeds):
+            yield f"methods/{name}-{seed}", partial(learn, name, arm, seed)
+
+
+CASES = dict(_cases())

@@ -1,0 +1,51 @@
+"""The comparison of methods: what is read off learning curves, and what a table of them says."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import pytest
+
+from benchmarks.methods import at, compare, interval, page, rollouts_to
+
+
+def result(*curve: tuple[int, float], **more: Any) -> dict[str, Any]:
+    points = [{"step": 0, "rollouts": rollouts, "success": success} for rollouts, success in curve]
+    plain = {"rate": "1e-4", "entropy": "", "optimizer_steps": 8, "sampled_tokens": 9, "train_seconds": 1.0}
+    ends = {"evaluations": points, "rollouts": curve[-1][0], "test_success_after": curve[-1][1]}
+    return plain | ends | more
+
+
+ERL = [result((0, 0.2), (100, 0.6), (200, 1.0)), result((0, 0.2), (100, 0.8), (200, 0.8))]
+RLVR = [result((0, 0.2), (400, 0.6)), result((0, 0.2), (400, 0.8))]
+
+
+def test_a_curve_is_read_between_its_points() -> None:
+    assert [at(ERL[0], rollouts) for rollouts in (0, 50, 100, 150, 200)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert at(ERL[0], 201) is None
+    assert [rollouts_to(ERL[0], success) for success in (0.1, 0.4, 0.8, 1.0)] == pytest.approx([0, 50, 150, 200])
+    assert rollouts_to(ERL[1], 0.9) is None
+    assert rollouts_to(result((0, 0.5), (10, 0.4), (20, 0.4), (30, 0.6)), 0.5) == 25
+
+
+def test_intervals_are_those_of_students_t() -> None:
+    assert interval([0.5]) == (0.5, None)
+    mean, half = interval([0.9, 1.0, 0.8])
+    assert mean == pytest.approx(0.9) and half == pytest.approx(4.303 * 0.1 / sqrt(3))
+
+
+def test_the_claim_is_about_means_over_seeds() -> None:
+    claim = compare(ERL, RLVR)
+    assert claim["frozenlake_erl"] == pytest.approx(0.9) and claim["frozenlake_rlvr"] == pytest.approx(0.7)
+    assert claim["seeds"] == {"erl": 2, "rlvr": 2}
+    assert claim["rollouts_to_threshold_ratio"] is None, "one seed of RLVR never reaches it"
+    # ERL reaches 0.7 after 125 and 83 1/3 rollouts, and RLVR spent 400
+    assert claim["rollouts_to_rlvr_final_ratio"] == pytest.approx((125 + 250 / 3) / 2 / 400)
+
+
+def test_the_table_has_a_row_for_each_arm_the_best_first() -> None:
+    rows = [line for line in page({"rlvr": RLVR, "erl": ERL}).splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[1:]] == ["| erl", "| rlvr"]
+    assert "success at 200 rollouts" in rows[0], "the budget that every seed of every arm has spent"
+    assert "0.90 ± 1.27" in rows[1]
