@@ -40,12 +40,12 @@ def labels_between(spans: Iterable[WeightSpan], begin: int, end: int, engine: st
 
 
 class StreamReader:
-    """Of one stream: which of its tokens are passed on, and when. Only the last event tells by which weights each token
-    was sampled.
+    """Decides which tokens of one stream are passed on, and when. Only the last event says which weights sampled each
+    token.
 
-    As long as it is certain that the server holds what it held when the request was sent, tokens are by `label`. From
-    then on they are kept back until the last event comes. Subclasses add what an event brings to `token_ids` and
-    `_values`, their log-probabilities.
+    As long as the server certainly holds what it held when the request was sent, tokens are from the weights `label`.
+    From then on they are held back until the last event comes. Subclasses add what an event brings to `token_ids`, and
+    its log-probabilities to `_values`.
     """
 
     def __init__(self, label: str):
@@ -77,7 +77,7 @@ class StreamReader:
 
 
 def check_tokens(token_ids: Sequence[int], vocabulary_size: int) -> None:
-    """Raises BadAnswer for token ids that the model has not."""
+    """Raises BadAnswer for token ids that are not in the vocabulary."""
     try:
         numbers.token_ids("token ids", token_ids, vocabulary_size)
     except ValueError as error:

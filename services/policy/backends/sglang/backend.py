@@ -30,7 +30,7 @@ from mulligan.policy.backends.sglang.server import SglangServer
 from mulligan.policy.model_settings import ModelSettings
 
 _ENGINE = EngineParts(SglangConnection, SglangServer, LaunchedSglang)
-_ROUTED_ATTEMPTS = 2  # before a server is asked directly: a router may send a prompt to the same stale one each time
+_ROUTED_ATTEMPTS = 2  # then servers are asked directly: a router may send a prompt to the same stale one each time
 
 
 async def open_backend(settings: ModelSettings, folder: Path, first_version: int) -> SglangBackend:

@@ -1,9 +1,10 @@
 """Converts an `Ask` to a request to SGLang's /generate, and the answer to a `Sampled`.
 
-SGLang's log-probabilities of output tokens are those of the contract: of softmax(logits / temperature), and of
-softmax(logits) for a greedy request (temperature 0 is top-k 1 at temperature 1 there), whatever runs beside it. Two
-exceptions are dealt with here: a batch in which every request has top-k 1 is not scaled by temperature, so top-k 1 is
-asked for as a tiny top-p; and under a regex or schema they are of the constrained logits, so they are scored anew.
+SGLang's log-probabilities of output tokens are those of the contract, whatever runs beside the request: of
+softmax(logits / temperature), and of softmax(logits) for a greedy request, because SGLang treats temperature 0 as
+top-k 1 at temperature 1. There are two exceptions. If every request of a batch has top-k 1, SGLang does not scale by
+temperature, so top-k 1 is sent as a tiny top-p. Under a regex or schema the log-probabilities are of the constrained
+logits, so they are scored again.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Answer(msgspec.Struct):
     output_ids: list[int] = []
 
     def labels(self, begin: int, end: int) -> list[tuple[str, int]]:
-        """By which weights, as the server calls them, these of its tokens were sampled, and how many each."""
+        """The labels of the weights that sampled these tokens, each with its number of tokens."""
         if begin == end:  # also what sampled nothing was computed by somebody
             return [(self.meta_info.weight_version, 0)]
         return labels_between(self.meta_info.weight_versions, begin, end, "SGLang 0.5.23")
@@ -70,7 +71,7 @@ def decode(body: bytes) -> Answer:
 
 
 def decode_event(body: bytes) -> Answer:
-    """Of a stream. Raises RequestRefused, too."""
+    """Decodes an event of a stream. Raises BadAnswer and RequestRefused."""
     if body.startswith(b'{"error"'):
         raise RequestRefused(body.decode(errors="replace"))
     return decode(body)
@@ -90,7 +91,8 @@ def encode(
     stream: bool,
     priority: bool,
 ) -> bytes:
-    """`end_of_turn`: the server knows those of the model's configuration by itself, and not that of a chat template."""
+    """`end_of_turn` is sent along, because the server knows only the tokens of the model's configuration, not that of
+    the chat template."""
     sampling = ask.sampling
     only_the_likeliest = sampling.temperature > 0 and sampling.top_k == 1
     params: dict[str, object] = {
@@ -125,11 +127,11 @@ def encode(
 
 
 def encode_score(token_ids: Sequence[int], rid: str, adapter: str, begin: int) -> bytes:
-    """Log-probabilities of softmax(logits) of all tokens after the first `begin`."""
+    """Asks for the log-probabilities of softmax(logits) of all tokens after the first `begin`."""
     request: dict[str, object] = {
         "rid": rid,
         "input_ids": token_ids,
-        # Zero new tokens: the prompt alone is computed. From `begin` on nothing is taken from the cache.
+        # Zero new tokens: only the prompt is computed. From `begin` on nothing is taken from the cache.
         "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
         "return_logprob": True,
         "logprob_start_len": max(0, begin - 1),
@@ -140,7 +142,7 @@ def encode_score(token_ids: Sequence[int], rid: str, adapter: str, begin: int) -
 
 
 def decode_score(answer: Answer, count: int) -> tuple[float, ...]:
-    """Of the last `count` tokens."""
+    """The log-probabilities of the last `count` tokens. Raises BadAnswer."""
     found = answer.meta_info.input_token_logprobs or []
     if len(found) < count:
         raise BadAnswer(f"{len(found)} log-probabilities of a prompt instead of {count}")
@@ -151,7 +153,7 @@ def decode_score(answer: Answer, count: int) -> tuple[float, ...]:
 def encode_forced(
     prefixes: Sequence[Sequence[int]], following: Sequence[int], temperature: float, adapter: str
 ) -> bytes:
-    """What the log-probability of a token that follows each prefix is at this temperature, whatever is sampled."""
+    """Asks, for each prefix, for the log-probability of one token after it at this temperature, whatever is sampled."""
     request: dict[str, object] = {
         "input_ids": prefixes,
         "sampling_params": {"max_new_tokens": 1, "temperature": temperature, "top_k": -1},
@@ -181,7 +183,7 @@ def decode_forced(body: bytes, count: int) -> tuple[list[Answer], tuple[float, .
 
 
 def check_finish(answer: Answer) -> None:
-    """Raises Aborted, BadAnswer."""
+    """Raises Aborted or BadAnswer, if the sample did not end as it should."""
     finish = answer.meta_info.finish_reason
     if finish is None:
         return
@@ -192,14 +194,14 @@ def check_finish(answer: Answer) -> None:
 
 
 def log_probs(answer: Answer) -> tuple[float, ...]:
-    """Of all sampled tokens. Raises BadAnswer."""
+    """The log-probabilities of all sampled tokens. Raises BadAnswer."""
     found = [value for value, _, _ in answer.meta_info.output_token_logprobs or []]
     return known(found, len(answer.output_ids))
 
 
 class SglangStream(StreamReader):
-    """Its events hold what is new (`incremental`) or all that there is so far. Each tells what the server holds while
-    it sends it: until that changes from `label`, it is true of the tokens, too."""
+    """Each event has what is new (`incremental`), or all that there is so far. It names the weights that the server
+    holds when it sends the event. As long as these are `label`, they also sampled the tokens."""
 
     def __init__(self, label: str, *, incremental: bool):
         super().__init__(label)
@@ -222,7 +224,7 @@ class SglangStream(StreamReader):
 def stop_reason(
     answer: Answer, token_ids: Sequence[int], sampling: SamplingParams, end_of_turn: Collection[int]
 ) -> StopReason:
-    """Of these tokens, all that were sampled."""
+    """Why the sample ended; `token_ids` are all of its tokens."""
     finish = answer.meta_info.finish_reason
     assert finish is not None
     stopped = finish.type == "stop"

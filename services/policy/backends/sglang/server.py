@@ -37,12 +37,12 @@ class SglangServer(EngineServer):
 
     @property
     def incremental(self) -> bool:
-        """Whether the events of a stream are what is new in it."""
+        """Whether each event of a stream has only what is new."""
         return bool(self.settings.get("incremental_streaming_output"))
 
     @property
     def context_length(self) -> int:
-        """SGLang keeps some tokens of a context to itself: what it scores must be shorter than max_req_input_len."""
+        """SGLang reserves some tokens of a context: what it scores must be shorter than max_req_input_len."""
         return max(0, int(self.settings.get("max_req_input_len") or 0) - 1)
 
     @property
@@ -66,8 +66,7 @@ class SglangServer(EngineServer):
 
     @property
     def lora(self) -> LoraLimits:
-        """What it was started with: --max-lora-rank and --lora-target-modules. Layers that SGLang stacks into one go
-        together."""
+        """As --max-lora-rank and --lora-target-modules say. Layers that SGLang stacks into one belong together."""
         named = self.settings.get("lora_target_modules") or ()
         taken: set[str] = set() if "all" in named else set(named)
         for group in STACKED:
@@ -145,8 +144,8 @@ class SglangServer(EngineServer):
     async def score_one(
         self, ids: Sequence[int], begin: int, temperature: float, adapter: str
     ) -> tuple[set[str], tuple[float, ...]]:
-        """SGLang scores a prompt at temperature 1 alone. At any other, each token is asked for as the one that follows
-        its prefix: as many requests of one token as there are tokens, their prefixes from the cache."""
+        """SGLang scores a prompt only at temperature 1. At another temperature each token is requested as the one after
+        its prefix: one request per token, with the prefixes from the cache."""
         count = len(ids) - begin
         if count <= 0 or temperature in (0.0, 1.0):
             body = requests.encode_score(ids, uuid.uuid4().hex, adapter, begin)

@@ -1,10 +1,10 @@
-"""vLLM servers: some that run, or some that this service launches.  https://github.com/vllm-project/vllm
+"""vLLM servers that run already, or that this service launches. https://github.com/vllm-project/vllm
 
 Token ids go to /inference/v1/generate and come back.
 
-What the engine itself does not do is done here. Log-probabilities under top-p, top-k, a regex or a schema are scored
-anew, since vLLM gives those of the tokens that are left (and a stream of such a request comes in one part). Score at a
-temperature other than 1 costs a request of one token per token.
+Two things are done here because vLLM does not do them. Under top-p, top-k, a regex or a schema vLLM renormalises
+log-probabilities over the tokens that are left: they are scored again, and a stream comes in one part. Score at a
+temperature other than 1 takes one request for each token.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def open_backend(settings: ModelSettings, folder: Path, first_version: int
 
 
 class VllmBackend(ServersBackend):
-    """A request whose connection is closed is aborted by vLLM itself."""
+    """vLLM itself aborts a request whose connection is closed."""
 
     def _can_stream(self, ask: Ask) -> bool:
         return not requests.is_renormalised(ask)

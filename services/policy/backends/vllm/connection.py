@@ -6,7 +6,7 @@ from typing import Any
 
 from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused
 
-# The worker did not take a file, and the server lives on. vLLM answers HTTP 500 to that.
+# When a worker refuses a file, vLLM answers HTTP 500, and the server goes on.
 _NOT_TAKEN = ("Call to add_lora method failed", "Call to collective_rpc method failed")
 
 
@@ -17,7 +17,7 @@ class VllmConnection(HttpConnection):
     alive_path = "/health"
 
     def _decoded(self, answer: bytes) -> dict[str, Any]:
-        """Calls for adapters are answered with words."""
+        """vLLM answers calls for adapters with words, not JSON."""
         return {} if answer.startswith(b"Success") else super()._decoded(answer)
 
     def _failure(self, status: int, answer: bytes) -> Exception:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mulligan.policy.backends._servers.launch import LaunchedServer
 
-# /pause, /collective_rpc, /update_weight_version and others, and /v1/load_lora_adapter, are there with these alone.
+# Only with these vLLM has /pause, /collective_rpc, /update_weight_version and others, and /v1/load_lora_adapter.
 _ENVIRONMENT = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 

@@ -1,8 +1,8 @@
-"""An `Ask` as a request to vLLM's /inference/v1/generate, and its answer as a `Sampled`.
+"""Converts an `Ask` to a request to vLLM's /inference/v1/generate, and reads the answer.
 
-With --logprobs-mode processed_logprobs the log-probabilities of output tokens are those of what was sampled from: of
-softmax(logits / temperature), which is what the contract says, but renormalised over the tokens that top-p, top-k or a
-grammar leave. Where one of these is asked for, they are scored anew.
+With --logprobs-mode processed_logprobs the log-probabilities of output tokens are of softmax(logits / temperature), as
+the contract says. But they are renormalised over the tokens that top-p, top-k or a grammar leave. If a request has one
+of these, they are scored again.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Failure(msgspec.Struct):
 
 
 class VllmAnswer(msgspec.Struct):
-    """Of one sample, or, in a stream, what is new in it."""
+    """The answer to a request for one sample; in a stream, what is new in it."""
 
     choices: list[_Choice] = []
     prompt_logprobs: list[dict[int, _PromptLogProb] | None] | None = None
@@ -68,7 +68,7 @@ class VllmAnswer(msgspec.Struct):
         return [None if value.logprob <= _NOT_A_NUMBER else value.logprob for value in content or ()]
 
     def labels(self, begin: int, end: int) -> list[tuple[str, int]]:
-        """By which weights, as the server calls them, these tokens of the sample were sampled, and how many each."""
+        """The labels of the weights that sampled these tokens, each with its number of tokens."""
         return labels_between(self.choice.weight_versions or (), begin, end, "vLLM 0.32")
 
 
@@ -76,7 +76,7 @@ _decoder = msgspec.json.Decoder(VllmAnswer)
 
 
 def decode(body: bytes) -> VllmAnswer:
-    """Raises BadAnswer and Aborted; and RequestRefused and Unreachable, of a stream that began well."""
+    """Raises BadAnswer and Aborted. In a stream that began well, also RequestRefused and Unreachable."""
     try:
         answer = _decoder.decode(body)
     except msgspec.DecodeError as error:
@@ -100,7 +100,8 @@ def is_renormalised(ask: Ask) -> bool:
 def encode(
     ask: Ask, adapter: str, context_length: int, end_of_turn: Collection[int], *, stream: bool, priority: bool
 ) -> bytes:
-    """`end_of_turn`: the server knows those of the model's configuration by itself, and not that of a chat template."""
+    """`end_of_turn` is sent along, because the server knows only the tokens of the model's configuration, not that of
+    the chat template."""
     sampling = ask.sampling
     params: dict[str, Any] = {
         "temperature": sampling.temperature,
@@ -126,17 +127,17 @@ def encode(
 
 
 def encode_label(token_ids: Sequence[int], adapter: str) -> bytes:
-    """One token, whose answer tells by which weights it is."""
+    """Asks for one token; the answer has the label of the weights."""
     return msgspec.json.encode(_request(token_ids, adapter, {"max_tokens": 1}))
 
 
 def encode_score(token_ids: Sequence[int], adapter: str) -> bytes:
-    """Log-probabilities of softmax(logits) of all tokens after the first. One token more is sampled."""
+    """Asks for the log-probabilities of softmax(logits) of all tokens after the first. One more token is sampled."""
     return msgspec.json.encode(_request(token_ids, adapter, {"max_tokens": 1, "prompt_logprobs": 0}))
 
 
 def decode_score(answer: VllmAnswer, token_ids: Sequence[int], begin: int) -> tuple[float, ...]:
-    """Of the tokens from `begin`, which is at least 1."""
+    """The log-probabilities of the tokens from `begin`, which is at least 1. Raises BadAnswer."""
     rows = answer.prompt_logprobs or []
     if len(rows) != len(token_ids):
         raise BadAnswer(f"{len(rows)} log-probabilities of a prompt of {len(token_ids)} tokens")
@@ -149,7 +150,7 @@ def decode_score(answer: VllmAnswer, token_ids: Sequence[int], begin: int) -> tu
 
 
 def encode_forced(prefix: Sequence[int], token: int, temperature: float, adapter: str) -> bytes:
-    """The log-probability at this temperature of a token that follows, whatever is sampled.
+    """Asks for the log-probability of one token after the prefix at this temperature, whatever is sampled.
 
     vLLM shows as many as are asked for, and the sampled token is among them: the token is asked for twice.
     """
@@ -166,7 +167,7 @@ def decode_forced(answer: VllmAnswer, token: int) -> float:
 
 
 class VllmStream(StreamReader):
-    """Its events hold what is new. That the server was told to change its weights, the caller says (`changed`)."""
+    """Each event has what is new. `changed`: the server was told to change its weights since the request was sent."""
 
     def read(
         self, answer: VllmAnswer, *, changed: bool
