@@ -1,7 +1,7 @@
 """The data that a learner trains on, and the checks that it makes. Mirrors `Datum` of `mulligan.trainer.v1`.
 
-The two objectives are two types. A distilled datum is trained under another context than it was sampled under, so the
-log-probabilities of its sampling must not reach the loss: `Distillation` has no field for them.
+Each objective is a type, whose fields are its inputs. A distilled datum is trained under another context than it was
+sampled under, so the log-probabilities of its sampling must not reach the loss: `Distillation` has no field for them.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import compress
 from typing import NamedTuple
+
+from mulligan.trainer.objective import InputKind, Objective, Tokens, inputs, inputs_of
+from mulligan.trainer.objectives import name_of
+from mulligan.trainer.objectives.distillation import Distillation
+from mulligan.trainer.objectives.policy_gradient import PolicyGradient
+
+__all__ = ["Datum", "Distillation", "ModelLimits", "PolicyGradient", "Problem", "datum_problem"]
 
 _LARGEST_FLOAT32 = 3.4028234663852886e38
 _LARGEST_INT32 = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyGradient:
-    """One value per trained token in each tuple. Without `old_log_probs`, the present weights are PPO's old policy."""
-
-    advantage: float
-    rollout_log_probs: tuple[float, ...]
-    old_log_probs: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Distillation:
-    target_weight: float
+# Objectives that have a message of their own in the contract. All others travel as `custom`.
+TYPED = (PolicyGradient, Distillation)
+# Where `custom` has the inputs of each kind.
+PARTS = {InputKind.NUMBER: "numbers", InputKind.TOKEN_VALUES: "token_values", InputKind.TOKENS: "sequences"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Datum:
     loss_mask: tuple[bool, ...]
     weight: float
     temperature: float
-    objective: PolicyGradient | Distillation
+    objective: Objective
     branch: str
 
 
@@ -62,6 +62,7 @@ class Problem(StrEnum):
     NOTHING_SAMPLED = "nothing_sampled"
     MISALIGNED = "misaligned"
     NOT_FINITE = "not_finite"
+    UNUSABLE = "unusable"
 
 
 class DatumProblem(NamedTuple):
@@ -73,55 +74,93 @@ class DatumProblem(NamedTuple):
 
 def datum_problem(datum: Datum, limits: ModelLimits) -> DatumProblem | None:
     """The first problem for which a learner with these limits refuses the datum; None if it accepts it."""
-    return _refused_tokens(datum, limits) or _refused_numbers(datum)
+    return (
+        _refused_tokens(datum, limits, "")
+        or _refused_numbers(datum)
+        or _refused_token_values(datum)
+        or _refused_sequences(datum, limits)
+        or _refused_by_objective(datum)
+    )
 
 
-def _refused_tokens(datum: Datum, limits: ModelLimits) -> DatumProblem | None:
+def input_field(objective: Objective, name: str) -> str:
+    """The place of an input in the contract's Datum."""
+    if isinstance(objective, TYPED):
+        return f"{name_of(type(objective))}.{name}"
+    part = next(PARTS[one.kind] for one in inputs(type(objective)) if one.name == name)
+    return f'custom.{part}["{name}"]'
+
+
+def _refused_tokens(datum: Datum | Tokens, limits: ModelLimits, prefix: str) -> DatumProblem | None:
     tokens = datum.token_ids
     mask = datum.loss_mask
     longest = limits.context_length or _LARGEST_INT32
     largest = limits.vocabulary_size - 1
     if not 2 <= len(tokens) <= longest:
         problem = Problem.TOO_SHORT if len(tokens) < 2 else Problem.TOO_LONG
-        return DatumProblem(problem, "token_ids", f"2 to {longest} tokens", str(len(tokens)))
+        return DatumProblem(problem, f"{prefix}token_ids", f"2 to {longest} tokens", str(len(tokens)))
     if largest < 0:
         largest = _LARGEST_INT32
     if min(tokens) < 0 or max(tokens) > largest:
         place = next(i for i, token in enumerate(tokens) if not 0 <= token <= largest)
-        field = f"token_ids[{place}]"
+        field = f"{prefix}token_ids[{place}]"
         expected = f"a token id from 0 to {largest}"
         return DatumProblem(Problem.NOT_IN_VOCABULARY, field, expected, str(tokens[place]))
+    field = f"{prefix}loss_mask"
     if len(mask) != len(tokens):
-        return DatumProblem(Problem.MISALIGNED, "loss_mask", f"one value per token, {len(tokens)}", str(len(mask)))
+        return DatumProblem(Problem.MISALIGNED, field, f"one value per token, {len(tokens)}", str(len(mask)))
     if mask[0]:
-        return DatumProblem(Problem.MISALIGNED, "loss_mask[0]", "false: nothing predicts the first token", "true")
+        return DatumProblem(Problem.MISALIGNED, f"{field}[0]", "false: nothing predicts the first token", "true")
     if not any(mask):
-        return DatumProblem(Problem.NOTHING_SAMPLED, "loss_mask", "at least one trained token", "none")
+        return DatumProblem(Problem.NOTHING_SAMPLED, field, "at least one trained token", "none")
     return None
 
 
 def _refused_numbers(datum: Datum) -> DatumProblem | None:
-    objective = datum.objective
     if not (math.isfinite(datum.temperature) and datum.temperature > 0):
         return DatumProblem(Problem.NOT_FINITE, "temperature", "a finite number above 0", str(datum.temperature))
-    single = {"weight": datum.weight}
-    if not isinstance(objective, PolicyGradient):
-        single["distillation.target_weight"] = objective.target_weight
-    else:
-        single["policy_gradient.advantage"] = objective.advantage
-    for name, value in single.items():
+    if not math.isfinite(datum.weight):
+        return DatumProblem(Problem.NOT_FINITE, "weight", "a finite number", str(datum.weight))
+    for name, value in inputs_of(datum.objective, InputKind.NUMBER).items():
         if not math.isfinite(value):
-            return DatumProblem(Problem.NOT_FINITE, name, "a finite number", str(value))
-    return _refused_log_probs(objective, sum(datum.loss_mask)) if isinstance(objective, PolicyGradient) else None
-
-
-def _refused_log_probs(objective: PolicyGradient, trained: int) -> DatumProblem | None:
-    for name, values, optional in (
-        ("policy_gradient.rollout_log_probs", objective.rollout_log_probs, False),
-        ("policy_gradient.old_log_probs", objective.old_log_probs, True),
-    ):
-        if len(values) != trained and (values or not optional):
-            return DatumProblem(Problem.MISALIGNED, name, f"one value per trained token, {trained}", str(len(values)))
-        if not all(abs(value) <= _LARGEST_FLOAT32 for value in values):  # the contract's type for them
-            return DatumProblem(Problem.NOT_FINITE, name, "finite numbers", "a non-finite one")
+            field = input_field(datum.objective, name)
+            return DatumProblem(Problem.NOT_FINITE, field, "a finite number", str(value))
     return None
+
+
+def _refused_token_values(datum: Datum) -> DatumProblem | None:
+    trained = sum(datum.loss_mask)
+    for one in inputs(type(datum.objective)):
+        if one.kind is InputKind.TOKEN_VALUES:
+            values = getattr(datum.objective, one.name)
+            field = input_field(datum.objective, one.name)
+            if found := _refused_values(values, trained, field, required=one.required):
+                return found
+    return None
+
+
+def _refused_values(values: tuple[float, ...], trained: int, field: str, *, required: bool) -> DatumProblem | None:
+    if len(values) != trained and (values or required):
+        return DatumProblem(Problem.MISALIGNED, field, f"one value per trained token, {trained}", str(len(values)))
+    if not all(abs(value) <= _LARGEST_FLOAT32 for value in values):  # the learner's type for them
+        return DatumProblem(Problem.NOT_FINITE, field, "finite numbers", "a non-finite one")
+    return None
+
+
+def _refused_sequences(datum: Datum, limits: ModelLimits) -> DatumProblem | None:
+    for name, tokens in inputs_of(datum.objective, InputKind.TOKENS).items():
+        field = input_field(datum.objective, name)
+        found = _refused_tokens(tokens, limits, f"{field}.") or _refused_values(
+            tokens.log_probs, sum(tokens.loss_mask), f"{field}.log_probs", required=False
+        )
+        if found:
+            return found
+    return None
+
+
+def _refused_by_objective(datum: Datum) -> DatumProblem | None:
+    trained_ids = tuple(compress(datum.token_ids, datum.loss_mask))
+    unusable = datum.objective.unusable(trained_ids)
+    if unusable is None:
+        return None
+    return DatumProblem(Problem.UNUSABLE, input_field(datum.objective, unusable.field), unusable.expected, unusable.got)

@@ -19,6 +19,7 @@ from mulligan.trainer.data import Datum, ModelLimits
 from mulligan.trainer.learner.metrics import merge
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.learner.wire import data_to_proto, duration, loss_to_proto, spec_to_proto
+from mulligan.trainer.objective import InputKind, inputs_of
 from mulligan.trainer.settings import LossSettings
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc
@@ -200,5 +201,10 @@ def _compute_seconds(response: pb.GetLearnerResponse) -> float:
 
 
 def _message_bytes(datum: Datum) -> int:
-    """An estimate of a datum's bytes: per token 5 for the id, 1 for the mask, 4 for each of two log-probabilities."""
-    return 14 * len(datum.token_ids) + len(datum.datum_id.encode()) + len(datum.branch.encode()) + 100
+    """An estimate of a datum's bytes: per token 5 for the id, 1 for the mask, 4 for each of two log-probabilities; 8
+    for each further value of its objective."""
+    size = 14 * len(datum.token_ids) + len(datum.datum_id.encode()) + len(datum.branch.encode()) + 100
+    values = inputs_of(datum.objective, InputKind.TOKEN_VALUES)
+    further = sum(len(values[name]) for name in values.keys() - {"rollout_log_probs", "old_log_probs"})
+    others = sum(len(tokens.token_ids) for tokens in inputs_of(datum.objective, InputKind.TOKENS).values())
+    return size + 8 * further + 14 * others

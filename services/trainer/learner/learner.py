@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from mulligan.common.inference import PublishedWeights, WeightsKind
-from mulligan.trainer.data import Datum, PolicyGradient
-from mulligan.trainer.learner import losses, storage
-from mulligan.trainer.learner.batching import Microbatch, check, microbatch, pack, signal
+from mulligan.trainer.data import Datum
+from mulligan.trainer.learner import storage
+from mulligan.trainer.learner.batching import Microbatch, check, microbatch, pack
 from mulligan.trainer.learner.metrics import Tally
 from mulligan.trainer.learner.model import PolicyModel, arithmetic
+from mulligan.trainer.learner.scoring import terms_of
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
+from mulligan.trainer.loss_terms import KlReference
+from mulligan.trainer.objective import Objective
+from mulligan.trainer.objectives import loss_of
 from mulligan.trainer.settings import LossSettings
 
 
@@ -35,10 +39,10 @@ class SavedCheckpoint:
 class Learner:
     """One model in training. `learner_id` names its folder of checkpoints and its published files.
 
-    `forward_backward` checks the data, packs them into micro-batches, and for each computes log-probabilities
-    (`PolicyModel`), the loss (`losses`) and its gradient; metrics are summed in a `Tally`. `optim_step` clips the
-    accumulated gradient and updates the weights. `publish_weights` writes the weights with the probes of the weight
-    check. `storage` writes all files.
+    `forward_backward` checks the data and packs them into micro-batches. For each it runs the model (`scoring`) and
+    computes the loss of the objective (`mulligan.trainer.objectives`) and its gradient. A `Tally` sums the metrics.
+    `optim_step` clips the accumulated gradient and updates the weights. `publish_weights` writes the weights with the
+    probes of the weight check. `storage` writes all files.
 
     Raises DomainError INVALID_FIELD, MODEL_NOT_FOUND, UNSUPPORTED_MODEL. After any other exception, from any method,
     gradients or weights are undefined and the learner must be deleted.
@@ -49,6 +53,7 @@ class Learner:
         self.spec = spec
         self.server = server
         self.optimizer_steps = 0
+        self._reference_step = -1  # when the moving reference last moved; -1: there is none
         self._checkpoint = ""  # the one saved or loaded last
         self._published = -1  # the version published last
         self._device = torch.device(server.device)
@@ -81,63 +86,44 @@ class Learner:
             for rows in _kinds(data).values():
                 for group in pack(data, rows, self.server.microbatch_tokens):
                     batch = microbatch(data, group, branches, self._device)
-                    log_probs_N, _ = self.model.token_log_probs(batch)
-                    for row, part in zip(batch.rows, log_probs_N.split(list(batch.counts)), strict=True):
+                    log_probs_N, _ = self.model.token_log_probs(batch.own)
+                    for row, part in zip(batch.rows, log_probs_N.split(list(batch.own.counts)), strict=True):
                         results[row] = tuple(part.tolist())
         return results
 
     def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
         """Adds the gradient of the loss over `data`. Returns the metrics of the call.
 
-        Data without gradient (weight or advantage 0, and no KL or entropy term) only run forward, for their metrics.
+        Data without gradient (weight 0, or inputs that cannot move the weights) only run forward, for their metrics.
         """
         check(data, self.model.limits)
         tally = Tally(sorted({datum.branch for datum in data}), self._device)
+        self._move_reference(loss)
         with self._arithmetic():
             for kind, rows in _kinds(data).items():
-                regularized = kind is PolicyGradient and (loss.kl_coefficient > 0 or loss.entropy_coefficient > 0)
-                moving = [row for row in rows if data[row].weight and (regularized or signal(data[row]))]
+                moving = [row for row in rows if data[row].weight and data[row].objective.moves(loss)]
                 still = sorted(set(rows) - set(moving))
                 for chosen, gradient in ((moving, True), (still, False)):
                     for group in pack(data, chosen, self.server.microbatch_tokens):
                         batch = microbatch(data, group, tally.branches, self._device)
                         with torch.set_grad_enabled(gradient):
-                            total = self._loss(batch, loss, tally)
+                            total = self._loss(kind, batch, loss, tally)
                         if gradient:
                             total.backward()
         return tally.metrics()
 
-    def _loss(self, batch: Microbatch, loss: LossSettings, tally: Tally) -> Tensor:
-        log_probs_N, entropy_N = self.model.token_log_probs(batch, entropy_gradient=loss.entropy_coefficient > 0)
-        present_N = log_probs_N.detach()
-        if batch.rollout_log_probs_N is None or batch.old_log_probs_N is None:
-            loss_N = losses.distillation(log_probs_N, batch.signal_N)
-            columns = {"log_prob": present_N, "entropy": entropy_N}
-        else:
-            old_N = torch.where(batch.old_log_probs_N.isnan(), present_N, batch.old_log_probs_N)
-            loss_N, clipped_N = losses.clipped_policy_gradient(
-                log_probs_N,
-                old_N,
-                batch.signal_N,
-                clip_low=loss.clip_low,
-                clip_high=loss.clip_high,
-                dual_clip=loss.dual_clip,
-            )
-            rollout_N = batch.rollout_log_probs_N
-            weights_N = losses.mismatch_weights(old_N, rollout_N, loss.mismatch_correction, loss.mismatch_limit)
-            loss_N = weights_N * loss_N - loss.entropy_coefficient * entropy_N
-            columns = {
-                "log_prob": present_N,
-                "entropy": entropy_N,
-                "clip_fraction": clipped_N,
-                "mismatch_kl": losses.kl_estimate(rollout_N, old_N),
-            }
-            if loss.kl_coefficient > 0:
-                kl_N = losses.kl_estimate(log_probs_N, self.model.reference_log_probs(batch))
-                loss_N = loss_N + loss.kl_coefficient * kl_N
-                columns["kl"] = kl_N
+    def _move_reference(self, loss: LossSettings) -> None:
+        due = self._reference_step < 0 or self.optimizer_steps >= self._reference_step + loss.reference_every
+        if loss.kl_reference is KlReference.MOVING and due:
+            self.model.move_reference()
+            self._reference_step = self.optimizer_steps
+
+    def _loss(self, kind: type[Objective], batch: Microbatch, loss: LossSettings, tally: Tally) -> Tensor:
+        terms = terms_of(self.model, batch, loss)
+        loss_N, metrics = loss_of(kind)(terms, loss)
         weighted_N = batch.weights_N * loss_N
-        tally.add(batch.branches_N, {"loss": weighted_N, **columns})
+        always = {"loss": weighted_N, "log_prob": terms.log_probs_N, "entropy": terms.entropy_N}
+        tally.add(batch.branches_N, {**metrics, **always})
         return weighted_N.sum()
 
     def optim_step(self) -> dict[str, float]:
@@ -169,7 +155,8 @@ class Learner:
         }
 
     def save_checkpoint(self, name: str, next_call: int = 1) -> SavedCheckpoint:
-        """Writes weights, optimizer and random generator, but not accumulated gradients. All or nothing.
+        """Writes weights, optimizer, random generator and the moving reference, but not accumulated gradients. All or
+        nothing.
 
         `next_call` is stored for the server. Raises DomainError DISK_FULL.
         """
@@ -180,7 +167,9 @@ class Learner:
             for slot, value in self._optimizer.state.get(parameter, {}).items()
         }
         parts = {"weights": self._weights(), "optimizer": optimizer, "random": _random_state(self._device)}
-        state = storage.CheckpointState(self.fingerprint, next_call, self.optimizer_steps)
+        if self._reference_step >= 0:
+            parts["reference"] = {name: tensor.cpu() for name, tensor in self.model.moving_reference.items()}
+        state = storage.CheckpointState(self.fingerprint, next_call, self.optimizer_steps, self._reference_step)
         sha256 = storage.save_checkpoint(folder, parts, state)
         if self.spec.keep_checkpoints:
             # Until the caller has recorded the new checkpoint, it would go on from the one before: both stay.
@@ -207,6 +196,10 @@ class Learner:
         torch.set_rng_state(parts["random"]["cpu"])
         if "cuda" in parts["random"] and self._device.type == "cuda":
             torch.cuda.set_rng_state(parts["random"]["cuda"], self._device)
+        self.model.moving_reference = {
+            key: tensor.to(self._device) for key, tensor in parts.get("reference", {}).items()
+        }
+        self._reference_step = state.reference_step
         self.optimizer_steps = state.optimizer_steps
         self._checkpoint = name
         return state
@@ -219,6 +212,9 @@ class Learner:
         expected = {key: parameter.shape for key, parameter in self.model.trainable.items()}
         if {key: tensor.shape for key, tensor in parts["weights"].items()} != expected:
             raise storage.damaged(name, "other parameters were trained (full or LoRA, rank, target modules)")
+        reference = {key: tensor.shape for key, tensor in parts.get("reference", {}).items()}
+        if reference != (expected if state.reference_step >= 0 else {}):
+            raise storage.damaged(name, "the moving reference is of other parameters")
         if {key.rsplit("/", 1)[0] for key in parts["optimizer"]} - set(expected):
             raise storage.damaged(name, "the optimizer's state is of other parameters")
 
@@ -254,9 +250,9 @@ class Learner:
         return {name: parameter.detach().cpu().contiguous() for name, parameter in self.model.trainable.items()}
 
 
-def _kinds(data: Sequence[Datum]) -> dict[type, list[int]]:
+def _kinds(data: Sequence[Datum]) -> dict[type[Objective], list[int]]:
     """The rows of each kind of objective, in order of first appearance."""
-    kinds: dict[type, list[int]] = {}
+    kinds: dict[type[Objective], list[int]] = {}
     for row, datum in enumerate(data):
         kinds.setdefault(type(datum.objective), []).append(row)
     return kinds

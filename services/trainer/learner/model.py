@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,8 @@ from mulligan.common.model_files import UnsupportedModel, check_loaded, check_mo
 from mulligan.models import EMBEDDED
 from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.learner import weight_check
-from mulligan.trainer.learner.batching import Microbatch
+from mulligan.trainer.learner.batching import Sequences
+from mulligan.trainer.loss_terms import KlReference
 from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
 
 # Logits are computed in pieces of at most this many float32 values: 64 Mi are 256 MiB, or 441 tokens with a vocabulary
@@ -37,7 +39,7 @@ class PolicyModel:
     probabilities. `dtype` is that of the computation (autocast) and of published weights. Trained parameters are always
     float32, because small updates vanish in bfloat16; weights that LoRA does not train are in `dtype`.
 
-    The reference model of the KL term has the same dtypes, so the KL is exactly 0 while the weights are unchanged.
+    The reference model has the same dtypes, so the KL is exactly 0 while the weights are unchanged.
     """
 
     def __init__(self, settings: TrainedModelSettings, device: torch.device, seed: int):
@@ -59,37 +61,97 @@ class PolicyModel:
         self.trainable: dict[str, torch.nn.Parameter] = {
             name: parameter for name, parameter in self._module().named_parameters() if parameter.requires_grad
         }
+        self.moving_reference: dict[str, Tensor] = {}  # of the trained weights; empty until it is first used
 
     def _module(self) -> Any:
         return self.base if self.adapter is None else self.adapter
 
-    def token_log_probs(self, batch: Microbatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+    def token_log_probs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
+        """`score` of the sequences' hidden states, without a gradient of the entropies."""
+        return self.score(self.hidden(sequences), sequences)
+
+    def hidden(self, sequences: Sequences) -> Tensor:
+        """What the output head predicts the trained tokens from, _NH."""
+        return self._hidden(self.base, sequences)
+
+    def score(
+        self, hidden_NH: Tensor, sequences: Sequences, *, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of the trained tokens, and entropies of their distributions, both _N.
 
         The distribution is softmax(logits / temperature). The entropy has a gradient only if asked for, as that costs
         memory.
         """
-        return self._run(self.base, batch, entropy_gradient)
+        return self._score(self.base, hidden_NH, sequences, entropy_gradient)
 
-    def reference_log_probs(self, batch: Microbatch) -> Tensor:
-        """The log-probabilities under the initial weights, without gradient.
+    def reference_log_probs(self, sequences: Sequences, reference: KlReference) -> Tensor:
+        """The log-probabilities under the initial weights or the moving reference, without gradient.
 
-        With LoRA the adapter is switched off. Otherwise a second, frozen model is loaded from the source at first use.
+        The initial weights of a model with LoRA are those without the adapter. Otherwise a second, frozen model is
+        loaded from the source at first use.
         """
         with torch.no_grad():
+            if reference is KlReference.MOVING:
+                with self._exchanged(self.moving_reference):
+                    return self._log_probs(self.base, sequences)
             if self.adapter is not None:
                 with self.adapter.disable_adapter():
-                    return self._run(self.base, batch, False)[0]
+                    return self._log_probs(self.base, sequences)
             if self._reference is None:
-                reference, _ = _load(self.settings.source, self._kept)
-                self._reference = reference.to(self.device).eval().requires_grad_(False)
-            return self._run(self._reference, batch, False)[0]
+                initial, _ = _load(self.settings.source, self._kept)
+                self._reference = initial.to(self.device).eval().requires_grad_(False)
+            return self._log_probs(self._reference, sequences)
 
-    def _run(self, model: Any, batch: Microbatch, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            hidden_BTH = model.base_model(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
-            hidden_NH = hidden_BTH.flatten(0, 1)[batch.positions_N]
-            return _score(model, hidden_NH, batch.targets_N, batch.temperatures_N, entropy_gradient)
+    def move_reference(self) -> None:
+        """Makes the present weights the moving reference."""
+        self.moving_reference = {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+
+    @contextlib.contextmanager
+    def _exchanged(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model has these trained weights within the block. Backward passes of earlier forward passes must wait
+        until it has ended."""
+        own = {name: parameter.data for name, parameter in self.trainable.items()}
+        try:
+            for name, parameter in self.trainable.items():
+                parameter.data = weights[name]
+            yield
+        finally:
+            for name, parameter in self.trainable.items():
+                parameter.data = own[name]
+
+    def compare(
+        self,
+        hidden_NH: Tensor,
+        own: Sequences,
+        others: Mapping[str, Sequences],
+        name: str,
+        function: Callable[..., Tensor],
+        *values_N: Tensor,
+    ) -> Tensor:
+        """`function(own_PV, other_PV, *values_P)` of the distributions over the vocabulary at the trained tokens of the
+        sequences and of the others of that name, in pieces of bounded size. The others have no gradient."""
+        with torch.no_grad():
+            other_NH = self.hidden(others[name])
+        with self._autocast():
+            return _compare(self.base, hidden_NH, other_NH, own.temperatures_N, function, values_N)
+
+    def _log_probs(self, model: Any, sequences: Sequences) -> Tensor:
+        return self._score(model, self._hidden(model, sequences), sequences, False)[0]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _hidden(self, model: Any, sequences: Sequences) -> Tensor:
+        with self._autocast():
+            hidden_STH = model.base_model(input_ids=sequences.input_ids_ST, use_cache=False).last_hidden_state
+            hidden_NH: Tensor = hidden_STH.flatten(0, 1)[sequences.positions_N]
+            return hidden_NH
+
+    def _score(
+        self, model: Any, hidden_NH: Tensor, sequences: Sequences, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        with self._autocast():
+            return _score(model, hidden_NH, sequences.targets_N, sequences.temperatures_N, entropy_gradient)
 
     def probes(self) -> tuple[CanaryProbe, ...]:
         """The probes of the weight check, under the present weights."""
@@ -212,14 +274,41 @@ def _score(
             entropy_N = -(log_probs_NV.exp() * log_probs_NV).sum(-1)
         return log_probs_NV.gather(-1, targets_N[:, None])[:, 0], entropy_N
 
-    size = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    if len(targets_N) <= size:
-        return piece(hidden_NH, targets_N, temperatures_N)
-    results = [
-        checkpoint(piece, *parts, use_reentrant=False)
-        for parts in zip(hidden_NH.split(size), targets_N.split(size), temperatures_N.split(size), strict=True)
-    ]
+    results = _in_pieces(piece, _vocabulary(head), hidden_NH, targets_N, temperatures_N)
     return torch.cat([result[0] for result in results]), torch.cat([result[1] for result in results])
+
+
+def _compare(
+    model: Any,
+    hidden_NH: Tensor,
+    other_NH: Tensor,
+    temperatures_N: Tensor,
+    function: Callable[..., Tensor],
+    values_N: Sequence[Tensor],
+) -> Tensor:
+    head = model.get_output_embeddings()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def piece(hidden_PH: Tensor, other_PH: Tensor, temperatures_P: Tensor, *values_P: Tensor) -> Tensor:
+        with torch.no_grad():
+            other_PV = (_logits(head, cap, other_PH) / temperatures_P[:, None]).log_softmax(-1)
+        own_PV = (_logits(head, cap, hidden_PH) / temperatures_P[:, None]).log_softmax(-1)
+        return function(own_PV, other_PV, *values_P)
+
+    return torch.cat(_in_pieces(piece, 2 * _vocabulary(head), hidden_NH, other_NH, temperatures_N, *values_N))
+
+
+def _vocabulary(head: Any) -> int:
+    return int(head.weight.shape[0])
+
+
+def _in_pieces(piece: Callable[..., Any], floats: int, *tensors_N: Tensor) -> list[Any]:
+    """The results of `piece`, which computes so many floats for each token. The backward pass computes each again."""
+    size = max(1, LOGITS_AT_ONCE // floats)
+    if len(tensors_N[0]) <= size:
+        return [piece(*tensors_N)]
+    parts = zip(*(tensor_N.split(size) for tensor_N in tensors_N), strict=True)
+    return [checkpoint(piece, *part, use_reentrant=False) for part in parts]
 
 
 def _logits(head: Any, cap: float | None, hidden_NH: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class CheckpointState:
     fingerprint: str
     next_sequence: int  # number of the learner's next call: the `sequence` of the contract
     optimizer_steps: int
+    reference_step: int = -1  # when the moving reference last moved; -1: there is none
 
 
 def check_name(field: str, name: str) -> str:

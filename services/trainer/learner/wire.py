@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from pydantic import ValidationError
 
 from mulligan.common.errors import invalid_field
-from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.common.extras import MissingExtra
+from mulligan.common.plugins import UnusablePlugin
+from mulligan.common.suggest import did_you_mean
+from mulligan.trainer.data import PARTS, TYPED, Datum, Distillation, PolicyGradient
 from mulligan.trainer.learner.settings import LearnerInfo, LearnerSpec
+from mulligan.trainer.objective import InputKind, Objective, Tokens, inputs, inputs_of
+from mulligan.trainer.objectives import name_of, named
 from mulligan.trainer.settings import LossSettings, OptimizerSettings, TrainedModelSettings
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.wire import Settings, fill_proto, plain_from_proto
@@ -29,20 +35,36 @@ def _datum_to_proto(datum: Datum) -> pb.Datum:
         temperature=datum.temperature,
         branch=datum.branch,
     )
-    if isinstance(datum.objective, PolicyGradient):
-        objective = message.policy_gradient
-        objective.SetInParent()
-        objective.advantage = datum.objective.advantage
-        objective.rollout_log_probs.extend(datum.objective.rollout_log_probs)
-        objective.old_log_probs.extend(datum.objective.old_log_probs)
+    if isinstance(datum.objective, TYPED):
+        _fill_typed(getattr(message, name_of(type(datum.objective))), datum.objective)
     else:
-        message.distillation.SetInParent()
-        message.distillation.target_weight = datum.objective.target_weight
+        _fill_custom(message.custom, datum.objective)
     return message
 
 
+def _fill_typed(message: Any, objective: Objective) -> None:
+    """Inputs are fields of the same names."""
+    message.SetInParent()
+    for name, value in inputs_of(objective, InputKind.NUMBER).items():
+        setattr(message, name, value)
+    for name, values in inputs_of(objective, InputKind.TOKEN_VALUES).items():
+        getattr(message, name).extend(values)
+
+
+def _fill_custom(message: pb.Objective, objective: Objective) -> None:
+    message.name = name_of(type(objective))
+    message.numbers.update(inputs_of(objective, InputKind.NUMBER))
+    for name, values in inputs_of(objective, InputKind.TOKEN_VALUES).items():
+        if values:
+            message.token_values[name].values.extend(values)
+    for name, tokens in inputs_of(objective, InputKind.TOKENS).items():
+        other = pb.OtherSequence(token_ids=tokens.token_ids, loss_mask=tokens.loss_mask, log_probs=tokens.log_probs)
+        message.sequences[name].CopyFrom(other)
+
+
 def data_from_proto(data: Iterable[pb.Datum]) -> list[Datum]:
-    """Raises INVALID_FIELD for a datum without objective. The learner checks the rest."""
+    """Raises INVALID_FIELD for a datum without objective, or with inputs that are not its objective's. The learner
+    checks the rest."""
     return [
         Datum(
             datum_id=message.datum_id,
@@ -57,16 +79,50 @@ def data_from_proto(data: Iterable[pb.Datum]) -> list[Datum]:
     ]
 
 
-def _objective_from_proto(index: int, message: pb.Datum) -> PolicyGradient | Distillation:
+def _objective_from_proto(index: int, message: pb.Datum) -> Objective:
     match message.WhichOneof("objective"):
         case "policy_gradient":
-            objective = message.policy_gradient
-            return PolicyGradient(
-                objective.advantage, tuple(objective.rollout_log_probs), tuple(objective.old_log_probs)
-            )
+            return _typed(PolicyGradient, message.policy_gradient)
         case "distillation":
-            return Distillation(message.distillation.target_weight)
-    raise invalid_field(f"data[{index}].objective", "policy_gradient or distillation")
+            return _typed(Distillation, message.distillation)
+        case "custom":
+            return _custom(f"data[{index}].custom", message.custom)
+    raise invalid_field(f"data[{index}].objective", "policy_gradient, distillation or custom")
+
+
+def _typed(kind: type[Objective], message: Message) -> Objective:
+    values = {one.name: getattr(message, one.name) for one in inputs(kind)}
+    return kind(**{name: value if isinstance(value, float) else tuple(value) for name, value in values.items()})
+
+
+def _custom(place: str, message: pb.Objective) -> Objective:
+    """Raises INVALID_FIELD for an unknown objective, and inputs that it does not have or that are missing."""
+    try:
+        kind = named(message.name)
+    except (UnusablePlugin, MissingExtra) as error:
+        raise invalid_field(f"{place}.name", f"an objective: {error}") from None
+    if kind in TYPED:
+        raise invalid_field(f"{place}.name", f"another objective: {message.name} has a field of its own")
+    given: dict[str, dict[str, Any]] = {
+        "numbers": dict(message.numbers),
+        "token_values": {name: tuple(values.values) for name, values in message.token_values.items()},
+        "sequences": {name: _tokens(tokens) for name, tokens in message.sequences.items()},
+    }
+    for part, values in given.items():
+        names = [one.name for one in inputs(kind) if PARTS[one.kind] == part]
+        for name in values:
+            if name not in names:
+                near = did_you_mean(name, names) or f"; it has {', '.join(names) or 'none'}"
+                raise invalid_field(f'{place}.{part}["{name[:100]}"]', f"an input of {message.name}{near}")
+    found = {name: value for values in given.values() for name, value in values.items()}
+    for one in inputs(kind):
+        if one.required and one.name not in found:
+            raise invalid_field(f'{place}.{PARTS[one.kind]}["{one.name}"]', f"an input: {message.name} needs it")
+    return kind(**found)
+
+
+def _tokens(message: pb.OtherSequence) -> Tokens:
+    return Tokens(tuple(message.token_ids), tuple(message.loss_mask), tuple(message.log_probs))
 
 
 def loss_to_proto(loss: LossSettings) -> pb.LossConfig:

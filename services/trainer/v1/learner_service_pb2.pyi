@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mulligan.policy.v1 import policy_admin_service_pb2 as _policy_admin_service_pb2
@@ -33,6 +34,10 @@ class _MismatchCorrectionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Mi
     """Token weights min(old / rollout, limit)."""
     MISMATCH_CORRECTION_MASKED: _MismatchCorrection.ValueType  # 3
     """Tokens whose ratio leaves [1 / limit, limit] are left out."""
+    MISMATCH_CORRECTION_SEQUENCE_MASKED: _MismatchCorrection.ValueType  # 4
+    """All tokens of a datum are left out if the geometric mean of their ratios leaves [1 / limit, limit]; the others have
+    weight 1.
+    """
 
 class MismatchCorrection(_MismatchCorrection, metaclass=_MismatchCorrectionEnumTypeWrapper):
     """How to correct policy gradients for the mismatch between inference engine and learner."""
@@ -43,7 +48,64 @@ MISMATCH_CORRECTION_TRUNCATED: MismatchCorrection.ValueType  # 2
 """Token weights min(old / rollout, limit)."""
 MISMATCH_CORRECTION_MASKED: MismatchCorrection.ValueType  # 3
 """Tokens whose ratio leaves [1 / limit, limit] are left out."""
+MISMATCH_CORRECTION_SEQUENCE_MASKED: MismatchCorrection.ValueType  # 4
+"""All tokens of a datum are left out if the geometric mean of their ratios leaves [1 / limit, limit]; the others have
+weight 1.
+"""
 Global___MismatchCorrection: _TypeAlias = MismatchCorrection  # noqa: Y015
+
+class _KlEstimator:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KlEstimatorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KlEstimator.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KL_ESTIMATOR_UNSPECIFIED: _KlEstimator.ValueType  # 0
+    KL_ESTIMATOR_K1: _KlEstimator.ValueType  # 1
+    """-log r: without bias. As a loss its gradient is 0 on average."""
+    KL_ESTIMATOR_K2: _KlEstimator.ValueType  # 2
+    """(log r)² / 2: as a loss it has the gradient of the divergence."""
+    KL_ESTIMATOR_K3: _KlEstimator.ValueType  # 3
+    """r - 1 - log r: without bias, and never negative."""
+
+class KlEstimator(_KlEstimator, metaclass=_KlEstimatorEnumTypeWrapper):
+    """Estimates of the KL divergence of a policy to another, from the ratio r of their probabilities (reference / policy) on
+    tokens that the policy sampled (http://joschu.net/blog/kl-approx.html).
+    """
+
+KL_ESTIMATOR_UNSPECIFIED: KlEstimator.ValueType  # 0
+KL_ESTIMATOR_K1: KlEstimator.ValueType  # 1
+"""-log r: without bias. As a loss its gradient is 0 on average."""
+KL_ESTIMATOR_K2: KlEstimator.ValueType  # 2
+"""(log r)² / 2: as a loss it has the gradient of the divergence."""
+KL_ESTIMATOR_K3: KlEstimator.ValueType  # 3
+"""r - 1 - log r: without bias, and never negative."""
+Global___KlEstimator: _TypeAlias = KlEstimator  # noqa: Y015
+
+class _KlReference:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KlReferenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KlReference.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KL_REFERENCE_UNSPECIFIED: _KlReference.ValueType  # 0
+    KL_REFERENCE_INITIAL: _KlReference.ValueType  # 1
+    """The model as it was loaded."""
+    KL_REFERENCE_MOVING: _KlReference.ValueType  # 2
+    """The learner's weights as they were when they last became the reference: at the first ForwardBackward with this
+    setting, and again each time that `reference_every` optimizer steps have been taken since. Checkpoints hold them.
+    """
+
+class KlReference(_KlReference, metaclass=_KlReferenceEnumTypeWrapper): ...
+
+KL_REFERENCE_UNSPECIFIED: KlReference.ValueType  # 0
+KL_REFERENCE_INITIAL: KlReference.ValueType  # 1
+"""The model as it was loaded."""
+KL_REFERENCE_MOVING: KlReference.ValueType  # 2
+"""The learner's weights as they were when they last became the reference: at the first ForwardBackward with this
+setting, and again each time that `reference_every` optimizer steps have been taken since. Checkpoints hold them.
+"""
+Global___KlReference: _TypeAlias = KlReference  # noqa: Y015
 
 @_typing.final
 class LoraConfig(_message.Message):
@@ -474,8 +536,9 @@ class PolicyGradient(_message.Message):
     ADVANTAGE_FIELD_NUMBER: _builtins.int
     ROLLOUT_LOG_PROBS_FIELD_NUMBER: _builtins.int
     OLD_LOG_PROBS_FIELD_NUMBER: _builtins.int
+    ADVANTAGES_FIELD_NUMBER: _builtins.int
     advantage: _builtins.float
-    """Of every trained token of the datum."""
+    """Of every trained token of the datum. 0 where there are `advantages`."""
     @_builtins.property
     def rollout_log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """The log-probabilities that the inference engine reported when it sampled, one per trained token. They serve only to
@@ -486,16 +549,21 @@ class PolicyGradient(_message.Message):
     def old_log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """PPO's old policy, one per trained token, from Forward. The present weights when empty."""
 
+    @_builtins.property
+    def advantages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """One per trained token, instead of `advantage`."""
+
     def __init__(
         self,
         *,
         advantage: _builtins.float = ...,
         rollout_log_probs: _abc.Iterable[_builtins.float] | None = ...,
         old_log_probs: _abc.Iterable[_builtins.float] | None = ...,
+        advantages: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage", b"advantage", "old_log_probs", b"old_log_probs", "rollout_log_probs", b"rollout_log_probs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advantage", b"advantage", "advantages", b"advantages", "old_log_probs", b"old_log_probs", "rollout_log_probs", b"rollout_log_probs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -526,6 +594,181 @@ class Distillation(_message.Message):
 Global___Distillation: _TypeAlias = Distillation  # noqa: Y015
 
 @_typing.final
+class TokenValues(_message.Message):
+    """One number per trained token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        values: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenValues: _TypeAlias = TokenValues  # noqa: Y015
+
+@_typing.final
+class OtherSequence(_message.Message):
+    """A token sequence besides a datum's own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOSS_MASK_FIELD_NUMBER: _builtins.int
+    LOG_PROBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in Datum."""
+
+    @_builtins.property
+    def loss_mask(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """As in Datum."""
+
+    @_builtins.property
+    def log_probs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of its trained tokens, one each, under another model than the learner's. Empty: not known."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        loss_mask: _abc.Iterable[_builtins.bool] | None = ...,
+        log_probs: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_probs", b"log_probs", "loss_mask", b"loss_mask", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OtherSequence: _TypeAlias = OtherSequence  # noqa: Y015
+
+@_typing.final
+class Objective(_message.Message):
+    """An objective by its name, with the inputs that it names. What comes along:
+
+    "coefficients": minus the sum of coefficient × log-probability. Together with Forward this is any loss of first order.
+    token_values["coefficients"].
+
+    "preference" (DPO, arXiv 2305.18290): the datum's tokens rather than those of sequences["rejected"]. numbers["beta"];
+    numbers["ftx"], default 0: so much of the mean supervised loss on the datum's tokens is added. The reference is
+    token_values["reference_log_probs"] and sequences["rejected"].log_probs where they are given, else the learner's.
+
+    "divergence": from the present model under sequences["teacher"], which has the same trained tokens in another context
+    and no gradient, over the whole vocabulary. numbers["beta"], in [0, 1]: 0 is the forward KL divergence, 1 the reverse,
+    between them lies the generalised Jensen-Shannon divergence (arXiv 2306.13649).
+
+    "negative_aware" (NFT, arXiv 2505.18116): numbers["right"], 1 for a right answer and 0 for a wrong one, and
+    numbers["success_rate"], the share of right answers to the task. token_values["old_log_probs"], from Forward; the
+    present weights when absent.
+
+    "transfer": tokens sampled in another context, with numbers["advantage"] A: minus A × log-probability. With
+    token_values["old_log_probs"] (from Forward, in this context): minus A × ratio to the old policy, unclipped. With
+    numbers["shape"] above 0: minus A × p / (p + shape), p the probability.
+
+    A server may know more: a module, or the name of an entry point of an installed package.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NumbersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class TokenValuesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___TokenValues: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___TokenValues | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class SequencesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___OtherSequence: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___OtherSequence | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUMBERS_FIELD_NUMBER: _builtins.int
+    TOKEN_VALUES_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    @_builtins.property
+    def numbers(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    @_builtins.property
+    def token_values(self) -> _containers.MessageMap[_builtins.str, Global___TokenValues]: ...
+    @_builtins.property
+    def sequences(self) -> _containers.MessageMap[_builtins.str, Global___OtherSequence]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        numbers: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        token_values: _abc.Mapping[_builtins.str, Global___TokenValues] | None = ...,
+        sequences: _abc.Mapping[_builtins.str, Global___OtherSequence] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "numbers", b"numbers", "sequences", b"sequences", "token_values", b"token_values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Objective: _TypeAlias = Objective  # noqa: Y015
+
+@_typing.final
 class Datum(_message.Message):
     """One token sequence to learn from."""
 
@@ -538,6 +781,7 @@ class Datum(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     POLICY_GRADIENT_FIELD_NUMBER: _builtins.int
     DISTILLATION_FIELD_NUMBER: _builtins.int
+    CUSTOM_FIELD_NUMBER: _builtins.int
     BRANCH_FIELD_NUMBER: _builtins.int
     datum_id: _builtins.str
     """Appears in errors."""
@@ -559,6 +803,12 @@ class Datum(_message.Message):
     def policy_gradient(self) -> Global___PolicyGradient: ...
     @_builtins.property
     def distillation(self) -> Global___Distillation: ...
+    @_builtins.property
+    def custom(self) -> Global___Objective:
+        """Any other. INVALID_FIELD for a name that the server does not know, inputs that the objective does not have or that
+        are missing, and arrays of a wrong length: `data[3].custom.token_values["coefficients"]`.
+        """
+
     def __init__(
         self,
         *,
@@ -569,13 +819,14 @@ class Datum(_message.Message):
         temperature: _builtins.float = ...,
         policy_gradient: Global___PolicyGradient | None = ...,
         distillation: Global___Distillation | None = ...,
+        custom: Global___Objective | None = ...,
         branch: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["distillation", b"distillation", "objective", b"objective", "policy_gradient", b"policy_gradient"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["custom", b"custom", "distillation", b"distillation", "objective", b"objective", "policy_gradient", b"policy_gradient"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "datum_id", b"datum_id", "distillation", b"distillation", "loss_mask", b"loss_mask", "objective", b"objective", "policy_gradient", b"policy_gradient", "temperature", b"temperature", "token_ids", b"token_ids", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "custom", b"custom", "datum_id", b"datum_id", "distillation", b"distillation", "loss_mask", b"loss_mask", "objective", b"objective", "policy_gradient", b"policy_gradient", "temperature", b"temperature", "token_ids", b"token_ids", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_objective: _TypeAlias = _typing.Literal["policy_gradient", "distillation"]  # noqa: Y015
+    _WhichOneofReturnType_objective: _TypeAlias = _typing.Literal["policy_gradient", "distillation", "custom"]  # noqa: Y015
     _WhichOneofArgType_objective: _TypeAlias = _typing.Literal["objective", b"objective"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_objective) -> _WhichOneofReturnType_objective | None: ...
 
@@ -583,8 +834,13 @@ Global___Datum: _TypeAlias = Datum  # noqa: Y015
 
 @_typing.final
 class LossConfig(_message.Message):
-    """PPO (arXiv 1707.06347) with clip-higher (DAPO, arXiv 2503.14476), dual clip (arXiv 1912.09729) and the k3 estimate
-    of the KL divergence to the initial policy.
+    """The loss of policy gradients. `name` chooses its form; `clip_low`, `clip_high`, `dual_clip` and `settings` are settings
+    of that form, and INVALID_FIELD for one that does not have them. Other objectives take no notice of these settings,
+    apart from kl_reference and reference_every where they have a reference.
+
+    "ppo" (arXiv 1707.06347), with clip-higher (DAPO, arXiv 2503.14476) and dual clip (arXiv 1912.09729).
+    "gspo" (arXiv 2507.18071): one ratio for each datum, the geometric mean of those of its tokens.
+    "cispo" (arXiv 2506.13585): clipped ratios as weights of the log-probabilities, so that every token has a gradient.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -596,20 +852,43 @@ class LossConfig(_message.Message):
     ENTROPY_COEFFICIENT_FIELD_NUMBER: _builtins.int
     MISMATCH_CORRECTION_FIELD_NUMBER: _builtins.int
     MISMATCH_LIMIT_FIELD_NUMBER: _builtins.int
+    KL_ESTIMATOR_FIELD_NUMBER: _builtins.int
+    KL_REFERENCE_FIELD_NUMBER: _builtins.int
+    REFERENCE_EVERY_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     clip_low: _builtins.float
-    """Ratios below 1 - clip_low are clipped. In (0, 1). Default 0.2."""
+    """Ratios below 1 - clip_low are clipped. In (0, 1). Default 0.2. Of "gspo": default 0.0003; of "cispo": at most 1,
+    default 1, which clips none.
+    """
     clip_high: _builtins.float
-    """Ratios above 1 + clip_high are clipped. Greater than 0. Default 0.28."""
+    """Ratios above 1 + clip_high are clipped. Greater than 0. Default 0.28. Of "gspo": default 0.0004; of "cispo":
+    default 4.
+    """
     dual_clip: _builtins.float
-    """Bound on the loss of a negative advantage, greater than 1. Default 3; 0 switches it off."""
+    """Of "ppo" alone. Bound on the loss of a negative advantage, greater than 1. Default 3; 0 switches it off."""
     kl_coefficient: _builtins.float
-    """Not negative. Default 0.001; with 0 the initial policy is not computed."""
+    """Not negative. Default 0.001; with 0 the reference is not computed."""
     entropy_coefficient: _builtins.float
     """Of the entropy bonus. Not negative. Default 0."""
     mismatch_correction: Global___MismatchCorrection.ValueType
-    """Default TRUNCATED."""
+    """Default TRUNCATED. NONE still reports the metric mismatch_kl."""
     mismatch_limit: _builtins.float
     """Greater than 1. Default 2."""
+    kl_estimator: Global___KlEstimator.ValueType
+    """Default K3."""
+    kl_reference: Global___KlReference.ValueType
+    """Default INITIAL."""
+    reference_every: _builtins.int
+    """Optimizer steps after which a moving reference moves on, at least 1. Default 100."""
+    name: _builtins.str
+    """"ppo" (the default), "gspo" or "cispo". A server may know more: a module, or the name of an entry point of an
+    installed package.
+    """
+    @_builtins.property
+    def settings(self) -> _struct_pb2.Struct:
+        """Of the form that is named: those without a field here, by name."""
+
     def __init__(
         self,
         *,
@@ -620,10 +899,15 @@ class LossConfig(_message.Message):
         entropy_coefficient: _builtins.float | None = ...,
         mismatch_correction: Global___MismatchCorrection.ValueType = ...,
         mismatch_limit: _builtins.float | None = ...,
+        kl_estimator: Global___KlEstimator.ValueType = ...,
+        kl_reference: Global___KlReference.ValueType = ...,
+        reference_every: _builtins.int | None = ...,
+        name: _builtins.str | None = ...,
+        settings: _struct_pb2.Struct | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_high", b"_clip_high", "_clip_low", b"_clip_low", "_dual_clip", b"_dual_clip", "_entropy_coefficient", b"_entropy_coefficient", "_kl_coefficient", b"_kl_coefficient", "_mismatch_limit", b"_mismatch_limit", "clip_high", b"clip_high", "clip_low", b"clip_low", "dual_clip", b"dual_clip", "entropy_coefficient", b"entropy_coefficient", "kl_coefficient", b"kl_coefficient", "mismatch_limit", b"mismatch_limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_clip_high", b"_clip_high", "_clip_low", b"_clip_low", "_dual_clip", b"_dual_clip", "_entropy_coefficient", b"_entropy_coefficient", "_kl_coefficient", b"_kl_coefficient", "_mismatch_limit", b"_mismatch_limit", "_name", b"_name", "_reference_every", b"_reference_every", "clip_high", b"clip_high", "clip_low", b"clip_low", "dual_clip", b"dual_clip", "entropy_coefficient", b"entropy_coefficient", "kl_coefficient", b"kl_coefficient", "mismatch_limit", b"mismatch_limit", "name", b"name", "reference_every", b"reference_every", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_high", b"_clip_high", "_clip_low", b"_clip_low", "_dual_clip", b"_dual_clip", "_entropy_coefficient", b"_entropy_coefficient", "_kl_coefficient", b"_kl_coefficient", "_mismatch_limit", b"_mismatch_limit", "clip_high", b"clip_high", "clip_low", b"clip_low", "dual_clip", b"dual_clip", "entropy_coefficient", b"entropy_coefficient", "kl_coefficient", b"kl_coefficient", "mismatch_correction", b"mismatch_correction", "mismatch_limit", b"mismatch_limit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_clip_high", b"_clip_high", "_clip_low", b"_clip_low", "_dual_clip", b"_dual_clip", "_entropy_coefficient", b"_entropy_coefficient", "_kl_coefficient", b"_kl_coefficient", "_mismatch_limit", b"_mismatch_limit", "_name", b"_name", "_reference_every", b"_reference_every", "clip_high", b"clip_high", "clip_low", b"clip_low", "dual_clip", b"dual_clip", "entropy_coefficient", b"entropy_coefficient", "kl_coefficient", b"kl_coefficient", "kl_estimator", b"kl_estimator", "kl_reference", b"kl_reference", "mismatch_correction", b"mismatch_correction", "mismatch_limit", b"mismatch_limit", "name", b"name", "reference_every", b"reference_every", "settings", b"settings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__clip_high: _TypeAlias = _typing.Literal["clip_high"]  # noqa: Y015
     _WhichOneofArgType__clip_high: _TypeAlias = _typing.Literal["_clip_high", b"_clip_high"]  # noqa: Y015
@@ -637,6 +921,10 @@ class LossConfig(_message.Message):
     _WhichOneofArgType__kl_coefficient: _TypeAlias = _typing.Literal["_kl_coefficient", b"_kl_coefficient"]  # noqa: Y015
     _WhichOneofReturnType__mismatch_limit: _TypeAlias = _typing.Literal["mismatch_limit"]  # noqa: Y015
     _WhichOneofArgType__mismatch_limit: _TypeAlias = _typing.Literal["_mismatch_limit", b"_mismatch_limit"]  # noqa: Y015
+    _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
+    _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
+    _WhichOneofReturnType__reference_every: _TypeAlias = _typing.Literal["reference_every"]  # noqa: Y015
+    _WhichOneofArgType__reference_every: _TypeAlias = _typing.Literal["_reference_every", b"_reference_every"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__clip_high) -> _WhichOneofReturnType__clip_high | None: ...
     @_typing.overload
@@ -649,6 +937,10 @@ class LossConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kl_coefficient) -> _WhichOneofReturnType__kl_coefficient | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mismatch_limit) -> _WhichOneofReturnType__mismatch_limit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reference_every) -> _WhichOneofReturnType__reference_every | None: ...
 
 Global___LossConfig: _TypeAlias = LossConfig  # noqa: Y015
 
@@ -781,8 +1073,9 @@ class ForwardBackwardResponse(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Per branch as BRANCH/NAME and over all branches that have it as NAME: loss and tokens are sums over the call's
-        trained tokens; log_prob, entropy and, of policy gradients, clip_fraction, mismatch_kl (the k3 estimate of the
-        divergence between engine and learner) and kl (only with a kl_coefficient) are means per trained token.
+        trained tokens; log_prob, entropy and what the objective reports are means per trained token. Policy gradients
+        report clip_fraction, mismatch_kl (the k3 estimate of the divergence between engine and learner) and kl (only with a
+        kl_coefficient).
         """
 
     def __init__(

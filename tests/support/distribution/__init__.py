@@ -15,6 +15,12 @@ countdown = acme.countdown
 
 [mulligan.stores]
 notes = acme.notes
+
+[mulligan.objectives]
+unlikelihood = acme.unlikelihood
+
+[mulligan.losses]
+tilted = acme.tilted
 """
 
 

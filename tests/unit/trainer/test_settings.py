@@ -12,15 +12,19 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.flat_settings import FlatSettings
+from mulligan.common.suggest import problems
 from mulligan.common.types import RetrievalStrategy
 from mulligan.trainer.algorithms import erl
+from mulligan.trainer.loss_terms import KlEstimator, KlReference, MismatchCorrection
 from mulligan.trainer.settings import (
     EvaluationSettings,
     LoraSettings,
     LossSettings,
-    MismatchCorrection,
     OptimizerSettings,
     PoliciesSettings,
     RolloutSettings,
@@ -57,14 +61,20 @@ def inner(annotation: Any) -> Any:
     return get_origin(annotation) or annotation
 
 
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The settings of a table; those of the default loss are typed in the contract, too."""
+    own = model.plugins.find(model.plugins.default).Settings.model_fields if issubclass(model, FlatSettings) else {}
+    return {**model.model_fields, **own}
+
+
 def pairs(message: Descriptor, model: type[BaseModel], path: str = "") -> Iterator[tuple[str, FieldDescriptor, Any]]:
     """Every setting: its full name, its field, its type in Python. Fails where one side lacks it."""
     model = MESSAGES.get(message.name, model)
     names = {field.name for field in message.fields} - WIRE_ONLY
-    assert names == set(model.model_fields), path or "RunConfig"
+    assert names == set(fields_of(model)), path or "RunConfig"
     for name in sorted(names):
         field = message.fields_by_name[name]
-        kind = inner(model.model_fields[name].annotation)
+        kind = inner(fields_of(model)[name].annotation)
         if field.message_type is not None and field.message_type.full_name == "google.protobuf.Struct":
             assert kind is dict  # of a plug-in
             continue
@@ -147,6 +157,16 @@ RUNS = st.builds(
         kl_coefficient=st.just(0.0) | positive,
         dual_clip=st.sampled_from([0.0, 2.0]),
         mismatch_correction=st.sampled_from(MismatchCorrection),
+        kl_estimator=st.sampled_from(KlEstimator),
+        kl_reference=st.sampled_from(KlReference),
+    )
+    | st.builds(LossSettings, name=st.just("gspo"), clip_high=positive)
+    | st.builds(
+        LossSettings,
+        name=st.just("tests.support.distribution.acme.tilted"),
+        tilt=positive,
+        rounds=counts,
+        names=st.just(["a"]),
     ),
     optimizer=st.builds(OptimizerSettings, learning_rate=st.just(0.0) | positive, warmup_steps=st.integers(0, 9)),
     evaluation=st.builds(EvaluationSettings, every=st.integers(0, 9), temperature=st.just(0.0) | positive),
@@ -206,18 +226,18 @@ def documented_default(message: str, name: str) -> str | None:
 
 
 def cases() -> list[tuple[str, str]]:
-    found = [(message, name) for message, model in MESSAGES.items() for name in model.model_fields]
+    found = [(message, name) for message, model in MESSAGES.items() for name in fields_of(model)]
     return [(message, name) for message, name in found if not _is_message(message, name) and "_settings" not in name]
 
 
 def _is_message(message: str, name: str) -> bool:
-    kind = inner(MESSAGES[message].model_fields[name].annotation)
+    kind = inner(fields_of(MESSAGES[message])[name].annotation)
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 @pytest.mark.parametrize(("message", "name"), cases())
 def test_the_default_that_the_contract_names_is_the_default(message: str, name: str) -> None:
-    field = MESSAGES[message].model_fields[name]
+    field = fields_of(MESSAGES[message])[name]
     if (message, name) in WITHOUT_DEFAULT:
         assert field.is_required()
         return
@@ -229,3 +249,54 @@ def test_the_default_that_the_contract_names_is_the_default(message: str, name: 
         assert said is not None, f"{message}.{name} names no default: {COMMENTS[message, name]!r}"
         expected = str(default).lower() if isinstance(default, bool | StrEnum) else default
         assert (float(said) if isinstance(expected, int | float) else said.strip('"').lower()) == expected
+
+
+def refusals(**loss: Any) -> dict[str, str]:
+    with pytest.raises(ValidationError) as caught:
+        RunSettings.model_validate({"environment": "e", "loss": loss})
+    return problems(caught.value, RunSettings)
+
+
+def test_a_loss_has_its_own_settings_beside_the_common_ones() -> None:
+    loss = RunSettings.model_validate({"environment": "e", "loss": {"name": "gspo", "clip_high": 0.1}}).loss
+    assert (loss.own.clip_high, loss.own.clip_low) == (0.1, 3e-4)
+    assert loss.model_dump()["clip_low"] == 3e-4, "stored with the run"
+    assert "dual_clip" not in loss.model_dump()
+    assert loss != LossSettings(name="gspo") and LossSettings() == LossSettings(name="ppo", dual_clip=3.0)
+    assert loss.model_copy(update={"kl_coefficient": 0.0}).own == loss.own
+
+
+@pytest.mark.parametrize(
+    ("loss", "field", "words"),
+    [
+        ({"clip_hihg": 0.1}, "loss.clip_hihg", "no such setting of loss 'ppo'; did you mean 'clip_high'?"),
+        ({"kl_coeficient": 0.1}, "loss.kl_coeficient", "did you mean 'kl_coefficient'?"),
+        ({"name": "gspo", "dual_clip": 2.0}, "loss.dual_clip", "no such setting of loss 'gspo'"),
+        ({"name": "gsop"}, "loss.name", "there is no loss 'gsop'; did you mean 'gspo'?"),
+        ({"name": "cispo", "clip_low": 1.5}, "loss.clip_low", "less than or equal to 1"),
+        ({"clip_high": "a lot"}, "loss.clip_high", "valid number"),
+        ({"clip_high": float("inf")}, "loss.clip_high", "finite number"),
+        ({"dual_clip": 0.5}, "loss", "dual_clip: expected 0 (off) or a number above 1"),
+        ({"mismatch_correction": "some"}, "loss.mismatch_correction", "'sequence_masked'"),
+    ],
+)
+def test_what_a_loss_does_not_have_is_named(loss: dict[str, Any], field: str, words: str) -> None:
+    found = refusals(**loss)
+    assert list(found) == [field] and words in found[field]
+
+
+def test_over_the_wire_too() -> None:
+    config = run_config_pb2.RunConfig(environment="e")
+    config.loss.name = "cispo"
+    config.loss.settings["clip_hihg"] = 2.0
+    with pytest.raises(DomainError, match="did you mean 'clip_high'") as caught:
+        settings_from_proto(config)
+    assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.INVALID_SETTING, "loss.clip_hihg")
+
+
+def test_settings_without_a_field_travel_by_name() -> None:
+    loss = LossSettings(name="tests.support.distribution.acme.tilted", tilt=0.5)
+    config = settings_to_proto(RunSettings(environment="e", loss=loss)).loss
+    assert dict(config.settings) == {"tilt": 0.5, "rounds": 3.0, "names": []}
+    assert not config.HasField("clip_low")
+    assert settings_from_proto(run_config_pb2.RunConfig(environment="e", loss=config)).loss == loss

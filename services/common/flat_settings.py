@@ -1,0 +1,62 @@
+"""Settings of a table that names a plug-in, with the plug-in's own settings beside the common ones:
+
+[loss]
+name = "ppo"
+kl_coefficient = 0.001
+clip_high = 0.28
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from mulligan.common.extras import MissingExtra
+from mulligan.common.plugins import Plugins, PluginSettings, UnusablePlugin, located
+from mulligan.common.suggest import did_you_mean
+
+_UNKNOWN = "extra_forbidden"
+
+
+class FlatSettings(BaseModel):
+    """Base class of such a table. A subclass sets `plugins`, and defines `name` and the common settings as fields.
+
+    The plug-in's settings are extra fields, defaults filled in: they are read by the plug-in's `Settings`, dumped with
+    the others, and compared. `own` returns them as an instance of it. A name that neither knows is refused with the
+    nearest right one.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    plugins: ClassVar[Plugins]
+    name: str
+
+    @model_validator(mode="after")
+    def _read_own(self) -> Self:
+        try:
+            settings: type[PluginSettings] = self.plugins.find(self.name).Settings
+        except (UnusablePlugin, MissingExtra) as error:
+            raise located({("name",): str(error)}) from None
+        try:
+            own = settings.model_validate(self.model_extra)
+        except ValidationError as error:
+            known = [*type(self).model_fields, *settings.model_fields]
+            raise located(_problems(error, known, f"{self.plugins.noun} {self.name!r}")) from None
+        object.__setattr__(self, "__pydantic_extra__", dict(own))
+        return self
+
+    @property
+    def own(self) -> Any:
+        """The settings of the plug-in, an instance of its `Settings`."""
+        return self.plugins.find(self.name).Settings.model_construct(**(self.model_extra or {}))
+
+
+def _problems(error: ValidationError, known: list[str], owner: str) -> dict[tuple[str, ...], str]:
+    """The errors of a plug-in's settings, those of unknown names first: a setting that seems to be missing may only be
+    misspelt."""
+    found: dict[tuple[str, ...], str] = {}
+    for item in sorted(error.errors(), key=lambda item: item["type"] != _UNKNOWN):
+        place = tuple(map(str, item["loc"]))
+        near = did_you_mean(place[-1], known) or f"; there are: {', '.join(known)}" if place else ""
+        found[place] = f"no such setting of {owner}{near}" if item["type"] == _UNKNOWN else item["msg"]
+    return found
