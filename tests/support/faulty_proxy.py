@@ -226,6 +226,35 @@ class NoSequence(_Trainer):
     error = "SEQUENCE_MISMATCH"
 
 
+class AnyObjective(_Trainer):
+    title = "what an objective or a loss does not have is INVALID_ARGUMENT INVALID_FIELD and named"
+    call = "ForwardBackward"
+    error = "INVALID_FIELD"
+    instead = learner_pb.ForwardBackwardResponse()
+
+
+class HalvesCoefficients(_Trainer):
+    title = "coefficients of 1 are the same loss as supervised learning"
+    call = "ForwardBackward"
+
+    def before(self, request: Any) -> None:
+        for datum in request.data:
+            if datum.HasField("custom"):
+                values = datum.custom.token_values["coefficients"].values
+                values[:] = [value / 2 for value in values]
+
+
+class TakesTheFirstAdvantage(_Trainer):
+    title = "equal advantages of all tokens are the same loss as one advantage of the datum"
+    call = "ForwardBackward"
+
+    def before(self, request: Any) -> None:
+        for datum in request.data:
+            if datum.HasField("policy_gradient"):
+                each = datum.policy_gradient.advantages
+                each[1:] = [0.0] * len(each[1:])
+
+
 class OwnedByAll(_Trainer):
     title = "calls by another owner are FAILED_PRECONDITION LEARNER_OWNED"
     call = "Forward"

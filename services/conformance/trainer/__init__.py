@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from mulligan.conformance.report import Suite
 from mulligan.conformance.target import CheckSession
-from mulligan.conformance.trainer import checkpoints, learners, leases, runs, server, training
+from mulligan.conformance.trainer import checkpoints, learners, leases, objectives, runs, server, training
 from mulligan.conformance.trainer.held import Trainer
 
 SERVER: Suite[CheckSession] = server.suite
 TRAINER: Suite[Trainer] = Suite()
-TRAINER.extend([runs.suite, learners.suite, leases.suite, checkpoints.suite, training.suite])
+TRAINER.extend([runs.suite, learners.suite, objectives.suite, leases.suite, checkpoints.suite, training.suite])

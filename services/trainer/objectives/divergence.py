@@ -47,7 +47,7 @@ def divergence(student_NV: Tensor, teacher_NV: Tensor, beta_N: Tensor) -> Tensor
     for chosen_N, function in ((beta_N == 0, _forward), (beta_N == 1, _reverse), ((beta_N > 0) & (beta_N < 1), _mixed)):
         if chosen_N.any():
             found = function(student_NV[chosen_N], teacher_NV[chosen_N], beta_N[chosen_N, None])
-            values_N = values_N.masked_scatter(chosen_N, found)
+            values_N = values_N.index_put((chosen_N,), found)
     return values_N
 
 
