@@ -135,7 +135,7 @@ class StepRunner:
         data, left_out = self.training_data(experiences)
         self.recorder.train(trained(data, experiences))
         if not self._regularised:
-            data = [datum for datum in data if not _without_gradient(datum)]
+            data = [datum for datum in data if datum.weight and datum.objective.moves(self.settings.loss)]
         if not data:
             return left_out
         count = self.settings.algorithm.optimizer_steps
@@ -216,9 +216,3 @@ class StepRunner:
     @property
     def _regularised(self) -> bool:
         return self.settings.loss.kl_coefficient > 0 or self.settings.loss.entropy_coefficient > 0
-
-
-def _without_gradient(datum: Datum) -> bool:
-    if isinstance(datum.objective, PolicyGradient):
-        return datum.objective.advantage == 0 or datum.weight == 0
-    return datum.objective.target_weight == 0

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -41,7 +42,7 @@ def tiny(tmp_path: Path) -> Path:
 async def client(services: ServiceProcesses, tiny: Path, tmp_path: Path) -> AsyncIterator[LearnerClient]:
     """Of a server that has the package, installed and as modules."""
     path = [str(install(tmp_path / "installed")), *filter(None, sys.path)]
-    folders = {"checkpoint-folder": tmp_path / "checkpoints", "weights-folder": tmp_path / "weights"}
+    folders: dict[str, Any] = {"checkpoint-folder": tmp_path / "checkpoints", "weights-folder": tmp_path / "weights"}
     address = services.start("trainer", environment={"PYTHONPATH": os.pathsep.join(path)}, threads=1, **folders).address
     client = await LearnerClient.create(Endpoint(address), "learner", "run", spec(tiny, deterministic=True))
     yield client
@@ -60,7 +61,7 @@ async def test_of_another_package(client: LearnerClient, tiny: Path, tmp_path: P
     assert metrics["avoided/avoided"] == pytest.approx(1 - sum(probs) / 2)
     assert "first/tilted" in metrics and "first/clip_fraction" not in metrics
 
-    request = pb.ForwardBackwardRequest(**client._ids, sequence=2, data=data_to_proto(data))
+    request = pb.ForwardBackwardRequest(learner_id="learner", owner="run", sequence=2, data=data_to_proto(data))
     request.loss.name = "tilted"
     request.loss.kl_coefficient = 0.1
     request.loss.settings["tilt"] = 0.25
@@ -88,7 +89,8 @@ async def test_what_is_unknown_is_named(client: LearnerClient) -> None:
     stub: pb_grpc.LearnerServiceStub = client._stub
 
     def request() -> pb.ForwardBackwardRequest:
-        return pb.ForwardBackwardRequest(**client._ids, sequence=1, data=data_to_proto([sampled(), AVOIDED]))
+        data = data_to_proto([sampled(), AVOIDED])
+        return pb.ForwardBackwardRequest(learner_id="learner", owner="run", sequence=1, data=data)
 
     loss, setting, objective, length = (request() for _ in range(4))
     loss.loss.name = "tlted"

@@ -51,13 +51,13 @@ def test_the_published_settings(game: str) -> None:
     assert EnvSettings.load([]).create_environments()[game].info.max_steps == turns
     rollout = run.rollout
     evaluation = run.evaluation
-    loss = run.loss
+    loss = run.loss.own
     assert (rollout.tasks_per_step, rollout.rollouts_per_task, rollout.temperature, rollout.top_p) == (64, 4, 0.7, 1.0)
     assert (rollout.reflection_temperature, rollout.reflection_top_p) == (0.5, 0.9)
     assert (rollout.max_tokens, rollout.reflection_max_tokens) == (tokens // turns, tokens)
     assert (evaluation.every, evaluation.samples, evaluation.tasks) == (5, 4, 0)
     assert (evaluation.temperature, evaluation.top_p, evaluation.top_k) == (0.7, 0.8, 20)
-    assert (loss.clip_low, loss.clip_high, loss.dual_clip, loss.kl_coefficient) == (0.2, 0.28, 3.0, 0.001)
+    assert (loss.clip_low, loss.clip_high, loss.dual_clip, run.loss.kl_coefficient) == (0.2, 0.28, 3.0, 0.001)
     assert (run.optimizer.learning_rate, run.optimizer.weight_decay, run.optimizer.max_grad_norm) == (1e-6, 0.01, 1.0)
     assert run.algorithm.name == "erl" and run.algorithm.memory_entries == 1
 

@@ -130,9 +130,7 @@ def microbatch(data: Sequence[Datum], rows: Sequence[int], branches: Sequence[st
     )
 
 
-def _sequences(
-    chosen: Sequence[Datum] | Sequence[Tokens], temperatures: Sequence[float], device: torch.device
-) -> Sequences:
+def _sequences(chosen: Sequence[Datum | Tokens], temperatures: Sequence[float], device: torch.device) -> Sequences:
     width = max(map(_length, chosen))
     input_ids: list[list[int]] = []
     positions: list[int] = []

@@ -237,7 +237,7 @@ async def test_a_sample_that_is_dropped_leaves_its_reward_in_the_group() -> None
     loop.learner.limits = ModelLimits(VOCABULARY, 120)
     await loop.step()
     assert loop.dropped == {"dropped_too_long": 1}
-    good, bad = (datum.objective.advantage for datum in loop.learner.steps[0])  # type: ignore[union-attr]
+    good, bad = (datum.objective.advantage for datum in loop.learner.steps[0])  # type: ignore[attr-defined]
     mean = 1 / 3
     deviation = math.sqrt(1 / 3)
     assert (good, bad) == (pytest.approx((1 - mean) / deviation, 1e-4), pytest.approx(-mean / deviation, 1e-4))

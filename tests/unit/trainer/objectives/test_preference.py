@@ -56,8 +56,7 @@ def test_it_is_that_of_trl(seed: int, given: bool) -> None:
     assert sums(found.metrics["accuracy"].double(), chosen_counts).bool().tolist() == (logits > 0).tolist()
 
 
-@pytest.mark.parametrize(("field", "values"), [("beta", {"beta": 0.0}), ("ftx", {"beta": 0.1, "ftx": -1.0})])
-def test_numbers_of_no_use_are_refused(field: str, values: dict[str, float]) -> None:
-
-    unusable = Preference(Tokens((2, 3), (False, True)), **values).unusable((3,))
+@pytest.mark.parametrize(("field", "beta", "ftx"), [("beta", 0.0, 0.0), ("ftx", 0.1, -1.0)])
+def test_numbers_of_no_use_are_refused(field: str, beta: float, ftx: float) -> None:
+    unusable = Preference(Tokens((2, 3), (False, True)), beta, ftx).unusable((3,))
     assert unusable is not None and unusable.field == field
