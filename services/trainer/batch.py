@@ -13,9 +13,12 @@ from mulligan.common.types import Outcome
 from mulligan.trainer.advantages import ADVANTAGES, Advantage, Return
 from mulligan.trainer.aggregation import aggregate
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.trainer.objective import InputKind, inputs_of
+from mulligan.trainer.objectives import name_of
 from mulligan.trainer.settings import AlgorithmSettings
 
 Group = list[Experience]
+_OF_THE_POLICY = {"rollout_log_probs", "old_log_probs"}  # not given by the algorithm
 
 
 def groups_of(experiences: Iterable[Experience]) -> list[Group]:
@@ -132,12 +135,13 @@ def trained(data: Iterable[Datum], experiences: Sequence[Experience]) -> list[Tr
         source_id, sequence = datum.datum_id, "0"
         if source_id not in known:
             source_id, _, sequence = source_id.rpartition(".")
-        match datum.objective:
-            case PolicyGradient(advantage):
-                name, numbers = "policy_gradient", {"advantage": advantage}
-            case Distillation(target_weight):
-                name, numbers = "distillation", {"target_weight": target_weight}
-        found.append(Trained(datum.datum_id, source_id, int(sequence), datum.branch, name, datum.weight, numbers))
+        name = name_of(type(datum.objective))
+        numbers = inputs_of(datum.objective, InputKind.NUMBER)
+        values = inputs_of(datum.objective, InputKind.TOKEN_VALUES).items()
+        given = {key: each for key, each in values if each and key not in _OF_THE_POLICY}
+        found.append(
+            Trained(datum.datum_id, source_id, int(sequence), datum.branch, name, datum.weight, numbers, given)
+        )
     return found
 
 
