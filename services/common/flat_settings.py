@@ -8,6 +8,7 @@ clip_high = 0.28
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -34,7 +35,7 @@ class FlatSettings(BaseModel):
     @model_validator(mode="after")
     def _read_own(self) -> Self:
         try:
-            settings: type[PluginSettings] = self.plugins.find(self.name).Settings
+            settings: type[PluginSettings] = self.plugin.Settings
         except (UnusablePlugin, MissingExtra) as error:
             raise located({("name",): str(error)}) from None
         try:
@@ -46,9 +47,19 @@ class FlatSettings(BaseModel):
         return self
 
     @property
+    def plugin(self) -> Any:
+        return _found(self.plugins, self.name)
+
+    @property
     def own(self) -> Any:
         """The settings of the plug-in, an instance of its `Settings`."""
-        return self.plugins.find(self.name).Settings.model_construct(**(self.model_extra or {}))
+        return self.plugin.Settings.model_construct(**(self.model_extra or {}))
+
+
+@cache
+def _found(plugins: Plugins, name: str) -> Any:
+    """As `Plugins.find`, which looks into folders, but once for each name that is found."""
+    return plugins.find(name)
 
 
 def _problems(error: ValidationError, known: list[str], owner: str) -> dict[tuple[str, ...], str]:

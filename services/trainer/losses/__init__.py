@@ -7,15 +7,6 @@ and entropy. `[loss]` chooses a loss by `name`, and has its settings beside the 
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 from mulligan.common.plugins import Plugins, PluginSettings
 
 LOSSES = Plugins("loss", __name__, "mulligan.losses", ("Settings", "loss"), "ppo", PluginSettings)
-
-
-@cache
-def find(name: str) -> Any:
-    """As `Plugins.find`, once for each name."""
-    return LOSSES.find(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mulligan.trainer import losses
 from mulligan.trainer.loss_terms import kl_estimate, mismatch_weights
 from mulligan.trainer.objective import Loss, Objective, Terms, Unusable, where_given
 
@@ -41,7 +40,7 @@ def loss(terms: Terms, settings: LossSettings) -> Loss:
     old_N = where_given(terms.token_values["old_log_probs"], terms.log_probs_N.detach())
     rollout_N = terms.token_values["rollout_log_probs"]
     advantages_N = where_given(terms.token_values["advantages"], terms.per_token(terms.numbers["advantage"]))
-    loss_N, metrics = losses.find(settings.name).loss(terms, old_N, advantages_N, settings.own)
+    loss_N, metrics = settings.plugin.loss(terms, old_N, advantages_N, settings.own)
     weights_N = mismatch_weights(
         old_N,
         rollout_N,

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mulligan.common.inference import SamplingParams
-from mulligan.trainer.data import Datum, PolicyGradient
+from mulligan.trainer.data import Datum, Distillation, PolicyGradient
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
@@ -94,6 +94,7 @@ def told(datum: Datum) -> dict[str, Any]:
         plain["advantage"] = objective.advantage.hex()
         logs = (objective.rollout_log_probs, objective.old_log_probs)
     else:
+        assert isinstance(objective, Distillation)
         plain["target_weight"] = objective.target_weight.hex()
     tokens = repr((datum.token_ids, datum.loss_mask, *logs))
     return plain | {"tokens": hashlib.sha256(tokens.encode()).hexdigest()[:16]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -21,7 +22,9 @@ SETTINGS = [
 ]
 
 
-def written_out(new: Tensor, old: Tensor, rollout: Tensor, reference: Tensor, advantages: Tensor, own: Any) -> Tensor:
+def written_out(
+    new: Tensor, old: Tensor, rollout: Tensor, reference: Tensor, advantages: Tensor, own: Mapping[str, Any]
+) -> Tensor:
     """The loss of each token as one formula: PPO with dual clip, times the mismatch's weight, plus the k3 estimate."""
 
     def ratio(one: Tensor, other: Tensor) -> Tensor:
@@ -29,10 +32,10 @@ def written_out(new: Tensor, old: Tensor, rollout: Tensor, reference: Tensor, ad
 
     ratios = ratio(new, old)
     bounded = ratios.clamp(1 - own["clip_low"], 1 + own["clip_high"])
-    found = torch.maximum(-advantages * ratios, -advantages * bounded)
+    clipped = torch.maximum(-advantages * ratios, -advantages * bounded)
     if own["dual_clip"]:
         ceiling = -advantages * own["dual_clip"]
-        found = torch.where((advantages < 0) & (found > ceiling), ceiling, found)
+        clipped = torch.where((advantages < 0) & (clipped > ceiling), ceiling, clipped)
     weights = ratio(old, rollout).detach()
     match own["mismatch_correction"]:
         case "none":
@@ -41,7 +44,7 @@ def written_out(new: Tensor, old: Tensor, rollout: Tensor, reference: Tensor, ad
             weights = weights.clamp(max=2.0)
         case "masked":
             weights = torch.where((weights >= 1 / 2.0) & (weights <= 2.0), weights, 0.0)
-    found = weights * found - own["entropy_coefficient"] * torch.zeros_like(new)
+    found: Tensor = weights * clipped - own["entropy_coefficient"] * torch.zeros_like(new)
     if own["kl_coefficient"] > 0:
         log_ratio = (reference - new).clamp(-20, 20)
         found = found + own["kl_coefficient"] * (torch.expm1(log_ratio) - log_ratio)
