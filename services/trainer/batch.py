@@ -67,20 +67,18 @@ def gradients(
 
 def policy_gradient(sample: Sample, advantage: Advantage, weight: float, branch: str) -> list[Datum]:
     """The data of a sample, one per token sequence. The advantage is one for all its sampled tokens, or one each."""
-    if isinstance(advantage, tuple):
-        raise NotImplementedError("token-level advantages")
-    return [
-        Datum(
-            datum_id=datum_id,
-            token_ids=tuple(sequence.token_ids),
-            loss_mask=tuple(sequence.loss_mask),
-            weight=weight,
-            temperature=sample.temperature,
-            objective=PolicyGradient(advantage, tuple(sequence.log_probs)),
-            branch=branch,
-        )
-        for datum_id, sequence in _numbered(sample.sample_id, sample.sequences)
-    ]
+    data = []
+    taken = 0
+    for datum_id, sequence in _numbered(sample.sample_id, sample.sequences):
+        log_probs = tuple(sequence.log_probs)
+        if isinstance(advantage, tuple):
+            objective = PolicyGradient(0.0, log_probs, advantages=advantage[taken : taken + sequence.sampled_count])
+        else:
+            objective = PolicyGradient(advantage, log_probs)
+        taken += sequence.sampled_count
+        tokens, mask = tuple(sequence.token_ids), tuple(sequence.loss_mask)
+        data.append(Datum(datum_id, tokens, mask, weight, sample.temperature, objective, branch))
+    return data
 
 
 def distillation(

@@ -222,3 +222,20 @@ async def test_an_estimator_and_an_aggregation_of_choice(tmp_path: Path) -> None
         assert isinstance(datum.objective, PolicyGradient)
         assert datum.objective.advantage == pytest.approx(reward - others)
         assert datum.weight == pytest.approx(1 / 3 / sum(datum.loss_mask))
+
+
+async def test_turn_level_advantages_are_one_for_each_token_and_journaled(tmp_path: Path) -> None:
+    settings = config("rlvr", advantage="turn_level")
+    journal = StepJournal(tmp_path, 0)
+    made = await runner(settings, journal)
+    journal.start(StepStarted(0, ["t0"], 0, 0))
+    sampled = await made.sample(0, ["t0"], 0)
+    await made.learn(0, sampled)
+    journal.close()
+    read = read_experiences(journal_file(tmp_path, 0))
+    for one in read:
+        (datum,) = one.trained
+        (sequence,) = one["first"].sequences
+        assert len(datum.values["advantages"]) == sequence.sampled_count and datum.numbers["advantage"] == 0
+    signs = {one["first"].reward: {value > 0 for value in one.trained[0].values["advantages"]} for one in read}
+    assert signs == {1.0: {True}, 0.0: {False}}
