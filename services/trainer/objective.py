@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mulligan.trainer.settings import LossSettings
+    from mulligan.trainer.loss_settings import LossSettings
 
 
 @dataclass(frozen=True, slots=True)

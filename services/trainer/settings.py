@@ -4,19 +4,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 from pydantic_core import PydanticCustomError
 
-from mulligan.common.flat_settings import FlatSettings
 from mulligan.common.plugins import Plugins, PluginSettings, UnusablePlugin, located, read_named, read_table
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import RetrievalStrategy
 from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
-from mulligan.trainer.loss_terms import KlEstimator, KlReference, MismatchCorrection
-from mulligan.trainer.losses import LOSSES
+from mulligan.trainer.loss_settings import LossSettings
+
+__all__ = [
+    "ALGORITHMS",
+    "BY_SECOND_ATTEMPT",
+    "AlgorithmSettings",
+    "EvaluationSettings",
+    "LoraSettings",
+    "LossSettings",
+    "OptimizerSettings",
+    "PoliciesSettings",
+    "RolloutSettings",
+    "RunSettings",
+    "TrainedModelSettings",
+]
 
 _POLICY_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 
@@ -44,25 +56,6 @@ class OptimizerSettings(_Settings):
     beta2: float = Field(0.999, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
-
-
-class LossSettings(FlatSettings):
-    """Of policy gradients. The chosen loss has settings of its own beside these: `LossSettings(dual_clip=0)`."""
-
-    plugins: ClassVar[Plugins] = LOSSES
-    name: str = LOSSES.default
-    kl_coefficient: float = Field(0.001, ge=0)
-    entropy_coefficient: float = Field(0.0, ge=0)
-    mismatch_correction: MismatchCorrection = MismatchCorrection.TRUNCATED
-    mismatch_limit: float = Field(2.0, gt=1)
-    kl_estimator: KlEstimator = KlEstimator.K3
-    kl_reference: KlReference = KlReference.INITIAL
-    reference_every: int = Field(100, ge=1)
-
-    @property
-    def regularizes(self) -> bool:
-        """Whether there is a gradient where the advantage is 0."""
-        return self.kl_coefficient > 0 or self.entropy_coefficient > 0
 
 
 class AlgorithmSettings(PluginSettings):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mulligan.trainer.objective import Loss, Objective, Terms
 
 if TYPE_CHECKING:
-    from mulligan.trainer.settings import LossSettings
+    from mulligan.trainer.loss_settings import LossSettings
 
 
 @dataclass(frozen=True, slots=True)

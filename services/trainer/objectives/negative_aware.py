@@ -12,7 +12,7 @@ from mulligan.trainer.loss_terms import MAX_LOG_RATIO
 from mulligan.trainer.objective import Loss, Objective, Terms, Unusable, where_given
 
 if TYPE_CHECKING:
-    from mulligan.trainer.settings import LossSettings
+    from mulligan.trainer.loss_settings import LossSettings
 
 # The success rate is kept within these, as in the paper's code: a group without right answers says little.
 LOWEST_RATE = 0.02

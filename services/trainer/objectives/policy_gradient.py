@@ -9,7 +9,7 @@ from mulligan.trainer.loss_terms import kl_estimate, mismatch_weights
 from mulligan.trainer.objective import Loss, Objective, Terms, Unusable, where_given
 
 if TYPE_CHECKING:
-    from mulligan.trainer.settings import LossSettings
+    from mulligan.trainer.loss_settings import LossSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from mulligan.trainer.objective import Loss, Objective, Terms, Tokens, Unusable,
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mulligan.trainer.settings import LossSettings
+    from mulligan.trainer.loss_settings import LossSettings
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from mulligan.trainer.loss_terms import ratio
 from mulligan.trainer.objective import Loss, Objective, Terms, Unusable, where_given
 
 if TYPE_CHECKING:
-    from mulligan.trainer.settings import LossSettings
+    from mulligan.trainer.loss_settings import LossSettings
 
 
 @dataclass(frozen=True, slots=True)
