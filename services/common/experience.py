@@ -117,11 +117,11 @@ class Sample:
     policy: str = ""
     system: str = ""
     error: str = ""
+    turns: tuple[Turn, ...] = ()  # of a text one: the message that asked for it, and the whole answer
     # Of a text:
     text: str = ""
     # Of an episode:
     episode_id: str = ""
-    turns: tuple[Turn, ...] = ()
     feedback: str = ""
     final_observation: str = ""
     restarts: int = 0

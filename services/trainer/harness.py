@@ -228,10 +228,12 @@ class Harness:
         outcome = Outcome.COMPLETED
         text = ""
         error = ""
+        turns: tuple[Turn, ...] = ()
         try:
             seeded = replace(sampling, seed=derive_seed(seed, 0))
             completion = await (speaker or self.policy).generate(conversation.prompt(), seeded, options)
             conversation.add(completion)
+            turns = (Turn(user, completion.text, "", 0.0),)
             text = read(completion.marked_text)
             if completion.stop_reason is not StopReason.END_OF_TURN:
                 outcome = Outcome.TRUNCATED
@@ -242,6 +244,7 @@ class Harness:
             blank,
             outcome=outcome,
             text=text,
+            turns=turns,
             sequences=conversation.sequences,
             temperature=sampling.temperature,
             error=error,

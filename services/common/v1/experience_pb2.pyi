@@ -431,7 +431,9 @@ class Sample(_message.Message):
     @_builtins.property
     def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSequence]: ...
     @_builtins.property
-    def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Turn]: ...
+    def turns(self) -> _containers.RepeatedCompositeFieldContainer[Global___Turn]:
+        """Of an episode, as in Attempt. Of a text, one: the message that asked for it, and the whole answer."""
+
     @_builtins.property
     def forked_from(self) -> Global___ForkPoint:
         """Where the episode began, if not at the start of the task."""
