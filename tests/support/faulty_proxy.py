@@ -345,7 +345,16 @@ class RewardsOfNothing(_Trainer):
 
     def after(self, request: Any, answer: Any) -> None:
         for experience in answer.experiences:
-            experience["first"].ClearField("reward")
+            experience.first_attempt.ClearField("reward")
+
+
+class LosesItsSamples(_Trainer):
+    title = "an experience is a tree of samples, which hold its parts and what was trained on"
+    call = "ListExperiences"
+
+    def after(self, request: Any, answer: Any) -> None:
+        for experience in answer.experiences:
+            del experience.samples[0]
 
 
 def faults(base: type[Fault] = Fault) -> list[type[Fault]]:

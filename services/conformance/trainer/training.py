@@ -203,3 +203,26 @@ def _segment(segment: experience_pb2.Segment, where: str) -> None:
     demand(len(segment.log_probs) == count, f"{count} log-probabilities in the segment", segment, where)
     spans = sum(span.token_count for span in segment.policy_versions)
     demand(spans == count, f"version spans of {count} tokens", segment, where)
+
+
+@suite.check("ListExperiences", "an experience is a tree of samples, which hold its parts and what was trained on")
+async def samples(trainer: Trainer) -> None:
+    run = await trained(trainer)
+    for experience in await _experiences(trainer, run.run_id, 100):
+        where = experience.experience_id
+        ids = [sample.sample_id for sample in experience.samples]
+        demand(bool(ids) and len(set(ids)) == len(ids), "samples, each id once", ids, where)
+        for place, sample in enumerate(experience.samples):
+            demand(bool(sample.role), "a role", sample.sample_id, where)
+            before = ["", *ids[:place]]
+            demand(sample.parent_id in before, f"a parent among {before}", sample.parent_id, where)
+        made = {target.target_id: target.source_id for target in experience.targets}
+        demand(set(made.values()) <= set(ids), "targets whose sources are samples", made, where)
+        taught = {datum.source_id for datum in experience.trained}
+        demand(taught <= {*ids, *made}, "trained data of its samples and targets", taught, where)
+        by_role = {sample.role: sample for sample in experience.samples}
+        first = by_role.get("first")
+        demand(first is not None, "a sample of role first: this run is ERL's", list(by_role), where)
+        assert first is not None
+        same = (first.sample_id, first.reward) == (experience.first_attempt.attempt_id, experience.first_attempt.reward)
+        demand(same, "in first_attempt the sample of role first", experience.first_attempt.attempt_id, where)
