@@ -17,7 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 START_SECONDS = 120.0  # torch takes its time on a busy machine
-STOP_SECONDS = 15.0
+STOP_SECONDS = 120.0
 
 
 class ProcessFailed(AssertionError):

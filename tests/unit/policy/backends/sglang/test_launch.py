@@ -63,8 +63,8 @@ async def test_the_end_of_the_log_says_why_a_server_did_not_start(tmp_path: Path
 
 async def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     python = _script(tmp_path, f"echo $$ > {tmp_path}/pid; echo loading; exec sleep 600")
-    message = await _refused(tmp_path, python=python, start_seconds=0.5)
-    assert "not ready within 0.5 s" in message and "loading" in message
+    message = await _refused(tmp_path, python=python, start_seconds=3.0)
+    assert "not ready within 3 s" in message and "loading" in message
     assert not _lives(int((tmp_path / "pid").read_text()))
 
 
@@ -79,7 +79,7 @@ def test_a_server_ends_with_the_service_that_started_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _SERVICE, python, str(tmp_path)]
     service = subprocess.Popen(command, env=environment)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not (tmp_path / "pid").exists():
             assert time.monotonic() < deadline and service.poll() is None
             time.sleep(0.05)
