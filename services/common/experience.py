@@ -83,6 +83,11 @@ class Turn:
     reward: float
     tool: str = ""  # the tool that the observation comes from; empty: the environment, as the user
 
+    @property
+    def is_invalid(self) -> bool:
+        """Whether the environment found no action in the answer. It then reads "invalid" or "… (invalid)"."""
+        return self.action == "invalid" or self.action.endswith("(invalid)")
+
 
 @dataclass(frozen=True, slots=True)
 class ForkPoint:

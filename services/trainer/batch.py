@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget
 from mulligan.common.plugins import read_table
+from mulligan.common.rewards import total
 from mulligan.common.types import Outcome
 from mulligan.trainer.advantages import ADVANTAGES, Advantage, Return
 from mulligan.trainer.aggregation import aggregate
@@ -81,10 +82,33 @@ def policy_gradient(sample: Sample, advantage: Advantage, weight: float, branch:
     return data
 
 
+def rewarded(episode: Sample, turn_rewards: Sequence[float]) -> Sample:
+    """The episode with other rewards of its turns, in order, for `gradients`; its own is their sum. Raises ValueError
+    unless there is one reward per turn."""
+    turns = [replace(turn, reward=reward) for turn, reward in zip(episode.turns, turn_rewards, strict=True)]
+    return replace(episode, turns=tuple(turns), reward=total(turn_rewards))
+
+
+def imitation(
+    targets: Sequence[tuple[TrainingTarget | Sample, float]], settings: AlgorithmSettings, weight: float, branch: str
+) -> list[Datum]:
+    """A branch of supervised learning: -log π of each target, token losses summed as `settings.aggregation` says.
+
+    A target comes with the temperature of its sampling. A sample is imitated in the context that it was sampled in.
+    `weight` is that of a target. Samples of another policy and those without tokens give no data.
+    """
+    data: list[Datum] = []
+    for target, temperature in targets:
+        if not (isinstance(target, Sample) and target.policy):
+            data += distillation(target, temperature, 1.0, weight, branch)
+    return aggregate(data, settings.aggregation, settings.aggregation_constant)
+
+
 def distillation(
-    target: TrainingTarget, temperature: float, target_weight: float, weight: float, branch: str
+    target: TrainingTarget | Sample, temperature: float, target_weight: float, weight: float, branch: str
 ) -> list[Datum]:
     """The data of a target, one per token sequence. `temperature` is that of the source's sampling."""
+    identity = target.sample_id if isinstance(target, Sample) else target.target_id
     return [
         Datum(
             datum_id=datum_id,
@@ -95,7 +119,7 @@ def distillation(
             objective=Distillation(target_weight),
             branch=branch,
         )
-        for datum_id, sequence in _numbered(target.target_id, target.sequences)
+        for datum_id, sequence in _numbered(identity, target.sequences)
     ]
 
 

@@ -26,7 +26,14 @@ from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle, Sampling
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.texts import fill
-from mulligan.trainer.trainable import NO_PROMPT, REWRITTEN_HISTORY, NotDistilled, never_fits, with_usable_reward
+from mulligan.trainer.trainable import (
+    NO_PROMPT,
+    OTHER_POLICY,
+    REWRITTEN_HISTORY,
+    NotDistilled,
+    never_fits,
+    with_usable_reward,
+)
 
 
 class NotRepeatable(RuntimeError):
@@ -280,9 +287,11 @@ class Harness:
         """The tokens of several samples in a row, as one conversation: before each but the first stands the user's
         message from `between`. Only samples that are `trained` carry loss.
 
-        Raises NotDistilled where a sample is not one token sequence with a prompt, or the policy cannot tell the tokens
-        of a message.
+        Raises NotDistilled where a sample is not one token sequence with a prompt, or of another policy, or the policy
+        cannot tell the tokens of a message.
         """
+        if any(one.policy for one in samples):
+            raise NotDistilled(OTHER_POLICY)
         if self.policy_info.rewrites_history or not all(
             len(one.sequences) == 1 and one.sequences[0].has_prompt for one in samples
         ):

@@ -13,8 +13,9 @@ from mulligan.trainer.trainable import never_fits
 
 
 def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict[str, float]:
-    """`rollouts`, the number of episodes and texts, is the budget for comparing algorithms. `reflections` counts texts,
-    `distilled` targets. For the episodes of each role there are `reward_ROLE` and `success_ROLE`."""
+    """`rollouts`, the number of episodes and texts, is the budget for comparing algorithms; each try of a conversation
+    is an episode. `reflections` counts texts, `distilled` targets. For the attempts of each role there are
+    `reward_ROLE` and `success_ROLE`, and `tries_ROLE`, their mean number, where a conversation may hold several."""
     samples = [sample for experience in experiences for sample in experience.samples]
     episodes = [sample for sample in samples if sample.is_episode]
     texts = len(samples) - len(episodes)
@@ -24,7 +25,7 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
         "distilled": float(sum(len(experience.targets) for experience in experiences)),
         "excluded": float(sum(not sample.outcome.has_reward for sample in samples)),
         "restarts": float(sum(episode.restarts for episode in episodes)),
-        "rollouts": float(sum(1 + episode.restarts for episode in episodes) + texts),
+        "rollouts": float(sum(_tries(episode) + episode.restarts for episode in episodes) + texts),
         "sampled_tokens": float(sum(sequence.sampled_count for sequence in sequences)),
     }
     unplayed = sum(map(never_fits, samples))
@@ -35,7 +36,14 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
         if rewards:
             metrics[f"reward_{role}"] = fmean(rewards)
             metrics[f"success_{role}"] = fmean(reaches(reward, threshold) for reward in rewards)
+        tries = [_tries(episode) for episode in episodes if episode.role == role and episode.try_turns]
+        if tries:
+            metrics[f"tries_{role}"] = fmean(tries)
     return metrics
+
+
+def _tries(episode: Sample) -> int:
+    return max(1, sum(turns > 0 for turns in episode.try_turns))
 
 
 def rewards_of(samples: Iterable[Sample]) -> list[float]:

@@ -20,6 +20,7 @@ from mulligan.trainer.data import Datum, Distillation, ModelLimits, PolicyGradie
 CUT_REFLECTION = "cut_reflection"
 REWRITTEN_HISTORY = "rewritten_history"
 NO_PROMPT = "no_prompt"
+OTHER_POLICY = "other_policy"
 _MEANINGS = {
     Problem.TOO_LONG: "it is longer than the model's context",
     Problem.TOO_SHORT: "it has fewer than two tokens",
@@ -32,6 +33,7 @@ _MEANINGS = {
     "distilled copy then",
     NO_PROMPT: "the policy did not report the tokens of the first attempt's prompt, under which a second attempt is "
     "distilled",
+    OTHER_POLICY: "another policy wrote a part of it (policies.reflector), whose tokens the trained one does not know",
 }
 
 

@@ -8,44 +8,11 @@ from typing import Any
 import pytest
 
 from mulligan.common.experience import SegmentKind
-from mulligan.common.inference import PolicyInfo, SamplingParams
+from mulligan.common.inference import SamplingParams
 from mulligan.common.types import Outcome
 from mulligan.trainer.data import Distillation, PolicyGradient
-from mulligan.trainer.harness import Harness
-from mulligan.trainer.settings import RunSettings
-from mulligan.trainer.step import StepRunner
-from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy, encode, timeout
-
-
-class Loop:
-    """The algorithm over fakes. `say(system, last message, n)` scripts the policy; n counts its calls so far."""
-
-    def __init__(
-        self, say: Any, *, environment: FakeEnvironment | None = None, rewrites: bool = False, **settings: Any
-    ):
-        self.environment = environment or FakeEnvironment({"t0": "go"})
-        self.policy = FakePolicy(lambda system, last, _: say(system, last), rewrites_history=rewrites)
-        self.memory = FakeMemory()
-        self.learner = FakeLearner()
-        rollout = {"rollouts_per_task": 4, "concurrency": 1, "max_restarts": 2} | settings.pop("rollout", {})
-        loss = {"kl_coefficient": 0} | settings.pop("loss", {})
-        self.settings = RunSettings.model_validate(
-            {"environment": "fake", "rollout": rollout, "loss": loss, **settings}
-        )
-
-    async def step(self, step: int = 0, tasks: tuple[str, ...] = ("t0",)) -> list[Any]:
-        info = await self.environment.describe("fake")
-        policy_info: PolicyInfo = await self.policy.info()
-        harness = Harness(self.environment, self.policy, info, policy_info, "x", self.settings.rollout.max_restarts)
-        self.runner = StepRunner("run", self.settings, harness, self.memory, self.learner)
-        experiences = await self.runner.sample(step, tasks, await self.memory.snapshot("run"))
-        self.metrics = self.runner.metrics(experiences) | await self.runner.learn(step, experiences)
-        await self.runner.memorise(experiences)
-        return experiences
-
-    def advantages(self, branch: str) -> list[float]:
-        data = self.learner.branch(branch)
-        return [datum.objective.advantage for datum in data if isinstance(datum.objective, PolicyGradient)]
+from tests.support.fakes import FakeEnvironment, encode, timeout
+from tests.support.loop import Loop
 
 
 def scripted(first: list[str], second: list[str]) -> Any:

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mulligan.common.experience import Experience, Sample, Segment, SegmentKind, TokenSequence, TrainingTarget
+from mulligan.common.experience import Experience, Sample, Segment, SegmentKind, TokenSequence, TrainingTarget, Turn
 from mulligan.common.types import Outcome
+from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.algorithms.erl import BranchNormalization, Settings, train
-from mulligan.trainer.batch import groups_of, minibatches
-from mulligan.trainer.data import Datum, Distillation, PolicyGradient
+from mulligan.trainer.batch import groups_of, imitation, minibatches, rewarded
+from mulligan.trainer.data import Datum, Distillation, ModelLimits, PolicyGradient, datum_problem
 
 
 def datum(branch: str, number: int, weight: float) -> Datum:
@@ -159,3 +160,30 @@ def test_every_branch_is_trained_at_the_temperature_that_it_was_sampled_at() -> 
         "second": 0.7,
         "distilled": 0.7,
     }
+
+
+def test_an_episode_can_be_given_other_rewards_than_its_environments() -> None:
+    turns = (Turn("a", "x", "X", 0.0), Turn("b", "y", "invalid", 1.0), Turn("c", "z", "z (invalid)", 0.0))
+    episode = replace(attempt("a", "first", 1.0), turns=turns)
+    shaped = rewarded(episode, [0.0, -0.25, 0.5])
+    assert shaped.reward == 0.25 and [turn.reward for turn in shaped.turns] == [0.0, -0.25, 0.5]
+    assert [turn.is_invalid for turn in shaped.turns] == [False, True, True]
+    assert replace(shaped, reward=1.0, turns=turns) == episode, "nothing else changes"
+    with pytest.raises(ValueError, match="argument 2"):
+        rewarded(episode, [1.0])
+
+
+@pytest.mark.parametrize("aggregation", list(Aggregation))
+def test_samples_and_targets_are_imitated_without_their_log_probabilities(aggregation: Aggregation) -> None:
+    settings = Settings(aggregation=aggregation, aggregation_constant=4)
+    per_turn = replace(attempt("b", "first", 1.0), sequences=sequence() * 2)
+    target = TrainingTarget("a-other", "other", "a-first", sequence())
+    foreign = replace(attempt("c", "first", 1.0), policy="wise")
+    targets = [(attempt("a", "first", 1.0), 0.7), (target, 0.5), (per_turn, 0.7), (foreign, 0.7)]
+    data = imitation(targets, settings, 0.5, "kept")
+    assert [item.datum_id for item in data] == ["a-first", "a-other", "b-first.0", "b-first.1"]
+    assert [item.temperature for item in data] == [0.7, 0.5, 0.7, 0.7]
+    assert {item.objective for item in data} == {Distillation(1.0)} and {item.branch for item in data} == {"kept"}
+    factor = {"sequence_mean_token_sum": 1, "sequence_mean_token_mean": 1 / 2, "token_mean": 1 / 2, "constant": 1 / 4}
+    assert [item.weight for item in data] == pytest.approx([0.5 * factor[aggregation]] * 4)
+    assert not any(datum_problem(item, ModelLimits(10, 10)) for item in data)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from mulligan.common.experience import ForkPoint, Sample, SegmentKind
+from mulligan.common.experience import Experience, ForkPoint, Sample, SegmentKind
 from mulligan.common.inference import SamplingParams
 from mulligan.common.types import Outcome
 from mulligan.trainer.harness import Harness, NotRepeatable, Plan
+from mulligan.trainer.metrics import rollout_metrics
 from mulligan.trainer.trainable import NotDistilled
 from tests.support.fakes import LOG_PROB, FakeEnvironment, FakePolicy, timeout
 
@@ -51,6 +53,9 @@ async def test_what_did_not_solve_the_task_is_tried_again_in_the_same_conversati
     assert shown == ["board t0"] + ["wrong, again: board t0"] * (played - 1)
     assert len(sample.sequences) == (len(sample.turns) if rewrites else 1)
     assert text_of(sample).count("wrong, again: board t0") >= played - 1
+    experience = Experience("a", "run", 0, "fake", "t0", 0, (sample,))
+    metrics = rollout_metrics([experience], 1.0)
+    assert metrics["rollouts"] == metrics["tries_first"] == played, "each try costs an episode"
     seeds = [sampling.seed for _, sampling in policy.calls]
     assert len(set(seeds)) == len(seeds) == len(sample.turns)
 
@@ -148,3 +153,11 @@ async def test_what_cannot_be_joined_is_told() -> None:
     first = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
     with pytest.raises(NotDistilled, match="rewritten_history"):
         await made.joined([first, first], ["again"], (False, True))
+
+
+async def test_tokens_of_another_policy_are_not_joined() -> None:
+    environment = FakeEnvironment({"t0": "go"})
+    made = await harness(environment, FakePolicy(lambda system, last, sampling: "a"))
+    first = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
+    with pytest.raises(NotDistilled, match="other_policy"):
+        await made.joined([first, replace(first, policy="wise")], ["again"], (False, True))

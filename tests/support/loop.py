@@ -1,0 +1,78 @@
+"""One step of any algorithm over fakes, for numbers that were computed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mulligan.common.experience import Experience
+from mulligan.common.inference import PolicyInfo
+from mulligan.trainer.data import Datum, PolicyGradient
+from mulligan.trainer.harness import Harness
+from mulligan.trainer.member import NoRecorder, Recorder
+from mulligan.trainer.sampling import NamedPolicy
+from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.step import StepRunner
+from mulligan.trainer.wire import settings_from_proto, settings_to_proto
+from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
+
+
+class Loop:
+    """`say(system, last message)` scripts the policy. Attempts of a group run one after the other."""
+
+    def __init__(
+        self,
+        say: Callable[[str, str], str],
+        *,
+        environment: FakeEnvironment | None = None,
+        rewrites: bool = False,
+        **settings: Any,
+    ):
+        self.environment = environment or FakeEnvironment({"t0": "go"})
+        self.policy = FakePolicy(lambda system, last, _: say(system, last), rewrites_history=rewrites)
+        self.memory = FakeMemory()
+        self.learner = FakeLearner()
+        rollout = {"rollouts_per_task": 4, "concurrency": 1, "max_restarts": 2} | settings.pop("rollout", {})
+        loss = {"kl_coefficient": 0} | settings.pop("loss", {})
+        self.settings = RunSettings.model_validate(
+            {"environment": "fake", "rollout": rollout, "loss": loss, **settings}
+        )
+
+    async def step(
+        self, step: int = 0, tasks: Sequence[str] = ("t0",), recorder: Recorder | None = None
+    ) -> list[Experience]:
+        info = await self.environment.describe("fake")
+        policy_info: PolicyInfo = await self.policy.info()
+        restarts = self.settings.rollout.max_restarts
+        harness = Harness(self.environment, self.policy, info, policy_info, "x", restarts, await self._speakers())
+        self.runner = StepRunner("run", self.settings, harness, self.memory, self.learner, recorder or NoRecorder())
+        experiences = await self.runner.sample(step, tasks, await self.memory.snapshot("run"))
+        self.metrics = self.runner.metrics(experiences) | await self.runner.learn(step, experiences)
+        await self.runner.memorise(experiences)
+        return experiences
+
+    async def _speakers(self) -> dict[str, NamedPolicy]:
+        """A reflector that is named in the settings is one of `policy.others`."""
+        name = self.settings.policies.reflector
+        return {"reflector": await NamedPolicy.open(self.policy, name)} if name else {}
+
+    def branch(self, name: str) -> list[Datum]:
+        """What the learner was given of a branch, after checks that any learner makes."""
+        return self.learner.branch(name)
+
+    def advantages(self, branch: str) -> list[float]:
+        data = self.learner.branch(branch)
+        return [datum.objective.advantage for datum in data if isinstance(datum.objective, PolicyGradient)]
+
+    def survive_the_wire(self) -> bool:
+        """Whether the settings are the same after they crossed the wire."""
+        return settings_from_proto(settings_to_proto(self.settings)) == self.settings
+
+
+def trained_text(datum: Datum) -> str:
+    """The trained tokens of a datum as text; tokens of the fakes are characters."""
+    return "".join(chr(token) for token, loss in zip(datum.token_ids, datum.loss_mask, strict=True) if loss)
+
+
+def whole_text(datum: Datum) -> str:
+    return "".join(map(chr, datum.token_ids))
