@@ -38,6 +38,7 @@ class Arm:
     seeds: int = 3
     share: float = 1.0
     entropies: tuple[str, ...] = ()
+    like: str = ""  # the arm whose search it takes its settings from; its own if empty
 
 
 ARMS = {
@@ -47,6 +48,16 @@ ARMS = {
     "without-reflection": Arm("frozenlake-3x3", ("algorithm.name=raw_retry",)),
     "without-distillation": Arm("frozenlake-3x3", ("algorithm.distillation_weight=0",)),
     "try-again": Arm("frozenlake-3x3", ("algorithm.name=try_again",)),
+    # Why ERL learns faster: each differs from ERL or RLVR in one thing.
+    "why-no-second": Arm("frozenlake-3x3", ("algorithm.second_weight=0",), like="erl"),
+    "why-no-reflection": Arm("frozenlake-3x3", ("algorithm.reflection_weight=0",), like="erl"),
+    "why-first-and-distilled": Arm(
+        "frozenlake-3x3", ("algorithm.second_weight=0", "algorithm.reflection_weight=0"), like="erl"
+    ),
+    "why-no-first": Arm("frozenlake-3x3", ("algorithm.first_weight=0",), like="erl"),
+    "why-rlvr-groups-of-4": Arm(
+        "frozenlake-3x3-rlvr", ("rollout.rollouts_per_task=4", "rollout.tasks_per_step=24"), like="rlvr"
+    ),
 }
 
 
@@ -81,6 +92,8 @@ def learn(name: str, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
         "rate": best["rate"],
         "entropy": best["entropy"],
         "optimizer_steps": summary["steps"] * summary["settings"]["algorithm"]["optimizer_steps"],
+        "groups_with_signal": [round(metrics[step].get("groups_with_signal", 0.0), 4) for step in sorted(metrics)],
+        "grad_norm": [round(metrics[step].get("grad_norm", 0.0), 4) for step in sorted(metrics)],
         "train_success": [round(metrics[step].get("success_first", 0.0), 4) for step in sorted(metrics)],
         **{name: value for name, value in summary.items() if name not in ("run_id",)},
     }
@@ -88,6 +101,8 @@ def learn(name: str, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
 
 def chosen(name: str, arm: Arm) -> dict[str, Any]:
     """The result of the arm's search with the greatest success in training; of equal ones the first."""
+    if arm.like:
+        return chosen(arm.like, ARMS[arm.like])
     cases = list(searches(name, arm))
     missing = [case for case, _, _ in cases if not (RESULTS / f"{case}.json").exists()]
     if missing:
@@ -99,7 +114,7 @@ def chosen(name: str, arm: Arm) -> dict[str, Any]:
 
 def searches(name: str, arm: Arm) -> Iterator[tuple[str, str, str]]:
     """Each search of an arm: its case, learning rate and entropy bonus ("": the recipe's)."""
-    for rate in RATES:
+    for rate in () if arm.like else RATES:
         for entropy in ("", *arm.entropies):
             yield f"methods/search-{name}-{rate}{'-entropy-' + entropy if entropy else ''}", rate, entropy
 

@@ -14,10 +14,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mulligan.common.extras import MissingExtra
-from mulligan.common.plugins import Plugins, PluginSettings, UnusablePlugin, located
-from mulligan.common.suggest import did_you_mean
-
-_UNKNOWN = "extra_forbidden"
+from mulligan.common.plugins import Plugins, PluginSettings, UnusablePlugin, located, told_in_place
 
 
 class FlatSettings(BaseModel):
@@ -41,8 +38,8 @@ class FlatSettings(BaseModel):
         try:
             own = settings.model_validate(self.model_extra)
         except ValidationError as error:
-            known = [*type(self).model_fields, *settings.model_fields]
-            raise located(_problems(error, known, f"{self.plugins.noun} {self.name!r}")) from None
+            owner = f"{self.plugins.noun} {self.name!r}"
+            raise told_in_place(error, settings, owner, type(self).model_fields) from None
         object.__setattr__(self, "__pydantic_extra__", dict(own))
         return self
 
@@ -60,14 +57,3 @@ class FlatSettings(BaseModel):
 def _found(plugins: Plugins, name: str) -> Any:
     """As `Plugins.find`, which looks into folders, but once for each name that is found."""
     return plugins.find(name)
-
-
-def _problems(error: ValidationError, known: list[str], owner: str) -> dict[tuple[str, ...], str]:
-    """The errors of a plug-in's settings, those of unknown names first: a setting that seems to be missing may only be
-    misspelt."""
-    found: dict[tuple[str, ...], str] = {}
-    for item in sorted(error.errors(), key=lambda item: item["type"] != _UNKNOWN):
-        place = tuple(map(str, item["loc"]))
-        near = did_you_mean(place[-1], known) or f"; there are: {', '.join(known)}" if place else ""
-        found[place] = f"no such setting of {owner}{near}" if item["type"] == _UNKNOWN else item["msg"]
-    return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from mulligan.common.extras import MissingExtra
-from mulligan.common.suggest import did_you_mean, problems
+from mulligan.common.suggest import WHOLE, did_you_mean, problems
 
 M = TypeVar("M", bound=BaseModel)
 S = TypeVar("S", bound="PluginSettings")
@@ -181,8 +181,15 @@ def read_named(plugins: Plugins, table: Mapping[str, Any] | S, default: str) -> 
     try:
         return settings.model_validate({**table, "name": name})
     except ValidationError as error:
-        told = {tuple(field.split(".")): said for field, said in problems(error, settings).items()}
-        raise located(told) from error
+        raise told_in_place(error, settings, f"{plugins.noun} {name!r}") from error
+
+
+def told_in_place(
+    error: ValidationError, settings: type[BaseModel], owner: str, others: Iterable[str] = ()
+) -> ValidationError:
+    """The errors of a plug-in's settings in plain words, each at its place. The arguments are those of `problems`."""
+    found = problems(error, settings, owner, others)
+    return located({() if field == WHOLE else tuple(field.split(".")): said for field, said in found.items()})
 
 
 def located(said: Mapping[tuple[str, ...], str]) -> ValidationError:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+WHOLE = "settings"  # the name of a problem that is not about one setting
 _UNKNOWN = "extra_forbidden"
 
 
@@ -18,20 +19,23 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {names[near[0]]!r}?" if near else ""
 
 
-def problems(error: ValidationError, model: type[BaseModel]) -> dict[str, str]:
+def problems(
+    error: ValidationError, model: type[BaseModel], owner: str = "", others: Iterable[str] = ()
+) -> dict[str, str]:
     """Errors in settings of `model`, by the name of the setting. Unknown names come first, since a setting that seems
-    to be missing may only be misspelt."""
+    to be missing may only be misspelt. `owner` is whose settings they are, such as "loss 'ppo'"; `others` are names
+    that are known beside the model's."""
     items = sorted(error.errors(), key=lambda item: item["type"] != _UNKNOWN)
     found: dict[str, str] = {}
     for item in items:
         path = [str(part) for part in item["loc"]]
         said = item["msg"]
         if item["type"] == _UNKNOWN:
-            known = _fields(model, path[:-1])
-            said = f"no such setting{did_you_mean(path[-1], known)}"
+            known = [*(others if len(path) == 1 else ()), *_fields(model, path[:-1])]
+            said = f"no such setting{' of ' + owner if owner else ''}{did_you_mean(path[-1], known)}"
             if known and "did you mean" not in said:
                 said += f"; there are: {', '.join(known)}"
-        found.setdefault(".".join(path) or "settings", said)
+        found.setdefault(".".join(path) or WHOLE, said)
     return found
 
 

@@ -9,13 +9,15 @@ from statistics import fmean
 
 from mulligan.common.experience import Experience, Sample
 from mulligan.common.rewards import reaches
+from mulligan.trainer.batch import Group, groups_of
 from mulligan.trainer.trainable import never_fits
 
 
 def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict[str, float]:
     """`rollouts`, the number of episodes and texts, is the budget for comparing algorithms; each try of a conversation
-    is an episode. `reflections` counts texts, `distilled` targets. For the attempts of each role there are
-    `reward_ROLE` and `success_ROLE`, and `tries_ROLE`, their mean number, where a conversation may hold several."""
+    is an episode. `reflections` counts texts, `distilled` targets. `groups_with_signal` is the share of groups whose
+    first episodes have different rewards. For the attempts of each role there are `reward_ROLE` and `success_ROLE`, and
+    `tries_ROLE`, their mean number, where a conversation may hold several."""
     samples = [sample for experience in experiences for sample in experience.samples]
     episodes = [sample for sample in samples if sample.is_episode]
     texts = len(samples) - len(episodes)
@@ -28,6 +30,9 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
         "rollouts": float(sum(_tries(episode) + episode.restarts for episode in episodes) + texts),
         "sampled_tokens": float(sum(sequence.sampled_count for sequence in sequences)),
     }
+    first = [rewards for group in groups_of(experiences) if (rewards := _first_rewards(group))]
+    if first:
+        metrics["groups_with_signal"] = fmean(len(set(rewards)) > 1 for rewards in first)
     unplayed = sum(map(never_fits, samples))
     if unplayed:
         metrics["excluded_prompt_too_long"] = float(unplayed)
@@ -44,6 +49,11 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
 
 def _tries(episode: Sample) -> int:
     return max(1, sum(turns > 0 for turns in episode.try_turns))
+
+
+def _first_rewards(group: Group) -> list[float]:
+    """Of the samples that the group's experiences begin with."""
+    return rewards_of(experience.samples[0] for experience in group if experience.samples)
 
 
 def rewards_of(samples: Iterable[Sample]) -> list[float]:

@@ -290,13 +290,14 @@ class StepCompleted(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """By name:
 
-        success_first, success_second: the shares of attempts whose reward reached the threshold. reward_first,
-        reward_second: means. Absent when no attempt of the kind has a reward.
+        success_ROLE: the share of the episodes of a role, such as first and second, whose reward reached the threshold.
+        reward_ROLE: their mean reward. Absent when no episode of the role has a reward.
 
-        reflections, distilled: counts. restarts: attempts that were started over. rollouts: episodes started plus
-        reflections written. sampled_tokens: a count.
+        groups_with_signal: the share of groups whose first episodes have different rewards. reflections: texts written.
+        distilled: targets that were made. restarts: episodes that were started over. rollouts: episodes started plus texts
+        written. sampled_tokens: a count.
 
-        excluded: attempts and reflections without a reward, because of a failure of the infrastructure or because no turn
+        excluded: episodes and texts without an outcome, because of a failure of the infrastructure or because no turn
         could be played. excluded_prompt_too_long: those of them whose first prompt is longer than the policy's context.
 
         dropped: samples that have a reward but cannot be trained on. dropped_PROBLEM: how many for each problem, such as

@@ -25,7 +25,10 @@ from mulligan.trainer.wire import validated
         ({"environment": "x", "stpes": 3}, "stpes: no such setting; did you mean 'steps'?"),
         ({"model": {"lora": {"rnk": 16}}}, "model.lora.rnk: no such setting; did you mean 'rank'?"),
         ({"rollout": {"temprature": 1}}, "rollout.temprature: no such setting; did you mean 'temperature'?"),
-        ({"environment": "x", "loss": {"zzz": 1}}, "loss.zzz: no such setting; there are: clip_low, clip_high"),
+        (
+            {"environment": "x", "loss": {"zzz": 1}},
+            "loss.zzz: no such setting of loss 'ppo'; there are: name",
+        ),
         ({"steps": 3}, "environment: Field required"),
     ],
 )

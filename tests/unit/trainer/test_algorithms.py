@@ -176,7 +176,11 @@ async def test_data_that_no_learner_takes_are_the_algorithms_fault(
         ({"name": "elr"}, "algorithm.name", "there is no algorithm 'elr'; did you mean 'erl'?"),
         ({"name": "acme.nothing"}, "algorithm.name", "No module named"),
         ({"name": "json"}, "algorithm.name", "'json' is no algorithm: it has no `Settings`"),
-        ({"name": "rlvr", "distillation_weight": 1.0}, "algorithm.distillation_weight", "no such setting"),
+        (
+            {"name": "rlvr", "distillation_weight": 1.0},
+            "algorithm.distillation_weight",
+            "no such setting of algorithm 'rlvr'",
+        ),
         ({"name": "erl", "memory_entires": 1}, "algorithm.memory_entires", "did you mean 'memory_entries'?"),
         ({"advantage": "gpro"}, "algorithm.advantage", "did you mean 'grpo'?"),
         (
