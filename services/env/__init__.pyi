@@ -1,6 +1,7 @@
 from .answers import boxed as boxed
 from .answers import last_number as last_number
 from .answers import read_answer as read_answer
+from .base import CanBeUnanswerable as CanBeUnanswerable
 from .base import Environment as Environment
 from .base import EnvironmentInfo as EnvironmentInfo
 from .base import Episode as Episode
@@ -12,6 +13,7 @@ from .base import StepResult as StepResult
 from .base import TaskInfo as TaskInfo
 from .base import Tool as Tool
 from .base import UnknownTask as UnknownTask
+from .base import Versions as Versions
 from .base import read_settings as read_settings
 from .client import EnvClient as EnvClient
 from .client import RemoteEpisode as RemoteEpisode

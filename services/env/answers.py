@@ -8,6 +8,7 @@ import re
 from mulligan.common.thoughts import without_thoughts
 
 MAX_BOXED = 1_000  # characters
+_FENCE = "```"
 _BOX = "\\boxed{"
 _MARKS = re.compile(r"<(?P<closes>/)?answer>", re.IGNORECASE)
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
@@ -18,6 +19,7 @@ _NUMBER = re.compile(
     rf"(?:(?<![^\W_])(?<![)\]}}])[-+\u2212])?(?<![^\W_])(?<![0-9]\.)(?:{_DIGITS})(?:[eE][-+]?[0-9]+)?(?![0-9])"
 )
 _FRACTION = re.compile(r"(?:(?<![^\W_])(?<![)\]}])[-+\u2212])?(?<![^\W_])[0-9]+[ ]?/[ ]?[0-9]+")
+_VALUE = re.compile(f"{_FRACTION.pattern}|{_NUMBER.pattern}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 _PLAIN = str.maketrans({**dict.fromkeys(",'’_\u00a0\u202f "), "\u2212": "-"})
 
@@ -34,6 +36,14 @@ def marked(answer: str) -> str | None:
             found = opened
             opened = None
     return said[found:closed].strip() if found is not None else _boxed(said)
+
+
+def fenced(answer: str) -> str | None:
+    """The last complete block in triple backticks outside thoughts, as it is written; None if there is none."""
+    parts = without_thoughts(answer).split(_FENCE)
+    if len(parts) < 3:
+        return None
+    return parts[-2] if len(parts) % 2 else parts[-3]
 
 
 def boxed(answer: str) -> str | None:
@@ -58,12 +68,27 @@ def last_number(text: str) -> str:
     return _last(_NUMBER, text)
 
 
+def values(text: str) -> list[str]:
+    """All numbers and fractions, in order, without thousands separators; LaTeX's fractions as `1/2`."""
+    return [match[0].translate(_PLAIN) for match in _VALUE.finditer(_simple(text))]
+
+
+def one_value(text: str) -> str:
+    """As `values`, of a text that is one number or fraction and nothing else; else ""."""
+    match = _VALUE.fullmatch(_simple(text).strip())
+    return match[0].translate(_PLAIN) if match else ""
+
+
 def _last(pattern: re.Pattern[str], text: str) -> str:
-    plain = _LATEX_FRACTION.sub(r"\1/\2", text).replace("{,}", ",").replace("\\,", "").replace("\\!", "")
     found = ""
-    for match in pattern.finditer(plain):
+    for match in pattern.finditer(_simple(text)):
         found = match[0]
     return found.translate(_PLAIN)
+
+
+def _simple(text: str) -> str:
+    """The text without LaTeX in its numbers."""
+    return _LATEX_FRACTION.sub(r"\1/\2", text).replace("{,}", ",").replace("\\,", "").replace("\\!", "")
 
 
 def _last_statement(text: str, *, keep_period: bool) -> str:

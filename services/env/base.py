@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from enum import Flag, auto
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pydantic import TypeAdapter, ValidationError
@@ -33,6 +34,7 @@ from mulligan.common.thoughts import without_thoughts
 from mulligan.common.types import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
 
 __all__ = [
+    "CanBeUnanswerable",
     "Environment",
     "EnvironmentInfo",
     "Episode",
@@ -45,6 +47,7 @@ __all__ = [
     "TaskInfo",
     "Tool",
     "UnknownTask",
+    "Versions",
     "act",
     "close",
     "fork",
@@ -85,6 +88,29 @@ class Environment(Protocol):
 
     def start(self, task_id: str) -> Episode:
         """Makes an episode. Raises UnknownTask for an id of no task."""
+
+
+class Versions(Flag):
+    """In which versions a task can be played: as one with a right answer, as one without, or as either."""
+
+    ANSWERABLE = auto()
+    UNANSWERABLE = auto()
+    BOTH = ANSWERABLE | UNANSWERABLE
+
+
+@runtime_checkable
+class CanBeUnanswerable(Environment, Protocol):
+    """An environment whose tasks have versions without a right answer. `kind = "unanswerable"` mixes them with the
+    others, and gives the reward."""
+
+    transformations: Sequence[str]  # the ways to make a task unanswerable, the usual one first
+
+    def versions(self, split: Split, transformation: str) -> Sequence[Versions] | None:
+        """The versions of each task, in the order of `list_tasks`. None means that all have both."""
+
+    def start_unanswerable(self, task_id: str, transformation: str) -> Episode:
+        """Starts the version without a right answer. Its rewards are ignored. Raises UnknownTask, also for a task that
+        has no such version."""
 
 
 class UnknownTask(LookupError):

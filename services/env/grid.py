@@ -16,14 +16,13 @@ from functools import lru_cache
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
-from mulligan.common.thoughts import without_thoughts
+from mulligan.env.answers import fenced
 from mulligan.env.base import PromptSet, Split, TaskInfo, UnknownTask
 
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 INVALID = "invalid"
 NO_EFFECT = "Your last action had no effect: the board is unchanged."
 _BY_FOLDED_NAME = {name.casefold(): name for name in MOVES}
-_FENCE = "```"
 TEST_SHARE = 10  # one board in ten is a test board
 _DRAWS = 4_000  # draws per task before the settings are refused as impossible
 _CACHED_BOARDS = 16_384
@@ -32,11 +31,8 @@ MAX_TASKS = 99_999  # ids have five digits
 
 def parse_action(text: str) -> str | None:
     """The move in the last complete triple-backtick block outside thoughts. Linear in the length of hostile text."""
-    parts = without_thoughts(text).split(_FENCE)
-    if len(parts) < 3:
-        return None
-    last_block = parts[-2] if len(parts) % 2 else parts[-3]
-    return _BY_FOLDED_NAME.get(last_block.strip().casefold()) if len(last_block) < 64 else None
+    block = fenced(text)
+    return _BY_FOLDED_NAME.get(block.strip().casefold()) if block is not None and len(block) < 64 else None
 
 
 def reading_of(move: str | None, effective: bool) -> str:

@@ -17,11 +17,11 @@ _PARQUET = b"PAR1"
 _BATCH = 1_000  # rows of a Parquet file in memory at a time
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _EXPECTED = "expected a JSON array of records, a JSON object in each line, or Parquet"
-T = TypeVar("T", bound=msgspec.Struct)
+T = TypeVar("T")
 
 
 def read_records(path: Path, kind: type[T]) -> Iterator[tuple[str, T]]:
-    """Yields each record, a msgspec.Struct, with its place (file and line) for error messages.
+    """Yields each record with its place (file and line) for error messages. `kind` is a msgspec.Struct, or `dict`.
 
     Raises ValueError, which names the place and what was expected, and MissingExtra for Parquet without pyarrow.
     """
@@ -84,8 +84,10 @@ def _parquet(path: Path, kind: type[T]) -> Iterator[tuple[str, T]]:
     index = 0
     try:
         with parquet.ParquetFile(path) as file:
-            wanted = {field.encode_name for field in msgspec.structs.fields(kind)}
-            columns = [name for name in file.schema_arrow.names if name in wanted]
+            columns = file.schema_arrow.names
+            if issubclass(kind, msgspec.Struct):  # only what it uses
+                wanted = {field.encode_name for field in msgspec.structs.fields(kind)}
+                columns = [name for name in columns if name in wanted]
             for batch in file.iter_batches(_BATCH, columns=columns):
                 for row in batch.to_pylist():
                     yield f"{path}: row {index}", msgspec.convert(row, kind)

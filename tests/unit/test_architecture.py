@@ -46,7 +46,7 @@ TRANSPORT = (*CLIENTS, "servicer", "wire", "channel", "server", "status", "valid
 PLUGINS = ("services/policy/backends", "services/env/envs", "services/env/encoders", "services/memory/stores")
 FRAMEWORK = tuple(f"services/{name}" for name in (*SERVICES, "common", "conformance"))
 # Plug-ins whose names are also words of English, or of a library that others may use.
-ORDINARY = ("remote", "transformers")
+ORDINARY = ("questions", "remote", "transformers", "unanswerable")
 
 Checker = Callable[[str, PurePosixPath], list[str]]
 

@@ -19,4 +19,6 @@ DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
         "actions": ["Left", "Down", "Right", "Up"],
     },
     "reasoning-gym": {"kind": "reasoning_gym"},
+    "questions": {"kind": "questions"},
+    "unanswerable": {"kind": "unanswerable"},
 }

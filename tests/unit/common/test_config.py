@@ -54,7 +54,8 @@ def test_each_service_reads_its_own_variables(monkeypatch: pytest.MonkeyPatch) -
 def test_the_defaults_serve_the_published_tasks_and_an_example_of_each_adapter() -> None:
     environments = EnvSettings.load([]).create_environments()
     adapted = ["gymnasium-frozenlake", "reasoning-gym"]
-    assert list(environments) == ["frozenlake", "frozenlake-3x3", "sokoban", "hotpotqa", *adapted]
+    own = ["questions", "unanswerable"]
+    assert list(environments) == ["frozenlake", "frozenlake-3x3", "sokoban", "hotpotqa", *adapted, *own]
     assert all(environment.info.name == name for name, environment in environments.items())
     assert not any(environment.info.unavailable for environment in environments.values())
 

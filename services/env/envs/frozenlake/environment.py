@@ -156,6 +156,8 @@ class FrozenLake:
     """Starting takes no time: a training board is drawn from its id, test boards on first use. Map files are read at
     once."""
 
+    transformations = ("no_goal",)  # a frozen tile in its place
+
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         counts = {Split.TRAIN: self.settings.train_tasks, Split.TEST: self.settings.test_tasks}
@@ -196,6 +198,13 @@ class FrozenLake:
 
     def start(self, task_id: str) -> FrozenLakeEpisode:
         return FrozenLakeEpisode(self.board(task_id), self.settings)
+
+    def versions(self, split: Split, transformation: str) -> None:
+        """Every board can lose its goal."""
+
+    def start_unanswerable(self, task_id: str, transformation: str) -> FrozenLakeEpisode:
+        rows = self.board(task_id).rows
+        return FrozenLakeEpisode(LakeBoard(tuple(row.replace(GOAL, FROZEN) for row in rows)), self.settings)
 
     def board(self, task_id: str) -> LakeBoard:
         return self._tasks.board(task_id)

@@ -19,14 +19,13 @@ import numpy as np
 from gymnasium import spaces
 
 from mulligan.common.thoughts import without_thoughts
-from mulligan.env.answers import last_number, marked
+from mulligan.env.answers import fenced, last_number, marked
 from mulligan.env.envs.gymnasium.spaces import Space, is_whole, words
 from mulligan.env.tool_calls import printable
 
 _MAX_ANSWER = 20_000  # characters of an action
 _MAX_READING = 200
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
-_FENCE = "```"
 _AROUND_A_NAME = " .,;:!*_`'\"\n"
 _LEAVES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, spaces.Box, spaces.Text)
 
@@ -88,12 +87,11 @@ def tell(space: Space, action: Any, names: Sequence[str]) -> str:
 
 def _written(answer: str) -> str:
     """The last complete block in triple backticks, else the marked answer, else the whole answer."""
-    parts = answer.split(_FENCE)
-    if len(parts) < 3:
-        found = marked(answer)
-        return answer.strip() if found is None else found
-    block = parts[-2] if len(parts) % 2 else parts[-3]
-    return block.strip().removeprefix("json\n").strip()
+    block = fenced(answer)
+    if block is not None:
+        return block.strip().removeprefix("json\n").strip()
+    found = marked(answer)
+    return answer.strip() if found is None else found
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -1,0 +1,109 @@
+"""Reads and compares answers.
+
+- An answer that is a number is compared as a number: 1,234 and 1234.0, 0.5 and 1/2 are equal.
+- A formula, such as x^2 + 1 or (3, 4), is compared as it is written, apart from white space and LaTeX's spacing.
+- Words are compared as HotpotQA's `hotpot_evaluate_v1.py` does: lower case, without punctuation and articles.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from fractions import Fraction
+
+from mulligan.common.thoughts import without_thoughts
+from mulligan.env.answers import marked, one_value, read_answer, values
+
+LETTERS = string.ascii_uppercase
+MAX_CHOICES = len(LETTERS)
+_MAX_NUMBER = 100  # characters of a number; a longer one is compared as text
+_NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
+_FRACTION = re.compile(r"([-+]?[0-9]+)/([0-9]+)")
+_UNIT = re.compile(r"^\\?[$€£]\s*|\s*\\?[$€£%]$")
+_EXPONENT_OF_A_UNIT = re.compile(r"(?<=[A-Za-z}])\^(?:[0-9]|\{[0-9]\})")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_LATEX_SPACE = re.compile(r"\\(?:left|right|displaystyle|quad|[,;!: ])|\s")
+_LATEX_WORDS = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
+_COMMANDS = re.compile(r"\\[A-Za-z]+")
+_SIGNS = re.compile(r"[0-9\\^_{}=+*/<>|()\[\]\u221a\u03c0]")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.):,]|\s*$)")
+
+
+def read(reply: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> str:
+    """What the reply answers: the letter of a choice, or a text; "" if it answers nothing. The values of `accepted`
+    have no influence, only whether the first one is a number."""
+    if choices:
+        return _read_choice(reply, choices)
+    expected = accepted[0] if accepted else ""
+    return read_answer(reply) if number(expected) is None else _read_number(reply)
+
+
+def is_right(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether the answer equals one of `accepted`."""
+    return any(_equal(answer, one) for one in accepted)
+
+
+def number(text: str) -> Fraction | None:
+    """The value of a text that is one number or fraction, with or without thousands separators, % or a currency."""
+    if len(text) > _MAX_NUMBER:
+        return None
+    found = one_value(_UNIT.sub("", text.strip().removesuffix(".")))
+    if fraction := _FRACTION.fullmatch(found):
+        below = int(fraction[2])
+        return Fraction(int(fraction[1]), below) if below else None
+    return Fraction(found) if _NUMBER.fullmatch(found) else None
+
+
+def plain_words(text: str) -> str:
+    """The text in lower case, without punctuation, articles and extra white space, as HotpotQA's evaluation has it."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().replace("\u2019", "'").translate(_PUNCTUATION)).split())
+
+
+def _equal(answer: str, right: str) -> bool:
+    expected = number(right)
+    if expected is not None:
+        return number(answer) == expected
+    if _is_formula(right):
+        return _formula(answer) == _formula(right)
+    words = plain_words(right)
+    return plain_words(answer) == words if words else answer.strip().casefold() == right.strip().casefold()
+
+
+def _is_formula(text: str) -> bool:
+    """Whether it has digits or mathematical signs and no words."""
+    unwrapped = _LATEX_WORDS.sub(r"\1", text)
+    return _SIGNS.search(unwrapped) is not None and _WORD.search(_COMMANDS.sub(" ", unwrapped)) is None
+
+
+def _formula(text: str) -> str:
+    unwrapped = _LATEX_WORDS.sub(r"\1", text).strip().strip("$").removesuffix(".")
+    plain = _LATEX_SPACE.sub("", unwrapped.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
+    return plain.replace("\u2212", "-")
+
+
+def _read_number(reply: str) -> str:
+    """The number of a marked answer, if there is just one after its last `=`; without marks, the last number."""
+    found = marked(reply)
+    if found is None:
+        said = values(without_thoughts(reply))
+        return said[-1] if said else ""
+    said = values(_EXPONENT_OF_A_UNIT.sub("", found.rpartition("=")[2]))
+    return said[0] if len(said) == 1 else found
+
+
+def _read_choice(reply: str, choices: Sequence[str]) -> str:
+    """The letter in the marked answer, else in the last line, else in the first: alone, or before its choice. The text
+    of a choice counts as its letter."""
+    lines = without_thoughts(reply).strip().splitlines()
+    for text in (read_answer(reply), lines[0].strip(" *_") if lines and marked(reply) is None else ""):
+        letter = _LETTER.match(text)
+        if letter is not None and letter[1].upper() in LETTERS[: len(choices)]:
+            return letter[1].upper()
+        words = plain_words(text)
+        same = [index for index, choice in enumerate(choices) if words and plain_words(choice) == words]
+        if len(same) == 1:
+            return LETTERS[same[0]]
+    return ""
