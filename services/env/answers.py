@@ -4,6 +4,7 @@ is expected, the last number. Thoughts are ignored. Time is linear in the length
 from __future__ import annotations
 
 import re
+import string
 
 from mulligan.common.thoughts import without_thoughts
 
@@ -21,6 +22,8 @@ _NUMBER = re.compile(
 _FRACTION = re.compile(r"(?:(?<![^\W_])(?<![)\]}])[-+\u2212])?(?<![^\W_])[0-9]+[ ]?/[ ]?[0-9]+")
 _VALUE = re.compile(f"{_FRACTION.pattern}|{_NUMBER.pattern}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PLAIN = str.maketrans({**dict.fromkeys(",'’_\u00a0\u202f "), "\u2212": "-"})
 
 
@@ -61,6 +64,12 @@ def read_answer(answer: str, expected: str = "") -> str:
         text = found if found is not None else without_thoughts(answer)
         return _last(pattern, text) or _last(_NUMBER, text) or found or ""
     return found if found is not None else _last_statement(without_thoughts(answer), keep_period=expected.endswith("."))
+
+
+def normalize(text: str) -> str:
+    """The text in lower case, without punctuation, articles and extra white space, as the official evaluation of
+    HotpotQA (`hotpot_evaluate_v1.py`) compares answers."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def last_number(text: str) -> str:

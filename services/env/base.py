@@ -103,7 +103,9 @@ class CanBeUnanswerable(Environment, Protocol):
     """An environment whose tasks have versions without a right answer. `kind = "unanswerable"` mixes them with the
     others, and gives the reward."""
 
-    transformations: Sequence[str]  # the ways to make a task unanswerable, the usual one first
+    @property
+    def transformations(self) -> Sequence[str]:
+        """The names of the ways to make a task unanswerable, the usual one first."""
 
     def versions(self, split: Split, transformation: str) -> Sequence[Versions] | None:
         """The versions of each task, in the order of `list_tasks`. None means that all have both."""

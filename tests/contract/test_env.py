@@ -42,6 +42,12 @@ ENVIRONMENTS: dict[str, dict[str, object]] = {
         "actions": ["Left", "Down", "Right", "Up"],
         "train_tasks": 120,
     },
+    "questions": {"kind": "questions"},
+    "lakes-without-a-goal": {
+        "kind": "unanswerable",
+        "wrapped": {"kind": "frozenlake", "train_tasks": 250, "test_tasks": 20},
+        "refusal": "```nothing```",
+    },
     "reasoning-gym": {"kind": "reasoning_gym", "datasets": ["chain_sum", "countdown", "ab"], "train_tasks": 40},
     "tic-tac-toe": {"kind": "textarena", "id": "TicTacToe-v0", "players": 2, "max_steps": 12, "train_tasks": 120},
     "three-player-tic-tac-toe": {
@@ -67,6 +73,8 @@ ACTIONS: dict[str, Sequence[str]] = {
     "sokoban": MOVES,
     "hotpotqa": SEARCHES,
     "gymnasium": (*MOVES, "2", "```1```", "north"),
+    "questions": (*ANSWERS, "\\boxed{B}", "B. bat", "The answer is stones."),
+    "unanswerable": (*MOVES, "I see no goal: ```nothing```"),
     "reasoning_gym": ANSWERS,
     "textarena": ("[0]", "[A C]", "[1 2]", "[4]", "I play [8]", "[3 4]", "[A B]"),
 }

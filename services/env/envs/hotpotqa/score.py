@@ -4,15 +4,13 @@ that of arXiv 2602.13949: 1 for an exact match, else F1 if it is at least 0.3, e
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from dataclasses import dataclass
 from enum import StrEnum
 
+from mulligan.env.answers import normalize
+
 MIN_F1 = 0.3
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _CLOSED = ("yes", "no", "noanswer")  # answers of which a part is worth nothing
 
 
@@ -29,11 +27,6 @@ class Score:
     answer: str
     reward: float
     method: Method
-
-
-def normalize(text: str) -> str:
-    """The text in lower case, without punctuation, articles and extra white space."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(answer: str, gold: str) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from mulligan.common.thoughts import without_thoughts
-from mulligan.env.answers import marked, one_value, read_answer, values
+from mulligan.env.answers import marked, normalize, one_value, read_answer, values
 
 LETTERS = string.ascii_uppercase
 MAX_CHOICES = len(LETTERS)
@@ -22,8 +22,6 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,
 _FRACTION = re.compile(r"([-+]?[0-9]+)/([0-9]+)")
 _UNIT = re.compile(r"^\\?[$€£]\s*|\s*\\?[$€£%]$")
 _EXPONENT_OF_A_UNIT = re.compile(r"(?<=[A-Za-z}])\^(?:[0-9]|\{[0-9]\})")
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LATEX_SPACE = re.compile(r"\\(?:left|right|displaystyle|quad|[,;!: ])|\s")
 _LATEX_WORDS = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 _COMMANDS = re.compile(r"\\[A-Za-z]+")
@@ -58,8 +56,8 @@ def number(text: str) -> Fraction | None:
 
 
 def plain_words(text: str) -> str:
-    """The text in lower case, without punctuation, articles and extra white space, as HotpotQA's evaluation has it."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().replace("\u2019", "'").translate(_PUNCTUATION)).split())
+    """As `normalize`, and the typographic apostrophe is the other one."""
+    return normalize(text.replace("\u2019", "'"))
 
 
 def _equal(answer: str, right: str) -> bool:

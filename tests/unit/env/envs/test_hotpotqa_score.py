@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mulligan.env.answers import boxed
-from mulligan.env.envs.hotpotqa.score import Method, exact_match, f1, normalize, score
+from mulligan.env.answers import boxed, normalize
+from mulligan.env.envs.hotpotqa.score import Method, exact_match, f1, score
 
 
 # Computed by hand after hotpot_evaluate_v1.py.
