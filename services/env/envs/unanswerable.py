@@ -49,7 +49,7 @@ _NOT_WORDS = str.maketrans("\u2019", "'", '.!,;:"`*_')
 class Settings:
     """`wrapped` is the table of another environment, with its `kind`. `share` of its training tasks and `test_share` of
     its test tasks (the same by default) are unanswerable, rounded to whole tasks; `seed` decides which. `refusal` is
-    what an agent writes to refuse (`Refusal`); `hint` tells it, and is added to the prompts unless it is empty.
+    what an agent writes to refuse (`RefusalMark`); `hint` tells it, and is added to the prompts unless it is empty.
     `transformation` is one of the wrapped environment's ways to make a task unanswerable, its usual one by default."""
 
     wrapped: dict[str, Any] = field(default_factory=lambda: {"kind": "questions"})
@@ -69,13 +69,13 @@ class Settings:
             raise ValueError('wrapped.kind: names the wrapped environment, such as {kind = "questions"}')
         if "feedback" in self.wrapped:
             raise ValueError("wrapped.feedback: belongs in the outer table")
-        Refusal(self.refusal)
+        RefusalMark(self.refusal)
 
     def share_of(self, split: Split) -> float:
         return self.share if split is Split.TRAIN or self.test_share is None else self.test_share
 
 
-class Refusal:
+class RefusalMark:
     r"""Recognises refusals. `\boxed{…}`, triple backticks and `<answer>…</answer>` are marks: the last such mark of a
     reply must have the same content. A refusal without marks must be the whole reply, or all that stands in its last
     triple backticks, else in its last `<answer>` or box. Thoughts, case and punctuation are ignored."""
@@ -133,7 +133,7 @@ class Unanswerable:
         """Raises ValueError, which names the setting."""
         self.settings = settings
         self.wrapped = wrapped
-        self.refusal = Refusal(settings.refusal)
+        self.refusal = RefusalMark(settings.refusal)
         self._way = settings.transformation or wrapped.transformations[0]
         if self._way not in wrapped.transformations:
             near = did_you_mean(self._way, wrapped.transformations)

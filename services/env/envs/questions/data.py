@@ -35,7 +35,7 @@ _MISSING = "Field required"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class QuestionEntry:
     """One question. `answers` are all that are right: of a multiple choice, letters. They are empty if the question has
     an unanswerable version alone. `unanswerable` is empty if there is none."""
 
@@ -69,7 +69,7 @@ class Entry:
 class Row(Protocol):
     """A record of a format that needs no other records."""
 
-    def entry(self, place: str) -> Entry: ...
+    def entry(self, place: str) -> QuestionEntry: ...
 
 
 def _texts(value: object) -> tuple[str, ...]:
@@ -103,7 +103,7 @@ class OwnRow(BaseModel):
     id: str | int = ""
     difficulty: float = Field(1.0, allow_inf_nan=False)
 
-    def entry(self, place: str) -> Entry:
+    def entry(self, place: str) -> QuestionEntry:
         if self.question is None and self.unanswerable is None:
             raise ValueError(f"{place}: question: is missing; expected `question` with `answer`, or `unanswerable`")
         if (self.question is None) != (self.answer is None):
@@ -114,7 +114,7 @@ class OwnRow(BaseModel):
         question = self.question or self.unanswerable or ""
         answers = tuple(self._letter(place, answer) for answer in self.answer or ())
         own = str(self.id) or hashed(self.context, question, *self.choices)
-        return Entry(
+        return QuestionEntry(
             own,
             place,
             question,
@@ -142,9 +142,11 @@ class SumPair(BaseModel):
     unanswerable_question: Text
     ground_truth: Texts
 
-    def entry(self, place: str) -> Entry:
+    def entry(self, place: str) -> QuestionEntry:
         own = hashed(self.answerable_question, self.unanswerable_question)
-        return Entry(own, place, self.answerable_question, self.ground_truth, unanswerable=self.unanswerable_question)
+        return QuestionEntry(
+            own, place, self.answerable_question, self.ground_truth, unanswerable=self.unanswerable_question
+        )
 
 
 def _prompt(value: object) -> str:
@@ -158,13 +160,13 @@ class SumTest(BaseModel):
     prompt: Annotated[str, BeforeValidator(_prompt)]
     ground_truth: Texts
 
-    def entry(self, place: str) -> Entry:
+    def entry(self, place: str) -> QuestionEntry:
         if tuple(map(plain_words, self.ground_truth)) != (plain_words(REFUSAL),):
             raise ValueError(f"{place}: ground_truth: expected {REFUSAL!r}, as in SUM's test file")
-        return Entry(hashed(self.prompt), place, self.prompt, (), unanswerable=self.prompt)
+        return QuestionEntry(hashed(self.prompt), place, self.prompt, (), unanswerable=self.prompt)
 
 
-def read_entries(files: Iterable[Path], rows: Sequence[type[Row]]) -> Iterator[Entry]:
+def read_entries(files: Iterable[Path], rows: Sequence[type[Row]]) -> Iterator[QuestionEntry]:
     """Reads files whose records are of these kinds. Raises ValueError, which names file, line, field and what was
     expected, and MissingExtra."""
     for place, row in read_rows(files, rows):
@@ -199,9 +201,9 @@ def hashed(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
-def by_id(entries: Iterable[Entry]) -> dict[str, Entry]:
+def by_id(entries: Iterable[QuestionEntry]) -> dict[str, QuestionEntry]:
     """The questions by id, in order. A question that occurs twice is one. Raises ValueError for an id of two."""
-    found: dict[str, Entry] = {}
+    found: dict[str, QuestionEntry] = {}
     for entry in entries:
         if not entry.id or len(entry.id) > MAX_ID:
             raise ValueError(f"{entry.place}: id: expected 1 to {MAX_ID} characters, not {len(entry.id)}")
@@ -211,7 +213,7 @@ def by_id(entries: Iterable[Entry]) -> dict[str, Entry]:
     return found
 
 
-def without(entries: Iterable[Entry], taken: Iterable[Entry]) -> list[Entry]:
+def without(entries: Iterable[QuestionEntry], taken: Iterable[QuestionEntry]) -> list[QuestionEntry]:
     """The questions of which neither version is among those taken, nor the beginning of one: SUM's test file adds an
     instruction to its questions."""
     texts = sorted({text for entry in taken for text in _versions(entry)})
@@ -223,11 +225,11 @@ def without(entries: Iterable[Entry], taken: Iterable[Entry]) -> list[Entry]:
     return [entry for entry in entries if not any(map(is_taken, _versions(entry)))]
 
 
-def text_of(entry: Entry) -> str:
+def text_of(entry: QuestionEntry) -> str:
     """The question without regard to case and white space."""
     return " ".join(entry.question.casefold().split())
 
 
-def _versions(entry: Entry) -> list[str]:
+def _versions(entry: QuestionEntry) -> list[str]:
     both = (text_of(entry), " ".join(entry.unanswerable.casefold().split()))
     return [text for text in both if text]

@@ -17,8 +17,8 @@ from pathlib import Path
 from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, Versions
 from mulligan.env.envs.questions.data import (
     REFUSAL,
-    Entry,
     OwnRow,
+    QuestionEntry,
     SumPair,
     SumTest,
     by_id,
@@ -99,7 +99,9 @@ class Questions:
 
     transformations = (FROM_DATA, NO_RIGHT_CHOICE)
 
-    def __init__(self, entries: Mapping[Split, Mapping[str, Entry]], settings: Settings, left_out: int = 0) -> None:
+    def __init__(
+        self, entries: Mapping[Split, Mapping[str, QuestionEntry]], settings: Settings, left_out: int = 0
+    ) -> None:
         self.settings = settings
         self._entries = {split: list(entries[split].values()) for split in Split}
         self._by_task = {f"{split}/{id_}": entry for split in Split for id_, entry in entries[split].items()}
@@ -143,7 +145,7 @@ class Questions:
             raise UnknownTask(f"{task_id[:80]!r} of {self.info.name} has no version without an answer")
         return QuestionEpisode(_shown(entry, text, choices), (), choices, "")
 
-    def _find(self, task_id: str) -> Entry:
+    def _find(self, task_id: str) -> QuestionEntry:
         if task_id not in self._by_task:
             raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")
         return self._by_task[task_id]
@@ -170,7 +172,7 @@ def create(name: str, settings: Settings) -> Questions:
     return Questions(entries, settings, train_left_out + test_left_out)
 
 
-def _read(settings: Settings, setting: str, path: str) -> tuple[list[Entry], int]:
+def _read(settings: Settings, setting: str, path: str) -> tuple[list[QuestionEntry], int]:
     """The questions of the files, and how many were left out."""
     files = required(setting, path)
     if settings.format == "steer-bench":
@@ -183,17 +185,17 @@ def _read(settings: Settings, setting: str, path: str) -> tuple[list[Entry], int
     return found, left_out
 
 
-def _limited(entries: Iterable[Entry], limit: int) -> dict[str, Entry]:
+def _limited(entries: Iterable[QuestionEntry], limit: int) -> dict[str, QuestionEntry]:
     found = by_id(entries)
     return dict(list(found.items())[: limit or None])
 
 
-def _is_test(entry: Entry) -> bool:
+def _is_test(entry: QuestionEntry) -> bool:
     """By the text alone: a question is in one split, whoever is asked."""
     return int(hashed(text_of(entry))[:15], 16) % TEST_SHARE == 0
 
 
-def _shown(entry: Entry, text: str, choices: Sequence[str]) -> str:
+def _shown(entry: QuestionEntry, text: str, choices: Sequence[str]) -> str:
     lettered = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
     return "\n\n".join(filter(None, (entry.context, f"{text}\n{lettered}" if lettered else text)))
 

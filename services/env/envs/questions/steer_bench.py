@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mulligan.env.envs.questions.data import Entry, Text, hashed, read_rows
+from mulligan.env.envs.questions.data import QuestionEntry, Text, hashed, read_rows
 from mulligan.env.envs.questions.score import LETTERS
 
 # What is shown before the question, the published configurations: vanilla, the community's name, pairs of instruction
@@ -60,11 +60,11 @@ class Evaluated(BaseModel):
     instruction_pair: Pairs | None = None
 
 
-def read_steer_bench(files: Iterable[Path], steering: str) -> tuple[list[Entry], int]:
+def read_steer_bench(files: Iterable[Path], steering: str) -> tuple[list[QuestionEntry], int]:
     """The questions, and how many were left out. Raises ValueError, which names file, record and field."""
     rows = list(read_rows(files, (Collected, Evaluated)))
     collected = _Collection(rows)
-    found: list[Entry] = []
+    found: list[QuestionEntry] = []
     left_out = 0
     for place, row in rows:
         for community, question, answer, pairs in _asked(place, row, collected, steering):
@@ -132,7 +132,7 @@ def _shows_examples(steering: str) -> bool:
     return steering not in ("none", "community")
 
 
-def _entry(place: str, community: str, asked: str, answer: str, context: str) -> Entry | None:
+def _entry(place: str, community: str, asked: str, answer: str, context: str) -> QuestionEntry | None:
     lines = [line.strip() for line in asked.splitlines() if line.strip()]
     found = [_CHOICE.fullmatch(line) for line in lines]
     first = next((index for index, match in enumerate(found) if match), len(lines))
@@ -143,7 +143,7 @@ def _entry(place: str, community: str, asked: str, answer: str, context: str) ->
     if not question or len(letters) < 2 or letters != LETTERS[: len(letters)] or not right:
         return None
     own = f"{community}-{hashed(community, asked)}"
-    return Entry(own, place, question, right, tuple(match[2].strip() for match in choices), context)
+    return QuestionEntry(own, place, question, right, tuple(match[2].strip() for match in choices), context)
 
 
 def _letters(answer: str) -> list[str]:

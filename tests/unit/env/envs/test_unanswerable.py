@@ -14,10 +14,10 @@ from mulligan.common.plugins import Plugins
 from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, Versions, act
 from mulligan.env.config import EnvSettings
 from mulligan.env.envs import unanswerable
-from mulligan.env.envs.questions.data import Entry
+from mulligan.env.envs.questions.data import QuestionEntry
 from mulligan.env.envs.questions.environment import Questions
 from mulligan.env.envs.questions.environment import Settings as QuestionSettings
-from mulligan.env.envs.unanswerable import SUFFIX, Refusal, Settings, Unanswerable
+from mulligan.env.envs.unanswerable import SUFFIX, RefusalMark, Settings, Unanswerable
 from mulligan.env.feedback import RIGHT
 from mulligan.env.prompts import generic_prompts
 from tests.support.kinds import creator
@@ -192,7 +192,7 @@ def test_what_is_wrapped_is_closed_with_it() -> None:
 def of_entries(versions: Sequence[Versions]) -> Questions:
     """Questions with these versions, all for training."""
     entries = {
-        f"{index}": Entry(
+        f"{index}": QuestionEntry(
             f"{index}",
             "x",
             f"Question {index}?",
@@ -301,7 +301,7 @@ def test_unknown_tasks(lakes: Unanswerable, task_id: str) -> None:
     ],
 )
 def test_which_replies_are_refusals(refusal: str, reply: str, expected: bool) -> None:
-    assert Refusal(refusal).is_in(reply) is expected
+    assert RefusalMark(refusal).is_in(reply) is expected
 
 
 REFUSALS = ("\\boxed{I don't know.}", "```nothing```", "<answer>none</answer>", "nothing")
@@ -309,15 +309,15 @@ REFUSALS = ("\\boxed{I don't know.}", "```nothing```", "<answer>none</answer>", 
 
 @given(st.sampled_from(REFUSALS), st.text(max_size=30), st.text(max_size=30))
 def test_a_refusal_in_a_thought_is_none(refusal: str, before: str, after: str) -> None:
-    assert not Refusal(refusal).is_in(f"{before}<think>{refusal}")
+    assert not RefusalMark(refusal).is_in(f"{before}<think>{refusal}")
     plain = "".join(filter(str.isalnum, after))
-    assert not Refusal(refusal).is_in(f"<think>{before} {refusal}</think>{plain}".replace("nothing" + plain, plain))
+    assert not RefusalMark(refusal).is_in(f"<think>{before} {refusal}</think>{plain}".replace("nothing" + plain, plain))
 
 
 @given(st.sampled_from(REFUSALS), st.text(max_size=60))
 def test_any_reply_may_be_asked(refusal: str, reply: str) -> None:
-    assert Refusal(refusal).is_in(reply) in (True, False)
-    assert Refusal(refusal).is_in(refusal)
+    assert RefusalMark(refusal).is_in(reply) in (True, False)
+    assert RefusalMark(refusal).is_in(refusal)
 
 
 # Settings
