@@ -179,7 +179,8 @@ def test_samples_and_targets_are_imitated_without_their_log_probabilities(aggreg
     per_turn = replace(attempt("b", "first", 1.0), sequences=sequence() * 2)
     target = TrainingTarget("a-other", "other", "a-first", sequence())
     foreign = replace(attempt("c", "first", 1.0), policy="wise")
-    targets = [(attempt("a", "first", 1.0), 0.7), (target, 0.5), (per_turn, 0.7), (foreign, 0.7)]
+    own = attempt("a", "first", 1.0)
+    targets: list[tuple[TrainingTarget | Sample, float]] = [(own, 0.7), (target, 0.5), (per_turn, 0.7), (foreign, 0.7)]
     data = imitation(targets, settings, 0.5, "kept")
     assert [item.datum_id for item in data] == ["a-first", "a-other", "b-first.0", "b-first.1"]
     assert [item.temperature for item in data] == [0.7, 0.5, 0.7, 0.7]
