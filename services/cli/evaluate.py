@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
 from mulligan.cli.out import fail, show
-from mulligan.cli.progress import EvaluationDisplay
+from mulligan.cli.overrides import read_overrides
+from mulligan.cli.progress import EvaluationDisplay, by_protocol
 from mulligan.cli.runs import whole_run_id
 from mulligan.common.errors import DomainError
 from mulligan.trainer.client import RunClient
@@ -29,18 +31,42 @@ def evaluate(
     policy: Annotated[
         str, typer.Option(help="Name of a policy of the policy service; its default one, or the run's.")
     ] = "",
+    protocol: Annotated[
+        list[str] | None, typer.Option(help="Measure by this protocol, too, such as pass_at_k; repeatable.")
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting of the protocol: NAME=VALUE, or PROTOCOL.NAME=VALUE; repeatable."),
+    ] = None,
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
     """Measure a policy as it serves now, or a run's last checkpoint: first attempts, no reflection in context.
 
     Example: `mulligan eval frozenlake-3x3 --run demo-1 --samples 1 --temperature 0`
+
+    Example: `mulligan eval frozenlake-3x3 --protocol pass_at_k --set k=[1,8]`
     """
     plain = {"tasks": tasks, "samples": samples, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+    protocols = _protocols(protocol or [], read_overrides(override or []))
     try:
-        settings = validated(EvaluationSettings, plain)
+        settings = validated(EvaluationSettings, plain | {"protocols": protocols})
     except DomainError as error:
         fail(error, 2)
     run(_evaluate(environment, settings, seed, max_tokens, run_id, policy, trainer))
+
+
+def _protocols(names: Sequence[str], overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A table for each protocol. Ends the program for a setting of none."""
+    tables: dict[str, dict[str, Any]] = {name: {"name": name} for name in names}
+    for override, value in overrides.items():
+        name, _, setting = override.rpartition(".")
+        if not name and len(tables) == 1:
+            (name,) = tables
+        if name not in tables:
+            given = ", ".join(tables) or "none is given"
+            fail(f"--set {override}: expected PROTOCOL.NAME with a protocol of --protocol ({given})", 2)
+        tables[name][setting] = value
+    return list(tables.values())
 
 
 async def _evaluate(
@@ -64,4 +90,8 @@ async def _evaluate(
     show(f"success      {result.success:.3f}")
     show(f"mean reward  {result.mean_reward:.3f}")
     show(f"attempts     {result.attempts} ({result.excluded} excluded)")
+    for label, metrics in by_protocol(result.metrics).items():
+        show(label)
+        for name, value in metrics.items():
+            show(f"  {name:<{max(map(len, metrics))}}  {value:.3f}")
     show(f"policy       {policy + ' ' if policy else ''}version {version}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from types import TracebackType
@@ -105,6 +106,7 @@ class EvaluationDisplay:
     def __init__(self, name: str, *, first: float = FIRST_SECONDS, every: float = _EVALUATION_SECONDS):
         self._text = f"evaluating {name}"
         self._began = time.monotonic()
+        self._protocol = ""
         output = console(err=True)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=output, transient=True
@@ -123,10 +125,14 @@ class EvaluationDisplay:
     ) -> None:
         self._shown.__exit__(kind, error, trace)
 
-    def update(self, ended: int, total: int, success: float | None) -> None:
+    def update(self, ended: int, total: int, success: float | None, protocol: str = "") -> None:
+        """`protocol` is the label of the protocol that plays now; time is counted from its first call."""
+        if protocol != self._protocol:
+            self._protocol = protocol
+            self._began = time.monotonic()
         left = timedelta(seconds=round((time.monotonic() - self._began) / ended * (total - ended))) if ended else "?"
         so_far = "" if success is None else f"  success so far {success:.2f}"
-        self._text = f"{ended}/{total} attempts{so_far}  left {left}"
+        self._text = f"{protocol and f'{protocol}: '}{ended}/{total} attempts{so_far}  left {left}"
         self._bar.update(self._live, description=safe(self._text))
 
 
@@ -142,4 +148,20 @@ def step_text(metrics: dict[str, float]) -> str:
 
 def evaluation_text(event: EvaluationEvent) -> str:
     excluded = f", {event.excluded} excluded" if event.excluded else ""
-    return f"test success after {event.step} steps: {event.success:.3f}  ({event.attempts} first attempts{excluded})"
+    text = f"test success after {event.step} steps: {event.success:.3f}  ({event.attempts} first attempts{excluded})"
+    for label, metrics in by_protocol(event.metrics).items():
+        text += f"\n  {label}: " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    return text
+
+
+def by_protocol(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """The metrics of an evaluation's protocols: of each label, in the order of their names and numbers."""
+
+    def order(name: str) -> list[str | int]:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+    found: dict[str, dict[str, float]] = {}
+    for name, value in sorted(metrics.items(), key=lambda item: order(item[0])):
+        label, _, metric = name.partition("/")
+        found.setdefault(label, {})[metric] = value
+    return found

@@ -35,8 +35,13 @@ def problems(
             said = f"no such setting{' of ' + owner if owner else ''}{did_you_mean(path[-1], known)}"
             if known and "did you mean" not in said:
                 said += f"; there are: {', '.join(known)}"
-        found.setdefault(".".join(path) or WHOLE, said)
+        found.setdefault(_place(item["loc"]) or WHOLE, said)
     return found
+
+
+def _place(path: Iterable[str | int]) -> str:
+    """`a.b[0].c`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
 def _fields(model: type[BaseModel], path: Iterable[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -72,6 +72,7 @@ class TaskInfo:
     task_id: str
     split: Split
     difficulty: float  # in the environment's own unit; FrozenLake, Sokoban: moves of the shortest solution
+    tags: dict[str, str] = field(default_factory=dict, hash=False)  # known names: TaskInfo in mulligan.env.v1
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,9 @@ class EnvServicer(pb_grpc.EnvServiceServicer):
         more = bool(tasks) and end < environment.info.task_counts.get(split, 0)
         return pb.ListTasksResponse(
             tasks=[
-                pb.TaskInfo(task_id=task.task_id, split=_SPLITS_BACK[task.split], difficulty=task.difficulty)
+                pb.TaskInfo(
+                    task_id=task.task_id, split=_SPLITS_BACK[task.split], difficulty=task.difficulty, tags=task.tags
+                )
                 for task in tasks
             ],
             next_page_token=page_token(end, *listing) if more else "",

@@ -45,7 +45,9 @@ def _failed(response: pb.StepEpisodeResponse, reward: float | None) -> EpisodeSt
 def tasks_from_proto(response: pb.ListTasksResponse) -> list[TaskInfo]:
     for task in response.tasks:
         finite("difficulty", [task.difficulty])
-    return [TaskInfo(task.task_id, _SPLITS_BACK[task.split], task.difficulty) for task in response.tasks]
+    return [
+        TaskInfo(task.task_id, _SPLITS_BACK[task.split], task.difficulty, dict(task.tags)) for task in response.tasks
+    ]
 
 
 def info_from_proto(info: pb.EnvironmentInfo) -> EnvironmentInfo:

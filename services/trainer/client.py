@@ -102,12 +102,13 @@ class RunClient:
         max_tokens: int | None = None,
         run_id: str = "",
         policy: str = "",
-        on_progress: Callable[[int, int, float | None], None] = lambda ended, total, success: None,
+        on_progress: Callable[[int, int, float | None, str], None] = lambda ended, total, success, protocol: None,
     ) -> tuple[EvaluationEvent, int]:
         """The result, and the policy version that was measured.
 
         With `run_id`, the run's last checkpoint is published first; otherwise `policy` names a policy of the service.
-        `on_progress` gets the number of ended attempts, of all attempts, and the share of successes so far.
+        `on_progress` gets the number of ended attempts, of all attempts, the share of successes so far, and the label
+        of the protocol that plays them, "" before the first.
         """
         request = pb.EvaluateRequest(
             environment=environment, seed=seed, max_tokens=max_tokens, run_id=run_id, policy=policy
@@ -117,7 +118,8 @@ class RunClient:
         last = pb.StreamEvaluateResponse()
         async with self._connection.stream(self._stub.StreamEvaluate, streamed, timeout=EVALUATE_SECONDS) as responses:
             async for last in responses:
-                on_progress(last.ended, last.total, last.success if last.HasField("success") else None)
+                success = last.success if last.HasField("success") else None
+                on_progress(last.ended, last.total, success, last.protocol)
         return self._connection.read(_evaluation, last)
 
     async def experiences(self, run_id: str, step: int | None = None, limit: int = 10) -> list[Experience]:

@@ -1,62 +1,103 @@
-"""Evaluation: first attempts only, without a reflection in context: the policy as it is deployed."""
+"""Evaluation: first attempts, without a reflection in context: the policy as it is deployed. Then the protocols."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from statistics import fmean
+from typing import Any
 
+from mulligan.common.errors import DomainError, Reason
 from mulligan.common.experience import Sample
-from mulligan.common.inference import SamplingParams
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import gather_or_cancel
+from mulligan.common.types import EnvironmentInfo, TaskInfo
 from mulligan.trainer.events import EvaluationEvent
-from mulligan.trainer.harness import Harness, Plan
+from mulligan.trainer.interfaces import PolicyPort
 from mulligan.trainer.metrics import rewards_of
-from mulligan.trainer.seeds import derive_seed
-from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
+from mulligan.trainer.player import Player
+from mulligan.trainer.protocols import PROTOCOLS, ProtocolSettings
+from mulligan.trainer.sampling import NamedPolicy
+from mulligan.trainer.settings import EvaluationSettings
+from mulligan.trainer.step import OUTSIDE
 
 
 class EvaluationFailed(RuntimeError):
     """None of an evaluation's attempts could be finished."""
 
 
-async def evaluate(
-    harness: Harness,
-    name: str,
-    task_ids: Sequence[str],
-    settings: EvaluationSettings,
-    rollout: RolloutSettings,
-    seed: int,
-    on_end: Callable[[Sample], None] = lambda attempt: None,
-) -> list[Sample]:
-    """Plays each task `settings.samples` times.
+class ProtocolFailed(RuntimeError):
+    """A protocol's own code raised, or returned no metrics; the message says which, and has the traceback."""
 
-    `name` begins the attempts' ids and is unique for each evaluation. Evaluations with the same `seed` use the same
-    random numbers. `on_end` is called with each attempt when it ends.
+
+async def evaluate(player: Player) -> list[Sample]:
+    """Plays each task `settings.samples` times."""
+    samples = player.settings.samples
+    player.begin(expected=len(player.tasks) * samples)
+    return await gather_or_cancel(player.attempt(task, sample) for task in player.tasks for sample in range(samples))
+
+
+async def measure(player: Player, step: int, attempts: Sequence[Sample]) -> EvaluationEvent:
+    """Averages over the attempts of `evaluate` with a reward. Then runs the protocols.
+
+    Raises EvaluationFailed when no attempt has a reward, and ProtocolFailed.
     """
-    sampling = SamplingParams(settings.temperature, settings.top_p, settings.top_k, rollout.max_tokens)
-    slots = asyncio.Semaphore(rollout.concurrency)
-
-    async def limited(slot: int, task_id: str, sample: int) -> Sample:
-        async with slots:
-            attempt_id = f"{name}-t{slot}-r{sample}"  # a task's id may be as long as an attempt's
-            attempt_seed = derive_seed(seed, "evaluation", task_id, sample)
-            blank = Sample.planned(attempt_id, "first", harness.info.prompts.solver)
-            attempt = await harness.attempt(blank, Plan(task_id, sampling, attempt_seed))
-            on_end(attempt)
-            return attempt
-
-    return await gather_or_cancel(
-        limited(slot, task_id, sample) for slot, task_id in enumerate(task_ids) for sample in range(settings.samples)
-    )
-
-
-def evaluation_of(step: int, attempts: Sequence[Sample], threshold: float) -> EvaluationEvent:
-    """Averages over the attempts with a reward. Raises EvaluationFailed when there is none."""
     rewards = rewards_of(attempts)
     if not rewards:
         causes = sorted({attempt.error for attempt in attempts})
         raise EvaluationFailed("no attempt could be finished: " + "; ".join(causes[:3]))
-    success = fmean(reaches(reward, threshold) for reward in rewards)
-    return EvaluationEvent(step, success, fmean(rewards), len(rewards), len(attempts) - len(rewards))
+    success = fmean(reaches(reward, player.threshold) for reward in rewards)
+    excluded = len(attempts) - len(rewards)
+    metrics: dict[str, float] = {}
+    for settings in player.settings.protocols:
+        metrics |= await _run(player, settings)
+    return EvaluationEvent(step, success, fmean(rewards), len(rewards), excluded, metrics)
+
+
+async def _run(player: Player, settings: ProtocolSettings) -> dict[str, float]:
+    """The metrics of one protocol, by LABEL/METRIC."""
+    player.begin(settings.prefix)
+    try:
+        metrics = await PROTOCOLS.find(settings.name).run(player, player.tasks, settings)
+    except OUTSIDE:
+        raise
+    except Exception as error:  # foreign code may raise anything
+        frames = "".join(traceback.format_exception(error))
+        raise ProtocolFailed(f"protocol {settings.name!r} raised\n{frames}") from error
+    if problem := _problem(metrics):
+        raise ProtocolFailed(f"protocol {settings.name!r} returned {problem}; expected finite numbers by name")
+    metrics = {f"{settings.prefix}/{name}": float(value) for name, value in metrics.items()}
+    if player.progress.excluded:
+        metrics[f"{settings.prefix}/excluded"] = float(player.progress.excluded)
+    return metrics
+
+
+def _problem(metrics: Any) -> str:
+    if not isinstance(metrics, Mapping):
+        return f"a {type(metrics).__name__}"
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not isinstance(value, int | float) or not isfinite(value):
+            return f"{name!r}: {value!r}"
+    return ""
+
+
+def check_protocols(
+    environment: EnvironmentInfo, tasks: Sequence[TaskInfo], settings: EvaluationSettings, within: str = ""
+) -> None:
+    """Checks that the environment has what the protocols need. `within` begins the field of an error.
+
+    Raises DomainError INVALID_SETTING, with a `field` such as `protocols[0].name`.
+    """
+    for index, protocol in enumerate(settings.protocols):
+        lacks = getattr(PROTOCOLS.find(protocol.name), "lacks", None)
+        if lacks is not None and (problem := lacks(environment, tasks, protocol)):
+            field = f"{within}protocols[{index}].name"
+            message = f"{field}: {protocol.name!r} cannot be measured in {environment.name!r}: {problem}"
+            raise DomainError(Reason.INVALID_SETTING, message, field=field)
+
+
+async def open_writers(policies: PolicyPort, settings: EvaluationSettings) -> dict[str, NamedPolicy]:
+    """The policies that write texts, by the label of the protocol. Raises DomainError UNKNOWN_POLICY."""
+    named = {protocol.prefix: getattr(protocol, "writer", "") for protocol in settings.protocols}
+    return {label: await NamedPolicy.open(policies, writer) for label, writer in named.items() if writer}

@@ -27,6 +27,7 @@ class EvaluationEvent(msgspec.Struct, frozen=True, tag="evaluation"):
     mean_reward: float
     attempts: int
     excluded: int
+    metrics: dict[str, float] = {}  # of the protocols, by LABEL/METRIC
 
 
 class StateEvent(msgspec.Struct, frozen=True, tag="state"):

@@ -46,8 +46,9 @@ class Plan:
 
     With `tries` above 1, an episode that did not reach `solved_at` is followed by another on the same task in the same
     conversation. Its first observation is put into `again`, together with what was said at the end: `{feedback}`,
-    `{observation}`. `horizon` limits the turns of each try beside the environment's own limit. `fork` is an episode,
-    and the number of its turns after which this one goes on.
+    `{observation}`. `shown` stands in the place of the first observation, and `said` changes what the policy answers
+    before the environment reads it. `horizon` limits the turns of each try beside the environment's own limit. `fork`
+    is an episode, and the number of its turns after which this one goes on.
     """
 
     task_id: str
@@ -58,6 +59,8 @@ class Plan:
     solved_at: float = 1.0
     horizon: int | None = None
     fork: tuple[Sample, int] | None = None
+    shown: str | None = None
+    said: Callable[[str], str] | None = None
 
 
 @dataclass
@@ -153,7 +156,7 @@ class Harness:
         limit = self.info.max_steps if plan.horizon is None else min(self.info.max_steps, plan.horizon)
         try:
             episode = await self._open(play, episode_id, plan)
-            first = episode.observation
+            first = episode.observation if plan.shown is None else plan.shown
             play.observation = fill(plan.again, feedback=play.feedback, observation=first) if before else first
             for _ in range(limit - (plan.fork[1] if plan.fork else 0)):
                 if not await self._turn(play, blank, episode, plan):
@@ -177,7 +180,8 @@ class Harness:
             return False
         play.conversation.add(completion)
         play.blame = Outcome.ENV_ERROR
-        step = await episode.step(completion.marked_text)
+        answer = completion.marked_text
+        step = await episode.step(answer if plan.said is None else plan.said(answer))
         play.turns.append(Turn(play.observation, completion.text, step.action, step.reward or 0.0, play.tool))
         play.observation = step.observation
         play.tool = step.tool

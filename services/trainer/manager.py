@@ -13,15 +13,15 @@ from pathlib import Path
 import structlog
 
 from mulligan.common.errors import DomainError, Reason, invalid_field
-from mulligan.common.experience import Sample
 from mulligan.common.file_lock import lock_file
 from mulligan.common.tasks import cancel
 from mulligan.common.types import Split
-from mulligan.trainer.evaluation import evaluate, evaluation_of
+from mulligan.trainer.evaluation import check_protocols, evaluate, measure, open_writers
 from mulligan.trainer.events import EvaluationEvent, StateEvent
 from mulligan.trainer.folder import RunFolder, RunRecord, RunState
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.metrics import EvaluationProgress
+from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import check_environment, check_tasks, check_top_k
 from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
@@ -196,28 +196,24 @@ class RunManager:
         info = await port.describe(environment)
         tasks = await port.list_tasks(environment, Split.TEST, settings.tasks)
         check_tasks(info, {Split.TEST: tasks})
+        check_protocols(info, tasks, settings)
+        writers = await open_writers(self._services.policy, settings)
         if run is not None:
             await self.publish(run_id)
             policy = run.settings.policies.actor
         named = await NamedPolicy.open(self._services.policy, policy)
         check_environment(info, named.info)
         check_top_k(named.info, settings.top_k, "top_k")
-        name = f"evaluation-{os.urandom(4).hex()}"
-        progress = EvaluationProgress(len(tasks) * settings.samples, threshold)
-        tell(progress)
-
-        def ended(attempt: Sample) -> None:
-            progress.add(attempt)
-            tell(progress)
-
         harness = Harness(port, named, info, named.info, "0", rollout.max_restarts)
+        name = f"evaluation-{os.urandom(4).hex()}"
+        player = Player(harness, tasks, settings, rollout, seed, threshold, writers, name, tell)
         try:
-            attempts = await evaluate(harness, name, [task.task_id for task in tasks], settings, rollout, seed, ended)
+            attempts = await evaluate(player)
+            for text in prompt_notices(attempts):
+                log.warning(text, environment=environment, policy=named.info.name)
+            return await measure(player, 0, attempts), named.info.policy_version
         except EnvironmentChanged as error:
             raise DomainError(Reason.ENVIRONMENT_CHANGED, str(error), environment=environment) from error
-        for text in prompt_notices(attempts):
-            log.warning(text, environment=environment, policy=named.info.name)
-        return evaluation_of(0, attempts, threshold), named.info.policy_version
 
     def _run_folder(self, run_id: str) -> RunFolder:
         folder = RunFolder(self._folder / run_id)

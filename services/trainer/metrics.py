@@ -71,19 +71,28 @@ def mean_metrics(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
 
 @dataclass
 class EvaluationProgress:
-    """The progress of an evaluation."""
+    """How many attempts, and texts of a protocol, have ended. `expected` is how many are known to come, `protocol` the
+    label of the protocol that samples them."""
 
-    total: int  # attempts
+    expected: int
     threshold: float
+    protocol: str = ""
+    asked: int = 0
     ended: int = 0
+    excluded: int = 0  # without an outcome, for a failure of the infrastructure
     rewarded: int = 0
     successes: int = 0
 
-    def add(self, attempt: Sample) -> None:
+    def add(self, sample: Sample) -> None:
         self.ended += 1
-        if attempt.reward is not None:
+        self.excluded += not sample.outcome.has_reward
+        if sample.reward is not None:
             self.rewarded += 1
-            self.successes += reaches(attempt.reward, self.threshold)
+            self.successes += reaches(sample.reward, self.threshold)
+
+    @property
+    def total(self) -> int:
+        return max(self.expected, self.asked)
 
     @property
     def success(self) -> float | None:

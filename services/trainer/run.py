@@ -16,12 +16,13 @@ from mulligan.common.disk import free_bytes
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.experience import Experience
 from mulligan.common.inference import PolicyInfo
-from mulligan.trainer.evaluation import evaluate, evaluation_of
+from mulligan.trainer.evaluation import check_protocols, evaluate, measure, open_writers
 from mulligan.trainer.events import EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from mulligan.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
+from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import check_actor, check_algorithm, check_environment, check_speaker
 from mulligan.trainer.run_environment import EnvironmentChanged, RunEnvironment, RunTasks
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
@@ -181,18 +182,23 @@ class Run:
         harness = Harness(self.environment.port, actor, info, actor.info, incarnation, restarts, speakers)
         runner = StepRunner(self.run_id, settings, harness, services.memory, learner)
         check_algorithm(runner.algorithm, info, actor.info)
+        check_protocols(info, tasks.test, settings.evaluation, "evaluation.")
+        writers = await open_writers(services.policy, settings.evaluation)
+        threshold = settings.algorithm.success_threshold
+        player = Player(
+            harness, tasks.test, settings.evaluation, settings.rollout, settings.seed, threshold, writers=writers
+        )
         await actor.publish()
         if checkpoint is None:
             await self._save(runner, 0)
-        test_ids = [task.task_id for task in tasks.test]
         while self.step < settings.steps and not self._stop.is_set():
             if self._evaluation_due():
-                await self._evaluate(runner, test_ids)
+                await self._evaluate(player)
             await self._step(runner, actor, tasks)
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps or self._stop.is_set():
                 await self._save(runner, self.step)
         if self.step == settings.steps:
-            await self._evaluate(runner, test_ids)
+            await self._evaluate(player)
             self.folder.write_summary(self.summary())
             self._finished = True
 
@@ -262,15 +268,14 @@ class Run:
         every = self.settings.evaluation.every
         return (self.step == 0 or (every > 0 and self.step % every == 0)) and self.step not in self.events.evaluations()
 
-    async def _evaluate(self, runner: StepRunner, test_ids: list[str]) -> None:
+    async def _evaluate(self, player: Player) -> None:
         if self.step in self.events.evaluations():
             return
-        name = f"{self.run_id}-evaluation-{self.step}"
-        settings = self.settings
-        log.info("evaluating", run_id=self.run_id, step=self.step, tasks=len(test_ids))
-        attempts = await evaluate(runner.harness, name, test_ids, settings.evaluation, settings.rollout, settings.seed)
+        log.info("evaluating", run_id=self.run_id, step=self.step, tasks=len(player.tasks))
+        player = replace(player, name=f"{self.run_id}-evaluation-{self.step}")
+        attempts = await evaluate(player)
         self._notice_once(prompt_notices(attempts))
-        self.events.add(evaluation_of(self.step, attempts, self.settings.algorithm.success_threshold))
+        self.events.add(await measure(player, self.step, attempts))
 
     def summary(self) -> dict[str, object]:
         """The content of summary.json. `rollouts` is the number of episodes and reflections, the budget for comparing
@@ -283,6 +288,7 @@ class Run:
                 "rollouts": int(sum(steps[earlier].metrics["rollouts"] for earlier in range(step))),
                 "success": evaluation.success,
             }
+            | ({"metrics": evaluation.metrics} if evaluation.metrics else {})
             for step, evaluation in sorted(evaluations.items())
         ]
         return {

@@ -90,6 +90,8 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         def tell(progress: EvaluationProgress) -> None:
             state.ended = progress.ended
             state.total = progress.total
+            state.protocol = progress.protocol
+            state.ClearField("success")
             if progress.success is not None:
                 state.success = progress.success
             changed.set()

@@ -15,6 +15,7 @@ from mulligan.common.types import RetrievalStrategy
 from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.loss_settings import LossSettings
+from mulligan.trainer.protocols import PROTOCOLS, ProtocolSettings
 
 __all__ = [
     "ALGORITHMS",
@@ -143,6 +144,13 @@ class RolloutSettings(_Settings):
     train_tasks: int = Field(0, ge=0)
 
 
+def _protocol(table: Any) -> ProtocolSettings:
+    if isinstance(table, Mapping) and not table.get("name"):
+        raise located({("name",): f"expected one of {', '.join(PROTOCOLS.names)}"})
+    found: ProtocolSettings = read_named(PROTOCOLS, table, "")
+    return found
+
+
 class EvaluationSettings(_Settings):
     every: int = Field(5, ge=0)
     tasks: int = Field(0, ge=0)
@@ -150,6 +158,15 @@ class EvaluationSettings(_Settings):
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(0.8, gt=0, le=1)
     top_k: int = Field(20, ge=0)
+    protocols: tuple[Annotated[SerializeAsAny[ProtocolSettings], BeforeValidator(_protocol)], ...] = ()
+
+    @model_validator(mode="after")
+    def _protocols_are_told_apart(self) -> Self:
+        labels = [protocol.prefix for protocol in self.protocols]
+        for index, label in enumerate(labels):
+            if label in labels[:index]:
+                raise located({("protocols", index, "label"): f"{label!r} is there twice; expected another label"})
+        return self
 
 
 class PoliciesSettings(_Settings):

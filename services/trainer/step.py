@@ -26,7 +26,7 @@ from mulligan.trainer.settings import ALGORITHMS, AlgorithmSettings, RunSettings
 from mulligan.trainer.trainable import counted, trainable
 
 # What an algorithm's helpers may raise: these pass through it as they are.
-_OUTSIDE = (DomainError, CallFailed, ServiceUnavailable, EnvironmentChanged, ForeignWeights, VersionLost, OSError)
+OUTSIDE = (DomainError, CallFailed, ServiceUnavailable, EnvironmentChanged, ForeignWeights, VersionLost, OSError)
 
 
 class AlgorithmFailed(RuntimeError):
@@ -198,7 +198,7 @@ class StepRunner:
         """Tells the algorithm's own errors apart from those of services. Raises AlgorithmFailed."""
         try:
             yield
-        except _OUTSIDE:
+        except OUTSIDE:
             raise
         except Exception as error:  # foreign code may raise anything
             frames = "".join(traceback.format_exception(error))

@@ -70,6 +70,9 @@ def fill_proto(message: Message, plain: Mapping[str, Any]) -> None:
         elif isinstance(value, Mapping):
             getattr(message, name).SetInParent()
             fill_proto(getattr(message, name), value)
+        elif isinstance(value, list | tuple) and field.message_type is not None:
+            for one in value:
+                fill_proto(getattr(message, name).add(), one)
         elif isinstance(value, list | tuple):
             getattr(message, name).extend(value)
         elif field.enum_type is not None:
@@ -87,7 +90,7 @@ def _plain(field: Any, value: Any) -> Any:
     if field.message_type is not None and field.message_type.full_name == _STRUCT:
         return MessageToDict(value)
     if field.message_type is not None:
-        return plain_from_proto(value)
+        return [plain_from_proto(one) for one in value] if field.is_repeated else plain_from_proto(value)
     if field.enum_type is not None:
         known = field.enum_type.values_by_number.get(value)
         return known.name.removeprefix(_prefix(field)).lower() if known else value
@@ -120,11 +123,14 @@ def evaluation_to_proto(event: EvaluationEvent) -> run_service_pb2.EvaluationCom
         mean_reward=event.mean_reward,
         attempts=event.attempts,
         excluded=event.excluded,
+        metrics=event.metrics,
     )
 
 
 def evaluation_from_proto(message: run_service_pb2.EvaluationCompleted) -> EvaluationEvent:
-    return EvaluationEvent(message.step, message.success, message.mean_reward, message.attempts, message.excluded)
+    return EvaluationEvent(
+        message.step, message.success, message.mean_reward, message.attempts, message.excluded, dict(message.metrics)
+    )
 
 
 def entry_to_proto(entry: Entry) -> run_service_pb2.RunEvent:

@@ -231,9 +231,30 @@ Global___ListTasksRequest: _TypeAlias = ListTasksRequest  # noqa: Y015
 class TaskInfo(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TagsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TASK_ID_FIELD_NUMBER: _builtins.int
     SPLIT_FIELD_NUMBER: _builtins.int
     DIFFICULTY_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
     task_id: _builtins.str
     """A task is reproducible from its id alone, on any machine with the same environment settings."""
     split: Global___Split.ValueType
@@ -241,16 +262,26 @@ class TaskInfo(_message.Message):
     """In the environment's own unit; greater is harder. FrozenLake, Sokoban: moves of the shortest solution. HotpotQA: 1
     easy, 2 medium, 3 hard.
     """
+    @_builtins.property
+    def tags(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What is known of the task, short texts by name; an agent does not see them. Evaluations read
+
+        - `answerable`: "false" if a refusal is right and nothing else is, "true" if it is wrong;
+        - `choices`: the number of choices. The first observation has a line for each: "A. " and a text, "B. ", …;
+        - `context` and `question`: which of several contexts a question is shown in, and which question it is.
+        """
+
     def __init__(
         self,
         *,
         task_id: _builtins.str = ...,
         split: Global___Split.ValueType = ...,
         difficulty: _builtins.float = ...,
+        tags: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["difficulty", b"difficulty", "split", b"split", "task_id", b"task_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["difficulty", b"difficulty", "split", b"split", "tags", b"tags", "task_id", b"task_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

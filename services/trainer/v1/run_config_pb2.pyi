@@ -3,9 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mulligan.memory.v1 import memory_service_pb2 as _memory_service_pb2
 from mulligan.trainer.v1 import learner_service_pb2 as _learner_service_pb2
@@ -548,6 +550,7 @@ class EvaluationConfig(_message.Message):
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    PROTOCOLS_FIELD_NUMBER: _builtins.int
     every: _builtins.int
     """Steps between evaluations on the test split. There is always one before the first step and one after the last; 0
     switches off those in between. Default 5.
@@ -560,6 +563,10 @@ class EvaluationConfig(_message.Message):
     """As in RolloutConfig, but 0 is a legal temperature: greedy. Defaults 0.7, 0.8 and 20."""
     top_p: _builtins.float
     top_k: _builtins.int
+    @_builtins.property
+    def protocols(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProtocolConfig]:
+        """What else is measured at each evaluation, in this order. None when empty."""
+
     def __init__(
         self,
         *,
@@ -569,10 +576,11 @@ class EvaluationConfig(_message.Message):
         temperature: _builtins.float | None = ...,
         top_p: _builtins.float | None = ...,
         top_k: _builtins.int | None = ...,
+        protocols: _abc.Iterable[Global___ProtocolConfig] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_samples", b"_samples", "_tasks", b"_tasks", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "every", b"every", "samples", b"samples", "tasks", b"tasks", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_samples", b"_samples", "_tasks", b"_tasks", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "every", b"every", "samples", b"samples", "tasks", b"tasks", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_every", b"_every", "_samples", b"_samples", "_tasks", b"_tasks", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "every", b"every", "protocols", b"protocols", "samples", b"samples", "tasks", b"tasks", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__every: _TypeAlias = _typing.Literal["every"]  # noqa: Y015
     _WhichOneofArgType__every: _TypeAlias = _typing.Literal["_every", b"_every"]  # noqa: Y015
@@ -600,3 +608,40 @@ class EvaluationConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_p) -> _WhichOneofReturnType__top_p | None: ...
 
 Global___EvaluationConfig: _TypeAlias = EvaluationConfig  # noqa: Y015
+
+@_typing.final
+class ProtocolConfig(_message.Message):
+    """One protocol of an evaluation: it plays attempts of its own, and its metrics stand beside `success`. A protocol that
+    the environment does not fit is INVALID_SETTING before anything is sampled, with a `field` such as
+    `evaluation.protocols[0].name`.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A module of the trainer, an installed protocol, or any module that the trainer can import. Required."""
+    label: _builtins.str
+    """Before the names of its metrics: LABEL/METRIC. No two may have the same. The last part of the name when absent."""
+    @_builtins.property
+    def settings(self) -> _struct_pb2.Struct:
+        """The protocol's own settings, by their names."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        label: _builtins.str | None = ...,
+        settings: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_label", b"_label", "label", b"label", "settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_label", b"_label", "label", b"label", "name", b"name", "settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__label: _TypeAlias = _typing.Literal["label"]  # noqa: Y015
+    _WhichOneofArgType__label: _TypeAlias = _typing.Literal["_label", b"_label"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__label) -> _WhichOneofReturnType__label | None: ...
+
+Global___ProtocolConfig: _TypeAlias = ProtocolConfig  # noqa: Y015

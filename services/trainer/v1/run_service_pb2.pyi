@@ -329,11 +329,32 @@ Global___StepCompleted: _TypeAlias = StepCompleted  # noqa: Y015
 class EvaluationCompleted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STEP_FIELD_NUMBER: _builtins.int
     SUCCESS_FIELD_NUMBER: _builtins.int
     MEAN_REWARD_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     EXCLUDED_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Steps trained before it; 0 in an answer of Evaluate."""
     success: _builtins.float
@@ -343,6 +364,13 @@ class EvaluationCompleted(_message.Message):
     """Attempts measured, without excluded ones."""
     excluded: _builtins.int
     """Attempts without a reward, for a failure of the infrastructure."""
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Of the protocols (EvaluationConfig.protocols): LABEL/METRIC. A metric is absent where nothing could be measured.
+        LABEL/excluded: the protocol's attempts and texts without an outcome, for a failure of the infrastructure; absent
+        if there are none.
+        """
+
     def __init__(
         self,
         *,
@@ -351,10 +379,11 @@ class EvaluationCompleted(_message.Message):
         mean_reward: _builtins.float = ...,
         attempts: _builtins.int = ...,
         excluded: _builtins.int = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "excluded", b"excluded", "mean_reward", b"mean_reward", "step", b"step", "success", b"success"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "excluded", b"excluded", "mean_reward", b"mean_reward", "metrics", b"metrics", "step", b"step", "success", b"success"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -659,12 +688,15 @@ class StreamEvaluateResponse(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     SUCCESS_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
     ended: _builtins.int
-    """Attempts that have ended."""
+    """Attempts that have ended; of a protocol, attempts and texts."""
     total: _builtins.int
-    """All attempts of the evaluation."""
+    """All attempts of the evaluation; of a protocol, those that it has begun or asked for."""
     success: _builtins.float
     """Share of successes among those that ended with a reward. Absent while there is none."""
+    protocol: _builtins.str
+    """Label of the protocol that plays now; the numbers above are its own. Empty before the first."""
     @_builtins.property
     def result(self) -> Global___EvaluateResponse:
         """In the last message alone."""
@@ -676,10 +708,11 @@ class StreamEvaluateResponse(_message.Message):
         total: _builtins.int = ...,
         success: _builtins.float | None = ...,
         result: Global___EvaluateResponse | None = ...,
+        protocol: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_success", b"_success", "result", b"result", "success", b"success"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_success", b"_success", "ended", b"ended", "result", b"result", "success", b"success", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_success", b"_success", "ended", b"ended", "protocol", b"protocol", "result", b"result", "success", b"success", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__success: _TypeAlias = _typing.Literal["success"]  # noqa: Y015
     _WhichOneofArgType__success: _TypeAlias = _typing.Literal["_success", b"_success"]  # noqa: Y015

@@ -174,13 +174,15 @@ class RunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Evaluate(self, request, context):
-        """Measures first attempts, without a reflection in context: of a policy as it serves now, or of a run's last
-        checkpoint. Takes as long as the attempts take: minutes for a large model. Not idempotent, but harmless to repeat.
+        """Measures first attempts, without a reflection in context, and what `config.protocols` names: of a policy as it
+        serves now, or of a run's last checkpoint. Takes as long as the attempts take: minutes for a large model. Not
+        idempotent, but harmless to repeat.
         NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
         INVALID_ARGUMENT PROMPT_TOO_LONG: the first prompt of every attempt is longer than the policy's context.
         INVALID_ARGUMENT INVALID_SETTING, metadata `field` = `environment`: the environment has no test tasks.
         FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was replaced by another one meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE:
-        a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
+        a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished, or a protocol's
+        own code fails.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -62,13 +62,15 @@ class RunServiceStub:
     has FAILED. RESOURCE_EXHAUSTED DISK_FULL, as in StartRun.
     """
     Evaluate: _aio.UnaryUnaryMultiCallable[_run_service_pb2.EvaluateRequest, _run_service_pb2.EvaluateResponse]
-    """Measures first attempts, without a reflection in context: of a policy as it serves now, or of a run's last
-    checkpoint. Takes as long as the attempts take: minutes for a large model. Not idempotent, but harmless to repeat.
+    """Measures first attempts, without a reflection in context, and what `config.protocols` names: of a policy as it
+    serves now, or of a run's last checkpoint. Takes as long as the attempts take: minutes for a large model. Not
+    idempotent, but harmless to repeat.
     NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
     INVALID_ARGUMENT PROMPT_TOO_LONG: the first prompt of every attempt is longer than the policy's context.
     INVALID_ARGUMENT INVALID_SETTING, metadata `field` = `environment`: the environment has no test tasks.
     FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was replaced by another one meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE:
-    a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
+    a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished, or a protocol's
+    own code fails.
     """
     StreamEvaluate: _aio.UnaryStreamMultiCallable[_run_service_pb2.StreamEvaluateRequest, _run_service_pb2.StreamEvaluateResponse]
     """As Evaluate, with progress: a message after each attempt; the last message has the result. The evaluation ends when
@@ -169,13 +171,15 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_service_pb2.EvaluateRequest,
         context: _aio.ServicerContext[_run_service_pb2.EvaluateRequest, _abc.Awaitable[_run_service_pb2.EvaluateResponse]],
     ) -> _abc.Awaitable[_run_service_pb2.EvaluateResponse]:
-        """Measures first attempts, without a reflection in context: of a policy as it serves now, or of a run's last
-        checkpoint. Takes as long as the attempts take: minutes for a large model. Not idempotent, but harmless to repeat.
+        """Measures first attempts, without a reflection in context, and what `config.protocols` names: of a policy as it
+        serves now, or of a run's last checkpoint. Takes as long as the attempts take: minutes for a large model. Not
+        idempotent, but harmless to repeat.
         NOT_FOUND UNKNOWN_ENVIRONMENT, UNKNOWN_POLICY. INVALID_ARGUMENT INVALID_SETTING: metadata `field`, within `config`.
         INVALID_ARGUMENT PROMPT_TOO_LONG: the first prompt of every attempt is longer than the policy's context.
         INVALID_ARGUMENT INVALID_SETTING, metadata `field` = `environment`: the environment has no test tasks.
         FAILED_PRECONDITION ENVIRONMENT_CHANGED: it was replaced by another one meanwhile. UNAVAILABLE SERVICE_UNAVAILABLE:
-        a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished.
+        a service that it needs stays away, metadata `endpoint`. INTERNAL when no attempt could be finished, or a protocol's
+        own code fails.
         """
 
     @_abc_1.abstractmethod

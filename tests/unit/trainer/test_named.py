@@ -10,7 +10,7 @@ import pytest
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Continuation, Feature, SamplingParams
-from mulligan.common.types import Outcome
+from mulligan.common.types import Outcome, Split, TaskInfo
 from mulligan.trainer.algorithms.erl import REFLECTION
 from mulligan.trainer.data import PolicyGradient
 from mulligan.trainer.evaluation import evaluate
@@ -18,6 +18,7 @@ from mulligan.trainer.folder import RunState
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import journal_file, read_experiences
 from mulligan.trainer.manager import RunManager
+from mulligan.trainer.player import Player
 from mulligan.trainer.run import ServicePorts
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
@@ -103,7 +104,8 @@ async def measured(policy: FakePolicy, name: str, turns: int = 3) -> list[Any]:
     environment = FakeEnvironment({"t0": "go"}, turns=turns)
     named = await NamedPolicy.open(policy, name)
     harness = Harness(environment, named, await environment.describe("fake"), named.info, "x", 0)
-    return await evaluate(harness, "e", ["t0"], EvaluationSettings(samples=1, top_k=0), RolloutSettings(), 0)
+    tasks = [TaskInfo("t0", Split.TEST, 1.0)]
+    return await evaluate(Player(harness, tasks, EvaluationSettings(samples=1, top_k=0), RolloutSettings(), 0))
 
 
 async def test_a_policy_without_token_ids_is_measured_by_messages() -> None:

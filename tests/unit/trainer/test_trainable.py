@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.experience import Sample, Segment, SegmentKind, TokenSequence, Turn
 from mulligan.common.inference import Feature, SamplingParams, VersionSpan
-from mulligan.common.types import Outcome
+from mulligan.common.types import Outcome, Split, TaskInfo
 from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.evaluation import evaluate
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
 from mulligan.trainer.member import NoRecorder
+from mulligan.trainer.player import Player
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from mulligan.trainer.step import StepRunner
 from mulligan.trainer.trainable import prompt_notices
@@ -406,7 +407,8 @@ async def test_ids_fit_the_contract_whatever_the_tasks_id(task_id: str) -> None:
         loop.environment.started.clear()
         harness = await loop.harness()
         rollout = RolloutSettings(concurrency=1)
-        attempts = await evaluate(harness, name, tasks, EvaluationSettings(samples=2), rollout, 0)
+        listed = [TaskInfo(one, Split.TEST, 1.0) for one in tasks]
+        attempts = await evaluate(Player(harness, listed, EvaluationSettings(samples=2), rollout, 0, name=name))
         lives.append([attempt.sample_id for attempt in attempts])
         assert len(set(loop.environment.started)) == len(loop.environment.started) == 2 * len(tasks)
         assert all(len(episode_id) <= 200 for episode_id in loop.environment.started + sampled)

@@ -1,0 +1,158 @@
+"""What an evaluation plays with: the policy that is measured, in one environment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from math import inf
+
+from mulligan.common.errors import CallFailed, DomainError
+from mulligan.common.experience import Sample
+from mulligan.common.inference import SamplingParams
+from mulligan.common.rewards import reaches
+from mulligan.common.types import EnvironmentInfo, TaskInfo
+from mulligan.trainer.harness import Harness, Plan
+from mulligan.trainer.metrics import EvaluationProgress
+from mulligan.trainer.sampling import NamedPolicy
+from mulligan.trainer.seeds import derive_seed
+from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
+
+
+@dataclass
+class Player:
+    """Plays the measured policy on `tasks`, at most `rollout.concurrency` attempts and texts at a time.
+
+    `name` begins the ids of all that is sampled and is unique for each evaluation. Random numbers derive from `seed`,
+    the task and the number of the sample alone. So an evaluation can be repeated, and two attempts with the same task
+    and number differ by what the policy is shown. An attempt that was played in this evaluation is not played again.
+
+    `writers` are other policies that write texts, by the protocol for which they do. `tell` gets the progress when
+    something has ended.
+    """
+
+    harness: Harness
+    tasks: Sequence[TaskInfo]
+    settings: EvaluationSettings
+    rollout: RolloutSettings
+    seed: int
+    threshold: float = 1.0
+    writers: Mapping[str, NamedPolicy] = field(default_factory=dict)
+    name: str = "evaluation"
+    tell: Callable[[EvaluationProgress], None] = lambda progress: None
+    progress: EvaluationProgress = field(init=False)
+    _slots: asyncio.Semaphore = field(init=False)
+    _places: dict[str, int] = field(init=False)
+    _played: dict[tuple[Plan, str], Sample] = field(init=False, default_factory=dict)
+    _count: Counter[str] = field(init=False, default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self.rollout.concurrency)
+        self._places = {task.task_id: place for place, task in enumerate(self.tasks)}
+        self.progress = EvaluationProgress(0, self.threshold)
+
+    def begin(self, protocol: str = "", expected: int = 0) -> None:
+        """The progress is now that of this protocol, which samples at least `expected` times."""
+        self.progress = EvaluationProgress(expected, self.threshold, protocol)
+        self.tell(self.progress)
+
+    @property
+    def info(self) -> EnvironmentInfo:
+        return self.harness.info
+
+    def solves(self, sample: Sample) -> bool:
+        """Whether its reward reaches the success threshold."""
+        return sample.reward is not None and reaches(sample.reward, self.threshold)
+
+    async def attempt(
+        self,
+        task: TaskInfo,
+        sample: int = 0,
+        *,
+        system: str | None = None,
+        shown: str | None = None,
+        said: Callable[[str], str] | None = None,
+        tries: int = 1,
+        again: str = "{observation}",
+        until_solved: bool = True,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+    ) -> Sample:
+        """Attempt number `sample` at the task. Its reward is None where the infrastructure failed.
+
+        `system` is the system prompt, the environment's solver prompt if None. `shown` stands in the place of the
+        first observation. `said` changes each answer of the policy before the environment reads it. The evaluation's
+        settings decide how tokens are sampled, unless `temperature`, `top_p` or `top_k` are given.
+
+        With `tries` above 1, an attempt that did not solve the task is followed by another in the same conversation,
+        with `until_solved` false also one that did; `again` is its first message, with `{feedback}` and
+        `{observation}`. The reward is that of the last try, `Sample.try_rewards` has all.
+
+        Raises ServiceUnavailable when a service stays unreachable.
+        """
+        own = self.settings
+        sampling = SamplingParams(
+            own.temperature if temperature is None else temperature,
+            own.top_p if top_p is None else top_p,
+            own.top_k if top_k is None else top_k,
+            self.rollout.max_tokens,
+        )
+        seed = derive_seed(self.seed, "evaluation", task.task_id, sample)
+        solved_at = self.threshold if until_solved else inf
+        plan = Plan(task.task_id, sampling, seed, tries, again, solved_at, shown=shown, said=said)
+        system = self.info.prompts.solver if system is None else system
+        if (plan, system) in self._played:
+            return self._played[plan, system]
+        blank = Sample.planned(self._new_id(task, f"r{sample}"), "first", system)
+        self._asked()
+        async with self._slots:
+            attempt = await self.harness.attempt(blank, plan)
+        self._played[plan, system] = attempt
+        self._ended(attempt)
+        return attempt
+
+    async def write(
+        self, task: TaskInfo, purpose: str, user: str, *, system: str = "", temperature: float = 0.7, top_p: float = 1.0
+    ) -> Sample:
+        """A text: the answer to the message `user`, without its thoughts. `purpose` tells the texts for a task apart.
+
+        It is complete only with Outcome.COMPLETED, and empty where the infrastructure failed.
+        """
+        blank = Sample.planned(self._new_id(task, purpose), purpose, system)
+        sampling = SamplingParams(temperature, top_p, max_tokens=self.rollout.max_tokens)
+        seed = derive_seed(self.seed, "evaluation", task.task_id, purpose)
+        self._asked()
+        async with self._slots:
+            text = await self.harness.write(blank, user, sampling, seed, self.writers.get(self.progress.protocol))
+        self._ended(text)
+        return text
+
+    async def observe(self, task: TaskInfo) -> str | None:
+        """The first observation of the task. None where the environment failed, which counts as excluded."""
+        environment = self.harness.environment
+        episode_id = f"{self._new_id(task, 'o')}-{self.harness.incarnation}"
+        async with self._slots:
+            try:
+                episode = await environment.start(self.info.name, task.task_id, episode_id)
+            except (DomainError, CallFailed):
+                self.progress.excluded += 1
+                return None
+            with suppress(DomainError, CallFailed):
+                await episode.end()
+        return episode.observation
+
+    def _asked(self) -> None:
+        self.progress.asked += 1
+
+    def _ended(self, sample: Sample) -> None:
+        self.progress.add(sample)
+        self.tell(self.progress)
+
+    def _new_id(self, task: TaskInfo, part: str) -> str:
+        """A task's id may be as long as an attempt's, so its place stands for it."""
+        sample_id = f"{self.name}-t{self._places[task.task_id]}-{part}"
+        self._count[sample_id] += 1
+        return sample_id if self._count[sample_id] == 1 else f"{sample_id}-n{self._count[sample_id]}"

@@ -1,0 +1,50 @@
+"""Evaluation protocols, a module each: from a policy and tasks to named metrics.
+
+A module exports
+
+- `Settings`, a subclass of `ProtocolSettings`: one table of `evaluation.protocols`;
+- `async def run(player: Player, tasks: Sequence[TaskInfo], settings: Settings) -> dict[str, float]`, which plays with
+  the helpers of `Player` (`mulligan.trainer.player`) and returns metrics by name. A metric that cannot be measured is
+  left out. `gather_or_cancel` of `mulligan.common.tasks` runs many attempts at a time.
+
+It may export `lacks(environment: EnvironmentInfo, tasks: Sequence[TaskInfo], settings: Settings) -> str`: what the
+environment must have and has not, "" if nothing. Then the evaluation is refused before anything is sampled. What is
+known of single tasks are their `tags`, which the contract of the environment service describes.
+
+`name` is that of a module here, of an entry point of the group `mulligan.protocols`, or of any importable module.
+"""
+
+from __future__ import annotations
+
+from pydantic import ConfigDict, Field
+
+from mulligan.common.plugins import Plugins, PluginSettings
+
+
+class ProtocolSettings(PluginSettings):
+    """What every protocol has. A protocol's own `Settings` add to it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str
+    label: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+    @property
+    def prefix(self) -> str:
+        """Begins the names of its metrics."""
+        return self.label or self.name.rpartition(".")[2]
+
+
+class WritingSettings(ProtocolSettings):
+    """Of a protocol that has texts written: by the policy `writer` of the policy service, else by the measured one."""
+
+    writer: str = Field("", max_length=64)
+
+
+PROTOCOLS = Plugins(
+    noun="protocol",
+    package=__name__,
+    group="mulligan.protocols",
+    exports=("Settings", "run"),
+    settings=ProtocolSettings,
+)
