@@ -165,7 +165,7 @@ class EvaluationSettings(_Settings):
         labels = [protocol.prefix for protocol in self.protocols]
         for index, label in enumerate(labels):
             if label in labels[:index]:
-                raise located({("protocols", index, "label"): f"{label!r} is there twice; expected another label"})
+                raise located({(f"protocols[{index}]", "label"): f"{label!r} is there twice; expected another label"})
         return self
 
 

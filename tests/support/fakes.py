@@ -82,6 +82,8 @@ class FakeEnvironment:
     player_count: int = 1
     started: list[str] = field(default_factory=list)
     in_parts: bool = False
+    shows: dict[str, str] = field(default_factory=dict)  # first observations, where they are not "board TASK"
+    deterministic: bool = True
 
     async def describe(self, environment: str) -> EnvironmentInfo:
         return EnvironmentInfo(
@@ -90,7 +92,7 @@ class FakeEnvironment:
             PROMPTS,
             self.turns,
             1.0,
-            True,
+            self.deterministic,
             {Split.TRAIN: len(self.answers), Split.TEST: 1},
             self.tools,
             self.unavailable,
@@ -116,7 +118,7 @@ class FakeEpisode:
 
     @property
     def observation(self) -> str:
-        return self.seen or f"board {self.task_id}"
+        return self.seen or self.environment.shows.get(self.task_id, f"board {self.task_id}")
 
     async def step(self, action: str) -> EpisodeStep:
         self.environment.fail(self.episode_id)

@@ -39,8 +39,9 @@ TORCH_FOLDERS = (
 
 # The algorithm, what it plays with, and the protocols that it takes.
 ALGORITHM = (
-    *(f"services/trainer/{name}.py" for name in ("step", "member", "batch", "evaluation", "harness", "interfaces")),
+    *(f"services/trainer/{name}.py" for name in ("step", "member", "batch", "evaluation", "player", "harness", "interfaces")),
     *(f"services/trainer/algorithms/{path.name}" for path in (ROOT / "services/trainer/algorithms").glob("*.py")),
+    *(f"services/trainer/protocols/{path.name}" for path in (ROOT / "services/trainer/protocols").glob("*.py")),
 )
 TRANSPORT = (*CLIENTS, "servicer", "wire", "channel", "server", "status", "validation")
 PLUGINS = ("services/policy/backends", "services/env/envs", "services/env/encoders", "services/memory/stores")

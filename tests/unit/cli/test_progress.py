@@ -11,7 +11,7 @@ from itertools import count
 import pytest
 
 from mulligan.cli.out import Heartbeat, note
-from mulligan.cli.progress import EvaluationDisplay, show
+from mulligan.cli.progress import EvaluationDisplay, evaluation_text, show
 from mulligan.trainer.client import RunInfo
 from mulligan.trainer.events import Entry, EvaluationEvent, Event, StateEvent, StepEvent
 from mulligan.trainer.folder import RunState
@@ -71,6 +71,23 @@ def test_an_evaluation_in_a_pipe_goes_on_before_its_first_attempt_has_ended(caps
         told.until("evaluating lake … ")
         display.update(1, 4, 0.5)
         told.until("1/4 attempts  success so far 0.50  left ")
+
+
+def test_an_evaluation_says_which_protocol_plays(capsys: pytest.CaptureFixture[str]) -> None:
+    told = Told(capsys)
+    with EvaluationDisplay("lake", first=SOON, every=SOON) as display:
+        display.update(3, 4, 0.5, "pass_at_k")
+        told.until("pass_at_k: 3/4 attempts  success so far 0.50  left ")
+
+
+def test_metrics_of_protocols_are_in_the_order_of_their_numbers() -> None:
+    metrics = {"turns/gain": 0.5, "pass_at_k/pass@10": 1.0, "pass_at_k/pass@2": 0.25}
+    text = evaluation_text(EvaluationEvent(5, 0.5, 0.5, 4, 0, metrics))
+    assert text.splitlines() == [
+        "test success after 5 steps: 0.500  (4 first attempts)",
+        "  pass_at_k: pass@2 0.250  pass@10 1.000",
+        "  turns: gain 0.500",
+    ]
 
 
 def test_a_heartbeat_counts_from_the_last_line(capsys: pytest.CaptureFixture[str]) -> None:

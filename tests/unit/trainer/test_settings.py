@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from enum import StrEnum
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -21,6 +21,7 @@ from mulligan.common.suggest import problems
 from mulligan.common.types import RetrievalStrategy
 from mulligan.trainer.algorithms import erl
 from mulligan.trainer.loss_terms import KlEstimator, KlReference, MismatchCorrection
+from mulligan.trainer.protocols import ProtocolSettings
 from mulligan.trainer.settings import (
     EvaluationSettings,
     LoraSettings,
@@ -32,7 +33,7 @@ from mulligan.trainer.settings import (
     TrainedModelSettings,
 )
 from mulligan.trainer.v1 import run_config_pb2
-from mulligan.trainer.wire import plain_from_proto, settings_from_proto, settings_to_proto
+from mulligan.trainer.wire import plain_from_proto, settings_from_proto, settings_to_proto, validated
 from tests.support.paths import ROOT
 
 MESSAGES: dict[str, type[BaseModel]] = {
@@ -44,6 +45,7 @@ MESSAGES: dict[str, type[BaseModel]] = {
     "LossConfig": LossSettings,
     "OptimizerConfig": OptimizerSettings,
     "EvaluationConfig": EvaluationSettings,
+    "ProtocolConfig": ProtocolSettings,
     "PoliciesConfig": PoliciesSettings,
 }
 WIRE_ONLY = {"second_attempt", "settings"}  # read as `name`, and as settings beside the others
@@ -55,6 +57,8 @@ def inner(annotation: Any) -> Any:
     if get_origin(annotation) in (Union, UnionType):
         (annotation,) = (part for part in get_args(annotation) if part is not type(None))
     if get_origin(annotation) is tuple:
+        return inner(get_args(annotation)[0])
+    if get_origin(annotation) is Annotated:
         return get_args(annotation)[0]
     if get_origin(annotation) is Literal:
         return type(get_args(annotation)[0])
@@ -106,7 +110,8 @@ def _is_type(name: str, field: FieldDescriptor) -> bool:
 def test_a_setting_whose_zero_is_legal_has_presence() -> None:
     """Else a client could not ask for 0 where the default is another number."""
     for path, field, _ in pairs(run_config_pb2.RunConfig.DESCRIPTOR, RunSettings):
-        always_meant = ("environment", "model.source", "model.lora.rank", "algorithm.name", "algorithm.advantage")
+        always_meant = {"environment", "model.source", "model.lora.rank", "algorithm.name", "algorithm.advantage"}
+        always_meant |= {"evaluation.protocols.name"}
         assert field.has_presence or field.enum_type or field.is_repeated or path in always_meant, path
 
 
@@ -114,7 +119,7 @@ def test_an_empty_config_is_the_defaults() -> None:
     assert settings_from_proto(run_config_pb2.RunConfig(environment="e")) == RunSettings(environment="e")
     whole = settings_to_proto(RunSettings(environment="e"))
     for path, field, _ in pairs(run_config_pb2.RunConfig.DESCRIPTOR, RunSettings):
-        absent = path.startswith("model.lora") or path == "algorithm.memory_scope"
+        absent = path.startswith(("model.lora", "evaluation.protocols.")) or path == "algorithm.memory_scope"
         if not absent and not field.is_repeated:
             assert _value(plain_from_proto(whole), path) is not None, f"{path} is stored with the run"
 
@@ -169,7 +174,12 @@ RUNS = st.builds(
         names=st.just(["a"]),
     ),
     optimizer=st.builds(OptimizerSettings, learning_rate=st.just(0.0) | positive, warmup_steps=st.integers(0, 9)),
-    evaluation=st.builds(EvaluationSettings, every=st.integers(0, 9), temperature=st.just(0.0) | positive),
+    evaluation=st.builds(
+        EvaluationSettings,
+        every=st.integers(0, 9),
+        temperature=st.just(0.0) | positive,
+        protocols=st.just(()) | st.just(({"name": "pass_at_k", "k": [1, 3]}, {"name": "turns", "label": "t"})),
+    ),
     policies=st.builds(PoliciesSettings, actor=st.sampled_from(["", "a"]), reflector=st.sampled_from(["", "R-2.b_c"])),
     seed=st.integers(0, 2**63 - 1),
     deterministic=st.booleans(),
@@ -208,7 +218,7 @@ GROUPS = [
     ("RolloutConfig", ("reflection_temperature", "reflection_top_p", "reflection_max_tokens")),
     ("EvaluationConfig", ("temperature", "top_p", "top_k")),
 ]
-WITHOUT_DEFAULT = {("RunConfig", "environment"), ("LoraConfig", "rank")}
+WITHOUT_DEFAULT = {("RunConfig", "environment"), ("LoraConfig", "rank"), ("ProtocolConfig", "name")}
 
 
 def documented_default(message: str, name: str) -> str | None:
@@ -292,6 +302,32 @@ def test_over_the_wire_too() -> None:
     with pytest.raises(DomainError, match="did you mean 'clip_high'") as caught:
         settings_from_proto(config)
     assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.INVALID_SETTING, "loss.clip_hihg")
+
+
+@pytest.mark.parametrize(
+    ("protocols", "field", "words"),
+    [
+        ([{"name": "pas_at_k"}], "[0].name", "did you mean 'pass_at_k'"),
+        ([{"k": [1]}], "[0].name", "expected one of "),
+        ([{"name": "turns"}, {"name": "pass_at_k", "k": [1, 0]}], "[1].k[1]", "greater than or equal to 1"),
+        ([{"name": "pass_at_k", "kk": [1]}], "[0].kk", "did you mean 'k'"),
+        ([{"name": "pass_at_k", "samples": 3}], "[0].samples", "at least the largest k, 4"),
+        ([{"name": "turns"}, {"name": "turns"}], "[1].label", "'turns' is there twice"),
+        ([{"name": "turns", "label": "a/b"}], "[0].label", "match pattern"),
+        ([{"name": "turns"}, 3], "[1]", "dictionary"),
+        ([{"name": "json"}], "[0].name", "'json' is no protocol: it has no `Settings`"),
+    ],
+)
+def test_a_bad_setting_of_a_protocol_is_named(protocols: Any, field: str, words: str) -> None:
+    with pytest.raises(DomainError) as caught:
+        validated(RunSettings, {"environment": "e", "evaluation": {"protocols": protocols}})
+    assert caught.value.metadata == {"field": f"evaluation.protocols{field}"} and words in caught.value.message
+
+
+def test_a_protocol_may_be_there_twice_under_two_labels() -> None:
+    twice = [{"name": "turns", "tries": 2, "label": "short"}, {"name": "turns"}]
+    found = validated(EvaluationSettings, {"protocols": twice}).protocols
+    assert [protocol.prefix for protocol in found] == ["short", "turns"]
 
 
 def test_settings_without_a_field_travel_by_name() -> None:

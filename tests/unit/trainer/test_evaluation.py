@@ -1,0 +1,233 @@
+"""Evaluations: the player, protocols of somebody else's, and where their metrics go."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.inference import SamplingParams
+from mulligan.trainer.evaluation import ProtocolFailed, evaluate
+from mulligan.trainer.events import EvaluationEvent, EventLog
+from mulligan.trainer.folder import RunState
+from mulligan.trainer.manager import RunManager
+from mulligan.trainer.metrics import EvaluationProgress
+from mulligan.trainer.run import ServicePorts
+from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
+from mulligan.trainer.wire import evaluation_from_proto, evaluation_to_proto, validated
+from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy, timeout
+from tests.support.measuring import measured, player, seed_of
+from tests.support.waiting import until
+
+FIRST_AND_HINTED = '''
+"""Attempts with and without a hint in the system prompt."""
+
+from mulligan.common.tasks import gather_or_cancel
+from mulligan.trainer.protocols import ProtocolSettings
+
+
+class Settings(ProtocolSettings):
+    name: str = "acme.hinted"
+    hint: str
+
+
+def lacks(environment, tasks, settings):
+    return "there is a task without a number" if any(not task.task_id[1:].isdigit() for task in tasks) else ""
+
+
+async def run(player, tasks, settings):
+    if settings.hint == "break":
+        raise KeyError("nothing here")
+    if settings.hint == "nan":
+        return {"share": float("nan")}
+    if settings.hint == "none":
+        return None
+    plain = await gather_or_cancel(player.attempt(task) for task in tasks)
+    hinted = await gather_or_cancel(player.attempt(task, system=settings.hint) for task in tasks)
+    text = await player.write(tasks[0], "opinion", "well?", system="judge")
+    better = [player.solves(two) - player.solves(one) for one, two in zip(plain, hinted, strict=True)]
+    return {"better": sum(better) / len(better), "said": len(text.text)}
+'''
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A protocol of somebody else's package; its name."""
+    folder = tmp_path / "packages" / "acme"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    (folder / "hinted.py").write_text(FIRST_AND_HINTED)
+    monkeypatch.syspath_prepend(str(folder.parent))
+    yield "acme.hinted"
+    for name in [name for name in sys.modules if name.partition(".")[0] == "acme"]:
+        del sys.modules[name]
+
+
+def says(system: str, last: str, sampling: SamplingParams) -> str:
+    if system == "judge":
+        return "good"
+    return "go" if system == "hint" or "t0" in last else "no"
+
+
+def board(count: int = 4, **others: Any) -> FakeEnvironment:
+    return FakeEnvironment({f"t{number}": "go" for number in range(count)}, **others)
+
+
+async def test_a_protocol_from_outside_the_tree(outside: str) -> None:
+    policy = FakePolicy(says)
+    found = await measured(board(), policy, {"name": outside, "hint": "hint", "label": "with-hint"})
+    assert found == EvaluationEvent(0, 0.25, 0.25, 4, 0, {"with-hint/better": 0.75, "with-hint/said": 4.0})
+    assert len(policy.calls) == 4 + 4 + 1, "the plain attempts are those of the evaluation"
+    with pytest.raises(DomainError, match="cannot be measured in 'fake': there is a task without a number"):
+        await measured(FakeEnvironment({"lake": "go"}), policy, {"name": outside, "hint": "hint"})
+
+
+@pytest.mark.parametrize(
+    ("hint", "words"),
+    [
+        ("break", ["raised", "KeyError: 'nothing here'", "hinted.py"]),
+        ("nan", ["returned 'share': nan; expected finite numbers by name"]),
+        ("none", ["returned a NoneType"]),
+    ],
+)
+async def test_a_protocol_that_fails_is_named(outside: str, hint: str, words: list[str]) -> None:
+    with pytest.raises(ProtocolFailed) as caught:
+        await measured(board(), FakePolicy(says), {"name": outside, "hint": hint})
+    assert all(word in str(caught.value) for word in ["protocol 'acme.hinted'", *words])
+
+
+async def test_an_evaluation_repeats_and_its_samples_differ() -> None:
+    async def seeds(seed: int) -> list[Any]:
+        policy = FakePolicy(says)
+        await measured(board(), policy, {"name": "pass_at_k"}, {"name": "misled"}, seed=seed)
+        return [(prompt, sampling.seed) for prompt, sampling in policy.calls]
+
+    assert await seeds(0) == await seeds(0)
+    assert {seed for _, seed in await seeds(0)}.isdisjoint(seed for _, seed in await seeds(1))
+    policy = FakePolicy(says)
+    await measured(board(1), policy, samples=3, seed=7)
+    assert [sampling.seed for _, sampling in policy.calls] == [seed_of("t0", number, seed=7) for number in range(3)]
+
+
+async def test_ids_are_all_different() -> None:
+    policy = FakePolicy(says)
+    environment = board()
+    tables = ({"name": "turns", "tries": 2}, {"name": "variants", "operators": ["length", "paraphrase"]})
+    await measured(environment, policy, *tables, samples=2)
+    assert len(set(environment.started)) == len(environment.started)
+    ids = [options.request_id for options in policy.options]
+    assert len(set(ids)) == len(ids)
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_no_more_run_at_a_time_than_the_limit(limit: int) -> None:
+    running = set[str]()
+    most = 0
+
+    class Slow(FakeEnvironment):
+        async def start(self, environment: str, task_id: str, episode_id: str) -> Any:
+            nonlocal most
+            running.add(episode_id)
+            most = max(most, len(running))
+            await asyncio.sleep(0)
+            running.discard(episode_id)
+            return await super().start(environment, task_id, episode_id)
+
+    answers = dict.fromkeys(map(str, range(6)), "go")
+    await measured(Slow(answers), FakePolicy(says), {"name": "turns"}, samples=2, concurrency=limit)
+    assert most == limit
+
+
+async def test_progress_is_told_of_each_protocol() -> None:
+    told: list[tuple[str, int, int, float | None]] = []
+
+    def tell(progress: EvaluationProgress) -> None:
+        told.append((progress.protocol, progress.ended, progress.total, progress.success))
+
+    made = await player(board(2), FakePolicy(says), samples=2, tell=tell)
+    await evaluate(made)
+    assert told[0] == ("", 0, 4, None) and [one[1] for one in told] == [0, 1, 2, 3, 4] and told[-1] == ("", 4, 4, 0.5)
+    told.clear()
+    await measured(board(2), FakePolicy(says), {"name": "misled"}, tell=tell)
+    own = [one for one in told if one[0] == "misled"]
+    assert own[0] == ("misled", 0, 0, None) and own[-1] == ("misled", 4, 4, 0.5)
+    assert all(ended <= total for _, ended, total, _ in told)
+
+
+async def test_a_failing_environment_excludes_and_fails_nothing() -> None:
+    def fails(episode_id: str) -> None:
+        if "-t1-" in episode_id:
+            raise timeout()
+
+    made = await player(board(2, fail=fails), FakePolicy(says))
+    attempt = await made.attempt(made.tasks[1])
+    assert attempt.reward is None and not made.solves(attempt) and made.progress.excluded == 1
+    assert await made.observe(made.tasks[0]) == "board t0"
+
+
+def manager(folder: Path, environment: FakeEnvironment, policy: FakePolicy) -> RunManager:
+    async def open_learner(run_id: str, settings: RunSettings) -> FakeLearner:
+        return FakeLearner()
+
+    return RunManager(folder, ServicePorts(environment, policy, FakeMemory(), open_learner))
+
+
+def run_settings(*protocols: Any) -> RunSettings:
+    plain = {
+        "environment": "fake",
+        "steps": 2,
+        "algorithm": {"name": "rlvr"},
+        "rollout": {"tasks_per_step": 1, "rollouts_per_task": 2},
+        "evaluation": {"every": 1, "samples": 1, "protocols": list(protocols)},
+    }
+    return validated(RunSettings, plain)
+
+
+async def test_a_run_measures_at_each_evaluation(tmp_path: Path) -> None:
+    runs = manager(tmp_path, board(), FakePolicy(says))
+    runs.start("r", run_settings({"name": "pass_at_k", "k": [2]}))
+    await until(lambda: runs.record("r").state is not RunState.RUNNING)
+    assert runs.record("r").error == "" and runs.record("r").state is RunState.COMPLETED
+    await runs.close()
+    read = EventLog(tmp_path / "r" / "events.jsonl").evaluations()
+    assert [event.metrics for event in read.values()] == [{"pass_at_k/pass@2": 0.25}] * 3
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert [one["metrics"] for one in summary["evaluations"]] == [{"pass_at_k/pass@2": 0.25}] * 3
+
+
+async def test_what_does_not_fit_ends_a_run_before_anything_is_sampled(tmp_path: Path) -> None:
+    policy = FakePolicy(says)
+    environment = board()
+    runs = manager(tmp_path, environment, policy)
+    for name, table, words in (
+        ("unfit", {"name": "refusal"}, "evaluation.protocols[0].name: 'refusal' cannot be measured in 'fake'"),
+        ("nobody", {"name": "variants", "operators": ["length"], "writer": "nobody"}, "there is no policy 'nobody'"),
+    ):
+        runs.start(name, run_settings(table))
+        await until(lambda name=name: runs.record(name).state is not RunState.RUNNING)  # type: ignore[misc]
+        assert runs.record(name).state is RunState.FAILED and words in runs.record(name).error
+    assert not policy.calls and not policy.updates
+    settings = validated(EvaluationSettings, {"protocols": [{"name": "turns"}, {"name": "refusal"}]})
+    with pytest.raises(DomainError) as caught:
+        await runs.evaluate("fake", settings, RolloutSettings(), 0, 1.0)
+    assert caught.value.reason is Reason.INVALID_SETTING and caught.value.metadata == {"field": "protocols[1].name"}
+    assert not policy.calls
+    await runs.close()
+
+
+def test_events_of_former_versions_are_read(tmp_path: Path) -> None:
+    old = b'{"number":1,"time":"2026-01-02T03:04:05Z","event":{"type":"evaluation","step":0,"success":0.5,'
+    old += b'"mean_reward":0.25,"attempts":4,"excluded":1}}\n'
+    (tmp_path / "events.jsonl").write_bytes(old)
+    log = EventLog(tmp_path / "events.jsonl")
+    assert log.evaluations() == {0: EvaluationEvent(0, 0.5, 0.25, 4, 1, {})}
+    log.add(EvaluationEvent(5, 0.5, 0.25, 4, 1, {"turns/gain": 0.25}))
+    assert EventLog(tmp_path / "events.jsonl").evaluations()[5].metrics == {"turns/gain": 0.25}
+    event = log.evaluations()[5]
+    assert evaluation_from_proto(evaluation_to_proto(event)) == event
