@@ -38,8 +38,9 @@ TORCH_FOLDERS = (
 )
 
 # The algorithm, what it plays with, and the protocols that it takes.
+_PLAYED_WITH = ("member", "player", "harness", "interfaces")
 ALGORITHM = (
-    *(f"services/trainer/{name}.py" for name in ("step", "member", "batch", "evaluation", "player", "harness", "interfaces")),
+    *(f"services/trainer/{name}.py" for name in ("step", "batch", "evaluation", *_PLAYED_WITH)),
     *(f"services/trainer/algorithms/{path.name}" for path in (ROOT / "services/trainer/algorithms").glob("*.py")),
     *(f"services/trainer/protocols/{path.name}" for path in (ROOT / "services/trainer/protocols").glob("*.py")),
 )
