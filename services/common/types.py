@@ -80,8 +80,8 @@ class StepResult:
     """The result of one action.
 
     - `observation` is all that the agent sees during the attempt, including notices of actions without effect.
-    - `action` is the action that the environment read in the agent's text ("Up", "Up (no effect)", "invalid"). Traces
-      for a reflector show it.
+    - `action` is the action that the environment read in the agent's text ("Up", "Up (no effect)"). Traces for a
+      reflector show it. Where it found none, it is "invalid" or ends in "(invalid)".
     - `feedback` is set on the last step only. It never enters the attempt's own context.
     - `tool` names the tool whose answer the observation is; if empty, the environment speaks as the user.
     - `player` is the player whose turn is next, and who sees the observation. `reward` belongs to the player who acted;

@@ -114,14 +114,22 @@ def check_environment(environment: EnvironmentInfo, policy: PolicyInfo) -> None:
         )
 
 
-def check_algorithm(algorithm: ModuleType, environment: EnvironmentInfo, policy: PolicyInfo) -> None:
-    """Checks that environment and policy can do what the algorithm declares in `NEEDS`."""
+def check_algorithm(
+    algorithm: ModuleType, environment: EnvironmentInfo, policy: PolicyInfo, speakers: Collection[str] = ()
+) -> None:
+    """Checks that environment and policy can do what the algorithm declares in `NEEDS`. `speakers` are the purposes for
+    which the run has policies of their own.
+
+    Raises DomainError INVALID_SETTING.
+    """
     lacking = {
         "fork": not (environment.can_fork and environment.deterministic)
         and f"forks episodes, and environment {environment.name!r} has no forks",
         "tokenize": policy.rewrites_history
         and "joins what was sampled in several turns, and the chat template of policy "
         f"{policy.name!r} rewrites earlier turns",
+        "own_reflections": "reflector" in speakers
+        and "trains the policy on its reflections, and here another one writes them (policies.reflector)",
     }
     needs: Collection[str] = getattr(algorithm, "NEEDS", ())
     name = algorithm.__name__.rpartition(".")[2]

@@ -181,7 +181,7 @@ class Run:
         restarts = settings.rollout.max_restarts
         harness = Harness(self.environment.port, actor, info, actor.info, incarnation, restarts, speakers)
         runner = StepRunner(self.run_id, settings, harness, services.memory, learner)
-        check_algorithm(runner.algorithm, info, actor.info)
+        check_algorithm(runner.algorithm, info, actor.info, speakers)
         check_protocols(info, tasks.test, settings.evaluation, "evaluation.")
         writers = await open_writers(services.policy, settings.evaluation)
         threshold = settings.algorithm.success_threshold

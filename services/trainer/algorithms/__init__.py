@@ -8,8 +8,9 @@ A module exports
 - `def train(groups: Sequence[Group], settings: Settings) -> list[Datum]`, a pure function from the step's groups to
   weighted training data. Helpers are in `mulligan.trainer.batch` and `mulligan.trainer.advantages`.
 
-It may export `NEEDS`, a set of what environment and policy must be able to do: "fork" (for `Member.fork`), "tokenize"
-(a chat template that only appends). A run that lacks it is refused before anything is sampled.
+It may export `NEEDS`, a set of what a run must have: "fork" (an environment for `Member.fork`), "tokenize" (a chat
+template that only appends), "own_reflections" (no `policies.reflector`). A run that lacks it is refused before anything
+is sampled.
 
 `algorithm.name` is the name of a module here, of an entry point of the group `mulligan.algorithms`, or of any
 importable module.

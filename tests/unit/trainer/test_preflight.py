@@ -1,0 +1,44 @@
+"""What an algorithm declares to need, and what a run lacks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mulligan.common.errors import DomainError, Reason
+from mulligan.trainer.preflight import check_algorithm
+from tests.support.fakes import FakeEnvironment, FakePolicy
+
+
+async def checked(needs: set[str], *, rewrites: bool = False, can_fork: bool = True, speakers: Any = ()) -> None:
+    algorithm = ModuleType("acme.mine")
+    algorithm.NEEDS = needs  # type: ignore[attr-defined]
+    policy = FakePolicy(lambda system, last, sampling: "", rewrites_history=rewrites)
+    environment = await FakeEnvironment({}).describe("fake")
+    check_algorithm(
+        algorithm, replace(environment, can_fork=can_fork), replace(await policy.info(), name="served"), speakers
+    )
+
+
+async def test_a_run_that_has_what_its_algorithm_needs() -> None:
+    await checked({"fork", "tokenize", "own_reflections"}, speakers=("judge",))
+    await checked(set(), rewrites=True, can_fork=False, speakers=("reflector",))
+
+
+@pytest.mark.parametrize(
+    ("need", "lacking", "words"),
+    [
+        ("fork", {"can_fork": False}, "'mine' forks episodes, and environment 'fake' has no forks"),
+        ("tokenize", {"rewrites": True}, "the chat template of policy 'served' rewrites earlier turns"),
+        ("own_reflections", {"speakers": ("reflector",)}, "another one writes them (policies.reflector)"),
+        ("frok", {}, "'mine' declares an unknown need 'frok'; did you mean 'fork'?"),
+    ],
+)
+async def test_a_run_without_it_is_refused(need: str, lacking: dict[str, Any], words: str) -> None:
+    with pytest.raises(DomainError) as caught:
+        await checked({need}, **lacking)
+    assert caught.value.reason is Reason.INVALID_SETTING and caught.value.metadata["field"] == "algorithm.name"
+    assert words in caught.value.message
