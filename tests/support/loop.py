@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mulligan.common.errors import DomainError, Reason
 from mulligan.common.experience import Experience
 from mulligan.common.inference import PolicyInfo
 from mulligan.trainer.data import Datum, PolicyGradient
 from mulligan.trainer.harness import Harness
+from mulligan.trainer.journal import StepJournal, StepStarted
 from mulligan.trainer.member import NoRecorder, Recorder
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
-from mulligan.trainer.wire import settings_from_proto, settings_to_proto
+from mulligan.trainer.wire import settings_from_proto, settings_to_proto, validated
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 
 
@@ -76,3 +81,24 @@ def trained_text(datum: Datum) -> str:
 
 def whole_text(datum: Datum) -> str:
     return "".join(map(chr, datum.token_ids))
+
+
+async def lives(make: Callable[[], Loop], folder: Path) -> list[list[Experience]]:
+    """The experiences of a step, and those of its repetition by a second process, which samples nothing anew."""
+    found = []
+    for life in range(2):
+        journal = StepJournal(folder, 0)
+        journal.start(StepStarted(0, ["t0"], 0, 0))
+        loop = make()
+        found.append(await loop.step(recorder=journal))
+        journal.close()
+        assert bool(loop.policy.calls) is (life == 0)
+    return found
+
+
+def refused(table: dict[str, Any]) -> tuple[str, str]:
+    """The setting for which a run with this algorithm is refused, and what is said of it."""
+    with pytest.raises(DomainError) as caught:
+        validated(RunSettings, {"environment": "fake", "algorithm": table})
+    assert caught.value.reason is Reason.INVALID_SETTING
+    return caught.value.metadata["field"], caught.value.message
