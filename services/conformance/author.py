@@ -87,6 +87,8 @@ async def slices(made: Made) -> None:
         whole = await listed(made, split, 0, 40)
         for task in whole:
             demand(isinstance(task, TaskInfo), "list_tasks returns TaskInfo", f"a {type(task).__name__} is in the list")
+            texts = all(isinstance(text, str) for pair in task.tags.items() for text in pair)
+            demand(texts, "the tags of a task are texts by name", f"{task.task_id}: {task.tags}")
         expected = f"{min(count, 40)} tasks, as info.task_counts says"
         demand(len(whole) == min(count, 40), expected, f"list_tasks({str(split)!r}, 0, 40) has {len(whole)} tasks")
         for offset, limit in ((0, 1), (1, 3), (7, 5), (max(len(whole) - 2, 0), 2)):

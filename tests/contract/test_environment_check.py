@@ -40,6 +40,7 @@ FAULTS = {
     "empty-id": ("task ids are text of 1 to 200 characters", "the id '' has 0 characters"),
     "number-id": ("task ids are text of 1 to 200 characters", "the id 7 is a int, not text"),
     "unsendable-id": ("task ids are text of 1 to 200 characters", "cannot be sent"),
+    "odd-tags": ("list_tasks(split, offset, limit) gives slices of one list", "train/0: {'answerable': True}"),
     "no-offset": ("list_tasks(split, offset, limit) gives slices of one list", "list_tasks('train', 1, 3) gave"),
 }
 

@@ -110,6 +110,8 @@ class Dice:
             return []
         prefix = "both" if self._fault == "both-splits" else split
         tasks = [TaskInfo(f"{prefix}/{n}", split, 1.0) for n in range(TASKS[split])]
+        if self._fault == "odd-tags":
+            tasks = [replace(task, tags={"answerable": True}) for task in tasks]
         if self._fault == "twice":
             tasks[3] = tasks[1]
         if self._fault == "no-offset":

@@ -117,6 +117,26 @@ class EndlessPages(Faulty):
         return answer
 
 
+class UnshownChoices(Faulty):
+    title = "tags that evaluations read have the values that the contract names"
+
+    async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
+        answer = await super().ListTasks(request, context)
+        for task in answer.tasks:
+            task.tags["choices"] = "2"
+        return answer
+
+
+class UnknownAnswerable(Faulty):
+    title = "tags that evaluations read have the values that the contract names"
+
+    async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
+        answer = await super().ListTasks(request, context)
+        for task in answer.tasks:
+            task.tags["answerable"] = "no"
+        return answer
+
+
 class PagesOfAnySize(Faulty):
     title = "pages of any size list the same tasks in the same order"
 

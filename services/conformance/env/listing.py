@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from mulligan.env.v1 import env_service_pb2 as pb
 
 suite: Suite[Game] = Suite()
 LISTED = 2000  # tasks of a split that are checked
+_SHOWN = 3  # tasks with choices of which the observation is checked
+_CHOICE = re.compile(r"[A-Z]\. ")
 _PLACEHOLDERS = {
     "solver": (),
     "reflection_system": (),
@@ -106,6 +109,28 @@ async def once(game: Game) -> None:
     )
     twice = sorted({task_id for task_id in ids if ids.count(task_id) > 1}) if len(set(ids)) < len(ids) else []
     demand(not twice, "each task is listed once, in one split", f"{', '.join(twice[:5])} more than once")
+
+
+@suite.check("ListTasks", "tags that evaluations read have the values that the contract names")
+async def tags(game: Game) -> None:
+    tasks = [task for split in SPLITS for task in (await walk(game, split, 1000))[0]]
+    for task in tasks:
+        if "answerable" in task.tags:
+            known = task.tags["answerable"] in ("true", "false")
+            demand(known, "the tag `answerable` is true or false", task)
+        if "choices" in task.tags:
+            number = task.tags["choices"]
+            demand(number.isdecimal() and int(number) > 1, "the tag `choices` is a number above 1", task)
+        both = bool(task.tags.get("context")) == bool(task.tags.get("question"))
+        demand(both, "a task with one of the tags `context` and `question` has the other, too", task)
+    if game.info.unavailable:
+        return
+    for task in [task for task in tasks if "choices" in task.tags][:_SHOWN]:
+        lines = (await game.start(task.task_id)).begun.observation.splitlines()
+        letters = [line[0] for line in lines if _CHOICE.match(line)]
+        expected = [chr(ord("A") + number) for number in range(int(task.tags["choices"]))]
+        wanted = f"the first observation of a task with {len(expected)} `choices` has a line for each, from `A. ` on"
+        demand(letters[-len(expected) :] == expected, wanted, "\n".join(lines)[:400])
 
 
 @suite.check("ListTasks", "pages of any size list the same tasks in the same order")

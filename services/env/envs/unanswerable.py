@@ -160,10 +160,7 @@ class Unanswerable:
         first = max(offset, 0)
         tasks = self.wrapped.list_tasks(split, first, limit)
         chosen = self._unanswerable[split]
-        return [
-            replace(task, task_id=task.task_id + SUFFIX) if index in chosen else task
-            for index, task in enumerate(tasks, start=first)
-        ]
+        return [_tagged(task, index not in chosen) for index, task in enumerate(tasks, start=first)]
 
     def start(self, task_id: str) -> UnanswerableEpisode:
         own = task_id.removesuffix(SUFFIX)
@@ -229,6 +226,14 @@ def create(name: str, settings: Settings) -> Unanswerable:
     except BaseException:
         close(wrapped)
         raise
+
+
+def _tagged(task: TaskInfo, has_answer: bool) -> TaskInfo:
+    """The task in one version. The choices may be others without an answer."""
+    if has_answer:
+        return replace(task, tags=task.tags | {"answerable": "true"})
+    tags = {name: value for name, value in task.tags.items() if name != "choices"}
+    return replace(task, task_id=task.task_id + SUFFIX, tags=tags | {"answerable": "false"})
 
 
 def _rank(seed: int, split: Split, index: int) -> bytes:

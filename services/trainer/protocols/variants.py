@@ -132,11 +132,11 @@ async def _version(
 
 
 def permuted(text: str, count: int, randomness: random.Random) -> Version | None:
-    """The choices in another order, under the letters as they were. None unless the text has `count` choices."""
+    """The choices in another order, under the letters as they were. None unless it ends with `count` choices."""
     lines = text.split("\n")
-    places = [place for place, line in enumerate(lines) if _CHOICE.fullmatch(line)]
+    places = [place for place, line in enumerate(lines) if _CHOICE.fullmatch(line)][-count:]
     letters = "".join(lines[place][0] for place in places)
-    if count < 2 or len(places) != count or letters != "".join(chr(ord("A") + number) for number in range(count)):
+    if count < 2 or letters != "".join(chr(ord("A") + number) for number in range(count)):
         return None
     order = list(range(count))
     while order == sorted(order):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -47,6 +47,21 @@ class QuestionEntry:
     context: str = ""
     unanswerable: str = ""
     difficulty: float = 1.0
+    steering: str = ""  # in which of several contexts it is shown, "" where there is one; the id ends with it
+
+    def shown_in(self, steering: str) -> QuestionEntry:
+        """The question in one of several contexts."""
+        return replace(self, id=f"{self.id}/{steering}", steering=steering)
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Of its task: what evaluations may know of it."""
+        tags = {"answerable": str(bool(self.answers)).lower()}
+        if self.choices and self.answers:
+            tags["choices"] = str(len(self.choices))
+        if self.steering:
+            tags |= {"context": self.steering, "question": self.id.removesuffix(f"/{self.steering}")}
+        return tags
 
     @property
     def versions(self) -> Versions:

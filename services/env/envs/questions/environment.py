@@ -28,7 +28,7 @@ from mulligan.env.envs.questions.data import (
     without,
 )
 from mulligan.env.envs.questions.score import LETTERS, is_right, read
-from mulligan.env.envs.questions.steer_bench import STEERING, read_steer_bench
+from mulligan.env.envs.questions.steer_bench import ALL, STEERING, read_steer_bench
 from mulligan.env.files import required
 from mulligan.env.grid import TEST_SHARE
 from mulligan.env.prompts import generic_prompts
@@ -60,7 +60,7 @@ class Settings:
     name: str = "questions"
 
     def __post_init__(self) -> None:
-        for setting, given, known in (("format", self.format, FORMATS), ("steering", self.steering, STEERING)):
+        for setting, given, known in (("format", self.format, FORMATS), ("steering", self.steering, (*STEERING, ALL))):
             if given not in known:
                 raise ValueError(f"{setting} must be one of {', '.join(known)}, not {given!r}")
         if self.steering != "none" and self.format != "steer-bench":
@@ -121,7 +121,7 @@ class Questions:
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
         first = max(offset, 0)
         chosen = self._entries[split][first : first + max(limit, 0)]
-        return [TaskInfo(f"{split}/{entry.id}", split, entry.difficulty) for entry in chosen]
+        return [TaskInfo(f"{split}/{entry.id}", split, entry.difficulty, entry.tags) for entry in chosen]
 
     def start(self, task_id: str) -> QuestionEpisode:
         entry = self._find(task_id)

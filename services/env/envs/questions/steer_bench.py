@@ -28,6 +28,7 @@ from mulligan.env.envs.questions.score import LETTERS
 # What is shown before the question, the published configurations: vanilla, the community's name, pairs of instruction
 # and response of the topic, both, pairs of other topics.
 STEERING = ("none", "community", "examples", "both", "other_examples")
+ALL = "all"  # of them: each question is a task in each
 SHOTS = 12
 _CHOICE = re.compile(r"\(?([A-Z])[.):]\s*(\S.*)")
 _LABEL = re.compile(r"([A-Z])(?=$|[^\w'’\s]|\s+and\s+[A-Z]\b)(?:\s*(?:[/,]|and)\s*([A-Z])(?![\w'’]))*")
@@ -66,11 +67,15 @@ def read_steer_bench(files: Iterable[Path], steering: str) -> tuple[list[Questio
     collected = _Collection(rows)
     found: list[QuestionEntry] = []
     left_out = 0
+    contexts = STEERING if steering == ALL else (steering,)
     for place, row in rows:
-        for community, question, answer, pairs in _asked(place, row, collected, steering):
-            entry = _entry(place, community, question, answer, _context(steering, community, pairs))
-            found += [entry] if entry is not None else []
-            left_out += entry is None
+        for versions in zip(*(_asked(place, row, collected, context) for context in contexts), strict=True):
+            for context, (community, question, answer, pairs) in zip(contexts, versions, strict=True):
+                entry = _entry(place, community, question, answer, _context(context, community, pairs))
+                if entry is None:
+                    left_out += 1
+                    break  # in every context
+                found.append(entry.shown_in(context) if steering == ALL else entry)
     return found, left_out
 
 

@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from mulligan.env.base import Environment, Split, UnknownTask, Versions, act
 from mulligan.env.envs.questions.environment import FROM_DATA, NO_RIGHT_CHOICE, QuestionEpisode, Questions
+from mulligan.env.envs.questions.steer_bench import STEERING
 from tests.support.kinds import creator
 
 create = creator("questions")
@@ -339,6 +340,29 @@ def test_what_is_shown_before_the_question(tmp_path: Path, steering: str, shown:
             *(f"{word} {n}." in game.observation for n in (own, other)),
         ] == shown
         assert (", ".join(f"{one} {own}" for one in ("Before", "After") if one != word)) not in game.observation
+
+
+def test_a_question_may_be_a_task_in_each_context(tmp_path: Path) -> None:
+    rows = [collected(number, "A", "Not discussed") for number in (1, 2)]
+    whole = steered(tmp_path / "x", *rows, steering="all")
+    tasks = [task for split in Split for task in whole.list_tasks(split, 0, 100)]
+    assert [task.tags["context"] for task in tasks] == list(STEERING) * 2, "two questions of one community have a label"
+    assert {task.task_id.removeprefix(f"{task.split}/") for task in tasks} == {
+        f"{task.tags['question']}/{task.tags['context']}" for task in tasks
+    }
+    assert "2 without a usable answer left out" in whole.info.description
+    for steering in STEERING:
+        single = steered(tmp_path / "x", *rows, steering=steering)
+        for task in (task for split in Split for task in single.list_tasks(split, 0, 100)):
+            assert task.tags == {"answerable": "true", "choices": "4"}
+            shown = whole.start(f"{task.task_id}/{steering}")
+            assert shown.observation == single.start(task.task_id).observation
+
+
+def test_tags_of_tasks() -> None:
+    tags = {task.task_id: task.tags for task in create("x", {}).list_tasks(Split.TEST, 0, 100)}
+    assert tags["test/choice-05"] == {"answerable": "true", "choices": "4"}
+    assert tags["test/number-05"] == {"answerable": "true"}
 
 
 def test_ids_and_answers_do_not_depend_on_what_is_shown(tmp_path: Path) -> None:

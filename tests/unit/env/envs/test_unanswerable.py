@@ -247,6 +247,16 @@ def test_each_task_is_listed_in_a_version_that_it_has_or_the_share_is_refused(
                     environment.start(f"train/{index}{suffix}")
 
 
+def test_tags_say_which_version_a_task_is() -> None:
+    environment: Unanswerable = create("x", {"transformation": "no_right_choice"})
+    tasks = environment.list_tasks(Split.TRAIN, 0, 100)
+    for task in tasks:
+        has_answer = not task.task_id.endswith(SUFFIX)
+        choices = {"choices": "4"} if "choice" in task.task_id and has_answer else {}
+        assert task.tags == {"answerable": str(has_answer).lower(), **choices}
+    assert {task.tags["answerable"] for task in tasks} == {"true", "false"}
+
+
 def test_an_id_is_the_same_task_under_every_share_and_seed(lakes: Unanswerable) -> None:
     other: Unanswerable = create("others", {**LAKES, "share": 0.1, "seed": 5})
     assert ids(other) != ids(lakes)

@@ -135,11 +135,11 @@ async def test_an_environment_that_does_not_fit_is_refused(others: Any, settings
 
 
 def test_permuted_choices_and_answers_to_them() -> None:
-    text = "Pick: A. none?\nA. one\nB. two\nC. three\nThink."
+    text = "A. Pick one:\nA. one\nB. two\nC. three\nThink."
     made = permuted(text, 3, random.Random(0))
     assert made is not None and made.said is not None
     lines = made.text.split("\n")
-    assert (lines[0], lines[4]) == ("Pick: A. none?", "Think.") and sorted(line[3:] for line in lines[1:4]) == [
+    assert (lines[0], lines[4]) == ("A. Pick one:", "Think.") and sorted(line[3:] for line in lines[1:4]) == [
         "one",
         "three",
         "two",
