@@ -103,6 +103,7 @@ class Dice:
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
         if self._fault == "list-raises":
             raise RuntimeError("the list is torn")
+        odd_tags: dict[str, Any] = {"answerable": True}
         odd: dict[str, Any] = {"long-id": "x" * 201, "empty-id": "", "number-id": 7, "unsendable-id": "a\ud800"}
         if self._fault in odd:
             return [TaskInfo(odd[self._fault], split, 1.0)] * TASKS[split]
@@ -111,7 +112,7 @@ class Dice:
         prefix = "both" if self._fault == "both-splits" else split
         tasks = [TaskInfo(f"{prefix}/{n}", split, 1.0) for n in range(TASKS[split])]
         if self._fault == "odd-tags":
-            tasks = [replace(task, tags={"answerable": True}) for task in tasks]
+            tasks = [replace(task, tags=odd_tags) for task in tasks]
         if self._fault == "twice":
             tasks[3] = tasks[1]
         if self._fault == "no-offset":
