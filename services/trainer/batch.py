@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget
@@ -14,8 +14,11 @@ from mulligan.common.types import Outcome
 from mulligan.trainer.advantages import ADVANTAGES, Advantage, Return
 from mulligan.trainer.aggregation import aggregate
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
-from mulligan.trainer.objective import InputKind, inputs_of
+from mulligan.trainer.objective import InputKind, Objective, Tokens, inputs_of
 from mulligan.trainer.objectives import name_of
+from mulligan.trainer.objectives.divergence import Divergence
+from mulligan.trainer.objectives.preference import Preference
+from mulligan.trainer.objectives.transfer import Transfer
 from mulligan.trainer.settings import AlgorithmSettings
 
 Group = list[Experience]
@@ -54,32 +57,69 @@ def gradients(
     All samples have a reward. Those of another policy and those without tokens give no data, but count in their groups.
     `before` has the reward of the attempt that a sample improves on, by the sample's id.
     """
-    before = before or {}
-    estimator = ADVANTAGES.find(settings.advantage)
-    told = [[returns(sample, before.get(sample.sample_id)) for sample in group] for group in groups]
-    estimated = estimator.estimate(told, read_table(estimator.Settings, settings.estimator_settings))
     data: list[Datum] = []
-    for group, advantages in zip(groups, estimated, strict=True):
-        for sample, advantage in zip(group, advantages, strict=True):
+    for group, estimated in zip(groups, advantages(groups, settings, before), strict=True):
+        for sample, advantage in zip(group, estimated, strict=True):
             if not sample.policy:
                 data += policy_gradient(sample, advantage, weight, branch)
     return aggregate(data, settings.aggregation, settings.aggregation_constant)
 
 
+def advantages(
+    groups: Sequence[Sequence[Sample]], settings: AlgorithmSettings, before: Mapping[str, float] | None = None
+) -> list[list[Advantage]]:
+    """Each sample's advantage in its group, as `gradients` has it, for branches that are trained otherwise."""
+    before = before or {}
+    estimator = ADVANTAGES.find(settings.advantage)
+    told = [[returns(sample, before.get(sample.sample_id)) for sample in group] for group in groups]
+    found: list[list[Advantage]] = estimator.estimate(told, read_table(estimator.Settings, settings.estimator_settings))
+    return found
+
+
 def policy_gradient(sample: Sample, advantage: Advantage, weight: float, branch: str) -> list[Datum]:
     """The data of a sample, one per token sequence. The advantage is one for all its sampled tokens, or one each."""
-    data = []
-    taken = 0
-    for datum_id, sequence in _numbered(sample.sample_id, sample.sequences):
-        log_probs = tuple(sequence.log_probs)
-        if isinstance(advantage, tuple):
-            objective = PolicyGradient(0.0, log_probs, advantages=advantage[taken : taken + sequence.sampled_count])
-        else:
-            objective = PolicyGradient(advantage, log_probs)
-        taken += sequence.sampled_count
-        tokens, mask = tuple(sequence.token_ids), tuple(sequence.loss_mask)
-        data.append(Datum(datum_id, tokens, mask, weight, sample.temperature, objective, branch))
-    return data
+    objectives = [
+        PolicyGradient(one, tuple(sequence.log_probs), advantages=several)
+        for sequence, (one, several) in zip(sample.sequences, _shares(advantage, sample.sequences), strict=True)
+    ]
+    return _data(sample, sample.temperature, weight, branch, objectives)
+
+
+def transfer(
+    target: TrainingTarget,
+    source: Sample,
+    advantage: Advantage,
+    weight: float,
+    branch: str,
+    *,
+    shape: float = 0.0,
+    ratio: bool = False,
+) -> list[Datum]:
+    """The data of a target, one per token sequence: its source's advantage in another context. `shape` and `ratio` are
+    those of `Transfer`."""
+    objectives = [
+        Transfer(one, shape, ratio=float(ratio), advantages=several)
+        for one, several in _shares(advantage, target.sequences)
+    ]
+    return _data(target, source.temperature, weight, branch, objectives)
+
+
+def divergence(sample: Sample, teacher: TrainingTarget, beta: float, weight: float, branch: str) -> list[Datum]:
+    """The data of a sample, one per token sequence: what the present model says in `teacher`, the same tokens in
+    another context, is taught to it in the sample's."""
+    objectives = [Divergence(_tokens(sequence), beta) for sequence in teacher.sequences]
+    return _data(sample, sample.temperature, weight, branch, objectives)
+
+
+def preference(
+    chosen: TrainingTarget | Sample, rejected: Sample, beta: float, ftx: float, weight: float, branch: str
+) -> list[Datum]:
+    """The datum of a pair. None where one of the two is not a single token sequence, or of another policy."""
+    policies = {one.policy for one in (chosen, rejected) if isinstance(one, Sample)}
+    if policies != {""} or not len(chosen.sequences) == len(rejected.sequences) == 1:
+        return []
+    objective = Preference(_tokens(rejected.sequences[0]), beta, ftx)
+    return _data(chosen, rejected.temperature, weight, branch, [objective])
 
 
 def rewarded(episode: Sample, turn_rewards: Sequence[float]) -> Sample:
@@ -108,19 +148,7 @@ def distillation(
     target: TrainingTarget | Sample, temperature: float, target_weight: float, weight: float, branch: str
 ) -> list[Datum]:
     """The data of a target, one per token sequence. `temperature` is that of the source's sampling."""
-    identity = target.sample_id if isinstance(target, Sample) else target.target_id
-    return [
-        Datum(
-            datum_id=datum_id,
-            token_ids=tuple(sequence.token_ids),
-            loss_mask=tuple(sequence.loss_mask),
-            weight=weight,
-            temperature=temperature,
-            objective=Distillation(target_weight),
-            branch=branch,
-        )
-        for datum_id, sequence in _numbered(identity, target.sequences)
-    ]
+    return _data(target, temperature, weight, branch, [Distillation(target_weight)] * len(target.sequences))
 
 
 def minibatches(data: Sequence[Datum], count: int, seed: int) -> list[list[Datum]]:
@@ -171,3 +199,34 @@ def _numbered(identity: str, sequences: Sequence[TokenSequence]) -> list[tuple[s
     if len(sequences) == 1:
         return [(identity, sequences[0])]
     return [(f"{identity}.{index}", sequence) for index, sequence in enumerate(sequences)]
+
+
+def _data(
+    source: Sample | TrainingTarget, temperature: float, weight: float, branch: str, objectives: Sequence[Objective]
+) -> list[Datum]:
+    """One datum per token sequence, and objective."""
+    identity = source.sample_id if isinstance(source, Sample) else source.target_id
+    numbered = _numbered(identity, source.sequences)
+    return [
+        Datum(datum_id, *_ids_and_mask(sequence), weight, temperature, objective, branch)
+        for (datum_id, sequence), objective in zip(numbered, objectives, strict=True)
+    ]
+
+
+def _shares(advantage: Advantage, sequences: Sequence[TokenSequence]) -> Iterator[tuple[float, tuple[float, ...]]]:
+    """The advantage of each sequence: one number, or 0 and those of its tokens."""
+    taken = 0
+    for sequence in sequences:
+        if isinstance(advantage, tuple):
+            yield 0.0, advantage[taken : taken + sequence.sampled_count]
+            taken += sequence.sampled_count
+        else:
+            yield advantage, ()
+
+
+def _ids_and_mask(sequence: TokenSequence) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    return tuple(sequence.token_ids), tuple(sequence.loss_mask)
+
+
+def _tokens(sequence: TokenSequence) -> Tokens:
+    return Tokens(*_ids_and_mask(sequence))

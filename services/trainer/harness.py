@@ -48,7 +48,8 @@ class Plan:
     conversation. Its first observation is put into `again`, together with what was said at the end: `{feedback}`,
     `{observation}`. `shown` stands in the place of the first observation, and `said` changes what the policy answers
     before the environment reads it. `horizon` limits the turns of each try beside the environment's own limit. `fork`
-    is an episode, and the number of its turns after which this one goes on.
+    is an episode, and the number of its turns after which this one goes on; the turns are those from the start of the
+    task, although the tokens that were sampled for the first ones may be in its prompt.
     """
 
     task_id: str
@@ -350,7 +351,9 @@ def _tokens_before(source: Sample, count: int) -> list[int]:
     if len(source.sequences) != 1:
         return []
     tokens: list[int] = []
-    for segment in source.sequences[0].segments:
+    segments = source.sequences[0].segments
+    count -= max(0, len(source.turns) - sum(segment.loss for segment in segments))  # the turns in a fork's prompt
+    for segment in segments:
         if segment.kind is SegmentKind.SAMPLED:
             if count == 0:
                 return tokens

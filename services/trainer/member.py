@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
-from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget
+from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget, Turn
 from mulligan.common.inference import SamplingParams
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import Broadcast
@@ -130,13 +130,26 @@ class Member(Generic[S_co]):
         return await self._play(role, self.prompts.solver if system is None else system, parent, plan)
 
     async def fork(self, role: str, episode: Sample, turn: int, *, parent: Sample | None = None) -> Sample:
-        """Plays on from the state that `episode` was in after `turn` of its turns, in its conversation up to there.
-        Only what is sampled now is trained on.
+        """Plays on from the state that `episode` was in after `turn` turns from the start of the task, in its
+        conversation up to there. Only what is sampled now is trained on. `episode` may be a fork, too.
 
-        Raises DomainError FORK_UNSUPPORTED, and NotRepeatable where the environment does not repeat those turns.
+        Raises DomainError FORK_UNSUPPORTED, NotRepeatable where the environment does not repeat those turns, and
+        ValueError for a turn that is not among the episode's own.
         """
-        plan = Plan(self.task_id, self._attempt_sampling, 0, fork=(episode, turn))
+        turns = self.turns_of(episode)
+        before = len(turns) - len(episode.turns)
+        if not before <= turn <= len(turns):
+            raise ValueError(f"turn: expected {before} to {len(turns)}, those of {episode.sample_id}; got {turn}")
+        plan = Plan(self.task_id, self._attempt_sampling, 0, fork=(replace(episode, turns=turns), turn))
         return await self._play(role, episode.system, parent or episode, plan)
+
+    def turns_of(self, episode: Sample) -> tuple[Turn, ...]:
+        """The turns of an episode from the start of the task: for a fork, also those that were played before it."""
+        point = episode.forked_from
+        if point is None:
+            return episode.turns
+        source = next(one for one in self.samples if one.episode_id == point.episode_id)
+        return self.turns_of(source)[: point.step_index] + episode.turns
 
     async def _play(self, role: str, system: str, parent: Sample | None, plan: Plan) -> Sample:
         name, sample_id = self._next(role)

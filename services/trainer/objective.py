@@ -51,6 +51,12 @@ class Objective:
         """Whether the loss can have a gradient. If not, the learner runs the datum forward only, for its metrics."""
         return True
 
+    @property
+    def compares_with_old(self) -> bool:
+        """Whether it has a field `old_log_probs` for the policy from before the step, which the trainer fills in: where
+        it is empty and the step has several optimizer steps, with what Forward gives for the datum."""
+        return False
+
     def unusable(self, trained_ids: tuple[int, ...]) -> Unusable | None:
         """The first input whose value is of no use, or None. Numbers are finite and lengths right when this is asked.
         `trained_ids` are the trained tokens of the datum."""

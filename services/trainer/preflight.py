@@ -126,7 +126,7 @@ def check_algorithm(
         "fork": not (environment.can_fork and environment.deterministic)
         and f"forks episodes, and environment {environment.name!r} has no forks",
         "tokenize": policy.rewrites_history
-        and "joins what was sampled in several turns, and the chat template of policy "
+        and "trains on several turns as one token sequence, and the chat template of policy "
         f"{policy.name!r} rewrites earlier turns",
         "own_reflections": "reflector" in speakers
         and "trains the policy on its reflections, and here another one writes them (policies.reflector)",

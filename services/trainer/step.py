@@ -8,17 +8,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
+from typing import Any
 
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.experience import Experience
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import Provenance, StoredReflection
 from mulligan.trainer.batch import groups_of, minibatches, trained
-from mulligan.trainer.data import Datum, ModelLimits, PolicyGradient, datum_problem
+from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.member import Lesson, Member, NoRecorder, Peers, Recorder
 from mulligan.trainer.metrics import mean_metrics, rollout_metrics
+from mulligan.trainer.objective import Objective
 from mulligan.trainer.run_environment import EnvironmentChanged
 from mulligan.trainer.sampling import ForeignWeights, VersionLost
 from mulligan.trainer.seeds import derive_seed
@@ -183,15 +185,14 @@ class StepRunner:
         )
 
     async def _with_old_log_probs(self, data: Sequence[Datum]) -> list[Datum]:
-        """PPO's old policy is the learner itself, before the first of several optimizer steps."""
-        sampled = [datum for datum in data if isinstance(datum.objective, PolicyGradient)]
-        old = dict(zip((datum.datum_id for datum in sampled), await self.learner.forward(sampled), strict=True))
-        return [
-            replace(datum, objective=replace(datum.objective, old_log_probs=old[datum.datum_id]))
-            if isinstance(datum.objective, PolicyGradient)
-            else datum
-            for datum in data
-        ]
+        """The old policy is the learner itself, before the first of several optimizer steps."""
+        asking = [place for place, datum in enumerate(data) if _lacks_old(datum.objective)]
+        found = await self.learner.forward([data[place] for place in asking]) if asking else []
+        filled = list(data)
+        for place, old_log_probs in zip(asking, found, strict=True):
+            objective: Any = data[place].objective
+            filled[place] = replace(data[place], objective=replace(objective, old_log_probs=old_log_probs))
+        return filled
 
     @contextmanager
     def _blame(self) -> Iterator[None]:
@@ -216,3 +217,7 @@ class StepRunner:
     @property
     def _regularised(self) -> bool:
         return self.settings.loss.kl_coefficient > 0 or self.settings.loss.entropy_coefficient > 0
+
+
+def _lacks_old(objective: Objective) -> bool:
+    return objective.compares_with_old and not getattr(objective, "old_log_probs")  # noqa: B009 - not all have it

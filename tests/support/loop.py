@@ -57,9 +57,9 @@ class Loop:
         return experiences
 
     async def _speakers(self) -> dict[str, NamedPolicy]:
-        """A reflector that is named in the settings is one of `policy.others`."""
-        name = self.settings.policies.reflector
-        return {"reflector": await NamedPolicy.open(self.policy, name)} if name else {}
+        """A reflector and a judge that are named in the settings are among `policy.others`."""
+        named = {purpose: getattr(self.settings.policies, purpose) for purpose in ("reflector", "judge")}
+        return {purpose: await NamedPolicy.open(self.policy, name) for purpose, name in named.items() if name}
 
     def branch(self, name: str) -> list[Datum]:
         """What the learner was given of a branch, after checks that any learner makes."""

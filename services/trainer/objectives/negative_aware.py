@@ -28,6 +28,10 @@ class NegativeAware(Objective):
     success_rate: float
     old_log_probs: tuple[float, ...] = ()
 
+    @property
+    def compares_with_old(self) -> bool:
+        return True
+
     def unusable(self, trained_ids: tuple[int, ...]) -> Unusable | None:
         if self.right not in (0, 1):
             return Unusable("right", "0 or 1", str(self.right))

@@ -24,6 +24,10 @@ class PolicyGradient(Objective):
     old_log_probs: tuple[float, ...] = ()
     advantages: tuple[float, ...] = ()
 
+    @property
+    def compares_with_old(self) -> bool:
+        return True
+
     def moves(self, settings: LossSettings) -> bool:
         return settings.regularizes or any((self.advantage, *self.advantages))
 

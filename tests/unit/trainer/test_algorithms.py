@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import pytest
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import Outcome
 from mulligan.trainer.batch import policy_gradient
-from mulligan.trainer.data import PolicyGradient
+from mulligan.trainer.data import Distillation, PolicyGradient
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
 from mulligan.trainer.manager import RunManager
+from mulligan.trainer.objective import Objective
+from mulligan.trainer.objectives.negative_aware import NegativeAware
+from mulligan.trainer.objectives.transfer import Transfer
 from mulligan.trainer.run import ServicePorts
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import AlgorithmFailed, StepRunner
@@ -243,3 +247,32 @@ async def test_turn_level_advantages_are_one_for_each_token_and_journaled(tmp_pa
         assert len(datum.values["advantages"]) == sequence.sampled_count and datum.numbers["advantage"] == 0
     signs = {one["first"].reward: {value > 0 for value in one.trained[0].values["advantages"]} for one in read}
     assert signs == {1.0: {True}, 0.0: {False}}
+
+
+async def test_only_what_compares_with_the_old_policy_is_scored_before_several_optimizer_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sample is trained in five ways, under one id."""
+    made = await runner(config("rlvr", optimizer_steps=2), StepJournal(tmp_path, 0))
+    sampled = await made.sample(0, ["t0"], 0)
+    given: list[Objective] = [
+        Distillation(1.0),
+        Transfer(1.0, ratio=1.0),
+        Transfer(1.0, 0.1),
+        NegativeAware(1.0, 0.5),
+        PolicyGradient(1.0, (-0.5,) * 3, (-1.0,) * 3),
+    ]
+
+    def train(groups: Any, settings: Any) -> list[Any]:
+        [datum] = policy_gradient(groups[0][0]["first"], 1.0, 1.0, "b")
+        return [replace(datum, objective=objective) for objective in given]
+
+    monkeypatch.setattr(made.algorithm, "train", train)
+    await made.learn(0, sampled)
+    learner = made.learner
+    assert isinstance(learner, FakeLearner)
+    old = (-0.25,) * 3
+    assert [[datum.objective for datum in call] for call in learner.forwards] == [[given[1], given[3]]]
+    trained = {repr(datum.objective) for step in learner.steps for datum in step}
+    expected = [given[0], Transfer(1.0, 0.0, old, 1.0), given[2], NegativeAware(1.0, 0.5, old), given[4]]
+    assert trained == {repr(objective) for objective in expected}

@@ -13,10 +13,14 @@ from hypothesis import strategies as st
 
 from mulligan.common.experience import Experience, Sample, Segment, SegmentKind, TokenSequence, TrainingTarget, Turn
 from mulligan.common.types import Outcome
+from mulligan.trainer.advantages import Advantage
 from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.algorithms.erl import BranchNormalization, Settings, train
-from mulligan.trainer.batch import groups_of, imitation, minibatches, rewarded
+from mulligan.trainer.batch import divergence, groups_of, imitation, minibatches, preference, rewarded, transfer
 from mulligan.trainer.data import Datum, Distillation, ModelLimits, PolicyGradient, datum_problem
+from mulligan.trainer.objectives.divergence import Divergence
+from mulligan.trainer.objectives.preference import Preference
+from mulligan.trainer.objectives.transfer import Transfer
 
 
 def datum(branch: str, number: int, weight: float) -> Datum:
@@ -188,3 +192,43 @@ def test_samples_and_targets_are_imitated_without_their_log_probabilities(aggreg
     factor = {"sequence_mean_token_sum": 1, "sequence_mean_token_mean": 1 / 2, "token_mean": 1 / 2, "constant": 1 / 4}
     assert [item.weight for item in data] == pytest.approx([0.5 * factor[aggregation]] * 4)
     assert not any(datum_problem(item, ModelLimits(10, 10)) for item in data)
+
+
+def other(identity: str) -> TrainingTarget:
+    """The tokens of `sequence()` under a longer prompt."""
+    return TrainingTarget(identity, "other", "a-first", (sequence()[0].with_prompt((1, 2, 3)),))
+
+
+@pytest.mark.parametrize("advantage", [0.5, (0.5, -0.25)])
+def test_a_target_is_trained_with_an_advantage_in_its_own_context(advantage: Advantage) -> None:
+    source = replace(attempt("a", "first", 1.0), temperature=0.7)
+    [datum] = transfer(other("a-other"), source, advantage, 0.25, "b", shape=0.1)
+    assert (datum.datum_id, datum.weight, datum.temperature, datum.branch) == ("a-other", 0.25, 0.7, "b")
+    assert datum.token_ids[:3] == (1, 2, 3)
+    one, several = (0.0, advantage) if isinstance(advantage, tuple) else (advantage, ())
+    assert datum.objective == Transfer(one, 0.1, advantages=several)
+    [datum] = transfer(other("a-other"), source, 0.5, 0.25, "b", ratio=True)
+    assert datum.objective == Transfer(0.5, ratio=1.0)
+
+
+def test_a_teacher_is_the_same_tokens_in_another_context() -> None:
+    sample = attempt("a", "first", 1.0)
+    [datum] = divergence(sample, other("a-teacher"), 0.5, 0.25, "taught")
+    assert isinstance(datum.objective, Divergence) and datum.datum_id == "a-first"
+    assert datum.token_ids == tuple(sequence()[0].token_ids)
+    assert datum.objective.teacher.token_ids[:3] == (1, 2, 3) and datum.objective.beta == 0.5
+    assert datum_problem(datum, ModelLimits(10, 10)) is None, "the trained tokens are the same"
+
+
+def test_a_pair_is_of_two_single_sequences_of_the_trained_policy() -> None:
+    sample = attempt("a", "first", 0.0)
+    [datum] = preference(other("a-better"), sample, 0.1, 0.2, 0.5, "pairs")
+    assert isinstance(datum.objective, Preference) and (datum.datum_id, datum.weight) == ("a-better", 0.5)
+    assert datum.objective.rejected.token_ids == tuple(sequence()[0].token_ids)
+    assert (datum.objective.beta, datum.objective.ftx) == (0.1, 0.2)
+    for bad in (
+        replace(sample, policy="wise"),
+        replace(sample, sequences=()),
+        replace(sample, sequences=sequence() * 2),
+    ):
+        assert preference(other("a-better"), bad, 0.1, 0.2, 0.5, "pairs") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 from mulligan.common.experience import Experience, ForkPoint, Sample, SegmentKind
 from mulligan.common.inference import SamplingParams
 from mulligan.common.types import Outcome
+from mulligan.trainer.algorithms.rlvr import Settings
 from mulligan.trainer.harness import Harness, NotRepeatable, Plan
+from mulligan.trainer.member import Member, NoRecorder, Peers
 from mulligan.trainer.metrics import rollout_metrics
+from mulligan.trainer.settings import RolloutSettings
 from mulligan.trainer.trainable import NotDistilled
 from tests.support.fakes import LOG_PROB, FakeEnvironment, FakePolicy, timeout
 
@@ -20,6 +24,12 @@ SAMPLING = SamplingParams()
 
 async def harness(environment: FakeEnvironment, policy: FakePolicy) -> Harness:
     return Harness(environment, policy, await environment.describe("fake"), await policy.info(), "x", 1)
+
+
+async def member_of(made: Harness) -> Member[Settings]:
+    """The only member of a group."""
+    settings, rollout = Settings(), RolloutSettings()
+    return Member("e", "t0", 0, 0, 1, settings, rollout, 0, made, NoRecorder(), (), Peers(), asyncio.Semaphore(1))
 
 
 def planned(system: str = "solve") -> Sample:
@@ -116,6 +126,29 @@ async def test_a_fork_goes_on_from_the_state_and_the_conversation_of_its_source(
         assert bytes(sequence.token_ids).decode().startswith(before + "x]")
         assert [one.kind for one in sequence.segments[:2]] == [SegmentKind.PROMPT, SegmentKind.SAMPLED]
         assert sequence.log_probs == [LOG_PROB] * sequence.sampled_count, "the source's tokens carry no loss"
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+@pytest.mark.parametrize("turn", [1, 2, 3])
+async def test_a_fork_of_a_fork_goes_on_from_the_whole_path(turn: int, rewrites: bool) -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=4)
+    answers = iter("abcd" + "xyz" + "uvw")
+    policy = FakePolicy(lambda system, last, sampling: next(answers), rewrites_history=rewrites)
+    made = await harness(environment, policy)
+    alone = await member_of(made)
+    first = await alone.attempt("first")
+    fork = await alone.fork("fork", first, 1)
+    again = await alone.fork("fork", fork, turn)
+    path = "axyz"[:turn] + "uvw"[: 4 - turn]
+    assert "".join(one.text for one in alone.turns_of(again)) == path and len(again.turns) == 4 - turn
+    assert again.forked_from == ForkPoint(fork.episode_id, turn) and again.parent_id == fork.sample_id
+    assert (fork.sample_id, again.sample_id) == ("e-fork", "e-fork-2")
+    if not rewrites:
+        (sequence,) = again.sequences
+        assert "".join(text.rpartition(":")[2] for text in text_of(again).split("]")[2::2]) == path
+        assert sequence.sampled_count == 2 * (4 - turn), "only what was sampled last carries loss"
+    with pytest.raises(ValueError, match="turn: expected 1 to 4, those of e-fork; got 0"):
+        await alone.fork("fork", fork, 0)
 
 
 async def test_an_episode_that_does_not_repeat_itself_cannot_be_forked() -> None:

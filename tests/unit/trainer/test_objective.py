@@ -45,6 +45,7 @@ DATA = [
     datum(NegativeAware(1.0, 0.5)),
     datum(NegativeAware(0.0, 0.5, (-1.0, -2.0))),
     datum(Transfer(-1.0, 0.25)),
+    datum(Transfer(0.0, 0.0, (-1.0, -2.0), 1.0, (0.5, -0.5))),
 ]
 
 
@@ -87,7 +88,8 @@ BAD: list[tuple[Objective, str]] = [
     (Preference(replace(OTHER, log_probs=(-1.0,)), 0.1), 'custom.sequences["rejected"].log_probs'),
     (Divergence(replace(OTHER, token_ids=(9, 4, 6))), 'custom.sequences["teacher"]'),
     (NegativeAware(0.5, 0.5), 'custom.numbers["right"]'),
-    (Transfer(1.0, 0.1, (-1.0, -2.0)), 'custom.numbers["shape"]'),
+    (Transfer(1.0, 0.1, ratio=1.0), 'custom.numbers["shape"]'),
+    (Transfer(1.0, 0.0, (-1.0, -2.0)), 'custom.token_values["old_log_probs"]'),
 ]
 
 

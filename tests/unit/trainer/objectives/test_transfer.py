@@ -23,8 +23,8 @@ def test_each_form_in_one_batch() -> None:
         terms(
             [1, 1, 1],
             log_probs,
-            numbers={"advantage": advantages, "shape": shapes},
-            token_values={"old_log_probs": old},
+            numbers={"advantage": advantages, "shape": shapes, "ratio": torch.tensor([0.0, 0.0, 1.0])},
+            token_values={"old_log_probs": old, "advantages": None},
         ),
         LossSettings(),
     )
@@ -35,14 +35,53 @@ def test_each_form_in_one_batch() -> None:
 
 @pytest.mark.parametrize("log_prob", [-200.0, 0.0])
 def test_extreme_probabilities_have_finite_gradients(log_prob: float) -> None:
-    log_probs = torch.tensor([log_prob, log_prob], requires_grad=True)
-    numbers = {"advantage": torch.tensor([1.0, 1.0]), "shape": torch.tensor([0.0, 0.1])}
-    found = loss(terms([1, 1], log_probs, numbers=numbers, token_values={"old_log_probs": None}), LossSettings())
+    log_probs = torch.tensor([log_prob] * 3, requires_grad=True)
+    numbers = {name: torch.tensor(values) for name, values in NUMBERS.items()}
+    found = loss(terms([1, 1, 1], log_probs, numbers=numbers, token_values=ABSENT), LossSettings())
     assert gradient(found.loss_N, log_probs)[0].isfinite().all()
 
 
-def test_two_forms_at_once_are_refused() -> None:
-    for wrong in (Transfer(1.0, 0.1, (-1.0,)), Transfer(1.0, -0.1)):
-        unusable = wrong.unusable((3,))
-        assert unusable is not None and unusable.field == "shape"
-    assert Transfer(1.0, 0.1).unusable((3,)) is None and not Transfer(0.0).moves(LossSettings())
+NUMBERS = {"advantage": [1.0, 1.0, 1.0], "shape": [0.0, 0.1, 0.0], "ratio": [0.0, 0.0, 1.0]}
+ABSENT = {"old_log_probs": None, "advantages": None}
+
+
+def test_without_old_log_probs_the_present_weights_are_the_old_policy() -> None:
+    """The ratio is 1 then, and its derivative by log p that of log p."""
+    log_probs = torch.tensor([-0.5, -2.0], dtype=torch.float64, requires_grad=True)
+    numbers = {"advantage": torch.tensor([3.0]), "shape": torch.tensor([0.0]), "ratio": torch.tensor([1.0])}
+    found = loss(terms([2], log_probs, numbers=numbers, token_values=ABSENT), LossSettings())
+    assert found.loss_N.tolist() == [-3.0, -3.0]
+    assert gradient(found.loss_N, log_probs)[0].tolist() == [-3.0, -3.0]
+
+
+def test_each_token_can_have_its_own_advantage() -> None:
+    log_probs = torch.tensor([-0.5, -2.0, -1.0], dtype=torch.float64)
+    numbers = {"advantage": torch.tensor([0.0, 3.0]), "shape": torch.zeros(2), "ratio": torch.zeros(2)}
+    given = torch.tensor([2.0, -1.0, math.nan], dtype=torch.float64)
+    values = {"old_log_probs": None, "advantages": given}
+    assert loss(terms([2, 1], log_probs, numbers=numbers, token_values=values), LossSettings()).loss_N.tolist() == [
+        1.0,
+        -2.0,
+        3.0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        (Transfer(1.0, 0.1, ratio=1.0), "shape"),
+        (Transfer(1.0, -0.1), "shape"),
+        (Transfer(1.0, ratio=0.5), "ratio"),
+        (Transfer(1.0, 0.1, (-1.0,)), "old_log_probs"),
+        (Transfer(1.0, advantages=(1.0,)), "advantage"),
+    ],
+)
+def test_two_forms_at_once_are_refused(wrong: Transfer, field: str) -> None:
+    unusable = wrong.unusable((3,))
+    assert unusable is not None and unusable.field == field
+
+
+def test_only_the_ratio_compares_with_the_old_policy() -> None:
+    assert Transfer(1.0, 0.1).unusable((3,)) is None and Transfer(1.0, 0.0, (-1.0,), 1.0).unusable((3,)) is None
+    assert Transfer(1.0, ratio=1.0).compares_with_old and not Transfer(1.0, 0.1).compares_with_old
+    assert not Transfer(0.0).moves(LossSettings()) and Transfer(0.0, advantages=(0.0, 1.0)).moves(LossSettings())
