@@ -670,8 +670,9 @@ class Objective(_message.Message):
     numbers["success_rate"], the share of right answers to the task. token_values["old_log_probs"], from Forward; the
     present weights when absent.
 
-    "transfer": tokens sampled in another context, with numbers["advantage"] A: minus A × log-probability. With
-    token_values["old_log_probs"] (from Forward, in this context): minus A × ratio to the old policy, unclipped. With
+    "transfer": tokens sampled in another context, with numbers["advantage"] A, or token_values["advantages"] in its place:
+    minus A × log-probability. With numbers["ratio"] 1: minus A × ratio to the old policy, unclipped, which is that of
+    token_values["old_log_probs"] (from Forward, in this context), or the present weights when absent. With
     numbers["shape"] above 0: minus A × p / (p + shape), p the probability.
 
     A server may know more: a module, or the name of an entry point of an installed package.
