@@ -7,7 +7,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget
+from mulligan.common.experience import (
+    Experience,
+    Sample,
+    Segment,
+    SegmentKind,
+    TokenSequence,
+    Trained,
+    TrainingTarget,
+)
 from mulligan.common.plugins import read_table
 from mulligan.common.rewards import total
 from mulligan.common.types import Outcome
@@ -42,6 +50,17 @@ def returns(sample: Sample, before: float | None = None) -> Return:
     if not sample.is_episode or len(counts) != len(rewards):  # a text, or an episode without its tokens
         counts, rewards = [sum(counts)], [sample.reward]
     return Return(sample.reward, tuple(rewards), tuple(counts), sample.outcome is Outcome.TRUNCATED, before)
+
+
+def with_reward(groups: Sequence[Group], role: str) -> list[list[Sample]]:
+    """The first sample of the role of each member of a group, where it has a reward."""
+    found = [[one.sample(role) for one in group] for group in groups]
+    return [[sample for sample in samples if sample and sample.reward is not None] for samples in found]
+
+
+def number_trained(groups: Iterable[Iterable[Sample]]) -> int:
+    """How many of the samples have tokens to train on; at least 1, because losses are divided by it."""
+    return max(1, sum(bool(sample.sequences) and not sample.policy for group in groups for sample in group))
 
 
 def gradients(
@@ -82,7 +101,7 @@ def policy_gradient(sample: Sample, advantage: Advantage, weight: float, branch:
         PolicyGradient(one, tuple(sequence.log_probs), advantages=several)
         for sequence, (one, several) in zip(sample.sequences, _shares(advantage, sample.sequences), strict=True)
     ]
-    return _data(sample, sample.temperature, weight, branch, objectives)
+    return data_of(sample, sample.temperature, weight, branch, objectives)
 
 
 def transfer(
@@ -101,14 +120,14 @@ def transfer(
         Transfer(one, shape, ratio=float(ratio), advantages=several)
         for one, several in _shares(advantage, target.sequences)
     ]
-    return _data(target, source.temperature, weight, branch, objectives)
+    return data_of(target, source.temperature, weight, branch, objectives)
 
 
 def divergence(sample: Sample, teacher: TrainingTarget, beta: float, weight: float, branch: str) -> list[Datum]:
     """The data of a sample, one per token sequence: what the present model says in `teacher`, the same tokens in
     another context, is taught to it in the sample's."""
     objectives = [Divergence(_tokens(sequence), beta) for sequence in teacher.sequences]
-    return _data(sample, sample.temperature, weight, branch, objectives)
+    return data_of(sample, sample.temperature, weight, branch, objectives)
 
 
 def preference(
@@ -119,7 +138,19 @@ def preference(
     if policies != {""} or not len(chosen.sequences) == len(rejected.sequences) == 1:
         return []
     objective = Preference(_tokens(rejected.sequences[0]), beta, ftx)
-    return _data(chosen, rejected.temperature, weight, branch, [objective])
+    return data_of(chosen, rejected.temperature, weight, branch, [objective])
+
+
+def data_of(
+    source: Sample | TrainingTarget, temperature: float, weight: float, branch: str, objectives: Sequence[Objective]
+) -> list[Datum]:
+    """The data of a sample or target: one per token sequence, each with its objective."""
+    identity = source.sample_id if isinstance(source, Sample) else source.target_id
+    numbered = _numbered(identity, source.sequences)
+    return [
+        Datum(datum_id, *_ids_and_mask(sequence), weight, temperature, objective, branch)
+        for (datum_id, sequence), objective in zip(numbered, objectives, strict=True)
+    ]
 
 
 def rewarded(episode: Sample, turn_rewards: Sequence[float]) -> Sample:
@@ -127,6 +158,16 @@ def rewarded(episode: Sample, turn_rewards: Sequence[float]) -> Sample:
     unless there is one reward per turn."""
     turns = [replace(turn, reward=reward) for turn, reward in zip(episode.turns, turn_rewards, strict=True)]
     return replace(episode, turns=tuple(turns), reward=total(turn_rewards))
+
+
+def rest_of(episode: Sample, turn: int) -> Sample:
+    """The episode from a turn on, which counts from the start of the task: its reward from there, and only tokens that
+    were sampled from there carry loss. Without tokens to train on, it has no sequence."""
+    before = turn - (episode.forked_from.step_index if episode.forked_from else 0)
+    sequences = [one for sequence in episode.sequences if (one := _without_first(sequence, before)).sampled_count]
+    turns = episode.turns[before:]
+    reward = None if episode.reward is None else total(one.reward for one in turns)
+    return replace(episode, turns=turns, reward=reward, sequences=tuple(sequences))
 
 
 def imitation(
@@ -148,7 +189,7 @@ def distillation(
     target: TrainingTarget | Sample, temperature: float, target_weight: float, weight: float, branch: str
 ) -> list[Datum]:
     """The data of a target, one per token sequence. `temperature` is that of the source's sampling."""
-    return _data(target, temperature, weight, branch, [Distillation(target_weight)] * len(target.sequences))
+    return data_of(target, temperature, weight, branch, [Distillation(target_weight)] * len(target.sequences))
 
 
 def minibatches(data: Sequence[Datum], count: int, seed: int) -> list[list[Datum]]:
@@ -201,18 +242,6 @@ def _numbered(identity: str, sequences: Sequence[TokenSequence]) -> list[tuple[s
     return [(f"{identity}.{index}", sequence) for index, sequence in enumerate(sequences)]
 
 
-def _data(
-    source: Sample | TrainingTarget, temperature: float, weight: float, branch: str, objectives: Sequence[Objective]
-) -> list[Datum]:
-    """One datum per token sequence, and objective."""
-    identity = source.sample_id if isinstance(source, Sample) else source.target_id
-    numbered = _numbered(identity, source.sequences)
-    return [
-        Datum(datum_id, *_ids_and_mask(sequence), weight, temperature, objective, branch)
-        for (datum_id, sequence), objective in zip(numbered, objectives, strict=True)
-    ]
-
-
 def _shares(advantage: Advantage, sequences: Sequence[TokenSequence]) -> Iterator[tuple[float, tuple[float, ...]]]:
     """The advantage of each sequence: one number, or 0 and those of its tokens."""
     taken = 0
@@ -230,3 +259,14 @@ def _ids_and_mask(sequence: TokenSequence) -> tuple[tuple[int, ...], tuple[bool,
 
 def _tokens(sequence: TokenSequence) -> Tokens:
     return Tokens(*_ids_and_mask(sequence))
+
+
+def _without_first(sequence: TokenSequence, count: int) -> TokenSequence:
+    """The tokens, of which those that were sampled in the first `count` turns carry no loss."""
+    sampled = [place for place, segment in enumerate(sequence.segments) if segment.loss][:count]
+    return TokenSequence(
+        tuple(
+            Segment(SegmentKind.ENVIRONMENT, segment.token_ids) if place in sampled else segment
+            for place, segment in enumerate(sequence.segments)
+        )
+    )

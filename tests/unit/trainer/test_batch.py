@@ -11,12 +11,32 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mulligan.common.experience import Experience, Sample, Segment, SegmentKind, TokenSequence, TrainingTarget, Turn
+from mulligan.common.experience import (
+    Experience,
+    ForkPoint,
+    Sample,
+    Segment,
+    SegmentKind,
+    TokenSequence,
+    TrainingTarget,
+    Turn,
+)
 from mulligan.common.types import Outcome
 from mulligan.trainer.advantages import Advantage
 from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.algorithms.erl import BranchNormalization, Settings, train
-from mulligan.trainer.batch import divergence, groups_of, imitation, minibatches, preference, rewarded, transfer
+from mulligan.trainer.batch import (
+    divergence,
+    groups_of,
+    imitation,
+    minibatches,
+    number_trained,
+    preference,
+    rest_of,
+    rewarded,
+    transfer,
+    with_reward,
+)
 from mulligan.trainer.data import Datum, Distillation, ModelLimits, PolicyGradient, datum_problem
 from mulligan.trainer.objectives.divergence import Divergence
 from mulligan.trainer.objectives.preference import Preference
@@ -232,3 +252,29 @@ def test_a_pair_is_of_two_single_sequences_of_the_trained_policy() -> None:
         replace(sample, sequences=sequence() * 2),
     ):
         assert preference(other("a-better"), bad, 0.1, 0.2, 0.5, "pairs") == []
+
+
+def test_the_rest_of_an_episode_carries_loss_from_a_turn_on() -> None:
+    """Two turns of one token each; the reward of the second is 0.25."""
+    turns = (Turn("a", "x", "X", 0.5), Turn("b", "y", "Y", 0.25))
+    kinds = [SegmentKind.PROMPT, SegmentKind.SAMPLED, SegmentKind.ENVIRONMENT, SegmentKind.SAMPLED]
+    segments = tuple(Segment(kind, (place,), (-1.0,) * (place % 2)) for place, kind in enumerate(kinds))
+    episode = replace(attempt("a", "first", 0.75), turns=turns, sequences=(TokenSequence(segments),))
+    rest = rest_of(episode, 1)
+    assert rest.reward == 0.25 and rest.turns == turns[1:] and rest.sequences[0].token_ids == [0, 1, 2, 3]
+    assert rest.sequences[0].loss_mask == [False, False, False, True] and rest.sequences[0].log_probs == [-1.0]
+    assert rest_of(episode, 0) == episode and rest_of(episode, 2).sequences == ()
+    fork = replace(episode, forked_from=ForkPoint("e", 3))
+    assert rest_of(fork, 4) == replace(rest, forked_from=fork.forked_from), "the turn counts from the start of the task"
+
+
+def test_samples_of_a_role_that_have_a_reward_and_those_with_tokens() -> None:
+    samples = [
+        attempt("a", "first", 1.0),
+        replace(attempt("b", "first", 0.0), reward=None),
+        attempt("c", "second", 0.0),
+    ]
+    group = [Experience(one.sample_id, "run", 0, "fake", "t0", 0, (one,)) for one in samples]
+    assert with_reward([group, []], "first") == [[samples[0]], []]
+    assert number_trained([samples, []]) == 3 and number_trained([[]]) == 1
+    assert number_trained([[replace(samples[0], sequences=()), replace(samples[0], policy="wise")], samples]) == 3
