@@ -74,6 +74,11 @@ class Loop:
         return settings_from_proto(settings_to_proto(self.settings)) == self.settings
 
 
+def near(number: float) -> Any:
+    """A number to compare with, rounding aside, as a part of a larger object."""
+    return pytest.approx(number, abs=1e-5)
+
+
 def trained_text(datum: Datum) -> str:
     """The trained tokens of a datum as text; tokens of the fakes are characters."""
     return "".join(chr(token) for token, loss in zip(datum.token_ids, datum.loss_mask, strict=True) if loss)
