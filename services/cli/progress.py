@@ -148,7 +148,9 @@ def step_text(metrics: dict[str, float]) -> str:
 
 def evaluation_text(event: EvaluationEvent) -> str:
     excluded = f", {event.excluded} excluded" if event.excluded else ""
-    text = f"test success after {event.step} steps: {event.success:.3f}  ({event.attempts} first attempts{excluded})"
+    place = f" in {event.environment}" if event.environment else ""
+    measured = f"({event.attempts} first attempts{excluded})"
+    text = f"test success{place} after {event.step} steps: {event.success:.3f}  {measured}"
     for label, metrics in by_protocol(event.metrics).items():
         text += f"\n  {label}: " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items())
     return text

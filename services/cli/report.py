@@ -43,7 +43,8 @@ def draw_chart(path: Path, entries: Sequence[Entry], rlvr: dict[str, Any] | None
 
     steps = {entry.event.step: entry.event.metrics for entry in entries if isinstance(entry.event, StepEvent)}
     spent = [0.0, *accumulate(steps[step]["rollouts"] for step in sorted(steps))]
-    tests = {entry.event.step: entry.event.success for entry in entries if isinstance(entry.event, EvaluationEvent)}
+    evaluations = [entry.event for entry in entries if isinstance(entry.event, EvaluationEvent)]
+    tests = {event.step: event.success for event in evaluations if not event.environment}
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for name, label in (("success_first", "training, first attempts"), ("success_second", "training, second attempts")):
         points = [(spent[step + 1], metrics[name]) for step, metrics in sorted(steps.items()) if name in metrics]

@@ -38,8 +38,9 @@ async def evaluate(player: Player) -> list[Sample]:
     return await gather_or_cancel(player.attempt(task, sample) for task in player.tasks for sample in range(samples))
 
 
-async def measure(player: Player, step: int, attempts: Sequence[Sample]) -> EvaluationEvent:
-    """Averages over the attempts of `evaluate` with a reward. Then runs the protocols.
+async def measure(player: Player, step: int, attempts: Sequence[Sample], environment: str = "") -> EvaluationEvent:
+    """Averages over the attempts of `evaluate` with a reward. Then runs the protocols. `environment` is empty for the
+    run's own.
 
     Raises EvaluationFailed when no attempt has a reward, and ProtocolFailed.
     """
@@ -52,7 +53,7 @@ async def measure(player: Player, step: int, attempts: Sequence[Sample]) -> Eval
     metrics: dict[str, float] = {}
     for settings in player.settings.protocols:
         metrics |= await _run(player, settings)
-    return EvaluationEvent(step, success, fmean(rewards), len(rewards), excluded, metrics)
+    return EvaluationEvent(step, success, fmean(rewards), len(rewards), excluded, metrics, environment)
 
 
 async def _run(player: Player, settings: ProtocolSettings) -> dict[str, float]:
@@ -82,19 +83,27 @@ def _problem(metrics: Any) -> str:
     return ""
 
 
-def check_protocols(
-    environment: EnvironmentInfo, tasks: Sequence[TaskInfo], settings: EvaluationSettings, within: str = ""
-) -> None:
-    """Checks that the environment has what the protocols need. `within` begins the field of an error.
+def fit_protocols(
+    places: Sequence[tuple[EnvironmentInfo, Sequence[TaskInfo]]], settings: EvaluationSettings, within: str = ""
+) -> list[EvaluationSettings]:
+    """The settings for each environment and its tasks: with the protocols that it has all for. `within` begins the
+    field of an error.
 
-    Raises DomainError INVALID_SETTING, with a `field` such as `protocols[0].name`.
+    Raises DomainError INVALID_SETTING for a protocol that fits no environment, with a `field` such as
+    `protocols[0].name`.
     """
+    kept: list[list[ProtocolSettings]] = [[] for _ in places]
     for index, protocol in enumerate(settings.protocols):
-        lacks = getattr(PROTOCOLS.find(protocol.name), "lacks", None)
-        if lacks is not None and (problem := lacks(environment, tasks, protocol)):
+        lacks = getattr(PROTOCOLS.find(protocol.name), "lacks", lambda *_: "")
+        problems = [lacks(environment, tasks, protocol) for environment, tasks in places]
+        if all(problems):
             field = f"{within}protocols[{index}].name"
-            message = f"{field}: {protocol.name!r} cannot be measured in {environment.name!r}: {problem}"
+            message = f"{field}: {protocol.name!r} cannot be measured in {places[0][0].name!r}: {problems[0]}"
             raise DomainError(Reason.INVALID_SETTING, message, field=field)
+        for problem, protocols in zip(problems, kept, strict=True):
+            if not problem:
+                protocols.append(protocol)
+    return [settings.model_copy(update={"protocols": tuple(protocols)}) for protocols in kept]
 
 
 async def open_writers(policies: PolicyPort, settings: EvaluationSettings) -> dict[str, NamedPolicy]:

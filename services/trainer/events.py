@@ -28,6 +28,7 @@ class EvaluationEvent(msgspec.Struct, frozen=True, tag="evaluation"):
     attempts: int
     excluded: int
     metrics: dict[str, float] = {}  # of the protocols, by LABEL/METRIC
+    environment: str = ""  # empty: the run's own
 
 
 class StateEvent(msgspec.Struct, frozen=True, tag="state"):
@@ -106,5 +107,7 @@ class EventLog:
     def steps(self) -> dict[int, StepEvent]:
         return {entry.event.step: entry.event for entry in self.entries if isinstance(entry.event, StepEvent)}
 
-    def evaluations(self) -> dict[int, EvaluationEvent]:
-        return {entry.event.step: entry.event for entry in self.entries if isinstance(entry.event, EvaluationEvent)}
+    def evaluations(self, environment: str = "") -> dict[int, EvaluationEvent]:
+        """Those in one environment, by step; the run's own without a name."""
+        found = (entry.event for entry in self.entries if isinstance(entry.event, EvaluationEvent))
+        return {event.step: event for event in found if event.environment == environment}

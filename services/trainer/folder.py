@@ -1,5 +1,6 @@
 """A run's folder: settings and state (`run.json`), the last checkpoint (`checkpoint.json`), the fingerprint of the
-environment (`environment.json`), events, journal, summary.
+run's own environment (`environment.json`), those of further ones (`environments.json`), events, journal, history,
+summary.
 
 JSON files are replaced atomically: written to a temporary file, synced, renamed.
 """
@@ -53,6 +54,7 @@ class RunFolder:
         self.path = path
         self.journal = path / "journal"
         self.events_file = path / "events.jsonl"
+        self.history_file = path / "history.jsonl"
 
     @property
     def exists(self) -> bool:
@@ -82,12 +84,20 @@ class RunFolder:
         write_json(self.path / "checkpoint.json", checkpoint)
 
     def environment(self) -> Fingerprint | None:
-        """None in runs of versions that did not store it."""
+        """Of the run's own. None in runs of versions that did not store it."""
         path = self.path / "environment.json"
         return msgspec.json.decode(path.read_bytes(), type=Fingerprint) if path.exists() else None
 
+    def further_environments(self) -> dict[str, Fingerprint]:
+        """By name."""
+        path = self.path / "environments.json"
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Fingerprint]) if path.exists() else {}
+
     def write_environment(self, fingerprint: Fingerprint) -> None:
         write_json(self.path / "environment.json", fingerprint)
+
+    def write_further_environments(self, fingerprints: dict[str, Fingerprint]) -> None:
+        write_json(self.path / "environments.json", fingerprints)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)

@@ -29,12 +29,30 @@ log = structlog.get_logger()
 
 
 class StepStarted(msgspec.Struct, frozen=True, tag="step_started"):
-    """What the step reads. A repeated step reads the same."""
+    """What the step reads. A repeated step reads the same.
+
+    `environments` has the environment of each task; empty in runs of one environment. `horizon` is the limit of turns
+    that the sampler set.
+    """
 
     step: int
     task_ids: list[str]
     memory_version: int
     policy_version: int
+    environments: list[str] = []
+    horizon: int | None = None
+
+
+class GroupsReplaced(msgspec.Struct, frozen=True, tag="groups_replaced"):
+    """A further round of the step, from 1 on: the groups at `slots` gave no signal and are replaced by groups of
+    `task_ids`, one for one. The slots of the new ones follow those of all rounds before."""
+
+    step: int
+    round: int
+    slots: list[int]
+    task_ids: list[str]
+    environments: list[str] = []
+    horizon: int | None = None
 
 
 class SampleRecorded(msgspec.Struct, frozen=True, tag="sample"):
@@ -77,7 +95,7 @@ class StepCompleted(msgspec.Struct, frozen=True, tag="step_completed"):
     metrics: dict[str, float]
 
 
-JournalRecord = StepStarted | SampleRecorded | ExperienceCompleted | StepTrained | StepCompleted
+JournalRecord = StepStarted | GroupsReplaced | SampleRecorded | ExperienceCompleted | StepTrained | StepCompleted
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[JournalRecord | AttemptSampled | ReflectionSampled | OldExperience] = (
     msgspec.msgpack.Decoder(JournalRecord | AttemptSampled | ReflectionSampled | OldExperience)
@@ -99,18 +117,26 @@ def set_aside(folder: Path, step: int) -> None:
         move(path, path.with_name(f"{path.name}.set-aside-{len(list(folder.glob(f'{path.name}.set-aside-*')))}"))
 
 
-def sampled_experiences(folder: Path, step: int) -> int:
-    """The number of complete experiences of a step."""
-    path = journal_file(folder, step)
-    return sum(isinstance(record, ExperienceCompleted) for record, _ in read_records(path)) if path.exists() else 0
+def is_sampled(folder: Path, step: int, rollouts_per_task: int) -> bool:
+    """Whether all experiences that the step's file begins are complete."""
+    expected = 0
+    found = set()
+    for record, _ in read_records(journal_file(folder, step)):
+        match record:
+            case StepStarted() | GroupsReplaced():
+                expected += len(record.task_ids) * rollouts_per_task
+            case ExperienceCompleted():
+                found.add(record.experience_id)
+    return 0 < expected == len(found)
 
 
 class StepJournal:
     """The file of one step, and the algorithm's `Recorder`.
 
-    Opening it reads all records into memory. `start` fixes what the step reads; `add` appends each sample; `complete`
-    appends the links of an experience; `train` appends what is trained on; `finish` appends the metrics. `find` answers
-    from memory, so a repeated step samples only what is missing. The run's lock keeps other processes out.
+    Opening it reads all records into memory. `start` fixes what the step reads, `replace` the tasks of a further round;
+    `add` appends each sample; `complete` appends the links of an experience; `train` appends what is trained on;
+    `finish` appends the metrics. `find` answers from memory, so a repeated step samples only what is missing. The run's
+    lock keeps other processes out.
 
     Writes raise DomainError DISK_FULL, and FileNotFoundError when the run's folder was removed.
     """
@@ -122,6 +148,7 @@ class StepJournal:
 
     def _open(self, path: Path) -> None:
         self.started: StepStarted | None = None
+        self.replaced: dict[int, GroupsReplaced] = {}  # by round
         self.trained: StepTrained | None = None
         self.completed: StepCompleted | None = None
         self._samples: dict[str, Sample] = {}
@@ -177,6 +204,9 @@ class StepJournal:
     def start(self, record: StepStarted) -> None:
         self._append(record)
 
+    def replace(self, record: GroupsReplaced) -> None:
+        self._append(record)
+
     def finish(self, record: StepCompleted) -> None:
         self._append(record)
 
@@ -200,6 +230,8 @@ class StepJournal:
         match record:
             case StepStarted():
                 self.started = record
+            case GroupsReplaced():
+                self.replaced[record.round] = record
             case SampleRecorded(sample):
                 self._samples[sample.sample_id] = sample
             case ExperienceCompleted():
@@ -215,11 +247,8 @@ def read_experiences(path: Path) -> list[Experience]:
     samples: dict[str, Sample] = {}
     completed: dict[str, ExperienceCompleted] = {}
     trained: dict[str, list[Trained]] = {}
-    order: list[str] = []
     for record, _ in read_records(path):
         match record:
-            case StepStarted():
-                order = record.task_ids
             case SampleRecorded(sample):
                 samples[sample.sample_id] = sample
             case ExperienceCompleted():
@@ -228,9 +257,13 @@ def read_experiences(path: Path) -> list[Experience]:
                 trained = {}
                 for datum in data:
                     trained.setdefault(datum.source_id, []).append(datum)
-    position = {task_id: slot for slot, task_id in reversed(list(enumerate(order)))}
-    ordered = sorted(completed.values(), key=lambda record: (position.get(record.task_id, 0), record.rollout))
+    ordered = sorted(completed.values(), key=lambda record: (slot_of(record.experience_id), record.rollout))
     return [_joined(record, samples, trained) for record in ordered]
+
+
+def slot_of(experience_id: str) -> int:
+    """Which group of its step an experience is of, by its id `RUN-sSTEP-tSLOT-rROLLOUT`."""
+    return int(experience_id.rpartition("-r")[0].rpartition("-t")[2])
 
 
 def _joined(

@@ -16,7 +16,7 @@ from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.file_lock import lock_file
 from mulligan.common.tasks import cancel
 from mulligan.common.types import Split
-from mulligan.trainer.evaluation import check_protocols, evaluate, measure, open_writers
+from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
 from mulligan.trainer.events import EvaluationEvent, StateEvent
 from mulligan.trainer.folder import RunFolder, RunRecord, RunState
 from mulligan.trainer.harness import Harness
@@ -123,7 +123,7 @@ class RunManager:
             if not accept_environment:
                 self._busy_with = run_id
                 try:
-                    await run.environment.refuse_another()
+                    await run.environments.refuse_others()
                 finally:
                     self._busy_with = ""
             folder.write_record(record.now(RunState.RUNNING))
@@ -196,7 +196,7 @@ class RunManager:
         info = await port.describe(environment)
         tasks = await port.list_tasks(environment, Split.TEST, settings.tasks)
         check_tasks(info, {Split.TEST: tasks})
-        check_protocols(info, tasks, settings)
+        fit_protocols([(info, tasks)], settings)
         writers = await open_writers(self._services.policy, settings)
         if run is not None:
             await self.publish(run_id)

@@ -90,6 +90,7 @@ class Member(Generic[S_co]):
     memory: Sequence[StoredReflection]
     peers: Peers
     slots: asyncio.Semaphore
+    horizon: int | None = None  # turns of an episode at most, beside the environment's limit
     targets: list[TrainingTarget] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
@@ -126,7 +127,8 @@ class Member(Generic[S_co]):
         is its first message, with `{feedback}` and `{observation}`. The reward is that of the last try, and None where
         the infrastructure failed. Raises ServiceUnavailable when a service stays unreachable.
         """
-        plan = Plan(self.task_id, self._attempt_sampling, 0, tries, again, self.settings.success_threshold)
+        solved_at = self.settings.success_threshold
+        plan = Plan(self.task_id, self._attempt_sampling, 0, tries, again, solved_at, self.horizon)
         return await self._play(role, self.prompts.solver if system is None else system, parent, plan)
 
     async def fork(self, role: str, episode: Sample, turn: int, *, parent: Sample | None = None) -> Sample:
@@ -140,7 +142,8 @@ class Member(Generic[S_co]):
         before = len(turns) - len(episode.turns)
         if not before <= turn <= len(turns):
             raise ValueError(f"turn: expected {before} to {len(turns)}, those of {episode.sample_id}; got {turn}")
-        plan = Plan(self.task_id, self._attempt_sampling, 0, fork=(replace(episode, turns=turns), turn))
+        fork = (replace(episode, turns=turns), turn)
+        plan = Plan(self.task_id, self._attempt_sampling, 0, horizon=self.horizon, fork=fork)
         return await self._play(role, episode.system, parent or episode, plan)
 
     def turns_of(self, episode: Sample) -> tuple[Turn, ...]:

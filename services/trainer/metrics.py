@@ -13,11 +13,14 @@ from mulligan.trainer.batch import Group, groups_of
 from mulligan.trainer.trainable import never_fits
 
 
-def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict[str, float]:
+def rollout_metrics(experiences: Sequence[Experience], threshold: float, environment: str) -> dict[str, float]:
     """`rollouts`, the number of episodes and texts, is the budget for comparing algorithms; each try of a conversation
     is an episode. `reflections` counts texts, `distilled` targets. `groups_with_signal` is the share of groups whose
-    first episodes have different rewards. For the attempts of each role there are `reward_ROLE` and `success_ROLE`, and
-    `tries_ROLE`, their mean number, where a conversation may hold several."""
+    first episodes have different rewards.
+
+    For the attempts of each role in `environment`, the run's own, there are `reward_ROLE` and `success_ROLE`, and
+    `tries_ROLE`, their mean number, where a conversation may hold several. Those in another environment begin with its
+    name: `NAME/reward_ROLE`. `NAME/rollouts` are how many of the rollouts are in it."""
     samples = [sample for experience in experiences for sample in experience.samples]
     episodes = [sample for sample in samples if sample.is_episode]
     texts = len(samples) - len(episodes)
@@ -27,7 +30,7 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
         "distilled": float(sum(len(experience.targets) for experience in experiences)),
         "excluded": float(sum(not sample.outcome.has_reward for sample in samples)),
         "restarts": float(sum(episode.restarts for episode in episodes)),
-        "rollouts": float(sum(_tries(episode) + episode.restarts for episode in episodes) + texts),
+        "rollouts": _rollouts(samples),
         "sampled_tokens": float(sum(sequence.sampled_count for sequence in sequences)),
     }
     first = [rewards for group in groups_of(experiences) if (rewards := _first_rewards(group))]
@@ -36,6 +39,19 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
     unplayed = sum(map(never_fits, samples))
     if unplayed:
         metrics["excluded_prompt_too_long"] = float(unplayed)
+    for name in dict.fromkeys(experience.environment for experience in experiences):
+        own = [sample for experience in experiences if experience.environment == name for sample in experience.samples]
+        if name == environment:
+            metrics |= _by_role(own, threshold)
+        else:
+            found = {"rollouts": _rollouts(own)} | _by_role(own, threshold)
+            metrics |= {f"{name}/{metric}": value for metric, value in found.items()}
+    return metrics
+
+
+def _by_role(samples: Sequence[Sample], threshold: float) -> dict[str, float]:
+    episodes = [sample for sample in samples if sample.is_episode]
+    metrics = {}
     for role in dict.fromkeys(episode.role for episode in episodes):
         rewards = rewards_of(episode for episode in episodes if episode.role == role)
         if rewards:
@@ -45,6 +61,11 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float) -> dict
         if tries:
             metrics[f"tries_{role}"] = fmean(tries)
     return metrics
+
+
+def _rollouts(samples: Iterable[Sample]) -> float:
+    """Episodes started and texts written."""
+    return float(sum(_tries(sample) + sample.restarts if sample.is_episode else 1 for sample in samples))
 
 
 def _tries(episode: Sample) -> int:

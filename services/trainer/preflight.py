@@ -50,18 +50,20 @@ def check_actor(
     check_top_k(info, settings.evaluation.top_k, "evaluation.top_k")
 
 
-def check_tasks(environment: EnvironmentInfo, tasks: Mapping[Split, Sequence[TaskInfo]]) -> None:
-    """Checks that the environment has tasks in each split."""
-    _check_available(environment)
+def check_tasks(
+    environment: EnvironmentInfo, tasks: Mapping[Split, Sequence[TaskInfo]], field: str = "environment"
+) -> None:
+    """Checks that the environment has tasks in each split. `field` is the setting that names it."""
+    _check_available(environment, field)
     for split, listed in tasks.items():
         if not listed:
             needed = "training tasks" if split is Split.TRAIN else "test tasks, on which a policy is measured"
-            raise _invalid("environment", f"{environment.name!r} has no {needed}; expected at least one")
+            raise _invalid(field, f"{environment.name!r} has no {needed}; expected at least one")
 
 
-def _check_available(environment: EnvironmentInfo) -> None:
+def _check_available(environment: EnvironmentInfo, field: str) -> None:
     if environment.unavailable:
-        raise _invalid("environment", f"{environment.name!r} is unavailable: {environment.unavailable}")
+        raise _invalid(field, f"{environment.name!r} is unavailable: {environment.unavailable}")
 
 
 def _check_dtype(info: PolicyInfo, dtype: str) -> None:
@@ -96,18 +98,18 @@ def _check_lora(info: PolicyInfo, rank: int, layers: Collection[str]) -> None:
         )
 
 
-def check_environment(environment: EnvironmentInfo, policy: PolicyInfo) -> None:
-    """Checks that this policy can play this environment."""
-    _check_available(environment)
+def check_environment(environment: EnvironmentInfo, policy: PolicyInfo, field: str = "environment") -> None:
+    """Checks that this policy can play this environment. `field` is the setting that names it."""
+    _check_available(environment, field)
     name = environment.name
     if environment.player_count > 1:
         raise _invalid(
-            "environment",
+            field,
             f"{name!r} is a game of {environment.player_count} players; expected one in which a single agent acts",
         )
     if environment.tools and Feature.TOOLS not in policy.features:
         raise _invalid(
-            "environment",
+            field,
             f"{name!r} shows its tools through the chat template, and that of policy {policy.name!r} ({policy.model}) "
             "has no place for any; expected an environment whose prompt describes its tools (some have a setting "
             'for that: `tools = "prompt"`)',

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -14,19 +14,19 @@ import structlog
 
 from mulligan.common.disk import free_bytes
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.experience import Experience
 from mulligan.common.inference import PolicyInfo
-from mulligan.trainer.evaluation import check_protocols, evaluate, measure, open_writers
+from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
 from mulligan.trainer.events import EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
+from mulligan.trainer.history import read_history, write_history
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from mulligan.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
 from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import check_actor, check_algorithm, check_environment, check_speaker
-from mulligan.trainer.run_environment import EnvironmentChanged, RunEnvironment, RunTasks
+from mulligan.trainer.rounds import Chooser, Sampled, sample_rounds
+from mulligan.trainer.run_environment import EnvironmentChanged, RunEnvironments, RunTasks
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
-from mulligan.trainer.seeds import tasks_of_step
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
 from mulligan.trainer.trainable import drop_notices, prompt_notices
@@ -72,10 +72,10 @@ class ServicePorts:
 class Run:
     """`train` runs until the last step or `stop`. It raises whatever makes the run fail.
 
-    It opens the environment and compares it with the run's fingerprint, creates the learner, loads the last checkpoint,
-    and publishes the weights. Each `_step` then samples (with the journal as recorder), learns, publishes, memorises
-    and writes its metrics. Evaluations and checkpoints come between steps. Where the learner is lost or a disk is full,
-    `train` begins again at the last checkpoint; the journal has what was sampled since.
+    It opens the environments and compares them with the run's fingerprints, creates the learner, loads the last
+    checkpoint, and publishes the weights. Each `_step` then samples (with the journal as recorder), learns, publishes,
+    memorises and writes its metrics. Evaluations and checkpoints come between steps. Where the learner is lost or a
+    disk is full, `train` begins again at the last checkpoint; the journal has what was sampled since.
 
     `paused` says what the run waits for; "" while it trains. With `accept_environment`, the run goes on although the
     environment has changed.
@@ -90,7 +90,7 @@ class Run:
         self.events = events or EventLog(folder.events_file)  # kept over stop and resume, for those who watch
         self.paused = ""
         self.accept_environment = False
-        self.environment = RunEnvironment(run_id, self.settings, folder, services.environment)
+        self.environments = RunEnvironments(self.settings, folder, services.environment)
         self._pause = Pause()
         self._stop = asyncio.Event()
         self._finished = False
@@ -156,69 +156,82 @@ class Run:
 
     async def _train(self) -> None:
         self.events.write()
-        tasks = await self.environment.open()
-        await self.environment.settle(tasks, self.notice, accept=self.accept_environment)
+        tasks = await self.environments.open()
+        await self.environments.settle(tasks, self.notice, accept=self.accept_environment)
         self.accept_environment = False
+        chooser = await self._chooser(tasks)
         log.info("creating the learner", run_id=self.run_id, model=self.settings.model.source)
         learner = await self.services.open_learner(self.run_id, self.settings)
         try:
-            await self._train_with(learner, tasks)
+            await self._train_with(learner, tasks, chooser)
         finally:
             await learner.close()
 
-    async def _train_with(self, learner: LearnerPort, tasks: RunTasks) -> None:
+    async def _chooser(self, tasks: Mapping[str, RunTasks]) -> Chooser:
+        """Goes back to the last checkpoint. Raises what `Chooser.choose` raises where the sampler cannot choose."""
+        checkpoint = self.folder.checkpoint()
+        self.step = checkpoint.step if checkpoint else 0
+        history = await asyncio.to_thread(read_history, self.folder, self.settings.environment, self.step)
+        chooser = Chooser(self.settings, {name: known.train for name, known in tasks.items()}, history)
+        if self.step < self.settings.steps:
+            chooser.choose(self.step)
+        return chooser
+
+    async def _train_with(self, learner: LearnerPort, tasks: Mapping[str, RunTasks], chooser: Chooser) -> None:
         settings = self.settings
         services = self.services
-        info = tasks.info
         actor = await services.actor(settings, learner, self.notice)
-        check_environment(info, actor.info)
+        for name, field in settings.environments.items():
+            check_environment(tasks[name].info, actor.info, field)
         speakers = await services.speakers(settings, actor.info)
         checkpoint = self.folder.checkpoint()
         if checkpoint is not None:
             await learner.load_checkpoint(checkpoint.name)
-        self.step = checkpoint.step if checkpoint else 0
         incarnation = uuid.uuid4().hex[:8]
         restarts = settings.rollout.max_restarts
-        harness = Harness(self.environment.port, actor, info, actor.info, incarnation, restarts, speakers)
-        runner = StepRunner(self.run_id, settings, harness, services.memory, learner)
-        check_algorithm(runner.algorithm, info, actor.info, speakers)
-        check_protocols(info, tasks.test, settings.evaluation, "evaluation.")
-        writers = await open_writers(services.policy, settings.evaluation)
-        threshold = settings.algorithm.success_threshold
-        player = Player(
-            harness, tasks.test, settings.evaluation, settings.rollout, settings.seed, threshold, writers=writers
-        )
+        harnesses = {
+            name: Harness(port, actor, tasks[name].info, actor.info, incarnation, restarts, speakers)
+            for name, port in self.environments.ports.items()
+        }
+        players = await self._players(harnesses, tasks)
+        harness = harnesses.pop(settings.environment)
+        runner = StepRunner(self.run_id, settings, harness, services.memory, learner, others=harnesses)
+        for known in tasks.values():
+            check_algorithm(runner.algorithm, known.info, actor.info, speakers)
         await actor.publish()
         if checkpoint is None:
             await self._save(runner, 0)
         while self.step < settings.steps and not self._stop.is_set():
             if self._evaluation_due():
-                await self._evaluate(player)
-            await self._step(runner, actor, tasks)
+                await self._evaluate(players)
+            await self._step(runner, actor, tasks, chooser)
             if self.step % settings.checkpoint_every == 0 or self.step == settings.steps or self._stop.is_set():
                 await self._save(runner, self.step)
         if self.step == settings.steps:
-            await self._evaluate(player)
+            await self._evaluate(players)
             self.folder.write_summary(self.summary())
             self._finished = True
 
-    async def _step(self, runner: StepRunner, policy: PublishedPolicy, tasks: RunTasks) -> None:
+    async def _step(
+        self, runner: StepRunner, policy: PublishedPolicy, tasks: Mapping[str, RunTasks], chooser: Chooser
+    ) -> None:
         """Samples, learns, publishes, memorises. A repeated step finds its samples in the journal."""
         start = time.monotonic()
         journal = StepJournal(self.folder.journal, self.step)
         try:
             recording = replace(runner, recorder=journal)
-            experiences = await self._sample(recording, journal, policy.version, tasks)
+            step = await self._sample(recording, journal, policy.version, tasks, chooser)
             sampled = time.monotonic()
             journal.sync()
-            first = [experience.samples[0] for experience in experiences if experience.samples]
-            later = [sample for experience in experiences for sample in experience.samples[1:]]
+            first = [experience.samples[0] for experience in step.experiences if experience.samples]
+            later = [sample for experience in step.experiences for sample in experience.samples[1:]]
             self._notice_once(prompt_notices(first, later))
-            metrics = recording.metrics(experiences) | await recording.learn(self.step, experiences)
+            metrics = recording.metrics(step.experiences) | step.metrics
+            metrics |= await recording.learn(self.step, step.kept)
             self._notice_once(drop_notices(metrics))
             learned = time.monotonic()
             await policy.publish()
-            await recording.memorise(experiences)
+            await recording.memorise(step.kept)
             end = time.monotonic()
             metrics |= {
                 "policy_version": float(policy.version),
@@ -233,30 +246,33 @@ class Run:
             journal.sync()
         finally:
             journal.close()
+        write_history(self.folder, self.step, step.rounds)
         if self.step not in self.events.steps():
             self.events.add(StepEvent(self.step, metrics))
         self.step += 1
 
     async def _sample(
-        self, recording: StepRunner, journal: StepJournal, version: int, tasks: RunTasks
-    ) -> list[Experience]:
-        """Raises EnvironmentChanged when the environment changed meanwhile; then the step's attempts are not used."""
-        rollout = self.settings.rollout
+        self,
+        recording: StepRunner,
+        journal: StepJournal,
+        version: int,
+        tasks: Mapping[str, RunTasks],
+        chooser: Chooser,
+    ) -> Sampled:
+        """Raises EnvironmentChanged when an environment changed meanwhile; then the step's attempts are not used."""
         if journal.started is None:
-            chosen = tasks_of_step(len(tasks.train), rollout.tasks_per_step, self.step, self.settings.seed)
+            task_ids, environments = chooser.named(choice := chooser.choose(self.step))
             memory_version = await self.services.memory.snapshot(recording.memory_scope)
-            task_ids = [tasks.train[index].task_id for index in chosen]
-            journal.start(StepStarted(self.step, task_ids, memory_version, version))
-        assert journal.started is not None
-        known = journal.experiences == rollout.tasks_per_step * rollout.rollouts_per_task
+            journal.start(StepStarted(self.step, task_ids, memory_version, version, environments, choice.horizon))
+        known = journal.experiences
         try:
-            experiences = await recording.sample(self.step, journal.started.task_ids, journal.started.memory_version)
-            if not known:
-                await self.environment.check(tasks)
+            sampled = await sample_rounds(recording, journal, chooser)
+            if journal.experiences > known:
+                await self.environments.check(tasks)
         except EnvironmentChanged:
             set_aside(self.folder.journal, self.step)
             raise
-        return experiences
+        return sampled
 
     async def _save(self, runner: StepRunner, step: int) -> None:
         name = f"{self.run_id}-{step:06}"
@@ -266,32 +282,43 @@ class Run:
 
     def _evaluation_due(self) -> bool:
         every = self.settings.evaluation.every
-        return (self.step == 0 or (every > 0 and self.step % every == 0)) and self.step not in self.events.evaluations()
+        return self.step == 0 or (every > 0 and self.step % every == 0)
 
-    async def _evaluate(self, player: Player) -> None:
-        if self.step in self.events.evaluations():
-            return
-        log.info("evaluating", run_id=self.run_id, step=self.step, tasks=len(player.tasks))
-        player = replace(player, name=f"{self.run_id}-evaluation-{self.step}")
-        attempts = await evaluate(player)
-        self._notice_once(prompt_notices(attempts))
-        self.events.add(await measure(player, self.step, attempts))
+    async def _players(self, harnesses: Mapping[str, Harness], tasks: Mapping[str, RunTasks]) -> dict[str, Player]:
+        """What plays the evaluations in each environment. Raises DomainError INVALID_SETTING and UNKNOWN_POLICY."""
+        settings = self.settings
+        places = [(known.info, known.test) for known in tasks.values()]
+        fitting = fit_protocols(places, settings.evaluation, "evaluation.")
+        writers = await open_writers(self.services.policy, settings.evaluation)
+        threshold = settings.algorithm.success_threshold
+        return {
+            name: Player(
+                harnesses[name], known.test, evaluation, settings.rollout, settings.seed, threshold, writers=writers
+            )
+            for (name, known), evaluation in zip(tasks.items(), fitting, strict=True)
+        }
+
+    async def _evaluate(self, players: Mapping[str, Player]) -> None:
+        """Measures the policy in each environment, unless that was done before."""
+        for place, (environment, player) in enumerate(players.items()):
+            told_as = environment if place else ""  # empty for the run's own
+            if self.step in self.events.evaluations(told_as):
+                continue
+            log.info("evaluating", run_id=self.run_id, step=self.step, environment=environment, tasks=len(player.tasks))
+            name = f"{self.run_id}-evaluation-{self.step}" + (f"-e{place}" if place else "")
+            named = replace(player, name=name)
+            attempts = await evaluate(named)
+            self._notice_once(prompt_notices(attempts))
+            self.events.add(await measure(named, self.step, attempts, told_as))
 
     def summary(self) -> dict[str, object]:
         """The content of summary.json. `rollouts` is the number of episodes and reflections, the budget for comparing
-        algorithms; `grad_clipped` is the share of optimizer steps with a gradient norm above `max_grad_norm`."""
+        algorithms; `grad_clipped` is the share of optimizer steps with a gradient norm above `max_grad_norm`. Test
+        success is that in the run's own environment; `further_evaluations` has the others'."""
         evaluations = self.events.evaluations()
         steps = self.events.steps()
-        curve = [
-            {
-                "step": step,
-                "rollouts": int(sum(steps[earlier].metrics["rollouts"] for earlier in range(step))),
-                "success": evaluation.success,
-            }
-            | ({"metrics": evaluation.metrics} if evaluation.metrics else {})
-            for step, evaluation in sorted(evaluations.items())
-        ]
-        return {
+        others = [name for name in self.settings.environments if name != self.settings.environment]
+        summary: dict[str, object] = {
             "run_id": self.run_id,
             "test_success_before": evaluations[0].success,
             "test_success_after": evaluations[self.step].success,
@@ -301,9 +328,22 @@ class Run:
             "sampled_tokens": int(sum(event.metrics["sampled_tokens"] for event in steps.values())),
             "excluded": int(sum(event.metrics["excluded"] for event in steps.values())),
             "grad_clipped": fmean([event.metrics.get("grad_clipped", 0.0) for event in steps.values()] or [0.0]),
-            "evaluations": curve,
+            "evaluations": self._curve(),
             "settings": self.settings.model_dump(mode="json"),
         }
+        return summary | ({"further_evaluations": {name: self._curve(name) for name in others}} if others else {})
+
+    def _curve(self, environment: str = "") -> list[dict[str, object]]:
+        steps = self.events.steps()
+        return [
+            {
+                "step": step,
+                "rollouts": int(sum(steps[earlier].metrics["rollouts"] for earlier in range(step))),
+                "success": evaluation.success,
+            }
+            | ({"metrics": evaluation.metrics} if evaluation.metrics else {})
+            for step, evaluation in sorted(self.events.evaluations(environment).items())
+        ]
 
 
 class Pause:

@@ -1,4 +1,4 @@
-"""Keeps a run in the environment that it began with.
+"""Keeps a run in the environments that it began with.
 
 Attempts at one task are compared with each other. If the env server restarts with another seed, or one of several
 servers has other settings, the same task id means another task. Then the run must end.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
@@ -16,7 +16,7 @@ from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
 from mulligan.trainer.fingerprint import Fingerprint, brief, fingerprint
 from mulligan.trainer.folder import RunFolder
 from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle
-from mulligan.trainer.journal import journaled_steps, sampled_experiences, set_aside
+from mulligan.trainer.journal import is_sampled, journaled_steps, set_aside
 from mulligan.trainer.preflight import check_tasks
 from mulligan.trainer.settings import RunSettings
 
@@ -73,79 +73,99 @@ class KnownEnvironment:
         return episode
 
 
-class RunEnvironment:
-    """The environment of one run. Attempts use `port`.
+class RunEnvironments:
+    """The environments of one run, by name; its own comes first. Attempts use `ports`.
 
-    `open` reads the description and tasks. `settle` compares them with the fingerprint in the run's folder, or writes
-    it at the run's start. `check` does the same after each step's sampling, `refuse_another` before a resume.
+    `open` reads the descriptions and tasks. `settle` compares them with the fingerprints in the run's folder, or writes
+    them at the run's start. `check` does the same after each step's sampling, `refuse_others` before a resume.
     """
 
-    def __init__(self, run_id: str, settings: RunSettings, folder: RunFolder, environment: EnvironmentPort):
-        self.port = KnownEnvironment(environment)
-        self._run_id = run_id
+    def __init__(self, settings: RunSettings, folder: RunFolder, environment: EnvironmentPort):
+        self.ports = {name: KnownEnvironment(environment) for name in settings.environments}
         self._settings = settings
         self._folder = folder
 
-    async def open(self) -> RunTasks:
-        """Raises DomainError UNKNOWN_ENVIRONMENT, or INVALID_SETTING for an environment without tasks."""
-        name = self._settings.environment
+    async def open(self) -> dict[str, RunTasks]:
+        """Raises DomainError UNKNOWN_ENVIRONMENT for the run's own, and INVALID_SETTING for a further one that is not
+        served and for one without tasks."""
+        return {name: await self._open(name, field) for name, field in self._settings.environments.items()}
+
+    async def _open(self, name: str, field: str) -> RunTasks:
+        port = self.ports[name]
         settings = self._settings
-        info = await self.port.describe(name)
-        train = await self.port.list_tasks(name, Split.TRAIN, settings.rollout.train_tasks)
-        test = await self.port.list_tasks(name, Split.TEST, settings.evaluation.tasks)
-        check_tasks(info, {Split.TRAIN: train, Split.TEST: test})
+        try:
+            info = await port.describe(name)
+        except DomainError as error:
+            if error.reason is not Reason.UNKNOWN_ENVIRONMENT or name == settings.environment:
+                raise
+            raise DomainError(Reason.INVALID_SETTING, f"{field}: {error.message}", field=field) from error
+        train = await port.list_tasks(name, Split.TRAIN, settings.rollout.train_tasks)
+        test = await port.list_tasks(name, Split.TEST, settings.evaluation.tasks)
+        check_tasks(info, {Split.TRAIN: train, Split.TEST: test}, field)
         return RunTasks(info, train, test)
 
-    async def settle(self, tasks: RunTasks, notice: Callable[[str], None], *, accept: bool) -> None:
-        """Writes the fingerprint at the start of a run and compares it later.
+    async def settle(self, tasks: Mapping[str, RunTasks], notice: Callable[[str], None], *, accept: bool) -> None:
+        """Writes the fingerprints at the start of a run and compares them later.
 
-        Raises EnvironmentChanged on differences, unless `accept`: then the new fingerprint replaces the old one.
+        Raises EnvironmentChanged on differences, unless `accept`: then the new fingerprints replace the old ones.
         """
-        now = await self._fingerprint(tasks)
-        before = self._folder.environment()
-        differences = before.differences(now) if before is not None else []
-        if differences and not accept:
-            raise EnvironmentChanged(self._told(differences))
-        if differences:
-            notice(f"the run goes on in another environment, which was accepted: {'; '.join(differences)}")
+        now = {name: await self._fingerprint(name, listed) for name, listed in tasks.items()}
+        before = self._before()
+        told = self._differences(before, now)
+        if told and not accept:
+            raise EnvironmentChanged("; ".join(told))
+        if told:
+            notice(f"the run goes on in another environment, which was accepted: {'; '.join(told)}")
             self._forget_unfinished()
-        if before is None or differences:
-            self._folder.write_environment(now)
+        if told or now.keys() != before.keys():
+            self._write(now)
 
-    async def check(self, tasks: RunTasks) -> None:
-        """Compares the environment again. Raises EnvironmentChanged."""
-        info = await self.port.describe(self._settings.environment)
-        await self.settle(replace(tasks, info=info), lambda text: None, accept=False)
+    async def check(self, tasks: Mapping[str, RunTasks]) -> None:
+        """Compares the environments again. Raises EnvironmentChanged."""
+        again = {name: replace(known, info=await self.ports[name].describe(name)) for name, known in tasks.items()}
+        await self.settle(again, lambda text: None, accept=False)
 
-    async def refuse_another(self) -> None:
-        """Called before a resume. Raises DomainError ENVIRONMENT_CHANGED when the environment differs.
+    async def refuse_others(self) -> None:
+        """Called before a resume. Raises DomainError ENVIRONMENT_CHANGED when an environment differs.
 
         If the comparison fails or takes too long, nothing is raised: training compares again.
         """
-        before = self._folder.environment()
-        if before is None:
-            return
+        before = self._before()
         try:
             async with asyncio.timeout(_CHECK_SECONDS):
-                differences = before.differences(await self._fingerprint(await self.open()))
+                tasks = await self.open() if before else {}
+                now = {name: await self._fingerprint(name, listed) for name, listed in tasks.items()}
         except (TimeoutError, DomainError, CallFailed, ServiceUnavailable):
             return
-        if differences:
-            name = self._settings.environment
-            message = f"{self._told(differences)}. {ADVICE}"
-            raise DomainError(Reason.ENVIRONMENT_CHANGED, message, environment=name)
+        if told := self._differences(before, now):
+            message = f"{'; '.join(told)}. {ADVICE}"
+            raise DomainError(Reason.ENVIRONMENT_CHANGED, message, environment=self._settings.environment)
 
-    async def _fingerprint(self, tasks: RunTasks) -> Fingerprint:
-        return await fingerprint(self.port, tasks.info, {Split.TRAIN: tasks.train, Split.TEST: tasks.test})
+    async def _fingerprint(self, name: str, tasks: RunTasks) -> Fingerprint:
+        return await fingerprint(self.ports[name], tasks.info, {Split.TRAIN: tasks.train, Split.TEST: tasks.test})
 
-    def _told(self, differences: list[str]) -> str:
-        name = self._settings.environment
-        return f"environment {name!r} is not the one that the run began in: {'; '.join(differences)}"
+    def _before(self) -> dict[str, Fingerprint]:
+        own = self._folder.environment()
+        return ({self._settings.environment: own} if own else {}) | self._folder.further_environments()
+
+    def _write(self, fingerprints: dict[str, Fingerprint]) -> None:
+        further = dict(fingerprints)
+        self._folder.write_environment(further.pop(self._settings.environment))
+        if further:
+            self._folder.write_further_environments(further)
+
+    @staticmethod
+    def _differences(before: Mapping[str, Fingerprint], now: Mapping[str, Fingerprint]) -> list[str]:
+        """A sentence for each environment that is not as it was."""
+        return [
+            f"environment {name!r} is not the one that the run began in: {'; '.join(differences)}"
+            for name, old in before.items()
+            if name in now and (differences := old.differences(now[name]))
+        ]
 
     def _forget_unfinished(self) -> None:
         """Sets the last step's journal aside if it is incomplete: it must not mix attempts in two environments."""
-        rollout = self._settings.rollout
         journal = self._folder.journal
         for step in journaled_steps(journal)[-1:]:
-            if sampled_experiences(journal, step) < rollout.tasks_per_step * rollout.rollouts_per_task:
+            if not is_sampled(journal, step, self._settings.rollout.rollouts_per_task):
                 set_aside(journal, step)

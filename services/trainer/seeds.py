@@ -12,13 +12,13 @@ def derive_seed(*parts: object) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def tasks_of_step(task_count: int, tasks_per_step: int, step: int, seed: int) -> list[int]:
-    """Indices of a step's tasks. Steps go through all tasks again and again, in a new random order each time."""
-    start = step * tasks_per_step
+def in_passes(task_count: int, start: int, count: int, *seed: object) -> list[int]:
+    """`count` indices of tasks, from place `start` of a sequence of passes: each pass has every task once, in a new
+    random order that depends on the parts of `seed`."""
     chosen: list[int] = []
-    while len(chosen) < tasks_per_step:
+    while len(chosen) < count:
         epoch, offset = divmod(start + len(chosen), task_count)
         order = list(range(task_count))
-        random.Random(derive_seed(seed, "order", epoch)).shuffle(order)
-        chosen.extend(order[offset : offset + tasks_per_step - len(chosen)])
+        random.Random(derive_seed(*seed, "order", epoch)).shuffle(order)
+        chosen.extend(order[offset : offset + count - len(chosen)])
     return chosen

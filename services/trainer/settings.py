@@ -16,6 +16,7 @@ from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.protocols import PROTOCOLS, ProtocolSettings
+from mulligan.trainer.samplers import SAMPLERS, SamplerSettings
 
 __all__ = [
     "ALGORITHMS",
@@ -129,6 +130,11 @@ def _named(table: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name} | {field: value for field, value in table.items() if field not in dropped}
 
 
+def _sampler(table: Any) -> SamplerSettings:
+    found: SamplerSettings = read_named(SAMPLERS, table, SAMPLERS.default)
+    return found
+
+
 class RolloutSettings(_Settings):
     tasks_per_step: int = Field(64, ge=1)
     rollouts_per_task: int = Field(4, ge=1)
@@ -142,6 +148,13 @@ class RolloutSettings(_Settings):
     concurrency: int = Field(256, ge=1)
     max_restarts: int = Field(3, ge=0)
     train_tasks: int = Field(0, ge=0)
+    replace_rounds: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _signal_needs_a_group(self) -> Self:
+        if self.replace_rounds and self.rollouts_per_task == 1:
+            raise ValueError("replace_rounds: expected 0, as a group of one (rollouts_per_task = 1) never has a signal")
+        return self
 
 
 def _protocol(table: Any) -> ProtocolSettings:
@@ -189,6 +202,9 @@ class RunSettings(_Settings):
     algorithm: Annotated[SerializeAsAny[AlgorithmSettings], BeforeValidator(_algorithm)] = Field(
         default_factory=lambda: _algorithm({})
     )
+    sampler: Annotated[SerializeAsAny[SamplerSettings], BeforeValidator(_sampler)] = Field(
+        default_factory=lambda: _sampler({})
+    )
     rollout: RolloutSettings = RolloutSettings()
     loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -199,6 +215,13 @@ class RunSettings(_Settings):
     checkpoint_every: int = Field(10, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     policies: PoliciesSettings = PoliciesSettings()
+
+    @property
+    def environments(self) -> dict[str, str]:
+        """All environments of the run, each with the setting that names it; its own comes first."""
+        return {self.environment: "environment"} | {
+            name: field for name, field in self.sampler.environments.items() if name != self.environment
+        }
 
     @model_validator(mode="after")
     def _deterministic_is_one_at_a_time(self) -> Self:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -43,7 +43,8 @@ class StepRunner:
     cannot be trained on (`trainable`), calls the algorithm's `train`, deals its data out to optimizer steps
     (`minibatches`), and calls the learner for each. `memorise` stores what the algorithm wants to be remembered.
 
-    Every sample goes to the recorder as soon as it exists. A repeated step finds it there.
+    Every sample goes to the recorder as soon as it exists. A repeated step finds it there. `harness` plays in the run's
+    own environment, `others` in further ones, by their names.
     """
 
     run_id: str
@@ -52,48 +53,56 @@ class StepRunner:
     memory: MemoryPort
     learner: LearnerPort
     recorder: Recorder = field(default_factory=NoRecorder)
+    others: Mapping[str, Harness] = field(default_factory=dict)
     algorithm: ModuleType = field(init=False)
     _lessons: dict[str, list[Lesson]] = field(init=False, default_factory=dict)  # by experience
 
     def __post_init__(self) -> None:
         self.algorithm = ALGORITHMS.find(self.settings.algorithm.name)
 
-    async def sample(self, step: int, task_ids: Sequence[str], memory_version: int) -> list[Experience]:
-        """The experiences of one step, in (task, rollout) order. They see the memory at `memory_version`."""
-        entries = await self._query_memory(memory_version)
-        slots = asyncio.Semaphore(self.settings.rollout.concurrency)
-        size = self.settings.rollout.rollouts_per_task
-        members = []
-        for slot, task_id in enumerate(task_ids):
-            peers = Peers(running=set(range(size)))
-            members += [self._member(step, slot, task_id, rollout, entries, peers, slots) for rollout in range(size)]
-        return await gather_or_cancel(self._play(member) for member in members)
-
-    def _member(
+    async def sample(
         self,
         step: int,
-        slot: int,
-        task_id: str,
-        rollout: int,
-        entries: Sequence[StoredReflection],
-        peers: Peers,
-        slots: asyncio.Semaphore,
-    ) -> Member[AlgorithmSettings]:
-        return Member(
-            experience_id=f"{self.run_id}-s{step}-t{slot}-r{rollout}",
-            task_id=task_id,
-            rollout=rollout,
-            step=step,
-            steps=self.settings.steps,
-            settings=self.settings.algorithm,
-            sampling=self.settings.rollout,
-            seed=derive_seed(self.settings.seed, step, task_id, slot, rollout),
-            harness=self.harness,
-            recorder=self.recorder,
-            memory=entries,
-            peers=peers,
-            slots=slots,
-        )
+        task_ids: Sequence[str],
+        memory_version: int,
+        *,
+        environments: Sequence[str] = (),
+        first_slot: int = 0,
+        horizon: int | None = None,
+    ) -> list[Experience]:
+        """The experiences of some tasks of one step, in (task, rollout) order. They see the memory at `memory_version`.
+
+        `environments` has one name per task; if empty, all tasks are those of the run's own environment. The groups
+        have the numbers from `first_slot` on. `horizon` is how many turns an episode has at most, beside its
+        environment's limit.
+        """
+        harnesses = [self.others.get(name, self.harness) for name in environments] or [self.harness] * len(task_ids)
+        entries = {one.info.name: await self._query_memory(one, memory_version) for one in _distinct(harnesses)}
+        slots = asyncio.Semaphore(self.settings.rollout.concurrency)
+        size = self.settings.rollout.rollouts_per_task
+        members: list[Member[AlgorithmSettings]] = []
+        for slot, (task_id, harness) in enumerate(zip(task_ids, harnesses, strict=True), first_slot):
+            peers = Peers(running=set(range(size)))
+            members += (
+                Member(
+                    experience_id=f"{self.run_id}-s{step}-t{slot}-r{rollout}",
+                    task_id=task_id,
+                    rollout=rollout,
+                    step=step,
+                    steps=self.settings.steps,
+                    settings=self.settings.algorithm,
+                    sampling=self.settings.rollout,
+                    seed=derive_seed(self.settings.seed, step, task_id, slot, rollout),
+                    harness=harness,
+                    recorder=self.recorder,
+                    memory=entries[harness.info.name],
+                    peers=peers,
+                    slots=slots,
+                    horizon=horizon,
+                )
+                for rollout in range(size)
+            )
+        return await gather_or_cancel(self._play(member) for member in members)
 
     async def _play(self, member: Member[AlgorithmSettings]) -> Experience:
         try:
@@ -106,7 +115,7 @@ class StepRunner:
             experience_id=member.experience_id,
             run_id=self.run_id,
             step=member.step,
-            environment=self.harness.info.name,
+            environment=member.info.name,
             task_id=member.task_id,
             rollout=member.rollout,
             samples=tuple(member.samples),
@@ -166,19 +175,19 @@ class StepRunner:
                 await self.memory.add(lesson.text.sample_id, self.memory_scope, lesson.text.text, provenance)
 
     def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
-        return rollout_metrics(experiences, self.settings.algorithm.success_threshold)
+        return rollout_metrics(experiences, self.settings.algorithm.success_threshold, self.harness.info.name)
 
     @property
     def memory_scope(self) -> str:
         return self.settings.algorithm.memory_scope or self.run_id
 
-    async def _query_memory(self, memory_version: int) -> Sequence[StoredReflection]:
+    async def _query_memory(self, harness: Harness, memory_version: int) -> Sequence[StoredReflection]:
         algorithm = self.settings.algorithm
         if algorithm.memory_entries == 0:
             return ()
         return await self.memory.query(
             self.memory_scope,
-            self.harness.info.name,
+            harness.info.name,
             algorithm.memory_strategy,
             algorithm.memory_entries,
             memory_version,
@@ -217,6 +226,10 @@ class StepRunner:
     @property
     def _regularised(self) -> bool:
         return self.settings.loss.kl_coefficient > 0 or self.settings.loss.entropy_coefficient > 0
+
+
+def _distinct(harnesses: Sequence[Harness]) -> list[Harness]:
+    return list({harness.info.name: harness for harness in harnesses}.values())
 
 
 def _lacks_old(objective: Objective) -> bool:

@@ -124,12 +124,19 @@ def evaluation_to_proto(event: EvaluationEvent) -> run_service_pb2.EvaluationCom
         attempts=event.attempts,
         excluded=event.excluded,
         metrics=event.metrics,
+        environment=event.environment,
     )
 
 
 def evaluation_from_proto(message: run_service_pb2.EvaluationCompleted) -> EvaluationEvent:
     return EvaluationEvent(
-        message.step, message.success, message.mean_reward, message.attempts, message.excluded, dict(message.metrics)
+        step=message.step,
+        success=message.success,
+        mean_reward=message.mean_reward,
+        attempts=message.attempts,
+        excluded=message.excluded,
+        environment=message.environment,
+        metrics=dict(message.metrics),
     )
 
 

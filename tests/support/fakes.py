@@ -109,6 +109,24 @@ class FakeEnvironment:
 
 
 @dataclass
+class FakeEnvironments:
+    """Several of them, by name."""
+
+    named: dict[str, FakeEnvironment]
+
+    async def describe(self, environment: str) -> EnvironmentInfo:
+        if environment not in self.named:
+            raise DomainError(Reason.UNKNOWN_ENVIRONMENT, f"there is no environment {environment!r}")
+        return replace(await self.named[environment].describe(environment), name=environment)
+
+    async def list_tasks(self, environment: str, split: Split, limit: int) -> list[TaskInfo]:
+        return await self.named[environment].list_tasks(environment, split, limit)
+
+    async def start(self, environment: str, task_id: str, episode_id: str) -> FakeEpisode:
+        return await self.named[environment].start(environment, task_id, episode_id)
+
+
+@dataclass
 class FakeEpisode:
     environment: FakeEnvironment
     task_id: str

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mulligan.common.types import Split, TaskInfo
-from mulligan.trainer.evaluation import check_protocols, evaluate, measure, open_writers
+from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
 from mulligan.trainer.events import EvaluationEvent
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.player import Player
@@ -43,7 +43,7 @@ async def measured(
 ) -> EvaluationEvent:
     """What an evaluation with these protocols finds. Raises DomainError if one does not fit."""
     made = await player(environment, policy, protocols, **others)
-    check_protocols(made.info, made.tasks, made.settings)
+    fit_protocols([(made.info, made.tasks)], made.settings)
     return await measure(made, 0, await evaluate(made))
 
 

@@ -15,10 +15,10 @@ import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -154,8 +154,9 @@ class RunConfig(_message.Message):
     CHECKPOINT_EVERY_FIELD_NUMBER: _builtins.int
     KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
+    SAMPLER_FIELD_NUMBER: _builtins.int
     environment: _builtins.str
-    """Name of an environment at the environment service. Required."""
+    """Name of an environment at the environment service. Required. The sampler may name further ones."""
     steps: _builtins.int
     """Training steps, at least 1. Default 100."""
     seed: _builtins.int
@@ -182,6 +183,8 @@ class RunConfig(_message.Message):
     def evaluation(self) -> Global___EvaluationConfig: ...
     @_builtins.property
     def policies(self) -> Global___PoliciesConfig: ...
+    @_builtins.property
+    def sampler(self) -> Global___SamplerConfig: ...
     def __init__(
         self,
         *,
@@ -198,10 +201,11 @@ class RunConfig(_message.Message):
         checkpoint_every: _builtins.int | None = ...,
         keep_checkpoints: _builtins.int | None = ...,
         policies: Global___PoliciesConfig | None = ...,
+        sampler: Global___SamplerConfig | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "sampler", b"sampler", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "environment", b"environment", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "environment", b"environment", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "sampler", b"sampler", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
@@ -225,6 +229,34 @@ class RunConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
 
 Global___RunConfig: _TypeAlias = RunConfig  # noqa: Y015
+
+@_typing.final
+class SamplerConfig(_message.Message):
+    """Which training tasks each step plays."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A module of the trainer, an installed sampler, or any module that the trainer can import. Default "uniform"."""
+    @_builtins.property
+    def settings(self) -> _struct_pb2.Struct:
+        """The sampler's settings, by their names. Unknown ones are INVALID_SETTING."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        settings: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SamplerConfig: _TypeAlias = SamplerConfig  # noqa: Y015
 
 @_typing.final
 class PoliciesConfig(_message.Message):
@@ -449,6 +481,7 @@ class RolloutConfig(_message.Message):
     CONCURRENCY_FIELD_NUMBER: _builtins.int
     MAX_RESTARTS_FIELD_NUMBER: _builtins.int
     TRAIN_TASKS_FIELD_NUMBER: _builtins.int
+    REPLACE_ROUNDS_FIELD_NUMBER: _builtins.int
     tasks_per_step: _builtins.int
     """Tasks of one training step. Default 64."""
     rollouts_per_task: _builtins.int
@@ -468,7 +501,16 @@ class RolloutConfig(_message.Message):
     max_restarts: _builtins.int
     """How often an attempt is started over after an infrastructure error, before it is excluded. Default 3."""
     train_tasks: _builtins.int
-    """Only the first so many training tasks are used; 0, the default, means all."""
+    """Only the first so many training tasks are used; 0, the default, means all. In a run of several environments, those
+    of each.
+    """
+    replace_rounds: _builtins.int
+    """Groups without signal are replaced by groups of other tasks, in at most so many further rounds per step (dynamic
+    sampling: DAPO, arXiv 2503.14476, 3.2). A group has no signal if the first samples of its chains all have the same
+    reward. What is left after the last round is trained on as it is. Replaced groups are journaled, count in the
+    metrics `rollouts` and `replaced_groups`, and are neither trained on nor remembered. Default 0. With more,
+    rollouts_per_task is at least 2.
+    """
     def __init__(
         self,
         *,
@@ -484,10 +526,11 @@ class RolloutConfig(_message.Message):
         concurrency: _builtins.int | None = ...,
         max_restarts: _builtins.int | None = ...,
         train_tasks: _builtins.int | None = ...,
+        replace_rounds: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_tokens", b"_max_tokens", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_tokens", b"max_tokens", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_tokens", b"_max_tokens", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_replace_rounds", b"_replace_rounds", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_tokens", b"max_tokens", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "replace_rounds", b"replace_rounds", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_tokens", b"_max_tokens", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_tokens", b"max_tokens", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_tokens", b"_max_tokens", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_replace_rounds", b"_replace_rounds", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_tokens", b"max_tokens", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "replace_rounds", b"replace_rounds", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__concurrency: _TypeAlias = _typing.Literal["concurrency"]  # noqa: Y015
     _WhichOneofArgType__concurrency: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency"]  # noqa: Y015
@@ -501,6 +544,8 @@ class RolloutConfig(_message.Message):
     _WhichOneofArgType__reflection_temperature: _TypeAlias = _typing.Literal["_reflection_temperature", b"_reflection_temperature"]  # noqa: Y015
     _WhichOneofReturnType__reflection_top_p: _TypeAlias = _typing.Literal["reflection_top_p"]  # noqa: Y015
     _WhichOneofArgType__reflection_top_p: _TypeAlias = _typing.Literal["_reflection_top_p", b"_reflection_top_p"]  # noqa: Y015
+    _WhichOneofReturnType__replace_rounds: _TypeAlias = _typing.Literal["replace_rounds"]  # noqa: Y015
+    _WhichOneofArgType__replace_rounds: _TypeAlias = _typing.Literal["_replace_rounds", b"_replace_rounds"]  # noqa: Y015
     _WhichOneofReturnType__rollouts_per_task: _TypeAlias = _typing.Literal["rollouts_per_task"]  # noqa: Y015
     _WhichOneofArgType__rollouts_per_task: _TypeAlias = _typing.Literal["_rollouts_per_task", b"_rollouts_per_task"]  # noqa: Y015
     _WhichOneofReturnType__tasks_per_step: _TypeAlias = _typing.Literal["tasks_per_step"]  # noqa: Y015
@@ -525,6 +570,8 @@ class RolloutConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reflection_temperature) -> _WhichOneofReturnType__reflection_temperature | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reflection_top_p) -> _WhichOneofReturnType__reflection_top_p | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__replace_rounds) -> _WhichOneofReturnType__replace_rounds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rollouts_per_task) -> _WhichOneofReturnType__rollouts_per_task | None: ...
     @_typing.overload
@@ -556,7 +603,7 @@ class EvaluationConfig(_message.Message):
     switches off those in between. Default 5.
     """
     tasks: _builtins.int
-    """Test tasks; 0, the default, means all."""
+    """Test tasks, of each environment; 0, the default, means all."""
     samples: _builtins.int
     """Attempts per task. Default 4."""
     temperature: _builtins.float

@@ -28,7 +28,7 @@ from mulligan.common.v1 import experience_pb2 as mulligan_dot_common_dot_v1_dot_
 from mulligan.trainer.v1 import run_config_pb2 as mulligan_dot_trainer_dot_v1_dot_run__config__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mulligan/trainer/v1/run_service.proto\x12\x13mulligan.trainer.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#mulligan/common/v1/experience.proto\x1a$mulligan/trainer/v1/run_config.proto\"\xf7\x01\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.mulligan.trainer.v1.RunState\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12.\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x1e.mulligan.trainer.v1.RunConfig\x12\x0c\n\x04step\x18\x05 \x01(\x05\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rtrain_seconds\x18\x07 \x01(\x01\x12\x0e\n\x06\x66older\x18\x08 \x01(\t\x12\x0e\n\x06paused\x18\t \x01(\t\"Q\n\x0fStartRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12.\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1e.mulligan.trainer.v1.RunConfig\"9\n\x10StartRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.mulligan.trainer.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"7\n\x0eGetRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.mulligan.trainer.v1.Run\"D\n\x0fListRunsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x12\n\npage_token\x18\x02 \x01(\t\"S\n\x10ListRunsResponse\x12&\n\x04runs\x18\x01 \x03(\x0b\x32\x18.mulligan.trainer.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"?\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1c\n\x0b\x61\x66ter_event\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\x8f\x01\n\rStepCompleted\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12@\n\x07metrics\x18\x02 \x03(\x0b\x32/.mulligan.trainer.v1.StepCompleted.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xe5\x01\n\x13\x45valuationCompleted\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x0f\n\x07success\x18\x02 \x01(\x01\x12\x13\n\x0bmean_reward\x18\x03 \x01(\x01\x12\x10\n\x08\x61ttempts\x18\x04 \x01(\x05\x12\x10\n\x08\x65xcluded\x18\x05 \x01(\x05\x12\x46\n\x07metrics\x18\x06 \x03(\x0b\x32\x35.mulligan.trainer.v1.EvaluationCompleted.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"K\n\x0cStateChanged\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.mulligan.trainer.v1.RunState\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x16\n\x06Notice\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xc0\x02\n\x08RunEvent\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\x0estep_completed\x18\x03 \x01(\x0b\x32\".mulligan.trainer.v1.StepCompletedH\x00\x12H\n\x14\x65valuation_completed\x18\x04 \x01(\x0b\x32(.mulligan.trainer.v1.EvaluationCompletedH\x00\x12:\n\rstate_changed\x18\x05 \x01(\x0b\x32!.mulligan.trainer.v1.StateChangedH\x00\x12-\n\x06notice\x18\x06 \x01(\x0b\x32\x1b.mulligan.trainer.v1.NoticeH\x00\x42\x07\n\x05\x65vent\"@\n\x10WatchRunResponse\x12,\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1d.mulligan.trainer.v1.RunEvent\" \n\x0eStopRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"8\n\x0fStopRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.mulligan.trainer.v1.Run\">\n\x10ResumeRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1a\n\x12\x61\x63\x63\x65pt_environment\x18\x02 \x01(\x08\":\n\x11ResumeRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.mulligan.trainer.v1.Run\"\x9b\x02\n\x0f\x45valuateRequest\x12\x1c\n\x0b\x65nvironment\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01\x12\x35\n\x06\x63onfig\x18\x02 \x01(\x0b\x32%.mulligan.trainer.v1.EvaluationConfig\x12\x1a\n\x04seed\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00H\x00\x88\x01\x01\x12\x1e\n\x11success_threshold\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12 \n\nmax_tokens\x18\x05 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01H\x02\x88\x01\x01\x12\x0e\n\x06run_id\x18\x06 \x01(\t\x12\x17\n\x06policy\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18@B\x07\n\x05_seedB\x14\n\x12_success_thresholdB\r\n\x0b_max_tokens\"d\n\x10\x45valuateResponse\x12\x38\n\x06result\x18\x01 \x01(\x0b\x32(.mulligan.trainer.v1.EvaluationCompleted\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\"V\n\x15StreamEvaluateRequest\x12=\n\x07request\x18\x01 \x01(\x0b\x32$.mulligan.trainer.v1.EvaluateRequestB\x06\xbaH\x03\xc8\x01\x01\"\xa1\x01\n\x16StreamEvaluateResponse\x12\r\n\x05\x65nded\x18\x01 \x01(\x05\x12\r\n\x05total\x18\x02 \x01(\x05\x12\x14\n\x07success\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x35\n\x06result\x18\x04 \x01(\x0b\x32%.mulligan.trainer.v1.EvaluateResponse\x12\x10\n\x08protocol\x18\x05 \x01(\tB\n\n\x08_success\"\x7f\n\x16ListExperiencesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1a\n\x04step\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00H\x00\x88\x01\x01\x12\x1c\n\tpage_size\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x64(\x00\x12\x12\n\npage_token\x18\x04 \x01(\tB\x07\n\x05_step\"g\n\x17ListExperiencesResponse\x12\x33\n\x0b\x65xperiences\x18\x01 \x03(\x0b\x32\x1e.mulligan.common.v1.Experience\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x82\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_RUNNING\x10\x01\x12\x17\n\x13RUN_STATE_COMPLETED\x10\x02\x12\x15\n\x11RUN_STATE_STOPPED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x32\xd2\x06\n\nRunService\x12W\n\x08StartRun\x12$.mulligan.trainer.v1.StartRunRequest\x1a%.mulligan.trainer.v1.StartRunResponse\x12Q\n\x06GetRun\x12\".mulligan.trainer.v1.GetRunRequest\x1a#.mulligan.trainer.v1.GetRunResponse\x12W\n\x08ListRuns\x12$.mulligan.trainer.v1.ListRunsRequest\x1a%.mulligan.trainer.v1.ListRunsResponse\x12Y\n\x08WatchRun\x12$.mulligan.trainer.v1.WatchRunRequest\x1a%.mulligan.trainer.v1.WatchRunResponse0\x01\x12T\n\x07StopRun\x12#.mulligan.trainer.v1.StopRunRequest\x1a$.mulligan.trainer.v1.StopRunResponse\x12Z\n\tResumeRun\x12%.mulligan.trainer.v1.ResumeRunRequest\x1a&.mulligan.trainer.v1.ResumeRunResponse\x12W\n\x08\x45valuate\x12$.mulligan.trainer.v1.EvaluateRequest\x1a%.mulligan.trainer.v1.EvaluateResponse\x12k\n\x0eStreamEvaluate\x12*.mulligan.trainer.v1.StreamEvaluateRequest\x1a+.mulligan.trainer.v1.StreamEvaluateResponse0\x01\x12l\n\x0fListExperiences\x12+.mulligan.trainer.v1.ListExperiencesRequest\x1a,.mulligan.trainer.v1.ListExperiencesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%mulligan/trainer/v1/run_service.proto\x12\x13mulligan.trainer.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a#mulligan/common/v1/experience.proto\x1a$mulligan/trainer/v1/run_config.proto\"\xf7\x01\n\x03Run\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12,\n\x05state\x18\x02 \x01(\x0e\x32\x1d.mulligan.trainer.v1.RunState\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12.\n\x06\x63onfig\x18\x04 \x01(\x0b\x32\x1e.mulligan.trainer.v1.RunConfig\x12\x0c\n\x04step\x18\x05 \x01(\x05\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x15\n\rtrain_seconds\x18\x07 \x01(\x01\x12\x0e\n\x06\x66older\x18\x08 \x01(\t\x12\x0e\n\x06paused\x18\t \x01(\t\"Q\n\x0fStartRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12.\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1e.mulligan.trainer.v1.RunConfig\"9\n\x10StartRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.mulligan.trainer.v1.Run\"\x1f\n\rGetRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"7\n\x0eGetRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.mulligan.trainer.v1.Run\"D\n\x0fListRunsRequest\x12\x1d\n\tpage_size\x18\x01 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x12\n\npage_token\x18\x02 \x01(\t\"S\n\x10ListRunsResponse\x12&\n\x04runs\x18\x01 \x03(\x0b\x32\x18.mulligan.trainer.v1.Run\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"?\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1c\n\x0b\x61\x66ter_event\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"\x8f\x01\n\rStepCompleted\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12@\n\x07metrics\x18\x02 \x03(\x0b\x32/.mulligan.trainer.v1.StepCompleted.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xfa\x01\n\x13\x45valuationCompleted\x12\x0c\n\x04step\x18\x01 \x01(\x05\x12\x0f\n\x07success\x18\x02 \x01(\x01\x12\x13\n\x0bmean_reward\x18\x03 \x01(\x01\x12\x10\n\x08\x61ttempts\x18\x04 \x01(\x05\x12\x10\n\x08\x65xcluded\x18\x05 \x01(\x05\x12\x46\n\x07metrics\x18\x06 \x03(\x0b\x32\x35.mulligan.trainer.v1.EvaluationCompleted.MetricsEntry\x12\x13\n\x0b\x65nvironment\x18\x07 \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"K\n\x0cStateChanged\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.mulligan.trainer.v1.RunState\x12\r\n\x05\x65rror\x18\x02 \x01(\t\"\x16\n\x06Notice\x12\x0c\n\x04text\x18\x01 \x01(\t\"\xc0\x02\n\x08RunEvent\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12<\n\x0estep_completed\x18\x03 \x01(\x0b\x32\".mulligan.trainer.v1.StepCompletedH\x00\x12H\n\x14\x65valuation_completed\x18\x04 \x01(\x0b\x32(.mulligan.trainer.v1.EvaluationCompletedH\x00\x12:\n\rstate_changed\x18\x05 \x01(\x0b\x32!.mulligan.trainer.v1.StateChangedH\x00\x12-\n\x06notice\x18\x06 \x01(\x0b\x32\x1b.mulligan.trainer.v1.NoticeH\x00\x42\x07\n\x05\x65vent\"@\n\x10WatchRunResponse\x12,\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x1d.mulligan.trainer.v1.RunEvent\" \n\x0eStopRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"8\n\x0fStopRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.mulligan.trainer.v1.Run\">\n\x10ResumeRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1a\n\x12\x61\x63\x63\x65pt_environment\x18\x02 \x01(\x08\":\n\x11ResumeRunResponse\x12%\n\x03run\x18\x01 \x01(\x0b\x32\x18.mulligan.trainer.v1.Run\"\x9b\x02\n\x0f\x45valuateRequest\x12\x1c\n\x0b\x65nvironment\x18\x01 \x01(\tB\x07\xbaH\x04r\x02\x10\x01\x12\x35\n\x06\x63onfig\x18\x02 \x01(\x0b\x32%.mulligan.trainer.v1.EvaluationConfig\x12\x1a\n\x04seed\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00H\x00\x88\x01\x01\x12\x1e\n\x11success_threshold\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12 \n\nmax_tokens\x18\x05 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x01H\x02\x88\x01\x01\x12\x0e\n\x06run_id\x18\x06 \x01(\t\x12\x17\n\x06policy\x18\x07 \x01(\tB\x07\xbaH\x04r\x02\x18@B\x07\n\x05_seedB\x14\n\x12_success_thresholdB\r\n\x0b_max_tokens\"d\n\x10\x45valuateResponse\x12\x38\n\x06result\x18\x01 \x01(\x0b\x32(.mulligan.trainer.v1.EvaluationCompleted\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x03\"V\n\x15StreamEvaluateRequest\x12=\n\x07request\x18\x01 \x01(\x0b\x32$.mulligan.trainer.v1.EvaluateRequestB\x06\xbaH\x03\xc8\x01\x01\"\xa1\x01\n\x16StreamEvaluateResponse\x12\r\n\x05\x65nded\x18\x01 \x01(\x05\x12\r\n\x05total\x18\x02 \x01(\x05\x12\x14\n\x07success\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x35\n\x06result\x18\x04 \x01(\x0b\x32%.mulligan.trainer.v1.EvaluateResponse\x12\x10\n\x08protocol\x18\x05 \x01(\tB\n\n\x08_success\"\x7f\n\x16ListExperiencesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1a\n\x04step\x18\x02 \x01(\x05\x42\x07\xbaH\x04\x1a\x02(\x00H\x00\x88\x01\x01\x12\x1c\n\tpage_size\x18\x03 \x01(\x05\x42\t\xbaH\x06\x1a\x04\x18\x64(\x00\x12\x12\n\npage_token\x18\x04 \x01(\tB\x07\n\x05_step\"g\n\x17ListExperiencesResponse\x12\x33\n\x0b\x65xperiences\x18\x01 \x03(\x0b\x32\x1e.mulligan.common.v1.Experience\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x82\x01\n\x08RunState\x12\x19\n\x15RUN_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_STATE_RUNNING\x10\x01\x12\x17\n\x13RUN_STATE_COMPLETED\x10\x02\x12\x15\n\x11RUN_STATE_STOPPED\x10\x03\x12\x14\n\x10RUN_STATE_FAILED\x10\x04\x32\xd2\x06\n\nRunService\x12W\n\x08StartRun\x12$.mulligan.trainer.v1.StartRunRequest\x1a%.mulligan.trainer.v1.StartRunResponse\x12Q\n\x06GetRun\x12\".mulligan.trainer.v1.GetRunRequest\x1a#.mulligan.trainer.v1.GetRunResponse\x12W\n\x08ListRuns\x12$.mulligan.trainer.v1.ListRunsRequest\x1a%.mulligan.trainer.v1.ListRunsResponse\x12Y\n\x08WatchRun\x12$.mulligan.trainer.v1.WatchRunRequest\x1a%.mulligan.trainer.v1.WatchRunResponse0\x01\x12T\n\x07StopRun\x12#.mulligan.trainer.v1.StopRunRequest\x1a$.mulligan.trainer.v1.StopRunResponse\x12Z\n\tResumeRun\x12%.mulligan.trainer.v1.ResumeRunRequest\x1a&.mulligan.trainer.v1.ResumeRunResponse\x12W\n\x08\x45valuate\x12$.mulligan.trainer.v1.EvaluateRequest\x1a%.mulligan.trainer.v1.EvaluateResponse\x12k\n\x0eStreamEvaluate\x12*.mulligan.trainer.v1.StreamEvaluateRequest\x1a+.mulligan.trainer.v1.StreamEvaluateResponse0\x01\x12l\n\x0fListExperiences\x12+.mulligan.trainer.v1.ListExperiencesRequest\x1a,.mulligan.trainer.v1.ListExperiencesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -57,8 +57,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTEXPERIENCESREQUEST'].fields_by_name['step']._serialized_options = b'\272H\004\032\002(\000'
   _globals['_LISTEXPERIENCESREQUEST'].fields_by_name['page_size']._loaded_options = None
   _globals['_LISTEXPERIENCESREQUEST'].fields_by_name['page_size']._serialized_options = b'\272H\006\032\004\030d(\000'
-  _globals['_RUNSTATE']._serialized_start=2860
-  _globals['_RUNSTATE']._serialized_end=2990
+  _globals['_RUNSTATE']._serialized_start=2881
+  _globals['_RUNSTATE']._serialized_end=3011
   _globals['_RUN']._serialized_start=200
   _globals['_RUN']._serialized_end=447
   _globals['_STARTRUNREQUEST']._serialized_start=449
@@ -80,37 +80,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_start=999
   _globals['_STEPCOMPLETED_METRICSENTRY']._serialized_end=1045
   _globals['_EVALUATIONCOMPLETED']._serialized_start=1048
-  _globals['_EVALUATIONCOMPLETED']._serialized_end=1277
+  _globals['_EVALUATIONCOMPLETED']._serialized_end=1298
   _globals['_EVALUATIONCOMPLETED_METRICSENTRY']._serialized_start=999
   _globals['_EVALUATIONCOMPLETED_METRICSENTRY']._serialized_end=1045
-  _globals['_STATECHANGED']._serialized_start=1279
-  _globals['_STATECHANGED']._serialized_end=1354
-  _globals['_NOTICE']._serialized_start=1356
-  _globals['_NOTICE']._serialized_end=1378
-  _globals['_RUNEVENT']._serialized_start=1381
-  _globals['_RUNEVENT']._serialized_end=1701
-  _globals['_WATCHRUNRESPONSE']._serialized_start=1703
-  _globals['_WATCHRUNRESPONSE']._serialized_end=1767
-  _globals['_STOPRUNREQUEST']._serialized_start=1769
-  _globals['_STOPRUNREQUEST']._serialized_end=1801
-  _globals['_STOPRUNRESPONSE']._serialized_start=1803
-  _globals['_STOPRUNRESPONSE']._serialized_end=1859
-  _globals['_RESUMERUNREQUEST']._serialized_start=1861
-  _globals['_RESUMERUNREQUEST']._serialized_end=1923
-  _globals['_RESUMERUNRESPONSE']._serialized_start=1925
-  _globals['_RESUMERUNRESPONSE']._serialized_end=1983
-  _globals['_EVALUATEREQUEST']._serialized_start=1986
-  _globals['_EVALUATEREQUEST']._serialized_end=2269
-  _globals['_EVALUATERESPONSE']._serialized_start=2271
-  _globals['_EVALUATERESPONSE']._serialized_end=2371
-  _globals['_STREAMEVALUATEREQUEST']._serialized_start=2373
-  _globals['_STREAMEVALUATEREQUEST']._serialized_end=2459
-  _globals['_STREAMEVALUATERESPONSE']._serialized_start=2462
-  _globals['_STREAMEVALUATERESPONSE']._serialized_end=2623
-  _globals['_LISTEXPERIENCESREQUEST']._serialized_start=2625
-  _globals['_LISTEXPERIENCESREQUEST']._serialized_end=2752
-  _globals['_LISTEXPERIENCESRESPONSE']._serialized_start=2754
-  _globals['_LISTEXPERIENCESRESPONSE']._serialized_end=2857
-  _globals['_RUNSERVICE']._serialized_start=2993
-  _globals['_RUNSERVICE']._serialized_end=3843
+  _globals['_STATECHANGED']._serialized_start=1300
+  _globals['_STATECHANGED']._serialized_end=1375
+  _globals['_NOTICE']._serialized_start=1377
+  _globals['_NOTICE']._serialized_end=1399
+  _globals['_RUNEVENT']._serialized_start=1402
+  _globals['_RUNEVENT']._serialized_end=1722
+  _globals['_WATCHRUNRESPONSE']._serialized_start=1724
+  _globals['_WATCHRUNRESPONSE']._serialized_end=1788
+  _globals['_STOPRUNREQUEST']._serialized_start=1790
+  _globals['_STOPRUNREQUEST']._serialized_end=1822
+  _globals['_STOPRUNRESPONSE']._serialized_start=1824
+  _globals['_STOPRUNRESPONSE']._serialized_end=1880
+  _globals['_RESUMERUNREQUEST']._serialized_start=1882
+  _globals['_RESUMERUNREQUEST']._serialized_end=1944
+  _globals['_RESUMERUNRESPONSE']._serialized_start=1946
+  _globals['_RESUMERUNRESPONSE']._serialized_end=2004
+  _globals['_EVALUATEREQUEST']._serialized_start=2007
+  _globals['_EVALUATEREQUEST']._serialized_end=2290
+  _globals['_EVALUATERESPONSE']._serialized_start=2292
+  _globals['_EVALUATERESPONSE']._serialized_end=2392
+  _globals['_STREAMEVALUATEREQUEST']._serialized_start=2394
+  _globals['_STREAMEVALUATEREQUEST']._serialized_end=2480
+  _globals['_STREAMEVALUATERESPONSE']._serialized_start=2483
+  _globals['_STREAMEVALUATERESPONSE']._serialized_end=2644
+  _globals['_LISTEXPERIENCESREQUEST']._serialized_start=2646
+  _globals['_LISTEXPERIENCESREQUEST']._serialized_end=2773
+  _globals['_LISTEXPERIENCESRESPONSE']._serialized_start=2775
+  _globals['_LISTEXPERIENCESRESPONSE']._serialized_end=2878
+  _globals['_RUNSERVICE']._serialized_start=3014
+  _globals['_RUNSERVICE']._serialized_end=3864
 # @@protoc_insertion_point(module_scope)

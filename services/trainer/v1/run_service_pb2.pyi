@@ -308,6 +308,13 @@ class StepCompleted(_message.Message):
         policy_version: the one that the step published. canary_difference: the largest difference in log-probability
         between trainer and engine under it.
 
+        replaced_groups: groups without signal that were replaced; absent where `rollout.replace_rounds` is 0. horizon: how
+        many turns an episode had at most, where the sampler said so.
+
+        In runs of several environments, counts are over all of them, and rewards and successes are those of
+        RunConfig.environment. Those of another one have its name before them, such as unanswerable/success_first; so has
+        its count of rollouts.
+
         And the learner's metrics, averaged over optimizer steps.
         """
 
@@ -355,6 +362,7 @@ class EvaluationCompleted(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _builtins.int
     EXCLUDED_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    ENVIRONMENT_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Steps trained before it; 0 in an answer of Evaluate."""
     success: _builtins.float
@@ -364,6 +372,8 @@ class EvaluationCompleted(_message.Message):
     """Attempts measured, without excluded ones."""
     excluded: _builtins.int
     """Attempts without a reward, for a failure of the infrastructure."""
+    environment: _builtins.str
+    """In runs of several environments: the one that was measured. Empty for the one that RunConfig.environment names."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Of the protocols (EvaluationConfig.protocols): LABEL/METRIC. A metric is absent where nothing could be measured.
@@ -380,10 +390,11 @@ class EvaluationCompleted(_message.Message):
         attempts: _builtins.int = ...,
         excluded: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        environment: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "excluded", b"excluded", "mean_reward", b"mean_reward", "metrics", b"metrics", "step", b"step", "success", b"success"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "environment", b"environment", "excluded", b"excluded", "mean_reward", b"mean_reward", "metrics", b"metrics", "step", b"step", "success", b"success"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,6 +19,7 @@ from mulligan.common.inference import PublishedWeights
 from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.events import EvaluationEvent, NoticeEvent, StepEvent
 from mulligan.trainer.folder import RunFolder, RunState
+from mulligan.trainer.history import read_history
 from mulligan.trainer.journal import (
     SampleRecorded,
     StepJournal,
@@ -30,9 +31,8 @@ from mulligan.trainer.journal import (
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.sampling import ForeignWeights
-from mulligan.trainer.seeds import tasks_of_step
 from mulligan.trainer.settings import RunSettings
-from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
+from tests.support.fakes import FakeEnvironment, FakeEnvironments, FakeLearner, FakeMemory, FakePolicy
 from tests.support.waiting import until
 
 STEPS = 5
@@ -45,12 +45,13 @@ class Crash(BaseException):
 class World:
     """The services that outlive a trainer, and the number of things that may still happen before it crashes."""
 
-    def __init__(self, folder: Path, crash_after: int | None = None):
+    def __init__(self, folder: Path, **changes: Any):
         self.folder = RunFolder(folder / "run")
-        self.budget = crash_after
+        self.budget: int | None = None
         # Seeds decide what is said, so a repeated call says the same.
         self.policy = FakePolicy(lambda system, last, sampling: self._say(system, sampling.seed or 0))
         self.environment = FakeEnvironment({f"t{n}": "go" for n in range(4)}, fail=lambda episode: self.happen())
+        self.quiz = FakeEnvironment({f"q{n}": "go" for n in range(3)}, fail=lambda episode: self.happen())
         self.memory = FakeMemory()
         self.learner = FakeLearner()
         settings = RunSettings.model_validate(
@@ -59,10 +60,11 @@ class World:
                 "steps": STEPS,
                 "checkpoint_every": 2,
                 "deterministic": True,
-                "rollout": {"tasks_per_step": 2, "rollouts_per_task": 2},
+                "rollout": {"tasks_per_step": 2, "rollouts_per_task": 2} | changes.pop("rollout", {}),
                 "evaluation": {"every": 2, "samples": 1},
                 "loss": {"kl_coefficient": 0.1},
             }
+            | changes
         )
         self.folder.create("run", settings)
 
@@ -83,7 +85,8 @@ class World:
             self.learner.state = 0  # a fresh process: only checkpoints outlive it
             return self.learner
 
-        return Run("run", self.folder, ServicePorts(self.environment, self.policy, self.memory, open_learner))
+        environments = FakeEnvironments({"fake": self.environment, "quiz": self.quiz})
+        return Run("run", self.folder, ServicePorts(environments, self.policy, self.memory, open_learner))
 
     def result(self) -> Any:
         run = Run("run", self.folder, self.run().services)
@@ -95,12 +98,14 @@ class World:
             step: {name: value for name, value in event.metrics.items() if name not in timing}
             for step, event in run.events.steps().items()
         }
-        evaluations = {step: event.success for step, event in run.events.evaluations().items()}
+        evaluations = [run.events.evaluations(name) for name in ("", "quiz")]
+        history = read_history(self.folder, "fake", STEPS).rounds
         written = [(entry.reflection_id, entry.text) for entry in self.memory.entries]
         # versions and episode ids differ between lives of a run; nothing else may
         chains = [
             (
                 chain.experience_id,
+                chain.environment,
                 chain.task_id,
                 [(part.sequences[0].token_ids, part.sequences[0].loss_mask) for part in chain.samples],
                 chain["first"].reward,
@@ -110,7 +115,7 @@ class World:
             )
             for chain in experiences
         ]
-        return chains, metrics, evaluations, written, self.learner.state
+        return chains, metrics, evaluations, written, self.learner.state, history
 
 
 async def test_a_run_from_start_to_end(tmp_path: Path) -> None:
@@ -137,6 +142,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return world.result()
 
 
+REPLACING = {"replace_rounds": 2}
+# Runs whose tasks depend on what was earned before: of one environment, and of several.
+CHOOSY: list[dict[str, Any]] = [
+    {"sampler": {"name": "weakest"}, "rollout": REPLACING},
+    {"sampler": {"name": "adarft", "rest": 0.0}},
+    {"sampler": {"name": "mixture", "shares": {"fake": 0.6, "quiz": 0.4}}, "rollout": REPLACING},
+]
+
+
 @example(crashes=[15, 15, 0], torn=34)  # two torn ends make a whole frame, with a wrong checksum
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(crashes=st.lists(st.integers(0, 90), min_size=1, max_size=4), torn=st.integers(0, 40))
@@ -144,20 +158,60 @@ def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
     tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any, crashes: list[int], torn: int
 ) -> None:
     world = World(tmp_path_factory.mktemp("cut"))
+    crash(world, crashes, torn)
+    assert world.result() == uninterrupted
+    sampled = sampled_parts(world)
+    assert len(sampled) == len(set(sampled)), "what was journaled before a crash is not sampled again after it"
+
+
+@pytest.fixture(scope="module")
+def choosy(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of CHOOSY gives."""
+    worlds = [World(tmp_path_factory.mktemp("whole"), **changes) for changes in CHOOSY]
+    for world in worlds:
+        asyncio.run(world.run().train())
+    return [world.result() for world in worlds]
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(
+    number=st.integers(0, len(CHOOSY) - 1),
+    crashes=st.lists(st.integers(0, 150), min_size=1, max_size=4),
+    torn=st.integers(0, 40),
+)
+def test_after_a_crash_the_sampler_chooses_what_it_would_have_chosen(
+    tmp_path_factory: pytest.TempPathFactory, choosy: list[Any], number: int, crashes: list[int], torn: int
+) -> None:
+    world = World(tmp_path_factory.mktemp("cut"), **CHOOSY[number])
+    crash(world, crashes, torn)
+    assert world.result() == choosy[number]
+    sampled = sampled_parts(world)
+    assert len(sampled) == len(set(sampled))
+
+
+def test_the_choosy_runs_replace_groups_and_play_each_environment(choosy: list[Any]) -> None:
+    for (_, metrics, _, _, _, history), changes in zip(choosy, CHOOSY, strict=True):
+        replaced = [step.get("replaced_groups") for step in metrics.values()]
+        assert any(replaced) if "rollout" in changes else replaced == [None] * STEPS
+        assert {one.number for one in history} == ({0, 1, 2} if "rollout" in changes else {0})
+        environments = {group.environment for one in history for group in one.groups}
+        assert environments == ({"fake", "quiz"} if changes["sampler"]["name"] == "mixture" else {"fake"})
+
+
+def crash(world: World, crashes: list[int], torn: int) -> None:
+    """Runs to the end, in lives that are cut after so many calls each, with a torn write at the end of each life."""
     for budget in crashes:
         world.budget = budget
         try:
             asyncio.run(world.run().train())
         except Crash:
-            files = sorted(world.folder.journal.glob("*"))
-            if files:  # the write that the crash interrupted
-                with files[-1].open("ab") as file:
-                    file.write(msgpack.packb([1, b"x" * 64])[:torn])
+            last = sorted(world.folder.journal.glob("*"))[-1:]
+            for path in (*last, world.folder.history_file):
+                if path.exists():
+                    with path.open("ab") as file:  # the write that the crash interrupted
+                        file.write(msgpack.packb([1, b"x" * 64])[:torn])
     world.budget = None
     asyncio.run(world.run().train())
-    assert world.result() == uninterrupted
-    sampled = sampled_parts(world)
-    assert len(sampled) == len(set(sampled)), "what was journaled before a crash is not sampled again after it"
 
 
 def sampled_parts(world: World) -> list[str]:
@@ -381,14 +435,6 @@ async def test_a_journal_of_an_earlier_version_can_be_read_and_resumed(tmp_path:
     await again.train()
     chains = read_experiences(path)
     assert all(chain["first"].turns for chain in chains), "what never spoke is asked again"
-
-
-@given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 3))
-def test_every_pass_over_the_tasks_sees_each_once(tasks: int, per_step: int, seed: int) -> None:
-    steps = -(-3 * tasks // per_step)
-    order = [task for step in range(steps) for task in tasks_of_step(tasks, per_step, step, seed)]
-    for epoch in range(3):
-        assert sorted(order[epoch * tasks : (epoch + 1) * tasks]) == list(range(tasks))
 
 
 def test_evaluation_events_round_trip(tmp_path: Path) -> None:

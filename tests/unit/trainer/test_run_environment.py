@@ -123,7 +123,7 @@ async def test_a_run_resumes_in_its_own_environment_alone(world: World, manager:
     ],
 )
 async def test_what_differs_is_said(world: World, manager: RunManager, changes: dict[str, Any], words: str) -> None:
-    place = world.run().environment
+    place = world.run().environments
     await place.settle(await place.open(), lambda text: None, accept=False)
     if "answers" in changes:
         world.environment.answers = changes["answers"]
@@ -138,7 +138,7 @@ async def test_what_differs_is_said(world: World, manager: RunManager, changes: 
 
 
 async def test_words_for_people_may_change(world: World) -> None:
-    place = world.run().environment
+    place = world.run().environments
     await place.settle(await place.open(), lambda text: None, accept=False)
     seeded(world).changes = {"description": "better said", "can_fork": True}
     await world.run().train()

@@ -22,6 +22,7 @@ from mulligan.common.types import RetrievalStrategy
 from mulligan.trainer.algorithms import erl
 from mulligan.trainer.loss_terms import KlEstimator, KlReference, MismatchCorrection
 from mulligan.trainer.protocols import ProtocolSettings
+from mulligan.trainer.samplers import adarft, horizon, mixture, uniform, weakest
 from mulligan.trainer.settings import (
     EvaluationSettings,
     LoraSettings,
@@ -47,6 +48,7 @@ MESSAGES: dict[str, type[BaseModel]] = {
     "EvaluationConfig": EvaluationSettings,
     "ProtocolConfig": ProtocolSettings,
     "PoliciesConfig": PoliciesSettings,
+    "SamplerConfig": uniform.Settings,
 }
 WIRE_ONLY = {"second_attempt", "settings"}  # read as `name`, and as settings beside the others
 NUMBERS = {int: "INT", float: "DOUBLE", bool: "BOOL", str: "STRING"}
@@ -111,7 +113,7 @@ def test_a_setting_whose_zero_is_legal_has_presence() -> None:
     """Else a client could not ask for 0 where the default is another number."""
     for path, field, _ in pairs(run_config_pb2.RunConfig.DESCRIPTOR, RunSettings):
         always_meant = {"environment", "model.source", "model.lora.rank", "algorithm.name", "algorithm.advantage"}
-        always_meant |= {"evaluation.protocols.name"}
+        always_meant |= {"evaluation.protocols.name", "sampler.name"}
         assert field.has_presence or field.enum_type or field.is_repeated or path in always_meant, path
 
 
@@ -155,6 +157,13 @@ RUNS = st.builds(
         distillation_weight=st.just(0.0) | positive,
         normalize_by_std=st.booleans(),
         optimizer_steps=counts,
+    ),
+    sampler=st.one_of(
+        st.builds(uniform.Settings),
+        st.builds(adarft.Settings, start=st.none() | positive, rest=fractions),
+        st.builds(weakest.Settings, floor=fractions, repeats=counts),
+        st.builds(horizon.Settings, turns=st.lists(counts, min_size=1, max_size=3).map(tuple)),
+        st.builds(mixture.Settings, shares=st.dictionaries(texts, positive, min_size=1, max_size=3)),
     ),
     rollout=st.builds(RolloutSettings, tasks_per_step=counts, temperature=positive, top_p=fractions, top_k=counts),
     loss=st.builds(

@@ -1,0 +1,144 @@
+"""The rounds of a step's sampling: the sampler chooses tasks, their groups are played, and groups without signal are
+replaced by others."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.experience import Experience
+from mulligan.common.suggest import did_you_mean
+from mulligan.common.types import TaskInfo
+from mulligan.trainer.history import rounds_of
+from mulligan.trainer.journal import GroupsReplaced, StepJournal, StepStarted, slot_of
+from mulligan.trainer.samplers import SAMPLERS, Choice, History, Request, Round, Task, UnfitSetting
+from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.step import StepRunner
+
+
+class SamplerFailed(RuntimeError):
+    """The sampler's own code raised, or chose what there is not; the message says which."""
+
+
+class Chooser:
+    """Asks the run's sampler for tasks. `tasks` are the training tasks of each environment, the run's own first.
+    `history` grows with each round."""
+
+    def __init__(self, settings: RunSettings, tasks: Mapping[str, Sequence[TaskInfo]], history: History):
+        self.history = history
+        self._settings = settings
+        self._tasks = tasks
+        self._known = {Task(name, info.task_id) for name, listed in tasks.items() for info in listed}
+        self._sampler: ModuleType = SAMPLERS.find(settings.sampler.name)
+
+    def choose(self, step: int, number: int = 0, replaced: tuple[Task, ...] = ()) -> Choice:
+        """The tasks of a round. Raises SamplerFailed, and DomainError INVALID_SETTING for a setting of the sampler that
+        does not fit the tasks."""
+        settings = self._settings
+        request = Request(
+            step=step,
+            steps=settings.steps,
+            seed=settings.seed,
+            tasks_per_step=settings.rollout.tasks_per_step,
+            tasks=self._tasks,
+            round=number,
+            replaced=replaced,
+            success_threshold=settings.algorithm.success_threshold,
+        )
+        try:
+            choice: Choice = self._sampler.choose(request, self.history, settings.sampler)
+            problem = self._problem(choice, request.count)
+        except UnfitSetting as error:
+            raise DomainError(Reason.INVALID_SETTING, str(error), field=error.field) from error
+        except Exception as error:  # foreign code may raise anything
+            frames = "".join(traceback.format_exception(error))
+            raise SamplerFailed(f"sampler {settings.sampler.name!r} raised\n{frames}") from error
+        if problem:
+            raise SamplerFailed(f"sampler {settings.sampler.name!r} chose {problem}")
+        return choice
+
+    def named(self, choice: Choice) -> tuple[list[str], list[str]]:
+        """The ids of the tasks, and their environments; none if all are the run's own."""
+        names = [task.environment for task in choice.tasks]
+        several = set(names) != {self._settings.environment}
+        return [task.task_id for task in choice.tasks], names if several else []
+
+    def _problem(self, choice: Choice, count: int) -> str:
+        """What is wrong with a choice; empty if nothing is."""
+        if len(choice.tasks) != count:
+            return f"{len(choice.tasks)} tasks, and the step needs {count}"
+        if choice.horizon is not None and choice.horizon < 1:
+            return f"a horizon of {choice.horizon} turns; expected at least 1, or None"
+        for task in choice.tasks:
+            if task not in self._known:
+                name, task_id = task
+                near = did_you_mean(task_id, (info.task_id for info in self._tasks.get(name, ())))
+                return f"task {task_id!r} of environment {name!r}, which is no training task of the run{near}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a step sampled: all its experiences, those that are trained on, its rounds, and metrics of these."""
+
+    experiences: list[Experience]
+    kept: list[Experience]
+    rounds: list[Round]
+    metrics: dict[str, float]
+
+
+async def sample_rounds(runner: StepRunner, journal: StepJournal, chooser: Chooser) -> Sampled:
+    """Plays the rounds of the step that the journal says was started. What the journal has is neither chosen nor
+    sampled again."""
+    started = journal.started
+    assert started is not None
+    rollout = runner.settings.rollout
+    own = runner.settings.environment
+    experiences: list[Experience] = []
+    kept: dict[int, list[Experience]] = {}  # by slot
+    records: list[StepStarted | GroupsReplaced] = []
+    record: StepStarted | GroupsReplaced | None = started
+    while record is not None:
+        records.append(record)
+        sampled = await runner.sample(
+            started.step,
+            record.task_ids,
+            started.memory_version,
+            environments=record.environments,
+            first_slot=len(experiences) // rollout.rollouts_per_task,
+            horizon=record.horizon,
+        )
+        experiences += sampled
+        for experience in sampled:
+            kept.setdefault(slot_of(experience.experience_id), []).append(experience)
+        rounds = rounds_of(records, experiences, own)
+        chooser.history.add(rounds[-1])
+        record = _next_round(journal, chooser, rounds, list(kept)) if len(rounds) <= rollout.replace_rounds else None
+        for slot in record.slots if record is not None else ():
+            del kept[slot]
+    metrics = {}
+    if rollout.replace_rounds:
+        metrics["replaced_groups"] = float(sum(len(one.groups) for one in rounds[1:]))
+    if started.horizon is not None:
+        metrics["horizon"] = float(started.horizon)
+    return Sampled(experiences, [experience for group in kept.values() for experience in group], rounds, metrics)
+
+
+def _next_round(
+    journal: StepJournal, chooser: Chooser, rounds: Sequence[Round], kept: Sequence[int]
+) -> GroupsReplaced | None:
+    """Other tasks for the kept groups without signal; None if there are none."""
+    number = len(rounds)
+    if number not in journal.replaced:
+        groups = [group for one in rounds for group in one.groups]
+        silent = [slot for slot in kept if not groups[slot].has_signal]
+        if not silent:
+            return None
+        step = rounds[0].step
+        choice = chooser.choose(step, number, tuple(groups[slot].task for slot in silent))
+        task_ids, environments = chooser.named(choice)
+        journal.replace(GroupsReplaced(step, number, silent, task_ids, environments, choice.horizon))
+    return journal.replaced[number]

@@ -1,0 +1,154 @@
+"""Samplers, a module each: which tasks a training step plays, how many of each environment, and for how many turns.
+
+A module exports `Settings`, a `SamplerSettings` (the table `[sampler]` of a run), and
+
+    choose(request: Request, history: History, settings: Settings) -> Choice
+
+a pure function: with equal arguments it chooses the same tasks. The run journals what was chosen, and the history is
+what the journal tells of earlier steps. So a resumed run goes on as if nothing had been.
+
+`sampler.name` is the name of a module here, of an entry point of the group `mulligan.samplers`, or of any importable
+module. `choose` raises `UnfitSetting` for a setting that does not fit the tasks. It is called once before the run
+begins, so that such a setting is refused then.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import NamedTuple
+
+import msgspec
+from pydantic import ConfigDict
+
+from mulligan.common.plugins import Plugins, PluginSettings
+from mulligan.common.rewards import exceeds
+from mulligan.common.types import TaskInfo
+
+
+class SamplerSettings(PluginSettings):
+    """What every sampler has. A sampler's own `Settings` add to it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str
+
+    @property
+    def environments(self) -> Mapping[str, str]:
+        """The environments that the sampler takes tasks of, each with the setting that names it. The run opens them
+        beside its own."""
+        return {}
+
+
+SAMPLERS = Plugins(
+    noun="sampler",
+    package=__name__,
+    group="mulligan.samplers",
+    exports=("Settings", "choose"),
+    default="uniform",
+    settings=SamplerSettings,
+)
+
+
+class UnfitSetting(ValueError):
+    """A setting of the sampler does not fit the tasks of the run."""
+
+    def __init__(self, setting: str, problem: str):
+        super().__init__(f"sampler.{setting}: {problem}")
+        self.field = f"sampler.{setting}"
+
+
+class Task(NamedTuple):
+    environment: str
+    task_id: str
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a step needs: `count` tasks.
+
+    `step` counts from 0 to `steps` - 1. `tasks` are the training tasks of each environment of the run, its own first.
+    In round 0 `count` is `tasks_per_step`. In later rounds it is the number of `replaced` tasks: those of this step
+    whose groups gave no signal. `success_threshold` is the reward that solves a task.
+    """
+
+    step: int
+    steps: int
+    seed: int
+    tasks_per_step: int
+    tasks: Mapping[str, Sequence[TaskInfo]]
+    round: int = 0
+    replaced: tuple[Task, ...] = ()
+    success_threshold: float = 1.0
+
+    @property
+    def count(self) -> int:
+        return len(self.replaced) if self.round else self.tasks_per_step
+
+    @property
+    def environment(self) -> str:
+        """The run's own."""
+        return next(iter(self.tasks))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`count` tasks, which may repeat. `horizon` is how many turns an episode has at most, beside the limit of its
+    environment; None: only that limit."""
+
+    tasks: Sequence[Task]
+    horizon: int | None = None
+
+
+class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A task that was sampled, and the reward of the first sample of each member; None where it has none."""
+
+    environment: str
+    task_id: str
+    rewards: tuple[float | None, ...]
+
+    @property
+    def task(self) -> Task:
+        return Task(self.environment, self.task_id)
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the rewards differ."""
+        found = [reward for reward in self.rewards if reward is not None]
+        return bool(found) and exceeds(max(found), min(found))
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was sampled at a time. A step has one round with `number` 0, and others where groups were replaced."""
+
+    step: int
+    number: int
+    groups: tuple[Group, ...]
+    horizon: int | None = None
+
+    @cached_property
+    def mean_reward(self) -> float | None:
+        """Of the first samples; None if none of them has a reward."""
+        found = [reward for group in self.groups for reward in group.rewards if reward is not None]
+        return fmean(found) if found else None
+
+
+class History:
+    """The rounds of a run so far, in order: those of all earlier steps, and the earlier ones of the present step."""
+
+    def __init__(self) -> None:
+        self.rounds: list[Round] = []
+        self._groups: defaultdict[Task, list[Group]] = defaultdict(list)
+
+    def add(self, one: Round) -> None:
+        self.rounds.append(one)
+        for group in one.groups:
+            self._groups[group.task].append(group)
+
+    def of(self, task: Task) -> Sequence[Group]:
+        """How the task was sampled, each time, in order."""
+        return self._groups.get(task, ())

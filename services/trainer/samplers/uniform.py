@@ -1,0 +1,20 @@
+"""Every task equally often: passes over all training tasks, each in a new random order."""
+
+from __future__ import annotations
+
+from mulligan.trainer.samplers import Choice, History, Request, SamplerSettings, Task
+from mulligan.trainer.seeds import in_passes
+
+
+class Settings(SamplerSettings):
+    name: str = "uniform"
+
+
+def choose(request: Request, history: History, settings: SamplerSettings) -> Choice:
+    """Replaced tasks are followed by the next ones of the pass."""
+    environment = request.environment
+    tasks = request.tasks[environment]
+    replacements = sum(len(one.groups) for one in history.rounds if one.number)
+    start = (request.step + (request.round > 0)) * request.tasks_per_step + replacements
+    chosen = in_passes(len(tasks), start, request.count, request.seed)
+    return Choice([Task(environment, tasks[index].task_id) for index in chosen])
