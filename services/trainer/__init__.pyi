@@ -11,5 +11,11 @@ from .events import NoticeEvent as NoticeEvent
 from .events import StepEvent as StepEvent
 from .folder import RunState as RunState
 from .member import Member as Member
+from .samplers import Choice as Choice
+from .samplers import History as History
+from .samplers import SamplerSettings as SamplerSettings
+from .samplers import Task as Task
+from .samplers import TaskRequest as TaskRequest
+from .samplers import UnfitSetting as UnfitSetting
 from .settings import AlgorithmSettings as AlgorithmSettings
 from .settings import RunSettings as RunSettings

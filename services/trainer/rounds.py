@@ -14,7 +14,7 @@ from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import TaskInfo
 from mulligan.trainer.history import rounds_of
 from mulligan.trainer.journal import GroupsReplaced, StepJournal, StepStarted, slot_of
-from mulligan.trainer.samplers import SAMPLERS, Choice, History, Request, Round, Task, UnfitSetting
+from mulligan.trainer.samplers import SAMPLERS, Choice, History, Round, Task, TaskRequest, UnfitSetting
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
 
@@ -38,7 +38,7 @@ class Chooser:
         """The tasks of a round. Raises SamplerFailed, and DomainError INVALID_SETTING for a setting of the sampler that
         does not fit the tasks."""
         settings = self._settings
-        request = Request(
+        request = TaskRequest(
             step=step,
             steps=settings.steps,
             seed=settings.seed,
@@ -81,7 +81,7 @@ class Chooser:
 
 
 @dataclass(frozen=True)
-class Sampled:
+class SampledStep:
     """What a step sampled: all its experiences, those that are trained on, its rounds, and metrics of these."""
 
     experiences: list[Experience]
@@ -90,7 +90,7 @@ class Sampled:
     metrics: dict[str, float]
 
 
-async def sample_rounds(runner: StepRunner, journal: StepJournal, chooser: Chooser) -> Sampled:
+async def sample_rounds(runner: StepRunner, journal: StepJournal, chooser: Chooser) -> SampledStep:
     """Plays the rounds of the step that the journal says was started. What the journal has is neither chosen nor
     sampled again."""
     started = journal.started
@@ -124,7 +124,7 @@ async def sample_rounds(runner: StepRunner, journal: StepJournal, chooser: Choos
         metrics["replaced_groups"] = float(sum(len(one.groups) for one in rounds[1:]))
     if started.horizon is not None:
         metrics["horizon"] = float(started.horizon)
-    return Sampled(experiences, [experience for group in kept.values() for experience in group], rounds, metrics)
+    return SampledStep(experiences, [experience for group in kept.values() for experience in group], rounds, metrics)
 
 
 def _next_round(

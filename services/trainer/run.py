@@ -24,7 +24,7 @@ from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort
 from mulligan.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
 from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import check_actor, check_algorithm, check_environment, check_speaker
-from mulligan.trainer.rounds import Chooser, Sampled, sample_rounds
+from mulligan.trainer.rounds import Chooser, SampledStep, sample_rounds
 from mulligan.trainer.run_environment import EnvironmentChanged, RunEnvironments, RunTasks
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
 from mulligan.trainer.settings import RunSettings
@@ -258,7 +258,7 @@ class Run:
         version: int,
         tasks: Mapping[str, RunTasks],
         chooser: Chooser,
-    ) -> Sampled:
+    ) -> SampledStep:
         """Raises EnvironmentChanged when an environment changed meanwhile; then the step's attempts are not used."""
         if journal.started is None:
             task_ids, environments = chooser.named(choice := chooser.choose(self.step))

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from mulligan.common.types import Split, TaskInfo
-from mulligan.trainer.samplers import Choice, Group, History, Request, Round, SamplerSettings, Task
+from mulligan.trainer.samplers import Choice, Group, History, Round, SamplerSettings, Task, TaskRequest
 
 
 def tasks(*ids: str, difficulty: float = 1.0) -> list[TaskInfo]:
@@ -19,9 +19,11 @@ def numbered(count: int, prefix: str = "t") -> list[TaskInfo]:
     return tasks(*(f"{prefix}{number:04}" for number in range(count)))
 
 
-def request(listed: Mapping[str, Sequence[TaskInfo]] | Sequence[TaskInfo], step: int = 0, **changes: Any) -> Request:
+def request(
+    listed: Mapping[str, Sequence[TaskInfo]] | Sequence[TaskInfo], step: int = 0, **changes: Any
+) -> TaskRequest:
     by_name = listed if isinstance(listed, Mapping) else {"lake": listed}
-    return replace(Request(step, steps=100, seed=0, tasks_per_step=4, tasks=by_name), **changes)
+    return replace(TaskRequest(step, steps=100, seed=0, tasks_per_step=4, tasks=by_name), **changes)
 
 
 def sampled(choice: Choice, step: int, rewards: Callable[[Task], Sequence[float | None]], number: int = 0) -> Round:

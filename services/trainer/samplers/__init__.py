@@ -2,7 +2,7 @@
 
 A module exports `Settings`, a `SamplerSettings` (the table `[sampler]` of a run), and
 
-    choose(request: Request, history: History, settings: Settings) -> Choice
+    choose(request: TaskRequest, history: History, settings: Settings) -> Choice
 
 a pure function: with equal arguments it chooses the same tasks. The run journals what was chosen, and the history is
 what the journal tells of earlier steps. So a resumed run goes on as if nothing had been.
@@ -67,7 +67,7 @@ class Task(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Request:
+class TaskRequest:
     """What a step needs: `count` tasks.
 
     `step` counts from 0 to `steps` - 1. `tasks` are the training tasks of each environment of the run, its own first.

@@ -19,7 +19,7 @@ from math import tanh
 
 from pydantic import Field
 
-from mulligan.trainer.samplers import Choice, History, Request, SamplerSettings, Task
+from mulligan.trainer.samplers import Choice, History, SamplerSettings, Task, TaskRequest
 from mulligan.trainer.seeds import derive_seed
 
 
@@ -34,7 +34,7 @@ class Settings(SamplerSettings):
     rest: float = Field(0.1, ge=0, le=1)
 
 
-def choose(request: Request, history: History, settings: Settings) -> Choice:
+def choose(request: TaskRequest, history: History, settings: Settings) -> Choice:
     difficulty = {
         Task(environment, info.task_id): info.difficulty
         for environment, listed in request.tasks.items()
@@ -48,7 +48,7 @@ def choose(request: Request, history: History, settings: Settings) -> Choice:
     return Choice(list(islice(cycle(order), request.count)))
 
 
-def target_difficulty(request: Request, history: History, settings: Settings) -> float:
+def target_difficulty(request: TaskRequest, history: History, settings: Settings) -> float:
     """T of the request's step."""
     difficulties = [info.difficulty for listed in request.tasks.values() for info in listed]
     low, high = min(difficulties), max(difficulties)

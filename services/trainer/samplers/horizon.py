@@ -9,7 +9,7 @@ from math import ceil
 
 from pydantic import Field, PositiveInt
 
-from mulligan.trainer.samplers import Choice, History, Request, SamplerSettings, uniform
+from mulligan.trainer.samplers import Choice, History, SamplerSettings, TaskRequest, uniform
 
 
 class Settings(SamplerSettings):
@@ -21,7 +21,7 @@ class Settings(SamplerSettings):
     steps_each: int | None = Field(None, ge=1)
 
 
-def choose(request: Request, history: History, settings: Settings) -> Choice:
+def choose(request: TaskRequest, history: History, settings: Settings) -> Choice:
     each = settings.steps_each or ceil(request.steps / len(settings.turns))
     stage = min(request.step // each, len(settings.turns) - 1)
     return Choice(uniform.choose(request, history, settings).tasks, settings.turns[stage])

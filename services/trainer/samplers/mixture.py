@@ -24,7 +24,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mulligan.common.suggest import did_you_mean
-from mulligan.trainer.samplers import Choice, History, Request, SamplerSettings, Task, UnfitSetting
+from mulligan.trainer.samplers import Choice, History, SamplerSettings, Task, TaskRequest, UnfitSetting
 from mulligan.trainer.seeds import in_passes
 
 _SEPARATOR = ":"
@@ -40,7 +40,7 @@ class Settings(SamplerSettings):
         return {name: "sampler.shares" for name in names if name}
 
 
-def choose(request: Request, history: History, settings: Settings) -> Choice:
+def choose(request: TaskRequest, history: History, settings: Settings) -> Choice:
     keys = sorted(settings.shares)  # the wire has no order
     parts = _parts(request, keys)
     part_of = {task: part for part, tasks in enumerate(parts) for task in tasks}
@@ -76,7 +76,7 @@ def schedule(shares: Sequence[Fraction], given: Mapping[int, int], count: int) -
     return order
 
 
-def _parts(request: Request, keys: Sequence[str]) -> list[list[Task]]:
+def _parts(request: TaskRequest, keys: Sequence[str]) -> list[list[Task]]:
     """The tasks of each key. Raises UnfitSetting."""
     places = [_place(key, request.environment) for key in keys]
     if request.environment not in (environment for environment, _ in places):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mulligan.trainer.samplers import Choice, History, Request, SamplerSettings, Task
+from mulligan.trainer.samplers import Choice, History, SamplerSettings, Task, TaskRequest
 from mulligan.trainer.seeds import in_passes
 
 
@@ -10,7 +10,7 @@ class Settings(SamplerSettings):
     name: str = "uniform"
 
 
-def choose(request: Request, history: History, settings: SamplerSettings) -> Choice:
+def choose(request: TaskRequest, history: History, settings: SamplerSettings) -> Choice:
     """Replaced tasks are followed by the next ones of the pass."""
     environment = request.environment
     tasks = request.tasks[environment]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pydantic import Field
 
 from mulligan.common.rewards import reaches
-from mulligan.trainer.samplers import Choice, History, Request, SamplerSettings, Task
+from mulligan.trainer.samplers import Choice, History, SamplerSettings, Task, TaskRequest
 from mulligan.trainer.seeds import derive_seed
 
 
@@ -34,7 +34,7 @@ class _Ticket(NamedTuple):
     task: Task
 
 
-def choose(request: Request, history: History, settings: Settings) -> Choice:
+def choose(request: TaskRequest, history: History, settings: Settings) -> Choice:
     """Weighted drawing without replacement by keys log(u) / weight (Efraimidis and Spirakis, 2006): a task has as many
     tickets as it may still be chosen in the step."""
     tasks = [Task(environment, info.task_id) for environment, listed in request.tasks.items() for info in listed]

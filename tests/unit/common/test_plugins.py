@@ -20,12 +20,12 @@ from mulligan.memory.stores import STORES
 from mulligan.policy.backends import BACKENDS
 from mulligan.policy.config import PolicyModelSettings
 from mulligan.trainer.advantages import ADVANTAGES
+from mulligan.trainer.samplers import SAMPLERS
 from tests.support.distribution import install
 from tests.support.paths import IMPORT_ROOTS
 
-ALL = [
-    (plugins, name) for plugins in (BACKENDS, ENVIRONMENTS, STORES, ENCODERS, ADVANTAGES) for name in plugins.built_in
-]
+KINDS = (BACKENDS, ENVIRONMENTS, STORES, ENCODERS, ADVANTAGES, SAMPLERS)
+ALL = [(plugins, name) for plugins in KINDS for name in plugins.built_in]
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ async def test_what_did_not_solve_the_task_is_tried_again_in_the_same_conversati
     assert len(sample.sequences) == (len(sample.turns) if rewrites else 1)
     assert text_of(sample).count("wrong, again: board t0") >= played - 1
     experience = Experience("a", "run", 0, "fake", "t0", 0, (sample,))
-    metrics = rollout_metrics([experience], 1.0)
+    metrics = rollout_metrics([experience], 1.0, "fake")
     assert metrics["rollouts"] == metrics["tries_first"] == played, "each try costs an episode"
     seeds = [sampling.seed for _, sampling in policy.calls]
     assert len(set(seeds)) == len(seeds) == len(sample.turns)

@@ -112,6 +112,7 @@ class World:
                 chain.sample("reflection") and (chain["reflection"].text, chain["reflection"].reward),
                 chain.target("distilled") and chain.targets[0].sequences,
                 chain.memory_entry_ids,
+                [len(part.turns) for part in chain.samples if part.is_episode],
             )
             for chain in experiences
         ]
@@ -128,6 +129,7 @@ async def test_a_run_from_start_to_end(tmp_path: Path) -> None:
     assert sorted(world.learner.checkpoints) == [f"run-{step:06}" for step in (0, 2, 4, 5)]
     versions = [update.policy_version for update in world.policy.updates]
     assert versions == list(range(1, STEPS + 2)), "the initial weights and one version per step"
+    assert "further_evaluations" not in run.summary()
     assert run.summary()["rollouts"] == sum(
         1 + (chain.sample("reflection") is not None) + (chain.sample("second") is not None)
         for step in range(STEPS)
