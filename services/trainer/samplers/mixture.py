@@ -44,29 +44,29 @@ def choose(request: TaskRequest, history: History, settings: Settings) -> Choice
     keys = sorted(settings.shares)  # the wire has no order
     parts = _parts(request, keys)
     part_of = {task: part for part, tasks in enumerate(parts) for task in tasks}
+    sampled = [sum(len(history.of(task)) for task in tasks) for tasks in parts]
     if request.round:
         order = [part_of[task] for task in request.replaced]
     else:
         weights = [Fraction(str(settings.shares[key])) for key in keys]
-        first = (group.task for one in history.rounds if one.number == 0 for group in one.groups)
-        given = Counter(part_of[task] for task in first if task in part_of)
+        instead = Counter(part_of.get(group.task) for one in history.rounds if one.number for group in one.groups)
+        given = [count - instead[part] for part, count in enumerate(sampled)]
         order = schedule([weight / sum(weights) for weight in weights], given, request.count)
     streams = []
     for part, (key, tasks) in enumerate(zip(keys, parts, strict=True)):
-        sampled = sum(len(history.of(task)) for task in tasks)
-        passes = in_passes(len(tasks), sampled, order.count(part), request.seed, key)
+        passes = in_passes(len(tasks), sampled[part], order.count(part), request.seed, key)
         streams.append(iter([tasks[index] for index in passes]))
     return Choice([next(streams[part]) for part in order])
 
 
-def schedule(shares: Sequence[Fraction], given: Mapping[int, int], count: int) -> list[int]:
+def schedule(shares: Sequence[Fraction], given: Sequence[int], count: int) -> list[int]:
     """The part that each of the next `count` tasks is of. `shares` sum to 1; `given` is how many tasks each part has
     had.
 
     A part with share s may have its (k + 1)-th task as soon as it had fewer than s·n of n, and must have it when s·n
     reaches k + 1. The earliest deadline comes first; so no deadline is missed (Steiner and Yeomans, 1993).
     """
-    counts = [given.get(part, 0) for part in range(len(shares))]
+    counts = list(given)
     order = []
     for total in range(sum(counts) + 1, sum(counts) + count + 1):
         due = [part for part, share in enumerate(shares) if counts[part] < share * total]

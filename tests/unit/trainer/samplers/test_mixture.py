@@ -23,10 +23,10 @@ weights = st.lists(st.integers(1, 50), min_size=1, max_size=6)
 def test_each_part_has_its_share_after_every_task(weights: list[int], cuts: list[int]) -> None:
     """In however many steps the tasks are chosen."""
     shares = [Fraction(weight, sum(weights)) for weight in weights]
-    given: Counter[int] = Counter()
+    given = [0] * len(shares)
     total = 0
     for count in cuts:
-        for part in schedule(shares, dict(given), count):
+        for part in schedule(shares, list(given), count):
             given[part] += 1
             total += 1
             assert all(abs(given[part] - share * total) < 1 for part, share in enumerate(shares))
