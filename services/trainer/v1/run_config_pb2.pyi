@@ -612,7 +612,9 @@ class EvaluationConfig(_message.Message):
     top_k: _builtins.int
     @_builtins.property
     def protocols(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProtocolConfig]:
-        """What else is measured at each evaluation, in this order. None when empty."""
+        """What else is measured at each evaluation, in this order. None when empty. In a run of several environments, a
+        protocol runs in each that has what it needs.
+        """
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from mulligan.trainer.events import EvaluationEvent
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import GroupsReplaced, StepJournal, journal_file, read_experiences, read_records, slot_of
 from mulligan.trainer.manager import RunManager
+from mulligan.trainer.protocols import pass_at_k
 from mulligan.trainer.run_environment import EnvironmentChanged
 from mulligan.trainer.wire import entry_from_proto, entry_to_proto
 from tests.unit.trainer.test_run import STEPS, World
@@ -91,6 +92,25 @@ async def test_several_environments_are_sampled_measured_and_told_apart(tmp_path
     ]
 
 
+async def test_a_protocol_runs_where_it_can_and_is_refused_where_it_can_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lacking = {"fake"}
+    monkeypatch.setattr(
+        pass_at_k, "lacks", lambda info, tasks, settings: "it is one" * (info.name in lacking), raising=False
+    )
+    evaluation = {"samples": 2, "protocols": [{"name": "pass_at_k", "k": [1]}]}
+    world = World(tmp_path, **MIXED, evaluation=evaluation)
+    run = world.run()
+    await run.train()
+    assert not any(event.metrics for event in run.events.evaluations().values())
+    assert all(event.metrics for event in run.events.evaluations("quiz").values())
+    lacking.add("quiz")
+    error = await refused(World(tmp_path / "nowhere", **MIXED, evaluation=evaluation))
+    assert error.metadata["field"] == "evaluation.protocols[0].name"
+    assert "'pass_at_k' cannot be measured in 'fake': it is one" in error.message
+
+
 async def test_a_crash_between_two_evaluations_repeats_neither(tmp_path: Path) -> None:
     world = World(tmp_path, **MIXED)
     run = world.run()
@@ -124,15 +144,18 @@ async def test_an_environment_that_is_not_served_is_refused_by_the_setting_that_
     assert own.reason is Reason.UNKNOWN_ENVIRONMENT
 
 
-async def test_an_environment_that_cannot_be_played_is_refused_by_the_setting_that_names_it(tmp_path: Path) -> None:
-    for number, (change, words) in enumerate(
-        [({"unavailable": "no port"}, "unavailable"), ({"player_count": 2}, "2 players"), ({"answers": {}}, "no train")]
-    ):
-        world = World(tmp_path / str(number), **mixed(fake=0.5, quiz=0.5))
-        for name, value in change.items():
-            setattr(world.quiz, name, value)
-        error = await refused(world)
-        assert error.metadata["field"] == "sampler.shares" and words in error.message and "'quiz'" in error.message
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"unavailable": "no port"}, "unavailable"), ({"player_count": 2}, "2 players"), ({"answers": {}}, "no training")],
+)
+async def test_an_environment_that_cannot_be_played_is_refused_by_the_setting_that_names_it(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    world = World(tmp_path, **mixed(fake=0.5, quiz=0.5))
+    for name, value in change.items():
+        setattr(world.quiz, name, value)
+    error = await refused(world)
+    assert error.metadata["field"] == "sampler.shares" and words in error.message and "'quiz'" in error.message
 
 
 async def test_a_filter_that_leaves_no_task_is_refused(tmp_path: Path) -> None:
