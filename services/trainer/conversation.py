@@ -51,8 +51,9 @@ class Conversation:
         if self.segments and self.by_messages:
             self.finished.append(TokenSequence(tuple(self.segments)))
             self.segments = []
+        was_begun = self.prompt() is self.begun  # the policy does not report tokens that it was given
         kind = SegmentKind.ENVIRONMENT if self.segments else SegmentKind.PROMPT
-        self.segments.append(Segment(kind, completion.prompt_token_ids))
+        self.segments.append(Segment(kind, tuple(self.begun) if was_begun else completion.prompt_token_ids))
         self.segments.append(
             Segment(SegmentKind.SAMPLED, completion.token_ids, completion.log_probs, completion.policy_versions)
         )

@@ -251,6 +251,7 @@ class FakePolicy:
             last = prompt[-1].content
             self.systems[ids] = system
         length = len(ids) + (len(prompt.token_ids) if isinstance(prompt, Continuation) else 0)
+        reported = () if isinstance(prompt, list) else ids
         if length >= self.context_length:
             raise DomainError(Reason.PROMPT_TOO_LONG, "no room", token_count=length, context_length=self.context_length)
         text = self.answer(system, last, sampling)
@@ -263,7 +264,7 @@ class FakePolicy:
         if Feature.TOKEN_IDS not in self.features:
             return Completion((), (), (), text, StopReason.END_OF_TURN, (VersionSpan(self.version, 0),))
         return Completion(
-            ids,
+            reported,
             tokens,
             (LOG_PROB,) * len(tokens),
             text,
