@@ -210,10 +210,10 @@ async def test_a_refusal_is_told_though_this_side_still_writes(client: PolicyCli
 
 @pytest.mark.usefixtures("nothing_waits")
 async def test_a_disk_that_fills_up(client: PolicyClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file: Any) -> None:
+    def full(part: Path, folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(uploads, "_finish", full)
+    monkeypatch.setattr(uploads, "move_folder", full)
     path = tmp_path / "weights"
     weights = await next_weights(client, path, build_model(2))
     error = await fails(client.upload_weights(path, WeightsKind.FULL, weights.sha256), Reason.DISK_FULL)

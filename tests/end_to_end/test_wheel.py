@@ -83,7 +83,7 @@ def test_the_demo_runs_in_an_empty_folder(installed: Installed) -> None:
     told = installed.mulligan("demo", *(word for setting in settings for word in ("--set", setting)))
     assert "success on the test boards" in told
     assert (installed.folder / "runs" / "demo" / "runs" / "demo-1" / "chart.png").exists()
-    assert "first attempt" in installed.mulligan("experiences", "runs/demo/runs/demo-1", "--step", "0")
+    assert "─── first: " in installed.mulligan("experiences", "runs/demo/runs/demo-1", "--step", "0")
 
 
 SETTINGS = """
@@ -112,7 +112,7 @@ def test_what_the_readme_shows_step_by_step_works(installed: Installed) -> None:
         assert "short" in run("runs")
         assert "attempts" in run("eval", "frozenlake-3x3", "--run", "short", "--tasks", "2", "--samples", "1")
         assert "attempts" in run("eval", "greetings", "--samples", "1", "--max-tokens", "4")
-        assert "first attempt" in run("experiences", "runs/local/runs/short", "--step", "0")
+        assert "─── first: " in run("experiences", "runs/local/runs/short", "--step", "0")
         assert "actor" in run("policy", "list")
         assert "serves embedded already" in run("policy", "load", "actor", "--model", "embedded")
         assert "version" in run("policy", "versions", "actor")
