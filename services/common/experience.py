@@ -139,14 +139,16 @@ class Sample:
         return cls(sample_id, role, Outcome.TRUNCATED, (), 1.0, system=system, parent_id=parent_id)
 
     @property
-    def try_rewards(self) -> list[float]:
-        """The reward of each try; of the episode, where there was a single one."""
+    def tries(self) -> list[tuple[Turn, ...]]:
+        """The turns of each try; all turns, where there was a single one."""
         counts = self.try_turns or (len(self.turns),)
         starts = [sum(counts[:index]) for index in range(len(counts))]
-        return [
-            total(turn.reward for turn in self.turns[start : start + count])
-            for start, count in zip(starts, counts, strict=True)
-        ]
+        return [self.turns[start : start + count] for start, count in zip(starts, counts, strict=True)]
+
+    @property
+    def try_rewards(self) -> list[float]:
+        """The reward of each try."""
+        return [total(turn.reward for turn in turns) for turns in self.tries]
 
     @property
     def is_episode(self) -> bool:

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from mulligan.common.experience import Sample, Turn
+from mulligan.common.experience import Sample
 from mulligan.common.rewards import reaches
 from mulligan.trainer.batch import Group, gradients, rewarded
 from mulligan.trainer.data import Datum
@@ -71,7 +71,7 @@ def _shaped(sample: Sample, settings: Settings) -> Sample:
 
 def worth(sample: Sample, settings: Settings) -> float:
     """R. The try that was played last is the one that solved the task, if any did."""
-    tries = _tries(sample)
+    tries = [turns for turns in sample.tries if turns]  # for the last one there may have been no room
     assert sample.reward is not None
     is_solved = reaches(sample.reward, settings.success_threshold)
     distinct = len({tuple(turn.action for turn in turns) for turns in tries})
@@ -81,11 +81,3 @@ def worth(sample: Sample, settings: Settings) -> float:
         - settings.repetition_penalty * (1 - distinct / len(tries))
         - settings.invalid_penalty * invalid
     )
-
-
-def _tries(sample: Sample) -> list[tuple[Turn, ...]]:
-    """The turns of each try. One for which there was no room has none, and does not count."""
-    counts = sample.try_turns or (len(sample.turns),)
-    starts = [sum(counts[:index]) for index in range(len(counts))]
-    tries = [sample.turns[start : start + count] for start, count in zip(starts, counts, strict=True)]
-    return [turns for turns in tries if turns]
