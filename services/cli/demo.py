@@ -118,7 +118,7 @@ async def _report(client: RunClient, run: RunInfo) -> None:
     folder = Path(run.folder)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     entries = [entry async for entry in client.watch(run.run_id)]
-    recorded = _recorded_rlvr(summary)
+    recorded = _recorded_rlvr(run.settings.algorithm.name)
     await asyncio.to_thread(draw_chart, folder / "chart.png", entries, recorded)
     found = await client.experiences(run.run_id, step=0, limit=1000)
     told = next((experience for experience in found if experience.targets), None)
@@ -136,10 +136,10 @@ async def _report(client: RunClient, run: RunInfo) -> None:
     say(f"            {mulligan} train RECIPE --set model.source=FOLDER")
 
 
-def _recorded_rlvr(summary: dict[str, Any]) -> dict[str, Any] | None:
+def _recorded_rlvr(algorithm: str) -> dict[str, Any] | None:
     """RLVR's figures on the same task, measured before; none beside RLVR itself."""
     path = RECIPES / "frozenlake-3x3-rlvr.summary.json"
-    if summary["settings"]["algorithm"]["name"] == "rlvr" or not path.exists():
+    if algorithm == "rlvr" or not path.exists():
         return None
     recorded: dict[str, Any] = json.loads(path.read_text())
     return recorded

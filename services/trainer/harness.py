@@ -206,17 +206,25 @@ class Harness:
             await _end(trunk)
 
     async def _replay(self, source: Sample, count: int, episode_id: str, task_id: str) -> EpisodeHandle:
-        """An episode that has played the first turns of another. Raises NotRepeatable."""
+        """An episode that has played the first turns of another. Raises NotRepeatable unless it shows the same and
+        reads the same actions."""
         episode = await self.environment.start(self.info.name, task_id, episode_id)
-        observation = episode.observation
-        for turn in source.turns[:count]:
-            if observation != turn.observation:
-                await _end(episode)
-                raise NotRepeatable(
-                    f"task {task_id!r} of environment {self.info.name!r} showed {turn.observation!r} to "
-                    f"{source.sample_id} and now {observation!r}: it cannot be forked from an earlier step"
-                )
-            observation = (await episode.step(turn.text)).observation
+        place = f"task {task_id!r} of environment {self.info.name!r}"
+        try:
+            observation = episode.observation
+            for number, turn in enumerate(source.turns[: count + 1]):
+                if observation != turn.observation:
+                    shown_now = f"showed {turn.observation!r} to {source.sample_id} and now {observation!r}"
+                    raise NotRepeatable(f"{place} {shown_now}: it cannot be forked from an earlier step")
+                if number < count:
+                    step = await episode.step(turn.text)
+                    if step.action != turn.action:
+                        read_now = f"read {turn.action!r} in an answer of {source.sample_id} and now {step.action!r}"
+                        raise NotRepeatable(f"{place} {read_now}: it cannot be forked from an earlier step")
+                    observation = step.observation
+        except BaseException:
+            await _end(episode)
+            raise
         return episode
 
     async def write(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from mulligan.common.experience import Experience, Sample
-from mulligan.common.rewards import reaches
+from mulligan.common.rewards import exceeds, reaches
 from mulligan.trainer.batch import Group, groups_of
 from mulligan.trainer.trainable import never_fits
 
@@ -35,7 +35,7 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float, environ
     }
     first = [rewards for group in groups_of(experiences) if (rewards := _first_rewards(group))]
     if first:
-        metrics["groups_with_signal"] = fmean(len(set(rewards)) > 1 for rewards in first)
+        metrics["groups_with_signal"] = fmean(exceeds(max(rewards), min(rewards)) for rewards in first)
     unplayed = sum(map(never_fits, samples))
     if unplayed:
         metrics["excluded_prompt_too_long"] = float(unplayed)

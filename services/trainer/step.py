@@ -16,7 +16,7 @@ from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import Provenance, StoredReflection
 from mulligan.trainer.batch import groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
-from mulligan.trainer.harness import Harness
+from mulligan.trainer.harness import Harness, NotRepeatable
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.member import Lesson, Member, NoRecorder, Peers, Recorder
 from mulligan.trainer.metrics import mean_metrics, rollout_metrics
@@ -28,7 +28,16 @@ from mulligan.trainer.settings import ALGORITHMS, AlgorithmSettings, RunSettings
 from mulligan.trainer.trainable import counted, trainable
 
 # What an algorithm's helpers may raise: these pass through it as they are.
-OUTSIDE = (DomainError, CallFailed, ServiceUnavailable, EnvironmentChanged, ForeignWeights, VersionLost, OSError)
+OUTSIDE = (
+    DomainError,
+    CallFailed,
+    ServiceUnavailable,
+    EnvironmentChanged,
+    NotRepeatable,
+    ForeignWeights,
+    VersionLost,
+    OSError,
+)
 
 
 class AlgorithmFailed(RuntimeError):
@@ -145,7 +154,7 @@ class StepRunner:
         """One loss over all branches, in `optimizer_steps` optimizer steps."""
         data, left_out = self.training_data(experiences)
         self.recorder.train(trained(data, experiences))
-        if not self._regularised:
+        if not self.settings.loss.regularizes:
             data = [datum for datum in data if datum.weight and datum.objective.moves(self.settings.loss)]
         if not data:
             return left_out
@@ -222,10 +231,6 @@ class StepRunner:
         return ModelLimits(
             learner.vocabulary_size or policy.vocabulary_size, learner.context_length or policy.context_length
         )
-
-    @property
-    def _regularised(self) -> bool:
-        return self.settings.loss.kl_coefficient > 0 or self.settings.loss.entropy_coefficient > 0
 
 
 def _distinct(harnesses: Sequence[Harness]) -> list[Harness]:

@@ -81,6 +81,7 @@ class FakeEnvironment:
     unavailable: str = ""
     player_count: int = 1
     started: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
     in_parts: bool = False
     shows: dict[str, str] = field(default_factory=dict)  # first observations, where they are not "board TASK"
     deterministic: bool = True
@@ -159,7 +160,7 @@ class FakeEpisode:
         return FakeEpisode(self.environment, self.task_id, new_episode_id, self.played, self.seen)
 
     async def end(self) -> None:
-        return None
+        self.environment.ended.append(self.episode_id)
 
 
 @dataclass

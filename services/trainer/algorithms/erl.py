@@ -35,7 +35,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Experience
 from mulligan.common.rewards import exceeds
-from mulligan.trainer.batch import Group, distillation, gradients
+from mulligan.trainer.batch import Group, distillation, gradients, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.settings import AlgorithmSettings
@@ -103,7 +103,7 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
         (REFLECTION, settings.reflection_weight),
         (SECOND, settings.second_weight),
     ):
-        samples = [[one[role] for one in group if _reward(one, role) is not None] for group in groups]
+        samples = with_reward(groups, role)
         count = sum(bool(sample.sequences) for group in samples for sample in group)
         data += gradients(samples, settings, weight / _divisor(role, count, groups, settings), role, _before(groups))
     if settings.distillation_weight > 0:

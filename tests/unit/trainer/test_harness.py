@@ -194,3 +194,30 @@ async def test_tokens_of_another_policy_are_not_joined() -> None:
     first = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
     with pytest.raises(NotDistilled, match="other_policy"):
         await made.joined([first, replace(first, policy="wise")], ["again"], (False, True))
+
+
+async def test_a_turn_that_is_read_otherwise_cannot_be_forked_from_and_its_episode_is_ended() -> None:
+    """An answer may be read in another way when it is replayed, as its thoughts are not marked then."""
+    environment = FakeEnvironment({"t0": "go"}, turns=2)
+    policy = FakePolicy(lambda system, last, sampling: "a")
+    made = await harness(environment, policy)
+    source = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
+    other = replace(source, turns=(replace(source.turns[0], action="B"), *source.turns[1:]))
+    with pytest.raises(NotRepeatable, match="read 'B' in an answer of a and now 'A'"):
+        await made.attempt(Sample.planned("b", "fork", "solve"), Plan("t0", SAMPLING, 1, fork=(other, 1)))
+    assert environment.started[-1] == environment.ended[-1] == "b-x-0-trunk"
+
+
+async def test_the_episode_of_a_fork_ends_when_replaying_fails() -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=2)
+    policy = FakePolicy(lambda system, last, sampling: "a")
+    made = await harness(environment, policy)
+    source = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
+
+    def fail(episode_id: str) -> None:
+        raise timeout()
+
+    environment.fail = fail
+    fork = await made.attempt(Sample.planned("b", "fork", "solve"), Plan("t0", SAMPLING, 1, fork=(source, 1)))
+    assert fork.outcome is Outcome.TIMEOUT and fork.reward is None
+    assert environment.ended[-2:] == ["b-x-0-trunk", "b-x-1-trunk"]
