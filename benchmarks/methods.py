@@ -1,14 +1,15 @@
 """Compares all methods on 3×3 FrozenLake with the embedded model: `python -m benchmarks.methods [--report-only]`.
 
-Runs what has no result yet (`proof/methods.py`, cell by cell, about eight hours of two cores), then writes into
-docs/proof: `methods.md` (means with 95 % intervals), `methods.png` (learning curves with bands) and
-`erl_vs_rlvr.json`. The last line is one JSON object.
+Runs what has no result yet (`proof/methods.py`, cell by cell, one process for each core, about seven hours of two
+cores), then writes into docs/proof: `methods.md` (means with 95 % intervals), `methods.png` (learning curves with
+bands) and `erl_vs_rlvr.json`. The last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report-only", action="store_true", help="run nothing, report what there is")
     if not parser.parse_args().report_only:
-        subprocess.run([sys.executable, "-m", "proof", "--only", "methods/"], cwd=ROOT, check=True)
+        run_cells()
     arms = {name: results for name, arm in {**ARMS, **others()}.items() if (results := _results(name, arm))}
     if not {"erl", "rlvr"} <= arms.keys():
         sys.exit("no result of erl and rlvr yet: run it without --report-only")
@@ -42,6 +43,15 @@ def main() -> None:
     (RESULTS / "erl_vs_rlvr.json").write_text(json.dumps(claim, indent=2) + "\n")
     print((RESULTS / "methods.md").read_text())
     print_result("methods", claim)
+
+
+def run_cells() -> None:
+    """Runs the cells that have no result: each on one core, and one for each core of this process at a time."""
+    command = [sys.executable, "-m", "proof", "--only", "methods/", "--core"]
+    cores = sorted(os.sched_getaffinity(0))
+    processes = [subprocess.Popen([*command, str(core)], cwd=ROOT) for core in cores]
+    if failed := [core for core, process in zip(cores, processes, strict=True) if process.wait()]:
+        sys.exit(f"cells failed on core {', '.join(map(str, failed))}: see above; what is done is kept")
 
 
 def _results(name: str, arm: Arm) -> list[Result]:
@@ -113,8 +123,9 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
         "# Methods on 3×3 FrozenLake",
         "",
         "Embedded model, 100 test boards, first attempts without a reflection in context. Each arm has the best of",
-        "three learning rates (half the steps, one seed, training boards only); RLVR has that and the best of three",
-        "entropy bonuses. Means over seeds with 95 % intervals (Student's t). Rollouts are episodes and texts. Made by",
+        "three learning rates (100 steps, one seed, training boards only); RLVR has that and the best of three",
+        "entropy bonuses. Each run has one core. Means over seeds with 95 % intervals (Student's t). Rollouts are",
+        "episodes and texts. Made by",
         "`python -m benchmarks.methods` from the files in [methods/](methods/), each with its commit and command.",
         "",
         f"| method | seeds | learning rate | success at {half:,} rollouts | success at the end | rollouts "

@@ -1,7 +1,8 @@
-"""`python -m proof [--only PREFIX]`: runs the cases that have no result yet, one after the other.
+"""`python -m proof [--only PREFIX] [--core CORE]`: runs the cases that have no result yet, one after the other.
 
 The result of a case is `docs/proof/CASE.json`: its measurements, the commit, and the command to repeat it. After an
-interruption, it continues with the first case without a result. To repeat a case, delete its file.
+interruption, it continues with the first case without a result. To repeat a case, delete its file. Several processes
+may share the cases: none takes one that another is running.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mulligan.common.file_lock import lock_file
+from mulligan.common.files import replace
 from proof import CaseUnavailable, agreement, docker, faults, kills, learning, methods, sglang, suite
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,27 +40,68 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name begins so")
     parser.add_argument("--list", action="store_true", help="name the cases and whether they have a result")
+    parser.add_argument("--core", type=int, help="run them on this core alone")
     arguments = parser.parse_args()
+    if arguments.core is not None:
+        os.sched_setaffinity(0, {arguments.core})
     RESULTS.mkdir(parents=True, exist_ok=True)
     chosen = [name for name in CASES if name.startswith(arguments.only)]
     if not chosen:
         sys.exit(f"no case begins with {arguments.only!r}")
-    for number, name in enumerate(chosen, 1):
-        file = RESULTS / f"{name}.json"
-        if arguments.list or file.exists():
-            print(f"[{number}/{len(chosen)}] {name}: {'done' if file.exists() else 'open'}")
-            continue
-        print(f"[{number}/{len(chosen)}] {name} …", flush=True)
+    if arguments.list:
+        for name in chosen:
+            print(f"{name}: {'done' if _file(name).exists() else 'open'}")
+        return
+    lacking = run_all(chosen)
+    for name, reason in lacking.items():
+        print(f"{name}: {reason}")
+    if any(reason.startswith("failed") for reason in lacking.values()):
+        sys.exit(1)
+
+
+def run_all(names: Sequence[str]) -> dict[str, str]:
+    """Runs the cases without a result. Returns why those that are left have none.
+
+    A case may need the result of another one, so the list is gone through until nothing can be run any more.
+    """
+    failed: dict[str, str] = {}
+    lacking: dict[str, str] = {}
+    while todo := [name for name in names if not _file(name).exists() and name not in failed]:
+        lacking = {}
+        for name in todo:
+            try:
+                _run(name, f"[{names.index(name) + 1}/{len(names)}] {name}")
+            except CaseUnavailable as reason:
+                lacking[name] = f"not possible here: {reason}"
+            except subprocess.CalledProcessError as error:
+                failed[name] = f"failed: {error}"
+        if len(lacking) == len(todo):
+            break
+    return failed | lacking
+
+
+def _run(name: str, title: str) -> None:
+    """Runs one case and writes its result, unless another process has done so or is doing so."""
+    folder = ROOT / "runs" / "proof" / name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = lock_file(folder.with_name(folder.name + ".lock"))
+    except BlockingIOError:
+        raise CaseUnavailable("another process is running it") from None
+    with lock:
+        if _file(name).exists():
+            return
+        print(f"{title} …", flush=True)
         start = time.monotonic()
-        try:
-            measured = CASES[name](ROOT / "runs" / "proof" / name)
-        except CaseUnavailable as lacking:
-            print(f"    not possible here: {lacking}")
-            continue
+        measured = CASES[name](folder)
         result = {"case": name, **measured, **_circumstances(name), "seconds": round(time.monotonic() - start)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=2) + "\n")
-        print(json.dumps(measured))
+        _file(name).parent.mkdir(parents=True, exist_ok=True)
+        replace(_file(name), (json.dumps(result, indent=2) + "\n").encode())
+        print(json.dumps(measured), flush=True)
+
+
+def _file(name: str) -> Path:
+    return RESULTS / f"{name}.json"
 
 
 def _circumstances(name: str) -> dict[str, Any]:
@@ -69,7 +113,7 @@ def _circumstances(name: str) -> dict[str, Any]:
         "commit": git("rev-parse", "HEAD") + (" with changes" if changed else ""),
         "command": f"python -m proof --only {name}",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
     }
 
 

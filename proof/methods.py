@@ -1,6 +1,6 @@
 """Trains every method on 3×3 FrozenLake with the embedded model, on equal terms, by `mulligan demo`.
 
-Each arm first gets the same small search: three learning rates, half the steps, one seed, judged by the training boards
+Each arm first gets the same small search: three learning rates, 100 steps, one seed, judged by the training boards
 alone. RLVR gets one over its entropy bonus, too. Then its seeds run with what was best. `python -m benchmarks.methods`
 makes the table and the charts.
 """
@@ -58,6 +58,9 @@ ARMS = {
     "why-rlvr-groups-of-4": Arm(
         "frozenlake-3x3-rlvr", ("rollout.rollouts_per_task=4", "rollout.tasks_per_step=24"), like="rlvr"
     ),
+    "why-rlvr-signal": Arm("frozenlake-3x3-rlvr", ("rollout.replace_rounds=2",), like="rlvr"),
+    "why-no-clipping": Arm("frozenlake-3x3", ("optimizer.max_grad_norm=1000",), like="erl"),
+    "why-rlvr-no-clipping": Arm("frozenlake-3x3-rlvr", ("optimizer.max_grad_norm=1000",), like="rlvr"),
 }
 
 
@@ -69,8 +72,8 @@ def others() -> dict[str, Arm]:
 
 
 def search(arm: Arm, rate: str, entropy: str, folder: Path) -> dict[str, Any]:
-    """Half the steps with one learning rate. The result has no number of the test boards."""
-    steps = int(STEPS * arm.share / 2)
+    """Half the steps of ERL with one learning rate. The result has no number of the test boards."""
+    steps = STEPS // 2
     settings = [f"steps={steps}", f"seed={SEARCH_SEED}", f"optimizer.learning_rate={rate}", "evaluation.every=0"]
     settings += [f"loss.entropy_coefficient={entropy}"] if entropy else []
     run = _train(arm, settings, folder)
