@@ -20,13 +20,14 @@ from typing import Any
 
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import replace
-from proof import CaseUnavailable, agreement, docker, faults, kills, learning, methods, sglang, suite
+from proof import CaseUnavailable, agreement, docker, faults, kills, learning, methods, second_attempts, sglang, suite
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "proof"
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **learning.CASES,
     **methods.CASES,
+    **second_attempts.CASES,
     **kills.CASES,
     **docker.CASES,
     **agreement.CASES,

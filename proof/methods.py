@@ -76,7 +76,7 @@ def search(arm: Arm, rate: str, entropy: str, folder: Path) -> dict[str, Any]:
     steps = STEPS // 2
     settings = [f"steps={steps}", f"seed={SEARCH_SEED}", f"optimizer.learning_rate={rate}", "evaluation.every=0"]
     settings += [f"loss.entropy_coefficient={entropy}"] if entropy else []
-    run = _train(arm, settings, folder)
+    run = train(arm, settings, folder)
     curve = [metrics.get("success_first", 0.0) for _, metrics in sorted(_metrics(run).items())]
     return {"rate": rate, "entropy": entropy, "steps": steps, "train_success": fmean(curve[-LAST_STEPS:])}
 
@@ -86,7 +86,7 @@ def learn(name: str, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
     best = chosen(name, arm)
     settings = [f"steps={int(STEPS * arm.share)}", f"seed={seed}", f"optimizer.learning_rate={best['rate']}"]
     settings += [f"loss.entropy_coefficient={best['entropy']}"] if best["entropy"] else []
-    run = _train(arm, settings, folder)
+    run = train(arm, settings, folder)
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
     metrics = _metrics(run)
     return {
@@ -122,7 +122,7 @@ def searches(name: str, arm: Arm) -> Iterator[tuple[str, str, str]]:
             yield f"methods/search-{name}-{rate}{'-entropy-' + entropy if entropy else ''}", rate, entropy
 
 
-def _train(arm: Arm, settings: list[str], folder: Path) -> Path:
+def train(arm: Arm, settings: list[str], folder: Path) -> Path:
     """Runs the demo in `folder`, or continues it there. Returns the folder of the run."""
     command = [sys.executable, "-m", "mulligan.cli", "demo", "--folder", str(folder), "--recipe", arm.recipe]
     for setting in (*arm.settings, *settings):
