@@ -86,7 +86,7 @@ hostile_texts = st.one_of(
     st.lists(st.sampled_from(HOSTILE), max_size=40).map("".join),
     st.text(max_size=60).map(lambda text: f"<tool_call>{text}</tool_call>"),
 )
-# What needs another server: `test_conformance.py` has one each.
+# What needs another server: `tests/contract/conformance/test_suites.py` has one each.
 ELSEWHERE = (episodes.unavailable, episodes.lease, play.failure)
 CHECKS = [check for check in ENVIRONMENT.checks if check.body not in ELSEWHERE]
 
@@ -130,7 +130,7 @@ async def games(connected: Target) -> dict[str, Game]:
 async def test_the_server_keeps_each_promise(connected: Target, check: Check[CheckSession]) -> None:
     result = await judge(check, CheckSession(connected))
     if "token" in check.title:
-        assert result.verdict is Verdict.NOT_APPLICABLE  # test_conformance.py has a server with one
+        assert result.verdict is Verdict.NOT_APPLICABLE  # conformance/test_suites.py has a server with one
     else:
         assert result.verdict is Verdict.PASSED, result
 

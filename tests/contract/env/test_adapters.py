@@ -24,7 +24,7 @@ from mulligan.conformance.report import Check, Verdict, judge
 from mulligan.conformance.target import CheckSession
 from mulligan.env.client import EnvClient
 from mulligan.testing.processes import ServiceProcess, ServiceProcesses
-from tests.contract.test_env import CHECKS, MOVES, without
+from tests.contract.env.test_environments import CHECKS, MOVES, without
 from tests.support.made import installed
 
 LAKE = {"kind": "frozenlake", "train_tasks": 250, "test_tasks": 20}

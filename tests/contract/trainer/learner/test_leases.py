@@ -25,7 +25,7 @@ from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.servicer import LearnerServicer
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
-from tests.contract.test_learner import forward_backward, refusal
+from tests.contract.trainer.learner.test_service import forward_backward, refusal
 from tests.support.learning import server_settings, spec
 from tests.support.tiny_model import write_tiny_model
 
