@@ -20,7 +20,19 @@ from typing import Any
 
 from mulligan.common.file_lock import lock_file
 from mulligan.common.files import replace
-from proof import CaseUnavailable, agreement, docker, faults, kills, learning, methods, second_attempts, sglang, suite
+from proof import (
+    CaseUnavailable,
+    agreement,
+    docker,
+    embedded,
+    faults,
+    kills,
+    learning,
+    methods,
+    second_attempts,
+    sglang,
+    suite,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "proof"
@@ -33,6 +45,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **agreement.CASES,
     **sglang.CASES,
     **faults.CASES,
+    **embedded.CASES,
     **suite.CASES,
 }
 

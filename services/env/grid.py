@@ -207,3 +207,17 @@ def with_limit(prompts: PromptSet, max_steps: int) -> PromptSet:
         retry=filled(prompts.retry),
         try_again=filled(prompts.try_again),
     )
+
+
+# The few words that a very small model knows, each one token of the embedded model.
+COMPACT_NO_EFFECT = "blocked"
+COMPACT_PROMPTS = PromptSet(
+    solver="play",
+    action_reminder="play",
+    reflection_system="explain",
+    reflection="{trace}\n{feedback}\n{memory}",
+    memory_empty="nothing",
+    trace_turn="{observation}\n{action}\n",
+    retry="{trace}\n{feedback}\nplay",
+    try_again="wrong\nplay",
+)

@@ -33,7 +33,7 @@ def plain(settings: RunSettings) -> dict[str, Any]:
 
 def test_the_recipes_are_there() -> None:
     names = {path.stem for path in RECIPES}
-    assert {"frozenlake-3x3", "frozenlake-3x3-rlvr"} <= names
+    assert {f"{game}{arm}" for game in ("frozenlake-3x3", "sokoban-small") for arm in ("", "-rlvr")} <= names
     assert {f"{game}-paper{arm}" for game in PUBLISHED for arm in ("", "-rlvr")} <= names
 
 
@@ -41,6 +41,14 @@ def test_the_recipes_are_there() -> None:
 def test_every_recipe_is_valid_and_names_an_environment_that_is_served(path: Path) -> None:
     settings = RunSettings.model_validate(tomllib.loads(path.read_text()))
     assert settings.environment in EnvSettings.load([]).environments
+
+
+@pytest.mark.parametrize("arm", ["", "-rlvr"])
+def test_small_sokoban_is_the_run_of_frozenlake_in_another_environment(arm: str) -> None:
+    lake, sokoban = (
+        plain(read_settings(FOLDER / f"{game}{arm}.toml", [])) for game in ("frozenlake-3x3", "sokoban-small")
+    )
+    assert changed(lake, sokoban) - {"evaluation.every"} == {"environment"}
 
 
 @pytest.mark.parametrize("game", PUBLISHED)

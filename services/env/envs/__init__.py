@@ -11,6 +11,16 @@ DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "frozenlake": {"kind": "frozenlake"},
     "frozenlake-3x3": {"kind": "frozenlake", "size_min": 3, "size_max": 3, "prompts": "compact"},
     "sokoban": {"kind": "sokoban"},
+    "sokoban-small": {
+        "kind": "sokoban",
+        "size_min": 5,
+        "size_max": 5,
+        "wall_share": 0.4,
+        "max_steps": 4,
+        "symbols": "AFBGCDE",
+        "border": False,
+        "prompts": "compact",
+    },
     "hotpotqa": {"kind": "hotpotqa"},
     "gymnasium-frozenlake": {
         "kind": "gymnasium",

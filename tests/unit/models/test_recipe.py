@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from mulligan.env.envs import DEFAULT_ENVIRONMENTS
 from mulligan.env.envs.frozenlake.boards import LakeBoard
 from mulligan.env.envs.frozenlake.environment import FrozenLakeEpisode
+from mulligan.env.load import load_or_explain
 from mulligan.models import EMBEDDED
 from mulligan.models.build import LETTERS, MOVES, ROLES, build_model, build_tokenizer, write_untrained
 from mulligan.models.recipe.boards import ALPHABET, FIXED, Ints, draw_assignments, draw_boards, show, tables
@@ -72,6 +74,22 @@ def test_every_text_has_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.decode(tokenizer.encode("wörld🌍")) == "wörld🌍"
     assert tokenizer.unk_token is None
     assert len(tokenizer.encode("```Up```")) == 1
+
+
+@pytest.mark.parametrize("name", ["frozenlake-3x3", "sokoban-small"])
+def test_an_environment_for_the_model_speaks_its_words(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    game = load_or_explain(name, DEFAULT_ENVIRONMENTS[name])
+    prompts = game.info.prompts
+    texts = [prompts.solver, prompts.reflection_system, prompts.memory_empty, prompts.try_again]
+    for index in range(20):
+        episode = game.start(f"test/{index:05d}")
+        for turn in range(game.info.max_steps):
+            result = episode.step(f"```{MOVES[(index + turn) % 4]}```")
+            texts += [episode.observation, result.observation, result.action, result.feedback]
+            if result.done:
+                break
+    tokens = {token for text in texts for token in words_of(tokenizer, tokenizer.encode(text))}
+    assert not {token for token in tokens if token.startswith("<0x")}
 
 
 def test_chat_template_only_appends(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -16,6 +16,8 @@ from mulligan.env.base import EnvironmentInfo, PromptSet, Split, StepResult, Tas
 from mulligan.env.envs.frozenlake.boards import FROZEN, GOAL, HOLE, PLAYER, LakeBoard
 from mulligan.env.envs.frozenlake.maps import read_maps
 from mulligan.env.grid import (
+    COMPACT_NO_EFFECT,
+    COMPACT_PROMPTS,
     MAX_TASKS,
     MOVES,
     NO_EFFECT,
@@ -242,20 +244,11 @@ _PUBLISHED = _Texts(
 )
 
 _COMPACT = _Texts(
-    no_effect="blocked",
+    no_effect=COMPACT_NO_EFFECT,
     fell="fell into hole",
     reached_goal="reached goal",
     limit="step limit",
-    prompts=PromptSet(
-        solver="play",
-        action_reminder="play",
-        reflection_system="explain",
-        reflection="{trace}\n{feedback}\n{memory}",
-        memory_empty="nothing",
-        trace_turn="{observation}\n{action}\n",
-        retry="{trace}\n{feedback}\nplay",
-        try_again="wrong\nplay",
-    ),
+    prompts=COMPACT_PROMPTS,
 )
 
 _TEXTS = {"published": _PUBLISHED, "compact": _COMPACT}

@@ -31,6 +31,8 @@ from mulligan.env.envs.sokoban.boards import (
 )
 from mulligan.env.envs.sokoban.levels import read_levels
 from mulligan.env.grid import (
+    COMPACT_NO_EFFECT,
+    COMPACT_PROMPTS,
     MAX_TASKS,
     NO_EFFECT,
     PROMPTS,
@@ -59,6 +61,8 @@ class Settings:
     train_file: str = ""
     test_file: str = ""
     symbols: str = LETTERS  # player, player on goal, box, box on goal, goal, floor, wall
+    border: bool = True  # whether the outer walls are shown; they are the same on every board of a size
+    prompts: str = "published"  # or "compact": the few words that a very small model knows
     name: str = "sokoban"
 
     def __post_init__(self) -> None:
@@ -82,6 +86,8 @@ class Settings:
                 "symbols must be seven distinct letters (player, player on goal, box, box on goal, goal, floor, wall), "
                 f"not {self.symbols!r}"
             )
+        if self.prompts not in ("published", "compact"):
+            raise ValueError(f'prompts must be "published" or "compact", not {self.prompts!r}')
         if not self.name:
             raise ValueError("name must not be empty")
 
@@ -100,6 +106,8 @@ class SokobanEpisode:
         self._offsets = offsets(board.width)
         self._symbols = str.maketrans(LETTERS, settings.symbols)
         self._max_steps = settings.max_steps
+        self._border = settings.border
+        self._compact = settings.prompts == "compact"
         self._steps = 0
         self._blocked = 0
         self.observation = self._render()
@@ -111,9 +119,11 @@ class SokobanEpisode:
         self._state = after or self._state
         self._blocked += name is not None and after is None
         reading = reading_of(name, after is not None)
-        self.observation = ("" if after else NO_EFFECT + "\n") + self._render()
+        no_effect = COMPACT_NO_EFFECT if self._compact else NO_EFFECT
+        self.observation = ("" if after else no_effect + "\n") + self._render()
         if self._state[1] == self._goals:
-            return StepResult(self.observation, reading, 1.0, done=True, feedback="Every box is on a goal: solved.")
+            solved = "reached goal" if self._compact else "Every box is on a goal: solved."
+            return StepResult(self.observation, reading, 1.0, done=True, feedback=solved)
         if self._steps >= self._max_steps:
             return StepResult(self.observation, reading, done=True, truncated=True, feedback=self._failure())
         return StepResult(self.observation, reading)
@@ -122,6 +132,8 @@ class SokobanEpisode:
         return copy(self)  # nothing that it holds ever changes: each move makes a new state
 
     def _failure(self) -> str:
+        if self._compact:
+            return "step limit"
         missing = len(self._state[1] - self._goals)
         where = "a box was not on a goal" if missing == 1 else f"{missing} boxes were not on a goal"
         text = f"The step limit was reached while {where}."
@@ -140,7 +152,9 @@ class SokobanEpisode:
                 letters.append(BOX_ON_GOAL if on_goal else BOX)
             else:
                 letters.append(WALL if cell in self._walls else GOAL if on_goal else FLOOR)
-        rows = (letters[start : start + self._width] for start in range(0, len(letters), self._width))
+        rows = [letters[start : start + self._width] for start in range(0, self._cells, self._width)]
+        if not self._border:
+            rows = [row[1:-1] for row in rows[1:-1]]
         return "\n".join("\t".join(row).translate(self._symbols) for row in rows)
 
 
@@ -163,10 +177,11 @@ class Sokoban:
             smallest = self.settings.size_min
             largest = self.settings.size_max
             which = f"{smallest}x{smallest} to {largest}x{largest}, {boxes}"
+        compact = self.settings.prompts == "compact"
         self.info = EnvironmentInfo(
             name=self.settings.name,
             description=f"Sokoban with hidden symbols, {which}, {self.settings.max_steps} moves",
-            prompts=with_limit(PROMPTS, self.settings.max_steps),
+            prompts=COMPACT_PROMPTS if compact else with_limit(PROMPTS, self.settings.max_steps),
             max_steps=self.settings.max_steps,
             max_reward=1.0,
             deterministic=True,

@@ -123,6 +123,26 @@ def test_symbols_change_only_the_rendering() -> None:
     assert first.board("train/00007") == second.board("train/00007")
 
 
+def test_without_its_border_a_room_is_its_inner_cells() -> None:
+    game = episode("ABCD", "DEDD", "DDDD", "DDDD", border=False)
+    assert game.observation == "A\tB\tC\tD\nD\tE\tD\tD\nD\tD\tD\tD\nD\tD\tD\tD"
+    assert game.step(act("Up")).observation.splitlines()[1:] == game.observation.splitlines()[1:]
+    solved = game.step(act("Right"))
+    assert (solved.reward, solved.observation.splitlines()[0]) == (1.0, "D\tA\tb\tD")
+    corridor = SokobanEpisode(SokobanBoard(("EEEEE", "EABCE", "EEEEE")), Settings(border=False))
+    assert corridor.observation == "A\tB\tC"
+
+
+def test_compact_texts_are_a_few_words() -> None:
+    prompts = Sokoban(Settings(prompts="compact")).info.prompts
+    assert (prompts.solver, prompts.action_reminder, prompts.reflection_system) == ("play", "play", "explain")
+    game = episode("ABDC", "DDDD", "DDDD", "DDDD", prompts="compact", max_steps=3)
+    assert game.step(act("Up")).observation == "blocked\n" + shown("ABDC", "DDDD", "DDDD", "DDDD")
+    assert game.step(act("Right")).observation == shown("DABC", "DDDD", "DDDD", "DDDD")
+    assert game.fork().step(act("Down")).feedback == "step limit"
+    assert game.step(act("Right")).feedback == "reached goal"
+
+
 @given(st.lists(st.text() | st.sampled_from([act(name) for name in STEPS]), min_size=8, max_size=8))
 def test_any_text_is_an_action(texts: list[str]) -> None:
     game = episode("DDDD", "DADD", "DBDD", "DDCD")
@@ -229,6 +249,7 @@ def test_unknown_tasks(task_id: str) -> None:
         ({"symbols": "ABCD"}, "symbols"),
         ({"symbols": "AaBbCD "}, "symbols"),
         ({"symbols": "AABbCDE"}, "symbols"),
+        ({"prompts": "long"}, "prompts"),
         ({"name": ""}, "name"),
     ],
 )
