@@ -31,7 +31,7 @@ class Aggregation(StrEnum):
 
 
 def aggregate(data: Sequence[Datum], mode: Aggregation, constant: float = 1.0) -> list[Datum]:
-    """The data of one branch with their weights scaled. A sequence is a datum.
+    """The data of one branch, or of branches that are one loss, with their weights scaled. A sequence is a datum.
 
     SEQUENCE_MEAN_TOKEN_SUM returns the same objects. `constant` is for CONSTANT alone. Weights may differ: TOKEN_MEAN
     is then the mean over tokens by weight, times the branch's weight, so datum i gets w_i · Σw / Σ(w · T). Raises

@@ -47,7 +47,9 @@ def returns(sample: Sample, before: float | None = None) -> Return:
     assert sample.reward is not None
     counts = [len(segment.token_ids) for sequence in sample.sequences for segment in sequence.segments if segment.loss]
     rewards = [turn.reward for turn in sample.turns]
-    if not sample.is_episode or len(counts) != len(rewards):  # a text, or an episode without its tokens
+    if not sample.sequences:  # it cannot be trained on, but its turns count in its group
+        counts = [0] * len(rewards)
+    if not sample.is_episode or len(counts) != len(rewards):
         counts, rewards = [sum(counts)], [sample.reward]
     return Return(sample.reward, tuple(rewards), tuple(counts), sample.outcome is Outcome.TRUNCATED, before)
 
@@ -61,6 +63,12 @@ def with_reward(groups: Sequence[Group], role: str) -> list[list[Sample]]:
 def number_trained(groups: Iterable[Iterable[Sample]]) -> int:
     """How many of the samples have tokens to train on; at least 1, because losses are divided by it."""
     return max(1, sum(bool(sample.sequences) and not sample.policy for group in groups for sample in group))
+
+
+def rewards_before(groups: Iterable[Group]) -> dict[str, float]:
+    """For `gradients`: what an experience's first sample earned, by the ids of the samples that follow it."""
+    rewards = {later.sample_id: one.samples[0].reward for group in groups for one in group for later in one.samples[1:]}
+    return {sample_id: reward for sample_id, reward in rewards.items() if reward is not None}
 
 
 def gradients(
@@ -87,12 +95,29 @@ def gradients(
 def advantages(
     groups: Sequence[Sequence[Sample]], settings: AlgorithmSettings, before: Mapping[str, float] | None = None
 ) -> list[list[Advantage]]:
-    """Each sample's advantage in its group, as `gradients` has it, for branches that are trained otherwise."""
+    """Each sample's advantage in its group, as `gradients` has it, for branches that are trained otherwise.
+
+    Raises ValueError where the estimator does not give one number, or one per sampled token, for each sample.
+    """
     before = before or {}
     estimator = ADVANTAGES.find(settings.advantage)
     told = [[returns(sample, before.get(sample.sample_id)) for sample in group] for group in groups]
     found: list[list[Advantage]] = estimator.estimate(told, read_table(estimator.Settings, settings.estimator_settings))
+    if problem := _misshapen(told, found):
+        raise ValueError(f"advantage estimator {settings.advantage!r}: {problem}")
     return found
+
+
+def _misshapen(told: Sequence[Sequence[Return]], found: Sequence[Sequence[Advantage]]) -> str:
+    """Where the advantages do not have the shape of the samples; empty if they have it."""
+    sizes = [len(group) for group in told], [len(group) for group in found]
+    if sizes[0] != sizes[1]:
+        return f"expected groups of {sizes[0]} samples, got {sizes[1]}"
+    for group, estimated in zip(told, found, strict=True):
+        for sample, advantage in zip(group, estimated, strict=True):
+            if isinstance(advantage, tuple) and len(advantage) != sample.tokens:
+                return f"expected one number per sampled token of a sample, {sample.tokens}, got {len(advantage)}"
+    return ""
 
 
 def policy_gradient(sample: Sample, advantage: Advantage, weight: float, branch: str) -> list[Datum]:

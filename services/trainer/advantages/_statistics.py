@@ -9,12 +9,17 @@ EPSILON = 1e-6  # added to standard deviations; verl's, on which the reference c
 _VARIANCE_EPSILON = 1e-8  # added to variances by `masked_whiten` of TRL and verl
 
 
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one value; of equal ones, exactly the value."""
+    return values[0] if len(set(values)) == 1 else fsum(values) / len(values)
+
+
 def centred(values: Sequence[float]) -> list[float]:
     """value - mean; exactly 0 for a single value or equal ones."""
-    if len(set(values)) < 2:
-        return [0.0] * len(values)
-    mean = fsum(values) / len(values)
-    return [value - mean for value in values]
+    if not values:
+        return []
+    middle = mean(values)
+    return [value - middle for value in values]
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -27,14 +32,12 @@ def deviation(values: Sequence[float]) -> float:
 def whitened(values: Sequence[float], counts: Sequence[int]) -> list[float]:
     """(value - mean) / √(variance + 1e-8), where value i occurs `counts[i]` times; the variance divides by n - 1.
 
-    0 everywhere if there are fewer than two occurrences or nothing differs. `masked_whiten` of TRL and verl, whose mask
+    Exactly 0 everywhere if nothing that occurs differs. `masked_whiten` of TRL and verl, whose mask
     is over tokens.
     """
     total = sum(counts)
-    if total < 2:
+    if len({value for value, count in zip(values, counts, strict=True) if count}) < 2:
         return [0.0] * len(values)
-    mean = fsum(value * count for value, count in zip(values, counts, strict=True)) / total
-    variance = fsum((value - mean) ** 2 * count for value, count in zip(values, counts, strict=True)) / (total - 1)
-    if variance == 0:
-        return [0.0] * len(values)
-    return [(value - mean) / sqrt(variance + _VARIANCE_EPSILON) for value in values]
+    middle = fsum(value * count for value, count in zip(values, counts, strict=True)) / total
+    variance = fsum((value - middle) ** 2 * count for value, count in zip(values, counts, strict=True)) / (total - 1)
+    return [(value - middle) / sqrt(variance + _VARIANCE_EPSILON) for value in values]

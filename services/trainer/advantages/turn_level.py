@@ -22,13 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, zip_longest
-from math import fsum
 
 from pydantic import Field
 
 from mulligan.common.plugins import PluginSettings
 from mulligan.trainer.advantages import Advantage, Return
-from mulligan.trainer.advantages._statistics import whitened
+from mulligan.trainer.advantages._statistics import mean, whitened
 
 
 class Settings(PluginSettings):
@@ -59,7 +58,7 @@ def _values(group: Sequence[Return], discount: float) -> list[float]:
     """V_k for each turn k that a sample of the group has."""
     returns = [_backwards(sample.turn_rewards, discount) for sample in group]
     at_turn = [[value for value in turn if value is not None] for turn in zip_longest(*returns)]
-    return [fsum(found) / len(found) for found in at_turn]
+    return [mean(found) for found in at_turn]
 
 
 def _token_advantages(sample: Return, values: Sequence[float], settings: Settings) -> Iterator[float]:

@@ -28,7 +28,15 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample, TrainingTarget
 from mulligan.trainer.aggregation import aggregate
-from mulligan.trainer.batch import Group, advantages, number_trained, policy_gradient, transfer, with_reward
+from mulligan.trainer.batch import (
+    Group,
+    advantages,
+    number_trained,
+    policy_gradient,
+    rewards_before,
+    transfer,
+    with_reward,
+)
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.settings import AlgorithmSettings
@@ -79,15 +87,14 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     count = number_trained(mixed)
     attempts: list[Datum] = []
     refinements: list[Datum] = []
-    for samples, found, estimated in zip(mixed, best, advantages(mixed, settings), strict=True):
+    for samples, found, estimated in zip(mixed, best, advantages(mixed, settings, rewards_before(groups)), strict=True):
         for sample, advantage in zip(samples, estimated, strict=True):
             if sample.role == FIRST:
                 attempts += policy_gradient(sample, advantage, settings.first_weight / count, FIRST)
             elif found:
                 weight = settings.refinement_weight / count
                 refinements += transfer(found[1], sample, advantage, weight, REFINEMENT, shape=settings.shape)
-    mode, constant = settings.aggregation, settings.aggregation_constant
-    return aggregate(attempts, mode, constant) + aggregate(refinements, mode, constant)
+    return aggregate(attempts + refinements, settings.aggregation, settings.aggregation_constant)
 
 
 def best_refinement(group: Group) -> tuple[Sample, TrainingTarget] | None:

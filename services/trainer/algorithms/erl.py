@@ -35,7 +35,8 @@ from pydantic import Field
 
 from mulligan.common.experience import Experience
 from mulligan.common.rewards import exceeds
-from mulligan.trainer.batch import Group, distillation, gradients, with_reward
+from mulligan.trainer.aggregation import aggregate
+from mulligan.trainer.batch import Group, distillation, gradients, rewards_before, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.settings import AlgorithmSettings
@@ -105,7 +106,9 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     ):
         samples = with_reward(groups, role)
         count = sum(bool(sample.sequences) for group in samples for sample in group)
-        data += gradients(samples, settings, weight / _divisor(role, count, groups, settings), role, _before(groups))
+        each = weight / _divisor(role, count, groups, settings)
+        data += gradients(samples, settings, each, role, rewards_before(groups))
+    distilled: list[Datum] = []
     if settings.distillation_weight > 0:
         targets = [(one, group) for group in groups for one in group if one.target(DISTILLED)]
         divisor = _divisor(DISTILLED, len(targets), groups, settings)
@@ -115,8 +118,8 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
             assert target is not None and second is not None and second.reward is not None
             target_weight = distillation_weight(second.reward, group, settings)
             weight = settings.distillation_weight / divisor
-            data += distillation(target, second.temperature, target_weight, weight, DISTILLED)
-    return data
+            distilled += distillation(target, second.temperature, target_weight, weight, DISTILLED)
+    return data + aggregate(distilled, settings.aggregation, settings.aggregation_constant)
 
 
 def distillation_weight(reward: float, group: Sequence[Experience], settings: Settings) -> float:
@@ -131,12 +134,6 @@ def distillation_weight(reward: float, group: Sequence[Experience], settings: Se
     if settings.distillation_baseline:
         weight -= fsum(_reward(one, FIRST) or 0.0 for one in group) / len(group)
     return max(weight, 0.0)
-
-
-def _before(groups: Sequence[Group]) -> dict[str, float]:
-    """The reward of the first attempt, by the ids of what followed it."""
-    rewards = {sample.sample_id: _reward(one, FIRST) for group in groups for one in group for sample in one.samples[1:]}
-    return {sample_id: reward for sample_id, reward in rewards.items() if reward is not None}
 
 
 def _divisor(branch: str, samples: int, groups: Sequence[Group], settings: Settings) -> float:

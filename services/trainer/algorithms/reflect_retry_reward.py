@@ -30,7 +30,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.experience import Experience, Sample
-from mulligan.trainer.batch import Group, gradients
+from mulligan.trainer.batch import Group, gradients, rewards_before
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.settings import AlgorithmSettings
@@ -71,7 +71,8 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     else:
         compared = [samples for group in each for samples in group]
     count = sum(bool(sample.sequences) for group in compared for sample in group)
-    return gradients(compared, settings, settings.reflection_weight / max(count, 1), REFLECTION)
+    weight = settings.reflection_weight / max(count, 1)
+    return gradients(compared, settings, weight, REFLECTION, rewards_before(groups))
 
 
 def _reflections(one: Experience) -> list[Sample]:

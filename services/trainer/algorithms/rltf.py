@@ -31,7 +31,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample
 from mulligan.trainer.aggregation import aggregate
-from mulligan.trainer.batch import Group, gradients, number_trained, transfer, with_reward
+from mulligan.trainer.batch import Group, gradients, number_trained, rewards_before, transfer, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.settings import AlgorithmSettings
@@ -86,7 +86,8 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     """Branches `first` and `second`: policy gradients of the turns. Branch `distilled`: second turns under x."""
     firsts, seconds = with_reward(groups, FIRST), with_reward(groups, SECOND)
     data = gradients(firsts, settings, settings.first_weight / number_trained(firsts), FIRST)
-    data += gradients(seconds, settings, settings.second_weight / number_trained(seconds), SECOND)
+    each = settings.second_weight / number_trained(seconds)
+    data += gradients(seconds, settings, each, SECOND, rewards_before(groups))
     targets = [(one, target, group) for group in groups for one in group if (target := one.target(DISTILLED))]
     distilled: list[Datum] = []
     for one, target, group in targets:

@@ -16,7 +16,8 @@ Deviations:
 1. Hints are those of the setting, or the lines of the memory's entries. In the paper they are criteria of the
    task's rubric, by which a judge also gives the reward; here the environment gives it.
 2. The memory is written by nobody in this algorithm: `memory_scope` names one that another run has filled.
-3. Members without a hint are trained as in GRPO, clipped as `[loss]` says. The ratio of the others is not clipped.
+3. Members without a hint are trained as in GRPO, clipped and with a KL term as `[loss]` says. The others have
+   neither: their ratio is not clipped.
 4. With a single member ρ is 1/(1 + e^{κ(u − u₀)}); the paper's code gives 1. A run of one step has u = 0.
 5. Attempts that end in an infrastructure error are left out of the group.
 """
@@ -107,5 +108,4 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
                 bare += policy_gradient(sample, advantage, weight, FIRST)
             elif target := targets.get(sample.sample_id):
                 transferred += transfer(target, sample, advantage, weight, TRANSFERRED, ratio=True)
-    mode, constant = settings.aggregation, settings.aggregation_constant
-    return aggregate(bare, mode, constant) + aggregate(transferred, mode, constant)
+    return aggregate(bare + transferred, settings.aggregation, settings.aggregation_constant)

@@ -1,7 +1,8 @@
 """GSPO (arXiv 2507.18071): one importance ratio for each sequence, the geometric mean of the ratios of its tokens.
 
 Computed in the token-wise form of its section 4.3, which has the same values and gradients where the advantages of a
-sequence are equal, and allows other ones.
+sequence are equal, and allows other ones. The paper divides a sequence's loss by its length:
+`Aggregation.SEQUENCE_MEAN_TOKEN_MEAN`.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def loss(terms: Terms, settings: LossSettings) -> Loss:
     rate_N = terms.per_token(terms.numbers["success_rate"]).clamp(LOWEST_RATE, HIGHEST_RATE)
     log_ratio_N = (terms.log_probs_N - old_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     negative_N = (1 - rate_N * log_ratio_N.exp()) / (1 - rate_N)
-    bounded_N = negative_N + (negative_N.clamp(min=1) - negative_N).detach()
+    bounded_N = negative_N.detach().clamp(min=1) + (negative_N - negative_N.detach())  # in this order it is exact
     right_N = terms.per_token(terms.numbers["right"]) == 1
     loss_N = (-log_ratio_N).where(right_N, -bounded_N.log())
     return Loss((1 - rate_N) * loss_N, {"ratio": log_ratio_N.exp()})

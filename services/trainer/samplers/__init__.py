@@ -14,10 +14,11 @@ begins, so that such a setting is refused then.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from statistics import fmean
 from typing import NamedTuple
 
@@ -138,17 +139,28 @@ class Round:
 
 
 class History:
-    """The rounds of a run so far, in order: those of all earlier steps, and the earlier ones of the present step."""
+    """The rounds of a run so far, in order: those of all earlier steps, and the earlier ones of the present step.
+
+    `replacements` is how often each task was chosen in place of another, in rounds after the first of a step.
+    """
 
     def __init__(self) -> None:
         self.rounds: list[Round] = []
+        self.replacements: Counter[Task] = Counter()
         self._groups: defaultdict[Task, list[Group]] = defaultdict(list)
 
     def add(self, one: Round) -> None:
         self.rounds.append(one)
         for group in one.groups:
             self._groups[group.task].append(group)
+        if one.number:
+            self.replacements.update(group.task for group in one.groups)
 
     def of(self, task: Task) -> Sequence[Group]:
         """How the task was sampled, each time, in order."""
         return self._groups.get(task, ())
+
+    def chosen_in(self, step: int) -> Counter[Task]:
+        """How often the rounds of the last step chose each task; nothing if `step` is another one."""
+        rounds = takewhile(lambda one: one.step == step, reversed(self.rounds))
+        return Counter(group.task for one in rounds for group in one.groups)

@@ -7,8 +7,9 @@ Difficulties d are those that the environment gives its tasks. Constants of the 
 difficulties (50 of 0 to 100), T at first the least difficulty. Deviations:
 
 1. Among tasks that are equally near, a random order decides, drawn from the run's seed.
-2. A task rests until others were chosen, as many as `rest` of all tasks. The reference chooses the same tasks again
-   while T stays where it is. With a large `rest`, few tasks near T are left, and with 1 all tasks are equally frequent.
+2. A task rests until others were chosen, as many as `rest` of all tasks, and until its step is over. The reference
+   chooses the same tasks again while T stays where it is. With a large `rest`, few tasks near T are left, and with 1
+   all tasks are equally frequent.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ def choose(request: TaskRequest, history: History, settings: Settings) -> Choice
     aim = target_difficulty(request, history, settings)
     generator = random.Random(derive_seed(request.seed, "adarft", request.step, request.round))
     ties = {task: generator.random() for task in difficulty}
-    resting = _latest(history, min(int(settings.rest * len(difficulty)), len(difficulty) - request.count))
+    chosen = history.chosen_in(request.step)
+    longest = max(int(settings.rest * len(difficulty)), chosen.total())
+    resting = _latest(history, min(longest, len(difficulty) - request.count))
     order = sorted(difficulty, key=lambda task: (task in resting, abs(difficulty[task] - aim), ties[task]))
     return Choice(list(islice(cycle(order), request.count)))
 

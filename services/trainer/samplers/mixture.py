@@ -15,7 +15,6 @@ replaced by one of its part.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import ceil
@@ -43,14 +42,14 @@ class Settings(SamplerSettings):
 def choose(request: TaskRequest, history: History, settings: Settings) -> Choice:
     keys = sorted(settings.shares)  # the wire has no order
     parts = _parts(request, keys)
-    part_of = {task: part for part, tasks in enumerate(parts) for task in tasks}
     sampled = [sum(len(history.of(task)) for task in tasks) for tasks in parts]
     if request.round:
+        part_of = {task: part for part, tasks in enumerate(parts) for task in tasks}
         order = [part_of[task] for task in request.replaced]
     else:
         weights = [Fraction(str(settings.shares[key])) for key in keys]
-        instead = Counter(part_of.get(group.task) for one in history.rounds if one.number for group in one.groups)
-        given = [count - instead[part] for part, count in enumerate(sampled)]
+        instead = [sum(history.replacements[task] for task in tasks) for tasks in parts]
+        given = [count - replaced for count, replaced in zip(sampled, instead, strict=True)]
         order = schedule([weight / sum(weights) for weight in weights], given, request.count)
     streams = []
     for part, (key, tasks) in enumerate(zip(keys, parts, strict=True)):

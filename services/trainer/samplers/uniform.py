@@ -14,7 +14,6 @@ def choose(request: TaskRequest, history: History, settings: SamplerSettings) ->
     """Replaced tasks are followed by the next ones of the pass."""
     environment = request.environment
     tasks = request.tasks[environment]
-    replacements = sum(len(one.groups) for one in history.rounds if one.number)
-    start = (request.step + (request.round > 0)) * request.tasks_per_step + replacements
+    start = (request.step + (request.round > 0)) * request.tasks_per_step + history.replacements.total()
     chosen = in_passes(len(tasks), start, request.count, request.seed)
     return Choice([Task(environment, tasks[index].task_id) for index in chosen])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import Counter
 from math import ceil, log
 from typing import NamedTuple
 
@@ -38,7 +37,7 @@ def choose(request: TaskRequest, history: History, settings: Settings) -> Choice
     """Weighted drawing without replacement by keys log(u) / weight (Efraimidis and Spirakis, 2006): a task has as many
     tickets as it may still be chosen in the step."""
     tasks = [Task(environment, info.task_id) for environment, listed in request.tasks.items() for info in listed]
-    already = _chosen_in(request.step, history)
+    already = history.chosen_in(request.step)
     repeats = max(settings.repeats, ceil((request.count + already.total()) / len(tasks)))
     generator = random.Random(derive_seed(request.seed, "weakest", request.step, request.round))
     tickets = [
@@ -56,13 +55,3 @@ def weight(task: Task, history: History, settings: Settings, threshold: float) -
         return 1.0
     success = sum(reaches(reward, threshold) for reward in rewards) / len(rewards)
     return max(1 - success, settings.floor)
-
-
-def _chosen_in(step: int, history: History) -> Counter[Task]:
-    """How often the step's earlier rounds chose each task."""
-    chosen: Counter[Task] = Counter()
-    for one in reversed(history.rounds):
-        if one.step != step:
-            break
-        chosen.update(group.task for group in one.groups)
-    return chosen

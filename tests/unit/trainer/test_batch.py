@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from math import fsum
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,10 +24,11 @@ from mulligan.common.experience import (
     Turn,
 )
 from mulligan.common.types import Outcome
-from mulligan.trainer.advantages import Advantage
+from mulligan.trainer.advantages import Advantage, Return
 from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.algorithms.erl import BranchNormalization, Settings, train
 from mulligan.trainer.batch import (
+    advantages,
     divergence,
     groups_of,
     imitation,
@@ -33,7 +36,9 @@ from mulligan.trainer.batch import (
     number_trained,
     preference,
     rest_of,
+    returns,
     rewarded,
+    rewards_before,
     transfer,
     with_reward,
 )
@@ -212,6 +217,59 @@ def test_samples_and_targets_are_imitated_without_their_log_probabilities(aggreg
     factor = {"sequence_mean_token_sum": 1, "sequence_mean_token_mean": 1 / 2, "token_mean": 1 / 2, "constant": 1 / 4}
     assert [item.weight for item in data] == pytest.approx([0.5 * factor[aggregation]] * 4)
     assert not any(datum_problem(item, ModelLimits(10, 10)) for item in data)
+
+
+@pytest.mark.parametrize("aggregation", list(Aggregation))
+def test_all_branches_of_erl_are_summed_as_asked(aggregation: Aggregation) -> None:
+    """Each sequence has two trained tokens; each branch weighs 1."""
+    groups = [[chain(0, 0.0, 1.0), chain(1, 0.0, 0.5)]]
+    factor = {"sequence_mean_token_sum": 1, "sequence_mean_token_mean": 1 / 2, "token_mean": 1 / 2, "constant": 1 / 4}
+    data = train(groups, Settings(aggregation=aggregation, aggregation_constant=4))
+    assert Counter(item.branch for item in data) == dict.fromkeys(("first", "reflection", "second", "distilled"), 2)
+    assert [item.weight for item in data] == pytest.approx([0.5 * factor[aggregation]] * 8)
+
+
+def test_improvements_are_over_the_sample_that_the_experience_began_with() -> None:
+    groups = [[chain(0, 0.25, 1.0), chain(1, None), chain(2, 1.0)]]
+    assert rewards_before(groups) == {"run-s0-t0-r0-reflection": 0.25, "run-s0-t0-r0-second": 0.25}
+    settings = Settings(advantage="improvement", advantage_settings={"base": "raft"})
+    data = train(groups, settings)
+    found = {item.datum_id: item.objective.advantage for item in data if isinstance(item.objective, PolicyGradient)}
+    assert found == {
+        "run-s0-t0-r0-first": 0.25,
+        "run-s0-t0-r2-first": 1.0,
+        "run-s0-t0-r0-reflection": 0.75,
+        "run-s0-t0-r0-second": 0.75,
+    }
+
+
+def test_the_turns_of_an_episode_that_cannot_be_trained_on_count_in_its_group() -> None:
+    turns = (Turn("a", "x", "X", 0.5), Turn("b", "y", "Y", 0.25))
+    lost = replace(attempt("a", "first", 0.75), turns=turns, sequences=())
+    assert returns(lost) == Return(0.75, (0.5, 0.25), (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("[[0.5]]", r"expected groups of \[2\] samples, got \[1\]"),
+        ("[[0.5, 0.5], []]", r"expected groups of \[2\] samples, got \[2, 0\]"),
+        ("[[0.5, (0.5,)]]", "expected one number per sampled token of a sample, 2, got 1"),
+        ("[[(0.5, 0.5, 0.5), 0.5]]", "expected one number per sampled token of a sample, 2, got 3"),
+    ],
+)
+def test_advantages_of_another_shape_are_refused(
+    given: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "misshapen.py").write_text(
+        "from mulligan.common.plugins import PluginSettings\n\n\n"
+        "class Settings(PluginSettings):\n    pass\n\n\n"
+        f"def estimate(groups, settings):\n    return {given}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "misshapen", raising=False)
+    with pytest.raises(ValueError, match=f"advantage estimator 'misshapen': {words}"):
+        advantages([[attempt("a", "first", 1.0), attempt("b", "first", 0.0)]], Settings(advantage="misshapen"))
 
 
 def other(identity: str) -> TrainingTarget:

@@ -54,3 +54,11 @@ def test_a_long_sample_counts_as_often_as_it_has_tokens() -> None:
     """Rewards 1 and 0, with one and three tokens: mean 1/4, variance 1/4."""
     found = estimate([[sample(1.0, tokens=1), sample(0.0, tokens=3)]], Settings())
     assert flat(found) == pytest.approx([1.5, -0.5], abs=1e-6)
+
+
+def test_rounding_alone_is_no_difference() -> None:
+    """0.1 + 0.1 + 0.1 is not 3 · 0.1 in binary fractions, and a whitened rounding error would still move weights."""
+    for settings in (Settings(), Settings(baseline=True)):
+        assert estimate([[sample(0.1, tokens=count) for count in (1, 2, 3)]], settings) == [[0.0, 0.0, 0.0]]
+    batch = [[sample(0.1, tokens=3), sample(0.7, tokens=0)]]
+    assert estimate(batch, Settings()) == [[0.0, 0.0]], "the only tokens are of one sample"

@@ -85,7 +85,7 @@ def test_what_says_nothing_has_no_advantage() -> None:
         found = per_token(batch, estimate(batch, Settings(whiten=whiten)))
         assert [[len(tokens) for tokens in items] for items in found] == [[], [3], [3, 3, 3]]
         numbers = [number for items in found for tokens in items for number in tokens]
-        assert numbers == pytest.approx([0.0] * 12, abs=1e-9)
+        assert numbers == [0.0] * 12, "also not rounding errors, which would move weights"
     assert estimate([], Settings()) == []
 
 

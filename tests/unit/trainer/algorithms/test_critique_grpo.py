@@ -53,6 +53,14 @@ async def test_one_step_of_the_paper() -> None:
     assert whole_text(datum) == "[system:solve][user:board t0][assistant:go]" and trained_text(datum) == "go]"
 
 
+async def test_a_mean_over_tokens_is_over_attempts_and_refinement() -> None:
+    made = loop(["go", "a"], ["abcd", "x"], rollout={"rollouts_per_task": 2}, aggregation="token_mean")
+    await made.step()
+    data = [*made.branch("first"), *made.branch("refinement")]
+    assert [sum(datum.loss_mask) for datum in data] == [3, 2, 5]
+    assert [datum.weight for datum in data] == pytest.approx([1 / 10] * 3)
+
+
 async def test_a_bad_refinement_is_trained_away_from() -> None:
     made = loop(["go", "a"], ["x", "y"], rollout={"rollouts_per_task": 2}, refinement_weight=3.0, shape=0.0)
     await made.step()

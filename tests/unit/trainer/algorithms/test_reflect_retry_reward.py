@@ -60,6 +60,15 @@ async def test_with_one_reflection_each_those_of_the_task_are_compared() -> None
     assert made.advantages("reflection") == pytest.approx([2 / 3, -1 / 3, -1 / 3])
 
 
+async def test_reflections_can_be_rewarded_for_what_they_improve() -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=2, in_parts=True)
+    improvement = {"advantage": "improvement", "advantage_settings": {"base": "dr_grpo"}}
+    first, second = ["a", "a", "go", "a", "a", "a"], ["go", "go", "go", "go", "a", "a"]
+    made = loop(first, second, environment=environment, reflections=1, **improvement)
+    await made.step()
+    assert made.advantages("reflection") == pytest.approx([0.5, -0.5]), "of 1, 1/2 and 0; zero moves nothing"
+
+
 async def test_a_part_of_the_reward_is_no_success() -> None:
     environment = FakeEnvironment({"t0": "go"}, turns=2, in_parts=True)
     made = loop(["a", "a"], ["go", "b", "go", "go"], environment=environment, rollout={"rollouts_per_task": 1})

@@ -48,6 +48,18 @@ async def test_second_turns_are_distilled_against_the_first_turns() -> None:
     assert made.advantages("first") == pytest.approx([-0.5, -0.5, 1.5, -0.5], abs=1e-5)
 
 
+async def test_second_turns_can_be_rewarded_for_what_they_improve() -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=2, in_parts=True)
+    first, second = ["go", "b", "a", "b", "go", "go", "a", "b"], ["go", "b", "go", "go", "a", "b"]
+    improvement = {"advantage": "improvement", "advantage_settings": {"base": "dr_grpo"}}
+    made = loop(first, second, environment=environment, **improvement)
+    experiences = await made.step()
+    rewards = [[sample.reward for sample in one.samples] for one in experiences]
+    assert rewards == [[0.5, 0.5], [0.0, 1.0], [1.0], [0.0, 0.0]]
+    assert made.advantages("second") == pytest.approx([-1 / 3, 2 / 3, -1 / 3]), "of the improvements 0, 1 and 0"
+    assert made.advantages("first") == pytest.approx([0.125, -0.375, 0.625, -0.375])
+
+
 async def test_the_judge_can_give_the_feedback() -> None:
     made = loop(feedback="judge")
     (one, *_) = await made.step()

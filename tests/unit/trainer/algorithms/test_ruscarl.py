@@ -48,6 +48,17 @@ async def test_hints_are_shown_to_some_and_trained_without() -> None:
     assert [datum.weight for datum in (*data, bare)] == [1.0] * 3
 
 
+async def test_a_mean_over_tokens_is_over_those_of_all_members() -> None:
+    """Two of three tokens and one of five, which is that of the member without hints."""
+    answers = iter(["go", "no", "none"])
+    made = loop(first_weight=1.0, aggregation="token_mean")
+    made.policy.answer = lambda *_: next(answers)
+    await made.step()
+    data = [*made.branch("transferred"), *made.branch("first")]
+    assert [sum(datum.loss_mask) for datum in data] == [3, 3, 5]
+    assert [datum.weight for datum in data] == pytest.approx([1 / 11] * 3)
+
+
 async def test_in_the_end_nobody_sees_hints() -> None:
     made = loop()
     experiences = await made.step(10)

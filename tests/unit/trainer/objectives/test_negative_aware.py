@@ -56,6 +56,18 @@ def test_at_the_old_policy_it_is_a_policy_gradient_with_advantage_right_minus_ra
     assert gradient(found.loss_N, log_probs)[0].tolist() == pytest.approx([-one for one in advantages])
 
 
+@pytest.mark.parametrize("log_ratio", [5.0, 15.0, 100.0])
+def test_a_wrong_token_that_became_much_likelier_has_a_finite_loss(log_ratio: float) -> None:
+    """In float32, in which models are trained."""
+    log_probs = torch.tensor([log_ratio], requires_grad=True)
+    numbers = {"right": torch.tensor([0.0]), "success_rate": torch.tensor([0.98])}
+    found = loss(terms([1], log_probs, numbers=numbers, token_values={"old_log_probs": torch.zeros(1)}), LossSettings())
+    assert found.loss_N.item() == 0.0, "the negative policy's ratio is bounded at 1"
+    (derivative,) = gradient(found.loss_N, log_probs)
+    expected = 0.98 * math.exp(log_ratio) if log_ratio < 20 else 0.0  # beyond, the ratio is cut
+    assert derivative.item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize(("right", "rate", "field"), [(0.5, 0.5, "right"), (1.0, 1.5, "success_rate")])
 def test_numbers_of_no_use_are_refused(right: float, rate: float, field: str) -> None:
     unusable = NegativeAware(right, rate).unusable((3,))

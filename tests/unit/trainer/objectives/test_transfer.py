@@ -9,7 +9,7 @@ import torch
 
 from mulligan.trainer.objectives.transfer import Transfer, loss
 from mulligan.trainer.settings import LossSettings
-from tests.support.terms import gradient, terms
+from tests.support.terms import floats, gradient, ragged, terms
 
 
 def test_each_form_in_one_batch() -> None:
@@ -31,6 +31,25 @@ def test_each_form_in_one_batch() -> None:
     assert found.loss_N.tolist() == pytest.approx([-math.log(0.5), -2 * 0.01 / 0.11, 2.0])
     derivatives = [-1.0, -2 * 0.1 * 0.01 / 0.11**2, 2.0]
     assert gradient(found.loss_N, log_probs)[0].tolist() == pytest.approx(derivatives)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_that_of_the_papers_on_sequences_of_different_lengths(seed: int) -> None:
+    """ERL's −A·log π, Critique-GRPO's −A·π/(π + γ), and RuscaRL's −A·π/π_old, in turn."""
+    counts = ragged(seed)
+    new = floats(sum(counts), -4, 0, seed).requires_grad_()
+    old = new.detach() + floats(sum(counts), -2, 2, seed + 1)
+    advantages = floats(len(counts), -2, 2, seed + 2)
+    shapes = torch.tensor([0.1 * (place % 3 == 1) for place in range(len(counts))], dtype=torch.float64)
+    ratios = torch.tensor([float(place % 3 == 2) for place in range(len(counts))], dtype=torch.float64)
+    numbers = {"advantage": advantages, "shape": shapes, "ratio": ratios}
+    made = terms(counts, new, numbers=numbers, token_values={"old_log_probs": old, "advantages": None})
+    found = loss(made, LossSettings())
+    parts = zip(new.split(counts), old.split(counts), advantages, strict=True)
+    forms = [lambda p, _: p.log(), lambda p, _: p / (p + 0.1), lambda p, q: p / q]
+    expected = torch.cat([-one * forms[place % 3](p.exp(), q.exp()) for place, (p, q, one) in enumerate(parts)])
+    assert torch.allclose(found.loss_N, expected, atol=1e-6)
+    assert torch.allclose(gradient(found.loss_N, new)[0], gradient(expected, new)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("log_prob", [-200.0, 0.0])

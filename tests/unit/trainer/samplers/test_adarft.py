@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mulligan.common.types import Split, TaskInfo
-from mulligan.trainer.samplers import History, SamplerSettings, adarft, uniform
+from mulligan.trainer.samplers import History, SamplerSettings, Task, adarft, uniform
 from mulligan.trainer.samplers.adarft import Settings, target_difficulty
 from tests.support.sampling import play, request, sampled
 
@@ -61,6 +61,19 @@ def test_a_task_rests_while_others_are_chosen(difficulties: list[float], rest: f
     for place, task in enumerate(order):
         begun = place - place % per_step  # its step sees what was chosen before
         assert task not in order[max(begun - between, 0) : place]
+
+
+def test_a_task_that_is_replaced_is_not_chosen_again_in_its_step() -> None:
+    listed = of_difficulties(*[1] * 3, *[5] * 9)
+    history = History()
+    chosen: list[Task] = []
+    for number in range(3):
+        gone = tuple(chosen[-4:]) if number else ()
+        asked = request(listed, 0, round=number, replaced=gone)
+        choice = adarft.choose(asked, history, Settings(rest=0))
+        history.add(sampled(choice, 0, lambda task: (0.0, 0.0), number))
+        chosen += choice.tasks
+    assert len(set(chosen)) == len(chosen) == 12
 
 
 def test_the_nearest_tasks_are_chosen_and_equal_ones_take_turns() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from mulligan.common.errors import DomainError, Reason
 from mulligan.trainer.journal import StepJournal
 from mulligan.trainer.rounds import Chooser, SamplerFailed
-from mulligan.trainer.samplers import SAMPLERS, History, SamplerSettings, Task
+from mulligan.trainer.samplers import SAMPLERS, Group, History, Round, SamplerSettings, Task
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.wire import settings_from_proto, settings_to_proto, validated
 from tests.support.sampling import numbered, request, sampled
@@ -88,6 +91,59 @@ def test_every_sampler_chooses_so_many_tasks_of_the_run_and_always_the_same(
         assert len(choice.tasks) == count and set(choice.tasks) <= known
         assert choice == sampler.choose(asked, history, settings) and history.rounds == before
         history.add(sampled(choice, step, lambda task: rewards, number))
+
+
+@pytest.mark.parametrize("name", SAMPLERS.built_in)
+@given(
+    cuts=st.lists(st.integers(0, 4), min_size=1, max_size=8),
+    rewards=st.lists(st.none() | st.floats(-2, 2), min_size=1, max_size=9),
+)
+def test_a_resumed_run_chooses_as_if_nothing_had_been(name: str, cuts: list[int], rewards: list[float | None]) -> None:
+    """At each round, a history that is read from the journaled rounds says what the one that grew with them says.
+    `cuts`: how many of the kept groups each round of a step replaces."""
+    sampler: ModuleType = SAMPLERS.find(name)
+    settings: SamplerSettings = sampler.Settings(**REQUIRED.get(name, {}))
+    listed = [replace(info, difficulty=float(place % 3)) for place, info in enumerate(numbered(7))]
+    earned = cycle(rewards)
+    grown = History()
+    for step in range(3):
+        for number, count in enumerate([0, *cuts]):
+            gone = tuple(group.task for group in grown.rounds[-1].groups[:count]) if number else ()
+            if number and not gone:
+                break
+            asked = request(listed, step, round=number, replaced=gone)
+            choice = sampler.choose(asked, grown, settings)
+            resumed = History()
+            for one in msgspec.json.decode(msgspec.json.encode(grown.rounds), type=list[Round]):
+                resumed.add(one)
+            assert sampler.choose(asked, resumed, settings) == choice
+            grown.add(sampled(choice, step, lambda task: [next(earned), next(earned)], number))
+
+
+@pytest.mark.parametrize("name", SAMPLERS.built_in)
+def test_a_choice_does_not_read_all_that_was_sampled(name: str) -> None:
+    """Late in a long run, in which many groups were replaced. What is read of a group is counted."""
+    read = 0
+
+    class Counted(tuple[Group, ...]):
+        def __iter__(self) -> Iterator[Group]:
+            nonlocal read
+            read += len(self)
+            return super().__iter__()
+
+    sampler: ModuleType = SAMPLERS.find(name)
+    settings: SamplerSettings = sampler.Settings(**REQUIRED.get(name, {}))
+    listed = numbered(20)
+    history = History()
+    for step in range(200):
+        for number in range(2):
+            groups = Counted(Group("lake", info.task_id, (0.0, 1.0)) for info in listed)
+            history.add(Round(step, number, groups))
+    for one in history.rounds:
+        assert one.mean_reward == 0.5  # which a round keeps
+    read = 0
+    sampler.choose(request(listed, 200), history, settings)
+    assert read <= 40
 
 
 def world(tmp_path: Path, name: str, **settings: Any) -> World:
