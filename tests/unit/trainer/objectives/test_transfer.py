@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from mulligan.trainer.objectives.transfer import Transfer, loss
 from mulligan.trainer.settings import LossSettings
@@ -46,7 +48,11 @@ def test_it_is_that_of_the_papers_on_sequences_of_different_lengths(seed: int) -
     made = terms(counts, new, numbers=numbers, token_values={"old_log_probs": old, "advantages": None})
     found = loss(made, LossSettings())
     parts = zip(new.split(counts), old.split(counts), advantages, strict=True)
-    forms = [lambda p, _: p.log(), lambda p, _: p / (p + 0.1), lambda p, q: p / q]
+    forms: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda p, _: p.log(),
+        lambda p, _: p / (p + 0.1),
+        lambda p, q: p / q,
+    ]
     expected = torch.cat([-one * forms[place % 3](p.exp(), q.exp()) for place, (p, q, one) in enumerate(parts)])
     assert torch.allclose(found.loss_N, expected, atol=1e-6)
     assert torch.allclose(gradient(found.loss_N, new)[0], gradient(expected, new)[0], atol=1e-6)
