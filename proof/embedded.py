@@ -1,39 +1,40 @@
 """What the embedded model learns besides FrozenLake: Sokoban in the smallest rooms, and HotpotQA's small set.
 
-Each run is one of `mulligan demo`. What follows from the results is in docs/methods.md.
+A run is one of `mulligan demo`. What follows from the results is in docs/methods.md.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mulligan.common.experience import Sample, Turn
-from mulligan.env.base import Split
+from mulligan.common.experience import Sample
+from mulligan.env.base import Split, StepResult, TaskInfo
 from mulligan.env.envs.hotpotqa import world
 from mulligan.env.envs.hotpotqa.environment import SEARCH, HotpotQa, Settings, create
 from mulligan.env.envs.hotpotqa.score import Method
 from mulligan.models import EMBEDDED
+from mulligan.models.build import ASSISTANT, END, SYSTEM, USER
+from mulligan.models.recipe.sampling import Conversations, Sampling
 from mulligan.trainer.events import EventLog
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from proof.methods import Arm, train
 
-# An answer in a box has up to 20 tokens, a search about 100.
-_HOTPOTQA = ("environment=hotpotqa", "steps=10", "rollout.max_tokens=128", "evaluation.every=0")
 RUNS = {
     "sokoban-erl": Arm("sokoban-small"),
     "sokoban-rlvr": Arm("sokoban-small-rlvr"),
-    "hotpotqa-erl": Arm("frozenlake-3x3", _HOTPOTQA),
-    "hotpotqa-rlvr": Arm("frozenlake-3x3-rlvr", _HOTPOTQA),
+    "sokoban-erl-short": Arm("sokoban-small", ("steps=40")),
 }
 _NO_ACTION = (Method.NO_ANSWER, "unreadable tool call")
+ANSWER_TOKENS = 64  # the longest answer of the set, in a box, has fewer
 
 
 def learn(arm: Arm, folder: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def _of_journal(run: Path) -> dict[str, Any]:
     return {
         "first_attempts": sum(map(len, steps)),
         "first_attempts_with_reward": sum((sample.reward or 0) > 0 for samples in steps for sample in samples),
-        "valid_actions": [round(_valid_share(samples), 4) for samples in steps],
+        "valid_actions": [round(valid_share(samples), 4) for samples in steps],
         "train_success": [round(metrics[step].metrics.get("success_first", 0.0), 4) for step in sorted(metrics)],
         "groups_with_signal": [
             round(metrics[step].metrics.get("groups_with_signal", 0.0), 4) for step in sorted(metrics)
@@ -64,14 +65,33 @@ def _first_attempts(journal: Path) -> list[Sample]:
     return [sample for sample in samples if sample.role == "first"]
 
 
-def _valid_share(samples: Iterable[Sample]) -> float:
-    """The share of turns in which the environment read an action: a move, a search or an answer."""
+def valid_share(samples: Iterable[Sample]) -> float:
+    """The share of turns in which the environment read a move."""
     turns = [turn for sample in samples for turn in sample.turns]
-    return fmean(_is_valid(turn) for turn in turns) if turns else 0.0
+    return fmean(not turn.is_invalid for turn in turns) if turns else 0.0
 
 
-def _is_valid(turn: Turn) -> bool:
-    return not turn.is_invalid and not turn.action.startswith(_NO_ACTION)
+def hotpotqa_answers(_: Path, each: int = 4) -> dict[str, Any]:
+    """The model's answers to the test questions, `each` times at temperature 1. A turn without a search is the last."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    environment = create("hotpotqa", Settings())
+    solver = environment.info.prompts.solver
+    results: list[StepResult] = []
+    for seed in range(each):
+        episodes = [environment.start(task.task_id) for task in _tests(environment)]
+        chat = Conversations(model, tokenizer, len(episodes), seed)
+        chat.tell([f"{SYSTEM}{solver}{END}{USER}{episode.observation}{END}{ASSISTANT}" for episode in episodes])
+        answers = chat.answers(Sampling(), ANSWER_TOKENS)
+        results += [episode.step(answer) for episode, answer in zip(episodes, answers, strict=True)]
+    readings = Counter(result.action.partition(":")[0].partition("(")[0] for result in results)
+    return {
+        "attempts": len(results),
+        "readings": dict(readings),
+        "valid_actions": fmean(not result.action.startswith(_NO_ACTION) for result in results),
+        "exact_matches": sum(result.reward == 1 for result in results),
+        "with_reward": sum(result.reward > 0 for result in results),
+    }
 
 
 def hotpotqa_context(_: Path) -> dict[str, Any]:
@@ -80,9 +100,9 @@ def hotpotqa_context(_: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     context: int = AutoConfig.from_pretrained(EMBEDDED).max_position_embeddings
     environment = create("hotpotqa", Settings())
-    train, test = world.data_sets()
-    ((commonest, _),) = Counter(question["answer"] for question in train).most_common(1)
-    texts = [_searched(environment, f"{Split.TEST}/{question['_id']}") for question in test]
+    training, test = world.data_sets()
+    commonest = Counter(question["answer"] for question in training).most_common(1)[0][0]
+    texts = [_searched(environment, task.task_id) for task in _tests(environment)]
     asked = [len(tokenizer.encode(before)) for before, _ in texts]
     searched = [len(tokenizer.encode(before + after)) for before, after in texts]
     return {
@@ -96,6 +116,10 @@ def hotpotqa_context(_: Path) -> dict[str, Any]:
     }
 
 
+def _tests(environment: HotpotQa) -> Sequence[TaskInfo]:
+    return environment.list_tasks(Split.TEST, 0, environment.info.task_counts[Split.TEST])
+
+
 def _searched(environment: HotpotQa, task_id: str) -> tuple[str, str]:
     """A conversation up to the question, and what a search for it adds."""
     episode = environment.start(task_id)
@@ -106,5 +130,6 @@ def _searched(environment: HotpotQa, task_id: str) -> tuple[str, str]:
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **{f"embedded/{name}": partial(learn, arm) for name, arm in RUNS.items()},
+    "embedded/hotpotqa-answers": hotpotqa_answers,
     "embedded/hotpotqa-context": hotpotqa_context,
 }
