@@ -31,7 +31,7 @@ from proof.methods import Arm, train
 RUNS = {
     "sokoban-erl": Arm("sokoban-small"),
     "sokoban-rlvr": Arm("sokoban-small-rlvr"),
-    "sokoban-erl-short": Arm("sokoban-small", ("steps=40")),
+    "sokoban-erl-short": Arm("sokoban-small", ("steps=40",)),
 }
 _NO_ACTION = (Method.NO_ANSWER, "unreadable tool call")
 ANSWER_TOKENS = 64  # the longest answer of the set, in a box, has fewer
