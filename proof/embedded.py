@@ -14,16 +14,19 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 
 from mulligan.common.experience import Sample
 from mulligan.env.base import Split, StepResult, TaskInfo
+from mulligan.env.envs import DEFAULT_ENVIRONMENTS
 from mulligan.env.envs.hotpotqa import world
 from mulligan.env.envs.hotpotqa.environment import SEARCH, HotpotQa, Settings, create
 from mulligan.env.envs.hotpotqa.score import Method
+from mulligan.env.grid import INVALID
+from mulligan.env.load import load_or_explain
 from mulligan.models import EMBEDDED
 from mulligan.models.build import ASSISTANT, END, SYSTEM, USER
-from mulligan.models.recipe.sampling import Conversations, Sampling
+from mulligan.models.recipe.sampling import Conversations, Sampling, attempt_all
 from mulligan.trainer.events import EventLog
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from proof.methods import Arm, train
@@ -32,6 +35,12 @@ RUNS = {
     "sokoban-erl": Arm("sokoban-small"),
     "sokoban-rlvr": Arm("sokoban-small-rlvr"),
     "sokoban-erl-short": Arm("sokoban-small", ("steps=40",)),
+}
+LEGENDS = {
+    "no_legend": "",
+    "box_is_goal_wall_is_hole": "A player\nB goal\nE hole\nD floor\n",
+    "goal_is_goal_wall_is_hole": "A player\nC goal\nE hole\nD floor\n",
+    "box_is_goal_goal_is_hole": "A player\nB goal\nC hole\nD floor\n",
 }
 _NO_ACTION = (Method.NO_ANSWER, "unreadable tool call")
 ANSWER_TOKENS = 64  # the longest answer of the set, in a box, has fewer
@@ -71,10 +80,30 @@ def valid_share(samples: Iterable[Sample]) -> float:
     return fmean(not turn.is_invalid for turn in turns) if turns else 0.0
 
 
+def sokoban_legends(_: Path, each: int = 4) -> dict[str, Any]:
+    """Success on the test rooms of the untrained model, `each` times: without a legend, and with the four lines that it
+    can read. None of them names a box or a wall."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    model = Qwen3ForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    environment = load_or_explain("sokoban-small", DEFAULT_ENVIRONMENTS["sokoban-small"])
+    count = environment.info.task_counts[Split.TEST]
+    ids = [task.task_id for task in environment.list_tasks(Split.TEST, 0, count) for _ in range(each)]
+    measured = {}
+    for name, text in LEGENDS.items():
+        tasks = [(environment.start(task_id), text + environment.info.prompts.solver) for task_id in ids]
+        attempts = attempt_all(model, tokenizer, environment.info, tasks, Sampling())
+        invalid = sum(attempt.trace.split("\n").count(INVALID) for attempt in attempts)
+        measured[name] = {
+            "success": fmean(attempt.reward for attempt in attempts),
+            "valid_actions": round(1 - invalid / sum(attempt.steps for attempt in attempts), 4),
+        }
+    return {"attempts_each": len(ids), **measured}
+
+
 def hotpotqa_answers(_: Path, each: int = 4) -> dict[str, Any]:
     """The model's answers to the test questions, `each` times at temperature 1. A turn without a search is the last."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
+    model = Qwen3ForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32)
     environment = create("hotpotqa", Settings())
     solver = environment.info.prompts.solver
     results: list[StepResult] = []
@@ -130,6 +159,7 @@ def _searched(environment: HotpotQa, task_id: str) -> tuple[str, str]:
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **{f"embedded/{name}": partial(learn, arm) for name, arm in RUNS.items()},
+    "embedded/sokoban-legends": sokoban_legends,
     "embedded/hotpotqa-answers": hotpotqa_answers,
     "embedded/hotpotqa-context": hotpotqa_context,
 }
