@@ -4,22 +4,20 @@
     h_i = round(ρ_i · |H|) hints, drawn from the list H
     y_i ~ π(·|x, h_i) → r_i
     A = GRPO over all members, with and without hints
-    L = mean(−A_i · π/π_old(y_i|x))            the hints are taken away; π_old is the learner's own, under x
+    L = PPO(A_i, π/π_old(y_i|x))               the hints are taken away; π_old is the learner's own, under x
 
 The first member sees all hints, the last one none, and after a share u₀ of the steps nobody sees any. So good samples
 are found early that the policy would not find alone, and they are learnt as its own.
 
-Published: n 8, batch 64, temperature 0.7, u₀ 0.2, κ 125, KL coefficient 1e-3. Reported: from 23.6 to 50.3 on
-HealthBench-500, Qwen2.5-7B-Instruct.
+Published: n 8, batch 64, temperature 0.7, u₀ 0.2, κ 125, KL coefficient 1e-3, ratios clipped at 0.8 and 1.28.
+Reported: from 23.6 to 50.3 on HealthBench-500, Qwen2.5-7B-Instruct.
 
 Deviations:
 1. Hints are those of the setting, or the lines of the memory's entries. In the paper they are criteria of the
    task's rubric, by which a judge also gives the reward; here the environment gives it.
 2. The memory is written by nobody in this algorithm: `memory_scope` names one that another run has filled.
-3. Members without a hint are trained as in GRPO, clipped and with a KL term as `[loss]` says. The others have
-   neither: their ratio is not clipped.
-4. With a single member ρ is 1/(1 + e^{κ(u − u₀)}); the paper's code gives 1. A run of one step has u = 0.
-5. Attempts that end in an infrastructure error are left out of the group.
+3. With a single member ρ is 1/(1 + e^{κ(u − u₀)}); the paper's code gives 1. A run of one step has u = 0.
+4. Attempts that end in an infrastructure error are left out of the group.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from mulligan.trainer.loss_terms import kl_estimate, mismatch_weights
 from mulligan.trainer.objective import Loss, Objective, Terms, Unusable, where_given
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from mulligan.trainer.loss_settings import LossSettings
 
 
@@ -44,7 +46,6 @@ def loss(terms: Terms, settings: LossSettings) -> Loss:
     old_N = where_given(terms.token_values["old_log_probs"], terms.log_probs_N.detach())
     rollout_N = terms.token_values["rollout_log_probs"]
     advantages_N = where_given(terms.token_values["advantages"], terms.per_token(terms.numbers["advantage"]))
-    loss_N, metrics = settings.plugin.loss(terms, old_N, advantages_N, settings.own)
     weights_N = mismatch_weights(
         old_N,
         rollout_N,
@@ -52,8 +53,17 @@ def loss(terms: Terms, settings: LossSettings) -> Loss:
         settings.mismatch_limit,
         lambda values_N: terms.per_token(terms.means(values_N)),
     )
+    loss_N, metrics = chosen_loss(terms, old_N, advantages_N, settings, weights_N)
+    return Loss(loss_N, {**metrics, "mismatch_kl": kl_estimate(rollout_N, old_N)})
+
+
+def chosen_loss(
+    terms: Terms, old_log_probs_N: Tensor, advantages_N: Tensor, settings: LossSettings, weights_N: Tensor | float = 1.0
+) -> Loss:
+    """The loss that `[loss]` chooses, times the weights, with its terms of entropy and divergence."""
+    loss_N, metrics = settings.plugin.loss(terms, old_log_probs_N, advantages_N, settings.own)
     loss_N = weights_N * loss_N - settings.entropy_coefficient * terms.entropy_N
-    metrics = {**metrics, "mismatch_kl": kl_estimate(rollout_N, old_N)}
+    metrics = {**metrics}
     if settings.kl_coefficient > 0:
         metrics["kl"] = kl_estimate(terms.log_probs_N, terms.reference(), settings.kl_estimator)
         loss_N = loss_N + settings.kl_coefficient * metrics["kl"]

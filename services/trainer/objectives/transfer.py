@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mulligan.trainer.loss_terms import ratio
 from mulligan.trainer.objective import Loss, Objective, Terms, Unusable, where_given
+from mulligan.trainer.objectives.policy_gradient import chosen_loss
 
 if TYPE_CHECKING:
     from mulligan.trainer.loss_settings import LossSettings
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class Transfer(Objective):
     """−A·g(π). g is log π, as in ERL (arXiv 2602.13949). With `shape` γ > 0 it is π/(π + γ), as in Critique-GRPO (arXiv
-    2506.03106, γ = 0.1). With `ratio` 1 it is the ratio to the old policy in the datum's context, unclipped, as in
-    RuscaRL (arXiv 2508.16949): without `old_log_probs`, which Forward gives, the present weights are the old policy.
+    2506.03106, γ = 0.1).
+
+    With `ratio` 1 it is the policy gradient that `[loss]` chooses, with its clipping and its terms of divergence and
+    entropy, as in RuscaRL (arXiv 2508.16949). The ratio is to the old policy in the datum's context: without
+    `old_log_probs`, which Forward gives, the present weights are the old policy. No mismatch is corrected.
 
     `advantages`, one per trained token, take the place of `advantage`, which is 0 then.
     """
@@ -31,7 +34,7 @@ class Transfer(Objective):
     advantages: tuple[float, ...] = ()
 
     def moves(self, settings: LossSettings) -> bool:
-        return any((self.advantage, *self.advantages))
+        return any((self.advantage, *self.advantages)) or (self.ratio == 1 and settings.regularizes)
 
     @property
     def compares_with_old(self) -> bool:
@@ -56,13 +59,15 @@ Inputs = Transfer
 
 def loss(terms: Terms, settings: LossSettings) -> Loss:
     log_probs_N = terms.log_probs_N
-    old_N = terms.token_values["old_log_probs"]
     shape_N = terms.per_token(terms.numbers["shape"])
     is_ratio_N = terms.per_token(terms.numbers["ratio"]) == 1
     advantages_N = where_given(terms.token_values["advantages"], terms.per_token(terms.numbers["advantage"]))
     probs_N = log_probs_N.exp()
     # Also where a form is not used, its gradient must be finite: hence the denominators.
     shaped_N = probs_N / (probs_N + shape_N.where(shape_N > 0, 1.0))
-    ratio_N = ratio(log_probs_N, where_given(old_N, log_probs_N.detach()))
-    g_N = ratio_N.where(is_ratio_N, shaped_N.where(shape_N > 0, log_probs_N))
-    return Loss(-advantages_N * g_N)
+    loss_N = -advantages_N * shaped_N.where(shape_N > 0, log_probs_N)
+    if not is_ratio_N.any():
+        return Loss(loss_N)
+    old_N = where_given(terms.token_values["old_log_probs"], log_probs_N.detach())
+    chosen = chosen_loss(terms, old_N, advantages_N, settings)
+    return Loss(chosen.loss_N.where(is_ratio_N, loss_N), chosen.metrics if is_ratio_N.all() else {})

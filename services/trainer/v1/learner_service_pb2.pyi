@@ -671,9 +671,9 @@ class Objective(_message.Message):
     present weights when absent.
 
     "transfer": tokens sampled in another context, with numbers["advantage"] A, or token_values["advantages"] in its place:
-    minus A × log-probability. With numbers["ratio"] 1: minus A × ratio to the old policy, unclipped, which is that of
-    token_values["old_log_probs"] (from Forward, in this context), or the present weights when absent. With
-    numbers["shape"] above 0: minus A × p / (p + shape), p the probability.
+    minus A × log-probability. With numbers["shape"] above 0: minus A × p / (p + shape), p the probability. With
+    numbers["ratio"] 1: the loss of LossConfig, but for the correction of mismatch. Its old policy is that of
+    token_values["old_log_probs"] (from Forward, in this context), or the present weights when absent.
 
     A server may know more: a module, or the name of an entry point of an installed package.
     """

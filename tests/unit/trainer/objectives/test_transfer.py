@@ -37,7 +37,8 @@ def test_each_form_in_one_batch() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_that_of_the_papers_on_sequences_of_different_lengths(seed: int) -> None:
-    """ERL's −A·log π, Critique-GRPO's −A·π/(π + γ), and RuscaRL's −A·π/π_old, in turn."""
+    """ERL's −A·log π, Critique-GRPO's −A·π/(π + γ), and RuscaRL's clipped ratio with a KL term (verl's
+    compute_policy_loss and "low_var_kl"), in turn."""
     counts = ragged(seed)
     new = floats(sum(counts), -4, 0, seed).requires_grad_()
     old = new.detach() + floats(sum(counts), -2, 2, seed + 1)
@@ -45,15 +46,23 @@ def test_it_is_that_of_the_papers_on_sequences_of_different_lengths(seed: int) -
     shapes = torch.tensor([0.1 * (place % 3 == 1) for place in range(len(counts))], dtype=torch.float64)
     ratios = torch.tensor([float(place % 3 == 2) for place in range(len(counts))], dtype=torch.float64)
     numbers = {"advantage": advantages, "shape": shapes, "ratio": ratios}
-    made = terms(counts, new, numbers=numbers, token_values={"old_log_probs": old, "advantages": None})
-    found = loss(made, LossSettings())
-    parts = zip(new.split(counts), old.split(counts), advantages, strict=True)
-    forms: list[Callable[[Tensor, Tensor], Tensor]] = [
-        lambda p, _: p.log(),
-        lambda p, _: p / (p + 0.1),
-        lambda p, q: p / q,
+    reference = new.detach() + floats(sum(counts), -1, 1, seed + 3)
+    values = {"old_log_probs": old, "advantages": None}
+    made = terms(counts, new, numbers=numbers, token_values=values, reference_N=reference)
+    found = loss(made, LossSettings(kl_coefficient=0.1, dual_clip=0))
+
+    def clipped(advantage: Tensor, new: Tensor, old: Tensor, reference: Tensor) -> Tensor:
+        ratio = (new - old).exp()
+        kl = (reference - new).exp() - (reference - new) - 1
+        return torch.max(-advantage * ratio, -advantage * ratio.clamp(0.8, 1.28)) + 0.1 * kl
+
+    forms: list[Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = [
+        lambda advantage, new, *_: -advantage * new,
+        lambda advantage, new, *_: -advantage * new.exp() / (new.exp() + 0.1),
+        clipped,
     ]
-    expected = torch.cat([-one * forms[place % 3](p.exp(), q.exp()) for place, (p, q, one) in enumerate(parts)])
+    parts = zip(advantages, new.split(counts), old.split(counts), reference.split(counts), strict=True)
+    expected = torch.cat([forms[place % 3](*part) for place, part in enumerate(parts)])
     assert torch.allclose(found.loss_N, expected, atol=1e-6)
     assert torch.allclose(gradient(found.loss_N, new)[0], gradient(expected, new)[0], atol=1e-6)
 
@@ -110,3 +119,15 @@ def test_only_the_ratio_compares_with_the_old_policy() -> None:
     assert Transfer(1.0, 0.1).unusable((3,)) is None and Transfer(1.0, 0.0, (-1.0,), 1.0).unusable((3,)) is None
     assert Transfer(1.0, ratio=1.0).compares_with_old and not Transfer(1.0, 0.1).compares_with_old
     assert not Transfer(0.0).moves(LossSettings()) and Transfer(0.0, advantages=(0.0, 1.0)).moves(LossSettings())
+    assert Transfer(0.0, ratio=1.0).moves(LossSettings()), "there is a KL term"
+    assert not Transfer(0.0, ratio=1.0).moves(LossSettings(kl_coefficient=0.0))
+
+
+def test_a_ratio_is_clipped_as_the_loss_says() -> None:
+    """And there are its metrics."""
+    log_probs = torch.tensor([0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    numbers = {"advantage": torch.tensor([1.0]), "shape": torch.zeros(1), "ratio": torch.ones(1)}
+    values = {"old_log_probs": torch.tensor([-1.0, 0.0], dtype=torch.float64), "advantages": None}
+    found = loss(terms([2], log_probs, numbers=numbers, token_values=values), LossSettings(kl_coefficient=0.0))
+    assert found.loss_N.tolist() == [-1.28, -1.0] and found.metrics["clip_fraction"].tolist() == [True, False]
+    assert gradient(found.loss_N, log_probs)[0].tolist() == [0.0, -1.0]
