@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_type_hints
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +43,14 @@ class Unusable(NamedTuple):
 
 
 class Objective:
-    """Base class of the inputs of an objective."""
+    """Base class of the inputs of an objective.
+
+    `compared` names those `Tokens` that the loss only gives to `Terms.compare`. They have no gradient, so the learner
+    runs them apart from the others, without what a backward pass needs.
+    """
 
     __slots__ = ()
+    compared: ClassVar[tuple[str, ...]] = ()
 
     def moves(self, settings: LossSettings) -> bool:
         """Whether the loss can have a gradient. If not, the learner runs the datum forward only, for its metrics."""
@@ -141,10 +146,11 @@ class ScoredTokens:
 class Terms(ScoredTokens):
     """What the loss of a micro-batch is computed from: the data's own sequences under the model, and the inputs.
 
-    `sequence(name)` runs the model on the `Tokens` of that name, with gradient. `compare(name, function, *values_N)` is
-    for functions of whole distributions over the vocabulary _V. It calls `function(own_PV, other_PV, *values_P)` with
-    pieces of bounded size: log-probabilities at the trained tokens of the data, and at those of the `Tokens`, which are
-    as many and have no gradient. The function returns a value per token.
+    `sequence(name)` gives the `Tokens` of that name under the model, with gradient; it raises ValueError for those in
+    `Objective.compared`. `compare(name, function, *values_N)` is for functions of whole distributions over the
+    vocabulary _V. It calls `function(own_PV, other_PV, *values_P)` with pieces of bounded size: log-probabilities at
+    the trained tokens of the data, and at those of the `Tokens`, which are as many and have no gradient. The function
+    returns a value per token.
     """
 
     numbers: Mapping[str, Tensor]  # _S

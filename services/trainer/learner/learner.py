@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from mulligan.common.inference import PublishedWeights, WeightsKind
-from mulligan.trainer.data import Datum
+from mulligan.trainer.data import Datum, Distillation
 from mulligan.trainer.learner import storage
 from mulligan.trainer.learner.batching import Microbatch, check, microbatch, pack
 from mulligan.trainer.learner.metrics import Tally
 from mulligan.trainer.learner.model import PolicyModel, arithmetic
-from mulligan.trainer.learner.scoring import terms_of
+from mulligan.trainer.learner.scoring import Scoring
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
 from mulligan.trainer.loss_terms import KlReference
-from mulligan.trainer.objective import Objective
 from mulligan.trainer.objectives import loss_of
 from mulligan.trainer.settings import LossSettings
 
@@ -40,7 +39,7 @@ class Learner:
     """One model in training. `learner_id` names its folder of checkpoints and its published files.
 
     `forward_backward` checks the data and packs them into micro-batches. For each it runs the model (`scoring`) and
-    computes the loss of the objective (`mulligan.trainer.objectives`) and its gradient. A `Tally` sums the metrics.
+    computes the losses of its objectives (`mulligan.trainer.objectives`) and their gradient. A `Tally` sums metrics.
     `optim_step` clips the accumulated gradient and updates the weights. `publish_weights` writes the weights with the
     probes of the weight check. `storage` writes all files.
 
@@ -81,14 +80,14 @@ class Learner:
         """The log-probabilities of each datum's trained tokens under the present weights."""
         check(data, self.model.limits)
         results: list[tuple[float, ...]] = [()] * len(data)
-        branches = sorted({datum.branch for datum in data})
+        plain = [replace(datum, objective=Distillation(0.0)) for datum in data]  # without further sequences
         with self._arithmetic(), torch.no_grad():
-            for rows in _kinds(data).values():
-                for group in pack(data, rows, self.server.microbatch_tokens):
-                    batch = microbatch(data, group, branches, self._device)
-                    log_probs_N, _ = self.model.token_log_probs(batch.own)
-                    for row, part in zip(batch.rows, log_probs_N.split(list(batch.own.counts)), strict=True):
-                        results[row] = tuple(part.tolist())
+            for batch in self._microbatches(plain, range(len(data)), [datum.branch for datum in data]):
+                (part,) = batch.parts
+                hidden_PH = self.model.hidden(batch.trained)
+                log_probs_N, _ = self.model.score(hidden_PH[part.own.places_N], part.own)
+                for row, found in zip(part.rows, log_probs_N.split(list(part.own.counts)), strict=True):
+                    results[row] = tuple(found.tolist())
         return results
 
     def forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
@@ -99,18 +98,23 @@ class Learner:
         check(data, self.model.limits)
         tally = Tally(sorted({datum.branch for datum in data}), self._device)
         self._move_reference(loss)
+        moving = [row for row, datum in enumerate(data) if datum.weight and datum.objective.moves(loss)]
+        still = sorted(set(range(len(data))) - set(moving))
         with self._arithmetic():
-            for kind, rows in _kinds(data).items():
-                moving = [row for row in rows if data[row].weight and data[row].objective.moves(loss)]
-                still = sorted(set(rows) - set(moving))
-                for chosen, gradient in ((moving, True), (still, False)):
-                    for group in pack(data, chosen, self.server.microbatch_tokens):
-                        batch = microbatch(data, group, tally.branches, self._device)
-                        with torch.set_grad_enabled(gradient):
-                            total = self._loss(kind, batch, loss, tally)
-                        if gradient:
-                            total.backward()
+            for rows, gradient in ((moving, True), (still, False)):
+                for batch in self._microbatches(data, rows, tally.branches):
+                    with torch.set_grad_enabled(gradient):
+                        total = self._loss(batch, loss, tally)
+                    if gradient:
+                        total.backward()
         return tally.metrics()
+
+    def _microbatches(
+        self, data: Sequence[Datum], rows: Sequence[int], branches: Sequence[str]
+    ) -> Iterator[Microbatch]:
+        sharing = self.model.shares_prefixes
+        for group in pack(data, rows, self.server.microbatch_tokens, sharing=sharing):
+            yield microbatch(data, group, branches, self._device, sharing=sharing)
 
     def _move_reference(self, loss: LossSettings) -> None:
         due = self._reference_step < 0 or self.optimizer_steps >= self._reference_step + loss.reference_every
@@ -118,13 +122,18 @@ class Learner:
             self.model.move_reference()
             self._reference_step = self.optimizer_steps
 
-    def _loss(self, kind: type[Objective], batch: Microbatch, loss: LossSettings, tally: Tally) -> Tensor:
-        terms = terms_of(self.model, batch, loss)
-        loss_N, metrics = loss_of(kind)(terms, loss)
-        weighted_N = batch.weights_N * loss_N
-        always = {"loss": weighted_N, "log_prob": terms.log_probs_N, "entropy": terms.entropy_N}
-        tally.add(batch.branches_N, {**metrics, **always})
-        return weighted_N.sum()
+    def _loss(self, batch: Microbatch, loss: LossSettings, tally: Tally) -> Tensor:
+        scoring = Scoring(self.model, batch, loss)
+        tally.count(batch.trained.sequence_tokens, batch.trained.computed_tokens)
+        totals = []
+        for part in batch.parts:
+            terms = scoring.terms(part)
+            loss_N, metrics = loss_of(part.kind)(terms, loss)
+            weighted_N = part.weights_N * loss_N
+            always = {"loss": weighted_N, "log_prob": terms.log_probs_N, "entropy": terms.entropy_N}
+            tally.add(part.branches_N, {**metrics, **always})
+            totals.append(weighted_N.sum())
+        return torch.stack(totals).sum()
 
     def optim_step(self) -> dict[str, float]:
         """Clips the accumulated gradient to the global norm, takes a step, and clears the gradient.
@@ -248,14 +257,6 @@ class Learner:
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach().cpu().contiguous() for name, parameter in self.model.trainable.items()}
-
-
-def _kinds(data: Sequence[Datum]) -> dict[type[Objective], list[int]]:
-    """The rows of each kind of objective, in order of first appearance."""
-    kinds: dict[type[Objective], list[int]] = {}
-    for row, datum in enumerate(data):
-        kinds.setdefault(type(datum.objective), []).append(row)
-    return kinds
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
 """Metrics of training: summed on the device while micro-batches run, and read once at the end.
 
 A metric is `loss` (a sum: the loss that was differentiated), `tokens` (a count) or a mean per trained token. Each is
-reported per branch as BRANCH/NAME and over all branches that have it as NAME.
+reported per branch as BRANCH/NAME and over all branches that have it as NAME. Two counts are of the call alone, as
+branches share what they count: `sequence_tokens` and `computed_tokens`, the tokens that went through the model in
+sequences, and those that it computed for them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 _SUMS = ("loss", "tokens")
+_OF_CALL = ("sequence_tokens", "computed_tokens")
 
 
 class Tally:
@@ -22,6 +25,12 @@ class Tally:
         self._device = device
         self._sums: dict[str, Tensor] = {}  # each of one value per branch
         self._counts: dict[str, Tensor] = {}
+        self._of_call = dict.fromkeys(_OF_CALL, 0.0)
+
+    def count(self, sequence_tokens: int, computed_tokens: int) -> None:
+        """Adds a micro-batch, which holds so many tokens in its sequences, and cost so many."""
+        self._of_call["sequence_tokens"] += sequence_tokens
+        self._of_call["computed_tokens"] += computed_tokens
 
     def add(self, branches_N: Tensor, columns: Mapping[str, Tensor]) -> None:
         """Adds one value per token and column; `branches_N` holds indices into `branches`."""
@@ -41,7 +50,7 @@ class Tally:
             for branch, total, count in zip(self.branches, sums.tolist(), counts, strict=True):
                 if count:
                     branches[branch][name] = total if name in _SUMS else total / count
-        return _flatten(branches)
+        return _flatten(branches) | (self._of_call if self._sums else {})
 
 
 def merge(calls: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -58,7 +67,8 @@ def merge(calls: Sequence[Mapping[str, float]]) -> dict[str, float]:
         for name in values:
             if name not in _SUMS:
                 values[name] /= values["tokens"]
-    return _flatten(branches)
+    of_calls = {name: sum(call[name] for call in calls if name in call) for name in _OF_CALL}
+    return _flatten(branches) | {name: value for name, value in of_calls.items() if value}
 
 
 def _flatten(branches: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
+import structlog
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,10 +23,12 @@ from mulligan.common.inference import CanaryProbe
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from mulligan.models import EMBEDDED
 from mulligan.trainer.data import ModelLimits
-from mulligan.trainer.learner import weight_check
-from mulligan.trainer.learner.batching import Sequences
+from mulligan.trainer.learner import tree_attention, weight_check
+from mulligan.trainer.learner.batching import ModelInput, Sequences
 from mulligan.trainer.loss_terms import KlReference
 from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
+
+log = structlog.get_logger()
 
 # Logits are computed in pieces of at most this many float32 values: 64 Mi are 256 MiB, or 441 tokens with a vocabulary
 # of 152 thousand. The backward pass computes each piece again.
@@ -55,6 +58,7 @@ class PolicyModel:
         self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
         _check_head(base, settings.source)
         self.base = base.to(device).eval()
+        self.shares_prefixes = self._share_prefixes()
         self.adapter = None if settings.lora is None else _attach(self.base, settings.lora, seed).eval()
         names = [] if self.adapter is None else _adapted(self.adapter)
         self.adapted_layers: tuple[str, ...] = tuple(sorted({name.rpartition(".")[2] for name in names}))
@@ -63,16 +67,23 @@ class PolicyModel:
         }
         self.moving_reference: dict[str, Tensor] = {}  # of the trained weights; empty until it is first used
 
+    def _share_prefixes(self) -> bool:
+        """Whether the model computes what sequences share at their begin once. If not, the log says why."""
+        try:
+            with self._autocast():
+                tree_attention.enable(self.base)
+        except tree_attention.NoSharing as error:
+            kind = self.base.config.model_type
+            log.warning("shared prefixes are computed for each sequence", architecture=kind, reason=str(error))
+            return False
+        return True
+
     def _module(self) -> Any:
         return self.base if self.adapter is None else self.adapter
 
-    def token_log_probs(self, sequences: Sequences) -> tuple[Tensor, Tensor]:
-        """`score` of the sequences' hidden states, without a gradient of the entropies."""
-        return self.score(self.hidden(sequences), sequences)
-
-    def hidden(self, sequences: Sequences) -> Tensor:
-        """What the output head predicts the trained tokens from, _NH."""
-        return self._hidden(self.base, sequences)
+    def hidden(self, given: ModelInput) -> Tensor:
+        """What the output head predicts the next token from, _PH: of all tokens of the input, row after row."""
+        return self._hidden(self.base, given)
 
     def score(
         self, hidden_NH: Tensor, sequences: Sequences, *, entropy_gradient: bool = False
@@ -84,23 +95,35 @@ class PolicyModel:
         """
         return self._score(self.base, hidden_NH, sequences, entropy_gradient)
 
-    def reference_log_probs(self, sequences: Sequences, reference: KlReference) -> Tensor:
-        """The log-probabilities under the initial weights or the moving reference, without gradient.
+    def reference_hidden(self, given: ModelInput, reference: KlReference) -> Tensor:
+        """As `hidden`, under the initial weights or the moving reference, without gradient.
 
         The initial weights of a model with LoRA are those without the adapter. Otherwise a second, frozen model is
         loaded from the source at first use.
         """
-        with torch.no_grad():
-            if reference is KlReference.MOVING:
-                with self._exchanged(self.moving_reference):
-                    return self._log_probs(self.base, sequences)
-            if self.adapter is not None:
-                with self.adapter.disable_adapter():
-                    return self._log_probs(self.base, sequences)
+        with torch.no_grad(), self._as_reference(reference) as model:
+            return self._hidden(model, given)
+
+    def reference_log_probs(self, hidden_NH: Tensor, sequences: Sequences, reference: KlReference) -> Tensor:
+        """The log-probabilities of the trained tokens, from hidden states of the reference."""
+        with torch.no_grad(), self._as_reference(reference) as model:
+            return self._score(model, hidden_NH, sequences, False)[0]
+
+    @contextlib.contextmanager
+    def _as_reference(self, reference: KlReference) -> Iterator[Any]:
+        if reference is KlReference.MOVING:
+            with self._exchanged(self.moving_reference):
+                yield self.base
+        elif self.adapter is not None:
+            with self.adapter.disable_adapter():
+                yield self.base
+        else:
             if self._reference is None:
                 initial, _ = _load(self.settings.source, self._kept)
                 self._reference = initial.to(self.device).eval().requires_grad_(False)
-            return self._log_probs(self._reference, sequences)
+                if self.shares_prefixes:
+                    tree_attention.enable(self._reference)
+            yield self._reference
 
     def move_reference(self) -> None:
         """Makes the present weights the moving reference."""
@@ -122,30 +145,26 @@ class PolicyModel:
     def compare(
         self,
         hidden_NH: Tensor,
+        other_NH: Tensor,
         own: Sequences,
-        others: Mapping[str, Sequences],
-        name: str,
         function: Callable[..., Tensor],
         *values_N: Tensor,
     ) -> Tensor:
-        """`function(own_PV, other_PV, *values_P)` of the distributions over the vocabulary at the trained tokens of the
-        sequences and of the others of that name, in pieces of bounded size. The others have no gradient."""
-        with torch.no_grad():
-            other_NH = self.hidden(others[name])
+        """`function(own_PV, other_PV, *values_P)` of the distributions over the vocabulary at the trained tokens, from
+        the hidden states of the sequences and of others, in pieces of bounded size. The others have no gradient."""
         with self._autocast():
             return _compare(self.base, hidden_NH, other_NH, own.temperatures_N, function, values_N)
-
-    def _log_probs(self, model: Any, sequences: Sequences) -> Tensor:
-        return self._score(model, self._hidden(model, sequences), sequences, False)[0]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def _hidden(self, model: Any, sequences: Sequences) -> Tensor:
+    def _hidden(self, model: Any, given: ModelInput) -> Tensor:
+        """The only forward pass through the layers."""
+        more = {} if given.tree is None else {"position_ids": given.positions_RT, "prefix_tree": given.tree}
         with self._autocast():
-            hidden_STH = model.base_model(input_ids=sequences.input_ids_ST, use_cache=False).last_hidden_state
-            hidden_NH: Tensor = hidden_STH.flatten(0, 1)[sequences.positions_N]
-            return hidden_NH
+            output = model.base_model(input_ids=given.token_ids_RT, use_cache=False, **more)
+            hidden_PH: Tensor = output.last_hidden_state.flatten(0, 1)
+            return hidden_PH
 
     def _score(
         self, model: Any, hidden_NH: Tensor, sequences: Sequences, entropy_gradient: bool
@@ -312,7 +331,8 @@ def _in_pieces(piece: Callable[..., Any], floats: int, *tensors_N: Tensor) -> li
 
 
 def _logits(head: Any, cap: float | None, hidden_NH: Tensor) -> Tensor:
-    logits_NV: Tensor = head(hidden_NH).float()
+    logits_NV: Tensor = head(hidden_NH)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap
 
 

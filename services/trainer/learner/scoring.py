@@ -1,45 +1,80 @@
-"""Runs the model on a micro-batch, for the loss of its objective."""
+"""Runs the model on a micro-batch, for the losses of its objectives."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cached_property, partial
 
+import torch
 from torch import Tensor
 
-from mulligan.trainer.learner.batching import Microbatch, Sequences
+from mulligan.trainer.learner.batching import Microbatch, Part, Sequences
 from mulligan.trainer.learner.model import PolicyModel
 from mulligan.trainer.objective import ScoredTokens, Terms
 from mulligan.trainer.settings import LossSettings
 
 
-def terms_of(model: PolicyModel, batch: Microbatch, loss: LossSettings) -> Terms:
-    """Runs the data's own sequences. All else that a loss may need runs when the loss asks for it."""
-    hidden_NH = model.hidden(batch.own)
-    log_probs_N, entropy_N = model.score(hidden_NH, batch.own, entropy_gradient=loss.entropy_coefficient > 0)
+class Scoring:
+    """A micro-batch under the model. The sequences with gradient run at once; the reference and what is compared with
+    run when a loss asks for them first. Shape: _P the tokens of the input, rows one after another."""
 
-    def sequence(name: str) -> ScoredTokens:
-        other = batch.others[name]
-        log_probs_N, entropy_N = model.token_log_probs(other)
+    def __init__(self, model: PolicyModel, batch: Microbatch, loss: LossSettings):
+        self._model = model
+        self._batch = batch
+        self._loss = loss
+        self._hidden_PH = model.hidden(batch.trained)
+
+    def terms(self, part: Part) -> Terms:
+        """What the loss of a part of the micro-batch is computed from."""
+        own_NH = self._hidden_PH[part.own.places_N]
+        log_probs_N, entropy_N = self._model.score(
+            own_NH, part.own, entropy_gradient=self._loss.entropy_coefficient > 0
+        )
+        return Terms(
+            log_probs_N,
+            entropy_N,
+            part.own.rows_N,
+            _counts(part.own, log_probs_N),
+            partial(self._reference_log_probs, part.own),
+            numbers=part.numbers,
+            token_values=part.token_values,
+            sequence=partial(self._sequence, part),
+            compare=partial(self._compare, part, own_NH),
+        )
+
+    @cached_property
+    def _reference_hidden(self) -> Tensor:
+        return self._model.reference_hidden(self._batch.trained, self._loss.kl_reference)
+
+    @cached_property
+    def _compared_hidden(self) -> Tensor:
+        assert self._batch.compared is not None
+        with torch.no_grad():
+            return self._model.hidden(self._batch.compared)
+
+    def _reference_log_probs(self, sequences: Sequences) -> Tensor:
+        hidden_NH = self._reference_hidden[sequences.places_N]
+        return self._model.reference_log_probs(hidden_NH, sequences, self._loss.kl_reference)
+
+    def _sequence(self, part: Part, name: str) -> ScoredTokens:
+        if name in part.kind.compared:
+            raise ValueError(f"{part.kind.__name__}.{name} is in `compared`: it has no gradient")
+        other = part.others[name]
+        log_probs_N, entropy_N = self._model.score(self._hidden_PH[other.places_N], other)
         return ScoredTokens(
             log_probs_N,
             entropy_N,
             other.rows_N,
             _counts(other, log_probs_N),
-            partial(model.reference_log_probs, other, loss.kl_reference),
+            partial(self._reference_log_probs, other),
             other.given_N,
         )
 
-    return Terms(
-        log_probs_N,
-        entropy_N,
-        batch.own.rows_N,
-        _counts(batch.own, log_probs_N),
-        partial(model.reference_log_probs, batch.own, loss.kl_reference),
-        numbers=batch.numbers,
-        token_values=batch.token_values,
-        sequence=sequence,
-        compare=partial(model.compare, hidden_NH, batch.own, batch.others),
-    )
+    def _compare(
+        self, part: Part, own_NH: Tensor, name: str, function: Callable[..., Tensor], *values_N: Tensor
+    ) -> Tensor:
+        hidden_PH = self._compared_hidden if name in part.kind.compared else self._hidden_PH.detach()
+        return self._model.compare(own_NH, hidden_PH[part.others[name].places_N], part.own, function, *values_N)
 
 
 def _counts(sequences: Sequences, like: Tensor) -> Tensor:

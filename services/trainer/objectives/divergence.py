@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import compress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from mulligan.trainer.objective import Loss, Objective, Terms, Tokens, Unusable
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 class Divergence(Objective):
     """`teacher` has the same trained tokens in another context. `beta` 0 is the forward KL(teacher ‖ student), 1 the
     reverse KL(student ‖ teacher); between them lies the generalised Jensen-Shannon divergence."""
+
+    compared: ClassVar[tuple[str, ...]] = ("teacher",)
 
     teacher: Tokens
     beta: float = 0.0

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from mulligan.common.errors import DomainError, Reason
 from mulligan.trainer.data import Datum
 from mulligan.trainer.learner import model as model_module
-from mulligan.trainer.learner.batching import length, pack
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.local import LocalLearner
 from mulligan.trainer.learner.metrics import merge
@@ -72,9 +71,12 @@ def test_the_gradient_does_not_depend_on_micro_batches_or_calls(
     data = many(20)
     whole, split, calls = (make(tiny, tmp_path, lora, microbatch_tokens=tokens) for tokens in (10_000, 50, 100))
     expected = whole.forward_backward(data, ALL_TERMS)
-    assert split.forward_backward(data, ALL_TERMS) == pytest.approx(expected, abs=1e-5)
+    found = split.forward_backward(data, ALL_TERMS)
     merged = merge([calls.forward_backward(data[:7], ALL_TERMS), calls.forward_backward(data[7:], ALL_TERMS)])
-    assert merged == pytest.approx(expected, abs=1e-5)
+    fewest = expected.pop("computed_tokens")
+    for metrics in (found, merged):
+        assert metrics.pop("computed_tokens") >= fewest  # a prefix that two micro-batches share is computed twice
+        assert metrics == pytest.approx(expected, abs=1e-5)
     assert gradients(whole)
     for name, gradient in gradients(whole).items():
         assert torch.allclose(gradients(split)[name], gradient, atol=1e-6)
@@ -86,15 +88,6 @@ def test_data_that_cannot_move_the_weights_leave_no_gradient(tiny: Path, tmp_pat
     metrics = learner.forward_backward([sampled(advantage=0.0), sampled(weight=0.0)], PLAIN)
     assert gradients(learner) == {} and metrics["first/tokens"] == 4
     assert learner.optim_step()["skipped"] == 1
-
-
-def test_micro_batches_hold_neighbours_in_length_within_the_budget() -> None:
-    data = many(50)
-    groups = pack(data, range(50), 100)
-    assert sorted(row for group in groups for row in group) == list(range(50))
-    assert all(len(group) == 1 or len(group) * length(data[group[0]]) <= 100 for group in groups)
-    sizes = [length(data[row]) for group in groups for row in group]
-    assert sizes == sorted(sizes, reverse=True)
 
 
 @pytest.mark.parametrize("lora", [FULL, LORA])

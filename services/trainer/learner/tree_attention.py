@@ -1,0 +1,117 @@
+"""The attention of prefix trees, as an attention function of transformers.
+
+A model with this function computes a tree when its forward pass has the argument `prefix_tree`, which transformers
+hands to each attention layer; without that argument it is transformers' own "sdpa".
+https://huggingface.co/docs/transformers/en/attention_interface
+
+`_attend` alone knows how the chunks are computed. On CUDA, FlexAttention could take its place: the mask of the whole
+tree is `(key <= query) & (query < ends[key])`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+from mulligan.trainer.learner import prefix_tree as trees
+from mulligan.trainer.learner.prefix_tree import PrefixTree
+
+NAME = "prefix_tree"
+# Arguments of attention layers that change who sees whom, or the scores, by more than causality.
+_OTHER_ATTENTION = ("sliding_window", "s_aux", "position_bias", "softcap", "cache")
+# Sequences that branch, are equal and begin with one another. They are compared in the precision of the model: a wrong
+# mask changes hidden states as much as another token does.
+_PROBE = ((1, 2, 3, 4, 5), (1, 2, 3, 6), (1, 2, 3, 6, 7, 8), (1, 2, 3, 6), (9, 2, 3))
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.05}
+
+
+class NoSharing(Exception):
+    """The model cannot compute prefix trees. The message says why."""
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    prefix_tree: PrefixTree | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Shapes: query of 1 × heads × nodes × size, key and value with as many heads or fewer. The result is 1 × nodes ×
+    heads × size. Raises NoSharing for layers that do more than causal attention."""
+    if prefix_tree is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    others = [name for name in _OTHER_ATTENTION if kwargs.get(name) is not None]
+    if others or dropout or not getattr(module, "is_causal", True):
+        raise NoSharing(f"its attention has {', '.join(others) or 'dropout or sees what comes later'}")
+    return _attend(query, key, value, scaling, prefix_tree).transpose(1, 2).contiguous(), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, tree: PrefixTree) -> Tensor:
+    if tree.queries_Q is not None:
+        query = query.index_select(2, tree.queries_Q)
+    if tree.keys_K is not None:
+        key, value = key.index_select(2, tree.keys_K), value.index_select(2, tree.keys_K)
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and query.device.type != "cpu":  # with a mask, only the CPU's kernel takes fewer heads of keys
+        key, value = (repeat_kv(each, query.shape[1] // each.shape[1]) for each in (key, value))
+        grouped = False
+    queries = query.split([chunk.queries for chunk in tree.chunks], 2)
+    keys, values = (each.split([chunk.keys for chunk in tree.chunks], 2) for each in (key, value))
+    outputs = []
+    for chunk, mask_QK, q, k, v in zip(
+        tree.chunks, tree.additive_masks(query.dtype), queries, keys, values, strict=True
+    ):
+        found = scaled_dot_product_attention(
+            q, k, v, attn_mask=mask_QK, is_causal=mask_QK is None, scale=scaling, enable_gqa=grouped
+        )
+        outputs.append(found[:, :, chunk.skipped :])
+    return torch.cat(outputs, 2)
+
+
+def enable(model: Any) -> None:
+    """Gives the model this attention. Raises NoSharing if it cannot have it; then it is as before."""
+    AttentionInterface.register(NAME, attention)
+    before = model.config._attn_implementation
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    if others := sorted({kind for kind in kinds if kind != "full_attention"}):
+        raise NoSharing(f"it has layers of the kind {', '.join(others)}")
+    if not model._can_set_attn_implementation():
+        raise NoSharing("its attention is not an attention function of transformers")
+    model.set_attn_implementation(NAME)
+    try:
+        _compare(model)
+    except Exception as error:  # each architecture fails in its own way
+        model.set_attn_implementation(before)
+        raise error if isinstance(error, NoSharing) else NoSharing(f"{type(error).__name__}: {error}"[:300]) from error
+
+
+def _compare(model: Any) -> None:
+    """Raises NoSharing if the hidden states of a tree are not those of its sequences."""
+    device = next(model.parameters()).device
+    vocabulary = model.get_input_embeddings().num_embeddings
+    sequences = [[token % vocabulary for token in tokens] for tokens in _PROBE]
+    layout = trees.lay_out([trees.key(tokens) for tokens in sequences], device)
+    with torch.no_grad():
+        found_TH = model.base_model(
+            input_ids=torch.from_numpy(layout.token_ids_T)[None].to(device),
+            position_ids=torch.from_numpy(layout.depths_T)[None].to(device),
+            prefix_tree=layout.tree,
+            use_cache=False,
+        ).last_hidden_state[0]
+        for tokens, path in zip(sequences, layout.paths, strict=True):
+            ids_1T = torch.tensor([tokens], device=device)
+            expected_TH = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
+            difference = (found_TH[torch.from_numpy(path).to(device)] - expected_TH).abs().max()
+            if not difference <= _TOLERANCE.get(found_TH.dtype, 0.05) * expected_TH.abs().max():
+                raise NoSharing("a tree of short sequences has other hidden states than the sequences alone")

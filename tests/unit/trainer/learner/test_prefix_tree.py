@@ -1,0 +1,115 @@
+"""The layout of prefix trees: against sets of prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mulligan.trainer.learner import prefix_tree as trees
+from mulligan.trainer.learner.prefix_tree import CHUNK_TOKENS, Layout, TreeSize
+
+CPU = torch.device("cpu")
+Tokens = tuple[int, ...]
+# Few different tokens, so that sequences begin alike, are equal, or begin with one another.
+SEQUENCES = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8).map(tuple), min_size=1, max_size=12)
+
+
+def with_stems(data: st.DataObject) -> list[Tokens]:
+    """Sequences that continue others, up to a few chunks long."""
+    found: list[Tokens] = [()]
+    for _ in range(data.draw(st.integers(1, 8))):
+        stem = data.draw(st.sampled_from(found))
+        size = data.draw(st.sampled_from([1, 2, CHUNK_TOKENS // 2, CHUNK_TOKENS, 2 * CHUNK_TOKENS]))
+        kept = data.draw(st.integers(0, len(stem)))
+        found.append((*stem[:kept], *(data.draw(st.integers(0, 2)) for _ in range(min(size, 3))), *([3] * (size - 3))))
+    return found[1:]
+
+
+def prefixes(sequences: Sequence[Tokens]) -> set[Tokens]:
+    return {tokens[: size + 1] for tokens in sequences for size in range(len(tokens))}
+
+
+def laid_out(sequences: Sequence[Tokens]) -> Layout:
+    return trees.lay_out([trees.key(tokens) for tokens in sequences], CPU)
+
+
+def attended(layout: Layout) -> list[list[int]]:
+    """The nodes that each node attends to, read off the chunks as attention reads them."""
+    size = len(layout.token_ids_T)
+    tree = layout.tree
+    queries = list(range(size)) if tree.queries_Q is None else tree.queries_Q.tolist()
+    keys = list(range(size)) if tree.keys_K is None else tree.keys_K.tolist()
+    found: list[list[int]] = []
+    for chunk in tree.chunks:
+        own, queries = queries[: chunk.queries], queries[chunk.queries :]
+        theirs, keys = keys[: chunk.keys], keys[chunk.keys :]
+        assert chunk.mask_QK is not None or own == theirs, "without a mask, attention is causal"
+        for place, query in list(enumerate(own))[chunk.skipped :]:
+            mask = [other <= place for other in range(len(theirs))]
+            if chunk.mask_QK is not None:
+                mask = chunk.mask_QK[place].tolist()
+            assert query == len(found)
+            found.append(sorted(key for key, visible in zip(theirs, mask, strict=True) if visible))
+    assert queries == keys == []
+    return found
+
+
+def check(sequences: Sequence[Tokens]) -> None:
+    layout = laid_out(sequences)
+    assert len(layout.token_ids_T) == len(prefixes(sequences))
+    seen = attended(layout)
+    for tokens, path in zip(sequences, layout.paths, strict=True):
+        assert tuple(layout.token_ids_T[path]) == tokens
+        assert layout.depths_T[path].tolist() == list(range(len(tokens)))
+        for place, node in enumerate(path.tolist()):
+            assert seen[node] == path[: place + 1].tolist()
+
+
+@given(SEQUENCES)
+def test_each_prefix_is_one_node_that_sees_its_ancestors(sequences: list[Tokens]) -> None:
+    check(sequences)
+
+
+@given(st.data())
+def test_so_it_is_over_several_chunks(data: st.DataObject) -> None:
+    check(with_stems(data))
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [
+        [(5,)],
+        [(5,), (5,)],
+        [(1, 2, 3), (1, 2)],
+        [(1, 2), (3, 4)],
+        [(2**31 - 1, 1), (256, 1), (1, 256)],  # ordered as numbers, not by their lowest byte
+    ],
+)
+def test_the_smallest_trees(sequences: list[Tokens]) -> None:
+    check(sequences)
+
+
+@given(SEQUENCES)
+def test_the_size_is_known_before_the_tree(sequences: list[Tokens]) -> None:
+    size = TreeSize()
+    for count, tokens in enumerate(sequences, 1):
+        size.add(trees.key(tokens))
+        assert size.nodes == len(prefixes(sequences[:count]))
+
+
+def test_a_long_sequence_needs_no_mask() -> None:
+    layout = laid_out([(1, *[2] * 5000), (1, *[3] * 5000), (1, 4)])
+    assert [chunk.mask_QK is None for chunk in layout.tree.chunks] == [True, True, True]
+
+
+def test_masks_grow_with_the_nodes_and_not_with_their_square() -> None:
+    """1,000 answers of 20 tokens to a question of 300."""
+    answers = [(*[1] * 300, index, *[2] * 20) for index in range(1000)]
+    masks = [chunk.mask_QK for chunk in laid_out(answers).tree.chunks]
+    largest = (CHUNK_TOKENS + 20) * (CHUNK_TOKENS + 320)
+    assert max(mask.numel() for mask in masks if mask is not None) <= largest
+    assert len(masks) < 1.2 * 1000 * 21 / CHUNK_TOKENS
