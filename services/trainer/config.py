@@ -47,7 +47,7 @@ class TrainerSettings(ServiceSettings):
     )
     device: str = Field("cpu", description="Of the learner, as torch names it: cpu, cuda, cuda:1.")
     threads: int = Field(0, ge=0, description="Of torch on the CPU; 0: half of the cores, as the policy's.")
-    microbatch_tokens: int = Field(4096, ge=1, description="Padded tokens that the learner holds in memory at once.")
+    microbatch_tokens: int = Field(4096, ge=1, description="Tokens that the learner computes at once.")
     keep_weights: int = Field(3, ge=1, description="Published versions to keep.")
 
     @property

@@ -10,8 +10,8 @@ from mulligan.trainer.settings import OptimizerSettings, TrainedModelSettings
 
 @dataclass(frozen=True, slots=True)
 class LearnerServerSettings:
-    """Settings of the process. `microbatch_tokens` limits the tokens of a micro-batch, padding included; the memory of
-    activations grows with it. A longer sequence runs alone."""
+    """Settings of the process. `microbatch_tokens` limits the tokens that a micro-batch computes: shared prefixes count
+    once, padding counts. The memory of activations grows with it. A longer sequence runs alone."""
 
     weights_folder: Path  # where published weights go; the policy service reads them there
     checkpoint_folder: Path

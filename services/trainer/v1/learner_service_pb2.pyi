@@ -1076,7 +1076,8 @@ class ForwardBackwardResponse(_message.Message):
         """Per branch as BRANCH/NAME and over all branches that have it as NAME: loss and tokens are sums over the call's
         trained tokens; log_prob, entropy and what the objective reports are means per trained token. Policy gradients
         report clip_fraction, mismatch_kl (the k3 estimate of the divergence between engine and learner) and kl (only with a
-        kl_coefficient).
+        kl_coefficient). Of the call alone: sequence_tokens, the tokens of all sequences; computed_tokens, those that the
+        learner computed for them: fewer where sequences begin alike, more where it pads them.
         """
 
     def __init__(

@@ -257,11 +257,11 @@ def test_a_model_that_computes_something_else_is_found_out(tmp_path: Path, monke
     config = GPT2Config(vocab_size=VOCABULARY_SIZE, n_positions=CONTEXT_LENGTH, n_embd=16, n_layer=1, n_head=2)
     model = GPT2LMHeadModel(config)
     forward = type(model.transformer).forward
-    monkeypatch.setattr(
-        type(model.transformer),
-        "forward",
-        lambda self, *args, position_ids=None, **kwargs: forward(self, *args, **kwargs),
-    )
+
+    def without_positions(self: Any, *args: Any, position_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.transformer), "forward", without_positions)
     assert (
         refused(model, tmp_path) == "gpt2: a tree of short sequences has other hidden states than the sequences alone"
     )
