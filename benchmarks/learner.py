@@ -55,7 +55,7 @@ def episodes(count: int, vocabulary: int) -> list[Datum]:
 
 
 def bare(learner: Learner, data: list[Datum]) -> None:
-    for rows in pack(data, range(len(data)), learner.server.microbatch_tokens):
+    for rows in pack(data, range(len(data)), learner.server.microbatch_tokens, sharing=False):
         width = max(len(data[row].token_ids) for row in rows)
         ids_BT = torch.zeros(len(rows), width, dtype=torch.int64)
         labels_BT = torch.full((len(rows), width), -100)

@@ -139,8 +139,9 @@ def test_what_an_objective_does_not_have_is_named(message: pb.Datum, field: str,
     assert words in caught.value.message
 
 
-def test_a_micro_batch_has_room_for_all_sequences() -> None:
-    """Groups stay within the budget, padding of both sequences included."""
+@pytest.mark.parametrize("sharing", [False, True])
+def test_a_micro_batch_has_room_for_all_sequences(sharing: bool) -> None:
+    """Groups stay within the budget, padding of both sequences included; shared prefixes count once."""
     lengths = [(5, 30), (6, 6), (30, 5), (7, 20), (3, 3), (12, 12)]
     data = [
         replace(
@@ -150,12 +151,13 @@ def test_a_micro_batch_has_room_for_all_sequences() -> None:
         )
         for own, other in lengths
     ]
-    assert [length(one) for one in data] == [own + other - 2 for own, other in lengths]
-    groups = pack(data, range(len(data)), 60)
+    groups = pack(data, range(len(data)), 60, sharing=sharing)
     assert sorted(row for group in groups for row in group) == list(range(len(data)))
     for group in groups:
-        padded = len(group) * (max(lengths[row][0] for row in group) + max(lengths[row][1] for row in group) - 2)
-        assert len(group) == 1 or padded <= 60
+        inputs = [length(tokens) for row in group for tokens in (data[row], data[row].objective.rejected)]  # type: ignore[attr-defined]
+        needed = max(inputs) if sharing else len(inputs) * max(inputs)  # all begin alike
+        assert len(group) == 1 or needed <= 60
+    assert len(groups) == 1 if sharing else len(groups) > 1
 
 
 @dataclass(frozen=True, slots=True)

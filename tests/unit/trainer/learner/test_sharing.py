@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from mulligan.trainer.data import Datum, Distillation
+from mulligan.trainer.data import Datum, Distillation, PolicyGradient
 from mulligan.trainer.learner import prefix_tree
 from mulligan.trainer.learner.batching import length, pack
 from mulligan.trainer.learner.learner import Learner
@@ -87,7 +87,7 @@ def family(count: int, seed: int = 0) -> list[Datum]:
         tokens = (*stem, *answer)
         mask = (*[False] * len(stem), *[True] * len(answer))
         objective = datum.objective
-        if not isinstance(objective, Distillation):
+        if isinstance(objective, PolicyGradient):
             objective = replace(objective, rollout_log_probs=tuple(-rng.uniform(1, 3) for _ in answer))
         data.append(replace(datum, token_ids=tokens, loss_mask=mask, objective=objective))
     return data
@@ -235,7 +235,7 @@ def refused(model: Any, folder: Path) -> str:
     return f"{entry['architecture']}: {entry['reason']}"
 
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY_SIZE,
     "hidden_size": 16,
     "intermediate_size": 32,
