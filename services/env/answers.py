@@ -1,10 +1,11 @@
-r"""Finds the final answer in an agent's text: between <answer> and </answer>, else in the last \boxed{…}; if a number
-is expected, the last number. Thoughts are ignored. Time is linear in the length of hostile text."""
+r"""Finds the final answer in an agent's text, in one of several formats (`AnswerFormat`). Thoughts are ignored. Time is
+linear in the length of hostile text."""
 
 from __future__ import annotations
 
 import re
 import string
+from enum import StrEnum
 
 from mulligan.common.thoughts import without_thoughts
 
@@ -25,20 +26,57 @@ _LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _PLAIN = str.maketrans({**dict.fromkeys(",'’_\u00a0\u202f "), "\u2212": "-"})
+# A letter that stands for a choice: in brackets, before a mark or the end of its line, or after a word such as
+# "answer". So the article in "A cow" is none.
+_LETTER = re.compile(
+    r"\((?P<bracketed>[A-Z])\)|(?<![^\W_])(?P<alone>[A-Z])(?=[*_]{0,3}(?:[.,:;)!]|[ \t]*(?:\n|\Z)))"
+    r"|\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice|[Ll]etter)(?:[ ]is)?:?[ ][*_]{0,3}(?P<named>[A-Z])(?![\w'’])"
+)
+_EXPONENT_OF_A_UNIT = re.compile(r"(?<=[A-Za-z}])\^(?:[0-9]|\{[0-9]\})")
+
+
+class AnswerFormat(StrEnum):
+    """What of an agent's text is its answer. With `auto` it is the text between <answer> and </answer>, else in the
+    last box, else the last number if a number is expected, else the last line."""
+
+    AUTO = "auto"
+    TAG = "tag"
+    BOXED = "boxed"
+    LAST_NUMBER = "last_number"
+    LINE = "line"
+    CHOICE = "choice"
+
+    @property
+    def instruction(self) -> str:
+        """Says to the agent what is read; empty for `auto`, as it depends on the question."""
+        return _INSTRUCTIONS.get(self, "")
+
+    @property
+    def missing(self) -> str:
+        """Feedback for a text without an answer: a sentence or two."""
+        read = _READ.get(self)
+        return f"No answer was found. What is read: {read}." if read else "No answer was found."
+
+
+_INSTRUCTIONS = {
+    AnswerFormat.TAG: "Put your final answer, and nothing else, between <answer> and </answer>. Only that is read.",
+    AnswerFormat.BOXED: "Put your final answer, and nothing else, in \\boxed{}. Only the last box is read.",
+    AnswerFormat.LAST_NUMBER: "The answer is a number. The last number that you write is read.",
+    AnswerFormat.LINE: "Write your final answer, and nothing else, on the last line. Only the last line is read.",
+    AnswerFormat.CHOICE: "Answer with the letter of a choice, such as (A). The last such letter is read.",
+}
+_READ = {
+    AnswerFormat.TAG: "the text between <answer> and </answer>",
+    AnswerFormat.BOXED: "the last \\boxed{}",
+    AnswerFormat.LAST_NUMBER: "the last number",
+    AnswerFormat.LINE: "the last line",
+    AnswerFormat.CHOICE: "the last letter that stands alone",
+}
 
 
 def marked(answer: str) -> str | None:
     """The text between the last <answer> and its </answer>, else in the last box; None if there is neither."""
-    said = without_thoughts(answer)
-    opened = closed = found = None
-    for mark in _MARKS.finditer(said):
-        if not mark["closes"]:
-            opened = mark.end()
-        elif opened is not None:
-            closed = mark.start()
-            found = opened
-            opened = None
-    return said[found:closed].strip() if found is not None else _boxed(said)
+    return _found(without_thoughts(answer), AnswerFormat.AUTO)
 
 
 def fenced(answer: str) -> str | None:
@@ -55,15 +93,22 @@ def boxed(answer: str) -> str | None:
     return _boxed(without_thoughts(answer))
 
 
-def read_answer(answer: str, expected: str = "") -> str:
-    """The marked answer, else what the last line says. `expected` is the right answer if known. If that is a number or
-    a fraction, the last one in the text is returned; the value of `expected` has no influence."""
-    found = marked(answer)
+def read_answer(answer: str, expected: str = "", how: AnswerFormat = AnswerFormat.AUTO) -> str:
+    """The answer in this format; "" if there is none. `expected` is the right answer if known. If that is a number or a
+    fraction, the last one in what the format reads is returned; the value of `expected` has no influence."""
+    said = without_thoughts(answer)
+    if how is AnswerFormat.CHOICE:
+        return last_letter(said)
     pattern = next((kind for kind in (_NUMBER, _FRACTION) if kind.fullmatch(expected.strip())), None)
+    if how is AnswerFormat.LAST_NUMBER:
+        return _last(pattern or _NUMBER, said) or _last(_NUMBER, said)
+    found = _found(said, how)
     if pattern is not None:
-        text = found if found is not None else without_thoughts(answer)
+        text = said if found is None and how is AnswerFormat.AUTO else found or ""
         return _last(pattern, text) or _last(_NUMBER, text) or found or ""
-    return found if found is not None else _last_statement(without_thoughts(answer), keep_period=expected.endswith("."))
+    if found is None and how is AnswerFormat.AUTO:
+        return _last_statement(said, keep_period=expected.endswith("."))
+    return found or ""
 
 
 def normalize(text: str) -> str:
@@ -77,6 +122,16 @@ def last_number(text: str) -> str:
     return _last(_NUMBER, text)
 
 
+def last_letter(text: str, letters: str = string.ascii_uppercase) -> str:
+    """The last of these letters that stands for a choice, as in "(B)", "B." or "The answer is B"; "" if there is
+    none."""
+    found = ""
+    for match in _LETTER.finditer(text):
+        letter = match["bracketed"] or match["alone"] or match["named"]
+        found = letter if letter in letters else found
+    return found
+
+
 def values(text: str) -> list[str]:
     """All numbers and fractions, in order, without thousands separators; LaTeX's fractions as `1/2`."""
     return [match[0].translate(_PLAIN) for match in _VALUE.finditer(_simple(text))]
@@ -88,6 +143,26 @@ def one_value(text: str) -> str:
     return match[0].translate(_PLAIN) if match else ""
 
 
+def _tagged(said: str) -> str | None:
+    opened = closed = found = None
+    for mark in _MARKS.finditer(said):
+        if not mark["closes"]:
+            opened = mark.end()
+        elif opened is not None:
+            closed = mark.start()
+            found = opened
+            opened = None
+    return said[found:closed].strip() if found is not None else None
+
+
+def _found(said: str, how: AnswerFormat) -> str | None:
+    """The text that a format with marks or lines reads; None if its marks are missing."""
+    if how is AnswerFormat.LINE:
+        return _last_statement(said, keep_period=False)
+    tagged = _tagged(said) if how is not AnswerFormat.BOXED else None
+    return _boxed(said) if tagged is None and how is not AnswerFormat.TAG else tagged
+
+
 def _last(pattern: re.Pattern[str], text: str) -> str:
     found = ""
     for match in pattern.finditer(_simple(text)):
@@ -96,8 +171,9 @@ def _last(pattern: re.Pattern[str], text: str) -> str:
 
 
 def _simple(text: str) -> str:
-    """The text without LaTeX in its numbers."""
-    return _LATEX_FRACTION.sub(r"\1/\2", text).replace("{,}", ",").replace("\\,", "").replace("\\!", "")
+    """The text without LaTeX in its numbers, and without exponents of units: "8 m^2" has one number."""
+    plain = _LATEX_FRACTION.sub(r"\1/\2", _EXPONENT_OF_A_UNIT.sub("", text))
+    return plain.replace("{,}", ",").replace("\\,", "").replace("\\!", "")
 
 
 def _last_statement(text: str, *, keep_period: bool) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mulligan.env.answers import boxed, last_number, marked, read_answer
+from mulligan.env.answers import AnswerFormat, boxed, last_letter, last_number, marked, read_answer
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,7 @@ def test_answers_are_read(text: str, answer: str) -> None:
         *(("1\u202f234", "1234"), ("1'234", "1234"), ("1{,}234", "1234"), ("1\\,234", "1234"), ("0101", "0101")),
         *(("8 apples", "8"), ("8km", "8"), ("8%", "8"), ("**8**", "8"), ("_8_", "8"), ("[8]", "8"), ("No.8", "8")),
         *(("of H2O 8 l", "8"), ("8 of H2O", "8"), (".5", ".5"), ("8.0.", "8.0"), ("1e-3", "1e-3"), ("2**3 = 8", "8")),
+        *(("8 m^2", "8"), ("8 cm^{3}", "8"), ("2^3", "3")),
         *(("none", ""), ("", ""), ("x2", ""), ("-", "")),
     ],
 )
@@ -92,3 +93,78 @@ def test_a_number_in_a_sentence_is_read(number: float, frame: str) -> None:
     assert float(read_answer(frame.format(number), "7")) == number
     if isinstance(number, int):
         assert int(read_answer(frame.format(f"{number:,}"), "7")) == number
+
+
+THOUGHT = "<think>7 <answer>7</answer> \\boxed{7} (D)\n</think>"
+
+
+@pytest.mark.parametrize("thought", ["", THOUGHT])
+@pytest.mark.parametrize(
+    ("how", "text", "expected", "answer"),
+    [
+        ("last_number", "9 - 1 = 8", "7", "8"),
+        ("last_number", "The answer is 8.", "7", "8"),
+        ("last_number", "8 km, not 9 km", "7", "9"),
+        ("last_number", "8 m^2", "7", "8"),
+        ("last_number", "1,234,567 people.", "7", "1234567"),
+        ("last_number", "\u22128", "7", "-8"),
+        ("last_number", "It is -8.50.", "7", "-8.50"),
+        ("last_number", "<answer>8</answer> of 9", "7", "9"),
+        ("last_number", "so 3/4.", "1/2", "3/4"),
+        ("last_number", "eight", "7", ""),
+        ("last_number", "", "7", ""),
+        ("boxed", "\\boxed{8} or \\boxed{9}.", "7", "9"),
+        ("boxed", "\\boxed{9 - 1 = 8\\text{ km}}", "7", "8"),
+        ("boxed", "\\boxed{1{,}234}", "7", "1234"),
+        ("boxed", "\\boxed{\u22128.}", "7", "-8"),
+        ("boxed", "\\boxed{blue}", "red", "blue"),
+        ("boxed", "<answer>9</answer> \\boxed{8}", "7", "8"),
+        ("boxed", "<answer>9</answer>", "7", ""),
+        ("boxed", "The answer is 8.", "7", ""),
+        ("boxed", "\\boxed{8", "7", ""),
+        ("boxed", "", "7", ""),
+        ("tag", "<answer>8</answer> no, <answer>9</answer>.", "7", "9"),
+        ("tag", "<answer>about 1,234 km.</answer>", "7", "1234"),
+        ("tag", "<answer>\u22128</answer> \\boxed{9}", "7", "-8"),
+        ("tag", "<answer> blue </answer>", "red", "blue"),
+        ("tag", "\\boxed{8}", "7", ""),
+        ("tag", "<answer>8", "7", ""),
+        ("tag", "", "7", ""),
+        ("line", "7 and 1\n9 - 1 = 8\n\n", "7", "8"),
+        ("line", "<answer>9</answer>\nThe answer is 8 km.", "7", "8"),
+        ("line", "red\nThe answer is: blue.", "red", "blue"),
+        ("line", "1,234.5\n\u22121,234.5.", "7", "-1234.5"),
+        ("line", "8\nnone", "7", "none"),
+        ("line", "", "7", ""),
+        ("choice", "A cow drinks (B).", "B", "B"),
+        ("choice", "(A) milk, (B) water: it is B", "B", "B"),
+        ("choice", "I think that no one knows", "B", ""),
+    ],
+)
+def test_each_format_reads_its_own_place_alone(thought: str, how: str, text: str, expected: str, answer: str) -> None:
+    assert read_answer(f"{thought}{text}", expected, AnswerFormat(how)) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        *(("B", "B"), ("B.", "B"), ("(B)", "B"), ("**B**", "B"), ("B) water", "B"), ("B: water", "B")),
+        *(("The answer is B because a cow drinks", "B"), ("Option C, not (A).", "A"), ("Answer: **C**", "C")),
+        *(("A\nB\n", "B"), ("(A) and (B)", "B"), ("B. I think so.", "B"), ("It is (E), or (C)", "C")),
+        *(("A cow", ""), ("I", ""), ("b", ""), ("BB", ""), ("B2", ""), ("(E)", ""), ("", "")),
+    ],
+)
+def test_a_letter_is_read_where_it_stands_for_a_choice(text: str, letter: str) -> None:
+    assert last_letter(text, "ABCD") == letter
+
+
+@pytest.mark.parametrize("how", [one for one in AnswerFormat if one is not AnswerFormat.AUTO])
+def test_each_format_but_the_first_says_what_it_reads(how: AnswerFormat) -> None:
+    assert how.instruction and how.missing.startswith("No answer was found. What is read: ")
+    assert AnswerFormat.AUTO.instruction == "" and AnswerFormat.AUTO.missing == "No answer was found."
+
+
+@pytest.mark.parametrize("how", AnswerFormat)
+@pytest.mark.parametrize("part", ["(A", "A ", "answer is ", "A**", "<answer>", "\\boxed{", "1,", "\n"])
+def test_each_format_is_linear_in_the_length_of_hostile_text(how: AnswerFormat, part: str) -> None:
+    assert isinstance(read_answer(part * 200_000, "7", how), str)

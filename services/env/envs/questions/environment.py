@@ -14,6 +14,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mulligan.env.answers import AnswerFormat
 from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, UnknownTask, Versions
 from mulligan.env.envs.questions.data import (
     REFUSAL,
@@ -47,8 +48,8 @@ _HERE = Path(__file__).parent
 class Settings:
     """`train_file` and `test_file` are files or patterns, of the format `format`. Without `test_file`, one question in
     ten of `train_file` is a test question, by a hash of its text. `train_tasks` and `test_tasks` limit the questions; 0
-    means all. `steering` is what a question of STEER-BENCH shows before it. With `tell_answer`, full feedback includes
-    the right answer."""
+    means all. `steering` is what a question of STEER-BENCH shows before it. `answer` is what of a reply is read, which
+    the prompt says. With `tell_answer`, full feedback includes the right answer."""
 
     train_file: str = ""
     test_file: str = ""
@@ -56,6 +57,7 @@ class Settings:
     steering: str = "none"
     train_tasks: int = 0
     test_tasks: int = 0
+    answer: AnswerFormat = AnswerFormat.AUTO
     tell_answer: bool = False
     name: str = "questions"
 
@@ -75,18 +77,21 @@ class Settings:
 class QuestionEpisode:
     """`accepted` are the right answers; none of an unanswerable question. `expected` is told to whom asks for it."""
 
-    def __init__(self, observation: str, accepted: Sequence[str], choices: Sequence[str], expected: str) -> None:
+    def __init__(
+        self, observation: str, accepted: Sequence[str], choices: Sequence[str], expected: str, how: AnswerFormat
+    ) -> None:
         self.observation = observation
         self._accepted = accepted
         self._choices = choices
         self._expected = expected
+        self._how = how
 
     def step(self, action: str) -> StepResult:
-        answer = read(action, self._accepted, self._choices)
+        answer = read(action, self._accepted, self._choices, self._how)
         if is_right(answer, self._accepted):
             return StepResult(OVER, printable(answer, _SHOWN), 1.0, done=True, feedback="Correct.")
         shown = printable(answer, _SHOWN)
-        feedback = f"Incorrect. Answer read: {shown}." if shown else "Incorrect. No answer was found."
+        feedback = f"Incorrect. Answer read: {shown}." if shown else f"Incorrect. {self._how.missing}"
         told = f" Expected: {self._expected}." if self._expected else ""
         return StepResult(OVER, shown or INVALID, done=True, feedback=feedback + told)
 
@@ -110,7 +115,7 @@ class Questions:
         self.info = EnvironmentInfo(
             name=settings.name,
             description=f"Questions {source} ({settings.format}){omitted}",
-            prompts=generic_prompts("Answer a question.", _FORMAT),
+            prompts=generic_prompts("Answer a question.", settings.answer.instruction or _FORMAT),
             max_steps=1,
             max_reward=1.0,
             deterministic=True,
@@ -128,7 +133,8 @@ class Questions:
         # A refusal of a multiple choice is a text, not a letter.
         answers, choices = (entry.answers, entry.choices) if entry.answers else ((REFUSAL,), ())
         expected = " or ".join(answers) if self.settings.tell_answer else ""
-        return QuestionEpisode(_shown(entry, entry.question, entry.choices), answers, choices, expected)
+        shown = _shown(entry, entry.question, entry.choices)
+        return QuestionEpisode(shown, answers, choices, expected, self.settings.answer)
 
     def versions(self, split: Split, transformation: str) -> Sequence[Versions]:
         if transformation == FROM_DATA:
@@ -143,7 +149,7 @@ class Questions:
             text, choices = entry.unanswerable, entry.choices
         if not text:
             raise UnknownTask(f"{task_id[:80]!r} of {self.info.name} has no version without an answer")
-        return QuestionEpisode(_shown(entry, text, choices), (), choices, "")
+        return QuestionEpisode(_shown(entry, text, choices), (), choices, "", self.settings.answer)
 
     def _find(self, task_id: str) -> QuestionEntry:
         if task_id not in self._by_task:

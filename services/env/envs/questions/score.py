@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from mulligan.common.thoughts import without_thoughts
-from mulligan.env.answers import marked, normalize, one_value, read_answer, values
+from mulligan.env.answers import (
+    AnswerFormat,
+    last_letter,
+    marked,
+    normalize,
+    one_value,
+    read_answer,
+    values,
+)
 
 LETTERS = string.ascii_uppercase
 MAX_CHOICES = len(LETTERS)
@@ -21,7 +29,6 @@ _MAX_NUMBER = 100  # characters of a number; a longer one is compared as text
 _NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?")
 _FRACTION = re.compile(r"([-+]?[0-9]+)/([0-9]+)")
 _UNIT = re.compile(r"^\\?[$€£]\s*|\s*\\?[$€£%]$")
-_EXPONENT_OF_A_UNIT = re.compile(r"(?<=[A-Za-z}])\^(?:[0-9]|\{[0-9]\})")
 _LATEX_SPACE = re.compile(r"\\(?:left|right|displaystyle|quad|[,;!: ])|\s")
 _LATEX_WORDS = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 _COMMANDS = re.compile(r"\\[A-Za-z]+")
@@ -30,13 +37,19 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?(?:[.):,]|\s*$)")
 
 
-def read(reply: str, accepted: Sequence[str], choices: Sequence[str] = ()) -> str:
-    """What the reply answers: the letter of a choice, or a text; "" if it answers nothing. The values of `accepted`
-    have no influence, only whether the first one is a number."""
+def read(
+    reply: str, accepted: Sequence[str], choices: Sequence[str] = (), how: AnswerFormat = AnswerFormat.AUTO
+) -> str:
+    """What the reply answers, in the format `how`: the letter of a choice, or a text; "" if it answers nothing. The
+    values of `accepted` have no influence, only whether the first one is a number. Without choices, the format `choice`
+    reads the last line."""
     if choices:
-        return _read_choice(reply, choices)
-    expected = accepted[0] if accepted else ""
-    return read_answer(reply) if number(expected) is None else _read_number(reply)
+        return _read_choice(reply, choices, how)
+    if how is AnswerFormat.CHOICE:
+        how = AnswerFormat.LINE
+    if not accepted or number(accepted[0]) is None:
+        return read_answer(reply, how=how)
+    return _read_number(reply, how)
 
 
 def is_right(answer: str, accepted: Sequence[str]) -> bool:
@@ -82,23 +95,28 @@ def _formula(text: str) -> str:
     return plain.replace("\u2212", "-")
 
 
-def _read_number(reply: str) -> str:
-    """The number of a marked answer, if there is just one after its last `=`; without marks, the last number."""
-    found = marked(reply)
-    if found is None:
+def _read_number(reply: str, how: AnswerFormat) -> str:
+    """The number of an answer with marks or a line of its own, if there is just one after its last `=`; else the last
+    number."""
+    found = marked(reply) if how is AnswerFormat.AUTO else read_answer(reply, how=how)
+    if found is None or how is AnswerFormat.LAST_NUMBER:
         said = values(without_thoughts(reply))
         return said[-1] if said else ""
-    said = values(_EXPONENT_OF_A_UNIT.sub("", found.rpartition("=")[2]))
+    said = values(found.rpartition("=")[2])
     return said[0] if len(said) == 1 else found
 
 
-def _read_choice(reply: str, choices: Sequence[str]) -> str:
-    """The letter in the marked answer, else in the last line, else in the first: alone, or before its choice. The text
-    of a choice counts as its letter."""
+def _read_choice(reply: str, choices: Sequence[str], how: AnswerFormat) -> str:
+    """The letter in what the format reads: alone, or before its choice. The text of a choice counts as its letter. With
+    `auto` it is the marked answer, else the last line, else the first."""
+    letters = LETTERS[: len(choices)]
+    if how is AnswerFormat.CHOICE:
+        return last_letter(without_thoughts(reply), letters)
     lines = without_thoughts(reply).strip().splitlines()
-    for text in (read_answer(reply), lines[0].strip(" *_") if lines and marked(reply) is None else ""):
+    first = how is AnswerFormat.AUTO and bool(lines) and marked(reply) is None
+    for text in (read_answer(reply, how=how), lines[0].strip(" *_") if first else ""):
         letter = _LETTER.match(text)
-        if letter is not None and letter[1].upper() in LETTERS[: len(choices)]:
+        if letter is not None and letter[1].upper() in letters:
             return letter[1].upper()
         words = plain_words(text)
         same = [index for index, choice in enumerate(choices) if words and plain_words(choice) == words]

@@ -1,9 +1,9 @@
 """The generators of reasoning-gym (https://github.com/open-thought/reasoning-gym) as tasks of one question each.
 
 A task such as `train/chain_sum/00012` is an element of that dataset. Its seed depends on `seed`, split, dataset and
-number; train and test never share a seed. The reward is the dataset's own score of the answer, from 0 to 1. The agent
-writes the answer between <answer> and </answer>. Without these marks its last box is read, else the last number if the
-expected answer is a number, else its last line.
+number; train and test never share a seed. The reward is the dataset's own score of the answer, from 0 to 1. The setting
+`answer` is what of a reply is read. By default this is the text between <answer> and </answer>, else the last box, else
+the last number if the expected answer is a number, else the last line.
 Questions and scores are made in separate processes; `process.py` says why. These import reasoning_gym when the first
 task starts, or at once if there are `settings` to check.
 
@@ -23,7 +23,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mulligan.env.answers import read_answer
+from mulligan.env.answers import AnswerFormat, read_answer
 from mulligan.env.base import (
     EnvironmentInfo,
     MissingExtra,
@@ -66,15 +66,16 @@ syllogism time_intervals tower_of_hanoi tsumego word_ladder word_sequence_revers
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`datasets` defaults to all. `settings` has a table for each dataset whose settings differ from its defaults.
-    `train_tasks` and `test_tasks` count the tasks of each dataset. With `tell_answer`, full feedback includes the
-    expected answer. `processes` is how many processes make questions and score answers. `seconds` and the memory limit
-    hold for each question or score."""
+    `train_tasks` and `test_tasks` count the tasks of each dataset. `answer` is what of a reply is read, which the
+    prompt says. With `tell_answer`, full feedback includes the expected answer. `processes` is how many processes make
+    questions and score answers. `seconds` and the memory limit hold for each question or score."""
 
     datasets: tuple[str, ...] = ()
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     train_tasks: int = 1_000
     test_tasks: int = 10
     seed: int = 0
+    answer: AnswerFormat = AnswerFormat.AUTO
     tell_answer: bool = False
     processes: int = 1
     seconds: int = 30
@@ -114,9 +115,10 @@ class ReasoningGymEpisode:
         self._game = game
 
     def step(self, action: str) -> StepResult:
-        answer = read_answer(action, self._expected)
+        how = self._game.settings.answer
+        answer = read_answer(action, self._expected, how)
         if not answer:
-            return self._result(INVALID, 0.0, "No answer.", "")
+            return self._result(INVALID, 0.0, how.missing, "")
         shown = printable(answer, _SHOWN)
         read = f" Answer read: {shown}."
         if len(answer) > _MAX_ANSWER:
@@ -149,7 +151,7 @@ class ReasoningGym:
         self.info = EnvironmentInfo(
             name=settings.name,
             description=f"Questions of reasoning-gym: {what}",
-            prompts=generic_prompts(_TASK, _FORMAT),
+            prompts=generic_prompts(_TASK, settings.answer.instruction or _FORMAT),
             max_steps=1,
             max_reward=1.0,
             deterministic=True,

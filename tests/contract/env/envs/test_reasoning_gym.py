@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mulligan.env.answers import AnswerFormat
 from mulligan.env.base import Faulted, Split, UnknownTask
 from mulligan.env.envs.reasoning_gym.environment import DATASETS, INVALID, OVER, ReasoningGym
 from mulligan.env.envs.reasoning_gym.pool import SIZE, DatasetPool, TookTooLong
@@ -172,7 +173,7 @@ def test_feedback_tells_the_score_what_was_read_and_the_answer_if_that_is_set(
     assert told.feedback == f"Incorrect. Score 0.00. Answer read: {wrong}. Expected: {expected}"
     assert other.start(task_id).step(wrong).feedback == f"Incorrect. Score 0.00. Answer read: {wrong}."
     nothing = other.start(task_id).step(" ")
-    assert (nothing.action, nothing.reward, nothing.feedback) == (INVALID, 0.0, "No answer. Score 0.00.")
+    assert (nothing.action, nothing.reward, nothing.feedback) == (INVALID, 0.0, "No answer was found. Score 0.00.")
     assert other.start(task_id).step(f"<answer>it is {expected}</answer>").reward == 1.0
     words = other.start("train/word_sorting/00012")
     partly = words.step(f"<answer>it is {words._expected}</answer>")
@@ -272,3 +273,26 @@ def test_settings_of_a_dataset_are_used() -> None:
     (process,) = game._pool._all
     game.close()
     assert process._process.poll() is not None
+
+
+@pytest.mark.parametrize(
+    ("how", "frame", "missed"),
+    [
+        ("last_number", "That makes {}.", "none"),
+        ("tag", "so <answer>{}</answer> it is", "{}"),
+        ("boxed", "so \\boxed{{{}}} it is", "<answer>{}</answer>"),
+        ("line", "Let me see.\nThe answer is {}.", ""),
+    ],
+)
+def test_an_answer_format_is_what_is_read_and_the_prompt_says_so(how: str, frame: str, missed: str) -> None:
+    game = create("sums", {"datasets": ["chain_sum"], "answer": how, "train_tasks": 3})
+    try:
+        assert game.info.prompts.solver.endswith(AnswerFormat(how).instruction)
+        for task in game.list_tasks(Split.TRAIN, 0, 3):
+            right = game.start(task.task_id)._expected
+            assert game.start(task.task_id).step(frame.format(right)).reward == 1
+            none = game.start(task.task_id).step(missed.format(right))
+            assert (none.reward, none.action) == (0, INVALID)
+            assert none.feedback.startswith(AnswerFormat(how).missing)
+    finally:
+        game.close()

@@ -11,6 +11,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from mulligan.env.answers import AnswerFormat
 from mulligan.env.base import Environment, Split, UnknownTask, Versions, act
 from mulligan.env.envs.questions.environment import FROM_DATA, NO_RIGHT_CHOICE, QuestionEpisode, Questions
 from mulligan.env.envs.questions.steer_bench import STEERING
@@ -405,3 +406,39 @@ def test_evaluation_files_are_read(tmp_path: Path) -> None:
 def test_a_bad_record_of_steer_bench_is_named(tmp_path: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(f"{tmp_path}/x:2: {said}")):
         steered(tmp_path / "x", collected(1, "A", "B"), {**collected(2, "A", "B"), **changes})
+
+
+@pytest.mark.parametrize(
+    ("how", "right", "wrong"),
+    [
+        ("last_number", "Two times 4: 8 legs", "8, or 9"),
+        ("boxed", "9 \\boxed{x = 8}", "8"),
+        ("tag", "9 <answer>8 legs</answer>", "\\boxed{8}"),
+        ("line", "9\nThe answer is 8.", "8\nyes"),
+    ],
+)
+def test_an_answer_format_is_what_is_read_and_the_prompt_says_so(
+    tmp_path: Path, how: str, right: str, wrong: str
+) -> None:
+    record = {"question": "How many legs have two cows?", "answer": 8, "id": "legs"}
+    game = of_file(tmp_path / "q.jsonl", record, answer=how)
+    assert game.info.prompts.solver.endswith(AnswerFormat(how).instruction)
+    assert game.start("test/legs").step(right).reward == 1
+    assert game.start("test/legs").step(wrong).reward == 0
+    assert game.start("test/legs").step("").feedback == f"Incorrect. {AnswerFormat(how).missing}"
+
+
+@pytest.mark.parametrize(
+    ("how", "right", "wrong"),
+    [
+        ("choice", "A cow drinks (B), not (C).\nIt is B, as I said", "(B) or (A)"),
+        ("boxed", "(A) \\boxed{B. water}", "B"),
+        ("tag", "(A) <answer>water</answer>", "B"),
+        ("line", "A\nwater", "B\nno"),
+    ],
+)
+def test_formats_of_multiple_choice(tmp_path: Path, how: str, right: str, wrong: str) -> None:
+    record = {"question": "What does a cow drink?", "choices": ["milk", "water"], "answer": "B", "id": "cow"}
+    game = of_file(tmp_path / "q.jsonl", record, answer=how)
+    assert game.start("test/cow").step(right).reward == 1
+    assert game.start("test/cow").step(wrong).reward == 0
