@@ -151,7 +151,7 @@ def test_what_goes_wrong_is_said() -> None:
         (("frozenlake", "--task", "train/x"), 1, "'frozenlake' has no task 'train/x'"),
         ((TWO, "--split", "test"), 1, "two-players has no task in test"),
         (("frozenlake", "--set", "size_max=1"), 2, "size_min and size_max must satisfy"),
-        (("no_such_kind",), 2, "there is no environment 'no_such_kind'; there are frozenlake"),
+        (("no_such_kind",), 2, "there is no environment 'no_such_kind'; there are constrained_writing, frozenlake"),
         (("no.such.kind",), 2, "'no.such.kind' is no environment: No module named 'no'"),
         (("json",), 2, "'json' is no environment"),
         (("x", "--target", "127.0.0.1:1", "--set", "a=1"), 2, "do not go with --target"),

@@ -31,4 +31,5 @@ DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "reasoning-gym": {"kind": "reasoning_gym"},
     "questions": {"kind": "questions"},
     "unanswerable": {"kind": "unanswerable"},
+    "short-sentences": {"kind": "constrained_writing", "limit_min": 7, "limit_max": 7, "prompts": "short"},
 }

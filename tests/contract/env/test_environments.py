@@ -43,6 +43,7 @@ ENVIRONMENTS: dict[str, dict[str, object]] = {
         "train_tasks": 120,
     },
     "questions": {"kind": "questions"},
+    "rules": {"kind": "constrained_writing", "further": 2, "partial": True, "train_tasks": 120, "test_tasks": 20},
     "lakes-without-a-goal": {
         "kind": "unanswerable",
         "wrapped": {"kind": "frozenlake", "train_tasks": 250, "test_tasks": 20},
@@ -74,6 +75,7 @@ ACTIONS: dict[str, Sequence[str]] = {
     "hotpotqa": SEARCHES,
     "gymnasium": (*MOVES, "2", "```1```", "north"),
     "questions": (*ANSWERS, "\\boxed{B}", "B. bat", "The answer is stones."),
+    "constrained_writing": ("A dog sleeps.", "Is it a dog?", "the dogs, all of them, sleep", "Dog."),
     "unanswerable": (*MOVES, "I see no goal: ```nothing```"),
     "reasoning_gym": ANSWERS,
     "textarena": ("[0]", "[A C]", "[1 2]", "[4]", "I play [8]", "[3 4]", "[A B]"),

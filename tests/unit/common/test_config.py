@@ -54,7 +54,7 @@ def test_each_service_reads_its_own_variables(monkeypatch: pytest.MonkeyPatch) -
 def test_the_defaults_serve_the_published_tasks_and_an_example_of_each_adapter() -> None:
     environments = EnvSettings.load([]).create_environments()
     adapted = ["gymnasium-frozenlake", "reasoning-gym"]
-    own = ["questions", "unanswerable"]
+    own = ["questions", "unanswerable", "short-sentences"]
     assert list(environments) == ["frozenlake", "frozenlake-3x3", "sokoban", "hotpotqa", *adapted, *own]
     assert all(environment.info.name == name for name, environment in environments.items())
     assert not any(environment.info.unavailable for environment in environments.values())
@@ -185,10 +185,10 @@ def test_a_bad_variable_is_named(
         ({"kind": "frozenlake", "max_steps": 0}, r"environments\.x: .*max_steps must be at least 1"),
         (
             {"kind": "no_such_game"},
-            r"environments\.x\.kind: there is no environment 'no_such_game'; there are frozenlake",
+            r"environments\.x\.kind: there is no environment 'no_such_game'; there are constrained_writing, frozenlake",
         ),
         ({"kind": "json.decoder"}, r"environments\.x\.kind: 'json\.decoder' is no environment"),
-        ({"size_min": 3}, r"environments\.x\.kind: names the environment: frozenlake"),
+        ({"size_min": 3}, r"environments\.x\.kind: names the environment: constrained_writing, frozenlake"),
         ({"kind": "frozenlake", "feedback": "loud"}, r"environments\.x\.feedback: expected full, unary, silent, not"),
         ({"kind": "sokoban", "boxes": 9}, r"environments\.x: .*boxes must be between 1 and 4, not 9"),
         (
