@@ -1,5 +1,25 @@
-"""The embedded model: small enough for two CPU cores, trained from nothing by `mulligan.models.recipe`."""
+"""Models that come along or can be fetched.
+
+`embedded/` is small enough for two CPU cores; it was trained from nothing by `mulligan.models.recipe`. `catalog.py`
+lists the pretrained models that `mulligan models fetch` fetches.
+"""
 
 from pathlib import Path
 
+from mulligan.common.model_files import UnsupportedModel
+from mulligan.models.catalog import CATALOG, default_folder
+
 EMBEDDED = Path(__file__).parent / "embedded"
+
+
+def locate(model: str) -> str:
+    """The folder or hub id of what a setting names: `embedded`, a model of the catalogue, a folder or a hub id. Raises
+    UnsupportedModel for a model of the catalogue that was not fetched. A folder of the same name comes first."""
+    if model == "embedded":
+        return str(EMBEDDED)
+    if model not in CATALOG or Path(model).exists():
+        return model
+    folder = default_folder(model)
+    if not folder.is_dir():
+        raise UnsupportedModel(f"{model} is not in {folder}: fetch it with `mulligan models fetch {model}`")
+    return str(folder)

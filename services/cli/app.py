@@ -16,6 +16,7 @@ from mulligan.cli.evaluate import evaluate
 from mulligan.cli.experiences import experiences
 from mulligan.cli.learners import learners
 from mulligan.cli.memory import memory
+from mulligan.cli.models import models
 from mulligan.cli.out import fail, show
 from mulligan.cli.policy import policy
 from mulligan.cli.runs import runs
@@ -39,6 +40,7 @@ app.add_typer(conformance, name="conformance")
 app.add_typer(env, name="env")
 app.add_typer(learners, name="learners")
 app.add_typer(memory, name="memory")
+app.add_typer(models, name="models")
 app.add_typer(policy, name="policy")
 
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import nullcontext
 from datetime import timedelta
 from types import TracebackType
+from typing import Self
 
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column
@@ -19,7 +20,7 @@ from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEv
 from mulligan.trainer.folder import RunState
 
 _BAR_WIDTH = 110  # columns of a terminal that has room for a bar
-_EVALUATION_SECONDS = 5.0  # between lines of `mulligan eval` where there is no terminal
+_LINE_SECONDS = 5.0  # between lines about a command's progress where there is no terminal
 
 
 class _Position:
@@ -99,24 +100,22 @@ async def show(
     return state
 
 
-class EvaluationDisplay:
-    """Shows the progress of an evaluation and its result so far on stderr: live on a terminal, else in a line every few
-    seconds. A context manager."""
+class LiveLine:
+    """One line on stderr that says what is done now: live on a terminal, else printed every few seconds. A context
+    manager."""
 
-    def __init__(self, name: str, *, first: float = FIRST_SECONDS, every: float = _EVALUATION_SECONDS):
-        self._text = f"evaluating {name}"
-        self._began = time.monotonic()
-        self._protocol = ""
+    def __init__(self, text: str, *, first: float = FIRST_SECONDS, every: float = _LINE_SECONDS):
+        self._text = text
         output = console(err=True)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=output, transient=True
         )
-        self._live = self._bar.add_task(f"{safe(self._text)} …")
+        self._live = self._bar.add_task(f"{safe(text)} …")
         self._shown: Progress | Heartbeat = (
             self._bar if output.is_terminal else Heartbeat(lambda: self._text, first=first, every=every)
         )
 
-    def __enter__(self) -> EvaluationDisplay:
+    def __enter__(self) -> Self:
         self._shown.__enter__()
         return self
 
@@ -125,15 +124,34 @@ class EvaluationDisplay:
     ) -> None:
         self._shown.__exit__(kind, error, trace)
 
+    def say(self, text: str) -> None:
+        """From now on the line is this."""
+        self._text = text
+        self._bar.update(self._live, description=safe(text))
+
+
+class EvaluationDisplay(LiveLine):
+    """Shows the progress of an evaluation and its result so far."""
+
+    def __init__(self, name: str, *, first: float = FIRST_SECONDS, every: float = _LINE_SECONDS):
+        super().__init__(f"evaluating {name}", first=first, every=every)
+        self._began = time.monotonic()
+        self._protocol = ""
+
     def update(self, ended: int, total: int, success: float | None, protocol: str = "") -> None:
         """`protocol` is the label of the protocol that plays now; time is counted from its first call."""
         if protocol != self._protocol:
             self._protocol = protocol
             self._began = time.monotonic()
-        left = timedelta(seconds=round((time.monotonic() - self._began) / ended * (total - ended))) if ended else "?"
         so_far = "" if success is None else f"  success so far {success:.2f}"
-        self._text = f"{protocol and f'{protocol}: '}{ended}/{total} attempts{so_far}  left {left}"
-        self._bar.update(self._live, description=safe(self._text))
+        left = time_left(self._began, ended, total)
+        self.say(f"{protocol and f'{protocol}: '}{ended}/{total} attempts{so_far}  left {left}")
+
+
+def time_left(began: float, done: float, total: float) -> str:
+    """What is left of a task that began at `began` on the monotonic clock, if the rest is as slow as what is done; "?"
+    before anything is done."""
+    return str(timedelta(seconds=round((time.monotonic() - began) / done * (total - done)))) if done else "?"
 
 
 def step_text(metrics: dict[str, float]) -> str:

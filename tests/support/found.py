@@ -1,17 +1,21 @@
-"""What tests need and may not find here: Docker, SGLang, vLLM. Where it is missing they are skipped and say so; where
-it must be there, they fail.
+"""What tests need and may not find here: Docker, SGLang, vLLM, a real language model. Where it is missing they are
+skipped and say so; where it must be there, they fail.
 
 MULLIGAN_TEST_SGLANG is the address of a server of the embedded model with LoRA, MULLIGAN_TEST_SGLANG_PYTHON the
-interpreter that launches further ones; MULLIGAN_TEST_VLLM_PYTHON is the interpreter that has vLLM. Continuous
-integration sets MULLIGAN_TEST_SGLANG_REQUIRED and MULLIGAN_TEST_DOCKER_REQUIRED once it has started them; the same for
-vLLM is MULLIGAN_TEST_VLLM_REQUIRED.
+interpreter that launches further ones; MULLIGAN_TEST_VLLM_PYTHON is the interpreter that has vLLM. MULLIGAN_TEST_LM is
+a folder with SmolLM2-135M-Instruct; without it, the one that `mulligan models fetch smollm2-135m` filled. Continuous
+integration sets MULLIGAN_TEST_SGLANG_REQUIRED and MULLIGAN_TEST_DOCKER_REQUIRED once it has started them, and
+MULLIGAN_TEST_LM_REQUIRED; the same for vLLM is MULLIGAN_TEST_VLLM_REQUIRED.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
+
+from mulligan.models.catalog import default_folder
 
 
 def sglang_variable(name: str) -> str:
@@ -19,6 +23,15 @@ def sglang_variable(name: str) -> str:
     value = os.environ.get(name, "")
     require("" if value else f"{name} is not set: no SGLang to test with", "MULLIGAN_TEST_SGLANG_REQUIRED")
     return value
+
+
+def language_model() -> Path:
+    """A folder with SmolLM2-135M-Instruct. Skips the test, or fails it, where there is none."""
+    folder = Path(os.environ.get("MULLIGAN_TEST_LM") or default_folder("smollm2-135m"))
+    there = (folder / "model.safetensors").is_file()
+    how = "`mulligan models fetch smollm2-135m` fetches it"
+    require("" if there else f"{folder}: no language model to test with; {how}", "MULLIGAN_TEST_LM_REQUIRED")
+    return folder
 
 
 def require_docker(problem: str) -> None:

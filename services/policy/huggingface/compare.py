@@ -9,9 +9,9 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from mulligan import models
 from mulligan.common.inference import WeightsKind
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.huggingface.source import source_of
 
 
 def alike(first: WeightsFile, second: WeightsFile, dtype: str) -> bool:
@@ -32,7 +32,7 @@ def alike_original(weights: WeightsFile, model: str, dtype: str) -> bool:
         return False
     if weights.kind is WeightsKind.LORA:
         return _adds_nothing(weights.safetensors)
-    folder = Path(source_of(model))
+    folder = Path(models.locate(model))
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(model, local_files_only=True))

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from mulligan import models
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.inference import CanaryProbe
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
-from mulligan.models import EMBEDDED
 from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.learner import tree_attention, weight_check
 from mulligan.trainer.learner.batching import ModelInput, Sequences
@@ -196,9 +196,9 @@ class PolicyModel:
 
 def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer. Raises DomainError MODEL_NOT_FOUND, or UNSUPPORTED_MODEL, which says which file is wrong."""
-    path = str(EMBEDDED) if source == "embedded" else source
     disable_progress_bar()  # it would fill the log
     try:
+        path = models.locate(source)
         check_model(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import aiohttp
 
+from mulligan import models
 from mulligan.common.errors import DomainError
 from mulligan.common.inference import Feature, LoraLimits
 from mulligan.common.model_files import UnsupportedModel
@@ -31,7 +32,6 @@ from mulligan.policy.backends._servers.pool import ServerPool
 from mulligan.policy.backends._servers.server import EngineServer, Unsuitable
 from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.chat import Chat
-from mulligan.policy.huggingface.source import source_of
 from mulligan.policy.model_settings import ModelSettings
 
 
@@ -69,7 +69,7 @@ async def open_servers(
 ) -> Opened:
     """`without`: features of the servers that requests cannot use. Raises UnsupportedModel."""
     chosen = settings.own_as(ServerSettings)
-    source = source_of(settings.model)
+    source = models.locate(settings.model)
     skeleton = await asyncio.to_thread(partial(Skeleton, source, weights=not chosen.servers))
     folders = await asyncio.to_thread(Folders, chosen, folder, skeleton, first_version)
     fixed, paths = await asyncio.to_thread(_fixed_adapters, settings, folders)

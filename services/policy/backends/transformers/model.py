@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from mulligan import models
 from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from mulligan.policy.backends.transformers import Settings, attention
-from mulligan.policy.huggingface.source import source_of
 from mulligan.policy.huggingface.tokenizer import Tokenizer
 from mulligan.policy.model_settings import ModelSettings
 
@@ -36,7 +36,7 @@ class Model:
 
     def __init__(self, settings: ModelSettings):
         chosen = settings.own_as(Settings)
-        self.source = source_of(settings.model)
+        self.source = models.locate(settings.model)
         self._score_logits = 0 if chosen.deterministic else _SCORE_LOGITS
         self.device = _device(chosen.device)
         self._wanted_dtype = _dtype(chosen.dtype, self.device)
