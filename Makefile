@@ -130,6 +130,11 @@ release-contract: $(BUF) ## promise to keep what was added to the contracts (pro
 demo: $(INSTALLED) ## start the four services and let an agent learn
 	@$(BIN)/mulligan demo $(ARGS)
 
+.PHONY: demo-lm
+demo-lm: $(INSTALLED) ## fetch a real language model of 135 million parameters, and let it learn by ERL: an hour on two cores
+	@$(BIN)/mulligan models fetch smollm2-135m >/dev/null
+	@$(BIN)/mulligan demo --folder runs/demo-lm --recipe short-sentences-smollm2 --experiences 3 $(ARGS)
+
 .PHONY: model
 model: $(INSTALLED) ## make the embedded model again, from its recipe
 	@$(BIN)/python -m mulligan.models.recipe $(ARGS)

@@ -17,8 +17,7 @@ from mulligan.cli.local import LocalServices, ServiceFailed
 from mulligan.cli.out import fail
 from mulligan.cli.out import show as say
 from mulligan.cli.progress import show
-from mulligan.cli.recipes import RECIPES
-from mulligan.cli.report import draw_chart, result_lines
+from mulligan.cli.report import draw_chart, recorded_rlvr, result_lines
 from mulligan.cli.stop import AcceptEnvironment
 from mulligan.cli.train import read_settings
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
@@ -37,9 +36,12 @@ def demo(
     override: Annotated[
         list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE, over the recipe's; repeatable.")
     ] = None,
+    experiences: Annotated[int, typer.Option(help="How many experiences are shown at the end.", min=0)] = 1,
     accept_environment: AcceptEnvironment = False,
 ) -> None:
     """Train the embedded model on FrozenLake by ERL: four services, one run, a chart. About five minutes on two cores.
+
+    Another recipe may train another model, which the policy service then serves.
 
     An interrupted demo goes on where it was.
 
@@ -47,23 +49,24 @@ def demo(
     """
     settings = read_settings(recipe, override or [])
     try:
-        finished = asyncio.run(_demo(folder, settings, accept_environment))
+        finished = asyncio.run(_demo(folder, settings, experiences, accept_environment))
     except (ServiceFailed, DomainError, CallFailed, ServiceUnavailable) as error:
         fail(error)
     if not finished:
         given = ["--folder", str(folder), "--recipe", str(recipe)]
         given += [word for one in override or () for word in ("--set", one)]
+        given += ["--experiences", str(experiences)]
         say(f"stopped. This goes on where it was: {command('demo', *given)}")
         sys.exit(130)
 
 
-async def _demo(folder: Path, settings: RunSettings, accept_environment: bool) -> bool:
+async def _demo(folder: Path, settings: RunSettings, experiences: int, accept_environment: bool) -> bool:
     """Whether the run came to its end."""
     interrupted = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, interrupted.set)
     say("starting four services: env, policy, memory, trainer …")
-    async with LocalServices(folder) as services:
+    async with LocalServices(folder, model=settings.model.source) as services:
         places = "  ".join(f"{name} {address}" for name, address in services.addresses.items())
         say(f"healthy: {places}  (logs in {services.folder / 'logs'})")
         client = RunClient(endpoint(services.addresses["trainer"], OUTAGE_SECONDS))
@@ -72,7 +75,7 @@ async def _demo(folder: Path, settings: RunSettings, accept_environment: bool) -
             say(f"run {run.run_id} in {run.folder}")
             ended = await _until_end_or_interrupt(client, run, services, interrupted)
             if ended:
-                await _report(client, run)
+                await _report(client, run, experiences)
                 return True
             say("stopping after this step …")
         finally:
@@ -114,16 +117,18 @@ async def _until_end_or_interrupt(
         await cancel(showing, *others)
 
 
-async def _report(client: RunClient, run: RunInfo) -> None:
+async def _report(client: RunClient, run: RunInfo, experiences: int) -> None:
     folder = Path(run.folder)
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     entries = [entry async for entry in client.watch(run.run_id)]
-    recorded = _recorded_rlvr(run.settings.algorithm.name)
+    recorded = recorded_rlvr(run.settings)
     await asyncio.to_thread(draw_chart, folder / "chart.png", entries, recorded)
     found = await client.experiences(run.run_id, step=0, limit=1000)
-    told = next((experience for experience in found if experience.targets), None)
-    if told is not None:
-        say("\n".join(["\none experience, whole:", *lines(told)]))
+    told = [experience for experience in found if experience.targets][:experiences]
+    if told:
+        say("\none experience, whole:" if len(told) == 1 else f"\n{len(told)} experiences, whole:")
+    for experience in told:
+        say("\n".join(lines(experience)))
     say()
     say("\n".join(result_lines(summary, recorded)))
     say(f"\nchart       {folder / 'chart.png'}\nsummary     {folder / 'summary.json'}")
@@ -134,12 +139,3 @@ async def _report(client: RunClient, run: RunInfo) -> None:
     say(f"            {mulligan} eval {run.settings.environment} --run {run.run_id}")
     say(f"            your own model: {mulligan} policy load actor --model FOLDER, then")
     say(f"            {mulligan} train RECIPE --set model.source=FOLDER")
-
-
-def _recorded_rlvr(algorithm: str) -> dict[str, Any] | None:
-    """RLVR's figures on the same task, measured before; none beside RLVR itself."""
-    path = RECIPES / "frozenlake-3x3-rlvr.summary.json"
-    if algorithm == "rlvr" or not path.exists():
-        return None
-    recorded: dict[str, Any] = json.loads(path.read_text())
-    return recorded

@@ -22,7 +22,7 @@ from mulligan.common.addresses import Addresses
 from mulligan.common.channel import is_healthy
 from mulligan.common.tasks import cancel, gather_or_cancel
 
-START_SECONDS = 120.0
+START_SECONDS = 600.0  # a large model takes minutes, and progress is shown meanwhile
 STOP_SECONDS = 40.0
 RESTARTS = 5  # of one service within a minute; more is a defect that restarting does not mend
 

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from mulligan.cli.connection import command
+from mulligan.cli.recipes import RECIPES
 from mulligan.trainer.events import Entry, EvaluationEvent, StepEvent
+from mulligan.trainer.settings import RunSettings
 
-RLVR = "frozenlake-3x3-rlvr"  # a recipe of the package
+RECORDED = ".summary.json"  # what a recipe's run ended with, beside the recipe
 
 
-def result_lines(summary: dict[str, Any], rlvr: dict[str, Any] | None) -> Iterator[str]:
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run of a recipe of the package that was measured before."""
+
+    recipe: str
+    evaluations: Sequence[dict[str, Any]]
+
+
+def recorded_rlvr(settings: RunSettings) -> RecordedRun | None:
+    """RLVR of the same model on the same task, measured before; none beside RLVR itself."""
+    for file in sorted(RECIPES.glob(f"*{RECORDED}")):
+        name = file.name.removesuffix(RECORDED)
+        other = RunSettings.model_validate(tomllib.loads((RECIPES / f"{name}.toml").read_text(encoding="utf-8")))
+        same = (other.environment, other.model) == (settings.environment, settings.model)
+        if same and other.algorithm.name == "rlvr" != settings.algorithm.name:
+            return RecordedRun(name, json.loads(file.read_text())["evaluations"])
+    return None
+
+
+def result_lines(summary: dict[str, Any], rlvr: RecordedRun | None) -> Iterator[str]:
     before = summary["test_success_before"]
     after = summary["test_success_after"]
-    yield f"success on the test boards, first attempt, no reflection in context: {before:.2f} → {after:.2f}"
+    yield f"success on the test tasks, first attempt, no reflection in context: {before:.2f} → {after:.2f}"
     yield (
         f"{summary['steps']} steps, {summary['rollouts']:,} rollouts (episodes + reflections), "
         f"{summary['sampled_tokens']:,} sampled tokens, {summary['train_seconds']:.0f} s of training"
     )
     if rlvr is not None:
-        point = at_budget(rlvr["evaluations"], summary["rollouts"])
+        point = at_budget(rlvr.evaluations, summary["rollouts"])
         yield (
             f"RLVR at the same budget: {point['success']:.2f} ({point['rollouts']:,} rollouts; recorded, measure it "
-            f"again with: {command('demo', '--folder', 'runs/rlvr', '--recipe', RLVR)})"
+            f"again with: {command('demo', '--folder', 'runs/rlvr', '--recipe', rlvr.recipe)})"
         )
 
 
@@ -34,8 +58,8 @@ def at_budget(evaluations: Sequence[dict[str, Any]], rollouts: int) -> dict[str,
     return min(evaluations, key=lambda point: abs(int(point["rollouts"]) - rollouts))
 
 
-def draw_chart(path: Path, entries: Sequence[Entry], rlvr: dict[str, Any] | None) -> None:
-    """Success over the budget: test boards, and the first and second attempts of training, smoothed over ten steps."""
+def draw_chart(path: Path, entries: Sequence[Entry], rlvr: RecordedRun | None) -> None:
+    """Success over the budget: test tasks, and the first and second attempts of training, smoothed over ten steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -51,12 +75,12 @@ def draw_chart(path: Path, entries: Sequence[Entry], rlvr: dict[str, Any] | None
         if points:
             axes.plot(*_smooth(points), alpha=0.5, label=label)
     axes.plot(
-        [spent[step] for step in sorted(tests)], [tests[step] for step in sorted(tests)], "o-", label="test boards"
+        [spent[step] for step in sorted(tests)], [tests[step] for step in sorted(tests)], "o-", label="test tasks"
     )
     if rlvr is not None:
-        curve = rlvr["evaluations"]
-        spent_rlvr = [point["rollouts"] for point in curve]
-        axes.plot(spent_rlvr, [point["success"] for point in curve], "s--", label="test boards, RLVR (recorded)")
+        spent_rlvr = [point["rollouts"] for point in rlvr.evaluations]
+        success = [point["success"] for point in rlvr.evaluations]
+        axes.plot(spent_rlvr, success, "s--", label="test tasks, RLVR (recorded)")
     axes.set(xlabel="rollouts: episodes + reflections", ylabel="success", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")

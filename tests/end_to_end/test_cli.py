@@ -68,7 +68,7 @@ def test_the_demo_is_interrupted_and_goes_on_to_its_end(tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 3 and 0 <= summary["test_success_before"] <= 1
     assert (run / "chart.png").read_bytes().startswith(b"\x89PNG")
-    assert "success on the test boards" in output and "go on" in output
+    assert "success on the test tasks" in output and "go on" in output
     chains = [chain for step in journaled_steps(journal) for chain in read_experiences(journal / f"{step:06}.msgpack")]
     assert len({chain.experience_id for chain in chains}) == len(chains) == 3 * 4 * 2
     assert summary["rollouts"] == sum(len(list(chain.samples)) for chain in chains)

@@ -81,7 +81,7 @@ def test_the_types_reach_a_users_checker(beside_others: Installed) -> None:
 def test_the_demo_runs_in_an_empty_folder(installed: Installed) -> None:
     settings = ("steps=1", "rollout.tasks_per_step=2", "evaluation.tasks=4", "evaluation.samples=1")
     told = installed.mulligan("demo", *(word for setting in settings for word in ("--set", setting)))
-    assert "success on the test boards" in told
+    assert "success on the test tasks" in told
     assert (installed.folder / "runs" / "demo" / "runs" / "demo-1" / "chart.png").exists()
     assert "─── first: " in installed.mulligan("experiences", "runs/demo/runs/demo-1", "--step", "0")
 
