@@ -99,7 +99,7 @@ async def _until_end_or_interrupt(
     client: RunClient, run: RunInfo, services: LocalServices, interrupted: asyncio.Event
 ) -> bool:
     """Shows progress. False when a signal came first. Raises ServiceFailed, or DomainError when the run failed."""
-    showing = asyncio.create_task(show(run, client.watch(run.run_id)))
+    showing = asyncio.create_task(show(run, client.watch(run.run_id), lambda: client.get(run.run_id)))
     others = [asyncio.create_task(interrupted.wait()), asyncio.create_task(services.failed())]
     try:
         await asyncio.wait([showing, *others], return_when=asyncio.FIRST_COMPLETED)

@@ -82,5 +82,6 @@ class _FetchDisplay(LiveLine):
         if doing != self._doing:
             self._doing = doing
             self._began = time.monotonic()
-        amount = f": {_megabytes(done)} of {_megabytes(total)}  left {time_left(self._began, done, total)}"
+        left = time_left(time.monotonic() - self._began, done, total)
+        amount = f": {_megabytes(done)} of {_megabytes(total)}  left {left}"
         self.say(f"{doing}{amount if total else ''}")

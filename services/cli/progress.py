@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,9 @@ from rich.table import Column
 from rich.text import Text
 
 from mulligan.cli.out import EVERY_SECONDS, FIRST_SECONDS, Heartbeat, console, safe
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.tasks import cancel
+from mulligan.trainer.activity import Activity
 from mulligan.trainer.client import RunInfo
 from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
 from mulligan.trainer.folder import RunState
@@ -23,81 +27,121 @@ _BAR_WIDTH = 110  # columns of a terminal that has room for a bar
 _LINE_SECONDS = 5.0  # between lines about a command's progress where there is no terminal
 
 
-class _Position:
-    """How far a run is, by the events seen so far."""
+class _RunDisplay:
+    """How far a run is, by the events and activities seen so far. A context manager: within it, the display is live on
+    a terminal; elsewhere lines on stderr say what the run does."""
 
-    def __init__(self, run: RunInfo):
-        self.total = run.settings.steps
+    def __init__(self, run: RunInfo, first: float, every: float):
+        self._run = run
+        self._total = run.settings.steps
         self._seconds: list[float] = []
         self._step = 0
         self._evaluated = False
+        self._activity = run.activity
+        terminal = console()
+        self._is_terminal = terminal.is_terminal
+        columns: list[ProgressColumn] = [
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
+        ]
+        columns += [BarColumn(24)] if terminal.width >= _BAR_WIDTH else []
+        columns.append(TimeElapsedColumn())
+        self._bar = Progress(*columns, console=terminal, transient=True)
+        self._steps = self._bar.add_task(f"step 0/{self._total}", total=self._total)
+        self._now = self._bar.add_task(self._what(), total=None)
+        self._heartbeat = Heartbeat(lambda: f"run {run.run_id}: {self._what()}", first=first, every=every)
+        self._shown = ExitStack()
 
-    def step(self, step: int, seconds: float) -> timedelta:
-        """The time that is left after this step."""
+    def __enter__(self) -> Self:
+        if not self._is_terminal:
+            self._shown.enter_context(self._heartbeat)
+        self._shown.enter_context(self._bar)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._shown.__exit__(kind, error, trace)
+
+    def line(self, text: str) -> None:
+        """Prints a line that stays."""
+        self._bar.console.print(Text(safe(text)), soft_wrap=True)
+        self._heartbeat.said()
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
         self._step = step + 1
-        self._seconds.append(seconds)
+        self._seconds.append(metrics["seconds"])
         recent = self._seconds[-20:]
-        return timedelta(seconds=round(sum(recent) / len(recent) * (self.total - self._step)))
+        left = timedelta(seconds=round(sum(recent) / len(recent) * (self._total - self._step)))
+        text = f"{self._step:4}/{self._total}  {step_text(metrics)}  left {left}"
+        self._bar.update(self._steps, completed=self._step, description=f"step {text.strip()}")
+        if not self._is_terminal or self._step % 10 == 0:
+            self.line(f"step {text}")
 
-    def evaluated(self) -> None:
+    def evaluated(self, event: EvaluationEvent) -> None:
         self._evaluated = True
+        self.line(evaluation_text(event))
 
-    def __str__(self) -> str:
-        """What the run does now."""
+    def does(self, activity: Activity) -> None:
+        """The run does this now."""
+        self._activity = activity
+        self._bar.update(
+            self._now, description=safe(self._what()), completed=activity.done, total=activity.total or None
+        )
+
+    def _what(self) -> str:
+        """What the run does now, how much of it is done, and how long the rest may take."""
+        now = self._activity
+        if now.doing:
+            left = f" {now.done}/{now.total}  left {time_left(now.seconds, now.done, now.total)}" if now.total else ""
+            return f"step {min(self._step + 1, self._total)}/{self._total}: {now.doing}{left}"
         if self._step == 0 and not self._evaluated:
             return "creating the learner, then evaluating the policy before training"
-        if self._step == self.total:
+        if self._step == self._total:
             return "evaluating the policy after training"
-        return f"working on step {self._step + 1}/{self.total}"
+        return f"working on step {self._step + 1}/{self._total}"
 
 
 async def show(
-    run: RunInfo, entries: AsyncIterator[Entry], *, first: float = FIRST_SECONDS, every: float = EVERY_SECONDS
+    run: RunInfo,
+    entries: AsyncIterator[Entry],
+    ask: Callable[[], Awaitable[RunInfo]],
+    *,
+    first: float = FIRST_SECONDS,
+    every: float = EVERY_SECONDS,
 ) -> StateEvent | None:
-    """Prints events until the run ends; returns its last state.
+    """Prints events until the run ends; returns its last state. `ask` gets the run as it is now.
 
-    On a terminal, with a live line: step, first- and second-attempt success, reflections, tokens per second, time left.
-    Elsewhere a line on stderr says what the run does when nothing happened for `first` and then `every` seconds.
+    On a terminal, with live lines: step, first- and second-attempt success, reflections, tokens per second, time left,
+    and what the run does now. Elsewhere a line on stderr says the latter when nothing happened for `first` and then
+    `every` seconds.
     """
-    position = _Position(run)
-    total = position.total
     state: StateEvent | None = None
-    terminal = console()
-    whole_line = "{task.description}  left {task.fields[left]}  {task.fields[text]}"
-    columns: list[ProgressColumn] = [
-        TextColumn(whole_line, markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
-    ]
-    columns += [BarColumn(24)] if terminal.width >= _BAR_WIDTH else []
-    columns.append(TimeElapsedColumn())
-    bar = Progress(*columns, console=terminal, transient=True)
-    heartbeat = Heartbeat(lambda: f"run {run.run_id}: {position}", first=first, every=every)
-
-    def show_line(text: str) -> None:
-        bar.console.print(Text(safe(text)), soft_wrap=True)
-        heartbeat.said()
-
-    live = bar.add_task(f"step 0/{total}", total=total, text=str(position), left="?")
-    with nullcontext() if terminal.is_terminal else heartbeat, bar:
-        async for entry in entries:
-            match entry.event:
-                case StepEvent(step, metrics):
-                    left = position.step(step, metrics["seconds"])
-                    text = step_text(metrics)
-                    done = f"step {step + 1}/{total}"
-                    bar.update(live, completed=step + 1, description=done, text=text, left=left)
-                    if not terminal.is_terminal or (step + 1) % 10 == 0:
-                        show_line(f"step {step + 1:4}/{total}  {text}  left {left}")
-                case EvaluationEvent():
-                    position.evaluated()
-                    bar.update(live, text=str(position))
-                    show_line(evaluation_text(entry.event))
-                case NoticeEvent(text):
-                    show_line(f"note: {text}")
-                case StateEvent():
-                    state = entry.event
-                    if state.state != RunState.RUNNING:
-                        show_line(f"run {run.run_id}: {state.state} {state.error}".rstrip())
+    with _RunDisplay(run, first, every) as display:
+        asking = asyncio.create_task(_follow(display, ask, min(first, every)))
+        try:
+            async for entry in entries:
+                match entry.event:
+                    case StepEvent(step, metrics):
+                        display.step(step, metrics)
+                    case EvaluationEvent():
+                        display.evaluated(entry.event)
+                    case NoticeEvent(text):
+                        display.line(f"note: {text}")
+                    case StateEvent():
+                        state = entry.event
+                        if state.state != RunState.RUNNING:
+                            display.line(f"run {run.run_id}: {state.state} {state.error}".rstrip())
+        finally:
+            await cancel(asking)
     return state
+
+
+async def _follow(display: _RunDisplay, ask: Callable[[], Awaitable[RunInfo]], every: float) -> None:
+    """Asks what the run does, again and again. A trainer that does not answer is the events' matter."""
+    while True:
+        with suppress(DomainError, CallFailed, ServiceUnavailable):
+            display.does((await ask()).activity)
+        await asyncio.sleep(every)
 
 
 class LiveLine:
@@ -144,14 +188,13 @@ class EvaluationDisplay(LiveLine):
             self._protocol = protocol
             self._began = time.monotonic()
         so_far = "" if success is None else f"  success so far {success:.2f}"
-        left = time_left(self._began, ended, total)
+        left = time_left(time.monotonic() - self._began, ended, total)
         self.say(f"{protocol and f'{protocol}: '}{ended}/{total} attempts{so_far}  left {left}")
 
 
-def time_left(began: float, done: float, total: float) -> str:
-    """What is left of a task that began at `began` on the monotonic clock, if the rest is as slow as what is done; "?"
-    before anything is done."""
-    return str(timedelta(seconds=round((time.monotonic() - began) / done * (total - done)))) if done else "?"
+def time_left(seconds: float, done: int, total: int) -> str:
+    """What is left if `done` of `total` parts took `seconds` and the rest is as slow; "?" before anything is done."""
+    return str(timedelta(seconds=round(seconds / done * (total - done)))) if done else "?"
 
 
 def step_text(metrics: dict[str, float]) -> str:

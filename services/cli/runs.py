@@ -17,6 +17,9 @@ def runs(trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"]) -> None:
     for info in run(_list(trainer)):
         settings = info.settings
         state = f"{info.state}: {info.error}" if info.error else str(info.state)
+        now = info.activity
+        if now.doing:
+            state = f"{state}: {now.doing}" + (f" {now.done}/{now.total}" if now.total else "")
         state = f"paused: {info.paused}" if info.paused else state
         step = f"{info.step}/{settings.steps}"
         trained = f"{info.train_seconds:.0f} s"

@@ -29,7 +29,7 @@ async def watch_run(run_id: str, trainer: str) -> None:
     client = RunClient(endpoint(trainer))
     try:
         whole = await whole_run_id(client, run_id)
-        state = await show(await client.get(whole), client.watch(whole))
+        state = await show(await client.get(whole), client.watch(whole), lambda: client.get(whole))
     finally:
         await client.close()
     if state is not None and state.state == RunState.FAILED:

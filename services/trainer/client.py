@@ -11,6 +11,7 @@ from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.errors import CallFailed
 from mulligan.common.experience import Experience
 from mulligan.common.experience_wire import experience_from_proto
+from mulligan.trainer.activity import Activity
 from mulligan.trainer.events import Entry, EvaluationEvent
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.learner.settings import LearnerInfo
@@ -44,6 +45,7 @@ class RunInfo:
     train_seconds: float
     folder: str
     paused: str = ""
+    activity: Activity = Activity()
 
 
 class RunClient:
@@ -179,4 +181,5 @@ def _info(run: pb.Run) -> RunInfo:
         train_seconds=run.train_seconds,
         folder=run.folder,
         paused=run.paused,
+        activity=Activity(run.activity.doing, run.activity.done, run.activity.total, run.activity.seconds),
     )

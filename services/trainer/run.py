@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -15,6 +16,7 @@ import structlog
 from mulligan.common.disk import free_bytes
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import PolicyInfo
+from mulligan.trainer.activity import CurrentActivity
 from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
 from mulligan.trainer.events import EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
@@ -89,6 +91,7 @@ class Run:
         self.services = services
         self.events = events or EventLog(folder.events_file)  # kept over stop and resume, for those who watch
         self.paused = ""
+        self.activity = CurrentActivity()
         self.accept_environment = False
         self.environments = RunEnvironments(self.settings, folder, services.environment)
         self._pause = Pause()
@@ -156,15 +159,18 @@ class Run:
 
     async def _train(self) -> None:
         self.events.write()
+        self.activity.begin("opening the environments")
         tasks = await self.environments.open()
         await self.environments.settle(tasks, self.notice, accept=self.accept_environment)
         self.accept_environment = False
         chooser = await self._chooser(tasks)
+        self.activity.begin("creating the learner")
         log.info("creating the learner", run_id=self.run_id, model=self.settings.model.source)
         learner = await self.services.open_learner(self.run_id, self.settings)
         try:
             await self._train_with(learner, tasks, chooser)
         finally:
+            self.activity.begin("")
             await learner.close()
 
     async def _chooser(self, tasks: Mapping[str, RunTasks]) -> Chooser:
@@ -198,6 +204,7 @@ class Run:
         runner = StepRunner(self.run_id, settings, harness, services.memory, learner, others=harnesses)
         for known in tasks.values():
             check_algorithm(runner.algorithm, known.info, actor.info, speakers)
+        self.activity.begin("publishing the weights")
         await actor.publish()
         if checkpoint is None:
             await self._save(runner, 0)
@@ -220,6 +227,8 @@ class Run:
         journal = StepJournal(self.folder.journal, self.step)
         try:
             recording = replace(runner, recorder=journal)
+            chains = self.settings.rollout.tasks_per_step * self.settings.rollout.rollouts_per_task
+            self.activity.begin("sampling chains", lambda: (journal.experiences, chains))
             step = await self._sample(recording, journal, policy.version, tasks, chooser)
             sampled = time.monotonic()
             journal.sync()
@@ -227,9 +236,12 @@ class Run:
             later = [sample for experience in step.experiences for sample in experience.samples[1:]]
             self._notice_once(prompt_notices(first, later))
             metrics = recording.metrics(step.experiences) | step.metrics
+            minibatches = self.settings.algorithm.optimizer_steps
+            self.activity.begin("learning", lambda: (recording.minibatches_learned, minibatches))
             metrics |= await recording.learn(self.step, step.kept)
             self._notice_once(drop_notices(metrics))
             learned = time.monotonic()
+            self.activity.begin("publishing the weights")
             await policy.publish()
             await recording.memorise(step.kept)
             end = time.monotonic()
@@ -307,6 +319,7 @@ class Run:
             log.info("evaluating", run_id=self.run_id, step=self.step, environment=environment, tasks=len(player.tasks))
             name = f"{self.run_id}-evaluation-{self.step}" + (f"-e{place}" if place else "")
             named = replace(player, name=name)
+            self.activity.begin("evaluating attempts", partial(_counted, named))
             attempts = await evaluate(named)
             self._notice_once(prompt_notices(attempts))
             self.events.add(await measure(named, self.step, attempts, told_as))
@@ -376,3 +389,8 @@ async def _set(event: asyncio.Event, seconds: float) -> None:
             await event.wait()
     except TimeoutError:
         return
+
+
+def _counted(player: Player) -> tuple[int, int]:
+    """The attempts of an evaluation that have ended, and all of them."""
+    return player.progress.ended, player.progress.total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ import grpc
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable, invalid_field
 from mulligan.common.experience_wire import experience_to_proto
 from mulligan.common.tasks import cancel
+from mulligan.trainer.activity import Activity
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from mulligan.trainer.manager import RunManager
@@ -154,6 +156,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
 
     def _message(self, run: Run) -> pb.Run:
         record = self._manager.record(run.run_id)
+        now = run.activity.now() if record.state is RunState.RUNNING else Activity()
         return pb.Run(
             run_id=record.run_id,
             state=state_to_proto(record.state),
@@ -164,6 +167,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
             train_seconds=run.train_seconds,
             folder=str(run.folder.path),
             paused=run.paused,
+            activity=pb.RunActivity(**asdict(now)) if now.doing else None,
         )
 
 

@@ -64,6 +64,7 @@ class StepRunner:
     recorder: Recorder = field(default_factory=NoRecorder)
     others: Mapping[str, Harness] = field(default_factory=dict)
     algorithm: ModuleType = field(init=False)
+    minibatches_learned: int = field(init=False, default=0)  # of the step that `learn` works on
     _lessons: dict[str, list[Lesson]] = field(init=False, default_factory=dict)  # by experience
 
     def __post_init__(self) -> None:
@@ -165,6 +166,7 @@ class StepRunner:
         for minibatch in minibatches(data, count, derive_seed(self.settings.seed, step, "minibatch")):
             losses = await self.learner.forward_backward(minibatch, self.settings.loss)
             metrics.append(losses | await self.learner.optim_step())
+            self.minibatches_learned += 1
         return mean_metrics(metrics) | left_out
 
     async def memorise(self, experiences: Sequence[Experience]) -> None:

@@ -64,6 +64,7 @@ class Run(_message.Message):
     TRAIN_SECONDS_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
+    ACTIVITY_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     state: Global___RunState.ValueType
     error: _builtins.str
@@ -82,6 +83,10 @@ class Run(_message.Message):
 
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def activity(self) -> Global___RunActivity:
+        """What a RUNNING run does now; unset if it does nothing."""
+
     def __init__(
         self,
         *,
@@ -94,14 +99,47 @@ class Run(_message.Message):
         train_seconds: _builtins.float = ...,
         folder: _builtins.str = ...,
         paused: _builtins.str = ...,
+        activity: Global___RunActivity | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "config", b"config", "created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["config", b"config", "created_at", b"created_at", "error", b"error", "folder", b"folder", "paused", b"paused", "run_id", b"run_id", "state", b"state", "step", b"step", "train_seconds", b"train_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activity", b"activity", "config", b"config", "created_at", b"created_at", "error", b"error", "folder", b"folder", "paused", b"paused", "run_id", b"run_id", "state", b"state", "step", b"step", "train_seconds", b"train_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class RunActivity(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOING_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    doing: _builtins.str
+    """In words for people, such as "sampling"."""
+    done: _builtins.int
+    """Parts of it that are done: chains, optimizer steps, attempts."""
+    total: _builtins.int
+    """Parts that there are; 0 if it has none."""
+    seconds: _builtins.float
+    """Since it began."""
+    def __init__(
+        self,
+        *,
+        doing: _builtins.str = ...,
+        done: _builtins.int = ...,
+        total: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["doing", b"doing", "done", b"done", "seconds", b"seconds", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunActivity: _TypeAlias = RunActivity  # noqa: Y015
 
 @_typing.final
 class StartRunRequest(_message.Message):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import count
 
@@ -12,6 +13,8 @@ import pytest
 
 from mulligan.cli.out import Heartbeat, note
 from mulligan.cli.progress import EvaluationDisplay, evaluation_text, show
+from mulligan.common.errors import ServiceUnavailable
+from mulligan.trainer.activity import Activity
 from mulligan.trainer.client import RunInfo
 from mulligan.trainer.events import Entry, EvaluationEvent, Event, StateEvent, StepEvent
 from mulligan.trainer.folder import RunState
@@ -61,8 +64,56 @@ def test_a_run_in_a_pipe_says_what_it_does_while_nothing_happens(capsys: pytest.
 
     settings = RunSettings(environment="lake", steps=2)
     run = RunInfo("lake", RunState.RUNNING, "", settings, 0, datetime.now(UTC), 0.0, "runs/lake")
-    state = asyncio.run(show(run, entries(), first=SOON, every=SOON))
+    state = asyncio.run(show(run, entries(), asked(run), first=SOON, every=SOON))
     assert state == StateEvent(RunState.COMPLETED)
+
+
+def asked(*runs: RunInfo) -> Callable[[], Awaitable[RunInfo]]:
+    """A trainer that answers with these, and then with the last one for ever."""
+    answers = list(runs)
+
+    async def ask() -> RunInfo:
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    return ask
+
+
+def test_a_run_says_how_much_of_what_it_does_is_done_and_how_long_the_rest_may_take(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    told = Told(capsys)
+    run = RunInfo(
+        "lake", RunState.RUNNING, "", RunSettings(environment="lake", steps=2), 0, datetime.now(UTC), 0.0, "runs/lake"
+    )
+    sampling = replace(run, activity=Activity("sampling chains", 6, 24, 20.0))
+
+    async def entries() -> AsyncIterator[Entry]:
+        yield Entry(1, datetime.now(UTC), EvaluationEvent(0, 0.5, 0.5, 4, 0))
+        await asyncio.to_thread(told.until, "run lake: step 1/2: sampling chains 6/24  left 0:01:00 … ")
+        yield Entry(2, datetime.now(UTC), StepEvent(0, METRICS))
+        await asyncio.to_thread(told.until, "run lake: step 2/2: sampling chains 6/24  left 0:01:00 … ")
+
+    asyncio.run(show(run, entries(), asked(sampling), first=SOON, every=SOON))
+
+
+def test_a_trainer_that_does_not_answer_is_asked_again(capsys: pytest.CaptureFixture[str]) -> None:
+    told = Told(capsys)
+    run = RunInfo(
+        "lake", RunState.RUNNING, "", RunSettings(environment="lake", steps=2), 0, datetime.now(UTC), 0.0, "runs/lake"
+    )
+    answer = asked(replace(run, activity=Activity("learning")))
+    calls = count()
+
+    async def ask() -> RunInfo:
+        if next(calls) < 2:
+            raise ServiceUnavailable("trainer", 0.0, "gone")
+        return await answer()
+
+    async def entries() -> AsyncIterator[Entry]:
+        await asyncio.to_thread(told.until, "run lake: step 1/2: learning … ")
+        yield Entry(1, datetime.now(UTC), StateEvent(RunState.COMPLETED))
+
+    asyncio.run(show(run, entries(), ask, first=SOON, every=SOON))
 
 
 def test_an_evaluation_in_a_pipe_goes_on_before_its_first_attempt_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
