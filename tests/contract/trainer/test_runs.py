@@ -21,6 +21,7 @@ from mulligan.trainer.v1 import run_config_pb2 as config_pb
 from mulligan.trainer.v1 import run_service_pb2 as pb
 from mulligan.trainer.v1 import run_service_pb2_grpc as pb_grpc
 from mulligan.trainer.wire import settings_to_proto
+from tests.support.waiting import until_async
 
 DONE = small_run(steps=1, checkpoint_every=1)
 LONG = small_run(steps=1000)
@@ -224,3 +225,27 @@ async def test_bad_evaluations_are_refused(stub: pb_grpc.RunServiceStub) -> None
         pb.EvaluateRequest(environment="frozenlake-3x3", config=config_pb.EvaluationConfig(samples=0))
     )
     assert await refusal(stub, setting) == ("INVALID_ARGUMENT", "INVALID_SETTING", "samples")
+
+
+async def test_a_running_run_says_what_it_does(client: RunClient) -> None:
+    """With counts of its chains, its optimizer steps and its attempts; a run that has ended does nothing."""
+    counted = {"evaluating attempts": 4, "sampling chains": 8, "learning": 2}
+    seen: dict[str, int] = {}
+    await client.start("busy", small_run(steps=1000, evaluation={"every": 1}))  # each of them again and again
+
+    async def all_seen() -> bool:
+        now = (await client.get("busy")).activity
+        assert 0 <= now.done <= max(now.total, 0) and now.seconds >= 0
+        if now.doing:
+            seen[now.doing] = now.total
+        return counted.keys() <= seen.keys()
+
+    await until_async(all_seen)
+    assert {doing: seen[doing] for doing in counted} == counted
+    await client.stop("busy")
+    await until_async(lambda: _has_ended(client, "busy"))
+    assert (await client.get("busy")).activity.doing == "" == (await client.get("done")).activity.doing
+
+
+async def _has_ended(client: RunClient, run_id: str) -> bool:
+    return (await client.get(run_id)).state is not RunState.RUNNING

@@ -11,6 +11,8 @@ Shapes: N packed tokens; per group of requests G rows, Q queries, L keys; H head
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -144,7 +146,7 @@ class SlotCache:
         self.values: dict[int, torch.Tensor] = {}
         for layer, shape in layers.items():
             for store, size in ((self.keys, shape.key_size), (self.values, shape.value_size)):
-                store[layer] = torch.zeros(slots, shape.heads, capacity, size, dtype=dtype, device=device)
+                store[layer] = _zeros((slots, shape.heads, capacity, size), dtype, device)
 
     @staticmethod
     def bytes_per_slot(layers: dict[int, LayerShape], capacity: int, dtype: torch.dtype) -> int:
@@ -160,6 +162,14 @@ class SlotCache:
         """Frees the memory. Nothing may use it any longer."""
         self.keys.clear()
         self.values.clear()
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """On a CPU, each page takes up memory once something is written to it: pages of a new mapping are zeros."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 class _Group:

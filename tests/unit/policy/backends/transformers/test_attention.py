@@ -1,0 +1,35 @@
+"""The cache of keys and values."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+import torch
+
+from mulligan.policy.backends.transformers.attention import LayerShape, SlotCache
+
+MIB = 2**20
+
+
+def resident() -> int:
+    """Bytes of memory that this process takes up (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_slot_takes_up_memory_once_it_is_written(dtype: torch.dtype) -> None:
+    layers = {0: LayerShape(4, 64, 64, None)}
+    size = SlotCache.bytes_per_slot(layers, MIB // 256, dtype) * 64
+    before = resident()
+    cache = SlotCache(layers, 64, MIB // 256, dtype, torch.device("cpu"))
+    assert size >= 256 * MIB and resident() - before < size // 8
+    assert not cache.keys[0][7].any() and resident() - before < size // 8
+    cache.keys[0][3] = 1.0
+    cache.copy_prefix(3, 5, 2)
+    assert cache.keys[0][3].all() and cache.keys[0][5, :, :2].all() and not cache.keys[0][5, :, 2:].any()
+    assert resident() - before < size // 4
+    del cache
+    assert resident() - before < size // 8
