@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read by torch when it is imported: waiting threads do not spin
 
+import gc
 import signal
 from collections.abc import Generator, Iterator
 from functools import cache
@@ -49,6 +50,17 @@ class _OneProcessPerServer(LoadScopeScheduling):  # type: ignore[misc]  # xdist 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
     """Where several processes run the tests. (The scheduler by marks changes ids in a way that pytest 9.2 ignores.)"""
     return _OneProcessPerServer(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported here lives as long as the process: the garbage collector does not visit it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture
