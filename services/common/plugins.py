@@ -14,6 +14,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any, TypeVar, get_args
@@ -63,8 +64,7 @@ class Plugins:
     @property
     def built_in(self) -> tuple[str, ...]:
         """Names of the built-in plug-ins. Modules with a leading underscore are skipped."""
-        path = importlib.import_module(self.package).__path__
-        return tuple(sorted(found.name for found in pkgutil.iter_modules(path) if not found.name.startswith("_")))
+        return _modules_of(self.package)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -110,6 +110,13 @@ class Plugins:
         if base is not None and not (isinstance(plugin.Settings, type) and issubclass(plugin.Settings, base)):
             raise UnusablePlugin(f"{name!r} is no {self.noun}: its `Settings` is no {base.__name__}")
         return plugin
+
+
+@cache
+def _modules_of(package: str) -> tuple[str, ...]:
+    """Listed once: names are looked up for every sample of a run."""
+    path = importlib.import_module(package).__path__
+    return tuple(sorted(found.name for found in pkgutil.iter_modules(path) if not found.name.startswith("_")))
 
 
 def _is_module(name: str) -> bool:
