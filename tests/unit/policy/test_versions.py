@@ -1,4 +1,4 @@
-"""The versions of a policy on disk: whatever happens, and whenever the process dies."""
+"""The versions of a policy on disk: whatever happens to them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import errno
 import hashlib
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -21,33 +17,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
+from mulligan.common.inference import CanaryProbe, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
 from mulligan.policy.versions import VersionRecord, VersionStore
-from tests.support.paths import IMPORT_ROOTS, ROOT
+from tests.support.version_records import PROBES, record_of, staged
 
 KEEP = 2
-PROBES = (CanaryProbe((1, 2, 3), (-0.5, -1.25)),)
-
-
-def record_of(number: int, origin: int, content: bytes | None, **changes: object) -> VersionRecord:
-    version = PolicyVersion(
-        policy_version=number,
-        kind=WeightsKind.ORIGINAL if content is None else WeightsKind.FULL,
-        state=VersionState.SERVING,
-        sha256="" if content is None else hashlib.sha256(content).hexdigest(),
-        fingerprint="f",
-        created_at=datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC),
-        model="m",
-    )
-    return replace(VersionRecord(version, origin, "transformers:m", "s", () if content is None else PROBES), **changes)  # type: ignore[arg-type]
-
-
-def staged(store: VersionStore, folder: Path, number: int, content: bytes) -> WeightsFile:
-    path = folder / f"{number}.published"
-    path.write_bytes(content)
-    weights = WeightsFile(path, WeightsKind.FULL, number, hashlib.sha256(content).hexdigest(), PROBES)
-    return store.stage(weights)
 
 
 @pytest.fixture
@@ -276,68 +251,6 @@ class Versions(RuleBasedStateMachine):
 
 TestVersions = Versions.TestCase
 TestVersions.settings = settings(max_examples=40, stateful_step_count=15, suppress_health_check=list(HealthCheck))
-
-_WRITER = """
-import hashlib, sys
-from pathlib import Path
-from tests.unit.policy.test_versions import record_of, staged
-from mulligan.policy.versions import VersionStore
-
-folder = Path(sys.argv[1])
-store = VersionStore(folder / "store", 2)
-if store.serving() is None:
-    store.begin(record_of(0, 0, None))
-print("ready", flush=True)
-while True:
-    number = store.next_version()
-    content = str(number).encode() * 50_000
-    staged(store, folder, number, content)
-    if number % 7 == 3:
-        store.refuse(record_of(number, 0, content).now(problem="bad"))
-        continue
-    store.serve(record_of(number, 0, content))
-    print(number, flush=True)
-    if number % 5 == 4:
-        older = [r for r in store.of_model(0) if r.version.state == "kept"][0]
-        store.serve(older, withdrawn="rolled back")
-        print(older.number, flush=True)
-"""
-
-
-def test_killed_at_any_moment_it_comes_back_whole(tmp_path: Path) -> None:
-    """The version that was acknowledged last serves, or the one that was on its way; and its file is right."""
-    seen = 0
-    for round_number in range(8):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _WRITER, str(tmp_path)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": IMPORT_ROOTS},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        acknowledged = ""
-        for _ in range(3 + 2 * round_number):
-            acknowledged = process.stdout.readline().strip()
-        process.send_signal(signal.SIGKILL)
-        lines = [line.strip() for line in process.stdout.read().splitlines()]
-        process.wait()
-        process.stdout.close()
-        acknowledged = lines[-1] if lines else acknowledged
-        store = VersionStore(tmp_path / "store", KEEP)
-        serving = store.serving()
-        assert serving is not None
-        states = {version.policy_version: version.state for version in store.versions(None, 1000)}
-        assert states[int(acknowledged)] in (VersionState.SERVING, VersionState.KEPT, VersionState.WITHDRAWN)
-        assert serving.number >= int(acknowledged) or states[int(acknowledged)] is VersionState.WITHDRAWN
-        for number, state in states.items():
-            if state in (VersionState.SERVING, VersionState.KEPT):
-                record = store.get(number)
-                assert record is not None
-                store.file(record)
-        assert len(states) > seen
-        seen = len(states)
-        store.close()
 
 
 def test_a_state_folder_that_was_removed_is_told(store: VersionStore, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from mulligan.policy.huggingface.compare import alike, alike_original
 from mulligan.policy.preflight import check_probes
 from mulligan.policy.versions import VersionRecord
 from mulligan.policy.weight_check import WeightCheck, largest_difference, tolerance_of
-from tests.unit.policy.test_versions import record_of
+from tests.support.version_records import record_of
 
 PROBE = CanaryProbe((1, 2, 3), (-0.5, -1.0))
 MODEL = ModelInfo("m", "f", 8, 16, (), False, False, "float32", frozenset(Feature))
