@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import PurePosixPath
 
@@ -60,16 +60,29 @@ def python_files(*folders: str) -> list[PurePosixPath]:
 
 
 @cache
+def parsed(source: str) -> ast.Module:
+    """Parsed once for all rules, which must not change it."""
+    return ast.parse(source)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget() -> Iterator[None]:
+    """The trees are large; the tests of other modules do without them."""
+    yield
+    parsed.cache_clear()
+
+
+@cache
 def imports(source: str, path: PurePosixPath) -> Sequence[tuple[int, str]]:
     """Line and absolute name of all that is imported, also inside functions, under TYPE_CHECKING and by name.
 
     `from a import b` is `a.b`, whether b is a module or not: it lies within the package `a` either way.
     """
-    return list(_imported(ast.parse(source), path))
+    return list(_imported(ast.walk(parsed(source)), path))
 
 
-def _imported(tree: ast.Module, path: PurePosixPath) -> Iterator[tuple[int, str]]:
-    for node in ast.walk(tree):
+def _imported(nodes: Iterable[ast.AST], path: PurePosixPath) -> Iterator[tuple[int, str]]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -146,18 +159,24 @@ def plugin_violations(source: str, path: PurePosixPath) -> list[str]:
         return []
     if any(path.is_relative_to(folder) for folder in PLUGINS):
         return []
-    tree = ast.parse(source)
+    tree = parsed(source)
     packages = [f"mulligan.{folder.removeprefix('services/').replace('/', '.')}" for folder in PLUGINS]
     known = [f"{package}.{name}" for package in packages for name in plugin_names()]
     found = [f"{path}:{line} {module}" for line, module in imports(source, path) if within(module, *known)]
     docstrings = {id(document) for node in ast.walk(tree) for document in _docstring(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-            found += [f"{path}:{node.lineno} {node.value!r}" for name in plugin_names() if _names(node.value, name)]
+            found += [f"{path}:{node.lineno} {node.value!r}" for _ in _named_in(node.value)]
         for text in _identifiers(node):
             words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text)
-            found += [f"{path} {text}" for name in plugin_names() if name not in ORDINARY and _names(words, name)]
+            found += [f"{path} {text}" for name in _named_in(words) if name not in ORDINARY]
     return found
+
+
+@cache
+def _named_in(text: str) -> list[str]:
+    """The plug-ins that the text names."""
+    return [name for name in plugin_names() if _names(text, name)]
 
 
 def _names(text: str, plugin: str) -> bool:
@@ -185,7 +204,7 @@ def size_violations(source: str, path: PurePosixPath) -> list[str]:
     """Files and functions short enough to be read in one go."""
     lines = len(source.splitlines())
     found = [f"{path} has {lines} lines"] if lines >= MAX_FILE_LINES else []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             if length >= MAX_FUNCTION_LINES:
@@ -350,7 +369,7 @@ def printing_violations(source: str, path: PurePosixPath) -> list[str]:
     if path.name in ("out.py", "__main__.py", "my_game.py"):  # without typer and rich the command can only print
         return []
     found = [f"{path}:{line} {module}" for line, module in imports(source, path) if within(module, "rich.console")]
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             says = name in ("sys.exit", "exit") and node.args and not isinstance(node.args[0], ast.Constant | ast.IfExp)
@@ -380,17 +399,24 @@ def circle(sources: Mapping[PurePosixPath, str]) -> list[str]:
     known = set(modules.values())
     graph = {}
     for path, source in sources.items():
-        tree = ast.parse(source)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                node.body = [ast.Pass()]
-        found = {name if name in known else name.rpartition(".")[0] for _, name in _imported(tree, path)}
+        imported = _imported(_outside_functions(parsed(source)), path)
+        found = {name if name in known else name.rpartition(".")[0] for _, name in imported}
         graph[modules[path]] = found & known
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         return list(error.args[1])
     return []
+
+
+def _outside_functions(tree: ast.Module) -> Iterator[ast.AST]:
+    """All nodes but those in the bodies of functions."""
+    left: list[ast.AST] = [tree]
+    while left:
+        node = left.pop()
+        yield node
+        body = node.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else []
+        left += [child for child in ast.iter_child_nodes(node) if child not in body]
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
@@ -427,7 +453,7 @@ def ambiguous_names(sources: Mapping[PurePosixPath, str]) -> dict[str, list[str]
     """Public classes that more than one of these modules defines: name → places."""
     places: dict[str, list[str]] = {}
     for path, source in sources.items():
-        for node in ast.parse(source).body:
+        for node in parsed(source).body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and node.name not in SHARED_NAMES:
                 places.setdefault(node.name, []).append(f"{path}:{node.lineno}")
     return {name: found for name, found in places.items() if len(found) > 1}
@@ -441,3 +467,23 @@ def test_a_name_with_two_meanings_is_noticed() -> None:
     classes = "class Limits: ...\nclass _Limits: ...\nclass Settings: ...\n"
     sources = {PurePosixPath("services/env/a.py"): classes, PurePosixPath("services/policy/b.py"): "\n" + classes}
     assert ambiguous_names(sources) == {"Limits": ["services/env/a.py:1", "services/policy/b.py:2"]}
+
+
+def misplaced(test: PurePosixPath) -> bool:
+    """Whether its folder is none of `services/`, nor, as `benchmarks`, one of the repository."""
+    suite, folder = test.parts[1], PurePosixPath(*test.parts[2:-1])
+    if folder == PurePosixPath():
+        return suite == "contract"  # the unit tests there are of the repository as a whole
+    return not any((ROOT / base / folder).is_dir() for base in ("services", ""))
+
+
+def test_tests_lie_in_the_folders_of_what_they_test() -> None:
+    files = [path for path in python_files("tests/unit", "tests/contract") if path.name.startswith("test_")]
+    assert len(files) > 100 and [path for path in files if misplaced(path)] == []
+
+
+@pytest.mark.parametrize(
+    "planted", ["contract/test_env.py", "contract/envs/test_lake.py", "unit/policy/sglang/test_a.py"]
+)
+def test_a_misplaced_test_is_noticed(planted: str) -> None:
+    assert misplaced(PurePosixPath("tests", planted))
