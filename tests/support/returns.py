@@ -18,7 +18,9 @@ REWARDS = st.sampled_from([0.0, 1.0]) | st.floats(-10, 10)
 def returns(draw: st.DrawFn, min_tokens: int = 1) -> Return:
     """A sample of one to four turns; its reward is the sum of theirs."""
     rewards = draw(st.lists(REWARDS, min_size=1, max_size=4))
-    tokens = draw(st.lists(st.integers(min_tokens, 5), min_size=len(rewards), max_size=len(rewards)))
+    choices = 6 - min_tokens
+    digits = draw(st.integers(0, choices ** len(rewards) - 1))  # all at once: to draw each takes long
+    tokens = [min_tokens + digits // choices**turn % choices for turn in range(len(rewards))]
     before = draw(st.none() | REWARDS)
     return Return(fsum(rewards), tuple(rewards), tuple(tokens), draw(st.booleans()), before)
 
