@@ -143,7 +143,10 @@ Admission = Callable[[Replica, WeightsFile], Awaitable[None]]
 
 
 class Backend(Protocol):
-    """One model, its tokenizer and its chat template. All calls may be made concurrently on one event loop."""
+    """One model, its tokenizer and its chat template. All calls are made on one event loop, and may be concurrent. The
+    policy has a lock for those that change it: `update_weights`, `release_memory`, `resume_memory` and `close` come one
+    after the other. A backend needs one of its own only for what it changes by itself.
+    """
 
     @property
     def model(self) -> ModelInfo: ...

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
@@ -30,7 +29,7 @@ from mulligan.common.inference import (
 )
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.suggest import did_you_mean
-from mulligan.common.tasks import cancel
+from mulligan.common.tasks import Broadcast, cancel
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend, create_backend
@@ -39,7 +38,6 @@ from mulligan.policy.model_request import ModelRequest, check_folders, model_set
 from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.policy import Policy
 from mulligan.policy.uploads import Uploads
-from mulligan.policy.versions import VersionStore
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -50,9 +48,9 @@ class Policies(Collector):
     """Made by `open`. An empty name is the default policy's. Calls raise DomainError as those of the contract do.
 
     `get` finds the policy of a call, which answers it. Changes go through here: `_shielded` runs each in a task of its
-    own, so that a caller who leaves does not stop it, and `close` can. A change of weights then waits for the lock of
-    its policy (`Policy.change`). LoadModel and UnloadModel of one name take turns before that: opening a model takes
-    minutes, in which the present one still gets its weights.
+    own, so that a caller who leaves does not stop it, and `close` can. `_change` gives a change of weights to its
+    policy, which has the lock. LoadModel and UnloadModel wait until the policy is neither opening nor closing
+    (`_settled`), and then it is: `policy.py` has the table of its states.
     """
 
     def __init__(self, settings: PolicySettings, create: OpenBackend):
@@ -60,8 +58,7 @@ class Policies(Collector):
         self._create = create
         self._own: dict[str, ModelSettings] = {settings.default_policy: model_settings(settings), **settings.policies}
         self._policies: dict[str, Policy] = {}
-        self._opening: list[tuple[str, ModelSettings]] = []
-        self._loading: dict[str, asyncio.Lock] = {}
+        self._settles = Broadcast()  # woken when a policy is not opening or closing any more
         self._tasks: set[asyncio.Task[Any]] = set()
         uploads = settings.state_folder / "uploads" if settings.state_folder else None
         self.uploads = Uploads(uploads, int(settings.upload_gib * 2**30))
@@ -84,7 +81,7 @@ class Policies(Collector):
     @property
     def deployments(self) -> Iterator[Deployment]:
         """The newest of each policy."""
-        return (policy.newest for policy in list(self._policies.values()))
+        return (policy.newest for policy in list(self._policies.values()) if policy.serving)
 
     def collect(self) -> Iterator[Metric]:
         """As Prometheus asks for it."""
@@ -93,9 +90,10 @@ class Policies(Collector):
     def get(self, name: str = "") -> Policy:
         """Raises DomainError UNKNOWN_POLICY."""
         found = self._policies.get(name or self.settings.default_policy)
-        if found is None:
-            known = ", ".join(sorted(self._policies))
-            near = did_you_mean(name, self._policies)
+        if found is None or not found.serving:
+            serving = [policy.name for policy in self._policies.values() if policy.serving]
+            known = ", ".join(sorted(serving))
+            near = did_you_mean(name, serving)
             raise DomainError(Reason.UNKNOWN_POLICY, f"no policy {name!r}{near}; there are {known}", policy=name)
         return found
 
@@ -104,7 +102,7 @@ class Policies(Collector):
 
     async def policies(self) -> tuple[PolicyInfo, ...]:
         """All, by name."""
-        return tuple(self._policies[name].info for name in sorted(self._policies))
+        return tuple(policy.info for _, policy in sorted(self._policies.items()) if policy.serving)
 
     async def generate(self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = _PLAIN) -> Completion:
         return await self.get(options.policy).generate(prompt, sampling, options)
@@ -157,32 +155,61 @@ class Policies(Collector):
                 raise result
 
     async def _load(self, name: str, request: ModelRequest) -> PolicyInfo:
-        async with self._lock(name):
-            settings = request.settings(self._own.get(name))
-            await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
-            policy = self._policies.get(name)
-            if policy is not None and policy.serves(settings):
-                return policy.info
-            with self._servers_of(name, settings), writing_to(self.settings.state_folder or Path(gettempdir())):
-                loaded = policy or await self._new_policy(name)
-                try:
-                    await loaded.load(settings, partial(self._remember, name, request))
-                except UnsupportedModel as error:
-                    message = f"{settings.model_name} ({settings.backend}): {error}"
-                    raise DomainError(Reason.UNSUPPORTED_MODEL, message) from error
-                finally:
-                    if not loaded.deployments:
-                        await loaded.close()
-                return self._policies.setdefault(name, loaded).info
+        settings = request.settings(self._own.get(name))
+        await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
+        policy = await self._settled(name)
+        if policy is not None and policy.serves(settings):
+            return policy.info
+        with writing_to(self.settings.state_folder or Path(gettempdir())):
+            try:
+                return (await self._open_model(name, settings, partial(self._remember, name, request))).info
+            except UnsupportedModel as error:
+                message = f"{settings.model_name} ({settings.backend}): {error}"
+                raise DomainError(Reason.UNSUPPORTED_MODEL, message) from error
 
     async def _unload(self, name: str) -> None:
-        async with self._lock(name):
-            policy = self.get(name)
-            del self._policies[name]
+        policy = await self._settled(name) or self.get(name)
+        policy.closing = True
+        try:
             await asyncio.to_thread(self._forget, name)
-            await policy.finished()
+        except OSError:
+            policy.closing = False
+            self._settles.wake_all()
+            raise
+        await policy.finished()
+        await self._remove(policy)
+        log.info("policy unloaded", policy=name)
+
+    async def _settled(self, name: str) -> Policy | None:
+        """The policy of this name, if there is one, as soon as it is neither opening nor closing. The caller changes
+        that before it waits for anything else."""
+        while (policy := self._policies.get(name)) is not None and (policy.opening is not None or policy.closing):
+            await self._settles.wait()
+        return policy
+
+    async def _open_model(
+        self, name: str, settings: ModelSettings, commit: Callable[[], None] = lambda: None, *, restore: bool = False
+    ) -> Policy:
+        """As `Policy.load`, of a new policy if there is none of this name; it is removed if that fails."""
+        self._refuse_shared_servers(settings)
+        policy = self._policies.get(name)
+        if policy is None:
+            policy = Policy(name, self.settings, self._folder(name), self._create, self.uploads)
+            self._policies[name] = policy
+        try:
+            await policy.load(settings, commit, restore=restore)
+        finally:
+            if not policy.deployments:
+                await self._remove(policy)
+            self._settles.wake_all()
+        return policy
+
+    async def _remove(self, policy: Policy) -> None:
+        try:
             await policy.close()
-            log.info("policy unloaded", policy=name)
+        finally:
+            del self._policies[policy.name]
+            self._settles.wake_all()
 
     async def _restore_all(self) -> None:
         names = sorted({*self._own, *self._stored()})
@@ -201,41 +228,27 @@ class Policies(Collector):
         if request is None and own is None:
             return
         settings = request.settings(own) if request is not None else model_settings(own or self.settings)
-        with self._servers_of(name, settings):
-            policy = await self._new_policy(name)
-            try:
-                if request is not None:
-                    await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
-                await policy.load(settings, restore=True)
-            except BaseException as error:
-                await policy.close()
-                if request is not None and isinstance(error, UnsupportedModel | DomainError):
-                    raise UnsupportedModel(f"{error} (it was loaded by LoadModel: {path})") from error
-                raise
-            self._policies[name] = policy
-
-    @contextmanager
-    def _servers_of(self, name: str, settings: ModelSettings) -> Iterator[None]:
-        """Held while a model is opened. Raises DomainError INVALID_SETTING when another policy sets the weights of a
-        server that the model asks for."""
-        serving = [(policy.name, each.settings) for policy in self._policies.values() for each in policy.deployments]
-        used = [*serving, *self._opening]
-        for other, taken in used:
-            servers = servers_of(settings)
-            shared = sorted(servers.keys() & servers_of(taken))
-            if shared:
-                field = servers[shared[0]]
-                message = f"{field}: {shared[0]} serves the policy {other}, and a server holds one model's weights"
-                raise DomainError(Reason.INVALID_SETTING, message, field=field)
-        self._opening.append((name, settings))
         try:
-            yield
-        finally:
-            self._opening.remove((name, settings))
+            if request is not None:
+                await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
+            await self._open_model(name, settings, restore=True)
+        except (UnsupportedModel, DomainError) as error:
+            if request is None:
+                raise
+            raise UnsupportedModel(f"{error} (it was loaded by LoadModel: {path})") from error
 
-    async def _new_policy(self, name: str) -> Policy:
-        store = await asyncio.to_thread(VersionStore, self._folder(name), self.settings.keep_versions)
-        return Policy(name, self.settings, store, self._create, self.uploads)
+    def _refuse_shared_servers(self, settings: ModelSettings) -> None:
+        """Raises DomainError INVALID_SETTING when a policy sets the weights of a server that the model asks for."""
+        servers = servers_of(settings)
+        for policy in self._policies.values():
+            for taken in policy.settings:
+                shared = sorted(servers.keys() & servers_of(taken))
+                if shared:
+                    field = servers[shared[0]]
+                    message = (
+                        f"{field}: {shared[0]} serves the policy {policy.name}, and a server holds one model's weights"
+                    )
+                    raise DomainError(Reason.INVALID_SETTING, message, field=field)
 
     def _folder(self, name: str) -> Path | None:
         return self.settings.state_folder / "policies" / name if self.settings.state_folder else None
@@ -271,9 +284,6 @@ class Policies(Collector):
     def _forget(self, name: str) -> None:
         if (path := self._request_file(name)) is not None:
             path.unlink(missing_ok=True)
-
-    def _lock(self, name: str) -> asyncio.Lock:
-        return self._loading.setdefault(name, asyncio.Lock())
 
     async def _change(self, policy: str, change: Callable[[Deployment], Awaitable[T]]) -> T:
         return await self._shielded(self.get(policy).change(change))

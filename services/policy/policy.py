@@ -2,6 +2,17 @@
 
 A session is an episode: it finishes on the deployment that it began with, whatever is loaded meanwhile. A replaced
 deployment is closed when no call is in flight and none of its sessions has asked for a while.
+
+A policy is in these states. Opening and closing may take minutes, so they hold no lock.
+
+    state      since                              calls             changes of weights   LoadModel, UnloadModel
+    opening    LoadModel or the start: its first  UNKNOWN_POLICY    UNKNOWN_POLICY       wait
+               model is being opened
+    serving    a model serves                     answered          one at a time        make it replacing, closing
+    replacing  LoadModel: another model is being  answered, by the  one at a time, of    wait
+               opened beside the one that serves  one that serves   the one that serves
+    closing    UnloadModel: the last calls        those that came   those that came      wait
+               finish                             before finish     before finish
 """
 
 from __future__ import annotations
@@ -10,9 +21,10 @@ import asyncio
 import hashlib
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from time import monotonic
 from typing import TypeVar, cast
 
@@ -62,14 +74,17 @@ class Policy:
     until the deployment lets it pass (`serving`), asks the engine, and is answered when the weights that sampled it
     have passed their check (`verified`); otherwise it samples again.
 
-    A change of weights (`change`) or of the model (`load`) holds the one lock, so they come one after the other.
-    `Policies` sees to it that a caller who leaves does not stop one. `store` is closed with the policy.
+    A change of weights (`change`), and the moment when a model that was opened replaces another (`load`), hold the one
+    lock. `Policies` sees to it that a caller who leaves does not stop one, and that one model is opened at a time.
     """
 
-    def __init__(self, name: str, service: PolicySettings, store: VersionStore, create: OpenBackend, uploads: Uploads):
+    def __init__(self, name: str, service: PolicySettings, folder: Path | None, create: OpenBackend, uploads: Uploads):
         self.name = name
+        self.opening: ModelSettings | None = None  # of the model that is being opened
+        self.closing = False
         self._service = service
-        self._store = store
+        self._folder = folder  # of its versions
+        self._store: VersionStore | None = None  # opened by the first `load`
         self._create = create
         self._uploads = uploads
         self._changing = asyncio.Lock()
@@ -80,6 +95,11 @@ class Policy:
         self._computed = 0.0  # seconds, in deployments that are closed
 
     @property
+    def serving(self) -> bool:
+        """Whether calls and changes may come: a model is loaded, and the policy is not closing."""
+        return self._newest is not None and not self.closing
+
+    @property
     def newest(self) -> Deployment:
         assert self._newest is not None, "nothing was loaded yet"
         return self._newest
@@ -87,6 +107,12 @@ class Policy:
     @property
     def deployments(self) -> list[Deployment]:
         return [*self._draining, self._newest] if self._newest is not None else list(self._draining)
+
+    @property
+    def settings(self) -> list[ModelSettings]:
+        """Of all its models, also of one that is being opened."""
+        opening = [self.opening] if self.opening is not None else []
+        return [*opening, *(deployment.settings for deployment in self.deployments)]
 
     @property
     def info(self) -> PolicyInfo:
@@ -119,6 +145,7 @@ class Policy:
 
     async def versions(self, below: int | None, limit: int) -> tuple[PolicyVersion, ...]:
         """Of all its models, newest first, those less than `below`."""
+        assert self._store is not None
         return await asyncio.to_thread(self._store.versions, below, limit)
 
     # Calls
@@ -186,8 +213,11 @@ class Policy:
     # Changes
 
     async def change(self, work: Callable[[Deployment], Awaitable[T]]) -> T:
-        """`work` changes the weights of the newest deployment, and nothing else changes them meanwhile."""
+        """`work` changes the weights of the newest deployment, and nothing else changes them meanwhile. Raises
+        DomainError UNKNOWN_POLICY if the policy was closed before its turn came."""
         async with self._changing:
+            if self.newest.closed:
+                raise DomainError(Reason.UNKNOWN_POLICY, f"the policy {self.name} was unloaded", policy=self.name)
             return await work(self.newest)
 
     async def load(
@@ -198,24 +228,11 @@ class Policy:
 
         Raises UnsupportedModel, DomainError or OSError; then all is as it was.
         """
-        if self._newest is not None:
-            self._newest.refuse_released()
-        folder = await asyncio.to_thread(self._store.engine_folder)
+        self.opening = settings
         try:
-            source = source_of(settings) if restore else None
-            version = await asyncio.to_thread(self._store.first_version, source)
-            backend = await self._create(settings, folder, version)
-            deployment = Deployment(self.name, settings, self._service, backend, self._store, folder, self._uploads)
-            await _or_close(self._changing.acquire(), backend.close)
-            try:
-                await _or_close(self._start(deployment), backend.close)
-                await _or_close(asyncio.to_thread(commit), deployment.close)
-                self._replace(deployment)
-            finally:
-                self._changing.release()
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+            await self._load(settings, commit, restore)
+        finally:
+            self.opening = None
 
     def serves(self, settings: ModelSettings) -> bool:
         """Whether these are the settings of the newest deployment, and it answers."""
@@ -231,10 +248,12 @@ class Policy:
 
     async def close(self) -> None:
         """Waits for the change that is under way. Calls in flight fail."""
+        self.closing = True
         async with self._changing:
             await cancel(*self._drains)
             results = await asyncio.gather(*map(self._close, self.deployments), return_exceptions=True)
-            await asyncio.to_thread(self._store.close)
+            if self._store is not None:
+                await asyncio.to_thread(self._store.close)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -259,10 +278,29 @@ class Policy:
             deployment = self._sessions[session_id] = self.newest
         return deployment
 
-    async def _start(self, deployment: Deployment) -> None:
+    async def _load(self, settings: ModelSettings, commit: Callable[[], None], restore: bool) -> None:
+        self._refuse_released()
+        if self._store is None:
+            self._store = await asyncio.to_thread(VersionStore, self._folder, self._service.keep_versions)
+        store = self._store
+        folder = await asyncio.to_thread(store.engine_folder)
+        async with AsyncExitStack() as undo:
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            version = await asyncio.to_thread(store.first_version, source_of(settings) if restore else None)
+            backend = await self._create(settings, folder, version)
+            undo.push_async_callback(backend.close)
+            deployment = Deployment(self.name, settings, self._service, backend, store, folder, self._uploads)
+            async with self._changing:
+                self._refuse_released()
+                await deployment.start()
+                undo.push_async_callback(asyncio.to_thread, store.end, deployment.record.origin)
+                await asyncio.to_thread(commit)
+                undo.pop_all()
+                self._replace(deployment)
+
+    def _refuse_released(self) -> None:
         if self._newest is not None:
             self._newest.refuse_released()
-        await deployment.start()
 
     def _replace(self, deployment: Deployment) -> None:
         old = self._newest
@@ -291,14 +329,6 @@ class Policy:
             self._draining.remove(deployment)
         await deployment.close()
         await asyncio.to_thread(shutil.rmtree, deployment.folder, ignore_errors=True)
-
-
-async def _or_close(work: Awaitable[object], close: Callable[[], Awaitable[object]]) -> None:
-    try:
-        await work
-    except BaseException:
-        await close()
-        raise
 
 
 async def _ask(

@@ -123,7 +123,6 @@ class TransformersBackend:
             prepare=lambda: torch.set_num_threads(threads),  # of the calling thread, where torch uses OpenMP
         )
         self._weights = Weights(self._model.module, self._model.load_weights)
-        self._updating = asyncio.Lock()
         self._replica = _LocalReplica(self._engine, self._runner, self._model, self._weights)
 
     def _features(self) -> frozenset[Feature]:
@@ -186,18 +185,17 @@ class TransformersBackend:
 
     async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
         """Nothing is sampled from the new weights until `admit` has returned."""
-        async with self._updating:
-            tensors = await asyncio.to_thread(self._weights.read, weights)
+        tensors = await asyncio.to_thread(self._weights.read, weights)
 
-            def apply() -> Iterator[None]:
-                self._weights.apply(tensors, weights.kind)
-                self._runner.flush()
-                self._runner.version = weights.policy_version
-                yield
+        def apply() -> Iterator[None]:
+            self._weights.apply(tensors, weights.kind)
+            self._runner.flush()
+            self._runner.version = weights.policy_version
+            yield
 
-            async with self._engine.paused():
-                await self._engine.urgently(apply())
-                await admit(self._replica, weights)
+        async with self._engine.paused():
+            await self._engine.urgently(apply())
+            await admit(self._replica, weights)
 
     async def release_memory(self) -> None:
         raise _no_memory_release()
