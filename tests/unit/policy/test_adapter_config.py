@@ -20,7 +20,7 @@ from mulligan.common.inference import WeightsKind
 from mulligan.models import EMBEDDED
 from mulligan.policy.adapter_config import AdapterConfig
 from mulligan.policy.backend import WeightsFile
-from mulligan.policy.backends._servers.skeleton import ADAPTER_FILE, Adapter, Skeleton
+from mulligan.policy.backends._servers.skeleton import ADAPTER_FILE, Skeleton
 from mulligan.policy.backends.transformers.model import Model
 from mulligan.policy.backends.transformers.weights import Weights
 from mulligan.testing.weights import load, plain_log_probs
@@ -148,15 +148,16 @@ def merged(engine: tuple[Model, Weights], folder: Path) -> list[float]:
     return list(row)
 
 
-def by_sglang(found: Adapter, folder: Path) -> list[float]:
+def by_sglang(found: tuple[dict[str, Any], dict[str, torch.Tensor]], folder: Path) -> list[float]:
     """What SGLang computes: lora_alpha / r, one rank, the layers whose names end as target_modules says."""
     model = load(EMBEDDED)
-    tensors = found.tensors or load_file(folder / ADAPTER_FILE)
-    scale = found.config["lora_alpha"] / found.config["r"]
+    config, completed = found
+    tensors = completed or load_file(folder / ADAPTER_FILE)
+    scale = config["lora_alpha"] / config["r"]
     for name, module in model.named_modules():
         key = f"base_model.model.{name}"
         if f"{key}.lora_A.weight" in tensors:
-            assert name.rpartition(".")[2] in found.config["target_modules"]
+            assert name.rpartition(".")[2] in config["target_modules"]
             with torch.no_grad():
                 module.weight.add_(scale * tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"])
     return plain_log_probs(model, PROMPT)

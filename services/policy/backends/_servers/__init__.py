@@ -1,9 +1,9 @@
 """What the backends for servers reached over HTTP share: SGLang and vLLM.
 
 This is not a backend itself. Each of the two adds its own part: requests and answers, what a server can do, and the
-calls that change it. For a request, `ServersBackend` picks a server of the `ServerPool`, has the engine's subclass ask
-it, and asks another when that one fails. For an update, `Updates` has every `EngineServer` load the `TargetWeights`
-that `Folders` has put on disk.
+calls that change it. `open_servers` finds or launches the servers. For a request, `ServersBackend` picks a server of
+the `ServerPool`, has the engine's subclass ask it, and asks another when that one fails. For an update, the pool has
+every `EngineServer` load the `TargetWeights` that `Folders` has put on disk.
 """
 
 from __future__ import annotations

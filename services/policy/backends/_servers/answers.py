@@ -11,7 +11,8 @@ from mulligan.common.inference import SamplingParams, StopReason
 
 
 class BadAnswer(Exception):
-    """An answer that a working server would not give."""
+    """An answer that a working server would not give, or one from weights that it was not given, or should no longer
+    hold."""
 
 
 class Aborted(Exception):

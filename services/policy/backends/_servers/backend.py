@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import cached_property
+from typing import ClassVar
 
 import aiohttp
 
@@ -23,72 +25,70 @@ from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, check_
 from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused, Unreachable
 from mulligan.policy.backends._servers.folders import Folders, TargetWeights
 from mulligan.policy.backends._servers.launch import LaunchedServer
-from mulligan.policy.backends._servers.opening import Opened
-from mulligan.policy.backends._servers.pool import ServerPool, Stale, place_of
+from mulligan.policy.backends._servers.pool import ServerPool, place_of
 from mulligan.policy.backends._servers.server import EngineServer
 from mulligan.policy.backends._servers.skeleton import Skeleton
-from mulligan.policy.backends._servers.updates import Updates
 from mulligan.policy.chat import Chat
 from mulligan.policy.model_settings import ModelSettings
 
 _ATTEMPTS = 10  # at servers that fail one after the other
 _RETRY_SECONDS = 0.05
 _RETRY_AFTER = timedelta(seconds=1)
-_FAILURES = (Unreachable, Stale, BadAnswer, Aborted)
+_FAILURES = (Unreachable, BadAnswer, Aborted)
 
 
+@dataclass(eq=False, repr=False)
 class ServersBackend(ABC):
-    """Subclasses know how to ask a server of their engine."""
+    """Subclasses know how to ask a server of their engine. `open_servers` makes them.
 
-    def __init__(self, settings: ModelSettings, opened: Opened):
-        self._settings = settings
-        self._session: aiohttp.ClientSession = opened.session
-        self._skeleton: Skeleton = opened.skeleton
-        self._folders: Folders = opened.folders
-        self._pool: ServerPool = opened.pool
-        self._launched: Sequence[LaunchedServer] = opened.launched
-        self._fixed = opened.fixed
-        self._info = opened.info
-        self._chat = opened.chat
-        self._updates = Updates(self._pool, self._folders)
-        self._seconds = settings.own_as(ServerSettings).request_seconds
-        self._in_flight = 0
+    A request (`generate`, `stream`, `score`) takes a server from the pool, has the subclass ask it there, and checks by
+    which weights it was answered. When that fails, the server is taken out, and another one is asked.
+    """
 
-    @property
-    def model(self) -> ModelInfo:
-        return self._info
+    server_type: ClassVar[type[EngineServer]]
+
+    settings: ModelSettings
+    session: aiohttp.ClientSession
+    skeleton: Skeleton
+    folders: Folders
+    pool: ServerPool
+    launched: Sequence[LaunchedServer]
+    fixed: Mapping[str, str]  # adapters: what the servers call each
+    model: ModelInfo
+    chat: Chat
+    in_flight: int = field(default=0, init=False)
 
     @property
     def policy_version(self) -> int:
-        return self._pool.target.weights.policy_version
+        return self.pool.target.weights.policy_version
 
     @property
     def replicas(self) -> Sequence[Replica]:
-        return self._pool.servers
-
-    @property
-    def chat(self) -> Chat:
-        return self._chat
+        return self.pool.servers
 
     @property
     def compute_seconds(self) -> float:
         return 0.0
 
+    @cached_property
+    def request_seconds(self) -> float:
+        return self.settings.own_as(ServerSettings).request_seconds
+
     def encode(self, text: str) -> list[int]:
-        return self._skeleton.tokenizer.encode(text)
+        return self.skeleton.tokenizer.encode(text)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        return self._skeleton.tokenizer.decode(token_ids)
+        return self.skeleton.tokenizer.decode(token_ids)
 
     def decode_marked(self, token_ids: Sequence[int], text: str) -> str:
-        return self._skeleton.tokenizer.decode_marked(token_ids, text, self._info.end_of_turn_token_ids)
+        return self.skeleton.tokenizer.decode_marked(token_ids, text, self.model.end_of_turn_token_ids)
 
     async def generate(self, ask: Ask) -> Sampled:
         self._enter()
         try:
             return await self._generate(ask)
         finally:
-            self._in_flight -= 1
+            self.in_flight -= 1
 
     async def stream(self, ask: Ask) -> AsyncIterator[Sampled]:
         """If the server fails in the middle, another one continues after the tokens sampled so far."""
@@ -104,7 +104,7 @@ class ServersBackend(ABC):
             finally:
                 await parts.aclose()
         finally:
-            self._in_flight -= 1
+            self.in_flight -= 1
 
     async def score(self, sequences: Sequence[Sequence[int]], temperature: float, adapter: str = "") -> Scored:
         if not sequences:
@@ -117,33 +117,33 @@ class ServersBackend(ABC):
     async def update_weights(self, weights: WeightsFile, admit: Admission) -> None:
         """Requests that run on full weights go on with the new ones. Requests on an adapter finish with that
         adapter."""
-        await self._updates.update(weights, admit)
+        await self.pool.update(weights, admit)
 
     async def release_memory(self) -> None:
         self._need(Feature.MEMORY_RELEASE)
-        await self._updates.release_memory()
+        await self.pool.release_memory()
 
     async def resume_memory(self) -> None:
         self._need(Feature.MEMORY_RELEASE)
-        await self._updates.resume_memory()
+        await self.pool.resume_memory()
 
     async def close(self) -> None:
-        await self._pool.close()
-        await asyncio.gather(*(launched.stop() for launched in self._launched))
-        await self._session.close()
-        await asyncio.to_thread(self._folders.close)
+        await self.pool.close()
+        await asyncio.gather(*(launched.stop() for launched in self.launched))
+        await self.session.close()
+        await asyncio.to_thread(self.folders.close)
 
     def _enter(self) -> None:
-        limit = self._settings.max_queue
-        if self._in_flight >= limit:
-            raise DomainError(Reason.QUEUE_FULL, f"{self._in_flight} requests wait", retry_after=_RETRY_AFTER)
-        self._in_flight += 1
+        limit = self.settings.max_queue
+        if self.in_flight >= limit:
+            raise DomainError(Reason.QUEUE_FULL, f"{self.in_flight} requests wait", retry_after=_RETRY_AFTER)
+        self.in_flight += 1
 
     def _need(self, feature: Feature) -> None:
-        if feature not in self._info.features:
+        if feature not in self.model.features:
             raise DomainError(
                 Reason.UNSUPPORTED_OPTION,
-                f"the {self._pool.engine} servers lack {feature.value}",
+                f"the {self.pool.engine} servers lack {feature.value}",
                 feature=feature.value,
             )
 
@@ -151,7 +151,7 @@ class ServersBackend(ABC):
         key = place_of(ask.session_id, ask.adapter, ask.token_ids)
         problem = ""
         for attempt in range(_ATTEMPTS):
-            async with self._pool.dispatch(key) as (server, target):
+            async with self.pool.dispatch(key) as (server, target):
                 times_let_in = server.times_let_in
                 connection = self._connection(server, attempt)
                 try:
@@ -166,7 +166,7 @@ class ServersBackend(ABC):
         rest = ask
         problem = ""
         for attempt in range(_ATTEMPTS):
-            async with self._pool.dispatch(key) as (server, target):
+            async with self.pool.dispatch(key) as (server, target):
                 times_let_in = server.times_let_in
                 connection = self._connection(server, attempt)
                 try:
@@ -186,18 +186,18 @@ class ServersBackend(ABC):
         """Asks a server directly: the router does not pass on all fields that this needs."""
         problem = ""
         for attempt in range(_ATTEMPTS):
-            async with self._pool.dispatch(place_of("", adapter, ids)) as (server, target):
+            async with self.pool.dispatch(place_of("", adapter, ids)) as (server, target):
                 times_let_in = server.times_let_in
-                name = self._fixed[adapter] if adapter else target.adapter
+                name = self.fixed[adapter] if adapter else target.adapter
                 try:
                     labels, row = await server.score_one(ids, 1, temperature, name)
                     check_scores(row)
-                    spans = self._pool.spans(target, [(label, 0) for label in sorted(labels)], own=not adapter)
+                    spans = self.pool.spans(target, [(label, 0) for label in sorted(labels)], own=not adapter)
                 except RequestRefused as error:
                     if not self._lacks_adapter(error):
                         said = f"what {server.engine} takes, which says: {error}"
                         raise invalid_field("sequences", said) from error
-                    problem = self._failed(server, Stale(str(error)), times_let_in, direct=True)
+                    problem = self._failed(server, BadAnswer(str(error)), times_let_in, direct=True)
                 except _FAILURES as error:
                     problem = self._failed(server, error, times_let_in, direct=True)
                 else:
@@ -225,26 +225,26 @@ class ServersBackend(ABC):
         return row
 
     def _adapter(self, ask: Ask, target: TargetWeights) -> str:
-        return self._fixed[ask.adapter] if ask.adapter else target.adapter
+        return self.fixed[ask.adapter] if ask.adapter else target.adapter
 
     def _failed(self, server: EngineServer, error: Exception, times_let_in: int, *, direct: bool) -> str:
         """What went wrong. The server is taken out, unless somebody aborted the request, or a router chose the server:
         then nobody knows which one failed, and the probes find it."""
         if direct and not isinstance(error, Aborted):
-            self._pool.take_out(server, str(error), times_let_in)
+            self.pool.take_out(server, str(error), times_let_in)
         return str(error)
 
     def _gave_up(self, problem: str) -> DomainError:
-        message = f"the {self._pool.engine} servers fail one after the other: {problem}"
+        message = f"the {self.pool.engine} servers fail one after the other: {problem}"
         return DomainError(Reason.ENGINE_UNAVAILABLE, message, retry_after=_RETRY_AFTER)
 
     def _refusal(self, ask: Ask, error: RequestRefused) -> Exception:
         """The error for a request that the server refused. A missing adapter is the server's fault, anything else the
         caller's."""
         if self._lacks_adapter(error):
-            return Stale(str(error))
+            return BadAnswer(str(error))
         field = "regex" if ask.sampling.regex is not None else "json_schema" if ask.sampling.json_schema else ""
-        said = f"what {self._pool.engine} takes: {error}"
+        said = f"what {self.pool.engine} takes: {error}"
         return invalid_field(f"sampling.{field}" if field else "sampling", said)
 
     # The engine's own

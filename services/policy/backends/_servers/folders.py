@@ -83,13 +83,13 @@ class Folders:
 
     def put_adapter(self, source: Path, name: str) -> str:
         """Puts an adapter where the servers can find it, and returns its folder as they see it. Raises as `prepare`."""
-        adapter = self._skeleton.check_adapter(source)
+        config, tensors = self._skeleton.check_adapter(source)
         with self._new(_ADAPTERS, name) as folder:
-            if adapter.tensors:
-                save_file(dict(adapter.tensors), folder / ADAPTER_FILE)
+            if tensors:
+                save_file(tensors, folder / ADAPTER_FILE)
             else:
                 self._put(source / ADAPTER_FILE, folder / ADAPTER_FILE)
-            (folder / adapter_config.NAME).write_text(json.dumps(adapter.config))
+            (folder / adapter_config.NAME).write_text(json.dumps(config))
         return self._engine_path(folder)
 
     def remove(self, target: TargetWeights) -> None:

@@ -8,11 +8,9 @@ import signal
 import socket
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
 
 import structlog
 
@@ -48,28 +46,36 @@ except OSError as error:
 """
 
 
-class LaunchedServer(ABC):
-    """One process and its log. Each start gives `server` a new address. `label` names the weights that the server
-    starts with; no other version has it."""
+class LaunchedServer:
+    """The process of one server, and its log. Each start gives the server a new address, to which `connect` connects
+    it. `label` names the weights that it starts with; no other version has it."""
 
-    ready_path: ClassVar[str]
-
-    def __init__(self, settings: ServerSettings, source: str, label: str, log_path: Path):
+    def __init__(
+        self,
+        server: EngineServer,
+        connect: Callable[[str], HttpConnection],
+        settings: ServerSettings,
+        source: str,
+        label: str,
+        log_path: Path,
+    ):
+        self._server = server
+        self._connect = connect
         self._settings = settings
         self._source = source
         self._label = label
         self._log_path = log_path
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self, server: EngineServer, make: Callable[[str], HttpConnection]) -> None:
+    async def start(self) -> None:
         """Returns when the server is ready. Raises UnsupportedModel, with the end of its log, if it does not get
         ready."""
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             port = _free_port()
-            server.connection = make(f"http://127.0.0.1:{port}")
+            self._server.connection = self._connect(f"http://127.0.0.1:{port}")
             try:
                 await self._spawn(port)
-                await self._ready(server)
+                await self._ready()
             except UnsupportedModel:
                 await self.stop()
                 if attempt == _PORT_ATTEMPTS or _PORT_TAKEN not in self._log_end().lower():
@@ -78,28 +84,26 @@ class LaunchedServer(ABC):
                 await self.stop()
                 raise
             else:
-                log.info("server started", server=server.address, log=str(self._log_path))
+                log.info("server started", server=self._server.address, log=str(self._log_path))
                 return
 
-    async def supervise(
-        self, server: EngineServer, make: Callable[[str], HttpConnection], died: Callable[[str], None]
-    ) -> None:
-        """Restarts the server whenever it ends, until cancelled."""
+    async def supervise(self, died: Callable[[str], None]) -> None:
+        """Restarts the server whenever it ends, until cancelled. `died` is told how it ended."""
         failures = 0
         while True:
             if self._process is not None:
                 started = time.monotonic()
                 status = await self._process.wait()
                 await self.stop()  # what is left of its group
-                log.error("server ended", server=server.address, status=status, log=str(self._log_path))
+                log.error("server ended", server=self._server.address, status=status, log=str(self._log_path))
                 failures = 0 if time.monotonic() - started > _BACKOFF[-1] else failures + 1
                 died(f"it ended with status {status}")
             await asyncio.sleep(_BACKOFF[min(failures, len(_BACKOFF) - 1)])
             try:
-                await self.start(server, make)
+                await self.start()
             except (UnsupportedModel, OSError) as error:
                 failures += 1
-                log.error("server does not start", server=server.address, problem=str(error))
+                log.error("server does not start", server=self._server.address, problem=str(error))
 
     async def stop(self) -> None:
         """Ends it with all its processes."""
@@ -119,33 +123,27 @@ class LaunchedServer(ABC):
                 os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
 
-    @abstractmethod
-    def _arguments(self, port: int) -> Sequence[str]:
-        """Of the interpreter."""
-
-    def _environment(self) -> dict[str, str]:
-        """Over the service's own."""
-        return self._settings.environment
-
     async def _spawn(self, port: int) -> None:
-        command = [self._settings.python, *self._arguments(port)]
+        server = self._server
+        arguments = server.launch_arguments(self._source, self._label, port, self._settings.flags)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
         with self._log_path.open("wb") as output:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", _GUARD, str(os.getpid()), *command),
+                *(sys.executable, "-c", _GUARD, str(os.getpid()), self._settings.python, *arguments),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                env={**os.environ, **self._environment()},
+                env={**os.environ, **server.launch_environment, **self._settings.environment},
             )
 
-    async def _ready(self, server: EngineServer) -> None:
+    async def _ready(self) -> None:
+        server = self._server
         deadline = time.monotonic() + self._settings.start_seconds
         assert self._process is not None
         while self._process.returncode is None:
             with suppress(Unreachable):
-                await server.connection.get(self.ready_path, 5.0)
+                await server.connection.get(server.ready_path, 5.0)
                 return
             if time.monotonic() > deadline:
                 seconds = self._settings.start_seconds

@@ -6,11 +6,9 @@ import asyncio
 import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-
-import aiohttp
+from typing import TypeVar
 
 from mulligan import models
 from mulligan.common.errors import DomainError
@@ -19,6 +17,7 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import ModelInfo
 from mulligan.policy.backends._servers import ServerSettings
+from mulligan.policy.backends._servers.backend import ServersBackend
 from mulligan.policy.backends._servers.connection import (
     HttpConnection,
     RequestRefused,
@@ -34,40 +33,20 @@ from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.chat import Chat
 from mulligan.policy.model_settings import ModelSettings
 
-
-@dataclass(frozen=True, slots=True)
-class EngineParts:
-    """The classes of one engine."""
-
-    connection: type[HttpConnection]
-    server: type[EngineServer]
-    launched: type[LaunchedServer]
-
-    @property
-    def name(self) -> str:
-        return self.connection.engine
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    session: aiohttp.ClientSession
-    skeleton: Skeleton
-    folders: Folders
-    pool: ServerPool
-    launched: Sequence[LaunchedServer]
-    fixed: Mapping[str, str]  # adapters: what the servers call each
-    info: ModelInfo
-    chat: Chat
+B = TypeVar("B", bound=ServersBackend)
 
 
 async def open_servers(
-    engine: EngineParts,
+    backend: type[B],
     settings: ModelSettings,
     folder: Path,
     first_version: int,
     without: frozenset[Feature] = frozenset(),
-) -> Opened:
-    """`without`: features of the servers that requests cannot use. Raises UnsupportedModel."""
+) -> B:
+    """Returns when all launched servers, or one of those that ran already, are ready. `without`: features of the
+    servers that requests cannot use. Raises UnsupportedModel."""
+    kind = backend.server_type
+    engine = kind.connection_type.engine
     chosen = settings.own_as(ServerSettings)
     source = models.locate(settings.model)
     skeleton = await asyncio.to_thread(partial(Skeleton, source, weights=not chosen.servers))
@@ -79,37 +58,38 @@ async def open_servers(
         stack.push_async_callback(session.close)
 
         def connect(address: str) -> HttpConnection:
-            return engine.connection(session, address, chosen.api_key, chosen.admin_key)
+            return kind.connection_type(session, address, chosen.api_key, chosen.admin_key)
 
         addresses = chosen.servers or ("http://127.0.0.1",) * chosen.launch
-        servers = [engine.server(connect(address), chosen.request_seconds, paths) for address in addresses]
+        servers = [kind(connect(address), chosen.request_seconds, paths) for address in addresses]
         launched = [
-            engine.launched(chosen, source, folders.original_label, folder / f"{engine.name.lower()}-{index}.log")
-            for index in range(0 if chosen.servers else chosen.launch)
+            LaunchedServer(
+                server, connect, chosen, source, folders.original_label, folder / f"{engine.lower()}-{index}.log"
+            )
+            for index, server in enumerate(servers)
+            if not chosen.servers
         ]
         for process in launched:
             stack.push_async_callback(process.stop)
-        if launched:
-            pairs = zip(launched, servers, strict=True)
-            started = [process.start(server, connect) for process, server in pairs]
-            _raise_first(await asyncio.gather(*started, return_exceptions=True))
-        present = await _look_at_all(engine, servers, skeleton, chosen.start_seconds)
+        _raise_first(await asyncio.gather(*(process.start() for process in launched), return_exceptions=True))
+        present = await _look_at_all(servers, skeleton, chosen.start_seconds)
         chat = skeleton.tokenizer.chat(skeleton.end_of_turn)
-        info = await _describe(engine, settings, skeleton, chat, present, fixed, without)
+        info = await _describe(settings, skeleton, chat, present, fixed, without)
         pool = ServerPool(
             servers,
             folders.original(first_version),
             lambda server: _look(server, skeleton, info),
+            folders,
             probe_seconds=chosen.probe_seconds,
             wait_seconds=chosen.wait_seconds,
         )
         stack.push_async_callback(pool.close)
         await _load(pool, present, loaded=bool(launched))
         for process, server in zip(launched, servers, strict=False):
-            pool.run(process.supervise(server, connect, partial(pool.take_out, server)))
+            pool.run(process.supervise(partial(pool.take_out, server)))
         pool.start()
         stack.pop_all()
-    return Opened(session, skeleton, folders, pool, launched, fixed, info, chat)
+    return backend(settings, session, skeleton, folders, pool, launched, fixed, info, chat)
 
 
 def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str, str], dict[str, str]]:
@@ -125,14 +105,12 @@ def _fixed_adapters(settings: ModelSettings, folders: Folders) -> tuple[dict[str
     return names, paths
 
 
-async def _look_at_all(
-    engine: EngineParts, servers: Sequence[EngineServer], skeleton: Skeleton, seconds: float
-) -> list[EngineServer]:
+async def _look_at_all(servers: Sequence[EngineServer], skeleton: Skeleton, seconds: float) -> list[EngineServer]:
     """The servers that answer. Raises UnsupportedModel if none does, or if one must not serve the policy."""
     try:
         await first_to_answer([server.connection for server in servers], seconds)
     except Unreachable as error:
-        raise UnsupportedModel(f"no {engine.name} server answers: {error}") from error
+        raise UnsupportedModel(f"no {servers[0].engine} server answers: {error}") from error
     results = await asyncio.gather(*(server.look(skeleton) for server in servers), return_exceptions=True)
     for server, result in zip(servers, results, strict=True):
         server.problem = str(result)
@@ -146,7 +124,6 @@ async def _look_at_all(
 
 
 async def _describe(
-    engine: EngineParts,
     settings: ModelSettings,
     skeleton: Skeleton,
     chat: Chat,
@@ -155,10 +132,11 @@ async def _describe(
     without: frozenset[Feature],
 ) -> ModelInfo:
     """The policy's ModelInfo: only what all servers can do."""
+    engine = servers[0].engine
     features = frozenset.intersection(*(server.features for server in servers)) - without
     if fixed and Feature.LORA_WEIGHTS not in features:
         raise UnsupportedModel(
-            f"adapters: the {engine.name} servers take no LoRA adapters: start them with {engine.server.lora_needs}"
+            f"adapters: the {engine} servers take no LoRA adapters: start them with {servers[0].lora_needs}"
         )
     if Feature.SEED in features and not all(await gather_or_cancel(server.repeats() for server in servers)):
         features -= {Feature.SEED}
@@ -167,9 +145,7 @@ async def _describe(
     lengths = [server.context_length for server in servers]
     [dtype, *others] = {server.dtype(skeleton) for server in servers}
     if others:
-        raise UnsupportedModel(
-            f"the {engine.name} servers compute in {', '.join([dtype, *others])}: expected one --dtype"
-        )
+        raise UnsupportedModel(f"the {engine} servers compute in {', '.join([dtype, *others])}: expected one --dtype")
     return ModelInfo(
         model=settings.model_name,
         fingerprint=skeleton.fingerprint,
@@ -181,17 +157,19 @@ async def _describe(
         dtype=dtype,
         features=features,
         adapters=tuple(fixed),
-        lora=_common_limits(engine, servers) if Feature.LORA_WEIGHTS in features else LoraLimits(),
+        lora=_common_limits(servers) if Feature.LORA_WEIGHTS in features else LoraLimits(),
     )
 
 
-def _common_limits(engine: EngineParts, servers: Sequence[EngineServer]) -> LoraLimits:
+def _common_limits(servers: Sequence[EngineServer]) -> LoraLimits:
     """The LoRA limits that hold on all servers. Raises UnsupportedModel if no layer can be adapted on all of them."""
     ranks = [server.lora.max_rank for server in servers if server.lora.max_rank]
     modules = [set(server.lora.target_modules) for server in servers if server.lora.target_modules]
     common = set.intersection(*modules) if modules else set()
     if modules and not common:
-        raise UnsupportedModel(f"the {engine.name} servers have no layer in common in their --lora-target-modules")
+        raise UnsupportedModel(
+            f"the {servers[0].engine} servers have no layer in common in their --lora-target-modules"
+        )
     return LoraLimits(min(ranks, default=0), tuple(sorted(common)))
 
 

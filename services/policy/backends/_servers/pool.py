@@ -1,12 +1,12 @@
-"""The servers of one policy: which one gets a request, which are taken out, and how those come back."""
+"""The servers of one policy: which one gets a request, which weights they hold, and how those that fail come back."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 from array import array
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,9 +16,10 @@ from cachetools import LRUCache
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, VersionSpan
 from mulligan.common.tasks import Broadcast, cancel
-from mulligan.policy.backend import Admission
+from mulligan.policy.backend import Admission, WeightsFile
+from mulligan.policy.backends._servers.answers import BadAnswer
 from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
-from mulligan.policy.backends._servers.folders import TargetWeights
+from mulligan.policy.backends._servers.folders import Folders, TargetWeights
 from mulligan.policy.backends._servers.server import EngineServer, Unsuitable
 
 log = structlog.get_logger()
@@ -29,13 +30,15 @@ _PREFIX = 256  # tokens by which prompts without a session are kept together
 _SLACK = 8  # requests that a conversation's server may have above one and a half times the least
 
 
-class Stale(Exception):
-    """An answer came from weights that the server was never given, or should no longer hold."""
-
-
 class ServerPool:
-    """`look` finds out what a server is, and raises Unsuitable. `target` is what all servers must hold. Whoever changes
-    it, or what servers hold, holds the lock `changing`. Once `admit` is set, it checks each server before it serves.
+    """`look` finds out what a server is, and raises Unsuitable. `target` is what all servers must hold.
+
+    A request is sent by `dispatch`, and `spans` tells which versions its answer came from. An `update` has all servers
+    load new weights at once, and each checked by `admit`: either all serve them, or all load the old ones again. A
+    server that fails is taken out (`take_out`), until `_restore` has loaded `target` and had it checked.
+
+    What servers hold changes under `_changing`. The policy's lock is not enough: servers are restored, and adapters
+    that are not used any more are unloaded, in the background, at no call of the policy.
     """
 
     def __init__(
@@ -43,16 +46,18 @@ class ServerPool:
         servers: Sequence[EngineServer],
         target: TargetWeights,
         look: Callable[[EngineServer], Coroutine[Any, Any, None]],
+        folders: Folders,
         *,
         probe_seconds: float,
         wait_seconds: float,
     ):
         self.servers = servers
         self.target = target
-        self.admit: Admission | None = None
-        self.changing = asyncio.Lock()
-        self.released = False
+        self._admission: Admission | None = None  # None until the first update
+        self._changing = asyncio.Lock()
+        self._released = False
         self._look = look
+        self._folders = folders
         self._probe_seconds = probe_seconds
         self._wait_seconds = wait_seconds
         self._versions: dict[str, tuple[int, int]] = {}  # of each label: policy version, generation
@@ -90,16 +95,16 @@ class ServerPool:
 
     def spans(self, target: TargetWeights, labels: Sequence[tuple[str, int]], *, own: bool) -> tuple[VersionSpan, ...]:
         """Turns the servers' labels of weights into policy versions, for a request that was sent while `target` was to
-        be served. With `own` the request used the target's adapter. Raises Stale."""
+        be served. With `own` the request used the target's adapter. Raises BadAnswer."""
         found: list[VersionSpan] = []
         for label, count in labels:
             version, generation = self._versions.get(label, (0, -1))
             if own and target.adapter:
                 if label != target.label:
-                    raise Stale(f"an adapter was used over the weights {label!r} instead of {target.label!r}")
+                    raise BadAnswer(f"an adapter was used over the weights {label!r} instead of {target.label!r}")
                 version = target.weights.policy_version
             elif generation < target.generation:
-                raise Stale(f"an answer came from weights {label!r} instead of {target.label!r}")
+                raise BadAnswer(f"an answer came from weights {label!r} instead of {target.label!r}")
             if found and found[-1].policy_version == version:
                 found[-1] = VersionSpan(version, found[-1].token_count + count)
             else:
@@ -163,10 +168,157 @@ class ServerPool:
             self._held_back = False
             self._changed.wake_all()
 
-    async def finished(self, target: TargetWeights) -> None:
-        """Returns when all requests that were sent for this target have ended."""
+    # Weights
+
+    async def update(self, weights: WeightsFile, admit: Admission) -> None:
+        """As `Backend.update_weights`. A server that fails meanwhile is taken out, and the others go on."""
+        target = await asyncio.to_thread(self._folders.prepare, weights)
+        try:
+            async with self._changing:
+                if self._released:
+                    raise DomainError(Reason.ENGINE_UNAVAILABLE, "the servers' memory is released")
+                await self._exchange(target, admit)
+        finally:
+            if self.target is not target:
+                await asyncio.to_thread(self._folders.remove, target)
+
+    async def _exchange(self, target: TargetWeights, admit: Admission) -> None:
+        before = self.target
+        serving = [server for server in self.servers if server.serving]
+        if not serving:
+            raise self.unavailable()
+        async with AsyncExitStack() as stack:
+            # A running request on an adapter cannot go on over another base, nor one on the base below an adapter.
+            rebase = not target.adapter or any(server.label != target.label for server in serving)
+            if rebase and (before.adapter or target.adapter):
+                await stack.enter_async_context(self.drained())
+            self.know(target)
+            refused = await (self._load_all(serving, target) if rebase else self._load_adapters(serving, target))
+            if refused:
+                await self._put_back(serving, before, rebase=rebase)
+                raise DomainError(Reason.MODEL_MISMATCH, f"{self.engine} refuses the weights: {refused}")
+            if not any(server.held is target for server in serving):
+                raise self.unavailable()
+            self.target = target
+            self._admission = admit
+        for server in serving:
+            await self._admit(server, target, admit)
+        if not any(server.serving for server in serving):
+            self.target = before
+            self.know(before)
+            raise self.unavailable()
+        self.run(self._retire(before))
+
+    async def _admit(self, server: EngineServer, target: TargetWeights, admit: Admission) -> None:
+        if server.held is not target:  # it died
+            return
+        try:
+            await admit(server, target.weights)
+        except DomainError as error:
+            if error.reason is not Reason.ENGINE_UNAVAILABLE:
+                raise
+            self.take_out(server, error.message)
+
+    async def _load_all(self, servers: Sequence[EngineServer], target: TargetWeights) -> str:
+        """Returns why a server refused; empty if none did."""
+        live = await self._each(servers, lambda server: server.pause())
+        refused: list[str] = []
+
+        async def load(server: EngineServer) -> None:
+            try:
+                await server.load_base(target)
+            except RequestRefused as error:
+                refused.append(str(error))
+
+        live = await self._each(live, load)
+        if refused:
+            return refused[0]
+        live = await self._each(live, lambda server: server.go_on())
+        return await self._load_adapters(live, target)
+
+    async def _load_adapters(self, servers: Sequence[EngineServer], target: TargetWeights) -> str:
+        refused: list[str] = []
+
+        async def load(server: EngineServer) -> None:
+            try:
+                if Feature.LORA_WEIGHTS in server.features:
+                    await server.load_adapters(target)
+                server.held = target
+            except RequestRefused as error:
+                refused.append(str(error))
+
+        await self._each(servers, load)
+        return refused[0] if refused else ""
+
+    async def _put_back(self, servers: Sequence[EngineServer], before: TargetWeights, *, rebase: bool) -> None:
+        """Loads what was there before. A failed load may have left a part of the new weights behind."""
+        self.know(before)
+
+        async def put_back(server: EngineServer) -> None:
+            if rebase:
+                await self.load(server, before)
+            else:
+                server.held = before
+            await server.unload_others(before)
+
+        await self._each(servers, put_back)
+
+    async def _each(
+        self, servers: Sequence[EngineServer], work: Callable[[EngineServer], Awaitable[None]]
+    ) -> list[EngineServer]:
+        """Does the work for all servers at once. Returns those that still serve; the others are taken out."""
+
+        async def one(server: EngineServer) -> bool:
+            if not server.serving:
+                return False
+            try:
+                await work(server)
+            except (Unreachable, RequestRefused) as error:
+                self.take_out(server, str(error))
+                return False
+            return True
+
+        alive = await asyncio.gather(*(one(server) for server in servers))
+        return [server for server, lives in zip(servers, alive, strict=True) if lives]
+
+    async def _retire(self, target: TargetWeights) -> None:
+        """Unloads an adapter after its last request, and removes the files."""
         while target.running:
             await self._changed.wait()
+        async with self._changing:
+            if target is self.target:
+                return
+            if target.adapter:
+                await self._each(self.servers, lambda server: server.unload(target.adapter))
+            await asyncio.to_thread(self._folders.remove, target)
+
+    async def release_memory(self) -> None:
+        """Releases the memory of all servers that serve. No request may run."""
+        async with self._changing:
+            if not await self._each(self.servers, lambda server: server.release_memory()):
+                raise self.unavailable()
+            self._released = True
+
+    async def resume_memory(self) -> None:
+        """Takes the memory again and loads the weights, since released memory is empty."""
+
+        async def resume(server: EngineServer) -> None:
+            await server.resume_memory()
+            await self.load(server, self.target)
+
+        async with self._changing:
+            self._released = False
+            if not await self._each(self.servers, resume):
+                raise self.unavailable()
+
+    async def load(self, server: EngineServer, target: TargetWeights, *, checked: bool = True) -> None:
+        """Makes the server hold `target`, whatever it holds now. Raises Unreachable, RequestRefused."""
+        await server.pause()
+        await server.load_base(target, checked=checked)
+        await server.go_on()
+        if Feature.LORA_WEIGHTS in server.features:
+            await server.load_adapters(target)
+        server.held = target
 
     # Health
 
@@ -192,15 +344,6 @@ class ServerPool:
         server.times_let_in += 1
         self._changed.wake_all()
 
-    async def load(self, server: EngineServer, target: TargetWeights, *, checked: bool = True) -> None:
-        """Makes the server hold `target`, whatever it holds now. Raises Unreachable, RequestRefused."""
-        await server.pause()
-        await server.load_base(target, checked=checked)
-        await server.go_on()
-        if Feature.LORA_WEIGHTS in server.features:
-            await server.load_adapters(target)
-        server.held = target
-
     async def _restore(self, server: EngineServer) -> None:
         delay = min(0.2, self._probe_seconds)
         try:
@@ -219,12 +362,12 @@ class ServerPool:
 
     async def _bring_back(self, server: EngineServer) -> None:
         await self._look(server)
-        async with self.changing:
-            if self.released:
+        async with self._changing:
+            if self._released:
                 raise Unreachable("its memory is released")
             await self.load(server, self.target, checked=False)
-            if self.admit is not None:
-                await self.admit(server, self.target.weights)
+            if self._admission is not None:
+                await self._admission(server, self.target.weights)
             await server.accept()
             await server.unload_others(self.target)
             self.let_in(server)
@@ -233,14 +376,14 @@ class ServerPool:
         missed = 0
         while True:
             await asyncio.sleep(self._probe_seconds)
-            if not server.serving or self.changing.locked() or self.released:
+            if not server.serving or self._changing.locked() or self._released:
                 missed = 0
                 continue
             try:
                 await server.probe()
                 missed = 0
             except Unsuitable as error:
-                if not self.changing.locked():
+                if not self._changing.locked():
                     self.take_out(server, str(error))
             except (Unreachable, RequestRefused) as error:
                 missed += 1

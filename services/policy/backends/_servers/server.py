@@ -26,10 +26,13 @@ class Unsuitable(Exception):
 class EngineServer(ABC):
     """A `Replica`. `fixed` are the adapters that it holds besides the weights: for each of its names, the folder.
 
-    Subclasses know what an engine can do, and how to call it. Methods raise Unreachable and RequestRefused unless they
-    say otherwise.
+    Subclasses know how an engine is launched, what it can do, and how to call it. Methods raise Unreachable and
+    RequestRefused unless they say otherwise. `ServerPool` calls those that change what it holds, one at a time.
     """
 
+    connection_type: ClassVar[type[HttpConnection]]
+    ready_path: ClassVar[str]  # answers when a launched server is ready
+    launch_environment: ClassVar[Mapping[str, str]] = {}  # over the service's own
     lora_needs: ClassVar[str]  # what it is to be started with to take LoRA adapters
     load_adapter_path: ClassVar[str]
     unload_adapter_path: ClassVar[str]
@@ -63,6 +66,12 @@ class EngineServer(ABC):
         return ReplicaInfo(self.address, self.serving, self.in_flight, "" if self.serving else self.problem)
 
     # What it is
+
+    @staticmethod
+    @abstractmethod
+    def launch_arguments(source: str, label: str, port: int, flags: Sequence[str]) -> list[str]:
+        """Of the interpreter, to serve the model `source` at this port. `label` names the weights that it starts with,
+        if the engine takes a name then; `flags` are those of the settings."""
 
     @property
     @abstractmethod

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,40 +61,44 @@ class Skeleton:
         Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND.
         """
         missing = dict(self._shapes)
-        with _Reader(path) as tensors:
-            for name in tensors.names:
+        with _opened(path) as file:
+            for name in sorted(file.keys()):
                 if name not in self._shapes:
                     known_as = self._tied.get(name)
                     raise mismatch(
                         f"{name} is tied to {known_as}, and is to be left out" if known_as else _no_parameter(name)
                     )
-                _check_shape(name, tensors.shape(name), missing.pop(name))
-                tensors.check_values(name)
+                _check_shape(name, _shape(file, name), missing.pop(name))
+                _check_values(file, name)
         if missing:
             raise mismatch(f"{len(missing)} parameters are missing, first {min(missing)}")
 
-    def check_adapter(self, folder: Path) -> Adapter:
-        """The adapter of a folder, checked. Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND."""
+    def check_adapter(self, folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """The adapter of a folder as the servers need it: its configuration and its tensors, those of the file and, for
+        layers that SGLang wants, factors that change nothing. No tensors if the file is right as it is.
+
+        Raises DomainError MODEL_MISMATCH, WEIGHTS_NOT_FOUND.
+        """
         config = AdapterConfig.read(folder / adapter_config.NAME)
-        with _Reader(folder / ADAPTER_FILE) as tensors:
-            shapes = {key: tensors.shape(key) for key in tensors.names}
+        with _opened(folder / ADAPTER_FILE) as file:
+            shapes = {key: _shape(file, key) for key in sorted(file.keys())}
             factors = factors_of(config, shapes, self._places)
-            for key in tensors.names:
-                tensors.check_values(key)
+            for key in shapes:
+                _check_values(file, key)
             ranks = {found.rank for found in factors.values()}
             if len(ranks) > 1:
                 raise mismatch(f"the adapter has ranks {sorted(ranks)}; the servers take one rank for all layers")
             [rank] = ranks
             missing = self._missing(factors)
             if not missing:
-                return Adapter(_for_servers(config, factors, rank))
-            some = tensors.tensor(tensors.names[0])
-            completed = {key: tensors.tensor(key) for key in tensors.names}
+                return _for_servers(config, factors, rank), {}
+            completed = {key: file.get_tensor(key) for key in shapes}
+            dtype = next(iter(completed.values())).dtype
             for module in missing:
                 rows, columns = self._shapes[f"{module}.weight"]
-                completed[f"{_ADAPTER_PREFIX}{module}.lora_A.weight"] = torch.zeros((rank, columns), dtype=some.dtype)
-                completed[f"{_ADAPTER_PREFIX}{module}.lora_B.weight"] = torch.zeros((rows, rank), dtype=some.dtype)
-            return Adapter(_for_servers(config, [*factors, *missing], rank), completed)
+                completed[f"{_ADAPTER_PREFIX}{module}.lora_A.weight"] = torch.zeros((rank, columns), dtype=dtype)
+                completed[f"{_ADAPTER_PREFIX}{module}.lora_B.weight"] = torch.zeros((rows, rank), dtype=dtype)
+            return _for_servers(config, [*factors, *missing], rank), completed
 
     def _missing(self, adapted: Collection[str]) -> list[str]:
         """Layers without an adapter that are stacked with adapted ones. SGLang needs an adapter for them, too."""
@@ -106,15 +110,6 @@ class Skeleton:
         return sorted(missing.difference(adapted))
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter as the servers need it. `tensors` are those of the file, and for layers that SGLang wants factors that
-    change nothing. They are empty if the file is right as it is."""
-
-    config: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-
 def _for_servers(config: AdapterConfig, modules: Collection[str], rank: int) -> dict[str, Any]:
     """The configuration for the servers. SGLang scales by lora_alpha / r, whatever use_rslora says. No server knows
     patterns of names or ranks."""
@@ -124,36 +119,27 @@ def _for_servers(config: AdapterConfig, modules: Collection[str], rank: int) -> 
     return {**config.content, **plain, "r": rank, "lora_alpha": alpha}
 
 
-class _Reader:
-    """A safetensors file, one tensor at a time."""
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, from which one tensor at a time is read."""
+    try:
+        file: Any = safe_open(path, framework="pt", device="cpu")
+    except FileNotFoundError as error:
+        raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"{path.name} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise mismatch(f"{path.name} is not a safetensors file: {error}") from error
+    with file:
+        yield file
 
-    def __init__(self, path: Path):
-        self._path = path
-        try:
-            self._file = safe_open(path, framework="pt", device="cpu")
-        except FileNotFoundError as error:
-            raise DomainError(Reason.WEIGHTS_NOT_FOUND, f"{path.name} does not exist") from error
-        except (SafetensorError, OSError) as error:
-            raise mismatch(f"{path.name} is not a safetensors file: {error}") from error
-        self.names = sorted(self._file.keys())
 
-    def __enter__(self) -> _Reader:
-        return self
+def _shape(file: Any, name: str) -> list[int]:
+    return list(file.get_slice(name).get_shape())
 
-    def __exit__(self, *_: object) -> None:
-        del self._file
 
-    def shape(self, name: str) -> list[int]:
-        return list(self._file.get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def check_values(self, name: str) -> None:
-        tensor = self.tensor(name)
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise mismatch(f"{name} holds values that are not finite numbers")
+def _check_values(file: Any, name: str) -> None:
+    tensor = file.get_tensor(name)
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        raise mismatch(f"{name} holds values that are not finite numbers")
 
 
 def _shapes(module: Any) -> tuple[dict[str, list[int]], dict[str, str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from mulligan.common.inference import Feature, StopReason
@@ -21,34 +22,34 @@ from mulligan.policy.backends._servers.answers import check_tokens
 from mulligan.policy.backends._servers.backend import ServersBackend
 from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused, Unreachable
 from mulligan.policy.backends._servers.folders import TargetWeights
-from mulligan.policy.backends._servers.opening import EngineParts, Opened, open_servers
+from mulligan.policy.backends._servers.opening import open_servers
 from mulligan.policy.backends._servers.server import EngineServer
 from mulligan.policy.backends.sglang import Settings, requests
 from mulligan.policy.backends.sglang.connection import SglangConnection
-from mulligan.policy.backends.sglang.launch import LaunchedSglang
 from mulligan.policy.backends.sglang.server import SglangServer
 from mulligan.policy.model_settings import ModelSettings
 
-_ENGINE = EngineParts(SglangConnection, SglangServer, LaunchedSglang)
 _ROUTED_ATTEMPTS = 2  # then servers are asked directly: a router may send a prompt to the same stale one each time
 
 
 async def open_backend(settings: ModelSettings, folder: Path, first_version: int) -> SglangBackend:
-    """Returns when all launched servers, or one of those that ran already, are ready. Raises UnsupportedModel."""
+    """Raises UnsupportedModel."""
     chosen = settings.own_as(Settings)
     if chosen.router and not chosen.servers:
         raise UnsupportedModel("sglang.router: expected the servers behind it in sglang.servers")
     without = frozenset({Feature.PRIORITY}) if chosen.router else frozenset()  # its requests have none
-    return SglangBackend(settings, await open_servers(_ENGINE, settings, folder, first_version, without))
+    return await open_servers(SglangBackend, settings, folder, first_version, without)
 
 
 class SglangBackend(ServersBackend):
-    def __init__(self, settings: ModelSettings, opened: Opened):
-        super().__init__(settings, opened)
-        chosen = settings.own_as(Settings)
-        self._router: HttpConnection | None = None
-        if chosen.router:
-            self._router = SglangConnection(opened.session, chosen.router, chosen.api_key, chosen.admin_api_key)
+    server_type = SglangServer
+
+    @cached_property
+    def _router(self) -> HttpConnection | None:
+        chosen = self.settings.own_as(Settings)
+        if not chosen.router:
+            return None
+        return SglangConnection(self.session, chosen.router, chosen.api_key, chosen.admin_key)
 
     def _connection(self, server: EngineServer, attempt: int) -> HttpConnection:
         return self._router if self._router is not None and attempt < _ROUTED_ATTEMPTS else server.connection
@@ -65,7 +66,7 @@ class SglangBackend(ServersBackend):
         rid = uuid.uuid4().hex
         body = self._encode(ask, rid, target, stream=False)
         try:
-            answer = requests.decode(await connection.generate(body, self._seconds))
+            answer = requests.decode(await connection.generate(body, self.request_seconds))
         except RequestRefused as error:
             raise self._refusal(ask, error) from error
         except (asyncio.CancelledError, Unreachable):
@@ -73,9 +74,9 @@ class SglangBackend(ServersBackend):
             raise
         requests.check_finish(answer)
         token_ids = answer.output_ids
-        check_tokens(token_ids, self._info.vocabulary_size)
+        check_tokens(token_ids, self.model.vocabulary_size)
         labels = answer.labels(0, len(token_ids))
-        spans = self._pool.spans(target, labels, own=not ask.adapter)
+        spans = self.pool.spans(target, labels, own=not ask.adapter)
         if _is_constrained(ask):
             log_probs = await self._scored_anew(server, target, ask, token_ids, labels)
         else:
@@ -92,15 +93,15 @@ class SglangBackend(ServersBackend):
         reader = requests.SglangStream(label, incremental=server.incremental)
         finished = False
         try:
-            async for event in connection.generate_stream(body, self._seconds):
+            async for event in connection.generate_stream(body, self.request_seconds):
                 answer = requests.decode_event(event)
                 finished = answer.meta_info.finish_reason is not None
                 requests.check_finish(answer)
-                check_tokens(answer.output_ids, self._info.vocabulary_size)
+                check_tokens(answer.output_ids, self.model.vocabulary_size)
                 news = reader.read(answer)
                 if news is not None:
                     token_ids, log_probs, labels = news
-                    spans = self._pool.spans(target, labels, own=not ask.adapter)
+                    spans = self.pool.spans(target, labels, own=not ask.adapter)
                     reason = self._stop_reason(ask, answer, reader.token_ids)
                     yield Sampled(tuple(token_ids), log_probs, reason, spans)
         except RequestRefused as error:
@@ -114,28 +115,28 @@ class SglangBackend(ServersBackend):
             ask,
             rid,
             self._adapter(ask, target),
-            self._info.context_length,
-            self._info.end_of_turn_token_ids,
+            self.model.context_length,
+            self.model.end_of_turn_token_ids,
             stream=stream,
-            priority=Feature.PRIORITY in self._info.features,
+            priority=Feature.PRIORITY in self.model.features,
         )
 
     def _stop_reason(self, ask: Ask, answer: requests.Answer, token_ids: Sequence[int]) -> StopReason | None:
         if answer.meta_info.finish_reason is None:
             return None
-        return requests.stop_reason(answer, token_ids, ask.sampling, self._info.end_of_turn_token_ids)
+        return requests.stop_reason(answer, token_ids, ask.sampling, self.model.end_of_turn_token_ids)
 
     def _abort(self, server: EngineServer, rid: str) -> None:
         """Aborts the request at once. Closing the connection would also abort it, but some seconds later."""
 
         async def abort() -> None:
-            for one in self._pool.servers if self._router is not None else [server]:
+            for one in self.pool.servers if self._router is not None else [server]:
                 try:
                     await one.connection.control("/abort_request", {"rid": rid})
                 except (Unreachable, RequestRefused):
                     continue
 
-        self._pool.run(abort())
+        self.pool.run(abort())
 
 
 def _is_constrained(ask: Ask) -> bool:

@@ -12,6 +12,7 @@ from mulligan.policy.backends._servers.connection import RequestRefused, Unreach
 from mulligan.policy.backends._servers.server import EngineServer, Unsuitable, last_name
 from mulligan.policy.backends._servers.skeleton import STACKED, Skeleton
 from mulligan.policy.backends.sglang import requests
+from mulligan.policy.backends.sglang.connection import SglangConnection
 
 _ALWAYS = frozenset(
     [
@@ -31,9 +32,19 @@ _FORCED_TOKENS = 262144
 
 
 class SglangServer(EngineServer):
+    connection_type = SglangConnection
+    ready_path = "/ready"
     lora_needs = "--enable-lora, without --dp-size"
     load_adapter_path = "/load_lora_adapter"
     unload_adapter_path = "/unload_lora_adapter"
+
+    @staticmethod
+    def launch_arguments(source: str, label: str, port: int, flags: Sequence[str]) -> list[str]:
+        arguments = ["-m", "sglang.launch_server", "--model-path", source]
+        arguments += ["--host", "127.0.0.1", "--port", str(port), "--weight-version", label]
+        if "--incremental-streaming-output" not in flags:  # without it a stream repeats what came before
+            arguments.append("--incremental-streaming-output")
+        return [*arguments, *flags]
 
     @property
     def incremental(self) -> bool:

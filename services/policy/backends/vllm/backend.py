@@ -18,24 +18,22 @@ from mulligan.policy.backends._servers.answers import check_tokens, known, stop_
 from mulligan.policy.backends._servers.backend import ServersBackend
 from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused
 from mulligan.policy.backends._servers.folders import TargetWeights
-from mulligan.policy.backends._servers.opening import EngineParts, open_servers
+from mulligan.policy.backends._servers.opening import open_servers
 from mulligan.policy.backends._servers.server import EngineServer
 from mulligan.policy.backends.vllm import requests
-from mulligan.policy.backends.vllm.connection import VllmConnection
-from mulligan.policy.backends.vllm.launch import LaunchedVllm
 from mulligan.policy.backends.vllm.server import VllmServer
 from mulligan.policy.model_settings import ModelSettings
 
-_ENGINE = EngineParts(VllmConnection, VllmServer, LaunchedVllm)
-
 
 async def open_backend(settings: ModelSettings, folder: Path, first_version: int) -> VllmBackend:
-    """Returns when all launched servers, or one of those that ran already, are ready. Raises UnsupportedModel."""
-    return VllmBackend(settings, await open_servers(_ENGINE, settings, folder, first_version))
+    """Raises UnsupportedModel."""
+    return await open_servers(VllmBackend, settings, folder, first_version)
 
 
 class VllmBackend(ServersBackend):
     """vLLM itself aborts a request whose connection is closed."""
+
+    server_type = VllmServer
 
     def _can_stream(self, ask: Ask) -> bool:
         return not requests.is_renormalised(ask)
@@ -48,13 +46,13 @@ class VllmBackend(ServersBackend):
     ) -> Sampled:
         body = self._encode(ask, target, stream=False)
         try:
-            answer = requests.decode(await connection.generate(body, self._seconds))
+            answer = requests.decode(await connection.generate(body, self.request_seconds))
         except RequestRefused as error:
             raise self._refusal(ask, error) from error
         token_ids = answer.choice.token_ids
-        check_tokens(token_ids, self._info.vocabulary_size)
+        check_tokens(token_ids, self.model.vocabulary_size)
         labels = answer.labels(0, len(token_ids))
-        spans = self._pool.spans(target, labels, own=not ask.adapter)
+        spans = self.pool.spans(target, labels, own=not ask.adapter)
         if requests.is_renormalised(ask):
             log_probs = await self._scored_anew(server, target, ask, token_ids, labels)
         else:
@@ -68,13 +66,13 @@ class VllmBackend(ServersBackend):
         changes = server.changes
         reader = requests.VllmStream(server.label)
         try:
-            async for event in connection.generate_stream(self._encode(ask, target, stream=True), self._seconds):
+            async for event in connection.generate_stream(self._encode(ask, target, stream=True), self.request_seconds):
                 answer = requests.decode(event)
-                check_tokens(answer.choice.token_ids, self._info.vocabulary_size)
+                check_tokens(answer.choice.token_ids, self.model.vocabulary_size)
                 news = reader.read(answer, changed=changes != server.changes)
                 if news is not None:
                     token_ids, log_probs, labels = news
-                    spans = self._pool.spans(target, labels, own=not ask.adapter)
+                    spans = self.pool.spans(target, labels, own=not ask.adapter)
                     yield Sampled(tuple(token_ids), log_probs, self._stop_reason(ask, answer, reader.token_ids), spans)
         except RequestRefused as error:
             raise self._refusal(ask, error) from error
@@ -83,10 +81,10 @@ class VllmBackend(ServersBackend):
         return requests.encode(
             ask,
             self._adapter(ask, target),
-            self._info.context_length,
-            self._info.end_of_turn_token_ids,
+            self.model.context_length,
+            self.model.end_of_turn_token_ids,
             stream=stream,
-            priority=Feature.PRIORITY in self._info.features,
+            priority=Feature.PRIORITY in self.model.features,
         )
 
     def _stop_reason(self, ask: Ask, answer: requests.VllmAnswer, token_ids: Sequence[int]) -> StopReason | None:
@@ -94,4 +92,4 @@ class VllmBackend(ServersBackend):
             return None
         by_string = isinstance(answer.choice.stop_reason, str)
         stopped = answer.choice.finish_reason == "stop"
-        return stop_reason(token_ids, ask.sampling, self._info.end_of_turn_token_ids, stopped, by_string=by_string)
+        return stop_reason(token_ids, ask.sampling, self.model.end_of_turn_token_ids, stopped, by_string=by_string)

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from mulligan.common.inference import Feature, LoraLimits, SamplingParams
 from mulligan.common.tasks import gather_or_cancel
@@ -16,6 +16,7 @@ from mulligan.policy.backends._servers.connection import HttpConnection, Request
 from mulligan.policy.backends._servers.server import EngineServer, Unsuitable, last_name
 from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.backends.vllm import requests
+from mulligan.policy.backends.vllm.connection import VllmConnection
 
 _ALWAYS = frozenset(
     [
@@ -39,6 +40,10 @@ _FORCED = 32  # requests at a time when scoring at a temperature, of all sequenc
 
 
 class VllmServer(EngineServer):
+    connection_type = VllmConnection
+    ready_path = "/health"
+    # Only with these vLLM has /pause, /collective_rpc, /update_weight_version and others, and /v1/load_lora_adapter.
+    launch_environment: ClassVar = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     lora_needs = "--enable-lora, and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in their environment"
     load_adapter_path = "/v1/load_lora_adapter"
     unload_adapter_path = "/v1/unload_lora_adapter"
@@ -47,6 +52,12 @@ class VllmServer(EngineServer):
         super().__init__(connection, request_seconds, fixed)
         self.changes = 0  # raised before its weights change, and when they have changed
         self._slots = asyncio.Semaphore(_FORCED)
+
+    @staticmethod
+    def launch_arguments(source: str, label: str, port: int, flags: Sequence[str]) -> list[str]:
+        arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", source]
+        arguments += ["--host", "127.0.0.1", "--port", str(port)]
+        return [*arguments, "--enable-scale-out", "--logprobs-mode", "processed_logprobs", *flags]
 
     @property
     def context_length(self) -> int:

@@ -23,17 +23,17 @@ _SERVICE = """
 import asyncio, sys
 from pathlib import Path
 from mulligan.policy.backends._servers.connection import new_session
+from mulligan.policy.backends._servers.launch import LaunchedServer
 from mulligan.policy.backends.sglang.connection import SglangConnection
-from mulligan.policy.backends.sglang.launch import LaunchedSglang
 from mulligan.policy.backends.sglang.server import SglangServer
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 
 async def main():
     settings = SglangSettings(python=sys.argv[1])
     session = new_session()
-    server = SglangServer(SglangConnection(session, "http://127.0.0.1:9"), 1.0, {})
-    launched = LaunchedSglang(settings, "model", "0-original", Path(sys.argv[2]) / "log")
-    await launched.start(server, lambda address: SglangConnection(session, address))
+    connect = lambda address: SglangConnection(session, address)
+    server = SglangServer(connect("http://127.0.0.1:9"), 1.0, {})
+    await LaunchedServer(server, connect, settings, "model", "0-original", Path(sys.argv[2]) / "log").start()
 
 asyncio.run(main())
 """

@@ -20,7 +20,7 @@ from mulligan.policy.backend import Ask, WeightsFile
 from mulligan.policy.backends._servers.answers import Aborted, BadAnswer
 from mulligan.policy.backends._servers.connection import RequestRefused
 from mulligan.policy.backends._servers.folders import Folders, TargetWeights
-from mulligan.policy.backends._servers.pool import ServerPool, Stale, place_of
+from mulligan.policy.backends._servers.pool import ServerPool, place_of
 from mulligan.policy.backends._servers.server import EngineServer
 from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.backends.sglang import Settings as SglangSettings
@@ -148,37 +148,42 @@ def _target(version: int, label: str, adapter: str = "") -> TargetWeights:
     return TargetWeights(WeightsFile(None, kind, version, ""), label, adapter=adapter)
 
 
+def _pool(target: TargetWeights, folder: Path) -> ServerPool:
+    folders = Folders(SglangSettings(), folder, Skeleton(str(models.EMBEDDED)), 0)
+    return ServerPool([], target, _look, folders, probe_seconds=1, wait_seconds=0)
+
+
 async def _look(server: EngineServer) -> None:
     raise AssertionError("nothing looks here")
 
 
-def test_an_answer_is_as_new_as_what_was_served_when_it_was_asked_for() -> None:
+def test_an_answer_is_as_new_as_what_was_served_when_it_was_asked_for(tmp_path: Path) -> None:
     original = _target(0, "0-original")
     first = _target(1, "1-a")
     second = _target(2, "2-b")
-    pool = ServerPool([], original, _look, probe_seconds=1, wait_seconds=0)
+    pool = _pool(original, tmp_path)
     pool.know(first)
     spans = pool.spans(original, [("0-original", 2), ("1-a", 3)], own=True)
     assert spans == (VersionSpan(0, 2), VersionSpan(1, 3))  # it was under way
     for label in ("0-original", "1-somebody", "default"):
-        with pytest.raises(Stale):
+        with pytest.raises(BadAnswer):
             pool.spans(first, [(label, 1)], own=True)
     pool.know(second)
     pool.know(first)  # rolled back
     assert pool.spans(first, [("1-a", 1)], own=True) == (VersionSpan(1, 1),)
-    with pytest.raises(Stale):
+    with pytest.raises(BadAnswer):
         pool.spans(first, [("2-b", 1)], own=True)
 
 
-def test_an_adapter_counts_over_the_weights_that_it_was_made_for() -> None:
+def test_an_adapter_counts_over_the_weights_that_it_was_made_for(tmp_path: Path) -> None:
     original = _target(0, "0-original")
     tuned = _target(3, "0-original", "mulligan-3")
-    pool = ServerPool([], original, _look, probe_seconds=1, wait_seconds=0)
+    pool = _pool(original, tmp_path)
     pool.know(tuned)
     assert pool.spans(tuned, [("0-original", 4)], own=True) == (VersionSpan(3, 4),)
     assert pool.spans(tuned, [("0-original", 4)], own=False) == (VersionSpan(0, 4),)  # a fixed adapter
     pool.know(_target(4, "4-c"))
-    with pytest.raises(Stale):
+    with pytest.raises(BadAnswer):
         pool.spans(tuned, [("0-original", 2), ("4-c", 2)], own=True)
 
 

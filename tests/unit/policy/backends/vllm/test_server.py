@@ -23,13 +23,14 @@ from mulligan.policy.backend import Ask, Replica, Sampled, WeightsFile
 from mulligan.policy.backends._servers.answers import Aborted, BadAnswer
 from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable, new_session
 from mulligan.policy.backends._servers.folders import TargetWeights
+from mulligan.policy.backends._servers.launch import LaunchedServer
 from mulligan.policy.backends._servers.server import Unsuitable
 from mulligan.policy.backends._servers.skeleton import Skeleton
 from mulligan.policy.backends.vllm import Settings as VllmSettings
 from mulligan.policy.backends.vllm import open as open_backend
 from mulligan.policy.backends.vllm import requests
+from mulligan.policy.backends.vllm.backend import VllmBackend
 from mulligan.policy.backends.vllm.connection import VllmConnection
-from mulligan.policy.backends.vllm.launch import LaunchedVllm
 from mulligan.policy.backends.vllm.server import VllmServer
 from tests.support.settings import model_settings
 from tests.support.sglang import lora
@@ -349,6 +350,33 @@ async def test_a_stream_that_waited_for_new_weights_tells_theirs(tmp_path: Path)
         await backend.close()
 
 
+async def test_a_server_that_comes_back_during_an_update_is_given_the_new_weights_alone(tmp_path: Path) -> None:
+    models = copy.deepcopy(RECORDED["models"])
+    models["data"][0]["root"] = str(EMBEDDED)
+
+    async def admit(replica: Replica, weights: WeightsFile) -> None:
+        return None
+
+    async with at_an_address(models=models) as (first, updated), at_an_address(models=models) as (second, restored):
+        settings = VllmSettings(servers=(first, second), probe_seconds=60)
+        chosen = model_settings(backend="vllm", model=str(EMBEDDED), vllm=settings)
+        backend = await open_backend(chosen, tmp_path / "engine", 0)
+        assert isinstance(backend, VllmBackend)
+        updated.may_load.clear()
+        new = WeightsFile(None, WeightsKind.ORIGINAL, 1, "")
+        updating = asyncio.create_task(backend.update_weights(new, admit))
+        await until(lambda: not updated.runs.is_set() and restored.label == "1-original")
+        seen = len(restored.asked)
+        backend.pool.take_out(backend.pool.servers[1], "it was away")
+        await until(lambda: "/v1/models" in [path for path, _ in restored.asked[seen:]])
+        updated.may_load.set()
+        await updating
+        await until(lambda: all(server.serving for server in backend.pool.servers))
+        names = [body["new_version"] for path, body in restored.asked[seen:] if path == "/update_weight_version"]
+        assert names == ["1-original-unchecked", "1-original"]
+        await backend.close()
+
+
 async def test_refusals_and_failures_are_told_apart() -> None:
     async def failure(name: str) -> Exception:
         async def answer(request: web.Request) -> web.Response:
@@ -372,18 +400,28 @@ async def test_refusals_and_failures_are_told_apart() -> None:
     assert isinstance(await failure("no_adapter"), Unreachable)  # it was restarted: the server is loaded again
 
 
-def test_a_launched_server_is_told_what_the_backend_needs(tmp_path: Path) -> None:
-    settings = VllmSettings(flags=("--tensor-parallel-size", "2"), environment={"OMP_NUM_THREADS": "1"})
-    launched = LaunchedVllm(settings, "some/model", "0-original", tmp_path / "log")
-    arguments = launched._arguments(30000)
+async def test_a_launched_server_is_told_what_the_backend_needs(tmp_path: Path) -> None:
+    script = tmp_path / "python"
+    script.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nenv\nexit 3\n')
+    script.chmod(0o755)
+    session = new_session()
+
+    def connect(address: str) -> VllmConnection:
+        return VllmConnection(session, address)
+
+    flags = ("--tensor-parallel-size", "2")
+    settings = VllmSettings(python=str(script), flags=flags, environment={"OMP_NUM_THREADS": "1"})
+    server = VllmServer(connect("http://127.0.0.1:9"), 1.0, {})
+    launched = LaunchedServer(server, connect, settings, "some/model", "0-original", tmp_path / "log")
+    with pytest.raises(UnsupportedModel, match="status 3"):
+        await launched.start()
+    await session.close()
+    told = (tmp_path / "log").read_text().splitlines()
+    assert {"VLLM_SERVER_DEV_MODE=1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", "OMP_NUM_THREADS=1"} <= set(told)
+    arguments = told[: told.index("2") + 1]
     assert list(arguments[:4]) == ["-m", "vllm.entrypoints.openai.api_server", "--model", "some/model"]
     assert "--enable-scale-out" in arguments and "processed_logprobs" in arguments
     assert list(arguments[-2:]) == ["--tensor-parallel-size", "2"]
-    assert launched._environment() == {
-        "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "OMP_NUM_THREADS": "1",
-    }
 
 
 async def _all(parts: AsyncIterator[Sampled]) -> list[Sampled]:
