@@ -16,7 +16,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, unquote
@@ -88,16 +88,6 @@ class KnownServer:
         await self.client.close()
 
 
-@dataclass
-class SharedPolicy:
-    """One policy at all servers. They are asked at `version`; `target` are its weights, if they were published here."""
-
-    name: str
-    reference: PolicyInfo
-    version: int
-    target: PublishedWeights | None = None
-
-
 def connect(
     endpoint: Endpoint,
     *,
@@ -129,6 +119,9 @@ class PolicyReplicas:
     A call (`_ask`) chooses a server that may be asked for its policy, and another one when that fails. `_check` runs in
     the background for each server that is not used: it looks at its policies and brings those that are behind to their
     version. An update (`_publish`) goes to all servers at once, and `_take_back` rolls them back.
+
+    `_publishing` is a lock of the caller's process. Those of the servers cannot keep two updates of one caller apart:
+    each server might take them in another order.
     """
 
     def __init__(
@@ -142,7 +135,8 @@ class PolicyReplicas:
         self._replicas: Replicas[KnownServer] = Replicas(
             addresses, open_server, self._check, outage_seconds=outage_seconds, notice=on_outage
         )
-        self._policies: dict[str, SharedPolicy] = {}
+        self._policies: dict[str, PolicyInfo] = {}  # as all servers have them, at the version that these are asked at
+        self._targets: dict[str, PublishedWeights] = {}  # the weights of that version, if they were published here
         self._names: dict[str, str] = {}  # as asked, "" for the default policy → as the servers call it
         self._sessions: LRUCache[str, ServerReplica[KnownServer]] = LRUCache(_MOST_SESSIONS)
         self._turns = itertools.count(1)
@@ -161,8 +155,9 @@ class PolicyReplicas:
         if not self._publishing.locked() or name not in self._policies:
             shared = self._policies.get(name)
             numbers = {info.policy_version for info in asked.values()}
-            if shared is None or shared.target is None or not numbers or max(numbers) > shared.version:
+            if shared is None or name not in self._targets or not numbers or max(numbers) > shared.policy_version:
                 shared = self._policies[name] = _agreed(name, found)
+                self._targets.pop(name, None)
                 asked = infos
             for replica, info in infos.items():
                 replica.client.infos[name] = info
@@ -218,7 +213,7 @@ class PolicyReplicas:
     async def close(self) -> None:
         await self._replicas.close()
 
-    async def _known(self, policy: str) -> SharedPolicy:
+    async def _known(self, policy: str) -> PolicyInfo:
         if policy not in self._names:
             await self.info(policy)
         return self._policies[self._names[policy]]
@@ -254,7 +249,7 @@ class PolicyReplicas:
             except DomainError as error:
                 if error.reason not in _ELSEWHERE:
                     raise
-                if policy.target is None and error.reason is Reason.POLICY_VERSION_TOO_OLD:
+                if policy.name not in self._targets and error.reason is Reason.POLICY_VERSION_TOO_OLD:
                     raise  # nothing that it could be brought to
                 self._set_aside(replica, policy)
             finally:
@@ -274,7 +269,7 @@ class PolicyReplicas:
             self._sessions[session_id] = chosen
         return chosen
 
-    def _refuse_without_hope(self, policy: SharedPolicy, options: CallOptions) -> None:
+    def _refuse_without_hope(self, policy: PolicyInfo, options: CallOptions) -> None:
         """Raises when all servers that are up were looked at, and none can be asked."""
         said = [replica.client.refusals.get(policy.name) for replica in self._replicas.usable]
         refusals = [refusal for refusal in said if refusal is not None]
@@ -282,10 +277,12 @@ class PolicyReplicas:
             return
         if options.min_policy_version is None or all(r.reason is Reason.POLICY_REFUSED for r in refusals):
             raise refusals[0]
-        message = f"no server of {policy.name!r} serves version {policy.version}: {'; '.join(map(str, refusals))}"
+        message = (
+            f"no server of {policy.name!r} serves version {policy.policy_version}: {'; '.join(map(str, refusals))}"
+        )
         raise DomainError(Reason.POLICY_VERSION_TOO_OLD, message)
 
-    def _set_aside(self, replica: ServerReplica[KnownServer], policy: SharedPolicy) -> None:
+    def _set_aside(self, replica: ServerReplica[KnownServer], policy: PolicyInfo) -> None:
         """It is not asked until it was looked at."""
         replica.client.refusals.pop(policy.name, None)
         self._replicas.check(replica)
@@ -320,10 +317,13 @@ class PolicyReplicas:
         for policy in tuple(self._policies.values()):
             try:
                 info = replica.client.infos[policy.name] = await replica.client.client.info(policy.name)
-                target = policy.target
-                if target is not None and info.policy_version < policy.version and not _unlike(policy.reference, info):
+                target = self._targets.get(policy.name)
+                behind = info.policy_version < policy.policy_version and not _unlike(policy, info)
+                if target is not None and behind:
                     await self._bring(replica, target, policy.name)
-                    log.info("a server was brought to a version", endpoint=replica.address, version=policy.version)
+                    log.info(
+                        "a server was brought to a version", endpoint=replica.address, version=policy.policy_version
+                    )
                     info = replica.client.infos[policy.name]
             except DomainError as error:
                 self._refuse(replica, policy, error)
@@ -333,10 +333,10 @@ class PolicyReplicas:
                 self._judge(replica, policy, info)
         return all(replica.client.asked(name) for name in self._policies)
 
-    def _judge(self, replica: ServerReplica[KnownServer], policy: SharedPolicy, info: PolicyInfo) -> None:
+    def _judge(self, replica: ServerReplica[KnownServer], policy: PolicyInfo, info: PolicyInfo) -> None:
         self._refuse(replica, policy, _refusal_of(policy, info))
 
-    def _refuse(self, replica: ServerReplica[KnownServer], policy: SharedPolicy, refusal: DomainError | None) -> None:
+    def _refuse(self, replica: ServerReplica[KnownServer], policy: PolicyInfo, refusal: DomainError | None) -> None:
         """Does not ask a server for this policy until it passes a check; None: asks it."""
         server = replica.client
         before = server.refusals.get(policy.name)
@@ -361,10 +361,10 @@ class PolicyReplicas:
         server.infos[name] = replace(server.infos[name], policy_version=weights.policy_version, problem="")
         return difference
 
-    async def _publish(self, weights: PublishedWeights, policy: SharedPolicy) -> list[float | None]:
+    async def _publish(self, weights: PublishedWeights, policy: PolicyInfo) -> list[float | None]:
         """What the canaries of the servers that took the weights found; empty when all servers are away.
 
-        `_servers/updates.py` gives weights to the engines of one server, and shares no code with this. Engines load in
+        `ServerPool.update` gives weights to the engines of one server, and shares no code with this. Engines load in
         steps, each finished by all before the next, and one that dies is taken out at once. One that refuses may hold a
         part of the new weights, so all load the old ones again. A policy server that refuses has put itself back, so
         only the others are rolled back. Nothing is taken back twice: a server answers when its own engines agree.
@@ -391,9 +391,8 @@ class PolicyReplicas:
                 if isinstance(result, BaseException) and replica not in refused:
                     self._replicas.failed(replica, getattr(result, "cause", str(result)))
             if took:
-                policy.target = weights
-                policy.version = weights.policy_version
-                policy.reference = took[0].client.infos[name]
+                self._targets[name] = weights
+                policy = self._policies[name] = replace(took[0].client.infos[name], name=name)
             for replica in servers:
                 if replica in took:
                     self._judge(replica, policy, replica.client.infos[name])
@@ -404,7 +403,7 @@ class PolicyReplicas:
             for replica in self._replicas.present:
                 self._replicas.check(replica)
 
-    async def _take_back(self, before: dict[ServerReplica[KnownServer], int], policy: SharedPolicy) -> None:
+    async def _take_back(self, before: dict[ServerReplica[KnownServer], int], policy: PolicyInfo) -> None:
         """Another server refused what these took. One that cannot go back is not asked from now on."""
         for replica, version in before.items():
             server = replica.client
@@ -417,7 +416,7 @@ class PolicyReplicas:
                 server.infos[policy.name] = replace(server.infos[policy.name], policy_version=version)
 
 
-def _agreed(name: str, found: Mapping[ServerReplica[KnownServer], PolicyInfo | DomainError]) -> SharedPolicy:
+def _agreed(name: str, found: Mapping[ServerReplica[KnownServer], PolicyInfo | DomainError]) -> PolicyInfo:
     """Raises DomainError that says which server has another model, or not the policy."""
     best: PolicyInfo | None = None
     where = ""
@@ -435,17 +434,17 @@ def _agreed(name: str, found: Mapping[ServerReplica[KnownServer], PolicyInfo | D
                 f"and {getattr(info, differs)!r} at {replica.address}"
             )
             raise DomainError(Reason.MODEL_MISMATCH, message)
-    return SharedPolicy(name, best, best.policy_version)
+    return replace(best, name=name)
 
 
-def _refusal_of(policy: SharedPolicy, info: PolicyInfo) -> DomainError | None:
+def _refusal_of(policy: PolicyInfo, info: PolicyInfo) -> DomainError | None:
     """Why a server with this is not asked; ENGINE_UNAVAILABLE passes by itself."""
-    if differs := _unlike(policy.reference, info):
-        ours = getattr(policy.reference, differs)
+    if differs := _unlike(policy, info):
+        ours = getattr(policy, differs)
         theirs = getattr(info, differs)
         return DomainError(Reason.MODEL_MISMATCH, f"{differs} is {theirs!r}, elsewhere it is {ours!r}")
-    if _has_versions(info) and info.policy_version != policy.version:
-        message = f"version {info.policy_version} serves, elsewhere it is {policy.version}"
+    if _has_versions(info) and info.policy_version != policy.policy_version:
+        message = f"version {info.policy_version} serves, elsewhere it is {policy.policy_version}"
         return DomainError(Reason.POLICY_VERSION_TOO_OLD, message)
     if info.state is PolicyState.REFUSED:
         return DomainError(Reason.POLICY_REFUSED, info.problem)
