@@ -173,20 +173,21 @@ class Deployment:
             message = f"the memory of {self.name} is released: ResumeMemory comes first"
             raise DomainError(Reason.ENGINE_UNAVAILABLE, message)
 
-    async def start(self) -> None:
-        """Serves the version that served before a restart, or else the weights that the model came with.
+    async def start(self, commit: Callable[[], None] = lambda: None) -> None:
+        """Serves the version that served before a restart, or else the weights that the model came with. `commit` makes
+        last that such a model was loaded, together with the record of its version.
 
-        Raises DomainError when the engines take none of them.
+        Raises DomainError when the engines take none of them, and what `commit` raises.
         """
         first = self.backend.policy_version
         served = await asyncio.to_thread(self._store.serving)
         known = await asyncio.to_thread(self._store.get, first)
         if known is None:
-            await self._begin(first)
+            await self._begin(first, commit)
         elif served is None or served.origin != first or not await self._is_same_model(served):
             following = await asyncio.to_thread(self._store.next_version)  # never two meanings of one version
             log.warning("another model than before", policy=self.name, policy_version=following)
-            await self._begin(following)
+            await self._begin(following, commit)
         else:
             await self._recover(served)
         log.info("model loaded", **self._facts())
@@ -412,13 +413,13 @@ class Deployment:
 
     # The start
 
-    async def _begin(self, first: int) -> None:
+    async def _begin(self, first: int, commit: Callable[[], None]) -> None:
         """Serves what the model came with as version `first`."""
         file = WeightsFile(None, WeightsKind.ORIGINAL, first, "")
         record = self._new_record(file, first)
         loaded = self.backend.policy_version == first
         found = await (self._check_loaded(record, file) if loaded else self._load(record, file))
-        await asyncio.to_thread(self._store.begin, found)
+        await asyncio.to_thread(self._store.begin, found, commit)
         self._now_serves(found)
 
     async def _recover(self, served: VersionRecord) -> None:

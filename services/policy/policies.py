@@ -208,7 +208,7 @@ class Policies(Collector):
         try:
             await policy.close()
         finally:
-            del self._policies[policy.name]
+            self._policies.pop(policy.name, None)
             self._settles.wake_all()
 
     async def _restore_all(self) -> None:

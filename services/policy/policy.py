@@ -292,9 +292,7 @@ class Policy:
             deployment = Deployment(self.name, settings, self._service, backend, store, folder, self._uploads)
             async with self._changing:
                 self._refuse_released()
-                await deployment.start()
-                undo.push_async_callback(asyncio.to_thread, store.end, deployment.record.origin)
-                await asyncio.to_thread(commit)
+                await deployment.start(commit)
                 undo.pop_all()
                 self._replace(deployment)
 

@@ -13,7 +13,7 @@ import shutil
 import sqlite3
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -92,6 +92,8 @@ class VersionStore:
     new version into the store; `serve` records that it serves and deletes what is not kept any more; `refuse` and
     `lose` record that it never will; `file` verifies the file of a kept version again before it is loaded.
 
+    `_lock` keeps threads apart, not changes: calls read the database while one thread writes a transaction.
+
     Raises OSError when the folder cannot be used, or another process uses it. Writing raises DomainError DISK_FULL.
     """
 
@@ -155,12 +157,14 @@ class VersionStore:
         rows = self._records("WHERE policy_version < ? ORDER BY policy_version DESC LIMIT ?", bound, limit)
         return tuple(record.version for record in rows)
 
-    def begin(self, record: VersionRecord) -> None:
+    def begin(self, record: VersionRecord, commit: Callable[[], None] = lambda: None) -> None:
         """A model is served from now on, with the weights that it came with. No version of the model before it is kept;
-        the file that that one serves stays until `end`."""
+        the file that that one serves stays until `end`. If `commit` fails, which writes what belongs to it elsewhere,
+        nothing is changed."""
         with self._transaction() as db:
             db.execute("UPDATE versions SET state = 'removed', canary = '[]' WHERE state IN ('serving', 'kept')")
             _put(db, record.now(state=VersionState.SERVING))
+            commit()
         self._held[record.origin] = record.number
 
     def end(self, origin: int) -> None:

@@ -13,7 +13,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from mulligan.common.errors import Code, DomainError, Reason
-from mulligan.common.inference import CallOptions, CanaryProbe, PublishedWeights, SamplingParams, WeightsKind
+from mulligan.common.inference import (
+    CallOptions,
+    CanaryProbe,
+    PublishedWeights,
+    SamplingParams,
+    VersionState,
+    WeightsKind,
+)
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
@@ -107,6 +114,13 @@ async def test_no_two_models_set_the_weights_of_one_server() -> None:
         await running.client.load_model("actor", "three", "", {"sglang.servers": ["http://h:5"]})
         await until(lambda: running.opened["one"].closed)
         await running.client.load_model("new", "four", "sglang", {"sglang.servers": ["http://h:1"]})
+        running.opened.go_on.clear()
+        options = {"sglang.servers": ["http://h:6"]}
+        opening = asyncio.create_task(running.client.load_model("newer", "five", "sglang", options))
+        await until(lambda: "five" in running.opened.asked)
+        await refused(running.client.load_model("newest", "six", "sglang", options), Reason.INVALID_SETTING)
+        running.opened.go_on.set()
+        assert await opening == (0, "five")
     plain = {"model": "one", "backend": "sglang", "sglang": second, "policies": policies}
     settings = PolicySettings.model_validate(plain)
     with pytest.raises(ExceptionGroup, match="http://h:3 serves the policy actor"):
@@ -193,6 +207,26 @@ async def test_a_model_that_cannot_be_served_leaves_all_as_it_was(running: Runni
     assert [info.name for info in await running.client.policies()] == ["actor"]
     assert await running.client.load_model("actor", "two") == (1, "two")
     assert await running.client.load_model("new", "two") == (0, "two")
+
+
+async def test_a_model_that_cannot_be_recorded_leaves_the_weights_that_served(tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_file({"w": np.zeros(3, np.float32)}, weights)
+    canary = (CanaryProbe((1, 2, 3), (-1.0, -1.0)),)
+    trained = PublishedWeights(1, WeightsKind.FULL, weights.as_uri(), sha256(weights), "one", canary)
+    record = tmp_path / "state" / "policies" / "actor" / "model.json"
+    async with started(weights_folder=tmp_path, state_folder=tmp_path / "state") as running:
+        await running.client.update_weights(trained)
+        record.mkdir()
+        with pytest.raises(OSError, match=r"model\.json"):
+            await running.served.policies.load_model("actor", "two")
+        assert running.opened["two"].closed
+        await running.serves("one", 1)
+        [newest, *_] = await running.client.versions()
+        assert (newest.policy_version, newest.state) == (1, VersionState.SERVING)
+        record.rmdir()
+    async with started(weights_folder=tmp_path, state_folder=tmp_path / "state") as running:
+        await running.serves("one", 1)
 
 
 async def test_loads_of_one_policy_come_one_after_the_other(running: Running) -> None:
@@ -311,6 +345,67 @@ async def test_an_update_under_way_ends_before_its_policy_is_closed(tmp_path: Pa
         assert await updating == 0.0
         await unloading
         assert backend.closed
+
+
+async def test_a_policy_is_loaded_again_when_it_is_unloaded(tmp_path: Path) -> None:
+    """Not before: two of one name would have one folder."""
+    async with started(state_folder=tmp_path) as running:
+        await running.client.load_model("other", "two")
+        backend = running.opened["two"]
+        backend.go_on.clear()
+        call = asyncio.create_task(running.client.generate(PROMPT, PLAIN, CallOptions(policy="other")))
+        await until(lambda: len(backend.asks) == 1)
+        unloading = asyncio.create_task(running.client.unload_model("other"))
+        await until(lambda: "other" not in [deployment.name for deployment in running.served.policies.deployments])
+        loading = asyncio.create_task(running.client.load_model("other", "three"))
+        await running.client.load_model("new", "four")
+        assert not loading.done() and "three" not in running.opened.asked
+        backend.go_on.set()
+        assert (await call).token_ids
+        await unloading
+        assert backend.closed
+        assert await loading == (1, "three")
+
+
+async def test_a_change_that_comes_when_its_policy_is_closed_is_refused(running: Running) -> None:
+    await running.client.load_model("other", "two")
+    policy = running.served.policies.get("other")
+    await running.client.unload_model("other")
+    changed: list[object] = []
+
+    async def work(deployment: object) -> None:
+        changed.append(deployment)
+
+    await refused(policy.change(work), Reason.UNKNOWN_POLICY, Code.NOT_FOUND)
+    assert not changed
+
+
+async def test_a_policy_whose_record_cannot_be_deleted_stays(tmp_path: Path) -> None:
+    async with started(state_folder=tmp_path) as running:
+        await running.client.load_model("other", "two")
+        record = tmp_path / "policies" / "other" / "model.json"
+        record.unlink()
+        record.mkdir()
+        with pytest.raises(OSError, match=r"model\.json"):
+            await running.served.policies.unload_model("other")
+        await running.serves("two", 0, "other")
+        record.rmdir()
+        await running.client.unload_model("other")
+        assert running.opened["two"].closed
+
+
+async def test_a_service_that_stops_while_it_unloads_closes_the_model() -> None:
+    opened = Opened()
+    async with started(opened) as running:
+        await running.client.load_model("other", "two")
+        opened["two"].go_on.clear()
+        call = asyncio.create_task(running.client.generate(PROMPT, PLAIN, CallOptions(policy="other")))
+        await until(lambda: len(opened["two"].asks) == 1)
+        unloading = asyncio.create_task(running.served.policies.unload_model("other"))
+        await until(lambda: len(list(running.served.policies.deployments)) == 1)
+    results = await asyncio.gather(call, unloading, return_exceptions=True)
+    assert all(isinstance(result, BaseException) for result in results)
+    assert opened["two"].closed
 
 
 async def test_the_default_policy_stays(running: Running) -> None:
