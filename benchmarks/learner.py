@@ -30,9 +30,10 @@ from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.servicer import LearnerServicer, add_to_server
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from mulligan.trainer.settings import LossSettings, TrainedModelSettings
+from mulligan.trainer.losses import ppo
+from mulligan.trainer.settings import TrainedModelSettings
 
-LOSS = LossSettings(kl_coefficient=0.0)
+LOSS = ppo.Settings(kl_coefficient=0.0)
 # tokens of a turn; sampled tokens among them
 TURN = 12
 SAMPLED = 3

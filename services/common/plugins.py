@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -81,6 +81,11 @@ class Plugins:
         if not _is_module(name):
             raise self.unknown(name)
         return self._complete(name, self._loaded(name, lambda: importlib.import_module(name)))
+
+    def having(self, setting: str) -> list[str]:
+        """The plug-ins with this setting. Those that cannot be imported are left out."""
+        tables = {name: _settings_of(self, name) for name in self.names}
+        return [name for name, table in tables.items() if table is not None and setting in table.model_fields]
 
     def unknown(self, name: str) -> UnusablePlugin:
         names = self.names
@@ -173,30 +178,39 @@ def chosen_settings(model: BaseModel, plugins: Plugins, name: str) -> Any:
     return table if isinstance(table, settings) else read_table(settings, table or {})
 
 
-def read_named(plugins: Plugins, table: Mapping[str, Any] | S, default: str) -> S:
-    """Reads a table with the settings of one plug-in, which its entry `name` chooses. For validators of pydantic.
+def read_named(plugins: Plugins, table: Any, default: str = "") -> Any:
+    """Reads a table whose entry `name` chooses a plug-in, for validators of pydantic. What it reads, an instance of the
+    plug-in's `Settings`, is also taken as it is. Without `default` a name is required.
 
     Raises ValidationError whose locations are those of the settings in the table.
     """
-    if not isinstance(table, Mapping):
+    if isinstance(table, PluginSettings):
         return table
-    name = str(table.get("name", default))
+    if not isinstance(table, Mapping):
+        raise located({(): f"expected a table of settings, its `name` one of {', '.join(plugins.names)}"})
+    name = table.get("name", default)
+    if not isinstance(name, str) or not name:
+        raise located({("name",): f"expected one of {', '.join(plugins.names)}"})
+    return read_chosen(plugins, name, {**table, "name": name})
+
+
+def read_chosen(
+    plugins: Plugins, name: str, table: Mapping[str, Any], *, name_at: str = "name", at: tuple[str, ...] = ()
+) -> Any:
+    """Reads a table as the `Settings` of the plug-in `name`, for validators of pydantic.
+
+    Raises ValidationError: at `name_at` if there is no such plug-in, below `at` for its settings.
+    """
     try:
-        settings: type[S] = plugins.find(name).Settings
+        settings: type[PluginSettings] = plugins.find(name).Settings
     except (UnusablePlugin, MissingExtra) as error:
-        raise located({("name",): str(error)}) from error
+        raise located({(name_at,): str(error)}) from error
     try:
-        return settings.model_validate({**table, "name": name})
+        return settings.model_validate(dict(table))
     except ValidationError as error:
-        raise told_in_place(error, settings, f"{plugins.noun} {name!r}") from error
-
-
-def told_in_place(
-    error: ValidationError, settings: type[BaseModel], owner: str, others: Iterable[str] = ()
-) -> ValidationError:
-    """The errors of a plug-in's settings in plain words, each at its place. The arguments are those of `problems`."""
-    found = problems(error, settings, owner, others)
-    return located({() if field == WHOLE else tuple(field.split(".")): said for field, said in found.items()})
+        found = problems(error, settings, f"{plugins.noun} {name!r}", plugins.having)
+        said = {(*at, *(() if field == WHOLE else field.split("."))): text for field, text in found.items()}
+        raise located(said) from error
 
 
 def located(said: Mapping[tuple[str, ...], str]) -> ValidationError:

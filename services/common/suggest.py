@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ValidationError
 
 WHOLE = "settings"  # the name of a problem that is not about one setting
 _UNKNOWN = "extra_forbidden"
+_ONE_OF = ("enum", "literal_error")  # their messages quote what there is
+_QUOTED = re.compile(r"'([^']*)'")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -20,23 +23,34 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def problems(
-    error: ValidationError, model: type[BaseModel], owner: str = "", others: Iterable[str] = ()
+    error: ValidationError,
+    model: type[BaseModel],
+    owner: str = "",
+    owners: Callable[[str], Sequence[str]] = lambda setting: (),
 ) -> dict[str, str]:
     """Errors in settings of `model`, by the name of the setting. Unknown names come first, since a setting that seems
-    to be missing may only be misspelt. `owner` is whose settings they are, such as "loss 'ppo'"; `others` are names
-    that are known beside the model's."""
+    to be missing may only be misspelt. `owner` is whose settings they are, such as "loss 'ppo'"; `owners` tells who
+    else has a setting of some name."""
     items = sorted(error.errors(), key=lambda item: item["type"] != _UNKNOWN)
     found: dict[str, str] = {}
     for item in items:
         path = [str(part) for part in item["loc"]]
         said = item["msg"]
         if item["type"] == _UNKNOWN:
-            known = [*(others if len(path) == 1 else ()), *_fields(model, path[:-1])]
-            said = f"no such setting{' of ' + owner if owner else ''}{did_you_mean(path[-1], known)}"
-            if known and "did you mean" not in said:
-                said += f"; there are: {', '.join(known)}"
+            said = f"no such setting{' of ' + owner if owner else ''}"
+            said += _instead(path[-1], _fields(model, path[:-1]), owners(path[-1]) if len(path) == 1 else ())
+        elif item["type"] in _ONE_OF:
+            said += did_you_mean(str(item["input"]), _QUOTED.findall(said))
         found.setdefault(_place(item["loc"]) or WHOLE, said)
     return found
+
+
+def _instead(setting: str, known: Sequence[str], owners: Sequence[str]) -> str:
+    """What the person may have meant by an unknown setting."""
+    if owners:
+        return f"; these have it: {', '.join(owners)}"
+    near = did_you_mean(setting, known)
+    return near or (f"; there are: {', '.join(known)}" if known else "")
 
 
 def _place(path: Iterable[str | int]) -> str:

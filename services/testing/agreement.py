@@ -15,7 +15,8 @@ from mulligan.policy.client import PolicyClient
 from mulligan.trainer.data import Datum, PolicyGradient
 from mulligan.trainer.learner.local import LocalLearner
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from mulligan.trainer.settings import LoraSettings, LossSettings, OptimizerSettings, TrainedModelSettings
+from mulligan.trainer.losses import ppo
+from mulligan.trainer.settings import LoraSettings, OptimizerSettings, TrainedModelSettings
 
 TOLERANCE = 1e-4  # in float32, of a log-probability
 MOVED = 1e-3  # what an update changes at least: with the weights of the version before, no comparison would pass
@@ -26,7 +27,7 @@ _ORDINARY = 5
 _VOCABULARY = 319
 _MAX_TOKENS = 48
 _LEARNING_RATE = {WeightsKind.FULL: 1e-5, WeightsKind.LORA: 3e-4}
-_LOSS = LossSettings(kl_coefficient=0.0)
+_LOSS = ppo.Settings(kl_coefficient=0.0)
 
 
 @dataclass(frozen=True, slots=True)

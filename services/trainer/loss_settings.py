@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from pydantic import ConfigDict, Field
 
-from pydantic import Field
-
-from mulligan.common.flat_settings import FlatSettings
-from mulligan.common.plugins import Plugins
+from mulligan.common.plugins import PluginSettings
 from mulligan.trainer.loss_terms import KlEstimator, KlReference, MismatchCorrection
-from mulligan.trainer.losses import LOSSES
 
 
-class LossSettings(FlatSettings):
-    """Of policy gradients. The chosen loss has settings of its own beside these: `LossSettings(dual_clip=0)`."""
+class LossSettings(PluginSettings):
+    """What every loss of policy gradients has. A loss's own `Settings` add to it."""
 
-    plugins: ClassVar[Plugins] = LOSSES
-    name: str = LOSSES.default
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str
     kl_coefficient: float = Field(0.001, ge=0)
     entropy_coefficient: float = Field(0.0, ge=0)
     mismatch_correction: MismatchCorrection = MismatchCorrection.TRUNCATED

@@ -7,20 +7,21 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
-from pydantic_core import PydanticCustomError
 
-from mulligan.common.plugins import Plugins, PluginSettings, UnusablePlugin, located, read_named, read_table
+from mulligan.common.plugins import Plugins, PluginSettings, located, read_chosen, read_named
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import RetrievalStrategy
 from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.loss_settings import LossSettings
+from mulligan.trainer.losses import read_loss
 from mulligan.trainer.protocols import PROTOCOLS, ProtocolSettings
 from mulligan.trainer.samplers import SAMPLERS, SamplerSettings
 
 __all__ = [
     "ALGORITHMS",
     "BY_SECOND_ATTEMPT",
+    "COMMON_SETTINGS",
     "AlgorithmSettings",
     "EvaluationSettings",
     "LoraSettings",
@@ -80,12 +81,8 @@ class AlgorithmSettings(PluginSettings):
 
     @model_validator(mode="after")
     def _advantage_is_usable(self) -> Self:
-        try:
-            read_table(ADVANTAGES.find(self.advantage).Settings, self.estimator_settings)
-        except UnusablePlugin as error:
-            raise located({("advantage",): str(error)}) from None
-        except PydanticCustomError as error:
-            raise located({("advantage_settings",): error.message()}) from None
+        at = ("advantage_settings",)
+        read_chosen(ADVANTAGES, self.advantage, self.estimator_settings, name_at="advantage", at=at)
         return self
 
     @property
@@ -153,14 +150,13 @@ class RolloutSettings(_Settings):
     @model_validator(mode="after")
     def _signal_needs_a_group(self) -> Self:
         if self.replace_rounds and self.rollouts_per_task == 1:
-            raise ValueError("replace_rounds: expected 0, as a group of one (rollouts_per_task = 1) never has a signal")
+            problem = "expected 0, as a group of one (rollouts_per_task = 1) never has a signal"
+            raise located({("replace_rounds",): problem})
         return self
 
 
 def _protocol(table: Any) -> ProtocolSettings:
-    if isinstance(table, Mapping) and not table.get("name"):
-        raise located({("name",): f"expected one of {', '.join(PROTOCOLS.names)}"})
-    found: ProtocolSettings = read_named(PROTOCOLS, table, "")
+    found: ProtocolSettings = read_named(PROTOCOLS, table)
     return found
 
 
@@ -192,8 +188,17 @@ class PoliciesSettings(_Settings):
         for name, verb in (("reflector", "reflects"), ("judge", "judges")):
             speaker = getattr(self, name)
             if speaker and speaker == self.actor:
-                raise ValueError(f"{name}: expected another policy than the actor, or nothing: then the actor {verb}")
+                problem = f"expected another policy than the actor, or nothing: then the actor {verb}"
+                raise located({(name,): problem})
         return self
+
+
+# The tables whose `name` chooses a plug-in, and what all plug-ins of the kind have.
+COMMON_SETTINGS: dict[str, type[PluginSettings]] = {
+    "algorithm": AlgorithmSettings,
+    "sampler": SamplerSettings,
+    "loss": LossSettings,
+}
 
 
 class RunSettings(_Settings):
@@ -206,7 +211,9 @@ class RunSettings(_Settings):
         default_factory=lambda: _sampler({})
     )
     rollout: RolloutSettings = RolloutSettings()
-    loss: LossSettings = LossSettings()
+    loss: Annotated[SerializeAsAny[LossSettings], BeforeValidator(read_loss)] = Field(
+        default_factory=lambda: read_loss({})
+    )
     optimizer: OptimizerSettings = OptimizerSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     steps: int = Field(100, ge=1)

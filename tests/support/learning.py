@@ -11,10 +11,11 @@ from typing import Any
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
-from mulligan.trainer.settings import LoraSettings, LossSettings, OptimizerSettings, TrainedModelSettings
+from mulligan.trainer.losses import ppo
+from mulligan.trainer.settings import LoraSettings, OptimizerSettings, TrainedModelSettings
 from tests.support.tiny_model import VOCABULARY_SIZE
 
-PLAIN = LossSettings(kl_coefficient=0.0)
+PLAIN = ppo.Settings(kl_coefficient=0.0)
 FULL = None
 LORA = LoraSettings(rank=2)
 

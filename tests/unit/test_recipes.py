@@ -10,6 +10,7 @@ import pytest
 
 from mulligan.cli.train import read_settings
 from mulligan.env.config import EnvSettings
+from mulligan.trainer.losses import ppo
 from mulligan.trainer.settings import RunSettings
 from tests.support.paths import ROOT
 
@@ -59,7 +60,8 @@ def test_the_published_settings(game: str) -> None:
     assert EnvSettings.load([]).create_environments()[game].info.max_steps == turns
     rollout = run.rollout
     evaluation = run.evaluation
-    loss = run.loss.own
+    loss = run.loss
+    assert isinstance(loss, ppo.Settings)
     assert (rollout.tasks_per_step, rollout.rollouts_per_task, rollout.temperature, rollout.top_p) == (64, 4, 0.7, 1.0)
     assert (rollout.reflection_temperature, rollout.reflection_top_p) == (0.5, 0.9)
     assert (rollout.max_tokens, rollout.reflection_max_tokens) == (tokens // turns, tokens)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from mulligan.common.plugins import PluginSettings, read_table
+from mulligan.common.plugins import PluginSettings, read_chosen, read_table
 from mulligan.trainer.advantages import ADVANTAGES, Advantage, Return
 
 
@@ -19,7 +19,7 @@ class WithBase(PluginSettings):
 
     @model_validator(mode="after")
     def _base_is_usable(self) -> Self:
-        read_table(ADVANTAGES.find(self.base).Settings, self.base_settings)
+        read_chosen(ADVANTAGES, self.base, self.base_settings, name_at="base", at=("base_settings",))
         return self
 
     def of_base(self, groups: Sequence[Sequence[Return]]) -> list[list[Advantage]]:

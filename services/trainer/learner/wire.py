@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -15,6 +15,7 @@ from mulligan.common.plugins import UnusablePlugin
 from mulligan.common.suggest import did_you_mean
 from mulligan.trainer.data import PARTS, TYPED, Datum, Distillation, PolicyGradient
 from mulligan.trainer.learner.settings import LearnerInfo, LearnerSpec
+from mulligan.trainer.losses import read_loss
 from mulligan.trainer.objective import InputKind, Objective, Tokens, inputs, inputs_of
 from mulligan.trainer.objectives import name_of, named
 from mulligan.trainer.settings import LossSettings, OptimizerSettings, TrainedModelSettings
@@ -132,7 +133,7 @@ def loss_to_proto(loss: LossSettings) -> pb.LossConfig:
 
 
 def loss_from_proto(message: pb.LossConfig) -> LossSettings:
-    return _settings(LossSettings, "loss", message)
+    return _settings(read_loss, "loss", message)
 
 
 def model_to_proto(model: TrainedModelSettings) -> pb.ModelConfig:
@@ -151,8 +152,8 @@ def spec_to_proto(spec: LearnerSpec, request: pb.CreateLearnerRequest) -> None:
 
 def spec_from_proto(request: pb.CreateLearnerRequest) -> LearnerSpec:
     return LearnerSpec(
-        model=_settings(TrainedModelSettings, "model", request.model),
-        optimizer=_settings(OptimizerSettings, "optimizer", request.optimizer),
+        model=_settings(TrainedModelSettings.model_validate, "model", request.model),
+        optimizer=_settings(OptimizerSettings.model_validate, "optimizer", request.optimizer),
         seed=request.seed,
         deterministic=request.deterministic,
         keep_checkpoints=request.keep_checkpoints,
@@ -185,10 +186,10 @@ def duration(seconds: float) -> Duration:
     return message
 
 
-def _settings(kind: type[Settings], name: str, message: Message) -> Settings:
+def _settings(read: Callable[[Any], Settings], name: str, message: Message) -> Settings:
     """Fills in the defaults. Raises INVALID_FIELD, naming the field."""
     try:
-        return kind.model_validate(plain_from_proto(message))
+        return read(plain_from_proto(message))
     except ValidationError as error:
         first = error.errors()[0]
         raise invalid_field(".".join([name, *map(str, first["loc"])]), first["msg"]) from None

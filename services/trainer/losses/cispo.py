@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from mulligan.common.plugins import PluginSettings
+from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.loss_terms import ratio
 from mulligan.trainer.objective import Loss, Terms
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Settings(PluginSettings):
+class Settings(LossSettings):
     """Ratios outside [1 − clip_low, 1 + clip_high] are clipped. The paper sets no lower bound; the upper one is that of
     ScaleRL (arXiv 2510.13786), 5."""
 
-    clip_low: float = Field(1.0, gt=0, le=1, allow_inf_nan=False)
-    clip_high: float = Field(4.0, gt=0, allow_inf_nan=False)
+    name: str = "cispo"
+    clip_low: float = Field(1.0, gt=0, le=1)
+    clip_high: float = Field(4.0, gt=0)
 
 
 def loss(terms: Terms, old_log_probs_N: Tensor, advantages_N: Tensor, settings: Settings) -> Loss:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from mulligan.common.plugins import PluginSettings
+from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.loss_terms import MAX_LOG_RATIO
 from mulligan.trainer.objective import Loss, Terms
 
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Settings(PluginSettings):
+class Settings(LossSettings):
     """Ratios outside [1 − clip_low, 1 + clip_high] are clipped; the paper's values, section 5.1."""
 
-    clip_low: float = Field(3e-4, gt=0, lt=1, allow_inf_nan=False)
-    clip_high: float = Field(4e-4, gt=0, allow_inf_nan=False)
+    name: str = "gspo"
+    clip_low: float = Field(3e-4, gt=0, lt=1)
+    clip_high: float = Field(4e-4, gt=0)
 
 
 def loss(terms: Terms, old_log_probs_N: Tensor, advantages_N: Tensor, settings: Settings) -> Loss:

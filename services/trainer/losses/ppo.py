@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
-from mulligan.common.plugins import PluginSettings
+from mulligan.common.plugins import located
+from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.loss_terms import ratio
 from mulligan.trainer.objective import Loss, Terms
 
@@ -14,15 +15,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Settings(PluginSettings):
-    clip_low: float = Field(0.2, gt=0, lt=1, allow_inf_nan=False)
-    clip_high: float = Field(0.28, gt=0, allow_inf_nan=False)
-    dual_clip: float = Field(3.0, ge=0, allow_inf_nan=False)
+class Settings(LossSettings):
+    name: str = "ppo"
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.28, gt=0)
+    dual_clip: float = Field(3.0, ge=0)
 
     @model_validator(mode="after")
     def _dual_clip_is_off_or_above_one(self) -> Self:
         if 0 < self.dual_clip <= 1:
-            raise ValueError("dual_clip: expected 0 (off) or a number above 1")
+            raise located({("dual_clip",): "expected 0 (off) or a number above 1"})
         return self
 
 

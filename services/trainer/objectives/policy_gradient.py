@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mulligan.trainer.loss_terms import kl_estimate, mismatch_weights
+from mulligan.trainer.losses import loss_named
 from mulligan.trainer.objective import Loss, Objective, Terms, Unusable, where_given
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def chosen_loss(
     terms: Terms, old_log_probs_N: Tensor, advantages_N: Tensor, settings: LossSettings, weights_N: Tensor | float = 1.0
 ) -> Loss:
     """The loss that `[loss]` chooses, times the weights, with its terms of entropy and divergence."""
-    loss_N, metrics = settings.plugin.loss(terms, old_log_probs_N, advantages_N, settings.own)
+    loss_N, metrics = loss_named(settings.name)(terms, old_log_probs_N, advantages_N, settings)
     loss_N = weights_N * loss_N - settings.entropy_coefficient * terms.entropy_N
     metrics = {**metrics}
     if settings.kl_coefficient > 0:

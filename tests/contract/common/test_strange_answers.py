@@ -24,7 +24,8 @@ from mulligan.policy.client import PolicyClient
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.settings import LearnerSpec
-from mulligan.trainer.settings import EvaluationSettings, LossSettings, RunSettings
+from mulligan.trainer.losses import ppo
+from mulligan.trainer.settings import EvaluationSettings, RunSettings
 from tests.support.learning import sampled
 from tests.support.mutations import Mutations
 
@@ -128,7 +129,7 @@ async def run_calls(client: RunClient) -> AsyncIterator[Callable[[], Awaitable[A
 
 async def learner_calls(client: LearnerClient) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
     yield lambda: client.forward([sampled()])
-    yield lambda: client.forward_backward([sampled()], LossSettings())
+    yield lambda: client.forward_backward([sampled()], ppo.Settings())
     yield client.optim_step
     yield lambda: client.save_checkpoint("one")
     yield lambda: client.load_checkpoint("one")

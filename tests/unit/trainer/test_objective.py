@@ -13,6 +13,7 @@ from mulligan.common.plugins import UnusablePlugin
 from mulligan.trainer.data import Datum, ModelLimits, PolicyGradient, datum_problem
 from mulligan.trainer.learner.batching import length, pack
 from mulligan.trainer.learner.wire import data_from_proto, data_to_proto
+from mulligan.trainer.losses import ppo
 from mulligan.trainer.objective import Input, InputKind, Objective, Tokens, inputs
 from mulligan.trainer.objectives import OBJECTIVES, name_of, named
 from mulligan.trainer.objectives.coefficients import Coefficients
@@ -20,7 +21,6 @@ from mulligan.trainer.objectives.divergence import Divergence
 from mulligan.trainer.objectives.negative_aware import NegativeAware
 from mulligan.trainer.objectives.preference import Preference
 from mulligan.trainer.objectives.transfer import Transfer
-from mulligan.trainer.settings import LossSettings
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from tests.support.learning import distilled, sampled
 
@@ -181,6 +181,6 @@ def test_a_module_without_inputs_is_no_objective() -> None:
 
 
 def test_a_policy_gradient_moves_with_any_advantage_or_with_a_common_term() -> None:
-    still = LossSettings(kl_coefficient=0.0)
+    still = ppo.Settings(kl_coefficient=0.0)
     assert not PG.moves(still) and replace(PG, advantages=(0.0, 0.1)).moves(still)
-    assert PG.moves(LossSettings()) and PG.moves(LossSettings(kl_coefficient=0.0, entropy_coefficient=0.1))
+    assert PG.moves(ppo.Settings()) and PG.moves(ppo.Settings(kl_coefficient=0.0, entropy_coefficient=0.1))

@@ -16,17 +16,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.flat_settings import FlatSettings
 from mulligan.common.suggest import problems
 from mulligan.common.types import RetrievalStrategy
 from mulligan.trainer.algorithms import erl
 from mulligan.trainer.loss_terms import KlEstimator, KlReference, MismatchCorrection
+from mulligan.trainer.losses import gspo, ppo
 from mulligan.trainer.protocols import ProtocolSettings
 from mulligan.trainer.samplers import adarft, horizon, mixture, uniform, weakest
 from mulligan.trainer.settings import (
     EvaluationSettings,
     LoraSettings,
-    LossSettings,
     OptimizerSettings,
     PoliciesSettings,
     RolloutSettings,
@@ -35,6 +34,7 @@ from mulligan.trainer.settings import (
 )
 from mulligan.trainer.v1 import run_config_pb2
 from mulligan.trainer.wire import plain_from_proto, settings_from_proto, settings_to_proto, validated
+from tests.support.distribution.acme import tilted
 from tests.support.paths import ROOT
 
 MESSAGES: dict[str, type[BaseModel]] = {
@@ -43,7 +43,7 @@ MESSAGES: dict[str, type[BaseModel]] = {
     "LoraConfig": LoraSettings,
     "AlgorithmConfig": erl.Settings,  # fields of its own have the settings of ERL
     "RolloutConfig": RolloutSettings,
-    "LossConfig": LossSettings,
+    "LossConfig": ppo.Settings,  # as above, those of the default loss
     "OptimizerConfig": OptimizerSettings,
     "EvaluationConfig": EvaluationSettings,
     "ProtocolConfig": ProtocolSettings,
@@ -68,9 +68,8 @@ def inner(annotation: Any) -> Any:
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The settings of a table; those of the default loss are typed in the contract, too."""
-    own = model.plugins.find(model.plugins.default).Settings.model_fields if issubclass(model, FlatSettings) else {}
-    return {**model.model_fields, **own}
+    """The settings of a table."""
+    return model.model_fields
 
 
 def pairs(message: Descriptor, model: type[BaseModel], path: str = "") -> Iterator[tuple[str, FieldDescriptor, Any]]:
@@ -167,20 +166,20 @@ RUNS = st.builds(
     ),
     rollout=st.builds(RolloutSettings, tasks_per_step=counts, temperature=positive, top_p=fractions, top_k=counts),
     loss=st.builds(
-        LossSettings,
+        ppo.Settings,
         kl_coefficient=st.just(0.0) | positive,
         dual_clip=st.sampled_from([0.0, 2.0]),
         mismatch_correction=st.sampled_from(MismatchCorrection),
         kl_estimator=st.sampled_from(KlEstimator),
         kl_reference=st.sampled_from(KlReference),
     )
-    | st.builds(LossSettings, name=st.just("gspo"), clip_high=positive)
+    | st.builds(gspo.Settings, clip_high=positive)
     | st.builds(
-        LossSettings,
+        tilted.Settings,
         name=st.just("tests.support.distribution.acme.tilted"),
         tilt=positive,
         rounds=counts,
-        names=st.just(["a"]),
+        names=st.just(("a",)),
     ),
     optimizer=st.builds(OptimizerSettings, learning_rate=st.just(0.0) | positive, warmup_steps=st.integers(0, 9)),
     evaluation=st.builds(
@@ -278,11 +277,9 @@ def refusals(**loss: Any) -> dict[str, str]:
 
 def test_a_loss_has_its_own_settings_beside_the_common_ones() -> None:
     loss = RunSettings.model_validate({"environment": "e", "loss": {"name": "gspo", "clip_high": 0.1}}).loss
-    assert (loss.own.clip_high, loss.own.clip_low) == (0.1, 3e-4)
+    assert loss == gspo.Settings(clip_high=0.1) != gspo.Settings()
     assert loss.model_dump()["clip_low"] == 3e-4, "stored with the run"
     assert "dual_clip" not in loss.model_dump()
-    assert loss != LossSettings(name="gspo") and LossSettings() == LossSettings(name="ppo", dual_clip=3.0)
-    assert loss.model_copy(update={"kl_coefficient": 0.0}).own == loss.own
 
 
 @pytest.mark.parametrize(
@@ -290,13 +287,13 @@ def test_a_loss_has_its_own_settings_beside_the_common_ones() -> None:
     [
         ({"clip_hihg": 0.1}, "loss.clip_hihg", "no such setting of loss 'ppo'; did you mean 'clip_high'?"),
         ({"kl_coeficient": 0.1}, "loss.kl_coeficient", "did you mean 'kl_coefficient'?"),
-        ({"name": "gspo", "dual_clip": 2.0}, "loss.dual_clip", "no such setting of loss 'gspo'"),
+        ({"name": "gspo", "dual_clip": 2.0}, "loss.dual_clip", "no such setting of loss 'gspo'; these have it: ppo"),
         ({"name": "gsop"}, "loss.name", "there is no loss 'gsop'; did you mean 'gspo'?"),
         ({"name": "cispo", "clip_low": 1.5}, "loss.clip_low", "less than or equal to 1"),
         ({"clip_high": "a lot"}, "loss.clip_high", "valid number"),
         ({"clip_high": float("inf")}, "loss.clip_high", "finite number"),
-        ({"dual_clip": 0.5}, "loss", "dual_clip: expected 0 (off) or a number above 1"),
-        ({"mismatch_correction": "some"}, "loss.mismatch_correction", "'sequence_masked'"),
+        ({"dual_clip": 0.5}, "loss.dual_clip", "expected 0 (off) or a number above 1"),
+        ({"mismatch_correction": "maskd"}, "loss.mismatch_correction", "'sequence_masked'; did you mean 'masked'?"),
     ],
 )
 def test_what_a_loss_does_not_have_is_named(loss: dict[str, Any], field: str, words: str) -> None:
@@ -323,7 +320,7 @@ def test_over_the_wire_too() -> None:
         ([{"name": "pass_at_k", "samples": 3}], "[0].samples", "at least the largest k, 4"),
         ([{"name": "turns"}, {"name": "turns"}], "[1].label", "'turns' is there twice"),
         ([{"name": "turns", "label": "a/b"}], "[0].label", "match pattern"),
-        ([{"name": "turns"}, 3], "[1]", "dictionary"),
+        ([{"name": "turns"}, 3], "[1]", "expected a table of settings, its `name` one of misled, "),
         ([{"name": "json"}], "[0].name", "'json' is no protocol: it has no `Settings`"),
     ],
 )
@@ -340,8 +337,56 @@ def test_a_protocol_may_be_there_twice_under_two_labels() -> None:
 
 
 def test_settings_without_a_field_travel_by_name() -> None:
-    loss = LossSettings(name="tests.support.distribution.acme.tilted", tilt=0.5)
+    loss = tilted.Settings(name="tests.support.distribution.acme.tilted", tilt=0.5)
     config = settings_to_proto(RunSettings(environment="e", loss=loss)).loss
     assert dict(config.settings) == {"tilt": 0.5, "rounds": 3.0, "names": []}
     assert not config.HasField("clip_low")
     assert settings_from_proto(run_config_pb2.RunConfig(environment="e", loss=config)).loss == loss
+
+
+@pytest.mark.parametrize(
+    ("table", "settings", "field", "words"),
+    [
+        ("algorithm", {"name": "elr"}, "name", "there is no algorithm 'elr'; did you mean 'erl'?; there are "),
+        ("algorithm", {"name": 3}, "name", "expected one of chain_sft, "),
+        ("algorithm", "erl", "", "expected a table of settings, its `name` one of chain_sft, "),
+        (
+            "algorithm",
+            {"name": "nft", "distillation_baseline": True},
+            "distillation_baseline",
+            "no such setting of algorithm 'nft'; these have it: erl, raw_retry, try_again",
+        ),
+        ("algorithm", {"name": "sdpo", "bta": 1}, "bta", "of algorithm 'sdpo'; did you mean 'beta'?"),
+        ("algorithm", {"aggregation": "token_men"}, "aggregation", "'token_mean' or 'constant'; did you mean 'token_m"),
+        ("algorithm", {"advantage": "gpro"}, "advantage", "no advantage estimator 'gpro'; did you mean 'grpo'?"),
+        (
+            "algorithm",
+            {"advantage": "turn_level", "advantage_settings": {"turn_lamda": 1}},
+            "advantage_settings.turn_lamda",
+            "no such setting of advantage estimator 'turn_level'; did you mean 'turn_lambda'?",
+        ),
+        (
+            "algorithm",
+            {"advantage": "over_turn", "advantage_settings": {"base": "gpro"}},
+            "advantage_settings.base",
+            "there is no advantage estimator 'gpro'; did you mean 'grpo'?",
+        ),
+        (
+            "algorithm",
+            {"advantage": "over_turn", "advantage_settings": {"base": "raft", "base_settings": {"turn_lambda": 1}}},
+            "advantage_settings.base_settings.turn_lambda",
+            "no such setting of advantage estimator 'raft'; these have it: turn_level",
+        ),
+        ("sampler", {"name": "weekest"}, "name", "there is no sampler 'weekest'; did you mean 'weakest'?"),
+        ("sampler", {"target_reward": 1}, "target_reward", "of sampler 'uniform'; these have it: adarft"),
+        ("sampler", "weakest", "", "expected a table of settings, its `name` one of adarft, "),
+        ("loss", "gspo", "", "expected a table of settings, its `name` one of cispo, gspo, ppo"),
+        ("rollout", {"replace_rounds": 1, "rollouts_per_task": 1}, "replace_rounds", "expected 0, as a group of one"),
+        ("policies", {"actor": "a", "judge": "a"}, "judge", "expected another policy than the actor"),
+        ("model", {"dtype": "float23"}, "dtype", "did you mean 'float32'?"),
+    ],
+)
+def test_a_bad_setting_is_named_with_the_nearest_right_name(table: str, settings: Any, field: str, words: str) -> None:
+    with pytest.raises(DomainError) as caught:
+        validated(RunSettings, {"environment": "e", table: settings})
+    assert caught.value.metadata == {"field": f"{table}.{field}".rstrip(".")} and words in caught.value.message

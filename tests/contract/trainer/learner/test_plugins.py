@@ -20,7 +20,7 @@ from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.wire import data_to_proto
-from mulligan.trainer.settings import LossSettings
+from mulligan.trainer.losses import read_loss
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
 from tests.support.distribution import install
@@ -52,7 +52,7 @@ async def client(services: ServiceProcesses, tiny: Path, tmp_path: Path) -> Asyn
 async def test_of_another_package(client: LearnerClient, tiny: Path, tmp_path: Path) -> None:
     """By module path through the client, and by the names of the entry points."""
     local = Learner("local", spec(tiny, deterministic=True), server_settings(tmp_path / "local"))
-    tilted = LossSettings(name=f"{MODULE}.tilted", tilt=0.25, kl_coefficient=0.1)
+    tilted = read_loss({"name": f"{MODULE}.tilted", "tilt": 0.25, "kl_coefficient": 0.1})
     probs = [math.exp(value) for value in local.forward([AVOIDED])[0]]
     data = [*many(5), AVOIDED]
     metrics = await client.forward_backward(data, tilted)
@@ -78,8 +78,8 @@ async def test_every_objective_that_comes_along(client: LearnerClient, tiny: Pat
     local = Learner("local", spec(tiny, deterministic=True), server_settings(tmp_path / "local"))
     data = [replace(datum, branch=type(datum.objective).__name__) for datum in DATA]
     for name in ("ppo", "gspo", "cispo"):
-        assert await client.forward_backward(data, LossSettings(name=name)) == local.forward_backward(
-            data, LossSettings(name=name)
+        assert await client.forward_backward(data, read_loss({"name": name})) == local.forward_backward(
+            data, read_loss({"name": name})
         )
     assert await client.optim_step() == local.optim_step()
     assert await client.forward(data) == local.forward(data)

@@ -24,7 +24,7 @@ from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.servicer import LearnerServicer
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
 from mulligan.trainer.learner.wire import data_to_proto, loss_to_proto
-from mulligan.trainer.settings import LossSettings
+from mulligan.trainer.losses import ppo
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
 from tests.support.learning import LORA, PLAIN, many, sampled, server_settings, spec
@@ -97,7 +97,7 @@ async def refusal(call: Awaitable[Any]) -> DomainError:
 async def test_over_the_wire_is_as_in_process(client: LearnerClient, tiny: Path, tmp_path: Path) -> None:
     local = Learner("local", spec(tiny), server_settings(tmp_path / "local"))
     data = many(9)
-    loss = LossSettings(kl_coefficient=0.1, entropy_coefficient=0.01)
+    loss = ppo.Settings(kl_coefficient=0.1, entropy_coefficient=0.01)
     assert client.fingerprint == local.fingerprint and client.limits == local.model.limits
     assert await client.forward(data) == local.forward(data)
     for _ in range(2):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mulligan.common.plugins import PluginSettings
+from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.objective import Loss, Terms
 
 
-class Settings(PluginSettings):
+class Settings(LossSettings):
+    name: str = "tilted"
     tilt: float = 0.0
     rounds: int = 3
     names: tuple[str, ...] = ()

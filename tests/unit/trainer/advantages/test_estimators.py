@@ -86,7 +86,7 @@ def test_helpers_are_no_estimators() -> None:
 def test_a_base_is_checked_with_the_settings(settings: type[Improvement] | type[OverTurn]) -> None:
     with pytest.raises(ValidationError, match="no advantage estimator 'rlo'; did you mean 'rloo'"):
         settings(base="rlo")
-    with pytest.raises(ValidationError, match=r"normalise_by_std.*did you mean 'normalize_by_std'"):
+    with pytest.raises(ValidationError, match=r"base_settings\.normalise_by_std\n.*did you mean 'normalize_by_std'"):
         settings(base="grpo", base_settings={"normalise_by_std": False})
 
 

@@ -18,11 +18,12 @@ from mulligan.trainer.learner import model as model_module
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.local import LocalLearner
 from mulligan.trainer.learner.metrics import merge
-from mulligan.trainer.settings import LoraSettings, LossSettings, TrainedModelSettings
+from mulligan.trainer.losses import ppo
+from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
 from tests.support.learning import FULL, LORA, PLAIN, distilled, many, sampled, server_settings, spec
 from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tiny_model
 
-ALL_TERMS = LossSettings(kl_coefficient=0.1, entropy_coefficient=0.01)
+ALL_TERMS = ppo.Settings(kl_coefficient=0.1, entropy_coefficient=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_good_tokens_become_likelier_and_bad_ones_rarer(tiny: Path, tmp_path: Pa
 @pytest.mark.parametrize("lora", [FULL, LORA])
 def test_the_initial_policy_stays_the_reference(tiny: Path, tmp_path: Path, lora: LoraSettings | None) -> None:
     learner = make(tiny, tmp_path, lora)
-    loss = LossSettings(kl_coefficient=0.1)
+    loss = ppo.Settings(kl_coefficient=0.1)
     assert learner.forward_backward([sampled()], loss)["first/kl"] == pytest.approx(0.0, abs=1e-9)
     learner.optim_step()
     datum = sampled()
@@ -140,7 +141,7 @@ def test_the_kl_of_unchanged_weights_is_zero_to_the_bit(
     settings = replace(spec(tiny), model=TrainedModelSettings(source=str(tiny), lora=lora, dtype=dtype))
     learner = Learner("learner", replace(settings, deterministic=deterministic), server_settings(tmp_path))
     learner.save_checkpoint("start")
-    loss = LossSettings(kl_coefficient=0.1)
+    loss = ppo.Settings(kl_coefficient=0.1)
     names = {"first/kl", "reflection/kl"}
     metrics = learner.forward_backward(many(12), loss)
     assert {name: metrics[name] for name in names} == dict.fromkeys(names, 0.0)
@@ -237,7 +238,7 @@ def test_bfloat16_learns_with_float32_weights(tiny: Path, tmp_path: Path, lora: 
     assert {parameter.dtype for parameter in learner.model.trainable.values()} == {torch.float32}
     before = sum(learner.forward([sampled()])[0])
     assert before == pytest.approx(sum(reference_log_probs(tiny, sampled())), rel=0.05)
-    learner.forward_backward([sampled()], LossSettings(kl_coefficient=0.01))
+    learner.forward_backward([sampled()], ppo.Settings(kl_coefficient=0.01))
     learner.optim_step()
     assert sum(learner.forward([sampled()])[0]) > before
 

@@ -10,11 +10,12 @@ import pytest
 from mulligan.common.errors import DomainError, Reason
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.loss_terms import KlReference
-from mulligan.trainer.settings import LoraSettings, LossSettings
+from mulligan.trainer.losses import ppo
+from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA, make, many, sampled, weights_digest
 from tests.support.tiny_model import write_tiny_model
 
-MOVING = LossSettings(kl_coefficient=0.5, kl_reference=KlReference.MOVING, reference_every=3)
+MOVING = ppo.Settings(kl_coefficient=0.5, kl_reference=KlReference.MOVING, reference_every=3)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_the_divergence_is_that_to_the_weights_of_then(tiny: Path, tmp_path: Pat
     expected = sum(math.expm1(b - a) - (b - a) for a, b in zip(now, then, strict=True)) / 2
     assert learner.forward_backward([sampled()], MOVING)["first/kl"] == pytest.approx(expected, rel=1e-3)
     assert weights_digest(learner) == digest
-    initial = learner.forward_backward([sampled()], LossSettings(kl_coefficient=0.5))["first/kl"]
+    initial = learner.forward_backward([sampled()], ppo.Settings(kl_coefficient=0.5))["first/kl"]
     assert initial != pytest.approx(expected, rel=1e-2)
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from mulligan.trainer.losses import ppo
 from mulligan.trainer.objectives.negative_aware import NegativeAware, loss
-from mulligan.trainer.settings import LossSettings
 from tests.support.terms import floats, gradient, ragged, terms
 
 
@@ -30,7 +30,7 @@ def test_it_is_that_of_the_paper(seed: int) -> None:
     right = torch.tensor([float(place % 2) for place in range(len(counts))], dtype=torch.float64)
     found = loss(
         terms(counts, new, numbers={"right": right, "success_rate": rates}, token_values={"old_log_probs": old}),
-        LossSettings(),
+        ppo.Settings(),
     )
     places = [row for row, count in enumerate(counts) for _ in range(count)]
     expected = [
@@ -50,7 +50,7 @@ def test_at_the_old_policy_it_is_a_policy_gradient_with_advantage_right_minus_ra
         terms(
             [1] * 4, log_probs, numbers={"right": right, "success_rate": rates}, token_values={"old_log_probs": None}
         ),
-        LossSettings(),
+        ppo.Settings(),
     )
     advantages = [0.75, -0.75, 0.02, -0.02]  # the rate is kept within 0.02 and 0.98
     assert gradient(found.loss_N, log_probs)[0].tolist() == pytest.approx([-one for one in advantages])
@@ -61,7 +61,7 @@ def test_a_wrong_token_that_became_much_likelier_has_a_finite_loss(log_ratio: fl
     """In float32, in which models are trained."""
     log_probs = torch.tensor([log_ratio], requires_grad=True)
     numbers = {"right": torch.tensor([0.0]), "success_rate": torch.tensor([0.98])}
-    found = loss(terms([1], log_probs, numbers=numbers, token_values={"old_log_probs": torch.zeros(1)}), LossSettings())
+    found = loss(terms([1], log_probs, numbers=numbers, token_values={"old_log_probs": torch.zeros(1)}), ppo.Settings())
     assert found.loss_N.item() == 0.0, "the negative policy's ratio is bounded at 1"
     (derivative,) = gradient(found.loss_N, log_probs)
     expected = 0.98 * math.exp(log_ratio) if log_ratio < 20 else 0.0  # beyond, the ratio is cut

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from mulligan.trainer.loss_terms import KlEstimator, MismatchCorrection
+from mulligan.trainer.losses import ppo, read_loss
 from mulligan.trainer.objectives.policy_gradient import loss
 from mulligan.trainer.settings import LossSettings
 from tests.support.terms import floats, gradient, ragged, terms
 
 SETTINGS = [
-    LossSettings(),
-    LossSettings(kl_coefficient=0.1, entropy_coefficient=0.01, dual_clip=0.0),
-    LossSettings(mismatch_correction=MismatchCorrection.MASKED, clip_low=0.1, clip_high=0.1),
-    LossSettings(mismatch_correction=MismatchCorrection.NONE, kl_coefficient=0.0),
+    ppo.Settings(),
+    ppo.Settings(kl_coefficient=0.1, entropy_coefficient=0.01, dual_clip=0.0),
+    ppo.Settings(mismatch_correction=MismatchCorrection.MASKED, clip_low=0.1, clip_high=0.1),
+    ppo.Settings(mismatch_correction=MismatchCorrection.NONE, kl_coefficient=0.0),
 ]
 
 
@@ -96,7 +97,7 @@ def simple(settings: LossSettings, *, rollout: list[float], advantages: list[flo
     return found
 
 
-PLAIN = LossSettings(kl_coefficient=0.0)
+PLAIN = ppo.Settings(kl_coefficient=0.0)
 
 
 def test_advantages_of_tokens_take_the_place_of_the_datums() -> None:
@@ -106,19 +107,19 @@ def test_advantages_of_tokens_take_the_place_of_the_datums() -> None:
 
 
 def test_a_sequence_whose_engine_was_far_off_is_left_out() -> None:
-    settings = LossSettings(kl_coefficient=0.0, mismatch_correction=MismatchCorrection.SEQUENCE_MASKED)
+    settings = ppo.Settings(kl_coefficient=0.0, mismatch_correction=MismatchCorrection.SEQUENCE_MASKED)
     assert simple(settings, rollout=[-2.0, 0.0, -2.0, -2.0]) == [-1.0, -1.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(("estimator", "kl"), [("k1", 1.0), ("k2", 0.5), ("k3", 0.36787944)])
 def test_the_divergence_is_estimated_as_asked(estimator: str, kl: float) -> None:
     """At a ratio of 1/e."""
-    settings = LossSettings(kl_coefficient=2.0, kl_estimator=KlEstimator(estimator))
+    settings = ppo.Settings(kl_coefficient=2.0, kl_estimator=KlEstimator(estimator))
     assert simple(settings, rollout=[-1.0] * 4)[0] == pytest.approx(-1.0 + 2.0 * kl)
 
 
 @pytest.mark.parametrize("name", ["gspo", "cispo"])
 def test_the_common_terms_belong_to_every_loss(name: str) -> None:
-    found = simple(LossSettings(name=name, kl_coefficient=2.0), rollout=[-1.0] * 4)
-    without = simple(LossSettings(name=name, kl_coefficient=0.0), rollout=[-1.0] * 4)
+    found = simple(read_loss({"name": name, "kl_coefficient": 2.0}), rollout=[-1.0] * 4)
+    without = simple(read_loss({"name": name, "kl_coefficient": 0.0}), rollout=[-1.0] * 4)
     assert [a - b for a, b in zip(found, without, strict=True)] == pytest.approx([2.0 * 0.36787944] * 4)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mulligan.trainer.losses import ppo
 from mulligan.trainer.objective import Tokens
 from mulligan.trainer.objectives.preference import Preference, loss
-from mulligan.trainer.settings import LossSettings
 from tests.support.terms import floats, gradient, ragged, scored, terms
 
 
@@ -37,7 +37,7 @@ def test_it_is_that_of_trl(seed: int, given: bool) -> None:
             others={"rejected": other},
             reference_N=torch.full_like(chosen, torch.nan) if given else chosen_reference,
         ),
-        LossSettings(),
+        ppo.Settings(),
     )
 
     def sums(values: torch.Tensor, counts: list[int]) -> torch.Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mulligan.trainer.losses import ppo
 from mulligan.trainer.objectives.transfer import Transfer, loss
-from mulligan.trainer.settings import LossSettings
 from tests.support.terms import floats, gradient, ragged, terms
 
 
@@ -28,7 +28,7 @@ def test_each_form_in_one_batch() -> None:
             numbers={"advantage": advantages, "shape": shapes, "ratio": torch.tensor([0.0, 0.0, 1.0])},
             token_values={"old_log_probs": old, "advantages": None},
         ),
-        LossSettings(),
+        ppo.Settings(),
     )
     assert found.loss_N.tolist() == pytest.approx([-math.log(0.5), -2 * 0.01 / 0.11, 2.0])
     derivatives = [-1.0, -2 * 0.1 * 0.01 / 0.11**2, 2.0]
@@ -49,7 +49,7 @@ def test_it_is_that_of_the_papers_on_sequences_of_different_lengths(seed: int) -
     reference = new.detach() + floats(sum(counts), -1, 1, seed + 3)
     values = {"old_log_probs": old, "advantages": None}
     made = terms(counts, new, numbers=numbers, token_values=values, reference_N=reference)
-    found = loss(made, LossSettings(kl_coefficient=0.1, dual_clip=0))
+    found = loss(made, ppo.Settings(kl_coefficient=0.1, dual_clip=0))
 
     def clipped(advantage: Tensor, new: Tensor, old: Tensor, reference: Tensor) -> Tensor:
         ratio = (new - old).exp()
@@ -71,7 +71,7 @@ def test_it_is_that_of_the_papers_on_sequences_of_different_lengths(seed: int) -
 def test_extreme_probabilities_have_finite_gradients(log_prob: float) -> None:
     log_probs = torch.tensor([log_prob] * 3, requires_grad=True)
     numbers = {name: torch.tensor(values) for name, values in NUMBERS.items()}
-    found = loss(terms([1, 1, 1], log_probs, numbers=numbers, token_values=ABSENT), LossSettings())
+    found = loss(terms([1, 1, 1], log_probs, numbers=numbers, token_values=ABSENT), ppo.Settings())
     assert gradient(found.loss_N, log_probs)[0].isfinite().all()
 
 
@@ -83,7 +83,7 @@ def test_without_old_log_probs_the_present_weights_are_the_old_policy() -> None:
     """The ratio is 1 then, and its derivative by log p that of log p."""
     log_probs = torch.tensor([-0.5, -2.0], dtype=torch.float64, requires_grad=True)
     numbers = {"advantage": torch.tensor([3.0]), "shape": torch.tensor([0.0]), "ratio": torch.tensor([1.0])}
-    found = loss(terms([2], log_probs, numbers=numbers, token_values=ABSENT), LossSettings())
+    found = loss(terms([2], log_probs, numbers=numbers, token_values=ABSENT), ppo.Settings())
     assert found.loss_N.tolist() == [-3.0, -3.0]
     assert gradient(found.loss_N, log_probs)[0].tolist() == [-3.0, -3.0]
 
@@ -93,7 +93,7 @@ def test_each_token_can_have_its_own_advantage() -> None:
     numbers = {"advantage": torch.tensor([0.0, 3.0]), "shape": torch.zeros(2), "ratio": torch.zeros(2)}
     given = torch.tensor([2.0, -1.0, math.nan], dtype=torch.float64)
     values = {"old_log_probs": None, "advantages": given}
-    assert loss(terms([2, 1], log_probs, numbers=numbers, token_values=values), LossSettings()).loss_N.tolist() == [
+    assert loss(terms([2, 1], log_probs, numbers=numbers, token_values=values), ppo.Settings()).loss_N.tolist() == [
         1.0,
         -2.0,
         3.0,
@@ -118,9 +118,9 @@ def test_two_forms_at_once_are_refused(wrong: Transfer, field: str) -> None:
 def test_only_the_ratio_compares_with_the_old_policy() -> None:
     assert Transfer(1.0, 0.1).unusable((3,)) is None and Transfer(1.0, 0.0, (-1.0,), 1.0).unusable((3,)) is None
     assert Transfer(1.0, ratio=1.0).compares_with_old and not Transfer(1.0, 0.1).compares_with_old
-    assert not Transfer(0.0).moves(LossSettings()) and Transfer(0.0, advantages=(0.0, 1.0)).moves(LossSettings())
-    assert Transfer(0.0, ratio=1.0).moves(LossSettings()), "there is a KL term"
-    assert not Transfer(0.0, ratio=1.0).moves(LossSettings(kl_coefficient=0.0))
+    assert not Transfer(0.0).moves(ppo.Settings()) and Transfer(0.0, advantages=(0.0, 1.0)).moves(ppo.Settings())
+    assert Transfer(0.0, ratio=1.0).moves(ppo.Settings()), "there is a KL term"
+    assert not Transfer(0.0, ratio=1.0).moves(ppo.Settings(kl_coefficient=0.0))
 
 
 def test_a_ratio_is_clipped_as_the_loss_says() -> None:
@@ -128,6 +128,6 @@ def test_a_ratio_is_clipped_as_the_loss_says() -> None:
     log_probs = torch.tensor([0.0, 0.0], dtype=torch.float64, requires_grad=True)
     numbers = {"advantage": torch.tensor([1.0]), "shape": torch.zeros(1), "ratio": torch.ones(1)}
     values = {"old_log_probs": torch.tensor([-1.0, 0.0], dtype=torch.float64), "advantages": None}
-    found = loss(terms([2], log_probs, numbers=numbers, token_values=values), LossSettings(kl_coefficient=0.0))
+    found = loss(terms([2], log_probs, numbers=numbers, token_values=values), ppo.Settings(kl_coefficient=0.0))
     assert found.loss_N.tolist() == [-1.28, -1.0] and found.metrics["clip_fraction"].tolist() == [True, False]
     assert gradient(found.loss_N, log_probs)[0].tolist() == [0.0, -1.0]
