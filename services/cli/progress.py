@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import timedelta
 from types import TracebackType
@@ -24,6 +24,7 @@ from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEv
 from mulligan.trainer.folder import RunState
 
 _BAR_WIDTH = 110  # columns of a terminal that has room for a bar
+SUCCESS = "success_"  # begins the name of the metric of each role of episodes
 _LINE_SECONDS = 5.0  # between lines about a command's progress where there is no terminal
 
 
@@ -35,6 +36,7 @@ class _RunDisplay:
         self._run = run
         self._total = run.settings.steps
         self._seconds: list[float] = []
+        self._metrics: set[str] = set()  # names so far: a step may have no second attempts
         self._step = 0
         self._evaluated = False
         self._activity = run.activity
@@ -72,7 +74,9 @@ class _RunDisplay:
         self._seconds.append(metrics["seconds"])
         recent = self._seconds[-20:]
         left = timedelta(seconds=round(sum(recent) / len(recent) * (self._total - self._step)))
-        text = f"{self._step:4}/{self._total}  {step_text(metrics)}  left {left}"
+        self._metrics.update(metrics)
+        told = step_text(metrics, roles_in(self._metrics))
+        text = f"{self._step:4}/{self._total}  {told}  left {left}"
         self._bar.update(self._steps, completed=self._step, description=f"step {text.strip()}")
         if not self._is_terminal or self._step % 10 == 0:
             self.line(f"step {text}")
@@ -111,7 +115,7 @@ async def show(
 ) -> StateEvent | None:
     """Prints events until the run ends; returns its last state. `ask` gets the run as it is now.
 
-    On a terminal, with live lines: step, first- and second-attempt success, reflections, tokens per second, time left,
+    On a terminal, with live lines: step, success of each role, reflections, tokens per second, time left,
     and what the run does now. Elsewhere a line on stderr says the latter when nothing happened for `first` and then
     `every` seconds.
     """
@@ -197,14 +201,23 @@ def time_left(seconds: float, done: int, total: int) -> str:
     return str(timedelta(seconds=round(seconds / done * (total - done)))) if done else "?"
 
 
-def step_text(metrics: dict[str, float]) -> str:
-    second = metrics.get("success_second")
+def step_text(metrics: Mapping[str, float], roles: Sequence[str]) -> str:
+    """One line about a step: the success of each of the `roles`, what was written, how fast."""
     tokens = metrics["sampled_tokens"] / max(metrics["sample_seconds"], 1e-9)
     excluded = f"  excluded {metrics['excluded']:.0f}" if metrics["excluded"] else ""
-    return (
-        f"first {metrics.get('success_first', 0):.2f}  second {'  – ' if second is None else f'{second:.2f}'}  "
-        f"reflections {metrics['reflections']:.0f}  {tokens:,.0f} tokens/s{excluded}"
-    )
+    shown = [f"{role} {_share(metrics.get(f'{SUCCESS}{role}'))}" for role in roles]
+    shown.append(f"reflections {metrics['reflections']:.0f}")
+    return "  ".join([*shown, f"{tokens:,.0f} tokens/s{excluded}"])
+
+
+def _share(value: float | None) -> str:
+    return "  – " if value is None else f"{value:.2f}"
+
+
+def roles_in(metrics: Iterable[str]) -> list[str]:
+    """The roles of the episodes that these metrics are of, in the run's own environment; "first" comes first."""
+    found = (name.removeprefix(SUCCESS) for name in metrics if name.startswith(SUCCESS))
+    return sorted(found, key=lambda role: (role != "first", role))
 
 
 def evaluation_text(event: EvaluationEvent) -> str:

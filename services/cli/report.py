@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mulligan.cli.connection import command
+from mulligan.cli.progress import SUCCESS, roles_in
 from mulligan.cli.recipes import RECIPES
 from mulligan.trainer.events import Entry, EvaluationEvent, StepEvent
 from mulligan.trainer.settings import RunSettings
@@ -59,7 +60,7 @@ def at_budget(evaluations: Sequence[dict[str, Any]], rollouts: int) -> dict[str,
 
 
 def draw_chart(path: Path, entries: Sequence[Entry], rlvr: RecordedRun | None) -> None:
-    """Success over the budget: test tasks, and the first and second attempts of training, smoothed over ten steps."""
+    """Success over the budget: test tasks, and the episodes of training by their roles, smoothed over ten steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,10 +71,10 @@ def draw_chart(path: Path, entries: Sequence[Entry], rlvr: RecordedRun | None) -
     evaluations = [entry.event for entry in entries if isinstance(entry.event, EvaluationEvent)]
     tests = {event.step: event.success for event in evaluations if not event.environment}
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-    for name, label in (("success_first", "training, first attempts"), ("success_second", "training, second attempts")):
+    for role in roles_in({name for metrics in steps.values() for name in metrics}):
+        name = f"{SUCCESS}{role}"
         points = [(spent[step + 1], metrics[name]) for step, metrics in sorted(steps.items()) if name in metrics]
-        if points:
-            axes.plot(*_smooth(points), alpha=0.5, label=label)
+        axes.plot(*_smooth(points), alpha=0.5, label=f"training, {role}")
     axes.plot(
         [spent[step] for step in sorted(tests)], [tests[step] for step in sorted(tests)], "o-", label="test tasks"
     )

@@ -12,7 +12,7 @@ from itertools import count
 import pytest
 
 from mulligan.cli.out import Heartbeat, note
-from mulligan.cli.progress import EvaluationDisplay, evaluation_text, show
+from mulligan.cli.progress import EvaluationDisplay, evaluation_text, roles_in, show, step_text
 from mulligan.common.errors import ServiceUnavailable
 from mulligan.trainer.activity import Activity
 from mulligan.trainer.client import RunInfo
@@ -129,6 +129,15 @@ def test_an_evaluation_says_which_protocol_plays(capsys: pytest.CaptureFixture[s
     with EvaluationDisplay("lake", first=SOON, every=SOON) as display:
         display.update(3, 4, 0.5, "pass_at_k")
         told.until("pass_at_k: 3/4 attempts  success so far 0.50  left ")
+
+
+def test_a_step_shows_the_roles_of_its_algorithm() -> None:
+    metrics = METRICS | {"success_refinement": 0.5, "success_first": 0.25, "quiz/success_hinted": 1.0}
+    roles = roles_in(metrics)
+    assert roles == ["first", "refinement"], "those in the run's own environment"
+    text = step_text(METRICS | {"success_first": 1.0}, roles)
+    assert text == "first 1.00  refinement   –   reflections 0  16 tokens/s"
+    assert step_text(METRICS, []).startswith("reflections 0")
 
 
 def test_metrics_of_protocols_are_in_the_order_of_their_numbers() -> None:
