@@ -82,6 +82,7 @@ class Turn:
     action: str  # the action that the environment read in it
     reward: float
     tool: str = ""  # the tool that the observation comes from; empty: the environment, as the user
+    sent: str | None = None  # what the environment was given, such as marked thoughts, if that is not `text`
 
     @property
     def is_invalid(self) -> bool:
@@ -180,7 +181,8 @@ class TrainingTarget:
 class Trained:
     """What one datum of the learner was: the tokens of a sample or target, the objective and its numbers.
 
-    `values` has the arrays of one value per trained token that the algorithm gave, such as advantages.
+    `values` has the arrays of one value per trained token that the algorithm gave, such as advantages. `others` names
+    the sample or target of each further token sequence of the objective, such as "rejected".
     """
 
     datum_id: str
@@ -191,6 +193,7 @@ class Trained:
     weight: float
     numbers: Mapping[str, float] = field(default_factory=dict)
     values: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,7 @@ def _trained_to_proto(trained: domain.Trained) -> pb.Trained:
         weight=trained.weight,
         numbers=trained.numbers,
         values={name: pb.TrainedValues(values=values) for name, values in trained.values.items()},
+        others=trained.others,
     )
 
 
@@ -144,6 +145,7 @@ def _trained_from_proto(message: pb.Trained) -> domain.Trained:
         weight=message.weight,
         numbers=dict(message.numbers),
         values={name: tuple(array.values) for name, array in message.values.items()},
+        others=dict(message.others),
     )
 
 
@@ -252,13 +254,30 @@ def _outcome(value: int) -> Outcome:
 
 def _turns_to_proto(turns: Iterable[domain.Turn]) -> list[pb.Turn]:
     return [
-        pb.Turn(observation=turn.observation, text=turn.text, action=turn.action, reward=turn.reward, tool=turn.tool)
+        pb.Turn(
+            observation=turn.observation,
+            text=turn.text,
+            action=turn.action,
+            reward=turn.reward,
+            tool=turn.tool,
+            sent=turn.sent,
+        )
         for turn in turns
     ]
 
 
 def _turns_from_proto(turns: Iterable[pb.Turn]) -> tuple[domain.Turn, ...]:
-    return tuple(domain.Turn(turn.observation, turn.text, turn.action, turn.reward, turn.tool) for turn in turns)
+    return tuple(
+        domain.Turn(
+            turn.observation,
+            turn.text,
+            turn.action,
+            turn.reward,
+            turn.tool,
+            turn.sent if turn.HasField("sent") else None,
+        )
+        for turn in turns
+    )
 
 
 def _sequences_to_proto(sequences: Iterable[domain.TokenSequence]) -> list[pb.TokenSequence]:

@@ -35,6 +35,12 @@ def exceeds(reward: float, threshold: float) -> bool:
     return reward > threshold and not _are_equal(reward, threshold)
 
 
+def differ(rewards: Iterable[float | None]) -> bool:
+    """Whether there are two different ones, rounding aside. None counts for nothing."""
+    found = [reward for reward in rewards if reward is not None]
+    return bool(found) and exceeds(max(found), min(found))
+
+
 def is_usable(reward: float) -> bool:
     """Whether an attempt with this reward can be compared with others."""
     return abs(reward) <= LARGEST_REWARD  # also false for NaN

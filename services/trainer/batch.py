@@ -243,22 +243,46 @@ def minibatches(data: Sequence[Datum], count: int, seed: int) -> list[list[Datum
 
 
 def trained(data: Iterable[Datum], experiences: Sequence[Experience]) -> list[Trained]:
-    """What the journal keeps of the data: all but their tokens, which it has."""
-    known = {one.sample_id for experience in experiences for one in experience.samples}
-    known |= {one.target_id for experience in experiences for one in experience.targets}
+    """What the journal keeps of the data: all but their tokens, which it has. Raises ValueError for a datum that is of
+    no sample or target."""
+    tokens_in = [_tokens_in(experience) for experience in experiences]
+    place_of = {source_id: place for place, known in enumerate(tokens_in) for source_id in known}
     found = []
     for datum in data:
-        source_id, sequence = datum.datum_id, "0"
-        if source_id not in known:
-            source_id, _, sequence = source_id.rpartition(".")
-        name = name_of(type(datum.objective))
-        numbers = inputs_of(datum.objective, InputKind.NUMBER)
+        source_id = datum.datum_id if datum.datum_id in place_of else datum.datum_id.rpartition(".")[0]
+        if source_id not in place_of:
+            raise ValueError(f"the datum {datum.datum_id!r} is of no sample or target of the step")
+        place = place_of[source_id]
+        own = tokens_in[place][source_id]
+        nearest = [tokens_in[place], *tokens_in]  # another member may have sampled the same
         values = inputs_of(datum.objective, InputKind.TOKEN_VALUES).items()
-        given = {key: each for key, each in values if each and key not in _OF_THE_POLICY}
+        tokens = inputs_of(datum.objective, InputKind.TOKENS).items()
         found.append(
-            Trained(datum.datum_id, source_id, int(sequence), datum.branch, name, datum.weight, numbers, given)
+            Trained(
+                datum_id=datum.datum_id,
+                source_id=source_id,
+                sequence=own.index(datum.token_ids) if datum.token_ids in own else 0,
+                branch=datum.branch,
+                objective=name_of(type(datum.objective)),
+                weight=datum.weight,
+                numbers=inputs_of(datum.objective, InputKind.NUMBER),
+                values={name: each for name, each in values if each and name not in _OF_THE_POLICY},
+                others={name: other for name, one in tokens if (other := _with_tokens(one.token_ids, nearest))},
+            )
         )
     return found
+
+
+def _tokens_in(experience: Experience) -> dict[str, list[tuple[int, ...]]]:
+    """The token sequences of its samples and targets, by their ids."""
+    sources = {one.sample_id: one.sequences for one in experience.samples}
+    sources |= {one.target_id: one.sequences for one in experience.targets}
+    return {source_id: [tuple(one.token_ids) for one in sequences] for source_id, sequences in sources.items()}
+
+
+def _with_tokens(tokens: tuple[int, ...], known: Iterable[Mapping[str, list[tuple[int, ...]]]]) -> str:
+    """The first sample or target with these tokens; empty if there is none."""
+    return next((source_id for one in known for source_id, each in one.items() if tokens in each), "")
 
 
 def _numbered(identity: str, sequences: Sequence[TokenSequence]) -> list[tuple[str, TokenSequence]]:

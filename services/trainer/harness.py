@@ -181,9 +181,11 @@ class Harness:
             return False
         play.conversation.add(completion)
         play.blame = Outcome.ENV_ERROR
-        answer = completion.marked_text
-        step = await episode.step(answer if plan.said is None else plan.said(answer))
-        play.turns.append(Turn(play.observation, completion.text, step.action, step.reward or 0.0, play.tool))
+        text = completion.text
+        sent = completion.marked_text if plan.said is None else plan.said(completion.marked_text)
+        step = await episode.step(sent)
+        changed = sent if sent != text else None
+        play.turns.append(Turn(play.observation, text, step.action, step.reward or 0.0, play.tool, changed))
         play.observation = step.observation
         play.tool = step.tool
         if step.done:
@@ -217,7 +219,7 @@ class Harness:
                     shown_now = f"showed {turn.observation!r} to {source.sample_id} and now {observation!r}"
                     raise NotRepeatable(f"{place} {shown_now}: it cannot be forked from an earlier step")
                 if number < count:
-                    step = await episode.step(turn.text)
+                    step = await episode.step(turn.text if turn.sent is None else turn.sent)
                     if step.action != turn.action:
                         read_now = f"read {turn.action!r} in an answer of {source.sample_id} and now {step.action!r}"
                         raise NotRepeatable(f"{place} {read_now}: it cannot be forked from an earlier step")

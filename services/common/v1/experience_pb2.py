@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from mulligan.common.v1 import outcome_pb2 as mulligan_dot_common_dot_v1_dot_outcome__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#mulligan/common/v1/experience.proto\x12\x12mulligan.common.v1\x1a mulligan/common/v1/outcome.proto\":\n\x0bVersionSpan\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\"\xa6\x01\n\x07Segment\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.mulligan.common.v1.SegmentKind\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x11\n\tlog_probs\x18\x03 \x03(\x02\x12\x38\n\x0fpolicy_versions\x18\x04 \x03(\x0b\x32\x1f.mulligan.common.v1.VersionSpan\x12\x0c\n\x04loss\x18\x05 \x01(\x08\">\n\rTokenSequence\x12-\n\x08segments\x18\x01 \x03(\x0b\x32\x1b.mulligan.common.v1.Segment\"W\n\x04Turn\x12\x13\n\x0bobservation\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0e\n\x06reward\x18\x04 \x01(\x01\x12\x0c\n\x04tool\x18\x05 \x01(\t\"\xc1\x02\n\x07\x41ttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x12\n\nepisode_id\x18\x02 \x01(\t\x12,\n\x07outcome\x18\x03 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x13\n\x06reward\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x05 \x01(\t\x12\'\n\x05turns\x18\x06 \x03(\x0b\x32\x18.mulligan.common.v1.Turn\x12\x19\n\x11\x66inal_observation\x18\x07 \x01(\t\x12\x34\n\tsequences\x18\x08 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x13\n\x0btemperature\x18\t \x01(\x01\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x10\n\x08restarts\x18\x0b \x01(\x05\x42\t\n\x07_reward\"\xe9\x01\n\nReflection\x12\x15\n\rreflection_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x34\n\tsequences\x18\x03 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x13\n\x06reward\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x0e\n\x06policy\x18\x08 \x01(\tB\t\n\x07_reward\"\x88\x01\n\x0f\x44istilledTarget\x12\x14\n\x0c\x64istilled_id\x18\x01 \x01(\t\x12\x19\n\x11source_attempt_id\x18\x02 \x01(\t\x12\x34\n\tsequences\x18\x03 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x0e\n\x06reward\x18\x04 \x01(\x01\"3\n\tForkPoint\x12\x12\n\nepisode_id\x18\x01 \x01(\t\x12\x12\n\nstep_index\x18\x02 \x01(\x05\"\xe1\x04\n\x06Sample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x11\n\tparent_id\x18\x03 \x01(\t\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x13\n\x06reward\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x41\n\x0creward_parts\x18\x07 \x03(\x0b\x32+.mulligan.common.v1.Sample.RewardPartsEntry\x12\x0e\n\x06system\x18\x08 \x01(\t\x12\x34\n\tsequences\x18\t \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x13\n\x0btemperature\x18\n \x01(\x01\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x0c\n\x04text\x18\x0c \x01(\t\x12\x12\n\nepisode_id\x18\r \x01(\t\x12\'\n\x05turns\x18\x0e \x03(\x0b\x32\x18.mulligan.common.v1.Turn\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x0f \x01(\t\x12\x19\n\x11\x66inal_observation\x18\x10 \x01(\t\x12\x10\n\x08restarts\x18\x11 \x01(\x05\x12\x37\n\x0b\x66orked_from\x18\x12 \x01(\x0b\x32\x1d.mulligan.common.v1.ForkPointH\x01\x88\x01\x01\x12\x11\n\ttry_turns\x18\x13 \x03(\x05\x1a\x32\n\x10RewardPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_rewardB\x0e\n\x0c_forked_from\"\x8a\x01\n\x0eTrainingTarget\x12\x11\n\ttarget_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x11\n\tsource_id\x18\x03 \x01(\t\x12\x0e\n\x06system\x18\x04 \x01(\t\x12\x34\n\tsequences\x18\x05 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\"\x1f\n\rTrainedValues\x12\x0e\n\x06values\x18\x01 \x03(\x02\"\xe9\x02\n\x07Trained\x12\x10\n\x08\x64\x61tum_id\x18\x01 \x01(\t\x12\x11\n\tsource_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x05\x12\x0e\n\x06\x62ranch\x18\x04 \x01(\t\x12\x11\n\tobjective\x18\x05 \x01(\t\x12\x0e\n\x06weight\x18\x06 \x01(\x01\x12\x39\n\x07numbers\x18\x07 \x03(\x0b\x32(.mulligan.common.v1.Trained.NumbersEntry\x12\x37\n\x06values\x18\x08 \x03(\x0b\x32\'.mulligan.common.v1.Trained.ValuesEntry\x1a.\n\x0cNumbersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aP\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x05value\x18\x02 \x01(\x0b\x32!.mulligan.common.v1.TrainedValues:\x02\x38\x01\"\xdc\x04\n\nExperience\x12\x15\n\rexperience_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x13\n\x0b\x65nvironment\x18\x04 \x01(\t\x12\x0f\n\x07task_id\x18\x05 \x01(\t\x12\x0f\n\x07rollout\x18\x06 \x01(\x05\x12\x32\n\rfirst_attempt\x18\x07 \x01(\x0b\x32\x1b.mulligan.common.v1.Attempt\x12\x37\n\nreflection\x18\x08 \x01(\x0b\x32\x1e.mulligan.common.v1.ReflectionH\x00\x88\x01\x01\x12\x38\n\x0esecond_attempt\x18\t \x01(\x0b\x32\x1b.mulligan.common.v1.AttemptH\x01\x88\x01\x01\x12;\n\tdistilled\x18\n \x01(\x0b\x32#.mulligan.common.v1.DistilledTargetH\x02\x88\x01\x01\x12\x18\n\x10memory_entry_ids\x18\x0b \x03(\t\x12+\n\x07samples\x18\x0c \x03(\x0b\x32\x1a.mulligan.common.v1.Sample\x12\x33\n\x07targets\x18\r \x03(\x0b\x32\".mulligan.common.v1.TrainingTarget\x12,\n\x07trained\x18\x0e \x03(\x0b\x32\x1b.mulligan.common.v1.Trained\x12\x11\n\talgorithm\x18\x0f \x01(\t\x12\x11\n\tuntrained\x18\x10 \x03(\tB\r\n\x0b_reflectionB\x11\n\x0f_second_attemptB\x0c\n\n_distilled*|\n\x0bSegmentKind\x12\x1c\n\x18SEGMENT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13SEGMENT_KIND_PROMPT\x10\x01\x12\x18\n\x14SEGMENT_KIND_SAMPLED\x10\x02\x12\x1c\n\x18SEGMENT_KIND_ENVIRONMENT\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#mulligan/common/v1/experience.proto\x12\x12mulligan.common.v1\x1a mulligan/common/v1/outcome.proto\":\n\x0bVersionSpan\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\"\xa6\x01\n\x07Segment\x12-\n\x04kind\x18\x01 \x01(\x0e\x32\x1f.mulligan.common.v1.SegmentKind\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x11\n\tlog_probs\x18\x03 \x03(\x02\x12\x38\n\x0fpolicy_versions\x18\x04 \x03(\x0b\x32\x1f.mulligan.common.v1.VersionSpan\x12\x0c\n\x04loss\x18\x05 \x01(\x08\">\n\rTokenSequence\x12-\n\x08segments\x18\x01 \x03(\x0b\x32\x1b.mulligan.common.v1.Segment\"s\n\x04Turn\x12\x13\n\x0bobservation\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0e\n\x06\x61\x63tion\x18\x03 \x01(\t\x12\x0e\n\x06reward\x18\x04 \x01(\x01\x12\x0c\n\x04tool\x18\x05 \x01(\t\x12\x11\n\x04sent\x18\x06 \x01(\tH\x00\x88\x01\x01\x42\x07\n\x05_sent\"\xc1\x02\n\x07\x41ttempt\x12\x12\n\nattempt_id\x18\x01 \x01(\t\x12\x12\n\nepisode_id\x18\x02 \x01(\t\x12,\n\x07outcome\x18\x03 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x13\n\x06reward\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x05 \x01(\t\x12\'\n\x05turns\x18\x06 \x03(\x0b\x32\x18.mulligan.common.v1.Turn\x12\x19\n\x11\x66inal_observation\x18\x07 \x01(\t\x12\x34\n\tsequences\x18\x08 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x13\n\x0btemperature\x18\t \x01(\x01\x12\r\n\x05\x65rror\x18\n \x01(\t\x12\x10\n\x08restarts\x18\x0b \x01(\x05\x42\t\n\x07_reward\"\xe9\x01\n\nReflection\x12\x15\n\rreflection_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x34\n\tsequences\x18\x03 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x13\n\x0btemperature\x18\x04 \x01(\x01\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x13\n\x06reward\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x07 \x01(\t\x12\x0e\n\x06policy\x18\x08 \x01(\tB\t\n\x07_reward\"\x88\x01\n\x0f\x44istilledTarget\x12\x14\n\x0c\x64istilled_id\x18\x01 \x01(\t\x12\x19\n\x11source_attempt_id\x18\x02 \x01(\t\x12\x34\n\tsequences\x18\x03 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x0e\n\x06reward\x18\x04 \x01(\x01\"3\n\tForkPoint\x12\x12\n\nepisode_id\x18\x01 \x01(\t\x12\x12\n\nstep_index\x18\x02 \x01(\x05\"\xe1\x04\n\x06Sample\x12\x11\n\tsample_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x11\n\tparent_id\x18\x03 \x01(\t\x12\x0e\n\x06policy\x18\x04 \x01(\t\x12,\n\x07outcome\x18\x05 \x01(\x0e\x32\x1b.mulligan.common.v1.Outcome\x12\x13\n\x06reward\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x41\n\x0creward_parts\x18\x07 \x03(\x0b\x32+.mulligan.common.v1.Sample.RewardPartsEntry\x12\x0e\n\x06system\x18\x08 \x01(\t\x12\x34\n\tsequences\x18\t \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\x12\x13\n\x0btemperature\x18\n \x01(\x01\x12\r\n\x05\x65rror\x18\x0b \x01(\t\x12\x0c\n\x04text\x18\x0c \x01(\t\x12\x12\n\nepisode_id\x18\r \x01(\t\x12\'\n\x05turns\x18\x0e \x03(\x0b\x32\x18.mulligan.common.v1.Turn\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x0f \x01(\t\x12\x19\n\x11\x66inal_observation\x18\x10 \x01(\t\x12\x10\n\x08restarts\x18\x11 \x01(\x05\x12\x37\n\x0b\x66orked_from\x18\x12 \x01(\x0b\x32\x1d.mulligan.common.v1.ForkPointH\x01\x88\x01\x01\x12\x11\n\ttry_turns\x18\x13 \x03(\x05\x1a\x32\n\x10RewardPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_rewardB\x0e\n\x0c_forked_from\"\x8a\x01\n\x0eTrainingTarget\x12\x11\n\ttarget_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x11\n\tsource_id\x18\x03 \x01(\t\x12\x0e\n\x06system\x18\x04 \x01(\t\x12\x34\n\tsequences\x18\x05 \x03(\x0b\x32!.mulligan.common.v1.TokenSequence\"\x1f\n\rTrainedValues\x12\x0e\n\x06values\x18\x01 \x03(\x02\"\xd1\x03\n\x07Trained\x12\x10\n\x08\x64\x61tum_id\x18\x01 \x01(\t\x12\x11\n\tsource_id\x18\x02 \x01(\t\x12\x10\n\x08sequence\x18\x03 \x01(\x05\x12\x0e\n\x06\x62ranch\x18\x04 \x01(\t\x12\x11\n\tobjective\x18\x05 \x01(\t\x12\x0e\n\x06weight\x18\x06 \x01(\x01\x12\x39\n\x07numbers\x18\x07 \x03(\x0b\x32(.mulligan.common.v1.Trained.NumbersEntry\x12\x37\n\x06values\x18\x08 \x03(\x0b\x32\'.mulligan.common.v1.Trained.ValuesEntry\x12\x37\n\x06others\x18\t \x03(\x0b\x32\'.mulligan.common.v1.Trained.OthersEntry\x1a.\n\x0cNumbersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x1aP\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x30\n\x05value\x18\x02 \x01(\x0b\x32!.mulligan.common.v1.TrainedValues:\x02\x38\x01\x1a-\n\x0bOthersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xdc\x04\n\nExperience\x12\x15\n\rexperience_id\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\x03\x12\x13\n\x0b\x65nvironment\x18\x04 \x01(\t\x12\x0f\n\x07task_id\x18\x05 \x01(\t\x12\x0f\n\x07rollout\x18\x06 \x01(\x05\x12\x32\n\rfirst_attempt\x18\x07 \x01(\x0b\x32\x1b.mulligan.common.v1.Attempt\x12\x37\n\nreflection\x18\x08 \x01(\x0b\x32\x1e.mulligan.common.v1.ReflectionH\x00\x88\x01\x01\x12\x38\n\x0esecond_attempt\x18\t \x01(\x0b\x32\x1b.mulligan.common.v1.AttemptH\x01\x88\x01\x01\x12;\n\tdistilled\x18\n \x01(\x0b\x32#.mulligan.common.v1.DistilledTargetH\x02\x88\x01\x01\x12\x18\n\x10memory_entry_ids\x18\x0b \x03(\t\x12+\n\x07samples\x18\x0c \x03(\x0b\x32\x1a.mulligan.common.v1.Sample\x12\x33\n\x07targets\x18\r \x03(\x0b\x32\".mulligan.common.v1.TrainingTarget\x12,\n\x07trained\x18\x0e \x03(\x0b\x32\x1b.mulligan.common.v1.Trained\x12\x11\n\talgorithm\x18\x0f \x01(\t\x12\x11\n\tuntrained\x18\x10 \x03(\tB\r\n\x0b_reflectionB\x11\n\x0f_second_attemptB\x0c\n\n_distilled*|\n\x0bSegmentKind\x12\x1c\n\x18SEGMENT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13SEGMENT_KIND_PROMPT\x10\x01\x12\x18\n\x14SEGMENT_KIND_SAMPLED\x10\x02\x12\x1c\n\x18SEGMENT_KIND_ENVIRONMENT\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,8 +38,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRAINED_NUMBERSENTRY']._serialized_options = b'8\001'
   _globals['_TRAINED_VALUESENTRY']._loaded_options = None
   _globals['_TRAINED_VALUESENTRY']._serialized_options = b'8\001'
-  _globals['_SEGMENTKIND']._serialized_start=2984
-  _globals['_SEGMENTKIND']._serialized_end=3108
+  _globals['_TRAINED_OTHERSENTRY']._loaded_options = None
+  _globals['_TRAINED_OTHERSENTRY']._serialized_options = b'8\001'
+  _globals['_SEGMENTKIND']._serialized_start=3116
+  _globals['_SEGMENTKIND']._serialized_end=3240
   _globals['_VERSIONSPAN']._serialized_start=93
   _globals['_VERSIONSPAN']._serialized_end=151
   _globals['_SEGMENT']._serialized_start=154
@@ -47,29 +49,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENSEQUENCE']._serialized_start=322
   _globals['_TOKENSEQUENCE']._serialized_end=384
   _globals['_TURN']._serialized_start=386
-  _globals['_TURN']._serialized_end=473
-  _globals['_ATTEMPT']._serialized_start=476
-  _globals['_ATTEMPT']._serialized_end=797
-  _globals['_REFLECTION']._serialized_start=800
-  _globals['_REFLECTION']._serialized_end=1033
-  _globals['_DISTILLEDTARGET']._serialized_start=1036
-  _globals['_DISTILLEDTARGET']._serialized_end=1172
-  _globals['_FORKPOINT']._serialized_start=1174
-  _globals['_FORKPOINT']._serialized_end=1225
-  _globals['_SAMPLE']._serialized_start=1228
-  _globals['_SAMPLE']._serialized_end=1837
-  _globals['_SAMPLE_REWARDPARTSENTRY']._serialized_start=1760
-  _globals['_SAMPLE_REWARDPARTSENTRY']._serialized_end=1810
-  _globals['_TRAININGTARGET']._serialized_start=1840
-  _globals['_TRAININGTARGET']._serialized_end=1978
-  _globals['_TRAINEDVALUES']._serialized_start=1980
-  _globals['_TRAINEDVALUES']._serialized_end=2011
-  _globals['_TRAINED']._serialized_start=2014
-  _globals['_TRAINED']._serialized_end=2375
-  _globals['_TRAINED_NUMBERSENTRY']._serialized_start=2247
-  _globals['_TRAINED_NUMBERSENTRY']._serialized_end=2293
-  _globals['_TRAINED_VALUESENTRY']._serialized_start=2295
-  _globals['_TRAINED_VALUESENTRY']._serialized_end=2375
-  _globals['_EXPERIENCE']._serialized_start=2378
-  _globals['_EXPERIENCE']._serialized_end=2982
+  _globals['_TURN']._serialized_end=501
+  _globals['_ATTEMPT']._serialized_start=504
+  _globals['_ATTEMPT']._serialized_end=825
+  _globals['_REFLECTION']._serialized_start=828
+  _globals['_REFLECTION']._serialized_end=1061
+  _globals['_DISTILLEDTARGET']._serialized_start=1064
+  _globals['_DISTILLEDTARGET']._serialized_end=1200
+  _globals['_FORKPOINT']._serialized_start=1202
+  _globals['_FORKPOINT']._serialized_end=1253
+  _globals['_SAMPLE']._serialized_start=1256
+  _globals['_SAMPLE']._serialized_end=1865
+  _globals['_SAMPLE_REWARDPARTSENTRY']._serialized_start=1788
+  _globals['_SAMPLE_REWARDPARTSENTRY']._serialized_end=1838
+  _globals['_TRAININGTARGET']._serialized_start=1868
+  _globals['_TRAININGTARGET']._serialized_end=2006
+  _globals['_TRAINEDVALUES']._serialized_start=2008
+  _globals['_TRAINEDVALUES']._serialized_end=2039
+  _globals['_TRAINED']._serialized_start=2042
+  _globals['_TRAINED']._serialized_end=2507
+  _globals['_TRAINED_NUMBERSENTRY']._serialized_start=2332
+  _globals['_TRAINED_NUMBERSENTRY']._serialized_end=2378
+  _globals['_TRAINED_VALUESENTRY']._serialized_start=2380
+  _globals['_TRAINED_VALUESENTRY']._serialized_end=2460
+  _globals['_TRAINED_OTHERSENTRY']._serialized_start=2462
+  _globals['_TRAINED_OTHERSENTRY']._serialized_end=2507
+  _globals['_EXPERIENCE']._serialized_start=2510
+  _globals['_EXPERIENCE']._serialized_end=3114
 # @@protoc_insertion_point(module_scope)

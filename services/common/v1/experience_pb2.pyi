@@ -150,6 +150,7 @@ class Turn(_message.Message):
     ACTION_FIELD_NUMBER: _builtins.int
     REWARD_FIELD_NUMBER: _builtins.int
     TOOL_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
     observation: _builtins.str
     """What the agent saw."""
     text: _builtins.str
@@ -160,6 +161,10 @@ class Turn(_message.Message):
     """Reward of this step alone."""
     tool: _builtins.str
     """Name of the tool whose answer the observation was. Empty if the environment spoke as the user."""
+    sent: _builtins.str
+    """What the environment was given, where that is not `text`: the answer with its thoughts marked, for example. Absent
+    where it is the same, and in journals from before this field.
+    """
     def __init__(
         self,
         *,
@@ -168,12 +173,15 @@ class Turn(_message.Message):
         action: _builtins.str = ...,
         reward: _builtins.float = ...,
         tool: _builtins.str = ...,
+        sent: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sent", b"_sent", "sent", b"sent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "observation", b"observation", "reward", b"reward", "text", b"text", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sent", b"_sent", "action", b"action", "observation", b"observation", "reward", b"reward", "sent", b"sent", "text", b"text", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__sent: _TypeAlias = _typing.Literal["sent"]  # noqa: Y015
+    _WhichOneofArgType__sent: _TypeAlias = _typing.Literal["_sent", b"_sent"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sent) -> _WhichOneofReturnType__sent | None: ...
 
 Global___Turn: _TypeAlias = Turn  # noqa: Y015
 
@@ -590,6 +598,26 @@ class Trained(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class OthersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     DATUM_ID_FIELD_NUMBER: _builtins.int
     SOURCE_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
@@ -598,6 +626,7 @@ class Trained(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     NUMBERS_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
     datum_id: _builtins.str
     source_id: _builtins.str
     """Of the sample or target."""
@@ -616,6 +645,12 @@ class Trained(_message.Message):
     def values(self) -> _containers.MessageMap[_builtins.str, Global___TrainedValues]:
         """Arrays of one value per trained token that the algorithm gave, such as `advantages`."""
 
+    @_builtins.property
+    def others(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The further token sequences of the objective, by their names, such as `rejected`: the sample or target whose tokens
+        each has.
+        """
+
     def __init__(
         self,
         *,
@@ -627,10 +662,11 @@ class Trained(_message.Message):
         weight: _builtins.float = ...,
         numbers: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         values: _abc.Mapping[_builtins.str, Global___TrainedValues] | None = ...,
+        others: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "datum_id", b"datum_id", "numbers", b"numbers", "objective", b"objective", "sequence", b"sequence", "source_id", b"source_id", "values", b"values", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["branch", b"branch", "datum_id", b"datum_id", "numbers", b"numbers", "objective", b"objective", "others", b"others", "sequence", b"sequence", "source_id", b"source_id", "values", b"values", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

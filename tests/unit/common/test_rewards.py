@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mulligan.common.rewards import LARGEST_REWARD, exceeds, is_usable, reaches, read_reward, total
+from mulligan.common.rewards import LARGEST_REWARD, differ, exceeds, is_usable, reaches, read_reward, total
 
 # How many equal rewards make up the largest sum there is, which solves the task.
 PARTS = [1, 3, 6, 7, 10, 49, 100, 1000]
@@ -90,3 +90,19 @@ def test_what_is_no_reward_is_named(reward: object, named: str) -> None:
     with pytest.raises(ValueError, match="is not a number from -1e") as caught:
         read_reward(reward)
     assert named in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("rewards", "expected"),
+    [
+        ((), False),
+        ((None, None), False),
+        ((1.0, None), False),
+        ((1.0, 1.0), False),
+        ((0.3, 0.1 + 0.2), False),
+        ((0.0, None, 0.5), True),
+        ((-1.0, 1.0), True),
+    ],
+)
+def test_rewards_differ_by_more_than_rounding(rewards: tuple[float | None, ...], expected: bool) -> None:
+    assert differ(rewards) is expected

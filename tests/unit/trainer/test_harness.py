@@ -6,10 +6,12 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from mulligan.common.experience import Experience, ForkPoint, Sample, SegmentKind
-from mulligan.common.inference import SamplingParams
+from mulligan.common.experience_wire import experience_from_proto, experience_to_proto
+from mulligan.common.inference import Completion, SamplingParams
 from mulligan.common.types import Outcome
 from mulligan.trainer.algorithms.rlvr import Settings
 from mulligan.trainer.harness import Harness, NotRepeatable, Plan
@@ -64,7 +66,7 @@ async def test_what_did_not_solve_the_task_is_tried_again_in_the_same_conversati
     assert len(sample.sequences) == (len(sample.turns) if rewrites else 1)
     assert text_of(sample).count("wrong, again: board t0") >= played - 1
     experience = Experience("a", "run", 0, "fake", "t0", 0, (sample,))
-    metrics = rollout_metrics([experience], 1.0, "fake")
+    metrics = rollout_metrics([experience], 1.0, "fake", lambda group: True)
     assert metrics["rollouts"] == metrics["tries_first"] == played, "each try costs an episode"
     seeds = [sampling.seed for _, sampling in policy.calls]
     assert len(set(seeds)) == len(seeds) == len(sample.turns)
@@ -196,8 +198,42 @@ async def test_tokens_of_another_policy_are_not_joined() -> None:
         await made.joined([first, replace(first, policy="wise")], ["again"], (False, True))
 
 
+class Thinking(FakePolicy):
+    """Its template opens a thought, which only the marked text shows."""
+
+    async def generate(self, *arguments: Any) -> Completion:
+        completion = await super().generate(*arguments)
+        return replace(completion, raw_text=f"<think>{completion.text}")
+
+
+async def test_a_fork_replays_what_the_environment_was_given() -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=3)
+    said = iter(["hm</think>a", "b", "c", "d"])
+    made = await harness(environment, Thinking(lambda system, last, sampling: next(said)))
+    source = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
+    assert [(turn.text, turn.sent) for turn in source.turns[:2]] == [
+        ("hm</think>a", "<think>hm</think>a"),
+        ("b", "<think>b"),
+    ]
+    fork = await made.attempt(Sample.planned("b", "fork", "solve"), Plan("t0", SAMPLING, 1, fork=(source, 2)))
+    assert [turn.text for turn in fork.turns] == ["d"] and fork.turns[0].observation == "after <think>b"
+
+
+async def test_what_is_sent_is_kept_only_where_it_is_not_the_text() -> None:
+    environment = FakeEnvironment({"t0": "go"}, turns=2)
+    made = await harness(environment, FakePolicy(lambda system, last, sampling: "a"))
+    plain = await made.attempt(planned(), Plan("t0", SAMPLING, 0))
+    changed = await made.attempt(planned(), Plan("t0", SAMPLING, 0, said=lambda answer: ""))
+    assert [turn.sent for turn in plain.turns] == [None] * 2
+    assert [turn.sent for turn in changed.turns] == [""] * 2
+    for sample in (plain, changed):
+        experience = Experience("a", "run", 0, "fake", "t0", 0, (sample,))
+        assert experience_from_proto(experience_to_proto(experience)) == experience
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(sample), type=Sample) == sample
+
+
 async def test_a_turn_that_is_read_otherwise_cannot_be_forked_from_and_its_episode_is_ended() -> None:
-    """An answer may be read in another way when it is replayed, as its thoughts are not marked then."""
+    """As in journals from before turns kept what was sent: thoughts are not marked there."""
     environment = FakeEnvironment({"t0": "go"}, turns=2)
     policy = FakePolicy(lambda system, last, sampling: "a")
     made = await harness(environment, policy)

@@ -19,7 +19,9 @@ BEFORE: list[dict[str, Any]] = json.loads((RECORDED / "experiences-v1.json").rea
 
 
 def plain(part: Any) -> dict[str, Any]:
+    """As it was printed then: what a turn sent was not known."""
     found: dict[str, Any] = json.loads(msgspec.json.encode(part))
+    assert [turn.pop("sent") for turn in found.get("turns", ())] == [None] * len(found.get("turns", ()))
     return found
 
 
