@@ -24,7 +24,7 @@ from mulligan.trainer.wire import (
     entry_from_proto,
     evaluation_from_proto,
     fill_proto,
-    settings_from_proto,
+    foreign_from_proto,
     settings_to_proto,
     state_from_proto,
 )
@@ -36,6 +36,9 @@ WATCH_SECONDS = 30 * 24 * 3600.0
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
+    """A run as its trainer tells of it. Where a plug-in that `settings` name is not installed here, they have its
+    common settings alone."""
+
     run_id: str
     state: RunState
     error: str
@@ -175,7 +178,7 @@ def _info(run: pb.Run) -> RunInfo:
         run_id=run.run_id,
         state=state_from_proto(run.state),
         error=run.error,
-        settings=settings_from_proto(run.config),
+        settings=foreign_from_proto(run.config),
         step=run.step,
         created_at=run.created_at.ToDatetime(),
         train_seconds=run.train_seconds,

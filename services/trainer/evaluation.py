@@ -17,6 +17,7 @@ from mulligan.trainer.events import EvaluationEvent
 from mulligan.trainer.interfaces import PolicyPort
 from mulligan.trainer.metrics import rewards_of
 from mulligan.trainer.player import Player
+from mulligan.trainer.preflight import named_by
 from mulligan.trainer.protocols import PROTOCOLS, ProtocolSettings
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.settings import EvaluationSettings
@@ -106,7 +107,14 @@ def fit_protocols(
     return [settings.model_copy(update={"protocols": tuple(protocols)}) for protocols in kept]
 
 
-async def open_writers(policies: PolicyPort, settings: EvaluationSettings) -> dict[str, NamedPolicy]:
-    """The policies that write texts, by the label of the protocol. Raises DomainError UNKNOWN_POLICY."""
-    named = {protocol.prefix: getattr(protocol, "writer", "") for protocol in settings.protocols}
-    return {label: await NamedPolicy.open(policies, writer) for label, writer in named.items() if writer}
+async def open_writers(policies: PolicyPort, settings: EvaluationSettings, within: str = "") -> dict[str, NamedPolicy]:
+    """The policies that write texts, by the label of the protocol. `within` begins the field of an error.
+
+    Raises DomainError UNKNOWN_POLICY.
+    """
+    found = {}
+    for index, protocol in enumerate(settings.protocols):
+        if writer := getattr(protocol, "writer", ""):
+            with named_by(f"{within}protocols[{index}].writer"):
+                found[protocol.prefix] = await NamedPolicy.open(policies, writer)
+    return found

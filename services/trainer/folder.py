@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from pydantic import ValidationError
 
 from mulligan.common.disk import writing_to
+from mulligan.common.errors import DomainError, Reason
 from mulligan.common.files import replace
+from mulligan.common.suggest import problems
 from mulligan.trainer.fingerprint import Fingerprint
 from mulligan.trainer.settings import RunSettings
 
@@ -71,7 +74,14 @@ class RunFolder:
         return msgspec.json.decode((self.path / "run.json").read_bytes(), type=RunRecord)
 
     def settings(self) -> RunSettings:
-        return RunSettings.model_validate(self.record().settings)
+        """Raises DomainError INVALID_SETTING, where a plug-in that they name is no longer there."""
+        record = self.record()
+        try:
+            return RunSettings.model_validate(record.settings)
+        except ValidationError as error:
+            field, said = next(iter(problems(error, RunSettings).items()))
+            message = f"the settings of run {record.run_id} cannot be read here: {field}: {said}"
+            raise DomainError(Reason.INVALID_SETTING, message, field=field, run_id=record.run_id) from None
 
     def write_record(self, record: RunRecord) -> None:
         write_json(self.path / "run.json", record)

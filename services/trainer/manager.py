@@ -64,7 +64,16 @@ class RunManager:
         for run_id in self.run_ids():
             if self.record(run_id).state is RunState.RUNNING and self._active is None:
                 log.info("going on with a run", run_id=run_id)
-                self._drive(self._open(run_id))
+                try:
+                    self._drive(self._open(run_id))
+                except DomainError as error:
+                    self._fail(run_id, error)
+
+    def _fail(self, run_id: str, error: DomainError) -> None:
+        """Writes that a run cannot go on, which is not even open."""
+        log.error("a run cannot go on", run_id=run_id, error=str(error))
+        self._unwritten[run_id] = self.record(run_id).now(RunState.FAILED, str(error))
+        self._write_down(run_id)
 
     def run_ids(self) -> list[str]:
         """Newest first."""
@@ -81,7 +90,7 @@ class RunManager:
         return self._unwritten.get(run_id) or self._run_folder(run_id).record()
 
     def run(self, run_id: str) -> Run:
-        """Raises UNKNOWN_RUN."""
+        """Raises UNKNOWN_RUN, and INVALID_SETTING where a plug-in of its settings is no longer there."""
         if run_id not in self._unwritten and not self._is_active(run_id):
             self._run_folder(run_id)
         return self._runs.get(run_id) or self._open(run_id)
@@ -109,7 +118,8 @@ class RunManager:
         return run
 
     async def resume(self, run_id: str, *, accept_environment: bool = False) -> Run:
-        """Raises RUN_COMPLETED, LEARNER_OWNED, DISK_FULL, UNKNOWN_RUN, and ENVIRONMENT_CHANGED unless accepted."""
+        """Raises RUN_COMPLETED, LEARNER_OWNED, DISK_FULL, UNKNOWN_RUN, INVALID_SETTING as `run` does, and
+        ENVIRONMENT_CHANGED unless accepted."""
         async with self._resuming:
             record = self.record(run_id)
             if self._is_active(run_id):
@@ -267,7 +277,8 @@ class RunManager:
         if folder.exists:
             with contextlib.suppress(DomainError, OSError):
                 folder.write_record(self._unwritten[run_id])
-                self._runs[run_id].events.write()
+                if run_id in self._runs:
+                    self._runs[run_id].events.write()
                 del self._unwritten[run_id]
 
     def _now(self) -> datetime:

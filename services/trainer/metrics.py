@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from mulligan.common.experience import Experience, Sample
-from mulligan.common.rewards import exceeds, reaches
+from mulligan.common.rewards import reaches
 from mulligan.trainer.batch import Group, groups_of
 from mulligan.trainer.trainable import never_fits
 
 
-def rollout_metrics(experiences: Sequence[Experience], threshold: float, environment: str) -> dict[str, float]:
+def rollout_metrics(
+    experiences: Sequence[Experience], threshold: float, environment: str, has_signal: Callable[[Group], bool]
+) -> dict[str, float]:
     """`rollouts`, the number of episodes and texts, is the budget for comparing algorithms; each try of a conversation
-    is an episode. `reflections` counts texts, `distilled` targets. `groups_with_signal` is the share of groups whose
-    first episodes have different rewards.
+    is an episode. `reflections` counts texts, `distilled` targets. `groups_with_signal` is the share that `has_signal`,
+    of the groups with a reward.
 
     For the attempts of each role in `environment`, the run's own, there are `reward_ROLE` and `success_ROLE`, and
     `tries_ROLE`, their mean number, where a conversation may hold several. Those in another environment begin with its
@@ -33,9 +35,9 @@ def rollout_metrics(experiences: Sequence[Experience], threshold: float, environ
         "rollouts": _rollouts(samples),
         "sampled_tokens": float(sum(sequence.sampled_count for sequence in sequences)),
     }
-    first = [rewards for group in groups_of(experiences) if (rewards := _first_rewards(group))]
-    if first:
-        metrics["groups_with_signal"] = fmean(exceeds(max(rewards), min(rewards)) for rewards in first)
+    groups = [group for group in groups_of(experiences) if rewards_of(one.samples[0] for one in group if one.samples)]
+    if groups:
+        metrics["groups_with_signal"] = fmean(map(has_signal, groups))
     unplayed = sum(map(never_fits, samples))
     if unplayed:
         metrics["excluded_prompt_too_long"] = float(unplayed)
@@ -70,11 +72,6 @@ def _rollouts(samples: Iterable[Sample]) -> float:
 
 def _tries(episode: Sample) -> int:
     return max(1, sum(turns > 0 for turns in episode.try_turns))
-
-
-def _first_rewards(group: Group) -> list[float]:
-    """Of the samples that the group's experiences begin with."""
-    return rewards_of(experience.samples[0] for experience in group if experience.samples)
 
 
 def rewards_of(samples: Iterable[Sample]) -> list[float]:

@@ -5,7 +5,8 @@ Each raises DomainError INVALID_SETTING; the metadata `field` names the setting 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 from mulligan.common.errors import DomainError, Reason
@@ -126,7 +127,8 @@ def check_algorithm(
     """
     lacking = {
         "fork": not (environment.can_fork and environment.deterministic)
-        and f"forks episodes, and environment {environment.name!r} has no forks",
+        and f"forks episodes, and environment {environment.name!r} "
+        + ("is not deterministic" if environment.can_fork else "has no forks"),
         "tokenize": policy.rewrites_history
         and "trains on several turns as one token sequence, and the chat template of policy "
         f"{policy.name!r} rewrites earlier turns",
@@ -147,6 +149,21 @@ def check_speaker(purpose: str, info: PolicyInfo, actor: PolicyInfo) -> None:
     """Checks that the reflector or judge is another policy than the actor."""
     if info.name == actor.name:  # one of the two names may be empty
         raise _invalid(f"policies.{purpose}", "it is the actor; leave it empty, then the actor writes and learns to")
+
+
+@contextmanager
+def named_by(field: str) -> Iterator[None]:
+    """Within it, a policy or environment is asked for whose name stands in the setting `field`: where there is none of
+    this name, the error names the setting, too."""
+    try:
+        yield
+    except DomainError as error:
+        if error.reason not in (Reason.UNKNOWN_POLICY, Reason.UNKNOWN_ENVIRONMENT):
+            raise
+        metadata = {**error.metadata, "field": field}
+        raise DomainError(
+            error.reason, f"{field}: {error.message}", retry_after=error.retry_after, **metadata
+        ) from error
 
 
 def check_top_k(info: PolicyInfo, top_k: int, field: str) -> None:

@@ -116,7 +116,10 @@ async def sample_rounds(runner: StepRunner, journal: StepJournal, chooser: Choos
             kept.setdefault(slot_of(experience.experience_id), []).append(experience)
         rounds = rounds_of(records, experiences, own)
         chooser.history.add(rounds[-1])
-        record = _next_round(journal, chooser, rounds, list(kept)) if len(rounds) <= rollout.replace_rounds else None
+        record = None
+        if len(rounds) <= rollout.replace_rounds:
+            silent = [slot for slot, group in kept.items() if not runner.has_signal(group)]
+            record = _next_round(journal, chooser, rounds, silent)
         for slot in record.slots if record is not None else ():
             del kept[slot]
     metrics = {}
@@ -128,17 +131,16 @@ async def sample_rounds(runner: StepRunner, journal: StepJournal, chooser: Choos
 
 
 def _next_round(
-    journal: StepJournal, chooser: Chooser, rounds: Sequence[Round], kept: Sequence[int]
+    journal: StepJournal, chooser: Chooser, rounds: Sequence[Round], silent: Sequence[int]
 ) -> GroupsReplaced | None:
-    """Other tasks for the kept groups without signal; None if there are none."""
+    """Other tasks for the groups without signal, at these slots; None if there are none."""
     number = len(rounds)
     if number not in journal.replaced:
-        groups = [group for one in rounds for group in one.groups]
-        silent = [slot for slot in kept if not groups[slot].has_signal]
         if not silent:
             return None
+        groups = [group for one in rounds for group in one.groups]
         step = rounds[0].step
         choice = chooser.choose(step, number, tuple(groups[slot].task for slot in silent))
         task_ids, environments = chooser.named(choice)
-        journal.replace(GroupsReplaced(step, number, silent, task_ids, environments, choice.horizon))
+        journal.replace(GroupsReplaced(step, number, list(silent), task_ids, environments, choice.horizon))
     return journal.replaced[number]

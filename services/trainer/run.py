@@ -25,7 +25,7 @@ from mulligan.trainer.history import read_history, write_history
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
 from mulligan.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
 from mulligan.trainer.player import Player
-from mulligan.trainer.preflight import check_actor, check_algorithm, check_environment, check_speaker
+from mulligan.trainer.preflight import check_actor, check_algorithm, check_environment, check_speaker, named_by
 from mulligan.trainer.rounds import Chooser, SampledStep, sample_rounds
 from mulligan.trainer.run_environment import EnvironmentChanged, RunEnvironments, RunTasks
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
@@ -57,7 +57,8 @@ class ServicePorts:
         self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None]
     ) -> PublishedPolicy:
         """The policy that the run trains. Raises DomainError INVALID_SETTING, MODEL_MISMATCH or UNKNOWN_POLICY."""
-        found = await NamedPolicy.open(self.policy, settings.policies.actor)
+        with named_by("policies.actor"):
+            found = await NamedPolicy.open(self.policy, settings.policies.actor)
         check_actor(found.info, settings, learner.fingerprint, learner.adapted_layers)
         return PublishedPolicy(found, learner, notice, self.upload, dtype=settings.model.dtype)
 
@@ -66,7 +67,8 @@ class ServicePorts:
         found = {}
         for purpose in ("reflector", "judge"):
             if name := getattr(settings.policies, purpose):
-                found[purpose] = await NamedPolicy.open(self.policy, name)
+                with named_by(f"policies.{purpose}"):
+                    found[purpose] = await NamedPolicy.open(self.policy, name)
                 check_speaker(purpose, found[purpose].info, actor)
         return found
 
@@ -301,7 +303,7 @@ class Run:
         settings = self.settings
         places = [(known.info, known.test) for known in tasks.values()]
         fitting = fit_protocols(places, settings.evaluation, "evaluation.")
-        writers = await open_writers(self.services.policy, settings.evaluation)
+        writers = await open_writers(self.services.policy, settings.evaluation, "evaluation.")
         threshold = settings.algorithm.success_threshold
         return {
             name: Player(

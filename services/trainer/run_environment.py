@@ -17,7 +17,7 @@ from mulligan.trainer.fingerprint import Fingerprint, brief, fingerprint
 from mulligan.trainer.folder import RunFolder
 from mulligan.trainer.interfaces import EnvironmentPort, EpisodeHandle
 from mulligan.trainer.journal import is_sampled, journaled_steps, set_aside
-from mulligan.trainer.preflight import check_tasks
+from mulligan.trainer.preflight import check_tasks, named_by
 from mulligan.trainer.settings import RunSettings
 
 ADVICE = (
@@ -94,11 +94,12 @@ class RunEnvironments:
         port = self.ports[name]
         settings = self._settings
         try:
-            info = await port.describe(name)
+            with named_by(field):
+                info = await port.describe(name)
         except DomainError as error:
             if error.reason is not Reason.UNKNOWN_ENVIRONMENT or name == settings.environment:
                 raise
-            raise DomainError(Reason.INVALID_SETTING, f"{field}: {error.message}", field=field) from error
+            raise DomainError(Reason.INVALID_SETTING, error.message, field=field) from error
         train = await port.list_tasks(name, Split.TRAIN, settings.rollout.train_tasks)
         test = await port.list_tasks(name, Split.TEST, settings.evaluation.tasks)
         check_tasks(info, {Split.TRAIN: train, Split.TEST: test}, field)

@@ -28,6 +28,7 @@ from mulligan.trainer.wire import (
     settings_from_proto,
     settings_to_proto,
     state_to_proto,
+    stored_to_proto,
     timestamp,
     validated,
 )
@@ -64,7 +65,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         page = run_ids[start : start + (request.page_size or 100)]
         more = bool(page) and page[-1] != run_ids[-1]
         return pb.ListRunsResponse(
-            runs=[self._message(self._manager.run(run_id)) for run_id in page],
+            runs=[self._listed(run_id) for run_id in page],
             next_page_token=page[-1] if more else "",
         )
 
@@ -153,6 +154,22 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
 
     def _ended(self, run: Run) -> bool:
         return self._manager.record(run.run_id).state is not RunState.RUNNING
+
+    def _listed(self, run_id: str) -> pb.Run:
+        """A run in a list. One whose settings cannot be read stands there with the reason, and hides no other."""
+        try:
+            return self._message(self._manager.run(run_id))
+        except DomainError as error:
+            if error.reason is not Reason.INVALID_SETTING:
+                raise
+            record = self._manager.record(run_id)
+            return pb.Run(
+                run_id=run_id,
+                state=state_to_proto(record.state),
+                error=record.error or str(error),
+                config=stored_to_proto(record.settings),
+                created_at=timestamp(record.created_at),
+            )
 
     def _message(self, run: Run) -> pb.Run:
         record = self._manager.record(run.run_id)

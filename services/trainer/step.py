@@ -12,9 +12,10 @@ from typing import Any
 
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.experience import Experience
+from mulligan.common.rewards import differ
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.common.types import Provenance, StoredReflection
-from mulligan.trainer.batch import groups_of, minibatches, trained
+from mulligan.trainer.batch import Group, groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.harness import Harness, NotRepeatable
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
@@ -144,17 +145,28 @@ class StepRunner:
         kept, dropped = trainable(experiences, self._limits, train_cut_texts=algorithm.train_cut_reflections)
         with self._blame():
             data: list[Datum] = self.algorithm.train(groups_of(kept), algorithm)
-        for datum in data:
-            if found := datum_problem(datum, self._limits):
-                said = f"{found.field}: expected {found.expected}, got {found.got}"
-                problem = f"gave a datum that cannot be trained on: {datum.datum_id}: {said}"
-                raise AlgorithmFailed(f"algorithm {algorithm.name!r} {problem}")
+        if problem := self._problem(data):
+            raise AlgorithmFailed(f"algorithm {algorithm.name!r} gave {problem}")
         return data, counted(dropped)
+
+    def _problem(self, data: Any) -> str:
+        """What is wrong with an algorithm's data; empty if nothing is."""
+        if not isinstance(data, Sequence):
+            return f"a {type(data).__name__}; expected a list of data"
+        for datum in data:
+            if not isinstance(datum, Datum):
+                return f"a {type(datum).__name__} among its data; expected Datum alone"
+            if found := datum_problem(datum, self._limits):
+                said = f"{datum.datum_id}: {found.field}: expected {found.expected}, got {found.got}"
+                return f"a datum that cannot be trained on: {said}"
+        return ""
 
     async def learn(self, step: int, experiences: Sequence[Experience]) -> dict[str, float]:
         """One loss over all branches, in `optimizer_steps` optimizer steps."""
         data, left_out = self.training_data(experiences)
-        self.recorder.train(trained(data, experiences))
+        with self._blame():
+            records = trained(data, experiences)
+        self.recorder.train(records)
         if not self.settings.loss.regularizes:
             data = [datum for datum in data if datum.weight and datum.objective.moves(self.settings.loss)]
         if not data:
@@ -186,7 +198,17 @@ class StepRunner:
                 await self.memory.add(lesson.text.sample_id, self.memory_scope, lesson.text.text, provenance)
 
     def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
-        return rollout_metrics(experiences, self.settings.algorithm.success_threshold, self.harness.info.name)
+        threshold = self.settings.algorithm.success_threshold
+        return rollout_metrics(experiences, threshold, self.harness.info.name, self.has_signal)
+
+    def has_signal(self, group: Group) -> bool:
+        """Whether the algorithm can learn something from comparing the members of the group: its own `has_signal`, or
+        whether the rewards of their first samples differ. Raises AlgorithmFailed."""
+        own = getattr(self.algorithm, "has_signal", None)
+        if own is None:
+            return differ(one.samples[0].reward for one in group if one.samples)
+        with self._blame():
+            return bool(own(group, self.settings.algorithm))
 
     @property
     def memory_scope(self) -> str:

@@ -18,6 +18,7 @@ from mulligan.trainer.data import Datum, Distillation, ModelLimits, PolicyGradie
 
 # Problems of whole samples, beside those of single data (`Problem`).
 CUT_REFLECTION = "cut_reflection"
+CUT_VERDICT = "cut_verdict"
 REWRITTEN_HISTORY = "rewritten_history"
 NO_PROMPT = "no_prompt"
 OTHER_POLICY = "other_policy"
@@ -29,6 +30,8 @@ _MEANINGS = {
     Problem.MISALIGNED: "it does not have one log-probability for each sampled token",
     Problem.NOT_FINITE: "it holds a number that is not finite",
     CUT_REFLECTION: "the reflection was cut at its token limit; algorithm.train_cut_reflections = true trains on it",
+    CUT_VERDICT: "the judge's verdict on it was cut at its token limit (rollout.reflection_max_tokens), so it has no "
+    "score",
     REWRITTEN_HISTORY: "the policy began to rewrite earlier turns in the middle of a second attempt, which has no "
     "distilled copy then",
     NO_PROMPT: "the policy did not report the tokens of the first attempt's prompt, under which a second attempt is "

@@ -17,7 +17,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.suggest import problems
 from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
 from mulligan.trainer.folder import RunState
-from mulligan.trainer.settings import BY_SECOND_ATTEMPT, RunSettings
+from mulligan.trainer.settings import BY_SECOND_ATTEMPT, COMMON_SETTINGS, RunSettings
 from mulligan.trainer.v1 import run_config_pb2, run_service_pb2
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -45,6 +45,26 @@ def settings_to_proto(settings: RunSettings) -> run_config_pb2.RunConfig:
         if name == settings.algorithm.name:
             fill_proto(config.algorithm, {"second_attempt": old})
     return config
+
+
+def stored_to_proto(plain: Mapping[str, Any]) -> run_config_pb2.RunConfig:
+    """Settings as a run's folder has them, where a plug-in that they name cannot be asked to read them."""
+    config = run_config_pb2.RunConfig()
+    fill_proto(config, {name: value for name, value in plain.items() if name in config.DESCRIPTOR.fields_by_name})
+    return config
+
+
+def foreign_from_proto(config: run_config_pb2.RunConfig) -> RunSettings:
+    """Settings of a run elsewhere. Plug-ins that are not installed here do not read theirs: of these there are the
+    common ones. Raises INVALID_SETTING, naming the setting."""
+    try:
+        return settings_from_proto(config)
+    except DomainError:
+        plain = plain_from_proto(config)
+        for table, common in COMMON_SETTINGS.items():
+            plain[table] = common.model_construct(**plain.get(table, {}))
+        plain.get("evaluation", {}).pop("protocols", None)
+        return validated(RunSettings, plain)
 
 
 def plain_from_proto(message: Message) -> dict[str, Any]:

@@ -8,6 +8,11 @@ A module exports
 - `def train(groups: Sequence[Group], settings: Settings) -> list[Datum]`, a pure function from the step's groups to
   weighted training data. Helpers are in `mulligan.trainer.batch` and `mulligan.trainer.advantages`.
 
+It may export `has_signal(group: Group, settings: Settings) -> bool`, a pure function: whether comparing the members of
+the group teaches anything. Groups without a signal may be replaced (`rollout.replace_rounds`). If it is left out, a
+group has a signal if the rewards of its members' first samples differ. An algorithm that trains on other rewards needs
+it.
+
 It may export `NEEDS`, a set of what a run must have: "fork" (an environment for `Member.fork`), "tokenize" (a chat
 template that only appends), "own_reflections" (no `policies.reflector`). A run that lacks it is refused before anything
 is sampled.

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
+from mulligan.common.experience import Sample
 from mulligan.common.rewards import reaches
 from mulligan.trainer.aggregation import Aggregation, aggregate
 from mulligan.trainer.batch import Group, data_of, number_trained, with_reward
@@ -52,8 +53,18 @@ def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     weight = settings.first_weight / number_trained(attempts)
     data: list[Datum] = []
     for group in attempts:
-        right = [reaches(attempt.reward or 0.0, settings.success_threshold) for attempt in group]
+        right = _right(group, settings)
         for attempt, is_right in zip(group, right, strict=True):
             objective = NegativeAware(float(is_right), sum(right) / len(right))
             data += data_of(attempt, attempt.temperature, weight, FIRST, [objective] * len(attempt.sequences))
     return aggregate(data, settings.aggregation, settings.aggregation_constant)
+
+
+def has_signal(group: Group, settings: Settings) -> bool:
+    """Whether there are right and wrong answers."""
+    (attempts,) = with_reward([group], FIRST)
+    return len(set(_right(attempts, settings))) == 2
+
+
+def _right(attempts: Sequence[Sample], settings: Settings) -> list[bool]:
+    return [reaches(attempt.reward or 0.0, settings.success_threshold) for attempt in attempts]

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.experience import Experience, Sample
+from mulligan.common.rewards import differ
 from mulligan.trainer.batch import Group, gradients, rewards_before
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -65,14 +66,21 @@ async def play(member: Member[Settings]) -> None:
 
 def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     """One branch, `reflection`."""
-    each = [[_reflections(one) for one in group] for group in groups]
-    if settings.reflections == 1:
-        compared = [[sample for samples in group for sample in samples] for group in each]
-    else:
-        compared = [samples for group in each for samples in group]
+    compared = [samples for group in groups for samples in _compared(group, settings)]
     count = sum(bool(sample.sequences) for group in compared for sample in group)
     weight = settings.reflection_weight / max(count, 1)
     return gradients(compared, settings, weight, REFLECTION, rewards_before(groups))
+
+
+def has_signal(group: Group, settings: Settings) -> bool:
+    """Only the reflections are trained, and compared with each other."""
+    return any(differ(sample.reward for sample in samples) for samples in _compared(group, settings))
+
+
+def _compared(group: Group, settings: Settings) -> list[list[Sample]]:
+    """The reflections on each failed attempt; all in one where there is one on each."""
+    each = [_reflections(one) for one in group]
+    return [[sample for samples in each for sample in samples]] if settings.reflections == 1 else each
 
 
 def _reflections(one: Experience) -> list[Sample]:

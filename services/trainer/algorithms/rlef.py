@@ -31,8 +31,8 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.experience import Sample
-from mulligan.common.rewards import reaches
-from mulligan.trainer.batch import Group, gradients, rewarded
+from mulligan.common.rewards import differ, reaches, total
+from mulligan.trainer.batch import Group, gradients, rewarded, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.settings import AlgorithmSettings
@@ -61,10 +61,16 @@ async def play(member: Member[Settings]) -> None:
 
 def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     """One branch, `first`: all conversations, each answer with its advantage among the task's."""
-    played = [[one[FIRST] for one in group if one[FIRST].reward is not None] for group in groups]
+    played = with_reward(groups, FIRST)
     shaped = [[rewarded(sample, turn_rewards(sample, settings)) for sample in group] for group in played]
     count = sum(bool(sample.sequences) for group in shaped for sample in group)
     return gradients(shaped, settings, settings.first_weight / max(count, 1), FIRST)
+
+
+def has_signal(group: Group, settings: Settings) -> bool:
+    """The conversations are compared by the sums of their turns' rewards."""
+    (played,) = with_reward([group], FIRST)
+    return differ(total(turn_rewards(sample, settings)) for sample in played)
 
 
 def turn_rewards(sample: Sample, settings: Settings) -> list[float]:

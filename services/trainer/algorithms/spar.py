@@ -20,7 +20,9 @@ Deviations:
    itself, gives to the trace. SPaR's judge is the refiner, which is trained as well; here it is not.
 3. The turn t is drawn evenly from those of the episode, or is the last one with `fork_turn = "last"`.
 4. The reference is that of `[loss]`, as in `dpo_pairs`. The environment's tokens count in neither answer.
-5. Branches that end in an infrastructure error, or without a score, are left out.
+5. Branches that end in an infrastructure error, or without a score, are left out. A verdict that was cut at its token
+   limit (`rollout.reflection_max_tokens`) gives no score, as the number is to stand at its end; it is counted as
+   `dropped_cut_verdict`.
 """
 
 from __future__ import annotations
@@ -36,12 +38,14 @@ from pydantic import Field
 
 from mulligan.common.experience import Experience, ForkPoint, Sample
 from mulligan.common.rewards import exceeds, reaches, total
+from mulligan.common.types import Outcome
 from mulligan.trainer.batch import Group, preference, rest_of
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import AlgorithmSettings
 from mulligan.trainer.texts import fill, trace_of
+from mulligan.trainer.trainable import CUT_VERDICT
 
 NEEDS = {"fork", "tokenize"}
 FIRST = "first"
@@ -126,10 +130,13 @@ def _whole_reward(member: Member[Settings], branch: Sample) -> float:
 
 
 async def _judged(member: Member[Settings], episode: Sample) -> Sample:
-    """The judge's verdict on an episode; the score is its reward."""
+    """The judge's verdict on an episode. The score is its reward; a verdict that was cut gives none."""
     trace = trace_of(replace(episode, turns=member.turns_of(episode)), member.prompts)
     request = fill(member.settings.judge_prompt, trace=trace, feedback=episode.feedback)
     verdict = await member.write(VERDICT, request, parent=episode, speaker="judge")
+    if verdict.outcome is Outcome.TRUNCATED:
+        member.untrained.append(CUT_VERDICT)
+        return verdict
     return member.credit(verdict, score_in(verdict.text))
 
 

@@ -27,8 +27,8 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from mulligan.common.experience import Sample
-from mulligan.common.rewards import reaches
-from mulligan.trainer.batch import Group, gradients, rewarded
+from mulligan.common.rewards import differ, reaches
+from mulligan.trainer.batch import Group, gradients, rewarded, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
 from mulligan.trainer.settings import AlgorithmSettings
@@ -59,10 +59,15 @@ async def play(member: Member[Settings]) -> None:
 
 def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:
     """One branch, `first`: the advantage of R among the task's conversations."""
-    played = [[one[FIRST] for one in group if one[FIRST].reward is not None] for group in groups]
-    shaped = [[_shaped(sample, settings) for sample in group] for group in played]
+    shaped = [[_shaped(sample, settings) for sample in group] for group in with_reward(groups, FIRST)]
     count = sum(bool(sample.sequences) for group in shaped for sample in group)
     return gradients(shaped, settings, settings.first_weight / max(count, 1), FIRST)
+
+
+def has_signal(group: Group, settings: Settings) -> bool:
+    """R counts: a group in which all solve the task may differ in how soon."""
+    (played,) = with_reward([group], FIRST)
+    return differ(worth(sample, settings) for sample in played)
 
 
 def _shaped(sample: Sample, settings: Settings) -> Sample:

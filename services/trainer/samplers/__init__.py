@@ -26,7 +26,6 @@ import msgspec
 from pydantic import ConfigDict
 
 from mulligan.common.plugins import Plugins, PluginSettings
-from mulligan.common.rewards import exceeds
 from mulligan.common.types import TaskInfo
 
 
@@ -114,12 +113,6 @@ class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
     @property
     def task(self) -> Task:
         return Task(self.environment, self.task_id)
-
-    @property
-    def has_signal(self) -> bool:
-        """Whether the rewards differ."""
-        found = [reward for reward in self.rewards if reward is not None]
-        return bool(found) and exceeds(max(found), min(found))
 
 
 @dataclass(frozen=True)

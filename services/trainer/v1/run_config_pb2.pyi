@@ -276,7 +276,9 @@ class PoliciesConfig(_message.Message):
     actor itself, whose reflections are trained on.
     """
     judge: _builtins.str
-    """Writes verdicts and critiques, in algorithms that have such. Default "", the actor itself."""
+    """Writes verdicts and critiques, in algorithms that have such. A verdict that is cut at reflection_max_tokens gives no
+    score; a critique is used as far as it goes. Default "", the actor itself.
+    """
     def __init__(
         self,
         *,
@@ -507,9 +509,10 @@ class RolloutConfig(_message.Message):
     replace_rounds: _builtins.int
     """Groups without signal are replaced by groups of other tasks, in at most so many further rounds per step (dynamic
     sampling: DAPO, arXiv 2503.14476, 3.2). A group has no signal if the first samples of its chains all have the same
-    reward. What is left after the last round is trained on as it is. Replaced groups are journaled, count in the
-    metrics `rollouts` and `replaced_groups`, and are neither trained on nor remembered. Default 0. With more,
-    rollouts_per_task is at least 2.
+    reward, unless the algorithm compares something else: "ufo" and "rlef" their shaped rewards, "reflect_retry_reward"
+    its reflections, "nft" right and wrong answers, "expert_iteration" whether one passes. What is left after the last
+    round is trained on as it is. Replaced groups are journaled, count in the metrics `rollouts` and `replaced_groups`,
+    and are neither trained on nor remembered. Default 0. With more, rollouts_per_task is at least 2.
     """
     def __init__(
         self,

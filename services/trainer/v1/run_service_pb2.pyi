@@ -331,15 +331,18 @@ class StepCompleted(_message.Message):
         success_ROLE: the share of the episodes of a role, such as first and second, whose reward reached the threshold.
         reward_ROLE: their mean reward. Absent when no episode of the role has a reward.
 
-        groups_with_signal: the share of groups whose first episodes have different rewards. reflections: texts written.
+        groups_with_signal: the share of groups whose members differ in what the algorithm compares: in most algorithms the
+        reward of the first episode; RunConfig's `rollout.replace_rounds` goes by the same. reflections: texts written.
         distilled: targets that were made. restarts: episodes that were started over. rollouts: episodes started plus texts
         written. sampled_tokens: a count.
 
         excluded: episodes and texts without an outcome, because of a failure of the infrastructure or because no turn
         could be played. excluded_prompt_too_long: those of them whose first prompt is longer than the policy's context.
 
-        dropped: samples that have a reward but cannot be trained on. dropped_PROBLEM: how many for each problem, such as
-        too_long. A notice explains the first of each kind.
+        dropped: samples that have a reward but cannot be trained on, whether or not the algorithm trains on their role, and
+        targets that could not be made. dropped_PROBLEM: how many for each problem, such as too_long. dropped_cut_verdict:
+        a judge's verdict that was cut at its token limit has no score, so what it judged is left out. A notice explains the
+        first of each kind.
 
         seconds: of the whole step. sample_seconds, learn_seconds: parts of it.
 

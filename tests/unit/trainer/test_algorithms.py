@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import Outcome
 from mulligan.trainer.batch import policy_gradient
 from mulligan.trainer.data import Distillation, PolicyGradient
+from mulligan.trainer.folder import RunFolder, RunState
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
 from mulligan.trainer.manager import RunManager
@@ -23,9 +25,11 @@ from mulligan.trainer.objective import Objective
 from mulligan.trainer.objectives.negative_aware import NegativeAware
 from mulligan.trainer.objectives.transfer import Transfer
 from mulligan.trainer.run import ServicePorts
+from mulligan.trainer.servicer import RunServicer
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import AlgorithmFailed, StepRunner
-from mulligan.trainer.wire import settings_from_proto, settings_to_proto, validated
+from mulligan.trainer.v1 import run_service_pb2
+from mulligan.trainer.wire import foreign_from_proto, settings_from_proto, settings_to_proto, validated
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 from tests.support.waiting import until
 
@@ -162,6 +166,36 @@ async def test_an_algorithm_that_raises_fails_its_run_with_its_own_traceback(out
     await manager.close()
 
 
+async def test_a_run_whose_algorithm_is_gone_is_refused_by_name_and_hides_no_other(tmp_path: Path) -> None:
+    async def open_learner(run_id: str, settings: RunSettings) -> FakeLearner:
+        raise AssertionError("nothing is trained")
+
+    for name in ("gone", "other"):
+        RunFolder(tmp_path / name).create(name, config("rlvr"))
+    folder = RunFolder(tmp_path / "gone")
+    algorithm = folder.record().settings["algorithm"] | {"name": "acme.removed", "depth": 2}
+    settings = folder.record().settings | {"algorithm": algorithm}
+    folder.write_record(structs.replace(folder.record(), settings=settings))
+    other = RunFolder(tmp_path / "other")
+    other.write_record(other.record().now(RunState.COMPLETED))
+
+    services = ServicePorts(FakeEnvironment({"t0": "go"}), FakePolicy(says), FakeMemory(), open_learner)
+    manager = RunManager(tmp_path, services)
+    manager.go_on()  # the trainer starts all the same
+    problem = "algorithm.name: 'acme.removed' is no algorithm: No module named 'acme"
+    assert manager.record("gone").state is RunState.FAILED and problem in manager.record("gone").error
+    with pytest.raises(DomainError, match=r"the settings of run gone cannot be read here: algorithm\.name") as caught:
+        await manager.resume("gone")
+    assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.INVALID_SETTING, "algorithm.name")
+    response = await RunServicer(manager).ListRuns(run_service_pb2.ListRunsRequest(), None)
+    runs = {run.run_id: run for run in response.runs}
+    assert runs["gone"].state == run_service_pb2.RUN_STATE_FAILED and problem in runs["gone"].error
+    assert settings_from_proto(runs["other"].config) == other.settings()
+    known = foreign_from_proto(runs["gone"].config)
+    assert (known.algorithm.name, known.environment, known.rollout) == ("acme.removed", "fake", config("rlvr").rollout)
+    await manager.close()
+
+
 async def test_data_that_no_learner_takes_are_the_algorithms_fault(
     outside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +206,43 @@ async def test_data_that_no_learner_takes_are_the_algorithms_fault(
     monkeypatch.setattr(made.algorithm, "train", lambda groups, _: policy_gradient(groups[0][0]["first"], 1, nan, "b"))
     with pytest.raises(AlgorithmFailed, match=r"run.1-s0-t0-r0-first: weight: expected a finite number, got nan"):
         made.training_data(sampled)
+
+
+@pytest.mark.parametrize(
+    ("give", "words"),
+    [
+        (lambda groups, _: None, "gave a NoneType; expected a list of data"),
+        (lambda groups, _: [groups[0][0]["first"]], "gave a Sample among its data; expected Datum alone"),
+        (
+            lambda groups, _: [
+                replace(policy_gradient(groups[0][0]["first"], 1.0, 1.0, "b")[0], datum_id="somebody.else")
+            ],
+            "the datum 'somebody.else' is of no sample or target of the step",
+        ),
+    ],
+)
+async def test_what_are_no_data_of_the_step_are_the_algorithms_fault(
+    outside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, give: Any, words: str
+) -> None:
+    made = await runner(config(outside), StepJournal(tmp_path, 0))
+    sampled = await made.sample(0, ["t0"], 0)
+    monkeypatch.setattr(made.algorithm, "train", give)
+    with pytest.raises(AlgorithmFailed, match=f"algorithm 'acme.best_of_group' (?s:.)*{words}"):
+        await made.learn(0, sampled)
+
+
+async def test_an_algorithm_says_which_groups_have_a_signal(
+    outside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = await runner(config(outside), StepJournal(tmp_path, 0))
+    sampled = await made.sample(0, ["t0"], 0)
+    assert made.metrics(sampled)["groups_with_signal"] == 1.0, "the rewards of the first samples differ"
+    monkeypatch.setattr(made.algorithm, "has_signal", lambda group, settings: settings.weight > 2, raising=False)
+    assert made.metrics(sampled)["groups_with_signal"] == 0.0
+    monkeypatch.delattr(made.algorithm, "has_signal")
+    monkeypatch.setattr(made.algorithm, "has_signal", lambda group, settings: group[0]["none"], raising=False)
+    with pytest.raises(AlgorithmFailed, match="KeyError: 'none'"):
+        made.has_signal(sampled)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +260,8 @@ async def test_data_that_no_learner_takes_are_the_algorithms_fault(
         ({"advantage": "gpro"}, "algorithm.advantage", "did you mean 'grpo'?"),
         (
             {"advantage": "rloo", "advantage_settings": {"bas": 1}},
-            "algorithm.advantage_settings",
-            "bas: no such setting",
+            "algorithm.advantage_settings.bas",
+            "no such setting of advantage estimator 'rloo'",
         ),
         ({"aggregation": "mean"}, "algorithm.aggregation", "sequence_mean_token_sum"),
         ({"memory_entries": 101}, "algorithm.memory_entries", "less than or equal to 100"),

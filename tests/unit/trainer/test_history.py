@@ -9,7 +9,6 @@ import pytest
 
 from mulligan.trainer.history import read_history, read_rounds
 from mulligan.trainer.journal import journal_file
-from mulligan.trainer.samplers import Group
 from tests.unit.trainer.test_run import CHOOSY, STEPS, World
 
 RECORDED = Path(__file__).parent / "recorded"
@@ -68,19 +67,3 @@ def test_steps_whose_journal_is_gone_are_passed_over(played: World, tmp_path: Pa
     journal_file(world.folder.journal, 1).unlink()
     world.folder.history_file.unlink()
     assert [one.step for one in read_history(world.folder, "fake", 4).rounds] == [0, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("rewards", "signal"),
-    [
-        ((), False),
-        ((None, None), False),
-        ((1.0, None), False),
-        ((1.0, 1.0), False),
-        ((0.3, 0.1 + 0.2), False),
-        ((0.0, None, 0.5), True),
-        ((-1.0, 1.0), True),
-    ],
-)
-def test_a_group_has_a_signal_if_its_rewards_differ(rewards: tuple[float | None, ...], signal: bool) -> None:
-    assert Group("lake", "t", rewards).has_signal is signal

@@ -186,8 +186,9 @@ async def test_a_run_trains_its_actor_with_another_reflector(tmp_path: Path) -> 
     [
         ({"actor": "wise"}, "policies.actor: policy 'wise' .fake. cannot be trained: no token_ids"),
         ({"reflector": "actor"}, "policies.reflector: it is the actor"),
-        ({"actor": "nobody"}, "UNKNOWN_POLICY"),
-        ({"reflector": "nobody"}, "UNKNOWN_POLICY"),
+        ({"actor": "nobody"}, "UNKNOWN_POLICY: policies.actor: there is no policy 'nobody'"),
+        ({"reflector": "nobody"}, "UNKNOWN_POLICY: policies.reflector: there is no policy 'nobody'"),
+        ({"judge": "nobody"}, "UNKNOWN_POLICY: policies.judge: there is no policy 'nobody'"),
     ],
 )
 async def test_a_run_with_a_policy_that_will_not_do_ends_at_once(

@@ -13,14 +13,12 @@ from mulligan.trainer.preflight import check_algorithm
 from tests.support.fakes import FakeEnvironment, FakePolicy
 
 
-async def checked(needs: set[str], *, rewrites: bool = False, can_fork: bool = True, speakers: Any = ()) -> None:
+async def checked(needs: set[str], *, rewrites: bool = False, speakers: Any = (), **environment: bool) -> None:
     algorithm = ModuleType("acme.mine")
     algorithm.NEEDS = needs  # type: ignore[attr-defined]
     policy = FakePolicy(lambda system, last, sampling: "", rewrites_history=rewrites)
-    environment = await FakeEnvironment({}).describe("fake")
-    check_algorithm(
-        algorithm, replace(environment, can_fork=can_fork), replace(await policy.info(), name="served"), speakers
-    )
+    info = replace(await FakeEnvironment({}).describe("fake"), **({"can_fork": True} | environment))
+    check_algorithm(algorithm, info, replace(await policy.info(), name="served"), speakers)
 
 
 async def test_a_run_that_has_what_its_algorithm_needs() -> None:
@@ -32,6 +30,7 @@ async def test_a_run_that_has_what_its_algorithm_needs() -> None:
     ("need", "lacking", "words"),
     [
         ("fork", {"can_fork": False}, "'mine' forks episodes, and environment 'fake' has no forks"),
+        ("fork", {"deterministic": False}, "'mine' forks episodes, and environment 'fake' is not deterministic"),
         ("tokenize", {"rewrites": True}, "the chat template of policy 'served' rewrites earlier turns"),
         ("own_reflections", {"speakers": ("reflector",)}, "another one writes them (policies.reflector)"),
         ("frok", {}, "'mine' declares an unknown need 'frok'; did you mean 'fork'?"),

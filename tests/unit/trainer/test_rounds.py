@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.trainer.algorithms import erl
 from mulligan.trainer.events import EvaluationEvent
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import GroupsReplaced, StepJournal, journal_file, read_experiences, read_records, slot_of
@@ -50,6 +51,19 @@ async def test_groups_without_signal_are_replaced_and_the_others_are_trained_on(
         entries = [entry for entry in world.memory.entries if f"-s{step}-" in entry.reflection_id]
         assert not {slot_of(entry.provenance.experience_id) for entry in entries} & gone
     assert world.memory.entries
+
+
+async def test_the_algorithm_may_say_what_a_signal_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(erl, "has_signal", lambda group, settings: group[0].task_id != "t1", raising=False)
+    world = World(tmp_path, **REPLACING)
+    await world.run().train()
+    replaced = set()
+    for step in range(STEPS):
+        path = journal_file(world.folder.journal, step)
+        tasks = {slot_of(chain.experience_id): chain.task_id for chain in read_experiences(path)}
+        slots = [record.slots for record, _ in read_records(path) if isinstance(record, GroupsReplaced)]
+        replaced |= {tasks[slot] for each in slots for slot in each}
+    assert replaced == {"t1"}
 
 
 @pytest.mark.parametrize("changes", [REPLACING, MIXED | REPLACING])
@@ -141,7 +155,8 @@ async def test_an_environment_that_is_not_served_is_refused_by_the_setting_that_
     assert error.reason is Reason.INVALID_SETTING and error.metadata["field"] == "sampler.shares"
     assert error.message == "sampler.shares: there is no environment 'quizz'"
     own = await refused(World(tmp_path / "own", environment="fkae"))
-    assert own.reason is Reason.UNKNOWN_ENVIRONMENT
+    assert own.reason is Reason.UNKNOWN_ENVIRONMENT and own.metadata["field"] == "environment"
+    assert own.message.startswith("environment: ")
 
 
 @pytest.mark.parametrize(

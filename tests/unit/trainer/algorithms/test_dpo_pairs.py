@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mulligan.common.experience_wire import experience_from_proto, experience_to_proto
 from mulligan.trainer.algorithms.dpo_pairs import NEEDS, Settings
+from mulligan.trainer.journal import journal_file, read_experiences
 from mulligan.trainer.objectives.preference import Preference
 from tests.support.fakes import FakeEnvironment, timeout
 from tests.support.loop import Loop, lives, refused, trained_text, whole_text
@@ -51,6 +54,16 @@ async def test_a_better_second_attempt_is_preferred_under_the_bare_prompt() -> N
     assert trained_text(first) == "go]" and sum(first.objective.rejected.loss_mask) == 2
     assert {datum.branch for step in made.learner.steps for datum in step} == {"pairs"}
     assert [entry.text for entry in made.memory.entries] == ["rule"] * 2
+
+
+async def test_the_journal_has_what_was_rejected(tmp_path: Path) -> None:
+    """Another member's first attempt has the same tokens, and is not meant."""
+    first, _ = await lives(lambda: loop(["a", "a"], ["x", "go"], rollout={"rollouts_per_task": 2}), tmp_path)
+    *_, one = read_experiences(journal_file(tmp_path, 0))
+    (trained,) = one.trained
+    assert trained.source_id == one.targets[0].target_id
+    assert trained.others == {"rejected": one["first"].sample_id} and first[1] == replace(one, trained=())
+    assert experience_from_proto(experience_to_proto(one)) == one
 
 
 @pytest.mark.parametrize(("gap", "count"), [(0.0, 1), (0.25, 1), (0.5, 0)])

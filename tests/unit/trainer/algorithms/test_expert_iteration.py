@@ -39,6 +39,13 @@ async def test_rest_em_imitates_what_solves_the_task() -> None:
     assert not any(one.targets for one in experiences)
 
 
+@pytest.mark.parametrize(("said", "signal"), [(["go"] * 4, 1.0), (["a"] * 4, 0.0)])
+async def test_whatever_passes_teaches(said: list[str], signal: float) -> None:
+    made = loop(said, turns=1)
+    await made.step()
+    assert made.metrics["groups_with_signal"] == signal
+
+
 async def test_at_most_so_many_of_a_task() -> None:
     made = loop(per_task=1)
     await made.step(tasks=("t0",))

@@ -50,6 +50,15 @@ async def test_a_part_of_the_reward_is_wrong_unless_it_reaches_the_threshold() -
         assert [datum.objective for datum in made.branch("first")] == [NegativeAware(right, right)]
 
 
+@pytest.mark.parametrize(("threshold", "signal"), [(1.0, 0.0), (0.5, 1.0)])
+async def test_a_group_differs_in_right_and_wrong(threshold: float, signal: float) -> None:
+    """Rewards of 1/2 and 0 are both wrong, unless 1/2 solves the task."""
+    environment = FakeEnvironment({"t0": "go"}, turns=2, in_parts=True)
+    made = loop(["go", "a", "b", "c"], environment=environment, success_threshold=threshold)
+    await made.step()
+    assert made.metrics["groups_with_signal"] == signal
+
+
 async def test_an_attempt_lost_to_the_infrastructure_is_neither_right_nor_wrong() -> None:
     environment = FakeEnvironment({"t0": "go"})
 

@@ -69,6 +69,23 @@ async def test_reflections_can_be_rewarded_for_what_they_improve() -> None:
     assert made.advantages("reflection") == pytest.approx([0.5, -0.5]), "of 1, 1/2 and 0; zero moves nothing"
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "reflections", "signal"),
+    [
+        (["go", "a", "b"], ["c", "d", "e", "f"], 2, 0.0),  # the attempts differ, which teaches nothing
+        (["a", "a", "a"], ["go", "go", "b", "c", "d", "e"], 2, 0.0),  # those on one attempt are compared
+        (["a", "a", "a"], ["go", "b", "b", "c", "d", "e"], 2, 1.0),
+        (["a", "a", "a"], ["go", "b", "c"], 1, 1.0),
+    ],
+)
+async def test_a_group_differs_in_its_reflections(
+    first: list[str], second: list[str], reflections: int, signal: float
+) -> None:
+    made = loop(first, second, reflections=reflections)
+    await made.step()
+    assert made.metrics["groups_with_signal"] == signal
+
+
 async def test_a_part_of_the_reward_is_no_success() -> None:
     environment = FakeEnvironment({"t0": "go"}, turns=2, in_parts=True)
     made = loop(["a", "a"], ["go", "b", "go", "go"], environment=environment, rollout={"rollouts_per_task": 1})

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from mulligan.common.experience import Experience
+from mulligan.common.types import Outcome
 from mulligan.trainer.algorithms.spar import NEEDS, Settings, score_in
 from mulligan.trainer.objectives.preference import Preference
+from mulligan.trainer.trainable import drop_notices
 from tests.support.fakes import FakeEnvironment, FakePolicy, timeout
 from tests.support.loop import Loop, lives, refused, trained_text, whole_text
 
@@ -24,8 +26,8 @@ def loop(said: Sequence[str], *, environment: FakeEnvironment | None = None, **m
         return next(verdicts) if "How good" in last else next(answers)
 
     policies = more.pop("policies", {})
+    rollout = {"rollouts_per_task": 1, "max_restarts": 0} | more.pop("rollout", {})
     table = {"name": "spar", "depth": 1, "branches": 2, "fork_turn": "last"} | more
-    rollout = {"rollouts_per_task": 1, "max_restarts": 0}
     environment = environment or FakeEnvironment({"t0": "go"}, turns=3, in_parts=True)
     return Loop(say, environment=environment, algorithm=table, rollout=rollout, policies=policies)
 
@@ -130,6 +132,24 @@ async def test_a_judge_can_select() -> None:
     assert pairs(made) == [("y]", "x]")]
     trunk = made.policy.calls[-1][0][0].content
     assert trunk.startswith("board t0>A;after a>B;after b>Z;after z\nwrong\n\nHow good"), "the whole path"
+
+
+async def test_a_verdict_that_was_cut_gives_no_score() -> None:
+    """The number is to stand at its end."""
+    made = loop(
+        ["a", "b", "c", "x", "y"],
+        score="judge",
+        verdicts=["5", "it has 9 moves, and none of them is good: 1", "7"],
+        rollout={"reflection_max_tokens": 20},
+    )
+    (one,) = await made.step()
+    verdicts = [sample for sample in one.samples if sample.role == "verdict"]
+    assert [verdict.reward for verdict in verdicts] == [5.0, None, 7.0]
+    assert verdicts[1].outcome is Outcome.TRUNCATED
+    assert pairs(made) == [("y]", "c]")], "the branch without a score is left out"
+    assert made.metrics["dropped"] == made.metrics["dropped_cut_verdict"] == 1.0
+    (notice,) = drop_notices(made.metrics)
+    assert "verdict" in notice and "rollout.reflection_max_tokens" in notice
 
 
 async def test_the_judge_can_be_another_policy() -> None:

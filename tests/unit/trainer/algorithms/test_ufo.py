@@ -72,6 +72,17 @@ def test_the_worth_of_a_conversation(
     assert worth(sample, Settings(invalid_penalty=0.1)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("said", "signal"),
+    [(["go", "a", "go", "go", "go"], 1.0), (["go"] * 4, 0.0), (["a"] * 12, 0.0), (["a", "a", "a"] * 3 + [*"bcd"], 1.0)],
+)
+async def test_a_group_differs_in_its_shaped_rewards(said: list[str], signal: float) -> None:
+    """All that succeed may need a different number of tries, and all that fail may repeat themselves or not."""
+    made = loop(said)
+    await made.step()
+    assert made.metrics["groups_with_signal"] == signal
+
+
 async def test_a_single_try_is_an_ordinary_episode() -> None:
     made = loop(["go", "a", "go", "a"], tries=1)
     await made.step()
