@@ -13,7 +13,7 @@ from mulligan.trainer.preflight import check_algorithm
 from tests.support.fakes import FakeEnvironment, FakePolicy
 
 
-async def checked(needs: set[str], *, rewrites: bool = False, speakers: Any = (), **environment: bool) -> None:
+async def checked(needs: set[str], *, rewrites: bool = False, speakers: Any = (), **environment: Any) -> None:
     algorithm = ModuleType("acme.mine")
     algorithm.NEEDS = needs  # type: ignore[attr-defined]
     policy = FakePolicy(lambda system, last, sampling: "", rewrites_history=rewrites)
