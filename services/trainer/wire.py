@@ -56,13 +56,14 @@ def stored_to_proto(plain: Mapping[str, Any]) -> run_config_pb2.RunConfig:
 
 def foreign_from_proto(config: run_config_pb2.RunConfig) -> RunSettings:
     """Settings of a run elsewhere. Plug-ins that are not installed here do not read theirs: of these there are the
-    common ones. Raises INVALID_SETTING, naming the setting."""
+    common ones, without those of an advantage estimator. Raises INVALID_SETTING, naming the setting."""
     try:
         return settings_from_proto(config)
     except DomainError:
         plain = plain_from_proto(config)
         for table, common in COMMON_SETTINGS.items():
-            plain[table] = common.model_construct(**plain.get(table, {}))
+            known = {name: value for name, value in plain.get(table, {}).items() if not name.startswith("advantage")}
+            plain[table] = common.model_construct(**known)
         plain.get("evaluation", {}).pop("protocols", None)
         return validated(RunSettings, plain)
 

@@ -173,7 +173,7 @@ async def test_a_run_whose_algorithm_is_gone_is_refused_by_name_and_hides_no_oth
     for name in ("gone", "other"):
         RunFolder(tmp_path / name).create(name, config("rlvr"))
     folder = RunFolder(tmp_path / "gone")
-    algorithm = folder.record().settings["algorithm"] | {"name": "acme.removed", "depth": 2}
+    algorithm = folder.record().settings["algorithm"] | {"name": "acme.removed", "depth": 2, "advantage": "acme.too"}
     settings = folder.record().settings | {"algorithm": algorithm}
     folder.write_record(structs.replace(folder.record(), settings=settings))
     other = RunFolder(tmp_path / "other")
