@@ -25,14 +25,15 @@ from mulligan.trainer.learner import prefix_tree
 from mulligan.trainer.learner.batching import length, pack
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.loss_terms import KlReference
+from mulligan.trainer.losses import ppo
 from mulligan.trainer.objective import Tokens
 from mulligan.trainer.objectives.divergence import Divergence
 from mulligan.trainer.objectives.preference import Preference
-from mulligan.trainer.settings import LoraSettings, LossSettings
+from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA, PLAIN, many, sampled, server_settings, spec
 from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tiny_model
 
-ALL_TERMS = LossSettings(kl_coefficient=0.1, entropy_coefficient=0.01, kl_reference=KlReference.MOVING)
+ALL_TERMS = ppo.Settings(kl_coefficient=0.1, entropy_coefficient=0.01, kl_reference=KlReference.MOVING)
 
 
 @pytest.fixture(scope="module")
