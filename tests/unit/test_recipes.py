@@ -87,8 +87,8 @@ def test_rlvr_is_the_same_run_without_a_second_attempt_at_the_same_budget(game: 
 def test_rlvr_of_the_language_model_differs_in_the_algorithm_and_its_budget_alone() -> None:
     erl, rlvr = (read_settings(FOLDER / f"short-sentences-smollm2{arm}.toml", []) for arm in ("", "-rlvr"))
     assert (erl.algorithm.name, rlvr.algorithm.name) == ("erl", "rlvr")
-    settings = [plain(arm) | {"algorithm": {}} for arm in (erl, rlvr)]
-    differences = {name for name in changed(*settings) if not name.startswith("rollout.reflection_")}
+    whole, other = (plain(arm) | {"algorithm": {}} for arm in (erl, rlvr))
+    differences = {name for name in changed(whole, other) if not name.startswith("rollout.reflection_")}
     assert differences == {"rollout.rollouts_per_task"}
     # A chain of ERL is an attempt, and while most fail a reflection and another attempt.
     assert rlvr.rollout.rollouts_per_task == 3 * erl.rollout.rollouts_per_task
