@@ -1,4 +1,8 @@
-"""`python -m mulligan.trainer --config trainer.toml`: serves runs, and a learner for them, until SIGTERM."""
+"""`python -m mulligan.trainer --config trainer.toml`: serves runs, and a learner for them, until SIGTERM.
+
+`torchrun --nproc-per-node 8 -m mulligan.trainer …` runs the learner in 8 processes, of which the first one serves.
+`learner_processes = 8` does that for one machine.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import sys
 from functools import partial
 
 from mulligan.common.config import refuse
+from mulligan.common.logs import configure_logging
 from mulligan.common.server import run, serve
 from mulligan.env import replicas as env_replicas
 from mulligan.memory.client import MemoryClient
@@ -15,6 +20,7 @@ from mulligan.trainer.config import TrainerSettings
 from mulligan.trainer.interfaces import LearnerPort
 from mulligan.trainer.learner import servicer as learners
 from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.learner.ranks import Ranks, launch, launched
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import ServicePorts
@@ -23,11 +29,19 @@ from mulligan.trainer.settings import RunSettings
 
 def main() -> None:
     settings = TrainerSettings.load(sys.argv[1:])
-    run(settings, partial(_serve, settings))
+    if not launched() and settings.learner_processes > 1:
+        launch("mulligan.trainer", sys.argv[1:], settings.learner_processes, settings.drain_seconds)
+    ranks = Ranks.join(settings.device) if launched() else Ranks()
+    if ranks.is_first:
+        run(settings, partial(_serve, settings, ranks))
+    else:
+        configure_logging(settings)
+        learners.follow(settings.learner, ranks)
+        ranks.leave()
 
 
-async def _serve(settings: TrainerSettings) -> None:
-    learner_servicer = learners.LearnerServicer(settings.learner)
+async def _serve(settings: TrainerSettings, ranks: Ranks) -> None:
+    learner_servicer = learners.LearnerServicer(settings.learner, ranks)
     own_address = ""
 
     def notice(text: str) -> None:

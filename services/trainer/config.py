@@ -46,8 +46,13 @@ class TrainerSettings(ServiceSettings):
         10.0, ge=0, description="How long one of several env servers may be away before its episodes count as lost."
     )
     device: str = Field("cpu", description="Of the learner, as torch names it: cpu, cuda, cuda:1.")
-    threads: int = Field(0, ge=0, description="Of torch on the CPU; 0: half of the cores, as the policy's.")
-    microbatch_tokens: int = Field(4096, ge=1, description="Tokens that the learner computes at once.")
+    learner_processes: int = Field(
+        1, ge=1, description="Processes among which the learner shares out data and weights, started by torchrun."
+    )
+    threads: int = Field(
+        0, ge=0, description="Of torch on the CPU, per process; 0: half of the cores in all, as the policy's."
+    )
+    microbatch_tokens: int = Field(4096, ge=1, description="Tokens that a process of the learner computes at once.")
     keep_weights: int = Field(3, ge=1, description="Published versions to keep.")
 
     @property
@@ -56,7 +61,7 @@ class TrainerSettings(ServiceSettings):
             weights_folder=self.weights_folder,
             checkpoint_folder=self.checkpoint_folder,
             device=self.device,
-            threads=self.threads or max(1, (os.cpu_count() or 1) // 2),
+            threads=self.threads or max(1, (os.cpu_count() or 1) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
             microbatch_tokens=self.microbatch_tokens,
             keep_weights=self.keep_weights,
         )

@@ -59,6 +59,7 @@ class OptimizerSettings(_Settings):
     beta2: float = Field(0.999, ge=0, lt=1)
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
+    max_skipped_steps: int = Field(5, ge=0)
 
 
 class AlgorithmSettings(PluginSettings):

@@ -156,6 +156,17 @@ def _pack_padded(data: Sequence[Datum], rows: Iterable[int], tokens: int) -> Ite
         yield group
 
 
+def cost(data: Sequence[Datum], group: Sequence[int], *, sharing: bool) -> int:
+    """The tokens that the model computes for a group of `pack`."""
+    if not sharing:
+        lengths = [length(tokens) for row in group for tokens in _sequences(data[row]).values()]
+        return len(lengths) * max(lengths)
+    sizes = TreeSize(), TreeSize()
+    for row in group:
+        _grow(sizes, data[row])
+    return sizes[0].nodes + sizes[1].nodes
+
+
 def microbatch(
     data: Sequence[Datum], rows: Sequence[int], branches: Sequence[str], device: torch.device, *, sharing: bool
 ) -> Microbatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -78,12 +78,13 @@ class HeldLearners:
     """The learners by id. `owned` finds one for its owner; `check_room` deletes those whose lease is over.
 
     Learners are added, removed and changed on the worker thread; `HeldLearner.in_use` and `clock` are used on the event
-    loop.
+    loop. `on_removed` gets the id of each learner that is removed.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, on_removed: Callable[[str], None]) -> None:
         self.clock = ProcessClock()
         self._limit = limit
+        self._on_removed = on_removed
         self._held: dict[str, HeldLearner] = {}
 
     def __iter__(self) -> Iterator[HeldLearner]:
@@ -96,7 +97,8 @@ class HeldLearners:
         self._held[held.learner.learner_id] = held
 
     def remove(self, learner_id: str) -> None:
-        self._held.pop(learner_id, None)
+        if self._held.pop(learner_id, None) is not None:
+            self._on_removed(learner_id)
 
     def clear(self) -> None:
         self._held.clear()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import structlog
 import torch
@@ -23,12 +24,15 @@ from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.inference import CanaryProbe
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from mulligan.trainer.data import ModelLimits
-from mulligan.trainer.learner import tree_attention, weight_check
+from mulligan.trainer.learner import sharding, tree_attention, weight_check
 from mulligan.trainer.learner.batching import ModelInput, Sequences
+from mulligan.trainer.learner.ranks import Ranks
+from mulligan.trainer.learner.tensor_files import TensorStream
 from mulligan.trainer.loss_terms import KlReference
 from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 # Logits are computed in pieces of at most this many float32 values: 64 Mi are 256 MiB, or 441 tokens with a vocabulary
 # of 152 thousand. The backward pass computes each piece again.
@@ -45,21 +49,24 @@ class PolicyModel:
     The reference model has the same dtypes, so the KL is exactly 0 while the weights are unchanged.
     """
 
-    def __init__(self, settings: TrainedModelSettings, device: torch.device, seed: int):
+    def __init__(self, settings: TrainedModelSettings, device: torch.device, seed: int, ranks: Ranks | None = None):
         self.settings = settings
         self.device = device
+        self._ranks = ranks or Ranks()
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._reference: Any = None
         self._kept = torch.float32 if settings.lora is None else self.dtype
-        base, tokenizer = _load(settings.source, self._kept)
+        base, tokenizer = self._ranks.together(partial(_load, settings.source, self._kept))
         self.fingerprint = model_fingerprint(base, tokenizer)
         self.limits = ModelLimits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
         self._probe_sequences = _probe_sequences(tokenizer, self.limits, settings.source)
         self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
         _check_head(base, settings.source)
-        self.base = base.to(device).eval()
+        self.base = sharding.moved(base.eval(), device, self._ranks)
         self.shares_prefixes = self._share_prefixes()
         self.adapter = None if settings.lora is None else _attach(self.base, settings.lora, seed).eval()
+        self._weight_names = _distinct_names(self.base)
+        sharding.share_out(self.base, self._ranks)
         names = [] if self.adapter is None else _adapted(self.adapter)
         self.adapted_layers: tuple[str, ...] = tuple(sorted({name.rpartition(".")[2] for name in names}))
         self.trainable: dict[str, torch.nn.Parameter] = {
@@ -80,6 +87,11 @@ class PolicyModel:
 
     def _module(self) -> Any:
         return self.base if self.adapter is None else self.adapter
+
+    def whole_pass(self, work: Callable[[], T]) -> T:
+        """Runs `work`. Within it the methods that run the model may be called; from a tensor that it returns, a
+        backward pass may follow."""
+        return sharding.whole_pass(self.base, work)
 
     def hidden(self, given: ModelInput) -> Tensor:
         """What the output head predicts the next token from, _PH: of all tokens of the input, row after row."""
@@ -102,12 +114,16 @@ class PolicyModel:
         loaded from the source at first use.
         """
         with torch.no_grad(), self._as_reference(reference) as model:
-            return self._hidden(model, given)
+            return self._run(model, partial(self._hidden, model, given))
 
     def reference_log_probs(self, hidden_NH: Tensor, sequences: Sequences, reference: KlReference) -> Tensor:
         """The log-probabilities of the trained tokens, from hidden states of the reference."""
         with torch.no_grad(), self._as_reference(reference) as model:
-            return self._score(model, hidden_NH, sequences, False)[0]
+            return self._run(model, partial(self._score, model, hidden_NH, sequences, False))[0]
+
+    def _run(self, model: Any, work: Callable[[], T]) -> T:
+        """A whole pass of the model; the base is within one already."""
+        return work() if model is self.base else sharding.whole_pass(model, work)
 
     @contextlib.contextmanager
     def _as_reference(self, reference: KlReference) -> Iterator[Any]:
@@ -120,9 +136,10 @@ class PolicyModel:
         else:
             if self._reference is None:
                 initial, _ = _load(self.settings.source, self._kept)
-                self._reference = initial.to(self.device).eval().requires_grad_(False)
+                self._reference = sharding.moved(initial.eval().requires_grad_(False), self.device, self._ranks)
                 if self.shares_prefixes:
                     tree_attention.enable(self._reference)
+                sharding.share_out(self._reference, self._ranks)
             yield self._reference
 
     def move_reference(self) -> None:
@@ -133,6 +150,12 @@ class PolicyModel:
     def _exchanged(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
         """The model has these trained weights within the block. Backward passes of earlier forward passes must wait
         until it has ended."""
+        if self._ranks.size > 1:
+            own = {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+            sharding.refill(self.base, self.trainable, weights)
+            yield  # not undone after an error: the learner is deleted then
+            sharding.refill(self.base, self.trainable, own)
+            return
         own = {name: parameter.data for name, parameter in self.trainable.items()}
         try:
             for name, parameter in self.trainable.items():
@@ -173,25 +196,48 @@ class PolicyModel:
             return _score(model, hidden_NH, sequences.targets_N, sequences.temperatures_N, entropy_gradient)
 
     def probes(self) -> tuple[CanaryProbe, ...]:
-        """The probes of the weight check, under the present weights."""
-        return weight_check.probes(self.base, self._probe_sequences, self.dtype)
+        """The probes of the weight check, under the present weights. With several processes, their forward pass
+        rounds the weights as published, but computes norms and softmax in float32 (autocast)."""
+        if self._ranks.size == 1:
+            return weight_check.probes(self.base, self._probe_sequences, self.dtype)
+        rounded = {
+            name: parameter.detach().to(self.dtype).to(parameter.dtype) for name, parameter in self.trainable.items()
+        }
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """All weights by their names in `state_dict()`, tied ones once, in the model's dtype, on the CPU."""
-        weights: dict[str, Tensor] = {}
-        seen: set[tuple[int, tuple[int, ...]]] = set()
-        for name, tensor in self.base.state_dict().items():
-            identity = (tensor.data_ptr(), tuple(tensor.shape))
-            if identity not in seen:
-                seen.add(identity)
-                dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
-                weights[name] = tensor.detach().to("cpu", dtype).contiguous()
-        return weights
+        def logits(ids_BT: Tensor) -> Tensor:
+            hidden_BTH = self.base.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+            return _logits(self.base.get_output_embeddings(), _cap(self.base), hidden_BTH)
 
-    def save_adapter(self, folder: Path) -> None:
+        def work() -> tuple[CanaryProbe, ...]:
+            with self._exchanged(rounded), self._autocast():
+                return weight_check.probes_of(logits, self._probe_sequences, self.device)
+
+        return self.whole_pass(work)
+
+    def full_weights(self) -> TensorStream:
+        """All weights by their names in `state_dict()`, tied ones once, in the model's dtype."""
+        state = self.base.state_dict()
+        return TensorStream({name: state[name] for name in self._weight_names}, self.dtype)
+
+    def trained_weights(self) -> TensorStream:
+        return TensorStream(self.trainable)
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """Whole, on the CPU."""
+        return dict(self.trained_weights())
+
+    def save_adapter(self, weights: Mapping[str, Tensor], folder: Path) -> None:
         """Writes adapter_config.json and adapter_model.safetensors, as peft and inference engines read them."""
         assert self.adapter is not None
-        self.adapter.save_pretrained(str(folder), save_embedding_layers=False)
+        self.adapter.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
+
+
+def _distinct_names(model: Any) -> list[str]:
+    """The names in `state_dict()`, of tied weights the first."""
+    names: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name, tensor in model.state_dict().items():
+        names.setdefault((tensor.data_ptr(), tuple(tensor.shape)), name)
+    return list(names.values())
 
 
 def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -284,7 +330,7 @@ def _score(
 ) -> tuple[Tensor, Tensor]:
     """Applies the output head to the trained positions, in pieces of bounded size."""
     head = model.get_output_embeddings()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    cap = _cap(model)
 
     def piece(hidden_NH: Tensor, targets_N: Tensor, temperatures_N: Tensor) -> tuple[Tensor, Tensor]:
         logits_NV = _logits(head, cap, hidden_NH) / temperatures_N[:, None]
@@ -306,7 +352,7 @@ def _compare(
     values_N: Sequence[Tensor],
 ) -> Tensor:
     head = model.get_output_embeddings()
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    cap = _cap(model)
 
     def piece(hidden_PH: Tensor, other_PH: Tensor, temperatures_P: Tensor, *values_P: Tensor) -> Tensor:
         with torch.no_grad():
@@ -315,6 +361,11 @@ def _compare(
         return function(own_PV, other_PV, *values_P)
 
     return torch.cat(_in_pieces(piece, 2 * _vocabulary(head), hidden_NH, other_NH, temperatures_N, *values_N))
+
+
+def _cap(model: Any) -> float | None:
+    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return cap
 
 
 def _vocabulary(head: Any) -> int:
@@ -342,8 +393,7 @@ def _check_head(model: Any, source: str) -> None:
     with torch.no_grad():
         expected = model(input_ids=ids_BT, use_cache=False).logits
         hidden_BTH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        actual = _logits(model.get_output_embeddings(), cap, hidden_BTH)
+        actual = _logits(model.get_output_embeddings(), _cap(model), hidden_BTH)
     if not torch.allclose(expected.float(), actual, rtol=1e-2, atol=1e-3):
         raise _unsupported(f"{model.config.model_type}: this kind of output head is unsupported", source)
 

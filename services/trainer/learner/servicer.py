@@ -2,6 +2,9 @@
 
 One worker thread makes all changes. It checks a call's number, does the work and stores the answer in one go, so a
 caller that gives up in between gets the stored answer when it calls again.
+
+With several processes (`ranks`), the first one serves. It passes on each request that makes a learner, or that a
+learner executes, and `follow` does the same in the other processes.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from mulligan.common.inference import WeightsKind
 from mulligan.policy.wire import canary_to_proto
 from mulligan.trainer.learner.held import HeldLearner, HeldLearners
 from mulligan.trainer.learner.learner import Learner
+from mulligan.trainer.learner.ranks import FailedTogether, Ranks
 from mulligan.trainer.learner.settings import LearnerServerSettings
 from mulligan.trainer.learner.wire import (
     data_from_proto,
@@ -41,6 +45,40 @@ Context = Any
 R = TypeVar("R")
 
 
+# What a learner does for a request.
+_WORK: dict[type[Message], Callable[..., Any]] = {
+    pb.ForwardRequest: lambda learner, request: learner.forward(data_from_proto(request.data)),
+    pb.ForwardBackwardRequest: lambda learner, request: learner.forward_backward(
+        data_from_proto(request.data), loss_from_proto(request.loss)
+    ),
+    pb.OptimStepRequest: lambda learner, request: learner.optim_step(),
+    pb.SaveCheckpointRequest: lambda learner, request, **state: learner.save_checkpoint(request.name, **state),
+    pb.LoadCheckpointRequest: lambda learner, request: learner.load_checkpoint(request.name),
+    pb.PublishWeightsRequest: lambda learner, request: learner.publish_weights(request.policy_version),
+}
+
+
+def follow(settings: LearnerServerSettings, ranks: Ranks) -> None:
+    """In a process other than the first: does what the first one is asked for, until it ends."""
+    learners: dict[str, Learner] = {}
+    while True:
+        try:
+            with ranks.in_step():
+                call = ranks.next_call()
+                if call is None:
+                    return
+                request = getattr(pb, call[0]).FromString(call[1])
+                if isinstance(request, pb.CreateLearnerRequest):
+                    learner = Learner(request.learner_id, spec_from_proto(request), settings, ranks)
+                    learners[request.learner_id] = learner
+                elif isinstance(request, pb.DeleteLearnerRequest):
+                    learners.pop(request.learner_id, None)
+                else:
+                    _WORK[type(request)](learners[request.learner_id], request)
+        except (DomainError, FailedTogether) as error:  # the caller gets it from the first process
+            log.info("call failed", rank=ranks.rank, cause=str(error))
+
+
 def add_to_server(server: grpc.aio.Server, servicer: LearnerServicer) -> list[str]:
     learner_service_pb2_grpc.add_LearnerServiceServicer_to_server(servicer, server)
     return [pb.DESCRIPTOR.services_by_name["LearnerService"].full_name]
@@ -55,9 +93,10 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     over.
     """
 
-    def __init__(self, settings: LearnerServerSettings):
+    def __init__(self, settings: LearnerServerSettings, ranks: Ranks | None = None):
         self._settings = settings
-        self._held = HeldLearners(settings.max_learners)
+        self._ranks = ranks or Ranks()
+        self._held = HeldLearners(settings.max_learners, self._removed)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
         self._leases: asyncio.Task[None] | None = None
 
@@ -67,6 +106,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             self._leases.cancel()
         await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
         self._held.clear()
+        await asyncio.to_thread(self._ranks.leave)
 
     async def CreateLearner(self, request: pb.CreateLearnerRequest, context: Context) -> pb.CreateLearnerResponse:
         if self._leases is None:
@@ -121,7 +161,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
 
     async def Forward(self, request: pb.ForwardRequest, context: Context) -> pb.ForwardResponse:
         def forward(held: HeldLearner) -> pb.ForwardResponse:
-            results = held.learner.forward(data_from_proto(request.data))
+            results = self._perform(held, request)
             return pb.ForwardResponse(
                 log_probs=[pb.ForwardResponse.LogProbs(log_probs=log_probs) for log_probs in results]
             )
@@ -129,23 +169,18 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         return await self._with_learner(request, forward)
 
     async def ForwardBackward(self, request: pb.ForwardBackwardRequest, context: Context) -> pb.ForwardBackwardResponse:
-        def forward_backward(learner: Learner) -> dict[str, float]:
-            return learner.forward_backward(data_from_proto(request.data), loss_from_proto(request.loss))
-
-        return pb.ForwardBackwardResponse(metrics=await self._exactly_once(request, forward_backward))
+        return pb.ForwardBackwardResponse(metrics=await self._exactly_once(request))
 
     async def OptimStep(self, request: pb.OptimStepRequest, context: Context) -> pb.OptimStepResponse:
-        return pb.OptimStepResponse(metrics=await self._exactly_once(request, Learner.optim_step))
+        return pb.OptimStepResponse(metrics=await self._exactly_once(request))
 
     async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Context) -> pb.SaveCheckpointResponse:
-        saved = await self._with_learner(
-            request, lambda held: held.learner.save_checkpoint(request.name, held.next_call)
-        )
+        saved = await self._with_learner(request, lambda held: self._perform(held, request, next_call=held.next_call))
         return pb.SaveCheckpointResponse(uri=saved.uri, sha256=saved.sha256)
 
     async def LoadCheckpoint(self, request: pb.LoadCheckpointRequest, context: Context) -> pb.LoadCheckpointResponse:
         def load(held: HeldLearner) -> pb.LoadCheckpointResponse:
-            state = held.learner.load_checkpoint(request.name)
+            state = self._perform(held, request)
             held.next_call = state.next_sequence
             held.last_request = b""
             held.last_answer = None
@@ -154,7 +189,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         return await self._with_learner(request, load, changes=True)
 
     async def PublishWeights(self, request: pb.PublishWeightsRequest, context: Context) -> pb.PublishWeightsResponse:
-        weights = await self._with_learner(request, lambda held: held.learner.publish_weights(request.policy_version))
+        weights = await self._with_learner(request, partial(self._perform, request=request))
         return pb.PublishWeightsResponse(
             uri=weights.uri,
             sha256=weights.sha256,
@@ -187,6 +222,17 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         with self._in_use(request):
             return await self._on_thread(on_thread)
 
+    def _perform(self, held: HeldLearner, request: Message, **state: Any) -> Any:
+        with self._ranks.in_step():
+            self._ranks.tell(type(request).__name__, request.SerializeToString)
+            return _WORK[type(request)](held.learner, request, **state)
+
+    def _removed(self, learner_id: str) -> None:
+        if not self._ranks.broken:
+            request = pb.DeleteLearnerRequest(learner_id=learner_id)
+            with self._ranks.in_step():
+                self._ranks.tell("DeleteLearnerRequest", request.SerializeToString)
+
     def _in_use(self, request: Any) -> AbstractContextManager[None]:
         """A context manager around a call. A learner does not expire while a call waits for the thread."""
         held = self._held.get(request.learner_id)
@@ -198,7 +244,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             if any(held.is_over for held in self._held):
                 await self._on_thread(self._held.remove_what_is_over)
 
-    async def _exactly_once(self, request: Any, work: Callable[[Learner], dict[str, float]]) -> dict[str, float]:
+    async def _exactly_once(self, request: Any) -> dict[str, float]:
         def unless_done(held: HeldLearner) -> dict[str, float]:
             digest = _digest(request)
             if request.sequence == held.next_call - 1 and digest == held.last_request:
@@ -210,7 +256,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
                     f"sequence: expected {held.next_call}, or the last call again; got {request.sequence}",
                     next_sequence=held.next_call,
                 )
-            answer = work(held.learner)
+            answer: dict[str, float] = self._perform(held, request)
             held.last_request = digest
             held.last_answer = answer
             held.next_call += 1
@@ -226,7 +272,9 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
                 raise DomainError(Reason.LEARNER_CONFLICT, f"learner {request.learner_id!r} exists with other settings")
             return held
         self._held.check_room()
-        learner = Learner(request.learner_id, spec, self._settings)
+        with self._ranks.in_step():
+            self._ranks.tell("CreateLearnerRequest", request.SerializeToString)
+            learner = Learner(request.learner_id, spec, self._settings, self._ranks)
         held = HeldLearner(
             learner, request.owner, spec, self._held.clock, lease_from_proto(request), self._held.clock.now
         )

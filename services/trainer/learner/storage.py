@@ -3,6 +3,11 @@
 A checkpoint is a folder of safetensors files, with their hashes in their names, and manifest.json, which lists them.
 The manifest is replaced by a rename, so after a crash a checkpoint is the old one or the new one, never a mix. No file
 is ever unpickled.
+
+The files do not depend on the number of processes: each tensor is gathered from all of them, and the first process
+writes it. So a checkpoint of two processes can be loaded by one, and the other way round, to the bit.
+torch.distributed.checkpoint would write from all processes at once, which is faster with fast disks, but it has a
+pickled index, no checksums, and other files for each number of processes.
 """
 
 from __future__ import annotations
@@ -18,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.files import file_sha256, move, sync, temporary_file
+from mulligan.trainer.learner.tensor_files import StoredTensors, TensorStream, write
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _MANIFEST = "manifest.json"
@@ -47,12 +51,12 @@ def check_name(field: str, name: str) -> str:
     return name
 
 
-def save_checkpoint(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], state: CheckpointState) -> str:
+def save_checkpoint(folder: Path, parts: Mapping[str, TensorStream], state: CheckpointState) -> str:
     """Writes the tensors of each part, and the scalars. Returns the SHA-256 of the manifest.
 
     An earlier checkpoint in the folder is replaced. Raises DomainError DISK_FULL; then nothing has changed.
     """
-    size = sum(tensor.nbytes for tensors in parts.values() for tensor in tensors.values())
+    size = sum(tensors.nbytes for tensors in parts.values())
     try:
         with writing_to(folder, size):
             folder.mkdir(parents=True, exist_ok=True)
@@ -67,9 +71,9 @@ def save_checkpoint(folder: Path, parts: Mapping[str, Mapping[str, Tensor]], sta
     return hashlib.sha256(manifest).hexdigest()
 
 
-def _save_part(folder: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def _save_part(folder: Path, part: str, tensors: TensorStream) -> dict[str, str]:
     with temporary_file(folder) as path:
-        sha256 = _write_tensors(tensors, path)
+        sha256 = write(tensors, path)
         name = f"{part}-{sha256[:16]}.safetensors"
         move(path, folder / name)
     return {"file": name, "sha256": sha256}
@@ -89,17 +93,17 @@ def _sweep(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], CheckpointState]:
-    """Reads a checkpoint and verifies its hashes. Raises DomainError CHECKPOINT_NOT_FOUND, or CHECKPOINT_MISMATCH when
+def load_checkpoint(folder: Path) -> tuple[dict[str, StoredTensors], CheckpointState]:
+    """Opens a checkpoint and verifies its hashes. Raises DomainError CHECKPOINT_NOT_FOUND, or CHECKPOINT_MISMATCH when
     it is damaged."""
     manifest = _manifest(folder)
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, StoredTensors] = {}
     try:
         for part, entry in manifest["files"].items():
             path = folder / entry["file"]
             if path.parent != folder or file_sha256(path) != entry["sha256"]:
                 raise damaged(folder.name, f"{entry['file']} is not what was saved")
-            parts[part] = load_file(path)
+            parts[part] = StoredTensors(path)
         return parts, CheckpointState(**manifest["state"])
     except (OSError, SafetensorError, LookupError, TypeError, AttributeError) as error:
         raise damaged(folder.name, str(error)) from error
@@ -141,13 +145,13 @@ def _place(folder: Path) -> tuple[int, str]:
         return -1, name
 
 
-def publish_file(tensors: Mapping[str, Tensor], path: Path) -> str:
+def publish_file(tensors: TensorStream, path: Path) -> str:
     """Writes a safetensors file in one rename. Returns its SHA-256. Raises DomainError DISK_FULL."""
-    with writing_to(path.parent, sum(tensor.nbytes for tensor in tensors.values())):
+    with writing_to(path.parent, tensors.nbytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_file(path.parent) as temporary:
             temporary.chmod(0o644)  # the policy service may run as another user
-            sha256 = _write_tensors(tensors, temporary)
+            sha256 = write(tensors, temporary)
             move(temporary, path)
     return sha256
 
@@ -182,9 +186,3 @@ def keep_published(folder: Path, stem: str, count: int, named: Collection[int]) 
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
-    """Writes a safetensors file. Returns its SHA-256."""
-    save_file(dict(tensors), path)
-    return file_sha256(path)

@@ -7,6 +7,7 @@ only, so equal weights always give equal probes.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,12 +43,23 @@ def probes(model: Any, sequences: ProbeTokens, dtype: torch.dtype) -> tuple[Cana
     The forward pass uses the weights as published: rounded to `dtype`, and computed in it.
     """
     weights = {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
-    ids_BT = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)  # no real token sees the padding
-    ids_BT = ids_BT.to(next(iter(weights.values())).device)
-    with torch.no_grad():
+
+    def logits(ids_BT: Tensor) -> Tensor:
         arguments = {"input_ids": ids_BT, "use_cache": False}
-        logits_BTV: Tensor = torch.func.functional_call(model, weights, kwargs=arguments).logits
-        log_probs_BTV = logits_BTV[:, :-1].float().log_softmax(-1)
+        found: Tensor = torch.func.functional_call(model, weights, kwargs=arguments).logits
+        return found
+
+    return probes_of(logits, sequences, next(iter(weights.values())).device)
+
+
+def probes_of(
+    logits: Callable[[Tensor], Tensor], sequences: ProbeTokens, device: torch.device
+) -> tuple[CanaryProbe, ...]:
+    """The same of a function that computes logits_BTV from ids_BT."""
+    ids_BT = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)  # no real token sees the padding
+    ids_BT = ids_BT.to(device)
+    with torch.no_grad():
+        log_probs_BTV = logits(ids_BT)[:, :-1].float().log_softmax(-1)
         log_probs_BT = log_probs_BTV.gather(-1, ids_BT[:, 1:, None])[..., 0]
     return tuple(
         CanaryProbe(ids, tuple(row[: len(ids) - 1])) for ids, row in zip(sequences, log_probs_BT.tolist(), strict=True)

@@ -196,7 +196,9 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OptimStep(self, request, context):
-        """Clips the accumulated gradient, takes one optimizer step, and clears it. Exactly once on sequence.
+        """Clips the accumulated gradient, takes one optimizer step, and clears it. A gradient that is not finite changes
+        nothing but is cleared, too. FAILED_PRECONDITION NOT_FINITE: that has happened max_skipped_steps times in a row.
+        Exactly once on sequence.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

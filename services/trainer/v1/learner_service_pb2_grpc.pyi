@@ -66,7 +66,10 @@ class LearnerServiceStub:
     ForwardBackward: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ForwardBackwardRequest, _learner_service_pb2.ForwardBackwardResponse]
     """Adds the gradient of the loss over `data` to what has accumulated. Exactly once on sequence."""
     OptimStep: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.OptimStepRequest, _learner_service_pb2.OptimStepResponse]
-    """Clips the accumulated gradient, takes one optimizer step, and clears it. Exactly once on sequence."""
+    """Clips the accumulated gradient, takes one optimizer step, and clears it. A gradient that is not finite changes
+    nothing but is cleared, too. FAILED_PRECONDITION NOT_FINITE: that has happened max_skipped_steps times in a row.
+    Exactly once on sequence.
+    """
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.SaveCheckpointRequest, _learner_service_pb2.SaveCheckpointResponse]
     """Writes weights, optimizer and random generators to `name`, whole or not at all. Accumulated gradients are not
     saved. Idempotent on name; saving another state under the name replaces what it held. RESOURCE_EXHAUSTED DISK_FULL:
@@ -177,7 +180,10 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.OptimStepRequest,
         context: _aio.ServicerContext[_learner_service_pb2.OptimStepRequest, _abc.Awaitable[_learner_service_pb2.OptimStepResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.OptimStepResponse]:
-        """Clips the accumulated gradient, takes one optimizer step, and clears it. Exactly once on sequence."""
+        """Clips the accumulated gradient, takes one optimizer step, and clears it. A gradient that is not finite changes
+        nothing but is cleared, too. FAILED_PRECONDITION NOT_FINITE: that has happened max_skipped_steps times in a row.
+        Exactly once on sequence.
+        """
 
     @_abc_1.abstractmethod
     def SaveCheckpoint(

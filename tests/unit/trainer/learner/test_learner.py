@@ -14,12 +14,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.trainer.data import Datum
+from mulligan.trainer.learner import learner as learner_module
 from mulligan.trainer.learner import model as model_module
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.local import LocalLearner
 from mulligan.trainer.learner.metrics import merge
 from mulligan.trainer.losses import ppo
-from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
+from mulligan.trainer.objective import Loss
+from mulligan.trainer.settings import LoraSettings, OptimizerSettings, TrainedModelSettings
 from tests.support.learning import FULL, LORA, PLAIN, distilled, many, sampled, server_settings, spec
 from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tiny_model
 
@@ -214,6 +216,41 @@ def test_a_gradient_that_is_not_finite_skips_the_step(tiny: Path, tmp_path: Path
     assert learner.forward([sampled()]) == before and learner.optimizer_steps == 0
     learner.forward_backward([sampled()], PLAIN)
     assert learner.optim_step()["skipped"] == 0  # nothing of the bad gradient is left
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_are_refused(tiny: Path, tmp_path: Path) -> None:
+    optimizer = OptimizerSettings(learning_rate=1e-2, max_skipped_steps=2)
+    learner = Learner("learner", replace(spec(tiny), optimizer=optimizer), server_settings(tmp_path))
+    before = learner.forward([sampled()])
+    for weight, skipped in ((1e300, 1), (1e300, 1), (1.0, 0), (1e300, 1), (0.0, 1), (1e300, 1)):
+        learner.forward_backward([sampled(weight=weight)], PLAIN)
+        assert learner.optim_step()["skipped"] == skipped, "a good step ends the row; one without data does not count"
+    learner.save_checkpoint("one")
+    learner.forward_backward([sampled(weight=1e300)], PLAIN)
+    for _ in range(2):
+        with pytest.raises(DomainError, match="max_skipped_steps") as caught:
+            learner.optim_step()
+        assert caught.value.reason is Reason.NOT_FINITE
+    assert learner.optimizer_steps == 1 and learner.forward([sampled()]) != before
+    learner.load_checkpoint("one")
+    learner.forward_backward([sampled()], PLAIN)
+    assert learner.optim_step()["skipped"] == 0
+
+
+def test_a_loss_that_is_not_finite_skips_the_step(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its gradient is finite."""
+    learner = make(tiny, tmp_path)
+    before = learner.forward([sampled()])
+    monkeypatch.setattr(
+        learner_module, "loss_of", lambda kind: lambda terms, loss: Loss(-terms.log_probs_N + float("inf"))
+    )
+    learner.forward_backward([sampled()], PLAIN)
+    monkeypatch.undo()
+    metrics = learner.optim_step()
+    assert metrics["skipped"] == 1 and math.isfinite(metrics["grad_norm"])
+    assert learner.forward([sampled()]) == before
+    learner.forward_backward([sampled()], PLAIN)
+    assert learner.optim_step()["skipped"] == 0
 
 
 def test_the_gradient_is_clipped_to_the_norm(tiny: Path, tmp_path: Path) -> None:

@@ -7,14 +7,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.trainer.learner import storage
+from mulligan.trainer.learner.tensor_files import TensorStream, write
 from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA, learn, make, weights_digest
 from tests.support.tiny_model import write_tiny_model
@@ -101,10 +100,9 @@ def no_space_of_rust() -> Exception:
     return SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error 28)")
 
 
-@pytest.mark.parametrize("failure", [no_space, no_space_of_rust])
 @pytest.mark.parametrize("writes", [1, 2, 3])
 def test_a_full_disk_is_told_and_leaves_the_checkpoints_that_are_there(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: Callable[[], Exception], writes: int
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
     learner = make(tiny, tmp_path)
     learn(learner, range(1))
@@ -116,13 +114,13 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoints_that_are_there(
     for name in ("one", "two"):
         done = iter(range(1, 10))
 
-        def save(tensors: Any, path: Path, done: Iterator[int] = done) -> None:
+        def save(tensors: TensorStream, path: Path, done: Iterator[int] = done) -> str:
             if next(done) == writes:
                 path.write_bytes(b"half")
-                raise failure()
-            save_file(tensors, path)
+                raise no_space()
+            return write(tensors, path)
 
-        monkeypatch.setattr(storage, "save_file", save)
+        monkeypatch.setattr(storage, "write", save)
         with pytest.raises(DomainError, match=f"the disk of {root / name} is full") as caught:
             learner.save_checkpoint(name)
         assert caught.value.reason is Reason.DISK_FULL
@@ -135,16 +133,21 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoints_that_are_there(
     assert weights_digest(learner) == before
 
 
+@pytest.mark.parametrize("failure", [no_space, no_space_of_rust])
 @pytest.mark.parametrize("lora", [FULL, LORA])
 def test_weights_that_find_no_room_are_not_published(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: LoraSettings | None
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: LoraSettings | None,
+    failure: Callable[[], Exception],
 ) -> None:
     learner = make(tiny, tmp_path, lora)
     learner.publish_weights(1)
     before = kept(tmp_path / "weights")
 
     def fails(descriptor: int) -> None:
-        raise no_space()
+        raise failure()
 
     monkeypatch.setattr(os, "fsync", fails)
     with pytest.raises(DomainError, match=f"the disk of {tmp_path / 'weights'} is full"):
