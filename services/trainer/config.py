@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr, model_validator
 
 from mulligan.common.addresses import Addresses, one_server
 from mulligan.common.channel import Endpoint
@@ -54,6 +54,12 @@ class TrainerSettings(ServiceSettings):
     )
     microbatch_tokens: int = Field(4096, ge=1, description="Tokens that a process of the learner computes at once.")
     keep_weights: int = Field(3, ge=1, description="Published versions to keep.")
+
+    @model_validator(mode="after")
+    def _each_process_has_a_gpu(self) -> Self:
+        if self.learner_processes > 1 and ":" in self.device:
+            raise ValueError("device: expected cuda without a number: each of learner_processes has a GPU of its own")
+        return self
 
     @property
     def learner(self) -> LearnerServerSettings:

@@ -235,3 +235,10 @@ def refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) 
     shown = capsys.readouterr().err
     assert shown.startswith("env: bad settings\n")
     assert message in shown
+
+
+def test_several_learner_processes_have_no_numbered_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert TrainerSettings.load(["--learner-processes", "2", "--device", "cuda"]).learner_processes == 2
+    with pytest.raises(SystemExit):
+        TrainerSettings.load(["--learner-processes", "2", "--device", "cuda:1"])
+    assert "device: expected cuda without a number" in capsys.readouterr().err
