@@ -80,6 +80,7 @@ class Ranks:
     @classmethod
     def join(cls, device: str) -> Ranks:
         """Waits until all processes that torchrun started are there. `device` is that of the setting."""
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
         ranks = cls()
         store, ranks.rank, ranks.size = next(rendezvous("env://"))
         # torchrun keeps its store when it starts the processes again: addresses of those that died are still there.
@@ -93,9 +94,7 @@ class Ranks:
         dist.init_process_group(backend, store=ranks._store, rank=ranks.rank, world_size=ranks.size)
         ranks._control = dist.new_group(backend="gloo", timeout=_IDLE)
         ranks._mesh = init_device_mesh(place.type, (ranks.size,))
-        if ranks.is_first:
-            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-        else:  # they end when the first one has drained
+        if not ranks.is_first:  # they end when the first one has drained
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
         return ranks

@@ -25,7 +25,7 @@ from tests.support.failing_objective import Failing
 from tests.support.learning import PLAIN, many, sampled, server_settings, spec
 from tests.support.ranks import pids
 from tests.support.tiny_model import write_tiny_model
-from tests.support.waiting import until_async
+from tests.support.waiting import until, until_async
 
 
 class Served(NamedTuple):
@@ -162,3 +162,20 @@ async def test_an_undeclared_error_in_one_process_ends_the_learner_in_all(served
         assert (await client.forward_backward([sampled()], PLAIN))["tokens"] == 2
         after = pids(served.service)
     assert after.keys() == before.keys() and not set(after.values()) & set(before.values())
+
+
+@pytest.mark.timeout(600)
+async def test_the_processes_end_with_torchrun(served: Served) -> None:
+    """The last to use the server: it is killed."""
+    before = pids(served.service).values()
+    assert len(before) == 2
+    served.service.kill()
+    await until(lambda: not any(runs(pid) for pid in before))
+
+
+def runs(pid: int) -> bool:
+    """Whether the process is there, and not only its exit status."""
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
