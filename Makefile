@@ -131,7 +131,7 @@ demo: $(INSTALLED) ## start the four services and let an agent learn
 	@$(BIN)/mulligan demo $(ARGS)
 
 .PHONY: demo-lm
-demo-lm: $(INSTALLED) ## fetch a real language model of 135 million parameters, and let it learn by ERL: an hour on two cores
+demo-lm: $(INSTALLED) ## fetch a real language model of 135 million parameters, and let it learn by ERL: half an hour on two busy cores
 	@$(BIN)/mulligan models fetch smollm2-135m >/dev/null
 	@$(BIN)/mulligan demo --folder runs/demo-lm --recipe short-sentences-smollm2 --experiences 3 $(ARGS)
 

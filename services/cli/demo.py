@@ -123,7 +123,7 @@ async def _report(client: RunClient, run: RunInfo, experiences: int) -> None:
     entries = [entry async for entry in client.watch(run.run_id)]
     recorded = recorded_rlvr(run.settings)
     await asyncio.to_thread(draw_chart, folder / "chart.png", entries, recorded)
-    found = await client.experiences(run.run_id, step=0, limit=1000)
+    found = await client.experiences(run.run_id, limit=1000)  # of the first steps
     told = [experience for experience in found if experience.targets][:experiences]
     if told:
         say("\none experience, whole:" if len(told) == 1 else f"\n{len(told)} experiences, whole:")

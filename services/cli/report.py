@@ -90,8 +90,9 @@ def draw_chart(path: Path, entries: Sequence[Entry], rlvr: RecordedRun | None) -
     pyplot.close(figure)
 
 
-def _smooth(points: Sequence[tuple[float, float]], width: int = 10) -> tuple[list[float], list[float]]:
-    """Means of `width` consecutive points."""
+def _smooth(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Means of consecutive points, about twenty of them."""
+    width = max(1, len(points) // 20)
     chunks = [points[index : index + width] for index in range(0, len(points), width)]
     return (
         [chunk[-1][0] for chunk in chunks],
