@@ -18,7 +18,7 @@ class Aggregation(StrEnum):
     """What a token loss of sequence i is multiplied by, in a branch of N sequences that weighs 1. Sequence i has T_i
     trained tokens.
 
-    SEQUENCE_MEAN_TOKEN_SUM: 1 / N (verl's `seq-mean-token-sum`).
+    SEQUENCE_MEAN_TOKEN_SUM: 1 / N (verl's `seq-mean-token-sum`, TRL's "luspo").
     SEQUENCE_MEAN_TOKEN_MEAN: 1 / (N · T_i) (GRPO, arXiv 2402.03300).
     TOKEN_MEAN: 1 / ΣT, over the whole batch of the branch (DAPO, arXiv 2503.14476).
     CONSTANT: 1 / (N · constant) (Dr. GRPO, arXiv 2503.20783, whose constant is the largest length).

@@ -73,9 +73,9 @@ def mismatch_weights(
 def kl_estimate(log_probs_N: Tensor, reference_log_probs_N: Tensor, estimator: KlEstimator = KlEstimator.K3) -> Tensor:
     """An estimate of KL(π ‖ π_ref) on tokens sampled from π, from r = π_ref/π (http://joschu.net/blog/kl-approx.html).
 
-    K3 is r − log r − 1, never negative; as a loss term in GRPO (arXiv 2402.03300), equation 4. K1 is −log r, whose
-    gradient as a loss term is 0 on average over tokens from π. K2 is (log r)²/2, whose gradient as a loss term is that
-    of the divergence.
+    K3 is r − log r − 1, never negative; as a loss term in GRPO (arXiv 2402.03300), equation 4. DeepSeek-V3.2 (arXiv
+    2512.02556) multiplies it by π/π_old; that is not done here. K1 is −log r, whose gradient as a loss term is 0 on
+    average over tokens from π. K2 is (log r)²/2, whose gradient as a loss term is that of the divergence.
     """
     log_ratio_N = (reference_log_probs_N - log_probs_N).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     match estimator:

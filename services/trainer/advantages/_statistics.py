@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import fsum, sqrt
 
 EPSILON = 1e-6  # added to standard deviations; verl's, on which the reference code of ERL is built
-_VARIANCE_EPSILON = 1e-8  # added to variances by `masked_whiten` of TRL and verl
+_VARIANCE_EPSILON = 1e-8  # added to variances, as by verl's `masked_whiten`
 
 
 def mean(values: Sequence[float]) -> float:
@@ -32,8 +32,8 @@ def deviation(values: Sequence[float]) -> float:
 def whitened(values: Sequence[float], counts: Sequence[int]) -> list[float]:
     """(value - mean) / √(variance + 1e-8), where value i occurs `counts[i]` times; the variance divides by n - 1.
 
-    Exactly 0 everywhere if nothing that occurs differs. `masked_whiten` of TRL and verl, whose mask
-    is over tokens.
+    Exactly 0 everywhere if nothing that occurs differs. The formula of verl's `masked_whiten`, whose mask is over
+    tokens.
     """
     total = sum(counts)
     if len({value for value, count in zip(values, counts, strict=True) if count}) < 2:

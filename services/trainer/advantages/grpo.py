@@ -2,8 +2,8 @@
 
     A_i = (r_i - mean(r_1 … r_G)) / (std(r_1 … r_G) + ε)
 
-One number per sample. The standard deviation divides by G - 1, as in TRL and verl; ε = 1e-6 is verl's. A group of one
-sample, or with equal rewards, has zero advantage.
+One number per sample. The standard deviation divides by G - 1, as in TRL and verl; ε = 1e-6 is verl's, TRL has 1e-4.
+A group of one sample, or with equal rewards, has zero advantage.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     A_i = (r_i - mean of its group) / (std of all rewards of the batch + ε)
 
-One number per sample. The standard deviation divides by n - 1; ε = 1e-6. TRL's `scale_rewards="batch"` is the same. A
-group with nearly equal rewards is not blown up as in GRPO. The paper combines it with the mean over tokens:
-`Aggregation.TOKEN_MEAN`.
+One number per sample. The standard deviation divides by n - 1; ε = 1e-6. TRL's `scale_rewards="batch"` is the same
+with ε = 1e-4. A group with nearly equal rewards is not blown up as in GRPO. The paper combines it with the mean over
+tokens: `Aggregation.TOKEN_MEAN`.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
-"""Aggregations of token losses: against sums and means over a padded batch, as TRL and verl compute them."""
+"""Aggregations of token losses: what holds for all of them; `test_trl.py` compares them with TRL."""
 
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.utils.rnn import pad_sequence
 
 from mulligan.trainer.aggregation import Aggregation, aggregate
 from mulligan.trainer.data import Datum, PolicyGradient
@@ -30,31 +28,6 @@ def branch(lengths: list[int], weights: list[float]) -> list[Datum]:
 def loss(data: list[Datum], losses: list[torch.Tensor]) -> float:
     """What a learner computes."""
     return sum(item.weight * float(tokens.sum()) for item, tokens in zip(data, losses, strict=True))
-
-
-def reference(mode: Aggregation, losses: torch.Tensor, mask: torch.Tensor, constant: float) -> torch.Tensor:
-    """Of equally weighted sequences. TRL's `loss_type`: "grpo", "bnpo", "dr_grpo"; verl's "seq-mean-token-sum"."""
-    per_sequence = (losses * mask).sum(-1)
-    if mode is Aggregation.SEQUENCE_MEAN_TOKEN_SUM:
-        return per_sequence.mean()
-    if mode is Aggregation.SEQUENCE_MEAN_TOKEN_MEAN:
-        return (per_sequence / mask.sum(-1)).mean()
-    if mode is Aggregation.TOKEN_MEAN:
-        return (losses * mask).sum() / mask.sum()
-    return (losses * mask).sum() / (losses.shape[0] * constant)
-
-
-@given(LENGTHS, st.floats(0.1, 100), st.floats(0.01, 10), st.integers(0, 100))
-@pytest.mark.parametrize("mode", list(Aggregation))
-def test_the_loss_is_that_of_the_formula(
-    mode: Aggregation, lengths: list[int], constant: float, weight: float, seed: int
-) -> None:
-    noise = random.Random(seed)
-    losses = [torch.tensor([noise.gauss(0, 1) for _ in range(size)], dtype=torch.float64) for size in lengths]
-    mask = pad_sequence([torch.ones_like(own) for own in losses], batch_first=True)
-    expected = weight * reference(mode, pad_sequence(losses, batch_first=True), mask, constant)
-    data = branch(lengths, [weight / len(lengths)] * len(lengths))
-    assert loss(aggregate(data, mode, constant), losses) == pytest.approx(float(expected), rel=1e-6, abs=1e-9)
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0.01, 10)), min_size=1, max_size=8))

@@ -1,4 +1,4 @@
-"""GRPO: against torch's mean and standard deviation, as in TRL's GRPOTrainer (`scale_rewards="group"` and `"none"`)."""
+"""GRPO: against the formula of verl's `compute_grpo_outcome_advantage`. `test_trl.py` compares it with TRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""REINFORCE++: against whitening over a padded batch of tokens, as in verl's `compute_reinforce_plus_plus_*`."""
+"""REINFORCE++: against whitening over a batch of tokens, the formula of verl's `compute_reinforce_plus_plus_*`."""
 
 from __future__ import annotations
 

@@ -1,25 +1,11 @@
-"""RLOO: against the mean of the others, with the sample itself taken out (TRL's RLOOTrainer)."""
+"""RLOO by hand; `test_trl.py` compares it with TRL's RLOOTrainer."""
 
 from __future__ import annotations
 
 import pytest
-import torch
-from hypothesis import given
 
-from mulligan.trainer.advantages import Return
 from mulligan.trainer.advantages.rloo import Settings, estimate
-from tests.support.returns import flat, group, groups
-
-
-@given(groups(min_size=2))
-def test_advantages_are_those_of_the_formula(batch: list[list[Return]]) -> None:
-    expected = []
-    for items in batch:
-        rewards = torch.tensor([item.reward for item in items], dtype=torch.float64)
-        for place, reward in enumerate(rewards):
-            others = torch.cat([rewards[:place], rewards[place + 1 :]])
-            expected.append(float(reward - others.mean()))
-    assert flat(estimate(batch, Settings())) == pytest.approx(expected, abs=1e-6)
+from tests.support.returns import flat, group
 
 
 def test_groups_that_say_nothing_have_no_advantage() -> None:

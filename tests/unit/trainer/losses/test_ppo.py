@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mulligan.trainer.losses.ppo import Settings, clipped_policy_gradient, loss
-from tests.support.terms import floats, gradient, ragged, terms
+from mulligan.trainer.losses.ppo import clipped_policy_gradient
 
 LOG_PROBS = st.floats(-100, 0, width=32)
 
@@ -64,20 +63,3 @@ def test_policy_gradient_is_bounded_below_and_finite(new: float, old: float, adv
     assert math.isfinite(found.item())
     lowest, highest = (-1.28 * advantage, 0.0) if advantage > 0 else (-0.8 * advantage, -3.0 * advantage)
     assert lowest - 1e-4 <= found.item() <= highest + 1e-4
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_it_is_that_of_trl(seed: int) -> None:
-    """trl.GRPOTrainer._compute_loss with loss_type="dapo" and `delta`, its bound of two-sided clipping: for negative
-    advantages that is the dual clip."""
-    counts = ragged(seed)
-    new = floats(sum(counts), -4, 0, seed).requires_grad_()
-    old = new.detach() + floats(sum(counts), -2, 2, seed + 1)
-    advantages = floats(sum(counts), -2, 2, seed + 2)
-    coef_1 = torch.exp(new - old)
-    coef_2 = torch.clamp(coef_1, 1 - 0.2, 1 + 0.28)
-    loss1 = torch.where(advantages < 0, torch.clamp(coef_1, max=3.0), coef_1) * advantages
-    expected = -torch.min(loss1, coef_2 * advantages)
-    found = loss(terms(counts, new), old, advantages, Settings())
-    assert torch.allclose(found.loss_N, expected, atol=1e-6)
-    assert torch.allclose(gradient(found.loss_N, new)[0], gradient(expected, new)[0], atol=1e-6)

@@ -37,8 +37,8 @@ def test_each_form_in_one_batch() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_that_of_the_papers_on_sequences_of_different_lengths(seed: int) -> None:
-    """ERL's −A·log π, Critique-GRPO's −A·π/(π + γ), and RuscaRL's clipped ratio with a KL term (verl's
-    compute_policy_loss and "low_var_kl"), in turn."""
+    """ERL's −A·log π, Critique-GRPO's −A·π/(π + γ), and RuscaRL's clipped ratio with a KL term (the
+    formulas of verl's compute_policy_loss and "low_var_kl"), in turn."""
     counts = ragged(seed)
     new = floats(sum(counts), -4, 0, seed).requires_grad_()
     old = new.detach() + floats(sum(counts), -2, 2, seed + 1)
