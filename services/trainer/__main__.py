@@ -19,6 +19,7 @@ from mulligan.trainer import servicer as runs
 from mulligan.trainer.config import TrainerSettings
 from mulligan.trainer.interfaces import LearnerPort
 from mulligan.trainer.learner import servicer as learners
+from mulligan.trainer.learner.allocator import return_freed_memory
 from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.ranks import Ranks, launch, launched
 from mulligan.trainer.learner.settings import LearnerSpec
@@ -31,6 +32,7 @@ def main() -> None:
     settings = TrainerSettings.load(sys.argv[1:])
     if not launched() and settings.learner_processes > 1:
         launch("mulligan.trainer", sys.argv[1:], settings.learner_processes, settings.drain_seconds)
+    return_freed_memory()
     ranks = Ranks.join(settings.device) if launched() else Ranks()
     if ranks.is_first:
         run(settings, partial(_serve, settings, ranks))

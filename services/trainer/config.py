@@ -52,7 +52,12 @@ class TrainerSettings(ServiceSettings):
     threads: int = Field(
         0, ge=0, description="Of torch on the CPU, per process; 0: half of the cores in all, as the policy's."
     )
-    microbatch_tokens: int = Field(4096, ge=1, description="Tokens that a process of the learner computes at once.")
+    microbatch_tokens: int = Field(
+        768, ge=1, description="Tokens that a process of the learner computes at once. More on a GPU, as memory allows."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="The learner's backward pass computes activations again: less memory, more time."
+    )
     keep_weights: int = Field(3, ge=1, description="Published versions to keep.")
 
     @model_validator(mode="after")
@@ -69,6 +74,7 @@ class TrainerSettings(ServiceSettings):
             device=self.device,
             threads=self.threads or max(1, (os.cpu_count() or 1) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
             microbatch_tokens=self.microbatch_tokens,
+            gradient_checkpointing=self.gradient_checkpointing,
             keep_weights=self.keep_weights,
         )
 

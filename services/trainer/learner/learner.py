@@ -74,7 +74,13 @@ class Learner:
         if spec.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         with self._arithmetic():
-            self.model = PolicyModel(spec.model, self._device, spec.seed, self._ranks)
+            self.model = PolicyModel(
+                spec.model,
+                self._device,
+                spec.seed,
+                self._ranks,
+                gradient_checkpointing=server.gradient_checkpointing,
+            )
         self._parameters = list(self.model.trainable.values())
         self.fingerprint: str = self.model.fingerprint
         self.adapted_layers = self.model.adapted_layers

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from mulligan import models
@@ -49,7 +50,15 @@ class PolicyModel:
     The reference model has the same dtypes, so the KL is exactly 0 while the weights are unchanged.
     """
 
-    def __init__(self, settings: TrainedModelSettings, device: torch.device, seed: int, ranks: Ranks | None = None):
+    def __init__(
+        self,
+        settings: TrainedModelSettings,
+        device: torch.device,
+        seed: int,
+        ranks: Ranks | None = None,
+        *,
+        gradient_checkpointing: bool = False,
+    ):
         self.settings = settings
         self.device = device
         self._ranks = ranks or Ranks()
@@ -65,6 +74,8 @@ class PolicyModel:
         self.base = sharding.moved(base.eval(), device, self._ranks)
         self.shares_prefixes = self._share_prefixes()
         self.adapter = None if settings.lora is None else _attach(self.base, settings.lora, seed).eval()
+        if gradient_checkpointing:
+            _checkpoint_layers(self.base, settings.source)
         self._weight_names = _distinct_names(self.base)
         sharding.share_out(self.base, self._ranks)
         names = [] if self.adapter is None else _adapted(self.adapter)
@@ -256,6 +267,25 @@ def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
         raise _unsupported(str(error), source) from error
     except Exception as error:  # loaders raise many kinds of errors
         raise _unsupported(f"{source} cannot be loaded: {short(error)}", source) from error
+
+
+def _checkpoint_layers(model: Any, source: str) -> None:
+    """Has the layers keep their inputs alone for the backward pass. transformers does so in training mode only; that is
+    set for the layers and not for the modules in them, whose dropout stays off.
+
+    Raises DomainError UNSUPPORTED_MODEL for models without such layers, and layers that have dropout themselves.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not model.supports_gradient_checkpointing:
+        raise _unsupported(f"{model.config.model_type} has no gradient checkpointing", source)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ids_BT = torch.arange(4, device=model.device)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids_BT, use_cache=False).logits
+        for layer in layers:
+            layer.training = True
+        if not torch.equal(model(input_ids=ids_BT, use_cache=False).logits, expected):
+            raise _unsupported(f"{model.config.model_type}: its layers compute something else in training mode", source)
 
 
 def _unsupported(message: str, source: str) -> DomainError:

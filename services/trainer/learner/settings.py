@@ -10,14 +10,18 @@ from mulligan.trainer.settings import OptimizerSettings, TrainedModelSettings
 
 @dataclass(frozen=True, slots=True)
 class LearnerServerSettings:
-    """Settings of the process. `microbatch_tokens` limits the tokens that a micro-batch computes: shared prefixes count
-    once, padding counts. The memory of activations grows with it. A longer sequence runs alone."""
+    """Settings of the process.
+
+    `microbatch_tokens` limits the tokens that a micro-batch computes: shared prefixes count once, padding counts. The
+    memory of activations grows with it. A longer sequence runs alone. On a CPU more than the default is no faster.
+    """
 
     weights_folder: Path  # where published weights go; the policy service reads them there
     checkpoint_folder: Path
     device: str = "cpu"  # as torch names it: "cpu", "cuda", "cuda:1"
     threads: int = 0  # of torch on the CPU; 0 leaves torch's own choice. Deterministic learners use 1.
-    microbatch_tokens: int = 4096
+    microbatch_tokens: int = 768
+    gradient_checkpointing: bool = False  # the backward pass computes activations again: less memory, more time
     keep_weights: int = 3  # published versions; the policy may be loading an older one
     max_learners: int = 1
 
