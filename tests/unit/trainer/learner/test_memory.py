@@ -22,7 +22,8 @@ from transformers import (
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.trainer.learner.learner import Learner
-from mulligan.trainer.settings import LoraSettings, LossSettings
+from mulligan.trainer.losses import ppo
+from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA, many, sampled, server_settings, spec
 from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tiny_model
 
@@ -36,7 +37,8 @@ from pathlib import Path
 import torch
 from mulligan.trainer.learner.allocator import return_freed_memory
 from mulligan.trainer.learner.learner import Learner
-from mulligan.trainer.settings import LoraSettings, LossSettings
+from mulligan.trainer.losses import ppo
+from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import sampled, server_settings, spec
 
 def peak():
@@ -48,9 +50,9 @@ folder = Path(sys.argv[1])
 learner = Learner("learner", spec(folder, LoraSettings(rank=1)), server_settings(folder, microbatch_tokens=tokens))
 places = range(1, tokens + 1)
 datum = sampled(tokens=[place % 1000 for place in range(tokens + 1)], trained=places, rollout=[-9.0] * tokens)
-learner.forward_backward([sampled(tokens=datum.token_ids[:10], trained=(9,), rollout=(-9.0,))], LossSettings())
+learner.forward_backward([sampled(tokens=datum.token_ids[:10], trained=(9,), rollout=(-9.0,))], ppo.Settings())
 before = peak()
-learner.forward_backward([datum], LossSettings(kl_coefficient=0.1, entropy_coefficient=0.1))
+learner.forward_backward([datum], ppo.Settings(kl_coefficient=0.1, entropy_coefficient=0.1))
 print(peak() - before)
 """
 
@@ -97,7 +99,7 @@ def test_checkpointed_activations_give_the_same_gradient(tiny: Path, tmp_path: P
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            metrics = learner.forward_backward(many(20), LossSettings(kl_coefficient=0.1))
+            metrics = learner.forward_backward(many(20), ppo.Settings(kl_coefficient=0.1))
         found.append((metrics, [parameter.grad for parameter in learner.model.trainable.values()]))
     assert kept[1] < kept[0] / 3
     (metrics, gradients), (checkpointed_metrics, checkpointed) = found
