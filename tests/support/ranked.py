@@ -77,7 +77,9 @@ def in_float64() -> Iterator[None]:
 
 def make(folder: Path, lora: bool, ranks: Ranks | None = None) -> Learner:
     settings = replace(spec(folder / "tiny", LORA if lora else FULL), keep_checkpoints=0, deterministic=True)
-    return Learner("learner", settings, server_settings(folder, microbatch_tokens=100), ranks)
+    # The adapter in two processes is trained with checkpointed activations, which must change nothing.
+    server = server_settings(folder, microbatch_tokens=100, gradient_checkpointing=lora and ranks is not None)
+    return Learner("learner", settings, server, ranks)
 
 
 def learn(learner: Learner) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
