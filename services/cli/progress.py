@@ -76,10 +76,11 @@ class _RunDisplay:
         left = timedelta(seconds=round(sum(recent) / len(recent) * (self._total - self._step)))
         self._metrics.update(metrics)
         told = step_text(metrics, roles_in(self._metrics))
-        text = f"{self._step:4}/{self._total}  {told}  left {left}"
-        self._bar.update(self._steps, completed=self._step, description=f"step {text.strip()}")
+        # The time left comes first in the live line, which is cut at the terminal's width.
+        live = f"step {self._step}/{self._total}  left {left}  {told}"
+        self._bar.update(self._steps, completed=self._step, description=live)
         if not self._is_terminal or self._step % 10 == 0:
-            self.line(f"step {text}")
+            self.line(f"step {self._step:4}/{self._total}  {told}  left {left}")
 
     def evaluated(self, event: EvaluationEvent) -> None:
         self._evaluated = True

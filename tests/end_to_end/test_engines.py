@@ -23,6 +23,7 @@ LORA = {"rank": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}  
 @pytest.fixture(scope="module")
 def loop(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     address = sglang_address()
+    asyncio.run(restore("sglang"))  # the name that it serves under is the path of its last weights
     hosted = {"backend": "openai", "model": served_name(address), "openai": {"base_url": f"{address}/v1"}}
     policy = {"backend": "sglang", "model": EMBEDDED, "sglang": {"servers": [address]}, "policies": {"hosted": hosted}}
     yield Loop.start(shared_services, tmp_path_factory.mktemp("loop"), policy=policy)

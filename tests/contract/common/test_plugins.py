@@ -152,7 +152,7 @@ def test_settings_come_from_files_and_variables_too(
         (
             "env",
             {"environments": {"e": {"kind": "countdwn"}}},
-            "environments.e.kind: there is no environment 'countdwn'; did you mean 'countdown'?; there are countdown",
+            "environments.e.kind: there is no environment 'countdwn'; did you mean 'countdown'?; there are ",
         ),
         (
             "env",

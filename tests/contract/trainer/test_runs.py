@@ -93,7 +93,7 @@ BAD_SETTINGS: dict[str, config_pb.RunConfig] = {
     "algorithm.memory_entries": _config(environment="x", algorithm={"memory_entries": -1}),
     "algorithm.second_attempt": _config(environment="x", algorithm={"second_attempt": 99}),
     "policies.actor": _config(environment="x", policies={"actor": "no name"}),
-    "policies": _config(environment="x", policies={"actor": "one", "reflector": "one"}),
+    "policies.reflector": _config(environment="x", policies={"actor": "one", "reflector": "one"}),
     "model.dtype": _config(environment="x", model={"dtype": "float16"}),
 }
 

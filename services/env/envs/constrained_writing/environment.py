@@ -167,10 +167,9 @@ _PROMPTS = {
         solver=_REMINDER,
         action_reminder=_REMINDER,
         reflection_system="You give short rules for writers.",
-        # Without the wrong sentence: small models would write on in it.
         reflection="{trace}The sentence was wrong. {feedback}\nA rule that helped before: {memory}\nWhat is the rule?",
         memory_empty="Keep to the number of words, and use the word that was given.",
-        trace_turn="{observation}\n",
+        trace_turn="{observation}\nAnswer: {action}\n",
         retry=f"{{trace}}Your sentence was wrong. {{feedback}}\n{_REMINDER}",
         try_again=f"Your last answer was wrong. Try again.\n{_REMINDER}",
     ),
