@@ -1,11 +1,14 @@
-"""Helpers for asyncio tasks: gather, cancel, wake, and run in another thread."""
+"""Helpers for asyncio tasks: gather, cancel, wake, limit, and run in another thread."""
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import threading
-from collections.abc import Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from itertools import count
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -52,6 +55,45 @@ class Broadcast:
     def wake_all(self) -> None:
         self._event.set()
         self._event = asyncio.Event()
+
+
+class PrioritySlots:
+    """At most `slots` holders at a time, as a semaphore. A slot that becomes free goes to the waiter with the least
+    `priority`; among equals, to the one that came first."""
+
+    def __init__(self, slots: int) -> None:
+        self._free = slots
+        self._numbers = count()
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+
+    @asynccontextmanager
+    async def held(self, priority: int = 0) -> AsyncIterator[None]:
+        await self.acquire(priority)
+        try:
+            yield
+        finally:
+            self.release()
+
+    async def acquire(self, priority: int = 0) -> None:
+        if self._free:  # nobody waits
+            self._free -= 1
+            return
+        given = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (priority, next(self._numbers), given))
+        try:
+            await given
+        except asyncio.CancelledError:
+            if not given.cancelled():  # it was given and cannot be used
+                self.release()
+            raise
+
+    def release(self) -> None:
+        while self._waiting:
+            given = heapq.heappop(self._waiting)[-1]
+            if not given.done():
+                given.set_result(None)
+                return
+        self._free += 1
 
 
 class LoopThread:

@@ -43,6 +43,15 @@ class StepStarted(msgspec.Struct, frozen=True, tag="step_started"):
     horizon: int | None = None
 
 
+class SamplingBegan(msgspec.Struct, frozen=True, tag="sampling_began"):
+    """In runs with `rollout.max_staleness`, each time that a process begins to sample for the step: `policy_version`
+    has learned `trained` steps. In this process, each later version has learned one step more."""
+
+    step: int
+    policy_version: int
+    trained: int
+
+
 class GroupsReplaced(msgspec.Struct, frozen=True, tag="groups_replaced"):
     """A further round of the step, from 1 on: the groups at `slots` gave no signal and are replaced by groups of
     `task_ids`, one for one. The slots of the new ones follow those of all rounds before."""
@@ -95,7 +104,9 @@ class StepCompleted(msgspec.Struct, frozen=True, tag="step_completed"):
     metrics: dict[str, float]
 
 
-JournalRecord = StepStarted | GroupsReplaced | SampleRecorded | ExperienceCompleted | StepTrained | StepCompleted
+JournalRecord = (
+    StepStarted | SamplingBegan | GroupsReplaced | SampleRecorded | ExperienceCompleted | StepTrained | StepCompleted
+)
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[JournalRecord | AttemptSampled | ReflectionSampled | OldExperience] = (
     msgspec.msgpack.Decoder(JournalRecord | AttemptSampled | ReflectionSampled | OldExperience)
@@ -134,6 +145,7 @@ class StepJournal:
     """The file of one step, and the algorithm's `Recorder`.
 
     Opening it reads all records into memory. `start` fixes what the step reads, `replace` the tasks of a further round;
+    `begin` says which weights sample from now on;
     `add` appends each sample; `complete` appends the links of an experience; `train` appends what is trained on;
     `finish` appends the metrics. `find` answers from memory, so a repeated step samples only what is missing. The run's
     lock keeps other processes out.
@@ -148,6 +160,7 @@ class StepJournal:
 
     def _open(self, path: Path) -> None:
         self.started: StepStarted | None = None
+        self.begun: list[SamplingBegan] = []  # in order
         self.replaced: dict[int, GroupsReplaced] = {}  # by round
         self.trained: StepTrained | None = None
         self.completed: StepCompleted | None = None
@@ -204,6 +217,9 @@ class StepJournal:
     def start(self, record: StepStarted) -> None:
         self._append(record)
 
+    def begin(self, record: SamplingBegan) -> None:
+        self._append(record)
+
     def replace(self, record: GroupsReplaced) -> None:
         self._append(record)
 
@@ -230,6 +246,8 @@ class StepJournal:
         match record:
             case StepStarted():
                 self.started = record
+            case SamplingBegan():
+                self.begun.append(record)
             case GroupsReplaced():
                 self.replaced[record.round] = record
             case SampleRecorded(sample):

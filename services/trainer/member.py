@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
@@ -10,7 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget, Turn
 from mulligan.common.inference import SamplingParams
 from mulligan.common.rewards import reaches
-from mulligan.common.tasks import Broadcast
+from mulligan.common.tasks import Broadcast, PrioritySlots
 from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet, StoredReflection
 from mulligan.trainer.harness import Harness, Plan
 from mulligan.trainer.seeds import derive_seed
@@ -89,7 +88,7 @@ class Member(Generic[S_co]):
     recorder: Recorder
     memory: Sequence[StoredReflection]
     peers: Peers
-    slots: asyncio.Semaphore
+    slots: PrioritySlots
     horizon: int | None = None  # turns of an episode at most, beside the environment's limit
     targets: list[TrainingTarget] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
@@ -268,7 +267,7 @@ class Member(Generic[S_co]):
             while any(self._sampled(other, role) is None for other in self.peers.running - {self.rollout}):
                 await self.peers.changed.wait()
         finally:
-            await self.slots.acquire()
+            await self.slots.acquire(self.step)
         others = sorted(self.peers.samples.keys() - {self.rollout})
         return [found for other in others if (found := self._sampled(other, role)) is not None]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,12 +12,15 @@ from mulligan.common.errors import CallFailed, DomainError
 from mulligan.common.experience import Sample
 from mulligan.common.inference import SamplingParams
 from mulligan.common.rewards import reaches
+from mulligan.common.tasks import PrioritySlots
 from mulligan.common.types import EnvironmentInfo, TaskInfo
 from mulligan.trainer.harness import Harness, Plan
 from mulligan.trainer.metrics import EvaluationProgress
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
+
+_BEFORE_ROLLOUTS = -1  # priority: those of rollouts are the numbers of their steps
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Player:
     and number differ by what the policy is shown. An attempt that was played in this evaluation is not played again.
 
     `writers` are other policies that write texts, by the protocol for which they do. `tell` gets the progress when
-    something has ended.
+    something has ended. `slots` are shared with the rollouts of training, and evaluations come first; own ones if None.
     """
 
     harness: Harness
@@ -42,14 +44,15 @@ class Player:
     writers: Mapping[str, NamedPolicy] = field(default_factory=dict)
     name: str = "evaluation"
     tell: Callable[[EvaluationProgress], None] = lambda progress: None
+    slots: PrioritySlots | None = None
     progress: EvaluationProgress = field(init=False)
-    _slots: asyncio.Semaphore = field(init=False)
+    _slots: PrioritySlots = field(init=False)
     _places: dict[str, int] = field(init=False)
     _played: dict[tuple[Plan, str], Sample] = field(init=False, default_factory=dict)
     _count: Counter[str] = field(init=False, default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._slots = asyncio.Semaphore(self.rollout.concurrency)
+        self._slots = self.slots or PrioritySlots(self.rollout.concurrency)
         self._places = {task.task_id: place for place, task in enumerate(self.tasks)}
         self.progress = EvaluationProgress(0, self.threshold)
 
@@ -108,7 +111,7 @@ class Player:
             return self._played[plan, system]
         blank = Sample.planned(self._new_id(task, f"r{sample}"), "first", system)
         self._asked()
-        async with self._slots:
+        async with self._slots.held(_BEFORE_ROLLOUTS):
             attempt = await self.harness.attempt(blank, plan)
         self._played[plan, system] = attempt
         self._ended(attempt)
@@ -125,7 +128,7 @@ class Player:
         sampling = SamplingParams(temperature, top_p, max_tokens=self.rollout.max_tokens)
         seed = derive_seed(self.seed, "evaluation", task.task_id, purpose)
         self._asked()
-        async with self._slots:
+        async with self._slots.held(_BEFORE_ROLLOUTS):
             text = await self.harness.write(blank, user, sampling, seed, self.writers.get(self.progress.protocol))
         self._ended(text)
         return text
@@ -134,7 +137,7 @@ class Player:
         """The first observation of the task. None where the environment failed, which counts as excluded."""
         environment = self.harness.environment
         episode_id = f"{self._new_id(task, 'o')}-{self.harness.incarnation}"
-        async with self._slots:
+        async with self._slots.held(_BEFORE_ROLLOUTS):
             try:
                 episode = await environment.start(self.info.name, task.task_id, episode_id)
             except (DomainError, CallFailed):

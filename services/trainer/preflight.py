@@ -19,9 +19,13 @@ STRICT_TOLERANCE = 0.01  # with a tolerance up to this, a weight check fails on 
 
 
 def check_actor(
-    info: PolicyInfo, settings: RunSettings, fingerprint: str, adapted_layers: Collection[str] = ()
+    info: PolicyInfo,
+    settings: RunSettings,
+    fingerprint: str,
+    adapted_layers: Collection[str] = (),
+    field: str = "policies.actor",
 ) -> None:
-    """Checks that the policy can be trained by this run.
+    """Checks that the policy can be trained by this run. `field` is the setting that names it.
 
     It must serve the learner's model (`fingerprint`), report token ids and log-probabilities, and accept the weights
     that the run publishes: with LoRA, an adapter for `adapted_layers`.
@@ -31,9 +35,9 @@ def check_actor(
     weights = Feature.FULL_WEIGHTS if settings.model.lora is None else Feature.LORA_WEIGHTS
     missing = [feature for feature in (Feature.TOKEN_IDS, Feature.LOG_PROBS, weights) if feature not in info.features]
     if missing:
-        raise _invalid("policies.actor", f"policy {info.name!r} ({info.backend}) cannot be trained: no {missing[0]}")
+        raise _invalid(field, f"policy {info.name!r} ({info.backend}) cannot be trained: no {missing[0]}")
     if info.frozen:
-        raise _invalid("policies.actor", f"policy {info.name!r} is frozen, and this run would update its weights")
+        raise _invalid(field, f"policy {info.name!r} is frozen, and this run would update its weights")
     if settings.deterministic and not info.deterministic:
         raise _invalid("deterministic", "the policy service is not deterministic itself")
     if info.fingerprint != fingerprint:
@@ -145,10 +149,10 @@ def check_algorithm(
             raise _invalid("algorithm.name", f"{name!r} {problem}")
 
 
-def check_speaker(purpose: str, info: PolicyInfo, actor: PolicyInfo) -> None:
-    """Checks that the reflector or judge is another policy than the actor."""
+def check_other(purpose: str, info: PolicyInfo, actor: PolicyInfo, otherwise: str) -> None:
+    """Checks that the policy for this purpose is another than the actor. `otherwise` is what happens without one."""
     if info.name == actor.name:  # one of the two names may be empty
-        raise _invalid(f"policies.{purpose}", "it is the actor; leave it empty, then the actor writes and learns to")
+        raise _invalid(f"policies.{purpose}", f"it is the actor; leave it empty, then {otherwise}")
 
 
 @contextmanager

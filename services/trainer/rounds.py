@@ -14,7 +14,7 @@ from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import TaskInfo
 from mulligan.trainer.history import rounds_of
 from mulligan.trainer.journal import GroupsReplaced, StepJournal, StepStarted, slot_of
-from mulligan.trainer.samplers import SAMPLERS, Choice, History, Round, Task, TaskRequest, UnfitSetting
+from mulligan.trainer.samplers import SAMPLERS, Choice, Group, History, Round, Task, TaskRequest, UnfitSetting
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
 
@@ -25,14 +25,54 @@ class SamplerFailed(RuntimeError):
 
 class Chooser:
     """Asks the run's sampler for tasks. `tasks` are the training tasks of each environment, the run's own first.
-    `history` grows with each round."""
+    `history` has those of the steps before `trained`.
 
-    def __init__(self, settings: RunSettings, tasks: Mapping[str, Sequence[TaskInfo]], history: History):
-        self.history = history
+    `begin` and `add` tell of the steps that are sampled now, `settle` of those that are trained. A choice for step j
+    knows the steps before j - S as a whole, of the S steps before j the first tasks, and j's own rounds. S is
+    `rollout.max_staleness`.
+    """
+
+    def __init__(self, settings: RunSettings, tasks: Mapping[str, Sequence[TaskInfo]], history: History, trained: int):
+        self._history = history  # of the steps before `trained` - S
+        self._rounds: dict[int, list[Round]] = {}  # of later ones, as far as they were sampled
+        self._first: dict[int, Round] = {}  # the first tasks of these steps
+        self._overlapping = settings.rollout.max_staleness
+        for one in [one for one in history.rounds if one.step >= trained - self._overlapping]:
+            self._rounds.setdefault(one.step, []).append(one)
+            if one.number == 0:
+                self._first[one.step] = _without_rewards(one)
+        history.drop(sum(map(len, self._rounds.values())))
         self._settings = settings
         self._tasks = tasks
         self._known = {Task(name, info.task_id) for name, listed in tasks.items() for info in listed}
         self._sampler: ModuleType = SAMPLERS.find(settings.sampler.name)
+
+    def begin(self, started: StepStarted) -> None:
+        """A step begins. Steps begin in order."""
+        (first,) = rounds_of([started], [], self._settings.environment)
+        self._first[started.step] = first
+        self._rounds[started.step] = []
+
+    def add(self, one: Round) -> None:
+        """A round was sampled."""
+        self._rounds[one.step].append(one)
+
+    def settle(self, trained: int) -> None:
+        """The steps before `trained` are trained, and no choice is made for them any more."""
+        for step in sorted(step for step in self._rounds if step < trained - self._overlapping):
+            for one in self._rounds.pop(step):
+                self._history.add(one)
+            del self._first[step]
+
+    def _beside(self, step: int) -> list[Round]:
+        """What a choice for this step knows besides the history."""
+        known = []
+        for earlier in sorted(self._rounds):
+            if earlier < step - self._overlapping or earlier == step:
+                known += self._rounds[earlier]
+            elif earlier < step:
+                known.append(self._first[earlier])
+        return known
 
     def choose(self, step: int, number: int = 0, replaced: tuple[Task, ...] = ()) -> Choice:
         """The tasks of a round. Raises SamplerFailed, and DomainError INVALID_SETTING for a setting of the sampler that
@@ -47,15 +87,21 @@ class Chooser:
             round=number,
             replaced=replaced,
             success_threshold=settings.algorithm.success_threshold,
+            overlapping=self._overlapping,
         )
+        beside = self._beside(step)
+        for one in beside:
+            self._history.add(one)
         try:
-            choice: Choice = self._sampler.choose(request, self.history, settings.sampler)
+            choice: Choice = self._sampler.choose(request, self._history, settings.sampler)
             problem = self._problem(choice, request.count)
         except UnfitSetting as error:
             raise DomainError(Reason.INVALID_SETTING, str(error), field=error.field) from error
         except Exception as error:  # foreign code may raise anything
             frames = "".join(traceback.format_exception(error))
             raise SamplerFailed(f"sampler {settings.sampler.name!r} raised\n{frames}") from error
+        finally:
+            self._history.drop(len(beside))
         if problem:
             raise SamplerFailed(f"sampler {settings.sampler.name!r} chose {problem}")
         return choice
@@ -78,6 +124,10 @@ class Chooser:
                 near = did_you_mean(task_id, (info.task_id for info in self._tasks.get(name, ())))
                 return f"task {task_id!r} of environment {name!r}, which is no training task of the run{near}"
         return ""
+
+
+def _without_rewards(one: Round) -> Round:
+    return Round(one.step, one.number, tuple(Group(*group.task, ()) for group in one.groups), one.horizon)
 
 
 @dataclass(frozen=True)
@@ -115,7 +165,7 @@ async def sample_rounds(runner: StepRunner, journal: StepJournal, chooser: Choos
         for experience in sampled:
             kept.setdefault(slot_of(experience.experience_id), []).append(experience)
         rounds = rounds_of(records, experiences, own)
-        chooser.history.add(rounds[-1])
+        chooser.add(rounds[-1])
         record = None
         if len(rounds) <= rollout.replace_rounds:
             silent = [slot for slot, group in kept.items() if not runner.has_signal(group)]

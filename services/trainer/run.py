@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -16,18 +15,21 @@ import structlog
 from mulligan.common.disk import free_bytes
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import PolicyInfo
+from mulligan.common.tasks import PrioritySlots
 from mulligan.trainer.activity import CurrentActivity
-from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
+from mulligan.trainer.evaluation import fit_protocols, open_writers
+from mulligan.trainer.evaluations import Evaluations
 from mulligan.trainer.events import EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.history import read_history, write_history
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
-from mulligan.trainer.journal import StepCompleted, StepJournal, StepStarted, set_aside
+from mulligan.trainer.journal import StepCompleted
+from mulligan.trainer.pipeline import Pipeline
 from mulligan.trainer.player import Player
-from mulligan.trainer.preflight import check_actor, check_algorithm, check_environment, check_speaker, named_by
-from mulligan.trainer.rounds import Chooser, SampledStep, sample_rounds
-from mulligan.trainer.run_environment import EnvironmentChanged, RunEnvironments, RunTasks
+from mulligan.trainer.preflight import check_actor, check_algorithm, check_environment, check_other, named_by
+from mulligan.trainer.rounds import Chooser
+from mulligan.trainer.run_environment import RunEnvironments, RunTasks
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
@@ -62,6 +64,20 @@ class ServicePorts:
         check_actor(found.info, settings, learner.fingerprint, learner.adapted_layers)
         return PublishedPolicy(found, learner, notice, self.upload, dtype=settings.model.dtype)
 
+    async def evaluator(
+        self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None], actor: PolicyInfo
+    ) -> PublishedPolicy | None:
+        """The policy that evaluations measure in place of the actor; None if that is the actor itself. Raises as
+        `actor` does."""
+        field = "policies.evaluator"
+        if not settings.policies.evaluator:
+            return None
+        with named_by(field):
+            found = await NamedPolicy.open(self.policy, settings.policies.evaluator)
+        check_other("evaluator", found.info, actor, "training waits for evaluations")
+        check_actor(found.info, settings, learner.fingerprint, learner.adapted_layers, field)
+        return PublishedPolicy(found, learner, notice, self.upload, dtype=settings.model.dtype)
+
     async def speakers(self, settings: RunSettings, actor: PolicyInfo) -> dict[str, NamedPolicy]:
         """The other policies that write texts. Raises DomainError INVALID_SETTING or UNKNOWN_POLICY."""
         found = {}
@@ -69,7 +85,7 @@ class ServicePorts:
             if name := getattr(settings.policies, purpose):
                 with named_by(f"policies.{purpose}"):
                     found[purpose] = await NamedPolicy.open(self.policy, name)
-                check_speaker(purpose, found[purpose].info, actor)
+                check_other(purpose, found[purpose].info, actor, "the actor writes and learns to")
         return found
 
 
@@ -78,8 +94,9 @@ class Run:
 
     It opens the environments and compares them with the run's fingerprints, creates the learner, loads the last
     checkpoint, and publishes the weights. Each `_step` then samples (with the journal as recorder), learns, publishes,
-    memorises and writes its metrics. Evaluations and checkpoints come between steps. Where the learner is lost or a
-    disk is full, `train` begins again at the last checkpoint; the journal has what was sampled since.
+    memorises and writes its metrics. With `rollout.max_staleness` later steps are sampled meanwhile (`Pipeline`).
+    Evaluations and checkpoints come between steps (`Evaluations`). Where the learner is lost or a disk is full,
+    `train` begins again at the last checkpoint; the journal has what was sampled since.
 
     `paused` says what the run waits for; "" while it trains. With `accept_environment`, the run goes on although the
     environment has changed.
@@ -180,7 +197,8 @@ class Run:
         checkpoint = self.folder.checkpoint()
         self.step = checkpoint.step if checkpoint else 0
         history = await asyncio.to_thread(read_history, self.folder, self.settings.environment, self.step)
-        chooser = Chooser(self.settings, {name: known.train for name, known in tasks.items()}, history)
+        listed = {name: known.train for name, known in tasks.items()}
+        chooser = Chooser(self.settings, listed, history, self.step)
         if self.step < self.settings.steps:
             chooser.choose(self.step)
         return chooser
@@ -201,92 +219,97 @@ class Run:
             name: Harness(port, actor, tasks[name].info, actor.info, incarnation, restarts, speakers)
             for name, port in self.environments.ports.items()
         }
-        players = await self._players(harnesses, tasks)
-        harness = harnesses.pop(settings.environment)
-        runner = StepRunner(self.run_id, settings, harness, services.memory, learner, others=harnesses)
+        evaluator = await services.evaluator(settings, learner, self.notice, actor.info)
+        harness = harnesses[settings.environment]
+        others = {name: one for name, one in harnesses.items() if one is not harness}
+        runner = StepRunner(self.run_id, settings, harness, services.memory, learner, others=others)
         for known in tasks.values():
             check_algorithm(runner.algorithm, known.info, actor.info, speakers)
+        pipeline = Pipeline(runner, actor, self.environments, tasks, chooser, self.folder)
+        players = await self._players(harnesses, tasks, evaluator, pipeline)
+        evaluations = Evaluations(
+            self.run_id, settings, players, actor, evaluator, self.events, self.activity, self._notice_once
+        )
         self.activity.begin("publishing the weights")
         await actor.publish()
         if checkpoint is None:
             await self._save(runner, 0)
-        while self.step < settings.steps and not self._stop.is_set():
-            if self._evaluation_due():
-                await self._evaluate(players)
-            await self._step(runner, actor, tasks, chooser)
-            if self.step % settings.checkpoint_every == 0 or self.step == settings.steps or self._stop.is_set():
-                await self._save(runner, self.step)
+        async with evaluations, pipeline:
+            await self._loop(runner, actor, pipeline, evaluations)
         if self.step == settings.steps:
-            await self._evaluate(players)
             self.folder.write_summary(self.summary())
             self._finished = True
 
-    async def _step(
-        self, runner: StepRunner, policy: PublishedPolicy, tasks: Mapping[str, RunTasks], chooser: Chooser
+    async def _loop(
+        self, runner: StepRunner, actor: PublishedPolicy, pipeline: Pipeline, evaluations: Evaluations
     ) -> None:
+        """Steps, evaluations, checkpoints. An evaluation that runs beside training is over before the next one and
+        before a checkpoint of a later step, so that a resumed run has its weights. Checkpoints wait; steps do not."""
+        settings = self.settings
+        begun_at = self.step
+        owes_checkpoint = False
+        while self.step < settings.steps and not self._stop.is_set():
+            if evaluations.is_due(self.step):
+                await evaluations.finish()
+            if owes_checkpoint and not evaluations.is_running:
+                await self._save(runner, self.step)
+                owes_checkpoint = False
+            if evaluations.is_due(self.step):
+                await evaluations.begin(self.step)
+            await self._step(actor, pipeline)
+            owes_checkpoint |= self.step % settings.checkpoint_every == 0
+        await evaluations.finish()
+        if self.step > begun_at:
+            await self._save(runner, self.step)
+        if self.step == settings.steps:
+            await evaluations.begin(self.step)
+            await evaluations.finish()
+
+    async def _step(self, policy: PublishedPolicy, pipeline: Pipeline) -> None:
         """Samples, learns, publishes, memorises. A repeated step finds its samples in the journal."""
-        start = time.monotonic()
-        journal = StepJournal(self.folder.journal, self.step)
-        try:
-            recording = replace(runner, recorder=journal)
-            chains = self.settings.rollout.tasks_per_step * self.settings.rollout.rollouts_per_task
-            self.activity.begin("sampling chains", lambda: (journal.experiences, chains))
-            step = await self._sample(recording, journal, policy.version, tasks, chooser)
-            sampled = time.monotonic()
-            journal.sync()
-            first = [experience.samples[0] for experience in step.experiences if experience.samples]
-            later = [sample for experience in step.experiences for sample in experience.samples[1:]]
-            self._notice_once(prompt_notices(first, later))
-            metrics = recording.metrics(step.experiences) | step.metrics
-            minibatches = self.settings.algorithm.optimizer_steps
-            self.activity.begin("learning", lambda: (recording.minibatches_learned, minibatches))
-            metrics |= await recording.learn(self.step, step.kept)
-            self._notice_once(drop_notices(metrics))
-            learned = time.monotonic()
-            self.activity.begin("publishing the weights")
-            await policy.publish()
-            await recording.memorise(step.kept)
-            end = time.monotonic()
+        start = _clock()
+        await pipeline.admit(self.step)
+        sampling = pipeline.sampling(self.step)
+        journal = sampling.journal
+        runner = sampling.runner
+        chains = self.settings.rollout.tasks_per_step * self.settings.rollout.rollouts_per_task
+        self.activity.begin("sampling chains", lambda: (journal.experiences, chains))
+        step = await pipeline.take(self.step)
+        sampled = _clock()
+        journal.sync()
+        first = [experience.samples[0] for experience in step.experiences if experience.samples]
+        later = [sample for experience in step.experiences for sample in experience.samples[1:]]
+        self._notice_once(prompt_notices(first, later))
+        metrics = runner.metrics(step.experiences) | step.metrics | pipeline.staleness(self.step, step.kept)
+        minibatches = self.settings.algorithm.optimizer_steps
+        self.activity.begin("learning", lambda: (runner.minibatches_learned, minibatches))
+        metrics |= await runner.learn(self.step, step.kept)
+        self._notice_once(drop_notices(metrics))
+        learned = _clock()
+        self.activity.begin("publishing the weights")
+        await policy.publish()
+        await runner.memorise(step.kept)
+        metrics |= {
+            "policy_version": float(policy.version),
+            "seconds": _clock() - start,
+            "sample_seconds": sampling.ended - sampling.began,
+            "learn_seconds": learned - sampled,
+        }
+        if self.settings.rollout.max_staleness:
             metrics |= {
-                "policy_version": float(policy.version),
-                "seconds": end - start,
-                "sample_seconds": sampled - start,
-                "learn_seconds": learned - sampled,
+                "waiting_for_rollouts_seconds": sampled - start,
+                "waiting_for_learner_seconds": sampling.waited,
             }
-            if policy.canary_difference is not None:
-                metrics["canary_difference"] = policy.canary_difference
-            if journal.completed is None:
-                journal.finish(StepCompleted(self.step, metrics))
-            journal.sync()
-        finally:
-            journal.close()
+        if policy.canary_difference is not None:
+            metrics["canary_difference"] = policy.canary_difference
+        if journal.completed is None:
+            journal.finish(StepCompleted(self.step, metrics))
+        journal.sync()
+        pipeline.close(self.step)
         write_history(self.folder, self.step, step.rounds)
         if self.step not in self.events.steps():
             self.events.add(StepEvent(self.step, metrics))
         self.step += 1
-
-    async def _sample(
-        self,
-        recording: StepRunner,
-        journal: StepJournal,
-        version: int,
-        tasks: Mapping[str, RunTasks],
-        chooser: Chooser,
-    ) -> SampledStep:
-        """Raises EnvironmentChanged when an environment changed meanwhile; then the step's attempts are not used."""
-        if journal.started is None:
-            task_ids, environments = chooser.named(choice := chooser.choose(self.step))
-            memory_version = await self.services.memory.snapshot(recording.memory_scope)
-            journal.start(StepStarted(self.step, task_ids, memory_version, version, environments, choice.horizon))
-        known = journal.experiences
-        try:
-            sampled = await sample_rounds(recording, journal, chooser)
-            if journal.experiences > known:
-                await self.environments.check(tasks)
-        except EnvironmentChanged:
-            set_aside(self.folder.journal, self.step)
-            raise
-        return sampled
 
     async def _save(self, runner: StepRunner, step: int) -> None:
         name = f"{self.run_id}-{step:06}"
@@ -294,37 +317,38 @@ class Run:
         memory_version = await self.services.memory.snapshot(runner.memory_scope)
         self.folder.write_checkpoint(Checkpoint(name, step, memory_version))
 
-    def _evaluation_due(self) -> bool:
-        every = self.settings.evaluation.every
-        return self.step == 0 or (every > 0 and self.step % every == 0)
-
-    async def _players(self, harnesses: Mapping[str, Harness], tasks: Mapping[str, RunTasks]) -> dict[str, Player]:
-        """What plays the evaluations in each environment. Raises DomainError INVALID_SETTING and UNKNOWN_POLICY."""
+    async def _players(
+        self,
+        harnesses: Mapping[str, Harness],
+        tasks: Mapping[str, RunTasks],
+        evaluator: PublishedPolicy | None,
+        pipeline: Pipeline,
+    ) -> dict[str, Player]:
+        """What plays the evaluations in each environment. The actor's share the slots of the rollouts. Raises
+        DomainError INVALID_SETTING and UNKNOWN_POLICY."""
         settings = self.settings
         places = [(known.info, known.test) for known in tasks.values()]
         fitting = fit_protocols(places, settings.evaluation, "evaluation.")
         writers = await open_writers(self.services.policy, settings.evaluation, "evaluation.")
         threshold = settings.algorithm.success_threshold
-        return {
-            name: Player(
-                harnesses[name], known.test, evaluation, settings.rollout, settings.seed, threshold, writers=writers
+        players = {}
+        for (name, known), evaluation in zip(tasks.items(), fitting, strict=True):
+            harness = harnesses[name]
+            slots = pipeline.slots
+            if evaluator is not None:
+                harness = replace(harness, policy=evaluator, policy_info=evaluator.info)
+                slots = PrioritySlots(settings.rollout.concurrency)
+            players[name] = Player(
+                harness,
+                known.test,
+                evaluation,
+                settings.rollout,
+                settings.seed,
+                threshold,
+                writers=writers,
+                slots=slots,
             )
-            for (name, known), evaluation in zip(tasks.items(), fitting, strict=True)
-        }
-
-    async def _evaluate(self, players: Mapping[str, Player]) -> None:
-        """Measures the policy in each environment, unless that was done before."""
-        for place, (environment, player) in enumerate(players.items()):
-            told_as = environment if place else ""  # empty for the run's own
-            if self.step in self.events.evaluations(told_as):
-                continue
-            log.info("evaluating", run_id=self.run_id, step=self.step, environment=environment, tasks=len(player.tasks))
-            name = f"{self.run_id}-evaluation-{self.step}" + (f"-e{place}" if place else "")
-            named = replace(player, name=name)
-            self.activity.begin("evaluating attempts", partial(_counted, named))
-            attempts = await evaluate(named)
-            self._notice_once(prompt_notices(attempts))
-            self.events.add(await measure(named, self.step, attempts, told_as))
+        return players
 
     def summary(self) -> dict[str, object]:
         """The content of summary.json. `rollouts` is the number of episodes and reflections, the budget for comparing
@@ -393,6 +417,5 @@ async def _set(event: asyncio.Event, seconds: float) -> None:
         return
 
 
-def _counted(player: Player) -> tuple[int, int]:
-    """The attempts of an evaluation that have ended, and all of them."""
-    return player.progress.ended, player.progress.total
+def _clock() -> float:
+    return asyncio.get_running_loop().time()

@@ -165,8 +165,8 @@ class RunEnvironments:
         ]
 
     def _forget_unfinished(self) -> None:
-        """Sets the last step's journal aside if it is incomplete: it must not mix attempts in two environments."""
+        """Sets the journals of the last steps aside that are incomplete: none may mix attempts in two environments."""
         journal = self._folder.journal
-        for step in journaled_steps(journal)[-1:]:
+        for step in journaled_steps(journal)[-(self._settings.rollout.max_staleness + 1) :]:
             if not is_sampled(journal, step, self._settings.rollout.rollouts_per_task):
                 set_aside(journal, step)

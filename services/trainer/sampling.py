@@ -80,8 +80,8 @@ class PublishedPolicy:
     """The `SamplingClient` of the policy that a run trains. Every call asks for the run's version.
 
     `publish` has the learner write its weights, uploads them if there is an `upload`, and calls `update_weights`, which
-    checks them. `generate` asks for that version. A policy service that lost it in a restart refuses; then the weights
-    are loaded again and the call is repeated.
+    checks them. `generate` asks for that version, and takes tokens of those that are published while it waits. A policy
+    service that lost the version in a restart refuses; then the weights are loaded again and the call is repeated.
 
     Raises ForeignWeights when the policy serves a version of somebody else, and VersionLost when the run's version was
     rolled back or the policy has another model. Both end the run.
@@ -105,7 +105,8 @@ class PublishedPolicy:
         self._upload = upload
         self._dtype = dtype
         self._weights: PublishedWeights | None = None
-        self._restoring = asyncio.Lock()
+        self._sent = 0  # the newest version that the policy may have of this run
+        self._updating = asyncio.Lock()
         # Largest log-probability difference in the last weight check; None if none ran.
         self.canary_difference: float | None = None
 
@@ -116,10 +117,20 @@ class PublishedPolicy:
     async def publish(self) -> int:
         """Publishes the learner's weights as the policy's next version. No two publications have the same number."""
         version = (await self._check() if self._weights else await self._newest()) + 1
-        weights = await self._learner.publish_weights(version)
-        await self._update(weights)
-        self._weights = weights
+        await self._serve(await self._learner.publish_weights(version))
         return version
+
+    async def publish_as(self, actor: PublishedPolicy) -> None:
+        """Publishes the weights that the actor serves, under a number of this policy's own."""
+        assert actor._weights is not None, "the actor was published"
+        version = (await self._check() if self._weights else await self._newest()) + 1
+        await self._serve(replace(actor._weights, policy_version=version))
+
+    async def _serve(self, weights: PublishedWeights) -> None:
+        async with self._updating:
+            self._sent = weights.policy_version
+            await self._update(weights)
+            self._weights = weights
 
     async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
         return await self._actor.tokenize(prompt, options)
@@ -127,17 +138,17 @@ class PublishedPolicy:
     async def generate(
         self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
     ) -> Completion:
-        options = replace(options, min_policy_version=self.version)
         for attempt in range(RESTORE_ATTEMPTS + 1):
+            asked = self.version
             try:
-                completion = await self._actor.generate(prompt, sampling, options)
+                completion = await self._actor.generate(prompt, sampling, replace(options, min_policy_version=asked))
             except DomainError as error:
                 if error.reason is not Reason.POLICY_VERSION_TOO_OLD or attempt == RESTORE_ATTEMPTS:
                     raise
                 await self._restore()
                 continue
             for span in completion.policy_versions:
-                if span.policy_version != self.version:
+                if not asked <= span.policy_version <= self._sent:  # versions may be published meanwhile
                     raise self._foreign(span.policy_version)
             return completion
         raise AssertionError("unreachable")
@@ -165,7 +176,7 @@ class PublishedPolicy:
         return self.version
 
     async def _restore(self) -> None:
-        async with self._restoring:
+        async with self._updating:
             if self._weights is None or (await self._policy.info(self._name)).policy_version >= self.version:
                 return
             self._notice(f"the policy service lost version {self.version}; publishing it again")

@@ -147,6 +147,7 @@ class RolloutSettings(_Settings):
     max_restarts: int = Field(3, ge=0)
     train_tasks: int = Field(0, ge=0)
     replace_rounds: int = Field(0, ge=0)
+    max_staleness: int = Field(0, ge=0, le=100)
 
     @model_validator(mode="after")
     def _signal_needs_a_group(self) -> Self:
@@ -183,6 +184,7 @@ class PoliciesSettings(_Settings):
     actor: str = Field("", pattern=_POLICY_NAME)
     reflector: str = Field("", pattern=_POLICY_NAME)
     judge: str = Field("", pattern=_POLICY_NAME)
+    evaluator: str = Field("", pattern=_POLICY_NAME)
 
     @model_validator(mode="after")
     def _speakers_are_others(self) -> Self:
@@ -191,6 +193,9 @@ class PoliciesSettings(_Settings):
             if speaker and speaker == self.actor:
                 problem = f"expected another policy than the actor, or nothing: then the actor {verb}"
                 raise located({(name,): problem})
+        if self.evaluator and self.evaluator == self.actor:
+            problem = "expected another policy than the actor, or nothing: then training waits for evaluations"
+            raise located({("evaluator",): problem})
         return self
 
 
@@ -233,6 +238,12 @@ class RunSettings(_Settings):
 
     @model_validator(mode="after")
     def _deterministic_is_one_at_a_time(self) -> Self:
+        if self.deterministic and self.rollout.max_staleness:
+            problem = "expected 0, as a deterministic run samples and learns in turns; or deterministic = false"
+            raise located({("rollout", "max_staleness"): problem})
+        if self.deterministic and self.policies.evaluator:
+            problem = "expected nothing, as a deterministic run does one thing at a time; or deterministic = false"
+            raise located({("policies", "evaluator"): problem})
         if self.deterministic and self.rollout.concurrency != 1:
             rollout = self.rollout.model_copy(update={"concurrency": 1})
             object.__setattr__(self, "rollout", rollout)

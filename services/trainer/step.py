@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.experience import Experience
 from mulligan.common.rewards import differ
-from mulligan.common.tasks import gather_or_cancel
+from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.common.types import Provenance, StoredReflection
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
@@ -54,7 +53,8 @@ class StepRunner:
     (`minibatches`), and calls the learner for each. `memorise` stores what the algorithm wants to be remembered.
 
     Every sample goes to the recorder as soon as it exists. A repeated step finds it there. `harness` plays in the run's
-    own environment, `others` in further ones, by their names.
+    own environment, `others` in further ones, by their names. `slots` limit the chains that run at a time, over all
+    steps that are sampled at once, those of older steps first; None: `rollout.concurrency` of this step alone.
     """
 
     run_id: str
@@ -64,6 +64,7 @@ class StepRunner:
     learner: LearnerPort
     recorder: Recorder = field(default_factory=NoRecorder)
     others: Mapping[str, Harness] = field(default_factory=dict)
+    slots: PrioritySlots | None = None
     algorithm: ModuleType = field(init=False)
     minibatches_learned: int = field(init=False, default=0)  # of the step that `learn` works on
     _lessons: dict[str, list[Lesson]] = field(init=False, default_factory=dict)  # by experience
@@ -89,7 +90,7 @@ class StepRunner:
         """
         harnesses = [self.others.get(name, self.harness) for name in environments] or [self.harness] * len(task_ids)
         entries = {one.info.name: await self._query_memory(one, memory_version) for one in _distinct(harnesses)}
-        slots = asyncio.Semaphore(self.settings.rollout.concurrency)
+        slots = self.slots or PrioritySlots(self.settings.rollout.concurrency)
         size = self.settings.rollout.rollouts_per_task
         members: list[Member[AlgorithmSettings]] = []
         for slot, (task_id, harness) in enumerate(zip(task_ids, harnesses, strict=True), first_slot):
@@ -117,7 +118,7 @@ class StepRunner:
 
     async def _play(self, member: Member[AlgorithmSettings]) -> Experience:
         try:
-            async with member.slots:
+            async with member.slots.held(member.step):
                 with self._blame():
                     await self.algorithm.play(member)
         finally:

@@ -7,6 +7,11 @@ A module exports `Settings`, a `SamplerSettings` (the table `[sampler]` of a run
 a pure function: with equal arguments it chooses the same tasks. The run journals what was chosen, and the history is
 what the journal tells of earlier steps. So a resumed run goes on as if nothing had been.
 
+In a run with `rollout.max_staleness` = S, up to S + 1 steps are sampled at once. The history of step j has the steps
+before j - S as a whole: these are certainly trained when j begins. Of the S steps before j it has the tasks of round 0
+without rewards (`rewards` is empty), whether or not they are known by then. So a choice never depends on what is ready
+first.
+
 `sampler.name` is the name of a module here, of an entry point of the group `mulligan.samplers`, or of any importable
 module. `choose` raises `UnfitSetting` for a setting that does not fit the tasks. It is called once before the run
 begins, so that such a setting is refused then.
@@ -18,7 +23,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import cycle, islice, takewhile
 from statistics import fmean
 from typing import NamedTuple
 
@@ -27,6 +32,7 @@ from pydantic import ConfigDict
 
 from mulligan.common.plugins import Plugins, PluginSettings
 from mulligan.common.types import TaskInfo
+from mulligan.trainer.seeds import in_passes
 
 
 class SamplerSettings(PluginSettings):
@@ -72,7 +78,8 @@ class TaskRequest:
 
     `step` counts from 0 to `steps` - 1. `tasks` are the training tasks of each environment of the run, its own first.
     In round 0 `count` is `tasks_per_step`. In later rounds it is the number of `replaced` tasks: those of this step
-    whose groups gave no signal. `success_threshold` is the reward that solves a task.
+    whose groups gave no signal. `success_threshold` is the reward that solves a task. `overlapping` is S, the number of
+    earlier steps of which the history has the first tasks alone.
     """
 
     step: int
@@ -83,6 +90,7 @@ class TaskRequest:
     round: int = 0
     replaced: tuple[Task, ...] = ()
     success_threshold: float = 1.0
+    overlapping: int = 0
 
     @property
     def count(self) -> int:
@@ -104,7 +112,8 @@ class Choice:
 
 
 class Group(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A task that was sampled, and the reward of the first sample of each member; None where it has none."""
+    """A task that was sampled, and the reward of the first sample of each member; None where it has none. No rewards
+    at all: the group may still be sampled."""
 
     environment: str
     task_id: str
@@ -149,6 +158,14 @@ class History:
         if one.number:
             self.replacements.update(group.task for group in one.groups)
 
+    def drop(self, count: int) -> None:
+        """Takes back the last `count` rounds."""
+        for one in [self.rounds.pop() for _ in range(count)]:
+            for group in one.groups:
+                self._groups[group.task].pop()
+            if one.number:
+                self.replacements.subtract(group.task for group in one.groups)
+
     def of(self, task: Task) -> Sequence[Group]:
         """How the task was sampled, each time, in order."""
         return self._groups.get(task, ())
@@ -157,3 +174,16 @@ class History:
         """How often the rounds of the last step chose each task; nothing if `step` is another one."""
         rounds = takewhile(lambda one: one.step == step, reversed(self.rounds))
         return Counter(group.task for one in rounds for group in one.groups)
+
+
+def others(tasks: Sequence[Task], request: TaskRequest, history: History, count: int, *seed: object) -> list[Task]:
+    """`count` of these tasks in place of replaced ones, in an order of the step's own. Those that the step has chosen
+    already come only where there are no others.
+
+    For steps that overlap: how many tasks the steps beside this one replace is not known, so replaced tasks cannot be
+    followed by the next ones of a sequence that all steps share.
+    """
+    chosen = history.chosen_in(request.step)
+    order = [tasks[index] for index in in_passes(len(tasks), 0, len(tasks), request.seed, *seed, request.step)]
+    order.sort(key=lambda task: chosen[task])  # stable
+    return list(islice(cycle(order), count))

@@ -23,7 +23,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mulligan.common.suggest import did_you_mean
-from mulligan.trainer.samplers import Choice, History, SamplerSettings, Task, TaskRequest, UnfitSetting
+from mulligan.trainer.samplers import Choice, History, SamplerSettings, Task, TaskRequest, UnfitSetting, others
 from mulligan.trainer.seeds import in_passes
 
 _SEPARATOR = ":"
@@ -43,17 +43,22 @@ def choose(request: TaskRequest, history: History, settings: Settings) -> Choice
     keys = sorted(settings.shares)  # the wire has no order
     parts = _parts(request, keys)
     sampled = [sum(len(history.of(task)) for task in tasks) for tasks in parts]
+    instead = [sum(history.replacements[task] for task in tasks) for tasks in parts]
+    given = [count - replaced for count, replaced in zip(sampled, instead, strict=True)]
     if request.round:
         part_of = {task: part for part, tasks in enumerate(parts) for task in tasks}
         order = [part_of[task] for task in request.replaced]
     else:
         weights = [Fraction(str(settings.shares[key])) for key in keys]
-        instead = [sum(history.replacements[task] for task in tasks) for tasks in parts]
-        given = [count - replaced for count, replaced in zip(sampled, instead, strict=True)]
         order = schedule([weight / sum(weights) for weight in weights], given, request.count)
     streams = []
     for part, (key, tasks) in enumerate(zip(keys, parts, strict=True)):
-        passes = in_passes(len(tasks), sampled[part], order.count(part), request.seed, key)
+        count = order.count(part)
+        if request.overlapping and request.round:
+            streams.append(iter(others(tasks, request, history, count, "replaced", key)))
+            continue
+        start = given[part] if request.overlapping else sampled[part]
+        passes = in_passes(len(tasks), start, count, request.seed, key)
         streams.append(iter([tasks[index] for index in passes]))
     return Choice([next(streams[part]) for part in order])
 

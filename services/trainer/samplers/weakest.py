@@ -49,7 +49,7 @@ def choose(request: TaskRequest, history: History, settings: Settings) -> Choice
 
 
 def weight(task: Task, history: History, settings: Settings, threshold: float) -> float:
-    latest = history.of(task)[-settings.visits :]
+    latest = [group for group in history.of(task) if group.rewards][-settings.visits :]
     rewards = [reward for group in latest for reward in group.rewards if reward is not None]
     if not rewards:
         return 1.0

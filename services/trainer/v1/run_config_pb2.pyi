@@ -163,7 +163,8 @@ class RunConfig(_message.Message):
     """All random choices of the run derive from it. Not negative. Default 0."""
     deterministic: _builtins.bool
     """One request at a time and fixed numbers of threads, so a killed and resumed run ends with bit-equal weights. Slow.
-    The policy must be deterministic, too. Default false.
+    The policy must be deterministic, too. It refuses rollout.max_staleness above 0 and policies.evaluator. Default
+    false.
     """
     checkpoint_every: _builtins.int
     """Steps between checkpoints, at least 1. Default 10. There is always one at the end."""
@@ -267,6 +268,7 @@ class PoliciesConfig(_message.Message):
     ACTOR_FIELD_NUMBER: _builtins.int
     REFLECTOR_FIELD_NUMBER: _builtins.int
     JUDGE_FIELD_NUMBER: _builtins.int
+    EVALUATOR_FIELD_NUMBER: _builtins.int
     actor: _builtins.str
     """Plays the attempts and is trained. It must give token ids and log-probabilities, take weights, and serve the model
     that the run trains. Default "", the service's default policy.
@@ -279,25 +281,34 @@ class PoliciesConfig(_message.Message):
     """Writes verdicts and critiques, in algorithms that have such. A verdict that is cut at reflection_max_tokens gives no
     score; a critique is used as far as it goes. Default "", the actor itself.
     """
+    evaluator: _builtins.str
+    """Is measured in place of the actor. It is given the actor's weights at each evaluation and must take what the actor
+    takes. Evaluations then run beside training. Default "", the actor itself: the learner waits for evaluations.
+    """
     def __init__(
         self,
         *,
         actor: _builtins.str | None = ...,
         reflector: _builtins.str | None = ...,
         judge: _builtins.str | None = ...,
+        evaluator: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_actor", b"_actor", "_judge", b"_judge", "_reflector", b"_reflector", "actor", b"actor", "judge", b"judge", "reflector", b"reflector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_actor", b"_actor", "_evaluator", b"_evaluator", "_judge", b"_judge", "_reflector", b"_reflector", "actor", b"actor", "evaluator", b"evaluator", "judge", b"judge", "reflector", b"reflector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actor", b"_actor", "_judge", b"_judge", "_reflector", b"_reflector", "actor", b"actor", "judge", b"judge", "reflector", b"reflector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_actor", b"_actor", "_evaluator", b"_evaluator", "_judge", b"_judge", "_reflector", b"_reflector", "actor", b"actor", "evaluator", b"evaluator", "judge", b"judge", "reflector", b"reflector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__actor: _TypeAlias = _typing.Literal["actor"]  # noqa: Y015
     _WhichOneofArgType__actor: _TypeAlias = _typing.Literal["_actor", b"_actor"]  # noqa: Y015
+    _WhichOneofReturnType__evaluator: _TypeAlias = _typing.Literal["evaluator"]  # noqa: Y015
+    _WhichOneofArgType__evaluator: _TypeAlias = _typing.Literal["_evaluator", b"_evaluator"]  # noqa: Y015
     _WhichOneofReturnType__judge: _TypeAlias = _typing.Literal["judge"]  # noqa: Y015
     _WhichOneofArgType__judge: _TypeAlias = _typing.Literal["_judge", b"_judge"]  # noqa: Y015
     _WhichOneofReturnType__reflector: _TypeAlias = _typing.Literal["reflector"]  # noqa: Y015
     _WhichOneofArgType__reflector: _TypeAlias = _typing.Literal["_reflector", b"_reflector"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__actor) -> _WhichOneofReturnType__actor | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluator) -> _WhichOneofReturnType__evaluator | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__judge) -> _WhichOneofReturnType__judge | None: ...
     @_typing.overload
@@ -484,6 +495,7 @@ class RolloutConfig(_message.Message):
     MAX_RESTARTS_FIELD_NUMBER: _builtins.int
     TRAIN_TASKS_FIELD_NUMBER: _builtins.int
     REPLACE_ROUNDS_FIELD_NUMBER: _builtins.int
+    MAX_STALENESS_FIELD_NUMBER: _builtins.int
     tasks_per_step: _builtins.int
     """Tasks of one training step. Default 64."""
     rollouts_per_task: _builtins.int
@@ -514,6 +526,12 @@ class RolloutConfig(_message.Message):
     round is trained on as it is. Replaced groups are journaled, count in the metrics `rollouts` and `replaced_groups`,
     and are neither trained on nor remembered. Default 0. With more, rollouts_per_task is at least 2.
     """
+    max_staleness: _builtins.int
+    """How many training steps the weights may be ahead of those that sampled a token, when it is trained on. So many steps
+    are sampled ahead of the one that is learned, and weights change while attempts go on; each token has its version.
+    Steps stay whole and in order: no group is discarded for being slow. 0 to 100. Default 0: each step is sampled after
+    the one before was learned.
+    """
     def __init__(
         self,
         *,
@@ -530,15 +548,18 @@ class RolloutConfig(_message.Message):
         max_restarts: _builtins.int | None = ...,
         train_tasks: _builtins.int | None = ...,
         replace_rounds: _builtins.int | None = ...,
+        max_staleness: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_tokens", b"_max_tokens", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_replace_rounds", b"_replace_rounds", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_tokens", b"max_tokens", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "replace_rounds", b"replace_rounds", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_staleness", b"_max_staleness", "_max_tokens", b"_max_tokens", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_replace_rounds", b"_replace_rounds", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_staleness", b"max_staleness", "max_tokens", b"max_tokens", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "replace_rounds", b"replace_rounds", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_tokens", b"_max_tokens", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_replace_rounds", b"_replace_rounds", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_tokens", b"max_tokens", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "replace_rounds", b"replace_rounds", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency", "_max_restarts", b"_max_restarts", "_max_staleness", b"_max_staleness", "_max_tokens", b"_max_tokens", "_reflection_max_tokens", b"_reflection_max_tokens", "_reflection_temperature", b"_reflection_temperature", "_reflection_top_p", b"_reflection_top_p", "_replace_rounds", b"_replace_rounds", "_rollouts_per_task", b"_rollouts_per_task", "_tasks_per_step", b"_tasks_per_step", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "_train_tasks", b"_train_tasks", "concurrency", b"concurrency", "max_restarts", b"max_restarts", "max_staleness", b"max_staleness", "max_tokens", b"max_tokens", "reflection_max_tokens", b"reflection_max_tokens", "reflection_temperature", b"reflection_temperature", "reflection_top_p", b"reflection_top_p", "replace_rounds", b"replace_rounds", "rollouts_per_task", b"rollouts_per_task", "tasks_per_step", b"tasks_per_step", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p", "train_tasks", b"train_tasks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__concurrency: _TypeAlias = _typing.Literal["concurrency"]  # noqa: Y015
     _WhichOneofArgType__concurrency: _TypeAlias = _typing.Literal["_concurrency", b"_concurrency"]  # noqa: Y015
     _WhichOneofReturnType__max_restarts: _TypeAlias = _typing.Literal["max_restarts"]  # noqa: Y015
     _WhichOneofArgType__max_restarts: _TypeAlias = _typing.Literal["_max_restarts", b"_max_restarts"]  # noqa: Y015
+    _WhichOneofReturnType__max_staleness: _TypeAlias = _typing.Literal["max_staleness"]  # noqa: Y015
+    _WhichOneofArgType__max_staleness: _TypeAlias = _typing.Literal["_max_staleness", b"_max_staleness"]  # noqa: Y015
     _WhichOneofReturnType__max_tokens: _TypeAlias = _typing.Literal["max_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_tokens: _TypeAlias = _typing.Literal["_max_tokens", b"_max_tokens"]  # noqa: Y015
     _WhichOneofReturnType__reflection_max_tokens: _TypeAlias = _typing.Literal["reflection_max_tokens"]  # noqa: Y015
@@ -565,6 +586,8 @@ class RolloutConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__concurrency) -> _WhichOneofReturnType__concurrency | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_restarts) -> _WhichOneofReturnType__max_restarts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_staleness) -> _WhichOneofReturnType__max_staleness | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_tokens) -> _WhichOneofReturnType__max_tokens | None: ...
     @_typing.overload

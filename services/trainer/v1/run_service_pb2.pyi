@@ -349,6 +349,11 @@ class StepCompleted(_message.Message):
         policy_version: the one that the step published. canary_difference: the largest difference in log-probability
         between trainer and engine under it.
 
+        In runs with `rollout.max_staleness`: staleness_mean, staleness_max: how many steps the weights are ahead of those
+        that sampled a sample's oldest token, over the samples. waiting_for_rollouts_seconds: how long the learner had nothing
+        to learn from. waiting_for_learner_seconds: how long sampling stood still before this step could begin. Sampling is
+        no part of `seconds`, except for what the learner waited.
+
         replaced_groups: groups without signal that were replaced; absent where `rollout.replace_rounds` is 0. horizon: how
         many turns an episode had at most, where the sampler said so.
 

@@ -19,7 +19,7 @@ from mulligan.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from mulligan.trainer.preflight import check_actor, check_speaker, check_top_k
+from mulligan.trainer.preflight import check_actor, check_other, check_top_k
 from mulligan.trainer.sampling import ForeignWeights, NamedPolicy, PublishedPolicy, VersionLost
 from mulligan.trainer.settings import LoraSettings, RunSettings, TrainedModelSettings
 from tests.support.fakes import FakeLearner, FakePolicy
@@ -247,6 +247,6 @@ async def test_another_model_is_refused_by_name() -> None:
 
 async def test_the_actor_is_no_reflector_of_its_own() -> None:
     fake = FakePolicy(lambda system, last, sampling: "")
-    with pytest.raises(DomainError) as caught:
-        check_speaker("reflector", await fake.info("actor"), await fake.info(""))
+    with pytest.raises(DomainError, match="leave it empty, then the actor writes") as caught:
+        check_other("reflector", await fake.info("actor"), await fake.info(""), "the actor writes")
     assert caught.value.metadata == {"field": "policies.reflector"}
