@@ -32,7 +32,9 @@ class Chooser:
     `rollout.max_staleness`.
     """
 
-    def __init__(self, settings: RunSettings, tasks: Mapping[str, Sequence[TaskInfo]], history: History, trained: int):
+    def __init__(
+        self, settings: RunSettings, tasks: Mapping[str, Sequence[TaskInfo]], history: History, trained: int = 0
+    ):
         self._history = history  # of the steps before `trained` - S
         self._rounds: dict[int, list[Round]] = {}  # of later ones, as far as they were sampled
         self._first: dict[int, Round] = {}  # the first tasks of these steps

@@ -89,6 +89,26 @@ async def test_a_run_with_lora_publishes_adapters(loop: Loop) -> None:
     assert all(abs(gap) < 1e-6 for gap in gaps), "engine and learner agree on the merged adapter"
 
 
+async def test_rollouts_and_evaluations_go_on_while_the_learner_works(loop: Loop) -> None:
+    policy = PolicyClient(Endpoint(loop.policy.address))
+    await policy.load_model("second", "embedded")
+    rollout = small_run().rollout.model_copy(update={"max_staleness": 2})
+    settings = small_run(policies={"evaluator": "second"}, rollout=rollout.model_dump())
+    info = await loop.train("overlapping", settings)
+    assert info.step == 4
+    chains = loop.experiences("overlapping")
+    check_experiences(chains, steps=4, tasks=4, rollouts=2)
+    assert await loop.memorised("overlapping") == successes(chains)
+    metrics = await loop.metrics("overlapping")
+    assert all(0 <= one["staleness_mean"] <= one["staleness_max"] <= 2 for one in metrics)
+    assert max(one["staleness_max"] for one in metrics) > 0, "steps were sampled ahead"
+    summary = json.loads((loop.folder / "runs" / "overlapping" / "summary.json").read_text())
+    assert [point["step"] for point in summary["evaluations"]][-1] == 4
+    assert (await policy.info("second")).policy_version == len(summary["evaluations"])
+    await policy.unload_model("second")
+    await policy.close()
+
+
 async def test_a_policy_of_its_own_reflects_and_is_measured(loop: Loop) -> None:
     policy = PolicyClient(Endpoint(loop.policy.address))
     await policy.load_model("wise", "embedded", options={"frozen": True})

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mulligan.common.tasks import Broadcast, LoopThread, cancel, gather_or_cancel
+from mulligan.common.tasks import Broadcast, LoopThread, PrioritySlots, cancel, gather_or_cancel
 
 
 class Failed(Exception):
@@ -151,3 +151,42 @@ def test_a_coroutine_that_is_not_waited_for_any_longer_is_cancelled() -> None:
         thread.run(endless(), 0.01)
     assert cancelled.wait(300)
     thread.close()
+
+
+async def test_a_free_slot_goes_to_the_least_priority_and_among_equals_to_the_first() -> None:
+    slots = PrioritySlots(2)
+    order: list[str] = []
+    leave = asyncio.Event()
+
+    async def holds(name: str, priority: int) -> None:
+        async with slots.held(priority):
+            order.append(name)
+            await leave.wait()
+
+    tasks = []
+    for name, priority in (("a", 5), ("b", 5), ("c", 2), ("d", 1), ("e", 2), ("f", 1)):
+        tasks.append(asyncio.create_task(holds(name, priority)))
+        await asyncio.sleep(0)
+    assert order == ["a", "b"], "who holds a slot keeps it"
+    leave.set()
+    await asyncio.gather(*tasks)
+    assert order == ["a", "b", "d", "f", "c", "e"]
+
+
+async def test_a_slot_that_was_given_to_who_is_cancelled_is_not_lost() -> None:
+    """Before it was given, and between that and the next turn of the loop."""
+    slots = PrioritySlots(1)
+    await slots.acquire()
+    early, late, last = (asyncio.create_task(slots.acquire(number)) for number in range(3))
+    await asyncio.sleep(0)
+    early.cancel()
+    slots.release()  # for `late`
+    late.cancel()
+    await last
+    assert early.cancelled() and late.cancelled()
+    slots.release()
+    await asyncio.wait_for(slots.acquire(), 1)
+    waiting = asyncio.create_task(slots.acquire())
+    await asyncio.sleep(0)
+    assert not waiting.done(), "there is one slot, not two"
+    await cancel(waiting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,13 @@ class World:
         experiences: list[Experience] = []
         for step in journaled_steps(self.folder.journal):
             experiences += read_experiences(journal_file(self.folder.journal, step))
-        timing = ("seconds", "sample_seconds", "learn_seconds", "policy_version")
+        timing = ("seconds", "policy_version", "staleness_mean", "staleness_max")
         metrics = {
-            step: {name: value for name, value in event.metrics.items() if name not in timing}
+            step: {
+                name: value
+                for name, value in event.metrics.items()
+                if name not in timing and not name.endswith("_seconds")
+            }
             for step, event in run.events.steps().items()
         }
         evaluations = [run.events.evaluations(name) for name in ("", "quiz")]
@@ -200,12 +205,12 @@ def test_the_choosy_runs_replace_groups_and_play_each_environment(choosy: list[A
         assert environments == ({"fake", "quiz"} if changes["sampler"]["name"] == "mixture" else {"fake"})
 
 
-def crash(world: World, crashes: list[int], torn: int) -> None:
+def crash(world: World, crashes: list[int], torn: int, run: Callable[[Any], object] = asyncio.run) -> None:
     """Runs to the end, in lives that are cut after so many calls each, with a torn write at the end of each life."""
     for budget in crashes:
         world.budget = budget
         try:
-            asyncio.run(world.run().train())
+            run(world.run().train())
         except Crash:
             last = sorted(world.folder.journal.glob("*"))[-1:]
             for path in (*last, world.folder.history_file):
@@ -213,7 +218,7 @@ def crash(world: World, crashes: list[int], torn: int) -> None:
                     with path.open("ab") as file:  # the write that the crash interrupted
                         file.write(msgpack.packb([1, b"x" * 64])[:torn])
     world.budget = None
-    asyncio.run(world.run().train())
+    run(world.run().train())
 
 
 def sampled_parts(world: World) -> list[str]:

@@ -73,11 +73,17 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     rounds=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 2)), max_size=12),
     tasks=st.integers(1, 9),
     rewards=st.lists(st.none() | st.floats(-2, 2), max_size=3),
+    overlapping=st.integers(0, 2),
 )
 def test_every_sampler_chooses_so_many_tasks_of_the_run_and_always_the_same(
-    name: str, count: int, rounds: list[tuple[int, int]], tasks: int, rewards: list[float | None]
+    name: str,
+    count: int,
+    rounds: list[tuple[int, int]],
+    tasks: int,
+    rewards: list[float | None],
+    overlapping: int,
 ) -> None:
-    """Whatever was earned, and whatever rounds there were."""
+    """Whatever was earned, and whatever rounds there were; also where there are no rewards yet."""
     sampler: ModuleType = SAMPLERS.find(name)
     settings: SamplerSettings = sampler.Settings(**REQUIRED.get(name, {}))
     listed = numbered(tasks)
@@ -85,7 +91,7 @@ def test_every_sampler_chooses_so_many_tasks_of_the_run_and_always_the_same(
     history = History()
     for step, number in sorted(set(rounds)):
         gone = tuple(known)[:1] * count if number else ()
-        asked = request(listed, step, round=number, replaced=gone, tasks_per_step=count)
+        asked = request(listed, step, round=number, replaced=gone, tasks_per_step=count, overlapping=overlapping)
         before = deepcopy(history.rounds)
         choice = sampler.choose(asked, history, settings)
         assert len(choice.tasks) == count and set(choice.tasks) <= known
