@@ -529,8 +529,8 @@ class RolloutConfig(_message.Message):
     max_staleness: _builtins.int
     """How many training steps the weights may be ahead of those that sampled a token, when it is trained on. So many steps
     are sampled ahead of the one that is learned, and weights change while attempts go on; each token has its version.
-    Steps stay whole and in order: no group is discarded for being slow. 0 to 100. Default 0: each step is sampled after
-    the one before was learned.
+    Steps stay whole and in order: no group is discarded for being slow. 0 to 100. Default 0. Then each step is sampled
+    after the one before was learned.
     """
     def __init__(
         self,

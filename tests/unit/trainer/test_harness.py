@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 from mulligan.common.experience import Experience, ForkPoint, Sample, SegmentKind
 from mulligan.common.experience_wire import experience_from_proto, experience_to_proto
 from mulligan.common.inference import Completion, SamplingParams
+from mulligan.common.tasks import PrioritySlots
 from mulligan.common.types import Outcome
 from mulligan.trainer.algorithms.rlvr import Settings
 from mulligan.trainer.harness import Harness, NotRepeatable, Plan
@@ -31,7 +31,7 @@ async def harness(environment: FakeEnvironment, policy: FakePolicy) -> Harness:
 async def member_of(made: Harness) -> Member[Settings]:
     """The only member of a group."""
     settings, rollout = Settings(), RolloutSettings()
-    return Member("e", "t0", 0, 0, 1, settings, rollout, 0, made, NoRecorder(), (), Peers(), asyncio.Semaphore(1))
+    return Member("e", "t0", 0, 0, 1, settings, rollout, 0, made, NoRecorder(), (), Peers(), PrioritySlots(1))
 
 
 def planned(system: str = "solve") -> Sample:

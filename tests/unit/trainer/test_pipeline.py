@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class SlowWorld(World):
 
         policy.generate = generate  # type: ignore[method-assign]
 
-    async def _forward_backward(self, data: list[Datum], loss: LossSettings) -> dict[str, float]:
+    async def _forward_backward(self, data: Sequence[Datum], loss: LossSettings) -> dict[str, float]:
         await asyncio.sleep(self.random.uniform(0, self.learning))
         self.order.append(("learned", self.learner.state))
         return await self._learn(data, loss)
