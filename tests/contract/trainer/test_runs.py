@@ -94,6 +94,7 @@ BAD_SETTINGS: dict[str, config_pb.RunConfig] = {
     "algorithm.second_attempt": _config(environment="x", algorithm={"second_attempt": 99}),
     "policies.actor": _config(environment="x", policies={"actor": "no name"}),
     "policies.reflector": _config(environment="x", policies={"actor": "one", "reflector": "one"}),
+    "rollout.max_staleness": _config(environment="x", rollout={"max_staleness": 1}, deterministic=True),
     "model.dtype": _config(environment="x", model={"dtype": "float16"}),
 }
 
