@@ -342,7 +342,7 @@ def test_without_a_second_policy_the_learner_waits_and_says_so_once(tmp_path: Pa
 def test_no_evaluation_is_lost_in_a_crash(
     tmp_path_factory: pytest.TempPathFactory, timing: int, crashes: list[int]
 ) -> None:
-    world = EvaluatedWorld(tmp_path_factory.mktemp("cut"), 1, timing)
+    world = EvaluatedWorld(tmp_path_factory.mktemp("cut"), 1, timing, checkpoint_every=1)
     crash(world, crashes, 0, run_in_virtual_time)
     events = world.run().events
     counts = Counter(entry.event.step for entry in events.entries if isinstance(entry.event, EvaluationEvent))
