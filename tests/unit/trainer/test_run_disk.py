@@ -242,3 +242,28 @@ async def test_runs_are_listed_in_the_order_of_their_starts_whatever_the_clock_s
         manager.start(run_id, settings)
         await until(partial(completed, manager, run_id))
     assert manager.run_ids() == ["third", "second", "run"]
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(rooms=st.lists(st.integers(0, 60_000), min_size=1, max_size=3))
+def test_steps_that_overlap_wait_for_the_disk_together(
+    tmp_path_factory: pytest.TempPathFactory, rooms: list[int]
+) -> None:
+    changes: dict[str, Any] = {"deterministic": False, "rollout": {"max_staleness": 2, "concurrency": 3}}
+    whole = World(tmp_path_factory.mktemp("whole"), **changes)
+    asyncio.run(whole.run().train())
+    world = World(tmp_path_factory.mktemp("full"), **changes)
+
+    async def train(run: Run, disk: SmallDisk) -> None:
+        training = asyncio.create_task(run.train())
+        for room in [*rooms[1:], PLENTY]:
+            await until(lambda: bool(run.paused) or training.done())
+            disk.room = room
+        await asyncio.wait_for(training, 20)
+
+    with pytest.MonkeyPatch.context() as patch:
+        disk = SmallDisk(patch, rooms[0])
+        asyncio.run(train(world.run(), disk))
+    assert world.result() == whole.result()
+    sampled = sampled_parts(world)
+    assert len(sampled) == len(set(sampled))
