@@ -85,8 +85,8 @@ def sglang_address() -> str:
     return sglang_variable("MULLIGAN_TEST_SGLANG").rstrip("/")
 
 
-@cache
 def served_name(address: str) -> str:
+    """The name that the server serves under now: the path of its last weights."""
     return str(httpx2.get(f"{address}/v1/models").json()["data"][0]["id"])
 
 
