@@ -1,4 +1,4 @@
-"""Aggregations of token losses: what holds for all of them; `test_trl.py` compares them with TRL."""
+"""Aggregations of token losses: what holds for all of them; `tests/reference/test_trl.py` compares them with TRL."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Each common term of losses against numbers computed by hand, and what must hold for all inputs.
 
-`test_trl.py` compares them with TRL.
+`tests/reference/test_trl.py` compares them with TRL.
 """
 
 from __future__ import annotations

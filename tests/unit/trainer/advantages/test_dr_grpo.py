@@ -1,4 +1,4 @@
-"""Dr. GRPO by hand; `test_trl.py` compares it with TRL's `scale_rewards="none"`."""
+"""Dr. GRPO by hand; `tests/reference/test_trl.py` compares it with TRL's `scale_rewards="none"`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GRPO: against the formula of verl's `compute_grpo_outcome_advantage`. `test_trl.py` compares it with TRL."""
+"""GRPO: against the formula of verl's `compute_grpo_outcome_advantage`; TRL: `tests/reference/test_trl.py`."""
 
 from __future__ import annotations
 

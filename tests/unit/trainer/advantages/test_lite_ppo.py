@@ -1,4 +1,4 @@
-"""Lite PPO by hand; `test_trl.py` compares it with TRL's `scale_rewards="batch"`."""
+"""Lite PPO by hand; `tests/reference/test_trl.py` compares it with TRL's `scale_rewards="batch"`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RLOO by hand; `test_trl.py` compares it with TRL's RLOOTrainer."""
+"""RLOO by hand; `tests/reference/test_trl.py` compares it with TRL's RLOOTrainer."""
 
 from __future__ import annotations
 

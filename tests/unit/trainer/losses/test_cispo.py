@@ -1,4 +1,4 @@
-"""CISPO by hand; `test_trl.py` compares it with TRL, which has no lower bound."""
+"""CISPO by hand; `tests/reference/test_trl.py` compares it with TRL, which has no lower bound."""
 
 from __future__ import annotations
 

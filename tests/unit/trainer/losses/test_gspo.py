@@ -1,4 +1,4 @@
-"""GSPO by hand; `test_trl.py` compares it with TRL."""
+"""GSPO by hand; `tests/reference/test_trl.py` compares it with TRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a divergence refuses, and where it has no gradient; `test_trl.py` compares it with TRL."""
+"""What a divergence refuses, and where it has no gradient; `tests/reference/test_trl.py` compares it with TRL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a preference refuses; `test_trl.py` compares its loss with TRL."""
+"""What a preference refuses; `tests/reference/test_trl.py` compares its loss with TRL."""
 
 from __future__ import annotations
 
