@@ -119,22 +119,17 @@ class EndlessPages(Faulty):
 
 class UnshownChoices(Faulty):
     title = "tags that evaluations read have the values that the contract names"
+    tags: ClassVar = {"choices": "2"}
 
     async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
         answer = await super().ListTasks(request, context)
         for task in answer.tasks:
-            task.tags["choices"] = "2"
+            task.tags.update(self.tags)
         return answer
 
 
-class UnknownAnswerable(Faulty):
-    title = "tags that evaluations read have the values that the contract names"
-
-    async def ListTasks(self, request: pb.ListTasksRequest, context: Any) -> pb.ListTasksResponse:
-        answer = await super().ListTasks(request, context)
-        for task in answer.tasks:
-            task.tags["answerable"] = "no"
-        return answer
+class UnknownAnswerable(UnshownChoices):
+    tags: ClassVar = {"answerable": "no"}
 
 
 class PagesOfAnySize(Faulty):
