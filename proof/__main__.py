@@ -91,7 +91,7 @@ def run_all(names: Sequence[str]) -> dict[str, str]:
                 failed[name] = f"failed: {error}"
         if len(lacking) == len(todo):
             break
-    return failed | lacking
+    return failed | {name: reason for name, reason in lacking.items() if not _file(name).exists()}
 
 
 def _run(name: str, title: str) -> None:
