@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.inference import Feature, ReplicaInfo, VersionSpan, WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.proxies import is_direct
+from mulligan.common.tasks import cancel
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
 from mulligan.policy.backends.openai import Settings
 from mulligan.policy.backends.openai.chat import (
@@ -191,10 +192,7 @@ class ChatEndpoint:
         return invalid_field(parameter, f"what {self.address} takes, which says: {_said(error)}")
 
     async def close(self) -> None:
-        if self._probing is not None:
-            self._probing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._probing
+        await cancel(self._probing)
         await self.client.close()
 
 
