@@ -198,4 +198,5 @@ class Backend(Protocol):
 
     async def resume_memory(self) -> None: ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Also called again, after one that was cancelled: then it closes what is left."""

@@ -50,7 +50,7 @@ class Policies(Collector):
     `get` finds the policy of a call, which answers it. Changes go through here: `_shielded` runs each in a task of its
     own, so that a caller who leaves does not stop it, and `close` can. `_change` gives a change of weights to its
     policy, which has the lock. LoadModel and UnloadModel wait until the policy is neither opening nor closing
-    (`_settled`), and then it is: `policy.py` has the table of its states.
+    (`_settled`), and then make it so: `policy.py` has the table of its states.
     """
 
     def __init__(self, settings: PolicySettings, create: OpenBackend):
@@ -145,10 +145,10 @@ class Policies(Collector):
 
     async def close(self) -> None:
         """Calls in flight fail."""
+        policies = list(self._policies.values())  # also those of which a task that is cancelled closes the models
         await cancel(*self._tasks)
-        closing = [policy.close() for policy in self._policies.values()]
         self._policies.clear()
-        results = await asyncio.gather(*closing, return_exceptions=True)
+        results = await asyncio.gather(*(policy.close() for policy in policies), return_exceptions=True)
         self.uploads.close()
         for result in results:
             if isinstance(result, BaseException):

@@ -5,14 +5,14 @@ deployment is closed when no call is in flight and none of its sessions has aske
 
 A policy is in these states. Opening and closing may take minutes, so they hold no lock.
 
-    state      since                              calls             changes of weights   LoadModel, UnloadModel
-    opening    LoadModel or the start: its first  UNKNOWN_POLICY    UNKNOWN_POLICY       wait
+    state      since                              calls             changes of weights   LoadModel    UnloadModel
+    opening    LoadModel or the start: its first  UNKNOWN_POLICY    UNKNOWN_POLICY       waits        UNKNOWN_POLICY
                model is being opened
-    serving    a model serves                     answered          one at a time        make it replacing, closing
-    replacing  LoadModel: another model is being  answered, by the  one at a time, of    wait
+    serving    a model serves                     answered          one at a time        → replacing  → closing
+    replacing  LoadModel: another model is being  answered, by the  one at a time, of    waits        waits
                opened beside the one that serves  one that serves   the one that serves
-    closing    UnloadModel: the last calls        those that came   those that came      wait
-               finish                             before finish     before finish
+    closing    UnloadModel: the last calls        those that came   those that came      waits        UNKNOWN_POLICY
+               finish, the models are closed      before finish     before finish
 """
 
 from __future__ import annotations
@@ -247,7 +247,8 @@ class Policy:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def close(self) -> None:
-        """Waits for the change that is under way. Calls in flight fail."""
+        """Waits for the change that is under way. Calls in flight fail. Called again, it closes what it had not yet
+        closed when it was cancelled."""
         self.closing = True
         async with self._changing:
             await cancel(*self._drains)
@@ -319,12 +320,11 @@ class Policy:
             log.exception("a replaced model did not close", policy=self.name)
         else:
             log.info("a replaced model is closed", policy=self.name, model=old.backend.model.model)
+        self._draining.remove(old)  # not before: until it is closed, its servers are its own
+        self._computed += old.backend.compute_seconds
 
     async def _close(self, deployment: Deployment) -> None:
         deployment.closed = True  # whatever session asks now begins anew
-        self._computed += deployment.backend.compute_seconds
-        if deployment in self._draining:
-            self._draining.remove(deployment)
         await deployment.close()
         await asyncio.to_thread(shutil.rmtree, deployment.folder, ignore_errors=True)
 

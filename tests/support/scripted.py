@@ -36,8 +36,9 @@ WORDS = ("up", "down", "left", "right")
 class ScriptedBackend:
     """`asks` are those that arrived, `ended` those that were answered, failed or were cancelled.
 
-    Each sample is `words`, one per part, ids from 0. While `go_on` is clear, only the first `ahead` words come, and
-    nothing is scored while `judge` is. Weights change under way, and tokens tell of which they are.
+    Each sample is `words`, one per part, ids from 0. While `go_on` is clear, only the first `ahead` words come; while
+    `judge` is, nothing is scored; while `may_close` is, `close` waits. Weights change under way, and tokens tell of
+    which they are.
     """
 
     def __init__(self, settings: ModelSettings, first_version: int = 0, **info: Any):
@@ -67,6 +68,9 @@ class ScriptedBackend:
         self.ahead = 0
         self.judge = asyncio.Event()
         self.judge.set()
+        self.may_close = asyncio.Event()
+        self.may_close.set()
+        self.closings = 0  # calls of `close`
         self.closed = False
         self.mark = ""  # the marked text begins with it
 
@@ -132,6 +136,8 @@ class ScriptedBackend:
         return None
 
     async def close(self) -> None:
+        self.closings += 1
+        await self.may_close.wait()
         self.closed = True
 
 

@@ -112,7 +112,7 @@ async def test_no_two_models_set_the_weights_of_one_server() -> None:
             assert error.metadata["field"] == "sglang.servers"
         await running.serves("one", 0)
         await running.client.load_model("actor", "three", "", {"sglang.servers": ["http://h:5"]})
-        await until(lambda: running.opened["one"].closed)
+        await until(lambda: running.served.policies.get().info.draining_models == 0)
         await running.client.load_model("new", "four", "sglang", {"sglang.servers": ["http://h:1"]})
         running.opened.go_on.clear()
         options = {"sglang.servers": ["http://h:6"]}
@@ -125,6 +125,27 @@ async def test_no_two_models_set_the_weights_of_one_server() -> None:
     settings = PolicySettings.model_validate(plain)
     with pytest.raises(ExceptionGroup, match="http://h:3 serves the policy actor"):
         await Policies.open(settings, Opened().create)
+
+
+async def test_a_server_is_free_when_the_model_of_its_policy_is_closed(running: Running) -> None:
+    load_model = running.client.load_model
+    servers = [{"sglang.servers": [f"http://h:{number}"]} for number in range(3)]
+    await load_model("other", "two", "sglang", servers[0])
+    running.opened["two"].may_close.clear()
+    await load_model("other", "three", "sglang", servers[1])
+    await until(lambda: running.opened["two"].closings == 1)
+    await refused(load_model("new", "four", "sglang", servers[0]), Reason.INVALID_SETTING)
+    running.opened["two"].may_close.set()
+    await until(lambda: running.served.policies.get("other").info.draining_models == 0)
+    await load_model("new", "four", "sglang", servers[0])
+
+    running.opened["three"].may_close.clear()
+    unloading = asyncio.create_task(running.client.unload_model("other"))
+    await until(lambda: running.opened["three"].closings == 1)
+    await refused(load_model("newer", "five", "sglang", servers[1]), Reason.INVALID_SETTING)
+    running.opened["three"].may_close.set()
+    await unloading
+    await load_model("newer", "five", "sglang", servers[1])
 
 
 @pytest.mark.parametrize(
@@ -406,6 +427,55 @@ async def test_a_service_that_stops_while_it_unloads_closes_the_model() -> None:
     results = await asyncio.gather(call, unloading, return_exceptions=True)
     assert all(isinstance(result, BaseException) for result in results)
     assert opened["two"].closed
+
+
+async def test_a_replaced_model_is_closed_also_when_its_policy_is_unloaded_meanwhile(running: Running) -> None:
+    await running.client.load_model("other", "two")
+    old = running.opened["two"]
+    old.may_close.clear()
+    await running.client.load_model("other", "three")
+    await until(lambda: old.closings == 1)
+    unloading = asyncio.create_task(running.client.unload_model("other"))
+    await until(lambda: running.opened["three"].closed)
+    old.may_close.set()
+    await unloading
+    assert old.closed
+
+
+async def test_a_service_that_stops_while_it_closes_a_model_closes_it() -> None:
+    opened = Opened()
+
+    async def let_it_close_when_the_service_stops() -> None:
+        await until(lambda: opened["two"].closings == 2)
+        opened["two"].may_close.set()
+
+    async with started(opened) as running:
+        await running.client.load_model("other", "two")
+        opened["two"].may_close.clear()
+        unloading = asyncio.create_task(running.served.policies.unload_model("other"))
+        await until(lambda: opened["two"].closings == 1)
+        stopping = asyncio.create_task(let_it_close_when_the_service_stops())
+    with pytest.raises(asyncio.CancelledError):
+        await unloading
+    await stopping
+    assert opened["two"].closed
+
+
+async def test_only_a_policy_that_serves_can_be_unloaded(running: Running) -> None:
+    """So a call that is repeated does not unload what another caller loads next."""
+    unload = running.client.unload_model
+    running.opened.go_on.clear()
+    opening = asyncio.create_task(running.client.load_model("other", "two"))
+    await until(lambda: "two" in running.opened.asked)
+    await refused(unload("other"), Reason.UNKNOWN_POLICY, Code.NOT_FOUND)
+    running.opened.go_on.set()
+    await opening
+    running.opened["two"].may_close.clear()
+    closing = asyncio.create_task(unload("other"))
+    await until(lambda: running.opened["two"].closings == 1)
+    await refused(unload("other"), Reason.UNKNOWN_POLICY, Code.NOT_FOUND)
+    running.opened["two"].may_close.set()
+    await closing
 
 
 async def test_the_default_policy_stays(running: Running) -> None:
