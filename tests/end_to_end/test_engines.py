@@ -14,7 +14,8 @@ from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.settings import EvaluationSettings
-from tests.support.policy_backends import restore, served_name, sglang_address
+from tests.support.found import sglang_address
+from tests.support.policy_backends import restore, served_name
 
 LAKE = "frozenlake-3x3"
 LORA = {"rank": 4, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}  # what the server was started for

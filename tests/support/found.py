@@ -25,6 +25,11 @@ def sglang_variable(name: str) -> str:
     return value
 
 
+def sglang_address() -> str:
+    """Of the server that all tests share."""
+    return sglang_variable("MULLIGAN_TEST_SGLANG").rstrip("/")
+
+
 def language_model() -> Path:
     """A folder with SmolLM2-135M-Instruct. Skips the test, or fails it, where there is none."""
     folder = Path(os.environ.get("MULLIGAN_TEST_LM") or default_folder("smollm2-135m"))

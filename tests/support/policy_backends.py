@@ -21,7 +21,7 @@ from mulligan.common.inference import CallOptions, Feature, Message, PolicyInfo,
 from mulligan.models import EMBEDDED
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.weights import load
-from tests.support.found import sglang_variable
+from tests.support.found import sglang_address
 from tests.support.policy import serving
 
 BOARD = (Message(Role.SYSTEM, "play"), Message(Role.USER, "A B C\nD E F"))
@@ -78,11 +78,6 @@ class Running:
         error = caught.value
         assert (error.code, error.reason) == (Code.INVALID_ARGUMENT, Reason.UNSUPPORTED_OPTION), error
         assert error.metadata == {"field": field, "feature": feature.value}
-
-
-def sglang_address() -> str:
-    """Of the server that all tests share."""
-    return sglang_variable("MULLIGAN_TEST_SGLANG").rstrip("/")
 
 
 def served_name(address: str) -> str:

@@ -25,18 +25,13 @@ from mulligan.policy.backends.sglang import open as open_backend
 from mulligan.policy.backends.sglang.backend import SglangBackend
 from mulligan.testing.sglang_servers import CPU_ENVIRONMENT, CPU_FLAGS
 from mulligan.testing.weights import load, plain_log_probs
-from tests.support.found import sglang_variable
+from tests.support.found import sglang_address, sglang_variable
 from tests.support.settings import model_settings
 from tests.support.waiting import until
 
 MODEL = models.EMBEDDED
 PROMPT = list(range(20, 60))
 START_SECONDS = 400  # on a machine that does something else, too
-
-
-def server_address() -> str:
-    """Of the server that runs."""
-    return sglang_variable("MULLIGAN_TEST_SGLANG")
 
 
 def launching(count: int = 1, **changes: Any) -> SglangSettings:
@@ -49,7 +44,7 @@ def launching(count: int = 1, **changes: Any) -> SglangSettings:
 @asynccontextmanager
 async def opened(folder: Path, sglang: SglangSettings | None = None, **settings: Any) -> AsyncIterator[SglangBackend]:
     """A backend over the server that runs, unless told otherwise."""
-    chosen = sglang or SglangSettings(servers=(server_address(),), probe_seconds=0.2)
+    chosen = sglang or SglangSettings(servers=(sglang_address(),), probe_seconds=0.2)
     plain = {"backend": "sglang", "model": str(MODEL), "sglang": chosen}
     backend = await open_backend(model_settings(**(plain | settings)), folder / "engine", 0)
     assert isinstance(backend, SglangBackend)
@@ -172,7 +167,7 @@ class Load:
 
 async def control(path: str, **body: Any) -> dict[str, Any]:
     """What somebody else does to the server that runs."""
-    async with aiohttp.ClientSession() as session, session.post(f"{server_address()}{path}", json=body) as response:
+    async with aiohttp.ClientSession() as session, session.post(f"{sglang_address()}{path}", json=body) as response:
         assert response.status == 200, await response.text()
         found: dict[str, Any] = await response.json() if response.content_type == "application/json" else {}
         return found

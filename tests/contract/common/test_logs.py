@@ -9,7 +9,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ from mulligan.env.client import EnvClient
 from mulligan.testing.processes import ServiceProcesses
 from tests.support.environments import __name__ as environments
 from tests.support.paths import IMPORT_ROOTS, ROOT
+from tests.support.waiting import wait_until
 
 AWKWARD = {"awkward": {"kind": environments}}
 
@@ -38,13 +38,6 @@ async def play(address: str, name: str) -> None:
                 assert (await episode.step("a")).observation == f"{step}: a"
     finally:
         await client.close()
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def lost_by_the_metric(address: str) -> float:
@@ -64,12 +57,12 @@ async def test_a_full_disk(services: ServiceProcesses) -> None:
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (server.log_path.stat().st_size + 40, unlimited[1]))
     await play(server.address, "full")
     assert server.is_healthy()
-    wait_for(lambda: lost_by_the_metric(metrics) > 0)
+    wait_until(lambda: lost_by_the_metric(metrics) > 0)
     torn = server.log.rpartition("\n")[2]
     assert 0 < len(torn) <= 40
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, unlimited)
     await play(server.address, "after")
-    wait_for(lambda: '"log lines were lost"' in server.log)
+    wait_until(lambda: '"log lines were lost"' in server.log)
     lines = server.log.rpartition("\n")[0].splitlines()
     assert lines.count(torn) == 1, "what was torn is a line of its own"
     whole = [json.loads(line) for line in lines if line != torn]
@@ -117,7 +110,7 @@ async def test_lines_are_short(services: ServiceProcesses) -> None:
         with pytest.raises(Exception, match="INVALID_FIELD"):
             await client.start("awkward", "good", name)
     await client.close()
-    wait_for(lambda: server.log.count("INVALID_FIELD") == 3)
+    wait_until(lambda: server.log.count("INVALID_FIELD") == 3)
     lines = [line for line in server.log_lines if line.get("reason") == "INVALID_FIELD"]
     assert [line["episode_id"][0] for line in lines] == ["x", "\x00", "🧊"]
     assert all(len(json.dumps(line["episode_id"])) <= VALUE_LIMIT + 2 for line in lines)

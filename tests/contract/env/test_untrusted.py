@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from uuid import uuid4
@@ -18,19 +17,12 @@ from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.testing.chained import Chain
 from mulligan.testing.processes import ProcessFailed, ServiceProcess, ServiceProcesses
+from tests.support.processes import runs
+from tests.support.waiting import wait_until
 
 HOSTILE = {"kind": "tests.support.hostile", "untrusted": True, "memory_mb": 128}
 TIMEOUT = 2.5
 PATIENCE = 30.0
-
-
-def runs(process: int) -> bool:
-    """Whether a process is there; one that has ended and was not waited for does not run."""
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
-    return state not in "ZX"
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -328,10 +320,7 @@ def test_what_cannot_be_loaded_stops_the_start(
 ) -> None:
     with pytest.raises(ProcessFailed, match=rf"ended with status 2:\senv: bad settings\s.*{words}"):
         services.start("env", environments={"x": {**HOSTILE, "folder": str(tmp_path), **changes}})
-    deadline = time.monotonic() + PATIENCE
-    while any(map(runs, seen(tmp_path))):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not any(map(runs, seen(tmp_path))), PATIENCE)
 
 
 def test_what_is_not_installed_is_listed(services: ServiceProcesses) -> None:

@@ -23,6 +23,7 @@ from mulligan.trainer.learner.client import LearnerClient
 from mulligan.trainer.learner.learner import Learner
 from tests.support.failing_objective import Failing
 from tests.support.learning import PLAIN, many, sampled, server_settings, spec
+from tests.support.processes import runs
 from tests.support.ranks import pids
 from tests.support.tiny_model import write_tiny_model
 from tests.support.waiting import until, until_async
@@ -171,11 +172,3 @@ async def test_the_processes_end_with_torchrun(served: Served) -> None:
     assert len(before) == 2
     served.service.kill()
     await until(lambda: not any(runs(pid) for pid in before))
-
-
-def runs(pid: int) -> bool:
-    """Whether the process is there, and not only its exit status."""
-    try:
-        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
-    except OSError:
-        return False

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,9 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.policy.backends.sglang import open as open_backend
 from tests.support.paths import IMPORT_ROOTS
+from tests.support.processes import runs
 from tests.support.settings import model_settings
+from tests.support.waiting import wait_until
 
 _SERVICE = """
 import asyncio, sys
@@ -65,7 +66,7 @@ async def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     python = _script(tmp_path, f"echo $$ > {tmp_path}/pid; echo loading; exec sleep 600")
     message = await _refused(tmp_path, python=python, start_seconds=3.0)
     assert "not ready within 3 s" in message and "loading" in message
-    assert not _lives(int((tmp_path / "pid").read_text()))
+    assert not runs(int((tmp_path / "pid").read_text()))
 
 
 async def test_an_interpreter_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -79,22 +80,10 @@ def test_a_server_ends_with_the_service_that_started_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _SERVICE, python, str(tmp_path)]
     service = subprocess.Popen(command, env=environment)
     try:
-        deadline = time.monotonic() + 300
-        while not (tmp_path / "pid").exists():
-            assert time.monotonic() < deadline and service.poll() is None
-            time.sleep(0.05)
+        wait_until(lambda: (tmp_path / "pid").exists() or service.poll() is not None)
+        assert service.poll() is None
     finally:
         service.send_signal(signal.SIGKILL)
         service.wait()
     server = int((tmp_path / "pid").read_text())
-    while _lives(server):
-        assert time.monotonic() < deadline, "the server outlived its service"
-        time.sleep(0.05)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
+    wait_until(lambda: not runs(server))

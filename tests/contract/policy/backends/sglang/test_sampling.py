@@ -13,7 +13,8 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, SamplingParams, StopReason, VersionSpan
 from mulligan.policy.backend import Ask
 from mulligan.testing.weights import load, plain_log_probs
-from tests.support.sglang import MODEL, PROMPT, ask, assert_by_version, opened, server_address, streamed
+from tests.support.found import sglang_address
+from tests.support.sglang import MODEL, PROMPT, ask, assert_by_version, opened, streamed
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def model() -> Any:
 
 @pytest.fixture(autouse=True)
 def _there_is_a_server() -> None:
-    server_address()
+    sglang_address()
 
 
 async def test_log_probabilities_are_those_of_transformers_in_a_mixed_batch(tmp_path: Path, model: Any) -> None:
@@ -140,9 +141,9 @@ async def _until_running(holds: Any) -> None:
     async with asyncio.timeout(30), aiohttp.ClientSession() as session:
         while True:
             short = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
-            async with session.post(f"{server_address()}/generate", json=short) as response:
+            async with session.post(f"{sglang_address()}/generate", json=short) as response:
                 assert response.status == 200
-            async with session.get(f"{server_address()}/v1/loads") as response:
+            async with session.get(f"{sglang_address()}/v1/loads") as response:
                 [load_now] = (await response.json())["loads"]
             if holds(load_now["num_running_reqs"] + load_now["num_waiting_reqs"]):
                 return

@@ -14,6 +14,7 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backend import WeightsFile
 from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.testing.weights import load
+from tests.support.found import sglang_address
 from tests.support.sglang import (
     MODEL,
     START_SECONDS,
@@ -25,7 +26,6 @@ from tests.support.sglang import (
     full,
     launching,
     opened,
-    server_address,
 )
 from tests.support.tiny_model import write_tiny_model
 from tests.support.waiting import until
@@ -65,7 +65,7 @@ async def test_a_server_that_is_killed_under_load_is_not_noticed(tmp_path: Path)
 
 
 async def test_servers_of_other_models_are_refused(tmp_path: Path) -> None:
-    server_address()
+    sglang_address()
     other = write_tiny_model(tmp_path / "other")
     with pytest.raises(UnsupportedModel, match="other"):
         async with opened(tmp_path, model=str(other)):
@@ -74,7 +74,7 @@ async def test_servers_of_other_models_are_refused(tmp_path: Path) -> None:
 
 async def test_one_server_of_two_is_enough(tmp_path: Path) -> None:
     """The other one does not answer, and says so; nothing waits for it."""
-    settings = SglangSettings(servers=("http://127.0.0.1:9", server_address()), probe_seconds=0.2)
+    settings = SglangSettings(servers=("http://127.0.0.1:9", sglang_address()), probe_seconds=0.2)
     references = {0: load(MODEL), 1: changed(1)}
     async with opened(tmp_path, settings) as backend:
         absent, present = (replica.info for replica in backend.replicas)

@@ -16,6 +16,7 @@ from mulligan.policy.backend import Sampled, WeightsFile
 from mulligan.testing.weights import load
 from mulligan.trainer.preflight import check_actor
 from mulligan.trainer.settings import LoraSettings, RunSettings, TrainedModelSettings
+from tests.support.found import sglang_address
 from tests.support.sglang import (
     MODEL,
     Load,
@@ -27,7 +28,6 @@ from tests.support.sglang import (
     full,
     lora,
     opened,
-    server_address,
 )
 from tests.support.waiting import until
 
@@ -36,7 +36,7 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @pytest.fixture(autouse=True)
 def _there_is_a_server() -> None:
-    server_address()
+    sglang_address()
 
 
 async def test_updates_under_load_are_told_apart_token_by_token(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ async def _adapters() -> set[str]:
     """What the server has loaded, once nothing is being unloaded."""
     async with aiohttp.ClientSession() as session:
         for _ in range(200):
-            async with session.get(f"{server_address()}/v1/models") as response:
+            async with session.get(f"{sglang_address()}/v1/models") as response:
                 found = {card["id"] for card in (await response.json())["data"] if card.get("parent")}
             if not found:
                 break
