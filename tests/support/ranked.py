@@ -1,6 +1,6 @@
 """A learner in two processes (`torchrun -m tests.support.ranked WORK FOLDER LORA`), and the same work in one.
 
-`learn` takes three optimizer steps in float64, and saves. `reshard` loads what one process saved, and saves again. The
+`learn` takes four optimizer steps in float64, and saves. `reshard` loads what one process saved, and saves again. The
 first process writes what it has into FOLDER.
 """
 
@@ -29,17 +29,20 @@ from mulligan.trainer.learner.sharding import whole
 from mulligan.trainer.loss_terms import KlReference
 from mulligan.trainer.losses import ppo
 from mulligan.trainer.objective import Tokens
+from mulligan.trainer.objectives.divergence import Divergence
 from mulligan.trainer.objectives.preference import Preference
+from mulligan.trainer.objectives.transfer import Transfer
 from mulligan.trainer.settings import LossSettings
 from tests.support.learning import FULL, LORA, many, sampled, server_settings, spec
 
 LONG = tuple(range(2, 32)) * 2
 # Of each step: more data than processes, with all terms; fewer data; several kinds, in which some data leave out what
-# the learner then computes.
+# the learner then computes; several kinds whose losses run the model again for some of their data only.
 BATCHES: list[tuple[list[Datum], LossSettings]] = [
     (many(9), ppo.Settings(kl_coefficient=0.1, entropy_coefficient=0.01)),
     ([sampled(tokens=LONG, trained=range(1, 60), rollout=[-3.0] * 59)], ppo.Settings(kl_reference=KlReference.MOVING)),
     ([*many(7, seed=1)], ppo.Settings(kl_coefficient=0.1, kl_reference=KlReference.MOVING)),
+    ([*many(3, seed=2)], ppo.Settings(kl_coefficient=0.1)),
 ]
 
 
@@ -50,7 +53,18 @@ def preferences() -> list[Datum]:
     return [replace(datum, objective=given if index else Preference(rejected, 0.5)) for index, datum in enumerate(data)]
 
 
+def demanding() -> list[Datum]:
+    """The first of these alone asks for the reference, the last for another context."""
+    transfers = [Transfer(1.0, ratio=float(index == 0)) for index in range(6)]
+    teacher = Tokens((9, *LONG[6:14]), (False,) * 7 + (True,) * 2)
+    return [
+        replace(sampled(f"{index}", LONG[index:][:8], (6, 7), branch=type(objective).__name__), objective=objective)
+        for index, objective in enumerate([*transfers, Divergence(teacher, 0.5)])
+    ]
+
+
 BATCHES[2][0].extend(preferences())
+BATCHES[3][0].extend(demanding())
 
 
 @contextlib.contextmanager

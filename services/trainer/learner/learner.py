@@ -32,7 +32,6 @@ from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
 from mulligan.trainer.learner.sharding import received, whole
 from mulligan.trainer.learner.tensor_files import StoredTensors, TensorStream
 from mulligan.trainer.loss_terms import KlReference
-from mulligan.trainer.objective import InputKind, inputs_of
 from mulligan.trainer.objectives import loss_of
 from mulligan.trainer.settings import LossSettings
 
@@ -146,14 +145,13 @@ class Learner:
         """This process's micro-batches, each with whether it counts."""
         sharing = self.model.shares_prefixes
         size = self._ranks.size
-        for alike in [rows] if size == 1 else _alike(data, rows):
-            tokens = self.server.microbatch_tokens
-            if size > 1:  # at least two for each process, so that they can be dealt out evenly
-                tokens = min(tokens, sum(length(data[row]) for row in alike) // (2 * size))
-            groups = pack(data, alike, tokens, sharing=sharing)
-            costs = [cost(data, group, sharing=sharing) for group in groups]
-            for place, counted in passes(costs, self._ranks.rank, size):
-                yield microbatch(data, groups[place], branches, self._device, sharing=sharing), counted
+        tokens = self.server.microbatch_tokens
+        if size > 1:  # at least two for each process, so that they can be dealt out evenly
+            tokens = min(tokens, sum(length(data[row]) for row in rows) // (2 * size))
+        groups = pack(data, rows, tokens, sharing=sharing)
+        costs = [cost(data, group, sharing=sharing) for group in groups]
+        for place, counted in passes(costs, self._ranks.rank, size):
+            yield microbatch(data, groups[place], branches, self._device, sharing=sharing), counted
 
     def _move_reference(self, loss: LossSettings) -> None:
         due = self._reference_step < 0 or self.optimizer_steps >= self._reference_step + loss.reference_every
@@ -163,7 +161,7 @@ class Learner:
 
     def _total(self, batch: Microbatch, loss: LossSettings, tally: Tally, *, counted: bool) -> Tensor:
         """The loss of a micro-batch, summed; 0, with a gradient of 0, if it does not count."""
-        scoring = Scoring(self.model, batch, loss)
+        scoring = Scoring(self.model, batch, loss, self._ranks)
         if counted:
             tally.count(batch.trained.sequence_tokens, batch.trained.computed_tokens)
         totals = []
@@ -172,8 +170,10 @@ class Learner:
             loss_N, metrics = loss_of(part.kind)(terms, loss)
             weighted_N = part.weights_N * loss_N
             always = {"loss": weighted_N, "log_prob": terms.log_probs_N, "entropy": terms.entropy_N}
-            tally.add(part.branches_N, {**metrics, **always}, counts=counted)
+            if counted:
+                tally.add(part.branches_N, {**metrics, **always})
             totals.append(weighted_N.sum())
+        scoring.end()
         total = torch.stack(totals).sum()
         return total if counted else 0.0 * total
 
@@ -362,19 +362,6 @@ class Learner:
     @property
     def _checkpoints(self) -> Path:
         return self.server.checkpoint_folder / self.learner_id
-
-
-def _alike(data: Sequence[Datum], rows: Sequence[int]) -> list[list[int]]:
-    """The rows by kinds of objective, and by the inputs that they leave out, in order of first appearance. For these a
-    loss may run the model once more. In a micro-batch of data that are alike, it does so in all processes or in none.
-    """
-    kinds: dict[tuple[object, ...], list[int]] = {}
-    for row in rows:
-        objective = data[row].objective
-        values = inputs_of(objective, InputKind.TOKEN_VALUES).values()
-        others = [tokens.log_probs for tokens in inputs_of(objective, InputKind.TOKENS).values()]
-        kinds.setdefault((type(objective), *(bool(one) for one in (*values, *others))), []).append(row)
-    return list(kinds.values())
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -34,32 +34,36 @@ class Tally:
         self._of_call["sequence_tokens"] += sequence_tokens
         self._of_call["computed_tokens"] += computed_tokens
 
-    def add(self, branches_N: Tensor, columns: Mapping[str, Tensor], *, counts: bool = True) -> None:
-        """Adds one value per token and column; `branches_N` holds indices into `branches`. Values that do not count
-        only make the metrics known by name."""
+    def add(self, branches_N: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Adds one value per token and column; `branches_N` holds indices into `branches`."""
         ones_N = torch.ones_like(branches_N, dtype=torch.float64)
         for name, values_N in {"tokens": ones_N, **columns}.items():
-            if name not in self._sums:
-                zeros = torch.zeros(len(self.branches), dtype=torch.float64, device=self._device)
-                self._sums[name] = zeros
-                self._counts[name] = zeros.clone()
-            if not counts:
-                continue
+            self._know(name)
             self._sums[name].index_add_(0, branches_N, values_N.detach().double())
             self._counts[name].index_add_(0, branches_N, ones_N)
 
+    def _know(self, name: str) -> None:
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(len(self.branches), dtype=torch.float64, device=self._device)
+            self._counts[name] = torch.zeros_like(self._sums[name])
+
     def add_up(self, ranks: Ranks) -> None:
-        """Adds the values of the other processes. Each must know the same metrics, in the same order."""
-        if not self._sums:
+        """Adds the values of the other processes, which may have other metrics."""
+        if ranks.size == 1:
             return
+        names = sorted({name for of_rank in ranks.gather(list(self._sums)) for name in of_rank})
+        if not names:
+            return
+        for name in names:
+            self._know(name)
         of_call = torch.tensor(list(self._of_call.values()), dtype=torch.float64, device=self._device)
         ranks.sum(of_call)
         self._of_call = dict(zip(self._of_call, of_call.tolist(), strict=True))
-        values = torch.stack([*self._sums.values(), *self._counts.values()])
+        values = torch.stack([of_all[name] for of_all in (self._sums, self._counts) for name in names])
         ranks.sum(values)
         sums, counts = values.chunk(2)
-        self._sums = dict(zip(self._sums, sums, strict=True))
-        self._counts = dict(zip(self._counts, counts, strict=True))
+        self._sums = dict(zip(names, sums, strict=True))
+        self._counts = dict(zip(names, counts, strict=True))
 
     def metrics(self) -> dict[str, float]:
         branches: dict[str, dict[str, float]] = {branch: {} for branch in self.branches}

@@ -146,7 +146,7 @@ class PolicyModel:
                 yield self.base
         else:
             if self._reference is None:
-                initial, _ = _load(self.settings.source, self._kept)
+                initial, _ = self._ranks.together(partial(_load, self.settings.source, self._kept))
                 self._reference = sharding.moved(initial.eval().requires_grad_(False), self.device, self._ranks)
                 if self.shares_prefixes:
                     tree_attention.enable(self._reference)

@@ -4,9 +4,10 @@ Process 0 serves LearnerService. It sends each call that a learner executes to t
 request, and every process does the call's work. What a process says to the others are bytes, numbers and JSON; nothing
 is pickled.
 
-All processes must go through the same collective operations. So work that may fail in one of them alone, such as
-reading a file, is done in `together` or `first`: then it fails in all of them, with the same error, and they go on
-with the next call. After any other error they are out of step. Then each of them ends, and torchrun starts all again.
+All processes must go through the same collective operations. What one of them wants to run is agreed on first
+(`least`). Work that may fail in one of them alone, such as reading a file, is done in `together` or `first`: then it
+fails in all of them, with the same error, and they go on with the next call. After any other error they are out of
+step. Then each of them ends, and torchrun starts all again.
 """
 
 from __future__ import annotations
@@ -147,6 +148,18 @@ class Ranks:
         if self.size > 1:
             dist.broadcast(values, 0)
 
+    def least(self, value: int) -> int:
+        """The least of the values that the processes give."""
+        if self.size == 1:
+            return value
+        values = torch.tensor([value])
+        dist.all_reduce(values, dist.ReduceOp.MIN, group=self._control)
+        return int(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, by rank. It must have a form in JSON."""
+        return [json.loads(answer) for answer in self._exchange(json.dumps(value).encode())]
+
     def together(self, work: Callable[[], T]) -> T:
         """The result of `work` in this process, once it has succeeded in all of them. If it fails in one, all raise its
         DomainError, or FailedTogether for any other exception. `work` must not depend on other processes."""
@@ -176,7 +189,7 @@ class Ranks:
         except Exception as error:  # noqa: BLE001 - raised below, in every process
             own = error
             said = {"failed": f"process {self.rank}: {type(error).__name__}: {error}"[:1000]}
-        answers = [json.loads(answer) for answer in self._exchange(json.dumps(said).encode())]
+        answers = self.gather(said)
         for answer in answers:
             if "reason" in answer:
                 raise DomainError(Reason(answer["reason"]), answer["message"], **answer["metadata"]) from own
