@@ -53,7 +53,7 @@ class TrainerSettings(ServiceSettings):
         0, ge=0, description="Of torch on the CPU, per process; 0: half of the cores in all, as the policy's."
     )
     microbatch_tokens: int = Field(
-        768, ge=1, description="Tokens that a process of the learner computes at once. More on a GPU, as memory allows."
+        0, ge=0, description="Tokens that a process of the learner computes at once; 0: 768 on a CPU, 4096 on a GPU."
     )
     gradient_checkpointing: bool = Field(
         False, description="The learner's backward pass computes activations again: less memory, more time."
@@ -62,8 +62,8 @@ class TrainerSettings(ServiceSettings):
 
     @model_validator(mode="after")
     def _each_process_has_a_gpu(self) -> Self:
-        if self.learner_processes > 1 and ":" in self.device:
-            raise ValueError("device: expected cuda without a number: each of learner_processes has a GPU of its own")
+        if max(self.learner_processes, _processes_of_torchrun()) > 1 and ":" in self.device:
+            raise ValueError("device: expected cuda without a number: each process of the learner has a GPU of its own")
         return self
 
     @property
@@ -72,8 +72,8 @@ class TrainerSettings(ServiceSettings):
             weights_folder=self.weights_folder,
             checkpoint_folder=self.checkpoint_folder,
             device=self.device,
-            threads=self.threads or max(1, (os.cpu_count() or 1) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))),
-            microbatch_tokens=self.microbatch_tokens,
+            threads=self.threads or max(1, (os.cpu_count() or 1) // 2 // _processes_of_torchrun()),
+            microbatch_tokens=self.microbatch_tokens or (768 if self.device.startswith("cpu") else 4096),
             gradient_checkpointing=self.gradient_checkpointing,
             keep_weights=self.keep_weights,
         )
@@ -95,3 +95,8 @@ class TrainerSettings(ServiceSettings):
         """This process's, as it protects itself."""
         token = self.token.get_secret_value() if self.token else None
         return replace(self.endpoint(address), token=token, tls_ca=self.tls_certificate)
+
+
+def _processes_of_torchrun() -> int:
+    """Those on this machine; 1 without torchrun."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -13,7 +13,8 @@ class LearnerServerSettings:
     """Settings of the process.
 
     `microbatch_tokens` limits the tokens that a micro-batch computes: shared prefixes count once, padding counts. The
-    memory of activations grows with it. A longer sequence runs alone. On a CPU more than the default is no faster.
+    memory of activations grows with it. A longer sequence runs alone. The default is for a CPU, where more is no
+    faster.
     """
 
     weights_folder: Path  # where published weights go; the policy service reads them there

@@ -237,6 +237,27 @@ def refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) 
     assert message in shown
 
 
+def test_a_gpu_computes_more_tokens_at_once_unless_set() -> None:
+    given = {
+        (): 768,
+        ("--device", "cuda:1"): 4096,
+        ("--microbatch-tokens", "50"): 50,
+        ("--microbatch-tokens", "50", "--device", "cuda"): 50,
+    }
+    assert {one: TrainerSettings.load(list(one)).learner.microbatch_tokens for one in given} == given
+
+
+def test_a_process_under_torchrun_has_no_numbered_gpu_if_others_run_beside_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert TrainerSettings.load(["--device", "cuda:1"]).device == "cuda:1"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        TrainerSettings.load(["--device", "cuda:1"])
+    assert "device: expected cuda without a number" in capsys.readouterr().err
+
+
 def test_several_learner_processes_have_no_numbered_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert TrainerSettings.load(["--learner-processes", "2", "--device", "cuda"]).learner_processes == 2
     with pytest.raises(SystemExit):
