@@ -18,6 +18,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_type_hints
 
+from mulligan.common.suggest import did_you_mean
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -87,9 +89,12 @@ _INPUTS: dict[type[Objective], tuple[Input, ...]] = {}
 
 
 def inputs(objective: type[Objective]) -> tuple[Input, ...]:
-    """The fields of an objective. Raises TypeError for a class that is no dataclass, or has fields of other types."""
+    """The fields of an objective. Raises TypeError for a class that is no dataclass, has fields of other types, or
+    names in `compared` what is no field of type Tokens."""
     if objective not in _INPUTS:
-        _INPUTS[objective] = tuple(_inputs(objective))
+        found = tuple(_inputs(objective))
+        _check_compared(objective.compared, [one.name for one in found if one.kind is InputKind.TOKENS])
+        _INPUTS[objective] = found
     return _INPUTS[objective]
 
 
@@ -102,6 +107,15 @@ def _inputs(objective: type[Objective]) -> Iterator[Input]:
         if kind is None:
             raise TypeError(f"{field.name} is no float, tuple[float, ...] or Tokens")
         yield Input(field.name, kind, field.default is MISSING)
+
+
+def _check_compared(compared: tuple[str, ...], tokens: list[str]) -> None:
+    if isinstance(compared, str):
+        raise TypeError(f"compared: expected a tuple, ({compared!r},); got a text")
+    for name in compared:
+        if name not in tokens:
+            near = did_you_mean(name, tokens)
+            raise TypeError(f"compared: expected names of fields of type Tokens; got {name!r}{near}")
 
 
 def inputs_of(objective: Objective, kind: InputKind) -> dict[str, Any]:

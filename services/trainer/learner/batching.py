@@ -1,4 +1,5 @@
-"""From data to tensors: checks the data, and packs them into micro-batches of bounded size.
+"""From data to tensors: `check` validates the data of a call, `pack` groups those that belong together, and
+`microbatch` makes the tensors of a group, whose size is bounded.
 
 A micro-batch is one pass of the model over all its sequences, whatever their objectives. Where the model can compute a
 prefix tree (`tree_attention`), the sequences are one, and what they share at their begin is computed once. Elsewhere
@@ -75,8 +76,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """`check` validates the data of a call, `pack` groups data that belong together, and `microbatch` makes the tensors
-    of a group."""
+    """The tensors of a group of data, in one part for each kind of objective."""
 
     parts: tuple[Part, ...]
     trained: ModelInput

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -169,9 +170,29 @@ class Undeclared(Objective):
     pass
 
 
-@pytest.mark.parametrize(("kind", "words"), [(Odd, "words is no float"), (Undeclared, "is no dataclass")])
-def test_other_types_of_inputs_are_refused(kind: type[Objective], words: str) -> None:
-    with pytest.raises(TypeError, match=words):
+@dataclass(frozen=True, slots=True)
+class Misspelt(Objective):
+    compared: ClassVar[tuple[str, ...]] = ("techer",)
+    teacher: Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutComma(Objective):
+    compared: ClassVar[tuple[str, ...]] = "teacher"  # type: ignore[assignment]
+    teacher: Tokens
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Odd, "words is no float"),
+        (Undeclared, "is no dataclass"),
+        (Misspelt, "compared: expected names of fields of type Tokens; got 'techer'; did you mean 'teacher'?"),
+        (WithoutComma, "compared: expected a tuple, ('teacher',); got a text"),
+    ],
+)
+def test_other_inputs_are_refused(kind: type[Objective], words: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
         inputs(kind)
 
 
