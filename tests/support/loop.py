@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,16 @@ class Loop:
     def survive_the_wire(self) -> bool:
         """Whether the settings are the same after they crossed the wire."""
         return settings_from_proto(settings_to_proto(self.settings)) == self.settings
+
+
+def in_turn(
+    first: Iterable[str], later: Iterable[str], texts: Iterable[str] | None = None
+) -> Callable[[str, str], str]:
+    """For `Loop`: first attempts, texts such as reflections, and all later attempts, each with its answers in order.
+    Texts are "rule 0", "rule 1", … unless they are given."""
+    answers = {"solve": iter(first), "reflect": map("rule {}".format, count()) if texts is None else iter(texts)}
+    others = iter(later)
+    return lambda system, last: next(answers.get(system, others))
 
 
 def near(number: float) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from math import sqrt
 from typing import Any
 
@@ -12,21 +13,12 @@ from mulligan.common.inference import SamplingParams
 from mulligan.common.types import Outcome
 from mulligan.trainer.data import Distillation, PolicyGradient
 from tests.support.fakes import FakeEnvironment, encode, timeout
-from tests.support.loop import Loop
+from tests.support.loop import Loop, in_turn
 
 
 def scripted(first: list[str], second: list[str]) -> Any:
-    """First and second attempts answer in turn; reflections say `<prompt>say NAME</prompt>`."""
-    firsts = iter(first)
-    seconds = iter(second)
-    count = iter(range(100))
-
-    def say(system: str, last: str) -> str:
-        if system == "reflect":
-            return f"I think <prompt>rule {next(count)}</prompt>"
-        return next(firsts) if system == "solve" else next(seconds)
-
-    return say
+    """Reflections stand between the environment's marks."""
+    return in_turn(first, second, map("I think <prompt>rule {}</prompt>".format, count()))
 
 
 async def test_one_step_of_the_paper() -> None:

@@ -10,7 +10,7 @@ import pytest
 from mulligan.trainer.algorithms.chain_sft import NEEDS, Settings
 from mulligan.trainer.data import Distillation, ModelLimits
 from tests.support.fakes import FakeEnvironment, timeout
-from tests.support.loop import Loop, lives, refused, trained_text, whole_text
+from tests.support.loop import Loop, in_turn, lives, refused, trained_text, whole_text
 
 
 def loop(
@@ -22,11 +22,8 @@ def loop(
     rollout: Any = None,
     **settings: Any,
 ) -> Loop:
-    """First and second attempts answer in turn; reflections are "rule 0", "rule 1", …"""
-    said = {"solve": iter(first), "reflect": iter([f"rule {number}" for number in range(9)])}
-    others = iter(second)
     return Loop(
-        lambda system, last: next(said.get(system, others)),
+        in_turn(first, second),
         environment=environment,
         rewrites=rewrites,
         algorithm={"name": "chain_sft", **settings},

@@ -11,23 +11,16 @@ from mulligan.trainer.algorithms.context_distillation import Settings
 from mulligan.trainer.data import Datum
 from mulligan.trainer.objectives.divergence import Divergence
 from tests.support.fakes import FakeEnvironment, timeout
-from tests.support.loop import Loop, lives, refused, trained_text, whole_text
+from tests.support.loop import Loop, in_turn, lives, refused, trained_text, whole_text
 
 FIRST = ["go", "a", "bc"]
 SECOND = ["go", "x"]
 
 
 def loop(first: list[str] = FIRST, second: list[str] = SECOND, *, environment: Any = None, **more: Any) -> Loop:
-    firsts, seconds, rules = iter(first), iter(second), iter(range(100))
-
-    def say(system: str, last: str) -> str:
-        if system == "reflect":
-            return f"rule {next(rules)}"
-        return next(firsts) if system == "solve" else next(seconds)
-
     table = {"name": "context_distillation"} | more
     rollout = {"rollouts_per_task": 3, "max_restarts": 0}
-    return Loop(say, environment=environment, algorithm=table, rollout=rollout)
+    return Loop(in_turn(first, second), environment=environment, algorithm=table, rollout=rollout)
 
 
 def teacher(datum: Datum) -> str:

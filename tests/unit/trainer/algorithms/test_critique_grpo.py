@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mulligan.common.types import Outcome
 from mulligan.trainer.algorithms.critique_grpo import Settings
 from mulligan.trainer.objectives.transfer import Transfer
 from tests.support.fakes import FakeEnvironment, FakePolicy, timeout
-from tests.support.loop import Loop, lives, near, refused, trained_text, whole_text
+from tests.support.loop import Loop, in_turn, lives, near, refused, trained_text, whole_text
 
 FIRST = ["a", "b", "go", "c"]
 REFINED = ["x", "go", "go", "y"]
@@ -21,13 +22,7 @@ REFINED = ["x", "go", "go", "y"]
 def loop(
     first: list[str] = FIRST, refined: list[str] = REFINED, *, environment: Any = None, rollout: Any = None, **more: Any
 ) -> Loop:
-    firsts, refinements, critiques = iter(first), iter(refined), iter(range(100))
-
-    def say(system: str, last: str) -> str:
-        if system == "reflect":
-            return f"critique {next(critiques)}"
-        return next(firsts) if system == "solve" else next(refinements)
-
+    say = in_turn(first, refined, map("critique {}".format, count()))
     policies = more.pop("policies", {})
     table = {"name": "critique_grpo"} | more
     return Loop(say, environment=environment, algorithm=table, policies=policies, rollout=rollout or {})

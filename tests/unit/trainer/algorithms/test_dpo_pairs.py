@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,14 @@ from mulligan.trainer.algorithms.dpo_pairs import NEEDS, Settings
 from mulligan.trainer.journal import journal_file, read_experiences
 from mulligan.trainer.objectives.preference import Preference
 from tests.support.fakes import FakeEnvironment, timeout
-from tests.support.loop import Loop, lives, refused, trained_text, whole_text
+from tests.support.loop import Loop, in_turn, lives, refused, trained_text, whole_text
 
 FIRST = ["a", "b", "go", "c"]
 SECOND = ["go", "x", "go"]
 
 
 def loop(first: list[str] = FIRST, second: list[str] = SECOND, *, environment: Any = None, **more: Any) -> Loop:
-    firsts, seconds = iter(first), iter(second)
-
-    def say(system: str, last: str) -> str:
-        if system == "reflect":
-            return "rule"
-        return next(firsts) if system == "solve" else next(seconds)
-
+    say = in_turn(first, second, repeat("rule"))
     rollout = more.pop("rollout", {})
     return Loop(say, environment=environment, algorithm={"name": "dpo_pairs"} | more, rollout=rollout)
 

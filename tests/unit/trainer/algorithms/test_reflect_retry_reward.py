@@ -11,7 +11,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import Outcome
 from mulligan.trainer.algorithms.reflect_retry_reward import NEEDS, Settings
 from tests.support.fakes import FakeEnvironment, timeout
-from tests.support.loop import Loop, lives, refused, trained_text
+from tests.support.loop import Loop, in_turn, lives, refused, trained_text
 
 
 def loop(
@@ -22,12 +22,9 @@ def loop(
     rollout: Any = None,
     **settings: Any,
 ) -> Loop:
-    """First and second attempts answer in turn; reflections are "rule 0", "rule 1", …"""
-    said = {"solve": iter(first), "reflect": iter([f"rule {number}" for number in range(9)])}
-    others = iter(second)
     algorithm = {"name": "reflect_retry_reward", "reflections": 2, "normalize_by_std": False, **settings}
     return Loop(
-        lambda system, last: next(said.get(system, others)),
+        in_turn(first, second),
         environment=environment,
         algorithm=algorithm,
         rollout={"rollouts_per_task": 3, **(rollout or {})},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,14 @@ import pytest
 from mulligan.trainer.algorithms.rltf import Settings
 from mulligan.trainer.objectives.transfer import Transfer
 from tests.support.fakes import FakeEnvironment, FakePolicy, timeout
-from tests.support.loop import Loop, lives, near, refused, trained_text, whole_text
+from tests.support.loop import Loop, in_turn, lives, near, refused, trained_text, whole_text
 
 FIRST = ["a", "b", "go", "c"]
 SECOND = ["go", "x", "go"]
 
 
 def loop(first: list[str] = FIRST, second: list[str] = SECOND, *, environment: Any = None, **more: Any) -> Loop:
-    firsts, seconds = iter(first), iter(second)
-
-    def say(system: str, last: str) -> str:
-        if system == "reflect":
-            return "too short"
-        return next(firsts) if system == "solve" else next(seconds)
-
+    say = in_turn(first, second, repeat("too short"))
     policies = more.pop("policies", {})
     return Loop(say, environment=environment, algorithm={"name": "rltf"} | more, policies=policies)
 
