@@ -158,7 +158,7 @@ def divergence(sample: Sample, teacher: TrainingTarget, beta: float, weight: flo
 def preference(
     chosen: TrainingTarget | Sample, rejected: Sample, beta: float, ftx: float, weight: float, branch: str
 ) -> list[Datum]:
-    """The datum of a pair. None where one of the two is not a single token sequence, or of another policy."""
+    """The datum of a pair. No datum where one of the two is not a single token sequence, or of another policy."""
     policies = {one.policy for one in (chosen, rejected) if isinstance(one, Sample)}
     if policies != {""} or not len(chosen.sequences) == len(rejected.sequences) == 1:
         return []

@@ -145,10 +145,9 @@ class StepJournal:
     """The file of one step, and the algorithm's `Recorder`.
 
     Opening it reads all records into memory. `start` fixes what the step reads, `replace` the tasks of a further round;
-    `begin` says which weights sample from now on;
-    `add` appends each sample; `complete` appends the links of an experience; `train` appends what is trained on;
-    `finish` appends the metrics. `find` answers from memory, so a repeated step samples only what is missing. The run's
-    lock keeps other processes out.
+    `begin` says which weights sample from now on; `add` appends each sample; `complete` appends the links of an
+    experience; `train` appends what is trained on; `finish` appends the metrics. `find` answers from memory, so a
+    repeated step samples only what is missing. The run's lock keeps other processes out.
 
     Writes raise DomainError DISK_FULL, and FileNotFoundError when the run's folder was removed.
     """

@@ -116,15 +116,14 @@ class PublishedPolicy:
 
     async def publish(self) -> int:
         """Publishes the learner's weights as the policy's next version. No two publications have the same number."""
-        version = (await self._check() if self._weights else await self._newest()) + 1
+        version = await self._next()
         await self._serve(await self._learner.publish_weights(version))
         return version
 
     async def publish_as(self, actor: PublishedPolicy) -> None:
         """Publishes the weights that the actor serves, under a number of this policy's own."""
         assert actor._weights is not None, "the actor was published"
-        version = (await self._check() if self._weights else await self._newest()) + 1
-        await self._serve(replace(actor._weights, policy_version=version))
+        await self._serve(replace(actor._weights, policy_version=await self._next()))
 
     async def _serve(self, weights: PublishedWeights) -> None:
         async with self._updating:
@@ -152,6 +151,9 @@ class PublishedPolicy:
                     raise self._foreign(span.policy_version)
             return completion
         raise AssertionError("unreachable")
+
+    async def _next(self) -> int:
+        return (await self._check() if self._weights else await self._newest()) + 1
 
     async def _newest(self) -> int:
         """The greatest version that the policy ever had, including refused and rolled back ones."""
