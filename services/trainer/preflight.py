@@ -1,6 +1,7 @@
 """Preflight: checks before a run or an evaluation begins.
 
-Each raises DomainError INVALID_SETTING; the metadata `field` names the setting that does not fit.
+Each check raises DomainError INVALID_SETTING; the metadata `field` names the setting that does not fit. What does no
+harm is told as a notice (`idle_notices`).
 """
 
 from __future__ import annotations
@@ -9,12 +10,24 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
+from pydantic import BaseModel
+
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, PolicyInfo
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
+from mulligan.trainer.advantages import ADVANTAGES
+from mulligan.trainer.aggregation import Aggregation
+from mulligan.trainer.loss_terms import KlReference, MismatchCorrection
 from mulligan.trainer.settings import RunSettings
 
+# Settings that mean something only with some values of another one of their table.
+_ONLY_WITH: tuple[tuple[str, str, str, Collection[str]], ...] = (
+    ("algorithm", "normalize_by_std", "advantage", (ADVANTAGES.default,)),
+    ("algorithm", "aggregation_constant", "aggregation", (Aggregation.CONSTANT,)),
+    ("loss", "mismatch_limit", "mismatch_correction", tuple(set(MismatchCorrection) - {MismatchCorrection.NONE})),
+    ("loss", "reference_every", "kl_reference", (KlReference.MOVING,)),
+)
 STRICT_TOLERANCE = 0.01  # with a tolerance up to this, a weight check fails on the rounding of bfloat16
 
 
@@ -53,6 +66,26 @@ def check_actor(
         _check_lora(info, settings.model.lora.rank, adapted_layers)
     check_top_k(info, settings.rollout.top_k, "rollout.top_k")
     check_top_k(info, settings.evaluation.top_k, "evaluation.top_k")
+
+
+def idle_notices(settings: RunSettings) -> list[str]:
+    """A notice for each setting that somebody gave and that has no effect. A value that is not the default was given.
+    They are not refused, because they always were accepted."""
+    found = []
+    for table, setting, other, needed in _ONLY_WITH:
+        chosen = getattr(settings, table)
+        value = getattr(chosen, other)
+        if value not in needed and _is_given(chosen, setting):
+            wanted = " or ".join(f'"{one}"' for one in sorted(needed))
+            found.append(f'{table}.{setting}: it has no effect with {table}.{other} = "{value}", only with {wanted}')
+    algorithm = settings.algorithm
+    if "normalize_by_std" in algorithm.advantage_settings and _is_given(algorithm, "normalize_by_std"):
+        found.append("algorithm.normalize_by_std: it has no effect, as algorithm.advantage_settings has it, too")
+    return found
+
+
+def _is_given(chosen: BaseModel, setting: str) -> bool:
+    return bool(getattr(chosen, setting) != type(chosen).model_fields[setting].default)
 
 
 def check_tasks(

@@ -27,7 +27,14 @@ from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort
 from mulligan.trainer.journal import StepCompleted
 from mulligan.trainer.pipeline import Pipeline
 from mulligan.trainer.player import Player
-from mulligan.trainer.preflight import check_actor, check_algorithm, check_environment, check_other, named_by
+from mulligan.trainer.preflight import (
+    check_actor,
+    check_algorithm,
+    check_environment,
+    check_other,
+    idle_notices,
+    named_by,
+)
 from mulligan.trainer.rounds import Chooser
 from mulligan.trainer.run_environment import RunEnvironments, RunTasks
 from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
@@ -59,22 +66,26 @@ class ServicePorts:
         self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None]
     ) -> PublishedPolicy:
         """The policy that the run trains. Raises DomainError INVALID_SETTING, MODEL_MISMATCH or UNKNOWN_POLICY."""
-        with named_by("policies.actor"):
-            found = await NamedPolicy.open(self.policy, settings.policies.actor)
-        check_actor(found.info, settings, learner.fingerprint, learner.adapted_layers)
-        return PublishedPolicy(found, learner, notice, self.upload, dtype=settings.model.dtype)
+        return await self._published("actor", settings, learner, notice)
 
     async def evaluator(
         self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None], actor: PolicyInfo
     ) -> PublishedPolicy | None:
         """The policy that evaluations measure in place of the actor; None if that is the actor itself. Raises as
         `actor` does."""
-        field = "policies.evaluator"
         if not settings.policies.evaluator:
             return None
-        with named_by(field):
-            found = await NamedPolicy.open(self.policy, settings.policies.evaluator)
+        found = await self._published("evaluator", settings, learner, notice)
         check_other("evaluator", found.info, actor, "training waits for evaluations")
+        return found
+
+    async def _published(
+        self, purpose: str, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None]
+    ) -> PublishedPolicy:
+        """A policy that the learner's weights are published to."""
+        field = f"policies.{purpose}"
+        with named_by(field):
+            found = await NamedPolicy.open(self.policy, getattr(settings.policies, purpose))
         check_actor(found.info, settings, learner.fingerprint, learner.adapted_layers, field)
         return PublishedPolicy(found, learner, notice, self.upload, dtype=settings.model.dtype)
 
@@ -178,6 +189,7 @@ class Run:
 
     async def _train(self) -> None:
         self.events.write()
+        self._notice_once(idle_notices(self.settings))
         self.activity.begin("opening the environments")
         tasks = await self.environments.open()
         await self.environments.settle(tasks, self.notice, accept=self.accept_environment)

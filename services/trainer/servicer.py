@@ -24,7 +24,6 @@ from mulligan.trainer.v1 import run_service_pb2_grpc
 from mulligan.trainer.wire import (
     entry_to_proto,
     evaluation_to_proto,
-    plain_from_proto,
     settings_from_proto,
     settings_to_proto,
     state_to_proto,
@@ -118,7 +117,7 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         rollout = (
             RolloutSettings(max_tokens=request.max_tokens) if request.HasField("max_tokens") else RolloutSettings()
         )
-        settings = validated(EvaluationSettings, plain_from_proto(request.config))
+        settings = validated(EvaluationSettings, request.config)
         threshold = request.success_threshold if request.HasField("success_threshold") else 1.0
         if request.run_id and request.policy:
             raise invalid_field("policy", "nothing beside run_id: the run's own is measured")

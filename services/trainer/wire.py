@@ -14,6 +14,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import BaseModel, ValidationError
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.plugins import located
 from mulligan.common.suggest import problems
 from mulligan.trainer.events import Entry, EvaluationEvent, NoticeEvent, StateEvent, StepEvent
 from mulligan.trainer.folder import RunState
@@ -26,13 +27,13 @@ _STRUCT = "google.protobuf.Struct"
 
 def settings_from_proto(config: run_config_pb2.RunConfig) -> RunSettings:
     """Fills in the defaults. Raises INVALID_SETTING, naming the setting."""
-    return validated(RunSettings, plain_from_proto(config))
+    return validated(RunSettings, config)
 
 
-def validated(model: type[Settings], plain: Mapping[str, Any]) -> Settings:
+def validated(model: type[Settings], given: Mapping[str, Any] | Message) -> Settings:
     """Raises INVALID_SETTING, naming the setting."""
     try:
-        return model.model_validate(plain)
+        return model.model_validate(plain_from_proto(given) if isinstance(given, Message) else given)
     except ValidationError as error:
         field, said = next(iter(problems(error, model).items()))
         raise DomainError(Reason.INVALID_SETTING, f"{field}: {said}", field=field) from None
@@ -59,21 +60,30 @@ def foreign_from_proto(config: run_config_pb2.RunConfig) -> RunSettings:
     common ones, without those of an advantage estimator. Raises INVALID_SETTING, naming the setting."""
     try:
         return settings_from_proto(config)
-    except DomainError:
-        plain = plain_from_proto(config)
+    except DomainError as refused:
+        try:
+            plain = plain_from_proto(config)
+        except ValidationError:
+            raise refused from None
         for table, common in COMMON_SETTINGS.items():
-            known = {name: value for name, value in plain.get(table, {}).items() if not name.startswith("advantage")}
-            plain[table] = common.model_construct(**known)
+            given = plain.get(table, {})
+            if "name" in given:  # without, it is the default one's, which is installed
+                known = {name: value for name, value in given.items() if not name.startswith("advantage")}
+                plain[table] = common.model_construct(**known)
         plain.get("evaluation", {}).pop("protocols", None)
         return validated(RunSettings, plain)
 
 
-def plain_from_proto(message: Message) -> dict[str, Any]:
-    """The fields that are present, as plain values. What a plug-in's `settings` hold stands beside the other fields."""
-    plain = {field.name: _plain(field, value) for field, value in message.ListFields()}
-    if _takes_others(message):
-        plain |= plain.pop("settings", {})
-    return plain
+def plain_from_proto(message: Message, at: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The fields that are present, as plain values. What a plug-in's `settings` hold stands beside the other fields.
+    `at` is where the message stands in the whole. Raises ValidationError for a setting that is in both."""
+    plain = {field.name: _plain(field, value, (*at, field.name)) for field, value in message.ListFields()}
+    if not _takes_others(message):
+        return plain
+    others: dict[str, Any] = plain.pop("settings", {})
+    if twice := [name for name in others if name in plain]:
+        raise located({(*at, name): "expected a field or an entry of `settings`; got both" for name in twice})
+    return plain | others
 
 
 def fill_proto(message: Message, plain: Mapping[str, Any]) -> None:
@@ -107,11 +117,14 @@ def _takes_others(message: Message) -> bool:
     return field is not None and field.message_type is not None and field.message_type.full_name == _STRUCT
 
 
-def _plain(field: Any, value: Any) -> Any:
+def _plain(field: Any, value: Any, at: tuple[str, ...]) -> Any:
     if field.message_type is not None and field.message_type.full_name == _STRUCT:
         return MessageToDict(value)
     if field.message_type is not None:
-        return [plain_from_proto(one) for one in value] if field.is_repeated else plain_from_proto(value)
+        if not field.is_repeated:
+            return plain_from_proto(value, at)
+        *within, name = at
+        return [plain_from_proto(one, (*within, f"{name}[{place}]")) for place, one in enumerate(value)]
     if field.enum_type is not None:
         known = field.enum_type.values_by_number.get(value)
         return known.name.removeprefix(_prefix(field)).lower() if known else value

@@ -48,6 +48,7 @@ BAD_SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("optimizer.learning_rate", {"optimizer": {"learning_rate": float("nan")}}),
     ("algorithm.memory_entries", {"algorithm": {"memory_entries": -1}}),
     ("model.dtype", {"model": {"dtype": "float16"}}),
+    ("algorithm.success_threshold", {"algorithm": {"success_threshold": 1, "settings": {"success_threshold": 1}}}),
 )
 
 

@@ -192,4 +192,4 @@ def _settings(read: Callable[[Any], Settings], name: str, message: Message) -> S
         return read(plain_from_proto(message))
     except ValidationError as error:
         first = error.errors()[0]
-        raise invalid_field(".".join([name, *map(str, first["loc"])]), first["msg"]) from None
+        raise invalid_field(".".join([name, *map(str, first["loc"])]), first["msg"].removeprefix("expected ")) from None

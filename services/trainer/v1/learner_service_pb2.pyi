@@ -898,7 +898,9 @@ class LossConfig(_message.Message):
     """
     @_builtins.property
     def settings(self) -> _struct_pb2.Struct:
-        """Of the form that is named: those without a field here, by name."""
+        """Of the form that is named: those without a field here, by name. One that is in its field, too, is refused:
+        INVALID_SETTING in a RunConfig, else INVALID_FIELD.
+        """
 
     def __init__(
         self,

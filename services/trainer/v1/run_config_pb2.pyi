@@ -367,7 +367,7 @@ class AlgorithmConfig(_message.Message):
     """Of the second attempts'. Default 1; 0 leaves the branch out of training."""
     normalize_by_std: _builtins.bool
     """Divide advantages by the group's standard deviation (GRPO, arXiv 2402.03300); only with the advantage "grpo".
-    Default true.
+    With another one it has no effect, and a notice of the run says so. Default true.
     """
     optimizer_steps: _builtins.int
     """Optimizer steps into which a training step's data is split: 1 to 1,000. Default 1."""
@@ -387,11 +387,13 @@ class AlgorithmConfig(_message.Message):
     aggregation: Global___Aggregation.ValueType
     """How the token losses of a branch are summed. Default SEQUENCE_MEAN_TOKEN_SUM."""
     aggregation_constant: _builtins.float
-    """Of CONSTANT alone: the number of tokens that the losses are divided by. Greater than 0. Default 1."""
+    """Of CONSTANT alone: the number of tokens that the losses are divided by. Greater than 0. Default 1. With
+    another aggregation it has no effect, and a notice of the run says so.
+    """
     @_builtins.property
     def settings(self) -> _struct_pb2.Struct:
         """The algorithm's settings that have no field here, by their names. A field that the algorithm has not is
-        INVALID_SETTING.
+        INVALID_SETTING, and so is a setting that is given both here and in its field.
         """
 
     @_builtins.property
@@ -702,7 +704,7 @@ class ProtocolConfig(_message.Message):
     """Before the names of its metrics: LABEL/METRIC. No two may have the same. The last part of the name when absent."""
     @_builtins.property
     def settings(self) -> _struct_pb2.Struct:
-        """The protocol's own settings, by their names."""
+        """The protocol's own settings, by their names. One that is in its field, too, is INVALID_SETTING."""
 
     def __init__(
         self,

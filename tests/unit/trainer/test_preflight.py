@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.trainer.preflight import check_algorithm
+from mulligan.trainer.preflight import check_algorithm, idle_notices
+from mulligan.trainer.settings import RunSettings
 from tests.support.fakes import FakeEnvironment, FakePolicy
 
 
@@ -41,3 +42,43 @@ async def test_a_run_without_it_is_refused(need: str, lacking: dict[str, Any], w
         await checked({need}, **lacking)
     assert caught.value.reason is Reason.INVALID_SETTING and caught.value.metadata["field"] == "algorithm.name"
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("tables", "told"),
+    [
+        ({}, []),
+        ({"algorithm": {"normalize_by_std": False}}, []),
+        (
+            {"algorithm": {"normalize_by_std": False, "advantage": "rloo"}},
+            ['algorithm.normalize_by_std: it has no effect with algorithm.advantage = "rloo", only with "grpo"'],
+        ),
+        ({"algorithm": {"name": "critique_grpo", "advantage": "rloo"}}, []),
+        (
+            {"algorithm": {"normalize_by_std": False, "advantage_settings": {"normalize_by_std": True}}},
+            ["algorithm.normalize_by_std: it has no effect, as algorithm.advantage_settings has it, too"],
+        ),
+        ({"algorithm": {"aggregation_constant": 9, "aggregation": "constant"}}, []),
+        (
+            {"algorithm": {"aggregation_constant": 9, "aggregation": "token_mean"}},
+            [
+                'algorithm.aggregation_constant: it has no effect with algorithm.aggregation = "token_mean", only with '
+                '"constant"'
+            ],
+        ),
+        ({"loss": {"mismatch_limit": 3, "mismatch_correction": "masked"}}, []),
+        ({"loss": {"reference_every": 3, "kl_reference": "moving"}}, []),
+        (
+            {"loss": {"mismatch_limit": 3, "mismatch_correction": "none", "reference_every": 3}},
+            [
+                'loss.mismatch_limit: it has no effect with loss.mismatch_correction = "none", only with "masked" or '
+                '"sequence_masked" or "truncated"',
+                'loss.reference_every: it has no effect with loss.kl_reference = "initial", only with "moving"',
+            ],
+        ),
+    ],
+)
+def test_what_has_no_effect_is_told(tables: dict[str, Any], told: list[str]) -> None:
+    settings = RunSettings.model_validate({"environment": "fake"} | tables)
+    assert idle_notices(settings) == told
+    assert idle_notices(RunSettings.model_validate(settings.model_dump(mode="json"))) == told, "as a run stores it"

@@ -345,6 +345,16 @@ async def test_what_is_left_out_is_told_once(tmp_path: Path) -> None:
     assert told.startswith("left out of training, counted as dropped_too_long: ")
 
 
+async def test_a_setting_without_effect_is_told_once(tmp_path: Path) -> None:
+    world = World(tmp_path, algorithm={"advantage": "rloo", "normalize_by_std": False})
+    run = world.run()
+    world.environment.fail = lambda episode: run.stop() if "-s0" in episode else None
+    await run.train()
+    await world.run().train()
+    (told,) = notices(world.run())
+    assert told.startswith("algorithm.normalize_by_std: it has no effect")
+
+
 async def test_a_task_whose_prompt_never_fits_is_excluded_and_told_once(tmp_path: Path) -> None:
     world = World(tmp_path)
     long = "t" * 100

@@ -19,6 +19,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.suggest import problems
 from mulligan.common.types import RetrievalStrategy
 from mulligan.trainer.algorithms import erl
+from mulligan.trainer.learner.wire import loss_from_proto
 from mulligan.trainer.loss_terms import KlEstimator, KlReference, MismatchCorrection
 from mulligan.trainer.losses import gspo, ppo
 from mulligan.trainer.protocols import ProtocolSettings
@@ -32,8 +33,14 @@ from mulligan.trainer.settings import (
     RunSettings,
     TrainedModelSettings,
 )
-from mulligan.trainer.v1 import run_config_pb2
-from mulligan.trainer.wire import plain_from_proto, settings_from_proto, settings_to_proto, validated
+from mulligan.trainer.v1 import learner_service_pb2, run_config_pb2
+from mulligan.trainer.wire import (
+    foreign_from_proto,
+    plain_from_proto,
+    settings_from_proto,
+    settings_to_proto,
+    validated,
+)
 from tests.support.distribution.acme import tilted
 from tests.support.paths import ROOT
 
@@ -308,6 +315,47 @@ def test_over_the_wire_too() -> None:
     with pytest.raises(DomainError, match="did you mean 'clip_high'") as caught:
         settings_from_proto(config)
     assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.INVALID_SETTING, "loss.clip_hihg")
+
+
+@pytest.mark.parametrize(
+    ("twice", "field"),
+    [
+        ({"loss": {"clip_low": 0.1, "settings": {"clip_low": 0.2}}}, "loss.clip_low"),
+        ({"sampler": {"name": "weakest", "settings": {"name": "weakest"}}}, "sampler.name"),
+        (
+            {
+                "evaluation": {
+                    "protocols": [{"name": "turns"}, {"name": "turns", "label": "a", "settings": {"label": "b"}}]
+                }
+            },
+            "evaluation.protocols[1].label",
+        ),
+    ],
+)
+def test_a_setting_in_its_field_and_among_the_others_is_refused(twice: dict[str, Any], field: str) -> None:
+    config = run_config_pb2.RunConfig(environment="e", **twice)
+    for read in (settings_from_proto, foreign_from_proto):
+        with pytest.raises(DomainError, match="got both") as caught:
+            read(config)
+        assert (caught.value.reason, caught.value.metadata["field"]) == (Reason.INVALID_SETTING, field)
+
+
+def test_a_learner_refuses_it_too() -> None:
+    twice = learner_service_pb2.LossConfig(clip_low=0.1)
+    twice.settings["clip_low"] = 0.1
+    with pytest.raises(DomainError) as caught:
+        loss_from_proto(twice)
+    assert caught.value.reason is Reason.INVALID_FIELD
+    assert caught.value.message == "loss.clip_low: expected a field or an entry of `settings`; got both"
+
+
+def test_of_a_run_elsewhere_tables_without_a_name_are_those_of_the_default_plug_ins() -> None:
+    config = run_config_pb2.RunConfig(environment="e")
+    config.algorithm.name = "acme.gone"
+    config.loss.clip_low = 0.1
+    known = foreign_from_proto(config)
+    assert (known.algorithm.name, known.sampler) == ("acme.gone", uniform.Settings())
+    assert known.loss == ppo.Settings(clip_low=0.1)
 
 
 @pytest.mark.parametrize(
