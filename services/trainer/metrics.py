@@ -17,8 +17,8 @@ def rollout_metrics(
     experiences: Sequence[Experience], threshold: float, environment: str, has_signal: Callable[[Group], bool]
 ) -> dict[str, float]:
     """`rollouts`, the number of episodes and texts, is the budget for comparing algorithms; each try of a conversation
-    is an episode. `reflections` counts texts, `distilled` targets. `groups_with_signal` is the share that `has_signal`,
-    of the groups with a reward.
+    is an episode. `reflections` counts texts, `distilled` targets. `groups_with_signal` is the share of
+    groups for which `has_signal` holds, among those with a reward.
 
     For the attempts of each role in `environment`, the run's own, there are `reward_ROLE` and `success_ROLE`, and
     `tries_ROLE`, their mean number, where a conversation may hold several. Those in another environment begin with its

@@ -256,14 +256,16 @@ class Run:
         self, runner: StepRunner, actor: PublishedPolicy, pipeline: Pipeline, evaluations: Evaluations
     ) -> None:
         """Steps, evaluations, checkpoints. An evaluation that runs beside training is over before the next one and
-        before a checkpoint of a later step, so that a resumed run has its weights. Checkpoints wait; steps do not."""
+        before a checkpoint of a later step, so that a resumed run has its weights. Checkpoints wait; steps do not.
+        An evaluation that fails ends the run before the next step."""
         settings = self.settings
         begun_at = self.step
         owes_checkpoint = False
         while self.step < settings.steps and not self._stop.is_set():
             if evaluations.is_due(self.step):
                 await evaluations.finish()
-            if owes_checkpoint and not evaluations.is_running:
+            is_measured = not evaluations.is_running  # raises what the evaluation raised
+            if owes_checkpoint and is_measured:
                 await self._save(runner, self.step)
                 owes_checkpoint = False
             if evaluations.is_due(self.step):

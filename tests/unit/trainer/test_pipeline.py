@@ -350,6 +350,19 @@ def test_no_evaluation_is_lost_in_a_crash(
     assert sorted(events.steps()) == list(range(STEPS))
 
 
+def test_an_evaluation_that_fails_ends_the_run_before_the_next_step(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"evaluation": {"every": 0, "samples": 1}, "checkpoint_every": 100}
+    world = EvaluatedWorld(tmp_path, 0, seconds=0, **changes)
+
+    async def generate(prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()) -> Completion:
+        raise RuntimeError("the evaluator is broken")
+
+    world.policy.others["second"].generate = generate  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match="the evaluator is broken"):
+        train(world)
+    assert sorted(world.run().events.steps()) == [0], "the step that was under way"
+
+
 async def test_an_evaluator_that_cannot_be_one_is_refused_by_name(tmp_path: Path) -> None:
     world = SlowWorld(tmp_path, 1, policies={"evaluator": "second"})
     with pytest.raises(DomainError, match=r"policies\.evaluator: there is no policy 'second'"):
