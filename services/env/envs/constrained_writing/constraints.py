@@ -1,4 +1,4 @@
-"""What a sentence must be like, and what is wrong with one: each constraint has both in words."""
+"""Rules for a sentence: what the task says of each, and what is wrong with a sentence that breaks it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
 
 LEAST_WORDS = 3  # of a sentence
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _QUOTES = "\"'“”‘’*_` "
 _ENDS = ".!?"
 _NEXT_SENTENCE = re.compile(r"[.!?][\"'”’)]*\s+\S")
+# Letters that a task may forbid, and letters that it may ask a sentence to begin with. None is in both: a task may have
+# both rules.
+_FORBIDDEN = "aeinorst"
+_BEGINNINGS = "bcdfghlmpw"
+
+# Given a sentence, says what is wrong with it, as a sentence; "" if nothing is.
+Check = Callable[[str], str]
 
 
-class WritingRule(Protocol):
-    @property
-    def request(self) -> str:
-        """The constraint as a sentence of the task."""
+@dataclass(frozen=True, slots=True)
+class WritingRule:
+    """`request` is the rule as a sentence of the task."""
 
-    def problem(self, sentence: str) -> str:
-        """What is wrong with a sentence, as a sentence; "" if it keeps the constraint."""
+    request: str
+    problem: Check
 
 
 def words_of(sentence: str) -> list[str]:
@@ -54,101 +59,56 @@ def _counted(count: int) -> str:
     return f"It has {count} word{'' if count == 1 else 's'}"
 
 
-@dataclass(frozen=True, slots=True)
-class AtMost:
-    """A number of words that the sentence may have."""
+def at_most(limit: int) -> Check:
+    """A sentence has at most `limit` words."""
 
-    limit: int
-
-    @property
-    def request(self) -> str:
-        return f"Use at most {self.limit} words."
-
-    def problem(self, sentence: str) -> str:
+    def problem(sentence: str) -> str:
         count = len(words_of(sentence))
-        return f"{_counted(count)}; at most {self.limit} are allowed." if count > self.limit else ""
+        return f"{_counted(count)}; at most {limit} are allowed." if count > limit else ""
+
+    return problem
 
 
-@dataclass(frozen=True, slots=True)
-class Includes:
-    """A word, in lower case, that the sentence must have in this form."""
-
-    word: str
-
-    @property
-    def request(self) -> str:
-        return f'Use the word "{self.word}".'
-
-    def problem(self, sentence: str) -> str:
-        return "" if self.word in words_of(sentence) else f'The word "{self.word}" is missing.'
+def includes(word: str) -> Check:
+    """A sentence has the word, which is in lower case, in this form."""
+    return lambda sentence: "" if word in words_of(sentence) else f'The word "{word}" is missing.'
 
 
-@dataclass(frozen=True, slots=True)
-class WithoutLetter:
-    letter: str
+def without_letter(letter: str) -> WritingRule:
+    def problem(sentence: str) -> str:
+        bad = next((word for word in words_of(sentence) if letter in word), "")
+        return f'The word "{bad}" has the letter "{letter}".' if bad else ""
 
-    @property
-    def request(self) -> str:
-        return f'Do not use the letter "{self.letter}".'
-
-    def problem(self, sentence: str) -> str:
-        bad = next((word for word in words_of(sentence) if self.letter in word), "")
-        return f'The word "{bad}" has the letter "{self.letter}".' if bad else ""
+    return WritingRule(f'Do not use the letter "{letter}".', problem)
 
 
-@dataclass(frozen=True, slots=True)
-class BeginsWith:
-    letter: str
+def begins_with(letter: str) -> WritingRule:
+    def problem(sentence: str) -> str:
+        begins = sentence[:1].casefold() == letter
+        return "" if begins else f'It begins with "{sentence[:1]}", not with "{letter.upper()}".'
 
-    @property
-    def request(self) -> str:
-        return f'Begin with the letter "{self.letter.upper()}".'
-
-    def problem(self, sentence: str) -> str:
-        first = sentence[:1]
-        begins = first.casefold() == self.letter
-        return "" if begins else f'It begins with "{first}", not with "{self.letter.upper()}".'
+    return WritingRule(f'Begin with the letter "{letter.upper()}".', problem)
 
 
-@dataclass(frozen=True, slots=True)
-class LowerCase:
-    request: str = "Use no capital letters."
-
-    def problem(self, sentence: str) -> str:
-        bad = next((character for character in sentence if character.isupper()), "")
-        return f'It has the capital letter "{bad}".' if bad else ""
+def _capital(sentence: str) -> str:
+    bad = next((character for character in sentence if character.isupper()), "")
+    return f'It has the capital letter "{bad}".' if bad else ""
 
 
-@dataclass(frozen=True, slots=True)
-class IsQuestion:
-    request: str = "Make it a question."
+LOWER_CASE = WritingRule("Use no capital letters.", _capital)
+QUESTION = WritingRule(
+    "Make it a question.",
+    lambda sentence: "" if sentence.endswith("?") else "It does not end with a question mark.",
+)
+NO_COMMAS = WritingRule("Use no commas.", lambda sentence: "It has a comma." if "," in sentence else "")
 
-    def problem(self, sentence: str) -> str:
-        return "" if sentence.endswith("?") else "It does not end with a question mark."
-
-
-@dataclass(frozen=True, slots=True)
-class NoCommas:
-    request: str = "Use no commas."
-
-    def problem(self, sentence: str) -> str:
-        return "It has a comma." if "," in sentence else ""
-
-
-def _without_letter(given: Sequence[str], rng: random.Random) -> WritingRule:
-    free = sorted(set("aeinorst") - set("".join(given))) or ["z"]
-    return WithoutLetter(rng.choice(free))
-
-
-def _begins_with(given: Sequence[str], rng: random.Random) -> WritingRule:
-    return BeginsWith(rng.choice("abcdefghilmnoprstw"))
-
-
-# The further constraints that a task may have, by name: each is drawn given the words that the sentence must have.
+# The further rules that a task may have, by name: each is drawn given the words that the sentence must have.
 FURTHER: Mapping[str, Callable[[Sequence[str], random.Random], WritingRule]] = {
-    "without_letter": _without_letter,
-    "begins_with": _begins_with,
-    "lower_case": lambda given, rng: LowerCase(),
-    "question": lambda given, rng: IsQuestion(),
-    "no_commas": lambda given, rng: NoCommas(),
+    "without_letter": lambda given, rng: without_letter(
+        rng.choice(sorted(set(_FORBIDDEN) - set("".join(given))) or "z")
+    ),
+    "begins_with": lambda given, rng: begins_with(rng.choice(_BEGINNINGS)),
+    "lower_case": lambda given, rng: LOWER_CASE,
+    "question": lambda given, rng: QUESTION,
+    "no_commas": lambda given, rng: NO_COMMAS,
 }

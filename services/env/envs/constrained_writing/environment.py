@@ -18,9 +18,9 @@ from mulligan.env.base import EnvironmentInfo, PromptSet, Split, StepResult, Tas
 from mulligan.env.envs.constrained_writing.constraints import (
     FURTHER,
     LEAST_WORDS,
-    AtMost,
-    Includes,
-    WritingRule,
+    Check,
+    at_most,
+    includes,
     no_sentence,
     sentence_of,
 )
@@ -76,22 +76,21 @@ class Settings:
 
 
 class WritingEpisode:
-    """One sentence under `constraints`, the first of which is the number of words."""
+    """One sentence, which is to pass the `checks`."""
 
-    def __init__(self, constraints: Sequence[WritingRule], partial: bool) -> None:
-        self.observation = _request(constraints)
-        self._constraints = constraints
+    def __init__(self, observation: str, checks: Sequence[Check], partial: bool) -> None:
+        self.observation = observation
+        self._checks = checks
         self._partial = partial
 
     def step(self, action: str) -> StepResult:
         sentence = sentence_of(action)
         if not sentence:
             return StepResult("", INVALID, done=True, feedback="No sentence was written.")
-        found = [no_sentence(sentence), *(constraint.problem(sentence) for constraint in self._constraints)]
-        problems = [problem for problem in found if problem]
+        problems = [problem for check in self._checks if (problem := check(sentence))]
         reward = 0.0 if problems else 1.0
         if problems and self._partial:
-            reward = 1.0 - len(problems) / len(found)
+            reward = 1.0 - len(problems) / len(self._checks)
         shown = printable(sentence, _SHOWN)
         return StepResult("", shown, reward, done=True, feedback=" ".join(problems) or GOOD)
 
@@ -127,24 +126,21 @@ class ConstrainedWriting:
         well_formed = split in tuple(Split) and len(digits) == 5 and digits.isascii() and digits.isdigit()
         if not well_formed or int(digits) >= self._counts[Split(split)]:
             raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")
-        rng = random.Random(f"{self.settings.seed}/{task_id}")
-        return WritingEpisode(self._draw(Split(split), rng), self.settings.partial)
-
-    def _draw(self, split: Split, rng: random.Random) -> list[WritingRule]:
         settings = self.settings
+        rng = random.Random(f"{settings.seed}/{task_id}")
         limit = rng.randint(settings.limit_min, settings.limit_max)
-        given = rng.sample(self._nouns[split], settings.include)
+        given = rng.sample(self._nouns[Split(split)], settings.include)
         further = [FURTHER[kind](given, rng) for kind in rng.sample(settings.kinds, settings.further)]
-        return [AtMost(limit), *(Includes(noun) for noun in given), *further]
+        request = " ".join([_request(limit, given), *(rule.request for rule in further)])
+        checks = [no_sentence, at_most(limit), *map(includes, given), *(rule.problem for rule in further)]
+        return WritingEpisode(request, checks, settings.partial)
 
 
-def _request(constraints: Sequence[WritingRule]) -> str:
-    """The task in words. The number of words and the given nouns are one sentence: small models follow it better."""
-    limit = next(one.limit for one in constraints if isinstance(one, AtMost))
-    given = [f'"{one.word}"' for one in constraints if isinstance(one, Includes)]
-    named = f" with the word{'s' * (len(given) > 1)} {' and '.join(given)}" if given else ""
-    others = [one.request for one in constraints if not isinstance(one, AtMost | Includes)]
-    return " ".join([f"Write a sentence of at most {limit} words{named}.", *others])
+def _request(limit: int, given: Sequence[str]) -> str:
+    """The number of words and the given nouns are one sentence: small models follow it better."""
+    quoted = [f'"{noun}"' for noun in given]
+    named = f" with the word{'s' * (len(given) > 1)} {' and '.join(quoted)}" if given else ""
+    return f"Write a sentence of at most {limit} words{named}."
 
 
 def _split_of(noun: str) -> Split:

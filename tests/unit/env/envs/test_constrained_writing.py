@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from mulligan.env.base import Split, UnknownTask
 from mulligan.env.envs.constrained_writing.constraints import (
     FURTHER,
-    AtMost,
-    BeginsWith,
-    Includes,
-    IsQuestion,
-    LowerCase,
-    NoCommas,
-    WithoutLetter,
+    LOWER_CASE,
+    NO_COMMAS,
+    QUESTION,
     WritingRule,
+    at_most,
+    begins_with,
+    includes,
     no_sentence,
     sentence_of,
+    without_letter,
     words_of,
 )
 from mulligan.env.envs.constrained_writing.environment import GOOD, INVALID, ConstrainedWriting, WritingEpisode
@@ -29,11 +29,11 @@ from mulligan.env.envs.constrained_writing.words import NOUNS
 from tests.support.kinds import creator
 
 create = creator("constrained_writing")
-RIVER: list[WritingRule] = [AtMost(6), Includes("river")]
+RIVER = [no_sentence, at_most(6), includes("river")]
 
 
 def play(answer: str, *further: WritingRule, partial: bool = False) -> tuple[float | None, str]:
-    result = WritingEpisode([*RIVER, *further], partial).step(answer)
+    result = WritingEpisode("", [*RIVER, *(rule.problem for rule in further)], partial).step(answer)
     assert result.done
     return result.reward, result.feedback
 
@@ -75,20 +75,20 @@ def test_a_broken_rule_is_named(answer: str, problem: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("constraint", "kept", "broken", "problem"),
+    ("rule", "kept", "broken", "problem"),
     [
-        (WithoutLetter("t"), "A river flows.", "The river flows.", 'The word "the" has the letter "t".'),
-        (BeginsWith("s"), "See the river.", "The river flows.", 'It begins with "T", not with "S".'),
-        (BeginsWith("s"), "see the river.", "", ""),
-        (LowerCase(), "see the river.", "See the river.", 'It has the capital letter "S".'),
-        (IsQuestion(), "Is it a river?", "It is a river.", "It does not end with a question mark."),
-        (NoCommas(), "Look, not a river.".replace(",", ""), "Look, a river.", "It has a comma."),
+        (without_letter("t"), "A river flows.", "The river flows.", 'The word "the" has the letter "t".'),
+        (begins_with("s"), "See the river.", "The river flows.", 'It begins with "T", not with "S".'),
+        (begins_with("s"), "see the river.", "", ""),
+        (LOWER_CASE, "see the river.", "See the river.", 'It has the capital letter "S".'),
+        (QUESTION, "Is it a river?", "It is a river.", "It does not end with a question mark."),
+        (NO_COMMAS, "Look, not a river.".replace(",", ""), "Look, a river.", "It has a comma."),
     ],
 )
-def test_further_rules(constraint: WritingRule, kept: str, broken: str, problem: str) -> None:
-    assert play(kept, constraint) == (1.0, GOOD)
+def test_further_rules(rule: WritingRule, kept: str, broken: str, problem: str) -> None:
+    assert play(kept, rule) == (1.0, GOOD)
     if broken:
-        assert play(broken, constraint) == (0.0, problem)
+        assert play(broken, rule) == (0.0, problem)
 
 
 def test_a_partial_reward_is_the_share_of_rules_that_were_kept() -> None:
@@ -99,11 +99,13 @@ def test_a_partial_reward_is_the_share_of_rules_that_were_kept() -> None:
 
 
 def test_the_task_says_all_rules() -> None:
-    game: ConstrainedWriting = create("x", {"include": 2, "further": 3, "limit_min": 9, "limit_max": 9})
-    episode = game.start("train/00000")
-    words = re.findall(r'"(\w{2,})"', episode.observation)
-    assert episode.observation.startswith("Write a sentence of at most 9 words with the words ") and len(words) == 2
-    assert all(rule.request in episode.observation for rule in episode._constraints[3:])
+    kinds = {"lower_case": LOWER_CASE, "question": QUESTION, "no_commas": NO_COMMAS}
+    settings = {"include": 2, "further": 3, "kinds": [*kinds], "limit_min": 9, "limit_max": 9}
+    game: ConstrainedWriting = create("x", settings)
+    observation = game.start("train/00000").observation
+    words = re.findall(r'"(\w{2,})"', observation)
+    assert observation.startswith("Write a sentence of at most 9 words with the words ") and len(words) == 2
+    assert all(rule.request in observation for rule in kinds.values())
     alone: ConstrainedWriting = create("x", {"include": 0, "limit_min": 9, "limit_max": 9})
     assert alone.start("train/00000").observation == "Write a sentence of at most 9 words."
 
@@ -149,17 +151,28 @@ def test_a_bad_setting_is_named(table: dict[str, object], problem: str) -> None:
         create("x", table)
 
 
-@pytest.mark.parametrize("kind", FURTHER)
-def test_a_drawn_rule_can_be_kept_with_the_given_words(kind: str) -> None:
+def test_no_given_word_has_the_forbidden_letter() -> None:
     given_words = ["senatorio", "axe"]  # all the letters that a rule may forbid
     for seed in range(20):
-        rule = FURTHER[kind](given_words, random.Random(seed))
-        assert not isinstance(rule, WithoutLetter) or not any(rule.letter in word for word in given_words)
+        rule = FURTHER["without_letter"](given_words, random.Random(seed))
+        assert rule.problem(" ".join(given_words)) == ""
+
+
+def test_the_rules_of_a_task_can_be_kept_together() -> None:
+    game: ConstrainedWriting = create("x", {"include": 2, "further": len(FURTHER)})
+    for task in game.list_tasks(Split.TRAIN, 0, 1_000):
+        request = game.start(task.task_id).observation
+        begins = re.search(r'Begin with the letter "(.)"', request)
+        without = re.search(r'Do not use the letter "(.)"', request)
+        assert begins and without
+        wanted = [begins[1].lower(), *re.findall(r'"(\w{2,})"', request)]
+        assert not any(without[1] in part for part in wanted), request
 
 
 @given(st.text())
 def test_any_text_is_read(answer: str) -> None:
-    result = WritingEpisode([*RIVER, WithoutLetter("t"), BeginsWith("s"), LowerCase(), IsQuestion()], True).step(answer)
+    rules = [without_letter("t"), begins_with("s"), LOWER_CASE, QUESTION]
+    result = WritingEpisode("", [*RIVER, *(rule.problem for rule in rules)], True).step(answer)
     assert 0 <= (result.reward or 0) <= 1 and result.feedback
     assert (result.action == INVALID) == (sentence_of(answer) == "")
     assert no_sentence("x" + answer) or len(words_of("x" + answer)) >= 3
