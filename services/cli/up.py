@@ -22,7 +22,10 @@ def up(
         "runs/local"
     ),
     model: Annotated[
-        str, typer.Option(help="Hub id, folder, or `embedded`: the default when no file names another.")
+        str,
+        typer.Option(
+            help="Hub id, folder, name in `mulligan models list`, or `embedded`: the default if no file names another."
+        ),
     ] = "",
     config: Annotated[
         Path | None,

@@ -81,7 +81,8 @@ def test_every_command_explains_itself_with_an_example() -> None:
     commands = ["demo", "up", "train", "watch", "runs", "stop", "resume", "experiences", "eval"]
     memory = [["memory", name] for name in ("list", "show", "forget")]
     policy = [["policy", name] for name in ("list", "show", "load", "unload", "versions", "rollback")]
-    for command in [[name] for name in commands] + memory + policy:
+    models = [["models", name] for name in ("list", "fetch")]
+    for command in [[name] for name in commands] + memory + models + policy:
         shown = runner.invoke(app, [*command, "--help"], env={"COLUMNS": "200"})
         assert shown.exit_code == 0 and f"mulligan {' '.join(command)}" in shown.stdout.replace("\n", " "), command
 

@@ -173,3 +173,18 @@ def test_a_setting_may_name_a_model_of_the_catalogue(
     shutil.rmtree(default_folder(name))
     assert models.locate(name) == name
     assert (models.locate("embedded"), models.locate("some/model")) == (str(models.EMBEDDED), "some/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("smolm2-135m", "smollm2-135m"), ("SmolLM2-135M", "smollm2-135m"), ("embeded", "embedded")]
+)
+def test_a_misspelt_model_is_not_looked_for_on_the_hub(
+    name: str, near: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnsupportedModel, match=f"there is no model or folder '{name}'; did you mean '{near}'"):
+        models.locate(name)
+    assert models.locate(f"owner/{name}") == f"owner/{name}"
+    assert models.locate("gpt2") == "gpt2"
+    Path(name).mkdir()
+    assert models.locate(name) == name

@@ -16,7 +16,7 @@ from mulligan.models.fetch import FetchFailed, Progress
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "400")
     return tmp_path / "mulligan" / "models"
 
 
@@ -26,7 +26,10 @@ def test_the_list_says_what_can_be_fetched_and_what_is_damaged(empty_cache: Path
         assert all(said in listed for said in (model.name, model.licence, "MB unpacked")), listed
     assert "damaged" not in listed
     (empty_cache / "smollm2-135m").mkdir(parents=True)
-    assert "damaged: fetch it again" in CliRunner().invoke(app, ["models", "list"]).stdout
+    assert (
+        f"damaged: remove {empty_cache / 'smollm2-135m'} and fetch it again"
+        in CliRunner().invoke(app, ["models", "list"]).stdout
+    )
 
 
 def test_an_unknown_model_is_refused_with_the_nearest_name() -> None:
@@ -45,7 +48,7 @@ def test_fetching_says_licence_size_and_progress_and_prints_the_folder(
     monkeypatch.setattr(models, "fetch", fetched)
     result = CliRunner().invoke(app, ["models", "fetch", "smollm2-135m"])
     assert result.exit_code == 0 and result.stdout.strip() == str(empty_cache / "smollm2-135m")
-    for said in ("licence Apache-2.0", "93 MB to download", "up --model smollm2-135m"):
+    for said in ("licence Apache-2.0", "93 MB, 273 MB unpacked", "up --model smollm2-135m"):
         assert said in result.stderr, result.stderr
 
 
