@@ -94,10 +94,7 @@ def _show(info: PolicyInfo, server: str = "") -> None:
 def load(
     name: NameOf,
     model: Annotated[
-        str,
-        typer.Option(
-            help="Hub id, `embedded`, a name in `mulligan models list`, or a folder below the service's models folder."
-        ),
+        str, typer.Option(help="Hub id, `embedded`, fetched model, or a folder below the service's models folder.")
     ],
     backend: Annotated[str, typer.Option(help="What runs the model; the policy's own when left out.")] = "",
     override: Annotated[

@@ -22,10 +22,7 @@ def up(
         "runs/local"
     ),
     model: Annotated[
-        str,
-        typer.Option(
-            help="Hub id, folder, name in `mulligan models list`, or `embedded`: the default if no file names another."
-        ),
+        str, typer.Option(help="Hub id, folder, fetched model, or `embedded`: the default if no file names another.")
     ] = "",
     config: Annotated[
         Path | None,
