@@ -16,8 +16,9 @@ from functools import lru_cache
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
+from mulligan.env import numbered
 from mulligan.env.answers import fenced
-from mulligan.env.base import PromptSet, Split, TaskInfo, UnknownTask
+from mulligan.env.base import PromptSet, Split, TaskInfo
 
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 INVALID = "invalid"
@@ -26,7 +27,6 @@ _BY_FOLDED_NAME = {name.casefold(): name for name in MOVES}
 TEST_SHARE = 10  # one board in ten is a test board
 _DRAWS = 4_000  # draws per task before the settings are refused as impossible
 _CACHED_BOARDS = 16_384
-MAX_TASKS = 99_999  # ids have five digits
 
 
 def parse_action(text: str) -> str | None:
@@ -87,17 +87,13 @@ class BoardTasks(Generic[B]):
 
     def list(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
         """Tasks of a split; the difficulty is the length of the shortest solution."""
-        first = max(offset, 0)
-        ids = (f"{split}/{index:05d}" for index in range(first, min(self._counts[split], first + max(limit, 0))))
+        ids = numbered.ids(split, offset, limit, self._counts)
         return [TaskInfo(task_id, split, float(self._solve(self.board(task_id)) or 0)) for task_id in ids]
 
     def board(self, task_id: str) -> B:
         """Raises UnknownTask."""
-        split, _, digits = task_id.partition("/")
-        well_formed = split in tuple(Split) and len(digits) == 5 and digits.isascii() and digits.isdigit()
-        if not well_formed or int(digits) >= self._counts[Split(split)]:
-            raise UnknownTask(f"{task_id[:80]!r} is not a task of {self._name}")
-        return self._train_board(int(digits)) if split == Split.TRAIN else self._tests()[int(digits)]
+        split, number = numbered.read_id(task_id, self._counts, self._name)
+        return self._train_board(number) if split is Split.TRAIN else self._tests()[number]
 
     def _draw_train_board(self, index: int) -> B:
         rng = random.Random(f"{self._seed}/train/{index}")

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit, urlunsplit
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.proxies import is_direct
 from mulligan.common.rewards import read_reward
+from mulligan.env import numbered
 from mulligan.env.base import (
     EnvironmentInfo,
     Faulted,
@@ -32,8 +33,8 @@ from mulligan.env.base import (
     Split,
     StepResult,
     TaskInfo,
-    UnknownTask,
 )
+from mulligan.env.numbered import MAX_TASKS
 from mulligan.env.prompts import generic_prompts
 from mulligan.env.tool_calls import printable
 from mulligan.env.workers import TimedOut
@@ -41,8 +42,7 @@ from mulligan.env.workers import TimedOut
 if TYPE_CHECKING:
     from websockets.sync.client import ClientConnection
 
-_MAX_TASKS = 100_000  # per split; ids have five digits
-_FIRST_SEED = {Split.TRAIN: 0, Split.TEST: _MAX_TASKS}
+_FIRST_SEED = {Split.TRAIN: 0, Split.TEST: MAX_TASKS + 1}
 _SCHEMES = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
 _MESSAGE_BYTES = 64 * 2**20
 _CLOSE_SECONDS = 2.0
@@ -92,8 +92,8 @@ class Settings:
         if isinstance(self.action, dict) and _MARK not in json.dumps(self.action):
             raise ValueError(f"action must have the text {_MARK} where the agent's goes, not only {self.action}")
         for setting, tasks in (("train_tasks", self.train_tasks), ("test_tasks", self.test_tasks)):
-            if not 0 <= (tasks if isinstance(tasks, int) else len(tasks)) < _MAX_TASKS:
-                raise ValueError(f"{setting}: {_FEW}, at most {_MAX_TASKS - 1} (ids have five digits)")
+            if not 0 <= (tasks if isinstance(tasks, int) else len(tasks)) <= MAX_TASKS:
+                raise ValueError(f"{setting}: {_FEW}, at most {MAX_TASKS} (ids have five digits)")
         if self.token_env and self.token_env not in os.environ:
             raise ValueError(f"token_env: there is no variable {self.token_env}")
 
@@ -263,21 +263,15 @@ class OpenEnv:
         )
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
-        first = max(offset, 0)
-        numbers = range(first, min(first + max(limit, 0), self._counts[split]))
-        return [TaskInfo(f"{split}/{number:05d}", split, 0.0) for number in numbers]
+        return [TaskInfo(task_id, split, 0.0) for task_id in numbered.ids(split, offset, limit, self._counts)]
 
     def start(self, task_id: str) -> OpenEnvEpisode:
         return OpenEnvEpisode(self._settings, {**self._settings.reset, **self._arguments(task_id)})
 
     def _arguments(self, task_id: str) -> Mapping[str, Any]:
-        split, _, digits = task_id.partition("/")
-        if split in tuple(Split) and len(digits) == 5 and digits.isascii() and digits.isdigit():
-            given = self._given[Split(split)]
-            number = int(digits)
-            if number < self._counts[Split(split)]:
-                return {"seed": _FIRST_SEED[Split(split)] + number} if isinstance(given, int) else given[number]
-        raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")
+        split, number = numbered.read_id(task_id, self._counts, self.info.name)
+        given = self._given[split]
+        return {"seed": _FIRST_SEED[split] + number} if isinstance(given, int) else given[number]
 
 
 def create(name: str, settings: Settings) -> OpenEnv:

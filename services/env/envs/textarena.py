@@ -28,19 +28,19 @@ from types import ModuleType
 from typing import Any
 
 from mulligan.common.rewards import read_reward
+from mulligan.env import numbered
 from mulligan.env.base import (
     EnvironmentInfo,
     MissingExtra,
     Split,
     StepResult,
     TaskInfo,
-    UnknownTask,
 )
+from mulligan.env.numbered import MAX_TASKS
 from mulligan.env.prompts import generic_prompts
 from mulligan.env.tool_calls import printable
 
-_MAX_TASKS = 100_000  # per split; ids have five digits
-_FIRST_SEED = {Split.TRAIN: 0, Split.TEST: _MAX_TASKS}
+_FIRST_SEED = {Split.TRAIN: 0, Split.TEST: MAX_TASKS + 1}
 _LOST = -1.0  # TextArena's default reward of an invalid move too many
 _SHOWN = 200  # characters of a move in a reading
 _LONG_NUMBER = re.compile(r"(\d{1000})\d+")  # no game has a use for it, and some would be stopped by Python's limit
@@ -70,10 +70,8 @@ class Settings:
             if number < 1:
                 raise ValueError(f"{setting} must be at least 1, not {number}")
         for setting, number in (("train_tasks", self.train_tasks), ("test_tasks", self.test_tasks)):
-            if not 0 <= number < _MAX_TASKS:
-                raise ValueError(
-                    f"{setting} must be between 0 and {_MAX_TASKS - 1} (ids have five digits), not {number}"
-                )
+            if not 0 <= number <= MAX_TASKS:
+                raise ValueError(f"{setting} must be between 0 and {MAX_TASKS} (ids have five digits), not {number}")
 
 
 class Chance:
@@ -210,20 +208,14 @@ class TextArena:
         )
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
-        first = max(offset, 0)
-        numbers = range(first, min(first + max(limit, 0), self._counts[split]))
-        return [TaskInfo(f"{split}/{number:05d}", split, 0.0) for number in numbers]
+        return [TaskInfo(task_id, split, 0.0) for task_id in numbered.ids(split, offset, limit, self._counts)]
 
     def start(self, task_id: str) -> TextArenaEpisode:
         return TextArenaEpisode(deepcopy(self._game), self._seed(task_id), self._settings)
 
     def _seed(self, task_id: str) -> int:
-        split, _, digits = task_id.partition("/")
-        if split in tuple(Split) and len(digits) == 5 and digits.isascii() and digits.isdigit():
-            number = int(digits)
-            if number < self._counts[Split(split)]:
-                return _FIRST_SEED[Split(split)] + number
-        raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")
+        split, number = numbered.read_id(task_id, self._counts, self.info.name)
+        return _FIRST_SEED[split] + number
 
 
 def create(name: str, settings: Settings) -> TextArena:

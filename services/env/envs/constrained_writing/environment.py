@@ -14,7 +14,8 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 from mulligan.common.suggest import did_you_mean
-from mulligan.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo, UnknownTask
+from mulligan.env import numbered
+from mulligan.env.base import EnvironmentInfo, PromptSet, Split, StepResult, TaskInfo
 from mulligan.env.envs.constrained_writing.constraints import (
     FURTHER,
     LEAST_WORDS,
@@ -25,12 +26,12 @@ from mulligan.env.envs.constrained_writing.constraints import (
     sentence_of,
 )
 from mulligan.env.envs.constrained_writing.words import NOUNS
+from mulligan.env.numbered import MAX_TASKS
 from mulligan.env.prompts import generic_prompts
 from mulligan.env.tool_calls import printable
 
 INVALID = "invalid"
 GOOD = "It keeps all rules."
-MAX_TASKS = 99_999  # of a split: ids have five digits
 TEST_SHARE = 5  # one noun in five is for test tasks
 _SHOWN = 300  # characters of an answer that a reflection sees
 
@@ -116,20 +117,15 @@ class ConstrainedWriting:
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
         """A task's difficulty is the number of its constraints."""
-        first = max(offset, 0)
-        numbers = range(first, min(first + max(limit, 0), self._counts[split]))
         difficulty = 1.0 + self.settings.include + self.settings.further
-        return [TaskInfo(f"{split}/{number:05d}", split, difficulty) for number in numbers]
+        return [TaskInfo(task_id, split, difficulty) for task_id in numbered.ids(split, offset, limit, self._counts)]
 
     def start(self, task_id: str) -> WritingEpisode:
-        split, _, digits = task_id.partition("/")
-        well_formed = split in tuple(Split) and len(digits) == 5 and digits.isascii() and digits.isdigit()
-        if not well_formed or int(digits) >= self._counts[Split(split)]:
-            raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")
+        split, _ = numbered.read_id(task_id, self._counts, self.info.name)
         settings = self.settings
         rng = random.Random(f"{settings.seed}/{task_id}")
         limit = rng.randint(settings.limit_min, settings.limit_max)
-        given = rng.sample(self._nouns[Split(split)], settings.include)
+        given = rng.sample(self._nouns[split], settings.include)
         further = [FURTHER[kind](given, rng) for kind in rng.sample(settings.kinds, settings.further)]
         request = " ".join([_request(limit, given), *(rule.request for rule in further)])
         checks = [no_sentence, at_most(limit), *map(includes, given), *(rule.problem for rule in further)]

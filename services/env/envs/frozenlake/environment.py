@@ -18,7 +18,6 @@ from mulligan.env.envs.frozenlake.maps import read_maps
 from mulligan.env.grid import (
     COMPACT_NO_EFFECT,
     COMPACT_PROMPTS,
-    MAX_TASKS,
     MOVES,
     NO_EFFECT,
     PROMPTS,
@@ -29,6 +28,7 @@ from mulligan.env.grid import (
     with_limit,
 )
 from mulligan.env.grid_files import FileTasks
+from mulligan.env.numbered import MAX_TASKS
 
 PLAYER_IN_HOLE = "X"
 PLAYER_ON_GOAL = "√"

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from mulligan.common.rewards import read_reward, total
+from mulligan.env import numbered
 from mulligan.env.base import (
     EnvironmentInfo,
     MissingExtra,
@@ -22,15 +23,14 @@ from mulligan.env.base import (
     Split,
     StepResult,
     TaskInfo,
-    UnknownTask,
 )
+from mulligan.env.numbered import MAX_TASKS
 from mulligan.env.prompts import generic_prompts
 
 if TYPE_CHECKING:
     import gymnasium
 
 INVALID = "invalid"
-MAX_TASKS = 99_999  # ids have five digits
 _SEEDS = 2 * (MAX_TASKS + 1)  # of one `seed` setting: first those of training, then those of testing
 _MAX_SEED = 10_000
 _EMPTY = "(empty)"
@@ -194,16 +194,11 @@ class Gymnasium:
 
     def list_tasks(self, split: Split, offset: int, limit: int) -> Sequence[TaskInfo]:
         """All tasks have difficulty 1, since Gymnasium has no difficulties."""
-        first = max(offset, 0)
-        last = min(self.info.task_counts[split], first + max(limit, 0))
-        return [TaskInfo(f"{split}/{index:05d}", split, 1.0) for index in range(first, last)]
+        return [TaskInfo(task_id, split, 1.0) for task_id in numbered.ids(split, offset, limit, self.info.task_counts)]
 
     def start(self, task_id: str) -> GymnasiumEpisode:
-        split, _, digits = task_id.partition("/")
-        well_formed = split in tuple(Split) and len(digits) == 5 and digits.isascii() and digits.isdigit()
-        if not well_formed or int(digits) >= self.info.task_counts[Split(split)]:
-            raise UnknownTask(f"{task_id[:80]!r} is not a task of {self.info.name}")
-        return GymnasiumEpisode(self, self._seed(Split(split), int(digits)))
+        split, number = numbered.read_id(task_id, self.info.task_counts, self.info.name)
+        return GymnasiumEpisode(self, self._seed(split, number))
 
     def make(self) -> gymnasium.Env[Any, Any]:
         """A new environment, for one episode."""

@@ -33,12 +33,12 @@ from mulligan.env.base import (
     UnknownTask,
 )
 from mulligan.env.envs.reasoning_gym.pool import SIZE, DatasetError, DatasetPool, TookTooLong
+from mulligan.env.numbered import MAX_TASKS
 from mulligan.env.prompts import generic_prompts
 from mulligan.env.tool_calls import printable
 
 OVER = "The episode is over."
 INVALID = "invalid"
-MAX_TASKS = 99_999  # of each dataset and split: ids have five digits
 _SEEDS = 2**30  # of a split
 _MAX_ANSWER = 20_000  # characters
 _SHOWN = 200

@@ -33,7 +33,6 @@ from mulligan.env.envs.sokoban.levels import read_levels
 from mulligan.env.grid import (
     COMPACT_NO_EFFECT,
     COMPACT_PROMPTS,
-    MAX_TASKS,
     NO_EFFECT,
     PROMPTS,
     TEST_SHARE,
@@ -43,6 +42,7 @@ from mulligan.env.grid import (
     with_limit,
 )
 from mulligan.env.grid_files import MAX_STEPS, FileTasks
+from mulligan.env.numbered import MAX_TASKS
 
 
 @dataclass(frozen=True, slots=True)
