@@ -33,7 +33,6 @@ class _RunDisplay:
     a terminal; elsewhere lines on stderr say what the run does."""
 
     def __init__(self, run: RunInfo, first: float, every: float):
-        self._run = run
         self._total = run.settings.steps
         self._seconds: list[float] = []
         self._metrics: set[str] = set()  # names so far: a step may have no second attempts

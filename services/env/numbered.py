@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from mulligan.env.base import Split, UnknownTask
 
 _DIGITS = 5
-MAX_TASKS = 10**_DIGITS - 1  # of a split
+MAX_TASKS: int = 10**_DIGITS - 1  # of a split
 
 
 def ids(split: Split, offset: int, limit: int, counts: Mapping[Split, int]) -> list[str]:
