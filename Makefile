@@ -84,8 +84,8 @@ test: $(INSTALLED) ## run all tests; those that need what `make tools` installs 
 	@$(PYTEST) $(ARGS)
 
 .PHONY: unit
-unit: $(INSTALLED) ## run the unit tests, in less than a minute
-	@$(PYTEST) tests/unit $(ARGS)
+unit: $(INSTALLED) ## run the unit tests, in less than a minute; property tests try fewer examples than in `make test`
+	@$(PYTEST) tests/unit --hypothesis-profile=quick $(ARGS)
 
 .PHONY: t
 t: $(INSTALLED) ## run the tests whose file, or else whose name, contains T: make t T=test_algorithm

@@ -90,8 +90,13 @@ def _imported(nodes: Iterable[ast.AST], path: PurePosixPath) -> Iterator[tuple[i
             base = folders[: -node.level] if node.level else []
             base += [node.module] if node.module else []
             yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+        elif isinstance(node, ast.Call) and _last_name(node.func) in ("import_module", "__import__"):
             yield from ((node.lineno, str(arg.value)) for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def _last_name(function: ast.expr) -> str:
+    """`import_module` of `importlib.import_module`."""
+    return str(getattr(function, "attr", getattr(function, "id", "")))
 
 
 def within(module: str, *packages: str) -> bool:

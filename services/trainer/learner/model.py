@@ -278,7 +278,7 @@ def _checkpoint_layers(model: Any, source: str) -> None:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers or not model.supports_gradient_checkpointing:
         raise _unsupported(f"{model.config.model_type} has no gradient checkpointing", source)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     ids_BT = torch.arange(4, device=model.device)[None]
     with torch.no_grad():
         expected = model(input_ids=ids_BT, use_cache=False).logits

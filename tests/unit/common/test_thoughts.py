@@ -17,6 +17,7 @@ from mulligan.env.envs.gymnasium.actions import read
 from mulligan.env.grid import parse_action
 from mulligan.env.tool_calls import find_calls
 from mulligan.trainer.texts import reflection_in
+from tests.support.effort import HOSTILE_CHARACTERS, LINEAR_TIME
 from tests.support.fakes import PROMPTS
 
 HARMONY = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>"
@@ -132,10 +133,10 @@ def test_nothing_of_an_open_thought_is_left(text: str, inside: str) -> None:
     assert "SECRET" not in without_thoughts(f"SECRET{inside.replace('<think>', '')}</think>{text}")
 
 
+@LINEAR_TIME
 @pytest.mark.parametrize("part", [*PIECES, "<|channel|>final ", "<think>a</think>", "<think ", "<|"])
 def test_time_is_linear_in_the_length_of_hostile_text(part: str) -> None:
-    """Quadratic time would run into the suite's time limit."""
-    without_thoughts(part * (2**20 // len(part)))
+    without_thoughts(part * (HOSTILE_CHARACTERS // len(part)))
 
 
 class Echo:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mulligan.env.answers import AnswerFormat, boxed, last_letter, last_number, marked, read_answer
+from tests.support.effort import HOSTILE_CHARACTERS, LINEAR_TIME
 
 
 @pytest.mark.parametrize(
@@ -77,13 +78,13 @@ def test_marks_go_before_boxes() -> None:
     assert marked("Sorn") is None
 
 
+@LINEAR_TIME
 @pytest.mark.parametrize(
     "part", ["1,", "1,111", "1.", "-", "1e", "<answer>", "</answer>", "answer is ", "\\frac{1}{", "9 /"]
 )
 def test_time_is_linear_in_the_length_of_hostile_text(part: str) -> None:
-    """Quadratic time would run into the suite's time limit."""
     for expected in ("7", "1/2", "red"):
-        read_answer(part * (2**20 // len(part)), expected)
+        read_answer(part * (HOSTILE_CHARACTERS // len(part)), expected)
 
 
 @given(
@@ -164,7 +165,8 @@ def test_each_format_but_the_first_says_what_it_reads(how: AnswerFormat) -> None
     assert AnswerFormat.AUTO.instruction == "" and AnswerFormat.AUTO.missing == "No answer was found."
 
 
+@LINEAR_TIME
 @pytest.mark.parametrize("how", AnswerFormat)
 @pytest.mark.parametrize("part", ["(A", "A ", "answer is ", "A**", "<answer>", "\\boxed{", "1,", "\n"])
 def test_each_format_is_linear_in_the_length_of_hostile_text(how: AnswerFormat, part: str) -> None:
-    assert isinstance(read_answer(part * 200_000, "7", how), str)
+    assert isinstance(read_answer(part * (HOSTILE_CHARACTERS // len(part)), "7", how), str)

@@ -17,6 +17,7 @@ from mulligan.env.base import Environment, Split, UnknownTask
 from mulligan.env.config import EnvSettings
 from mulligan.env.envs.sokoban.boards import SokobanBoard
 from mulligan.env.envs.sokoban.levels import read_levels
+from tests.support.effort import examples
 from tests.support.kinds import creator
 from tests.support.paths import ROOT
 
@@ -244,7 +245,7 @@ def test_splits_of_one_file_and_of_two(tmp_path: Path) -> None:
 
 
 @given(text=st.text(alphabet="#@$.*+ -_;|12ax\n", max_size=120))
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_whatever_is_in_a_level_file_it_is_read_or_refused_in_words(tmp_path_factory, text: str) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path_factory.getbasetemp() / "any.xsb"
     found = []

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from mulligan.env.tool_calls import MAX_CALLS, Call, describe, find_calls, printable, read_arguments
+from tests.support.effort import HOSTILE_CHARACTERS, LINEAR_TIME
 
 NAMES = ("search",)
 
@@ -97,12 +98,12 @@ def test_what_cannot_be_read_is_said_in_words(block: str, problem: str) -> None:
     assert problem in first.problem
 
 
+@LINEAR_TIME
 @pytest.mark.parametrize(
     "part", ["<tool_call>", "<tool_call>{", "<function_calls>f(", "[TOOL_CALLS]f[ARGS]{", "</think>", "```", "{[", "\\"]
 )
 def test_time_is_linear_in_the_length_of_hostile_text(part: str) -> None:
-    """Quadratic time would run into the suite's time limit."""
-    find_calls(part * (4 * 2**20 // len(part)), NAMES)
+    find_calls(part * (HOSTILE_CHARACTERS // len(part)), NAMES)
 
 
 hostile = st.text(alphabet='<tool_call>/{}[]"\\:,() search=\ud800\0\n', max_size=80) | st.text(max_size=80)

@@ -24,6 +24,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
 from mulligan.memory.store import Added, Store, StoreError
 from mulligan.memory.stores import sqlite
+from tests.support.effort import examples
 
 STORES = {"sqlite": partial(sqlite.open, settings=sqlite.Settings())}
 T = TypeVar("T")
@@ -212,7 +213,9 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStore = StoreMachine.TestCase
-TestStore.settings = settings(max_examples=15, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow])
+TestStore.settings = settings(
+    max_examples=examples(15), stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 async def test_concurrent_writers_get_a_version_each(tmp_path: Path) -> None:

@@ -34,13 +34,14 @@ from tests.support.chat_templates import (
     encode,
     wrapped,
 )
+from tests.support.effort import examples
 
 # Templates trim what surrounds a message.
 contents = st.text(min_size=1, max_size=30).map(str.strip).filter(bool)
 
 
 @pytest.mark.parametrize("name", KEEPING)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data(), closed=st.booleans(), system=st.booleans(), turns=st.integers(1, 3))
 def test_appending_gives_the_tokens_that_rendering_would(
     name: str, data: st.DataObject, closed: bool, system: bool, turns: int
@@ -141,7 +142,7 @@ def test_nothing_is_an_empty_prompt_and_no_template_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", list(WITH_TOOLS))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data(), closed=st.booleans(), turns=st.integers(1, 3))
 def test_appending_what_tools_answer_gives_the_tokens_that_rendering_would(
     name: str, data: st.DataObject, closed: bool, turns: int

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mulligan.common.inference import Continuation, Message, Role, Tool, ToolCall
 from tests.support.chat_templates import CHATS, MARKS, SPECIAL, TOKENIZER, WITH_TOOLS, encode
+from tests.support.effort import examples
 
 CONTROLS = frozenset(i for text in (*SPECIAL, *MARKS) for i in TOKENIZER.encode(text, add_special_tokens=False).ids)
 FIRST_MARK = TOKENIZER.encode(MARKS[0], add_special_tokens=False).ids[0]
@@ -24,7 +25,7 @@ def controls(ids: Sequence[int]) -> list[int]:
 
 
 @pytest.mark.parametrize("name", list(CHATS))
-@settings(max_examples=80)
+@settings(max_examples=examples(80))
 @given(texts=st.tuples(hostile, hostile, hostile, hostile))
 def test_only_the_template_writes_control_tokens(name: str, texts: tuple[str, ...]) -> None:
     """A conversation holds as many as with each text replaced by x; what the assistant said may hold marks."""
@@ -44,7 +45,7 @@ def test_only_the_template_writes_control_tokens(name: str, texts: tuple[str, ..
 
 
 @pytest.mark.parametrize("name", list(WITH_TOOLS))
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(texts=st.tuples(hostile, hostile, hostile))
 def test_tools_and_what_they_answer_write_no_control_tokens(name: str, texts: tuple[str, ...]) -> None:
     def ids(described: str, argument: str, answer: str) -> list[int]:

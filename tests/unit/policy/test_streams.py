@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from mulligan.models import EMBEDDED
 from mulligan.policy.huggingface.tokenizer import Tokenizer
 from mulligan.policy.streams import TextStream, merged, unsettling_token
+from tests.support.effort import examples
 from tests.support.llama_model import write_llama_model
 from tests.support.tiny_model import write_tiny_model
 
@@ -81,7 +82,7 @@ def test_tokenizers_whose_bytes_depend_on_those_after_them_are_known(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(data=st.data())
 def test_pieces_of_any_tokens_add_up(
     tokenizers: dict[str, tuple[Tokenizer, int]], name: str, data: st.DataObject
@@ -94,7 +95,7 @@ def test_pieces_of_any_tokens_add_up(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(text=TEXTS, data=st.data())
 def test_pieces_of_text_add_up_and_split_no_character(
     tokenizers: dict[str, tuple[Tokenizer, int]], name: str, text: str, data: st.DataObject

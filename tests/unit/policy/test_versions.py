@@ -20,6 +20,7 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CanaryProbe, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
 from mulligan.policy.versions import VersionRecord, VersionStore
+from tests.support.effort import examples
 from tests.support.version_records import PROBES, record_of, staged
 
 KEEP = 2
@@ -250,7 +251,9 @@ class Versions(RuleBasedStateMachine):
 
 
 TestVersions = Versions.TestCase
-TestVersions.settings = settings(max_examples=40, stateful_step_count=15, suppress_health_check=list(HealthCheck))
+TestVersions.settings = settings(
+    max_examples=examples(40), stateful_step_count=15, suppress_health_check=list(HealthCheck)
+)
 
 
 def test_a_state_folder_that_was_removed_is_told(store: VersionStore, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from mulligan.trainer.pipeline import TooStale, ages
 from mulligan.trainer.run_environment import EnvironmentChanged
 from mulligan.trainer.settings import LossSettings, RunSettings
 from mulligan.trainer.wire import settings_from_proto, settings_to_proto, validated
+from tests.support.effort import examples
 from tests.support.fakes import FakePolicy
 from tests.support.virtual_time import run_in_virtual_time
 from tests.unit.trainer.test_run import CHOOSY, STEPS, World, crash, notices, sampled_parts
@@ -101,7 +102,7 @@ def train(world: World) -> None:
     run_in_virtual_time(world.run().train())
 
 
-@settings(max_examples=25, suppress_health_check=QUIET)
+@settings(max_examples=examples(25), suppress_health_check=QUIET)
 @given(ahead=st.integers(0, 4), timing=st.integers(0, 10**6), longest=st.sampled_from([0.1, 3.0, 30.0]))
 def test_no_token_is_older_than_the_bound(
     tmp_path_factory: pytest.TempPathFactory, ahead: int, timing: int, longest: float
@@ -159,7 +160,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], Any
     return found
 
 
-@settings(max_examples=40, suppress_health_check=QUIET)
+@settings(max_examples=examples(40), suppress_health_check=QUIET)
 @given(
     number=st.integers(0, len(CHOOSY) - 1),
     ahead=st.integers(1, 2),
@@ -337,7 +338,7 @@ def test_without_a_second_policy_the_learner_waits_and_says_so_once(tmp_path: Pa
     assert not any("the learner waits" in text for text in notices(in_turns.run()))
 
 
-@settings(max_examples=15, suppress_health_check=QUIET)
+@settings(max_examples=examples(15), suppress_health_check=QUIET)
 @given(timing=st.integers(0, 10**6), crashes=st.lists(st.integers(0, 120), min_size=1, max_size=3))
 def test_no_evaluation_is_lost_in_a_crash(
     tmp_path_factory: pytest.TempPathFactory, timing: int, crashes: list[int]
@@ -395,7 +396,7 @@ def test_a_violated_bound_fails_the_run(tmp_path: Path, monkeypatch: pytest.Monk
         train(SlowWorld(tmp_path, 1))
 
 
-@settings(max_examples=10, suppress_health_check=QUIET)
+@settings(max_examples=examples(10), suppress_health_check=QUIET)
 @given(ahead=st.integers(1, 3), timing=st.integers(0, 10**6))
 def test_overlapping_steps_keep_passes_and_shares(
     tmp_path_factory: pytest.TempPathFactory, ahead: int, timing: int

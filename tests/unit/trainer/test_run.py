@@ -33,6 +33,7 @@ from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.sampling import ForeignWeights
 from mulligan.trainer.settings import RunSettings
+from tests.support.effort import examples
 from tests.support.fakes import FakeEnvironment, FakeEnvironments, FakeLearner, FakeMemory, FakePolicy
 from tests.support.waiting import until
 
@@ -159,7 +160,7 @@ CHOOSY: list[dict[str, Any]] = [
 
 
 @example(crashes=[15, 15, 0], torn=34)  # two torn ends make a whole frame, with a wrong checksum
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=examples(40), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(crashes=st.lists(st.integers(0, 90), min_size=1, max_size=4), torn=st.integers(0, 40))
 def test_a_crash_anywhere_loses_nothing_and_counts_nothing_twice(
     tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any, crashes: list[int], torn: int
@@ -180,7 +181,7 @@ def choosy(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return [world.result() for world in worlds]
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=examples(30), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     number=st.integers(0, len(CHOOSY) - 1),
     crashes=st.lists(st.integers(0, 150), min_size=1, max_size=4),

@@ -21,6 +21,7 @@ from mulligan.trainer.events import Entry, EventLog, NoticeEvent, StateEvent
 from mulligan.trainer.folder import RunFolder, RunState
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import Run
+from tests.support.effort import examples
 from tests.support.small_disk import SmallDisk
 from tests.support.waiting import until
 from tests.unit.trainer.test_run import STEPS, World, sampled_parts
@@ -61,7 +62,7 @@ def whole_frames(path: Path) -> int:
     return count
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rooms=st.lists(st.integers(0, 30_000), min_size=1, max_size=4))
 def test_wherever_the_disk_is_full_a_run_waits_and_ends_as_if_it_had_not_been(
     tmp_path_factory: pytest.TempPathFactory, uninterrupted: Any, rooms: list[int]
@@ -244,7 +245,7 @@ async def test_runs_are_listed_in_the_order_of_their_starts_whatever_the_clock_s
     assert manager.run_ids() == ["third", "second", "run"]
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=examples(15), suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rooms=st.lists(st.integers(0, 60_000), min_size=1, max_size=3))
 def test_steps_that_overlap_wait_for_the_disk_together(
     tmp_path_factory: pytest.TempPathFactory, rooms: list[int]

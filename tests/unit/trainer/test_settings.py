@@ -42,6 +42,7 @@ from mulligan.trainer.wire import (
     validated,
 )
 from tests.support.distribution.acme import tilted
+from tests.support.effort import examples
 from tests.support.paths import ROOT
 
 MESSAGES: dict[str, type[BaseModel]] = {
@@ -201,7 +202,7 @@ RUNS = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(run=RUNS)
 def test_settings_survive_the_wire_and_a_file(run: RunSettings) -> None:
     assert settings_from_proto(settings_to_proto(run)) == run

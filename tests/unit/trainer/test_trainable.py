@@ -26,6 +26,7 @@ from mulligan.trainer.player import Player
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSettings
 from mulligan.trainer.step import StepRunner
 from mulligan.trainer.trainable import prompt_notices
+from tests.support.effort import examples
 from tests.support.fakes import FakeEnvironment, FakeLearner, FakeMemory, FakePolicy
 
 CONTEXT = 200
@@ -156,7 +157,7 @@ ALGORITHM = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=examples(200), suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(chains=CHAINS, algorithm=ALGORITHM, rewrites=st.booleans())
 def test_whatever_a_journal_holds_can_be_resumed_and_trained_on(
     tmp_path_factory: pytest.TempPathFactory, chains: list[Any], algorithm: dict[str, Any], rewrites: bool

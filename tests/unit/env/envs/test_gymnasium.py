@@ -15,6 +15,7 @@ from mulligan.env.base import Split, UnknownTask
 from mulligan.env.envs.gymnasium.actions import read
 from mulligan.env.envs.gymnasium.environment import INVALID, Gymnasium, without_escapes
 from mulligan.env.load import load
+from tests.support.effort import examples
 from tests.support.kinds import creator
 
 create = creator("gymnasium")
@@ -187,7 +188,7 @@ def test_what_is_no_action_at_all_is_said(everything: Gymnasium, answer: str) ->
     assert everything.start("train/00000").step(answer).action == INVALID
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples(300))
 @given(answer=st.text(max_size=60) | JSON.map(json.dumps))
 def test_hostile_answers_are_samples_or_are_refused_in_words(everything: Gymnasium, answer: str) -> None:
     actions: Any = everything._actions

@@ -23,6 +23,7 @@ from mulligan.env.envs.hotpotqa.environment import (
     Settings,
 )
 from mulligan.env.search import Bm25
+from tests.support.effort import HOSTILE_CHARACTERS, LINEAR_TIME
 from tests.support.kinds import creator
 from tests.support.paths import IMPORT_ROOTS, ROOT
 
@@ -154,10 +155,10 @@ def test_any_text_is_an_action(texts: list[str]) -> None:
             return
 
 
+@LINEAR_TIME
 def test_hostile_length_is_no_hostile_time() -> None:
-    """Quadratic time would run into the suite's time limit."""
     for part in ("\\boxed{", call("x"), "{", "<think>"):
-        episode().step(part * (4 * 2**20 // len(part)))
+        episode().step(part * (HOSTILE_CHARACTERS // len(part)))
 
 
 def follow(world: HotpotQa, record: dict[str, Any], split: Split) -> StepResult:

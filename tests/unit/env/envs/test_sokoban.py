@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mulligan.env.base import Split, UnknownTask
 from mulligan.env.envs.sokoban.boards import LETTERS, SokobanBoard, draw_board, solve
 from mulligan.env.envs.sokoban.environment import Settings, Sokoban, SokobanEpisode
+from tests.support.effort import examples
 from tests.support.kinds import creator
 from tests.support.paths import IMPORT_ROOTS, ROOT
 
@@ -157,7 +158,7 @@ def test_any_text_is_an_action(texts: list[str]) -> None:
             break
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(
     seed=st.integers(0, 2**32),
     boxes=st.integers(1, 2),

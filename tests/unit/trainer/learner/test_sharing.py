@@ -30,6 +30,7 @@ from mulligan.trainer.objective import Tokens
 from mulligan.trainer.objectives.divergence import Divergence
 from mulligan.trainer.objectives.preference import Preference
 from mulligan.trainer.settings import LoraSettings
+from tests.support.effort import examples
 from tests.support.learning import FULL, LORA, PLAIN, many, sampled, server_settings, spec
 from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tiny_model
 
@@ -131,7 +132,7 @@ def test_the_gradient_is_that_of_separate_sequences(
     assert {**metrics, "computed_tokens": 0} == pytest.approx({**expected_metrics, "computed_tokens": 0}, rel=1e-6)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(25), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_so_it_is_for_any_tree(tiny: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Against plain transformers. Few different tokens: sequences are equal, or begin alike or with one another."""

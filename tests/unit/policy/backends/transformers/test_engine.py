@@ -20,6 +20,7 @@ from mulligan.policy.backend import Sampled
 from mulligan.policy.backends.transformers.attention import SlotCache
 from mulligan.policy.backends.transformers.engine import Engine
 from mulligan.policy.backends.transformers.runner import Request, Runner
+from tests.support.effort import examples
 
 VOCABULARY = 20
 END = 0
@@ -91,7 +92,7 @@ SHORT = SamplingParams(max_tokens=2)
 PAUSE = None
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(wanted=st.lists(st.one_of(st.integers(-3, 3), st.just(PAUSE)), max_size=25), batch=st.sampled_from([1, 3]))
 def test_greater_priority_goes_first_and_nothing_overtakes_a_pause(wanted: list[int | None], batch: int) -> None:
     """Among equals the first. What was asked before a pause has the version from before, what came later the next."""
@@ -149,7 +150,7 @@ samplings = st.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(wanted=st.lists(samplings, min_size=1, max_size=6))
 def test_the_parts_of_a_stream_are_the_answer_without_one(wanted: list[SamplingParams]) -> None:
     async def play() -> None:

@@ -24,6 +24,7 @@ from mulligan.policy.backends.transformers import open as open_backend
 from mulligan.policy.backends.transformers.backend import TransformersBackend
 from mulligan.policy.backends.transformers.model import Model
 from mulligan.policy.backends.transformers.weights import Weights
+from tests.support.effort import examples
 from tests.support.settings import model_settings
 
 SETTINGS = model_settings(threads=1, cache_gib=0.1)
@@ -89,7 +90,7 @@ def checksum(weights: Weights) -> str:
     return list(weights.checksum())[-1]
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 @given(data=st.data())
 def test_the_checksum_notices_the_smallest_change_of_any_weight(data: st.DataObject, loaded: Any) -> None:
     model, weights = loaded
