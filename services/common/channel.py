@@ -163,7 +163,7 @@ class Connection:
         otherwise."""
         failure = self._failure(error, method)
         if isinstance(failure, DomainError):
-            if failure.code in _LATER and failure.retry_after is not None:
+            if is_for_later(failure):
                 return str(failure), failure
             raise failure from None
         if error.code() in _GONE:
@@ -202,6 +202,11 @@ class Connection:
 
     async def close(self) -> None:
         await self.channel.close()
+
+
+def is_for_later(error: DomainError) -> bool:
+    """Whether the service asks to repeat the call, after a time that it says."""
+    return error.code in _LATER and error.retry_after is not None
 
 
 class Backoff:

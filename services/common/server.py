@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import inspect
-import logging
 import signal
 import sys
-import time
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, TypeAlias
@@ -23,6 +21,7 @@ from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.logs import configure_logging, log_at_any_level
 from mulligan.common.metrics import MethodMetrics, exported
+from mulligan.common.request_log import OPEN_SERVICES, RequestLog
 from mulligan.common.status import fault, to_status
 from mulligan.common.validation import prepare, violations
 
@@ -35,10 +34,8 @@ _MAKE_HANDLER: dict[tuple[bool, bool], Any] = {  # key: (requests are a stream, 
     (True, False): grpc.stream_unary_rpc_method_handler,
     (True, True): grpc.stream_stream_rpc_method_handler,
 }
-_OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # probes carry no credential
 _PENDING_CALLS = 65_536
 _HEALTH_SECONDS = 0.5  # between two looks at the health of a service's parts
-_REQUEST_KEYS = ("run_id", "episode_id", "request_id", "learner_id", "reflection_id", "sequence", "step_index")
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
@@ -78,7 +75,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         return self._handlers.setdefault(method, self._guard(method, handler))
 
     def _guard(self, method: str, handler: _Handler) -> _Handler:
-        probe = method.startswith(_OPEN_SERVICES)
+        probe = method.startswith(OPEN_SERVICES)
         metrics = MethodMetrics(method.lstrip("/")) if self._metrics and not probe else None
         call: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         checked = _checked_stream if handler.request_streaming else _checked
@@ -89,7 +86,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         return guarded
 
     def _authorize(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        if method.startswith(_OPEN_SERVICES):
+        if method.startswith(OPEN_SERVICES):
             return
         service = method.rsplit("/", 1)[0].lstrip("/")
         secret = self._credentials.get(service, self._credentials.get(""))
@@ -108,13 +105,13 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 self._authorize(method, context)
                 return await call(checked(request), context)
 
-            with _Logged(method, request, metrics) as logged:
+            with RequestLog(method, request, metrics) as logged:
                 return await self._answer(answer, context, logged)
 
         return handle
 
     async def _answer(
-        self, answer: Callable[[], Awaitable[Any]], context: grpc.aio.ServicerContext[Any, Any], logged: _Logged
+        self, answer: Callable[[], Awaitable[Any]], context: grpc.aio.ServicerContext[Any, Any], logged: RequestLog
     ) -> Any:
         try:
             # gRPC cancels a call whose caller's deadline has passed.
@@ -140,7 +137,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self, method: str, call: Callable[..., Any], checked: _Check, metrics: MethodMetrics | None
     ) -> Callable[..., AsyncIterator[Any]]:
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            with _Logged(method, request, metrics) as logged:
+            with RequestLog(method, request, metrics) as logged:
                 try:
                     self._authorize(method, context)
                     responses = call(checked(request), context)
@@ -193,54 +190,6 @@ def _checked(request: Any) -> Any:
 async def _checked_stream(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         yield _checked(request)
-
-
-class _Logged:
-    """Logs one line per request: method, ids, duration, status. `log_level = "warning"` leaves out requests that
-    succeed. Health probes are logged only after an internal error."""
-
-    def __init__(self, method: str, request: Any, metrics: MethodMetrics | None):
-        self._method = method.rsplit("/", 1)[-1]
-        self._is_probe = method.startswith(_OPEN_SERVICES)
-        self._request = request
-        self._metrics = metrics
-        self._status = "OK"
-        self._reason: str | None = None
-        self._error: BaseException | None = None
-        self._start = time.perf_counter()
-
-    def failed(self, error: DomainError) -> None:
-        self._status = error.code
-        self._reason = error.reason
-
-    def timed_out(self) -> None:
-        self._status = "DEADLINE_EXCEEDED"
-
-    def unimplemented(self) -> None:
-        self._status = "UNIMPLEMENTED"
-
-    def broke(self, error: Exception) -> None:
-        self._status = "INTERNAL"
-        self._error = error
-
-    def __enter__(self) -> _Logged:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is asyncio.CancelledError:
-            self._status = "CANCELLED"
-        seconds = time.perf_counter() - self._start
-        if self._metrics is not None:
-            self._metrics.ended(self._status, seconds)
-        level = logging.ERROR if self._status == "INTERNAL" else logging.INFO
-        if not log.is_enabled_for(level) or (self._is_probe and level < logging.ERROR):
-            return
-        ids = {key: value for key in _REQUEST_KEYS if (value := getattr(self._request, key, None)) not in (None, "")}
-        extra: dict[str, Any] = {"reason": self._reason} if self._reason else {}
-        if self._error is not None:
-            extra["exc_info"] = self._error
-        milliseconds = round(seconds * 1000, 2)
-        log.log(level, "request", method=self._method, status=self._status, milliseconds=milliseconds, **ids, **extra)
 
 
 class _Health(health.aio.HealthServicer):

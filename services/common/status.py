@@ -21,6 +21,11 @@ def code_number(code: Code) -> int:
     return int(code_pb2.Code.Value(code))
 
 
+def code_name(number: int) -> str:
+    """Raises ValueError for a number that is no google.rpc.Code."""
+    return str(code_pb2.Code.Name(number))
+
+
 def to_status(error: DomainError) -> grpc.Status:
     details = [any_pb2.Any(), any_pb2.Any()]
     details[0].Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))

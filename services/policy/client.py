@@ -25,6 +25,7 @@ from mulligan.common.inference import (
     WeightsKind,
 )
 from mulligan.policy.backend import Scored
+from mulligan.policy.generate_queue import GenerateQueue
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as pb
@@ -74,6 +75,7 @@ class PolicyClient:
         self._stub = pb_grpc.PolicyServiceStub(self._connection.channel)
         self._admin = Connection(replace(endpoint, token=admin_token or endpoint.token), on_outage)
         self._admin_stub = admin_grpc.PolicyAdminServiceStub(self._admin.channel)
+        self._generate = GenerateQueue(self._connection, self._stub, timeout)
         self._timeout = timeout
         self._update_timeout = update_timeout
 
@@ -102,7 +104,7 @@ class PolicyClient:
         self, prompt: Prompt, sampling: SamplingParams, n: int = 1, options: CallOptions = _PLAIN
     ) -> tuple[Completion, ...]:
         request = _encoded(generate_to_proto, prompt, sampling, n, options)
-        response = await self._connection.call(self._stub.Generate, request, timeout=self._timeout)
+        response = await self._generate.put(request)
         return self._connection.read(lambda answer: completions_from_proto(answer, n), response)
 
     async def stream(
@@ -209,6 +211,7 @@ class PolicyClient:
         await self._admin.call(self._admin_stub.ResumeMemory, request, timeout=self._update_timeout)
 
     async def close(self) -> None:
+        await self._generate.close()
         await self._connection.close()
         await self._admin.close()
 

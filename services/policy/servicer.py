@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -12,6 +13,8 @@ from pydantic import SecretStr
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CallOptions, PublishedWeights
 from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
+from mulligan.common.request_log import RequestLog
+from mulligan.common.tasks import cancel
 from mulligan.common.wire import tools_from_proto
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
@@ -23,6 +26,8 @@ from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 from mulligan.policy.wire import (
     canary_from_proto,
     completions_to_proto,
+    generate_error_to_proto,
+    many_to_proto,
     options_from_proto,
     part_to_proto,
     policy_to_proto,
@@ -69,6 +74,39 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
                 options_from_proto(request),
             )
         )
+
+    async def GenerateMany(
+        self, request: pb.GenerateManyRequest, context: Any
+    ) -> AsyncIterator[pb.GenerateManyResponse]:
+        finished: asyncio.Queue[pb.GenerateManyResponse.Item] = asyncio.Queue()
+
+        async def answer(index: int, one: pb.GenerateRequest) -> None:
+            finished.put_nowait(await self._item(index, one))
+
+        tasks = [asyncio.create_task(answer(index, one)) for index, one in enumerate(request.requests)]
+        try:
+            left = len(tasks)
+            while left:
+                items = [await finished.get()]
+                while not finished.empty():
+                    items.append(finished.get_nowait())
+                left -= len(items)
+                for message in many_to_proto(items):
+                    yield message
+        finally:
+            await cancel(*tasks)
+
+    async def _item(self, index: int, request: pb.GenerateRequest) -> pb.GenerateManyResponse.Item:
+        with RequestLog("GenerateMany", request) as logged:
+            try:
+                return pb.GenerateManyResponse.Item(index=index, response=await self.Generate(request, None))
+            except DomainError as error:
+                logged.failed(error)
+                failed: Exception = error
+            except Exception as error:  # noqa: BLE001 - not declared: INTERNAL
+                logged.broke(error)
+                failed = error
+            return pb.GenerateManyResponse.Item(index=index, error=generate_error_to_proto(failed))
 
     async def StreamGenerate(
         self, request: pb.StreamGenerateRequest, context: Any

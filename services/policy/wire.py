@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, timedelta
 from typing import Any
 
 from mulligan.common import numbers
+from mulligan.common.errors import CallFailed, Code, DomainError
 from mulligan.common.inference import (
     CallOptions,
     CanaryProbe,
@@ -26,6 +27,7 @@ from mulligan.common.inference import (
     VersionState,
     WeightsKind,
 )
+from mulligan.common.status import code_name, code_number, domain_error, fault
 from mulligan.common.wire import (
     messages_from_proto,
     messages_to_proto,
@@ -49,6 +51,7 @@ _STOPS_BACK = {value: key for key, value in _STOPS.items()}
 _WEIGHTS = {kind: admin_pb.WeightsKind.Value(f"WEIGHTS_KIND_{kind.name}") for kind in WeightsKind}
 _WEIGHTS_BACK = {value: key for key, value in _WEIGHTS.items()}
 _DEFAULTS = SamplingParams()
+_MANY_BYTES = 2**20  # of the items of one message of GenerateMany, unless one item is larger
 
 
 def generate_to_proto(prompt: Prompt, sampling: SamplingParams, n: int, options: CallOptions) -> pb.GenerateRequest:
@@ -239,6 +242,41 @@ def completions_from_proto(response: pb.GenerateResponse, n: int) -> tuple[Compl
         )
         for completion in response.completions
     )
+
+
+def many_to_proto(items: Iterable[pb.GenerateManyResponse.Item]) -> Iterator[pb.GenerateManyResponse]:
+    """Messages with all items. A message that is larger than a MiB has one item."""
+    message = pb.GenerateManyResponse()
+    size = 0
+    for item in items:
+        size += item.ByteSize()
+        if message.items and size > _MANY_BYTES:
+            yield message
+            message = pb.GenerateManyResponse()
+            size = item.ByteSize()
+        message.items.append(item)
+    yield message
+
+
+def generate_error_to_proto(error: Exception) -> pb.GenerateError:
+    if not isinstance(error, DomainError):
+        return pb.GenerateError(code=code_number(Code.INTERNAL), message=fault(error))
+    message = pb.GenerateError(
+        code=code_number(error.code), reason=error.reason, message=error.message, metadata=error.metadata
+    )
+    if error.retry_after is not None:
+        message.retry_delay.FromTimedelta(error.retry_after)
+    return message
+
+
+def generate_error_from_proto(error: pb.GenerateError, address: str) -> DomainError | CallFailed:
+    """The error of the server at `address`. Raises ValueError for a code that is none."""
+    known = domain_error(error.reason, error.message, error.metadata)
+    if known is None:
+        return CallFailed(address, "GenerateMany", error.reason or code_name(error.code), error.message)
+    if error.HasField("retry_delay"):
+        known.retry_after = error.retry_delay.ToTimedelta()
+    return known
 
 
 def _check_sampled(message: pb.Completion | pb.StreamGenerateResponse) -> None:

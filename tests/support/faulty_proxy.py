@@ -161,6 +161,34 @@ class AnyVersion(_Policy):
     instead = policy_pb.GenerateResponse()
 
 
+class AnswersInTurns(_Policy):
+    title = "each request has one item: the answer that Generate gives"
+    call = "GenerateMany"
+
+    def after(self, request: Any, answer: Any) -> None:
+        for item in answer.items:
+            item.index = len(request.requests) - 1 - item.index
+
+
+class FailsTogether(_Policy):
+    title = "a request that is refused has the error of Generate, and the others are answered"
+    call = "GenerateMany"
+
+    def after(self, request: Any, answer: Any) -> None:
+        if any(not one.HasField("sampling") for one in request.requests):
+            for item in answer.items:
+                item.error.reason = "EMPTY_PROMPT"
+
+
+class OverlooksMalformed(_Policy):
+    title = "a request that is malformed, or no request at all, is INVALID_ARGUMENT INVALID_FIELD"
+    call = "GenerateMany"
+
+    def before(self, request: Any) -> None:
+        for one in request.requests:
+            one.n = max(one.n, 0)
+
+
 class LosesTokens(_Policy):
     title = "each message has as many log-probabilities and versions as tokens"
     call = "StreamGenerate"

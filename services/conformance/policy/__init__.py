@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from mulligan.conformance.policy import admin, generate, refusals, scoring, server, stream
+from mulligan.conformance.policy import admin, generate, many, refusals, scoring, server, stream
 from mulligan.conformance.policy.served import Served
 from mulligan.conformance.report import Suite
 from mulligan.conformance.target import CheckSession
 
 SERVER: Suite[CheckSession] = server.suite
 POLICY: Suite[Served] = Suite()
-POLICY.extend([generate.suite, stream.suite, scoring.suite, refusals.suite, admin.suite])
+POLICY.extend([generate.suite, many.suite, stream.suite, scoring.suite, refusals.suite, admin.suite])

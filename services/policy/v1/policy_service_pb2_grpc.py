@@ -62,6 +62,11 @@ class PolicyServiceStub:
                 request_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GenerateMany = channel.unary_stream(
+                '/mulligan.policy.v1.PolicyService/GenerateMany',
+                request_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateManyRequest.SerializeToString,
+                response_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateManyResponse.FromString,
+                _registered_method=True)
         self.StreamGenerate = channel.unary_stream(
                 '/mulligan.policy.v1.PolicyService/StreamGenerate',
                 request_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.StreamGenerateRequest.SerializeToString,
@@ -130,6 +135,16 @@ class PolicyServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GenerateMany(self, request, context):
+        """Generates for many requests, each as Generate does. Requests that finish at the same time are answered in one
+        message, and a slow one holds up none of the others. Each request has one item: its answer, or the error that
+        Generate would have failed with. The call itself fails only when the request is malformed. Cancelling it stops all.
+        Servers may leave this call out (UNIMPLEMENTED): then clients call Generate for each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamGenerate(self, request, context):
         """As Generate, token by token. The messages of several samples may alternate; each sample ends with a message that
         has a stop_reason. Errors as in Generate. One more can come after the first tokens: FAILED_PRECONDITION
@@ -178,6 +193,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateRequest.FromString,
                     response_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GenerateMany': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateMany,
+                    request_deserializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateManyRequest.FromString,
+                    response_serializer=mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateManyResponse.SerializeToString,
             ),
             'StreamGenerate': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamGenerate,
@@ -255,6 +275,33 @@ class PolicyService:
             '/mulligan.policy.v1.PolicyService/Generate',
             mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateRequest.SerializeToString,
             mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateMany(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mulligan.policy.v1.PolicyService/GenerateMany',
+            mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateManyRequest.SerializeToString,
+            mulligan_dot_policy_dot_v1_dot_policy__service__pb2.GenerateManyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,6 +50,12 @@ class PolicyServiceStub:
     continuation, and the model's chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a
     RetryInfo.
     """
+    GenerateMany: _aio.UnaryStreamMultiCallable[_policy_service_pb2.GenerateManyRequest, _policy_service_pb2.GenerateManyResponse]
+    """Generates for many requests, each as Generate does. Requests that finish at the same time are answered in one
+    message, and a slow one holds up none of the others. Each request has one item: its answer, or the error that
+    Generate would have failed with. The call itself fails only when the request is malformed. Cancelling it stops all.
+    Servers may leave this call out (UNIMPLEMENTED): then clients call Generate for each.
+    """
     StreamGenerate: _aio.UnaryStreamMultiCallable[_policy_service_pb2.StreamGenerateRequest, _policy_service_pb2.StreamGenerateResponse]
     """As Generate, token by token. The messages of several samples may alternate; each sample ends with a message that
     has a stop_reason. Errors as in Generate. One more can come after the first tokens: FAILED_PRECONDITION
@@ -111,6 +117,18 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION POLICY_VERSION_TOO_OLD: metadata `policy_version`; TEMPLATE_REWRITES_HISTORY: the request is a
         continuation, and the model's chat template rewrites earlier turns. RESOURCE_EXHAUSTED QUEUE_FULL, with a
         RetryInfo.
+        """
+
+    @_abc_1.abstractmethod
+    def GenerateMany(
+        self,
+        request: _policy_service_pb2.GenerateManyRequest,
+        context: _aio.ServicerContext[_policy_service_pb2.GenerateManyRequest, _abc.AsyncIterator[_policy_service_pb2.GenerateManyResponse]],
+    ) -> _abc.AsyncIterator[_policy_service_pb2.GenerateManyResponse]:
+        """Generates for many requests, each as Generate does. Requests that finish at the same time are answered in one
+        message, and a slow one holds up none of the others. Each request has one item: its answer, or the error that
+        Generate would have failed with. The call itself fails only when the request is malformed. Cancelling it stops all.
+        Servers may leave this call out (UNIMPLEMENTED): then clients call Generate for each.
         """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,65 @@
+"""The line that a server logs for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import structlog
+
+from mulligan.common.errors import DomainError
+from mulligan.common.metrics import MethodMetrics
+
+log = structlog.get_logger()
+OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # probes carry no credential
+_REQUEST_KEYS = ("run_id", "episode_id", "request_id", "learner_id", "reflection_id", "sequence", "step_index")
+
+
+class RequestLog:
+    """Logs one line per request: method, ids, duration, status. `log_level = "warning"` leaves out requests that
+    succeed. Health probes are logged only after an internal error."""
+
+    def __init__(self, method: str, request: Any, metrics: MethodMetrics | None = None):
+        self._method = method.rsplit("/", 1)[-1]
+        self._is_probe = method.startswith(OPEN_SERVICES)
+        self._request = request
+        self._metrics = metrics
+        self._status = "OK"
+        self._reason: str | None = None
+        self._error: BaseException | None = None
+        self._start = time.perf_counter()
+
+    def failed(self, error: DomainError) -> None:
+        self._status = error.code
+        self._reason = error.reason
+
+    def timed_out(self) -> None:
+        self._status = "DEADLINE_EXCEEDED"
+
+    def unimplemented(self) -> None:
+        self._status = "UNIMPLEMENTED"
+
+    def broke(self, error: Exception) -> None:
+        self._status = "INTERNAL"
+        self._error = error
+
+    def __enter__(self) -> RequestLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is asyncio.CancelledError:
+            self._status = "CANCELLED"
+        seconds = time.perf_counter() - self._start
+        if self._metrics is not None:
+            self._metrics.ended(self._status, seconds)
+        level = logging.ERROR if self._status == "INTERNAL" else logging.INFO
+        if not log.is_enabled_for(level) or (self._is_probe and level < logging.ERROR):
+            return
+        ids = {key: value for key in _REQUEST_KEYS if (value := getattr(self._request, key, None)) not in (None, "")}
+        extra: dict[str, Any] = {"reason": self._reason} if self._reason else {}
+        if self._error is not None:
+            extra["exc_info"] = self._error
+        milliseconds = round(seconds * 1000, 2)
+        log.log(level, "request", method=self._method, status=self._status, milliseconds=milliseconds, **ids, **extra)

@@ -1,0 +1,135 @@
+"""The part of the policy's client that sends Generate requests together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from mulligan.common.channel import Connection, is_for_later
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.tasks import cancel
+from mulligan.policy.v1 import policy_service_pb2 as pb
+from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
+from mulligan.policy.wire import generate_error_from_proto
+
+_MAX_BATCH = 256  # requests in one call
+_MAX_BATCH_BYTES = 2 * 2**20
+
+
+class _Waiting(NamedTuple):
+    future: asyncio.Future[pb.GenerateResponse | None]  # None: to be asked for in a call of its own
+    request: pb.GenerateRequest
+
+
+class GenerateQueue:
+    """Sends the Generate requests of one tick of the event loop in one GenerateMany call.
+
+    A request that is alone goes by Generate. So does what GenerateMany did not answer: the server does not have that
+    call, it went away, it refused all because of one, or it asks for a later try.
+    """
+
+    def __init__(self, connection: Connection, stub: pb_grpc.PolicyServiceStub, timeout: float):
+        self._connection = connection
+        self._stub = stub
+        self._timeout = timeout  # seconds, of a call
+        self._waiting: list[_Waiting] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_offered = True
+
+    async def put(self, request: pb.GenerateRequest) -> pb.GenerateResponse:
+        """Raises as `Connection.call` does."""
+        if self._is_offered:
+            loop = asyncio.get_running_loop()
+            waiting = _Waiting(loop.create_future(), request)
+            self._waiting.append(waiting)
+            if len(self._waiting) == 1:
+                loop.call_soon(self._flush)  # at the end of this tick
+            answer = await waiting.future
+            if answer is not None:
+                return answer
+        return await self._connection.call(self._stub.Generate, request, timeout=self._timeout)
+
+    async def close(self) -> None:
+        await cancel(*self._tasks)
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for batch in _batches([one for one in waiting if not one.future.done()]):  # done: its caller was cancelled
+            if len(batch) == 1:
+                batch[0].future.set_result(None)
+                continue
+            task = asyncio.create_task(self._send(batch))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            _end_without_callers(task, batch)
+
+    async def _send(self, batch: Sequence[_Waiting]) -> None:
+        """Completes all futures of the batch."""
+        request = pb.GenerateManyRequest(requests=[waiting.request for waiting in batch])
+        unanswered = dict(enumerate(batch))
+        try:
+            async with self._connection.stream(self._stub.GenerateMany, request, timeout=self._timeout) as answers:
+                async for answer in answers:
+                    self._connection.read(lambda message: self._settle(unanswered, message), answer)
+        except asyncio.CancelledError:
+            for waiting in unanswered.values():
+                waiting.future.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001 - raised for each caller
+            if isinstance(error, CallFailed) and error.code == "UNIMPLEMENTED":
+                self._is_offered = False
+            if isinstance(error, ServiceUnavailable) or (isinstance(error, CallFailed) and error.timed_out):
+                for waiting in unanswered.values():
+                    if not waiting.future.done():
+                        waiting.future.set_exception(error)
+        for waiting in unanswered.values():
+            if not waiting.future.done():
+                waiting.future.set_result(None)
+
+    def _settle(self, unanswered: dict[int, _Waiting], message: pb.GenerateManyResponse) -> None:
+        """Completes the futures of the requests that the message answers. Raises KeyError for an index that is not
+        unanswered, and ValueError for an item without a result."""
+        for item in message.items:
+            kind = item.WhichOneof("result")
+            if kind is None:
+                raise ValueError(f"items.index {item.index} has no result")
+            future = unanswered.pop(item.index).future
+            if future.done():  # its caller was cancelled
+                continue
+            if kind == "response":
+                future.set_result(item.response)
+                continue
+            error = generate_error_from_proto(item.error, self._connection.endpoint.address)
+            if isinstance(error, DomainError) and is_for_later(error):
+                future.set_result(None)  # Generate waits and tries again
+            else:
+                future.set_exception(error)
+
+
+def _batches(waiting: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
+    """Splits by the limits of count and size, in order."""
+    batch: list[_Waiting] = []
+    size = 0
+    for one in waiting:
+        size += one.request.ByteSize()
+        if batch and (len(batch) == _MAX_BATCH or size > _MAX_BATCH_BYTES):
+            yield batch
+            batch, size = [], one.request.ByteSize()
+        batch.append(one)
+    if batch:
+        yield batch
+
+
+def _end_without_callers(task: asyncio.Task[None], batch: Sequence[_Waiting]) -> None:
+    """Cancels the call of the batch when the callers of all that is not answered were cancelled."""
+    left = len(batch)
+
+    def one_less(future: asyncio.Future[pb.GenerateResponse | None]) -> None:
+        nonlocal left
+        left -= 1
+        if not left and future.cancelled():
+            task.cancel()
+
+    for waiting in batch:
+        waiting.future.add_done_callback(one_less)
