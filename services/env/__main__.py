@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import sys
 from functools import partial
 
@@ -16,11 +15,6 @@ from mulligan.env.config import EnvSettings
 from mulligan.env.episodes import EpisodeTable
 from mulligan.env.servicer import add_to_server
 from mulligan.env.workers import WorkerPool
-
-if sys.platform != "win32":
-    from uvloop import new_event_loop  # 10% more steps per second than with asyncio's own loop
-else:
-    new_event_loop = None
 
 log = structlog.get_logger()
 _CLOSING_SECONDS = 5.0  # for closing episodes and environments after the drain
@@ -49,11 +43,7 @@ def main() -> None:
         await table.close(_CLOSING_SECONDS)
         workers.close()
 
-    # The garbage collector would scan the stored answers and all loaded modules again and again: a quarter of the cost
-    # of a step.
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
-    run(settings, serve_environments, new_event_loop)
+    run(settings, serve_environments)
 
 
 if __name__ == "__main__":
