@@ -1,10 +1,12 @@
-"""The learner against a bare training loop of the same model: `python -m benchmarks.learner [--quick] [--model DIR]`.
+"""The learner against TRL and a bare training loop: `python -m benchmarks.learner [--quick] [--lm FOLDER]`.
 
-Four ways compute the gradient over the same data, in turn, on one thread: transformers' own forward with `labels`, in
-batches of similar length, without checks, metrics or a policy-gradient loss; the learner in this process, which
-computes shared prefixes once; the same without that; and a learner behind gRPC on loopback. The data are a step of ERL
-as the demo trained on it (in one call, and dealt out over its optimizer steps), and sequences that share nothing.
-Padding is not counted.
+Five ways compute the gradient over the same data, in turn, on one thread: TRL's GRPOTrainer, with the best of several
+sizes of micro-batches; the bare loop, which is transformers' own forward with `labels` in batches of similar length,
+without checks, metrics or a policy-gradient loss; the learner in this process, which computes shared prefixes once; the
+same without that; and a learner behind gRPC on loopback. The data are a step of ERL as the demo trained on it (in one
+call, and dealt out over its optimizer steps), and sequences that share nothing. With `--lm`, a folder of SmolLM2-135M
+(`mulligan models fetch smollm2-135m`), also a recorded step of `make demo-lm`. Padding is not counted. The peaks of
+memory of a step, with and without LoRA, are those of processes of their own.
 """
 
 from __future__ import annotations
@@ -12,19 +14,24 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import grpc
 import structlog
 import torch
+from transformers import AutoConfig
 
 from benchmarks.common import alternate, median, print_result, print_table, spread
-from benchmarks.learner.batches import ERL_DEMO, ERL_DEMO_MINIBATCHES, ragged, recorded
+from benchmarks.learner import peak
+from benchmarks.learner.batches import ERL_DEMO, ERL_DEMO_LM, ERL_DEMO_MINIBATCHES, ragged, recorded
+from benchmarks.learner.with_trl import TrlStep
 from mulligan.common.channel import Endpoint
 from mulligan.common.server import RequestInterceptor
 from mulligan.models import EMBEDDED
@@ -39,8 +46,11 @@ from mulligan.trainer.losses import ppo
 from mulligan.trainer.settings import TrainedModelSettings
 
 LOSS = ppo.Settings(kl_coefficient=0.0)
-BARE, OURS, SEPARATE, REMOTE = "bare loop", "learner", "learner without sharing", "learner over gRPC"
+TRL, BARE, OURS, SEPARATE, REMOTE = "TRL", "bare loop", "learner", "learner without sharing", "learner over gRPC"
+TRL_ROWS = (4, 8, 16, 32)
+LORA_RANK = 16
 Calls = Sequence[list[Datum]]
+Rates = dict[str, list[float]]  # tokens per second in each round, by way
 
 
 def bare(learner: Learner, calls: Calls) -> None:
@@ -78,19 +88,14 @@ async def serve(stack: AsyncExitStack, settings: LearnerServerSettings, spec: Le
     return client
 
 
-async def measure(folder: Path, model: Path, count: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """The tokens per second of each way in each round, for each kind of data."""
+async def measure(folder: Path, model: Path, batches: Mapping[str, Calls], rounds: int) -> tuple[dict[str, Rates], int]:
+    """The rates of each kind of data, and TRL's best size of a micro-batch."""
     # With a learning rate of 0 each way and round computes the same.
     spec = LearnerSpec(TrainedModelSettings(source=str(model)))
     spec = replace(spec, optimizer=spec.optimizer.model_copy(update={"learning_rate": 0.0}))
     settings = LearnerServerSettings(folder / "weights", folder / "checkpoints", threads=1)
     local = Learner("local", spec, settings)
-    erl = recorded(ERL_DEMO)
-    batches: dict[str, Calls] = {
-        "erl-demo": [erl],
-        "erl-demo dealt out": minibatches(erl, ERL_DEMO_MINIBATCHES, 0),
-        "ragged": [ragged(count, local.model.limits.vocabulary_size)],
-    }
+    trl = _best(model, next(iter(batches.values())))
     async with AsyncExitStack() as stack:
         client = await serve(stack, settings, spec)
 
@@ -99,38 +104,54 @@ async def measure(folder: Path, model: Path, count: int, rounds: int) -> dict[st
                 await client.forward_backward(data, LOSS)
                 await client.optim_step()
 
-        found: dict[str, dict[str, list[float]]] = {}
+        ways: dict[str, Callable[[Calls], object]] = {
+            TRL: trl.gradients,
+            BARE: lambda calls: bare(local, calls),
+            OURS: lambda calls: in_process(local, calls, sharing=True),
+            SEPARATE: lambda calls: in_process(local, calls, sharing=False),
+            REMOTE: remote,
+        }
+        found: dict[str, Rates] = {}
         for name, calls in batches.items():
-            tokens = sum(length(datum) for data in calls for datum in data)
-
-            async def timed(work: Callable[[Calls], object], calls: Calls = calls, tokens: int = tokens) -> float:
-                start = time.perf_counter()
-                if (running := work(calls)) is not None:
-                    await running  # type: ignore[misc]
-                return tokens / (time.perf_counter() - start)
-
-            ways: dict[str, Callable[[Calls], object]] = {
-                BARE: lambda calls: bare(local, calls),
-                OURS: lambda calls: in_process(local, calls, sharing=True),
-                SEPARATE: lambda calls: in_process(local, calls, sharing=False),
-                REMOTE: remote,
-            }
-            measures = {way: (lambda work=work: timed(work)) for way, work in ways.items()}
-            await alternate(measures, 1)  # warm-up
+            print(f"{name}: {rounds} rounds after one to warm up …", file=sys.stderr, flush=True)
+            measures = {way: partial(_rate, work, calls) for way, work in ways.items()}
+            await alternate(measures, 1)
             found[name] = await alternate(measures, rounds)
-    return found
+    return found, trl.rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sequences and rounds")
-    parser.add_argument("--model", type=Path, default=EMBEDDED, help="its folder; the embedded model unless given")
-    arguments = parser.parse_args()
-    count, rounds = (64, 3) if arguments.quick else (256, 7)
-    torch.set_num_threads(1)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-    with TemporaryDirectory() as folder:
-        found = asyncio.run(measure(Path(folder), arguments.model, count, rounds))
+async def _rate(work: Callable[[Calls], object], calls: Calls) -> float:
+    """Tokens per second, padding not counted."""
+    tokens = sum(length(datum) for data in calls for datum in data)
+    start = time.perf_counter()
+    if (running := work(calls)) is not None:
+        await running  # type: ignore[misc]
+    return tokens / (time.perf_counter() - start)
+
+
+def _best(model: Path, calls: Calls) -> TrlStep:
+    """The fastest of TRL's sizes of a micro-batch, each tried once after one to warm up."""
+    tried: list[tuple[float, TrlStep]] = []
+    for rows in TRL_ROWS:
+        step = TrlStep(model, rows)
+        step.gradients(calls)
+        start = time.perf_counter()
+        step.gradients(calls)
+        tried.append((time.perf_counter() - start, step))
+    return min(tried, key=lambda one: one[0])[1]
+
+
+def peaks(model: Path, batch: Path, rows: int) -> dict[str, int]:
+    """Bytes, by way and whether with LoRA."""
+    return {
+        f"{way}, {'LoRA' if rank else 'full'}": peak.measured(way, model, batch, rows, rank)
+        for way in (peak.OURS, peak.TRL)
+        for rank in (0, LORA_RANK)
+    }
+
+
+def report(found: Mapping[str, Rates], memory: Mapping[str, int], prefix: str = "") -> dict[str, float]:
+    """Prints two tables. Returns the ratios, of the first kind of data under their plain names."""
     medians = {data: {way: median(values) for way, values in ways.items()} for data, ways in found.items()}
     print_table(
         ("data", "way", "tokens/s, median", "least–greatest", "of bare"),
@@ -140,22 +161,42 @@ def main() -> None:
             for way, values in ways.items()
         ],
     )
+    print_table(("a step of", "raises the memory by, GB"), [(way, f"{size / 1e9:.2f}") for way, size in memory.items()])
+    ratios: dict[str, float] = {}
+    for place, (data, rates) in enumerate(medians.items()):
+        name = f"{prefix}{data.replace('-', '_').replace(' ', '_')}_" if place else prefix
+        for ratio, way in (("trl", TRL), ("bare", BARE), ("prefix", SEPARATE)):
+            ratios[f"{name}{ratio}_ratio"] = round(rates[OURS] / rates[way], 2)
+        ratios[f"{name}grpc_ratio"] = round(rates[REMOTE] / rates[OURS], 2)
+    ours, theirs = memory[f"{peak.OURS}, full"], memory[f"{peak.TRL}, full"]
+    ratios[f"{prefix}lora_memory_ratio"] = round(memory[f"{peak.OURS}, LoRA"] / ours, 2)
+    ratios[f"{prefix}trl_memory_ratio"] = round(ours / theirs, 2)
+    return ratios
 
-    def ratio(data: str, way: str) -> float:
-        return round(medians[data][OURS] / medians[data][way], 2)
 
-    result = {
-        "prefix_ratio": ratio("erl-demo", SEPARATE),
-        "bare_ratio": ratio("erl-demo", BARE),
-        "dealt_out_prefix_ratio": ratio("erl-demo dealt out", SEPARATE),
-        "dealt_out_bare_ratio": ratio("erl-demo dealt out", BARE),
-        "ragged_bare_ratio": ratio("ragged", BARE),
-        "grpc_ratio": round(medians["erl-demo"][REMOTE] / medians["erl-demo"][OURS], 2),
-        "sequences": count,
-        "rounds": rounds,
-        "torch": torch.__version__,
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer sequences and rounds")
+    parser.add_argument("--lm", type=Path, help="the folder of SmolLM2-135M")
+    arguments = parser.parse_args()
+    count, rounds = (64, 3) if arguments.quick else (256, 7)
+    torch.set_num_threads(1)
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    erl = recorded(ERL_DEMO)
+    vocabulary = AutoConfig.from_pretrained(EMBEDDED).vocab_size
+    batches: dict[str, Calls] = {
+        "erl-demo": [erl],
+        "dealt out": minibatches(erl, ERL_DEMO_MINIBATCHES, 0),
+        "ragged": [ragged(count, vocabulary)],
     }
-    print_result("learner", result)
+    with TemporaryDirectory() as folder:
+        found, rows = asyncio.run(measure(Path(folder) / "demo", EMBEDDED, batches, rounds))
+        ratios = report(found, peaks(EMBEDDED, ERL_DEMO, rows))
+        if arguments.lm is not None:
+            lm: dict[str, Calls] = {"erl-demo-lm": [recorded(ERL_DEMO_LM)]}
+            found, rows = asyncio.run(measure(Path(folder) / "lm", arguments.lm, lm, 3))
+            ratios |= report(found, peaks(arguments.lm, ERL_DEMO_LM, rows), "lm_")
+    print_result("learner", {**ratios, "sequences": count, "rounds": rounds, "torch": torch.__version__})
 
 
 if __name__ == "__main__":

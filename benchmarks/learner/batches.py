@@ -1,6 +1,7 @@
 """The data that the benchmark trains on: a step of ERL out of a journal, and sequences that share nothing.
 
-`erl-demo.binpb` is a ForwardBackwardRequest with what step 40 of `mulligan demo` trained on: ERL on 3×3 FrozenLake.
+`erl-demo.binpb` is a ForwardBackwardRequest with what step 40 of `mulligan demo` trained on: ERL on 3×3 FrozenLake;
+`erl-demo-lm.binpb` one with step 1 of `make demo-lm`: ERL of SmolLM2-135M on short sentences.
 `python -m benchmarks.learner.batches RUN_FOLDER STEP FILE` writes such a file.
 """
 
@@ -20,6 +21,7 @@ from mulligan.trainer.trainable import trainable
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 
 ERL_DEMO = Path(__file__).parent / "erl-demo.binpb"
+ERL_DEMO_LM = Path(__file__).parent / "erl-demo-lm.binpb"
 ERL_DEMO_MINIBATCHES = 8  # over so many optimizer steps the demo deals it out
 # tokens of a turn; sampled tokens among them
 TURN = 12

@@ -1,21 +1,41 @@
-"""The recorded step of ERL that the benchmark of the learner trains on."""
+"""The recorded steps of ERL that the benchmark of the learner trains on, and what TRL is given of them."""
 
 from __future__ import annotations
 
-from benchmarks.learner.batches import ERL_DEMO, recorded
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.learner.batches import ERL_DEMO, ERL_DEMO_LM, recorded
+from benchmarks.learner.with_trl import inputs
 from mulligan.trainer.data import Distillation, ModelLimits, PolicyGradient
 from mulligan.trainer.learner.batching import check, length, pack
 from mulligan.trainer.learner.prefix_tree import TreeSize, key
 
 
-def test_the_recorded_step_is_of_erl_and_repeats_itself() -> None:
-    data = recorded(ERL_DEMO)
-    check(data, ModelLimits(vocabulary_size=1024, context_length=1024))
+@pytest.mark.parametrize(("file", "vocabulary", "unique"), [(ERL_DEMO, 1024, 0.5), (ERL_DEMO_LM, 49_152, 0.6)])
+def test_the_recorded_steps_are_of_erl_and_repeat_themselves(file: Path, vocabulary: int, unique: float) -> None:
+    data = recorded(file)
+    check(data, ModelLimits(vocabulary, context_length=1024))
     assert {type(datum.objective) for datum in data} == {PolicyGradient, Distillation}
     tree = TreeSize()
     for datum in data:
         tree.add(key(datum.token_ids[: length(datum)]))
-    assert tree.nodes < 0.5 * sum(map(length, data))
+    assert tree.nodes < unique * sum(map(length, data))
     assert sorted(row for group in pack(data, range(len(data)), 768, sharing=True) for row in group) == list(
         range(len(data))
     )
+
+
+def test_trl_is_given_the_same_tokens_and_trains_the_same_of_them() -> None:
+    data = recorded(ERL_DEMO)[:20]
+    given = inputs(data)
+    ids_BT = torch.cat([given["prompt_ids"], given["completion_ids"]], 1)
+    seen_BT = torch.cat([given["prompt_mask"], given["completion_mask"]], 1).bool()
+    trained_BC = (given["completion_mask"] * given["tool_mask"]).bool()
+    for row, datum in enumerate(data):
+        assert tuple(ids_BT[row][seen_BT[row]].tolist()) == datum.token_ids
+        trained = [token for token, mask in zip(datum.token_ids, datum.loss_mask, strict=True) if mask]
+        assert given["completion_ids"][row][trained_BC[row]].tolist() == trained
+    assert given["num_items_in_batch"] == sum(sum(datum.loss_mask) for datum in data)
