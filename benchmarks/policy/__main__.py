@@ -39,6 +39,7 @@ from mulligan.policy.backends.transformers.backend import TransformersBackend
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.config import PolicySettings
 from mulligan.testing.processes import ServiceProcesses
+from mulligan.trainer.estimate.shapes import QWEN3_4B
 
 EMBEDDED_WAYS = ["plain generate", "engine in process", "service"]
 SGLANG_WAYS = ["SGLang", "service before SGLang"]
@@ -87,7 +88,7 @@ def model_for(arguments: argparse.Namespace, folder: Path, dtype: torch.dtype) -
     if arguments.model is not None:
         return shapes.endless(arguments.model, folder)
     if arguments.shape == "4b":
-        return shapes.random_model(folder, shapes.QWEN3_4B, arguments.device, dtype)
+        return shapes.random_model(folder, QWEN3_4B, arguments.device, dtype)
     return shapes.embedded(folder)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mulligan import models
 from mulligan.common.inference import PublishedWeights, WeightsKind
@@ -21,21 +21,6 @@ from mulligan.models.build import CHAT_TEMPLATE, write_untrained
 from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.learner import weight_check
 
-# Qwen3-4B's, as published in its config.json (https://huggingface.co/Qwen/Qwen3-4B).
-QWEN3_4B = {
-    "vocab_size": 151936,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40960,
-    "rope_parameters": {"rope_theta": 1_000_000.0, "rope_type": "default"},
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.02,
-}
 _CHANGE = 1e-3  # standard deviation of what an update adds to each weight
 
 
@@ -67,7 +52,7 @@ def endless(source: Path, folder: Path) -> Path:
 def random_model(
     folder: Path, config: Mapping[str, Any], device: str, dtype: torch.dtype, shard_size: str = "5GB"
 ) -> Path:
-    """A Qwen3 of this shape with random weights, and a tokenizer in which every id is one word."""
+    """A model of this config.json with random weights, and a tokenizer in which every id is one word."""
     path = folder / "model"
     words = {f"w{index}": index for index in range(config["vocab_size"])}
     inner = Tokenizer(tokenizer_models.WordLevel(words, unk_token="w0"))
@@ -77,7 +62,7 @@ def random_model(
     PreTrainedTokenizerFast(
         tokenizer_object=inner, unk_token="w0", pad_token="w1", chat_template=CHAT_TEMPLATE, model_max_length=context
     ).save_pretrained(path)
-    shape = Qwen3Config(**config, bos_token_id=None, eos_token_id=None, pad_token_id=1)
+    shape = AutoConfig.for_model(**config, bos_token_id=None, eos_token_id=None, pad_token_id=1)
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(shape, dtype=dtype)

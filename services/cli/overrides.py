@@ -1,4 +1,4 @@
-"""`--set NAME=VALUE`, as several commands take it."""
+"""`--set NAME=VALUE`, and other options of this form."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from mulligan.cli.out import fail
 
 
-def read_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def read_overrides(overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """The settings by name. A value is read as TOML, else as a string; a date is a string, too. Ends the program if an
     override is not NAME=VALUE."""
     found: dict[str, Any] = {}
     for override in overrides:
         name, separator, text = override.partition("=")
         if not separator or not name:
-            fail(f"--set {override}: expected NAME=VALUE", 2)
+            fail(f"{option} {override}: expected NAME=VALUE", 2)
         try:
             value: Any = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
+from mulligan.cli.dry_run import dry_run, read_assumptions
 from mulligan.cli.out import fail, show
 from mulligan.cli.recipes import recipe_file
 from mulligan.cli.watch import watch_run
@@ -30,6 +31,13 @@ def train(
         list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE, over the recipe's; repeatable.")
     ] = None,
     watch: Annotated[bool, typer.Option(help="Show progress until the run ends.")] = True,
+    estimate: Annotated[
+        bool, typer.Option("--dry-run", help="Start nothing; estimate memory, tokens and time on 1, 2 and 8 GPUs.")
+    ] = False,
+    assume: Annotated[
+        list[str] | None,
+        typer.Option(help="What --dry-run assumes, as NAME=VALUE: gpu, utilisation, turns, …; repeatable."),
+    ] = None,
     trainer: TrainerAddress = DEFAULT_ADDRESSES["trainer"],
 ) -> None:
     """Start a training run from a recipe, from --set options, or both. Other settings have the paper's values.
@@ -37,6 +45,11 @@ def train(
     Example: `mulligan train frozenlake-3x3 --set steps=20 --set algorithm.memory_entries=0`
     """
     settings = read_settings(recipe, override or [])
+    if estimate:
+        dry_run(settings, read_assumptions(assume or []))
+        return
+    if assume:
+        fail("--assume: expected together with --dry-run", 2)
     name = run_id or f"{_plain_name(recipe.stem if recipe else settings.environment)}-{datetime.now():%Y%m%d-%H%M%S}"
     run(_train(name, settings, watch, trainer))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 VOCABULARY_SIZE = 32
 CONTEXT_LENGTH = 64
@@ -38,4 +39,12 @@ def write_tiny_model(folder: Path, seed: int = 0, *, layers: int = 2) -> Path:
         torch.manual_seed(seed)
         Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_model(model: PreTrainedModel, folder: Path) -> Path:
+    """A folder with another model and the tokenizer of the tiny one."""
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(write_tiny_model(folder / "tiny") / name, folder / name)
     return folder

@@ -28,16 +28,13 @@ from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.learner import sharding, tree_attention, weight_check
 from mulligan.trainer.learner.batching import ModelInput, Sequences
 from mulligan.trainer.learner.ranks import Ranks
+from mulligan.trainer.learner.settings import LOGITS_AT_ONCE
 from mulligan.trainer.learner.tensor_files import TensorStream
 from mulligan.trainer.loss_terms import KlReference
 from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
 
 log = structlog.get_logger()
 T = TypeVar("T")
-
-# Logits are computed in pieces of at most this many float32 values: 64 Mi are 256 MiB, or 441 tokens with a vocabulary
-# of 152 thousand. The backward pass computes each piece again.
-LOGITS_AT_ONCE = 2**26
 
 
 class PolicyModel:
@@ -190,7 +187,10 @@ class PolicyModel:
             return _compare(self.base, hidden_NH, other_NH, own.temperatures_N, function, values_N)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        # A pass uses each weight once. A cache would hold a copy of all weights, also of those of other processes.
+        return torch.autocast(
+            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
+        )
 
     def _hidden(self, model: Any, given: ModelInput) -> Tensor:
         """The only forward pass through the layers."""

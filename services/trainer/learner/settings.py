@@ -7,6 +7,10 @@ from pathlib import Path
 
 from mulligan.trainer.settings import OptimizerSettings, TrainedModelSettings
 
+# Logits are computed in pieces of at most this many float32 values: 64 Mi are 256 MiB, or 441 tokens with a vocabulary
+# of 152 thousand. The backward pass computes each piece again.
+LOGITS_AT_ONCE = 2**26
+
 
 @dataclass(frozen=True, slots=True)
 class LearnerServerSettings:

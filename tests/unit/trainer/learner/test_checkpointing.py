@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from transformers import (
     GPT2LMHeadModel,
     OPTConfig,
     OPTForCausalLM,
-    PreTrainedModel,
 )
 
 from mulligan.common.errors import DomainError, Reason
@@ -21,14 +19,7 @@ from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.losses import ppo
 from mulligan.trainer.settings import LoraSettings
 from tests.support.learning import FULL, LORA, many, sampled, server_settings, spec
-from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tiny_model
-
-
-def write_model(model: PreTrainedModel, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(write_tiny_model(folder / "tiny") / name, folder / name)
-    return folder
+from tests.support.tiny_model import CONTEXT_LENGTH, VOCABULARY_SIZE, write_model, write_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,44 @@
+"""The benchmark at the shape of a large model, at a tiny one, and without a GPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.scale import main
+from mulligan.trainer.estimate.memory import Training, memory
+from mulligan.trainer.estimate.shapes import QWEN3_4B, shape_from
+
+
+def result_of(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The printed lines but the last, and that one, read."""
+    monkeypatch.setattr(sys, "argv", ["scale", *arguments])
+    threads = torch.get_num_threads()
+    main()
+    torch.set_num_threads(threads)
+    *lines, last = capsys.readouterr().out.splitlines()
+    return lines, json.loads(last)
+
+
+def test_without_a_gpu_it_prints_the_estimates(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lines, result = result_of(["--rows", "16384"], monkeypatch, capsys)
+    assert lines[0] == "no CUDA device"
+    assert [(one["trained"], one["tokens_per_second"]) for one in result["ways"]] == [("full", None), ("lora-16", None)]
+    expected = memory(shape_from(QWEN3_4B), Training(rank=16), 16_384, checkpointing=True).total / 2**30
+    assert result["ways"][1]["estimated_gib"] == expected
+    assert result["benchmark"] == "scale" and result["device"] is None
+
+
+def test_a_tiny_shape_is_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--device", "cpu", "--shape", "tiny", "--quick", "--rows", "64"]
+    lines, result = result_of(arguments, monkeypatch, capsys)
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| full", "| lora-16"]
+    for one in result["ways"]:
+        assert one["tokens_per_second"] > 0 and one["gpus"] == 1 and one["row"] == 64 and one["note"] == ""
