@@ -33,21 +33,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report-only", action="store_true", help="run nothing, report what there is")
     if not parser.parse_args().report_only:
-        run_cells()
+        run_cells("methods/")
     arms = {name: results for name, arm in {**ARMS, **others()}.items() if (results := _results(name, arm))}
     if not {"erl", "rlvr"} <= arms.keys():
         sys.exit("no result of erl and rlvr yet: run it without --report-only")
     (RESULTS / "methods.md").write_text(page(arms))
-    draw(RESULTS / "methods.png", arms)
+    draw(RESULTS / "methods.png", arms, "success on the test boards")
     claim = compare(arms["erl"], arms["rlvr"])
     (RESULTS / "erl_vs_rlvr.json").write_text(json.dumps(claim, indent=2) + "\n")
     print((RESULTS / "methods.md").read_text())
     print_result("methods", claim)
 
 
-def run_cells() -> None:
-    """Runs the cells that have no result: each on one core, and one for each core of this process at a time."""
-    command = [sys.executable, "-m", "proof", "--only", "methods/", "--core"]
+def run_cells(prefix: str) -> None:
+    """Runs the cases of that name that have no result: each on one core, and one for each core of this process at a
+    time."""
+    command = [sys.executable, "-m", "proof", "--only", prefix, "--core"]
     cores = sorted(os.sched_getaffinity(0))
     processes = [subprocess.Popen([*command, str(core)], cwd=ROOT) for core in cores]
     if failed := [core for core, process in zip(cores, processes, strict=True) if process.wait()]:
@@ -150,8 +151,9 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
     return "\n".join([*lines, "", "![Learning curves](methods.png)", ""])
 
 
-def draw(path: Path, arms: Mapping[str, Sequence[Result]]) -> None:
-    """Test success over rollouts: the mean over seeds, and a band from the least to the greatest."""
+def draw(path: Path, arms: Mapping[str, Sequence[Result]], success: str) -> None:
+    """Test success over rollouts: the mean over seeds, and a band from the least to the greatest. `success` names its
+    axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -164,7 +166,7 @@ def draw(path: Path, arms: Mapping[str, Sequence[Result]]) -> None:
         values = [[at(result, place) or 0.0 for result in results] for place in places]
         (line,) = axes.plot(places, [fmean(column) for column in values], label=name)
         axes.fill_between(places, [*map(min, values)], [*map(max, values)], alpha=0.12, color=line.get_color())
-    axes.set(xlabel="rollouts: episodes + texts", ylabel="success on the test boards", ylim=(0, 1))
+    axes.set(xlabel="rollouts: episodes + texts", ylabel=success, ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize="small", ncols=2)
     figure.tight_layout()

@@ -22,11 +22,13 @@ from mulligan.common.file_lock import lock_file
 from mulligan.common.files import replace
 from proof import (
     CaseUnavailable,
+    adapters,
     agreement,
     docker,
     embedded,
     faults,
     kills,
+    language_model,
     learning,
     methods,
     second_attempts,
@@ -44,8 +46,10 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **docker.CASES,
     **agreement.CASES,
     **sglang.CASES,
+    **adapters.CASES,
     **faults.CASES,
     **embedded.CASES,
+    **language_model.CASES,
     **suite.CASES,
 }
 

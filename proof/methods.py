@@ -77,7 +77,7 @@ def search(arm: Arm, rate: str, entropy: str, folder: Path) -> dict[str, Any]:
     settings = [f"steps={steps}", f"seed={SEARCH_SEED}", f"optimizer.learning_rate={rate}", "evaluation.every=0"]
     settings += [f"loss.entropy_coefficient={entropy}"] if entropy else []
     run = train(arm, settings, folder)
-    curve = [metrics.get("success_first", 0.0) for _, metrics in sorted(_metrics(run).items())]
+    curve = [metrics.get("success_first", 0.0) for _, metrics in sorted(step_metrics(run).items())]
     return {"rate": rate, "entropy": entropy, "steps": steps, "train_success": fmean(curve[-LAST_STEPS:])}
 
 
@@ -88,7 +88,7 @@ def learn(name: str, arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
     settings += [f"loss.entropy_coefficient={best['entropy']}"] if best["entropy"] else []
     run = train(arm, settings, folder)
     summary: dict[str, Any] = json.loads((run / "summary.json").read_text())
-    metrics = _metrics(run)
+    metrics = step_metrics(run)
     return {
         "arm": name,
         "seed": seed,
@@ -132,7 +132,8 @@ def train(arm: Arm, settings: list[str], folder: Path) -> Path:
     return summary.parent
 
 
-def _metrics(run: Path) -> dict[int, dict[str, float]]:
+def step_metrics(run: Path) -> dict[int, dict[str, float]]:
+    """Of each step of a run, by its folder."""
     return {step: event.metrics for step, event in EventLog(run / "events.jsonl").steps().items()}
 
 

@@ -49,7 +49,7 @@ class _RunDisplay:
         self._bar = Progress(*columns, console=terminal, transient=True)
         self._steps = self._bar.add_task(f"step 0/{self._total}", total=self._total)
         self._now = self._bar.add_task(self._what(), total=None)
-        self._heartbeat = Heartbeat(lambda: f"run {run.run_id}: {self._what()}", first=first, every=every)
+        self._heartbeat = Heartbeat(lambda: f"run {run.run_id}: {self._line()}", first=first, every=every)
         self._shown = ExitStack()
 
     def __enter__(self) -> Self:
@@ -71,8 +71,7 @@ class _RunDisplay:
     def step(self, step: int, metrics: dict[str, float]) -> None:
         self._step = step + 1
         self._seconds.append(metrics["seconds"])
-        recent = self._seconds[-20:]
-        left = timedelta(seconds=round(sum(recent) / len(recent) * (self._total - self._step)))
+        left = self._left()
         self._metrics.update(metrics)
         told = step_text(metrics, roles_in(self._metrics))
         # The time left comes first in the live line, which is cut at the terminal's width.
@@ -92,12 +91,24 @@ class _RunDisplay:
             self._now, description=safe(self._what()), completed=activity.done, total=activity.total or None
         )
 
+    def _left(self) -> timedelta:
+        """Of the steps, as if each took the mean of the last twenty."""
+        recent = self._seconds[-20:]
+        return timedelta(seconds=round(sum(recent) / len(recent) * (self._total - self._step)))
+
+    def _line(self) -> str:
+        """How many steps are done, and what the run does now."""
+        if not self._activity.doing:
+            return self._what()
+        left = f", left {self._left()}" if self._seconds and self._step < self._total else ""
+        return f"{self._step}/{self._total} steps done{left}; {self._what()}"
+
     def _what(self) -> str:
         """What the run does now, how much of it is done, and how long the rest may take."""
         now = self._activity
         if now.doing:
-            left = f" {now.done}/{now.total}  left {time_left(now.seconds, now.done, now.total)}" if now.total else ""
-            return f"step {min(self._step + 1, self._total)}/{self._total}: {now.doing}{left}"
+            left = f" {now.done}/{now.total}, left {time_left(now.seconds, now.done, now.total)}" if now.total else ""
+            return f"now {now.doing}{left}"
         if self._step == 0 and not self._evaluated:
             return "creating the learner, then evaluating the policy before training"
         if self._step == self._total:

@@ -63,9 +63,17 @@ def next_steps(run: RunInfo) -> Iterator[str]:
     served = ("--folder", str(folder.parents[1]), "--model", settings.model.source)
     yield f"{command('up', *served)}   then, in another terminal:"
     yield f"{command('runs')}, {command('memory', 'list')},"
-    yield command("eval", settings.environment, "--run", run.run_id)
+    yield command("eval", settings.environment, "--run", run.run_id, *_measured_by(settings))
     yield f"your own model: {command('policy', 'load', 'actor', '--model', 'FOLDER')}, then"
     yield command("train", "RECIPE", "--set", "model.source=FOLDER")
+
+
+def _measured_by(settings: RunSettings) -> Iterator[str]:
+    """Options of `mulligan eval` with which it measures as the run does."""
+    given = settings.evaluation
+    options = {"tasks": given.tasks, "samples": given.samples, "temperature": given.temperature, "top-p": given.top_p}
+    for name, value in {**options, "top-k": given.top_k, "max-tokens": settings.rollout.max_tokens}.items():
+        yield from (f"--{name}", str(value))
 
 
 def at_budget(evaluations: Sequence[dict[str, Any]], rollouts: int) -> dict[str, Any]:
@@ -98,7 +106,7 @@ def draw_chart(path: Path, entries: Sequence[Entry], rlvr: RecordedRun | None) -
         axes.plot(spent_rlvr, success, "s--", label="test tasks, RLVR (recorded)")
     axes.set(xlabel="rollouts: episodes + reflections", ylabel="success", ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)

@@ -100,16 +100,17 @@ class Loop:
     def client(self) -> RunClient:
         return RunClient(Endpoint(self.trainer.address, outage_seconds=60))
 
-    async def train(self, run_id: str, settings: RunSettings) -> RunInfo:
+    async def train(self, run_id: str, settings: RunSettings, seconds: float = RUN_SECONDS) -> RunInfo:
+        """The run, completed within so many seconds."""
         client = self.client()
         try:
             await client.start(run_id, settings)
-            return await self.ended(client, run_id)
+            return await self.ended(client, run_id, seconds)
         finally:
             await client.close()
 
-    async def ended(self, client: RunClient, run_id: str) -> RunInfo:
-        async with asyncio.timeout(RUN_SECONDS):
+    async def ended(self, client: RunClient, run_id: str, seconds: float = RUN_SECONDS) -> RunInfo:
+        async with asyncio.timeout(seconds):
             async for _ in client.watch(run_id):
                 pass
         info = await client.get(run_id)

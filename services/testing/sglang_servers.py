@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,10 @@ def python_of_sglang() -> str:
     return os.environ.get("MULLIGAN_TEST_SGLANG_PYTHON", "")
 
 
-def launch_settings(count: int = 1) -> dict[str, Any]:
-    """The policy service's `sglang` settings."""
+def launch_settings(count: int = 1, flags: Sequence[str] = ()) -> dict[str, Any]:
+    """The policy service's `sglang` settings. `flags` come after those that each server has, and win over them."""
     python = python_of_sglang()
-    flags = (*CPU_FLAGS, *LORA_FLAGS)
+    flags = (*CPU_FLAGS, *LORA_FLAGS, *flags)
     return {"launch": count, "python": python, "flags": flags, "environment": CPU_ENVIRONMENT}
 
 

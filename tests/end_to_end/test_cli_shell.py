@@ -76,7 +76,7 @@ def test_a_run_that_waits_shows_in_a_pipe_that_it_goes_on(services: ServiceProce
     )
     assert training.stderr is not None
     try:
-        while "step 1/200: opening the environments …" not in training.stderr.readline():
+        while "0/200 steps done; now opening the environments …" not in training.stderr.readline():
             assert training.poll() is None
     finally:
         loop.env.process.send_signal(signal.SIGCONT)

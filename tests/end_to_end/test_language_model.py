@@ -20,11 +20,16 @@ from mulligan.models.fetch import is_there
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop
 from mulligan.testing.processes import ServiceProcesses
-from mulligan.trainer.folder import RunState
+from mulligan.trainer.journal import journal_file, read_experiences
+from proof.language_model import ARMS, evaluate, learn
 from tests.support.found import language_model
 from tests.support.paths import IMPORT_ROOTS, ROOT
 
 NAME = "smollm2-135m"
+ONE_STEP = (
+    *("steps=1", "rollout.tasks_per_step=1", "rollout.rollouts_per_task=2", "algorithm.optimizer_steps=1"),
+    "evaluation.tasks=2",
+)
 pytestmark = pytest.mark.timeout(1800)  # 135 million parameters on a busy machine
 
 
@@ -82,16 +87,24 @@ def test_policy_and_learner_conform(loop: Loop, model: Path, service: str) -> No
     assert report["counts"]["passed"] > 20
 
 
-async def test_a_training_step_of_two_chains(loop: Loop, model: Path) -> None:
-    overrides = [
-        *("steps=1", "checkpoint_every=1", f"model.source={model}", "rollout.tasks_per_step=1"),
-        *("rollout.rollouts_per_task=2", "evaluation.every=0", "evaluation.tasks=2", "algorithm.optimizer_steps=1"),
-    ]
-    settings = read_settings(ROOT / "recipes" / "short-sentences-smollm2.toml", overrides)
-    info = await loop.train("two-chains", settings)
-    assert info.state is RunState.COMPLETED and info.step == 1
-    chains = loop.experiences("two-chains")
+def test_a_demo_of_one_step_and_two_chains(model: Path, tmp_path: Path) -> None:
+    """The short case of `python -m proof --only language-model`."""
+    measured = learn("erl", 0, tmp_path, [f"model.source={model}", *ONE_STEP])
+    assert (measured["arm"], measured["seed"], measured["steps"]) == ("erl", 0, 1)
+    assert [point["step"] for point in measured["evaluations"]] == [0, 1]
+    assert {len(measured[name]) for name in ("train_success", "second_success", "groups_with_signal")} == {1}
+    run = tmp_path / "runs" / "demo-1"
+    assert (run / "chart.png").read_bytes().startswith(b"\x89PNG")
+    chains = read_experiences(journal_file(run / "journal", 0))
     assert len(chains) == 2
     for chain in chains:
         assert chain["first"].turns[0].observation.startswith("Write a sentence of at most 7 words with the word ")
         assert chain["first"].feedback and chain["first"].reward in (0.0, 1.0)
+
+
+async def test_the_untrained_model_is_measured_as_the_runs_measure(loop: Loop, model: Path) -> None:
+    settings = read_settings(Path(ARMS["erl"].recipe), ["seed=100", f"model.source={model}", *ONE_STEP])
+    measured = await evaluate(loop.trainer.address, settings)
+    assert (measured["attempts"], measured["excluded"], measured["max_tokens"]) == (2, 0, 20)
+    assert measured["test_success"] in (0.0, 0.5, 1.0)
+    assert measured["evaluation"]["temperature"] == 0.8 and measured["evaluation"]["tasks"] == 2

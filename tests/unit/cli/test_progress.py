@@ -89,9 +89,10 @@ def test_a_run_says_how_much_of_what_it_does_is_done_and_how_long_the_rest_may_t
 
     async def entries() -> AsyncIterator[Entry]:
         yield Entry(1, datetime.now(UTC), EvaluationEvent(0, 0.5, 0.5, 4, 0))
-        await asyncio.to_thread(told.until, "run lake: step 1/2: sampling chains 6/24  left 0:01:00 … ")
+        await asyncio.to_thread(told.until, "run lake: 0/2 steps done; now sampling chains 6/24, left 0:01:00 … ")
         yield Entry(2, datetime.now(UTC), StepEvent(0, METRICS))
-        await asyncio.to_thread(told.until, "run lake: step 2/2: sampling chains 6/24  left 0:01:00 … ")
+        of_the_run = "1/2 steps done, left 0:00:01"
+        await asyncio.to_thread(told.until, f"run lake: {of_the_run}; now sampling chains 6/24, left 0:01:00 … ")
 
     asyncio.run(show(run, entries(), asked(sampling), first=SOON, every=SOON))
 
@@ -110,7 +111,7 @@ def test_a_trainer_that_does_not_answer_is_asked_again(capsys: pytest.CaptureFix
         return await answer()
 
     async def entries() -> AsyncIterator[Entry]:
-        await asyncio.to_thread(told.until, "run lake: step 1/2: learning … ")
+        await asyncio.to_thread(told.until, "run lake: 0/2 steps done; now learning … ")
         yield Entry(1, datetime.now(UTC), StateEvent(RunState.COMPLETED))
 
     asyncio.run(show(run, entries(), ask, first=SOON, every=SOON))

@@ -21,7 +21,15 @@ from mulligan.trainer.folder import RunState
             100,
             ("experiences demo/runs/demo-1 --step 10", "up --folder demo --model embedded ", "eval frozenlake-3x3 "),
         ),
-        ("short-sentences-smollm2", 1, ("demo-1 --step 0", "up --folder demo --model smollm2-135m ", "--run demo-1")),
+        (
+            "short-sentences-smollm2",
+            1,
+            (
+                *("demo-1 --step 0", "up --folder demo --model smollm2-135m ", "eval short-sentences --run demo-1 "),
+                # as the run measures, not as `eval` does by itself, with up to 1024 tokens an answer
+                "--tasks 0 --samples 1 --temperature 0.8 --top-p 1.0 --top-k 0 --max-tokens 20",
+            ),
+        ),
     ],
 )
 def test_the_commands_to_go_on_with_fit_the_run(recipe: str, steps: int, told: tuple[str, ...]) -> None:

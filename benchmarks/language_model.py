@@ -1,0 +1,108 @@
+"""ERL, RLVR and no training with a real language model: `python -m benchmarks.language_model [--report-only]`.
+
+Runs what has no result yet (`proof/language_model.py`, case by case, one process for each core, hours), then writes
+into docs/proof: `language-model.md` (means with 95 % intervals, and the least and the greatest of the seeds) and
+`language-model.png` (learning curves with bands). The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from benchmarks.common import print_result
+from benchmarks.methods import Result, at, draw, interval, run_cells, told
+from proof.language_model import EVERY
+from proof.methods import RESULTS
+
+UNTRAINED = "untrained"
+TRAINED = ("rlvr", "erl")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report-only", action="store_true", help="run nothing, report what there is")
+    if not parser.parse_args().report_only:
+        run_cells("language-model/")
+    arms = {arm: _results(arm) for arm in (UNTRAINED, *TRAINED)}
+    if lacking := [arm for arm, results in arms.items() if not results]:
+        sys.exit(f"no result yet of {', '.join(lacking)}: run it without --report-only")
+    (RESULTS / "language-model.md").write_text(page(arms))
+    draw(RESULTS / "language-model.png", curves(arms), "success on the test tasks")
+    print((RESULTS / "language-model.md").read_text())
+    print_result("language_model", compare(arms))
+
+
+def _results(arm: str) -> list[Result]:
+    files = sorted((RESULTS / "language-model").glob(f"{arm}-*.json"))
+    return [json.loads(file.read_text()) for file in files]
+
+
+def budget(arms: Mapping[str, Sequence[Result]]) -> int:
+    """Rollouts that every trained seed has spent, or all of it."""
+    return int(min(result["rollouts"] for arm in TRAINED for result in arms[arm]))
+
+
+def curves(arms: Mapping[str, Sequence[Result]]) -> dict[str, list[Result]]:
+    """The arms, each with learning curves. That of the untrained model is flat."""
+    ends = (0, budget(arms))
+    flat: list[Result] = [
+        {"rollouts": ends[1], "evaluations": [{"rollouts": end, "success": one["test_success"]} for end in ends]}
+        for one in arms[UNTRAINED]
+    ]
+    return {UNTRAINED: flat, **{arm: list(arms[arm]) for arm in TRAINED}}
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean with its interval, and the least and the greatest."""
+    return f"{told(values)} ({min(values):.2f} to {max(values):.2f})"
+
+
+def page(arms: Mapping[str, Sequence[Result]]) -> str:
+    """The table of all arms."""
+    spent = budget(arms)
+    attempts = " or ".join(sorted({str(result["attempts"]) for result in arms[UNTRAINED]}))
+    untrained = [result["test_success"] for result in arms[UNTRAINED]]
+    lines = [
+        "# A real language model on short sentences",
+        "",
+        "SmolLM2-135M-Instruct with an adapter of rank 16, by `recipes/short-sentences-smollm2.toml` and its RLVR arm,",
+        f"measured every {EVERY} steps. Success is that of first attempts without a reflection in context,",
+        f"{attempts} each time. Means over seeds with 95 % intervals (Student's t), and the least and the greatest.",
+        "Rollouts are episodes and reflections. Untrained is the model as it comes, with other seeds than the runs",
+        "have. Made by `python -m benchmarks.language_model` from the files in [language-model/](language-model/),",
+        "each with its commit and command.",
+        "",
+        f"| method | seeds | success before | success at {spent:,} rollouts | success at the end | rollouts "
+        "| sampled tokens | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| {UNTRAINED} | {len(untrained)} | {spread(untrained)} | | | | | |",
+    ]
+    for arm in TRAINED:
+        results = arms[arm]
+        middle = [found for result in results if (found := at(result, spent)) is not None]
+        row = [
+            *(arm, str(len(results))),
+            *(spread([one["test_success_before"] for one in results]), spread(middle)),
+            spread([one["test_success_after"] for one in results]),
+            *(told([one[name] for one in results], 0) for name in ("rollouts", "sampled_tokens", "train_seconds")),
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, "", "![Learning curves](language-model.png)", ""])
+
+
+def compare(arms: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    """The headline: test success of the model as it comes, and of both methods at the end."""
+    values = {UNTRAINED: [one["test_success"] for one in arms[UNTRAINED]]}
+    values |= {arm: [one["test_success_after"] for one in arms[arm]] for arm in TRAINED}
+    means = {f"short_sentences_{arm}": fmean(found) for arm, found in values.items()}
+    halves = {f"short_sentences_{arm}_interval": interval(found)[1] for arm, found in values.items()}
+    return means | halves | {"seeds": {arm: len(found) for arm, found in values.items()}}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""The report on a real language model, from results of all arms."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.language_model import compare, curves, page
+from benchmarks.methods import draw
+
+
+def untrained(success: float) -> dict[str, Any]:
+    return {"test_success": success, "attempts": 100}
+
+
+def trained(*curve: tuple[int, float]) -> dict[str, Any]:
+    points = [{"rollouts": rollouts, "success": success} for rollouts, success in curve]
+    ends = {"test_success_before": curve[0][1], "test_success_after": curve[-1][1], "rollouts": curve[-1][0]}
+    return {"evaluations": points, "sampled_tokens": 9, "train_seconds": 1.0, **ends}
+
+
+ARMS = {
+    "untrained": [untrained(0.1), untrained(0.2), untrained(0.3)],
+    "rlvr": [trained((0, 0.2), (1000, 0.4)), trained((0, 0.2), (1200, 0.8))],
+    "erl": [trained((0, 0.1), (500, 0.9)), trained((0, 0.3), (1000, 0.9))],
+}
+
+
+def cells(text: str) -> list[list[str]]:
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_the_table_has_the_mean_and_the_spread_of_each_arm() -> None:
+    head, *rows = cells(page(ARMS))
+    assert head[3] == "success at 500 rollouts", "what every seed of every trained arm has spent"
+    assert [row[:2] for row in rows] == [["untrained", "3"], ["rlvr", "2"], ["erl", "2"]]
+    assert {len(row) for row in [head, *rows]} == {8}
+    assert rows[0][2] == "0.20 ± 0.25 (0.10 to 0.30)"  # 4.303 * 0.1 / sqrt(3)
+    # RLVR is at 0.3 and 0.45 after 500 rollouts, on the lines between its evaluations, and ERL at 0.9 and 0.6.
+    assert [row[3].split(" ± ")[0] for row in rows[1:]] == ["0.38", "0.75"]
+    assert rows[1][4].endswith("(0.40 to 0.80)") and rows[2][4] == "0.90 ± 0.00 (0.90 to 0.90)"
+    assert "100 each time" in page(ARMS)
+
+
+def test_the_claim_is_of_means() -> None:
+    claim = compare(ARMS)
+    means = [claim[f"short_sentences_{arm}"] for arm in ("untrained", "rlvr", "erl")]
+    assert means == pytest.approx([0.2, 0.6, 0.9]) and claim["seeds"] == {"untrained": 3, "rlvr": 2, "erl": 2}
+
+
+def test_the_chart_has_a_flat_line_for_the_untrained_model(tmp_path: Path) -> None:
+    flat = curves(ARMS)["untrained"]
+    assert [[point["success"] for point in one["evaluations"]] for one in flat] == [[0.1] * 2, [0.2] * 2, [0.3] * 2]
+    assert {one["evaluations"][-1]["rollouts"] for one in flat} == {500}
+    draw(tmp_path / "chart.png", curves(ARMS), "success on the test tasks")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
