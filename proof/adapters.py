@@ -13,9 +13,9 @@ from typing import Any
 
 from mulligan.cli.train import read_settings
 from mulligan.common.channel import Endpoint
-from mulligan.common.experience import Sample
 from mulligan.common.inference import WeightsKind
 from mulligan.policy.client import PolicyClient
+from mulligan.testing.agreement import greatest_difference
 from mulligan.testing.loop import Loop
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.sglang_servers import LAUNCH_SECONDS, launch_settings, python_of_sglang
@@ -73,11 +73,14 @@ async def _train(loop: Loop, model: Path, steps: int) -> dict[str, Any]:
         await loop.train(RUN, settings, _SECONDS)
         steps_measured = await loop.metrics(RUN)
         versions = {version.policy_version: version for version in await client.versions()}
-        answers = [_tokens(chain["first"]) for chain in loop.experiences(RUN)[:2]]
+        answers = [chain["first"].sequences[0].token_ids for chain in loop.experiences(RUN)[:2]]
         log_probs = await _log_probs(client, sorted(versions, reverse=True), answers)
     finally:
         await client.close()
-    changes = {later: _greatest(log_probs[earlier], log_probs[later]) for earlier, later in pairwise(sorted(versions))}
+    changes = {
+        later: greatest_difference(log_probs[earlier], log_probs[later])
+        for earlier, later in pairwise(sorted(versions))
+    }
     return {
         "model": MODEL,
         "rank": settings.model.lora.rank if settings.model.lora else 0,
@@ -97,11 +100,6 @@ async def _train(loop: Loop, model: Path, steps: int) -> dict[str, Any]:
     }
 
 
-def _tokens(sample: Sample) -> list[int]:
-    """Prompt and answer of an episode of one turn."""
-    return [token for segment in sample.sequences[0].segments for token in segment.token_ids]
-
-
 async def _log_probs(
     client: PolicyClient, versions: Sequence[int], sequences: Sequence[Sequence[int]]
 ) -> dict[int, Sequence[Sequence[float]]]:
@@ -113,11 +111,6 @@ async def _log_probs(
         assert scored.policy_version == number
         found[number] = scored.log_probs
     return found
-
-
-def _greatest(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
-    pairs = (pair for mine, others in zip(ours, theirs, strict=True) for pair in zip(mine, others, strict=True))
-    return max(abs(left - right) for left, right in pairs)
 
 
 def assert_verified(measured: dict[str, Any], steps: int) -> None:

@@ -69,7 +69,7 @@ async def compare_while_training(
             await learner.forward_backward(data, _LOSS)
             step = await learner.optim_step()
             assert not step["skipped"], step
-            moved = _greatest(before, await learner.forward(data))
+            moved = greatest_difference(before, await learner.forward(data))
             version += 1
             canary = await client.update_weights(await learner.publish_weights(version))
     finally:
@@ -106,8 +106,8 @@ async def _compare(
     assert scored.policy_version == version
     return {
         "tokens": sum(map(len, found)),
-        "sampled": _greatest(expected, found),
-        "scored": _greatest(await learner.forward(everywhere), scored.log_probs),
+        "sampled": greatest_difference(expected, found),
+        "scored": greatest_difference(await learner.forward(everywhere), scored.log_probs),
     }, sampled
 
 
@@ -138,7 +138,8 @@ def _whole(datum: Datum) -> Datum:
     return Datum(datum.datum_id, datum.token_ids, (False,) + (True,) * count, 1.0, 1.0, objective, datum.branch)
 
 
-def _greatest(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
+def greatest_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]]) -> float:
+    """The greatest absolute one, between log-probabilities of the same tokens of some sequences."""
     return max(
         abs(left - right)
         for mine, others in zip(ours, theirs, strict=True)

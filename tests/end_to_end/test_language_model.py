@@ -26,6 +26,7 @@ from tests.support.found import language_model
 from tests.support.paths import IMPORT_ROOTS, ROOT
 
 NAME = "smollm2-135m"
+DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 ONE_STEP = (
     *("steps=1", "rollout.tasks_per_step=1", "rollout.rollouts_per_task=2", "algorithm.optimizer_steps=1"),
     "evaluation.tasks=2",
@@ -71,9 +72,14 @@ async def test_it_speaks_by_its_own_chat_template(loop: Loop) -> None:
     greedy = SamplingParams(temperature=0.0, max_tokens=8)
     completion = await client.generate(messages, greedy, CallOptions(request_id="capital"))
     tokens = await client.tokenize(messages, CallOptions())
+    by_default = await client.tokenize(messages[1:], CallOptions())
+    said = await client.tokenize((Message(Role.SYSTEM, DEFAULT_SYSTEM), *messages[1:]), CallOptions())
+    info = await client.info()
     await client.close()
     assert "Paris" in completion.text
     assert completion.prompt_token_ids == tokens and tokens[0] == 1  # <|im_start|>, and no other token before it
+    assert by_default == said, "the template's own system prompt stands where no other is given"
+    assert (info.vocabulary_size, info.context_length) == (49_152, 8_192)
 
 
 @pytest.mark.parametrize("service", ["policy", "trainer"])
