@@ -207,6 +207,7 @@ class PolicyInfo:
     dtype: str = ""  # of the engine's computation, as torch names it; "" if unknown
     canary_tolerance: float | None = None  # None if unknown
     lora: LoraLimits = LoraLimits()
+    sparse_uploads: bool = False  # whether UploadWeights takes sparse files
 
 
 class WeightsKind(StrEnum):

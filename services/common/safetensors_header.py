@@ -24,10 +24,11 @@ class BadSafetensors(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """One tensor. `dtype` is a name of the format: F32, BF16, …"""
+    """One tensor. `dtype` is a name of the format: F32, BF16, …; `place`, where its bytes begin and end in the file."""
 
     dtype: str
     shape: tuple[int, ...]
+    place: tuple[int, int]
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:
@@ -40,13 +41,14 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
         if _LENGTH_BYTES + length > size:
             raise _cut(size, _LENGTH_BYTES + length)
         header = _json(file.read(length))
-    entries = {name: _entry(name, value) for name, value in header.items() if name != "__metadata__"}
-    end = max((end for _, end in entries.values()), default=0)
-    if _LENGTH_BYTES + length + end > size:
-        raise _cut(size, _LENGTH_BYTES + length + end)
-    if _LENGTH_BYTES + length + end < size:
-        raise BadSafetensors(f"{size - _LENGTH_BYTES - length - end} bytes longer than its header describes")
-    return {name: tensor for name, (tensor, _) in entries.items()}
+    begin = _LENGTH_BYTES + length
+    tensors = {name: _entry(name, value, begin) for name, value in header.items() if name != "__metadata__"}
+    end = max((tensor.place[1] for tensor in tensors.values()), default=begin)
+    if end > size:
+        raise _cut(size, end)
+    if end < size:
+        raise BadSafetensors(f"{size - end} bytes longer than its header describes")
+    return tensors
 
 
 def _json(text: bytes) -> Mapping[str, Any]:
@@ -59,8 +61,8 @@ def _json(text: bytes) -> Mapping[str, Any]:
     return header
 
 
-def _entry(name: str, value: Any) -> tuple[TensorHeader, int]:
-    """Returns a tensor, and the offset at which its bytes end."""
+def _entry(name: str, value: Any, start: int) -> TensorHeader:
+    """`start` is where the bytes of all tensors begin in the file."""
     try:
         dtype, shape, (begin, end) = (
             str(value["dtype"]),
@@ -75,7 +77,7 @@ def _entry(name: str, value: Any) -> tuple[TensorHeader, int]:
         raise BadSafetensors(
             f"damaged: {name} has {end - begin} bytes, which does not match {dtype} of shape {list(shape)}"
         )
-    return TensorHeader(dtype, shape), end
+    return TensorHeader(dtype, shape, (start + begin, start + end))
 
 
 def _cut(size: int, expected: int) -> BadSafetensors:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import grpc
+import structlog
 
 from mulligan.common.channel import Connection, Endpoint
-from mulligan.common.errors import invalid_field
+from mulligan.common.errors import DomainError, invalid_field
 from mulligan.common.inference import (
     CallOptions,
     Completion,
@@ -44,6 +45,7 @@ from mulligan.policy.wire import (
     weights_kind_to_proto,
 )
 
+log = structlog.get_logger()
 T = TypeVar("T")
 _PLAIN = CallOptions()
 _PAGE = 1000
@@ -60,6 +62,9 @@ class PolicyClient:
     Each call has a deadline in seconds: `timeout`, or `update_timeout` for new weights and models, which may be large
     and wait for the calls that run. `admin_token` is sent with calls of PolicyAdminService only. An empty name is the
     default policy's; `options.policy` names the policy of a call.
+
+    `upload_weights` remembers which full weights it sent last to each policy, and sends what changed since then where
+    the server takes that and it is smaller (`sparse_weights.py`).
     """
 
     def __init__(
@@ -76,6 +81,7 @@ class PolicyClient:
         self._admin = Connection(replace(endpoint, token=admin_token or endpoint.token), on_outage)
         self._admin_stub = admin_grpc.PolicyAdminServiceStub(self._admin.channel)
         self._generate = GenerateQueue(self._connection, self._stub, timeout)
+        self._sent: dict[str, tuple[Path, str]] = {}  # full weights by policy: their file and its SHA-256
         self._timeout = timeout
         self._update_timeout = update_timeout
 
@@ -160,29 +166,58 @@ class PolicyClient:
     async def upload_weights(self, path: Path, kind: WeightsKind, sha256: str, policy: str = "") -> str:
         """Sends a safetensors file, or an adapter's folder, to a service that cannot read it. Returns the URI for one
         `update_weights`. If the service goes away meanwhile, all of it is sent again. Raises OSError, too."""
-        lora = kind is WeightsKind.LORA
-        file = path / "adapter_model.safetensors" if lora else path
-        header = admin_pb.UploadWeightsRequest.Header(
-            policy=policy,
-            kind=weights_kind_to_proto(kind),
-            size_bytes=file.stat().st_size,
-            sha256=sha256,
-            adapter_config=(path / "adapter_config.json").read_bytes() if lora else b"",
-        )
+        header = admin_pb.UploadWeightsRequest.Header(policy=policy, kind=weights_kind_to_proto(kind), sha256=sha256)
+        if kind is WeightsKind.FULL:
+            uri = await self._upload_sparse(path, header) or await self._upload_file(path, header)
+            self._sent[policy] = (path, sha256)
+            return uri
+        header.adapter_config = (path / "adapter_config.json").read_bytes()
+        return await self._upload_file(path / "adapter_model.safetensors", header)
 
+    async def _upload_sparse(self, path: Path, whole: admin_pb.UploadWeightsRequest.Header) -> str | None:
+        """None where it cannot be: nothing was sent before, the server does not take it or does not keep its base, or
+        the whole file is no greater."""
+        try:
+            from mulligan.policy.sparse_weights import SparseFile
+        except ImportError:  # without numpy, which trainers have
+            return None
+        if whole.policy not in self._sent or not (await self.info(whole.policy)).sparse_uploads:
+            return None
+        base, base_sha256 = self._sent[whole.policy]
+        sparse = await asyncio.to_thread(SparseFile.between, base, path)
+        if sparse is None:
+            return None
+        header = admin_pb.UploadWeightsRequest.Header(size_bytes=sparse.size_bytes, base_sha256=base_sha256)
+        header.MergeFrom(whole)
+        try:
+            return await self._upload(header, sparse.pieces)
+        except DomainError as error:
+            log.warning("the policy service refused a sparse file: it gets the whole one", cause=str(error))
+            return None
+
+    async def _upload_file(self, path: Path, header: admin_pb.UploadWeightsRequest.Header) -> str:
+        header.size_bytes = (await asyncio.to_thread(path.stat)).st_size
+
+        def pieces() -> Iterator[bytes]:
+            with path.open("rb") as file:
+                while piece := file.read(_PIECE_BYTES):
+                    yield piece
+
+        return await self._upload(header, pieces)
+
+    async def _upload(self, header: admin_pb.UploadWeightsRequest.Header, pieces: Callable[[], Iterator[bytes]]) -> str:
         async def send(header: admin_pb.UploadWeightsRequest.Header, **options: Any) -> admin_pb.UploadWeightsResponse:
             tries = _TRIES
             while True:
-                with await asyncio.to_thread(file.open, "rb") as stream:
-                    try:
-                        response: admin_pb.UploadWeightsResponse = await self._admin_stub.UploadWeights(
-                            _pieces(header, stream), **options
-                        )
-                        return response
-                    except grpc.aio.AioRpcError as error:
-                        tries -= 1
-                        if error.details() != _WRITTEN_TO_AN_ENDED_CALL or not tries:
-                            raise
+                try:
+                    response: admin_pb.UploadWeightsResponse = await self._admin_stub.UploadWeights(
+                        _requests(header, pieces()), **options
+                    )
+                    return response
+                except grpc.aio.AioRpcError as error:
+                    tries -= 1
+                    if error.details() != _WRITTEN_TO_AN_ENDED_CALL or not tries:
+                        raise
 
         return (await self._admin.call(send, header, timeout=self._update_timeout)).uri
 
@@ -223,9 +258,9 @@ def _encoded(encode: Callable[..., T], *parts: Any) -> T:
         raise invalid_field("messages", f"text that UTF-8 can carry ({error})") from error
 
 
-async def _pieces(
-    header: admin_pb.UploadWeightsRequest.Header, file: IO[bytes]
+async def _requests(
+    header: admin_pb.UploadWeightsRequest.Header, pieces: Iterator[bytes]
 ) -> AsyncIterator[admin_pb.UploadWeightsRequest]:
     yield admin_pb.UploadWeightsRequest(header=header)
-    while piece := await asyncio.to_thread(file.read, _PIECE_BYTES):
+    while piece := await asyncio.to_thread(next, pieces, b""):
         yield admin_pb.UploadWeightsRequest(chunk=piece)

@@ -55,7 +55,7 @@ from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend
 from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.streams import TextStream, merged, unsettling_token
-from mulligan.policy.uploads import Uploads
+from mulligan.policy.uploads import UploadHeader, Uploads
 from mulligan.policy.versions import VersionStore, source_of
 
 log = structlog.get_logger()
@@ -141,12 +141,19 @@ class Policy:
             dtype=model.dtype,
             canary_tolerance=deployment.canary_tolerance,
             lora=model.lora,
+            sparse_uploads=Feature.FULL_WEIGHTS in model.features,
         )
 
     async def versions(self, below: int | None, limit: int) -> tuple[PolicyVersion, ...]:
         """Of all its models, newest first, those less than `below`."""
         assert self._store is not None
         return await asyncio.to_thread(self._store.versions, below, limit)
+
+    async def receive_weights(self, header: UploadHeader, chunks: AsyncIterator[bytes]) -> str:
+        """The URI of what was uploaded. A sparse file builds on a version that this policy keeps. Raises DomainError as
+        PolicyAdminService.UploadWeights does."""
+        assert self._store is not None
+        return await self._uploads.receive(header, chunks, self._store.open_full)
 
     # Calls
 

@@ -182,9 +182,10 @@ class PolicyAdminServicer(admin_grpc.PolicyAdminServiceServicer):
         if first is None or not first.HasField("header"):
             raise DomainError(Reason.UPLOAD_INCOMPLETE, "a header comes first")
         sent = first.header
-        self._policies.get(sent.policy)
-        header = UploadHeader(weights_kind_from_proto(sent.kind), sent.size_bytes, sent.sha256, sent.adapter_config)
-        return admin_pb.UploadWeightsResponse(uri=await self._policies.uploads.receive(header, _chunks(requests)))
+        policy = self._policies.get(sent.policy)
+        kind = weights_kind_from_proto(sent.kind)
+        header = UploadHeader(kind, sent.size_bytes, sent.sha256, sent.adapter_config, sent.base_sha256)
+        return admin_pb.UploadWeightsResponse(uri=await policy.receive_weights(header, _chunks(requests)))
 
     async def ListVersions(self, request: admin_pb.ListVersionsRequest, context: Any) -> admin_pb.ListVersionsResponse:
         size = request.page_size or DEFAULT_PAGE_SIZE

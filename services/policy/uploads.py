@@ -1,14 +1,19 @@
-"""Where the weights of an update are: below the server's weights folder, or uploaded if no file system is shared."""
+"""Where the weights of an update are: below the server's weights folder, or uploaded if no file system is shared.
+
+An upload is a whole file, or a sparse one (`sparse_weights.py`). Of a sparse one the whole file is made here, so all
+that follows is the same.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -18,25 +23,34 @@ import structlog
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason, invalid_field
-from mulligan.common.files import move_folder
+from mulligan.common.files import file_sha256, move_folder
 from mulligan.common.inference import WeightsKind
 from mulligan.policy.adapter_config import AdapterConfig
+from mulligan.policy.sparse_weights import overwrite
 
 log = structlog.get_logger()
 _SCHEME = "upload"
 _PART = ".part"
 _KEPT_SECONDS = 3600.0
+_WHOLE = "model.safetensors"
+_SPARSE = "sparse.safetensors"
 _HEAD = 9  # bytes that tell a safetensors file: the length of its header, and the brace that the header begins with
 
 
 @dataclass(frozen=True, slots=True)
 class UploadHeader:
-    """What will be uploaded. `sha256` and `size_bytes` are of the safetensors file."""
+    """What will be uploaded. `size_bytes` are those that are sent. `sha256` is of the safetensors file. With
+    `base_sha256` a sparse file is sent, and `sha256` is of the whole file that it makes of that base."""
 
     kind: WeightsKind
     size_bytes: int
     sha256: str
     adapter_config: bytes = b""
+    base_sha256: str = ""
+
+
+# Opens the base of a sparse file by its SHA-256. Raises DomainError VERSION_NOT_KEPT.
+OpenBase = Callable[[str], IO[bytes]]
 
 
 class Uploads:
@@ -65,33 +79,45 @@ class Uploads:
         if self._temporary is not None:
             self._temporary.cleanup()
 
-    async def receive(self, header: UploadHeader, chunks: AsyncIterator[bytes]) -> str:
+    async def receive(self, header: UploadHeader, chunks: AsyncIterator[bytes], open_base: OpenBase) -> str:
         """Writes an upload to disk and returns its URI. Nothing is left of one that breaks off, or differs from what
         was announced. Raises DomainError as PolicyAdminService.UploadWeights does."""
-        _check_config(header)
+        _check_header(header)
+        if not header.base_sha256:
+            return await self._receive(header, chunks, None)
+        with await asyncio.to_thread(open_base, header.base_sha256) as base:
+            return await self._receive(header, chunks, base)
+
+    async def _receive(self, header: UploadHeader, chunks: AsyncIterator[bytes], base: IO[bytes] | None) -> str:
+        size = header.size_bytes + (os.fstat(base.fileno()).st_size if base is not None else 0)
         with writing_to(self._folder):
-            await asyncio.to_thread(self._check_room, header.size_bytes)
+            await asyncio.to_thread(self._check_room, size)
         name = uuid.uuid4().hex
         part = self._folder / f"{name}{_PART}"
         folder = self._folder / name
-        self._coming += header.size_bytes
+        self._coming += size
         try:
-            with writing_to(self._folder, header.size_bytes):
+            with writing_to(self._folder, size):
                 await asyncio.to_thread(part.mkdir)
                 await _spool(header, part, chunks)
+                if base is not None:
+                    await asyncio.to_thread(_make_whole, part, base, header.sha256)
                 await asyncio.to_thread(move_folder, part, folder)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
         finally:
-            self._coming -= header.size_bytes
+            self._coming -= size
+        if base is not None:
+            whole = size - header.size_bytes
+            log.info("a whole file was made of a sparse one", sent_bytes=header.size_bytes, whole_bytes=whole)
         self._expire(name, _KEPT_SECONDS)
         return f"{_SCHEME}:///{name}"
 
     def path(self, uri: str) -> Path:
         """The safetensors file, or the adapter's folder. Raises DomainError WEIGHTS_NOT_FOUND."""
         folder = self._folder / self._name(uri)
-        file = folder / "model.safetensors"
+        file = folder / _WHOLE
         if file.is_file():
             return file
         if not folder.is_dir():
@@ -155,7 +181,9 @@ def find_weights(uri: str, weights_folder: Path | None, uploads: Uploads | None)
     return path
 
 
-def _check_config(header: UploadHeader) -> None:
+def _check_header(header: UploadHeader) -> None:
+    if header.base_sha256 and header.kind is not WeightsKind.FULL:
+        raise invalid_field("header.base_sha256", "nothing with an adapter")
     if header.kind is WeightsKind.FULL:
         if header.adapter_config:
             raise invalid_field("header.adapter_config", "nothing with full weights")
@@ -171,7 +199,7 @@ def _check_config(header: UploadHeader) -> None:
 
 async def _spool(header: UploadHeader, folder: Path, chunks: AsyncIterator[bytes]) -> None:
     lora = header.kind is WeightsKind.LORA
-    path = folder / ("adapter_model.safetensors" if lora else "model.safetensors")
+    path = folder / ("adapter_model.safetensors" if lora else _SPARSE if header.base_sha256 else _WHOLE)
     digest = hashlib.sha256()
     written = 0
     head = b""
@@ -191,11 +219,24 @@ async def _spool(header: UploadHeader, folder: Path, chunks: AsyncIterator[bytes
             await asyncio.to_thread(write, file, chunk)
         if written < header.size_bytes:
             raise _incomplete(f"{written} of the {header.size_bytes} bytes that were announced")
-        if digest.hexdigest() != header.sha256:
+        if not header.base_sha256 and digest.hexdigest() != header.sha256:
             message = f"the upload has sha256 {digest.hexdigest()}, not {header.sha256}"
             raise DomainError(Reason.CHECKSUM_MISMATCH, message)
     if lora:
         await asyncio.to_thread((folder / "adapter_config.json").write_bytes, header.adapter_config)
+
+
+def _make_whole(folder: Path, base: IO[bytes], sha256: str) -> None:
+    """Makes the whole file of a base and the sparse file in the folder, which it deletes."""
+    whole = folder / _WHOLE
+    with whole.open("wb") as file:
+        shutil.copyfileobj(base, file, 2**20)
+    overwrite(whole, folder / _SPARSE)
+    found = file_sha256(whole)
+    if found != sha256:
+        message = f"the sparse file makes one with sha256 {found} of its base, not {sha256}"
+        raise DomainError(Reason.CHECKSUM_MISMATCH, message)
+    (folder / _SPARSE).unlink()
 
 
 def _check_head(head: bytes, size: int) -> None:

@@ -249,6 +249,17 @@ class VersionStore:
         verify(weights)
         return weights
 
+    def open_full(self, sha256: str) -> IO[bytes]:
+        """The file of full weights with this checksum that is kept; the caller closes it. It can be read to its end,
+        whatever happens to the version. Its content is not verified. Raises DomainError VERSION_NOT_KEPT."""
+        where = "WHERE sha256 = ? AND kind = ? AND state IN (?, ?) ORDER BY policy_version DESC"
+        for record in self._records(where, sha256, WeightsKind.FULL, *_ON_DISK):
+            try:
+                return (self._files / str(record.number) / "model.safetensors").open("rb")
+            except FileNotFoundError:  # removed meanwhile
+                continue
+        raise DomainError(Reason.VERSION_NOT_KEPT, f"no version of full weights with sha256 {sha256} is kept")
+
     def _clean(self) -> None:
         """Deletes the files of versions that are neither kept nor on their way."""
         # In this order: another thread may stage a version meanwhile, or record one that was staged.

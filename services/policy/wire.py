@@ -361,6 +361,7 @@ def policy_to_proto(info: PolicyInfo) -> pb.Policy:
         dtype=info.dtype,
         canary_tolerance=info.canary_tolerance,
         lora=_lora_to_proto(info.lora),
+        sparse_uploads=info.sparse_uploads,
     )
 
 
@@ -394,6 +395,7 @@ def policy_from_proto(message: pb.Policy) -> PolicyInfo:
         dtype=message.dtype,
         canary_tolerance=message.canary_tolerance if message.HasField("canary_tolerance") else None,
         lora=LoraLimits(message.lora.max_rank, tuple(message.lora.target_modules)),
+        sparse_uploads=message.sparse_uploads,
     )
 
 

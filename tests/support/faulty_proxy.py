@@ -28,7 +28,7 @@ class Fault:
     instead: Any = None
 
     def before(self, request: Any) -> None:
-        """Changes what the server is asked."""
+        """Changes what the server is asked; of an upload, its header."""
 
     def after(self, request: Any, answer: Any) -> None:
         """Changes what it answers; of a stream, each message."""
@@ -230,6 +230,23 @@ class AnyFile(_Policy):
     instead = admin_pb.UpdateWeightsResponse()
 
 
+class AnyBase(_Policy):
+    title = "a sparse file with a base that is not kept is NOT_FOUND VERSION_NOT_KEPT"
+    call = "UploadWeights"
+    error = "VERSION_NOT_KEPT"
+    instead = admin_pb.UploadWeightsResponse(uri="upload:///x")
+
+
+class IgnoresBases(_Policy):
+    """As a server does that does not know the field: the sparse file is taken for a whole one."""
+
+    title = "a base that is no checksum, or that of an adapter, is INVALID_ARGUMENT INVALID_FIELD"
+    call = "UploadWeights"
+
+    def before(self, request: Any) -> None:
+        request.header.ClearField("base_sha256")
+
+
 class _Trainer(Fault):
     service = "trainer"
 
@@ -419,6 +436,18 @@ class _Handler(grpc.GenericRpcHandler):
             fault.after(asked, answer)
             return answer
 
+        async def collected(messages: AsyncIterator[Any], context: Any) -> Any:
+            sent = [message async for message in messages]
+            for message in sent:
+                if message.WhichOneof("part") == "header":
+                    fault.before(message)
+            try:
+                answer = await self._channel.stream_unary(path, **packed)(sent)
+            except grpc.aio.AioRpcError as error:
+                return await _refused(fault, error, context)
+            fault.after(sent, answer)
+            return answer
+
         async def stream(asked: Any, context: Any) -> AsyncIterator[Any]:
             sent = request.FromString(asked.SerializeToString())
             fault.before(sent)
@@ -433,6 +462,8 @@ class _Handler(grpc.GenericRpcHandler):
             "request_deserializer": request.FromString,
             "response_serializer": response.SerializeToString,
         }
+        if method.client_streaming:
+            return grpc.stream_unary_rpc_method_handler(collected, **codecs)
         if method.server_streaming:
             return grpc.unary_stream_rpc_method_handler(stream, **codecs)
         return grpc.unary_unary_rpc_method_handler(unary, **codecs)

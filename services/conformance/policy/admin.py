@@ -16,6 +16,18 @@ suite: Suite[Served] = Suite()
 _SHA256 = "0" * 64
 
 
+def _safetensors(header: bytes, content: bytes = b"") -> bytes:
+    return len(header).to_bytes(8, "little") + header + content
+
+
+_NOTHING = _safetensors(b"{}      ")
+_FOREIGN = _safetensors(
+    b'{"no.such.tensor.positions":{"dtype":"I32","shape":[1],"data_offsets":[0,4]},'
+    b'"no.such.tensor.values":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+    bytes(8),
+)
+
+
 async def available(served: Served) -> None:
     """Raises NotApplicable if the caller has no access to PolicyAdminService."""
     answer = await served.session.attempt(
@@ -93,6 +105,63 @@ async def outside(served: Served) -> None:
     now = (await served.session.ask("GetPolicy", policy_pb.GetPolicyRequest(policy=served.policy.name))).policy
     same = now.policy_version == served.policy.policy_version
     demand(same, f"version {served.policy.policy_version} serves on", f"version {now.policy_version}", request)
+
+
+def _sparse(served: Served, content: bytes = _NOTHING, **header: Any) -> tuple[pb.UploadWeightsRequest, ...]:
+    """The messages that upload a sparse file, at first one that changes nothing."""
+    served.need(policy_pb.FEATURE_FULL_WEIGHTS)
+    if not served.policy.sparse_uploads:
+        raise NotApplicable("the policy does not offer sparse_uploads")
+    fields: dict[str, Any] = {
+        "policy": served.policy.name,
+        "kind": pb.WEIGHTS_KIND_FULL,
+        "size_bytes": len(content),
+        "sha256": _SHA256,
+        "base_sha256": _SHA256,
+    }
+    return (
+        pb.UploadWeightsRequest(header=pb.UploadWeightsRequest.Header(**fields | header)),
+        pb.UploadWeightsRequest(chunk=content),
+    )
+
+
+@suite.check("UploadWeights", "a sparse file with a base that is not kept is NOT_FOUND VERSION_NOT_KEPT")
+async def unknown_base(served: Served) -> None:
+    request = _sparse(served)
+    await available(served)
+    await served.session.refused("UploadWeights", request, "NOT_FOUND", "VERSION_NOT_KEPT")
+
+
+@suite.check("UploadWeights", "a base that is no checksum, or that of an adapter, is INVALID_ARGUMENT INVALID_FIELD")
+async def bad_bases(served: Served) -> None:
+    requests = [_sparse(served, base_sha256=base) for base in ("A" * 64, "0" * 63, "x")]
+    requests.append(_sparse(served, kind=pb.WEIGHTS_KIND_LORA, adapter_config=b'{"r": 4, "lora_alpha": 8}'))
+    await available(served)
+    for request in requests:
+        await served.session.bad_field("UploadWeights", request, "header.base_sha256")
+
+
+@suite.check("UploadWeights", "a sparse file makes a whole one of a version that is kept, or is refused")
+async def sparse_files(served: Served) -> None:
+    _sparse(served)
+    if not served.options.writes:
+        raise NotApplicable("it leaves an upload behind, which is removed after an hour: --writes")
+    await available(served)
+    listed = await served.session.ask("ListVersions", pb.ListVersionsRequest(policy=served.policy.name, page_size=1000))
+    kept = (pb.VERSION_STATE_SERVING, pb.VERSION_STATE_KEPT)
+    found = [each for each in listed.versions if each.state in kept and each.kind == pb.WEIGHTS_KIND_FULL]
+    if not found:
+        raise NotApplicable("no version of full weights is kept")
+    base = found[0].sha256
+    for _ in range(2):
+        same = _sparse(served, base_sha256=base, sha256=base)
+        answer = await served.session.ask("UploadWeights", same)
+        demand(bool(answer.uri), "a URI", answer, same)
+    another = _sparse(served, base_sha256=base)
+    await served.session.refused("UploadWeights", another, "FAILED_PRECONDITION", "CHECKSUM_MISMATCH")
+    for content in (_FOREIGN, b"no safetensors file"):
+        foreign = _sparse(served, content, base_sha256=base, sha256=base)
+        await served.session.refused("UploadWeights", foreign, "FAILED_PRECONDITION", "MODEL_MISMATCH")
 
 
 @suite.check("Rollback", "a version that is not kept is NOT_FOUND VERSION_NOT_KEPT")

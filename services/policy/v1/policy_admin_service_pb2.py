@@ -26,7 +26,7 @@ from mulligan.common.buf import validate_pb2 as buf_dot_validate_dot_validate__p
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-mulligan/policy/v1/policy_admin_service.proto\x12\x12mulligan.policy.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xff\x01\n\x10LoadModelRequest\x12\x38\n\x06policy\x18\x01 \x01(\tB(\xbaH%r#2!^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$\x12\x19\n\x05model\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12\x18\n\x07\x62\x61\x63kend\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12L\n\x07options\x18\x04 \x03(\x0b\x32\x31.mulligan.policy.v1.LoadModelRequest.OptionsEntryB\x08\xbaH\x05\x9a\x01\x02\x10\x64\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"@\n\x11LoadModelResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"/\n\x12UnloadModelRequest\x12\x19\n\x06policy\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\x15\n\x13UnloadModelResponse\"\xd0\x02\n\x14UploadWeightsRequest\x12\x41\n\x06header\x18\x01 \x01(\x0b\x32/.mulligan.policy.v1.UploadWeightsRequest.HeaderH\x00\x12\x1d\n\x05\x63hunk\x18\x02 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x02H\x00\x1a\xc6\x01\n\x06Header\x12\x18\n\x06policy\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12;\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.mulligan.policy.v1.WeightsKindB\x0c\xbaH\t\x82\x01\x06\x10\x01\x18\x01\x18\x02\x12\x1b\n\nsize_bytes\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02 \x00\x12%\n\x06sha256\x18\x04 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\x12!\n\x0e\x61\x64\x61pter_config\x18\x05 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@B\r\n\x04part\x12\x05\xbaH\x02\x08\x01\"$\n\x15UploadWeightsResponse\x12\x0b\n\x03uri\x18\x01 \x01(\t\"A\n\x0b\x43\x61naryProbe\x12\x1f\n\ttoken_ids\x18\x01 \x03(\x05\x42\x0c\xbaH\t\x92\x01\x06\x08\x02\x10\x80\x80\x04\x12\x11\n\tlog_probs\x18\x02 \x03(\x02\"\xaa\x02\n\x14UpdateWeightsRequest\x12\x1f\n\x0epolicy_version\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12;\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.mulligan.policy.v1.WeightsKindB\x0c\xbaH\t\x82\x01\x06\x10\x01\x18\x01\x18\x02\x12\x17\n\x03uri\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12%\n\x06sha256\x18\x04 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\x12\x1f\n\x0b\x66ingerprint\x18\x05 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x18\n\x06policy\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x39\n\x06\x63\x61nary\x18\x07 \x03(\x0b\x32\x1f.mulligan.policy.v1.CanaryProbeB\x08\xbaH\x05\x92\x01\x02\x10@\"e\n\x15UpdateWeightsResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x1e\n\x11\x63\x61nary_difference\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x14\n\x12_canary_difference\"\xcb\x02\n\rPolicyVersion\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.mulligan.policy.v1.WeightsKind\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .mulligan.policy.v1.VersionState\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07problem\x18\x07 \x01(\t\x12\x1e\n\x11\x63\x61nary_difference\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0f\x65ngine_checksum\x18\t \x01(\t\x12\r\n\x05model\x18\n \x01(\tB\x14\n\x12_canary_difference\"b\n\x13ListVersionsRequest\x12\x18\n\x06policy\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1d\n\tpage_size\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"d\n\x14ListVersionsResponse\x12\x33\n\x08versions\x18\x01 \x03(\x0b\x32!.mulligan.policy.v1.PolicyVersion\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"L\n\x0fRollbackRequest\x12\x18\n\x06policy\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1f\n\x0epolicy_version\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"*\n\x10RollbackResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\"0\n\x14ReleaseMemoryRequest\x12\x18\n\x06policy\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"\x17\n\x15ReleaseMemoryResponse\"/\n\x13ResumeMemoryRequest\x12\x18\n\x06policy\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"\x16\n\x14ResumeMemoryResponse*t\n\x0bWeightsKind\x12\x1c\n\x18WEIGHTS_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHTS_KIND_FULL\x10\x01\x12\x15\n\x11WEIGHTS_KIND_LORA\x10\x02\x12\x19\n\x15WEIGHTS_KIND_ORIGINAL\x10\x03*\xb3\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15VERSION_STATE_SERVING\x10\x01\x12\x16\n\x12VERSION_STATE_KEPT\x10\x02\x12\x19\n\x15VERSION_STATE_REMOVED\x10\x03\x12\x19\n\x15VERSION_STATE_REFUSED\x10\x04\x12\x1b\n\x17VERSION_STATE_WITHDRAWN\x10\x05\x32\x9f\x06\n\x12PolicyAdminService\x12X\n\tLoadModel\x12$.mulligan.policy.v1.LoadModelRequest\x1a%.mulligan.policy.v1.LoadModelResponse\x12^\n\x0bUnloadModel\x12&.mulligan.policy.v1.UnloadModelRequest\x1a\'.mulligan.policy.v1.UnloadModelResponse\x12\x66\n\rUploadWeights\x12(.mulligan.policy.v1.UploadWeightsRequest\x1a).mulligan.policy.v1.UploadWeightsResponse(\x01\x12\x64\n\rUpdateWeights\x12(.mulligan.policy.v1.UpdateWeightsRequest\x1a).mulligan.policy.v1.UpdateWeightsResponse\x12\x61\n\x0cListVersions\x12\'.mulligan.policy.v1.ListVersionsRequest\x1a(.mulligan.policy.v1.ListVersionsResponse\x12U\n\x08Rollback\x12#.mulligan.policy.v1.RollbackRequest\x1a$.mulligan.policy.v1.RollbackResponse\x12\x64\n\rReleaseMemory\x12(.mulligan.policy.v1.ReleaseMemoryRequest\x1a).mulligan.policy.v1.ReleaseMemoryResponse\x12\x61\n\x0cResumeMemory\x12\'.mulligan.policy.v1.ResumeMemoryRequest\x1a(.mulligan.policy.v1.ResumeMemoryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-mulligan/policy/v1/policy_admin_service.proto\x12\x12mulligan.policy.v1\x1a\x1b\x62uf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xff\x01\n\x10LoadModelRequest\x12\x38\n\x06policy\x18\x01 \x01(\tB(\xbaH%r#2!^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$\x12\x19\n\x05model\x18\x02 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12\x18\n\x07\x62\x61\x63kend\x18\x03 \x01(\tB\x07\xbaH\x04r\x02\x18@\x12L\n\x07options\x18\x04 \x03(\x0b\x32\x31.mulligan.policy.v1.LoadModelRequest.OptionsEntryB\x08\xbaH\x05\x9a\x01\x02\x10\x64\x1a.\n\x0cOptionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"@\n\x11LoadModelResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"/\n\x12UnloadModelRequest\x12\x19\n\x06policy\x18\x01 \x01(\tB\t\xbaH\x06r\x04\x10\x01\x18@\"\x15\n\x13UnloadModelResponse\"\xff\x02\n\x14UploadWeightsRequest\x12\x41\n\x06header\x18\x01 \x01(\x0b\x32/.mulligan.policy.v1.UploadWeightsRequest.HeaderH\x00\x12\x1d\n\x05\x63hunk\x18\x02 \x01(\x0c\x42\x0c\xbaH\tz\x07\x10\x01\x18\x80\x80\x80\x02H\x00\x1a\xf5\x01\n\x06Header\x12\x18\n\x06policy\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12;\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.mulligan.policy.v1.WeightsKindB\x0c\xbaH\t\x82\x01\x06\x10\x01\x18\x01\x18\x02\x12\x1b\n\nsize_bytes\x18\x03 \x01(\x03\x42\x07\xbaH\x04\"\x02 \x00\x12%\n\x06sha256\x18\x04 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\x12!\n\x0e\x61\x64\x61pter_config\x18\x05 \x01(\x0c\x42\t\xbaH\x06z\x04\x18\x80\x80@\x12-\n\x0b\x62\x61se_sha256\x18\x06 \x01(\tB\x18\xbaH\x15r\x13\x32\x11^([0-9a-f]{64})?$B\r\n\x04part\x12\x05\xbaH\x02\x08\x01\"$\n\x15UploadWeightsResponse\x12\x0b\n\x03uri\x18\x01 \x01(\t\"A\n\x0b\x43\x61naryProbe\x12\x1f\n\ttoken_ids\x18\x01 \x03(\x05\x42\x0c\xbaH\t\x92\x01\x06\x08\x02\x10\x80\x80\x04\x12\x11\n\tlog_probs\x18\x02 \x03(\x02\"\xaa\x02\n\x14UpdateWeightsRequest\x12\x1f\n\x0epolicy_version\x18\x01 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x01\x12;\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.mulligan.policy.v1.WeightsKindB\x0c\xbaH\t\x82\x01\x06\x10\x01\x18\x01\x18\x02\x12\x17\n\x03uri\x18\x03 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\x80 \x12%\n\x06sha256\x18\x04 \x01(\tB\x15\xbaH\x12r\x10\x32\x0e^[0-9a-f]{64}$\x12\x1f\n\x0b\x66ingerprint\x18\x05 \x01(\tB\n\xbaH\x07r\x05\x10\x01\x18\xc8\x01\x12\x18\n\x06policy\x18\x06 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x39\n\x06\x63\x61nary\x18\x07 \x03(\x0b\x32\x1f.mulligan.policy.v1.CanaryProbeB\x08\xbaH\x05\x92\x01\x02\x10@\"e\n\x15UpdateWeightsResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12\x1e\n\x11\x63\x61nary_difference\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x14\n\x12_canary_difference\"\xcb\x02\n\rPolicyVersion\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\x12-\n\x04kind\x18\x02 \x01(\x0e\x32\x1f.mulligan.policy.v1.WeightsKind\x12/\n\x05state\x18\x03 \x01(\x0e\x32 .mulligan.policy.v1.VersionState\x12\x0e\n\x06sha256\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12.\n\ncreated_at\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07problem\x18\x07 \x01(\t\x12\x1e\n\x11\x63\x61nary_difference\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\x17\n\x0f\x65ngine_checksum\x18\t \x01(\t\x12\r\n\x05model\x18\n \x01(\tB\x14\n\x12_canary_difference\"b\n\x13ListVersionsRequest\x12\x18\n\x06policy\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1d\n\tpage_size\x18\x02 \x01(\x05\x42\n\xbaH\x07\x1a\x05\x18\xe8\x07(\x00\x12\x12\n\npage_token\x18\x03 \x01(\t\"d\n\x14ListVersionsResponse\x12\x33\n\x08versions\x18\x01 \x03(\x0b\x32!.mulligan.policy.v1.PolicyVersion\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"L\n\x0fRollbackRequest\x12\x18\n\x06policy\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\x12\x1f\n\x0epolicy_version\x18\x02 \x01(\x03\x42\x07\xbaH\x04\"\x02(\x00\"*\n\x10RollbackResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x03\"0\n\x14ReleaseMemoryRequest\x12\x18\n\x06policy\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"\x17\n\x15ReleaseMemoryResponse\"/\n\x13ResumeMemoryRequest\x12\x18\n\x06policy\x18\x01 \x01(\tB\x08\xbaH\x05r\x03\x18\xc8\x01\"\x16\n\x14ResumeMemoryResponse*t\n\x0bWeightsKind\x12\x1c\n\x18WEIGHTS_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11WEIGHTS_KIND_FULL\x10\x01\x12\x15\n\x11WEIGHTS_KIND_LORA\x10\x02\x12\x19\n\x15WEIGHTS_KIND_ORIGINAL\x10\x03*\xb3\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15VERSION_STATE_SERVING\x10\x01\x12\x16\n\x12VERSION_STATE_KEPT\x10\x02\x12\x19\n\x15VERSION_STATE_REMOVED\x10\x03\x12\x19\n\x15VERSION_STATE_REFUSED\x10\x04\x12\x1b\n\x17VERSION_STATE_WITHDRAWN\x10\x05\x32\x9f\x06\n\x12PolicyAdminService\x12X\n\tLoadModel\x12$.mulligan.policy.v1.LoadModelRequest\x1a%.mulligan.policy.v1.LoadModelResponse\x12^\n\x0bUnloadModel\x12&.mulligan.policy.v1.UnloadModelRequest\x1a\'.mulligan.policy.v1.UnloadModelResponse\x12\x66\n\rUploadWeights\x12(.mulligan.policy.v1.UploadWeightsRequest\x1a).mulligan.policy.v1.UploadWeightsResponse(\x01\x12\x64\n\rUpdateWeights\x12(.mulligan.policy.v1.UpdateWeightsRequest\x1a).mulligan.policy.v1.UpdateWeightsResponse\x12\x61\n\x0cListVersions\x12\'.mulligan.policy.v1.ListVersionsRequest\x1a(.mulligan.policy.v1.ListVersionsResponse\x12U\n\x08Rollback\x12#.mulligan.policy.v1.RollbackRequest\x1a$.mulligan.policy.v1.RollbackResponse\x12\x64\n\rReleaseMemory\x12(.mulligan.policy.v1.ReleaseMemoryRequest\x1a).mulligan.policy.v1.ReleaseMemoryResponse\x12\x61\n\x0cResumeMemory\x12\'.mulligan.policy.v1.ResumeMemoryRequest\x1a(.mulligan.policy.v1.ResumeMemoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -55,6 +55,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPLOADWEIGHTSREQUEST_HEADER'].fields_by_name['sha256']._serialized_options = b'\272H\022r\0202\016^[0-9a-f]{64}$'
   _globals['_UPLOADWEIGHTSREQUEST_HEADER'].fields_by_name['adapter_config']._loaded_options = None
   _globals['_UPLOADWEIGHTSREQUEST_HEADER'].fields_by_name['adapter_config']._serialized_options = b'\272H\006z\004\030\200\200@'
+  _globals['_UPLOADWEIGHTSREQUEST_HEADER'].fields_by_name['base_sha256']._loaded_options = None
+  _globals['_UPLOADWEIGHTSREQUEST_HEADER'].fields_by_name['base_sha256']._serialized_options = b'\272H\025r\0232\021^([0-9a-f]{64})?$'
   _globals['_UPLOADWEIGHTSREQUEST'].oneofs_by_name['part']._loaded_options = None
   _globals['_UPLOADWEIGHTSREQUEST'].oneofs_by_name['part']._serialized_options = b'\272H\002\010\001'
   _globals['_UPLOADWEIGHTSREQUEST'].fields_by_name['chunk']._loaded_options = None
@@ -87,10 +89,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELEASEMEMORYREQUEST'].fields_by_name['policy']._serialized_options = b'\272H\005r\003\030\310\001'
   _globals['_RESUMEMEMORYREQUEST'].fields_by_name['policy']._loaded_options = None
   _globals['_RESUMEMEMORYREQUEST'].fields_by_name['policy']._serialized_options = b'\272H\005r\003\030\310\001'
-  _globals['_WEIGHTSKIND']._serialized_start=2181
-  _globals['_WEIGHTSKIND']._serialized_end=2297
-  _globals['_VERSIONSTATE']._serialized_start=2300
-  _globals['_VERSIONSTATE']._serialized_end=2479
+  _globals['_WEIGHTSKIND']._serialized_start=2228
+  _globals['_WEIGHTSKIND']._serialized_end=2344
+  _globals['_VERSIONSTATE']._serialized_start=2347
+  _globals['_VERSIONSTATE']._serialized_end=2526
   _globals['_LOADMODELREQUEST']._serialized_start=132
   _globals['_LOADMODELREQUEST']._serialized_end=387
   _globals['_LOADMODELREQUEST_OPTIONSENTRY']._serialized_start=341
@@ -102,35 +104,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UNLOADMODELRESPONSE']._serialized_start=504
   _globals['_UNLOADMODELRESPONSE']._serialized_end=525
   _globals['_UPLOADWEIGHTSREQUEST']._serialized_start=528
-  _globals['_UPLOADWEIGHTSREQUEST']._serialized_end=864
+  _globals['_UPLOADWEIGHTSREQUEST']._serialized_end=911
   _globals['_UPLOADWEIGHTSREQUEST_HEADER']._serialized_start=651
-  _globals['_UPLOADWEIGHTSREQUEST_HEADER']._serialized_end=849
-  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_start=866
-  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_end=902
-  _globals['_CANARYPROBE']._serialized_start=904
-  _globals['_CANARYPROBE']._serialized_end=969
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=972
-  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=1270
-  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_start=1272
-  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_end=1373
-  _globals['_POLICYVERSION']._serialized_start=1376
-  _globals['_POLICYVERSION']._serialized_end=1707
-  _globals['_LISTVERSIONSREQUEST']._serialized_start=1709
-  _globals['_LISTVERSIONSREQUEST']._serialized_end=1807
-  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1809
-  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1909
-  _globals['_ROLLBACKREQUEST']._serialized_start=1911
-  _globals['_ROLLBACKREQUEST']._serialized_end=1987
-  _globals['_ROLLBACKRESPONSE']._serialized_start=1989
-  _globals['_ROLLBACKRESPONSE']._serialized_end=2031
-  _globals['_RELEASEMEMORYREQUEST']._serialized_start=2033
-  _globals['_RELEASEMEMORYREQUEST']._serialized_end=2081
-  _globals['_RELEASEMEMORYRESPONSE']._serialized_start=2083
-  _globals['_RELEASEMEMORYRESPONSE']._serialized_end=2106
-  _globals['_RESUMEMEMORYREQUEST']._serialized_start=2108
-  _globals['_RESUMEMEMORYREQUEST']._serialized_end=2155
-  _globals['_RESUMEMEMORYRESPONSE']._serialized_start=2157
-  _globals['_RESUMEMEMORYRESPONSE']._serialized_end=2179
-  _globals['_POLICYADMINSERVICE']._serialized_start=2482
-  _globals['_POLICYADMINSERVICE']._serialized_end=3281
+  _globals['_UPLOADWEIGHTSREQUEST_HEADER']._serialized_end=896
+  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_start=913
+  _globals['_UPLOADWEIGHTSRESPONSE']._serialized_end=949
+  _globals['_CANARYPROBE']._serialized_start=951
+  _globals['_CANARYPROBE']._serialized_end=1016
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_start=1019
+  _globals['_UPDATEWEIGHTSREQUEST']._serialized_end=1317
+  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_start=1319
+  _globals['_UPDATEWEIGHTSRESPONSE']._serialized_end=1420
+  _globals['_POLICYVERSION']._serialized_start=1423
+  _globals['_POLICYVERSION']._serialized_end=1754
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=1756
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=1854
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=1856
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=1956
+  _globals['_ROLLBACKREQUEST']._serialized_start=1958
+  _globals['_ROLLBACKREQUEST']._serialized_end=2034
+  _globals['_ROLLBACKRESPONSE']._serialized_start=2036
+  _globals['_ROLLBACKRESPONSE']._serialized_end=2078
+  _globals['_RELEASEMEMORYREQUEST']._serialized_start=2080
+  _globals['_RELEASEMEMORYREQUEST']._serialized_end=2128
+  _globals['_RELEASEMEMORYRESPONSE']._serialized_start=2130
+  _globals['_RELEASEMEMORYRESPONSE']._serialized_end=2153
+  _globals['_RESUMEMEMORYREQUEST']._serialized_start=2155
+  _globals['_RESUMEMEMORYREQUEST']._serialized_end=2202
+  _globals['_RESUMEMEMORYRESPONSE']._serialized_start=2204
+  _globals['_RESUMEMEMORYRESPONSE']._serialized_end=2226
+  _globals['_POLICYADMINSERVICE']._serialized_start=2529
+  _globals['_POLICYADMINSERVICE']._serialized_end=3328
 # @@protoc_insertion_point(module_scope)

@@ -211,15 +211,23 @@ class UploadWeightsRequest(_message.Message):
         SIZE_BYTES_FIELD_NUMBER: _builtins.int
         SHA256_FIELD_NUMBER: _builtins.int
         ADAPTER_CONFIG_FIELD_NUMBER: _builtins.int
+        BASE_SHA256_FIELD_NUMBER: _builtins.int
         policy: _builtins.str
         """The default policy when empty."""
         kind: Global___WeightsKind.ValueType
         size_bytes: _builtins.int
-        """Of the safetensors file."""
+        """Of the file that is sent."""
         sha256: _builtins.str
-        """Lower-case hexadecimal SHA-256 of the safetensors file."""
+        """Lower-case hexadecimal SHA-256 of the safetensors file; with a sparse file, of the whole file that it makes."""
         adapter_config: _builtins.bytes
         """Content of adapter_config.json; only with WEIGHTS_KIND_LORA."""
+        base_sha256: _builtins.str
+        """SHA-256 of the base: the file that is sent is a sparse one, of the difference between this version and the new
+        one. Only with WEIGHTS_KIND_FULL. A sparse file is a safetensors file. For each tensor NAME of which something
+        changed it has NAME.positions, ascending indices into the flattened tensor, of type I32 or I64 and shape [n], and
+        NAME.values, the new values, of the tensor's own type and shape [n]. They overwrite those of the base. All other
+        bytes of the whole file, its header too, are those of the base.
+        """
         def __init__(
             self,
             *,
@@ -228,10 +236,11 @@ class UploadWeightsRequest(_message.Message):
             size_bytes: _builtins.int = ...,
             sha256: _builtins.str = ...,
             adapter_config: _builtins.bytes = ...,
+            base_sha256: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config", b"adapter_config", "kind", b"kind", "policy", b"policy", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_config", b"adapter_config", "base_sha256", b"base_sha256", "kind", b"kind", "policy", b"policy", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -42,9 +42,14 @@ class PolicyAdminServiceStub:
     UploadWeights: _aio.StreamUnaryMultiCallable[_policy_admin_service_pb2.UploadWeightsRequest, _policy_admin_service_pb2.UploadWeightsResponse]
     """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
     4 MiB. The answer's URI is for one UpdateWeights. Weights that are not used within an hour of the upload, or of the
-    server's restart, are removed. Repeating the call is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is
-    not first, or there are more or fewer bytes than it says. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION
-    CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, or an adapter that is more than LoRA.
+    server's restart, are removed. Repeating the call is harmless.
+    A server with `sparse_uploads` also takes a sparse file: what changed since a version that it keeps (`base_sha256`
+    of the header). It makes the whole file of the two and checks the sha256 of that. UpdateWeights then goes on as it
+    does with a whole file. After any refusal of a sparse file, the whole one can be sent.
+    INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is not first, or there are more or fewer bytes than it says.
+    RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. NOT_FOUND VERSION_NOT_KEPT: no version of full weights with `base_sha256` is
+    kept. FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, an adapter that is more than
+    LoRA, or a sparse file with tensors, types or positions that its base does not have.
     """
     UpdateWeights: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.UpdateWeightsRequest, _policy_admin_service_pb2.UpdateWeightsResponse]
     """Loads weights, checks them, and serves them as `policy_version`. Atomic: on any error the old version keeps
@@ -126,9 +131,14 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_policy_admin_service_pb2.UploadWeightsResponse]:
         """Brings weights to a server that shares no file system with the sender: a header, then the file in pieces of at most
         4 MiB. The answer's URI is for one UpdateWeights. Weights that are not used within an hour of the upload, or of the
-        server's restart, are removed. Repeating the call is harmless. INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is
-        not first, or there are more or fewer bytes than it says. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. FAILED_PRECONDITION
-        CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, or an adapter that is more than LoRA.
+        server's restart, are removed. Repeating the call is harmless.
+        A server with `sparse_uploads` also takes a sparse file: what changed since a version that it keeps (`base_sha256`
+        of the header). It makes the whole file of the two and checks the sha256 of that. UpdateWeights then goes on as it
+        does with a whole file. After any refusal of a sparse file, the whole one can be sent.
+        INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is not first, or there are more or fewer bytes than it says.
+        RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. NOT_FOUND VERSION_NOT_KEPT: no version of full weights with `base_sha256` is
+        kept. FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, an adapter that is more than
+        LoRA, or a sparse file with tensors, types or positions that its base does not have.
         """
 
     @_abc_1.abstractmethod

@@ -997,6 +997,7 @@ class Policy(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     CANARY_TOLERANCE_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
+    SPARSE_UPLOADS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     backend: _builtins.str
     """The backend that runs it: transformers, sglang, openai, …."""
@@ -1034,6 +1035,8 @@ class Policy(_message.Message):
     lets pass. A trainer in another dtype differs by rounding alone: by up to 0.25 between float32 and bfloat16. Absent
     if it is not known.
     """
+    sparse_uploads: _builtins.bool
+    """Whether UploadWeights takes sparse files."""
     @_builtins.property
     def end_of_turn_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """A sampled token among these closes the turn."""
@@ -1074,10 +1077,11 @@ class Policy(_message.Message):
         dtype: _builtins.str = ...,
         canary_tolerance: _builtins.float | None = ...,
         lora: Global___LoraLimits | None = ...,
+        sparse_uploads: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_canary_tolerance", b"_canary_tolerance", "_lora", b"_lora", "canary_tolerance", b"canary_tolerance", "lora", b"lora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canary_tolerance", b"_canary_tolerance", "_lora", b"_lora", "adapters", b"adapters", "backend", b"backend", "canary_tolerance", b"canary_tolerance", "compute_seconds", b"compute_seconds", "context_length", b"context_length", "deterministic", b"deterministic", "draining_models", b"draining_models", "dtype", b"dtype", "end_of_turn_token_ids", b"end_of_turn_token_ids", "features", b"features", "fingerprint", b"fingerprint", "frozen", b"frozen", "lora", b"lora", "model", b"model", "name", b"name", "policy_version", b"policy_version", "problem", b"problem", "replicas", b"replicas", "rewrites_history", b"rewrites_history", "state", b"state", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_canary_tolerance", b"_canary_tolerance", "_lora", b"_lora", "adapters", b"adapters", "backend", b"backend", "canary_tolerance", b"canary_tolerance", "compute_seconds", b"compute_seconds", "context_length", b"context_length", "deterministic", b"deterministic", "draining_models", b"draining_models", "dtype", b"dtype", "end_of_turn_token_ids", b"end_of_turn_token_ids", "features", b"features", "fingerprint", b"fingerprint", "frozen", b"frozen", "lora", b"lora", "model", b"model", "name", b"name", "policy_version", b"policy_version", "problem", b"problem", "replicas", b"replicas", "rewrites_history", b"rewrites_history", "sparse_uploads", b"sparse_uploads", "state", b"state", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__canary_tolerance: _TypeAlias = _typing.Literal["canary_tolerance"]  # noqa: Y015
     _WhichOneofArgType__canary_tolerance: _TypeAlias = _typing.Literal["_canary_tolerance", b"_canary_tolerance"]  # noqa: Y015

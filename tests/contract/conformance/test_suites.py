@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from mulligan.conformance import memory
 from mulligan.conformance.env.game import EnvOptions
@@ -21,8 +22,11 @@ from mulligan.conformance.report import Report, Verdict
 from mulligan.conformance.trainer import run as trainer
 from mulligan.conformance.trainer.held import TrainerOptions
 from mulligan.env.episodes import EpisodeTable
+from mulligan.models import EMBEDDED
+from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.testing.loop import Loop
 from mulligan.testing.processes import ServiceProcesses
+from mulligan.testing.weights import full_weights
 from tests.support import faulty_env, faulty_env_calls, faulty_env_steps
 from tests.support.endpoint import MODELS, Asked, Reply, answer, delta, scripted, usage
 from tests.support.faulty_proxy import Fault, between, faults
@@ -60,7 +64,7 @@ def titles(report: dict[str, Any], verdict: Verdict) -> set[str]:
     [
         ("env", ["--environment", "frozenlake-3x3", "--actions", "50"], 5),
         ("memory", [], 1),
-        ("policy", ["--writes"], 6),
+        ("policy", ["--writes"], 7),
         ("trainer", ["--writes"], 1),
     ],
 )
@@ -195,6 +199,29 @@ async def proxied(loop: Loop, fault: Fault) -> Report:
             report = await trainer.check(target, TrainerOptions(writes=True, config=config), only=fault.title)
         await target.close()
     return report
+
+
+@pytest.mark.parametrize("makes", [True, False], ids=["conforms", "takes-anything"])
+async def test_sparse_files_are_checked_where_a_version_is_kept(makes: bool, tmp_path: Path) -> None:
+    """A server that checks no checksum takes every sparse file."""
+
+    class TakesAnything(Fault):
+        call = "" if makes else "UploadWeights"
+        error = "CHECKSUM_MISMATCH"
+        instead = admin_pb.UploadWeightsResponse(uri="upload:///x")
+
+    title = "a sparse file makes a whole one of a version that is kept, or is refused"
+    async with serving(weights_folder=tmp_path) as served:
+        info = await served.client.info()
+        weights = full_weights(tmp_path / "w", load_file(EMBEDDED / "model.safetensors"), 1, info.fingerprint)
+        await served.client.update_weights(weights)
+        async with between(served.address, TakesAnything()) as address:
+            target = policy.target(address)
+            report = await policy.check(target, PolicyOptions(writes=True), only=title)
+            await target.close()
+    assert [(result.title, result.verdict) for result in report.results] == [
+        (title, Verdict.PASSED if makes else Verdict.VIOLATED)
+    ]
 
 
 @pytest.mark.parametrize("kind", faults(), ids=lambda kind: f"{kind.service}-{kind.__name__}")

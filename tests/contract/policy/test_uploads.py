@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.inference import PublishedWeights, WeightsKind
+from mulligan.common.inference import PolicyInfo, PublishedWeights, WeightsKind
 from mulligan.common.status import from_rpc_error
 from mulligan.models.build import build_model, write_untrained
-from mulligan.policy import uploads
+from mulligan.policy import servicer, uploads
 from mulligan.policy.client import PolicyClient
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as pb_grpc
+from mulligan.policy.wire import policy_to_proto
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.weights import full_weights, load, plain_log_probs, sha256
 from tests.support.policy import Serving, serving
@@ -218,3 +219,118 @@ async def test_a_disk_that_fills_up(client: PolicyClient, tmp_path: Path, monkey
     weights = await next_weights(client, path, build_model(2))
     error = await fails(client.upload_weights(path, WeightsKind.FULL, weights.sha256), Reason.DISK_FULL)
     assert "is full" in error.message
+
+
+class Sent:
+    """What was announced of each upload that was taken, in their order: the bytes, and the base of a sparse file."""
+
+    def __init__(self, served: Serving, monkeypatch: pytest.MonkeyPatch):
+        self.bytes: list[int] = []
+        self.bases: list[str] = []
+        receive = served.policies.uploads.receive
+
+        async def recorded(header: uploads.UploadHeader, *others: Any) -> str:
+            uri = await receive(header, *others)
+            self.bytes.append(header.size_bytes)
+            self.bases.append(header.base_sha256)
+            return uri
+
+        monkeypatch.setattr(served.policies.uploads, "receive", recorded)
+
+
+@pytest.fixture
+def sent(served: Serving, monkeypatch: pytest.MonkeyPatch) -> Sent:
+    return Sent(served, monkeypatch)
+
+
+def step(weights: torch.nn.Module, every: int, amount: float = 0.5) -> None:
+    """Moves some of the values, as a training step in bfloat16 does."""
+    with torch.no_grad():
+        for parameter in weights.parameters():
+            parameter.view(-1)[::every] += amount
+
+
+async def published(client: PolicyClient, path: Path, weights: torch.nn.Module) -> PublishedWeights:
+    """Uploaded and served, as a version that never was."""
+    [newest, *_] = await client.versions()
+    fingerprint = (await client.info()).fingerprint
+    described = full_weights(path, weights.state_dict(), newest.policy_version + 1, fingerprint)
+    uri = await client.upload_weights(path, described.kind, described.sha256)
+    await client.update_weights(replace(described, uri=uri))
+    return described
+
+
+@pytest.mark.usefixtures("nothing_waits")
+async def test_what_changed_is_sent_and_the_whole_version_serves(
+    client: PolicyClient, sent: Sent, state: Path, tmp_path: Path
+) -> None:
+    weights = build_model(1)
+    first = await published(client, tmp_path / "1", weights)
+    step(weights, every=100)
+    second = await published(client, tmp_path / "2", weights)
+    await serves(client, second.policy_version, weights)
+    assert sent.bases == ["", first.sha256] and sent.bytes[1] < sent.bytes[0] / 20
+    kept = state / "policies" / "actor" / "files" / str(second.policy_version) / "model.safetensors"
+    assert kept.read_bytes() == (tmp_path / "2").read_bytes()
+    await client.rollback(first.policy_version)
+    await serves(client, first.policy_version, build_model(1))
+    step(weights, every=100)
+    third = await published(client, tmp_path / "3", weights)  # its base was withdrawn
+    await serves(client, third.policy_version, weights)
+    assert sent.bases[2:] == [""]
+
+
+@pytest.mark.usefixtures("nothing_waits")
+async def test_the_whole_file_follows_where_a_sparse_one_is_no_use(
+    client: PolicyClient, sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = build_model(1)
+    await published(client, tmp_path / "1", weights)
+    step(weights, every=1)
+    await published(client, tmp_path / "2", weights)  # everything changed
+    (tmp_path / "2").unlink()
+    step(weights, every=100)
+    await published(client, tmp_path / "3", weights)  # the trainer's base is gone
+    save_file({"x": torch.ones(3)}, tmp_path / "3")
+    step(weights, every=100)
+    await published(client, tmp_path / "4", weights)  # it is another file by now
+    step(weights, every=100)
+    full_weights(tmp_path / "4", weights.state_dict(), 0, "")  # nothing seems to differ, and the server's base does
+    await published(client, tmp_path / "5", weights)
+    await serves(client, 5, weights)
+    assert sent.bases == [""] * 5
+
+    def without_sparse(info: PolicyInfo) -> Any:
+        return policy_to_proto(replace(info, sparse_uploads=False))
+
+    monkeypatch.setattr(servicer, "policy_to_proto", without_sparse)
+    step(weights, every=100)
+    await published(client, tmp_path / "6", weights)  # a server that does not take it
+    await serves(client, 6, weights)
+    assert sent.bases == [""] * 6
+
+
+async def test_a_service_that_lost_the_base_gets_the_whole_file(
+    services: ServiceProcesses, model: Path, tmp_path: Path
+) -> None:
+    running = services.start("policy", model=model, threads=1)
+    client = PolicyClient(Endpoint(running.address, outage_seconds=120))
+    weights = build_model(1)
+    await published(client, tmp_path / "1", weights)
+    running.kill()
+    running.restart()
+    step(weights, every=100)
+    described = await published(client, tmp_path / "2", weights)
+    await serves(client, described.policy_version, weights)
+    await client.close()
+
+
+async def test_a_base_that_is_not_kept_is_refused_before_anything_is_sent(served: Serving) -> None:
+    header = pb.UploadWeightsRequest.Header(
+        kind=pb.WEIGHTS_KIND_FULL, size_bytes=10**6, sha256="0" * 64, base_sha256="1" * 64
+    )
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await pb_grpc.PolicyAdminServiceStub(channel).UploadWeights(iter([pb.UploadWeightsRequest(header=header)]))
+    error = from_rpc_error(caught.value)
+    assert error is not None and error.reason is Reason.VERSION_NOT_KEPT and "1" * 64 in error.message

@@ -9,11 +9,13 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import time
 from collections import namedtuple
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -46,14 +48,27 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
     assert list((tmp_path / "uploads").iterdir()) == []
 
 
-async def fails(uploads: Uploads, header: UploadHeader, *content: bytes) -> DomainError:
+async def receive(uploads: Uploads, header: UploadHeader, chunks: AsyncIterator[bytes], *kept: tuple[str, Path]) -> str:
+    """`kept`: the files that sparse ones may build on, by their checksums."""
+
+    def open_base(sha256: str) -> IO[bytes]:
+        if sha256 not in dict(kept):
+            raise DomainError(Reason.VERSION_NOT_KEPT, sha256)
+        return dict(kept)[sha256].open("rb")
+
+    return await uploads.receive(header, chunks, open_base)
+
+
+async def fails(
+    uploads: Uploads, header: UploadHeader, *content: bytes, kept: Sequence[tuple[str, Path]] = ()
+) -> DomainError:
     with pytest.raises(DomainError) as caught:
-        await uploads.receive(header, pieces(*content))
+        await receive(uploads, header, pieces(*content), *kept)
     return caught.value
 
 
 async def test_a_file_arrives_in_pieces(uploads: Uploads) -> None:
-    uri = await uploads.receive(FULL, pieces(*(FILE[i : i + 3] for i in range(0, len(FILE), 3))))
+    uri = await receive(uploads, FULL, pieces(*(FILE[i : i + 3] for i in range(0, len(FILE), 3))))
     path = find_weights(uri, None, uploads)
     assert path.name == "model.safetensors" and path.read_bytes() == FILE
     uploads.remove(uri)
@@ -65,7 +80,7 @@ async def test_a_file_arrives_in_pieces(uploads: Uploads) -> None:
 
 
 async def test_an_adapter_is_a_folder(uploads: Uploads) -> None:
-    folder = uploads.path(await uploads.receive(LORA, pieces(FILE)))
+    folder = uploads.path(await receive(uploads, LORA, pieces(FILE)))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
         "adapter_model.safetensors": FILE,
         "adapter_config.json": CONFIG,
@@ -85,7 +100,7 @@ async def test_one_that_was_answered_is_there_after_a_loss_of_power(
         synced.add(os.fstat(descriptor).st_ino)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    path = uploads.path(await uploads.receive(header, pieces(FILE)))
+    path = uploads.path(await receive(uploads, header, pieces(FILE)))
     folder = path if path.is_dir() else path.parent
     assert {each.stat().st_ino for each in (folder.parent, folder, *folder.iterdir())} <= synced
 
@@ -107,9 +122,76 @@ async def test_what_was_not_announced_leaves_nothing(uploads: Uploads) -> None:
         (replace(LORA, adapter_config=b"[" * 100_000), [FILE], Reason.INVALID_FIELD),
         (replace(LORA, adapter_config=b'{"r": 4}'), [FILE], Reason.MODEL_MISMATCH),
         (replace(LORA, kind=WeightsKind.FULL), [FILE], Reason.INVALID_FIELD),
+        (replace(LORA, base_sha256="0" * 64), [FILE], Reason.INVALID_FIELD),
+        (replace(FULL, base_sha256="0" * 64), [FILE], Reason.VERSION_NOT_KEPT),
     ]
     for header, content, reason in cases:
         error = await fails(uploads, header, *content)
+        assert error.reason is reason, f"{header} {error}"
+
+
+# Of the two values of x, the second becomes 1.0.
+_CHANGE = json.dumps(
+    {
+        "x.positions": {"dtype": "I32", "shape": [1], "data_offsets": [0, 4]},
+        "x.values": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
+    }
+).encode()
+CHANGE = len(_CHANGE).to_bytes(8, "little") + _CHANGE + struct.pack("<if", 1, 1.0)
+CHANGED = FILE[:-4] + struct.pack("<f", 1.0)
+SPARSE = UploadHeader(
+    WeightsKind.FULL, len(CHANGE), hashlib.sha256(CHANGED).hexdigest(), base_sha256=hashlib.sha256(FILE).hexdigest()
+)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A file that is kept, which nobody changes."""
+    path = tmp_path / "base"
+    path.write_bytes(FILE)
+    yield SPARSE.base_sha256, path
+    assert path.read_bytes() == FILE
+
+
+async def test_a_sparse_file_becomes_the_whole_one(uploads: Uploads, base: tuple[str, Path]) -> None:
+    for _ in range(2):  # it may be sent again
+        path = uploads.path(
+            await receive(uploads, SPARSE, pieces(*(CHANGE[i : i + 3] for i in range(0, 999, 3))), base)
+        )
+        assert path.read_bytes() == CHANGED
+        assert [each.name for each in path.parent.iterdir()] == ["model.safetensors"]
+
+
+async def test_a_base_that_is_removed_meanwhile_is_read_to_its_end(uploads: Uploads, tmp_path: Path) -> None:
+    path = tmp_path / "base"
+    path.write_bytes(FILE)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield CHANGE[:20]
+        path.unlink()
+        yield CHANGE[20:]
+
+    uri = await receive(uploads, SPARSE, slow(), (SPARSE.base_sha256, path))
+    assert uploads.path(uri).read_bytes() == CHANGED
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_a_sparse_file_that_does_not_make_what_was_announced_leaves_nothing(
+    uploads: Uploads, base: tuple[str, Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(FILE[:-8] + bytes([1]) * 8)
+    evil = pickle.dumps({"x": 1})
+    for header, content, kept, reason in (
+        (SPARSE, CHANGE, ("f" * 64, base[1]), Reason.VERSION_NOT_KEPT),
+        (SPARSE, CHANGE, (base[0], other), Reason.CHECKSUM_MISMATCH),
+        (replace(SPARSE, sha256="0" * 64), CHANGE, base, Reason.CHECKSUM_MISMATCH),
+        (SPARSE, CHANGE[:-1], base, Reason.UPLOAD_INCOMPLETE),
+        (SPARSE, CHANGE.replace(b'"x.', b'"y.'), base, Reason.MODEL_MISMATCH),
+        (replace(SPARSE, size_bytes=len(evil)), evil, base, Reason.MODEL_MISMATCH),
+        (replace(SPARSE, size_bytes=9 * len(FILE) + 1), CHANGE, base, Reason.UPLOAD_TOO_LARGE),
+    ):
+        error = await fails(uploads, header, content, kept=[kept])
         assert error.reason is reason, f"{header} {error}"
 
 
@@ -122,7 +204,7 @@ async def test_one_that_breaks_off_leaves_nothing(uploads: Uploads) -> None:
         begun.set()
         await asyncio.sleep(3600)
 
-    receiving = asyncio.create_task(uploads.receive(FULL, endless()))
+    receiving = asyncio.create_task(receive(uploads, FULL, endless()))
     await begun.wait()
     receiving.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -130,11 +212,11 @@ async def test_one_that_breaks_off_leaves_nothing(uploads: Uploads) -> None:
 
 
 async def test_what_waits_counts_towards_the_limit(uploads: Uploads) -> None:
-    uris = [await uploads.receive(FULL, pieces(FILE)) for _ in range(10)]
+    uris = [await receive(uploads, FULL, pieces(FILE)) for _ in range(10)]
     error = await fails(uploads, FULL, FILE)
     assert error.reason is Reason.UPLOAD_TOO_LARGE and error.metadata["room_bytes"] == "0"
     uploads.remove(uris[3])
-    await uploads.receive(FULL, pieces(FILE))
+    await receive(uploads, FULL, pieces(FILE))
 
 
 async def test_what_is_announced_counts_already(uploads: Uploads) -> None:
@@ -148,8 +230,8 @@ async def test_what_is_announced_counts_already(uploads: Uploads) -> None:
         yield FILE[20:]
 
     for _ in range(9):
-        await uploads.receive(FULL, pieces(FILE))
-    receiving = asyncio.create_task(uploads.receive(FULL, slow()))
+        await receive(uploads, FULL, pieces(FILE))
+    receiving = asyncio.create_task(receive(uploads, FULL, slow()))
     await begun.wait()
     assert (await fails(uploads, FULL, FILE)).reason is Reason.UPLOAD_TOO_LARGE
     go_on.set()
@@ -188,7 +270,7 @@ async def test_a_restart_finds_what_is_complete_whatever_its_time_says(tmp_path:
     """A clock that was set, or a file system with a clock of its own, must not take away what a trainer just sent."""
     folder = tmp_path / "uploads"
     before = Uploads(folder, 10**6)
-    uri = await before.receive(FULL, pieces(FILE))
+    uri = await receive(before, FULL, pieces(FILE))
     before.close()
     os.utime(before.path(uri).parent, (time.time() + seconds,) * 2)
     (folder / "broken.part").mkdir()
@@ -204,7 +286,7 @@ async def test_what_a_restart_found_and_nobody_used_is_removed(
 ) -> None:
     monkeypatch.setattr("mulligan.policy.uploads._KEPT_SECONDS", 0.05)
     before = Uploads(tmp_path, 10**6)
-    uri = await before.receive(FULL, pieces(FILE))
+    uri = await receive(before, FULL, pieces(FILE))
     before.close()
     os.utime(before.path(uri).parent, (time.time() + seconds,) * 2)
     after = Uploads(tmp_path, 10**6)
@@ -216,7 +298,7 @@ async def test_what_a_restart_found_and_nobody_used_is_removed(
 
 async def test_what_is_not_used_is_removed(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mulligan.policy.uploads._KEPT_SECONDS", 0.05)
-    uri = await uploads.receive(FULL, pieces(FILE))
+    uri = await receive(uploads, FULL, pieces(FILE))
     for _ in range(200):
         try:
             uploads.path(uri)

@@ -58,6 +58,31 @@ def test_a_file_is_linked_and_outlives_the_senders(store: VersionStore, tmp_path
     assert store.file(record) == WeightsFile(file.path, WeightsKind.FULL, 1, record.version.sha256, PROBES)
 
 
+def test_the_base_of_a_sparse_file_is_found_by_its_checksum_while_it_is_kept(
+    store: VersionStore, tmp_path: Path
+) -> None:
+    def sha256(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()
+
+    store.begin(record_of(0, 0, None))
+    contents = [b"one", b"two", b"two", b"three"]
+    for number, content in enumerate(contents[:-1], 1):
+        staged(store, tmp_path, number, content)
+        store.serve(record_of(number, 0, content))
+    with store.open_full(sha256(b"two")) as found:
+        staged(store, tmp_path, 4, contents[-1])
+        store.serve(record_of(4, 0, contents[-1]))
+        (tmp_path / "2.published").unlink()
+        assert found.read() == b"two", "it was opened before it was removed"
+    with store.open_full(sha256(b"two")) as found:  # of version 3
+        assert found.read() == b"two"
+    staged(store, tmp_path, 5, b"five")  # not checked yet
+    for missing in (sha256(b"one"), sha256(b"five"), "", "0" * 64):
+        with pytest.raises(DomainError, match="no version of full weights") as caught:
+            store.open_full(missing)
+        assert caught.value.reason is Reason.VERSION_NOT_KEPT
+
+
 def test_a_file_that_its_writer_changes_is_noticed(store: VersionStore, tmp_path: Path) -> None:
     store.begin(record_of(0, 0, None))
     staged(store, tmp_path, 1, b"one")
