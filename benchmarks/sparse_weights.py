@@ -81,18 +81,17 @@ def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     rows = []
     result: dict[str, float] = {}
+    fields = ("values", "sparse", "seconds")
     for dtype in DTYPES:
         for rate in RATES:
             with TemporaryDirectory() as folder:
                 found = list(changes(Path(folder), arguments.model, dtype, rate, arguments.steps))
-            values, sparse, seconds = (median([getattr(change, field) for change in found]) for field in _FIELDS)
+            values, sparse, seconds = (median([getattr(change, field) for change in found]) for field in fields)
             rows.append((dtype, f"{rate:g}", f"{values:.2%}", f"{sparse:.1%}", f"{seconds:.2f}"))
             result[f"{dtype}_{rate:g}"] = round(sparse, 4)
     print_table(("published in", "learning rate", "values that change", "sparse of whole file", "s to find them"), rows)
     print_result("sparse_weights", {"model": arguments.model, "steps": arguments.steps, **result})
 
-
-_FIELDS = ("values", "sparse", "seconds")
 
 if __name__ == "__main__":
     main()

@@ -30,8 +30,8 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.safetensors_header import BadSafetensors, TensorHeader, read_header
 
 Bits = NDArray[Any]
-_BITS = {1: np.dtype("<u1"), 2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}  # by bytes of a value
-_POSITIONS = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+_BITS: dict[int, np.dtype[Any]] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}  # by bytes of a value
+_POSITIONS: dict[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 _AT_ONCE = 2**24  # values at once
 _PIECE_BYTES = 2 * 2**20
 _ALIGNMENT = 8
@@ -197,7 +197,7 @@ def _has_bits(tensor: TensorHeader) -> bool:
     """Whether its values are of 1, 2, 4 or 8 bytes. Types that share bytes, such as F4, are not."""
     begin, end = tensor.place
     count = prod(tensor.shape)
-    return not count or (_value_bytes(tensor) in _BITS and count * _value_bytes(tensor) == end - begin)
+    return count * _value_bytes(tensor) == end - begin and (not count or _value_bytes(tensor) in _BITS)
 
 
 def _mismatch(problem: str) -> DomainError:

@@ -27,7 +27,8 @@ class TrainerSettings(ServiceSettings):
         Path("runs/weights"), description="Published weights; the policy service reads them in the same place."
     )
     weights_transfer: Literal["shared", "upload"] = Field(
-        "shared", description="shared: the policy service reads weights_folder; upload: files are streamed to it."
+        "shared",
+        description="shared: the policy service reads weights_folder; upload: files, or what changed, are sent to it.",
     )
     env_address: ServerAddresses = Field(
         "127.0.0.1:50051", description="The environment service: HOST:PORT, HOST:FIRST-LAST, dns:///NAME:PORT, …, …"

@@ -442,7 +442,7 @@ class _Handler(grpc.GenericRpcHandler):
                 if message.WhichOneof("part") == "header":
                     fault.before(message)
             try:
-                answer = await self._channel.stream_unary(path, **packed)(sent)
+                answer = await self._channel.stream_unary(path, **packed)(iter(sent))
             except grpc.aio.AioRpcError as error:
                 return await _refused(fault, error, context)
             fault.after(sent, answer)

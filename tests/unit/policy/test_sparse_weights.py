@@ -156,16 +156,17 @@ def test_what_does_not_fit_its_base_is_refused_by_name(
     assert load_file(tmp_path / "whole")["w"].tolist() == [[0, 0], [0, 0]]
 
 
-def test_values_of_a_size_that_is_not_theirs_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [0, 1])
+def test_values_of_a_size_that_is_not_theirs_are_refused(count: int, tmp_path: Path) -> None:
     """Of a type that its reader does not know, a header may tell any size."""
     header = b'{"w":{"dtype":"X9","shape":[4],"data_offsets":[0,4]}}'
     (tmp_path / "whole").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     parts = {
-        "w.positions": {"dtype": "I32", "shape": [1], "data_offsets": [0, 4]},
-        "w.values": {"dtype": "X9", "shape": [1], "data_offsets": [4, 7]},
+        "w.positions": {"dtype": "I32", "shape": [count], "data_offsets": [0, 4 * count]},
+        "w.values": {"dtype": "X9", "shape": [count], "data_offsets": [4 * count, 4 * count + 3]},
     }
     header = json.dumps(parts).encode()
-    (tmp_path / "sparse").write_bytes(len(header).to_bytes(8, "little") + header + bytes(7))
+    (tmp_path / "sparse").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * count + 3))
     with pytest.raises(DomainError, match="not of 1, 2, 4 or 8 bytes"):
         overwrite(tmp_path / "whole", tmp_path / "sparse")
 
