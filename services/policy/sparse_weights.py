@@ -55,18 +55,17 @@ class SparseFile:
             if tensors != read_header(base) or not all(map(_has_bits, tensors.values())):
                 return None
             before, after = _content(base), _content(whole)
+            pairs = {name: (_values(before, tensor), _values(after, tensor)) for name, tensor in tensors.items()}
             room = len(after)
-            changed: dict[str, Bits] = {}
-            for name, tensor in tensors.items():
-                positions = _differences(_values(before, tensor), _values(after, tensor), room)
-                if positions is None:
-                    return None
-                if len(positions):
-                    changed[name] = positions
-                    room -= positions.nbytes + len(positions) * _value_bytes(tensor)
+            for pair in pairs.values():  # first, so that nothing is kept of what is too much
+                for _, differ in _compared(*pair):
+                    room -= int(np.count_nonzero(differ)) * (_position_type(pair[1]).itemsize + pair[1].itemsize)
+                    if room <= 0:
+                        return None
+            changed = {name: _differences(*pair) for name, pair in pairs.items()}
         except (OSError, BadSafetensors):
             return None
-        return cls(whole, tensors, changed)
+        return cls(whole, tensors, {name: positions for name, positions in changed.items() if len(positions)})
 
     @property
     def size_bytes(self) -> int:
@@ -159,18 +158,22 @@ def _overwrite(file: IO[bytes], tensor: TensorHeader, places: Bits, values: Bits
         file.write(block.data)
 
 
-def _differences(base: Bits, whole: Bits, room: int) -> Bits | None:
-    """The positions at which the values differ; None if they and the new values take `room` bytes or more."""
-    dtype = _POSITIONS["I32" if len(whole) <= 2**31 else "I64"]
-    found = []
+def _differences(base: Bits, whole: Bits) -> Bits:
+    """The positions at which the values differ."""
+    dtype = _position_type(whole)
+    found = [(np.flatnonzero(differ) + begin).astype(dtype) for begin, differ in _compared(base, whole)]
+    return np.concatenate(found) if found else np.empty(0, dtype)
+
+
+def _compared(base: Bits, whole: Bits) -> Iterator[tuple[int, Bits]]:
+    """Part by part: where it begins, and for each value whether it differs."""
     for begin in range(0, len(whole), _AT_ONCE):
         part = slice(begin, begin + _AT_ONCE)
-        positions = np.flatnonzero(base[part] != whole[part])
-        room -= len(positions) * (dtype.itemsize + whole.itemsize)
-        if room <= 0:
-            return None
-        found.append((positions + begin).astype(dtype))
-    return np.concatenate(found) if found else np.empty(0, dtype)
+        yield begin, base[part] != whole[part]
+
+
+def _position_type(values: Bits) -> np.dtype[Any]:
+    return _POSITIONS["I32" if len(values) <= 2**31 else "I64"]
 
 
 def _content(path: Path) -> Bits:
