@@ -59,6 +59,9 @@ class TrainerSettings(ServiceSettings):
     gradient_checkpointing: bool = Field(
         False, description="The learner's backward pass computes activations again: less memory, more time."
     )
+    attention: Literal["auto", "sdpa"] = Field(
+        "auto", description="The learner's, of shared prefixes; auto: FlexAttention on a GPU where it works, else sdpa."
+    )
     keep_weights: int = Field(3, ge=1, description="Published versions to keep.")
 
     @model_validator(mode="after")
@@ -76,6 +79,7 @@ class TrainerSettings(ServiceSettings):
             threads=self.threads or max(1, (os.cpu_count() or 1) // 2 // _processes_of_torchrun()),
             microbatch_tokens=self.microbatch_tokens or (768 if self.device.startswith("cpu") else 4096),
             gradient_checkpointing=self.gradient_checkpointing,
+            attention=self.attention,
             keep_weights=self.keep_weights,
         )
 

@@ -79,6 +79,7 @@ class Learner:
                 spec.seed,
                 self._ranks,
                 gradient_checkpointing=server.gradient_checkpointing,
+                attention=server.attention,
             )
         self._parameters = list(self.model.trainable.values())
         self.fingerprint: str = self.model.fingerprint

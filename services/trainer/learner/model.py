@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import structlog
 import torch
@@ -55,6 +55,7 @@ class PolicyModel:
         ranks: Ranks | None = None,
         *,
         gradient_checkpointing: bool = False,
+        attention: Literal["auto", "sdpa", "flex"] = "auto",
     ):
         self.settings = settings
         self.device = device
@@ -69,7 +70,8 @@ class PolicyModel:
         self.parameter_count: int = sum(parameter.numel() for parameter in base.parameters())
         _check_head(base, settings.source)
         self.base = sharding.moved(base.eval(), device, self._ranks)
-        self.shares_prefixes = self._share_prefixes()
+        self._tree_kernel = self._share_prefixes(attention)
+        self.shares_prefixes = self._tree_kernel is not None
         self.adapter = None if settings.lora is None else _attach(self.base, settings.lora, seed).eval()
         if gradient_checkpointing:
             _checkpoint_layers(self.base, settings.source)
@@ -82,16 +84,24 @@ class PolicyModel:
         }
         self.moving_reference: dict[str, Tensor] = {}  # of the trained weights; empty until it is first used
 
-    def _share_prefixes(self) -> bool:
-        """Whether the model computes what sequences share at their begin once. If not, the log says why."""
-        try:
-            with self._autocast():
-                tree_attention.enable(self.base)
-        except tree_attention.NoSharing as error:
-            kind = self.base.config.model_type
-            log.warning("shared prefixes are computed for each sequence", architecture=kind, reason=str(error))
-            return False
-        return True
+    def _share_prefixes(self, attention: Literal["auto", "sdpa", "flex"]) -> tree_attention.Kernel | None:
+        """By which attention the model computes what sequences share at their begin once. If by none, the log says
+        why."""
+        kernels: list[tree_attention.Kernel] = ["flex", "sdpa"] if self.device.type == "cuda" else ["sdpa"]
+        kind = self.base.config.model_type
+        reason = ""
+        for kernel in kernels if attention == "auto" else [attention]:
+            try:
+                with self._autocast():
+                    tree_attention.enable(self.base, kernel)
+            except tree_attention.NoSharing as error:
+                reason = str(error)
+            else:
+                if reason:
+                    log.warning("shared prefixes are computed without FlexAttention", architecture=kind, reason=reason)
+                return kernel
+        log.warning("shared prefixes are computed for each sequence", architecture=kind, reason=reason)
+        return None
 
     def _module(self) -> Any:
         return self.base if self.adapter is None else self.adapter
@@ -145,8 +155,8 @@ class PolicyModel:
             if self._reference is None:
                 initial, _ = self._ranks.together(partial(_load, self.settings.source, self._kept))
                 self._reference = sharding.moved(initial.eval().requires_grad_(False), self.device, self._ranks)
-                if self.shares_prefixes:
-                    tree_attention.enable(self._reference)
+                if self._tree_kernel is not None:
+                    tree_attention.enable(self._reference, self._tree_kernel)
                 sharding.share_out(self._reference, self._ranks)
             yield self._reference
 

@@ -4,8 +4,10 @@ Sorted sequences are the tree in depth-first order: each adds the tokens that th
 node is a token after a certain prefix. It attends to itself and to its ancestors: to those nodes that come before it
 and whose subtree has not ended.
 
-The nodes are cut into chunks, and the attention of a chunk is computed at once. Its keys are the path that leads to it
-and its own nodes, so the cost does not grow with the square of the number of nodes.
+Attention has two ways to compute a tree (`tree_attention`). One needs chunks: neighbouring nodes whose attention is
+computed at once. The keys of a chunk are the path that leads to it and its own nodes, so the cost does not grow with
+the square of the number of nodes. The other needs to know which squares of the mask of all nodes are empty, and which
+full.
 """
 
 from __future__ import annotations
@@ -13,17 +15,20 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 Nodes = NDArray[np.int64]
 
 # A chunk ends with the sequence that brings it to so many nodes. Small ones cost calls, large ones masked pairs.
 CHUNK_TOKENS = 128
+BLOCK_TOKENS = 128  # of a square of the mask: FlexAttention's own size
 _TOKEN_BYTES = 4
 
 
@@ -65,9 +70,9 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class PrefixTree:
-    """What attention needs to know of a tree. Shapes: _Q the queries and _K the keys of all chunks, one chunk after
-    another; None if they are the nodes in their order."""
+class Chunks:
+    """A tree in chunks. Shapes: _Q the queries and _K the keys of all chunks, one chunk after another; None if they are
+    the nodes in their order."""
 
     chunks: tuple[Chunk, ...]
     queries_Q: Tensor | None
@@ -88,6 +93,55 @@ def _additive(mask_QK: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Start:
+    """The first node that a sequence adds, and the path to it."""
+
+    node: int
+    path: Nodes
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixTree:
+    """What attention needs to know of a tree, in the form that it asks for. All layers use the same.
+
+    A node's subtree are the nodes from itself to the one before its end. Shape: _T nodes.
+    """
+
+    starts: tuple[Start, ...]
+    ends_T: Nodes
+    device: torch.device
+
+    @cached_property
+    def in_chunks(self) -> Chunks:
+        return _in_chunks(list(_ranges(self.starts, len(self.ends_T))), self.ends_T, self.device)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The mask of all nodes, for FlexAttention. torch's `create_block_mask` finds the same blocks, from a mask of
+        nodes × nodes, which would take gigabytes."""
+        ends = torch.from_numpy(self.ends_T).to(self.device)
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key <= query) & (query < ends[key])
+
+        size = len(self.ends_T)
+        firsts = np.arange(0, size, BLOCK_TOKENS)
+        least, greatest = (each.reduceat(self.ends_T, firsts) for each in (np.minimum, np.maximum))
+        earlier = firsts < firsts[:, None]  # rows are blocks of queries, columns are blocks of keys
+        full = earlier & (least >= firsts[:, None] + BLOCK_TOKENS)
+        some = earlier & (greatest > firsts[:, None]) | np.eye(len(firsts), dtype=bool)
+        partly, wholly = (_listed(blocks, self.device) for blocks in (some & ~full, full))
+        return BlockMask.from_kv_blocks(*partly, *wholly, BLOCK_TOKENS, visible, (size, size))
+
+
+def _listed(blocks: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row are set, and which: those come first."""
+    counts = torch.from_numpy(blocks.sum(1, dtype=np.int32))
+    places = torch.from_numpy(np.argsort(~blocks, 1, kind="stable").astype(np.int32))
+    return counts[None, None].to(device), places[None, None].to(device)
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The nodes of the tree of some sequences, in depth-first order. Shape: _T nodes."""
 
@@ -102,7 +156,7 @@ def lay_out(keys: Sequence[bytes], device: torch.device) -> Layout:
     paths: list[Nodes] = [np.empty(0, np.int64)] * len(keys)
     tokens: list[NDArray[Any]] = []
     depths: list[Nodes] = []
-    starts: list[_Start] = []
+    starts: list[Start] = []
     branched: list[tuple[Nodes, int]] = []  # nodes whose subtree ends before the node
     path = np.empty(0, np.int64)
     before = b""
@@ -111,7 +165,7 @@ def lay_out(keys: Sequence[bytes], device: torch.device) -> Layout:
         common = shared(before, keys[index])
         ids = np.frombuffer(keys[index], ">u4")[common:]
         if len(ids):
-            starts.append(_Start(size, path[:common]))
+            starts.append(Start(size, path[:common]))
             branched.append((path[common:], size))
             path = np.concatenate((path[:common], np.arange(size, size + len(ids))))
             tokens.append(ids)
@@ -122,16 +176,8 @@ def lay_out(keys: Sequence[bytes], device: torch.device) -> Layout:
     ends = np.full(size, size)
     for nodes, end in branched:
         ends[nodes] = end
-    tree = _tree(list(_chunks(starts, size)), ends, device)
+    tree = PrefixTree(tuple(starts), ends, device)
     return Layout(np.concatenate(tokens).astype(np.int64), np.concatenate(depths), tuple(paths), tree)
-
-
-@dataclass(frozen=True, slots=True)
-class _Start:
-    """The first node that a sequence adds, and the path to it."""
-
-    node: int
-    path: Nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +194,7 @@ class _Range:
         return not self.branches and len(self.path) <= self.end - self.begin
 
 
-def _chunks(starts: Sequence[_Start], size: int) -> Iterator[_Range]:
+def _ranges(starts: Sequence[Start], size: int) -> Iterator[_Range]:
     """Joins what neighbouring sequences add to chunks. What is half a chunk alone stays alone if it needs no mask."""
     ends = [*(start.node for start in starts[1:]), size]
     first = 0  # of the chunk
@@ -162,7 +208,7 @@ def _chunks(starts: Sequence[_Start], size: int) -> Iterator[_Range]:
             first = index + 1
 
 
-def _tree(ranges: Sequence[_Range], ends_T: Nodes, device: torch.device) -> PrefixTree:
+def _in_chunks(ranges: Sequence[_Range], ends_T: Nodes, device: torch.device) -> Chunks:
     chunks: list[Chunk] = []
     queries: list[Nodes] = []
     keys: list[Nodes] = []
@@ -175,7 +221,7 @@ def _tree(ranges: Sequence[_Range], ends_T: Nodes, device: torch.device) -> Pref
             visible = (keys[-1] <= own[:, None]) & (own[:, None] < ends_T[keys[-1]])
             mask_QK = torch.from_numpy(visible).to(device)
         chunks.append(Chunk(len(queries[-1]), len(keys[-1]), len(queries[-1]) - len(own), mask_QK))
-    return PrefixTree(tuple(chunks), _index(queries, len(ends_T), device), _index(keys, len(ends_T), device))
+    return Chunks(tuple(chunks), _index(queries, len(ends_T), device), _index(keys, len(ends_T), device))
 
 
 def _index(parts: Sequence[Nodes], size: int, device: torch.device) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mulligan.trainer.settings import OptimizerSettings, TrainedModelSettings
 
@@ -27,6 +28,7 @@ class LearnerServerSettings:
     threads: int = 0  # of torch on the CPU; 0 leaves torch's own choice. Deterministic learners use 1.
     microbatch_tokens: int = 768
     gradient_checkpointing: bool = False  # the backward pass computes activations again: less memory, more time
+    attention: Literal["auto", "sdpa", "flex"] = "auto"  # of shared prefixes; auto: flex on a GPU that can, else sdpa
     keep_weights: int = 3  # published versions; the policy may be loading an older one
     max_learners: int = 1
 

@@ -1,19 +1,23 @@
-"""The attention of prefix trees, as an attention function of transformers.
+"""The attention of prefix trees, as attention functions of transformers.
 
-A model with this function computes a tree when its forward pass has the argument `prefix_tree`, which transformers
+A model with such a function computes a tree when its forward pass has the argument `prefix_tree`, which transformers
 hands to each attention layer; without that argument it is transformers' own "sdpa".
 https://huggingface.co/docs/transformers/en/attention_interface
 
-`_attend` alone knows how the chunks are computed. On CUDA, FlexAttention could take its place: the mask of the whole
-tree is `(key <= query) & (query < ends[key])`.
+"sdpa" computes a tree in chunks, each with a dense mask or causal. "flex" computes it at once with FlexAttention, which
+skips the squares of the mask that are empty and holds no mask at all. That is for CUDA: torch has no backward pass of
+it on the CPU. https://docs.pytorch.org/docs/stable/nn.attention.flex_attention.html
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
@@ -21,7 +25,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from mulligan.trainer.learner import prefix_tree as trees
 from mulligan.trainer.learner.prefix_tree import PrefixTree
 
-NAME = "prefix_tree"
+Kernel = Literal["sdpa", "flex"]
 # Arguments of attention layers that change who sees whom, or the scores, by more than causality.
 _OTHER_ATTENTION = ("sliding_window", "s_aux", "position_bias", "softcap", "cache")
 # Sequences that branch, are equal and begin with one another. They are compared in the precision of the model: a wrong
@@ -35,6 +39,7 @@ class NoSharing(Exception):
 
 
 def attention(
+    kernel: Kernel,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -54,10 +59,33 @@ def attention(
     others = [name for name in _OTHER_ATTENTION if kwargs.get(name) is not None]
     if others or dropout or not getattr(module, "is_causal", True):
         raise NoSharing(f"its attention has {', '.join(others) or 'dropout or sees what comes later'}")
-    return _attend(query, key, value, scaling, prefix_tree).transpose(1, 2).contiguous(), None
+    found = _KERNELS[kernel](query, key, value, scaling, prefix_tree)
+    return found.transpose(1, 2).contiguous(), None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, tree: PrefixTree) -> Tensor:
+def _flex(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, tree: PrefixTree) -> Tensor:
+    precision = _precision(query)
+    query, key, value = (each.to(precision) for each in (query, key, value))  # autocast leaves them as they are
+    run: Any = flex_attention if query.device.type == "cpu" else _compiled_flex()
+    grouped = query.shape[1] != key.shape[1]
+    found: Tensor = run(query, key, value, block_mask=tree.block_mask, scale=scaling, enable_gqa=grouped)
+    return found
+
+
+def _precision(tensor: Tensor) -> torch.dtype:
+    """In which attention computes with the tensor."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+@cache
+def _compiled_flex() -> Any:
+    """Not compiled, it would compute all scores, of nodes × nodes."""
+    return torch.compile(flex_attention)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, whole: PrefixTree) -> Tensor:
+    tree = whole.in_chunks
     if tree.queries_Q is not None:
         query = query.index_select(2, tree.queries_Q)
     if tree.keys_K is not None:
@@ -79,16 +107,20 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, tr
     return torch.cat(outputs, 2)
 
 
-def enable(model: Any) -> None:
+_KERNELS: dict[Kernel, Callable[..., Tensor]] = {"sdpa": _sdpa, "flex": _flex}
+
+
+def enable(model: Any, kernel: Kernel) -> None:
     """Gives the model this attention. Raises NoSharing if it cannot have it; then it is as before."""
-    AttentionInterface.register(NAME, attention)
     before = model.config._attn_implementation
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
     if others := sorted({kind for kind in kinds if kind != "full_attention"}):
         raise NoSharing(f"it has layers of the kind {', '.join(others)}")
     if not model._can_set_attn_implementation():
         raise NoSharing("its attention is not an attention function of transformers")
-    model.set_attn_implementation(NAME)
+    name = f"prefix_tree_{kernel}"
+    AttentionInterface.register(name, partial(attention, kernel))
+    model.set_attn_implementation(name)
     try:
         _compare(model)
     except Exception as error:  # each architecture fails in its own way
@@ -97,21 +129,25 @@ def enable(model: Any) -> None:
 
 
 def _compare(model: Any) -> None:
-    """Raises NoSharing if the hidden states of a tree are not those of its sequences."""
+    """Raises NoSharing if the hidden states of a tree are not those of its sequences. On a GPU the backward pass runs,
+    too: what compiles kernels fails here, if it does, and not in training."""
     device = next(model.parameters()).device
     vocabulary = model.get_input_embeddings().num_embeddings
     sequences = [[token % vocabulary for token in tokens] for tokens in _PROBE]
     layout = trees.lay_out([trees.key(tokens) for tokens in sequences], device)
-    with torch.no_grad():
+    with torch.set_grad_enabled(device.type != "cpu"):
         found_TH = model.base_model(
             input_ids=torch.from_numpy(layout.token_ids_T)[None].to(device),
             position_ids=torch.from_numpy(layout.depths_T)[None].to(device),
             prefix_tree=layout.tree,
             use_cache=False,
         ).last_hidden_state[0]
+        if found_TH.requires_grad:
+            torch.autograd.grad(found_TH.sum(), model.get_input_embeddings().weight)
+    with torch.no_grad():
         for tokens, path in zip(sequences, layout.paths, strict=True):
             ids_1T = torch.tensor([tokens], device=device)
             expected_TH = model.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
             difference = (found_TH[torch.from_numpy(path).to(device)] - expected_TH).abs().max()
-            if not difference <= _TOLERANCE.get(found_TH.dtype, 0.05) * expected_TH.abs().max():
+            if not difference <= _TOLERANCE.get(_precision(found_TH), 0.05) * expected_TH.abs().max():
                 raise NoSharing("a tree of short sequences has other hidden states than the sequences alone")

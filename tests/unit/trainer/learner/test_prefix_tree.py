@@ -8,9 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
 
 from mulligan.trainer.learner import prefix_tree as trees
-from mulligan.trainer.learner.prefix_tree import CHUNK_TOKENS, Layout, TreeSize
+from mulligan.trainer.learner.prefix_tree import BLOCK_TOKENS, CHUNK_TOKENS, Layout, TreeSize
 
 CPU = torch.device("cpu")
 Tokens = tuple[int, ...]
@@ -40,7 +41,7 @@ def laid_out(sequences: Sequence[Tokens]) -> Layout:
 def attended(layout: Layout) -> list[list[int]]:
     """The nodes that each node attends to, read off the chunks as attention reads them."""
     size = len(layout.token_ids_T)
-    tree = layout.tree
+    tree = layout.tree.in_chunks
     queries = list(range(size)) if tree.queries_Q is None else tree.queries_Q.tolist()
     keys = list(range(size)) if tree.keys_K is None else tree.keys_K.tolist()
     found: list[list[int]] = []
@@ -67,6 +68,21 @@ def check(sequences: Sequence[Tokens]) -> None:
         assert layout.depths_T[path].tolist() == list(range(len(tokens)))
         for place, node in enumerate(path.tolist()):
             assert seen[node] == path[: place + 1].tolist()
+    check_blocks(layout, seen)
+
+
+def check_blocks(layout: Layout, seen: list[list[int]]) -> None:
+    """The mask of FlexAttention is of the same nodes, and its blocks are those that torch finds in it."""
+    size = len(seen)
+    blocks = layout.tree.block_mask
+    places = torch.arange(size)
+    zero = torch.zeros((), dtype=torch.int64)
+    mask_TT = blocks.mask_mod(zero, zero, places[:, None], places)
+    assert [row.nonzero()[:, 0].tolist() for row in mask_TT] == seen
+    expected = create_block_mask(blocks.mask_mod, None, None, size, size, "cpu", BLOCK_TOKENS)
+    assert (blocks.shape, blocks.BLOCK_SIZE) == (expected.shape, expected.BLOCK_SIZE)
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        assert torch.equal(getattr(blocks, name), getattr(expected, name)), name
 
 
 @given(SEQUENCES)
@@ -103,13 +119,13 @@ def test_the_size_is_known_before_the_tree(sequences: list[Tokens]) -> None:
 
 def test_a_long_sequence_needs_no_mask() -> None:
     layout = laid_out([(1, *[2] * 5000), (1, *[3] * 5000), (1, 4)])
-    assert [chunk.mask_QK is None for chunk in layout.tree.chunks] == [True, True, True]
+    assert [chunk.mask_QK is None for chunk in layout.tree.in_chunks.chunks] == [True, True, True]
 
 
 def test_masks_grow_with_the_nodes_and_not_with_their_square() -> None:
     """1,000 answers of 20 tokens to a question of 300."""
     answers = [(*[1] * 300, index, *[2] * 20) for index in range(1000)]
-    masks = [chunk.mask_QK for chunk in laid_out(answers).tree.chunks]
+    masks = [chunk.mask_QK for chunk in laid_out(answers).tree.in_chunks.chunks]
     largest = (CHUNK_TOKENS + 20) * (CHUNK_TOKENS + 320)
     assert max(mask.numel() for mask in masks if mask is not None) <= largest
     assert len(masks) < 1.2 * 1000 * 21 / CHUNK_TOKENS

@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForC
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from mulligan.trainer.data import Datum, Distillation, PolicyGradient
-from mulligan.trainer.learner import prefix_tree
+from mulligan.trainer.learner import prefix_tree, tree_attention
 from mulligan.trainer.learner.batching import length, pack
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.loss_terms import KlReference
@@ -111,15 +111,24 @@ def pairs(count: int) -> list[Datum]:
     return data
 
 
-@pytest.mark.parametrize("microbatch_tokens", [10_000, 70])
+@pytest.fixture
+def flex_has_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU torch refuses a backward pass of FlexAttention, because what it compiles has none. Not compiled, it
+    has one."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+
+
+@pytest.mark.usefixtures("flex_has_gradients")
+@pytest.mark.parametrize(("attention", "microbatch_tokens"), [("sdpa", 10_000), ("sdpa", 70), ("flex", 10_000)])
 @pytest.mark.parametrize("lora", [FULL, LORA])
 def test_the_gradient_is_that_of_separate_sequences(
-    tiny: Path, tmp_path: Path, lora: LoraSettings | None, microbatch_tokens: int
+    tiny: Path, tmp_path: Path, lora: LoraSettings | None, attention: str, microbatch_tokens: int
 ) -> None:
     """All objectives, branches and temperatures in the same trees, with reference and entropy."""
     data = [*family(30), *pairs(12)]
     random.Random(0).shuffle(data)
-    shared = in_float64(tiny, tmp_path, lora, microbatch_tokens=microbatch_tokens)
+    shared = in_float64(tiny, tmp_path, lora, microbatch_tokens=microbatch_tokens, attention=attention)
+    assert shared.model.shares_prefixes
     separate = alone(in_float64(tiny, tmp_path, lora))
     for learner in (shared, separate):
         learner.forward_backward(data, ALL_TERMS)
@@ -158,6 +167,28 @@ def test_so_it_is_for_any_tree(tiny: Path, tmp_path_factory: pytest.TempPathFact
             -0.5 * log_probs[[place - 1 for place in places], [datum.token_ids[place] for place in places]].sum()
         ).backward()
     assert_equal(found, gradients(learner))
+
+
+def test_flex_attention_computes_in_the_type_of_the_model(tiny: Path, tmp_path: Path) -> None:
+    """In bfloat16, queries and keys come as float32 from their norms, values do not."""
+    settings = spec(tiny)
+    settings = replace(settings, model=settings.model.model_copy(update={"dtype": "bfloat16"}))
+    data = family(10)
+    found = []
+    for attention in ("sdpa", "flex"):
+        learner = Learner("learner", settings, server_settings(tmp_path, attention=attention))
+        assert learner.model.shares_prefixes
+        found.append([value for log_probs in learner.forward(data) for value in log_probs])
+    assert found[0] == pytest.approx(found[1], abs=0.1) and found[0] != found[1]
+
+
+def test_an_attention_that_is_not_usable_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FlexAttention is where nothing can be compiled."""
+    monkeypatch.setattr(tree_attention, "flex_attention", None)
+    with capture_logs() as logs:
+        learner = Learner("learner", spec(tiny), server_settings(tmp_path, attention="flex"))
+    assert not learner.model.shares_prefixes
+    assert "'NoneType' object is not callable" in logs[0]["reason"]
 
 
 @contextmanager
