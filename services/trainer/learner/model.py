@@ -25,7 +25,7 @@ from mulligan.common.fingerprint import model_fingerprint
 from mulligan.common.inference import CanaryProbe
 from mulligan.common.model_files import UnsupportedModel, check_loaded, check_model, layer_count, short
 from mulligan.trainer.data import ModelLimits
-from mulligan.trainer.learner import sharding, tree_attention, weight_check
+from mulligan.trainer.learner import fused_head, sharding, tree_attention, weight_check
 from mulligan.trainer.learner.batching import ModelInput, Sequences
 from mulligan.trainer.learner.ranks import Ranks
 from mulligan.trainer.learner.settings import LOGITS_AT_ONCE
@@ -368,9 +368,14 @@ def _refuse_unservable(adapter: PeftModel) -> None:
 def _score(
     model: Any, hidden_NH: Tensor, targets_N: Tensor, temperatures_N: Tensor, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Applies the output head to the trained positions, in pieces of bounded size."""
+    """Applies the output head to the trained positions, fused or in pieces of bounded size."""
     head = model.get_output_embeddings()
     cap = _cap(model)
+    if fused_head.usable(head, cap, hidden_NH.device):
+        log_probs_N, entropy_N = fused_head.score(
+            hidden_NH.bfloat16(), head.weight.bfloat16(), targets_N, temperatures_N
+        )
+        return log_probs_N, entropy_N if entropy_gradient else entropy_N.detach()
 
     def piece(hidden_NH: Tensor, targets_N: Tensor, temperatures_N: Tensor) -> tuple[Tensor, Tensor]:
         logits_NV = _logits(head, cap, hidden_NH) / temperatures_N[:, None]
