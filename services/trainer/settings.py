@@ -60,6 +60,7 @@ class OptimizerSettings(_Settings):
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_steps: int = Field(0, ge=0)
     max_skipped_steps: int = Field(5, ge=0)
+    moments: Literal["float32", "8bit"] = "float32"
 
 
 class AlgorithmSettings(PluginSettings):

@@ -24,6 +24,7 @@ from torch import Tensor
 from mulligan.trainer.data import Datum
 from mulligan.trainer.learner import model as model_module
 from mulligan.trainer.learner.learner import Learner
+from mulligan.trainer.learner.optimizer import split
 from mulligan.trainer.learner.ranks import Ranks
 from mulligan.trainer.learner.sharding import whole
 from mulligan.trainer.loss_terms import KlReference
@@ -116,15 +117,16 @@ def state(learner: Learner) -> dict[str, Tensor]:
     """All that a checkpoint restores, whole."""
     found = {f"weight {name}": value for name, value in learner.model.trained_weights()}
     found |= {f"reference {name}": whole(value) for name, value in learner.model.moving_reference.items()}
-    for name, parameter in learner.model.trainable.items():
-        found |= {f"{slot} {name}": whole(value) for slot, value in learner._optimizer.state[parameter].items()}
+    for key, value in learner._optimizer.stored().items():
+        name, slot = split(key)
+        found[f"{slot} {name}"] = whole(value)
     return {name: value.detach().clone() for name, value in found.items()}
 
 
-def by_torchrun(work: str, folder: Path, lora: bool, processes: int = 2) -> None:
-    """Raises AssertionError with what the processes said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["-m", "tests.support.ranked", work, str(folder), str(int(lora))]
+def by_torchrun(module: str, *arguments: object) -> None:
+    """Runs the module in two processes. Raises AssertionError with what they said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", module]
+    command += map(str, arguments)
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

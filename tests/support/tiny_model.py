@@ -7,7 +7,14 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCABULARY_SIZE = 32
 CONTEXT_LENGTH = 64
@@ -48,3 +55,22 @@ def write_model(model: PreTrainedModel, folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(write_tiny_model(folder / "tiny") / name, folder / name)
     return folder
+
+
+def write_square_model(folder: Path, vocabulary: int = 64) -> Path:
+    """A model folder with Llama's shape. All matrices have 64 columns; those without the vocabulary have 64 rows."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT_LENGTH,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return write_model(LlamaForCausalLM(config), folder)

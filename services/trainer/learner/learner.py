@@ -26,6 +26,7 @@ from mulligan.trainer.learner.balance import passes
 from mulligan.trainer.learner.batching import Microbatch, check, cost, length, microbatch, pack
 from mulligan.trainer.learner.metrics import Tally
 from mulligan.trainer.learner.model import PolicyModel, arithmetic
+from mulligan.trainer.learner.optimizer import create, split
 from mulligan.trainer.learner.ranks import Ranks
 from mulligan.trainer.learner.scoring import Scoring
 from mulligan.trainer.learner.settings import LearnerServerSettings, LearnerSpec
@@ -86,13 +87,9 @@ class Learner:
         self.adapted_layers = self.model.adapted_layers
         self.parameter_count: int = self.model.parameter_count
         self.trainable_parameter_count: int = sum(parameter.numel() for parameter in self._parameters)
-        self._optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=spec.optimizer.learning_rate,
-            betas=(spec.optimizer.beta1, spec.optimizer.beta2),
-            weight_decay=spec.optimizer.weight_decay,
-            fused=True,
-        )
+        with self._arithmetic():
+            make = partial(create, self.model.trainable, spec.optimizer, self._device)
+            self._optimizer = self._ranks.together(make)
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         return arithmetic(deterministic=self.spec.deterministic, threads=self.server.threads)
@@ -197,8 +194,7 @@ class Learner:
             skipped = not gradients or not finite
             if not skipped:
                 torch.nn.utils.clip_grads_with_norm_(self._parameters, settings.max_grad_norm, norm_tensor)
-                self._optimizer.param_groups[0]["lr"] = rate
-                self._optimizer.step()
+                self._optimizer.step(rate)
                 self.optimizer_steps += 1
             self._clear_gradient()
         if gradients:
@@ -226,7 +222,7 @@ class Learner:
         return False
 
     def _clear_gradient(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.clear_gradient()
         self._loss.zero_()
 
     def save_checkpoint(self, name: str, next_call: int = 1) -> SavedCheckpoint:
@@ -236,19 +232,16 @@ class Learner:
         `next_call` is stored for the server. Raises DomainError DISK_FULL.
         """
         folder = self._checkpoints / storage.check_name("name", name)
-        optimizer = {
-            f"{name}/{slot}": value
-            for name, parameter in self.model.trainable.items()
-            for slot, value in self._optimizer.state.get(parameter, {}).items()
-        }
         parts = {
             "weights": self.model.trained_weights(),
-            "optimizer": TensorStream(optimizer),
+            "optimizer": TensorStream(self._optimizer.stored()),
             "random": TensorStream(_random_state(self._device)),
         }
         if self._reference_step >= 0:
             parts["reference"] = TensorStream(self.model.moving_reference)
-        state = storage.CheckpointState(self.fingerprint, next_call, self.optimizer_steps, self._reference_step)
+        state = storage.CheckpointState(
+            self.fingerprint, next_call, self.optimizer_steps, self._reference_step, self.spec.optimizer.moments
+        )
 
         def write() -> str:
             sha256 = storage.save_checkpoint(folder, parts, state)
@@ -306,10 +299,7 @@ class Learner:
                 trainable[key].copy_(tensor)
         self._clear_gradient()
         self._skipped = 0
-        self._optimizer.state.clear()
-        for key, tensor in tensors("optimizer", lambda key: trainable[key.rsplit("/", 1)[0]]):
-            owner, slot = key.rsplit("/", 1)
-            self._optimizer.state[trainable[owner]][slot] = tensor
+        self._optimizer.restore(tensors("optimizer", lambda key: trainable[split(key)[0]]))
         random = dict(tensors("random", lambda _: None))
         torch.set_rng_state(random["cpu"].cpu())
         if "cuda" in random and self._device.type == "cuda":
@@ -332,8 +322,10 @@ class Learner:
         reference = parts["reference"].shapes if "reference" in parts else {}
         if reference != (expected if state.reference_step >= 0 else {}):
             raise storage.damaged(name, "the moving reference is of other parameters")
-        if {key.rsplit("/", 1)[0] for key in parts["optimizer"]} - set(expected):
+        if {split(key)[0] for key in parts["optimizer"]} - set(expected):
             raise storage.damaged(name, "the optimizer's state is of other parameters")
+        if state.moments != self.spec.optimizer.moments:
+            raise storage.damaged(name, f"it has moments of the kind {state.moments} (optimizer.moments)")
 
     def publish_weights(self, policy_version: int) -> PublishedWeights:
         """Writes all weights, or the LoRA adapter, to the weights folder. Older versions are deleted.

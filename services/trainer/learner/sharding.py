@@ -72,11 +72,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def received(tensor: Tensor, like: Tensor | None, device: torch.device, ranks: Ranks) -> Tensor:
-    """The first process's tensor on the device, in every process: shared out as `like` is, if that is a DTensor of the
-    same shape. The other processes give a tensor of the same shape and type."""
+    """The first process's tensor on the device, in every process: shared out as `like` is, if that is a DTensor with as
+    many rows. The other processes give a tensor of the same shape and type."""
     if ranks.size == 1:
         return tensor.to(device)
-    if isinstance(like, DTensor) and like.shape == tensor.shape:
+    if isinstance(like, DTensor) and like.shape[:1] == tensor.shape[:1]:
         return distribute_tensor(tensor.to(device), like.device_mesh, like.placements)
     ranks.broadcast(tensor)
     return tensor.to(device)

@@ -42,6 +42,7 @@ class CheckpointState:
     next_sequence: int  # number of the learner's next call: the `sequence` of the contract
     optimizer_steps: int
     reference_step: int = -1  # when the moving reference last moved; -1: there is none
+    moments: str = "float32"  # optimizer.moments
 
 
 def check_name(field: str, name: str) -> str:

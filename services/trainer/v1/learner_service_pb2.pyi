@@ -195,6 +195,7 @@ class OptimizerConfig(_message.Message):
     MAX_GRAD_NORM_FIELD_NUMBER: _builtins.int
     WARMUP_STEPS_FIELD_NUMBER: _builtins.int
     MAX_SKIPPED_STEPS_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
     """Constant after the warm-up. Not negative. Default 1e-6."""
     weight_decay: _builtins.float
@@ -211,6 +212,10 @@ class OptimizerConfig(_message.Message):
     """How many optimizer steps in a row may be left out because the gradient or the loss is not finite. One more is
     FAILED_PRECONDITION NOT_FINITE, which ends a run. Not negative. Default 5.
     """
+    moments: _builtins.str
+    """Of the gradient, as the optimizer keeps them: "float32" (default), or "8bit", which takes a quarter of the memory
+    (arXiv 2110.02861). INVALID_FIELD where the server lacks what it needs.
+    """
     def __init__(
         self,
         *,
@@ -221,10 +226,11 @@ class OptimizerConfig(_message.Message):
         max_grad_norm: _builtins.float | None = ...,
         warmup_steps: _builtins.int | None = ...,
         max_skipped_steps: _builtins.int | None = ...,
+        moments: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_skipped_steps", b"_max_skipped_steps", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "max_skipped_steps", b"max_skipped_steps", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_skipped_steps", b"_max_skipped_steps", "_moments", b"_moments", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "max_skipped_steps", b"max_skipped_steps", "moments", b"moments", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_skipped_steps", b"_max_skipped_steps", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "max_skipped_steps", b"max_skipped_steps", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_skipped_steps", b"_max_skipped_steps", "_moments", b"_moments", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "max_skipped_steps", b"max_skipped_steps", "moments", b"moments", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
@@ -236,6 +242,8 @@ class OptimizerConfig(_message.Message):
     _WhichOneofArgType__max_grad_norm: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
     _WhichOneofReturnType__max_skipped_steps: _TypeAlias = _typing.Literal["max_skipped_steps"]  # noqa: Y015
     _WhichOneofArgType__max_skipped_steps: _TypeAlias = _typing.Literal["_max_skipped_steps", b"_max_skipped_steps"]  # noqa: Y015
+    _WhichOneofReturnType__moments: _TypeAlias = _typing.Literal["moments"]  # noqa: Y015
+    _WhichOneofArgType__moments: _TypeAlias = _typing.Literal["_moments", b"_moments"]  # noqa: Y015
     _WhichOneofReturnType__warmup_steps: _TypeAlias = _typing.Literal["warmup_steps"]  # noqa: Y015
     _WhichOneofArgType__warmup_steps: _TypeAlias = _typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
@@ -250,6 +258,8 @@ class OptimizerConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_skipped_steps) -> _WhichOneofReturnType__max_skipped_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__moments) -> _WhichOneofReturnType__moments | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__warmup_steps) -> _WhichOneofReturnType__warmup_steps | None: ...
     @_typing.overload

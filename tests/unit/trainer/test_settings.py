@@ -189,7 +189,12 @@ RUNS = st.builds(
         rounds=counts,
         names=st.just(("a",)),
     ),
-    optimizer=st.builds(OptimizerSettings, learning_rate=st.just(0.0) | positive, warmup_steps=st.integers(0, 9)),
+    optimizer=st.builds(
+        OptimizerSettings,
+        learning_rate=st.just(0.0) | positive,
+        warmup_steps=st.integers(0, 9),
+        moments=st.sampled_from(["float32", "8bit"]),
+    ),
     evaluation=st.builds(
         EvaluationSettings,
         every=st.integers(0, 9),

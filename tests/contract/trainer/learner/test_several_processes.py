@@ -29,7 +29,7 @@ def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """What two processes learned and saved."""
     folder = tmp_path_factory.mktemp("ranks")
     write_tiny_model(folder / "tiny")
-    ranked.by_torchrun("learn", folder, request.param)
+    ranked.by_torchrun(ranked.__name__, "learn", folder, int(request.param))
     metrics = json.loads((folder / "learn.json").read_text())
     return Learned(folder, request.param, load_file(folder / "learn.safetensors"), metrics)
 
@@ -62,7 +62,7 @@ def test_checkpoints_go_from_two_processes_to_one_and_back(learned: Learned) -> 
         by_one = ranked.state(learner)
         learner.save_checkpoint("of-one", 7)
         of_one = learner.publish_weights(2)
-    ranked.by_torchrun("reshard", folder, learned.lora)
+    ranked.by_torchrun(ranked.__name__, "reshard", folder, int(learned.lora))
     by_two = {name.removeprefix(STATE): v for name, v in learned.by_two.items() if name.startswith(STATE)}
     again = {name.removeprefix(STATE): v for name, v in load_file(folder / "reshard.safetensors").items()}
     assert by_one.keys() == by_two.keys() == again.keys()
