@@ -182,13 +182,19 @@ def test_flex_attention_computes_in_the_type_of_the_model(tiny: Path, tmp_path: 
     assert found[0] == pytest.approx(found[1], abs=0.1) and found[0] != found[1]
 
 
-def test_an_attention_that_is_not_usable_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As FlexAttention is where nothing can be compiled."""
+def test_a_gpu_takes_flex_attention_where_it_works(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And otherwise, as where nothing can be compiled, the CPU's way, which the log says."""
+    model = Learner("learner", spec(tiny), server_settings(tmp_path)).model
+    monkeypatch.setattr(model, "device", torch.device("cuda"))  # its weights are on the CPU
+    assert model._share_prefixes("auto") == "flex" and model._share_prefixes("sdpa") == "sdpa"
     monkeypatch.setattr(tree_attention, "flex_attention", None)
     with capture_logs() as logs:
-        learner = Learner("learner", spec(tiny), server_settings(tmp_path, attention="flex"))
-    assert not learner.model.shares_prefixes
-    assert "'NoneType' object is not callable" in logs[0]["reason"]
+        assert model._share_prefixes("auto") == "sdpa" and model._share_prefixes("flex") is None
+    assert [entry["event"] for entry in logs] == [
+        "shared prefixes are computed without FlexAttention",
+        "shared prefixes are computed for each sequence",
+    ]
+    assert all("'NoneType' object is not callable" in entry["reason"] for entry in logs)
 
 
 @contextmanager
