@@ -19,6 +19,7 @@ from mulligan.trainer.loss_terms import KlReference
 from mulligan.trainer.settings import RunSettings
 
 _FLOAT32 = 4  # bytes
+_EIGHT_BITS = 1 + _FLOAT32 / 256  # a code, and a scale for 256 of them
 _GATHERED_LAYERS = 2  # FSDP gathers the next layer while one computes
 
 
@@ -40,6 +41,7 @@ class Training:
     has_kl: bool = False
     reference: Reference = Reference.NONE
     entropy_gradient: bool = False
+    moment: float = _FLOAT32  # bytes of each of the two moments of a trained weight
 
     @classmethod
     def of(cls, settings: RunSettings, shape: ModelShape) -> Self:
@@ -65,6 +67,8 @@ class Training:
             has_kl=has_kl,
             reference=reference,
             entropy_gradient=settings.loss.entropy_coefficient > 0,
+            # Half of an adapter has rows that are too short for 8 bits; it is small, and counted as float32.
+            moment=_EIGHT_BITS if settings.optimizer.moments == "8bit" and lora is None else _FLOAT32,
         )
 
     @property
@@ -134,7 +138,7 @@ def memory(
     return Memory(
         weights=weights / gpus,
         gradients=_FLOAT32 * trained / gpus,
-        moments=2 * _FLOAT32 * trained / gpus,
+        moments=2 * training.moment * trained / gpus,
         reference=_FLOAT32 * kept_again / gpus,
         gathered=_gathered(shape, training) if gpus > 1 else 0,
         activations=shape.layers * (hidden if checkpointing else saved) + masks,

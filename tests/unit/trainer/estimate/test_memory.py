@@ -189,6 +189,8 @@ def test_what_is_trained_is_read_from_the_settings_of_a_run() -> None:
     assert training() == Training(number=4, has_kl=True, reference=Reference.MODEL)
     assert training(loss={"kl_coefficient": 0, "entropy_coefficient": 0.1}) == Training(number=4, entropy_gradient=True)
     assert training(loss={"kl_reference": "moving"}).reference is Reference.TRAINED
+    eight_bits = training(optimizer={"moments": "8bit"})
+    assert memory(shape, eight_bits, 1).moments == 2 * (shape.parameters + 4 * shape.parameters / 256)
     lora = {"rank": 4, "target_modules": ["self_attn.q_proj", "down_proj"]}
     found = training(model={"lora": lora, "dtype": "bfloat16"})
     assert found == Training(rank=4, adapted=("q_proj", "down_proj"), has_kl=True)
