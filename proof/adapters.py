@@ -25,10 +25,11 @@ from proof.language_model import MODEL, model_folder
 RUN = "adapters"
 _SECONDS = 1500.0  # of the run, on a busy machine
 STEPS = 3
-# Differences in log-probability, in float32. The four canaries of a run measured 1.6e-5 to 4.0e-5: TOLERANCE is five
-# times the greatest. A step must change an answer by more: so the weights before it would not pass for those after it.
+# Differences in log-probability, in float32. The canaries of two runs of four versions found 1.6e-5 to 5.3e-5:
+# TOLERANCE is four times the greatest. The steps changed an answer by 0.18 to 0.42: CHANGED is a ninth of the least,
+# and a hundred times what a canary may find. So the weights before a step would not pass for those after it.
 TOLERANCE = 2e-4
-CHANGED = 2e-3
+CHANGED = 2e-2
 _FLAGS = ("--max-total-tokens", "8192")  # of SGLang's cache: 0.4 GB; a call needs some 150
 _SETTINGS = (
     *("checkpoint_every=1", "evaluation.every=0", "evaluation.tasks=1"),
