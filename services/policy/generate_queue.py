@@ -88,8 +88,8 @@ class GenerateQueue:
                 waiting.future.set_result(None)
 
     def _settle(self, unanswered: dict[int, _Waiting], message: pb.GenerateManyResponse) -> None:
-        """Completes the futures of the requests that the message answers. Raises KeyError for an index that is not
-        unanswered, and ValueError for an item without a result."""
+        """Completes the futures of the requests that the message answers, and takes them out of `unanswered`. Raises
+        KeyError for any other index, and ValueError for an item without a result."""
         for item in message.items:
             kind = item.WhichOneof("result")
             if kind is None:
@@ -122,13 +122,13 @@ def _batches(waiting: Sequence[_Waiting]) -> Iterator[list[_Waiting]]:
 
 
 def _end_without_callers(task: asyncio.Task[None], batch: Sequence[_Waiting]) -> None:
-    """Cancels the call of the batch when the callers of all that is not answered were cancelled."""
+    """Cancels the call of the batch when nobody waits for it any more: each caller has an answer or was cancelled."""
     left = len(batch)
 
-    def one_less(future: asyncio.Future[pb.GenerateResponse | None]) -> None:
+    def one_less(_: asyncio.Future[pb.GenerateResponse | None]) -> None:
         nonlocal left
         left -= 1
-        if not left and future.cancelled():
+        if not left and any(waiting.future.cancelled() for waiting in batch):
             task.cancel()
 
     for waiting in batch:

@@ -1,8 +1,8 @@
 """The memory of a learner's process: what it keeps, and the most that a micro-batch adds.
 
-The formulas count the tensors that the learner's code creates, byte by byte. `tests/unit/trainer/estimate` compares
-them with the bytes of the tensors of real learners. Not counted: what the sharing of prefixes adds (masks, and keys
-that several branches read), fragmentation, and what CUDA and NCCL take for themselves.
+The formulas count the tensors that the learner's code creates, byte by byte. Tests compare them with those of real
+learners. Not counted: what the sharing of prefixes adds (masks, and keys that several branches read), fragmentation,
+and what CUDA and NCCL take for themselves.
 """
 
 from __future__ import annotations

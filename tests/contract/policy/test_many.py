@@ -140,7 +140,7 @@ async def recorded(many: Any) -> AsyncIterator[tuple[Recorded, PolicyClient]]:
     pb_grpc.add_PolicyServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    client = PolicyClient(Endpoint(f"127.0.0.1:{port}", outage_seconds=20), timeout=20)
+    client = PolicyClient(Endpoint(f"127.0.0.1:{port}", outage_seconds=20), timeout=300)
     yield servicer, client
     await client.close()
     await server.stop(None)
@@ -166,6 +166,27 @@ async def test_a_server_without_the_call_is_asked_one_by_one_and_not_again() -> 
         for _ in range(2):
             assert await texts(*asked_for(client, 3)) == ["r0", "r1", "r2"]
         assert (servicer.together, servicer.alone) == ([["r0", "r1", "r2"]], ["r0", "r1", "r2"] * 2)
+
+
+async def test_a_call_ends_when_nobody_waits_for_what_is_left_of_it() -> None:
+    begun, go_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def many(request: pb.GenerateManyRequest, context: Any) -> AsyncIterator[pb.GenerateManyResponse]:
+        begun.set()
+        await go_on.wait()
+        yield items(request, 1, 2)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with recorded(many) as (_, client):
+        first, *others = asked_for(client, 3)
+        await begun.wait()
+        first.cancel()
+        go_on.set()
+        assert await texts(*others) == ["r1", "r2"]
+        await asyncio.wait_for(ended.wait(), 60)
 
 
 async def leaves(request: pb.GenerateManyRequest, context: Any) -> AsyncIterator[pb.GenerateManyResponse]:
