@@ -7,16 +7,8 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.types import (
-    EnvironmentInfo,
-    EpisodeStep,
-    Outcome,
-    Provenance,
-    RetrievalStrategy,
-    Split,
-    StoredReflection,
-    TaskInfo,
-)
+from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
 from mulligan.env.base import Environment, Episode
 from mulligan.memory.store import Store
 

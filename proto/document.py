@@ -116,6 +116,8 @@ def _typed(kind: str, rules: dict[str, Any], message: Any) -> list[str]:
         words.append("one of " + ", ".join(map(_value, rules.pop("in"))))
     if rules.pop("finite", False):
         words.append("finite")
+    if rules.pop("unique", False):
+        words.append("none twice")
     if "pattern" in rules:
         words.append(f"matches `{rules.pop('pattern')}`".replace("|", "\\|"))
     for name, label in (("items", "each"), ("keys", "each key"), ("values", "each value")):

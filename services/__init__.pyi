@@ -31,9 +31,9 @@ from .common.types import EnvironmentInfo as EnvironmentInfo
 from .common.types import EpisodeStep as EpisodeStep
 from .common.types import Outcome as Outcome
 from .common.types import PromptSet as PromptSet
-from .common.types import Provenance as Provenance
-from .common.types import RetrievalStrategy as RetrievalStrategy
+from .common.reflections import Provenance as Provenance
+from .common.reflections import RetrievalStrategy as RetrievalStrategy
 from .common.types import Split as Split
 from .common.types import StepResult as StepResult
-from .common.types import StoredReflection as StoredReflection
+from .common.reflections import StoredReflection as StoredReflection
 from .common.types import TaskInfo as TaskInfo

@@ -10,7 +10,7 @@ from mulligan.cli.connection import DEFAULT_ADDRESSES, MemoryAddress, endpoint, 
 from mulligan.cli.ids import whole_id
 from mulligan.cli.out import note, table
 from mulligan.cli.out import show as show_line
-from mulligan.common.types import StoredReflection
+from mulligan.common.reflections import StoredReflection
 from mulligan.memory.client import MemoryClient
 
 memory = typer.Typer(help="Look into the reflection memory: `list`, `show`, `forget`.", no_args_is_help=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import StrEnum
 
 from mulligan.common.inference import Tool
@@ -114,36 +113,3 @@ class EpisodeStep:
     tool: str = ""
     player: int = 0  # whose turn it is next
     rewards: tuple[float, ...] = ()  # one per player in a game of several
-
-
-class RetrievalStrategy(StrEnum):
-    LATEST_SUCCESS = "latest_success"  # as in the paper
-    TOP_GAIN = "top_gain"  # largest reward_after - reward_before; ties: the latest
-
-
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Origin of a reflection, and the rewards before and after it."""
-
-    run_id: str
-    experience_id: str
-    environment: str
-    task_id: str
-    policy_version: int
-    reward_before: float
-    reward_after: float
-    success: bool
-
-
-@dataclass(frozen=True, slots=True)
-class StoredReflection:
-    """A reflection in the memory. `version` is the version of the scope after the write; `deleted_version` is the
-    version from which it is deleted."""
-
-    reflection_id: str
-    scope: str
-    text: str
-    provenance: Provenance
-    version: int
-    created_at: datetime
-    deleted_version: int | None = None

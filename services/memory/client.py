@@ -7,7 +7,7 @@ from datetime import UTC
 
 from mulligan.common.channel import Connection, Endpoint
 from mulligan.common.numbers import finite, not_negative
-from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 

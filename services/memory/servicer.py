@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
-from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
 from mulligan.memory.store import Store
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc

@@ -1,18 +1,30 @@
 """What a memory store does. A new store is a module that exports `Settings` and `open`.
 
-Every write makes a new version of its scope, counted from 1. A read sees exactly the entries of one version. The
-versions of different scopes are independent of each other.
+Every write makes a new version of its scope, counted from 1. A read sees exactly the entries of one version, with the
+status and the evidence that they had then. The versions of different scopes are independent of each other.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Protocol
 
 from mulligan.common.plugins import PluginSettings
-from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.reflections import (
+    Labels,
+    MemoryChange,
+    Provenance,
+    RecordedUse,
+    ReflectionKind,
+    ReflectionStatus,
+    StoredReflection,
+    UseOutcome,
+)
+from mulligan.memory.embedder import Embedder
 
 
 class StoreSettings(PluginSettings):
@@ -24,8 +36,42 @@ class StoreError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class NewReflection:
+    """An entry to add. `embedding` is a unit vector, of the same length in all entries; empty without an embedder."""
+
+    request_id: str
+    scope: str
+    text: str
+    provenance: Provenance
+    labels: Labels = Labels()
+    embedding: Sequence[float] = ()
+    actor: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewriting:
+    """What a revision changes: None stays as it is. `embedding` is that of the new text."""
+
+    reflection_id: str
+    request_id: str
+    expected_revision: int
+    text: str | None = None
+    key: str | None = None
+    tags: tuple[str, ...] | None = None
+    status: ReflectionStatus | None = None
+    embedding: Sequence[float] = ()
+    actor: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Added:
     reflection_id: str
+    version: int  # of the scope, made by this write
+
+
+@dataclass(frozen=True, slots=True)
+class Revised:
+    revision: int
     version: int  # of the scope, made by this write
 
 
@@ -47,35 +93,141 @@ class Page:
     next_position: int | None  # None on the last page
 
 
+@dataclass(frozen=True, slots=True)
+class ChangePage:
+    changes: tuple[MemoryChange, ...]
+    next_position: int | None  # None on the last page
+
+
+class Order(StrEnum):
+    """Among equals the latest comes first, by the version of the first write."""
+
+    NEWEST = "newest"
+    GAIN = "gain"  # greatest reward_after - reward_before
+    UPLIFT = "uplift"  # greatest lower bound of the uplift; -1 without uses
+    FEWEST_USES = "fewest_uses"  # uses shown and left out; each counts eight times where the entry is quarantined
+
+
+RETRIEVED = frozenset({ReflectionStatus.CANDIDATE, ReflectionStatus.ACTIVE})
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Entries of a scope at a version (None: the newest) that are neither deleted nor erased. `kinds`: any of them,
+    empty means all. `key` and `tags`: as ReflectionQuery has them."""
+
+    scope: str
+    environment: str
+    version: int | None = None
+    successes_only: bool = False
+    statuses: frozenset[ReflectionStatus] = RETRIEVED
+    kinds: tuple[ReflectionKind, ...] = ()
+    key: str = ""
+    tags: tuple[str, ...] = ()
+    task_prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawnUse:
+    """A use, and what it is of: the entries that a query retrieved, with their revisions. `holdout` is the probability
+    with which each single entry was left out."""
+
+    use_id: str
+    use_key: str
+    scope: str
+    entries: tuple[tuple[str, int], ...] = field(hash=False)
+    left_out_id: str
+    holdout: float
+
+
 class Store(Protocol):
     """A write is durable when its call returns. For mistakes of the caller, methods raise DomainError and nothing
-    else."""
+    else. `tests/support/stores.py` has the checks that every store passes."""
 
-    async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> Added:
-        """Stores once per (scope, request_id): a repeated call returns the first answer. Raises REQUEST_CONFLICT if the
-        reflection differs from that of the first call."""
+    async def add(self, new: NewReflection) -> Added:
+        """Stores once per (scope, request_id): a repeated call returns the first answer. Raises REQUEST_CONFLICT if text,
+        provenance or labels differ from those of the first call (an erased entry has none to compare), and
+        UNKNOWN_REFLECTION for a source that is not in the scope."""
 
-    async def query(
-        self, scope: str, environment: str, strategy: RetrievalStrategy, limit: int, as_of_version: int | None
-    ) -> Found:
-        """Successful reflections of the environment, best first. Raises UNKNOWN_VERSION if the scope has no
-        such version yet."""
+    async def find(self, selection: Selection, order: Order, limit: int) -> Found:
+        """The first entries in this order. Raises UNKNOWN_VERSION if the scope has no such version yet, and
+        SNAPSHOT_REDACTED if an entry that it had at that version was erased."""
+
+    async def find_words(self, selection: Selection, text: str, limit: int) -> Found:
+        """The entries that share words with the text, by BM25. Of a long text the rarest words decide. Raises as `find`
+        does."""
+
+    async def find_nearest(self, selection: Selection, embedding: Sequence[float], limit: int) -> Found:
+        """The entries whose embeddings have the greatest cosine with this unit vector. Raises as `find` does."""
 
     async def get(self, reflection_id: str) -> StoredReflection:
-        """Also returns deleted reflections. Raises UNKNOWN_REFLECTION."""
+        """Also returns deleted and erased entries, these without text. Raises UNKNOWN_REFLECTION."""
 
     async def list(self, scope: str, position: int, limit: int, include_deleted: bool) -> Page:
-        """In the order of adding, after `position` (0: from the start). An empty scope means all scopes."""
+        """In the order of adding, after `position` (0: from the start). An empty scope means all scopes. Deleted and
+        erased ones only if `include_deleted`."""
 
-    async def delete(self, reflection_id: str) -> int:
+    async def revise(self, rewriting: Rewriting) -> Revised:
+        """A new revision. If the newest one was made by the same request_id, it is the answer. A new text, and the status
+        CANDIDATE, start without evidence. Raises UNKNOWN_REFLECTION (also for what is deleted or erased),
+        REVISION_CONFLICT and RAW_ENTRY (the text of an episode)."""
+
+    async def delete(self, reflection_id: str, actor: str = "") -> int:
         """Returns the version from which it is deleted; the same one if repeated. Raises UNKNOWN_REFLECTION."""
 
+    async def erase(self, reflection_id: str, actor: str = "") -> int:
+        """Returns the version from which it is erased; the same one if repeated. No file of the store has the texts of its
+        revisions, its key, tags or embedding any more when the call returns. Raises UNKNOWN_REFLECTION."""
+
+    async def record_uses(self, uses: Sequence[DrawnUse]) -> None:
+        """Stores the uses. One that is stored already stays as it is. Raises REQUEST_CONFLICT, and stores none, if one of
+        them was stored with other entries or another entry left out. Makes no version."""
+
+    async def report(self, outcomes: Sequence[UseOutcome], actor: str = "") -> int:
+        """Records rewards, once for each use, and updates the evidence of the entries (`evidence.py`) and the status that
+        follows from it (`status_after`), all in one version for each scope. An entry that has another revision's text
+        by now, or is retired, gets no evidence. Returns how many uses counted. Raises UNKNOWN_USE, and records none."""
+
+    async def uses_of(self, reflection_id: str, limit: int) -> Sequence[RecordedUse]:
+        """The latest uses of an entry, the latest first. Raises UNKNOWN_REFLECTION."""
+
+    async def derived_from(self, reflection_id: str) -> Sequence[str]:
+        """Ids of the entries that have it among their sources, in the order of adding."""
+
+    async def changes(self, scope: str, position: int, limit: int) -> ChangePage:
+        """The log of writes, in their order, after `position`. An empty scope means all scopes."""
+
     async def snapshot(self, scope: str) -> Snapshot:
-        """The scope's newest version and the number of its reflections; version 0 for a scope without writes."""
+        """The scope's newest version and the number of its entries that are neither deleted nor erased; version 0 for a
+        scope without writes."""
+
+    async def use_embedder(self, embedder: Embedder | None) -> None:
+        """Called once, before all other calls. If the entries' embeddings are by another embedder, by its name, all texts
+        are embedded anew; with None, embeddings are kept as they are and not used."""
 
     async def close(self) -> None: ...
 
 
 def reflection_id(scope: str, request_id: str) -> str:
     """The id of a reflection. It is the same in every store and after a restart, so a retry cannot store it twice."""
-    return hashlib.sha256(json.dumps([scope, request_id]).encode()).hexdigest()[:32]
+    return _digest(scope, request_id)
+
+
+def use_id(scope: str, use_key: str) -> str:
+    """The id of a use, likewise."""
+    return _digest("use", scope, use_key)
+
+
+def status_after(status: ReflectionStatus, *, helpful: bool, harmful: bool) -> ReflectionStatus:
+    """The status that evidence gives an entry. One that was quarantined returns as a candidate, or as active."""
+    if status is ReflectionStatus.RETIRED:
+        return status
+    if harmful:
+        return ReflectionStatus.QUARANTINED
+    if helpful:
+        return ReflectionStatus.ACTIVE
+    return ReflectionStatus.CANDIDATE if status is ReflectionStatus.QUARANTINED else status
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -21,15 +21,8 @@ from mulligan.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from mulligan.common.types import (
-    EnvironmentInfo,
-    EpisodeStep,
-    Provenance,
-    RetrievalStrategy,
-    Split,
-    StoredReflection,
-    TaskInfo,
-)
+from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.types import EnvironmentInfo, EpisodeStep, Split, TaskInfo
 from mulligan.trainer.data import Datum, ModelLimits
 from mulligan.trainer.settings import LossSettings
 

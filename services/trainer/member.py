@@ -8,9 +8,10 @@ from typing import Generic, Protocol, TypeVar
 
 from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget, Turn
 from mulligan.common.inference import SamplingParams
+from mulligan.common.reflections import StoredReflection
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import Broadcast, PrioritySlots
-from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet, StoredReflection
+from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet
 from mulligan.trainer.harness import Harness, Plan
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import AlgorithmSettings, RolloutSettings

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from mulligan.common.plugins import Plugins, PluginSettings, located, read_chosen, read_named
+from mulligan.common.reflections import RetrievalStrategy
 from mulligan.common.suggest import did_you_mean
-from mulligan.common.types import RetrievalStrategy
 from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.loss_settings import LossSettings

@@ -11,9 +11,9 @@ from typing import Any
 
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.experience import Experience
+from mulligan.common.reflections import Provenance, StoredReflection
 from mulligan.common.rewards import differ
 from mulligan.common.tasks import PrioritySlots, gather_or_cancel
-from mulligan.common.types import Provenance, StoredReflection
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.harness import Harness, NotRepeatable

@@ -12,7 +12,8 @@ from uuid import uuid4
 import pytest
 
 from mulligan.common.channel import Endpoint
-from mulligan.common.types import Outcome, Provenance, Split
+from mulligan.common.reflections import Provenance
+from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient
 from mulligan.memory.client import MemoryClient
 from mulligan.testing.compose import Project, image, missing, project

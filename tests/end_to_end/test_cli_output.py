@@ -23,7 +23,7 @@ import pytest
 from mulligan.cli.ids import whole_id
 from mulligan.cli.out import safe
 from mulligan.common.channel import Endpoint
-from mulligan.common.types import Provenance
+from mulligan.common.reflections import Provenance
 from mulligan.memory.client import MemoryClient
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses

@@ -31,17 +31,8 @@ from mulligan.common.inference import (
     VersionState,
     WeightsKind,
 )
-from mulligan.common.types import (
-    EnvironmentInfo,
-    EpisodeStep,
-    Outcome,
-    PromptSet,
-    Provenance,
-    RetrievalStrategy,
-    Split,
-    StoredReflection,
-    TaskInfo,
-)
+from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, PromptSet, Split, TaskInfo
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.settings import LossSettings
 

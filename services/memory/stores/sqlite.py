@@ -21,7 +21,7 @@ from typing import IO, Any, TypeVar
 from mulligan.common.disk import folder_removed, writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.file_lock import lock_file
-from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
 from mulligan.memory.store import Added, Found, Page, Snapshot, StoreError, StoreSettings, reflection_id
 
 _MAX_TRANSACTION = 256

@@ -20,6 +20,62 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ReflectionKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReflectionKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReflectionKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REFLECTION_KIND_UNSPECIFIED: _ReflectionKind.ValueType  # 0
+    """A rule."""
+    REFLECTION_KIND_RULE: _ReflectionKind.ValueType  # 1
+    """Advice, such as a reflection."""
+    REFLECTION_KIND_EPISODE: _ReflectionKind.ValueType  # 2
+    """What happened, word for word. Its text is never rewritten."""
+    REFLECTION_KIND_DOCUMENT: _ReflectionKind.ValueType  # 3
+    """A text that is meant to be rewritten."""
+
+class ReflectionKind(_ReflectionKind, metaclass=_ReflectionKindEnumTypeWrapper): ...
+
+REFLECTION_KIND_UNSPECIFIED: ReflectionKind.ValueType  # 0
+"""A rule."""
+REFLECTION_KIND_RULE: ReflectionKind.ValueType  # 1
+"""Advice, such as a reflection."""
+REFLECTION_KIND_EPISODE: ReflectionKind.ValueType  # 2
+"""What happened, word for word. Its text is never rewritten."""
+REFLECTION_KIND_DOCUMENT: ReflectionKind.ValueType  # 3
+"""A text that is meant to be rewritten."""
+Global___ReflectionKind: _TypeAlias = ReflectionKind  # noqa: Y015
+
+class _ReflectionStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReflectionStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReflectionStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REFLECTION_STATUS_UNSPECIFIED: _ReflectionStatus.ValueType  # 0
+    REFLECTION_STATUS_CANDIDATE: _ReflectionStatus.ValueType  # 1
+    """Nothing is proved yet. So every entry starts."""
+    REFLECTION_STATUS_ACTIVE: _ReflectionStatus.ValueType  # 2
+    """The interval of its uplift was above zero."""
+    REFLECTION_STATUS_QUARANTINED: _ReflectionStatus.ValueType  # 3
+    """The interval of its uplift lies below zero."""
+    REFLECTION_STATUS_RETIRED: _ReflectionStatus.ValueType  # 4
+    """Not retrieved, by somebody's choice. Its evidence stays."""
+
+class ReflectionStatus(_ReflectionStatus, metaclass=_ReflectionStatusEnumTypeWrapper): ...
+
+REFLECTION_STATUS_UNSPECIFIED: ReflectionStatus.ValueType  # 0
+REFLECTION_STATUS_CANDIDATE: ReflectionStatus.ValueType  # 1
+"""Nothing is proved yet. So every entry starts."""
+REFLECTION_STATUS_ACTIVE: ReflectionStatus.ValueType  # 2
+"""The interval of its uplift was above zero."""
+REFLECTION_STATUS_QUARANTINED: ReflectionStatus.ValueType  # 3
+"""The interval of its uplift lies below zero."""
+REFLECTION_STATUS_RETIRED: ReflectionStatus.ValueType  # 4
+"""Not retrieved, by somebody's choice. Its evidence stays."""
+Global___ReflectionStatus: _TypeAlias = ReflectionStatus  # noqa: Y015
+
 class _RetrievalStrategy:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -31,6 +87,20 @@ class _RetrievalStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Ret
     """The paper's: the latest successful reflection."""
     RETRIEVAL_STRATEGY_TOP_GAIN: _RetrievalStrategy.ValueType  # 2
     """Successful ones with the greatest reward_after - reward_before; among equals the latest."""
+    RETRIEVAL_STRATEGY_BEST_UPLIFT: _RetrievalStrategy.ValueType  # 3
+    """The strategies from here on see also what had no success. A reward that the writer claims has no effect on them.
+    The greatest lower bound of the measured uplift (-1 without uses); among equals the latest.
+    """
+    RETRIEVAL_STRATEGY_SIMILAR_WORDS: _RetrievalStrategy.ValueType  # 4
+    """Like `text`, by the words that they share (BM25)."""
+    RETRIEVAL_STRATEGY_SIMILAR_MEANING: _RetrievalStrategy.ValueType  # 5
+    """Like `text` or `embedding`, by the cosine of embeddings."""
+    RETRIEVAL_STRATEGY_EXPLORE: _RetrievalStrategy.ValueType  # 6
+    """With the fewest uses; among equals the latest. A use of a quarantined entry counts as eight."""
+    RETRIEVAL_STRATEGY_BY_KEY: _RetrievalStrategy.ValueType  # 7
+    """All of `key`, the latest first."""
+    RETRIEVAL_STRATEGY_MIX: _RetrievalStrategy.ValueType  # 8
+    """Some of each strategy in `mix`, in its order, without near-duplicates."""
 
 class RetrievalStrategy(_RetrievalStrategy, metaclass=_RetrievalStrategyEnumTypeWrapper):
     """How to choose among the reflections of an environment."""
@@ -40,7 +110,64 @@ RETRIEVAL_STRATEGY_LATEST_SUCCESS: RetrievalStrategy.ValueType  # 1
 """The paper's: the latest successful reflection."""
 RETRIEVAL_STRATEGY_TOP_GAIN: RetrievalStrategy.ValueType  # 2
 """Successful ones with the greatest reward_after - reward_before; among equals the latest."""
+RETRIEVAL_STRATEGY_BEST_UPLIFT: RetrievalStrategy.ValueType  # 3
+"""The strategies from here on see also what had no success. A reward that the writer claims has no effect on them.
+The greatest lower bound of the measured uplift (-1 without uses); among equals the latest.
+"""
+RETRIEVAL_STRATEGY_SIMILAR_WORDS: RetrievalStrategy.ValueType  # 4
+"""Like `text`, by the words that they share (BM25)."""
+RETRIEVAL_STRATEGY_SIMILAR_MEANING: RetrievalStrategy.ValueType  # 5
+"""Like `text` or `embedding`, by the cosine of embeddings."""
+RETRIEVAL_STRATEGY_EXPLORE: RetrievalStrategy.ValueType  # 6
+"""With the fewest uses; among equals the latest. A use of a quarantined entry counts as eight."""
+RETRIEVAL_STRATEGY_BY_KEY: RetrievalStrategy.ValueType  # 7
+"""All of `key`, the latest first."""
+RETRIEVAL_STRATEGY_MIX: RetrievalStrategy.ValueType  # 8
+"""Some of each strategy in `mix`, in its order, without near-duplicates."""
 Global___RetrievalStrategy: _TypeAlias = RetrievalStrategy  # noqa: Y015
+
+@_typing.final
+class Uplift(_message.Message):
+    """What the uses of an entry say."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USES_SHOWN_FIELD_NUMBER: _builtins.int
+    USES_LEFT_OUT_FIELD_NUMBER: _builtins.int
+    MEAN_REWARD_SHOWN_FIELD_NUMBER: _builtins.int
+    MEAN_REWARD_LEFT_OUT_FIELD_NUMBER: _builtins.int
+    UPLIFT_FIELD_NUMBER: _builtins.int
+    LOWER_FIELD_NUMBER: _builtins.int
+    UPPER_FIELD_NUMBER: _builtins.int
+    uses_shown: _builtins.int
+    uses_left_out: _builtins.int
+    mean_reward_shown: _builtins.float
+    mean_reward_left_out: _builtins.float
+    uplift: _builtins.float
+    """Estimate of the mean reward with the entry less that without it; absent until there was a use of both sorts."""
+    lower: _builtins.float
+    """The interval of the uplift. With probability 0.95 or more it never misses it, however often one looks."""
+    upper: _builtins.float
+    def __init__(
+        self,
+        *,
+        uses_shown: _builtins.int = ...,
+        uses_left_out: _builtins.int = ...,
+        mean_reward_shown: _builtins.float = ...,
+        mean_reward_left_out: _builtins.float = ...,
+        uplift: _builtins.float | None = ...,
+        lower: _builtins.float = ...,
+        upper: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_uplift", b"_uplift", "uplift", b"uplift"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_uplift", b"_uplift", "lower", b"lower", "mean_reward_left_out", b"mean_reward_left_out", "mean_reward_shown", b"mean_reward_shown", "uplift", b"uplift", "upper", b"upper", "uses_left_out", b"uses_left_out", "uses_shown", b"uses_shown"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__uplift: _TypeAlias = _typing.Literal["uplift"]  # noqa: Y015
+    _WhichOneofArgType__uplift: _TypeAlias = _typing.Literal["_uplift", b"_uplift"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__uplift) -> _WhichOneofReturnType__uplift | None: ...
+
+Global___Uplift: _TypeAlias = Uplift  # noqa: Y015
 
 @_typing.final
 class Provenance(_message.Message):
@@ -99,6 +226,14 @@ class StoredReflection(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     CREATED_AT_FIELD_NUMBER: _builtins.int
     DELETED_VERSION_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    SOURCE_IDS_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    UPLIFT_FIELD_NUMBER: _builtins.int
+    ERASED_VERSION_FIELD_NUMBER: _builtins.int
     reflection_id: _builtins.str
     scope: _builtins.str
     text: _builtins.str
@@ -106,10 +241,27 @@ class StoredReflection(_message.Message):
     """Version of the scope that this write made."""
     deleted_version: _builtins.int
     """Version of the scope from which it is forgotten; absent while it is kept."""
+    kind: Global___ReflectionKind.ValueType
+    key: _builtins.str
+    status: Global___ReflectionStatus.ValueType
+    revision: _builtins.int
+    """Counts the rewritings, from 1."""
+    erased_version: _builtins.int
+    """Version of the scope from which it is erased: it has no text any more. Absent while it has."""
     @_builtins.property
     def provenance(self) -> Global___Provenance: ...
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def source_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Reflections that it was made from."""
+
+    @_builtins.property
+    def uplift(self) -> Global___Uplift:
+        """Of this revision's text. Absent while no use was reported."""
+
     def __init__(
         self,
         *,
@@ -120,14 +272,27 @@ class StoredReflection(_message.Message):
         version: _builtins.int = ...,
         created_at: _timestamp_pb2.Timestamp | None = ...,
         deleted_version: _builtins.int | None = ...,
+        kind: Global___ReflectionKind.ValueType = ...,
+        key: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        source_ids: _abc.Iterable[_builtins.str] | None = ...,
+        status: Global___ReflectionStatus.ValueType = ...,
+        revision: _builtins.int = ...,
+        uplift: Global___Uplift | None = ...,
+        erased_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_deleted_version", b"_deleted_version", "created_at", b"created_at", "deleted_version", b"deleted_version", "provenance", b"provenance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deleted_version", b"_deleted_version", "_erased_version", b"_erased_version", "created_at", b"created_at", "deleted_version", b"deleted_version", "erased_version", b"erased_version", "provenance", b"provenance", "uplift", b"uplift"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deleted_version", b"_deleted_version", "created_at", b"created_at", "deleted_version", b"deleted_version", "provenance", b"provenance", "reflection_id", b"reflection_id", "scope", b"scope", "text", b"text", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deleted_version", b"_deleted_version", "_erased_version", b"_erased_version", "created_at", b"created_at", "deleted_version", b"deleted_version", "erased_version", b"erased_version", "key", b"key", "kind", b"kind", "provenance", b"provenance", "reflection_id", b"reflection_id", "revision", b"revision", "scope", b"scope", "source_ids", b"source_ids", "status", b"status", "tags", b"tags", "text", b"text", "uplift", b"uplift", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__deleted_version: _TypeAlias = _typing.Literal["deleted_version"]  # noqa: Y015
     _WhichOneofArgType__deleted_version: _TypeAlias = _typing.Literal["_deleted_version", b"_deleted_version"]  # noqa: Y015
+    _WhichOneofReturnType__erased_version: _TypeAlias = _typing.Literal["erased_version"]  # noqa: Y015
+    _WhichOneofArgType__erased_version: _TypeAlias = _typing.Literal["_erased_version", b"_erased_version"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__deleted_version) -> _WhichOneofReturnType__deleted_version | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__erased_version) -> _WhichOneofReturnType__erased_version | None: ...
 
 Global___StoredReflection: _TypeAlias = StoredReflection  # noqa: Y015
 
@@ -139,14 +304,32 @@ class AddReflectionRequest(_message.Message):
     SCOPE_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    SOURCE_IDS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller, e.g. the experience's id."""
     scope: _builtins.str
     """Reflections are shared within a scope; by default a run's id."""
     text: _builtins.str
     """At most 1 MiB in UTF-8."""
+    kind: Global___ReflectionKind.ValueType
+    key: _builtins.str
+    """What it is about, such as a tool's name, for BY_KEY."""
     @_builtins.property
     def provenance(self) -> Global___Provenance: ...
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def source_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Reflections of the scope that it was made from."""
+
+    @_builtins.property
+    def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """As many finite numbers as the server's embedder makes. If empty, the server computes it from the text."""
+
     def __init__(
         self,
         *,
@@ -154,10 +337,15 @@ class AddReflectionRequest(_message.Message):
         scope: _builtins.str = ...,
         text: _builtins.str = ...,
         provenance: Global___Provenance | None = ...,
+        kind: Global___ReflectionKind.ValueType = ...,
+        key: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        source_ids: _abc.Iterable[_builtins.str] | None = ...,
+        embedding: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "request_id", b"request_id", "scope", b"scope", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "key", b"key", "kind", b"kind", "provenance", b"provenance", "request_id", b"request_id", "scope", b"scope", "source_ids", b"source_ids", "tags", b"tags", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -195,6 +383,15 @@ class QueryReflectionsRequest(_message.Message):
     STRATEGY_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
     AS_OF_VERSION_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    TASK_PREFIX_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    MIX_FIELD_NUMBER: _builtins.int
+    TRIAL_FIELD_NUMBER: _builtins.int
     scope: _builtins.str
     environment: _builtins.str
     strategy: Global___RetrievalStrategy.ValueType
@@ -202,6 +399,33 @@ class QueryReflectionsRequest(_message.Message):
     """At most 100; 0 means 1."""
     as_of_version: _builtins.int
     """The scope as it was at this version; the newest when absent."""
+    text: _builtins.str
+    """What SIMILAR_WORDS and SIMILAR_MEANING compare with, such as the task or a trace of an attempt. At most 1 MiB."""
+    key: _builtins.str
+    task_prefix: _builtins.str
+    """Beginning of the id of the task that the entry comes from, such as a family of tasks."""
+    max_tokens: _builtins.int
+    """Limits the sum of the texts' lengths; a token is four bytes. An entry that does not fit is left out. 0 means no limit."""
+    @_builtins.property
+    def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Instead of `text`, for SIMILAR_MEANING."""
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___ReflectionKind.ValueType]:
+        """The following leave out what does not fit. Kinds: any of them; none means all."""
+
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """All of them."""
+
+    @_builtins.property
+    def mix(self) -> _containers.RepeatedCompositeFieldContainer[Global___MixPart]:
+        """Of MIX, and required there."""
+
+    @_builtins.property
+    def trial(self) -> Global___Trial:
+        """Draws uses of what is retrieved; without it none is drawn, as where a run is to repeat recorded data."""
+
     def __init__(
         self,
         *,
@@ -210,10 +434,19 @@ class QueryReflectionsRequest(_message.Message):
         strategy: Global___RetrievalStrategy.ValueType = ...,
         limit: _builtins.int = ...,
         as_of_version: _builtins.int | None = ...,
+        text: _builtins.str = ...,
+        embedding: _abc.Iterable[_builtins.float] | None = ...,
+        kinds: _abc.Iterable[Global___ReflectionKind.ValueType] | None = ...,
+        key: _builtins.str = ...,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+        task_prefix: _builtins.str = ...,
+        max_tokens: _builtins.int = ...,
+        mix: _abc.Iterable[Global___MixPart] | None = ...,
+        trial: Global___Trial | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_as_of_version", b"_as_of_version", "as_of_version", b"as_of_version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_as_of_version", b"_as_of_version", "as_of_version", b"as_of_version", "trial", b"trial"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as_of_version", b"_as_of_version", "as_of_version", b"as_of_version", "environment", b"environment", "limit", b"limit", "scope", b"scope", "strategy", b"strategy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_as_of_version", b"_as_of_version", "as_of_version", b"as_of_version", "embedding", b"embedding", "environment", b"environment", "key", b"key", "kinds", b"kinds", "limit", b"limit", "max_tokens", b"max_tokens", "mix", b"mix", "scope", b"scope", "strategy", b"strategy", "tags", b"tags", "task_prefix", b"task_prefix", "text", b"text", "trial", b"trial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__as_of_version: _TypeAlias = _typing.Literal["as_of_version"]  # noqa: Y015
     _WhichOneofArgType__as_of_version: _TypeAlias = _typing.Literal["_as_of_version", b"_as_of_version"]  # noqa: Y015
@@ -222,26 +455,119 @@ class QueryReflectionsRequest(_message.Message):
 Global___QueryReflectionsRequest: _TypeAlias = QueryReflectionsRequest  # noqa: Y015
 
 @_typing.final
+class MixPart(_message.Message):
+    """At most `limit` entries of one strategy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    strategy: Global___RetrievalStrategy.ValueType
+    limit: _builtins.int
+    def __init__(
+        self,
+        *,
+        strategy: Global___RetrievalStrategy.ValueType = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "strategy", b"strategy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MixPart: _TypeAlias = MixPart  # noqa: Y015
+
+@_typing.final
+class Trial(_message.Message):
+    """An experiment with the entries that a query retrieves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USE_KEYS_FIELD_NUMBER: _builtins.int
+    HOLDOUT_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
+    holdout: _builtins.float
+    """Probability that a use leaves out one of the entries, each with the same probability."""
+    seed: _builtins.int
+    """Which use leaves out which entry follows from seed, use key and the entries' ids."""
+    @_builtins.property
+    def use_keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """A use is drawn for each; unique in the scope, e.g. the ids of a group's experiences. A repeated key gets the use that
+        was drawn first.
+        """
+
+    def __init__(
+        self,
+        *,
+        use_keys: _abc.Iterable[_builtins.str] | None = ...,
+        holdout: _builtins.float = ...,
+        seed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdout", b"holdout", "seed", b"seed", "use_keys", b"use_keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trial: _TypeAlias = Trial  # noqa: Y015
+
+@_typing.final
+class Use(_message.Message):
+    """One use of the entries that were retrieved."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USE_ID_FIELD_NUMBER: _builtins.int
+    USE_KEY_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_ID_FIELD_NUMBER: _builtins.int
+    use_id: _builtins.str
+    """For ReportOutcome."""
+    use_key: _builtins.str
+    left_out_id: _builtins.str
+    """The entry that is not to be shown; empty if all are."""
+    def __init__(
+        self,
+        *,
+        use_id: _builtins.str = ...,
+        use_key: _builtins.str = ...,
+        left_out_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left_out_id", b"left_out_id", "use_id", b"use_id", "use_key", b"use_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Use: _TypeAlias = Use  # noqa: Y015
+
+@_typing.final
 class QueryReflectionsResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REFLECTIONS_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version that was read."""
     @_builtins.property
     def reflections(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredReflection]:
         """Best first."""
 
+    @_builtins.property
+    def uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___Use]:
+        """One for each key of the trial, in its order; none if no entry was retrieved."""
+
     def __init__(
         self,
         *,
         reflections: _abc.Iterable[Global___StoredReflection] | None = ...,
         version: _builtins.int = ...,
+        uses: _abc.Iterable[Global___Use] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reflections", b"reflections", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reflections", b"reflections", "uses", b"uses", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -421,3 +747,413 @@ class GetSnapshotResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetSnapshotResponse: _TypeAlias = GetSnapshotResponse  # noqa: Y015
+
+@_typing.final
+class ReviseReflectionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFLECTION_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    EXPECTED_REVISION_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    TAGS_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    EMBEDDING_FIELD_NUMBER: _builtins.int
+    reflection_id: _builtins.str
+    request_id: _builtins.str
+    """Chosen by the caller."""
+    expected_revision: _builtins.int
+    """The revision that the caller saw."""
+    text: _builtins.str
+    """What is absent stays. At most 1 MiB in UTF-8."""
+    key: _builtins.str
+    status: Global___ReflectionStatus.ValueType
+    """RETIRED, or CANDIDATE: then its evidence starts anew. The other two are for evidence alone to give."""
+    @_builtins.property
+    def tags(self) -> Global___TagList: ...
+    @_builtins.property
+    def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of the new text; computed by the server if empty."""
+
+    def __init__(
+        self,
+        *,
+        reflection_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        expected_revision: _builtins.int = ...,
+        text: _builtins.str | None = ...,
+        key: _builtins.str | None = ...,
+        tags: Global___TagList | None = ...,
+        status: Global___ReflectionStatus.ValueType | None = ...,
+        embedding: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_status", b"_status", "_tags", b"_tags", "_text", b"_text", "key", b"key", "status", b"status", "tags", b"tags", "text", b"text"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_key", b"_key", "_status", b"_status", "_tags", b"_tags", "_text", b"_text", "embedding", b"embedding", "expected_revision", b"expected_revision", "key", b"key", "reflection_id", b"reflection_id", "request_id", b"request_id", "status", b"status", "tags", b"tags", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__key: _TypeAlias = _typing.Literal["key"]  # noqa: Y015
+    _WhichOneofArgType__key: _TypeAlias = _typing.Literal["_key", b"_key"]  # noqa: Y015
+    _WhichOneofReturnType__status: _TypeAlias = _typing.Literal["status"]  # noqa: Y015
+    _WhichOneofArgType__status: _TypeAlias = _typing.Literal["_status", b"_status"]  # noqa: Y015
+    _WhichOneofReturnType__tags: _TypeAlias = _typing.Literal["tags"]  # noqa: Y015
+    _WhichOneofArgType__tags: _TypeAlias = _typing.Literal["_tags", b"_tags"]  # noqa: Y015
+    _WhichOneofReturnType__text: _TypeAlias = _typing.Literal["text"]  # noqa: Y015
+    _WhichOneofArgType__text: _TypeAlias = _typing.Literal["_text", b"_text"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__key) -> _WhichOneofReturnType__key | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__status) -> _WhichOneofReturnType__status | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tags) -> _WhichOneofReturnType__tags | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__text) -> _WhichOneofReturnType__text | None: ...
+
+Global___ReviseReflectionRequest: _TypeAlias = ReviseReflectionRequest  # noqa: Y015
+
+@_typing.final
+class TagList(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAGS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        tags: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tags", b"tags"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TagList: _TypeAlias = TagList  # noqa: Y015
+
+@_typing.final
+class ReviseReflectionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    version: _builtins.int
+    """Version of the scope that this write made."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReviseReflectionResponse: _TypeAlias = ReviseReflectionResponse  # noqa: Y015
+
+@_typing.final
+class EraseReflectionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFLECTION_ID_FIELD_NUMBER: _builtins.int
+    reflection_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        reflection_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reflection_id", b"reflection_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseReflectionRequest: _TypeAlias = EraseReflectionRequest  # noqa: Y015
+
+@_typing.final
+class EraseReflectionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Version of the scope from which the reflection is erased."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseReflectionResponse: _TypeAlias = EraseReflectionResponse  # noqa: Y015
+
+@_typing.final
+class UseOutcome(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USE_ID_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
+    use_id: _builtins.str
+    reward: _builtins.float
+    """Of the attempt that the use was for: the one that the entries could change. From 0 to 1; a caller with other rewards
+    scales them.
+    """
+    def __init__(
+        self,
+        *,
+        use_id: _builtins.str = ...,
+        reward: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reward", b"reward", "use_id", b"use_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UseOutcome: _TypeAlias = UseOutcome  # noqa: Y015
+
+@_typing.final
+class ReportOutcomeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OUTCOMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def outcomes(self) -> _containers.RepeatedCompositeFieldContainer[Global___UseOutcome]: ...
+    def __init__(
+        self,
+        *,
+        outcomes: _abc.Iterable[Global___UseOutcome] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["outcomes", b"outcomes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportOutcomeRequest: _TypeAlias = ReportOutcomeRequest  # noqa: Y015
+
+@_typing.final
+class ReportOutcomeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNTED_FIELD_NUMBER: _builtins.int
+    counted: _builtins.int
+    """How many uses counted now; the others had been reported before."""
+    def __init__(
+        self,
+        *,
+        counted: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counted", b"counted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportOutcomeResponse: _TypeAlias = ReportOutcomeResponse  # noqa: Y015
+
+@_typing.final
+class ExplainReflectionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFLECTION_ID_FIELD_NUMBER: _builtins.int
+    MAX_USES_FIELD_NUMBER: _builtins.int
+    reflection_id: _builtins.str
+    max_uses: _builtins.int
+    """At most 1,000; 0 means 100."""
+    def __init__(
+        self,
+        *,
+        reflection_id: _builtins.str = ...,
+        max_uses: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_uses", b"max_uses", "reflection_id", b"reflection_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainReflectionRequest: _TypeAlias = ExplainReflectionRequest  # noqa: Y015
+
+@_typing.final
+class RecordedUse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USE_ID_FIELD_NUMBER: _builtins.int
+    USE_KEY_FIELD_NUMBER: _builtins.int
+    SHOWN_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    HOLDOUT_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
+    DRAWN_AT_FIELD_NUMBER: _builtins.int
+    use_id: _builtins.str
+    use_key: _builtins.str
+    shown: _builtins.bool
+    """Whether the entry was shown; else it was left out."""
+    revision: _builtins.int
+    """Of the entry, at that time."""
+    holdout: _builtins.float
+    """Probability with which the entry was left out."""
+    reward: _builtins.float
+    """Absent until it is reported."""
+    @_builtins.property
+    def drawn_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        use_id: _builtins.str = ...,
+        use_key: _builtins.str = ...,
+        shown: _builtins.bool = ...,
+        revision: _builtins.int = ...,
+        holdout: _builtins.float = ...,
+        reward: _builtins.float | None = ...,
+        drawn_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "drawn_at", b"drawn_at", "reward", b"reward"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "drawn_at", b"drawn_at", "holdout", b"holdout", "revision", b"revision", "reward", b"reward", "shown", b"shown", "use_id", b"use_id", "use_key", b"use_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__reward: _TypeAlias = _typing.Literal["reward"]  # noqa: Y015
+    _WhichOneofArgType__reward: _TypeAlias = _typing.Literal["_reward", b"_reward"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reward) -> _WhichOneofReturnType__reward | None: ...
+
+Global___RecordedUse: _TypeAlias = RecordedUse  # noqa: Y015
+
+@_typing.final
+class ExplainReflectionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFLECTION_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    DERIVED_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reflection(self) -> Global___StoredReflection: ...
+    @_builtins.property
+    def uses(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecordedUse]:
+        """The latest first."""
+
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredReflection]:
+        """What it was made from, parents before grandparents."""
+
+    @_builtins.property
+    def derived_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What was made from it."""
+
+    def __init__(
+        self,
+        *,
+        reflection: Global___StoredReflection | None = ...,
+        uses: _abc.Iterable[Global___RecordedUse] | None = ...,
+        sources: _abc.Iterable[Global___StoredReflection] | None = ...,
+        derived_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reflection", b"reflection"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["derived_ids", b"derived_ids", "reflection", b"reflection", "sources", b"sources", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainReflectionResponse: _TypeAlias = ExplainReflectionResponse  # noqa: Y015
+
+@_typing.final
+class ListChangesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    scope: _builtins.str
+    """Empty means every scope."""
+    page_size: _builtins.int
+    """At most 1,000; 0 means 100."""
+    page_token: _builtins.str
+    """next_page_token of the answer before; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        scope: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "scope", b"scope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListChangesRequest: _TypeAlias = ListChangesRequest  # noqa: Y015
+
+@_typing.final
+class Change(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCOPE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    REFLECTION_ID_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    CHANGED_AT_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    scope: _builtins.str
+    version: _builtins.int
+    """Version of the scope that the write made."""
+    action: _builtins.str
+    """"add", "revise", "delete", "erase", "report"; "quarantine", "activate" and "recover" follow from a report."""
+    reflection_id: _builtins.str
+    """Empty for a report."""
+    actor: _builtins.str
+    """Who wrote: what the call's metadata says as `mulligan-actor`, else the address of the caller."""
+    detail: _builtins.str
+    """Never the text of an entry."""
+    @_builtins.property
+    def changed_at(self) -> _timestamp_pb2.Timestamp: ...
+    def __init__(
+        self,
+        *,
+        scope: _builtins.str = ...,
+        version: _builtins.int = ...,
+        action: _builtins.str = ...,
+        reflection_id: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        changed_at: _timestamp_pb2.Timestamp | None = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "changed_at", b"changed_at", "detail", b"detail", "reflection_id", b"reflection_id", "scope", b"scope", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Change: _TypeAlias = Change  # noqa: Y015
+
+@_typing.final
+class ListChangesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHANGES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Change]: ...
+    def __init__(
+        self,
+        *,
+        changes: _abc.Iterable[Global___Change] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListChangesResponse: _TypeAlias = ListChangesResponse  # noqa: Y015

@@ -29,7 +29,12 @@ class MemoryServiceStub:
     """Keeps reflections with their provenance, versioned, shared by all runs that name the same scope.
 
     Every write makes a new version of its scope, counted from 1. A read that names a version sees exactly the entries of
-    that version, whatever is written meanwhile.
+    that version, with their status and evidence, whatever is written meanwhile.
+
+    Entries are tested by experiment. A query with a trial draws uses: in some of them one of the retrieved entries, chosen
+    by the service, is left out. ReportOutcome says what reward each use led to. From this an entry has its uplift, the
+    mean reward with it less the mean reward without it, and an interval that holds at all times, whenever one looks.
+    Entries whose interval lies below zero are quarantined: no query retrieves them but EXPLORE, and that rarely.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
     reasons. Every call can also return
@@ -87,13 +92,43 @@ class MemoryServiceStub:
                 request_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.GetSnapshotRequest.SerializeToString,
                 response_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.GetSnapshotResponse.FromString,
                 _registered_method=True)
+        self.ReviseReflection = channel.unary_unary(
+                '/mulligan.memory.v1.MemoryService/ReviseReflection',
+                request_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReviseReflectionRequest.SerializeToString,
+                response_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReviseReflectionResponse.FromString,
+                _registered_method=True)
+        self.EraseReflection = channel.unary_unary(
+                '/mulligan.memory.v1.MemoryService/EraseReflection',
+                request_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.EraseReflectionRequest.SerializeToString,
+                response_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.EraseReflectionResponse.FromString,
+                _registered_method=True)
+        self.ReportOutcome = channel.unary_unary(
+                '/mulligan.memory.v1.MemoryService/ReportOutcome',
+                request_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReportOutcomeRequest.SerializeToString,
+                response_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReportOutcomeResponse.FromString,
+                _registered_method=True)
+        self.ExplainReflection = channel.unary_unary(
+                '/mulligan.memory.v1.MemoryService/ExplainReflection',
+                request_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ExplainReflectionRequest.SerializeToString,
+                response_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ExplainReflectionResponse.FromString,
+                _registered_method=True)
+        self.ListChanges = channel.unary_unary(
+                '/mulligan.memory.v1.MemoryService/ListChanges',
+                request_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ListChangesRequest.SerializeToString,
+                response_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ListChangesResponse.FromString,
+                _registered_method=True)
 
 
 class MemoryServiceServicer:
     """Keeps reflections with their provenance, versioned, shared by all runs that name the same scope.
 
     Every write makes a new version of its scope, counted from 1. A read that names a version sees exactly the entries of
-    that version, whatever is written meanwhile.
+    that version, with their status and evidence, whatever is written meanwhile.
+
+    Entries are tested by experiment. A query with a trial draws uses: in some of them one of the retrieved entries, chosen
+    by the service, is left out. ReportOutcome says what reward each use led to. From this an entry has its uplift, the
+    mean reward with it less the mean reward without it, and an interval that holds at all times, whenever one looks.
+    Entries whose interval lies below zero are quarantined: no query retrieves them but EXPLORE, and that rarely.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
     reasons. Every call can also return
@@ -118,6 +153,7 @@ class MemoryServiceServicer:
     def AddReflection(self, request, context):
         """Stores a reflection. Idempotent on (scope, request_id): a repeated call returns the first answer.
         ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another reflection.
+        NOT_FOUND UNKNOWN_REFLECTION: one of source_ids is not in the scope.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,6 +162,9 @@ class MemoryServiceServicer:
     def QueryReflections(self, request, context):
         """Retrieves the reflections that an agent should be shown. Idempotent.
         OUT_OF_RANGE UNKNOWN_VERSION: the scope has not reached as_of_version.
+        DATA_LOSS SNAPSHOT_REDACTED: an entry of that version was erased. Metadata `version`: the oldest that can be read.
+        FAILED_PRECONDITION NO_EMBEDDER: SIMILAR_MEANING on a server without an embedder.
+        ALREADY_EXISTS REQUEST_CONFLICT: a key of the trial was drawn for other entries.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,6 +194,47 @@ class MemoryServiceServicer:
 
     def GetSnapshot(self, request, context):
         """The current version of a scope and how many entries it has; version 0 for a scope without writes. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReviseReflection(self, request, context):
+        """Rewrites what it names of a reflection, and makes a new revision. A new text starts without evidence.
+        Idempotent on (reflection_id, request_id) while the revision is the newest. NOT_FOUND UNKNOWN_REFLECTION.
+        ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
+        FAILED_PRECONDITION RAW_ENTRY: the text of an episode is never rewritten.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EraseReflection(self, request, context):
+        """Erases a reflection for good: text, key, tags, embedding, and what searches have of it, also in older revisions. Its
+        id, provenance and evidence stay. Afterwards a read as of an older version that had it is refused.
+        NOT_FOUND UNKNOWN_REFLECTION. Idempotent: erasing it again changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportOutcome(self, request, context):
+        """Records the rewards of uses that QueryReflections drew. All or nothing. Idempotent: a use counts once, with the
+        reward that was reported first. NOT_FOUND UNKNOWN_USE: no use of that id was drawn. Metadata `use_id`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainReflection(self, request, context):
+        """Why a reflection has its status: its uses, and where it comes from. NOT_FOUND UNKNOWN_REFLECTION. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListChanges(self, request, context):
+        """Pages through the log of all writes, oldest first. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -193,6 +273,31 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     request_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.GetSnapshotRequest.FromString,
                     response_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.GetSnapshotResponse.SerializeToString,
             ),
+            'ReviseReflection': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReviseReflection,
+                    request_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReviseReflectionRequest.FromString,
+                    response_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReviseReflectionResponse.SerializeToString,
+            ),
+            'EraseReflection': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseReflection,
+                    request_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.EraseReflectionRequest.FromString,
+                    response_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.EraseReflectionResponse.SerializeToString,
+            ),
+            'ReportOutcome': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportOutcome,
+                    request_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReportOutcomeRequest.FromString,
+                    response_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReportOutcomeResponse.SerializeToString,
+            ),
+            'ExplainReflection': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainReflection,
+                    request_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ExplainReflectionRequest.FromString,
+                    response_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ExplainReflectionResponse.SerializeToString,
+            ),
+            'ListChanges': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListChanges,
+                    request_deserializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ListChangesRequest.FromString,
+                    response_serializer=mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ListChangesResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'mulligan.memory.v1.MemoryService', rpc_method_handlers)
@@ -205,7 +310,12 @@ class MemoryService:
     """Keeps reflections with their provenance, versioned, shared by all runs that name the same scope.
 
     Every write makes a new version of its scope, counted from 1. A read that names a version sees exactly the entries of
-    that version, whatever is written meanwhile.
+    that version, with their status and evidence, whatever is written meanwhile.
+
+    Entries are tested by experiment. A query with a trial draws uses: in some of them one of the retrieved entries, chosen
+    by the service, is left out. ReportOutcome says what reward each use led to. From this an entry has its uplift, the
+    mean reward with it less the mean reward without it, and an interval that holds at all times, whenever one looks.
+    Entries whose interval lies below zero are quarantined: no query retrieves them but EXPLORE, and that rarely.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
     reasons. Every call can also return
@@ -379,6 +489,141 @@ class MemoryService:
             '/mulligan.memory.v1.MemoryService/GetSnapshot',
             mulligan_dot_memory_dot_v1_dot_memory__service__pb2.GetSnapshotRequest.SerializeToString,
             mulligan_dot_memory_dot_v1_dot_memory__service__pb2.GetSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReviseReflection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mulligan.memory.v1.MemoryService/ReviseReflection',
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReviseReflectionRequest.SerializeToString,
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReviseReflectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseReflection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mulligan.memory.v1.MemoryService/EraseReflection',
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.EraseReflectionRequest.SerializeToString,
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.EraseReflectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportOutcome(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mulligan.memory.v1.MemoryService/ReportOutcome',
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReportOutcomeRequest.SerializeToString,
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ReportOutcomeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainReflection(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mulligan.memory.v1.MemoryService/ExplainReflection',
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ExplainReflectionRequest.SerializeToString,
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ExplainReflectionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListChanges(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mulligan.memory.v1.MemoryService/ListChanges',
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ListChangesRequest.SerializeToString,
+            mulligan_dot_memory_dot_v1_dot_memory__service__pb2.ListChangesResponse.FromString,
             options,
             channel_credentials,
             insecure,

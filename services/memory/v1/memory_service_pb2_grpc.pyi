@@ -16,7 +16,12 @@ class MemoryServiceStub:
     """Keeps reflections with their provenance, versioned, shared by all runs that name the same scope.
 
     Every write makes a new version of its scope, counted from 1. A read that names a version sees exactly the entries of
-    that version, whatever is written meanwhile.
+    that version, with their status and evidence, whatever is written meanwhile.
+
+    Entries are tested by experiment. A query with a trial draws uses: in some of them one of the retrieved entries, chosen
+    by the service, is left out. ReportOutcome says what reward each use led to. From this an entry has its uplift, the
+    mean reward with it less the mean reward without it, and an interval that holds at all times, whenever one looks.
+    Entries whose interval lies below zero are quarantined: no query retrieves them but EXPLORE, and that rarely.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
     reasons. Every call can also return
@@ -42,10 +47,14 @@ class MemoryServiceStub:
     AddReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.AddReflectionRequest, _memory_service_pb2.AddReflectionResponse]
     """Stores a reflection. Idempotent on (scope, request_id): a repeated call returns the first answer.
     ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another reflection.
+    NOT_FOUND UNKNOWN_REFLECTION: one of source_ids is not in the scope.
     """
     QueryReflections: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.QueryReflectionsRequest, _memory_service_pb2.QueryReflectionsResponse]
     """Retrieves the reflections that an agent should be shown. Idempotent.
     OUT_OF_RANGE UNKNOWN_VERSION: the scope has not reached as_of_version.
+    DATA_LOSS SNAPSHOT_REDACTED: an entry of that version was erased. Metadata `version`: the oldest that can be read.
+    FAILED_PRECONDITION NO_EMBEDDER: SIMILAR_MEANING on a server without an embedder.
+    ALREADY_EXISTS REQUEST_CONFLICT: a key of the trial was drawn for other entries.
     """
     GetReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.GetReflectionRequest, _memory_service_pb2.GetReflectionResponse]
     """NOT_FOUND UNKNOWN_REFLECTION. Idempotent."""
@@ -57,12 +66,36 @@ class MemoryServiceStub:
     """
     GetSnapshot: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.GetSnapshotRequest, _memory_service_pb2.GetSnapshotResponse]
     """The current version of a scope and how many entries it has; version 0 for a scope without writes. Idempotent."""
+    ReviseReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ReviseReflectionRequest, _memory_service_pb2.ReviseReflectionResponse]
+    """Rewrites what it names of a reflection, and makes a new revision. A new text starts without evidence.
+    Idempotent on (reflection_id, request_id) while the revision is the newest. NOT_FOUND UNKNOWN_REFLECTION.
+    ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
+    FAILED_PRECONDITION RAW_ENTRY: the text of an episode is never rewritten.
+    """
+    EraseReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.EraseReflectionRequest, _memory_service_pb2.EraseReflectionResponse]
+    """Erases a reflection for good: text, key, tags, embedding, and what searches have of it, also in older revisions. Its
+    id, provenance and evidence stay. Afterwards a read as of an older version that had it is refused.
+    NOT_FOUND UNKNOWN_REFLECTION. Idempotent: erasing it again changes nothing.
+    """
+    ReportOutcome: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ReportOutcomeRequest, _memory_service_pb2.ReportOutcomeResponse]
+    """Records the rewards of uses that QueryReflections drew. All or nothing. Idempotent: a use counts once, with the
+    reward that was reported first. NOT_FOUND UNKNOWN_USE: no use of that id was drawn. Metadata `use_id`.
+    """
+    ExplainReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ExplainReflectionRequest, _memory_service_pb2.ExplainReflectionResponse]
+    """Why a reflection has its status: its uses, and where it comes from. NOT_FOUND UNKNOWN_REFLECTION. Idempotent."""
+    ListChanges: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.ListChangesRequest, _memory_service_pb2.ListChangesResponse]
+    """Pages through the log of all writes, oldest first. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN."""
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps reflections with their provenance, versioned, shared by all runs that name the same scope.
 
     Every write makes a new version of its scope, counted from 1. A read that names a version sees exactly the entries of
-    that version, whatever is written meanwhile.
+    that version, with their status and evidence, whatever is written meanwhile.
+
+    Entries are tested by experiment. A query with a trial draws uses: in some of them one of the retrieved entries, chosen
+    by the service, is left out. ReportOutcome says what reward each use led to. From this an entry has its uplift, the
+    mean reward with it less the mean reward without it, and an interval that holds at all times, whenever one looks.
+    Entries whose interval lies below zero are quarantined: no query retrieves them but EXPLORE, and that rarely.
 
     Errors are gRPC status codes with a google.rpc.ErrorInfo (domain "mulligan") in the details. Each call names its
     reasons. Every call can also return
@@ -92,6 +125,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_memory_service_pb2.AddReflectionResponse]:
         """Stores a reflection. Idempotent on (scope, request_id): a repeated call returns the first answer.
         ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another reflection.
+        NOT_FOUND UNKNOWN_REFLECTION: one of source_ids is not in the scope.
         """
 
     @_abc_1.abstractmethod
@@ -102,6 +136,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_memory_service_pb2.QueryReflectionsResponse]:
         """Retrieves the reflections that an agent should be shown. Idempotent.
         OUT_OF_RANGE UNKNOWN_VERSION: the scope has not reached as_of_version.
+        DATA_LOSS SNAPSHOT_REDACTED: an entry of that version was erased. Metadata `version`: the oldest that can be read.
+        FAILED_PRECONDITION NO_EMBEDDER: SIMILAR_MEANING on a server without an embedder.
+        ALREADY_EXISTS REQUEST_CONFLICT: a key of the trial was drawn for other entries.
         """
 
     @_abc_1.abstractmethod
@@ -137,5 +174,54 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_memory_service_pb2.GetSnapshotRequest, _abc.Awaitable[_memory_service_pb2.GetSnapshotResponse]],
     ) -> _abc.Awaitable[_memory_service_pb2.GetSnapshotResponse]:
         """The current version of a scope and how many entries it has; version 0 for a scope without writes. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ReviseReflection(
+        self,
+        request: _memory_service_pb2.ReviseReflectionRequest,
+        context: _aio.ServicerContext[_memory_service_pb2.ReviseReflectionRequest, _abc.Awaitable[_memory_service_pb2.ReviseReflectionResponse]],
+    ) -> _abc.Awaitable[_memory_service_pb2.ReviseReflectionResponse]:
+        """Rewrites what it names of a reflection, and makes a new revision. A new text starts without evidence.
+        Idempotent on (reflection_id, request_id) while the revision is the newest. NOT_FOUND UNKNOWN_REFLECTION.
+        ABORTED REVISION_CONFLICT: expected_revision is not the newest. Metadata `revision`: the newest.
+        FAILED_PRECONDITION RAW_ENTRY: the text of an episode is never rewritten.
+        """
+
+    @_abc_1.abstractmethod
+    def EraseReflection(
+        self,
+        request: _memory_service_pb2.EraseReflectionRequest,
+        context: _aio.ServicerContext[_memory_service_pb2.EraseReflectionRequest, _abc.Awaitable[_memory_service_pb2.EraseReflectionResponse]],
+    ) -> _abc.Awaitable[_memory_service_pb2.EraseReflectionResponse]:
+        """Erases a reflection for good: text, key, tags, embedding, and what searches have of it, also in older revisions. Its
+        id, provenance and evidence stay. Afterwards a read as of an older version that had it is refused.
+        NOT_FOUND UNKNOWN_REFLECTION. Idempotent: erasing it again changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def ReportOutcome(
+        self,
+        request: _memory_service_pb2.ReportOutcomeRequest,
+        context: _aio.ServicerContext[_memory_service_pb2.ReportOutcomeRequest, _abc.Awaitable[_memory_service_pb2.ReportOutcomeResponse]],
+    ) -> _abc.Awaitable[_memory_service_pb2.ReportOutcomeResponse]:
+        """Records the rewards of uses that QueryReflections drew. All or nothing. Idempotent: a use counts once, with the
+        reward that was reported first. NOT_FOUND UNKNOWN_USE: no use of that id was drawn. Metadata `use_id`.
+        """
+
+    @_abc_1.abstractmethod
+    def ExplainReflection(
+        self,
+        request: _memory_service_pb2.ExplainReflectionRequest,
+        context: _aio.ServicerContext[_memory_service_pb2.ExplainReflectionRequest, _abc.Awaitable[_memory_service_pb2.ExplainReflectionResponse]],
+    ) -> _abc.Awaitable[_memory_service_pb2.ExplainReflectionResponse]:
+        """Why a reflection has its status: its uses, and where it comes from. NOT_FOUND UNKNOWN_REFLECTION. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ListChanges(
+        self,
+        request: _memory_service_pb2.ListChangesRequest,
+        context: _aio.ServicerContext[_memory_service_pb2.ListChangesRequest, _abc.Awaitable[_memory_service_pb2.ListChangesResponse]],
+    ) -> _abc.Awaitable[_memory_service_pb2.ListChangesResponse]:
+        """Pages through the log of all writes, oldest first. Idempotent. INVALID_ARGUMENT BAD_PAGE_TOKEN."""
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: _aio.Server) -> None: ...

@@ -17,7 +17,8 @@ from google.protobuf.message import Message
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed
 from mulligan.common.inference import SamplingParams
-from mulligan.common.types import Outcome, RetrievalStrategy, Split
+from mulligan.common.reflections import RetrievalStrategy
+from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as env_pb
 from mulligan.memory.client import MemoryClient

@@ -16,7 +16,8 @@ from google.protobuf import descriptor_pool
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.inference import PublishedWeights, SamplingParams, WeightsKind
-from mulligan.common.types import EpisodeStep, Provenance, RetrievalStrategy, Split
+from mulligan.common.reflections import Provenance, RetrievalStrategy
+from mulligan.common.types import EpisodeStep, Split
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as env_pb
 from mulligan.memory.client import MemoryClient

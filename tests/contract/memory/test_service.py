@@ -14,7 +14,7 @@ import pytest
 
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.types import Provenance, RetrievalStrategy
+from mulligan.common.reflections import Provenance, RetrievalStrategy
 from mulligan.memory.client import MemoryClient
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
 from mulligan.memory.store import Added, Store, StoreError
 from mulligan.memory.stores import sqlite
 from tests.support.effort import examples

@@ -16,8 +16,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.reflections import RetrievalStrategy
 from mulligan.common.suggest import problems
-from mulligan.common.types import RetrievalStrategy
 from mulligan.trainer.algorithms import erl
 from mulligan.trainer.learner.wire import loss_from_proto
 from mulligan.trainer.loss_terms import KlEstimator, KlReference, MismatchCorrection

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pydantic import Field
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.types import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
 from mulligan.memory import Added, Found, Page, Snapshot, StoreError, StoreSettings, reflection_id
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mulligan.common.types import Provenance
+from mulligan.common.reflections import Provenance
 from mulligan.trainer.algorithms.ruscarl import Settings, shown_share, train
 from mulligan.trainer.data import PolicyGradient
 from mulligan.trainer.objectives.transfer import Transfer

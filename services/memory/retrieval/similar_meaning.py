@@ -1,0 +1,11 @@
+"""Entries whose embeddings are nearest to the query's. The service computes it from the query's text before."""
+
+from __future__ import annotations
+
+from mulligan.common.reflections import ReflectionQuery
+from mulligan.memory.retrieval._selection import selection
+from mulligan.memory.store import Found, Store
+
+
+async def retrieve(query: ReflectionQuery, store: Store) -> Found:
+    return await store.find_nearest(selection(query), query.embedding, query.limit)
