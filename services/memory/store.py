@@ -145,8 +145,8 @@ class Store(Protocol):
     else. `tests/support/stores.py` has the checks that every store passes."""
 
     async def add(self, new: NewReflection) -> Added:
-        """Stores once per (scope, request_id): a repeated call returns the first answer. Raises REQUEST_CONFLICT if text,
-        provenance or labels differ from those of the first call (an erased entry has none to compare), and
+        """Stores once per (scope, request_id): a repeated call returns the first answer. Raises REQUEST_CONFLICT if
+        text, provenance or labels differ from those of the first call (an erased entry has none to compare), and
         UNKNOWN_REFLECTION for a source that is not in the scope."""
 
     async def find(self, selection: Selection, order: Order, limit: int) -> Found:
@@ -168,25 +168,25 @@ class Store(Protocol):
         erased ones only if `include_deleted`."""
 
     async def revise(self, rewriting: Rewriting) -> Revised:
-        """A new revision. If the newest one was made by the same request_id, it is the answer. A new text, and the status
-        CANDIDATE, start without evidence. Raises UNKNOWN_REFLECTION (also for what is deleted or erased),
+        """A new revision. If the newest one was made by the same request_id, it is the answer. A new text, and the
+        status CANDIDATE, start without evidence. Raises UNKNOWN_REFLECTION (also for what is deleted or erased),
         REVISION_CONFLICT and RAW_ENTRY (the text of an episode)."""
 
     async def delete(self, reflection_id: str, actor: str = "") -> int:
         """Returns the version from which it is deleted; the same one if repeated. Raises UNKNOWN_REFLECTION."""
 
     async def erase(self, reflection_id: str, actor: str = "") -> int:
-        """Returns the version from which it is erased; the same one if repeated. No file of the store has the texts of its
-        revisions, its key, tags or embedding any more when the call returns. Raises UNKNOWN_REFLECTION."""
+        """Returns the version from which it is erased; the same one if repeated. No file of the store has the texts of
+        its revisions, its key, tags or embedding any more when the call returns. Raises UNKNOWN_REFLECTION."""
 
     async def record_uses(self, uses: Sequence[DrawnUse]) -> None:
-        """Stores the uses. One that is stored already stays as it is. Raises REQUEST_CONFLICT, and stores none, if one of
-        them was stored with other entries or another entry left out. Makes no version."""
+        """Stores the uses. One that is stored already stays as it is. Raises REQUEST_CONFLICT, and stores none, if one
+        of them was stored with other entries or another entry left out. Makes no version."""
 
     async def report(self, outcomes: Sequence[UseOutcome], actor: str = "") -> int:
-        """Records rewards, once for each use, and updates the evidence of the entries (`evidence.py`) and the status that
-        follows from it (`status_after`), all in one version for each scope. An entry that has another revision's text
-        by now, or is retired, gets no evidence. Returns how many uses counted. Raises UNKNOWN_USE, and records none."""
+        """Records rewards, once for each use, and updates the evidence of the entries (`evidence.py`) and the status
+        that follows from it (`status_after`), all in one version for each scope. An entry that has another text by
+        now gets no evidence. Returns how many uses counted. Raises UNKNOWN_USE, and records none."""
 
     async def uses_of(self, reflection_id: str, limit: int) -> Sequence[RecordedUse]:
         """The latest uses of an entry, the latest first. Raises UNKNOWN_REFLECTION."""
@@ -202,8 +202,8 @@ class Store(Protocol):
         scope without writes."""
 
     async def use_embedder(self, embedder: Embedder | None) -> None:
-        """Called once, before all other calls. If the entries' embeddings are by another embedder, by its name, all texts
-        are embedded anew; with None, embeddings are kept as they are and not used."""
+        """Called once, before all other calls. If the entries' embeddings are by another embedder, by its name, all
+        texts are embedded anew; with None, embeddings are kept as they are and not used."""
 
     async def close(self) -> None: ...
 

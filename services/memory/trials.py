@@ -11,8 +11,8 @@ from mulligan.memory.store import DrawnUse, Found, Store, use_id
 async def with_uses(found: Found, scope: str, trial: Trial, store: Store) -> Retrieved:
     """Draws a use for each key of the trial, and stores them. A key that was drawn before gets the same use.
 
-    Each entry is left out with probability holdout / (number of entries). Raises REQUEST_CONFLICT if a key was drawn for
-    other entries, or with another seed or holdout that leaves out another one.
+    Each entry is left out with probability holdout / (number of entries). Raises REQUEST_CONFLICT if a key was drawn
+    for other entries, or with another seed or holdout that leaves out another one.
     """
     entries = tuple((one.reflection_id, one.revision) for one in found.reflections)
     if not entries:
