@@ -7,10 +7,12 @@ from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.reflections import Provenance, ReflectionQuery, Retrieved, Trial
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
 from mulligan.env.base import Environment, Episode
-from mulligan.memory.store import Store
+from mulligan.memory.retrieval import retrieve
+from mulligan.memory.store import NewReflection, Store
+from mulligan.memory.trials import with_uses
 
 
 class LocalEnvironment:
@@ -59,10 +61,11 @@ class LocalMemory:
     async def snapshot(self, scope: str) -> int:
         return (await self._store.snapshot(scope)).version
 
-    async def query(
-        self, scope: str, environment: str, strategy: RetrievalStrategy, limit: int, as_of_version: int | None = None
-    ) -> tuple[StoredReflection, ...]:
-        return (await self._store.query(scope, environment, strategy, limit, as_of_version)).reflections
+    async def query(self, query: ReflectionQuery, trial: Trial | None = None) -> Retrieved:
+        found = await retrieve(query, self._store)
+        if trial is not None:
+            return await with_uses(found, query.scope, trial, self._store)
+        return Retrieved(found.reflections, found.version)
 
     async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
-        return (await self._store.add(request_id, scope, text, provenance)).reflection_id
+        return (await self._store.add(NewReflection(request_id, scope, text, provenance))).reflection_id

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from datetime import UTC
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from mulligan.common.channel import Connection, Endpoint
-from mulligan.common.numbers import finite, not_negative
-from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.numbers import not_negative
+from mulligan.common.reflections import (
+    Explained,
+    Labels,
+    MemoryChange,
+    Provenance,
+    ReflectionQuery,
+    ReflectionStatus,
+    Retrieved,
+    StoredReflection,
+    Trial,
+    UseOutcome,
+)
+from mulligan.memory import wire
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 
 _PAGE_SIZE = 1000
-_STRATEGIES = {
-    RetrievalStrategy.LATEST_SUCCESS: pb.RETRIEVAL_STRATEGY_LATEST_SUCCESS,
-    RetrievalStrategy.TOP_GAIN: pb.RETRIEVAL_STRATEGY_TOP_GAIN,
-}
+_OUTCOMES = 1000  # of one call
 
 
 class MemoryClient:
-    """`timeout` bounds each call, in seconds."""
+    """`timeout` bounds each call, in seconds. Every method raises DomainError with the reasons that the contract
+    declares, CallFailed, also for an answer that violates the contract, and ServiceUnavailable."""
 
     def __init__(self, endpoint: Endpoint, *, timeout: float = 30.0, on_outage: Callable[[str], None] | None = None):
         self._connection = Connection(endpoint, on_outage)
@@ -28,36 +38,60 @@ class MemoryClient:
 
     async def snapshot(self, scope: str) -> int:
         """The scope's version; 0 while it has no writes."""
-        request = pb.GetSnapshotRequest(scope=scope)
-        response = await self._connection.call(self._stub.GetSnapshot, request, timeout=self._timeout)
+        response = await self._call(self._stub.GetSnapshot, pb.GetSnapshotRequest(scope=scope))
         return self._connection.read(_version, response)
 
-    async def query(
-        self, scope: str, environment: str, strategy: RetrievalStrategy, limit: int, as_of_version: int | None = None
-    ) -> tuple[StoredReflection, ...]:
-        """At most `limit` (1 to 100) successful reflections, best first."""
-        request = pb.QueryReflectionsRequest(
-            scope=scope,
-            environment=environment,
-            strategy=_STRATEGIES[strategy],
-            limit=limit,
-            as_of_version=as_of_version,
-        )
-        response = await self._connection.call(self._stub.QueryReflections, request, timeout=self._timeout)
-        return tuple(self._connection.read(_reflections, response))
+    async def query(self, query: ReflectionQuery, trial: Trial | None = None) -> Retrieved:
+        """At most `query.limit` (1 to 100) entries, best first. With a trial, uses of them are drawn."""
+        response = await self._call(self._stub.QueryReflections, wire.query_to_proto(query, trial))
+        keys = () if trial is None else trial.use_keys
+        return self._connection.read(lambda answer: wire.retrieved_from_proto(answer, keys), response)
 
-    async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
+    async def report(self, outcomes: Sequence[UseOutcome]) -> int:
+        """Records the rewards of uses, in calls of at most 1,000. Returns how many counted; the others had been
+        reported before."""
+        counted = 0
+
+        def read(answer: pb.ReportOutcomeResponse) -> int:
+            not_negative("counted", [answer.counted])
+            return answer.counted
+
+        for start in range(0, len(outcomes), _OUTCOMES):
+            part = outcomes[start : start + _OUTCOMES]
+            request = pb.ReportOutcomeRequest(
+                outcomes=[pb.UseOutcome(use_id=one.use_id, reward=one.reward) for one in part]
+            )
+            counted += self._connection.read(read, await self._call(self._stub.ReportOutcome, request))
+        return counted
+
+    async def add(
+        self,
+        request_id: str,
+        scope: str,
+        text: str,
+        provenance: Provenance,
+        labels: Labels | None = None,
+        embedding: Sequence[float] = (),
+    ) -> str:
         """Stores a reflection and returns its id. A repeated request id changes nothing."""
+        labels = labels or Labels()
         request = pb.AddReflectionRequest(
-            request_id=request_id, scope=scope, text=text, provenance=_provenance(provenance)
+            request_id=request_id,
+            scope=scope,
+            text=text,
+            provenance=wire.provenance_to_proto(provenance),
+            kind=wire.number(labels.kind),
+            key=labels.key,
+            tags=labels.tags,
+            source_ids=labels.source_ids,
+            embedding=embedding,
         )
-        response = await self._connection.call(self._stub.AddReflection, request, timeout=self._timeout)
+        response: pb.AddReflectionResponse = await self._call(self._stub.AddReflection, request)
         return response.reflection_id
 
     async def get(self, reflection_id: str) -> StoredReflection:
-        request = pb.GetReflectionRequest(reflection_id=reflection_id)
-        response = await self._connection.call(self._stub.GetReflection, request, timeout=self._timeout)
-        return self._connection.read(lambda answer: _reflection(answer.reflection), response)
+        response = await self._call(self._stub.GetReflection, pb.GetReflectionRequest(reflection_id=reflection_id))
+        return self._connection.read(lambda answer: wire.reflection_from_proto(answer.reflection), response)
 
     async def list(self, scope: str = "", limit: int = 0, *, include_deleted: bool = False) -> list[StoredReflection]:
         """The first `limit` reflections, oldest first. 0 means all; an empty scope means every scope."""
@@ -66,61 +100,75 @@ class MemoryClient:
             self._stub.ListReflections, request, _reflections, timeout=self._timeout, limit=limit
         )
 
+    async def revise(
+        self,
+        reflection_id: str,
+        request_id: str,
+        expected_revision: int,
+        *,
+        text: str | None = None,
+        key: str | None = None,
+        tags: Sequence[str] | None = None,
+        status: ReflectionStatus | None = None,
+        embedding: Sequence[float] = (),
+    ) -> int:
+        """Rewrites what is given, and returns the new revision. `status` is RETIRED or CANDIDATE."""
+        request = pb.ReviseReflectionRequest(
+            reflection_id=reflection_id,
+            request_id=request_id,
+            expected_revision=expected_revision,
+            text=text,
+            key=key,
+            tags=None if tags is None else pb.TagList(tags=tags),
+            status=None if status is None else wire.number(status),
+            embedding=embedding,
+        )
+        response = await self._call(self._stub.ReviseReflection, request)
+        return self._connection.read(_revision, response)
+
     async def delete(self, reflection_id: str) -> int:
         """Deletes a reflection. Returns the scope's version from which it is gone."""
         request = pb.DeleteReflectionRequest(reflection_id=reflection_id)
-        response = await self._connection.call(self._stub.DeleteReflection, request, timeout=self._timeout)
-        return response.version
+        return self._connection.read(_version, await self._call(self._stub.DeleteReflection, request))
+
+    async def erase(self, reflection_id: str) -> int:
+        """Erases a reflection's text for good. Returns the scope's version from which it is gone."""
+        request = pb.EraseReflectionRequest(reflection_id=reflection_id)
+        return self._connection.read(_version, await self._call(self._stub.EraseReflection, request))
+
+    async def explain(self, reflection_id: str, max_uses: int = 100) -> Explained:
+        """Why a reflection has its status, with its latest uses, 1 to 1,000."""
+        request = pb.ExplainReflectionRequest(reflection_id=reflection_id, max_uses=max_uses)
+        response = await self._call(self._stub.ExplainReflection, request)
+        return self._connection.read(wire.explained_from_proto, response)
+
+    async def changes(self, scope: str = "", limit: int = 0) -> Sequence[MemoryChange]:
+        """The first `limit` writes, oldest first. 0 means all; an empty scope means every scope."""
+        request = pb.ListChangesRequest(scope=scope, page_size=_PAGE_SIZE)
+        return await self._connection.list_items(
+            self._stub.ListChanges, request, _changes, timeout=self._timeout, limit=limit
+        )
 
     async def close(self) -> None:
         await self._connection.close()
 
-
-def _provenance(provenance: Provenance) -> pb.Provenance:
-    return pb.Provenance(
-        run_id=provenance.run_id,
-        experience_id=provenance.experience_id,
-        environment=provenance.environment,
-        task_id=provenance.task_id,
-        policy_version=provenance.policy_version,
-        reward_before=provenance.reward_before,
-        reward_after=provenance.reward_after,
-        success=provenance.success,
-    )
+    async def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        return await self._connection.call(method, request, timeout=self._timeout)
 
 
-def _version(response: pb.GetSnapshotResponse) -> int:
+def _version(response: pb.GetSnapshotResponse | pb.DeleteReflectionResponse | pb.EraseReflectionResponse) -> int:
     not_negative("version", [response.version])
     return response.version
 
 
-def _reflections(
-    response: pb.QueryReflectionsResponse | pb.ListReflectionsResponse,
-) -> list[StoredReflection]:
-    return [_reflection(reflection) for reflection in response.reflections]
+def _revision(response: pb.ReviseReflectionResponse) -> int:
+    not_negative("revision", [response.revision])
+    return response.revision
 
 
-def _reflection(message: pb.StoredReflection) -> StoredReflection:
-    """Raises ValueError for a reward or version that is not a valid number."""
-    origin = message.provenance
-    finite("provenance.reward_before", [origin.reward_before])
-    finite("provenance.reward_after", [origin.reward_after])
-    not_negative("version", [message.version])
-    return StoredReflection(
-        reflection_id=message.reflection_id,
-        scope=message.scope,
-        text=message.text,
-        provenance=Provenance(
-            run_id=origin.run_id,
-            experience_id=origin.experience_id,
-            environment=origin.environment,
-            task_id=origin.task_id,
-            policy_version=origin.policy_version,
-            reward_before=origin.reward_before,
-            reward_after=origin.reward_after,
-            success=origin.success,
-        ),
-        version=message.version,
-        created_at=message.created_at.ToDatetime(UTC),
-        deleted_version=message.deleted_version if message.HasField("deleted_version") else None,
-    )
+def _reflections(response: pb.ListReflectionsResponse) -> list[StoredReflection]:
+    return [wire.reflection_from_proto(reflection) for reflection in response.reflections]
+
+
+def _changes(response: pb.ListChangesResponse) -> list[MemoryChange]:
+    return [wire.change_from_proto(change) for change in response.changes]

@@ -16,6 +16,10 @@ class EmbedderSettings(PluginSettings):
     """Base of the `Settings` that an embedder exports."""
 
 
+class CannotEmbed(Exception):
+    """The embedder makes no vectors itself: callers bring them. The message says what they have to bring."""
+
+
 class Embedder(Protocol):
     """Turns texts into unit vectors. `embed` is called from several threads."""
 
@@ -28,4 +32,5 @@ class Embedder(Protocol):
         """Of each vector."""
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """(texts, size); each row has length 1, or is zero where the text has nothing to embed."""
+        """(texts, size); each row has length 1, or is zero where the text has nothing to embed. Raises CannotEmbed if
+        there is a text, and callers have to bring embeddings."""

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from mulligan.common.plugins import PluginSettings
 from mulligan.common.reflections import (
@@ -22,9 +22,13 @@ from mulligan.common.reflections import (
     ReflectionKind,
     ReflectionStatus,
     StoredReflection,
+    Uplift,
     UseOutcome,
 )
-from mulligan.memory.embedder import Embedder
+
+if TYPE_CHECKING:
+    from mulligan.memory.embedder import Embedder
+    from mulligan.memory.evidence import Evidence
 
 
 class StoreSettings(PluginSettings):
@@ -105,7 +109,7 @@ class Order(StrEnum):
     NEWEST = "newest"
     GAIN = "gain"  # greatest reward_after - reward_before
     UPLIFT = "uplift"  # greatest lower bound of the uplift; -1 without uses
-    FEWEST_USES = "fewest_uses"  # uses shown and left out; each counts eight times where the entry is quarantined
+    FEWEST_USES = "fewest_uses"  # those in its evidence; each counts eight times where the entry is quarantined
 
 
 RETRIEVED = frozenset({ReflectionStatus.CANDIDATE, ReflectionStatus.ACTIVE})
@@ -151,7 +155,8 @@ class Store(Protocol):
 
     async def find(self, selection: Selection, order: Order, limit: int) -> Found:
         """The first entries in this order. Raises UNKNOWN_VERSION if the scope has no such version yet, and
-        SNAPSHOT_REDACTED if an entry that it had at that version was erased."""
+        SNAPSHOT_REDACTED if an entry that it had at that version was erased; metadata `version`: the next one that can
+        be read."""
 
     async def find_words(self, selection: Selection, text: str, limit: int) -> Found:
         """The entries that share words with the text, by BM25. Of a long text the rarest words decide. Raises as `find`
@@ -168,25 +173,29 @@ class Store(Protocol):
         erased ones only if `include_deleted`."""
 
     async def revise(self, rewriting: Rewriting) -> Revised:
-        """A new revision. If the newest one was made by the same request_id, it is the answer. A new text, and the
-        status CANDIDATE, start without evidence. Raises UNKNOWN_REFLECTION (also for what is deleted or erased),
-        REVISION_CONFLICT and RAW_ENTRY (the text of an episode)."""
+        """A new revision. If the newest one was made by a call with the same request_id, it is the answer. A text that
+        differs, and the status CANDIDATE, start without evidence; with such a text the entry is CANDIDATE, unless it is
+        or becomes RETIRED. Raises UNKNOWN_REFLECTION (also for what is deleted or erased), RAW_ENTRY (the text of an
+        episode) and REVISION_CONFLICT, in this order."""
 
     async def delete(self, reflection_id: str, actor: str = "") -> int:
         """Returns the version from which it is deleted; the same one if repeated. Raises UNKNOWN_REFLECTION."""
 
     async def erase(self, reflection_id: str, actor: str = "") -> int:
-        """Returns the version from which it is erased; the same one if repeated. No file of the store has the texts of
-        its revisions, its key, tags or embedding any more when the call returns. Raises UNKNOWN_REFLECTION."""
+        """Returns the version from which it is erased; the same one if repeated. It is deleted as well, unless it was
+        before. No file of the store has the texts of its revisions, its key, tags or embedding any more when the call
+        returns. Raises UNKNOWN_REFLECTION."""
 
     async def record_uses(self, uses: Sequence[DrawnUse]) -> None:
         """Stores the uses. One that is stored already stays as it is. Raises REQUEST_CONFLICT, and stores none, if one
         of them was stored with other entries or another entry left out. Makes no version."""
 
     async def report(self, outcomes: Sequence[UseOutcome], actor: str = "") -> int:
-        """Records rewards, once for each use, and updates the evidence of the entries (`evidence.py`) and the status
-        that follows from it (`status_after`), all in one version for each scope. An entry that has another text by
-        now gets no evidence. Returns how many uses counted. Raises UNKNOWN_USE, and records none."""
+        """Records rewards, once for each use, and updates the evidence of the entries (`evidence.py`), in this order,
+        and at the end the status that follows from it (`status_after`), all in one version for each scope. A use gives
+        no evidence if its holdout is 0, nor to an entry whose evidence started anew in a later revision than the use's.
+        Deleted and erased entries get evidence, too. Returns how many uses counted. Raises UNKNOWN_USE, and records
+        none."""
 
     async def uses_of(self, reflection_id: str, limit: int) -> Sequence[RecordedUse]:
         """The latest uses of an entry, the latest first. Raises UNKNOWN_REFLECTION."""
@@ -203,7 +212,8 @@ class Store(Protocol):
 
     async def use_embedder(self, embedder: Embedder | None) -> None:
         """Called once, before all other calls. If the entries' embeddings are by another embedder, by its name, all
-        texts are embedded anew; with None, embeddings are kept as they are and not used."""
+        texts are embedded anew; with None, embeddings are kept as they are and not used. Raises CannotEmbed, and keeps
+        the embeddings, if the embedder makes none itself."""
 
     async def close(self) -> None: ...
 
@@ -216,6 +226,29 @@ def reflection_id(scope: str, request_id: str) -> str:
 def use_id(scope: str, use_key: str) -> str:
     """The id of a use, likewise."""
     return _digest("use", scope, use_key)
+
+
+def uplift_of(evidence: Evidence) -> Uplift | None:
+    """What the evidence says; None without uses."""
+    if not evidence.uses_shown + evidence.uses_left_out:
+        return None
+    lower, upper = evidence.interval
+    return Uplift(
+        uses_shown=evidence.uses_shown,
+        uses_left_out=evidence.uses_left_out,
+        mean_shown=evidence.mean_shown or 0.0,
+        mean_left_out=evidence.mean_left_out or 0.0,
+        uplift=evidence.uplift,
+        lower=lower,
+        upper=upper,
+    )
+
+
+def action_of(after: ReflectionStatus) -> str:
+    """How the log of writes calls a change to this status that evidence makes."""
+    if after is ReflectionStatus.QUARANTINED:
+        return "quarantine"
+    return "activate" if after is ReflectionStatus.ACTIVE else "recover"
 
 
 def status_after(status: ReflectionStatus, *, helpful: bool, harmful: bool) -> ReflectionStatus:

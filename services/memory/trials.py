@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from mulligan.memory.draw import draw
-
 from mulligan.common.reflections import Retrieved, Trial, Use
+from mulligan.memory.draw import draw
 from mulligan.memory.store import DrawnUse, Found, Store, use_id
 
 

@@ -21,7 +21,7 @@ from mulligan.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.reflections import Provenance, ReflectionQuery, Retrieved, Trial
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Split, TaskInfo
 from mulligan.trainer.data import Datum, ModelLimits
 from mulligan.trainer.settings import LossSettings
@@ -91,9 +91,7 @@ class MemoryPort(Protocol):
     async def snapshot(self, scope: str) -> int:
         """The scope's version."""
 
-    async def query(
-        self, scope: str, environment: str, strategy: RetrievalStrategy, limit: int, as_of_version: int | None = None
-    ) -> tuple[StoredReflection, ...]: ...
+    async def query(self, query: ReflectionQuery, trial: Trial | None = None) -> Retrieved: ...
 
     async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
         """Returns the reflection's id. A repeated request id changes nothing."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.experience import Experience
-from mulligan.common.reflections import Provenance, StoredReflection
+from mulligan.common.reflections import Provenance, ReflectionQuery, StoredReflection
 from mulligan.common.rewards import differ
 from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
@@ -219,13 +219,14 @@ class StepRunner:
         algorithm = self.settings.algorithm
         if algorithm.memory_entries == 0:
             return ()
-        return await self.memory.query(
-            self.memory_scope,
-            harness.info.name,
-            algorithm.memory_strategy,
-            algorithm.memory_entries,
-            memory_version,
+        query = ReflectionQuery(
+            scope=self.memory_scope,
+            environment=harness.info.name,
+            strategy=algorithm.memory_strategy,
+            limit=algorithm.memory_entries,
+            version=memory_version,
         )
+        return (await self.memory.query(query)).reflections
 
     async def _with_old_log_probs(self, data: Sequence[Datum]) -> list[Datum]:
         """The old policy is the learner itself, before the first of several optimizer steps."""

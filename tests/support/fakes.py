@@ -31,7 +31,7 @@ from mulligan.common.inference import (
     VersionState,
     WeightsKind,
 )
-from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
+from mulligan.common.reflections import Provenance, ReflectionQuery, Retrieved, StoredReflection, Trial
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, PromptSet, Split, TaskInfo
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.settings import LossSettings
@@ -284,11 +284,10 @@ class FakeMemory:
     async def snapshot(self, scope: str) -> int:
         return len(self.entries)
 
-    async def query(
-        self, scope: str, environment: str, strategy: RetrievalStrategy, limit: int, as_of_version: int | None = None
-    ) -> tuple[StoredReflection, ...]:
-        seen = [entry for entry in self.entries if as_of_version is None or entry.version <= as_of_version]
-        return tuple(reversed(seen))[:limit]
+    async def query(self, query: ReflectionQuery, trial: Trial | None = None) -> Retrieved:
+        version = len(self.entries) if query.version is None else query.version
+        seen = [entry for entry in self.entries if entry.version <= version]
+        return Retrieved(tuple(reversed(seen))[: query.limit], version)
 
     async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
         if all(entry.reflection_id != request_id for entry in self.entries):

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed
 from mulligan.common.inference import SamplingParams
-from mulligan.common.reflections import RetrievalStrategy
+from mulligan.common.reflections import ReflectionQuery, RetrievalStrategy
 from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as env_pb
@@ -191,7 +191,7 @@ POLICY: dict[str, tuple[Ask, list[tuple[Message, str]]]] = {
 }
 MEMORY: dict[str, tuple[Ask, list[tuple[Message, str]]]] = {
     "QueryReflections": (
-        lambda client: client.query("scope", "e", RetrievalStrategy.TOP_GAIN, 1),
+        lambda client: client.query(ReflectionQuery("scope", "e", RetrievalStrategy.TOP_GAIN)),
         [(reflection(reward_before=NAN), "reward_before nan"), (reflection(reward_after=INF), "reward_after inf")],
     ),
     "GetSnapshot": (

@@ -16,7 +16,7 @@ from google.protobuf import descriptor_pool
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.inference import PublishedWeights, SamplingParams, WeightsKind
-from mulligan.common.reflections import Provenance, RetrievalStrategy
+from mulligan.common.reflections import Provenance, ReflectionQuery, RetrievalStrategy
 from mulligan.common.types import EpisodeStep, Split
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as env_pb
@@ -89,7 +89,7 @@ async def env_calls(client: EnvClient) -> AsyncIterator[Callable[[], Awaitable[A
 
 async def memory_calls(client: MemoryClient) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
     yield lambda: client.snapshot("scope")
-    yield lambda: client.query("scope", "text", RetrievalStrategy.TOP_GAIN, 1)
+    yield lambda: client.query(ReflectionQuery("scope", "text", RetrievalStrategy.TOP_GAIN))
     yield lambda: client.add("request", "scope", "text", ORIGIN)
     yield lambda: client.get("reflection")
     yield lambda: client.list("scope", 2)
