@@ -49,7 +49,7 @@ def _requirements(name: str, extra: str) -> list[Requirement]:
 def test_environment_and_memory_bring_no_torch(extra: str) -> None:
     packages = brings(extra)
     assert {"grpcio", "protobuf", "protovalidate", "structlog"} <= packages
-    assert packages.isdisjoint({"torch", "transformers", "numpy"})
+    assert packages.isdisjoint({"torch", "transformers"})
 
 
 @pytest.mark.parametrize("extra", ["policy", "trainer", "hotpotqa-dense", "all"])
