@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
@@ -191,11 +191,10 @@ class Store(Protocol):
         of them was stored with other entries or another entry left out. Makes no version."""
 
     async def report(self, outcomes: Sequence[UseOutcome], actor: str = "") -> int:
-        """Records rewards, once for each use, and updates the evidence of the entries (`evidence.py`), in this order,
-        and at the end the status that follows from it (`status_after`), all in one version for each scope. A use gives
-        no evidence if its holdout is 0, nor to an entry whose evidence started anew in a later revision than the use's.
-        Deleted and erased entries get evidence, too. Returns how many uses counted. Raises UNKNOWN_USE, and records
-        none."""
+        """Records rewards, once for each use, and updates the evidence of the entries (`evidence.py`) and the status that
+        follows from it (`status_after`), all in one version for each scope. `evidence_in` says which entries of a use
+        get evidence; one that has another text by now gets none. Returns how many uses counted. Raises UNKNOWN_USE, and
+        records none."""
 
     async def uses_of(self, reflection_id: str, limit: int) -> Sequence[RecordedUse]:
         """The latest uses of an entry, the latest first. Raises UNKNOWN_REFLECTION."""
@@ -249,6 +248,21 @@ def action_of(after: ReflectionStatus) -> str:
     if after is ReflectionStatus.QUARANTINED:
         return "quarantine"
     return "activate" if after is ReflectionStatus.ACTIVE else "recover"
+
+
+def evidence_in(use: DrawnUse) -> Iterator[tuple[str, int, bool, float]]:
+    """What a use says of its entries: id, revision, whether it was shown, and with what probability it was left out.
+
+    A use in which another entry was left out says nothing of this one: so what is compared is all entries with all but
+    this one, whatever the others do. Given that no other is left out, of k entries with probability q each, this one is
+    with probability q / (1 - (k - 1) q).
+    """
+    if use.holdout == 0:
+        return
+    others = (len(use.entries) - 1) * use.holdout
+    for identity, revision in use.entries:
+        if use.left_out_id in ("", identity):
+            yield identity, revision, not use.left_out_id, use.holdout / (1 - others)
 
 
 def status_after(status: ReflectionStatus, *, helpful: bool, harmful: bool) -> ReflectionStatus:
