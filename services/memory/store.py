@@ -191,10 +191,11 @@ class Store(Protocol):
         of them was stored with other entries or another entry left out. Makes no version."""
 
     async def report(self, outcomes: Sequence[UseOutcome], actor: str = "") -> int:
-        """Records rewards, once for each use, and updates the evidence of the entries (`evidence.py`) and the status that
-        follows from it (`status_after`), all in one version for each scope. `evidence_in` says which entries of a use
-        get evidence; one that has another text by now gets none. Returns how many uses counted. Raises UNKNOWN_USE, and
-        records none."""
+        """Records rewards, once for each use, and updates the evidence of the entries (`evidence.py`), in this order,
+        and at the end the status that follows from it (`status_after`), all in one version for each scope.
+        `evidence_in` says which entries of a use get evidence: not one whose evidence started anew in a later revision
+        than the use's; deleted and erased ones, too. Returns how many uses counted. Raises UNKNOWN_USE, and records
+        none."""
 
     async def uses_of(self, reflection_id: str, limit: int) -> Sequence[RecordedUse]:
         """The latest uses of an entry, the latest first. Raises UNKNOWN_REFLECTION."""
