@@ -27,13 +27,13 @@ from .common.inference import Tool as Tool
 from .common.inference import ToolCall as ToolCall
 from .common.inference import VersionSpan as VersionSpan
 from .common.inference import WeightsKind as WeightsKind
+from .common.reflections import Provenance as Provenance
+from .common.reflections import RetrievalStrategy as RetrievalStrategy
+from .common.reflections import StoredReflection as StoredReflection
 from .common.types import EnvironmentInfo as EnvironmentInfo
 from .common.types import EpisodeStep as EpisodeStep
 from .common.types import Outcome as Outcome
 from .common.types import PromptSet as PromptSet
-from .common.reflections import Provenance as Provenance
-from .common.reflections import RetrievalStrategy as RetrievalStrategy
 from .common.types import Split as Split
 from .common.types import StepResult as StepResult
-from .common.reflections import StoredReflection as StoredReflection
 from .common.types import TaskInfo as TaskInfo

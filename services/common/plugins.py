@@ -1,11 +1,11 @@
-"""Finds backends, environments, stores and encoders by name.
+"""Finds backends, environments, stores, embedders and encoders by name.
 
 A plug-in is a module or package that exports what its kind needs: `Settings`, and `open` or `create`. A name is looked
 up as a built-in plug-in, then as an entry point of an installed distribution, then as any importable module, such as
 `acme.games.chess`.
 
-A plug-in is imported when it is named; installed backends and stores are also imported when the settings of a service
-are read. So it imports heavy packages inside its functions.
+A plug-in is imported when it is named; installed backends, stores and embedders are also imported when the settings of
+a service are read. So it imports heavy packages inside its functions.
 """
 
 from __future__ import annotations
@@ -135,13 +135,15 @@ def _is_module(name: str) -> bool:
 
 
 def with_tables(plugins: Plugins) -> Callable[[type[M]], type[M]]:
-    """Decorates the settings class of a service. Adds the settings of the default plug-in as fields, and a table for
-    each other plug-in that has settings. A plug-in that cannot be imported gets no table; it is refused when it is
-    named. One whose name means something else in the class gets none either."""
+    """Decorates the settings class of a service. Adds the settings of the default plug-in, if there is one, as fields,
+    and a table for each other plug-in that has settings. A plug-in that cannot be imported gets no table; it is
+    refused when it is named. One whose name means something else in the class gets none either."""
 
     def decorate(model: type[M]) -> type[M]:
-        default: type[PluginSettings] = plugins.find(plugins.default).Settings
-        added: dict[str, Any] = {name: (field.annotation, field) for name, field in default.model_fields.items()}
+        added: dict[str, Any] = {}
+        if plugins.default:
+            default: type[PluginSettings] = plugins.find(plugins.default).Settings
+            added = {name: (field.annotation, field) for name, field in default.model_fields.items()}
         for name in plugins.names:
             if name == plugins.default or name in added or not _may_be_field(model, name):
                 continue

@@ -6,7 +6,8 @@ import sys
 
 from mulligan.common.config import refuse
 from mulligan.common.server import run, serve
-from mulligan.memory.config import MemorySettings
+from mulligan.memory.config import BadSettings, MemorySettings
+from mulligan.memory.embedder import CannotEmbed
 from mulligan.memory.servicer import add_to_server
 from mulligan.memory.store import StoreError
 
@@ -16,11 +17,18 @@ def main() -> None:
 
     async def serve_memory() -> None:
         try:
+            embedder = settings.create_embedder()
             store = await settings.open_store()
-        except StoreError as error:
+        except (BadSettings, StoreError) as error:
             refuse(settings.service, str(error))
         try:
-            await serve(settings, lambda server: add_to_server(server, store))
+            try:
+                await store.use_embedder(embedder)
+            except CannotEmbed as error:
+                refuse(
+                    settings.service, f"embedder: the entries of {settings.database} need other embeddings ({error})"
+                )
+            await serve(settings, lambda server: add_to_server(server, store, embedder))
         finally:
             await store.close()
 

@@ -2,51 +2,96 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+from urllib.parse import unquote
 
 import grpc
 
+from mulligan.common.errors import invalid_field
 from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
-from mulligan.common.reflections import Provenance, RetrievalStrategy, StoredReflection
-from mulligan.memory.store import Store
+from mulligan.common.reflections import (
+    Explained,
+    Labels,
+    ReflectionKind,
+    ReflectionQuery,
+    ReflectionStatus,
+    RetrievalStrategy,
+    Retrieved,
+    StoredReflection,
+    Trial,
+    UseOutcome,
+)
+from mulligan.memory import wire
+from mulligan.memory.embedder import Embedder
+from mulligan.memory.retrieval import retrieve
+from mulligan.memory.store import NewReflection, Rewriting, Store
+from mulligan.memory.trials import with_uses
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
+from mulligan.memory.vectors import Vectors
 
 SERVICE = "mulligan.memory.v1.MemoryService"
-_STRATEGIES = {
-    pb.RETRIEVAL_STRATEGY_LATEST_SUCCESS: RetrievalStrategy.LATEST_SUCCESS,
-    pb.RETRIEVAL_STRATEGY_TOP_GAIN: RetrievalStrategy.TOP_GAIN,
-}
+_ACTOR = "mulligan-actor"
+_ACTOR_CHARACTERS = 200
+_USES = 100
+_REWRITTEN: tuple[Literal["text", "key", "tags", "status"], ...] = ("text", "key", "tags", "status")
+_SOURCES = 1000
 
 
-def add_to_server(server: grpc.aio.Server, store: Store) -> list[str]:
-    pb_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(store), server)
+def add_to_server(server: grpc.aio.Server, store: Store, embedder: Embedder | None = None) -> list[str]:
+    """`store` has this embedder already (`Store.use_embedder`)."""
+    pb_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(store, embedder), server)
     return [SERVICE]
 
 
 class MemoryServicer(pb_grpc.MemoryServiceServicer):
-    def __init__(self, store: Store):
+    def __init__(self, store: Store, embedder: Embedder | None = None):
         self._store = store
+        self._vectors = Vectors(embedder)
 
     async def AddReflection(self, request: pb.AddReflectionRequest, context: Any) -> pb.AddReflectionResponse:
-        provenance = _provenance(request.provenance)
-        added = await self._store.add(request.request_id, request.scope, request.text, provenance)
+        labels = Labels(
+            kind=wire.named(ReflectionKind, request.kind, ReflectionKind.RULE),
+            key=request.key,
+            tags=tuple(request.tags),
+            source_ids=tuple(request.source_ids),
+        )
+        new = NewReflection(
+            request_id=request.request_id,
+            scope=request.scope,
+            text=request.text,
+            provenance=wire.provenance_from_proto(request.provenance),
+            labels=labels,
+            embedding=await self._vectors.of(request.text, request.embedding),
+            actor=_actor(context),
+        )
+        added = await self._store.add(new)
         return pb.AddReflectionResponse(reflection_id=added.reflection_id, version=added.version)
 
     async def QueryReflections(self, request: pb.QueryReflectionsRequest, context: Any) -> pb.QueryReflectionsResponse:
-        found = await self._store.query(
-            request.scope,
-            request.environment,
-            _STRATEGIES[request.strategy],
-            request.limit or 1,
-            request.as_of_version if request.HasField("as_of_version") else None,
-        )
-        return pb.QueryReflectionsResponse(
-            reflections=[_reflection(reflection) for reflection in found.reflections], version=found.version
-        )
+        query = await self._with_embedding(wire.query_from_proto(request))
+        found = await retrieve(query, self._store)
+        if request.HasField("trial"):
+            trial = Trial(tuple(request.trial.use_keys), request.trial.holdout, request.trial.seed)
+            return wire.retrieved_to_proto(await with_uses(found, query.scope, trial, self._store))
+        return wire.retrieved_to_proto(Retrieved(found.reflections, found.version))
+
+    async def _with_embedding(self, query: ReflectionQuery) -> ReflectionQuery:
+        """The query with what its strategy needs. Raises INVALID_FIELD for what is missing, and NO_EMBEDDER."""
+        strategies = _checked_strategies(query)
+        if RetrievalStrategy.SIMILAR_MEANING in strategies:
+            self._vectors.require()
+            return replace(query, embedding=await self._vectors.of(query.text, query.embedding))
+        if query.embedding:
+            self._vectors.unit(query.embedding)
+        return query
 
     async def GetReflection(self, request: pb.GetReflectionRequest, context: Any) -> pb.GetReflectionResponse:
-        return pb.GetReflectionResponse(reflection=_reflection(await self._store.get(request.reflection_id)))
+        return pb.GetReflectionResponse(
+            reflection=wire.reflection_to_proto(await self._store.get(request.reflection_id))
+        )
 
     async def ListReflections(self, request: pb.ListReflectionsRequest, context: Any) -> pb.ListReflectionsResponse:
         listing = (request.scope, request.include_deleted)
@@ -54,49 +99,103 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
         size = request.page_size or DEFAULT_PAGE_SIZE
         page = await self._store.list(request.scope, position, size, request.include_deleted)
         return pb.ListReflectionsResponse(
-            reflections=[_reflection(reflection) for reflection in page.reflections],
+            reflections=map(wire.reflection_to_proto, page.reflections),
             next_page_token="" if page.next_position is None else page_token(page.next_position, *listing),
         )
 
+    async def ReviseReflection(self, request: pb.ReviseReflectionRequest, context: Any) -> pb.ReviseReflectionResponse:
+        if not any(map(request.HasField, _REWRITTEN)):
+            raise invalid_field("text", "at least one of text, key, tags and status")
+        text = request.text if request.HasField("text") else None
+        if text is None and request.embedding:
+            raise invalid_field("embedding", "none without a text")
+        rewriting = Rewriting(
+            reflection_id=request.reflection_id,
+            request_id=request.request_id,
+            expected_revision=request.expected_revision,
+            text=text,
+            key=request.key if request.HasField("key") else None,
+            tags=tuple(request.tags.tags) if request.HasField("tags") else None,
+            status=wire.named(ReflectionStatus, request.status) if request.HasField("status") else None,
+            embedding=() if text is None else await self._vectors.of(text, request.embedding),
+            actor=_actor(context),
+        )
+        revised = await self._store.revise(rewriting)
+        return pb.ReviseReflectionResponse(revision=revised.revision, version=revised.version)
+
     async def DeleteReflection(self, request: pb.DeleteReflectionRequest, context: Any) -> pb.DeleteReflectionResponse:
-        return pb.DeleteReflectionResponse(version=await self._store.delete(request.reflection_id))
+        version = await self._store.delete(request.reflection_id, _actor(context))
+        return pb.DeleteReflectionResponse(version=version)
+
+    async def EraseReflection(self, request: pb.EraseReflectionRequest, context: Any) -> pb.EraseReflectionResponse:
+        return pb.EraseReflectionResponse(version=await self._store.erase(request.reflection_id, _actor(context)))
 
     async def GetSnapshot(self, request: pb.GetSnapshotRequest, context: Any) -> pb.GetSnapshotResponse:
         snapshot = await self._store.snapshot(request.scope)
         return pb.GetSnapshotResponse(version=snapshot.version, reflection_count=snapshot.reflection_count)
 
+    async def ReportOutcome(self, request: pb.ReportOutcomeRequest, context: Any) -> pb.ReportOutcomeResponse:
+        outcomes = [UseOutcome(outcome.use_id, outcome.reward) for outcome in request.outcomes]
+        return pb.ReportOutcomeResponse(counted=await self._store.report(outcomes, _actor(context)))
 
-def _provenance(provenance: pb.Provenance) -> Provenance:
-    return Provenance(
-        run_id=provenance.run_id,
-        experience_id=provenance.experience_id,
-        environment=provenance.environment,
-        task_id=provenance.task_id,
-        policy_version=provenance.policy_version,
-        reward_before=provenance.reward_before,
-        reward_after=provenance.reward_after,
-        success=provenance.success,
-    )
+    async def ExplainReflection(
+        self, request: pb.ExplainReflectionRequest, context: Any
+    ) -> pb.ExplainReflectionResponse:
+        reflection = await self._store.get(request.reflection_id)
+        explained = Explained(
+            reflection=reflection,
+            uses=await self._store.uses_of(reflection.reflection_id, request.max_uses or _USES),
+            sources=await self._sources(reflection),
+            derived_ids=await self._store.derived_from(reflection.reflection_id),
+        )
+        return wire.explained_to_proto(explained)
+
+    async def _sources(self, reflection: StoredReflection) -> Sequence[StoredReflection]:
+        """What it was made from, and what that was made from, nearest first, each once."""
+        found: dict[str, StoredReflection] = {}
+        waiting = list(reflection.source_ids)
+        for identity in waiting:  # grows meanwhile
+            if identity not in found and len(found) < _SOURCES:
+                found[identity] = await self._store.get(identity)
+                waiting += found[identity].source_ids
+        return tuple(found.values())
+
+    async def ListChanges(self, request: pb.ListChangesRequest, context: Any) -> pb.ListChangesResponse:
+        listing = ("changes", request.scope)
+        position = page_position(request.page_token, *listing)
+        page = await self._store.changes(request.scope, position, request.page_size or DEFAULT_PAGE_SIZE)
+        return pb.ListChangesResponse(
+            changes=map(wire.change_to_proto, page.changes),
+            next_page_token="" if page.next_position is None else page_token(page.next_position, *listing),
+        )
 
 
-def _reflection(reflection: StoredReflection) -> pb.StoredReflection:
-    origin = reflection.provenance
-    message = pb.StoredReflection(
-        reflection_id=reflection.reflection_id,
-        scope=reflection.scope,
-        text=reflection.text,
-        provenance=pb.Provenance(
-            run_id=origin.run_id,
-            experience_id=origin.experience_id,
-            environment=origin.environment,
-            task_id=origin.task_id,
-            policy_version=origin.policy_version,
-            reward_before=origin.reward_before,
-            reward_after=origin.reward_after,
-            success=origin.success,
-        ),
-        version=reflection.version,
-        deleted_version=reflection.deleted_version,
-    )
-    message.created_at.FromDatetime(reflection.created_at)
-    return message
+def _checked_strategies(query: ReflectionQuery) -> set[RetrievalStrategy]:
+    """The strategies that the query asks for. Raises INVALID_FIELD for a field that one of them needs."""
+    if query.strategy is RetrievalStrategy.MIX and not query.mix:
+        raise invalid_field("mix", "at least one part, for MIX")
+    if query.strategy is not RetrievalStrategy.MIX and query.mix:
+        raise invalid_field("mix", f"no parts, as the strategy is {query.strategy.name}, not MIX")
+    found = {query.strategy, *(part.strategy for part in query.mix)}
+    if RetrievalStrategy.BY_KEY in found and not query.key:
+        raise invalid_field("key", "the key of the entries that BY_KEY finds")
+    if RetrievalStrategy.SIMILAR_WORDS in found and not query.text:
+        raise invalid_field("text", "a text for SIMILAR_WORDS to compare with")
+    if RetrievalStrategy.SIMILAR_MEANING in found and not query.text and not query.embedding:
+        raise invalid_field("text", "a text or an embedding for SIMILAR_MEANING to compare with")
+    return found
+
+
+def _actor(context: Any) -> str:
+    """Who writes: what the metadata say, else the address of the caller, without its port."""
+    said = str(dict(context.invocation_metadata() or ()).get(_ACTOR, ""))
+    readable = "".join(one for one in said if one.isprintable())[:_ACTOR_CHARACTERS]
+    return readable or _host(context.peer())
+
+
+def _host(peer: str) -> str:
+    """The address in what gRPC calls the peer: ipv4:127.0.0.1:50000, ipv6:%5B::1%5D:50000, unix:path."""
+    kind, _, address = peer.partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return kind
+    return unquote(address).rpartition(":")[0].strip("[]")

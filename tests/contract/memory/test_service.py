@@ -14,7 +14,7 @@ import pytest
 
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.reflections import Provenance, RetrievalStrategy
+from mulligan.common.reflections import Provenance, ReflectionQuery, RetrievalStrategy
 from mulligan.memory.client import MemoryClient
 from mulligan.memory.v1 import memory_service_pb2 as pb
 from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
@@ -26,6 +26,18 @@ TOP_GAIN = RetrievalStrategy.TOP_GAIN
 
 def origin(before: float = 0.0, after: float = 1.0, *, success: bool = True, environment: str = "lake") -> Provenance:
     return Provenance("run", "experience", environment, "train/00001", 3, before, after, success)
+
+
+async def texts(
+    client: MemoryClient,
+    scope: str,
+    environment: str,
+    strategy: RetrievalStrategy,
+    limit: int,
+    version: int | None = None,
+) -> list[str]:
+    found = await client.query(ReflectionQuery(scope, environment, strategy, limit, version))
+    return [one.text for one in found.reflections]
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +74,20 @@ async def test_what_is_added_is_read_back_whole(client: MemoryClient, scope: str
 
 
 async def test_the_latest_success_is_retrieved(client: MemoryClient, scope: str) -> None:
-    assert await client.query(scope, "lake", LATEST, 1) == ()
+    assert await texts(client, scope, "lake", LATEST, 1) == []
     await client.add("1", scope, "first", origin())
     await client.add("2", scope, "second", origin())
     await client.add("3", scope, "failed", origin(0.0, 0.0, success=False))
     await client.add("4", scope, "elsewhere", origin(environment="maze"))
-    assert [found.text for found in await client.query(scope, "lake", LATEST, 1)] == ["second"]
-    assert [found.text for found in await client.query(scope, "lake", LATEST, 9)] == ["second", "first"]
-    assert [found.text for found in await client.query(scope, "maze", LATEST, 9)] == ["elsewhere"]
+    assert await texts(client, scope, "lake", LATEST, 1) == ["second"]
+    assert await texts(client, scope, "lake", LATEST, 9) == ["second", "first"]
+    assert await texts(client, scope, "maze", LATEST, 9) == ["elsewhere"]
 
 
 async def test_the_greatest_gain_is_retrieved(client: MemoryClient, scope: str) -> None:
     for index, before in enumerate([0.5, 0.0, 0.25, 0.0]):
         await client.add(str(index), scope, f"{index}", origin(before, 1.0))
-    found = await client.query(scope, "lake", TOP_GAIN, 3)
-    assert [reflection.text for reflection in found] == ["3", "1", "2"]
+    assert await texts(client, scope, "lake", TOP_GAIN, 3) == ["3", "1", "2"]
 
 
 async def test_a_read_as_of_a_version_ignores_what_came_later(client: MemoryClient, scope: str) -> None:
@@ -84,11 +95,11 @@ async def test_a_read_as_of_a_version_ignores_what_came_later(client: MemoryClie
     version = await client.snapshot(scope)
     await client.add("2", scope, "new", origin())
     assert await client.delete(old) == 3
-    assert [found.text for found in await client.query(scope, "lake", LATEST, 9, version)] == ["old"]
-    assert [found.text for found in await client.query(scope, "lake", LATEST, 9)] == ["new"]
-    assert await client.query(scope, "lake", LATEST, 9, 0) == ()
+    assert await texts(client, scope, "lake", LATEST, 9, version) == ["old"]
+    assert await texts(client, scope, "lake", LATEST, 9) == ["new"]
+    assert await texts(client, scope, "lake", LATEST, 9, 0) == []
     with pytest.raises(DomainError) as caught:
-        await client.query(scope, "lake", LATEST, 9, 4)
+        await texts(client, scope, "lake", LATEST, 9, 4)
     assert (caught.value.reason, caught.value.metadata) == (Reason.UNKNOWN_VERSION, {"version": "3"})
 
 
@@ -103,7 +114,7 @@ async def test_adding_again_changes_nothing(client: MemoryClient, scope: str) ->
         assert caught.value.reason is Reason.REQUEST_CONFLICT
     await client.delete(added)
     assert await client.add("request", scope, "text", origin()) == added
-    assert await client.query(scope, "lake", LATEST, 1) == ()
+    assert await texts(client, scope, "lake", LATEST, 1) == []
 
 
 async def test_forgetting_twice_is_forgetting_once(client: MemoryClient, scope: str) -> None:
