@@ -17,6 +17,7 @@ from .store import Store as Store
 from .store import StoreError as StoreError
 from .store import StoreSettings as StoreSettings
 from .store import action_of as action_of
+from .store import evidence_in as evidence_in
 from .store import reflection_id as reflection_id
 from .store import status_after as status_after
 from .store import uplift_of as uplift_of

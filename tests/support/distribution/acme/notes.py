@@ -40,6 +40,7 @@ from mulligan.memory.store import (
     StoreError,
     StoreSettings,
     action_of,
+    evidence_in,
     reflection_id,
     status_after,
     uplift_of,
@@ -266,11 +267,10 @@ class Notes:
     def _learn(self, scope: str, uses: Sequence[NotedUse], actor: str) -> None:
         changed: dict[str, None] = {}
         for use in uses:
-            for identity, revision in use.drawn.entries:
+            for identity, revision, shown, p_out in evidence_in(use.drawn):
                 note = self._notes[identity]
-                if use.drawn.holdout and revision >= note.evidence_since and use.reward is not None:
-                    shown = use.drawn.left_out_id != identity
-                    note.evidence.add(use.reward, shown=shown, p_out=use.drawn.holdout)
+                if revision >= note.evidence_since and use.reward is not None:
+                    note.evidence.add(use.reward, shown=shown, p_out=p_out)
                     changed[identity] = None
         state = self._newest(scope)
         for identity in changed:
