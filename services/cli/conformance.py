@@ -88,8 +88,8 @@ def memory(
 
     Example: `mulligan conformance memory --target 127.0.0.1:50053`
     """
-    from mulligan.conformance.memory import check
-    from mulligan.conformance.memory import target as connect
+    from mulligan.conformance.memory.run import check
+    from mulligan.conformance.memory.run import target as connect
 
     async def main(on_result: OnResult) -> Report:
         async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:

@@ -1,8 +1,9 @@
 """WordLlama: the mean of the vectors of a text's tokens, 256 numbers. Its package brings the weights (16 MB), and a
 processor embeds thousands of short texts a second. https://github.com/dleemiller/WordLlama
 
-The vectors are those of its own `embed(texts, norm=True)`. That pads all texts of a call to the longest, which takes
-gigabytes beside a long text, so the mean is taken here, text by text.
+The vectors are those of its own `embed(texts, norm=True)`, but for rounding, and for texts of more than 4,096
+characters, which are cut into parts of that length. Its own pads all texts of a call to the longest, which takes
+gigabytes beside a long text.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _MODEL = "l2_supercat"
-_TOKENS = 65_536  # whose vectors are in memory at once
+_CHARACTERS = 4096  # tokenized at once
 
 
 class Settings(EmbedderSettings):
@@ -49,12 +50,11 @@ class WordLlamaEmbedder:
         import numpy as np
 
         found = np.zeros((len(texts), self.size), np.float32)
-        for row, encoded in zip(
-            found, self._tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True
-        ):
+        for row, text in zip(found, texts, strict=True):
+            parts = [text[start : start + _CHARACTERS] for start in range(0, len(text), _CHARACTERS)]
             total = np.zeros(self.size)
-            for start in range(0, len(encoded.ids), _TOKENS):
-                total += self._vectors[encoded.ids[start : start + _TOKENS]].sum(axis=0, dtype=np.float64)
+            for encoded in self._tokenizer.encode_batch(parts, add_special_tokens=False):
+                total += self._vectors[encoded.ids].sum(axis=0, dtype=np.float64)
             if length := np.linalg.norm(total):
                 row[:] = total / length
         return found

@@ -16,10 +16,10 @@ import pytest
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Message, Role, SamplingParams
-from mulligan.conformance import memory
 from mulligan.conformance.env.game import EnvOptions
 from mulligan.conformance.env.run import check as check_env
 from mulligan.conformance.env.run import target as env_target
+from mulligan.conformance.memory import run as memory
 from mulligan.conformance.policy import run as policy
 from mulligan.conformance.policy.served import PolicyOptions
 from mulligan.env import EnvClient, Split

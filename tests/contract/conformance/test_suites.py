@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from mulligan.conformance import memory
 from mulligan.conformance.env.game import EnvOptions
 from mulligan.conformance.env.run import check as check_env
 from mulligan.conformance.env.run import target as env_target
@@ -187,10 +186,7 @@ async def test_a_lease_that_ends_is_waited_for() -> None:
 
 async def proxied(loop: Loop, fault: Fault) -> Report:
     async with between(getattr(loop, fault.service).address, fault) as address:
-        if fault.service == "memory":
-            target = memory.target(address)
-            report = await memory.check(target, only=fault.title)
-        elif fault.service == "policy":
+        if fault.service == "policy":
             target = policy.target(address)
             report = await policy.check(target, PolicyOptions(), only=fault.title)
         else:

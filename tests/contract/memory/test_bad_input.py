@@ -172,8 +172,9 @@ async def test_hostile_text_in_every_field_is_text(
         assert (stored.scope, stored.text, stored.key, list(stored.tags)) == (scope + text, text, text, [text])
         assert stored.provenance == origin
         asked: dict[str, Any] = {"scope": scope + text, "environment": text, "key": text, "tags": [text]}
-        for strategy in range(1, 8):
-            query = pb.QueryReflectionsRequest(**asked, strategy=strategy, text=text, task_prefix=text)  # type: ignore[arg-type]  # a number of the enumeration
+        strategies: list[Any] = [*range(1, 8)]
+        for strategy in strategies:
+            query = pb.QueryReflectionsRequest(**asked, strategy=strategy, text=text, task_prefix=text)
             found = await stub.QueryReflections(query)
             seen = [one.reflection_id for one in found.reflections]
             assert seen in ([], [added.reflection_id]), number
@@ -196,7 +197,7 @@ async def test_hostile_text_in_every_field_is_text(
 async def test_text_that_is_not_utf8_is_malformed(embedding: ServiceProcess, client: MemoryClient, scope: str) -> None:
     good = pb.AddReflectionRequest(scope=scope, **(GOOD_ADD | {"text": "MARK"})).SerializeToString()
     async with grpc.aio.insecure_channel(embedding.address) as channel:
-        call = channel.unary_unary("/mulligan.memory.v1.MemoryService/AddReflection")
+        call: Any = channel.unary_unary("/mulligan.memory.v1.MemoryService/AddReflection")
         found = await refusal(call(good.replace(b"MARK", b"\xff\xfe\xc0\x80")))
     assert found.reason == "MALFORMED_MESSAGE"
     assert await client.snapshot(scope) == 0
@@ -226,7 +227,7 @@ async def test_without_an_embedder_meaning_is_refused(without_embedder: pb_grpc.
 async def test_where_callers_bring_embeddings_a_text_alone_is_refused(
     services: ServiceProcesses, acme: dict[str, str], scope: str
 ) -> None:
-    settings = {"database": "notes:desk", "embedder": "given", "given.size": 3}
+    settings: dict[str, Any] = {"database": "notes:desk", "embedder": "given", "given.size": 3}
     server = services.start("memory", environment=acme, **settings)
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = pb_grpc.MemoryServiceStub(channel)

@@ -1,5 +1,4 @@
-"""Checks of `proto/mulligan/memory/v1/memory_service.proto`. Each check writes to its own scope and deletes what it
-wrote."""
+"""Checks of adding, reading, listing and forgetting reflections."""
 
 from __future__ import annotations
 
@@ -9,74 +8,14 @@ from functools import partial
 from typing import Any
 from uuid import uuid4
 
-from mulligan.conformance import common
-from mulligan.conformance.report import Report, Result, Suite, demand, run_suite
-from mulligan.conformance.target import CheckSession, Target, all_pages, gathered
+from mulligan.conformance.memory.scope import Scope
+from mulligan.conformance.report import Suite, demand
+from mulligan.conformance.target import CheckSession, all_pages, gathered
 from mulligan.memory.v1 import memory_service_pb2 as pb
-from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 
 suite: Suite[CheckSession] = Suite()
-LATEST = pb.RETRIEVAL_STRATEGY_LATEST_SUCCESS
-TOP_GAIN = pb.RETRIEVAL_STRATEGY_TOP_GAIN
 SAME_TIME = 8  # calls
 CLOCKS_SECONDS = 600.0  # by which two machines' clocks may differ
-_FIRST = ("GetSnapshot", pb.GetSnapshotRequest(scope="conformance"))
-
-
-class Scope:
-    """A scope with a random name, so that nobody else writes to it."""
-
-    def __init__(self, session: CheckSession) -> None:
-        self.session = session
-        self.name = f"conformance-{uuid4()}"
-
-    def request(self, request_id: str, text: str = "", **origin: Any) -> pb.AddReflectionRequest:
-        provenance = {"run_id": "run", "experience_id": request_id, "environment": "lake", "task_id": "train/1"}
-        given = {"policy_version": 3, "reward_before": 0.0, "reward_after": 1.0, "success": True} | origin
-        return pb.AddReflectionRequest(
-            request_id=request_id,
-            scope=self.name,
-            text=text or request_id,
-            provenance=pb.Provenance(**(provenance | given)),  # type: ignore[arg-type]  # by name
-        )
-
-    async def add(self, request_id: str, text: str = "", **origin: Any) -> pb.AddReflectionResponse:
-        return await self.send(self.request(request_id, text, **origin))
-
-    async def send(self, request: pb.AddReflectionRequest) -> pb.AddReflectionResponse:
-        added: pb.AddReflectionResponse = await self.session.ask("AddReflection", request)
-        self.session.later("DeleteReflection", pb.DeleteReflectionRequest(reflection_id=added.reflection_id))
-        return added
-
-    async def get(self, reflection_id: str) -> pb.StoredReflection:
-        answer = await self.session.ask("GetReflection", pb.GetReflectionRequest(reflection_id=reflection_id))
-        stored: pb.StoredReflection = answer.reflection
-        return stored
-
-    async def delete(self, reflection_id: str) -> int:
-        request = pb.DeleteReflectionRequest(reflection_id=reflection_id)
-        return int((await self.session.ask("DeleteReflection", request)).version)
-
-    def query(self, limit: int = 1, strategy: Any = LATEST, **more: Any) -> pb.QueryReflectionsRequest:
-        fields = {"environment": "lake"} | more
-        return pb.QueryReflectionsRequest(scope=self.name, strategy=strategy, limit=limit, **fields)
-
-    async def found(self, limit: int = 1, strategy: Any = LATEST, **more: Any) -> list[str]:
-        answer = await self.session.ask("QueryReflections", self.query(limit, strategy, **more))
-        return [reflection.text for reflection in answer.reflections]
-
-    async def finds(self, demanded: str, texts: list[str], limit: int = 9, strategy: Any = LATEST, **more: Any) -> None:
-        found = await self.found(limit, strategy, **more)
-        demand(found == texts, f"{demanded}: {texts}", found, self.query(limit, strategy, **more))
-
-    async def snapshot(self) -> tuple[int, int]:
-        answer = await self.session.ask("GetSnapshot", pb.GetSnapshotRequest(scope=self.name))
-        return answer.version, answer.reflection_count
-
-    async def page(self, size: int = 0, token: str = "", deleted: bool = False) -> pb.ListReflectionsResponse:
-        request = pb.ListReflectionsRequest(scope=self.name, page_size=size, page_token=token, include_deleted=deleted)
-        page: pb.ListReflectionsResponse = await self.session.ask("ListReflections", request)
-        return page
 
 
 @suite.check("AddReflection", "what is added is read back whole")
@@ -182,77 +121,6 @@ async def bad_adds(session: CheckSession) -> None:
     demand(await scope.snapshot() == (0, 0), "version 0 with no reflections", f"{await scope.snapshot()}")
 
 
-@suite.check("QueryReflections", "LATEST_SUCCESS finds the latest successful ones of the environment, newest first")
-async def latest(session: CheckSession) -> None:
-    scope = Scope(session)
-    await scope.finds("nothing in an empty scope", [])
-    for text in ("first", "second"):
-        await scope.add(text)
-    await scope.add("failed", reward_after=0.0, success=False)
-    await scope.add("elsewhere", environment="maze")
-    await scope.finds("the latest success", ["second"], 1)
-    await scope.finds("limit 0 means 1", ["second"], 0)
-    await scope.finds("both successes, the latest first", ["second", "first"])
-    await scope.finds("those of the environment alone", ["elsewhere"], environment="maze")
-
-
-@suite.check("QueryReflections", "TOP_GAIN finds the successful ones with the greatest gain; among equals the latest")
-async def top_gain(session: CheckSession) -> None:
-    scope = Scope(session)
-    for number, before in enumerate([0.5, 0.0, 0.25, 0.0]):
-        await scope.add(f"{number}", reward_before=before)
-    await scope.add("failed", reward_before=-9.0, reward_after=0.0, success=False)
-    await scope.finds("by gain, then newest", ["3", "1", "2"], 3, TOP_GAIN)
-    await scope.finds("by gain, then newest", ["3", "1", "2", "0"], 9, TOP_GAIN)
-
-
-@suite.check("QueryReflections", "scopes do not see each other")
-async def scopes(session: CheckSession) -> None:
-    one = Scope(session)
-    other = Scope(session)
-    await one.add("mine")
-    await other.finds("nothing of another scope", [])
-
-
-@suite.check("QueryReflections", "a read as of a version sees exactly that version")
-async def as_of(session: CheckSession) -> None:
-    scope = Scope(session)
-    old = await scope.add("old")
-    await scope.add("new")
-    await scope.delete(old.reflection_id)
-    await scope.finds("nothing at version 0", [], as_of_version=0)
-    await scope.finds("what was there at version 1", ["old"], as_of_version=1)
-    await scope.finds("what was there at version 2", ["new", "old"], as_of_version=2)
-    await scope.finds("what is there now", ["new"])
-    for strategy in (LATEST, TOP_GAIN):
-        answer = await session.ask("QueryReflections", scope.query(9, strategy, as_of_version=2))
-        demand(answer.version == 2, "version 2, which was read", answer)
-    newest = await session.ask("QueryReflections", scope.query(9))
-    demand(newest.version == 3, "version 3, which was read", newest, scope.query(9))
-
-
-@suite.check("QueryReflections", "a version that is not reached yet is OUT_OF_RANGE UNKNOWN_VERSION")
-async def unknown_version(session: CheckSession) -> None:
-    scope = Scope(session)
-    await scope.add("one")
-    await session.refused("QueryReflections", scope.query(as_of_version=2), "OUT_OF_RANGE", "UNKNOWN_VERSION")
-
-
-@suite.check("QueryReflections", "a bad field is INVALID_ARGUMENT INVALID_FIELD and named")
-async def bad_queries(session: CheckSession) -> None:
-    for field, change in (
-        ("scope", {"scope": ""}),
-        ("environment", {"environment": ""}),
-        ("strategy", {"strategy": 0}),
-        ("strategy", {"strategy": 99}),
-        ("limit", {"limit": -1}),
-        ("limit", {"limit": 101}),
-        ("as_of_version", {"as_of_version": -1}),
-    ):
-        good: dict[str, Any] = {"scope": "conformance", "environment": "lake", "strategy": LATEST}
-        await session.bad_field("QueryReflections", pb.QueryReflectionsRequest(**(good | change)), field)
-
-
 @suite.check("GetReflection", "an unknown reflection is NOT_FOUND UNKNOWN_REFLECTION")
 async def unknown(session: CheckSession) -> None:
     request = pb.GetReflectionRequest(reflection_id=f"conformance-{uuid4()}")
@@ -329,20 +197,3 @@ async def snapshots(session: CheckSession) -> None:
         found = await scope.snapshot()
         demand(found == (count, count), f"version {count}, {count} reflections", f"{found}")
     await session.bad_field("GetSnapshot", pb.GetSnapshotRequest(), "scope")
-
-
-common.add_credential(suite, *_FIRST)
-common.add_health(suite)
-common.add_reflection(suite, "mulligan.memory.v1.MemoryService")
-
-
-def target(address: str, **options: Any) -> Target:
-    return Target(address, pb_grpc.MemoryServiceStub, **options)
-
-
-async def check(target: Target, *, only: str = "", on_result: Callable[[Result], None] = lambda result: None) -> Report:
-    """Raises TargetUnreachable."""
-    await target.connect(*_FIRST)
-    report = Report("memory", target.address)
-    await run_suite(report, suite, CheckSession(target), only=only, on_result=on_result)
-    return report
