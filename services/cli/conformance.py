@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, admin_token, service_token
-from mulligan.cli.out import Heartbeat, fail, line, show
+from mulligan.cli.out import Heartbeat, fail, json_safe, line, show
 from mulligan.conformance.report import Report, Result, Verdict
 from mulligan.conformance.target import Target, TargetUnreachable
 
@@ -201,7 +201,7 @@ def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bo
     except KeyboardInterrupt:
         sys.exit(130)
     if as_json:
-        show(json.dumps(report.as_dict(), indent=2, ensure_ascii=False))
+        show(json_safe(json.dumps(report.as_dict(), indent=2, ensure_ascii=False)))
     else:
         print_summary(report)
     sys.exit(0 if report.conforms else 1)

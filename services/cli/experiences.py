@@ -10,7 +10,7 @@ import msgspec
 import typer
 
 from mulligan.cli.connection import DEFAULT_ADDRESSES, TrainerAddress, endpoint, run
-from mulligan.cli.out import fail, show
+from mulligan.cli.out import fail, json_safe, show
 from mulligan.cli.runs import whole_run_id
 from mulligan.common.experience import Experience, Sample
 from mulligan.trainer.client import RunClient
@@ -35,7 +35,8 @@ def experiences(
     if not found:
         fail("no experiences")
     for experience in found:
-        show(msgspec.json.encode(experience).decode() if json else "\n".join(lines(experience)))
+        whole = json_safe(msgspec.json.encode(experience).decode()) if json else "\n".join(lines(experience))
+        show(whole)
 
 
 def _from_folder(journal: Path, step: int | None, limit: int) -> Iterator[Experience]:

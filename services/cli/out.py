@@ -37,6 +37,16 @@ def safe(text: object) -> str:
     )
 
 
+def json_safe(encoded: str) -> str:
+    """The JSON with every control character as an escape of JSON, so that `safe` changes nothing in it."""
+    return "".join(one if one.isprintable() or one == "\n" or one in _JOINERS else _json_escape(one) for one in encoded)
+
+
+def _json_escape(one: str) -> str:
+    units = one.encode("utf-16-be")
+    return "".join(f"\\u{units[place : place + 2].hex()}" for place in range(0, len(units), 2))
+
+
 def console(*, err: bool = False) -> Console:
     """A console for live displays. Print only `Text` made from `safe` text."""
     found = Console(stderr=err, highlight=False, markup=False, emoji=False)

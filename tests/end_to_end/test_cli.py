@@ -79,7 +79,8 @@ def test_the_demo_is_interrupted_and_goes_on_to_its_end(tmp_path: Path) -> None:
 def test_every_command_explains_itself_with_an_example() -> None:
     runner = CliRunner()
     commands = ["demo", "up", "train", "watch", "runs", "stop", "resume", "experiences", "eval"]
-    memory = [["memory", name] for name in ("list", "show", "forget")]
+    entries = ("list", "show", "why", "log", "forget", "erase", "retire", "release", "export", "import")
+    memory = [["memory", name] for name in entries]
     policy = [["policy", name] for name in ("list", "show", "load", "unload", "versions", "rollback")]
     models = [["models", name] for name in ("list", "fetch")]
     for command in [[name] for name in commands] + memory + models + policy:

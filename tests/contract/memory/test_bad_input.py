@@ -172,16 +172,17 @@ async def test_hostile_text_in_every_field_is_text(
         assert (stored.scope, stored.text, stored.key, list(stored.tags)) == (scope + text, text, text, [text])
         assert stored.provenance == origin
         asked: dict[str, Any] = {"scope": scope + text, "environment": text, "key": text, "tags": [text]}
-        strategies: list[Any] = [*range(1, 8)]
-        for strategy in strategies:
-            query = pb.QueryReflectionsRequest(**asked, strategy=strategy, text=text, task_prefix=text)
+        for strategy in range(1, 8):
+            words: dict[str, Any] = {"strategy": strategy, "text": text, "task_prefix": text}
+            query = pb.QueryReflectionsRequest(**(asked | words))
             found = await stub.QueryReflections(query)
             seen = [one.reflection_id for one in found.reflections]
             assert seen in ([], [added.reflection_id]), number
             if strategy in (3, 6, 7):
                 assert seen == [added.reflection_id], (number, strategy)
         trial = pb.Trial(use_keys=[text], holdout=0.5)
-        uses = (await stub.QueryReflections(pb.QueryReflectionsRequest(**asked, strategy=6, trial=trial))).uses
+        explore = pb.QueryReflectionsRequest(**asked, strategy=pb.RETRIEVAL_STRATEGY_EXPLORE, trial=trial)
+        uses = (await stub.QueryReflections(explore)).uses
         assert [use.use_key for use in uses] == [text]
         revise = pb.ReviseReflectionRequest(
             reflection_id=added.reflection_id, request_id=text, expected_revision=1, text=text + text, key=text

@@ -1,0 +1,154 @@
+"""Commands that carry entries from one memory to another: `export`, `import`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from mulligan.cli.connection import DEFAULT_ADDRESSES, MemoryAddress
+from mulligan.cli.memory.entries import Scope, asked
+from mulligan.cli.out import fail, json_safe, note, show, working
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.files import move, temporary_file
+from mulligan.common.reflections import Labels, ReflectionStatus, StoredReflection
+from mulligan.common.tasks import gather_or_cancel
+from mulligan.memory.client import MemoryClient
+
+_AT_ONCE = 32  # calls
+_REQUEST = "import/"  # before the id that an entry had
+
+
+def export(
+    file: Annotated[Path | None, typer.Argument(help="Where to write; the standard output when left out.")] = None,
+    scope: Scope = "",
+    address: MemoryAddress = DEFAULT_ADDRESSES["memory"],
+) -> None:
+    """Write reflections as JSON, one a line, sources before what was made from them. Forgotten ones are left out.
+
+    Example: `mulligan memory export reflections.jsonl --scope demo-1`
+    """
+    with working("reading the memory"):
+        entries = asked(address, lambda client: client.list(scope))
+    if file is None:
+        for entry in entries:
+            show(_line(entry))
+        return
+    with temporary_file(file.absolute().parent) as written:
+        with written.open("w", encoding="utf-8") as opened:
+            opened.writelines(f"{_line(entry)}\n" for entry in entries)
+        move(written, file.absolute())
+    note(f"{len(entries):,} reflections written to {file}")
+
+
+def _line(entry: StoredReflection) -> str:
+    return json_safe(msgspec.json.encode(entry).decode())
+
+
+def import_file(
+    file: Annotated[Path, typer.Argument(help="As `mulligan memory export` wrote it.")],
+    scope: Annotated[str, typer.Option(help="Where to put all of them; each into its own scope when left out.")] = "",
+    address: MemoryAddress = DEFAULT_ADDRESSES["memory"],
+) -> None:
+    """Add the reflections of a file. What is there already is left as it is, so an import can be repeated.
+
+    Evidence is not imported: it is of the attempts of other runs. What was active or quarantined is a candidate again.
+
+    Example: `mulligan memory import reflections.jsonl --scope shared`
+    """
+    entries = _read(file)
+    with working(f"importing {len(entries):,} reflections"):
+        counts = asked(address, lambda client: _Import(client, scope).all(entries))
+    show(f"{counts['added']:,} added, {counts['known']:,} were there already")
+    without = sum(entry.status in (ReflectionStatus.ACTIVE, ReflectionStatus.QUARANTINED) for entry in entries)
+    note(f"evidence is not imported: {without:,} that were active or quarantined are candidates")
+    if counts["sources"]:
+        note(f"{counts['sources']:,} sources were left out: they are not in the file, or were not imported")
+    if counts["changed"]:
+        fail(f"{counts['changed']:,} were imported before with another content, and were left as they are")
+
+
+def _read(file: Path) -> list[StoredReflection]:
+    """Ends the program for a line that is no reflection, or that has a source in a later line."""
+    entries: list[StoredReflection] = []
+    lines: dict[str, int] = {}
+    for number, line in enumerate(file.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = msgspec.json.decode(line, type=StoredReflection)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            fail(f"{file}, line {number}: {error}", 2)
+        if entry.reflection_id in lines:
+            fail(f"{file}, line {number}: {entry.reflection_id!r} was in line {lines[entry.reflection_id]}", 2)
+        lines[entry.reflection_id] = number
+        entries.append(entry)
+    for entry in entries:
+        for source in entry.source_ids:
+            if lines.get(source, 0) >= lines[entry.reflection_id]:
+                fail(f"{file}, line {lines[entry.reflection_id]}: its source {source!r} has to come before it", 2)
+    return entries
+
+
+class _Import:
+    """Adds entries, several at once, each after its sources."""
+
+    def __init__(self, client: MemoryClient, scope: str) -> None:
+        self._client = client
+        self._scope = scope
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._counts: Counter[str] = Counter()
+        self._there: dict[str, set[str]] = {}  # ids, by scope
+        self._ids: dict[str, asyncio.Future[str]] = {}  # from an id in the file to that in the memory
+
+    async def all(self, entries: Iterable[StoredReflection]) -> Counter[str]:
+        """How many were added, known before, known with another content; and how many sources are missing."""
+        moved = [replace(entry, scope=self._scope or entry.scope) for entry in entries]
+        for scope in {entry.scope for entry in moved}:
+            known = await self._client.list(scope, include_deleted=True)
+            self._there[scope] = {entry.reflection_id for entry in known}
+        loop = asyncio.get_running_loop()
+        self._ids = {entry.reflection_id: loop.create_future() for entry in moved}
+        await gather_or_cancel(self._one(entry) for entry in moved)
+        return self._counts
+
+    async def _one(self, entry: StoredReflection) -> None:
+        known = [await self._ids[source] for source in entry.source_ids if source in self._ids]
+        sources = tuple(dict.fromkeys(filter(None, known)))
+        self._counts["sources"] += len(entry.source_ids) - len(sources)
+        async with self._slots:
+            self._ids[entry.reflection_id].set_result(await self._added(entry, sources))
+
+    async def _added(self, entry: StoredReflection, sources: tuple[str, ...]) -> str:
+        """Its id in the memory; empty if another content was imported under it."""
+        there = self._there[entry.scope]
+        if entry.reflection_id in there:  # it was exported from here
+            self._counts["known"] += 1
+            return entry.reflection_id
+        request_id = f"{_REQUEST}{entry.reflection_id}"
+        labels = Labels(entry.kind, entry.key, entry.tags, sources)
+        try:
+            identity = await self._client.add(request_id, entry.scope, entry.text, entry.provenance, labels)
+        except DomainError as error:
+            if error.reason is not Reason.REQUEST_CONFLICT:
+                raise
+            self._counts["changed"] += 1
+            return ""
+        self._counts["known" if identity in there else "added"] += 1
+        if entry.status is ReflectionStatus.RETIRED:
+            await self._retire(identity, request_id)
+        return identity
+
+    async def _retire(self, identity: str, request_id: str) -> None:
+        """Unless somebody changed or forgot it since it was imported."""
+        try:
+            await self._client.revise(identity, request_id, 1, status=ReflectionStatus.RETIRED)
+        except DomainError as error:
+            if error.reason not in (Reason.REVISION_CONFLICT, Reason.UNKNOWN_REFLECTION):
+                raise
