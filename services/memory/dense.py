@@ -1,0 +1,51 @@
+"""Exact search for the nearest embeddings: one matrix per scope, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mulligan.memory.timeline import Timeline, best_first, grown
+
+_ERROR = 1e-4  # more than the error of a product of unit vectors in float32
+
+
+class DenseIndex:
+    """The embeddings of a scope's texts: unit vectors of the same size, or zero. The matrix grows by doubling."""
+
+    def __init__(self) -> None:
+        self.texts = Timeline()
+        self._rows: NDArray[np.float32] = np.zeros((0, 0), np.float32)
+
+    def add(
+        self, text_id: int, position: int, environment: str, begins: int, ends: int | None, embedding: Sequence[float]
+    ) -> None:
+        place = self.texts.add(text_id, position, environment, begins, ends)
+        if place == 0:
+            self._rows = np.zeros((0, len(embedding)), np.float32)
+        if place == len(self._rows):
+            self._rows = grown(self._rows, place)
+        self._rows[place] = embedding
+
+    def nearest(self, version: int, environment: str, embedding: Sequence[float], first: int) -> Iterator[list[int]]:
+        """The positions of all entries of the version, in blocks, the greatest cosine first (`best_first`). Products in
+        float32 choose the candidates. Their order is that of products in float64, each computed by itself, so it does
+        not depend on where the rows lie."""
+        visible = self.texts.visible(version, environment)
+        begun = len(visible)
+        query = np.asarray(embedding, np.float32)
+        rough = (self._rows[:begun] @ query).astype(np.float64) if begun else np.zeros(0)
+        exact = query.astype(np.float64)
+        size = max(first, 1)
+        while visible.any():
+            own = rough[visible]
+            least = np.partition(own, len(own) - size)[len(own) - size] - 2 * _ERROR if len(own) > size else -np.inf
+            near = np.flatnonzero(visible & (rough >= least))
+            scores = (self._rows[near].astype(np.float64) * exact).sum(axis=1)
+            certain = scores >= least + _ERROR if np.isfinite(least) else np.ones(len(near), np.bool_)
+            positions = self.texts.positions[near]
+            yield from best_first(scores, positions, certain, len(near))
+            visible[near[certain]] = False
+            size *= 4

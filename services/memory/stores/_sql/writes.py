@@ -1,0 +1,268 @@
+"""Writes of entries: add, revise, delete, erase. Each makes a version of its scope."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.reflections import ReflectionKind, ReflectionStatus
+from mulligan.memory.evidence import Evidence
+from mulligan.memory.store import Added, NewReflection, Revised, Rewriting, reflection_id, uplift_of
+from mulligan.memory.stores._sql import queries, tags
+from mulligan.memory.stores._sql.queries import Row
+from mulligan.memory.stores._sql.tables import (
+    changes,
+    evidence,
+    pending,
+    reflections,
+    scopes,
+    sources,
+    standings,
+    texts,
+)
+
+ERASED = "erased bytes"  # in `pending`: files may still have some
+_QUARANTINED_COUNTS = 8
+
+
+def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
+    identity = reflection_id(new.scope, new.request_id)
+    if known := _stored_before(db, identity, new):
+        return known
+    origins = _positions(db, new.scope, new.labels.source_ids)
+    scope_id, version = next_version(db, new.scope, entries=1)
+    origin = new.provenance
+    inserted = reflections.insert().values(
+        reflection_id=identity,
+        scope_id=scope_id,
+        kind=new.labels.kind.value,
+        **{name: getattr(origin, name) for name in origin.__slots__},
+        version=version,
+        created_microseconds=now(),
+        standing_id=0,
+    )
+    position = _key(db.execute(inserted))
+    text_id = _open_text(db, scope_id, position, version, new.text, new.embedding, embedder)
+    begun = {
+        "position": position,
+        "scope_id": scope_id,
+        "environment": origin.environment,
+        "success": origin.success,
+        "gain": origin.reward_after - origin.reward_before,
+        "text_id": text_id,
+        "revision": 1,
+        "evidence_since": 1,
+        "status": ReflectionStatus.CANDIDATE.value,
+        "key": new.labels.key,
+        "tags": tags.written(new.labels.tags),
+        **summary(Evidence(), ReflectionStatus.CANDIDATE),
+        "from_version": version,
+    }
+    open_standing(db, begun)
+    if origins:
+        rows = [{"position": position, "place": place, "source": source} for place, source in enumerate(origins)]
+        db.execute(sources.insert(), rows)
+    log(db, scope_id, version, "add", identity, new.actor)
+    return Added(identity, version)
+
+
+def _stored_before(db: sa.Connection, identity: str, new: NewReflection) -> Added | None:
+    """The answer to the first call with this request id, or None. Raises REQUEST_CONFLICT."""
+    wanted = (
+        sa.select(reflections, standings.c.key, standings.c.tags, texts.c.text)
+        .join(standings, standings.c.position == reflections.c.position)
+        .outerjoin(texts, texts.c.id == standings.c.text_id)
+        .where(reflections.c.reflection_id == identity, standings.c.from_version == reflections.c.version)
+    )
+    first = db.execute(wanted).one_or_none()
+    if first is None:
+        return None
+    if first.erased_version is None:
+        labels = new.labels
+        before = (first.text, queries.provenance(first), first.kind, first.key, tags.read(first.tags))
+        same = before == (new.text, new.provenance, labels.kind, labels.key, labels.tags)
+        if not (same and queries.get(db, identity).source_ids == labels.source_ids):
+            message = f"request {new.request_id!r} stored another reflection in scope {new.scope!r}"
+            raise DomainError(Reason.REQUEST_CONFLICT, message)
+    return Added(identity, first.version)
+
+
+def _positions(db: sa.Connection, scope: str, identities: Sequence[str]) -> list[int]:
+    """Raises UNKNOWN_REFLECTION."""
+    wanted = sa.select(reflections.c.reflection_id, reflections.c.position).where(
+        reflections.c.reflection_id.in_(identities), reflections.c.scope_id == queries.scope_number(scope)
+    )
+    found = dict(db.execute(wanted).tuples().all()) if identities else {}
+    for identity in identities:
+        if identity not in found:
+            raise DomainError(Reason.UNKNOWN_REFLECTION, f"no reflection {identity!r} in scope {scope!r}")
+    return [found[identity] for identity in identities]
+
+
+def revise(db: sa.Connection, rewriting: Rewriting, embedder: str | None) -> Revised:
+    old = queries.newest(db, rewriting.reflection_id)
+    if answer := _checked(db, old, rewriting):
+        return answer
+    _, version = next_version(db, old.scope)
+    revision = old.revision + 1
+    given = [name for name in ("text", "key", "tags", "status") if getattr(rewriting, name) is not None]
+    status = rewriting.status or ReflectionStatus(old.status)
+    rewritten = rewriting.text not in (None, old.text)
+    if rewritten and status is not ReflectionStatus.RETIRED:
+        status = ReflectionStatus.CANDIDATE
+    changed: dict[str, Any] = {"revision": revision, "status": status.value}
+    if rewriting.key is not None:
+        changed["key"] = rewriting.key
+    if rewriting.tags is not None:
+        changed["tags"] = tags.written(rewriting.tags)
+    if rewriting.text is not None:
+        db.execute(texts.update().where(texts.c.id == old.text_id).values(until_version=version))
+        text = (rewriting.text, rewriting.embedding, embedder)
+        changed["text_id"] = _open_text(db, old.scope_id, old.position, version, *text)
+    if rewritten or rewriting.status is ReflectionStatus.CANDIDATE:
+        db.execute(evidence.delete().where(evidence.c.position == old.position))
+        changed |= {"evidence_since": revision, **summary(Evidence(), status)}
+    else:
+        changed["tries"] = _tries(old.uses_shown + old.uses_left_out, status)
+    change_standing(db, old.position, version, changed)
+    made = {"revised_by": rewriting.request_id, "revised_version": version}
+    db.execute(reflections.update().where(reflections.c.position == old.position).values(**made))
+    log(db, old.scope_id, version, "revise", old.reflection_id, rewriting.actor, ", ".join(given))
+    return Revised(revision, version)
+
+
+def _checked(db: sa.Connection, old: Row, rewriting: Rewriting) -> Revised | None:
+    """The answer to the same call before, if that made the newest revision. Raises what `Store.revise` does."""
+    if old.deleted_version is not None:
+        raise DomainError(Reason.UNKNOWN_REFLECTION, f"reflection {old.reflection_id!r} was deleted")
+    made = sa.select(reflections.c.revised_by, reflections.c.revised_version)
+    by, version = db.execute(made.where(reflections.c.position == old.position)).one()
+    if by == rewriting.request_id:
+        return Revised(old.revision, version)
+    if rewriting.text is not None and old.kind == ReflectionKind.EPISODE.value:
+        raise DomainError(Reason.RAW_ENTRY, f"reflection {old.reflection_id!r} is an episode: its text stays as it is")
+    if rewriting.expected_revision != old.revision:
+        message = f"reflection {old.reflection_id!r} is at revision {old.revision}, not {rewriting.expected_revision}"
+        raise DomainError(Reason.REVISION_CONFLICT, message, revision=old.revision)
+    return None
+
+
+def delete(db: sa.Connection, identity: str, actor: str) -> int:
+    old = queries.newest(db, identity)
+    if old.deleted_version is not None:
+        return int(old.deleted_version)
+    scope_id, version = next_version(db, old.scope, entries=-1)
+    _close(db, old.position, version)
+    db.execute(reflections.update().where(reflections.c.position == old.position).values(deleted_version=version))
+    log(db, scope_id, version, "delete", identity, actor)
+    return version
+
+
+def erase(db: sa.Connection, identity: str, actor: str) -> int:
+    """The bytes are gone from the tables; `pending` says that the store has to clean its files."""
+    old = queries.newest(db, identity)
+    if old.erased_version is not None:
+        return int(old.erased_version)
+    kept = old.deleted_version is None
+    scope_id, version = next_version(db, old.scope, entries=-1 if kept else 0)
+    if kept:
+        _close(db, old.position, version)
+    gone = {"erased_version": version, "deleted_version": version if kept else old.deleted_version}
+    db.execute(reflections.update().where(reflections.c.position == old.position).values(**gone))
+    db.execute(texts.delete().where(texts.c.position == old.position))
+    db.execute(standings.update().where(standings.c.position == old.position).values(key="", tags="", text_id=0))
+    if not is_pending(db, ERASED):
+        db.execute(pending.insert().values(what=ERASED))
+    log(db, scope_id, version, "erase", identity, actor)
+    return version
+
+
+def is_pending(db: sa.Connection, what: str) -> bool:
+    return db.execute(sa.select(pending).where(pending.c.what == what)).first() is not None
+
+
+def next_version(db: sa.Connection, scope: str, entries: int = 0) -> tuple[int, int]:
+    """The scope's id and its new version. `entries` is what the write adds to their number. The row stays locked until
+    the transaction ends, so versions have no gaps."""
+    step = {"version": scopes.c.version + 1, "entries": scopes.c.entries + entries}
+    made = scopes.update().where(scopes.c.name == scope).values(**step).returning(scopes.c.id, scopes.c.version)
+    row = db.execute(made).one_or_none()
+    if row is None:
+        return _key(db.execute(scopes.insert().values(name=scope, version=1, entries=entries))), 1
+    return row.id, row.version
+
+
+def log(
+    db: sa.Connection, scope_id: int, version: int, action: str, identity: str, actor: str, detail: str = ""
+) -> None:
+    row = {"scope_id": scope_id, "version": version, "action": action, "reflection_id": identity, "actor": actor}
+    db.execute(changes.insert().values(**row, changed_microseconds=now(), detail=detail))
+
+
+def change_standing(db: sa.Connection, position: int, version: int, changed: dict[str, Any]) -> None:
+    """Closes the newest standing and opens one that differs in what changed. That of a deleted entry is open in no
+    version."""
+    newest = sa.select(reflections.c.standing_id).where(reflections.c.position == position).scalar_subquery()
+    old = db.execute(sa.select(standings).where(standings.c.id == newest)).one()
+    if old.until_version is None:
+        db.execute(standings.update().where(standings.c.id == old.id).values(until_version=version))
+    else:
+        changed = {**changed, "until_version": version}
+    kept = {name: value for name, value in old._mapping.items() if name != "id"}
+    open_standing(db, {**kept, **changed, "from_version": version})
+
+
+def open_standing(db: sa.Connection, row: dict[str, Any]) -> None:
+    standing_id = _key(db.execute(standings.insert().values(**row)))
+    changed = reflections.update().where(reflections.c.position == row["position"])
+    db.execute(changed.values(standing_id=standing_id))
+
+
+def summary(of: Evidence, status: ReflectionStatus) -> dict[str, Any]:
+    """What a standing has of the evidence."""
+    uplift = uplift_of(of)
+    if uplift is None:
+        none = dict.fromkeys(("uses_shown", "uses_left_out", "tries"), 0)
+        return {**none, "mean_shown": 0.0, "mean_left_out": 0.0, "uplift": None, "lower": -1.0, "upper": 1.0}
+    return {
+        **{name: getattr(uplift, name) for name in uplift.__slots__},
+        "tries": _tries(uplift.uses_shown + uplift.uses_left_out, status),
+    }
+
+
+def _tries(uses: int, status: ReflectionStatus) -> int:
+    return uses * (_QUARANTINED_COUNTS if status is ReflectionStatus.QUARANTINED else 1)
+
+
+def _close(db: sa.Connection, position: int, version: int) -> None:
+    for table in (standings, texts):
+        is_open = (table.c.position == position, table.c.until_version.is_(None))
+        db.execute(table.update().where(*is_open).values(until_version=version))
+
+
+def _open_text(
+    db: sa.Connection,
+    scope_id: int,
+    position: int,
+    version: int,
+    text: str,
+    embedding: Sequence[float],
+    embedder: str | None,
+) -> int:
+    embedded = {"embedding": list(embedding), "embedder": embedder} if len(embedding) else {}
+    row = {"scope_id": scope_id, "position": position, "text": text, "from_version": version, **embedded}
+    return _key(db.execute(texts.insert().values(**row)))
+
+
+def _key(inserted: sa.CursorResult[Any]) -> int:
+    assert inserted.inserted_primary_key is not None
+    return int(inserted.inserted_primary_key[0])
+
+
+def now() -> int:
+    """Microseconds since 1970."""
+    return time.time_ns() // 1000

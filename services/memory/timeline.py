@@ -1,0 +1,91 @@
+"""The texts of a scope in memory, each with the versions that had it, and the order in which a search returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+NEVER = np.iinfo(np.int64).max
+Floats = NDArray[np.float64]
+Places = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+S = TypeVar("S", bound=np.generic)
+
+
+class Timeline:
+    """Texts in the order of the versions that began with them. A text's place is its number here, from 0. `version` is
+    the version of the scope up to which texts were added and closed."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.version = 0
+        self.positions: Places = np.zeros(0, np.int64)  # of the entries
+        self._begins: Places = np.zeros(0, np.int64)
+        self._ends: Places = np.zeros(0, np.int64)
+        self._environments: Places = np.zeros(0, np.int64)
+        self._numbers: dict[str, int] = {}  # of environments
+        self._places: dict[int, int] = {}  # of texts, by their id
+
+    def add(self, text_id: int, position: int, environment: str, begins: int, ends: int | None) -> int:
+        """Returns the text's place."""
+        place = self.size
+        if place == len(self.positions):
+            names = ("positions", "_begins", "_ends", "_environments")
+            for name in names:
+                setattr(self, name, grown(getattr(self, name), place))
+        self.positions[place] = position
+        self._begins[place] = begins
+        self._ends[place] = NEVER if ends is None else ends
+        self._environments[place] = self._numbers.setdefault(environment, len(self._numbers))
+        self._places[text_id] = place
+        self.size += 1
+        return place
+
+    def close(self, text_id: int, version: int) -> None:
+        """From this version on the text is not there any more."""
+        if (place := self._places.get(text_id)) is not None:
+            self._ends[place] = version
+
+    def close_entry(self, position: int, version: int) -> None:
+        """The same of all texts of an entry."""
+        texts = self.positions[: self.size] == position
+        ends = self._ends[: self.size]
+        ends[texts] = np.minimum(ends[texts], version)
+
+    def begun(self, version: int) -> int:
+        """How many texts had begun at this version: those at the first places."""
+        return int(np.searchsorted(self._begins[: self.size], version, side="right"))
+
+    def visible(self, version: int, environment: str) -> Mask:
+        """(begun,) Which of these texts that version has."""
+        begun = self.begun(version)
+        number = self._numbers.get(environment, -1)
+        visible: Mask = (self._ends[:begun] > version) & (self._environments[:begun] == number)
+        return visible
+
+
+def grown(array: NDArray[S], size: int) -> NDArray[S]:
+    """A copy with room for twice as many rows as `size`."""
+    wider = np.zeros((max(2 * size, 64), *array.shape[1:]), array.dtype)
+    wider[:size] = array[:size]
+    return wider
+
+
+def best_first(scores: Floats, positions: Places, found: Mask, first: int) -> Iterator[list[int]]:
+    """The positions of what was found, in blocks: the greatest scores first, among equals the greatest position. The
+    first block has `first` or more, each later one four times as many."""
+    places = np.flatnonzero(found)
+    size = max(first, 1)
+    while len(places):
+        own = scores[places]
+        if len(places) > size:
+            least = np.partition(own, len(places) - size)[len(places) - size]
+            block, places = places[own >= least], places[own < least]
+        else:
+            block, places = places, places[:0]
+        order = np.lexsort((-positions[block], -scores[block]))
+        yield [int(position) for position in positions[block[order]]]
+        size *= 4
