@@ -200,8 +200,10 @@ class Trained:
 class Experience:
     """One member of a group: a tree of samples in the order of sampling, and the targets that were made of them.
 
-    `memory_entry_ids` are the entries of the reflection memory that its samples were shown. `untrained` has keywords
-    that say why a target could not be made. `trained` is what the learner was given of it; empty while its step runs.
+    `memory_entry_ids` are the entries of the reflection memory that its samples were shown. `memory_use_id` is the use
+    of them that was drawn for it and read, `memory_left_out_id` the entry that this use left out; both may be empty.
+    `untrained` has keywords that say why a target could not be made. `trained` is what the learner was given of it;
+    empty while its step runs.
     """
 
     experience_id: str
@@ -216,6 +218,8 @@ class Experience:
     untrained: tuple[str, ...] = ()
     algorithm: str = "erl"
     trained: tuple[Trained, ...] = ()
+    memory_use_id: str = ""
+    memory_left_out_id: str = ""
 
     def __getitem__(self, role: str) -> Sample:
         """The first sample of the role. Raises KeyError."""

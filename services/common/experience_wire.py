@@ -32,6 +32,8 @@ def experience_to_proto(experience: domain.Experience) -> pb.Experience:
         trained=[_trained_to_proto(trained) for trained in experience.trained],
         algorithm=experience.algorithm,
         untrained=experience.untrained,
+        memory_use_id=experience.memory_use_id,
+        memory_left_out_id=experience.memory_left_out_id,
     )
     _fill_parts(message, experience)
     return message
@@ -53,6 +55,8 @@ def experience_from_proto(message: pb.Experience) -> domain.Experience:
         untrained=tuple(message.untrained),
         algorithm=message.algorithm or "erl",
         trained=tuple(_trained_from_proto(trained) for trained in message.trained),
+        memory_use_id=message.memory_use_id,
+        memory_left_out_id=message.memory_left_out_id,
     )
 
 

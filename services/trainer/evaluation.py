@@ -1,4 +1,5 @@
-"""Evaluation: first attempts, without a reflection in context: the policy as it is deployed. Then the protocols."""
+"""Evaluation: first attempts, as the policy is deployed: without a reflection in context, unless the run's first
+attempts read the memory. Then the protocols."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ class ProtocolFailed(RuntimeError):
 async def evaluate(player: Player) -> list[Sample]:
     """Plays each task `settings.samples` times."""
     samples = player.settings.samples
+    await player.read()
     player.begin(expected=len(player.tasks) * samples)
     return await gather_or_cancel(player.attempt(task, sample) for task in player.tasks for sample in range(samples))
 

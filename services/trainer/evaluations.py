@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
@@ -15,7 +15,8 @@ from mulligan.trainer.activity import CurrentActivity
 from mulligan.trainer.evaluation import evaluate, measure
 from mulligan.trainer.events import EventLog
 from mulligan.trainer.player import Player
-from mulligan.trainer.sampling import PublishedPolicy
+from mulligan.trainer.recall import Recall
+from mulligan.trainer.sampling import PublishedPolicy, ServedPolicy
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.trainable import prompt_notices
 
@@ -27,7 +28,7 @@ class Evaluations:
 
     With an `evaluator`, a second policy that is given the weights of `actor`, an evaluation runs beside training;
     `begin` waits only for the evaluation before. Otherwise it waits until the policy was measured. `tell` takes
-    notices. Leaving the block ends what is under way.
+    notices, and `recall` gives what first attempts read of the memory now. Leaving the block ends what is under way.
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class Evaluations:
         run_id: str,
         settings: RunSettings,
         players: Mapping[str, Player],
-        actor: PublishedPolicy,
+        actor: PublishedPolicy | ServedPolicy,
         evaluator: PublishedPolicy | None,
         events: EventLog,
         activity: CurrentActivity,
         tell: Callable[[list[str]], None],
+        recall: Callable[[], Awaitable[Recall | None]],
     ):
         self._run_id = run_id
         self._settings = settings
@@ -49,6 +51,7 @@ class Evaluations:
         self._events = events
         self._activity = activity
         self._tell = tell
+        self._recall = recall
         self._beside: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Evaluations:
@@ -93,6 +96,7 @@ class Evaluations:
                 )
             await self._measure(trained, missing)
             return
+        assert isinstance(self._actor, PublishedPolicy), "a run without a learner has no evaluator"
         await self._evaluator.publish_as(self._actor)
         self._beside = asyncio.create_task(self._measure(trained, missing), name=f"evaluation after step {trained}")
 
@@ -103,11 +107,12 @@ class Evaluations:
             self._beside.result()
 
     async def _measure(self, trained: int, missing: Sequence[tuple[int, str]]) -> None:
+        recall = await self._recall()
         for place, environment in missing:
             player = self._players[environment]
             log.info("evaluating", run_id=self._run_id, step=trained, environment=environment, tasks=len(player.tasks))
             name = f"{self._run_id}-evaluation-{trained}" + (f"-e{place}" if place else "")
-            named = replace(player, name=name)
+            named = replace(player, name=name, recall=recall)
             if self._evaluator is None:
                 self._activity.begin("evaluating attempts", partial(_counted, named))
             attempts = await evaluate(named)

@@ -273,6 +273,15 @@ class Harness:
             policy=speaker.name if speaker else "",
         )
 
+    async def observe(self, task_id: str, name: str) -> str | None:
+        """The first observation of the task. None where the environment failed. `name` begins the episode's id."""
+        try:
+            episode = await self.environment.start(self.info.name, task_id, f"{name}-{self.incarnation}")
+        except (DomainError, CallFailed):
+            return None
+        await _end(episode)
+        return episode.observation
+
     async def prompts_of(self, episode: Sample, system: str, like: Sample | None = None) -> list[tuple[int, ...]]:
         """The token ids of the prompt that each sequence of an episode has under the system prompt `system`.
 

@@ -21,7 +21,7 @@ from mulligan.common.inference import (
     SamplingParams,
     WeightsKind,
 )
-from mulligan.common.reflections import Provenance, ReflectionQuery, Retrieved, Trial
+from mulligan.common.reflections import Labels, Provenance, ReflectionQuery, Retrieved, Trial, UseOutcome
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Split, TaskInfo
 from mulligan.trainer.data import Datum, ModelLimits
 from mulligan.trainer.settings import LossSettings
@@ -91,10 +91,17 @@ class MemoryPort(Protocol):
     async def snapshot(self, scope: str) -> int:
         """The scope's version."""
 
-    async def query(self, query: ReflectionQuery, trial: Trial | None = None) -> Retrieved: ...
+    async def query(self, query: ReflectionQuery, trial: Trial | None = None) -> Retrieved:
+        """Raises DomainError SNAPSHOT_REDACTED (metadata `version`: the oldest that can be read), NO_EMBEDDER, and
+        REQUEST_CONFLICT where a key of the trial was drawn for other entries."""
 
-    async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
+    async def add(
+        self, request_id: str, scope: str, text: str, provenance: Provenance, labels: Labels | None = None
+    ) -> str:
         """Returns the reflection's id. A repeated request id changes nothing."""
+
+    async def report(self, outcomes: Sequence[UseOutcome]) -> int:
+        """Returns how many uses counted: each counts once. Raises DomainError UNKNOWN_USE, and records none."""
 
 
 class LearnerPort(Protocol):

@@ -91,6 +91,8 @@ class ExperienceCompleted(msgspec.Struct, frozen=True, tag="experience_completed
     targets: list[TrainingTarget]
     memory_entry_ids: list[str]
     untrained: list[str]
+    memory_use_id: str = ""
+    memory_left_out_id: str = ""
 
 
 class StepTrained(msgspec.Struct, frozen=True, tag="trained"):
@@ -204,6 +206,8 @@ class StepJournal:
             targets=list(experience.targets),
             memory_entry_ids=list(experience.memory_entry_ids),
             untrained=list(experience.untrained),
+            memory_use_id=experience.memory_use_id,
+            memory_left_out_id=experience.memory_left_out_id,
         )
         if record != self._experiences.get(experience.experience_id):
             self._append(record)
@@ -302,6 +306,8 @@ def _joined(
         untrained=tuple(record.untrained),
         algorithm=record.algorithm,
         trained=tuple(datum for source_id in ids for datum in trained.get(source_id, ())),
+        memory_use_id=record.memory_use_id,
+        memory_left_out_id=record.memory_left_out_id,
     )
 
 

@@ -23,6 +23,7 @@ from mulligan.trainer.harness import Harness
 from mulligan.trainer.metrics import EvaluationProgress
 from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import check_environment, check_tasks, check_top_k
+from mulligan.trainer.recall import newest
 from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
 from mulligan.trainer.sampling import NamedPolicy
@@ -166,11 +167,13 @@ class RunManager:
         await cancel(self._active)
 
     async def publish(self, run_id: str) -> None:
-        """Makes the run's actor serve the run's last checkpoint.
+        """Makes the run's actor serve the run's last checkpoint. A run without a learner has no weights to serve.
 
         Raises CHECKPOINT_NOT_FOUND, LEARNER_OWNED, and the errors of preflight.
         """
         run = self.run(run_id)
+        if not run.settings.trains:
+            return
         checkpoint = run.folder.checkpoint()
         if checkpoint is None:
             raise DomainError(Reason.CHECKPOINT_NOT_FOUND, f"run {run_id} has no checkpoint yet")
@@ -197,7 +200,8 @@ class RunManager:
         run_id: str = "",
         tell: Callable[[EvaluationProgress], None] = lambda progress: None,
     ) -> tuple[EvaluationEvent, int]:
-        """Evaluates a policy as it serves now, or a run's actor after `publish`. Returns the result and its version.
+        """Evaluates a policy as it serves now, or a run's actor after `publish`, with the run's memory where its first
+        attempts read it. Returns the result and its version.
 
         Raises UNKNOWN_POLICY, INVALID_SETTING, ENVIRONMENT_CHANGED.
         """
@@ -216,7 +220,8 @@ class RunManager:
         check_top_k(named.info, settings.top_k, "top_k")
         harness = Harness(port, named, info, named.info, "0", rollout.max_restarts)
         name = f"evaluation-{os.urandom(4).hex()}"
-        player = Player(harness, tasks, settings, rollout, seed, threshold, writers, name, tell)
+        recall = None if run is None else await newest(self._services.memory, run.settings, run_id)
+        player = Player(harness, tasks, settings, rollout, seed, threshold, writers, name, tell, recall=recall)
         try:
             attempts = await evaluate(player)
             for text in prompt_notices(attempts):

@@ -8,18 +8,19 @@ from typing import Generic, Protocol, TypeVar
 
 from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget, Turn
 from mulligan.common.inference import SamplingParams
-from mulligan.common.reflections import StoredReflection
+from mulligan.common.reflections import StoredReflection, Use
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import Broadcast, PrioritySlots
 from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet
 from mulligan.trainer.harness import Harness, Plan
+from mulligan.trainer.memory_settings import MemoryWrites
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import AlgorithmSettings, RolloutSettings
-from mulligan.trainer.texts import reflection_in, reflection_request
+from mulligan.trainer.texts import first_system, reflection_in, reflection_request
 from mulligan.trainer.trainable import NotDistilled, never_fits, with_usable_reward
 
 S_co = TypeVar("S_co", bound=AlgorithmSettings, covariant=True)
-_MAX_MEMORY_BYTES = 2**20  # of AddReflectionRequest
+MAX_MEMORY_BYTES = 2**20  # of AddReflectionRequest
 
 
 class Recorder(Protocol):
@@ -73,8 +74,9 @@ class Member(Generic[S_co]):
     """One member of a group. It plays one experience: what its helpers sample is recorded, and found again after a
     restart, so `play` must call them in an order that depends on nothing but their results.
 
-    `rollout` is its index in the group, from 0. `step` counts from 0 to `steps` - 1. `memory` is what the reflection
-    memory had at the start of the step, `info` what the environment says of itself.
+    `rollout` is its index in the group, from 0. `step` counts from 0 to `steps` - 1. `memory` are the entries of the
+    reflection memory that it may be shown, as they were at the start of the step; `use` is the use of them that was
+    drawn for it, and the entry that this leaves out is not among them. `info` is what the environment says of itself.
     """
 
     experience_id: str
@@ -91,6 +93,8 @@ class Member(Generic[S_co]):
     peers: Peers
     slots: PrioritySlots
     horizon: int | None = None  # turns of an episode at most, beside the environment's limit
+    use: Use | None = None
+    has_read: bool = False  # what `memory` has, or has not
     targets: list[TrainingTarget] = field(default_factory=list)
     lessons: list[Lesson] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
@@ -121,7 +125,8 @@ class Member(Generic[S_co]):
         tries: int = 1,
         again: str = "{observation}",
     ) -> Sample:
-        """Plays the task from its start, under the system prompt `system`: the environment's solver prompt if None.
+        """Plays the task from its start, under the system prompt `system`: the environment's solver prompt if None. The
+        member's first sample then reads the memory, if first attempts do (`memory_readers`).
 
         With `tries` above 1, what did not solve the task is followed by another try in the same conversation; `again`
         is its first message, with `{feedback}` and `{observation}`. The reward is that of the last try, and None where
@@ -129,7 +134,10 @@ class Member(Generic[S_co]):
         """
         solved_at = self.settings.success_threshold
         plan = Plan(self.task_id, self._attempt_sampling, 0, tries, again, solved_at, self.horizon)
-        return await self._play(role, self.prompts.solver if system is None else system, parent, plan)
+        if system is None:
+            reads = self.settings.memory_readers.play and not self.samples
+            system = first_system(self._read(), self.prompts) if reads else self.prompts.solver
+        return await self._play(role, system, parent, plan)
 
     async def fork(self, role: str, episode: Sample, turn: int, *, parent: Sample | None = None) -> Sample:
         """Plays on from the state that `episode` was in after `turn` turns from the start of the task, in its
@@ -165,12 +173,18 @@ class Member(Generic[S_co]):
 
     async def reflect(self, role: str, on: Sample, *, texts: Sequence[str] | None = None) -> Sample:
         """Δ ~ π(·|x, y, f, r, m): what the reflector (`policies.reflector`, else the policy itself) learns from the
-        episode `on`. `texts` stand in its prompt as memory, the entries of `memory` if None."""
+        episode `on`. `texts` stand in its prompt as memory; if None the entries of `memory`, if reflectors read them
+        (`memory_readers`)."""
         if texts is None:
-            texts = [entry.text for entry in self.memory]
-            self.shown = [entry.reflection_id for entry in self.memory]
+            texts = self._read() if self.settings.memory_readers.reflect else ()
         user = reflection_request(on, self.prompts, texts)
         return await self.write(role, user, system=self.prompts.reflection_system, parent=on)
+
+    def _read(self) -> list[str]:
+        """The texts of the memory, which a sample is now shown."""
+        self.has_read = True
+        self.shown = [entry.reflection_id for entry in self.memory]
+        return [entry.text for entry in self.memory]
 
     async def write(
         self, role: str, user: str, *, system: str = "", parent: Sample | None = None, speaker: str = "reflector"
@@ -199,12 +213,14 @@ class Member(Generic[S_co]):
     async def under(
         self, role: str, episode: Sample, *, system: str | None = None, like: Sample | None = None
     ) -> TrainingTarget | None:
-        """The episode's tokens under another system prompt, the solver prompt if None, for training. `like` is an
-        episode that was played under that prompt.
+        """The episode's tokens under another system prompt, the solver prompt if None, for training. Where `like` is an
+        episode that was played under that prompt, its prompt is the same.
 
         None where an episode's prompts cannot be known; the reason is counted.
         """
         system = self.prompts.solver if system is None else system
+        if like is not None and like.system not in (system, ""):  # in journals of old it is not known: the deployed one
+            like = None
         try:
             prompts = await self.harness.prompts_of(episode, system, like)
         except NotDistilled as error:
@@ -246,11 +262,13 @@ class Member(Generic[S_co]):
         return self.samples[place]
 
     def remember(self, text: Sample, *, before: float | None, after: float | None) -> None:
-        """Puts the text into the memory at the end of the step, if it is complete (the policy ended it, not a limit),
-        not empty, and no longer than the memory's contract allows."""
+        """Puts the text into the memory at the end of the step, if the attempt after it solved the task; with
+        `memory_writes = "all"` in any case. The text must be complete (the policy ended it, not a limit), not empty,
+        and no longer than the memory's contract allows."""
         if before is None or after is None or text.outcome is not Outcome.COMPLETED:
             return
-        if 0 < len(text.text.encode()) <= _MAX_MEMORY_BYTES:
+        wanted = self.settings.memory_writes is MemoryWrites.ALL or reaches(after, self.settings.success_threshold)
+        if wanted and 0 < len(text.text.encode()) <= MAX_MEMORY_BYTES:
             self.lessons.append(Lesson(text, before, after))
 
     def ended(self) -> None:

@@ -14,7 +14,7 @@ from mulligan.trainer.folder import RunFolder
 from mulligan.trainer.journal import SamplingBegan, StepJournal, StepStarted, set_aside
 from mulligan.trainer.rounds import Chooser, SampledStep, sample_rounds
 from mulligan.trainer.run_environment import EnvironmentChanged, RunEnvironments, RunTasks
-from mulligan.trainer.sampling import PublishedPolicy
+from mulligan.trainer.sampling import PublishedPolicy, ServedPolicy
 from mulligan.trainer.step import StepRunner
 
 
@@ -58,7 +58,7 @@ class Pipeline:
     def __init__(
         self,
         runner: StepRunner,
-        policy: PublishedPolicy,
+        policy: PublishedPolicy | ServedPolicy,
         environments: RunEnvironments,
         tasks: Mapping[str, RunTasks],
         chooser: Chooser,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 
-from mulligan.common.errors import CallFailed, DomainError
 from mulligan.common.experience import Sample
 from mulligan.common.inference import SamplingParams
 from mulligan.common.rewards import reaches
@@ -16,9 +14,11 @@ from mulligan.common.tasks import PrioritySlots
 from mulligan.common.types import EnvironmentInfo, TaskInfo
 from mulligan.trainer.harness import Harness, Plan
 from mulligan.trainer.metrics import EvaluationProgress
+from mulligan.trainer.recall import Reader, Recall
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
+from mulligan.trainer.texts import first_system
 
 _BEFORE_ROLLOUTS = -1  # priority: those of rollouts are the numbers of their steps
 
@@ -33,6 +33,7 @@ class Player:
 
     `writers` are other policies that write texts, by the protocol for which they do. `tell` gets the progress when
     something has ended. `slots` are shared with the rollouts of training, and evaluations come first; own ones if None.
+    `recall` is where first attempts read the memory; None if they read nothing.
     """
 
     harness: Harness
@@ -45,9 +46,11 @@ class Player:
     name: str = "evaluation"
     tell: Callable[[EvaluationProgress], None] = lambda progress: None
     slots: PrioritySlots | None = None
+    recall: Recall | None = None
     progress: EvaluationProgress = field(init=False)
     _slots: PrioritySlots = field(init=False)
     _places: dict[str, int] = field(init=False)
+    _systems: dict[str, str] = field(init=False, default_factory=dict)  # of first attempts that read, by task
     _played: dict[tuple[Plan, str], Sample] = field(init=False, default_factory=dict)
     _count: Counter[str] = field(init=False, default_factory=Counter)
 
@@ -55,6 +58,16 @@ class Player:
         self._slots = self.slots or PrioritySlots(self.rollout.concurrency)
         self._places = {task.task_id: place for place, task in enumerate(self.tasks)}
         self.progress = EvaluationProgress(0, self.threshold)
+
+    async def read(self) -> None:
+        """Retrieves what first attempts read. Called before they are played."""
+        if self.recall is None:
+            return
+        readers = [Reader(self.harness, task.task_id, self._new_id(task, "o")) for task in self.tasks]
+        found = await self.recall.read(readers, self._slots, _BEFORE_ROLLOUTS)
+        for task, one in zip(self.tasks, found, strict=True):
+            texts = [entry.text for entry in one.reflections]
+            self._systems[task.task_id] = first_system(texts, self.info.prompts)
 
     def begin(self, protocol: str = "", expected: int = 0) -> None:
         """The progress is now that of this protocol, which samples at least `expected` times."""
@@ -86,7 +99,8 @@ class Player:
     ) -> Sample:
         """Attempt number `sample` at the task. Its reward is None where the infrastructure failed.
 
-        `system` is the system prompt, the environment's solver prompt if None. `shown` stands in the place of the
+        `system` is the system prompt; if None, that of a first attempt: the environment's solver prompt, unless first
+        attempts read the memory. `shown` stands in the place of the
         first observation. `said` changes each answer of the policy before the environment reads it. The evaluation's
         settings decide how tokens are sampled, unless `temperature`, `top_p` or `top_k` are given.
 
@@ -106,7 +120,7 @@ class Player:
         seed = derive_seed(self.seed, "evaluation", task.task_id, sample)
         solved_at = self.threshold if until_solved else inf
         plan = Plan(task.task_id, sampling, seed, tries, again, solved_at, shown=shown, said=said)
-        system = self.info.prompts.solver if system is None else system
+        system = self._systems.get(task.task_id, self.info.prompts.solver) if system is None else system
         if (plan, system) in self._played:
             return self._played[plan, system]
         blank = Sample.planned(self._new_id(task, f"r{sample}"), "first", system)
@@ -135,17 +149,10 @@ class Player:
 
     async def observe(self, task: TaskInfo) -> str | None:
         """The first observation of the task. None where the environment failed, which counts as excluded."""
-        environment = self.harness.environment
-        episode_id = f"{self._new_id(task, 'o')}-{self.harness.incarnation}"
         async with self._slots.held(_BEFORE_ROLLOUTS):
-            try:
-                episode = await environment.start(self.info.name, task.task_id, episode_id)
-            except (DomainError, CallFailed):
-                self.progress.excluded += 1
-                return None
-            with suppress(DomainError, CallFailed):
-                await episode.end()
-        return episode.observation
+            observation = await self.harness.observe(task.task_id, self._new_id(task, "o"))
+        self.progress.excluded += observation is None
+        return observation
 
     def _asked(self) -> None:
         self.progress.asked += 1

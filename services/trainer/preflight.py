@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 
 from pydantic import BaseModel
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Feature, PolicyInfo
+from mulligan.common.reflections import RetrievalStrategy
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EnvironmentInfo, Split, TaskInfo
 from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
+from mulligan.trainer.interfaces import MemoryPort
 from mulligan.trainer.loss_terms import KlReference, MismatchCorrection
+from mulligan.trainer.recall import query_of
 from mulligan.trainer.settings import RunSettings
 
 # Settings that mean something only with some values of another one of their table.
@@ -51,8 +55,6 @@ def check_actor(
         raise _invalid(field, f"policy {info.name!r} ({info.backend}) cannot be trained: no {missing[0]}")
     if info.frozen:
         raise _invalid(field, f"policy {info.name!r} is frozen, and this run would update its weights")
-    if settings.deterministic and not info.deterministic:
-        raise _invalid("deterministic", "the policy service is not deterministic itself")
     if info.fingerprint != fingerprint:
         source = settings.model.source
         name = info.name or "NAME"
@@ -62,10 +64,36 @@ def check_actor(
             f"(`mulligan policy load {name} --model {source}`), or have the run train what is served (model.source)",
         )
     _check_dtype(info, settings.model.dtype)
+    check_sampling(info, settings)
     if settings.model.lora is not None:
         _check_lora(info, settings.model.lora.rank, adapted_layers)
+
+
+def check_sampling(info: PolicyInfo, settings: RunSettings) -> None:
+    """Checks that the policy can sample as the run's settings say."""
+    if settings.deterministic and not info.deterministic:
+        raise _invalid("deterministic", "the policy service is not deterministic itself")
     check_top_k(info, settings.rollout.top_k, "rollout.top_k")
     check_top_k(info, settings.evaluation.top_k, "evaluation.top_k")
+
+
+async def check_memory(memory: MemoryPort, settings: RunSettings, scope: str) -> None:
+    """Asks the memory once as the run will, if it asks by more than what writers claim.
+
+    Raises DomainError INVALID_SETTING for a strategy that the service lacks an embedder for.
+    """
+    algorithm = settings.algorithm
+    if algorithm.memory_entries == 0 or algorithm.by_claims:
+        return
+    try:
+        await memory.query(replace(query_of(algorithm, scope, settings.environment), text="a question"))
+    except DomainError as error:
+        if error.reason is not Reason.NO_EMBEDDER:
+            raise
+        by_meaning = RetrievalStrategy.SIMILAR_MEANING
+        field = next(field for field, strategy in algorithm.strategies if strategy is by_meaning)
+        problem = f'the memory service has no embedder, which "{by_meaning}" needs; expected another strategy'
+        raise _invalid(f"algorithm.{field}", problem) from error
 
 
 def idle_notices(settings: RunSettings) -> list[str]:
@@ -81,6 +109,10 @@ def idle_notices(settings: RunSettings) -> list[str]:
     algorithm = settings.algorithm
     if "normalize_by_std" in algorithm.advantage_settings and _is_given(algorithm, "normalize_by_std"):
         found.append("algorithm.normalize_by_std: it has no effect, as algorithm.advantage_settings has it, too")
+    if algorithm.memory_entries == 0:
+        read = ("memory_strategy", "memory_mix", "memory_tokens", "memory_holdout", "memory_readers", "memory_family")
+        given = [setting for setting in read if _is_given(algorithm, setting)]
+        found += [f"algorithm.{setting}: it has no effect with algorithm.memory_entries = 0" for setting in given]
     return found
 
 

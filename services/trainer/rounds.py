@@ -141,6 +141,12 @@ class SampledStep:
     rounds: list[Round]
     metrics: dict[str, float]
 
+    @property
+    def replaced(self) -> list[Experience]:
+        """Those that are not trained on."""
+        kept = {experience.experience_id for experience in self.kept}
+        return [experience for experience in self.experiences if experience.experience_id not in kept]
+
 
 async def sample_rounds(runner: StepRunner, journal: StepJournal, chooser: Chooser) -> SampledStep:
     """Plays the rounds of the step that the journal says was started. What the journal has is neither chosen nor

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -31,13 +32,16 @@ from mulligan.trainer.preflight import (
     check_actor,
     check_algorithm,
     check_environment,
+    check_memory,
     check_other,
+    check_sampling,
     idle_notices,
     named_by,
 )
+from mulligan.trainer.recall import newest, scope_of
 from mulligan.trainer.rounds import Chooser
 from mulligan.trainer.run_environment import RunEnvironments, RunTasks
-from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy
+from mulligan.trainer.sampling import NamedPolicy, PublishedPolicy, ServedPolicy
 from mulligan.trainer.settings import RunSettings
 from mulligan.trainer.step import StepRunner
 from mulligan.trainer.trainable import drop_notices, prompt_notices
@@ -53,7 +57,8 @@ _SPARE_BYTES = 2**18
 
 @dataclass(frozen=True)
 class ServicePorts:
-    """The four ports of a run. `open_learner` takes (run id, settings) and creates a learner that the run owns.
+    """The four ports of a run. `open_learner` takes (run id, settings) and creates a learner that the run owns; a run
+    with `learner = "none"` never calls it.
     `upload` brings weights to a policy service that does not see the trainer's files; None if it sees them."""
 
     environment: EnvironmentPort
@@ -63,17 +68,23 @@ class ServicePorts:
     upload: Upload | None = None
 
     async def actor(
-        self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None]
-    ) -> PublishedPolicy:
-        """The policy that the run trains. Raises DomainError INVALID_SETTING, MODEL_MISMATCH or UNKNOWN_POLICY."""
-        return await self._published("actor", settings, learner, notice)
+        self, settings: RunSettings, learner: LearnerPort | None, notice: Callable[[str], None]
+    ) -> PublishedPolicy | ServedPolicy:
+        """The policy that the run trains, or only plays without a learner. Raises DomainError INVALID_SETTING,
+        MODEL_MISMATCH or UNKNOWN_POLICY."""
+        if learner is not None:
+            return await self._published("actor", settings, learner, notice)
+        with named_by("policies.actor"):
+            found = await NamedPolicy.open(self.policy, settings.policies.actor)
+        check_sampling(found.info, settings)
+        return ServedPolicy(found)
 
     async def evaluator(
-        self, settings: RunSettings, learner: LearnerPort, notice: Callable[[str], None], actor: PolicyInfo
+        self, settings: RunSettings, learner: LearnerPort | None, notice: Callable[[str], None], actor: PolicyInfo
     ) -> PublishedPolicy | None:
         """The policy that evaluations measure in place of the actor; None if that is the actor itself. Raises as
         `actor` does."""
-        if not settings.policies.evaluator:
+        if learner is None or not settings.policies.evaluator:
             return None
         found = await self._published("evaluator", settings, learner, notice)
         check_other("evaluator", found.info, actor, "training waits for evaluations")
@@ -105,9 +116,10 @@ class Run:
 
     It opens the environments and compares them with the run's fingerprints, creates the learner, loads the last
     checkpoint, and publishes the weights. Each `_step` then samples (with the journal as recorder), learns, publishes,
-    memorises and writes its metrics. With `rollout.max_staleness` later steps are sampled meanwhile (`Pipeline`).
-    Evaluations and checkpoints come between steps (`Evaluations`). Where the learner is lost or a disk is full,
-    `train` begins again at the last checkpoint; the journal has what was sampled since.
+    memorises and writes its metrics. With `learner = "none"` it leaves out what needs a learner. With
+    `rollout.max_staleness` later steps are sampled meanwhile (`Pipeline`). Evaluations and checkpoints come between
+    steps (`Evaluations`). Where the learner is lost or a disk is full, `train` begins again at the last checkpoint; the
+    journal has what was sampled since.
 
     `paused` says what the run waits for; "" while it trains. With `accept_environment`, the run goes on although the
     environment has changed.
@@ -195,14 +207,18 @@ class Run:
         await self.environments.settle(tasks, self.notice, accept=self.accept_environment)
         self.accept_environment = False
         chooser = await self._chooser(tasks)
-        self.activity.begin("creating the learner")
-        log.info("creating the learner", run_id=self.run_id, model=self.settings.model.source)
-        learner = await self.services.open_learner(self.run_id, self.settings)
+        await check_memory(self.services.memory, self.settings, scope_of(self.settings, self.run_id))
+        learner = None
+        if self.settings.trains:
+            self.activity.begin("creating the learner")
+            log.info("creating the learner", run_id=self.run_id, model=self.settings.model.source)
+            learner = await self.services.open_learner(self.run_id, self.settings)
         try:
             await self._train_with(learner, tasks, chooser)
         finally:
             self.activity.begin("")
-            await learner.close()
+            if learner is not None:
+                await learner.close()
 
     async def _chooser(self, tasks: Mapping[str, RunTasks]) -> Chooser:
         """Goes back to the last checkpoint. Raises what `Chooser.choose` raises where the sampler cannot choose."""
@@ -215,7 +231,7 @@ class Run:
             chooser.choose(self.step)
         return chooser
 
-    async def _train_with(self, learner: LearnerPort, tasks: Mapping[str, RunTasks], chooser: Chooser) -> None:
+    async def _train_with(self, learner: LearnerPort | None, tasks: Mapping[str, RunTasks], chooser: Chooser) -> None:
         settings = self.settings
         services = self.services
         actor = await services.actor(settings, learner, self.notice)
@@ -223,7 +239,7 @@ class Run:
             check_environment(tasks[name].info, actor.info, field)
         speakers = await services.speakers(settings, actor.info)
         checkpoint = self.folder.checkpoint()
-        if checkpoint is not None:
+        if checkpoint is not None and learner is not None:
             await learner.load_checkpoint(checkpoint.name)
         incarnation = uuid.uuid4().hex[:8]
         restarts = settings.rollout.max_restarts
@@ -240,10 +256,17 @@ class Run:
         pipeline = Pipeline(runner, actor, self.environments, tasks, chooser, self.folder)
         players = await self._players(harnesses, tasks, evaluator, pipeline)
         evaluations = Evaluations(
-            self.run_id, settings, players, actor, evaluator, self.events, self.activity, self._notice_once
+            self.run_id,
+            settings,
+            players,
+            actor,
+            evaluator,
+            self.events,
+            self.activity,
+            self._notice_once,
+            partial(newest, services.memory, settings, self.run_id),
         )
-        self.activity.begin("publishing the weights")
-        await actor.publish()
+        await self._publish(actor)
         if checkpoint is None:
             await self._save(runner, 0)
         async with evaluations, pipeline:
@@ -253,7 +276,11 @@ class Run:
             self._finished = True
 
     async def _loop(
-        self, runner: StepRunner, actor: PublishedPolicy, pipeline: Pipeline, evaluations: Evaluations
+        self,
+        runner: StepRunner,
+        actor: PublishedPolicy | ServedPolicy,
+        pipeline: Pipeline,
+        evaluations: Evaluations,
     ) -> None:
         """Steps, evaluations, checkpoints. An evaluation that runs beside training is over before the next one and
         before a checkpoint of a later step, so that a resumed run has its weights. Checkpoints wait; steps do not.
@@ -279,7 +306,12 @@ class Run:
             await evaluations.begin(self.step)
             await evaluations.finish()
 
-    async def _step(self, policy: PublishedPolicy, pipeline: Pipeline) -> None:
+    async def _publish(self, policy: PublishedPolicy | ServedPolicy) -> None:
+        if self.settings.trains:
+            self.activity.begin("publishing the weights")
+        await policy.publish()
+
+    async def _step(self, policy: PublishedPolicy | ServedPolicy, pipeline: Pipeline) -> None:
         """Samples, learns, publishes, memorises. A repeated step finds its samples in the journal."""
         start = _clock()
         await pipeline.admit(self.step)
@@ -295,14 +327,14 @@ class Run:
         later = [sample for experience in step.experiences for sample in experience.samples[1:]]
         self._notice_once(prompt_notices(first, later))
         metrics = runner.metrics(step.experiences) | step.metrics | pipeline.staleness(self.step, step.kept)
-        minibatches = self.settings.algorithm.optimizer_steps
-        self.activity.begin("learning", lambda: (runner.minibatches_learned, minibatches))
-        metrics |= await runner.learn(self.step, step.kept)
-        self._notice_once(drop_notices(metrics))
+        if self.settings.trains:
+            minibatches = self.settings.algorithm.optimizer_steps
+            self.activity.begin("learning", lambda: (runner.minibatches_learned, minibatches))
+            metrics |= await runner.learn(self.step, step.kept)
+            self._notice_once(drop_notices(metrics))
         learned = _clock()
-        self.activity.begin("publishing the weights")
-        await policy.publish()
-        await runner.memorise(step.kept)
+        await self._publish(policy)
+        await runner.memorise(step.kept, step.replaced)
         metrics |= {
             "policy_version": float(policy.version),
             "seconds": _clock() - start,
@@ -327,7 +359,8 @@ class Run:
 
     async def _save(self, runner: StepRunner, step: int) -> None:
         name = f"{self.run_id}-{step:06}"
-        await runner.learner.save_checkpoint(name)
+        if runner.learner is not None:
+            await runner.learner.save_checkpoint(name)
         memory_version = await self.services.memory.snapshot(runner.memory_scope)
         self.folder.write_checkpoint(Checkpoint(name, step, memory_version))
 

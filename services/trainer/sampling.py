@@ -76,6 +76,44 @@ class VersionLost(RuntimeError):
     """The policy no longer has the run's version and refuses to load it again."""
 
 
+class ServedPolicy:
+    """The `SamplingClient` of a run without a learner: its policy as it serves when `publish` is called.
+
+    Raises ForeignWeights when it answers with other weights later. That ends the run.
+    """
+
+    canary_difference: float | None = None  # nothing is published, so nothing is checked
+
+    def __init__(self, actor: NamedPolicy):
+        self.info = actor.info
+        self._actor = actor
+        self.version = actor.info.policy_version
+
+    async def publish(self) -> int:
+        """Publishes nothing. Returns the version that serves."""
+        if self.version != (served := (await self._actor.port.info(self._actor.name)).policy_version):
+            raise self._foreign(served)
+        return self.version
+
+    async def tokenize(self, prompt: Prompt | str, options: CallOptions = CallOptions()) -> tuple[int, ...]:
+        return await self._actor.tokenize(prompt, options)
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingParams, options: CallOptions = CallOptions()
+    ) -> Completion:
+        completion = await self._actor.generate(prompt, sampling, options)
+        for span in completion.policy_versions:
+            if span.policy_version != self.version:
+                raise self._foreign(span.policy_version)
+        return completion
+
+    def _foreign(self, version: int) -> ForeignWeights:
+        return ForeignWeights(
+            f"the policy serves version {version}, and this run, which learns by its memory alone, began with version "
+            f"{self.version}: another run or an administrator updated it. `mulligan resume RUN` goes on with it so"
+        )
+
+
 class PublishedPolicy:
     """The `SamplingClient` of the policy that a run trains. Every call asks for the run's version.
 

@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
 
 from mulligan.common.plugins import Plugins, PluginSettings, located, read_chosen, read_named
-from mulligan.common.reflections import RetrievalStrategy
 from mulligan.common.suggest import did_you_mean
 from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.losses import read_loss
+from mulligan.trainer.memory_settings import MemorySettings
 from mulligan.trainer.protocols import PROTOCOLS, ProtocolSettings
 from mulligan.trainer.samplers import SAMPLERS, SamplerSettings
 
@@ -24,6 +25,7 @@ __all__ = [
     "COMMON_SETTINGS",
     "AlgorithmSettings",
     "EvaluationSettings",
+    "LearnerKind",
     "LoraSettings",
     "LossSettings",
     "OptimizerSettings",
@@ -38,6 +40,11 @@ _POLICY_NAME = r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class LearnerKind(StrEnum):
+    SERVICE = "service"
+    NONE = "none"
 
 
 class LoraSettings(_Settings):
@@ -63,7 +70,7 @@ class OptimizerSettings(_Settings):
     moments: Literal["float32", "8bit"] = "float32"
 
 
-class AlgorithmSettings(PluginSettings):
+class AlgorithmSettings(MemorySettings):
     """What every algorithm has. An algorithm's own `Settings` add to it, and may give other defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -76,9 +83,6 @@ class AlgorithmSettings(PluginSettings):
     advantage_settings: dict[str, Any] = Field(default_factory=dict)
     aggregation: Aggregation = Aggregation.SEQUENCE_MEAN_TOKEN_SUM
     aggregation_constant: float = Field(1.0, gt=0)
-    memory_strategy: RetrievalStrategy = RetrievalStrategy.LATEST_SUCCESS
-    memory_entries: int = Field(0, ge=0, le=100)
-    memory_scope: str | None = None
     train_cut_reflections: bool = False
 
     @model_validator(mode="after")
@@ -229,6 +233,7 @@ class RunSettings(_Settings):
     checkpoint_every: int = Field(10, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     policies: PoliciesSettings = PoliciesSettings()
+    learner: LearnerKind = LearnerKind.SERVICE
 
     @property
     def environments(self) -> dict[str, str]:
@@ -236,6 +241,27 @@ class RunSettings(_Settings):
         return {self.environment: "environment"} | {
             name: field for name, field in self.sampler.environments.items() if name != self.environment
         }
+
+    @property
+    def trains(self) -> bool:
+        """Whether weights change. Otherwise the memory alone learns."""
+        return self.learner is LearnerKind.SERVICE
+
+    @property
+    def holdout(self) -> float:
+        """The share of a group's rollouts from which an entry of the memory is left out; 0: nothing is drawn."""
+        return 0.0 if self.deterministic else self.algorithm.holdout
+
+    @model_validator(mode="after")
+    def _without_a_learner_no_weights_change(self) -> Self:
+        if self.trains:
+            return self
+        if self.policies.evaluator:
+            problem = 'expected nothing with learner = "none": it would be given weights, and none are learned'
+            raise located({("policies", "evaluator"): problem})
+        if self.model.lora is not None:
+            raise located({("model", "lora"): 'expected nothing with learner = "none": no weights are learned'})
+        return self
 
     @model_validator(mode="after")
     def _deterministic_is_one_at_a_time(self) -> Self:
@@ -245,6 +271,9 @@ class RunSettings(_Settings):
         if self.deterministic and self.policies.evaluator:
             problem = "expected nothing, as a deterministic run does one thing at a time; or deterministic = false"
             raise located({("policies", "evaluator"): problem})
+        if self.deterministic and self.algorithm.memory_holdout:
+            problem = "expected 0, as a deterministic run shows every entry that it retrieves; or deterministic = false"
+            raise located({("algorithm", "memory_holdout"): problem})
         if self.deterministic and self.rollout.concurrency != 1:
             rollout = self.rollout.model_copy(update={"concurrency": 1})
             object.__setattr__(self, "rollout", rollout)

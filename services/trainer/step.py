@@ -6,25 +6,28 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from types import ModuleType
 from typing import Any
 
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
-from mulligan.common.experience import Experience
-from mulligan.common.reflections import Provenance, ReflectionQuery, StoredReflection
-from mulligan.common.rewards import differ
+from mulligan.common.experience import Experience, Sample
+from mulligan.common.reflections import Labels, Provenance, ReflectionKind, UseOutcome
+from mulligan.common.rewards import differ, reaches
 from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.harness import Harness, NotRepeatable
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
-from mulligan.trainer.member import Lesson, Member, NoRecorder, Peers, Recorder
+from mulligan.trainer.member import MAX_MEMORY_BYTES, Member, NoRecorder, Peers, Recorder
 from mulligan.trainer.metrics import mean_metrics, rollout_metrics
 from mulligan.trainer.objective import Objective
+from mulligan.trainer.recall import Reader, Recall, outcome_of, scope_of, shown_in
 from mulligan.trainer.run_environment import EnvironmentChanged
 from mulligan.trainer.sampling import ForeignWeights, VersionLost
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import ALGORITHMS, AlgorithmSettings, RunSettings
+from mulligan.trainer.texts import trace_of
 from mulligan.trainer.trainable import counted, trainable
 
 # What an algorithm's helpers may raise: these pass through it as they are.
@@ -46,11 +49,13 @@ class AlgorithmFailed(RuntimeError):
 
 @dataclass
 class StepRunner:
-    """Runs an algorithm's steps. `Run` calls `sample`, `learn` and `memorise` once per step.
+    """Runs an algorithm's steps. `Run` calls `sample`, `learn` and `memorise` once per step, but `learn` only where
+    there is a `learner`.
 
-    `sample` queries the memory once, then runs the algorithm's `play` for every (task, rollout). `learn` drops what
-    cannot be trained on (`trainable`), calls the algorithm's `train`, deals its data out to optimizer steps
-    (`minibatches`), and calls the learner for each. `memorise` stores what the algorithm wants to be remembered.
+    `sample` queries the memory for each task (`Recall`), then runs the algorithm's `play` for every (task, rollout).
+    `learn` drops what cannot be trained on (`trainable`), calls the algorithm's `train`, deals its data out to
+    optimizer steps (`minibatches`), and calls the learner for each. `memorise` stores what the algorithm wants to be
+    remembered, and reports what rewards the entries that were read led to.
 
     Every sample goes to the recorder as soon as it exists. A repeated step finds it there. `harness` plays in the run's
     own environment, `others` in further ones, by their names. `slots` limit the chains that run at a time, over all
@@ -61,16 +66,18 @@ class StepRunner:
     settings: RunSettings
     harness: Harness
     memory: MemoryPort
-    learner: LearnerPort
+    learner: LearnerPort | None
     recorder: Recorder = field(default_factory=NoRecorder)
     others: Mapping[str, Harness] = field(default_factory=dict)
     slots: PrioritySlots | None = None
     algorithm: ModuleType = field(init=False)
+    memory_scope: str = field(init=False)
     minibatches_learned: int = field(init=False, default=0)  # of the step that `learn` works on
-    _lessons: dict[str, list[Lesson]] = field(init=False, default_factory=dict)  # by experience
+    _played: dict[str, Member[AlgorithmSettings]] = field(init=False, default_factory=dict)  # by experience
 
     def __post_init__(self) -> None:
         self.algorithm = ALGORITHMS.find(self.settings.algorithm.name)
+        self.memory_scope = scope_of(self.settings, self.run_id)
 
     async def sample(
         self,
@@ -89,28 +96,36 @@ class StepRunner:
         environment's limit.
         """
         harnesses = [self.others.get(name, self.harness) for name in environments] or [self.harness] * len(task_ids)
-        entries = {one.info.name: await self._query_memory(one, memory_version) for one in _distinct(harnesses)}
         slots = self.slots or PrioritySlots(self.settings.rollout.concurrency)
         size = self.settings.rollout.rollouts_per_task
+        groups = [f"{self.run_id}-s{step}-t{slot}" for slot in range(first_slot, first_slot + len(task_ids))]
+        readers = [
+            Reader(harness, task_id, f"{group}-o", tuple(f"{group}-r{rollout}" for rollout in range(size)))
+            for group, task_id, harness in zip(groups, task_ids, harnesses, strict=True)
+        ]
+        recall = Recall(self.memory, self.settings, self.memory_scope, memory_version)
+        found = await recall.read(readers, slots, step)
         members: list[Member[AlgorithmSettings]] = []
-        for slot, (task_id, harness) in enumerate(zip(task_ids, harnesses, strict=True), first_slot):
+        for slot, (reader, retrieved) in enumerate(zip(readers, found, strict=True), first_slot):
             peers = Peers(running=set(range(size)))
+            shown = [shown_in(retrieved, key) for key in reader.keys]
             members += (
                 Member(
-                    experience_id=f"{self.run_id}-s{step}-t{slot}-r{rollout}",
-                    task_id=task_id,
+                    experience_id=reader.keys[rollout],
+                    task_id=reader.task_id,
                     rollout=rollout,
                     step=step,
                     steps=self.settings.steps,
                     settings=self.settings.algorithm,
                     sampling=self.settings.rollout,
-                    seed=derive_seed(self.settings.seed, step, task_id, slot, rollout),
-                    harness=harness,
+                    seed=derive_seed(self.settings.seed, step, reader.task_id, slot, rollout),
+                    harness=reader.harness,
                     recorder=self.recorder,
-                    memory=entries[harness.info.name],
+                    memory=shown[rollout][0],
                     peers=peers,
                     slots=slots,
                     horizon=horizon,
+                    use=shown[rollout][1],
                 )
                 for rollout in range(size)
             )
@@ -135,8 +150,10 @@ class StepRunner:
             memory_entry_ids=tuple(member.shown),
             untrained=tuple(member.untrained),
             algorithm=self.settings.algorithm.name,
+            memory_use_id=member.use.use_id if member.use and member.has_read else "",
+            memory_left_out_id=member.use.left_out_id if member.use and member.has_read else "",
         )
-        self._lessons[member.experience_id] = member.lessons
+        self._played[member.experience_id] = member
         self.recorder.complete(experience)
         return experience
 
@@ -164,6 +181,7 @@ class StepRunner:
 
     async def learn(self, step: int, experiences: Sequence[Experience]) -> dict[str, float]:
         """One loss over all branches, in `optimizer_steps` optimizer steps."""
+        assert self.learner is not None, "a run without a learner learns by its memory alone"
         data, left_out = self.training_data(experiences)
         with self._blame():
             records = trained(data, experiences)
@@ -182,25 +200,63 @@ class StepRunner:
             self.minibatches_learned += 1
         return mean_metrics(metrics) | left_out
 
-    async def memorise(self, experiences: Sequence[Experience]) -> None:
-        """Stores the lessons of the step. A repetition has the same request ids and adds nothing."""
+    async def memorise(self, experiences: Sequence[Experience], replaced: Sequence[Experience] = ()) -> None:
+        """Stores the lessons of the step, and first attempts with `memory_episodes`. Reports the rewards of what was
+        read, also in groups that were `replaced`: evidence must not depend on the rewards.
+
+        A repetition has the same ids, and adds nothing.
+        """
         for experience in experiences:
-            for lesson in self._lessons[experience.experience_id]:
-                provenance = Provenance(
-                    run_id=self.run_id,
-                    experience_id=experience.experience_id,
-                    environment=experience.environment,
-                    task_id=experience.task_id,
-                    policy_version=lesson.text.policy_version,
-                    reward_before=lesson.reward_before,
-                    reward_after=lesson.reward_after,
-                    success=True,
-                )
-                await self.memory.add(lesson.text.sample_id, self.memory_scope, lesson.text.text, provenance)
+            for lesson in self._played[experience.experience_id].lessons:
+                before, after = lesson.reward_before, lesson.reward_after
+                await self._store(experience, lesson.text, lesson.text.text, before, after, Labels())
+            first = experience.samples[0] if experience.samples else None
+            if self.settings.algorithm.memory_episodes and first and first.reward is not None and first.is_episode:
+                text = trace_of(first, self._harness_of(experience).info.prompts)
+                labels = Labels(ReflectionKind.EPISODE)
+                await self._store(experience, first, text, first.reward, first.reward, labels)
+        if outcomes := self._outcomes([*experiences, *replaced]):
+            await self.memory.report(outcomes)
+
+    async def _store(
+        self, experience: Experience, source: Sample, text: str, before: float, after: float, labels: Labels
+    ) -> None:
+        if not 0 < len(text.encode()) <= MAX_MEMORY_BYTES:
+            return
+        provenance = Provenance(
+            run_id=self.run_id,
+            experience_id=experience.experience_id,
+            environment=experience.environment,
+            task_id=experience.task_id,
+            policy_version=source.policy_version,
+            reward_before=before,
+            reward_after=after,
+            success=reaches(after, self.settings.algorithm.success_threshold),
+        )
+        await self.memory.add(source.sample_id, self.memory_scope, text, provenance, labels)
+
+    def _outcomes(self, experiences: Sequence[Experience]) -> list[UseOutcome]:
+        algorithm = self.settings.algorithm
+        found = (outcome_of(one, algorithm, self._harness_of(one).info) for one in experiences)
+        return [outcome for outcome in found if outcome is not None]
 
     def metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
         threshold = self.settings.algorithm.success_threshold
-        return rollout_metrics(experiences, threshold, self.harness.info.name, self.has_signal)
+        metrics = rollout_metrics(experiences, threshold, self.harness.info.name, self.has_signal)
+        return metrics | self._memory_metrics(experiences)
+
+    def _memory_metrics(self, experiences: Sequence[Experience]) -> dict[str, float]:
+        """The uses that were drawn, and the mean uplift of the entries that were shown, where it is known."""
+        members = [self._played[experience.experience_id] for experience in experiences]
+        uses = [member.use for member in members if member.use is not None]
+        shown = [entry.uplift for member in members for entry in member.memory if entry.reflection_id in member.shown]
+        uplifts = [known.uplift for known in shown if known is not None and known.uplift is not None]
+        metrics = {"memory_uplift": fmean(uplifts)} if uplifts else {}
+        if self.settings.holdout and self.settings.algorithm.memory_entries:
+            metrics["memory_uses"] = float(len(uses))
+            metrics["memory_left_out"] = float(sum(bool(use.left_out_id) for use in uses))
+            metrics["memory_reported"] = float(len(self._outcomes(experiences)))
+        return metrics
 
     def has_signal(self, group: Group) -> bool:
         """Whether the algorithm can learn something from comparing the members of the group: its own `has_signal`, or
@@ -211,25 +267,12 @@ class StepRunner:
         with self._blame():
             return bool(own(group, self.settings.algorithm))
 
-    @property
-    def memory_scope(self) -> str:
-        return self.settings.algorithm.memory_scope or self.run_id
-
-    async def _query_memory(self, harness: Harness, memory_version: int) -> Sequence[StoredReflection]:
-        algorithm = self.settings.algorithm
-        if algorithm.memory_entries == 0:
-            return ()
-        query = ReflectionQuery(
-            scope=self.memory_scope,
-            environment=harness.info.name,
-            strategy=algorithm.memory_strategy,
-            limit=algorithm.memory_entries,
-            version=memory_version,
-        )
-        return (await self.memory.query(query)).reflections
+    def _harness_of(self, experience: Experience) -> Harness:
+        return self.others.get(experience.environment, self.harness)
 
     async def _with_old_log_probs(self, data: Sequence[Datum]) -> list[Datum]:
         """The old policy is the learner itself, before the first of several optimizer steps."""
+        assert self.learner is not None
         asking = [place for place, datum in enumerate(data) if _lacks_old(datum.objective)]
         found = await self.learner.forward([data[place] for place in asking]) if asking else []
         filled = list(data)
@@ -252,15 +295,12 @@ class StepRunner:
     @property
     def _limits(self) -> ModelLimits:
         """The learner's limits, or the policy's where the learner reports none: both have the same model."""
+        assert self.learner is not None
         learner = self.learner.limits
         policy = self.harness.policy_info
         return ModelLimits(
             learner.vocabulary_size or policy.vocabulary_size, learner.context_length or policy.context_length
         )
-
-
-def _distinct(harnesses: Sequence[Harness]) -> list[Harness]:
-    return list({harness.info.name: harness for harness in harnesses}.values())
 
 
 def _lacks_old(objective: Objective) -> bool:

@@ -37,6 +37,11 @@ def guided_by(text: str, prompts: PromptSet) -> str:
     return f"{text}\n{prompts.action_reminder}"
 
 
+def first_system(texts: Sequence[str], prompts: PromptSet) -> str:
+    """The system prompt of a first attempt that reads `texts` from the memory; without any, the deployed one."""
+    return guided_by("\n\n".join(texts), prompts) if texts else prompts.solver
+
+
 def reflection_in(answer: str, prompts: PromptSet) -> str:
     """The text between the last pair of marks, or the whole answer without a pair. Thoughts are removed before."""
     said = without_thoughts(answer)

@@ -31,7 +31,16 @@ from mulligan.common.inference import (
     VersionState,
     WeightsKind,
 )
-from mulligan.common.reflections import Provenance, ReflectionQuery, Retrieved, StoredReflection, Trial
+from mulligan.common.reflections import (
+    Labels,
+    Provenance,
+    ReflectionQuery,
+    Retrieved,
+    StoredReflection,
+    Trial,
+    Use,
+    UseOutcome,
+)
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, PromptSet, Split, TaskInfo
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.settings import LossSettings
@@ -279,21 +288,47 @@ class FakePolicy:
 
 @dataclass
 class FakeMemory:
+    """The latest entries of any strategy, as of a version; each report makes a version, too. A use leaves out the entry
+    at the place that `left_out(use key)` names; by default none does."""
+
     entries: list[StoredReflection] = field(default_factory=list)
+    queries: list[tuple[ReflectionQuery, Trial | None]] = field(default_factory=list)
+    left_out: Callable[[str], int | None] = lambda key: None
+    drawn: dict[str, Use] = field(default_factory=dict)
+    reported: dict[str, float] = field(default_factory=dict)  # by use id
+    version: int = 0
 
     async def snapshot(self, scope: str) -> int:
-        return len(self.entries)
+        return self.version
 
     async def query(self, query: ReflectionQuery, trial: Trial | None = None) -> Retrieved:
-        version = len(self.entries) if query.version is None else query.version
+        self.queries.append((query, trial))
+        version = self.version if query.version is None else query.version
         seen = [entry for entry in self.entries if entry.version <= version]
-        return Retrieved(tuple(reversed(seen))[: query.limit], version)
+        found = tuple(reversed(seen))[: query.limit]
+        keys = trial.use_keys if trial and found else ()
+        return Retrieved(found, version, tuple(self._use(key, found) for key in keys))
 
-    async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
+    def _use(self, key: str, found: Sequence[StoredReflection]) -> Use:
+        place = self.left_out(key)
+        left_out = found[place].reflection_id if place is not None else ""
+        return self.drawn.setdefault(key, Use(f"use of {key}", key, left_out))
+
+    async def add(
+        self, request_id: str, scope: str, text: str, provenance: Provenance, labels: Labels | None = None
+    ) -> str:
         if all(entry.reflection_id != request_id for entry in self.entries):
-            version = len(self.entries) + 1
-            self.entries.append(StoredReflection(request_id, scope, text, provenance, version, datetime.now(UTC)))
+            self.version += 1
+            kind = (labels or Labels()).kind
+            now = datetime.now(UTC)
+            self.entries.append(StoredReflection(request_id, scope, text, provenance, self.version, now, kind=kind))
         return request_id
+
+    async def report(self, outcomes: Sequence[UseOutcome]) -> int:
+        new = {one.use_id: one.reward for one in outcomes if one.use_id not in self.reported}
+        self.reported |= new
+        self.version += bool(new)
+        return len(new)
 
 
 @dataclass

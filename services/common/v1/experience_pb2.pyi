@@ -697,6 +697,8 @@ class Experience(_message.Message):
     TRAINED_FIELD_NUMBER: _builtins.int
     ALGORITHM_FIELD_NUMBER: _builtins.int
     UNTRAINED_FIELD_NUMBER: _builtins.int
+    MEMORY_USE_ID_FIELD_NUMBER: _builtins.int
+    MEMORY_LEFT_OUT_ID_FIELD_NUMBER: _builtins.int
     experience_id: _builtins.str
     """Derived from (run, step, task, rollout): the same experience always has the same id."""
     run_id: _builtins.str
@@ -708,6 +710,9 @@ class Experience(_message.Message):
     """Index among the experiences of the same task in the same step, from 0."""
     algorithm: _builtins.str
     """Name of the algorithm that played it."""
+    memory_use_id: _builtins.str
+    """The use of the memory's entries that was drawn for it and read, and the entry that it left out. Both may be empty."""
+    memory_left_out_id: _builtins.str
     @_builtins.property
     def first_attempt(self) -> Global___Attempt: ...
     @_builtins.property
@@ -755,10 +760,12 @@ class Experience(_message.Message):
         trained: _abc.Iterable[Global___Trained] | None = ...,
         algorithm: _builtins.str = ...,
         untrained: _abc.Iterable[_builtins.str] | None = ...,
+        memory_use_id: _builtins.str = ...,
+        memory_left_out_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_distilled", b"_distilled", "_reflection", b"_reflection", "_second_attempt", b"_second_attempt", "distilled", b"distilled", "first_attempt", b"first_attempt", "reflection", b"reflection", "second_attempt", b"second_attempt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distilled", b"_distilled", "_reflection", b"_reflection", "_second_attempt", b"_second_attempt", "algorithm", b"algorithm", "distilled", b"distilled", "environment", b"environment", "experience_id", b"experience_id", "first_attempt", b"first_attempt", "memory_entry_ids", b"memory_entry_ids", "reflection", b"reflection", "rollout", b"rollout", "run_id", b"run_id", "samples", b"samples", "second_attempt", b"second_attempt", "step", b"step", "targets", b"targets", "task_id", b"task_id", "trained", b"trained", "untrained", b"untrained"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distilled", b"_distilled", "_reflection", b"_reflection", "_second_attempt", b"_second_attempt", "algorithm", b"algorithm", "distilled", b"distilled", "environment", b"environment", "experience_id", b"experience_id", "first_attempt", b"first_attempt", "memory_entry_ids", b"memory_entry_ids", "memory_left_out_id", b"memory_left_out_id", "memory_use_id", b"memory_use_id", "reflection", b"reflection", "rollout", b"rollout", "run_id", b"run_id", "samples", b"samples", "second_attempt", b"second_attempt", "step", b"step", "targets", b"targets", "task_id", b"task_id", "trained", b"trained", "untrained", b"untrained"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__distilled: _TypeAlias = _typing.Literal["distilled"]  # noqa: Y015
     _WhichOneofArgType__distilled: _TypeAlias = _typing.Literal["_distilled", b"_distilled"]  # noqa: Y015

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import Field
 
@@ -32,6 +33,7 @@ from mulligan.trainer.algorithms.sdpo import TEACHER, taught
 from mulligan.trainer.batch import Group
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
+from mulligan.trainer.memory_settings import MemoryReaders
 from mulligan.trainer.settings import AlgorithmSettings
 from mulligan.trainer.texts import guided_by
 
@@ -49,6 +51,8 @@ class Settings(AlgorithmSettings):
     name: str = "context_distillation"
     aggregation: Aggregation = Aggregation.SEQUENCE_MEAN_TOKEN_MEAN
     memory_entries: int = Field(1, ge=0, le=100)
+    # The student knows nothing, so first attempts read nothing.
+    memory_readers: Literal[MemoryReaders.REFLECTOR] = MemoryReaders.REFLECTOR
     # What the teacher knows: "memory", what the reflection memory had at the start of the step (all attempts are taught
     # then), or "reflection", that of the same member (then its failed attempt is taught, if the reflection is proven).
     knowledge: Knowledge = Knowledge.MEMORY
@@ -80,10 +84,8 @@ async def _proven_reflection(member: Member[Settings], first: Sample) -> Sample 
     system = guided_by(reflection.text, member.prompts)
     second = await member.attempt(SECOND, system=system, parent=reflection)
     member.credit(reflection, second.reward)
-    if not member.solves(second):
-        return None
     member.remember(reflection, before=first.reward, after=second.reward)
-    return reflection
+    return reflection if member.solves(second) else None
 
 
 def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:

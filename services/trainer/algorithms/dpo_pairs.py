@@ -24,6 +24,7 @@ Deviations:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import Field
 
@@ -31,6 +32,7 @@ from mulligan.common.rewards import exceeds
 from mulligan.trainer.batch import Group, preference
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
+from mulligan.trainer.memory_settings import MemoryReaders
 from mulligan.trainer.settings import AlgorithmSettings
 from mulligan.trainer.texts import guided_by
 
@@ -45,6 +47,8 @@ PAIRS = "pairs"
 class Settings(AlgorithmSettings):
     name: str = "dpo_pairs"
     memory_entries: int = Field(1, ge=0, le=100)
+    # Both answers of a pair stand under the deployed prompt, so first attempts read nothing.
+    memory_readers: Literal[MemoryReaders.REFLECTOR] = MemoryReaders.REFLECTOR
     # β > 0: how far a pair may move the policy away from the reference.
     beta: float = Field(0.1, gt=0)
     # φ ≥ 0: weight of the supervised term on the better answer.
@@ -69,8 +73,7 @@ async def play(member: Member[Settings]) -> None:
         return
     if exceeds(second.reward, first.reward + member.settings.min_gap):
         await member.under(BETTER, second, like=first)
-    if member.solves(second):
-        member.remember(reflection, before=first.reward, after=second.reward)
+    member.remember(reflection, before=first.reward, after=second.reward)
 
 
 def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:

@@ -86,8 +86,7 @@ async def play(member: Member[Settings]) -> None:
     member.credit(reflection, second.reward)
     if second.reward is not None and exceeds(second.reward, 0):
         await member.under(DISTILLED, second, like=first)
-    if member.solves(second):
-        member.remember(reflection, before=first.reward, after=second.reward)
+    member.remember(reflection, before=first.reward, after=second.reward)
 
 
 def train(groups: Sequence[Group], settings: Settings) -> list[Datum]:

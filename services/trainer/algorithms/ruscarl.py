@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,7 @@ from mulligan.trainer.aggregation import aggregate
 from mulligan.trainer.batch import Group, advantages, number_trained, policy_gradient, transfer
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
+from mulligan.trainer.memory_settings import MemoryReaders
 from mulligan.trainer.settings import AlgorithmSettings
 from mulligan.trainer.texts import fill
 
@@ -46,6 +47,8 @@ class Settings(AlgorithmSettings):
     name: str = "ruscarl"
     # H, one hint each; without any, H is the lines of the `memory_entries` that are shown.
     hints: tuple[str, ...] = ()
+    # What attempts are told are hints, so they read nothing besides.
+    memory_readers: Literal[MemoryReaders.REFLECTOR] = MemoryReaders.REFLECTOR
     # The system prompt with hints: {hints}, one a line; {solver} and {reminder} are the environment's.
     hint_prompt: str = "{solver}\n\nHints:\n{hints}"
     # u₀, the share of the steps after which half of the hints are left, and κ > 0, how suddenly they fade.

@@ -22,6 +22,33 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _LearnerKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LearnerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LearnerKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LEARNER_KIND_UNSPECIFIED: _LearnerKind.ValueType  # 0
+    LEARNER_KIND_SERVICE: _LearnerKind.ValueType  # 1
+    """The weights, at a learner service."""
+    LEARNER_KIND_NONE: _LearnerKind.ValueType  # 2
+    """Nothing: the policy's weights stay as they are, and the memory alone learns. Any policy will do, also one that gives
+    no tokens. `loss`, `optimizer` and the weights of the algorithm's branches mean nothing; model.lora and
+    policies.evaluator are refused.
+    """
+
+class LearnerKind(_LearnerKind, metaclass=_LearnerKindEnumTypeWrapper): ...
+
+LEARNER_KIND_UNSPECIFIED: LearnerKind.ValueType  # 0
+LEARNER_KIND_SERVICE: LearnerKind.ValueType  # 1
+"""The weights, at a learner service."""
+LEARNER_KIND_NONE: LearnerKind.ValueType  # 2
+"""Nothing: the policy's weights stay as they are, and the memory alone learns. Any policy will do, also one that gives
+no tokens. `loss`, `optimizer` and the weights of the algorithm's branches mean nothing; model.lora and
+policies.evaluator are refused.
+"""
+Global___LearnerKind: _TypeAlias = LearnerKind  # noqa: Y015
+
 class _SecondAttempt:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -133,6 +160,56 @@ AGGREGATION_CONSTANT: Aggregation.ValueType  # 4
 """1 / (N · aggregation_constant): Dr. GRPO (arXiv 2503.20783)."""
 Global___Aggregation: _TypeAlias = Aggregation  # noqa: Y015
 
+class _MemoryReaders:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MemoryReadersEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryReaders.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEMORY_READERS_UNSPECIFIED: _MemoryReaders.ValueType  # 0
+    MEMORY_READERS_REFLECTOR: _MemoryReaders.ValueType  # 1
+    """Reflectors, as in the paper. The reward of an entry's use is that of the attempt that was given the reflection."""
+    MEMORY_READERS_FIRST: _MemoryReaders.ValueType  # 2
+    """First attempts, in their system prompts, as second attempts read a reflection; those of evaluations as well. The
+    reward of a use is the first attempt's.
+    """
+    MEMORY_READERS_BOTH: _MemoryReaders.ValueType  # 3
+    """Both. The reward of a use is the first attempt's."""
+
+class MemoryReaders(_MemoryReaders, metaclass=_MemoryReadersEnumTypeWrapper): ...
+
+MEMORY_READERS_UNSPECIFIED: MemoryReaders.ValueType  # 0
+MEMORY_READERS_REFLECTOR: MemoryReaders.ValueType  # 1
+"""Reflectors, as in the paper. The reward of an entry's use is that of the attempt that was given the reflection."""
+MEMORY_READERS_FIRST: MemoryReaders.ValueType  # 2
+"""First attempts, in their system prompts, as second attempts read a reflection; those of evaluations as well. The
+reward of a use is the first attempt's.
+"""
+MEMORY_READERS_BOTH: MemoryReaders.ValueType  # 3
+"""Both. The reward of a use is the first attempt's."""
+Global___MemoryReaders: _TypeAlias = MemoryReaders  # noqa: Y015
+
+class _MemoryWrites:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MemoryWritesEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryWrites.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEMORY_WRITES_UNSPECIFIED: _MemoryWrites.ValueType  # 0
+    MEMORY_WRITES_SUCCESSES: _MemoryWrites.ValueType  # 1
+    """Those whose second attempt solved the task, as in the paper."""
+    MEMORY_WRITES_ALL: _MemoryWrites.ValueType  # 2
+    """Those that did not help, too, marked as such. LATEST_SUCCESS and TOP_GAIN do not retrieve them."""
+
+class MemoryWrites(_MemoryWrites, metaclass=_MemoryWritesEnumTypeWrapper): ...
+
+MEMORY_WRITES_UNSPECIFIED: MemoryWrites.ValueType  # 0
+MEMORY_WRITES_SUCCESSES: MemoryWrites.ValueType  # 1
+"""Those whose second attempt solved the task, as in the paper."""
+MEMORY_WRITES_ALL: MemoryWrites.ValueType  # 2
+"""Those that did not help, too, marked as such. LATEST_SUCCESS and TOP_GAIN do not retrieve them."""
+Global___MemoryWrites: _TypeAlias = MemoryWrites  # noqa: Y015
+
 @_typing.final
 class RunConfig(_message.Message):
     """Every setting of a training run. An absent field has the default that its comment names: the paper's (arXiv
@@ -155,6 +232,7 @@ class RunConfig(_message.Message):
     KEEP_CHECKPOINTS_FIELD_NUMBER: _builtins.int
     POLICIES_FIELD_NUMBER: _builtins.int
     SAMPLER_FIELD_NUMBER: _builtins.int
+    LEARNER_FIELD_NUMBER: _builtins.int
     environment: _builtins.str
     """Name of an environment at the environment service. Required. The sampler may name further ones."""
     steps: _builtins.int
@@ -170,6 +248,8 @@ class RunConfig(_message.Message):
     """Steps between checkpoints, at least 1. Default 10. There is always one at the end."""
     keep_checkpoints: _builtins.int
     """Checkpoints to keep, at least 1. Default 2."""
+    learner: Global___LearnerKind.ValueType
+    """What learns beside the memory. Default SERVICE."""
     @_builtins.property
     def model(self) -> _learner_service_pb2.ModelConfig: ...
     @_builtins.property
@@ -203,10 +283,11 @@ class RunConfig(_message.Message):
         keep_checkpoints: _builtins.int | None = ...,
         policies: Global___PoliciesConfig | None = ...,
         sampler: Global___SamplerConfig | None = ...,
+        learner: Global___LearnerKind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "sampler", b"sampler", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "environment", b"environment", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "sampler", b"sampler", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every", "_deterministic", b"_deterministic", "_keep_checkpoints", b"_keep_checkpoints", "_seed", b"_seed", "_steps", b"_steps", "algorithm", b"algorithm", "checkpoint_every", b"checkpoint_every", "deterministic", b"deterministic", "environment", b"environment", "evaluation", b"evaluation", "keep_checkpoints", b"keep_checkpoints", "learner", b"learner", "loss", b"loss", "model", b"model", "optimizer", b"optimizer", "policies", b"policies", "rollout", b"rollout", "sampler", b"sampler", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__checkpoint_every: _TypeAlias = _typing.Literal["checkpoint_every"]  # noqa: Y015
     _WhichOneofArgType__checkpoint_every: _TypeAlias = _typing.Literal["_checkpoint_every", b"_checkpoint_every"]  # noqa: Y015
@@ -341,16 +422,28 @@ class AlgorithmConfig(_message.Message):
     ADVANTAGE_SETTINGS_FIELD_NUMBER: _builtins.int
     AGGREGATION_FIELD_NUMBER: _builtins.int
     AGGREGATION_CONSTANT_FIELD_NUMBER: _builtins.int
+    MEMORY_MIX_FIELD_NUMBER: _builtins.int
+    MEMORY_TOKENS_FIELD_NUMBER: _builtins.int
+    MEMORY_HOLDOUT_FIELD_NUMBER: _builtins.int
+    MEMORY_READERS_FIELD_NUMBER: _builtins.int
+    MEMORY_WRITES_FIELD_NUMBER: _builtins.int
+    MEMORY_EPISODES_FIELD_NUMBER: _builtins.int
+    MEMORY_FAMILY_FIELD_NUMBER: _builtins.int
     second_attempt: Global___SecondAttempt.ValueType
     """Without a name it chooses the algorithm: NONE is "rlvr", REFLECTION "erl", RAW_RETRY "raw_retry", TRY_AGAIN
     "try_again". Beside a name it must say the same, or nothing.
     """
     memory_strategy: _memory_service_pb2.RetrievalStrategy.ValueType
-    """Which reflections of the memory the reflector sees. Default LATEST_SUCCESS."""
+    """Which entries of the memory are retrieved, for each task before it is played. SIMILAR_WORDS and SIMILAR_MEANING
+    compare them with the task's first observation. LATEST_SUCCESS and TOP_GAIN retrieve no episodes. A run has no key
+    for BY_KEY. Default LATEST_SUCCESS.
+    """
     memory_entries: _builtins.int
-    """How many of them, at most 100; 0 switches the memory off. Default 1."""
+    """How many of them, at most 100; 0: the memory is not read. With MIX the limits of its parts say how many. Default 1."""
     memory_scope: _builtins.str
-    """Scope of the memory; the run's id when absent, so that runs do not share."""
+    """Scope of the memory: "run", the run's own; "environment", shared by all runs of this `environment`; "global", shared
+    by all; or a name of one's own, shared by those who name it. "run" when absent.
+    """
     success_threshold: _builtins.float
     """A reward of at least this solves the task. Default 1."""
     distillation_loss: Global___DistillationLoss.ValueType
@@ -390,6 +483,27 @@ class AlgorithmConfig(_message.Message):
     """Of CONSTANT alone: the number of tokens that the losses are divided by. Greater than 0. Default 1. With
     another aggregation it has no effect, and a notice of the run says so.
     """
+    memory_tokens: _builtins.int
+    """Limits the sum of the entries' lengths; a token is four bytes. An entry that does not fit is left out. 0 means no
+    limit. Default 0.
+    """
+    memory_holdout: _builtins.float
+    """The share of a task's rollouts from which one of the entries is left out, drawn at random: 0 to 0.5. The rewards with
+    and without it are reported to the memory, as evidence of what the entry is worth. When absent 0.25, and 0 with
+    LATEST_SUCCESS and TOP_GAIN and in deterministic runs. With 0 nothing is drawn or reported.
+    """
+    memory_readers: Global___MemoryReaders.ValueType
+    """Who reads the entries. Default REFLECTOR."""
+    memory_writes: Global___MemoryWrites.ValueType
+    """Which reflections are written into the memory. Default SUCCESSES."""
+    memory_episodes: _builtins.bool
+    """Whether first attempts are written into the memory, too, word for word, as entries of the kind EPISODE. Default
+    false.
+    """
+    memory_family: _builtins.bool
+    """Whether only entries from tasks of the same family are retrieved: those whose id has the same beginning up to the
+    last "/". An id without one belongs to no family, and sees all. Default false.
+    """
     @_builtins.property
     def settings(self) -> _struct_pb2.Struct:
         """The algorithm's settings that have no field here, by their names. A field that the algorithm has not is
@@ -399,6 +513,10 @@ class AlgorithmConfig(_message.Message):
     @_builtins.property
     def advantage_settings(self) -> _struct_pb2.Struct:
         """The estimator's own settings. Its defaults when empty."""
+
+    @_builtins.property
+    def memory_mix(self) -> _containers.RepeatedCompositeFieldContainer[Global___MemoryPartConfig]:
+        """Of MIX, which needs them: the entries of each part in order. Up to 8 parts, of 100 entries in all. None when empty."""
 
     def __init__(
         self,
@@ -424,10 +542,17 @@ class AlgorithmConfig(_message.Message):
         advantage_settings: _struct_pb2.Struct | None = ...,
         aggregation: Global___Aggregation.ValueType = ...,
         aggregation_constant: _builtins.float | None = ...,
+        memory_mix: _abc.Iterable[Global___MemoryPartConfig] | None = ...,
+        memory_tokens: _builtins.int | None = ...,
+        memory_holdout: _builtins.float | None = ...,
+        memory_readers: Global___MemoryReaders.ValueType = ...,
+        memory_writes: Global___MemoryWrites.ValueType = ...,
+        memory_episodes: _builtins.bool | None = ...,
+        memory_family: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant", "_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "advantage_settings", b"advantage_settings", "aggregation_constant", b"aggregation_constant", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant", "_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_episodes", b"_memory_episodes", "_memory_family", b"_memory_family", "_memory_holdout", b"_memory_holdout", "_memory_scope", b"_memory_scope", "_memory_tokens", b"_memory_tokens", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "advantage_settings", b"advantage_settings", "aggregation_constant", b"aggregation_constant", "distillation_baseline", b"distillation_baseline", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_episodes", b"memory_episodes", "memory_family", b"memory_family", "memory_holdout", b"memory_holdout", "memory_scope", b"memory_scope", "memory_tokens", b"memory_tokens", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant", "_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_scope", b"_memory_scope", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "advantage", b"advantage", "advantage_settings", b"advantage_settings", "aggregation", b"aggregation", "aggregation_constant", b"aggregation_constant", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "name", b"name", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant", "_distillation_baseline", b"_distillation_baseline", "_distillation_weight", b"_distillation_weight", "_first_weight", b"_first_weight", "_memory_entries", b"_memory_entries", "_memory_episodes", b"_memory_episodes", "_memory_family", b"_memory_family", "_memory_holdout", b"_memory_holdout", "_memory_scope", b"_memory_scope", "_memory_tokens", b"_memory_tokens", "_normalize_by_std", b"_normalize_by_std", "_optimizer_steps", b"_optimizer_steps", "_reflection_weight", b"_reflection_weight", "_second_weight", b"_second_weight", "_success_threshold", b"_success_threshold", "_train_cut_reflections", b"_train_cut_reflections", "advantage", b"advantage", "advantage_settings", b"advantage_settings", "aggregation", b"aggregation", "aggregation_constant", b"aggregation_constant", "branch_normalization", b"branch_normalization", "distillation_baseline", b"distillation_baseline", "distillation_loss", b"distillation_loss", "distillation_weight", b"distillation_weight", "first_weight", b"first_weight", "memory_entries", b"memory_entries", "memory_episodes", b"memory_episodes", "memory_family", b"memory_family", "memory_holdout", b"memory_holdout", "memory_mix", b"memory_mix", "memory_readers", b"memory_readers", "memory_scope", b"memory_scope", "memory_strategy", b"memory_strategy", "memory_tokens", b"memory_tokens", "memory_writes", b"memory_writes", "name", b"name", "normalize_by_std", b"normalize_by_std", "optimizer_steps", b"optimizer_steps", "reflection_weight", b"reflection_weight", "second_attempt", b"second_attempt", "second_weight", b"second_weight", "settings", b"settings", "success_threshold", b"success_threshold", "train_cut_reflections", b"train_cut_reflections"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__aggregation_constant: _TypeAlias = _typing.Literal["aggregation_constant"]  # noqa: Y015
     _WhichOneofArgType__aggregation_constant: _TypeAlias = _typing.Literal["_aggregation_constant", b"_aggregation_constant"]  # noqa: Y015
@@ -439,8 +564,16 @@ class AlgorithmConfig(_message.Message):
     _WhichOneofArgType__first_weight: _TypeAlias = _typing.Literal["_first_weight", b"_first_weight"]  # noqa: Y015
     _WhichOneofReturnType__memory_entries: _TypeAlias = _typing.Literal["memory_entries"]  # noqa: Y015
     _WhichOneofArgType__memory_entries: _TypeAlias = _typing.Literal["_memory_entries", b"_memory_entries"]  # noqa: Y015
+    _WhichOneofReturnType__memory_episodes: _TypeAlias = _typing.Literal["memory_episodes"]  # noqa: Y015
+    _WhichOneofArgType__memory_episodes: _TypeAlias = _typing.Literal["_memory_episodes", b"_memory_episodes"]  # noqa: Y015
+    _WhichOneofReturnType__memory_family: _TypeAlias = _typing.Literal["memory_family"]  # noqa: Y015
+    _WhichOneofArgType__memory_family: _TypeAlias = _typing.Literal["_memory_family", b"_memory_family"]  # noqa: Y015
+    _WhichOneofReturnType__memory_holdout: _TypeAlias = _typing.Literal["memory_holdout"]  # noqa: Y015
+    _WhichOneofArgType__memory_holdout: _TypeAlias = _typing.Literal["_memory_holdout", b"_memory_holdout"]  # noqa: Y015
     _WhichOneofReturnType__memory_scope: _TypeAlias = _typing.Literal["memory_scope"]  # noqa: Y015
     _WhichOneofArgType__memory_scope: _TypeAlias = _typing.Literal["_memory_scope", b"_memory_scope"]  # noqa: Y015
+    _WhichOneofReturnType__memory_tokens: _TypeAlias = _typing.Literal["memory_tokens"]  # noqa: Y015
+    _WhichOneofArgType__memory_tokens: _TypeAlias = _typing.Literal["_memory_tokens", b"_memory_tokens"]  # noqa: Y015
     _WhichOneofReturnType__normalize_by_std: _TypeAlias = _typing.Literal["normalize_by_std"]  # noqa: Y015
     _WhichOneofArgType__normalize_by_std: _TypeAlias = _typing.Literal["_normalize_by_std", b"_normalize_by_std"]  # noqa: Y015
     _WhichOneofReturnType__optimizer_steps: _TypeAlias = _typing.Literal["optimizer_steps"]  # noqa: Y015
@@ -464,7 +597,15 @@ class AlgorithmConfig(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_entries) -> _WhichOneofReturnType__memory_entries | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_episodes) -> _WhichOneofReturnType__memory_episodes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_family) -> _WhichOneofReturnType__memory_family | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_holdout) -> _WhichOneofReturnType__memory_holdout | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_scope) -> _WhichOneofReturnType__memory_scope | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_tokens) -> _WhichOneofReturnType__memory_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__normalize_by_std) -> _WhichOneofReturnType__normalize_by_std | None: ...
     @_typing.overload
@@ -479,6 +620,34 @@ class AlgorithmConfig(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__train_cut_reflections) -> _WhichOneofReturnType__train_cut_reflections | None: ...
 
 Global___AlgorithmConfig: _TypeAlias = AlgorithmConfig  # noqa: Y015
+
+@_typing.final
+class MemoryPartConfig(_message.Message):
+    """Some of the entries that a MIX retrieves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    strategy: _memory_service_pb2.RetrievalStrategy.ValueType
+    """Any but MIX and BY_KEY. Required."""
+    limit: _builtins.int
+    """At most so many, 1 to 100. Default 1."""
+    def __init__(
+        self,
+        *,
+        strategy: _memory_service_pb2.RetrievalStrategy.ValueType = ...,
+        limit: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "limit", b"limit"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "limit", b"limit", "strategy", b"strategy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
+    _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
+
+Global___MemoryPartConfig: _TypeAlias = MemoryPartConfig  # noqa: Y015
 
 @_typing.final
 class RolloutConfig(_message.Message):

@@ -22,6 +22,7 @@ from mulligan.trainer.algorithms import erl
 from mulligan.trainer.learner.wire import loss_from_proto
 from mulligan.trainer.loss_terms import KlEstimator, KlReference, MismatchCorrection
 from mulligan.trainer.losses import gspo, ppo
+from mulligan.trainer.memory_settings import MemoryPartSettings, MemoryReaders
 from mulligan.trainer.protocols import ProtocolSettings
 from mulligan.trainer.samplers import adarft, horizon, mixture, uniform, weakest
 from mulligan.trainer.settings import (
@@ -57,6 +58,7 @@ MESSAGES: dict[str, type[BaseModel]] = {
     "ProtocolConfig": ProtocolSettings,
     "PoliciesConfig": PoliciesSettings,
     "SamplerConfig": uniform.Settings,
+    "MemoryPartConfig": MemoryPartSettings,
 }
 WIRE_ONLY = {"second_attempt", "settings"}  # read as `name`, and as settings beside the others
 NUMBERS = {int: "INT", float: "DOUBLE", bool: "BOOL", str: "STRING"}
@@ -128,7 +130,8 @@ def test_an_empty_config_is_the_defaults() -> None:
     assert settings_from_proto(run_config_pb2.RunConfig(environment="e")) == RunSettings(environment="e")
     whole = settings_to_proto(RunSettings(environment="e"))
     for path, field, _ in pairs(run_config_pb2.RunConfig.DESCRIPTOR, RunSettings):
-        absent = path.startswith(("model.lora", "evaluation.protocols.")) or path == "algorithm.memory_scope"
+        absent = path.startswith(("model.lora", "evaluation.protocols.", "algorithm.memory_mix."))
+        absent |= path in ("algorithm.memory_scope", "algorithm.memory_holdout")
         if not absent and not field.is_repeated:
             assert _value(plain_from_proto(whole), path) is not None, f"{path} is stored with the run"
 
@@ -157,8 +160,10 @@ RUNS = st.builds(
     ),
     algorithm=st.builds(
         erl.Settings,
-        memory_strategy=st.sampled_from(RetrievalStrategy),
+        memory_strategy=st.sampled_from(RetrievalStrategy).filter(lambda one: one not in ("by_key", "mix")),
         memory_entries=st.integers(0, 100),
+        memory_readers=st.sampled_from(MemoryReaders),
+        memory_holdout=st.none() | st.just(0.0),
         memory_scope=st.none() | texts,
         distillation_loss=st.sampled_from(erl.DistillationLoss),
         distillation_weight=st.just(0.0) | positive,
@@ -239,7 +244,12 @@ GROUPS = [
     ("RolloutConfig", ("reflection_temperature", "reflection_top_p", "reflection_max_tokens")),
     ("EvaluationConfig", ("temperature", "top_p", "top_k")),
 ]
-WITHOUT_DEFAULT = {("RunConfig", "environment"), ("LoraConfig", "rank"), ("ProtocolConfig", "name")}
+WITHOUT_DEFAULT = {
+    ("RunConfig", "environment"),
+    ("LoraConfig", "rank"),
+    ("ProtocolConfig", "name"),
+    ("MemoryPartConfig", "strategy"),
+}
 
 
 def documented_default(message: str, name: str) -> str | None:

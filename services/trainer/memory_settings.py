@@ -1,0 +1,107 @@
+"""What a run reads of the memory, and what it writes into it: settings that every algorithm has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mulligan.common.plugins import PluginSettings, located
+from mulligan.common.reflections import MixPart, RetrievalStrategy
+
+__all__ = ["MemoryPartSettings", "MemoryReaders", "MemorySettings", "MemoryWrites"]
+
+_MOST_ENTRIES = 100  # of a query
+_BY_CLAIMS = (RetrievalStrategy.LATEST_SUCCESS, RetrievalStrategy.TOP_GAIN)
+_BY_TEXT = (RetrievalStrategy.SIMILAR_WORDS, RetrievalStrategy.SIMILAR_MEANING)
+_HOLDOUT = 0.25
+
+
+class MemoryReaders(StrEnum):
+    REFLECTOR = "reflector"
+    FIRST = "first"
+    BOTH = "both"
+
+    @property
+    def reflect(self) -> bool:
+        """Whether reflectors read."""
+        return self is not MemoryReaders.FIRST
+
+    @property
+    def play(self) -> bool:
+        """Whether first attempts read."""
+        return self is not MemoryReaders.REFLECTOR
+
+
+class MemoryWrites(StrEnum):
+    SUCCESSES = "successes"
+    ALL = "all"
+
+
+class MemoryPartSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: RetrievalStrategy
+    limit: int = Field(1, ge=1, le=_MOST_ENTRIES)
+
+
+class MemorySettings(PluginSettings):
+    """Mirrors the fields `memory_…` of `AlgorithmConfig` of `mulligan.trainer.v1`."""
+
+    memory_strategy: RetrievalStrategy = RetrievalStrategy.LATEST_SUCCESS
+    memory_mix: tuple[MemoryPartSettings, ...] = Field((), max_length=8)
+    memory_entries: int = Field(0, ge=0, le=_MOST_ENTRIES)
+    memory_tokens: int = Field(0, ge=0, lt=2**31)
+    memory_holdout: float | None = Field(None, ge=0, le=0.5)
+    memory_readers: MemoryReaders = MemoryReaders.REFLECTOR
+    memory_writes: MemoryWrites = MemoryWrites.SUCCESSES
+    memory_episodes: bool = False
+    memory_family: bool = False
+    memory_scope: str | None = None
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> Self:
+        mixes = self.memory_strategy is RetrievalStrategy.MIX
+        if mixes != bool(self.memory_mix):
+            wanted = "at least one part" if mixes else "nothing"
+            problem = f'expected {wanted}, as memory_strategy = "{self.memory_strategy}"'
+            raise located({("memory_mix",): problem})
+        if sum(part.limit for part in self.memory_mix) > _MOST_ENTRIES:
+            raise located({("memory_mix",): f"expected at most {_MOST_ENTRIES} entries in the sum of the limits"})
+        for field, strategy in self.strategies:
+            if strategy is RetrievalStrategy.BY_KEY:
+                problem = 'expected another strategy than "by_key": a run has no key to ask for'
+                raise located({tuple(field.split(".")): problem})
+            if field != "memory_strategy" and strategy is RetrievalStrategy.MIX:
+                raise located({tuple(field.split(".")): 'expected another strategy than "mix", which is not nested'})
+        return self
+
+    @property
+    def strategies(self) -> Iterator[tuple[str, RetrievalStrategy]]:
+        """All that are asked, each with the setting that names it."""
+        yield "memory_strategy", self.memory_strategy
+        for index, part in enumerate(self.memory_mix):
+            yield f"memory_mix[{index}].strategy", part.strategy
+
+    @property
+    def mix(self) -> tuple[MixPart, ...]:
+        return tuple(MixPart(part.strategy, part.limit) for part in self.memory_mix)
+
+    @property
+    def by_claims(self) -> bool:
+        """Whether the strategy is one of the paper's, which goes by what writers claim."""
+        return self.memory_strategy in _BY_CLAIMS
+
+    @property
+    def compares(self) -> bool:
+        """Whether entries are compared with a text."""
+        return any(strategy in _BY_TEXT for _, strategy in self.strategies)
+
+    @property
+    def holdout(self) -> float:
+        """`memory_holdout`, or its default."""
+        if self.memory_holdout is not None:
+            return self.memory_holdout
+        return 0.0 if self.by_claims else _HOLDOUT
