@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.reflections import Provenance, ReflectionQuery, Retrieved, Trial
+from mulligan.common.reflections import Labels, Provenance, ReflectionQuery, Retrieved, Trial, UseOutcome
 from mulligan.common.types import EnvironmentInfo, EpisodeStep, Outcome, Split, TaskInfo
 from mulligan.env.base import Environment, Episode
 from mulligan.memory.retrieval import retrieve
@@ -67,5 +67,11 @@ class LocalMemory:
             return await with_uses(found, query.scope, trial, self._store)
         return Retrieved(found.reflections, found.version)
 
-    async def add(self, request_id: str, scope: str, text: str, provenance: Provenance) -> str:
-        return (await self._store.add(NewReflection(request_id, scope, text, provenance))).reflection_id
+    async def add(
+        self, request_id: str, scope: str, text: str, provenance: Provenance, labels: Labels | None = None
+    ) -> str:
+        new = NewReflection(request_id, scope, text, provenance, labels or Labels())
+        return (await self._store.add(new)).reflection_id
+
+    async def report(self, outcomes: Sequence[UseOutcome]) -> int:
+        return await self._store.report(outcomes)
