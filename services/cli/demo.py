@@ -72,7 +72,8 @@ async def _demo(folder: Path, settings: RunSettings, experiences: int, accept_en
         client = RunClient(endpoint(services.addresses["trainer"], OUTAGE_SECONDS))
         try:
             run = await _begin(client, settings, accept_environment)
-            trained = f"{settings.algorithm.name} trains {settings.model.source} in {settings.environment}"
+            does = "trains" if settings.trains else "fills a memory, without training, for"
+            trained = f"{settings.algorithm.name} {does} {settings.model.source} in {settings.environment}"
             say(f"run {run.run_id} in {run.folder}: {trained}, steps: {settings.steps}")
             ended = await _until_end_or_interrupt(client, run, services, interrupted)
             if ended:

@@ -66,7 +66,10 @@ def read_assumptions(given: Sequence[str]) -> Assumptions:
 
 
 def dry_run(settings: RunSettings, assumed: Assumptions) -> None:
-    """Prints the estimates. Ends the program with one line if the model's shape or the episode's length is unknown."""
+    """Prints the estimates. Ends the program with one line if the model's shape or the episode's length is unknown, or
+    nothing is trained."""
+    if not settings.trains:
+        fail('--dry-run: expected a run that trains; with learner = "none" there is no learner to estimate', 2)
     try:
         shape, source = shape_of(settings.model.source)
         training = Training.of(settings, shape)

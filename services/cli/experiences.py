@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -60,8 +60,12 @@ async def _from_trainer(run_id: str, step: int | None, limit: int, trainer: str)
 def lines(experience: Experience) -> Iterator[str]:
     """All lines of an experience."""
     yield f"═══ {experience.experience_id}  ({experience.environment} {experience.task_id}, {experience.algorithm})"
+    if experience.memory_entry_ids:
+        yield f"    shown from memory: {', '.join(experience.memory_entry_ids)}"
+    if experience.memory_left_out_id:
+        yield f"    left out, to see what it is worth: {experience.memory_left_out_id}"
     for sample in experience.samples:
-        yield from _episode(sample) if sample.is_episode else _text(sample, experience.memory_entry_ids)
+        yield from _episode(sample) if sample.is_episode else _text(sample)
     for target in experience.targets:
         trained = sum(sequence.sampled_count for sequence in target.sequences)
         role = experience.source(target).role
@@ -78,9 +82,8 @@ def _episode(episode: Sample) -> Iterator[str]:
     yield f"    {episode.feedback or episode.error}"
 
 
-def _text(text: Sample, memory_entry_ids: Sequence[str]) -> Iterator[str]:
-    shown = f"; shown from memory: {', '.join(memory_entry_ids)}" if memory_entry_ids else ""
-    yield f"─── {text.role}, written by {text.policy or 'policy'} version {text.policy_version}{shown}"
+def _text(text: Sample) -> Iterator[str]:
+    yield f"─── {text.role}, written by {text.policy or 'policy'} version {text.policy_version}"
     yield from _indented(text.text or f"({text.outcome}: {text.error})")
 
 

@@ -34,6 +34,7 @@ class _RunDisplay:
 
     def __init__(self, run: RunInfo, first: float, every: float):
         self._total = run.settings.steps
+        self._trains = run.settings.trains
         self._seconds: list[float] = []
         self._metrics: set[str] = set()  # names so far: a step may have no second attempts
         self._step = 0
@@ -110,7 +111,8 @@ class _RunDisplay:
             left = f" {now.done}/{now.total}, left {time_left(now.seconds, now.done, now.total)}" if now.total else ""
             return f"now {now.doing}{left}"
         if self._step == 0 and not self._evaluated:
-            return "creating the learner, then evaluating the policy before training"
+            first = "creating the learner, then evaluating" if self._trains else "evaluating"
+            return f"{first} the policy before training"
         if self._step == self._total:
             return "evaluating the policy after training"
         return f"working on step {self._step + 1}/{self._total}"

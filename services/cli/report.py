@@ -15,6 +15,7 @@ from mulligan.cli.progress import SUCCESS, roles_in
 from mulligan.cli.recipes import RECIPES
 from mulligan.trainer.client import RunInfo
 from mulligan.trainer.events import Entry, EvaluationEvent, StepEvent
+from mulligan.trainer.memory_settings import MemoryReaders
 from mulligan.trainer.settings import RunSettings
 
 RECORDED = ".summary.json"  # what a recipe's run ended with, beside the recipe
@@ -42,7 +43,9 @@ def recorded_rlvr(settings: RunSettings) -> RecordedRun | None:
 def result_lines(summary: dict[str, Any], rlvr: RecordedRun | None) -> Iterator[str]:
     before = summary["test_success_before"]
     after = summary["test_success_after"]
-    yield f"success on the test tasks, first attempt, no reflection in context: {before:.2f} → {after:.2f}"
+    readers = MemoryReaders(summary["settings"]["algorithm"].get("memory_readers", MemoryReaders.REFLECTOR))
+    context = "the memory" if readers.play else "no reflection"
+    yield f"success on the test tasks, first attempt, {context} in context: {before:.2f} → {after:.2f}"
     yield (
         f"{summary['steps']} steps, {summary['rollouts']:,} rollouts (episodes + reflections), "
         f"{summary['sampled_tokens']:,} sampled tokens, {summary['train_seconds']:.0f} s of training"
