@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mulligan.common.plugins import PluginSettings, located
 from mulligan.common.reflections import MixPart, RetrievalStrategy
 
-__all__ = ["MemoryPartSettings", "MemoryReaders", "MemorySettings", "MemoryWrites"]
+__all__ = ["MemoryPartSettings", "MemoryReaders", "MemoryUseSettings", "MemoryWrites"]
 
 _MOST_ENTRIES = 100  # of a query
 _BY_CLAIMS = (RetrievalStrategy.LATEST_SUCCESS, RetrievalStrategy.TOP_GAIN)
@@ -47,7 +47,7 @@ class MemoryPartSettings(BaseModel):
     limit: int = Field(1, ge=1, le=_MOST_ENTRIES)
 
 
-class MemorySettings(PluginSettings):
+class MemoryUseSettings(PluginSettings):
     """Mirrors the fields `memory_…` of `AlgorithmConfig` of `mulligan.trainer.v1`."""
 
     memory_strategy: RetrievalStrategy = RetrievalStrategy.LATEST_SUCCESS

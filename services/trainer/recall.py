@@ -22,7 +22,7 @@ from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.common.types import EnvironmentInfo
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.interfaces import MemoryPort
-from mulligan.trainer.memory_settings import MemorySettings
+from mulligan.trainer.memory_settings import MemoryUseSettings
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import AlgorithmSettings, RunSettings
 
@@ -109,7 +109,7 @@ def scope_of(settings: RunSettings, run_id: str) -> str:
 
 
 def query_of(
-    settings: MemorySettings, scope: str, environment: str, task_id: str = "", version: int | None = None
+    settings: MemoryUseSettings, scope: str, environment: str, task_id: str = "", version: int | None = None
 ) -> ReflectionQuery:
     """What is asked before a task is played. Strategies that go by claims retrieve advice alone, no episodes."""
     return ReflectionQuery(

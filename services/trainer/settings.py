@@ -15,7 +15,7 @@ from mulligan.trainer.advantages import ADVANTAGES
 from mulligan.trainer.aggregation import Aggregation
 from mulligan.trainer.loss_settings import LossSettings
 from mulligan.trainer.losses import read_loss
-from mulligan.trainer.memory_settings import MemorySettings
+from mulligan.trainer.memory_settings import MemoryUseSettings
 from mulligan.trainer.protocols import PROTOCOLS, ProtocolSettings
 from mulligan.trainer.samplers import SAMPLERS, SamplerSettings
 
@@ -70,7 +70,7 @@ class OptimizerSettings(_Settings):
     moments: Literal["float32", "8bit"] = "float32"
 
 
-class AlgorithmSettings(MemorySettings):
+class AlgorithmSettings(MemoryUseSettings):
     """What every algorithm has. An algorithm's own `Settings` add to it, and may give other defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

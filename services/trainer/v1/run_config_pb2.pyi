@@ -489,7 +489,7 @@ class AlgorithmConfig(_message.Message):
     """
     memory_holdout: _builtins.float
     """The share of a task's rollouts from which one of the entries is left out, drawn at random: 0 to 0.5. The rewards with
-    and without it are reported to the memory, as evidence of what the entry is worth. When absent 0.25, and 0 with
+    and without it are reported to the memory, as evidence of what the entry is worth. 0.25 when absent, but 0 with
     LATEST_SUCCESS and TOP_GAIN and in deterministic runs. With 0 nothing is drawn or reported.
     """
     memory_readers: Global___MemoryReaders.ValueType

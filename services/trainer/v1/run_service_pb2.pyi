@@ -357,6 +357,11 @@ class StepCompleted(_message.Message):
         replaced_groups: groups without signal that were replaced; absent where `rollout.replace_rounds` is 0. horizon: how
         many turns an episode had at most, where the sampler said so.
 
+        In runs that leave entries of the memory out (`algorithm.memory_holdout`): memory_uses: uses that were drawn, one for
+        each chain. memory_left_out: how many of them left an entry out. memory_reported: how many were read and had a
+        reward. memory_uplift: the mean uplift of the entries that were shown, as the memory knew it; absent where it knew
+        none.
+
         In runs of several environments, counts are over all of them, and rewards and successes are those of
         RunConfig.environment. Those of another one have its name before them, such as unanswerable/success_first; so has
         its count of rollouts.
