@@ -20,6 +20,7 @@ from mulligan.common.reflections import (
     Trial,
     Uplift,
 )
+from mulligan.common.types import EnvironmentInfo
 from mulligan.trainer.journal import StepJournal, StepStarted, journal_file, read_experiences
 from mulligan.trainer.preflight import check_memory
 from mulligan.trainer.recall import scope_of
@@ -121,8 +122,8 @@ async def test_rewards_are_reported_in_shares_of_the_greatest() -> None:
     made = await loop(["a", "a"], ["go", "a"], environment=environment, rollout=ONE)
     describe = environment.describe
 
-    async def of_four(name: str) -> Any:
-        return replace(await describe(name), max_reward=2.0)
+    async def of_four(environment: str) -> EnvironmentInfo:
+        return replace(await describe(environment), max_reward=2.0)
 
     environment.describe = of_four  # type: ignore[method-assign]
     await made.step()
