@@ -79,7 +79,7 @@ def test_buf_lint_is_in_force(tmp_path: Path) -> None:
 
 # What else the comments write in capitals: codes that carry no reason of ours, and names of enum values.
 OTHER_CODES = {"DEADLINE_EXCEEDED", "UNAVAILABLE"}
-CAPITALS = re.compile(r"\b[A-Z]{2,}(?:_[A-Z]+)+\b|\b(?:INTERNAL|UNAVAILABLE|UNAUTHENTICATED)\b")
+CAPITALS = re.compile(r"\b[A-Z]{2,}(?:_[A-Z]+)+\b|\b(?:INTERNAL|UNAVAILABLE|UNAUTHENTICATED|ABORTED)\b")
 
 
 def prose(path: Path) -> list[str]:
