@@ -70,6 +70,8 @@ class MemorySettings(ServiceSettings):
     def create_embedder(self) -> Embedder | None:
         """Loads the model; None if no embedder is set. Raises BadSettings."""
         if not self.embedder:
+            if self.embedder_settings:
+                raise BadSettings(f"{EMBEDDERS.others}: no embedder is set")
             return None
         try:
             plugin = EMBEDDERS.find(self.embedder)

@@ -23,7 +23,7 @@ class Settings(EmbedderSettings):
     )
 
 
-class Given:
+class GivenVectors:
     def __init__(self, settings: Settings) -> None:
         self.name = f"given/{settings.model}/{settings.size}"
         self.size = settings.size
@@ -36,5 +36,5 @@ class Given:
         return np.zeros((0, self.size), np.float32)
 
 
-def create(settings: Settings) -> Given:
-    return Given(settings)
+def create(settings: Settings) -> GivenVectors:
+    return GivenVectors(settings)

@@ -1,5 +1,5 @@
-"""A backend, an environment and a store of a package outside of the tree: served by the name of an entry point and by
-module path, with settings of their own."""
+"""A backend, an environment, a store and an embedder of a package outside of the tree: served by the name of an entry
+point and by module path, with settings of their own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ import pytest
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Message, Role, SamplingParams
+from mulligan.common.reflections import Provenance, ReflectionQuery, RetrievalStrategy
 from mulligan.conformance.env.game import EnvOptions
 from mulligan.conformance.env.run import check as check_env
 from mulligan.conformance.env.run import target as env_target
@@ -103,6 +105,26 @@ async def test_a_store(services: ServiceProcesses, acme: dict[str, str], setting
         assert await client.snapshot("scope") == 0
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"embedder": "letters", "letters.alphabet": "xyz"},
+        {"embedder": "acme.letters", "embedder-settings": {"alphabet": "xyz"}},
+    ],
+    ids=["entry point", "module"],
+)
+async def test_an_embedder(services: ServiceProcesses, acme: dict[str, str], settings: dict[str, Any]) -> None:
+    address = services.start("memory", environment=acme, database="notes:desk", **settings).address
+    origin = Provenance("run", "experience", "lake", "task", 0, 0.0, 1.0, True)
+    async with closing(MemoryClient(Endpoint(address))) as client:
+        for text in ("xxy", "zz", "abc"):
+            await client.add(text, "scope", text, origin)
+        query = ReflectionQuery("scope", "lake", RetrievalStrategy.SIMILAR_MEANING, 2)
+        found = await client.query(replace(query, text="y, and x"))
+        assert [one.text for one in found.reflections] == ["xxy", "zz"]
+        assert not (await client.query(replace(query, text="abc"))).reflections, "nothing to embed"
+
+
 def test_settings_come_from_files_and_variables_too(
     services: ServiceProcesses, acme: dict[str, str], tmp_path: Path
 ) -> None:
@@ -149,6 +171,20 @@ def test_settings_come_from_files_and_variables_too(
             "store_settings.pages: Input should be greater than or equal to 1",
         ),
         ("memory", {"database": "notes:floor"}, "database: notes lie on the desk, not at 'floor'"),
+        (
+            "memory",
+            {"database": "notes:desk", "embedder": "leters"},
+            "embedder: there is no embedder 'leters'; did you mean 'letters'?",
+        ),
+        ("memory", {"embedder": "acme.notes"}, "embedder: 'acme.notes' is no embedder: it has no `create`"),
+        ("memory", {"embedder": "given"}, "given.size: Field required"),
+        (
+            "memory",
+            {"embedder": "acme.letters", "embedder-settings": {"alphabet": ""}},
+            "embedder_settings.alphabet: String should have at least 1 character",
+        ),
+        ("memory", {"embedder-settings": {"alphabet": "a"}}, "embedder_settings: no embedder is set"),
+        ("memory", {"embedder": "sentence_transformers", "sentence-transformers.model": "m"}, "needs the extra"),
         (
             "env",
             {"environments": {"e": {"kind": "countdwn"}}},

@@ -16,6 +16,9 @@ countdown = acme.countdown
 [mulligan.stores]
 notes = acme.notes
 
+[mulligan.embedders]
+letters = acme.letters
+
 [mulligan.objectives]
 unlikelihood = acme.unlikelihood
 

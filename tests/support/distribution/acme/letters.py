@@ -1,0 +1,33 @@
+"""An embedder that counts letters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from mulligan.memory import EmbedderSettings
+
+
+class Settings(EmbedderSettings):
+    """An alphabet."""
+
+    alphabet: str = Field("abcdefghijklmnopqrstuvwxyz", min_length=1, description="The letters that are counted.")
+
+
+class Letters:
+    def __init__(self, alphabet: str) -> None:
+        self.name = f"letters/{alphabet}"
+        self.size = len(alphabet)
+        self._alphabet = alphabet
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        counts = np.array([[text.count(letter) for letter in self._alphabet] for text in texts], np.float32)
+        lengths = np.linalg.norm(counts, axis=1, keepdims=True)
+        return counts / np.where(lengths, lengths, 1)
+
+
+def create(settings: Settings) -> Letters:
+    return Letters(settings.alphabet)
