@@ -25,7 +25,7 @@ def acme(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
 
 
-@pytest.fixture(scope="module", params=["notes"])
+@pytest.fixture(scope="module", params=["sqlite", "notes"])
 def embedding(
     request: pytest.FixtureRequest,
     shared_services: ServiceProcesses,

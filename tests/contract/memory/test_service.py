@@ -7,7 +7,6 @@ import sqlite3
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from uuid import uuid4
 
 import grpc
 import pytest
@@ -56,11 +55,6 @@ async def client(server: ServiceProcess) -> AsyncIterator[MemoryClient]:
 async def stub(server: ServiceProcess) -> AsyncIterator[pb_grpc.MemoryServiceStub]:
     async with grpc.aio.insecure_channel(server.address) as channel:
         yield pb_grpc.MemoryServiceStub(channel)
-
-
-@pytest.fixture
-def scope() -> str:
-    return f"scope-{uuid4()}"
 
 
 async def test_what_is_added_is_read_back_whole(client: MemoryClient, scope: str) -> None:
@@ -198,7 +192,7 @@ def test_a_newer_schema_is_refused(services: ServiceProcesses, tmp_path: Path) -
     with sqlite3.connect(tmp_path / "memory.db") as db:
         db.execute("CREATE TABLE schema_version AS SELECT 7 AS version")
     db.close()
-    with pytest.raises(ProcessFailed, match="schema 7, and this program knows schemas up to 1"):
+    with pytest.raises(ProcessFailed, match="schema 7, and this program knows schemas up to 2"):
         services.start("memory", database=tmp_path / "memory.db")
 
 
