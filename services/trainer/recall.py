@@ -46,7 +46,8 @@ class Reader:
 class Recall:
     """Retrieves entries as of one version of the scope, for each task before it is played.
 
-    Without a trial, equal questions are asked once. `slots` limit how many first observations are asked for at once.
+    Where no uses are drawn, equal questions are asked once. `slots` limit how many first observations are asked for at
+    once.
     """
 
     memory: MemoryPort
@@ -59,11 +60,12 @@ class Recall:
         if self.settings.algorithm.memory_entries == 0:
             return [_NOTHING] * len(readers)
         queries = await gather_or_cancel(self._query(reader, slots, priority) for reader in readers)
-        if self.settings.holdout:
-            pairs = zip(queries, readers, strict=True)
-            return await gather_or_cancel(self._ask(query, reader.keys) for query, reader in pairs)
-        found = {query: await self._ask(query) for query in dict.fromkeys(queries)}
-        return [found[query] for query in queries]
+        keys = [reader.keys if self.settings.holdout else () for reader in readers]
+        questions = list(zip(queries, keys, strict=True))
+        distinct = list(dict.fromkeys(questions))
+        found = await gather_or_cancel(self._ask(query, keys) for query, keys in distinct)
+        answers = dict(zip(distinct, found, strict=True))
+        return [answers[question] for question in questions]
 
     async def _query(self, reader: Reader, slots: PrioritySlots, priority: int) -> ReflectionQuery | None:
         """None where the environment shows nothing to compare with."""
@@ -76,11 +78,12 @@ class Recall:
         cut = (text or "").encode()[:_MAX_BYTES].decode(errors="ignore")
         return replace(query, text=cut) if cut else None
 
-    async def _ask(self, query: ReflectionQuery | None, keys: tuple[str, ...] = ()) -> Retrieved:
+    async def _ask(self, query: ReflectionQuery | None, keys: tuple[str, ...]) -> Retrieved:
+        """With keys, a use is drawn for each."""
         if query is None:
             return _NOTHING
         seed = derive_seed(self.settings.seed, "use")
-        trial = Trial(keys, self.settings.holdout, seed) if keys and self.settings.holdout else None
+        trial = Trial(keys, self.settings.holdout, seed) if keys else None
         try:
             return await self.memory.query(query, trial)
         except DomainError as error:

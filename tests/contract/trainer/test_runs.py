@@ -144,11 +144,19 @@ async def test_a_trainer_trains_one_run_at_a_time(loop: Loop, client: RunClient,
     assert [entry async for entry in client.watch("long", len(events))][-1].event == StateEvent(RunState.STOPPED)
 
 
+BY_MEANING = {"memory_strategy": "similar_meaning"}
+
+
 @pytest.mark.parametrize(
     ("run_id", "settings", "words"),
     [
         ("no-environment", DONE.model_copy(update={"environment": "chess"}), "UNKNOWN_ENVIRONMENT"),
         ("no-model", DONE.model_copy(update={"model": TrainedModelSettings(source="/nowhere")}), "MODEL_NOT_FOUND"),
+        (
+            "no-embedder",
+            small_run(algorithm=BY_MEANING),
+            "algorithm.memory_strategy: the memory service has no embedder",
+        ),
         ("no-actor", DONE.model_copy(update={"policies": PoliciesSettings(actor="nobody")}), "UNKNOWN_POLICY"),
     ],
 )

@@ -136,7 +136,7 @@ async def test_weights_of_somebody_else_end_the_run(tmp_path: Path) -> None:
 async def test_the_manager_evaluates_it_with_its_memory_and_publishes_nothing(tmp_path: Path) -> None:
     world = Alone(tmp_path / "runs")
     await world.run().train()
-    before = len(world.policy.calls)
+    before, asked = len(world.policy.calls), len(world.memory.queries)
     services = world.run().services
     manager = RunManager(tmp_path / "runs", services)
     try:
@@ -145,6 +145,7 @@ async def test_the_manager_evaluates_it_with_its_memory_and_publishes_nothing(tm
     finally:
         await manager.close()
     assert version == 0 and event.attempts == 4 and world.policy.updates == []
+    assert [(query.version, trial) for query, trial in world.memory.queries[asked:]] == [(world.memory.version, None)]
     systems = {prompt[0].content for prompt, _ in world.policy.calls[before:]}
     assert systems == {f"{world.memory.entries[-1].text}\nanswer with a word"}
 
