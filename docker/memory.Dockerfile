@@ -5,9 +5,11 @@ ARG BASE=python:3.11-slim
 FROM ${BASE} AS build
 WORKDIR /src
 COPY pyproject.toml LICENSE NOTICE constraints.txt docker/install.sh ./
+# Extras of pyproject.toml: postgres is another.
+ARG EXTRAS=memory
 ARG WHEELS=docker/wheels
 RUN --mount=type=cache,target=/root/.cache/pip --mount=type=bind,source=docker/wheels,target=docker/wheels \
-    sh install.sh /opt/mulligan ".[memory]"
+    sh install.sh /opt/mulligan ".[${EXTRAS}]"
 COPY services/__init__.py services/__init__.pyi /app/mulligan/
 COPY services/common /app/mulligan/common
 COPY services/memory /app/mulligan/memory

@@ -14,7 +14,7 @@ from tests.support.found import require_docker
 from tests.support.paths import ROOT
 
 OURS = ("env", "policy", "memory", "trainer")
-FILES = ("compose.yaml", "compose.gpu.yaml", "compose.scale.yaml")
+FILES = ("compose.yaml", "compose.gpu.yaml", "compose.scale.yaml", "compose.postgres.yaml")
 
 
 def compose(*files: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,7 @@ def configuration(*files: str) -> dict[str, Any]:
     return read
 
 
-@pytest.fixture(params=[FILES[:1], FILES[:2], (FILES[0], FILES[2])], ids=["cpu", "gpu", "scale"])
+@pytest.fixture(params=[FILES[:1], *((FILES[0], over) for over in FILES[1:])], ids=["cpu", "gpu", "scale", "postgres"])
 def services(request: pytest.FixtureRequest) -> dict[str, Any]:
     read: dict[str, Any] = configuration(*request.param)["services"]
     return read
@@ -95,6 +95,15 @@ def test_gpus_are_reserved_and_the_model_must_be_named() -> None:
     assert services["policy"]["environment"]["MULLIGAN_POLICY_MODEL"] == "some/model"
     nameless = compose("compose.yaml", "compose.gpu.yaml", MODEL="")
     assert nameless.returncode != 0 and "MODEL is the model to train" in nameless.stderr
+
+
+def test_only_the_memory_service_reaches_the_database() -> None:
+    read = configuration("compose.yaml", "compose.postgres.yaml")
+    assert read["networks"]["database"]["internal"]
+    reached = {name for name, service in read["services"].items() if "database" in (service.get("networks") or {})}
+    assert reached == {"memory", "postgres"} and not read["services"]["postgres"].get("ports")
+    assert "postgres" in read["services"]["memory"]["build"]["args"]["EXTRAS"]
+    assert read["services"]["postgres"]["volumes"][0]["source"] == "postgres"
 
 
 @pytest.mark.parametrize("index", ["", "https://mirror.example.org/whl/cpu"])

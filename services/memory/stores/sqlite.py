@@ -26,7 +26,6 @@ from mulligan.memory.store import StoreError, StoreSettings
 from mulligan.memory.stores._sql import writes
 from mulligan.memory.stores._sql.migrate import migrate
 from mulligan.memory.stores._sql.store import SqlStore, plain_errors
-from mulligan.memory.stores._sql.tables import pending
 from mulligan.memory.stores._sql.worker import Call, Worker
 
 R = TypeVar("R")
@@ -153,8 +152,9 @@ def _sqlite(connection: sa.Connection) -> sqlite3.Connection:
 def _clean(connection: sa.Connection, path: Path) -> None:
     """Removes erased bytes from the database and its log. What a crash interrupts is done at the next start."""
     with connection.begin():
-        if not writes.is_pending(connection, writes.ERASED):
-            return
+        erased = writes.all_uncleaned(connection)
+    if not erased:
+        return
     if not path.exists():
         raise folder_removed(path.parent)
     sqlite = _sqlite(connection)
@@ -164,4 +164,4 @@ def _clean(connection: sa.Connection, path: Path) -> None:
         message = f"another program reads {path}, so its files still have erased bytes: end it, and erase again"
         raise DomainError(Reason.SERVICE_UNAVAILABLE, message)
     with connection.begin():
-        connection.execute(pending.delete().where(pending.c.what == writes.ERASED))
+        writes.cleaned(connection, erased)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -43,21 +43,21 @@ _COLUMNS = (
     scopes.c.name.label("scope"),
 )
 # An entry with one of its standings; an erased one has no text.
-_STATES = (
+STATES = (
     sa.select(*_COLUMNS)
     .select_from(standings)
     .join(reflections, reflections.c.position == standings.c.position)
     .join(scopes, scopes.c.id == standings.c.scope_id)
     .outerjoin(texts, texts.c.id == standings.c.text_id)
 )
-_NEWEST_STATES = _STATES.where(standings.c.id == reflections.c.standing_id)
+_NEWEST_STATES = STATES.where(standings.c.id == reflections.c.standing_id)
 
-_BY_POSITION = standings.c.position.desc()
+LATEST_FIRST = standings.c.position.desc()
 _SQL_ORDERS: dict[Order, tuple[Any, ...]] = {
-    Order.NEWEST: (_BY_POSITION,),
-    Order.GAIN: (standings.c.gain.desc(), _BY_POSITION),
-    Order.UPLIFT: (standings.c.lower.desc(), _BY_POSITION),
-    Order.FEWEST_USES: (standings.c.tries, _BY_POSITION),
+    Order.NEWEST: (LATEST_FIRST,),
+    Order.GAIN: (standings.c.gain.desc(), LATEST_FIRST),
+    Order.UPLIFT: (standings.c.lower.desc(), LATEST_FIRST),
+    Order.FEWEST_USES: (standings.c.tries, LATEST_FIRST),
 }
 _ORDERS: dict[Order, Callable[[Row], tuple[float, ...]]] = {  # the same, of rows
     Order.NEWEST: lambda row: (-row.position,),
@@ -99,18 +99,30 @@ def _readable(db: sa.Connection, scope_id: int, version: int) -> int:
 
 
 def find(db: sa.Connection, selection: Selection, order: Order, limit: int) -> Found:
+    return in_order(db, selection, STATES, _SQL_ORDERS[order], _ORDERS[order], limit)
+
+
+def in_order(
+    db: sa.Connection,
+    selection: Selection,
+    states: sa.Select[Any],
+    by: Sequence[Any],
+    key: Callable[[Row], tuple[float, ...]],
+    limit: int,
+) -> Found:
+    """The first of the states that are selected. `by` is the order in SQL, `key` the same of rows."""
     scope, version = at_version(db, selection)
     if scope is None:
         return Found((), version)
-    wanted = _STATES.where(
+    wanted = states.where(
         standings.c.scope_id == scope.id,
         standings.c.environment == selection.environment,
         *_filters(selection),
     )
     rows: list[Row] = []
     for visible in _visible(version, scope.version):
-        rows += db.execute(wanted.where(*visible).order_by(*_SQL_ORDERS[order]).limit(limit)).all()
-    rows.sort(key=_ORDERS[order])
+        rows += db.execute(wanted.where(*visible).order_by(*by).limit(limit)).all()
+    rows.sort(key=key)
     return Found(as_then(db, rows[:limit]), version)
 
 
@@ -118,10 +130,10 @@ def states_of(
     db: sa.Connection, selection: Selection, scope: Row, version: int, positions: Sequence[int]
 ) -> dict[int, Row]:
     """Those of the entries that the version selects, by position."""
-    wanted = _STATES.where(standings.c.environment == selection.environment, *_filters(selection))
+    wanted = STATES.where(standings.c.environment == selection.environment, *_filters(selection))
     current, *closed = _visible(version, scope.version)
-    newest = (reflections.c.position.in_(positions), standings.c.id == reflections.c.standing_id)
-    rows = list(db.execute(wanted.where(*newest, *current)).all())
+    at_last = (reflections.c.position.in_(positions), standings.c.id == reflections.c.standing_id)
+    rows = list(db.execute(wanted.where(*at_last, *current)).all())
     for visible in closed:
         rows += db.execute(wanted.where(standings.c.position.in_(positions), *visible)).all()
     return {row.position: row for row in rows}
@@ -225,15 +237,15 @@ def as_then(db: sa.Connection, rows: Rows) -> tuple[StoredReflection, ...]:
 
 
 def as_now(db: sa.Connection, rows: Rows) -> tuple[StoredReflection, ...]:
-    origins = _sources(db, (row.position for row in rows))
+    origins = _sources(db, [row.position for row in rows]) if rows else {}
     return tuple(_entry(row, origins.get(row.position, ())) for row in rows)
 
 
-def _sources(db: sa.Connection, positions: Iterable[int]) -> dict[int, tuple[str, ...]]:
+def _sources(db: sa.Connection, positions: Sequence[int]) -> dict[int, tuple[str, ...]]:
     wanted = (
         sa.select(sources.c.position, reflections.c.reflection_id)
         .join(reflections, reflections.c.position == sources.c.source)
-        .where(sources.c.position.in_(list(positions)))
+        .where(sources.c.position.in_(positions))
         .order_by(sources.c.position, sources.c.place)
     )
     found: dict[int, tuple[str, ...]] = {}

@@ -55,7 +55,7 @@ class SqlStore(ABC):
 
     @abstractmethod
     async def _clean(self) -> None:
-        """Removes erased bytes from the files, if `pending` says that there are some."""
+        """Removes erased bytes from the files, if there are some."""
 
     @abstractmethod
     async def close(self) -> None: ...

@@ -236,5 +236,5 @@ changes = sa.Table(
     sa.Index("changes_of_scope", "scope_id", "id"),
 )
 
-# What has to be done after a transaction, such as to clean files of what was erased; also after a crash.
-pending = sa.Table("pending", metadata, sa.Column("what", sa.Text, primary_key=True))
+# Erased entries of which the store's files may still have bytes, also after a crash.
+uncleaned = sa.Table("uncleaned", metadata, sa.Column("reflection_id", sa.Text, primary_key=True))

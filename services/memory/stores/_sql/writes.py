@@ -17,15 +17,14 @@ from mulligan.memory.stores._sql.queries import Row
 from mulligan.memory.stores._sql.tables import (
     changes,
     evidence,
-    pending,
     reflections,
     scopes,
     sources,
     standings,
     texts,
+    uncleaned,
 )
 
-ERASED = "erased bytes"  # in `pending`: files may still have some
 _QUARANTINED_COUNTS = 8
 
 
@@ -163,7 +162,7 @@ def delete(db: sa.Connection, identity: str, actor: str) -> int:
 
 
 def erase(db: sa.Connection, identity: str, actor: str) -> int:
-    """The bytes are gone from the tables; `pending` says that the store has to clean its files."""
+    """The bytes are gone from the tables; `uncleaned` says that the store has to clean its files."""
     old = queries.newest(db, identity)
     if old.erased_version is not None:
         return int(old.erased_version)
@@ -175,14 +174,18 @@ def erase(db: sa.Connection, identity: str, actor: str) -> int:
     db.execute(reflections.update().where(reflections.c.position == old.position).values(**gone))
     db.execute(texts.delete().where(texts.c.position == old.position))
     db.execute(standings.update().where(standings.c.position == old.position).values(key="", tags="", text_id=0))
-    if not is_pending(db, ERASED):
-        db.execute(pending.insert().values(what=ERASED))
+    db.execute(uncleaned.insert().values(reflection_id=identity))
     log(db, scope_id, version, "erase", identity, actor)
     return version
 
 
-def is_pending(db: sa.Connection, what: str) -> bool:
-    return db.execute(sa.select(pending).where(pending.c.what == what)).first() is not None
+def all_uncleaned(db: sa.Connection) -> Sequence[str]:
+    """Ids of erased entries of which files may still have bytes."""
+    return db.execute(sa.select(uncleaned.c.reflection_id)).scalars().all()
+
+
+def cleaned(db: sa.Connection, identities: Sequence[str]) -> None:
+    db.execute(uncleaned.delete().where(uncleaned.c.reflection_id.in_(identities)))
 
 
 def next_version(db: sa.Connection, scope: str, entries: int = 0) -> tuple[int, int]:

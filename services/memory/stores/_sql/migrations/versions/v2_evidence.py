@@ -20,6 +20,7 @@ def upgrade() -> None:
     _texts()
     _standings()
     _experiments()
+    _keep_statistics_free_of_texts()
     _copy()
     op.drop_table("old_reflections")
     op.drop_table("old_scopes")
@@ -190,7 +191,14 @@ def _experiments() -> None:
         _text("detail"),
     )
     op.create_index("changes_of_scope", "changes", ["scope_id", "id"])
-    op.create_table("pending", _text("what", primary_key=True))
+    op.create_table("uncleaned", _text("reflection_id", primary_key=True))
+
+
+def _keep_statistics_free_of_texts() -> None:
+    """PostgreSQL's statistics have samples of a column's values, which an erasure would not reach."""
+    if op.get_context().dialect.name == "postgresql":
+        for table, column in (("texts", "text"), ("texts", "embedding"), ("standings", "key"), ("standings", "tags")):
+            op.execute(f"ALTER TABLE {table} ALTER COLUMN {column} SET STATISTICS 0")
 
 
 def _copy() -> None:
