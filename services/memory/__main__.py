@@ -25,9 +25,7 @@ def main() -> None:
             try:
                 await store.use_embedder(embedder)
             except CannotEmbed as error:
-                refuse(
-                    settings.service, f"embedder: the entries of {settings.database} need other embeddings ({error})"
-                )
+                refuse(settings.service, f"embedder: the database's entries need other embeddings ({error})")
             await serve(settings, lambda server: add_to_server(server, store, embedder))
         finally:
             await store.close()

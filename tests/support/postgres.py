@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
+import signal
 import subprocess
 import tempfile
 import uuid
@@ -77,7 +78,7 @@ def postgres_server() -> Iterator[PostgresServer]:
         wait_until(lambda: _answers(folder, server, log))
         yield PostgresServer(data)
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # ends connections that a failed test left; SIGTERM would wait for them
         server.wait()
         shutil.rmtree(folder)
 

@@ -154,8 +154,8 @@ def _url(location: str) -> sa.URL:
 
 
 def _name(url: sa.URL) -> str:
-    """The database in messages, without a password."""
-    return url.set(drivername="postgresql", password=None, query={}).render_as_string()
+    """The database in messages, with stars for a password; a query may have one, too."""
+    return url.set(drivername="postgresql", query={}).render_as_string()
 
 
 def _take_turn(connection: sa.Connection) -> None:
