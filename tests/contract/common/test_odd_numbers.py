@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed
 from mulligan.common.inference import SamplingParams
-from mulligan.common.reflections import ReflectionQuery, RetrievalStrategy
+from mulligan.common.reflections import ReflectionQuery, RetrievalStrategy, UseOutcome
 from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as env_pb
@@ -137,10 +137,11 @@ def scores(*values: float) -> policy_pb.ScoreResponse:
 
 
 def reflection(**origin: Any) -> memory_pb.QueryReflectionsResponse:
-    provenance = memory_pb.Provenance(**origin)
-    return memory_pb.QueryReflectionsResponse(
-        reflections=[memory_pb.StoredReflection(reflection_id="r", provenance=provenance)]
-    )
+    return stored(provenance=memory_pb.Provenance(**origin))
+
+
+def stored(**fields: Any) -> memory_pb.QueryReflectionsResponse:
+    return memory_pb.QueryReflectionsResponse(reflections=[memory_pb.StoredReflection(reflection_id="r", **fields)])
 
 
 def forwarded(value: float) -> learner_pb.ForwardResponse:
@@ -192,7 +193,41 @@ POLICY: dict[str, tuple[Ask, list[tuple[Message, str]]]] = {
 MEMORY: dict[str, tuple[Ask, list[tuple[Message, str]]]] = {
     "QueryReflections": (
         lambda client: client.query(ReflectionQuery("scope", "e", RetrievalStrategy.TOP_GAIN)),
-        [(reflection(reward_before=NAN), "reward_before nan"), (reflection(reward_after=INF), "reward_after inf")],
+        [
+            (reflection(reward_before=NAN), "reward_before nan"),
+            (reflection(reward_after=INF), "reward_after inf"),
+            (stored(uplift=memory_pb.Uplift(lower=NAN)), "uplift nan"),
+            (stored(uplift=memory_pb.Uplift(mean_reward_shown=INF)), "uplift.mean_reward inf"),
+            (stored(uplift=memory_pb.Uplift(uses_shown=-1)), "uplift.uses -1"),
+            (stored(revision=-1), "revision -1"),
+            (stored(kind=9), "ReflectionKind 9"),
+            (stored(status=9), "ReflectionStatus 9"),
+            (memory_pb.QueryReflectionsResponse(version=-1), "version -1"),
+            (memory_pb.QueryReflectionsResponse(uses=[memory_pb.Use(use_id="u")]), "uses for 1 keys"),
+        ],
+    ),
+    "ReportOutcome": (
+        lambda client: client.report([UseOutcome("use", 1.0)]),
+        [(memory_pb.ReportOutcomeResponse(counted=-1), "counted -1")],
+    ),
+    "ExplainReflection": (
+        lambda client: client.explain("reflection"),
+        [
+            (memory_pb.ExplainReflectionResponse(uses=[memory_pb.RecordedUse(holdout=NAN)]), "uses.holdout nan"),
+            (memory_pb.ExplainReflectionResponse(uses=[memory_pb.RecordedUse(reward=INF)]), "uses.reward inf"),
+        ],
+    ),
+    "ListChanges": (
+        lambda client: client.changes("scope"),
+        [(memory_pb.ListChangesResponse(changes=[memory_pb.Change(version=-1)]), "changes.version -1")],
+    ),
+    "ReviseReflection": (
+        lambda client: client.revise("reflection", "request", 1, key="k"),
+        [(memory_pb.ReviseReflectionResponse(revision=-1), "revision -1")],
+    ),
+    "EraseReflection": (
+        lambda client: client.erase("reflection"),
+        [(memory_pb.EraseReflectionResponse(version=-1), "version -1")],
     ),
     "GetSnapshot": (
         lambda client: client.snapshot("scope"),

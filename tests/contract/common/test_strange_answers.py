@@ -16,7 +16,7 @@ from google.protobuf import descriptor_pool
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.inference import PublishedWeights, SamplingParams, WeightsKind
-from mulligan.common.reflections import Provenance, ReflectionQuery, RetrievalStrategy
+from mulligan.common.reflections import Provenance, ReflectionQuery, RetrievalStrategy, Trial, UseOutcome
 from mulligan.common.types import EpisodeStep, Split
 from mulligan.env.client import EnvClient
 from mulligan.env.v1 import env_service_pb2 as env_pb
@@ -94,6 +94,12 @@ async def memory_calls(client: MemoryClient) -> AsyncIterator[Callable[[], Await
     yield lambda: client.get("reflection")
     yield lambda: client.list("scope", 2)
     yield lambda: client.delete("reflection")
+    yield lambda: client.query(ReflectionQuery("scope", "text", RetrievalStrategy.EXPLORE), Trial(("one", "two"), 0.5))
+    yield lambda: client.report([UseOutcome("use", 1.0)])
+    yield lambda: client.revise("reflection", "request", 1, text="text")
+    yield lambda: client.erase("reflection")
+    yield lambda: client.explain("reflection")
+    yield lambda: client.changes("scope", 2)
 
 
 async def policy_calls(client: PolicyClient) -> AsyncIterator[Callable[[], Awaitable[Any]]]:
@@ -170,6 +176,7 @@ async def test_a_value_or_a_typed_error(strange: tuple[Strange, Endpoint], name:
 LISTINGS: dict[str, Callable[[Any], Awaitable[Any]]] = {
     "env": lambda client: client.list_tasks("text", Split.TRAIN, 2),
     "memory": lambda client: client.list(),
+    "memory changes": lambda client: client.changes(),
     "policy": lambda client: client.policies(),
     "policy versions": lambda client: client.versions(),
     "run": lambda client: client.runs(),

@@ -62,7 +62,7 @@ def titles(report: dict[str, Any], verdict: Verdict) -> set[str]:
     ("service", "flags", "absent"),
     [
         ("env", ["--environment", "frozenlake-3x3", "--actions", "50"], 5),
-        ("memory", [], 1),
+        ("memory", [], 2),
         ("policy", ["--writes"], 7),
         ("trainer", ["--writes"], 1),
     ],
