@@ -995,7 +995,9 @@ class RecordedUse(_message.Message):
     use_id: _builtins.str
     use_key: _builtins.str
     shown: _builtins.bool
-    """Whether the entry was shown; else it was left out."""
+    """Whether the entry was shown; else it was left out. A use that left out another entry says nothing of this one: its
+    uplift does not count it.
+    """
     revision: _builtins.int
     """Of the entry, at that time."""
     holdout: _builtins.float
@@ -1041,7 +1043,7 @@ class ExplainReflectionResponse(_message.Message):
 
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___StoredReflection]:
-        """What it was made from, parents before grandparents."""
+        """What it was made from, parents before grandparents; at most 1,000."""
 
     @_builtins.property
     def derived_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
