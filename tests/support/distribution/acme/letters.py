@@ -24,9 +24,10 @@ class Letters:
         self._alphabet = alphabet
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        counts = np.array([[text.count(letter) for letter in self._alphabet] for text in texts], np.float32)
+        rows = [[text.count(letter) for letter in self._alphabet] for text in texts]
+        counts = np.array(rows, np.float32).reshape(len(texts), self.size)
         lengths = np.linalg.norm(counts, axis=1, keepdims=True)
-        return counts / np.where(lengths, lengths, 1)
+        return np.divide(counts, lengths, out=np.zeros_like(counts), where=lengths > 0)
 
 
 def create(settings: Settings) -> Letters:
