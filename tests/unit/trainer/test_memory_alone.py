@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from mulligan.cli.experiences import lines
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.experience_wire import experience_from_proto, experience_to_proto
 from mulligan.common.inference import Feature
 from mulligan.trainer.events import StepEvent
 from mulligan.trainer.folder import RunState
@@ -121,6 +123,14 @@ async def test_a_policy_that_gives_no_tokens_will_do(tmp_path: Path) -> None:
     assert run.step == STEPS and world.memory.reported
 
 
+async def test_steps_may_overlap(tmp_path: Path) -> None:
+    world = Alone(tmp_path, rollout={"concurrency": 1, "max_staleness": 1})
+    run = world.run()
+    await run.train()
+    ages = [event.metrics["staleness_max"] for event in run.events.steps().values()]
+    assert run.step == STEPS and set(ages) == {0.0, 1.0}
+
+
 async def test_weights_of_somebody_else_end_the_run(tmp_path: Path) -> None:
     world = Alone(tmp_path)
     run = world.run()
@@ -158,6 +168,9 @@ async def test_what_it_read_is_in_its_journal(tmp_path: Path) -> None:
     read = [chain for chain in chains if chain.memory_use_id]
     assert {chain.memory_use_id for chain in read} == set(world.memory.reported)
     assert all(bool(chain.memory_left_out_id) == (chain.rollout == 1) for chain in read)
+    assert [experience_from_proto(experience_to_proto(chain)) for chain in read] == read
+    (told,) = [line for line in lines(read[1]) if "left out" in line]
+    assert read[1].memory_left_out_id in told
     assert world.folder.record().state is RunState.RUNNING, "the manager writes states"
 
 
