@@ -300,7 +300,7 @@ _provenances = st.builds(
 _texts = st.lists(st.sampled_from(_WORDS), min_size=1, max_size=4).map(" ".join) | st.text(min_size=1, max_size=3)
 _keys = st.sampled_from(["", "tool", "Tool", "\0"])
 _tags = st.lists(st.sampled_from(["x", "X", 'x","y', "\n", "\x00", "ö"]), max_size=3, unique=True).map(tuple)
-_vectors = st.sampled_from([(), *_VECTORS])
+_vectors = st.sampled_from([(0.0, 0.0, 0.0, 0.0), *_VECTORS])
 _back = st.none() | st.integers(-1, 40)
 
 

@@ -132,9 +132,10 @@ class PostgresStore(SqlStore):
         distance: sa.ColumnElement[float] = texts.c.embedding.op("<#>", return_type=sa.Double())(
             sa.literal(list(embedding), texts.c.embedding.type)
         )
-        states = queries.STATES.add_columns(distance.label("distance")).where(texts.c.embedder == embedder)
+        states = queries.STATES.add_columns(distance.label("distance"))
         by = (distance, queries.LATEST_FIRST)
-        return queries.in_order(db, selection, states, by, lambda row: (row.distance, -row.position), limit)
+        embedded = (texts.c.embedder == embedder,)
+        return queries.in_order(db, selection, states, by, lambda row: (row.distance, -row.position), limit, embedded)
 
     def _end(self) -> None:
         self._readers.shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -125,15 +126,19 @@ def _learn(
             if revision >= entries[identity].evidence_since:
                 known[identity].add(reward, shown=shown, p_out=p_out)
                 changed[identity] = None
+    standing: dict[int, dict[str, Any]] = {}
     for identity in changed:
         entry, now_known = entries[identity], known[identity]
         before = ReflectionStatus(entry.status)
         status = status_after(before, helpful=now_known.helpful, harmful=now_known.harmful)
-        _keep(db, entry.position, now_known, new=entry.state is None)
-        standing = {"status": status.value, **writes.summary(now_known, status)}
-        writes.change_standing(db, entry.position, version, standing)
+        standing[entry.position] = {"status": status.value, **writes.summary(now_known, status)}
         if status is not before:
             writes.log(db, scope_id, version, action_of(status), identity, actor)
+    if standing:
+        writes.change_standings(db, version, standing)
+        states = [{"position": entries[one].position, "state": known[one].to_bytes()} for one in changed]
+        db.execute(evidence.delete().where(evidence.c.position.in_(list(standing))))
+        db.execute(evidence.insert(), states)
 
 
 def _entries(db: sa.Connection, identities: Iterable[str]) -> dict[str, sa.Row[tuple[str, int, str, int, bytes]]]:
@@ -150,14 +155,6 @@ def _entries(db: sa.Connection, identities: Iterable[str]) -> dict[str, sa.Row[t
         .where(reflections.c.reflection_id.in_(list(identities)))
     )
     return {row.reflection_id: row for row in db.execute(wanted)}
-
-
-def _keep(db: sa.Connection, position: int, known: Evidence, new: bool) -> None:
-    state = known.to_bytes()
-    if new:
-        db.execute(evidence.insert().values(position=position, state=state))
-    else:
-        db.execute(evidence.update().where(evidence.c.position == position).values(state=state))
 
 
 def uses_of(db: sa.Connection, reflection_id: str, limit: int) -> Sequence[RecordedUse]:

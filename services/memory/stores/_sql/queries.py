@@ -109,19 +109,28 @@ def in_order(
     by: Sequence[Any],
     key: Callable[[Row], tuple[float, ...]],
     limit: int,
+    of_texts: Sequence[Any] = (),
 ) -> Found:
-    """The first of the states that are selected. `by` is the order in SQL, `key` the same of rows."""
+    """The first of the states that are selected. `by` is the order in SQL, `key` the same of rows. `of_texts` are
+    further conditions, on texts; with them the order may be one of texts, too. Only standings are sorted: the rest is
+    read of those that are returned."""
     scope, version = at_version(db, selection)
     if scope is None:
         return Found((), version)
-    wanted = states.where(
+    ids = sa.select(standings.c.id).correlate(None)
+    if selection.kinds or selection.task_prefix:
+        ids = ids.join(reflections, reflections.c.position == standings.c.position)
+    if of_texts:
+        ids = ids.join(texts, texts.c.id == standings.c.text_id).where(*of_texts)
+    ids = ids.where(
         standings.c.scope_id == scope.id,
         standings.c.environment == selection.environment,
         *_filters(selection),
     )
     rows: list[Row] = []
     for visible in _visible(version, scope.version):
-        rows += db.execute(wanted.where(*visible).order_by(*by).limit(limit)).all()
+        first = ids.where(*visible).order_by(*by).limit(limit)
+        rows += db.execute(states.where(standings.c.id.in_(first))).all()
     rows.sort(key=key)
     return Found(as_then(db, rows[:limit]), version)
 

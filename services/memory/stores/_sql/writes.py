@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -61,7 +61,7 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
         **summary(Evidence(), ReflectionStatus.CANDIDATE),
         "from_version": version,
     }
-    open_standing(db, begun)
+    open_standings(db, [begun])
     if origins:
         rows = [{"position": position, "place": place, "source": source} for place, source in enumerate(origins)]
         db.execute(sources.insert(), rows)
@@ -127,7 +127,7 @@ def revise(db: sa.Connection, rewriting: Rewriting, embedder: str | None) -> Rev
         changed |= {"evidence_since": revision, **summary(Evidence(), status)}
     else:
         changed["tries"] = _tries(old.uses_shown + old.uses_left_out, status)
-    change_standing(db, old.position, version, changed)
+    change_standings(db, version, {old.position: changed})
     made = {"revised_by": rewriting.request_id, "revised_version": version}
     db.execute(reflections.update().where(reflections.c.position == old.position).values(**made))
     log(db, old.scope_id, version, "revise", old.reflection_id, rewriting.actor, ", ".join(given))
@@ -206,23 +206,28 @@ def log(
     db.execute(changes.insert().values(**row, changed_microseconds=now(), detail=detail))
 
 
-def change_standing(db: sa.Connection, position: int, version: int, changed: dict[str, Any]) -> None:
-    """Closes the newest standing and opens one that differs in what changed. That of a deleted entry is open in no
-    version."""
-    newest = sa.select(reflections.c.standing_id).where(reflections.c.position == position).scalar_subquery()
-    old = db.execute(sa.select(standings).where(standings.c.id == newest)).one()
-    if old.until_version is None:
-        db.execute(standings.update().where(standings.c.id == old.id).values(until_version=version))
-    else:
-        changed = {**changed, "until_version": version}
-    kept = {name: value for name, value in old._mapping.items() if name != "id"}
-    open_standing(db, {**kept, **changed, "from_version": version})
+def change_standings(db: sa.Connection, version: int, changed: Mapping[int, dict[str, Any]]) -> None:
+    """Of each entry, by position: closes the newest standing and opens one that differs in what changed. That of a
+    deleted entry is open in no version."""
+    newest = sa.select(standings).join(reflections, reflections.c.standing_id == standings.c.id)
+    opened, closed = [], []
+    for old in db.execute(newest.where(reflections.c.position.in_(list(changed)))):
+        kept = {name: value for name, value in old._mapping.items() if name != "id"}
+        is_open = old.until_version is None
+        if is_open:
+            closed.append(old.id)
+        versions = {"from_version": version, "until_version": None if is_open else version}
+        opened.append({**kept, **changed[old.position], **versions})
+    if closed:
+        db.execute(standings.update().where(standings.c.id.in_(closed)).values(until_version=version))
+    open_standings(db, opened)
 
 
-def open_standing(db: sa.Connection, row: dict[str, Any]) -> None:
-    standing_id = _key(db.execute(standings.insert().values(**row)))
-    changed = reflections.update().where(reflections.c.position == row["position"])
-    db.execute(changed.values(standing_id=standing_id))
+def open_standings(db: sa.Connection, rows: Sequence[dict[str, Any]]) -> None:
+    inserted = db.execute(standings.insert().returning(standings.c.id, standings.c.position), rows)
+    newest = [{"standing": standing_id, "of": position} for standing_id, position in inserted]
+    points = reflections.update().where(reflections.c.position == sa.bindparam("of"))
+    db.execute(points.values(standing_id=sa.bindparam("standing")), newest)
 
 
 def summary(of: Evidence, status: ReflectionStatus) -> dict[str, Any]:
