@@ -51,6 +51,6 @@ def test_texts_are_embedded_anew_where_the_embedder_is_another(
     with pytest.raises(DomainError) as caught:
         served(nearest)
     assert caught.value.reason is Reason.NO_EMBEDDER
-    with pytest.raises(ProcessFailed, match=r"embedder: the entries of sqlite:.* need other embeddings \(26 numbers"):
+    with pytest.raises(ProcessFailed, match=r"embedder: the database's entries need other embeddings \(26 numbers"):
         served(nearest, embedder="given", **{"given.size": 26})
     assert served(nearest, embedder="letters") == "zz puppy", "the refused start changed nothing"
