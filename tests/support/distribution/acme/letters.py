@@ -27,7 +27,8 @@ class Letters:
         rows = [[text.count(letter) for letter in self._alphabet] for text in texts]
         counts = np.array(rows, np.float32).reshape(len(texts), self.size)
         lengths = np.linalg.norm(counts, axis=1, keepdims=True)
-        return np.divide(counts, lengths, out=np.zeros_like(counts), where=lengths > 0)
+        vectors: NDArray[np.float32] = np.divide(counts, lengths, out=np.zeros_like(counts), where=lengths > 0)
+        return vectors
 
 
 def create(settings: Settings) -> Letters:
