@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import cycle
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,7 @@ from mulligan.trainer.settings import ALGORITHMS
 from tests.support.loop import Loop, in_turn
 
 # With these an algorithm does all that it can.
-MOST = {
+MOST: dict[str, dict[str, Any]] = {
     "context_distillation": {"knowledge": "reflection"},
     "rltf": {"feedback": "judge"},
     "ruscarl": {"hints": ["rule"]},
