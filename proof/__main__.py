@@ -33,6 +33,7 @@ from proof import (
     methods,
     second_attempts,
     sglang,
+    staleness,
     suite,
 )
 
@@ -42,6 +43,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **learning.CASES,
     **methods.CASES,
     **second_attempts.CASES,
+    **staleness.CASES,
     **kills.CASES,
     **docker.CASES,
     **agreement.CASES,
