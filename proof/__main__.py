@@ -29,7 +29,6 @@ from proof import (
     faults,
     kills,
     language_model,
-    learning,
     methods,
     second_attempts,
     sglang,
@@ -40,7 +39,6 @@ from proof import (
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "proof"
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    **learning.CASES,
     **methods.CASES,
     **second_attempts.CASES,
     **staleness.CASES,
