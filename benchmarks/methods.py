@@ -26,6 +26,9 @@ THRESHOLD = 0.8  # of test success
 # Two-sided 95 % quantiles of Student's t distribution, by degrees of freedom.
 T_QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
 
+_SHARES = (0.25, 0.5, 1.0)  # of ERL's rollouts, at which success is compared
+_FIRST_STEPS = 40
+
 Result = Mapping[str, Any]
 
 
@@ -38,7 +41,8 @@ def main() -> None:
     if not {"erl", "rlvr"} <= arms.keys():
         sys.exit("no result of erl and rlvr yet: run it without --report-only")
     (RESULTS / "methods.md").write_text(page(arms))
-    draw(RESULTS / "methods.png", arms, "success on the test boards")
+    shown = {name: results for name, results in arms.items() if not name.startswith("why-")}
+    draw(RESULTS / "methods.png", shown, "success on the test boards")
     claim = compare(arms["erl"], arms["rlvr"])
     (RESULTS / "erl_vs_rlvr.json").write_text(json.dumps(claim, indent=2) + "\n")
     print((RESULTS / "methods.md").read_text())
@@ -85,6 +89,15 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), T_QUANTILES[min(len(values) - 1, 4)] * stdev(values) / sqrt(len(values))
 
 
+def difference_interval(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """Half the width of the 95 % interval of the difference of two means (Welch; its degrees of freedom rounded down to
+    those of the smaller group); None for a single seed."""
+    fewest = min(len(one), len(other))
+    if fewest < 2:
+        return None
+    return T_QUANTILES[min(fewest - 1, 4)] * sqrt(stdev(one) ** 2 / len(one) + stdev(other) ** 2 / len(other))
+
+
 def told(values: Sequence[float], digits: int = 2) -> str:
     mean, half = interval(values)
     return f"{mean:,.{digits}f}" + ("" if half is None else f" ± {half:,.{digits}f}")
@@ -111,6 +124,8 @@ def compare(erl: Sequence[Result], rlvr: Sequence[Result]) -> dict[str, Any]:
         "frozenlake_erl_interval": interval(ends["erl"])[1],
         "frozenlake_rlvr": final,
         "frozenlake_rlvr_interval": interval(ends["rlvr"])[1],
+        "difference": fmean(ends["erl"]) - final,
+        "difference_interval": difference_interval(ends["erl"], ends["rlvr"]),
         "rollouts_to_threshold_ratio": ratio(THRESHOLD),
         "rollouts_to_rlvr_final_ratio": fmean(needed) / spent if len(needed) == len(erl) else None,
         "seeds": {"erl": len(erl), "rlvr": len(rlvr)},
@@ -120,6 +135,7 @@ def compare(erl: Sequence[Result], rlvr: Sequence[Result]) -> dict[str, Any]:
 def page(arms: Mapping[str, Sequence[Result]]) -> str:
     """The table of all arms. The budget of a column is what every seed of every arm has spent, or all of it."""
     half = min(result["rollouts"] for results in arms.values() for result in results)
+    methods = {name: results for name, results in arms.items() if name not in ARMS or not ARMS[name].like}
     lines = [
         "# Methods on 3×3 FrozenLake",
         "",
@@ -133,7 +149,7 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
         "| optimizer steps | sampled tokens | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, results in sorted(arms.items(), key=lambda arm: -fmean(r["test_success_after"] for r in arm[1])):
+    for name, results in _best_first(methods):
         early = [found for result in results if (found := at(result, half)) is not None]
         entropy = f", entropy {results[0]['entropy']}" if results[0]["entropy"] else ""
         row = [
@@ -148,7 +164,47 @@ def page(arms: Mapping[str, Sequence[Result]]) -> str:
             told([result["train_seconds"] for result in results], 0),
         ]
         lines.append(f"| {' | '.join(row)} |")
-    return "\n".join([*lines, "", "![Learning curves](methods.png)", ""])
+    return "\n".join([*lines, "", "![Learning curves](methods.png)", "", *parts(arms)])
+
+
+def parts(arms: Mapping[str, Sequence[Result]]) -> list[str]:
+    """The section on arms that differ from ERL or RLVR in one thing. Successes are at shares of ERL's rollouts."""
+    compared = {name: arms[name] for name in ARMS if name in arms}
+    whole = min(result["rollouts"] for result in arms["erl"])
+    places = [int(whole * share) for share in _SHARES]
+    successes = " | ".join(f"success at {place:,} rollouts" for place in places)
+    lines = [
+        "## ERL and RLVR with one thing changed",
+        "",
+        "The arms named `why-` have the learning rate of ERL or RLVR, the others their own. Groups with signal are",
+        f"those whose first attempts differ in reward, of the first {_FIRST_STEPS} steps and of the last.",
+        "What follows from this: [why-erl.md](why-erl.md).",
+        "",
+        f"| arm | what it is | seeds | groups with signal | {successes} | success at the end | rollouts |",
+        "|---" * (6 + len(places)) + "|",
+    ]
+    for name, results in _best_first(compared):
+        signal = [_signal(result["groups_with_signal"]) for result in results]
+        early = [[found for result in results if (found := at(result, place)) is not None] for place in places]
+        row = [
+            name,
+            ARMS[name].differs or name.upper(),
+            str(len(results)),
+            f"{fmean(first for first, _ in signal):.2f}, {fmean(last for _, last in signal):.2f}",
+            *(told(found) if found else "" for found in early),
+            told([result["test_success_after"] for result in results]),
+            told([result["rollouts"] for result in results], 0),
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    return [*lines, ""]
+
+
+def _best_first(arms: Mapping[str, Sequence[Result]]) -> list[tuple[str, Sequence[Result]]]:
+    return sorted(arms.items(), key=lambda arm: -fmean(result["test_success_after"] for result in arm[1]))
+
+
+def _signal(shares: Sequence[float]) -> tuple[float, float]:
+    return fmean(shares[:_FIRST_STEPS]), fmean(shares[-_FIRST_STEPS:])
 
 
 def draw(path: Path, arms: Mapping[str, Sequence[Result]], success: str) -> None:

@@ -29,19 +29,19 @@ from proof import (
     faults,
     kills,
     language_model,
-    learning,
     methods,
     second_attempts,
     sglang,
+    staleness,
     suite,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "proof"
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    **learning.CASES,
     **methods.CASES,
     **second_attempts.CASES,
+    **staleness.CASES,
     **kills.CASES,
     **docker.CASES,
     **agreement.CASES,

@@ -39,28 +39,39 @@ class Arm:
     share: float = 1.0
     entropies: tuple[str, ...] = ()
     like: str = ""  # the arm whose search it takes its settings from; its own if empty
+    differs: str = ""  # how it differs from ERL or RLVR, if that is all that it is for
+
+
+def _erl(differs: str, *settings: str, like: str = "") -> Arm:
+    return Arm("frozenlake-3x3", settings, like=like, differs=differs)
+
+
+def _rlvr(differs: str, *settings: str) -> Arm:
+    return Arm("frozenlake-3x3-rlvr", settings, like="rlvr", differs=differs)
 
 
 ARMS = {
     "erl": Arm("frozenlake-3x3", seeds=5),
     "rlvr": Arm("frozenlake-3x3-rlvr", seeds=5, entropies=ENTROPIES),
-    "without-memory": Arm("frozenlake-3x3", ("algorithm.memory_entries=0",)),
-    "without-reflection": Arm("frozenlake-3x3", ("algorithm.name=raw_retry",)),
-    "without-distillation": Arm("frozenlake-3x3", ("algorithm.distillation_weight=0",)),
-    "try-again": Arm("frozenlake-3x3", ("algorithm.name=try_again",)),
+    "without-memory": _erl("ERL, reflections without memory", "algorithm.memory_entries=0"),
+    "without-reflection": _erl("ERL, the raw attempt in place of the reflection", "algorithm.name=raw_retry"),
+    "without-distillation": _erl("ERL without distillation", "algorithm.distillation_weight=0"),
+    "try-again": _erl('ERL, "wrong" in place of the reflection', "algorithm.name=try_again"),
     # Why ERL learns faster: each differs from ERL or RLVR in one thing.
-    "why-no-second": Arm("frozenlake-3x3", ("algorithm.second_weight=0",), like="erl"),
-    "why-no-reflection": Arm("frozenlake-3x3", ("algorithm.reflection_weight=0",), like="erl"),
-    "why-first-and-distilled": Arm(
-        "frozenlake-3x3", ("algorithm.second_weight=0", "algorithm.reflection_weight=0"), like="erl"
+    "why-no-second": _erl("ERL, no gradient of second attempts", "algorithm.second_weight=0", like="erl"),
+    "why-no-reflection": _erl("ERL, no gradient of reflections", "algorithm.reflection_weight=0", like="erl"),
+    "why-first-and-distilled": _erl(
+        "ERL, no gradient of either", "algorithm.second_weight=0", "algorithm.reflection_weight=0", like="erl"
     ),
-    "why-no-first": Arm("frozenlake-3x3", ("algorithm.first_weight=0",), like="erl"),
-    "why-rlvr-groups-of-4": Arm(
-        "frozenlake-3x3-rlvr", ("rollout.rollouts_per_task=4", "rollout.tasks_per_step=24"), like="rlvr"
+    "why-no-first": _erl("ERL, no gradient of first attempts", "algorithm.first_weight=0", like="erl"),
+    "why-rlvr-groups-of-4": _rlvr(
+        "RLVR, 24 groups of 4 attempts in place of 16 of 6",
+        "rollout.rollouts_per_task=4",
+        "rollout.tasks_per_step=24",
     ),
-    "why-rlvr-signal": Arm("frozenlake-3x3-rlvr", ("rollout.replace_rounds=2",), like="rlvr"),
-    "why-no-clipping": Arm("frozenlake-3x3", ("optimizer.max_grad_norm=1000",), like="erl"),
-    "why-rlvr-no-clipping": Arm("frozenlake-3x3-rlvr", ("optimizer.max_grad_norm=1000",), like="rlvr"),
+    "why-rlvr-signal": _rlvr("RLVR, groups of equal rewards are replaced", "rollout.replace_rounds=2"),
+    "why-no-clipping": _erl("ERL, gradients not clipped", "optimizer.max_grad_norm=1000", like="erl"),
+    "why-rlvr-no-clipping": _rlvr("RLVR, gradients not clipped", "optimizer.max_grad_norm=1000"),
 }
 
 

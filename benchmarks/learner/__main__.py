@@ -6,7 +6,8 @@ without checks, metrics or a policy-gradient loss; the learner in this process, 
 same without that; and a learner behind gRPC on loopback. The data are a step of ERL as the demo trained on it (in one
 call, and dealt out over its optimizer steps), and sequences that share nothing. With `--lm`, a folder of SmolLM2-135M
 (`mulligan models fetch smollm2-135m`), also a recorded step of `make demo-lm`. Padding is not counted. The peaks of
-memory of a step, with and without LoRA, are those of processes of their own.
+memory of a step, with and without LoRA, are those of processes of their own. Whole trainings come last, beside TRL's
+(`benchmarks/learner/rollouts.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.common import alternate, median, print_result, print_table, spread
-from benchmarks.learner import peak
+from benchmarks.learner import peak, rollouts
 from benchmarks.learner.batches import ERL_DEMO, ERL_DEMO_LM, ERL_DEMO_MINIBATCHES, ragged, recorded
 from benchmarks.learner.with_trl import TrlStep
 from mulligan.common.channel import Endpoint
@@ -196,6 +197,7 @@ def main() -> None:
             lm: dict[str, Calls] = {"erl-demo-lm": [recorded(ERL_DEMO_LM)]}
             found, rows = asyncio.run(measure(Path(folder) / "lm", arguments.lm, lm, 3))
             ratios |= report(found, peaks(arguments.lm, ERL_DEMO_LM, rows), "lm_")
+    ratios |= rollouts.measure(quick=arguments.quick)
     print_result("learner", {**ratios, "sequences": count, "rounds": rounds, "torch": torch.__version__})
 
 

@@ -14,20 +14,19 @@ from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.suggest import problems
 from mulligan.env.envs import DEFAULT_ENVIRONMENTS
 from mulligan.env.load import load_or_explain
+from mulligan.trainer.algorithms import Played
 from mulligan.trainer.estimate.memory import Memory, Training, memory
 from mulligan.trainer.estimate.shapes import ModelShape, UnknownShape, shape_of
 from mulligan.trainer.estimate.work import (
     GPUS,
     Flops,
     Gpu,
-    Played,
     StepTokens,
-    played,
     seconds,
     step_flops,
     step_tokens,
 )
-from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.settings import ALGORITHMS, RunSettings
 
 _COUNTS = (1, 2, 8)  # GPUs
 _USABLE = 0.9  # of a GPU's memory: CUDA, NCCL and fragmentation take some
@@ -76,7 +75,7 @@ def dry_run(settings: RunSettings, assumed: Assumptions) -> None:
     except (UnknownShape, UnsupportedModel, DomainError) as error:
         fail(error, 2)
     turns = assumed.turns or _turns(settings.environment)
-    plays = played(settings.algorithm.name)
+    plays: Played | None = getattr(ALGORITHMS.find(settings.algorithm.name), "PLAYS", None)
     step = step_tokens(settings, plays or Played(1), turns=turns, prompt=assumed.prompt_tokens, context=shape.context)
     _say_what(settings, assumed, shape, training, source)
     _say_memory(shape, training, max(assumed.microbatch_tokens, step.longest))

@@ -17,6 +17,19 @@ It may export `NEEDS`, a set of what a run must have: "fork" (an environment for
 template that only appends), "own_reflections" (no `policies.reflector`). A run that lacks it is refused before anything
 is sampled.
 
+It may export `PLAYS`, a `Played`, by which `mulligan train --dry-run` estimates its work.
+
 `algorithm.name` is the name of a module here, of an entry point of the group `mulligan.algorithms`, or of any
 importable module.
 """
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What a member of a group plays and is trained on, at most."""
+
+    episodes: int  # sampled
+    texts: int = 0  # sampled: reflections
+    copies: int = 0  # of episodes, in another context

@@ -29,6 +29,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample
 from mulligan.trainer.aggregation import Aggregation
+from mulligan.trainer.algorithms import Played
 from mulligan.trainer.algorithms.sdpo import TEACHER, taught
 from mulligan.trainer.batch import Group
 from mulligan.trainer.data import Datum
@@ -60,6 +61,9 @@ class Settings(AlgorithmSettings):
     beta: float = Field(1.0, ge=0, le=1)
     # Weight of the branch, ≥ 0.
     distillation_weight: float = Field(1.0, ge=0)
+
+
+PLAYS = Played(2, texts=1, copies=1)
 
 
 async def play(member: Member[Settings]) -> None:

@@ -28,6 +28,7 @@ from pydantic import Field
 
 from mulligan.common.experience import Sample, TrainingTarget
 from mulligan.trainer.aggregation import aggregate
+from mulligan.trainer.algorithms import Played
 from mulligan.trainer.batch import (
     Group,
     advantages,
@@ -60,6 +61,9 @@ class Settings(AlgorithmSettings):
     # Weights of the branches, ≥ 0.
     first_weight: float = Field(1.0, ge=0)
     refinement_weight: float = Field(1.0, ge=0)
+
+
+PLAYS = Played(2, texts=1, copies=1)
 
 
 async def play(member: Member[Settings]) -> None:

@@ -36,6 +36,7 @@ from pydantic import Field
 from mulligan.common.experience import Experience
 from mulligan.common.rewards import exceeds
 from mulligan.trainer.aggregation import aggregate
+from mulligan.trainer.algorithms import Played
 from mulligan.trainer.batch import Group, distillation, gradients, rewards_before, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -72,6 +73,9 @@ class Settings(AlgorithmSettings):
     reflection_weight: float = Field(1.0, ge=0)
     second_weight: float = Field(1.0, ge=0)
     branch_normalization: BranchNormalization = BranchNormalization.OWN_COUNT
+
+
+PLAYS = Played(2, texts=1, copies=1)
 
 
 async def play(member: Member[Settings]) -> None:

@@ -35,6 +35,7 @@ from pydantic import Field, model_validator
 from mulligan.common.experience import Experience, Sample
 from mulligan.common.plugins import located
 from mulligan.common.rewards import exceeds, reaches
+from mulligan.trainer.algorithms import Played
 from mulligan.trainer.batch import Group, imitation
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -64,6 +65,9 @@ class Settings(AlgorithmSettings):
         if any(later <= earlier for earlier, later in pairwise(self.thresholds)):
             raise located({("thresholds",): f"expected rising numbers; got {list(self.thresholds)}"})
         return self
+
+
+PLAYS = Played(1)
 
 
 async def play(member: Member[Settings]) -> None:

@@ -27,6 +27,7 @@ from pydantic import Field
 from mulligan.common.experience import Sample
 from mulligan.common.rewards import reaches
 from mulligan.trainer.aggregation import Aggregation, aggregate
+from mulligan.trainer.algorithms import Played
 from mulligan.trainer.batch import Group, data_of, number_trained, with_reward
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -41,6 +42,9 @@ class Settings(AlgorithmSettings):
     aggregation: Aggregation = Aggregation.TOKEN_MEAN
     # Weight of the branch, ≥ 0.
     first_weight: float = Field(1.0, ge=0)
+
+
+PLAYS = Played(1)
 
 
 async def play(member: Member[Settings]) -> None:

@@ -7,17 +7,20 @@ memory mean nothing.
 from __future__ import annotations
 
 from mulligan.common.rewards import exceeds
-from mulligan.trainer.algorithms import erl
+from mulligan.trainer.algorithms import Played, erl
 from mulligan.trainer.algorithms.erl import train
 from mulligan.trainer.member import Member
 from mulligan.trainer.texts import fill, trace_of
 
-__all__ = ["Settings", "play", "train"]
+__all__ = ["PLAYS", "Settings", "play", "train"]
 
 
 class Settings(erl.Settings):
     name: str = "raw_retry"
     memory_entries: int = 0
+
+
+PLAYS = Played(2, copies=1)
 
 
 async def play(member: Member[Settings]) -> None:

@@ -31,6 +31,7 @@ from pydantic import Field, model_validator
 
 from mulligan.common.plugins import located
 from mulligan.trainer.aggregation import aggregate
+from mulligan.trainer.algorithms import Played
 from mulligan.trainer.batch import Group, advantages, number_trained, policy_gradient, transfer
 from mulligan.trainer.data import Datum
 from mulligan.trainer.member import Member
@@ -62,6 +63,9 @@ class Settings(AlgorithmSettings):
         if not self.hints and not self.memory_entries:
             raise located({("hints",): "expected at least one, or memory_entries of at least 1, whose lines they are"})
         return self
+
+
+PLAYS = Played(1, copies=1)
 
 
 async def play(member: Member[Settings]) -> None:

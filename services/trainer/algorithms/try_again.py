@@ -7,16 +7,19 @@ memory mean nothing.
 from __future__ import annotations
 
 from mulligan.common.rewards import exceeds
-from mulligan.trainer.algorithms import erl
+from mulligan.trainer.algorithms import Played, erl
 from mulligan.trainer.algorithms.erl import train
 from mulligan.trainer.member import Member
 
-__all__ = ["Settings", "play", "train"]
+__all__ = ["PLAYS", "Settings", "play", "train"]
 
 
 class Settings(erl.Settings):
     name: str = "try_again"
     memory_entries: int = 0
+
+
+PLAYS = Played(2, copies=1)
 
 
 async def play(member: Member[Settings]) -> None:

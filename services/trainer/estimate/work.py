@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mulligan.trainer.algorithms import Played
 from mulligan.trainer.estimate.memory import Training
 from mulligan.trainer.estimate.shapes import ModelShape
 from mulligan.trainer.settings import RunSettings
@@ -30,29 +31,6 @@ GPUS: Mapping[str, Gpu] = {
     "h100": Gpu("NVIDIA H100 SXM 80 GB", 80e9, 989e12, 67e12),
     "h200": Gpu("NVIDIA H200 SXM 141 GB", 141e9, 989e12, 67e12),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Played:
-    """What a member of a group plays and is trained on, at most."""
-
-    episodes: int  # sampled
-    texts: int = 0  # sampled: reflections
-    copies: int = 0  # of episodes, in another context
-
-
-# By algorithm. ERL at most: two attempts and a reflection, and the second attempt once more without it.
-_PLAYED: Mapping[str, Played] = {
-    "rlvr": Played(1),
-    "erl": Played(2, 1, 1),
-    "raw_retry": Played(2, 0, 1),
-    "try_again": Played(2, 0, 1),
-}
-
-
-def played(algorithm: str) -> Played | None:
-    """None for algorithms of which it is not known here."""
-    return _PLAYED.get(algorithm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import structlog
 import torch
@@ -28,7 +28,7 @@ from mulligan.trainer.data import ModelLimits
 from mulligan.trainer.learner import fused_head, sharding, tree_attention, weight_check
 from mulligan.trainer.learner.batching import ModelInput, Sequences
 from mulligan.trainer.learner.ranks import Ranks
-from mulligan.trainer.learner.settings import LOGITS_AT_ONCE
+from mulligan.trainer.learner.settings import LOGITS_AT_ONCE, Attention
 from mulligan.trainer.learner.tensor_files import TensorStream
 from mulligan.trainer.loss_terms import KlReference
 from mulligan.trainer.settings import LoraSettings, TrainedModelSettings
@@ -55,7 +55,7 @@ class PolicyModel:
         ranks: Ranks | None = None,
         *,
         gradient_checkpointing: bool = False,
-        attention: Literal["auto", "sdpa", "flex"] = "auto",
+        attention: Attention = "auto",
     ):
         self.settings = settings
         self.device = device
@@ -84,7 +84,7 @@ class PolicyModel:
         }
         self.moving_reference: dict[str, Tensor] = {}  # of the trained weights; empty until it is first used
 
-    def _share_prefixes(self, attention: Literal["auto", "sdpa", "flex"]) -> tree_attention.Kernel | None:
+    def _share_prefixes(self, attention: Attention) -> tree_attention.Kernel | None:
         """By which attention the model computes what sequences share at their begin once. If by none, the log says
         why."""
         kernels: list[tree_attention.Kernel] = ["flex", "sdpa"] if self.device.type == "cuda" else ["sdpa"]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mulligan.trainer.settings import OptimizerSettings, TrainedModelSettings
 
+Attention = Literal["auto", "sdpa", "flex"]
 # Logits are computed in pieces of at most this many float32 values: 64 Mi are 256 MiB, or 441 tokens with a vocabulary
 # of 152 thousand. The backward pass computes each piece again.
 LOGITS_AT_ONCE = 2**26
@@ -28,7 +29,7 @@ class LearnerServerSettings:
     threads: int = 0  # of torch on the CPU; 0 leaves torch's own choice. Deterministic learners use 1.
     microbatch_tokens: int = 768
     gradient_checkpointing: bool = False  # the backward pass computes activations again: less memory, more time
-    attention: Literal["auto", "sdpa", "flex"] = "auto"  # of shared prefixes; auto: flex on a GPU that can, else sdpa
+    attention: Attention = "auto"  # of shared prefixes; auto: flex on a GPU that can, else sdpa
     keep_weights: int = 3  # published versions; the policy may be loading an older one
     max_learners: int = 1
 

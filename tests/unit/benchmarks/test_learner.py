@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.learner import rollouts
 from benchmarks.learner.batches import ERL_DEMO, ERL_DEMO_LM, recorded
 from benchmarks.learner.with_trl import inputs
 from mulligan.trainer.data import Distillation, ModelLimits, PolicyGradient
@@ -39,3 +40,24 @@ def test_trl_is_given_the_same_tokens_and_trains_the_same_of_them() -> None:
         trained = [token for token, mask in zip(datum.token_ids, datum.loss_mask, strict=True) if mask]
         assert given["completion_ids"][row][trained_BC[row]].tolist() == trained
     assert given["num_items_in_batch"] == sum(sum(datum.loss_mask) for datum in data)
+
+
+def test_whole_trainings_are_compared_round_by_round() -> None:
+    found = {
+        rollouts.OURS: [20.0, 90.0, 60.0],
+        rollouts.TRL: [10.0, 30.0, 30.0],
+        rollouts.OVERLAPPING: [30.0, 60.0, 90.0],
+    }
+    assert rollouts.report(found) == {
+        "trl_rollouts_ratio": 2.0,
+        "trl_rollouts_overlapping_ratio": 3.0,
+        "rollouts_per_second": 60.0,
+        "trl_rollouts_per_second": 30.0,
+    }
+
+
+def test_a_measured_training_plays_each_of_its_boards_once() -> None:
+    settings = rollouts.settings_of(4)
+    assert settings.rollout.train_tasks == settings.steps * settings.rollout.tasks_per_step
+    assert settings.evaluation.every == 0
+    assert rollouts.overlapping(settings).rollout.max_staleness == 1

@@ -12,7 +12,14 @@ from benchmarks.methods import at, compare, interval, page, rollouts_to
 
 def result(*curve: tuple[int, float], **more: Any) -> dict[str, Any]:
     points = [{"step": 0, "rollouts": rollouts, "success": success} for rollouts, success in curve]
-    plain = {"rate": "1e-4", "entropy": "", "optimizer_steps": 8, "sampled_tokens": 9, "train_seconds": 1.0}
+    plain: dict[str, Any] = {
+        "rate": "1e-4",
+        "entropy": "",
+        "optimizer_steps": 8,
+        "sampled_tokens": 9,
+        "train_seconds": 1.0,
+    }
+    plain["groups_with_signal"] = [0.75] * 40 + [0.5] * 10 + [0.25] * 40
     ends = {"evaluations": points, "rollouts": curve[-1][0], "test_success_after": curve[-1][1]}
     return plain | ends | more
 
@@ -38,6 +45,9 @@ def test_intervals_are_those_of_students_t() -> None:
 def test_the_claim_is_about_means_over_seeds() -> None:
     claim = compare(ERL, RLVR)
     assert claim["frozenlake_erl"] == pytest.approx(0.9) and claim["frozenlake_rlvr"] == pytest.approx(0.7)
+    assert claim["difference"] == pytest.approx(0.2)
+    # both have a variance of 0.02, over two seeds, and one degree of freedom
+    assert claim["difference_interval"] == pytest.approx(12.706 * sqrt(0.02 / 2 + 0.02 / 2))
     assert claim["seeds"] == {"erl": 2, "rlvr": 2}
     assert claim["rollouts_to_threshold_ratio"] is None, "one seed of RLVR never reaches it"
     # ERL reaches 0.7 after 125 and 83 1/3 rollouts, and RLVR spent 400
@@ -45,7 +55,17 @@ def test_the_claim_is_about_means_over_seeds() -> None:
 
 
 def test_the_table_has_a_row_for_each_arm_the_best_first() -> None:
-    rows = [line for line in page({"rlvr": RLVR, "erl": ERL}).splitlines() if line.startswith("| ")]
+    table, _ = page({"rlvr": RLVR, "erl": ERL}).split("## ERL and RLVR")
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows[1:]] == ["| erl", "| rlvr"]
     assert "success at 200 rollouts" in rows[0], "the budget that every seed of every arm has spent"
     assert "0.90 ± 1.27" in rows[1]
+
+
+def test_arms_that_differ_in_one_thing_have_a_table_of_their_own() -> None:
+    table, changed = page({"rlvr": RLVR, "erl": ERL, "why-no-first": RLVR}).split("## ERL and RLVR")
+    assert "why-no-first" not in table
+    rows = [line for line in changed.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[1:]] == ["| erl", "| rlvr", "| why-no-first"]
+    assert "ERL, no gradient of first attempts" in rows[3]
+    assert "| 0.75, 0.25 |" in rows[1]

@@ -10,14 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mulligan.cli.train import read_settings
+from mulligan.trainer.algorithms import Played
 from mulligan.trainer.estimate.memory import Training
 from mulligan.trainer.estimate.shapes import KNOWN, shape_from
 from mulligan.trainer.estimate.work import (
     GPUS,
     Flops,
-    Played,
     _pairs,
-    played,
     seconds,
     sequence_flops,
     step_flops,
@@ -36,9 +35,7 @@ def run_settings(**changes: Any) -> RunSettings:
 
 
 def test_a_step_of_erl_has_two_attempts_a_reflection_and_a_copy() -> None:
-    plays = played("erl")
-    assert plays == Played(episodes=2, texts=1, copies=1)
-    step = step_tokens(run_settings(), plays, turns=4, prompt=100, context=1000)
+    step = step_tokens(run_settings(), ALGORITHMS.find("erl").PLAYS, turns=4, prompt=100, context=1000)
     assert (step.episodes, step.episode_length, step.answers) == (6 * 3, 100 + 40, 40)
     assert (step.texts, step.text_length, step.text_answers) == (6, 150, 50)
     assert step.trained == 18 * 140 + 6 * 150
@@ -50,11 +47,6 @@ def test_a_step_of_rlvr_has_an_attempt_for_each_rollout() -> None:
     step = step_tokens(run_settings(), Played(1), turns=4, prompt=100, context=120)
     assert step.trained == 6 * 120 and step.sampled == 6 * 20, "cut at the context"
     assert step.longest == 120
-
-
-def test_the_algorithms_that_are_told_apart_are_there() -> None:
-    assert all(name in ALGORITHMS.built_in for name in ("rlvr", "erl", "raw_retry", "try_again") if played(name))
-    assert played("acme.method") is None
 
 
 @pytest.mark.parametrize(("length", "window", "pairs"), [(5, 0, 15), (5, 5, 15), (5, 2, 1 + 2 + 2 + 2 + 2), (5, 1, 5)])
