@@ -50,6 +50,7 @@ def test_environment_and_memory_bring_no_torch(extra: str) -> None:
     packages = brings(extra)
     assert {"grpcio", "protobuf", "protovalidate", "structlog"} <= packages
     assert packages.isdisjoint({"torch", "transformers"})
+    assert ("numpy" in packages) is (extra == "memory"), "for evidence and search"
 
 
 @pytest.mark.parametrize("extra", ["policy", "trainer", "hotpotqa-dense", "all"])

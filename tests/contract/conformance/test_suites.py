@@ -220,7 +220,11 @@ async def test_sparse_files_are_checked_where_a_version_is_kept(makes: bool, tmp
     ]
 
 
-@pytest.mark.parametrize("kind", faults(), ids=lambda kind: f"{kind.service}-{kind.__name__}")
+# Those of the memory's contract are in test_memory_suite.py.
+OTHERS = [kind for kind in faults() if kind.service != "memory"]
+
+
+@pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: f"{kind.service}-{kind.__name__}")
 async def test_a_violation_of_another_contract_is_noticed(loop: Loop, kind: type[Fault]) -> None:
     report = await proxied(loop, kind())
     assert [result.title for result in report.violations] == [kind.title], report.results

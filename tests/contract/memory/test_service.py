@@ -197,5 +197,5 @@ def test_a_newer_schema_is_refused(services: ServiceProcesses, tmp_path: Path) -
 
 
 def test_an_unknown_kind_of_store_is_refused(services: ServiceProcesses) -> None:
-    with pytest.raises(ProcessFailed, match="database: there is no store 'granite'; there are sqlite"):
+    with pytest.raises(ProcessFailed, match="database: there is no store 'granite'; there are postgres, sqlite"):
         services.start("memory", database="granite:tablet")

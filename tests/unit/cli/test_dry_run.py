@@ -75,8 +75,8 @@ def test_the_papers_models_need_no_download(recipe: str, model: str) -> None:
 
 
 def test_a_method_that_is_not_counted_says_so() -> None:
-    result = dry_run("frozenlake-3x3-nft")
-    assert result.exit_code == 0 and "Of nft one episode in each rollout is counted" in result.stdout, result.output
+    result = dry_run("frozenlake-3x3-ufo")
+    assert result.exit_code == 0 and "Of ufo one episode in each rollout is counted" in result.stdout, result.output
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_helpers_are_no_kinds(helper: str) -> None:
 def test_the_nearest_name_and_all_that_there_are_are_told() -> None:
     with pytest.raises(UnusablePlugin) as caught:
         STORES.find("sqlit")
-    assert str(caught.value) == "there is no store 'sqlit'; did you mean 'sqlite'?; there are sqlite"
+    assert str(caught.value) == "there is no store 'sqlit'; did you mean 'sqlite'?; there are postgres, sqlite"
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a..b", "../x", "sqlite.", "a b", "__main__"])
