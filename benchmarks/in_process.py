@@ -68,9 +68,16 @@ class LocalMemory:
         return Retrieved(found.reflections, found.version)
 
     async def add(
-        self, request_id: str, scope: str, text: str, provenance: Provenance, labels: Labels | None = None
+        self,
+        request_id: str,
+        scope: str,
+        text: str,
+        provenance: Provenance,
+        labels: Labels | None = None,
+        *,
+        unless_known: bool = False,
     ) -> str:
-        new = NewReflection(request_id, scope, text, provenance, labels or Labels())
+        new = NewReflection(request_id, scope, text, provenance, labels or Labels(), unless_known=unless_known)
         return (await self._store.add(new)).reflection_id
 
     async def report(self, outcomes: Sequence[UseOutcome]) -> int:

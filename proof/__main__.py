@@ -24,6 +24,7 @@ from proof import (
     CaseUnavailable,
     adapters,
     agreement,
+    consolidation,
     docker,
     embedded,
     faults,
@@ -50,6 +51,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **faults.CASES,
     **embedded.CASES,
     **language_model.CASES,
+    **consolidation.CASES,
     **suite.CASES,
 }
 

@@ -36,6 +36,9 @@ TrainerAddress = Annotated[
 MemoryAddress = Annotated[
     str, typer.Option("--memory", envvar="MULLIGAN_CLI_MEMORY", help="Address of the memory service.")
 ]
+EnvAddress = Annotated[
+    str, typer.Option("--env", envvar="MULLIGAN_CLI_ENV", help="Address of the environment service.")
+]
 # `mulligan eval --policy` is a policy's name.
 PolicyAddress = Annotated[
     str,

@@ -19,6 +19,8 @@ from .store import StoreSettings as StoreSettings
 from .store import action_of as action_of
 from .store import evidence_in as evidence_in
 from .store import reflection_id as reflection_id
+from .store import request_digest as request_digest
 from .store import status_after as status_after
+from .store import text_digest as text_digest
 from .store import uplift_of as uplift_of
 from .store import use_id as use_id

@@ -72,8 +72,11 @@ class MemoryClient:
         provenance: Provenance,
         labels: Labels | None = None,
         embedding: Sequence[float] = (),
+        *,
+        unless_known: bool = False,
     ) -> str:
-        """Stores a reflection and returns its id. A repeated request id changes nothing."""
+        """Stores a reflection and returns its id. A repeated request id changes nothing. With `unless_known` nothing is
+        stored if an entry of the scope has this environment, kind and text: the answer is its id."""
         labels = labels or Labels()
         request = pb.AddReflectionRequest(
             request_id=request_id,
@@ -85,6 +88,7 @@ class MemoryClient:
             tags=labels.tags,
             source_ids=labels.source_ids,
             embedding=embedding,
+            unless_known=unless_known,
         )
         response: pb.AddReflectionResponse = await self._call(self._stub.AddReflection, request)
         return response.reflection_id

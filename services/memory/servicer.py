@@ -66,6 +66,7 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
             labels=labels,
             embedding=await self._vectors.of(request.text, request.embedding),
             actor=_actor(context),
+            unless_known=request.unless_known,
         )
         added = await self._store.add(new)
         return pb.AddReflectionResponse(reflection_id=added.reflection_id, version=added.version)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,7 +41,8 @@ class StoreError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class NewReflection:
-    """An entry to add. `embedding` is a unit vector, of the same length in all entries; empty without an embedder."""
+    """An entry to add. `embedding` is a unit vector, of the same length in all entries; empty without an embedder. With
+    `unless_known` nothing is stored if an entry of the scope has the same environment, kind and text already."""
 
     request_id: str
     scope: str
@@ -50,6 +51,7 @@ class NewReflection:
     labels: Labels = Labels()
     embedding: Sequence[float] = ()
     actor: str = ""
+    unless_known: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Rewriting:
 @dataclass(frozen=True, slots=True)
 class Added:
     reflection_id: str
-    version: int  # of the scope, made by this write
+    version: int  # of the scope, made by this write, or by that of the entry that was known
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,11 @@ class Store(Protocol):
     async def add(self, new: NewReflection) -> Added:
         """Stores once per (scope, request_id): a repeated call returns the first answer. Raises REQUEST_CONFLICT if
         text, provenance or labels differ from those of the first call (an erased entry has none to compare), and
-        UNKNOWN_REFLECTION for a source that is not in the scope."""
+        UNKNOWN_REFLECTION for a source that is not in the scope.
+
+        With `unless_known` the answer is the oldest entry of the scope that has this environment, kind and text in its
+        newest revision, whatever its status, and is neither deleted nor erased; then the answer alone is stored, and
+        makes no version. Of such calls at the same time one stores its entry."""
 
     async def find(self, selection: Selection, order: Order, limit: int) -> Found:
         """The first entries in this order. Raises UNKNOWN_VERSION if the scope has no such version yet, and
@@ -228,6 +234,16 @@ def use_id(scope: str, use_key: str) -> str:
     return _digest("use", scope, use_key)
 
 
+def text_digest(environment: str, kind: str, text: str) -> str:
+    """Equal for entries that `unless_known` takes for the same, and different for others (SHA-256, cut to 128 bits)."""
+    return _digest("text", environment, kind, text)
+
+
+def request_digest(new: NewReflection) -> str:
+    """Equal for calls that store the same entry, likewise."""
+    return _digest("request", new.text, astuple(new.provenance), astuple(new.labels))
+
+
 def uplift_of(evidence: Evidence) -> Uplift | None:
     """What the evidence says; None without uses."""
     if not evidence.uses_shown + evidence.uses_left_out:
@@ -277,5 +293,5 @@ def status_after(status: ReflectionStatus, *, helpful: bool, harmful: bool) -> R
     return ReflectionStatus.CANDIDATE if status is ReflectionStatus.QUARANTINED else status
 
 
-def _digest(*parts: str) -> str:
+def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

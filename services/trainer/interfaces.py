@@ -96,9 +96,17 @@ class MemoryPort(Protocol):
         REQUEST_CONFLICT where a key of the trial was drawn for other entries."""
 
     async def add(
-        self, request_id: str, scope: str, text: str, provenance: Provenance, labels: Labels | None = None
+        self,
+        request_id: str,
+        scope: str,
+        text: str,
+        provenance: Provenance,
+        labels: Labels | None = None,
+        *,
+        unless_known: bool = False,
     ) -> str:
-        """Returns the reflection's id. A repeated request id changes nothing."""
+        """Returns the reflection's id. A repeated request id changes nothing. With `unless_known` the id is that of an
+        entry of the scope that has this environment, kind and text, if there is one."""
 
     async def report(self, outcomes: Sequence[UseOutcome]) -> int:
         """Returns how many uses counted: each counts once. Raises DomainError UNKNOWN_USE, and records none."""

@@ -233,7 +233,9 @@ class StepRunner:
             reward_after=after,
             success=reaches(after, self.settings.algorithm.success_threshold),
         )
-        await self.memory.add(source.sample_id, self.memory_scope, text, provenance, labels)
+        # Equal texts share their evidence, where a run goes by that.
+        by_evidence = not self.settings.algorithm.by_claims
+        await self.memory.add(source.sample_id, self.memory_scope, text, provenance, labels, unless_known=by_evidence)
 
     def _outcomes(self, experiences: Sequence[Experience]) -> list[UseOutcome]:
         algorithm = self.settings.algorithm

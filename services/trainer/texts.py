@@ -42,9 +42,16 @@ def first_system(texts: Sequence[str], prompts: PromptSet) -> str:
     return guided_by("\n\n".join(texts), prompts) if texts else prompts.solver
 
 
+def has_marks(prompts: PromptSet) -> bool:
+    """Whether the environment has marks for reflections: one in another language may leave them out."""
+    return bool(prompts.reflection_open and prompts.reflection_close)
+
+
 def reflection_in(answer: str, prompts: PromptSet) -> str:
     """The text between the last pair of marks, or the whole answer without a pair. Thoughts are removed before."""
     said = without_thoughts(answer)
+    if not has_marks(prompts):
+        return said.strip()
     _, opened, tail = said.rpartition(prompts.reflection_open)
     text, closed, _ = tail.partition(prompts.reflection_close)
     return (text if opened and closed else said).strip()

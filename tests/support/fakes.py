@@ -315,11 +315,22 @@ class FakeMemory:
         return self.drawn.setdefault(key, Use(f"use of {key}", key, left_out))
 
     async def add(
-        self, request_id: str, scope: str, text: str, provenance: Provenance, labels: Labels | None = None
+        self,
+        request_id: str,
+        scope: str,
+        text: str,
+        provenance: Provenance,
+        labels: Labels | None = None,
+        *,
+        unless_known: bool = False,
     ) -> str:
+        kind = (labels or Labels()).kind
+        wanted = (provenance.environment, kind, text)
+        same = [one for one in self.entries if (one.provenance.environment, one.kind, one.text) == wanted]
+        if unless_known and same:
+            return same[0].reflection_id
         if all(entry.reflection_id != request_id for entry in self.entries):
             self.version += 1
-            kind = (labels or Labels()).kind
             now = datetime.now(UTC)
             self.entries.append(StoredReflection(request_id, scope, text, provenance, self.version, now, kind=kind))
         return request_id

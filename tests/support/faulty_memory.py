@@ -115,6 +115,23 @@ class AnyLabel(MemoryFault):
     instead = pb.AddReflectionResponse(reflection_id="x", version=1)
 
 
+class ForgetsAnswers(MemoryFault):
+    title = "unless_known stores nothing where an entry has the text, and answers with that entry"
+    call = "AddReflection"
+
+    def before(self, request: Any) -> None:
+        if request.unless_known:
+            request.request_id = str(uuid4())
+
+
+class StoresAll(MemoryFault):
+    title = "of calls with unless_known and one text that come at the same time, one stores it"
+    call = "AddReflection"
+
+    def before(self, request: Any) -> None:
+        request.unless_known = False
+
+
 class IgnoresKeys(_Query):
     title = "BY_KEY finds all of a key, the latest first, also without a success"
 
@@ -351,5 +368,5 @@ class FirstContract(MemoryFault):
     left_out = frozenset({"ReviseReflection", "EraseReflection", "ReportOutcome", "ExplainReflection", "ListChanges"})
 
     def before(self, request: Any) -> None:
-        for name in ("kind", "key", "tags", "source_ids", "embedding"):
+        for name in ("kind", "key", "tags", "source_ids", "embedding", "unless_known"):
             request.ClearField(name)

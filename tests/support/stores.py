@@ -186,6 +186,41 @@ class StoreChecks:
         changes = await store.changes("scope", 0, 1000)
         assert [change.version for change in changes.changes] == list(range(1, 29)) and changes.next_position is None
 
+    async def test_a_text_that_is_known_is_not_stored_again(self, open_store: Open) -> None:
+        store = await open_store()
+        one = await store.add(new("one", "same"))
+        two = await store.add(new("two", "same"))
+        assert two.version == 2, "without the flag it is stored"
+        calls = [replace(new(f"call-{n}", "same"), unless_known=True) for n in range(20)]
+        assert set(await asyncio.gather(*map(store.add, calls))) == {one}, "the oldest"
+        fresh = [replace(new(f"fresh-{n}", "fresh"), unless_known=True) for n in range(20)]
+        assert {added.version for added in await asyncio.gather(*map(store.add, fresh))} == {3}, "one of them"
+        for number, other in enumerate(
+            (
+                new("kind", "same", kind=ReflectionKind.EPISODE),
+                new("scope", "same", scope="other"),
+                replace(new("environment", "same"), provenance=replace(ORIGIN, environment="maze")),
+            )
+        ):
+            added = await store.add(replace(other, unless_known=True))
+            assert added.reflection_id not in (one.reflection_id, two.reflection_id), number
+        await store.revise(Rewriting(one.reflection_id, "r", 1, text="rewritten"))
+        await store.revise(Rewriting(two.reflection_id, "r", 1, status=ReflectionStatus.RETIRED))
+        assert await store.add(replace(new("later", "same"), unless_known=True)) == two, "whatever its status"
+        assert await store.add(replace(new("later still", "rewritten"), unless_known=True)) == one
+        await store.close()
+        store = await open_store()
+        assert await store.add(calls[0]) == await store.add(new("call-0", "same")) == one, "the first answer"
+        await refused(store.add(replace(calls[0], text="other")), Reason.REQUEST_CONFLICT)
+        await store.erase(two.reflection_id)
+        await store.delete(one.reflection_id)
+        assert await store.add(replace(new("later", "anything"), unless_known=True)) == two, "of the erased one"
+        assert await store.add(calls[0]) == one
+        version = (await store.snapshot("scope")).version
+        again = await store.add(replace(new("again", "same"), unless_known=True))
+        assert again.version == version + 1, "no entry has it any more"
+        await store.close()
+
     async def test_a_use_counts_once_also_after_it_is_opened_again(self, open_store: Open) -> None:
         store = await open_store()
         identity = (await store.add(new("a"))).reflection_id
@@ -357,6 +392,7 @@ class _Calls(RuleBasedStateMachine):
         key=_keys,
         tags=_tags,
         vector=_vectors,
+        unless_known=st.booleans(),
         data=st.data(),
     )
     def add(
@@ -369,11 +405,12 @@ class _Calls(RuleBasedStateMachine):
         key: str,
         tags: tuple[str, ...],
         vector: tuple[float, ...],
+        unless_known: bool,
         data: st.DataObject,
     ) -> None:
         sources = data.draw(st.lists(st.sampled_from(self.ids), max_size=2, unique=True)) if self.ids else []
         wanted = NewReflection(
-            request, scope, text, origin, Labels(kind, key, tags, tuple(sources)), vector, "somebody"
+            request, scope, text, origin, Labels(kind, key, tags, tuple(sources)), vector, "somebody", unless_known
         )
         added = self.both(lambda store: store.add(wanted))
         if added is not None and added.reflection_id not in self.ids:

@@ -80,7 +80,7 @@ def show(reflection_id: ReflectionId, address: MemoryAddress = DEFAULT_ADDRESSES
         uses = entry.uplift.uses_shown + entry.uplift.uses_left_out
         show_line(f"uplift      {measured(entry.uplift)} of {uses:,} uses")
     show_line(f"experience  {origin.experience_id} ({origin.environment} {origin.task_id})")
-    show_line(f"written by  policy version {origin.policy_version} in run {origin.run_id}")
+    show_line(f"written by  policy version {origin.policy_version}{origin.run_id and f' in run {origin.run_id}'}")
     show_line(f"reward      {origin.reward_before:g} → {origin.reward_after:g}\n")
     show_line(entry.text)
 

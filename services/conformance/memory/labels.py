@@ -6,10 +6,11 @@ from typing import Any
 
 from mulligan.conformance.memory.scope import BY_KEY, EXPLORE, LATEST, TOP_GAIN, with_evidence
 from mulligan.conformance.report import Suite, demand
-from mulligan.conformance.target import CheckSession
+from mulligan.conformance.target import CheckSession, gathered
 from mulligan.memory.v1 import memory_service_pb2 as pb
 
 suite: Suite[CheckSession] = Suite()
+_SAME_TIME = 8  # calls
 
 
 @suite.check("AddReflection", "kind, key, tags and sources are read back; without them it is a rule, and a candidate")
@@ -66,6 +67,44 @@ async def bad_labels(session: CheckSession) -> None:
         request = scope.request("request")
         request.MergeFrom(pb.AddReflectionRequest(**labels))
         await session.bad_field("AddReflection", request, field)
+
+
+@suite.check("AddReflection", "unless_known stores nothing where an entry has the text, and answers with that entry")
+async def known(session: CheckSession) -> None:
+    scope = await with_evidence(session)
+    first = await scope.add("first", "text")
+    again = _unless_known(scope.request("again", "text"))
+    for answer in await gathered(scope.send(again) for _ in range(_SAME_TIME)):
+        demand(answer == first, f"the answer of the entry that has the text, {first}", answer, again)
+    demand(await scope.snapshot() == (1, 1), "version 1 with 1 reflection", f"{await scope.snapshot()}", again)
+    other = scope.request("again", "other")
+    await session.refused("AddReflection", _unless_known(other), "ALREADY_EXISTS", "REQUEST_CONFLICT")
+    elsewhere = scope.request("elsewhere", "text", environment="maze")
+    episode = scope.request("episode", "text")
+    episode.kind = pb.REFLECTION_KIND_EPISODE
+    for version, request in ((2, elsewhere), (3, episode)):
+        added = await scope.send(_unless_known(request))
+        demand(added.version == version, "another environment or kind is another entry", added, request)
+    await scope.delete(first.reflection_id)
+    answer = await scope.send(again)
+    demand(answer == first, f"the first answer, {first}, to a repeated call", answer, again)
+    later = _unless_known(scope.request("later", "text"))
+    added = await scope.send(later)
+    demand(added.version == 5, "a new entry, as the one that had the text is forgotten", added, later)
+
+
+@suite.check("AddReflection", "of calls with unless_known and one text that come at the same time, one stores it")
+async def known_at_once(session: CheckSession) -> None:
+    scope = await with_evidence(session)
+    requests = [_unless_known(scope.request(f"{number}", "text")) for number in range(_SAME_TIME)]
+    answers = await gathered(map(scope.send, requests))
+    demand(all(answer == answers[0] for answer in answers), "the same answer to each", f"{answers}", requests[0])
+    demand(await scope.snapshot() == (1, 1), "version 1 with 1 reflection", f"{await scope.snapshot()}", requests[0])
+
+
+def _unless_known(request: pb.AddReflectionRequest) -> pb.AddReflectionRequest:
+    request.unless_known = True
+    return request
 
 
 @suite.check("QueryReflections", "BY_KEY finds all of a key, the latest first, also without a success")

@@ -212,7 +212,7 @@ def _clean(connection: sa.Connection) -> None:
             message = "a transaction has been open since before the erasure, so its bytes are still there: erase again"
             raise DomainError(Reason.SERVICE_UNAVAILABLE, message)
         time.sleep(_PAUSE_SECONDS)
-    for table in ("texts", "standings"):
+    for table in ("texts", "standings", "answered"):
         connection.execute(sa.text(f"VACUUM (FULL) {table}"))
     writes.cleaned(connection, erased)
 

@@ -309,6 +309,7 @@ class AddReflectionRequest(_message.Message):
     TAGS_FIELD_NUMBER: _builtins.int
     SOURCE_IDS_FIELD_NUMBER: _builtins.int
     EMBEDDING_FIELD_NUMBER: _builtins.int
+    UNLESS_KNOWN_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the caller, e.g. the experience's id."""
     scope: _builtins.str
@@ -318,6 +319,10 @@ class AddReflectionRequest(_message.Message):
     kind: Global___ReflectionKind.ValueType
     key: _builtins.str
     """What it is about, such as a tool's name, for BY_KEY."""
+    unless_known: _builtins.bool
+    """Nothing is stored if an entry of the scope has this environment, kind and text, whatever its status, and is neither
+    forgotten nor erased. The answer is that entry's; of several, the oldest one's.
+    """
     @_builtins.property
     def provenance(self) -> Global___Provenance: ...
     @_builtins.property
@@ -342,10 +347,11 @@ class AddReflectionRequest(_message.Message):
         tags: _abc.Iterable[_builtins.str] | None = ...,
         source_ids: _abc.Iterable[_builtins.str] | None = ...,
         embedding: _abc.Iterable[_builtins.float] | None = ...,
+        unless_known: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "key", b"key", "kind", b"kind", "provenance", b"provenance", "request_id", b"request_id", "scope", b"scope", "source_ids", b"source_ids", "tags", b"tags", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "key", b"key", "kind", b"kind", "provenance", b"provenance", "request_id", b"request_id", "scope", b"scope", "source_ids", b"source_ids", "tags", b"tags", "text", b"text", "unless_known", b"unless_known"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -359,7 +365,7 @@ class AddReflectionResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     reflection_id: _builtins.str
     version: _builtins.int
-    """Version of the scope that this write made."""
+    """Version of the scope that this write made; of an entry that was known, the version that its own write made."""
     def __init__(
         self,
         *,

@@ -151,7 +151,8 @@ class MemoryServiceServicer:
     """
 
     def AddReflection(self, request, context):
-        """Stores a reflection. Idempotent on (scope, request_id): a repeated call returns the first answer.
+        """Stores a reflection; with unless_known, only if no entry has its text already. Idempotent on (scope, request_id): a
+        repeated call returns the first answer.
         ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another reflection.
         NOT_FOUND UNKNOWN_REFLECTION: one of source_ids is not in the scope.
         """

@@ -45,7 +45,8 @@ class MemoryServiceStub:
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     AddReflection: _aio.UnaryUnaryMultiCallable[_memory_service_pb2.AddReflectionRequest, _memory_service_pb2.AddReflectionResponse]
-    """Stores a reflection. Idempotent on (scope, request_id): a repeated call returns the first answer.
+    """Stores a reflection; with unless_known, only if no entry has its text already. Idempotent on (scope, request_id): a
+    repeated call returns the first answer.
     ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another reflection.
     NOT_FOUND UNKNOWN_REFLECTION: one of source_ids is not in the scope.
     """
@@ -123,7 +124,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _memory_service_pb2.AddReflectionRequest,
         context: _aio.ServicerContext[_memory_service_pb2.AddReflectionRequest, _abc.Awaitable[_memory_service_pb2.AddReflectionResponse]],
     ) -> _abc.Awaitable[_memory_service_pb2.AddReflectionResponse]:
-        """Stores a reflection. Idempotent on (scope, request_id): a repeated call returns the first answer.
+        """Stores a reflection; with unless_known, only if no entry has its text already. Idempotent on (scope, request_id): a
+        repeated call returns the first answer.
         ALREADY_EXISTS REQUEST_CONFLICT: the repeated call has another reflection.
         NOT_FOUND UNKNOWN_REFLECTION: one of source_ids is not in the scope.
         """

@@ -245,10 +245,10 @@ def test_a_lost_learner_and_a_full_disk_are_survived_as_in_turns(
     failures = iter(range(2))
     add = world.memory.add
 
-    async def full(*arguments: Any) -> str:
+    async def full(*arguments: Any, **more: Any) -> str:
         if next(failures, None) is not None:
             raise DomainError(Reason.DISK_FULL, "the disk is full", folder="/elsewhere", free_bytes=0, needed_bytes=0)
-        return await add(*arguments)
+        return await add(*arguments, **more)
 
     monkeypatch.setattr(world.memory, "add", full)
     train(world)

@@ -246,6 +246,16 @@ async def test_lessons_that_failed_and_episodes_are_written_too_if_wanted() -> N
     assert query.kinds == (rule, ReflectionKind.DOCUMENT), "the paper's strategies show no episodes"
 
 
+@pytest.mark.parametrize(("strategy", "count"), [("best_uplift", 1), ("latest_success", 3)])
+async def test_equal_texts_are_one_entry_where_evidence_counts(strategy: str, count: int) -> None:
+    table = {"memory_strategy": strategy, "memory_episodes": True}
+    made = await loop(["a"] * 3, ["go"] * 3, texts=(), algorithm=table)
+    made.policy.answer = lambda system, last, sampling: {"solve": "a", "reflect": "rule"}.get(system, "go")
+    await made.step()
+    for kind in (ReflectionKind.RULE, ReflectionKind.EPISODE):
+        assert len([one for one in made.memory.entries if one.kind is kind]) == count
+
+
 async def test_the_uplift_of_what_is_shown_is_told() -> None:
     made = await loop(["a", "go"], ["go"])
     known = Uplift(3, 1, 0.5, 0.25, 0.25, -1.0, 1.0)

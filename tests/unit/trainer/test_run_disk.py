@@ -179,12 +179,12 @@ async def test_another_services_full_disk_pauses_a_run(
     failures = iter(range(3))
     add = world.memory.add
 
-    async def full(*arguments: Any) -> str:
+    async def full(*arguments: Any, **more: Any) -> str:
         if next(failures, None) is not None:
             raise DomainError(
                 Reason.DISK_FULL, "the disk of /elsewhere is full", folder="/elsewhere", free_bytes=0, needed_bytes=0
             )
-        return await add(*arguments)
+        return await add(*arguments, **more)
 
     monkeypatch.setattr(world.memory, "add", full)
     manager.go_on()

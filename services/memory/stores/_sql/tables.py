@@ -132,10 +132,28 @@ texts = sa.Table(
     sa.Column("embedder", Characters),
     sa.Column("from_version", sa.BigInteger, nullable=False),
     sa.Column("until_version", sa.BigInteger),
+    sa.Column("digest", sa.Text),  # `store.text_digest`; none in a closed row of an older schema
     sa.Index("texts_of_entry", "position"),
     sa.Index("texts_opened", "scope_id", "from_version"),
     sa.Index("texts_closed", "scope_id", "until_version"),
     sqlite_autoincrement=True,  # the id of an erased text is not used again
+)
+sa.Index(
+    "texts_known",
+    texts.c.scope_id,
+    texts.c.digest,
+    sqlite_where=texts.c.until_version.is_(None),
+    postgresql_where=texts.c.until_version.is_(None),
+)
+
+# Calls that added nothing, because their text was known, and the entry that was their answer.
+answered = sa.Table(
+    "answered",
+    metadata,
+    sa.Column("request", sa.Text, primary_key=True),  # the id that a new entry would have got
+    sa.Column("position", Id, nullable=False),
+    sa.Column("content", sa.Text, nullable=False),  # `store.request_digest`; empty once the entry is erased
+    sa.Index("answered_with", "position"),
 )
 
 standings = sa.Table(

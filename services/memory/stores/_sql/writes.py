@@ -11,10 +11,20 @@ import sqlalchemy as sa
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.reflections import ReflectionKind, ReflectionStatus
 from mulligan.memory.evidence import Evidence
-from mulligan.memory.store import Added, NewReflection, Revised, Rewriting, reflection_id, uplift_of
+from mulligan.memory.store import (
+    Added,
+    NewReflection,
+    Revised,
+    Rewriting,
+    reflection_id,
+    request_digest,
+    text_digest,
+    uplift_of,
+)
 from mulligan.memory.stores._sql import queries, tags
 from mulligan.memory.stores._sql.queries import Row
 from mulligan.memory.stores._sql.tables import (
+    answered,
     changes,
     evidence,
     reflections,
@@ -30,11 +40,14 @@ _QUARANTINED_COUNTS = 8
 
 def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
     identity = reflection_id(new.scope, new.request_id)
-    if known := _stored_before(db, identity, new):
+    if known := _stored_before(db, identity, new) or _answered_before(db, identity, new):
         return known
     origins = _positions(db, new.scope, new.labels.source_ids)
-    scope_id, version = next_version(db, new.scope, entries=1)
     origin = new.provenance
+    digest = text_digest(origin.environment, new.labels.kind, new.text)
+    if new.unless_known and (known := _known(db, identity, new, digest)):
+        return known
+    scope_id, version = next_version(db, new.scope, entries=1)
     inserted = reflections.insert().values(
         reflection_id=identity,
         scope_id=scope_id,
@@ -45,7 +58,8 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
         standing_id=0,
     )
     position = _key(db.execute(inserted))
-    text_id = _open_text(db, scope_id, position, version, new.text, new.embedding, embedder)
+    text = {"scope_id": scope_id, "position": position, "text": new.text, "digest": digest, "from_version": version}
+    text_id = _open_text(db, text, new.embedding, embedder)
     begun = {
         "position": position,
         "scope_id": scope_id,
@@ -85,9 +99,50 @@ def _stored_before(db: sa.Connection, identity: str, new: NewReflection) -> Adde
         before = (first.text, queries.provenance(first), first.kind, first.key, tags.read(first.tags))
         same = before == (new.text, new.provenance, labels.kind, labels.key, labels.tags)
         if not (same and queries.get(db, identity).source_ids == labels.source_ids):
-            message = f"request {new.request_id!r} stored another reflection in scope {new.scope!r}"
-            raise DomainError(Reason.REQUEST_CONFLICT, message)
+            raise _conflict(new)
     return Added(identity, first.version)
+
+
+def _answered_before(db: sa.Connection, identity: str, new: NewReflection) -> Added | None:
+    """The answer to the first call with this request id, if that stored nothing. Raises REQUEST_CONFLICT."""
+    wanted = (
+        sa.select(answered.c.content, reflections.c.reflection_id, reflections.c.version)
+        .join(reflections, reflections.c.position == answered.c.position)
+        .where(answered.c.request == identity)
+    )
+    first = db.execute(wanted).one_or_none()
+    if first is None:
+        return None
+    if first.content not in ("", request_digest(new)):
+        raise _conflict(new)
+    return Added(first.reflection_id, first.version)
+
+
+def _known(db: sa.Connection, identity: str, new: NewReflection, digest: str) -> Added | None:
+    """The entry that has the text already, if there is one; then the answer is kept. An open row of `texts` belongs to
+    an entry that is neither deleted nor erased."""
+    wanted = (
+        sa.select(reflections.c.position, reflections.c.reflection_id, reflections.c.version)
+        .join(texts, texts.c.position == reflections.c.position)
+        .where(
+            texts.c.scope_id == queries.scope_number(new.scope),
+            texts.c.digest == digest,
+            texts.c.until_version.is_(None),
+        )
+        .order_by(reflections.c.position)
+        .limit(1)
+    )
+    found = db.execute(wanted).one_or_none()
+    if found is None:
+        return None
+    row = {"request": identity, "position": found.position, "content": request_digest(new)}
+    db.execute(answered.insert().values(**row))
+    return Added(found.reflection_id, found.version)
+
+
+def _conflict(new: NewReflection) -> DomainError:
+    message = f"request {new.request_id!r} stored another reflection in scope {new.scope!r}"
+    return DomainError(Reason.REQUEST_CONFLICT, message)
 
 
 def _positions(db: sa.Connection, scope: str, identities: Sequence[str]) -> list[int]:
@@ -120,8 +175,14 @@ def revise(db: sa.Connection, rewriting: Rewriting, embedder: str | None) -> Rev
         changed["tags"] = tags.written(rewriting.tags)
     if rewriting.text is not None:
         db.execute(texts.update().where(texts.c.id == old.text_id).values(until_version=version))
-        text = (rewriting.text, rewriting.embedding, embedder)
-        changed["text_id"] = _open_text(db, old.scope_id, old.position, version, *text)
+        text = {
+            "scope_id": old.scope_id,
+            "position": old.position,
+            "text": rewriting.text,
+            "digest": text_digest(old.environment, old.kind, rewriting.text),
+            "from_version": version,
+        }
+        changed["text_id"] = _open_text(db, text, rewriting.embedding, embedder)
     if rewritten or rewriting.status is ReflectionStatus.CANDIDATE:
         db.execute(evidence.delete().where(evidence.c.position == old.position))
         changed |= {"evidence_since": revision, **summary(Evidence(), status)}
@@ -174,6 +235,7 @@ def erase(db: sa.Connection, identity: str, actor: str) -> int:
     db.execute(reflections.update().where(reflections.c.position == old.position).values(**gone))
     db.execute(texts.delete().where(texts.c.position == old.position))
     db.execute(standings.update().where(standings.c.position == old.position).values(key="", tags="", text_id=0))
+    db.execute(answered.update().where(answered.c.position == old.position).values(content=""))
     db.execute(uncleaned.insert().values(reflection_id=identity))
     log(db, scope_id, version, "erase", identity, actor)
     return version
@@ -252,18 +314,9 @@ def _close(db: sa.Connection, position: int, version: int) -> None:
         db.execute(table.update().where(*is_open).values(until_version=version))
 
 
-def _open_text(
-    db: sa.Connection,
-    scope_id: int,
-    position: int,
-    version: int,
-    text: str,
-    embedding: Sequence[float],
-    embedder: str | None,
-) -> int:
+def _open_text(db: sa.Connection, row: Mapping[str, Any], embedding: Sequence[float], embedder: str | None) -> int:
     embedded = {"embedding": list(embedding), "embedder": embedder} if len(embedding) else {}
-    row = {"scope_id": scope_id, "position": position, "text": text, "from_version": version, **embedded}
-    return _key(db.execute(texts.insert().values(**row)))
+    return _key(db.execute(texts.insert().values(**row, **embedded)))
 
 
 def _key(inserted: sa.CursorResult[Any]) -> int:

@@ -81,17 +81,22 @@ class Notes:
         self._states: dict[str, list[dict[str, StoredReflection]]] = {}  # scope → version → the entries, by id
         self._uses: dict[str, NotedUse] = {}
         self._changes: list[MemoryChange] = []
+        # Calls that stored nothing, because their text was known: the id that was their answer, and what they asked
+        # for, which is None once that entry is erased.
+        self._answered: dict[str, tuple[str, NewReflection | None]] = {}
 
     async def add(self, new: NewReflection) -> Added:
         identity = reflection_id(new.scope, new.request_id)
         if note := self._notes.get(identity):
-            known = note.first or new
-            if (known.text, known.provenance, known.labels) != (new.text, new.provenance, new.labels):
-                raise DomainError(Reason.REQUEST_CONFLICT, f"request {new.request_id!r} stored another reflection")
-            return Added(identity, self._now(identity).version)
+            return self._again(identity, note.first, new)
+        if identity in self._answered:
+            return self._again(*self._answered[identity], new)
         for source in new.labels.source_ids:
             if source not in self._newest(new.scope):
                 raise _unknown(source)
+        if new.unless_known and (known := self._having(new)):
+            self._answered[identity] = (known, new)
+            return Added(known, self._now(known).version)
         if len(self._notes) >= self._settings.pages:
             raise DomainError(Reason.DISK_FULL, f"all {self._settings.pages} pages are full")
         version = self._write(new.scope, "add", identity, new.actor)
@@ -106,6 +111,20 @@ class Notes:
         self._notes[identity] = Note(new.scope, new, {1: new.embedding})
         self._newest(new.scope)[identity] = stored
         return Added(identity, version)
+
+    def _again(self, identity: str, first: NewReflection | None, new: NewReflection) -> Added:
+        known = first or new
+        if (known.text, known.provenance, known.labels) != (new.text, new.provenance, new.labels):
+            raise DomainError(Reason.REQUEST_CONFLICT, f"request {new.request_id!r} stored another reflection")
+        return Added(identity, self._now(identity).version)
+
+    def _having(self, new: NewReflection) -> str | None:
+        """The id of the oldest entry that has the text."""
+        wanted = (new.provenance.environment, new.labels.kind, new.text)
+        for one in self._newest(new.scope).values():
+            if one.deleted_version is None and (one.provenance.environment, one.kind, one.text) == wanted:
+                return one.reflection_id
+        return None
 
     async def find(self, selection: Selection, order: Order, limit: int) -> Found:
         return self._best(selection, limit, lambda one: _rank(one, order))
@@ -185,6 +204,9 @@ class Notes:
         note = self._notes[reflection_id]
         note.first = None
         note.embeddings = dict.fromkeys(note.embeddings, ())
+        for request, (answer, _) in self._answered.items():
+            if answer == reflection_id:
+                self._answered[request] = (answer, None)
         return version
 
     async def record_uses(self, uses: Sequence[DrawnUse]) -> None:

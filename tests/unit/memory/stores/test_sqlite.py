@@ -52,7 +52,7 @@ async def test_a_database_of_a_newer_schema_is_left_alone(tmp_path: Path) -> Non
     with sqlite3.connect(tmp_path / "memory.db") as db:
         db.execute("UPDATE alembic_version SET version_num = '99'")
     db.close()
-    with pytest.raises(StoreError, match=r"memory\.db has schema 99, and this program knows schemas up to 2"):
+    with pytest.raises(StoreError, match=r"memory\.db has schema 99, and this program knows schemas up to 3"):
         await open_in(tmp_path)
 
 
@@ -90,6 +90,10 @@ async def test_a_database_of_the_first_release_is_taken_over_as_a_whole(tmp_path
         assert await store.add(again) == Added(first[1], first[12]), "it knows the request"
         await store.close()
     store = await open_in(tmp_path)
+    kept = next(row for row in rows if row[-1] is None)
+    origin = replace(ORIGIN, environment=kept[6])
+    same = replace(new("of today", kept[3], kept[2]), provenance=origin, unless_known=True)
+    assert await store.add(same) == Added(kept[1], kept[12]), "its text is known"
     await store.revise(Rewriting(rows[0][1], "r", 1, text="a new text"))
     assert (await store.find_words(selection(scope=rows[0][2]), "new text", 9)).reflections[0].text == "a new text"
     await store.close()
