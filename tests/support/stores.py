@@ -195,15 +195,9 @@ class StoreChecks:
         assert set(await asyncio.gather(*map(store.add, calls))) == {one}, "the oldest"
         fresh = [replace(new(f"fresh-{n}", "fresh"), unless_known=True) for n in range(20)]
         assert {added.version for added in await asyncio.gather(*map(store.add, fresh))} == {3}, "one of them"
-        for number, other in enumerate(
-            (
-                new("kind", "same", kind=ReflectionKind.EPISODE),
-                new("scope", "same", scope="other"),
-                replace(new("environment", "same"), provenance=replace(ORIGIN, environment="maze")),
-            )
-        ):
-            added = await store.add(replace(other, unless_known=True))
-            assert added.reflection_id not in (one.reflection_id, two.reflection_id), number
+        maze = replace(new("maze", "same"), provenance=replace(ORIGIN, environment="maze"))
+        for other in (new("kind", "same", kind=ReflectionKind.EPISODE), new("scope", "same", scope="other"), maze):
+            assert await store.add(replace(other, unless_known=True)) not in (one, two), other.request_id
         await store.revise(Rewriting(one.reflection_id, "r", 1, text="rewritten"))
         await store.revise(Rewriting(two.reflection_id, "r", 1, status=ReflectionStatus.RETIRED))
         assert await store.add(replace(new("later", "same"), unless_known=True)) == two, "whatever its status"
@@ -216,9 +210,9 @@ class StoreChecks:
         await store.delete(one.reflection_id)
         assert await store.add(replace(new("later", "anything"), unless_known=True)) == two, "of the erased one"
         assert await store.add(calls[0]) == one
-        version = (await store.snapshot("scope")).version
+        newest = (await store.snapshot("scope")).version
         again = await store.add(replace(new("again", "same"), unless_known=True))
-        assert again.version == version + 1, "no entry has it any more"
+        assert again.version == newest + 1, "no entry has it any more"
         await store.close()
 
     async def test_a_use_counts_once_also_after_it_is_opened_again(self, open_store: Open) -> None:
