@@ -5,6 +5,9 @@ without evidence. *Believed*: each merge reads what is newest, its forerunners a
 every text for an improvement. Attempts read the memory as of a version, so before and after are the same boards, seeds
 and policy.
 
+After 8 steps no entry has evidence enough for an interval that begins above -1, after 60 steps one has. What helps
+most is the latest entry until then.
+
 The embedded model follows no instruction. It reads its reflection prompt: the trace of an attempt, and a legend from
 the memory. What it is told is such a prompt, with two legends in the place of one; each merge gets another trace.
 """
@@ -16,6 +19,7 @@ import shutil
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import NormalDist, fmean, stdev
@@ -60,7 +64,7 @@ READINGS: dict[str, dict[str, Any]] = {
 class Size:
     """`boards` 0: all test boards."""
 
-    steps: int = 8
+    steps: int
     boards: int = 0
     samples: int = 8
     merges: int = 10
@@ -135,7 +139,7 @@ class World:
         return [fmean(known[place : place + samples]) for place in range(0, len(known), samples)]
 
 
-def measure(folder: Path, size: Size = Size()) -> dict[str, Any]:
+def measure(size: Size, folder: Path) -> dict[str, Any]:
     """Begins anew after an interruption."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -171,8 +175,8 @@ async def _measure(loop: Loop, plain: dict[str, Any], size: Size) -> dict[str, A
         reading: {when: paired(boards["before"], boards[when]) for when in ("after", "believed")}
         for reading, boards in success.items()
     }
-    proved = (differences["best_uplift"]["after"], differences["mix"]["after"])
     return {
+        "steps": size.steps,
         "boards": len(success["newest"]["before"]),
         "samples": size.samples,
         "entries": [{"legend": kind(one.text), "uplift": one.uplift and one.uplift.lower} for one in entries],
@@ -182,7 +186,10 @@ async def _measure(loop: Loop, plain: dict[str, Any], size: Size) -> dict[str, A
             for reading, found in success.items()
         },
         "differences": differences,
-        "not_lowered": all(difference["lower"] > BOUND for difference in proved),
+        "not_lowered": {
+            reading: {when: found["lower"] > BOUND for when, found in when_read.items()}
+            for reading, when_read in differences.items()
+        },
     }
 
 
@@ -195,4 +202,6 @@ def paired(before: Sequence[float], after: Sequence[float]) -> dict[str, float]:
     return {"difference": round(mean, 4), "lower": round(mean - half, 4), "upper": round(mean + half, 4)}
 
 
-CASES: dict[str, Callable[[Path], dict[str, Any]]] = {"consolidation": measure}
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    f"consolidation-{steps}": partial(measure, Size(steps)) for steps in (8, 60)
+}

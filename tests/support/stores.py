@@ -190,7 +190,6 @@ class StoreChecks:
         store = await open_store()
         one = await store.add(new("one", "same"))
         two = await store.add(new("two", "same"))
-        assert two.version == 2, "without the flag it is stored"
         calls = [replace(new(f"call-{n}", "same"), unless_known=True) for n in range(20)]
         assert set(await asyncio.gather(*map(store.add, calls))) == {one}, "the oldest"
         fresh = [replace(new(f"fresh-{n}", "fresh"), unless_known=True) for n in range(20)]
@@ -210,9 +209,8 @@ class StoreChecks:
         await store.delete(one.reflection_id)
         assert await store.add(replace(new("later", "anything"), unless_known=True)) == two, "of the erased one"
         assert await store.add(calls[0]) == one
-        newest = (await store.snapshot("scope")).version
         again = await store.add(replace(new("again", "same"), unless_known=True))
-        assert again.version == newest + 1, "no entry has it any more"
+        assert again not in (one, two), "no entry has it any more"
         await store.close()
 
     async def test_a_use_counts_once_also_after_it_is_opened_again(self, open_store: Open) -> None:

@@ -31,6 +31,7 @@ from mulligan.trainer.consolidation import (
     keep,
     merge,
     sources_of,
+    stands_first,
 )
 from mulligan.trainer.sampling import NamedPolicy
 
@@ -112,6 +113,8 @@ async def _consolidate(
                 else:
                     identity = await keep(memory, merged, settings)
                     show(f"{identity}  a candidate made from {len(sources)} entries")
+                    if stands_first(sources):
+                        note("none of them has enough evidence yet, so best_uplift retrieves the new one first")
                 written += 1
             except CannotMerge as error:
                 note(f"error: {error}")

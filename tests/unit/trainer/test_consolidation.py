@@ -14,6 +14,7 @@ from mulligan.common.inference import Message, Role, SamplingParams
 from mulligan.common.reflections import (
     Labels,
     ReflectionKind,
+    ReflectionQuery,
     ReflectionStatus,
     RetrievalStrategy,
     StoredReflection,
@@ -27,6 +28,7 @@ from mulligan.trainer.consolidation import (
     listed,
     merge,
     sources_of,
+    stands_first,
 )
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.texts import reflection_in
@@ -168,6 +170,19 @@ async def test_what_was_merged_takes_part_once_it_is_proved() -> None:
     first, *_ = await sources_of(world.memory, SETTINGS)
     assert first.reflection_id == identity, "it helps most"
     assert identity in (await world.memory.get(await world.kept())).source_ids
+
+
+async def test_without_evidence_the_new_text_stands_first() -> None:
+    world = World()
+    one, _ = await world.add("one", "two")
+    best = replace(SETTINGS, limit=2)
+    assert stands_first(await sources_of(world.memory, best))
+    newest = await world.kept()
+    query = ReflectionQuery("scope", "lake", RetrievalStrategy.BEST_UPLIFT)
+    assert (await world.memory.query(query)).reflections[0].reflection_id == newest
+    await harm(world.memory.notes, one, help_instead=True)
+    assert not stands_first(await sources_of(world.memory, best))
+    assert (await world.memory.query(query)).reflections[0].reflection_id == one
 
 
 async def test_what_harms_is_not_merged() -> None:
