@@ -187,7 +187,7 @@ async def test_a_stream_brings_what_one_answer_would(policy: Running) -> None:
     spans = [span for part in parts for span in part.policy_versions]
     assert {span.policy_version for span in spans} == {0}
     assert sum(span.token_count for span in spans) == len(whole.token_ids)
-    assert len(parts) > 3, "token by token, not all at the end"
+    assert len(parts) > 1, "not all at the end"
 
 
 async def test_samples_of_a_stream_are_told_apart(policy: Running) -> None:
