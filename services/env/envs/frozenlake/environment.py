@@ -49,7 +49,7 @@ class Settings:
     test_tasks: int = 100
     train_file: str = ""
     test_file: str = ""
-    symbols: str = "ABCD"  # player, goal, hole, frozen
+    symbols: str = "ABCD"  # player, goal, hole, frozen; or with several for holes and frozen tiles: "A B CEG DFH"
     prompts: str = "published"  # or "compact": the few words that a very small model knows
     name: str = "frozenlake"
 
@@ -69,18 +69,32 @@ class Settings:
         for setting, number in (("train_tasks", self.train_tasks), ("test_tasks", self.test_tasks)):
             if not 0 <= number <= MAX_TASKS:
                 raise ValueError(f"{setting} must be between 0 and 99999 (ids have five digits), not {number}")
-        if len(self.symbols) != 4 or len(set(self.symbols)) != 4:
-            raise ValueError(
-                f"symbols must be four distinct letters (player, goal, hole, frozen), not {self.symbols!r}"
-            )
-        if not self.symbols.isalpha() or PLAYER_IN_HOLE in self.symbols:
-            raise ValueError(f"symbols must be letters other than {PLAYER_IN_HOLE}, not {self.symbols!r}")
+        self._check_symbols()
         if self.prompts not in ("published", "compact"):
             raise ValueError(f'prompts must be "published" or "compact", not {self.prompts!r}')
         if not self.name:
             raise ValueError("name must not be empty")
         if not self.from_files:
             self._check_enough_boards()
+
+    @property
+    def symbol_groups(self) -> tuple[str, str, str, str]:
+        """The letters of player, goal, holes and frozen tiles."""
+        player, goal, holes, frozen = self.symbols.split(" ") if " " in self.symbols else self.symbols
+        return player, goal, holes, frozen
+
+    def _check_symbols(self) -> None:
+        groups = self.symbols.split(" ") if " " in self.symbols else [*self.symbols]
+        letters = "".join(groups)
+        if len(groups) != 4 or len(set(letters)) != len(letters):
+            raise ValueError(
+                "symbols must be four distinct letters (player, goal, hole, frozen), or four groups of distinct "
+                f'letters as in "A B CEG DFH", not {self.symbols!r}'
+            )
+        if len(groups[0]) != 1 or len(groups[1]) != 1:
+            raise ValueError(f"symbols must have one letter for the player and one for the goal, not {self.symbols!r}")
+        if not letters.isalpha() or not all(groups) or PLAYER_IN_HOLE in letters:
+            raise ValueError(f"symbols must be letters other than {PLAYER_IN_HOLE}, not {self.symbols!r}")
 
     @property
     def from_files(self) -> bool:
@@ -112,7 +126,7 @@ class FrozenLakeEpisode:
         self._cells = [list(row) for row in board.rows]
         self._at = board.find(PLAYER)
         self._texts = _TEXTS[settings.prompts]
-        self._symbols = str.maketrans(PLAYER + GOAL + HOLE + FROZEN, settings.symbols)
+        self._symbols = _symbols(board, settings)
         self._max_steps = settings.max_steps
         self._steps = 0
         self.observation = self._render()
@@ -151,7 +165,25 @@ class FrozenLakeEpisode:
         return entered
 
     def _render(self) -> str:
-        return "\n".join("\t".join(row).translate(self._symbols) for row in self._cells)
+        """Where holes or frozen tiles have several letters, the cell decides which one is shown."""
+        shown = [
+            [table.get(cell, cell) for cell, table in zip(row, tables, strict=True)]
+            for row, tables in zip(self._cells, self._symbols, strict=True)
+        ]
+        return "\n".join(map("\t".join, shown))
+
+
+def _symbols(board: LakeBoard, settings: Settings) -> list[list[dict[str, str]]]:
+    """The letters of each cell, by the canonical ones. They depend on the board alone."""
+    player, goal, holes, frozen = settings.symbol_groups
+    if len(holes) == len(frozen) == 1:
+        same = {PLAYER: player, GOAL: goal, HOLE: holes, FROZEN: frozen}
+        return [[same] * len(row) for row in board.rows]
+    draws = random.Random("".join(board.rows))
+    return [
+        [{PLAYER: player, GOAL: goal, HOLE: draws.choice(holes), FROZEN: draws.choice(frozen)} for _ in row]
+        for row in board.rows
+    ]
 
 
 class FrozenLake:

@@ -61,6 +61,22 @@ def test_goal_on_the_last_step_is_a_success() -> None:
     assert (result.reward, result.done, result.truncated) == (1.0, True, False)
 
 
+def test_several_letters_for_holes_and_frozen_tiles() -> None:
+    rows = ("ADD", "CDC", "DDB")
+    game = episode(*rows, symbols="A B CEG DFH")
+    shown = [line.split("\t") for line in game.observation.split("\n")]
+    for row, line in zip(rows, shown, strict=True):
+        for cell, letter in zip(row, line, strict=True):
+            assert letter in {"A": "A", "B": "B", "C": "CEG", "D": "DFH"}[cell]
+    assert {letter for line in shown for letter in line} & set("FHEG"), "more than the first letters are in use"
+    assert episode(*rows, symbols="A B CEG DFH").observation == game.observation, "the board alone decides"
+    game.step("```Right```")
+    moved = [line.split("\t") for line in game.observation.split("\n")]
+    assert moved[0][1] == "A" and moved[0][0] in "DFH"
+    same = [(0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)]
+    assert all(moved[y][x] == shown[y][x] for y, x in same), "a cell keeps its letter"
+
+
 def test_symbols_change_only_the_rendering() -> None:
     game = episode("AB", "CD", symbols="KLMN")
     assert game.observation == "K\tL\nM\tN"
@@ -163,6 +179,11 @@ def test_listing_is_bounded_by_the_split() -> None:
         ({"symbols": "AABC"}, "symbols"),
         ({"symbols": "ABC"}, "symbols"),
         ({"symbols": "ABCX"}, "symbols"),
+        ({"symbols": "A B C"}, "four groups"),
+        ({"symbols": "A B CD DE"}, "four groups"),
+        ({"symbols": "A B  CD"}, "symbols"),
+        ({"symbols": "AE B C D"}, "one letter for the player"),
+        ({"symbols": "A B CX D"}, "symbols"),
         ({"symbols": "AB1 "}, "symbols"),
         ({"prompts": "long"}, "prompts"),
         ({"name": ""}, "name"),
