@@ -37,7 +37,7 @@ def play_batch(rng: np.random.Generator, rows: int, turns: int, legend_share: fl
         writer.words("<|end|>", "<|assistant|>", where=alive)
         good = tables().optimal[goal, holes, player]
         writer.learn(_move_targets(good, told), alive.astype(np.float32))
-        move, safe = _noisy_move(rng, player, goal, holes, good, steady)
+        move, safe = noisy_move(rng, player, goal, holes, good, steady)
         writer.put(answer_ids()[move], alive)
         writer.words("<|end|>", where=alive)
         writer.learn_column(alive * np.float32(0.1))
@@ -59,7 +59,7 @@ def _move_targets(good: Bools, told: Bools) -> Floats:
     return targets
 
 
-def _noisy_move(
+def noisy_move(
     rng: np.random.Generator, player: Ints, goal: Ints, holes: Ints, good: Bools, steady: Floats
 ) -> tuple[Ints, Bools]:
     """Moves that neither fall nor win, if there are any, and whether each is such a move."""

@@ -148,6 +148,7 @@ def reflect_all(
     failures: Sequence[tuple[SampledAttempt, str]],
     sampling: Sampling,
     seed: int = 0,
+    legend_tokens: int = LEGEND_TOKENS,
 ) -> list[str]:
     """Reflects on all `failures`: failed attempts, each with the text of the memory, which may be empty."""
     chat = Conversations(model, tokenizer, len(failures), seed)
@@ -157,7 +158,7 @@ def reflect_all(
             for failure in failures
         ]
     )
-    answers = chat.answers(sampling, LEGEND_TOKENS)
+    answers = chat.answers(sampling, legend_tokens)
     return [
         answer.rpartition(prompts.reflection_open)[2].partition(prompts.reflection_close)[0].strip()
         for answer in answers

@@ -46,6 +46,7 @@ class Writer:
     rows: int
     columns: list[Ints] = field(default_factory=list)
     _targets: list[tuple[int, Floats, Floats]] = field(default_factory=list)
+    _own: list[tuple[int, Floats]] = field(default_factory=list)
     _cells: list[tuple[int, Ints]] = field(default_factory=list)
 
     def put(self, tokens: Ints | int, where: Bools | None = None) -> None:
@@ -61,10 +62,8 @@ class Writer:
         self._targets.append((len(self.columns) - 1, targets, weights))
 
     def learn_column(self, weights: Floats) -> None:
-        """Sets the last column's own tokens as targets."""
-        targets = np.zeros((self.rows, len(vocabulary().ids)), dtype=np.float32)
-        targets[np.arange(self.rows), np.maximum(self.columns[-1], 0)] = 1.0
-        self._targets.append((len(self.columns) - 2, targets, weights))
+        """Sets the last column's own tokens as targets, after whatever token stands before them."""
+        self._own.append((len(self.columns) - 1, weights))
 
     def board(self, letters: Ints, where: Bools | None = None, classes: Ints | None = None) -> None:
         """Appends a board. `letters` (rows, 9) are token ids; `classes` are the cells' classes, negative for none."""
@@ -96,6 +95,11 @@ class Writer:
             rows = np.flatnonzero((weight > 0) & present[:, column])
             at.append(np.stack([rows, places[rows, column]], axis=1))
             targets.append(wanted[rows])
+            weights.append(weight[rows])
+        for column, weight in self._own:
+            rows = np.flatnonzero((weight > 0) & present[:, column])
+            at.append(np.stack([rows, places[rows, column] - 1], axis=1))
+            targets.append(np.eye(len(vocabulary().ids), dtype=np.float32)[grid[rows, column]])
             weights.append(weight[rows])
         cells_at = [np.zeros((0, 2), dtype=np.int64)]
         cell_classes = [np.zeros(0, dtype=np.int64)]

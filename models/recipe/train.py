@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,10 +42,27 @@ class Schedule:
         return self.learning_rate * rising * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / self.steps)))
 
 
+# What is learned in a step of a schedule: batches with the names of their figures.
+Lesson = Callable[[np.random.Generator, Schedule, int], Iterator[tuple[Batch, str]]]
+
+
+def lesson(rng: np.random.Generator, schedule: Schedule, step: int) -> Iterator[tuple[Batch, str]]:
+    """Of the embedded model."""
+    short = step < schedule.short_share * schedule.steps
+    turns = int(rng.choice((1, 2))) if short else int(rng.choice((1, 2, 3, 4, 8)))
+    rows = max(4, schedule.play_tokens // (16 + _TOKENS_PER_TURN * turns))
+    yield play_batch(rng, rows, turns, legend_share=0.85), "play"
+    if not short:
+        yield reflection_batch(rng, schedule.reflections), "write"
+        if step % 4 == 0:
+            yield retry_batch(rng, schedule.reflections // 4), "retry"
+
+
 class Warmup:
-    def __init__(self, model: Qwen3ForCausalLM, schedule: Schedule) -> None:
+    def __init__(self, model: Qwen3ForCausalLM, schedule: Schedule, lesson: Lesson = lesson) -> None:
         self.model = model
         self.schedule = schedule
+        self.lesson = lesson
         with torch.random.fork_rng():
             torch.manual_seed(schedule.seed)
             self.helper = nn.Linear(model.config.hidden_size, CELL_CLASSES)
@@ -66,14 +83,8 @@ class Warmup:
                     save(step + 1)
 
     def _step(self, step: int) -> None:
-        short = step < self.schedule.short_share * self.schedule.steps
-        turns = int(self.rng.choice((1, 2))) if short else int(self.rng.choice((1, 2, 3, 4, 8)))
-        rows = max(4, self.schedule.play_tokens // (16 + _TOKENS_PER_TURN * turns))
-        self._learn(play_batch(self.rng, rows, turns, legend_share=0.85), "play")
-        if not short:
-            self._learn(reflection_batch(self.rng, self.schedule.reflections), "write")
-            if step % 4 == 0:
-                self._learn(retry_batch(self.rng, self.schedule.reflections // 4), "retry")
+        for batch, name in self.lesson(self.rng, self.schedule, step):
+            self._learn(batch, name)
         self.optimizer.step(self.schedule.rate(step))
 
     def _learn(self, batch: Batch, name: str) -> None:
