@@ -64,6 +64,7 @@ def written(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPath
 
 
 A_RULE = "(SELECT min(position) FROM reflections WHERE kind = 'rule' AND deleted_version IS NULL)"
+DOCUMENTS = "(SELECT position FROM reflections WHERE kind = 'document')"
 
 
 @pytest.mark.parametrize(
@@ -75,13 +76,14 @@ A_RULE = "(SELECT min(position) FROM reflections WHERE kind = 'rule' AND deleted
         (f"UPDATE texts SET text = substr(text, 1, 20) WHERE position = {A_RULE}", "has the text"),
         (f"UPDATE reflections SET success = 0 WHERE position = {A_RULE}", "another origin"),
         (f"UPDATE reflections SET deleted_version = 9 WHERE position = {A_RULE}", "counted"),
-        ("UPDATE texts SET text = text || ' ' || text WHERE text LIKE 'w% w%'", "there twice"),
+        (f"UPDATE texts SET text = text || ' ' || text WHERE position IN {DOCUMENTS}", "there twice"),
         ("DELETE FROM used_entries WHERE place = 0", "is lost"),
         ("UPDATE uses SET reward = NULL WHERE id = (SELECT min(id) FROM uses WHERE reward NOT NULL)", "half of it"),
         ("UPDATE standings SET uses_shown = uses_shown + 1 WHERE uses_shown > 0", "evidence"),
         ("UPDATE standings SET mean_shown = mean_shown / 2 WHERE mean_shown > 0", "other rewards"),
         ("DELETE FROM sources", "lost its sources"),
-        ("DELETE FROM standings WHERE id = (SELECT max(id) FROM standings WHERE until_version IS NULL)", "finds"),
+        (f"DELETE FROM standings WHERE position = {A_RULE}", "counted"),
+        (f"UPDATE standings SET environment = 'maze' WHERE position = {A_RULE}", "finds"),
     ],
 )
 async def test_damage_is_noticed(written: tuple[Path, Ledger], tmp_path: Path, damage: str, noticed: str) -> None:
