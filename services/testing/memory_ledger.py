@@ -22,6 +22,7 @@ from mulligan.common.reflections import (
 )
 from mulligan.memory.store import Order, Selection, Store, reflection_id
 from mulligan.memory.stores import sqlite
+from mulligan.testing.faulty_play import BrokenPromise
 
 ORIGIN = Provenance("run", "experience", "lake", "train/00001", 3, 0.0, 1.0, True)
 CONFLICT = "conflict"  # the answer to a revision that was refused
@@ -32,10 +33,6 @@ _SEARCHED = 5  # entries
 _READ_AGAIN = 30  # reads, at most
 
 Call = dict[str, Any]
-
-
-class BrokenPromise(AssertionError):
-    """What must never happen."""
 
 
 class Ledger:

@@ -296,16 +296,8 @@ async def write_and_lose_power(
     CannotRecord."""
     data, disk, trace = folder / DATA, folder / "disk", folder / "trace"
     data.mkdir(parents=True)
-    command = [
-        sys.executable,
-        "-m",
-        "mulligan.testing.memory_writers",
-        folder,
-        "--calls",
-        f"{calls}",
-        "--seed",
-        f"{seed}",
-    ]
+    module = ["-m", "mulligan.testing.memory_writers"]
+    command = [sys.executable, *module, f"{folder}", "--calls", f"{calls}", "--seed", f"{seed}"]
     await asyncio.to_thread(power_loss.record, command, trace)
     happened = list(power_loss.events(trace, data))
     if not synced:

@@ -226,14 +226,14 @@ def _apply(content: bytearray, change: Written | Resized) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class PowerLoss:
     """What is left, and what had been written to the notes before."""
 
     files: dict[str, bytes]  # by name
     notes: list[bytes]  # lines
 
 
-def losses(happened: Sequence[Event], notes: Path, count: int, chance: random.Random) -> Iterator[Loss]:
+def losses(happened: Sequence[Event], notes: Path, count: int, chance: random.Random) -> Iterator[PowerLoss]:
     """So many moments, in their order, at each of which the power fails. `notes` is a file that is never lost."""
     disk = Disk()
     lines: list[bytes] = []
@@ -245,4 +245,4 @@ def losses(happened: Sequence[Event], notes: Path, count: int, chance: random.Ra
             elif isinstance(event, Written):
                 lines.append(event.data)
         before = moment
-        yield Loss({Path(path).name: content for path, content in disk.after_loss(chance).items()}, list(lines))
+        yield PowerLoss({Path(path).name: content for path, content in disk.after_loss(chance).items()}, list(lines))

@@ -16,7 +16,8 @@ import pytest
 
 from mulligan.common.channel import Endpoint
 from mulligan.memory.client import MemoryClient
-from mulligan.testing.memory_ledger import BrokenPromise, Ledger, check_sqlite
+from mulligan.testing.faulty_play import BrokenPromise
+from mulligan.testing.memory_ledger import Ledger, check_sqlite
 from mulligan.testing.memory_writers import DATABASE, Writers, write_and_lose_power, write_under_kills
 from mulligan.testing.power_loss import CannotRecord
 from mulligan.testing.processes import ServiceProcesses

@@ -214,7 +214,7 @@ def _first(filters: _Filters, ordering: Ordering, closed: bool) -> sa.Select[Any
 @lru_cache(_STATEMENTS)
 def _of_entries(filters: _Filters, closed: bool) -> sa.Select[Any]:
     wanted = STATES.where(*filters.conditions(), *_visible(closed))
-    positions = sa.bindparam("positions", expanding=True)
+    positions: sa.BindParameter[Sequence[int]] = sa.bindparam("positions", expanding=True)
     if closed:
         return wanted.where(standings.c.position.in_(positions))
     return wanted.where(reflections.c.position.in_(positions), standings.c.id == reflections.c.standing_id)
