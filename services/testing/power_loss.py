@@ -8,7 +8,8 @@
 - Until its folder is synced, a new file may be missing, and a removed one be there again.
 
 So this finds a missing or misplaced sync, also where the page cache hides it from a test that kills processes. It does
-not find what a disk does that loses what it said it had synced, and no faults of the kernel and its file systems.
+not find what a disk does that loses what it said it had synced, and no faults of the kernel and its file systems. Writes
+to memory that is mapped from a file are not recorded; SQLite maps only its index of the log, which it makes anew.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,14 +67,22 @@ Event = Created | Removed | Written | Resized | Synced
 
 
 def record(command: Sequence[str | Path], trace: Path) -> None:
-    """Runs the command, and writes what it and its children do to the file `trace`. Raises CannotRecord."""
+    """Runs the command, and writes what it and its children do to the file `trace`. Raises CannotRecord, and
+    RuntimeError if the command fails."""
     program = shutil.which("strace")
     if program is None:
         raise CannotRecord("strace is not installed")
     options = ["-f", "--seccomp-bpf", "-y", "-xx", "-s", f"{_LONGEST}", "-e", f"trace={_CALLS}", "-e", "signal=none"]
-    done = subprocess.run([program, *options, "-o", trace, *command], check=False, capture_output=True, text=True)
+
+    def run(*traced: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([program, *options, "-o", trace, *traced], check=False, capture_output=True, text=True)
+
+    probe = run(sys.executable, "-c", "")
+    if probe.returncode:
+        raise CannotRecord(f"strace does not work here: {probe.stderr.strip()}")
+    done = run(*command)
     if done.returncode:
-        raise CannotRecord(f"strace ended with {done.returncode}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stderr[-4000:]}")
 
 
 def events(trace: Path, folder: Path) -> Iterator[Event]:

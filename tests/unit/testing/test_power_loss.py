@@ -21,6 +21,7 @@ from mulligan.testing.power_loss import (
     losses,
     record,
 )
+from tests.support.found import require_strace
 
 OLD, NEW = b"a" * 1000, b"b" * 1000
 SAVED: list[Event] = [Created("/d/f"), Synced("/d"), Written("/d/f", 0, OLD), Synced("/d/f")]
@@ -95,7 +96,7 @@ def test_a_program_is_recorded(tmp_path: Path) -> None:
     try:
         record([sys.executable, "-c", PROGRAM, folder], tmp_path / "trace")
     except CannotRecord as reason:
-        pytest.skip(f"no recording to test with: {reason}")
+        require_strace(f"no recording to test with: {reason}")
     file, notes = f"{folder}/f", f"{folder}/notes"
     assert list(events(tmp_path / "trace", folder)) == [
         Created(file),
@@ -110,5 +111,14 @@ def test_a_program_is_recorded(tmp_path: Path) -> None:
 
 
 def test_a_program_that_fails_is_told(tmp_path: Path) -> None:
-    with pytest.raises(CannotRecord, match="strace"):
-        record([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "trace")
+    try:
+        with pytest.raises(RuntimeError, match="ended with 3: no luck"):
+            record([sys.executable, "-c", "import sys; print('no luck', file=sys.stderr); sys.exit(3)"], tmp_path / "t")
+    except CannotRecord as reason:
+        require_strace(f"no recording to test with: {reason}")
+
+
+def test_without_strace_nothing_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}")
+    with pytest.raises(CannotRecord, match="strace is not installed"):
+        record([sys.executable, "-c", ""], tmp_path / "t")
