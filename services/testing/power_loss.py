@@ -8,8 +8,8 @@
 - Until its folder is synced, a new file may be missing, and a removed one be there again.
 
 So this finds a missing or misplaced sync, also where the page cache hides it from a test that kills processes. It does
-not find what a disk does that loses what it said it had synced, and no faults of the kernel and its file systems. Writes
-to memory that is mapped from a file are not recorded; SQLite maps only its index of the log, which it makes anew.
+not find what a disk does that loses what it said it had synced, and no faults of the kernel and its file systems.
+Writes to memory that is mapped from a file are not recorded; SQLite maps only its index of the log and makes it anew.
 """
 
 from __future__ import annotations
