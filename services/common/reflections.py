@@ -34,13 +34,15 @@ class ReflectionKind(StrEnum):
 
 
 class ReflectionStatus(StrEnum):
-    """CANDIDATE: no proof yet. ACTIVE: proved to help. QUARANTINED: proved to harm, not retrieved. RETIRED: not
+    """CANDIDATE: no proof yet. PROBATION: the same, and it was made from other entries, or was quarantined before;
+    EXPLORE alone retrieves it. ACTIVE: proved to help. QUARANTINED: proved to harm, not retrieved. RETIRED: not
     retrieved, by somebody's choice."""
 
     CANDIDATE = "candidate"
     ACTIVE = "active"
     QUARANTINED = "quarantined"
     RETIRED = "retired"
+    PROBATION = "probation"
 
 
 @dataclass(frozen=True, slots=True)

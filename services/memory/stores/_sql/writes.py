@@ -16,8 +16,10 @@ from mulligan.memory.store import (
     NewReflection,
     Revised,
     Rewriting,
+    first_status,
     reflection_id,
     request_digest,
+    rewritten_status,
     text_digest,
     uplift_of,
 )
@@ -82,6 +84,7 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
     if new.unless_known and (known := _known(db, identity, new, digest)):
         return known
     scope_id, version = next_version(db, new.scope, entries=1)
+    status = first_status(new.labels)
     added = {
         "reflection_id": identity,
         "scope_id": scope_id,
@@ -103,10 +106,10 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
         "text_id": text_id,
         "revision": 1,
         "evidence_since": 1,
-        "status": ReflectionStatus.CANDIDATE.value,
+        "status": status.value,
         "key": new.labels.key,
         "tags": tags.written(new.labels.tags),
-        **summary(Evidence(), ReflectionStatus.CANDIDATE),
+        **summary(Evidence(), status),
         "from_version": version,
     }
     open_standings(db, [begun])
@@ -194,8 +197,8 @@ def revise(db: sa.Connection, rewriting: Rewriting, embedder: str | None) -> Rev
     given = [name for name in ("text", "key", "tags", "status") if getattr(rewriting, name) is not None]
     status = rewriting.status or ReflectionStatus(old.status)
     rewritten = rewriting.text not in (None, old.text)
-    if rewritten and status is not ReflectionStatus.RETIRED:
-        status = ReflectionStatus.CANDIDATE
+    if rewritten:
+        status = rewritten_status(status)
     changed: dict[str, Any] = {"revision": revision, "status": status.value}
     if rewriting.key is not None:
         changed["key"] = rewriting.key
