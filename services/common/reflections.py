@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+MAX_TEXT_BYTES = 2**20  # of an entry, and of a query, in UTF-8: the limit of the contract
+
 
 class RetrievalStrategy(StrEnum):
     """How to choose among the entries of an environment: `services/memory/retrieval/` has a file for each.
