@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import platform
+import random
 import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import TypeVar
 
 M = TypeVar("M")
+WORDS = 60_000  # of the language
+
+
+class Language:
+    """Draws words with Zipf's law."""
+
+    def __init__(self) -> None:
+        rng = random.Random("vocabulary")
+        self._words = ["".join(rng.choices("bdfgklmnprstvz", k=3)) + rng.choice("aeiou") + str(n) for n in range(WORDS)]
+        self._weights = list(itertools.accumulate(1 / (rank + 3) for rank in range(WORDS)))
+
+    def draw(self, rng: random.Random, count: int) -> str:
+        return " ".join(rng.choices(self._words, cum_weights=self._weights, k=count))
 
 
 async def alternate(measures: Mapping[str, Callable[[], Awaitable[M]]], rounds: int) -> dict[str, list[M]]:

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.common import percentile, print_result, print_table
+from benchmarks.common import Language, percentile, print_result, print_table
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError
 from mulligan.common.types import Outcome, Split
@@ -25,22 +25,9 @@ from mulligan.env.envs.hotpotqa import world as hotpotqa_world
 from mulligan.testing.processes import ServiceProcesses
 
 SEARCHES = 4  # of an episode; the fifth turn is the answer
-WORDS = 60_000
 PASSAGE_WORDS = 70
 CONCURRENT = (1, 64, 256, 512, 1024)
 _ids = itertools.count()
-
-
-class Language:
-    """Draws words with Zipf's law."""
-
-    def __init__(self) -> None:
-        rng = random.Random("vocabulary")
-        self._words = ["".join(rng.choices("bdfgklmnprstvz", k=3)) + rng.choice("aeiou") + str(n) for n in range(WORDS)]
-        self._weights = list(itertools.accumulate(1 / (rank + 3) for rank in range(WORDS)))
-
-    def draw(self, rng: random.Random, count: int) -> str:
-        return " ".join(rng.choices(self._words, cum_weights=self._weights, k=count))
 
 
 def write_corpus(path: Path, passages: int) -> list[str]:

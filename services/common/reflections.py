@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 
+MAX_TEXT_BYTES = 2**20  # of an entry, and of a query, in UTF-8: the limit of the contract
+
 
 class RetrievalStrategy(StrEnum):
     """How to choose among the entries of an environment: `services/memory/retrieval/` has a file for each.
@@ -34,13 +36,15 @@ class ReflectionKind(StrEnum):
 
 
 class ReflectionStatus(StrEnum):
-    """CANDIDATE: no proof yet. ACTIVE: proved to help. QUARANTINED: proved to harm, not retrieved. RETIRED: not
+    """CANDIDATE: no proof yet. PROBATION: the same, and it was made from other entries, or was quarantined before;
+    EXPLORE alone retrieves it. ACTIVE: proved to help. QUARANTINED: proved to harm, not retrieved. RETIRED: not
     retrieved, by somebody's choice."""
 
     CANDIDATE = "candidate"
     ACTIVE = "active"
     QUARANTINED = "quarantined"
     RETIRED = "retired"
+    PROBATION = "probation"
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class MemorySettings(ServiceSettings):
             kind = STORES.default
             location = self.database
         if not _KIND.fullmatch(kind) or not location:
-            raise StoreError(f"database: expected KIND:LOCATION, and {kind!r} is no kind, or the location is missing")
+            raise StoreError(f"database: expected KIND:LOCATION, both not empty; the kind is {kind!r}")
         try:
             plugin = STORES.find(kind)
             store: Store = await plugin.open(location, self._settings_of(STORES, kind, self.store_settings))

@@ -3,13 +3,11 @@
 A use is an attempt for which the entry was retrieved. The entry was left out with a known probability p_out, and shown
 otherwise. The attempt earned a reward from 0 to 1. The uplift is E[reward | shown] - E[reward | left out].
 
-What it is a contrast of. Where a draw leaves out one of k retrieved entries with probability h (`draw.py`), p_out is
-h / k, and a use in which another entry was left out counts as shown. The states of the entries are then not
-independent: if this entry is left out, all others are shown; if it is shown, one of the others is missing with
-probability q = h (k - 1) / (k - h). So the uplift is a marginal contrast over the draw of the others. If effects add
-up, it is the entry's own effect less q times the mean effect of the others. An entry without effect beside helpful
-ones has a negative uplift. A caller that wants the own effect, beside all the others, passes only uses in which no
-other entry was left out, with their p_out = (h / k) / (1 - h + h / k).
+What it is a contrast of. A draw leaves out one of k retrieved entries with probability h (`draw.py`). The service adds
+only uses in which no other entry was left out (`evidence_in` in `store.py`); given that, p_out = (h / k) / (1 - h +
+h / k). So the uplift is the entry's own effect beside all the others. If uses without another entry counted as shown,
+with p_out = h / k, the uplift would contain the others: if effects add up, it would be the own effect less h (k - 1) /
+(k - h) times the mean effect of the others, and an entry without effect beside helpful ones would look harmful.
 
 Score of a use. Let m1, m0 be the mean rewards of the two arms (shown, left out) in earlier uses. The doubly robust
 score (AIPW; Robins, Rotnitzky and Zhao 1994) is

@@ -283,14 +283,25 @@ def evidence_in(use: DrawnUse) -> Iterator[tuple[str, int, bool, float]]:
 
 
 def status_after(status: ReflectionStatus, *, helpful: bool, harmful: bool) -> ReflectionStatus:
-    """The status that evidence gives an entry. One that was quarantined returns as a candidate, or as active."""
+    """The status that evidence gives an entry. One that was quarantined returns on probation, or as active."""
     if status is ReflectionStatus.RETIRED:
         return status
     if harmful:
         return ReflectionStatus.QUARANTINED
     if helpful:
         return ReflectionStatus.ACTIVE
-    return ReflectionStatus.CANDIDATE if status is ReflectionStatus.QUARANTINED else status
+    return ReflectionStatus.PROBATION if status is ReflectionStatus.QUARANTINED else status
+
+
+def first_status(labels: Labels) -> ReflectionStatus:
+    """Of a new entry. What was made from other entries must prove itself before it is read in their place."""
+    return ReflectionStatus.PROBATION if labels.source_ids else ReflectionStatus.CANDIDATE
+
+
+def rewritten_status(status: ReflectionStatus) -> ReflectionStatus:
+    """Of an entry with this status whose text was rewritten: nothing is proved of the new text."""
+    kept = (ReflectionStatus.RETIRED, ReflectionStatus.PROBATION)
+    return status if status in kept else ReflectionStatus.CANDIDATE
 
 
 def _digest(*parts: object) -> str:

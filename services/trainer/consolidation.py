@@ -222,12 +222,6 @@ async def keep(memory: Entries, merged: Merged, settings: MergeSettings) -> str:
     return identity
 
 
-def stands_first(sources: Sequence[StoredReflection]) -> bool:
-    """Whether BEST_UPLIFT retrieves the new text before these entries: none has an interval that begins above -1, and
-    among equals the latest comes first."""
-    return all(entry.uplift is None or entry.uplift.lower <= -1 for entry in sources)
-
-
 def listed(texts: Sequence[str]) -> str:
     """The texts, numbered, each in a block between lines of backticks. No text has as many backticks in a row, so none
     can end its block (CommonMark 0.31, section 4.5)."""

@@ -8,7 +8,7 @@ from typing import Generic, Protocol, TypeVar
 
 from mulligan.common.experience import Experience, Sample, TokenSequence, Trained, TrainingTarget, Turn
 from mulligan.common.inference import SamplingParams
-from mulligan.common.reflections import StoredReflection, Use
+from mulligan.common.reflections import MAX_TEXT_BYTES, StoredReflection, Use
 from mulligan.common.rewards import reaches
 from mulligan.common.tasks import Broadcast, PrioritySlots
 from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet
@@ -20,7 +20,6 @@ from mulligan.trainer.texts import first_system, reflection_in, reflection_reque
 from mulligan.trainer.trainable import NotDistilled, never_fits, with_usable_reward
 
 S_co = TypeVar("S_co", bound=AlgorithmSettings, covariant=True)
-MAX_MEMORY_BYTES = 2**20  # of AddReflectionRequest
 
 
 class Recorder(Protocol):
@@ -268,7 +267,7 @@ class Member(Generic[S_co]):
         if before is None or after is None or text.outcome is not Outcome.COMPLETED:
             return
         wanted = self.settings.memory_writes is MemoryWrites.ALL or reaches(after, self.settings.success_threshold)
-        if wanted and 0 < len(text.text.encode()) <= MAX_MEMORY_BYTES:
+        if wanted and 0 < len(text.text.encode()) <= MAX_TEXT_BYTES:
             self.lessons.append(Lesson(text, before, after))
 
     def ended(self) -> None:

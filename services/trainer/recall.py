@@ -9,6 +9,7 @@ from statistics import fmean
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.experience import Experience
 from mulligan.common.reflections import (
+    MAX_TEXT_BYTES,
     ReflectionKind,
     ReflectionQuery,
     Retrieved,
@@ -26,7 +27,6 @@ from mulligan.trainer.memory_settings import MemoryUseSettings
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import AlgorithmSettings, RunSettings
 
-_MAX_BYTES = 2**20  # of a query's text
 _NOTHING = Retrieved((), 0)
 _ADVICE = (ReflectionKind.RULE, ReflectionKind.DOCUMENT)
 
@@ -75,7 +75,7 @@ class Recall:
             return query
         async with slots.held(priority):
             text = await reader.harness.observe(reader.task_id, reader.name)
-        cut = (text or "").encode()[:_MAX_BYTES].decode(errors="ignore")
+        cut = (text or "").encode()[:MAX_TEXT_BYTES].decode(errors="ignore")
         return replace(query, text=cut) if cut else None
 
     async def _ask(self, query: ReflectionQuery | None, keys: tuple[str, ...]) -> Retrieved:
@@ -90,7 +90,8 @@ class Recall:
             # An entry was erased since the step began, or a step is sampled anew after other entries came: what is read
             # then is no experiment.
             if error.reason is Reason.SNAPSHOT_REDACTED:
-                return await self.memory.query(replace(query, version=int(error.metadata["version"])))
+                readable = error.metadata.get("version", "")  # of a server that keeps the contract, it is there
+                return await self.memory.query(replace(query, version=int(readable) if readable.isdecimal() else None))
             if error.reason is Reason.REQUEST_CONFLICT and trial is not None:
                 return await self.memory.query(query)
             raise

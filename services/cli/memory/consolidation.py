@@ -31,7 +31,6 @@ from mulligan.trainer.consolidation import (
     keep,
     merge,
     sources_of,
-    stands_first,
 )
 from mulligan.trainer.sampling import NamedPolicy
 
@@ -112,9 +111,7 @@ async def _consolidate(
                     note(f"not stored; made from {', '.join(entry.reflection_id for entry in sources)}")
                 else:
                     identity = await keep(memory, merged, settings)
-                    show(f"{identity}  a candidate made from {len(sources)} entries")
-                    if stands_first(sources):
-                        note("none of them has enough evidence yet, so best_uplift retrieves the new one first")
+                    show(f"{identity}  on probation, made from {len(sources)} entries")
                 written += 1
             except CannotMerge as error:
                 note(f"error: {error}")

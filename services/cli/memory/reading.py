@@ -22,6 +22,7 @@ _WHY = {
     ReflectionStatus.ACTIVE: "proved to help: the interval of its uplift was above zero",
     ReflectionStatus.QUARANTINED: "proved to harm: the interval of its uplift lies below zero",
     ReflectionStatus.RETIRED: "not retrieved, by somebody's choice",
+    ReflectionStatus.PROBATION: "nothing is proved yet; made from other entries, or quarantined before",
 }
 
 

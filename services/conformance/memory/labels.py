@@ -28,6 +28,9 @@ async def labelled(session: CheckSession) -> None:
     found = {"kind": stored.kind, "key": stored.key, "tags": list(stored.tags)}
     demand(found == given, f"the labels that were given, {given}", stored)
     demand(list(stored.source_ids) == [source.reflection_id], "the source that was given", stored)
+    demand(stored.status == pb.REFLECTION_STATUS_PROBATION, "PROBATION, as it was made from another", stored)
+    await scope.finds("what is on probation only by EXPLORE", ["source"], 9, pb.RETRIEVAL_STRATEGY_BEST_UPLIFT)
+    await scope.finds("what is on probation only by EXPLORE", ["labelled", "source"], 9, pb.RETRIEVAL_STRATEGY_EXPLORE)
 
 
 @suite.check("AddReflection", "a repeated call with other labels is ALREADY_EXISTS REQUEST_CONFLICT")

@@ -1,4 +1,4 @@
-"""Which entries an agent is shown: one file for each retrieval strategy, named as it is.
+"""Which entries an agent is shown: one file for each retrieval strategy, with its name.
 
 A strategy is a module with `retrieve(query, store)`, which returns at most `query.limit` entries, the best first.
 """

@@ -9,5 +9,5 @@ from mulligan.memory.store import RETRIEVED, Found, Order, Store
 
 
 async def retrieve(query: ReflectionQuery, store: Store) -> Found:
-    statuses = RETRIEVED | {ReflectionStatus.QUARANTINED}
+    statuses = RETRIEVED | {ReflectionStatus.PROBATION, ReflectionStatus.QUARANTINED}
     return await store.find(selection(query, statuses=statuses), Order.FEWEST_USES, query.limit)

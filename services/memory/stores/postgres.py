@@ -42,6 +42,17 @@ _WRITING = 7_305_104_236_301  # the number of the lock of writes, among all of t
 _OLD_READS_SECONDS = 30.0  # that an erasure waits for transactions which may still see the erased rows
 _PAUSE_SECONDS = 0.02
 
+# The negative inner product of unit vectors, which is in the order of the cosine.
+_DISTANCE: sa.ColumnElement[float] = texts.c.embedding.op("<#>", return_type=sa.Double())(
+    sa.bindparam("embedding", type_=texts.c.embedding.type)
+)
+_NEAREST = queries.Ordering(
+    by=(_DISTANCE, queries.LATEST_FIRST),
+    key=lambda row: (row.distance, -row.position),
+    of_texts=(texts.c.embedder == sa.bindparam("embedder"),),
+    columns=(_DISTANCE.label("distance"),),
+)
+
 
 class Settings(StoreSettings):
     """Of PostgreSQL."""
@@ -128,14 +139,8 @@ class PostgresStore(SqlStore):
     def _nearest(
         self, db: sa.Connection, selection: Selection, embedding: Sequence[float], limit: int, embedder: str
     ) -> Found:
-        """By the negative inner product of unit vectors, which is in the order of the cosine."""
-        distance: sa.ColumnElement[float] = texts.c.embedding.op("<#>", return_type=sa.Double())(
-            sa.literal(list(embedding), texts.c.embedding.type)
-        )
-        states = queries.STATES.add_columns(distance.label("distance"))
-        by = (distance, queries.LATEST_FIRST)
-        embedded = (texts.c.embedder == embedder,)
-        return queries.in_order(db, selection, states, by, lambda row: (row.distance, -row.position), limit, embedded)
+        given = {"embedding": list(embedding), "embedder": embedder}
+        return queries.find(db, selection, _NEAREST, limit, **given)
 
     def _end(self) -> None:
         self._readers.shutdown()

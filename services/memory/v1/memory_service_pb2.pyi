@@ -55,25 +55,33 @@ class _ReflectionStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refl
     DESCRIPTOR: _descriptor.EnumDescriptor
     REFLECTION_STATUS_UNSPECIFIED: _ReflectionStatus.ValueType  # 0
     REFLECTION_STATUS_CANDIDATE: _ReflectionStatus.ValueType  # 1
-    """Nothing is proved yet. So every entry starts."""
+    """Nothing is proved yet. So an entry starts that was not made from others."""
     REFLECTION_STATUS_ACTIVE: _ReflectionStatus.ValueType  # 2
     """The interval of its uplift was above zero."""
     REFLECTION_STATUS_QUARANTINED: _ReflectionStatus.ValueType  # 3
     """The interval of its uplift lies below zero."""
     REFLECTION_STATUS_RETIRED: _ReflectionStatus.ValueType  # 4
     """Not retrieved, by somebody's choice. Its evidence stays."""
+    REFLECTION_STATUS_PROBATION: _ReflectionStatus.ValueType  # 5
+    """Nothing is proved yet, and it was made from other entries (source_ids), or was quarantined until now. EXPLORE alone
+    retrieves it, until it is ACTIVE.
+    """
 
 class ReflectionStatus(_ReflectionStatus, metaclass=_ReflectionStatusEnumTypeWrapper): ...
 
 REFLECTION_STATUS_UNSPECIFIED: ReflectionStatus.ValueType  # 0
 REFLECTION_STATUS_CANDIDATE: ReflectionStatus.ValueType  # 1
-"""Nothing is proved yet. So every entry starts."""
+"""Nothing is proved yet. So an entry starts that was not made from others."""
 REFLECTION_STATUS_ACTIVE: ReflectionStatus.ValueType  # 2
 """The interval of its uplift was above zero."""
 REFLECTION_STATUS_QUARANTINED: ReflectionStatus.ValueType  # 3
 """The interval of its uplift lies below zero."""
 REFLECTION_STATUS_RETIRED: ReflectionStatus.ValueType  # 4
 """Not retrieved, by somebody's choice. Its evidence stays."""
+REFLECTION_STATUS_PROBATION: ReflectionStatus.ValueType  # 5
+"""Nothing is proved yet, and it was made from other entries (source_ids), or was quarantined until now. EXPLORE alone
+retrieves it, until it is ACTIVE.
+"""
 Global___ReflectionStatus: _TypeAlias = ReflectionStatus  # noqa: Y015
 
 class _RetrievalStrategy:
@@ -775,7 +783,7 @@ class ReviseReflectionRequest(_message.Message):
     """What is absent stays. At most 1 MiB in UTF-8."""
     key: _builtins.str
     status: Global___ReflectionStatus.ValueType
-    """RETIRED, or CANDIDATE: then its evidence starts anew. The other two are for evidence alone to give."""
+    """RETIRED, or CANDIDATE: then its evidence starts anew. The others are not for callers to give."""
     @_builtins.property
     def tags(self) -> Global___TagList: ...
     @_builtins.property

@@ -56,9 +56,10 @@ async def test_labels_are_kept_and_queries_filter_by_them(client: MemoryClient, 
         *(ReflectionKind.DOCUMENT, "grep", ("tools", "long")),
         (source,),
     )
-    assert (stored.status, stored.revision, stored.uplift) == (ReflectionStatus.CANDIDATE, 1, None)
+    assert (stored.status, stored.revision, stored.uplift) == (ReflectionStatus.PROBATION, 1, None)
+    assert await found(client, query(scope, BY_KEY, key="grep")) == [], "EXPLORE alone finds what is on probation"
     for asked in (
-        query(scope, BY_KEY, key="grep"),
+        query(scope, EXPLORE, key="grep"),
         query(scope, EXPLORE, kinds=(ReflectionKind.DOCUMENT, ReflectionKind.EPISODE)),
         query(scope, EXPLORE, tags=("long",)),
         query(scope, EXPLORE, task_prefix="train/7"),

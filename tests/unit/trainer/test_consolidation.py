@@ -28,7 +28,6 @@ from mulligan.trainer.consolidation import (
     listed,
     merge,
     sources_of,
-    stands_first,
 )
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.texts import reflection_in
@@ -77,7 +76,7 @@ class World:
         return prompt
 
 
-async def test_the_text_is_a_candidate_made_from_entries_that_stay_as_they_are() -> None:
+async def test_the_text_is_on_probation_and_made_from_entries_that_stay_as_they_are() -> None:
     world = World("Here it is: <prompt>Walk. </prompt>")
     world.policy.version = 7
     one, two = await world.add("one", "two", key="ice")
@@ -87,7 +86,7 @@ async def test_the_text_is_a_candidate_made_from_entries_that_stay_as_they_are()
     settings = replace(SETTINGS, key="ice")
     stored = await world.memory.get(await world.kept(settings))
     assert (stored.text, stored.kind, stored.key) == ("Walk.", ReflectionKind.RULE, "ice")
-    assert (stored.status, stored.uplift, stored.source_ids) == (ReflectionStatus.CANDIDATE, None, (one, two))
+    assert (stored.status, stored.uplift, stored.source_ids) == (ReflectionStatus.PROBATION, None, (one, two))
     origin = stored.provenance
     assert (origin.environment, origin.task_id, origin.policy_version) == ("lake", "train/00001", 7)
     assert (origin.reward_before, origin.reward_after, origin.success) == (0.0, 0.0, False)
@@ -163,7 +162,7 @@ async def test_what_was_merged_takes_part_once_it_is_proved() -> None:
     one, two = await world.add("one", "two")
     identity = await world.kept()
     assert {entry.reflection_id for entry in await sources_of(world.memory, SETTINGS)} == {one, two}
-    believing = replace(SETTINGS, unproved=True)
+    believing = replace(SETTINGS, unproved=True, strategy=RetrievalStrategy.EXPLORE)
     assert {entry.reflection_id for entry in await sources_of(world.memory, believing)} == {one, two, identity}
     await harm(world.memory.notes, identity, help_instead=True)
     assert (await world.memory.get(identity)).status is ReflectionStatus.ACTIVE
@@ -172,17 +171,17 @@ async def test_what_was_merged_takes_part_once_it_is_proved() -> None:
     assert identity in (await world.memory.get(await world.kept())).source_ids
 
 
-async def test_without_evidence_the_new_text_stands_first() -> None:
+async def test_a_merged_text_is_read_in_the_place_of_others_only_when_it_is_proved() -> None:
     world = World()
-    one, _ = await world.add("one", "two")
-    best = replace(SETTINGS, limit=2)
-    assert stands_first(await sources_of(world.memory, best))
-    newest = await world.kept()
-    query = ReflectionQuery("scope", "lake", RetrievalStrategy.BEST_UPLIFT)
-    assert (await world.memory.query(query)).reflections[0].reflection_id == newest
-    await harm(world.memory.notes, one, help_instead=True)
-    assert not stands_first(await sources_of(world.memory, best))
-    assert (await world.memory.query(query)).reflections[0].reflection_id == one
+    _, two = await world.add("one", "two")
+    merged = await world.kept()
+    assert (await world.memory.get(merged)).status is ReflectionStatus.PROBATION
+    best = ReflectionQuery("scope", "lake", RetrievalStrategy.BEST_UPLIFT)
+    assert (await world.memory.query(best)).reflections[0].reflection_id == two
+    explored = (await world.memory.query(replace(best, strategy=RetrievalStrategy.EXPLORE))).reflections
+    assert explored[0].reflection_id == merged
+    await harm(world.memory.notes, merged, help_instead=True)
+    assert (await world.memory.query(best)).reflections[0].reflection_id == merged
 
 
 async def test_what_harms_is_not_merged() -> None:

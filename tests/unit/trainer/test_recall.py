@@ -199,18 +199,23 @@ async def test_a_task_that_shows_nothing_is_played_without_memory() -> None:
 class Changing(FakeMemory):
     """An entry of the versions before 2 was erased, and the keys were drawn for other entries."""
 
+    said = ""  # which version can be read
+
     async def query(self, query: ReflectionQuery, trial: Trial | None = None) -> Retrieved:
         if query.version is not None and query.version < 2:
-            raise DomainError(Reason.SNAPSHOT_REDACTED, "erased", version=2)
+            error = DomainError(Reason.SNAPSHOT_REDACTED, "erased")
+            error.metadata = {"version": self.said} if self.said else {}
+            raise error
         if trial is not None:
             raise DomainError(Reason.REQUEST_CONFLICT, "drawn for other entries")
-        return await super().query(query)
+        return await super().query(replace(query, version=2))  # the newest
 
 
-@pytest.mark.parametrize("version", [1, 2])
-async def test_what_changed_since_the_step_began_is_read_without_a_trial(version: int) -> None:
+@pytest.mark.parametrize(("version", "said"), [(1, "2"), (1, ""), (1, "x"), (2, "")])
+async def test_what_changed_since_the_step_began_is_read_without_a_trial(version: int, said: str) -> None:
     made = await loop(["a"], ["go"])
     changing = Changing(made.memory.entries, version=made.memory.version)
+    changing.said = said
     made.memory = changing
     changing.version = version  # as the step's snapshot has it
     (one,) = await made.step()

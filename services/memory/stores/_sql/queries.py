@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -34,6 +35,8 @@ from mulligan.memory.stores._sql.tables import (
 Row = sa.Row[Any]
 Rows = Sequence[Row]
 
+_STATEMENTS = 256  # of each sort, that are kept
+
 _COLUMNS = (
     *(column for column in reflections.c if column.name not in ("standing_id", "revised_by", "revised_version")),
     *(standings.c[name] for name in ("revision", "evidence_since", "status", "key", "tags", "tries", "gain")),
@@ -53,24 +56,39 @@ STATES = (
 _NEWEST_STATES = STATES.where(standings.c.id == reflections.c.standing_id)
 
 LATEST_FIRST = standings.c.position.desc()
-_SQL_ORDERS: dict[Order, tuple[Any, ...]] = {
-    Order.NEWEST: (LATEST_FIRST,),
-    Order.GAIN: (standings.c.gain.desc(), LATEST_FIRST),
-    Order.UPLIFT: (standings.c.lower.desc(), LATEST_FIRST),
-    Order.FEWEST_USES: (standings.c.tries, LATEST_FIRST),
+
+
+@dataclass(frozen=True, eq=False)
+class Ordering:
+    """An order in SQL, and the same of rows. `of_texts` are further conditions, on texts; with them the order may be
+    one of texts, too. `columns` are read besides those of an entry."""
+
+    by: tuple[Any, ...]
+    key: Callable[[Row], tuple[float, ...]]
+    of_texts: tuple[Any, ...] = ()
+    columns: tuple[Any, ...] = ()
+
+
+ORDERINGS: dict[Order, Ordering] = {
+    Order.NEWEST: Ordering((LATEST_FIRST,), lambda row: (-row.position,)),
+    Order.GAIN: Ordering((standings.c.gain.desc(), LATEST_FIRST), lambda row: (-row.gain, -row.position)),
+    Order.UPLIFT: Ordering((standings.c.lower.desc(), LATEST_FIRST), lambda row: (-row.lower, -row.position)),
+    Order.FEWEST_USES: Ordering((standings.c.tries, LATEST_FIRST), lambda row: (row.tries, -row.position)),
 }
-_ORDERS: dict[Order, Callable[[Row], tuple[float, ...]]] = {  # the same, of rows
-    Order.NEWEST: lambda row: (-row.position,),
-    Order.GAIN: lambda row: (-row.gain, -row.position),
-    Order.UPLIFT: lambda row: (-row.lower, -row.position),
-    Order.FEWEST_USES: lambda row: (row.tries, -row.position),
-}
+
+_SCOPE = sa.select(scopes).where(scopes.c.name == sa.bindparam("scope_name"))
+_REDACTED_UNTIL = sa.select(sa.func.max(reflections.c.deleted_version)).where(
+    reflections.c.scope_id == sa.bindparam("scope"),
+    reflections.c.erased_version.is_not(None),
+    reflections.c.deleted_version > sa.bindparam("version"),
+    reflections.c.version <= sa.bindparam("version"),
+)
 
 
 def at_version(db: sa.Connection, selection: Selection) -> tuple[Row | None, int]:
     """The scope and the version that a selection is about; None for a scope without writes. Raises UNKNOWN_VERSION and
     SNAPSHOT_REDACTED."""
-    scope = db.execute(sa.select(scopes).where(scopes.c.name == selection.scope)).one_or_none()
+    scope = _scope(db, selection.scope)
     newest = scope.version if scope else 0
     version = newest if selection.version is None else selection.version
     if version > newest:
@@ -82,56 +100,31 @@ def at_version(db: sa.Connection, selection: Selection) -> tuple[Row | None, int
     return scope, version
 
 
+def _scope(db: sa.Connection, name: str) -> Row | None:
+    return db.execute(_SCOPE, {"scope_name": name}).one_or_none()
+
+
 def _readable(db: sa.Connection, scope_id: int, version: int) -> int:
     """The first version from this one on that had no entry which was erased since."""
-    entry = reflections.c
     while True:
-        until = sa.select(sa.func.max(entry.deleted_version)).where(
-            entry.scope_id == scope_id,
-            entry.erased_version.is_not(None),
-            entry.deleted_version > version,
-            entry.version <= version,
-        )
-        found = db.execute(until).scalar()
+        found = db.execute(_REDACTED_UNTIL, {"scope": scope_id, "version": version}).scalar()
         if found is None:
             return version
         version = found
 
 
-def find(db: sa.Connection, selection: Selection, order: Order, limit: int) -> Found:
-    return in_order(db, selection, STATES, _SQL_ORDERS[order], _ORDERS[order], limit)
-
-
-def in_order(
-    db: sa.Connection,
-    selection: Selection,
-    states: sa.Select[Any],
-    by: Sequence[Any],
-    key: Callable[[Row], tuple[float, ...]],
-    limit: int,
-    of_texts: Sequence[Any] = (),
-) -> Found:
-    """The first of the states that are selected. `by` is the order in SQL, `key` the same of rows. `of_texts` are
-    further conditions, on texts; with them the order may be one of texts, too. Only standings are sorted: the rest is
-    read of those that are returned."""
+def find(db: sa.Connection, selection: Selection, ordering: Ordering, limit: int, **parameters: Any) -> Found:
+    """The first of the entries that are selected. `parameters` are those of the ordering. Only standings are sorted:
+    the rest is read of those that are returned."""
     scope, version = at_version(db, selection)
     if scope is None:
         return Found((), version)
-    ids = sa.select(standings.c.id).correlate(None)
-    if selection.kinds or selection.task_prefix:
-        ids = ids.join(reflections, reflections.c.position == standings.c.position)
-    if of_texts:
-        ids = ids.join(texts, texts.c.id == standings.c.text_id).where(*of_texts)
-    ids = ids.where(
-        standings.c.scope_id == scope.id,
-        standings.c.environment == selection.environment,
-        *_filters(selection),
-    )
+    values = {"scope": scope.id, "limit": limit, **_values(selection, version), **parameters}
+    filters = _Filters.of(selection)
     rows: list[Row] = []
-    for visible in _visible(version, scope.version):
-        first = ids.where(*visible).order_by(*by).limit(limit)
-        rows += db.execute(states.where(standings.c.id.in_(first))).all()
-    rows.sort(key=key)
+    for closed in _parts(version, scope.version):
+        rows += db.execute(_first(filters, ordering, closed), values).all()
+    rows.sort(key=ordering.key)
     return Found(as_then(db, rows[:limit]), version)
 
 
@@ -139,41 +132,100 @@ def states_of(
     db: sa.Connection, selection: Selection, scope: Row, version: int, positions: Sequence[int]
 ) -> dict[int, Row]:
     """Those of the entries that the version selects, by position."""
-    wanted = STATES.where(standings.c.environment == selection.environment, *_filters(selection))
-    current, *closed = _visible(version, scope.version)
-    at_last = (reflections.c.position.in_(positions), standings.c.id == reflections.c.standing_id)
-    rows = list(db.execute(wanted.where(*at_last, *current)).all())
-    for visible in closed:
-        rows += db.execute(wanted.where(standings.c.position.in_(positions), *visible)).all()
+    values = {"positions": positions, **_values(selection, version)}
+    filters = _Filters.of(selection)
+    rows: list[Row] = []
+    for closed in _parts(version, scope.version):
+        rows += db.execute(_of_entries(filters, closed), values).all()
     return {row.position: row for row in rows}
 
 
-def _visible(version: int, newest: int) -> Iterator[tuple[Any, ...]]:
-    """Conditions under which a standing belongs to a version: one for open rows, one for those closed since. Two short
-    queries are faster than one with both."""
-    begun = standings.c.from_version <= version
-    yield standings.c.until_version.is_(None), begun
-    if version < newest:
-        yield standings.c.until_version > version, begun
+class _Filters(NamedTuple):
+    """Which conditions a selection has. Their values are parameters of the statements, which are made once: to make one
+    takes longer than to run it."""
+
+    successes_only: bool
+    kinds: bool
+    key: bool
+    tags: int
+    task_prefix: bool
+
+    @classmethod
+    def of(cls, selection: Selection) -> _Filters:
+        kinds, key, prefix = bool(selection.kinds), bool(selection.key), bool(selection.task_prefix)
+        return cls(selection.successes_only, kinds, key, len(selection.tags), prefix)
+
+    def conditions(self) -> Iterator[Any]:
+        yield standings.c.environment == sa.bindparam("environment")
+        yield standings.c.status.in_(sa.bindparam("statuses", expanding=True))
+        if self.successes_only:
+            yield standings.c.success == sa.true()
+        if self.kinds:
+            yield reflections.c.kind.in_(sa.bindparam("kinds", expanding=True))
+        if self.key:
+            yield standings.c.key == sa.bindparam("key")
+        for number in range(self.tags):
+            yield place_in(standings.c.tags, sa.bindparam(f"tag_{number}", type_=sa.Text)) > 0
+        if self.task_prefix:
+            yield place_in(reflections.c.task_id, sa.bindparam("task_prefix", type_=Characters)) == 1
 
 
-def _filters(selection: Selection) -> Iterator[Any]:
-    yield standings.c.status.in_([status.value for status in selection.statuses])
-    if selection.successes_only:
-        yield standings.c.success == sa.true()
+def _values(selection: Selection, version: int) -> dict[str, Any]:
+    """Of the parameters of its filters, and of the version."""
+    found: dict[str, Any] = {
+        "version": version,
+        "environment": selection.environment,
+        "statuses": [status.value for status in selection.statuses],
+    }
     if selection.kinds:
-        yield reflections.c.kind.in_([kind.value for kind in selection.kinds])
+        found["kinds"] = [kind.value for kind in selection.kinds]
     if selection.key:
-        yield standings.c.key == selection.key
-    for tag in selection.tags:
-        yield place_in(standings.c.tags, sa.literal(tags.written([tag]), sa.Text)) > 0
+        found["key"] = selection.key
+    for number, tag in enumerate(selection.tags):
+        found[f"tag_{number}"] = tags.written([tag])
     if selection.task_prefix:
-        yield place_in(reflections.c.task_id, sa.literal(selection.task_prefix, Characters)) == 1
+        found["task_prefix"] = selection.task_prefix
+    return found
+
+
+def _parts(version: int, newest: int) -> tuple[bool, ...]:
+    """A version's standings are open, or were closed since. Two short queries are faster than one for both."""
+    return (False, True) if version < newest else (False,)
+
+
+def _visible(closed: bool) -> tuple[Any, ...]:
+    until = standings.c.until_version
+    then = until > sa.bindparam("version") if closed else until.is_(None)
+    return then, standings.c.from_version <= sa.bindparam("version")
+
+
+@lru_cache(_STATEMENTS)
+def _first(filters: _Filters, ordering: Ordering, closed: bool) -> sa.Select[Any]:
+    ids = sa.select(standings.c.id).correlate(None)
+    if filters.kinds or filters.task_prefix:
+        ids = ids.join(reflections, reflections.c.position == standings.c.position)
+    if ordering.of_texts:
+        ids = ids.join(texts, texts.c.id == standings.c.text_id).where(*ordering.of_texts)
+    ids = ids.where(standings.c.scope_id == sa.bindparam("scope"), *filters.conditions(), *_visible(closed))
+    first = ids.order_by(*ordering.by).limit(sa.bindparam("limit", type_=sa.Integer))
+    return STATES.add_columns(*ordering.columns).where(standings.c.id.in_(first))
+
+
+@lru_cache(_STATEMENTS)
+def _of_entries(filters: _Filters, closed: bool) -> sa.Select[Any]:
+    wanted = STATES.where(*filters.conditions(), *_visible(closed))
+    positions: sa.BindParameter[Sequence[int]] = sa.bindparam("positions", expanding=True)
+    if closed:
+        return wanted.where(standings.c.position.in_(positions))
+    return wanted.where(reflections.c.position.in_(positions), standings.c.id == reflections.c.standing_id)
+
+
+_NEWEST = _NEWEST_STATES.where(reflections.c.reflection_id == sa.bindparam("wanted"))
 
 
 def newest(db: sa.Connection, reflection_id: str) -> Row:
     """Raises UNKNOWN_REFLECTION."""
-    row = db.execute(_NEWEST_STATES.where(reflections.c.reflection_id == reflection_id)).one_or_none()
+    row = db.execute(_NEWEST, {"wanted": reflection_id}).one_or_none()
     if row is None:
         raise DomainError(Reason.UNKNOWN_REFLECTION, f"no reflection {reflection_id!r} here")
     return row
@@ -216,7 +268,7 @@ def change_page(db: sa.Connection, scope: str, position: int, limit: int) -> Cha
 
 
 def snapshot(db: sa.Connection, scope: str) -> Snapshot:
-    row = db.execute(sa.select(scopes).where(scopes.c.name == scope)).one_or_none()
+    row = _scope(db, scope)
     return Snapshot(row.version, row.entries) if row else Snapshot(0, 0)
 
 
@@ -250,15 +302,17 @@ def as_now(db: sa.Connection, rows: Rows) -> tuple[StoredReflection, ...]:
     return tuple(_entry(row, origins.get(row.position, ())) for row in rows)
 
 
+_SOURCES = (
+    sa.select(sources.c.position, reflections.c.reflection_id)
+    .join(reflections, reflections.c.position == sources.c.source)
+    .where(sources.c.position.in_(sa.bindparam("positions", expanding=True)))
+    .order_by(sources.c.position, sources.c.place)
+)
+
+
 def _sources(db: sa.Connection, positions: Sequence[int]) -> dict[int, tuple[str, ...]]:
-    wanted = (
-        sa.select(sources.c.position, reflections.c.reflection_id)
-        .join(reflections, reflections.c.position == sources.c.source)
-        .where(sources.c.position.in_(positions))
-        .order_by(sources.c.position, sources.c.place)
-    )
     found: dict[int, tuple[str, ...]] = {}
-    for position, source in db.execute(wanted):
+    for position, source in db.execute(_SOURCES, {"positions": positions}):
         found[position] = (*found.get(position, ()), source)
     return found
 

@@ -16,8 +16,10 @@ from mulligan.memory.store import (
     NewReflection,
     Revised,
     Rewriting,
+    first_status,
     reflection_id,
     request_digest,
+    rewritten_status,
     text_digest,
     uplift_of,
 )
@@ -37,6 +39,40 @@ from mulligan.memory.stores._sql.tables import (
 
 _QUARANTINED_COUNTS = 8
 
+# Statements are made once: to make one takes longer than to run it.
+_ADD = reflections.insert()
+_ADD_TEXT = texts.insert()
+_ADD_SOURCES = sources.insert()
+_LOG = changes.insert()
+_FIRST = (
+    sa.select(reflections, standings.c.key, standings.c.tags, texts.c.text)
+    .join(standings, standings.c.position == reflections.c.position)
+    .outerjoin(texts, texts.c.id == standings.c.text_id)
+    .where(reflections.c.reflection_id == sa.bindparam("wanted"), standings.c.from_version == reflections.c.version)
+)
+_STEP = (
+    scopes.update()
+    .where(scopes.c.name == sa.bindparam("scope_name"))
+    .values(version=scopes.c.version + 1, entries=scopes.c.entries + sa.bindparam("more"))
+    .returning(scopes.c.id, scopes.c.version)
+)
+_NEWEST = (
+    sa.select(standings)
+    .join(reflections, reflections.c.standing_id == standings.c.id)
+    .where(reflections.c.position.in_(sa.bindparam("positions", expanding=True)))
+)
+_CLOSE = (
+    standings.update()
+    .where(standings.c.id.in_(sa.bindparam("ids", expanding=True)))
+    .values(until_version=sa.bindparam("until"))
+)
+_OPEN = standings.insert().returning(standings.c.id, standings.c.position)
+_POINT = (
+    reflections.update()
+    .where(reflections.c.position == sa.bindparam("of"))
+    .values(standing_id=sa.bindparam("standing"))
+)
+
 
 def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
     identity = reflection_id(new.scope, new.request_id)
@@ -48,16 +84,17 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
     if new.unless_known and (known := _known(db, identity, new, digest)):
         return known
     scope_id, version = next_version(db, new.scope, entries=1)
-    inserted = reflections.insert().values(
-        reflection_id=identity,
-        scope_id=scope_id,
-        kind=new.labels.kind.value,
+    status = first_status(new.labels)
+    added = {
+        "reflection_id": identity,
+        "scope_id": scope_id,
+        "kind": new.labels.kind.value,
         **{name: getattr(origin, name) for name in origin.__slots__},
-        version=version,
-        created_microseconds=now(),
-        standing_id=0,
-    )
-    position = _key(db.execute(inserted))
+        "version": version,
+        "created_microseconds": now(),
+        "standing_id": 0,
+    }
+    position = _key(db.execute(_ADD, added))
     text = {"scope_id": scope_id, "position": position, "text": new.text, "digest": digest, "from_version": version}
     text_id = _open_text(db, text, new.embedding, embedder)
     begun = {
@@ -69,29 +106,23 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
         "text_id": text_id,
         "revision": 1,
         "evidence_since": 1,
-        "status": ReflectionStatus.CANDIDATE.value,
+        "status": status.value,
         "key": new.labels.key,
         "tags": tags.written(new.labels.tags),
-        **summary(Evidence(), ReflectionStatus.CANDIDATE),
+        **summary(Evidence(), status),
         "from_version": version,
     }
     open_standings(db, [begun])
     if origins:
         rows = [{"position": position, "place": place, "source": source} for place, source in enumerate(origins)]
-        db.execute(sources.insert(), rows)
+        db.execute(_ADD_SOURCES, rows)
     log(db, scope_id, version, "add", identity, new.actor)
     return Added(identity, version)
 
 
 def _stored_before(db: sa.Connection, identity: str, new: NewReflection) -> Added | None:
     """The answer to the first call with this request id, or None. Raises REQUEST_CONFLICT."""
-    wanted = (
-        sa.select(reflections, standings.c.key, standings.c.tags, texts.c.text)
-        .join(standings, standings.c.position == reflections.c.position)
-        .outerjoin(texts, texts.c.id == standings.c.text_id)
-        .where(reflections.c.reflection_id == identity, standings.c.from_version == reflections.c.version)
-    )
-    first = db.execute(wanted).one_or_none()
+    first = db.execute(_FIRST, {"wanted": identity}).one_or_none()
     if first is None:
         return None
     if first.erased_version is None:
@@ -166,8 +197,8 @@ def revise(db: sa.Connection, rewriting: Rewriting, embedder: str | None) -> Rev
     given = [name for name in ("text", "key", "tags", "status") if getattr(rewriting, name) is not None]
     status = rewriting.status or ReflectionStatus(old.status)
     rewritten = rewriting.text not in (None, old.text)
-    if rewritten and status is not ReflectionStatus.RETIRED:
-        status = ReflectionStatus.CANDIDATE
+    if rewritten:
+        status = rewritten_status(status)
     changed: dict[str, Any] = {"revision": revision, "status": status.value}
     if rewriting.key is not None:
         changed["key"] = rewriting.key
@@ -253,9 +284,7 @@ def cleaned(db: sa.Connection, identities: Sequence[str]) -> None:
 def next_version(db: sa.Connection, scope: str, entries: int = 0) -> tuple[int, int]:
     """The scope's id and its new version. `entries` is what the write adds to their number. The row stays locked until
     the transaction ends, so versions have no gaps."""
-    step = {"version": scopes.c.version + 1, "entries": scopes.c.entries + entries}
-    made = scopes.update().where(scopes.c.name == scope).values(**step).returning(scopes.c.id, scopes.c.version)
-    row = db.execute(made).one_or_none()
+    row = db.execute(_STEP, {"scope_name": scope, "more": entries}).one_or_none()
     if row is None:
         return _key(db.execute(scopes.insert().values(name=scope, version=1, entries=entries))), 1
     return row.id, row.version
@@ -265,15 +294,14 @@ def log(
     db: sa.Connection, scope_id: int, version: int, action: str, identity: str, actor: str, detail: str = ""
 ) -> None:
     row = {"scope_id": scope_id, "version": version, "action": action, "reflection_id": identity, "actor": actor}
-    db.execute(changes.insert().values(**row, changed_microseconds=now(), detail=detail))
+    db.execute(_LOG, {**row, "changed_microseconds": now(), "detail": detail})
 
 
 def change_standings(db: sa.Connection, version: int, changed: Mapping[int, dict[str, Any]]) -> None:
     """Of each entry, by position: closes the newest standing and opens one that differs in what changed. That of a
     deleted entry is open in no version."""
-    newest = sa.select(standings).join(reflections, reflections.c.standing_id == standings.c.id)
     opened, closed = [], []
-    for old in db.execute(newest.where(reflections.c.position.in_(list(changed)))):
+    for old in db.execute(_NEWEST, {"positions": list(changed)}):
         kept = {name: value for name, value in old._mapping.items() if name != "id"}
         is_open = old.until_version is None
         if is_open:
@@ -281,15 +309,13 @@ def change_standings(db: sa.Connection, version: int, changed: Mapping[int, dict
         versions = {"from_version": version, "until_version": None if is_open else version}
         opened.append({**kept, **changed[old.position], **versions})
     if closed:
-        db.execute(standings.update().where(standings.c.id.in_(closed)).values(until_version=version))
+        db.execute(_CLOSE, {"ids": closed, "until": version})
     open_standings(db, opened)
 
 
 def open_standings(db: sa.Connection, rows: Sequence[dict[str, Any]]) -> None:
-    inserted = db.execute(standings.insert().returning(standings.c.id, standings.c.position), rows)
-    newest = [{"standing": standing_id, "of": position} for standing_id, position in inserted]
-    points = reflections.update().where(reflections.c.position == sa.bindparam("of"))
-    db.execute(points.values(standing_id=sa.bindparam("standing")), newest)
+    inserted = db.execute(_OPEN, rows)
+    db.execute(_POINT, [{"standing": standing_id, "of": position} for standing_id, position in inserted])
 
 
 def summary(of: Evidence, status: ReflectionStatus) -> dict[str, Any]:
@@ -316,7 +342,7 @@ def _close(db: sa.Connection, position: int, version: int) -> None:
 
 def _open_text(db: sa.Connection, row: Mapping[str, Any], embedding: Sequence[float], embedder: str | None) -> int:
     embedded = {"embedding": list(embedding), "embedder": embedder} if len(embedding) else {}
-    return _key(db.execute(texts.insert().values(**row, **embedded)))
+    return _key(db.execute(_ADD_TEXT, {**row, **embedded}))
 
 
 def _key(inserted: sa.CursorResult[Any]) -> int:

@@ -41,7 +41,9 @@ from mulligan.memory.store import (
     StoreSettings,
     action_of,
     evidence_in,
+    first_status,
     reflection_id,
+    rewritten_status,
     status_after,
     uplift_of,
 )
@@ -107,6 +109,7 @@ class Notes:
             key=labels.key,
             tags=labels.tags,
             source_ids=labels.source_ids,
+            status=first_status(labels),
         )
         self._notes[identity] = Note(new.scope, new, {1: new.embedding})
         self._newest(new.scope)[identity] = stored
@@ -172,8 +175,8 @@ class Notes:
             note.embeddings[new.revision] = rewriting.embedding
         else:
             note.embeddings[new.revision] = note.embeddings[old.revision]
-        if new.text != old.text and new.status is not ReflectionStatus.RETIRED:
-            new = replace(new, status=ReflectionStatus.CANDIDATE)
+        if new.text != old.text:
+            new = replace(new, status=rewritten_status(new.status))
         if new.text != old.text or rewriting.status is ReflectionStatus.CANDIDATE:
             note.evidence, note.evidence_since = Evidence(), new.revision
         new = replace(new, uplift=uplift_of(note.evidence))

@@ -15,7 +15,8 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.memory.store import Order, Rewriting, Store, StoreError
 from mulligan.memory.stores import postgres
 from mulligan.memory.stores._sql import tables
-from tests.support.postgres import PostgresServer, postgres_server
+from mulligan.testing.postgres import PostgresServer
+from tests.support.postgres import postgres_for_tests
 from tests.support.stores import CountingEmbedder, Open, StoreChecks, new, random_calls, selection
 
 SETTINGS = postgres.Settings(connections=3)
@@ -23,7 +24,7 @@ SETTINGS = postgres.Settings(connections=3)
 
 @pytest.fixture(scope="module", autouse=True)
 def server() -> Iterator[PostgresServer]:
-    with postgres_server() as started:
+    with postgres_for_tests() as started:
         Databases.server = started
         yield started
 
