@@ -18,6 +18,7 @@ from typing import Protocol
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CallOptions, Message, Role, SamplingParams, StopReason
 from mulligan.common.reflections import (
+    MAX_TEXT_BYTES,
     Labels,
     Provenance,
     ReflectionKind,
@@ -28,7 +29,6 @@ from mulligan.common.reflections import (
     StoredReflection,
 )
 from mulligan.common.types import PromptSet
-from mulligan.trainer.member import MAX_MEMORY_BYTES
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.texts import fill, has_marks, reflection_in
@@ -182,8 +182,8 @@ async def merge(
     text = reflection_in(completion.marked_text, prompts)
     if not text:
         raise CannotMerge("the policy's answer is empty")
-    if (size := len(text.encode())) > MAX_MEMORY_BYTES:
-        raise CannotMerge(f"the policy's answer has {size:,} bytes, and an entry at most {MAX_MEMORY_BYTES:,}")
+    if (size := len(text.encode())) > MAX_TEXT_BYTES:
+        raise CannotMerge(f"the policy's answer has {size:,} bytes, and an entry at most {MAX_TEXT_BYTES:,}")
     version = completion.policy_versions[-1].policy_version if completion.policy_versions else 0
     return Merged(text, tuple(sources), version, _request(sources, settings, policy.name, version, number))
 

@@ -76,7 +76,7 @@ def test_entries_are_merged_by_the_policy_that_serves(loop: Loop, command: Calla
         line.split()[0] for line in done.stdout.splitlines()
     }
     for entry in stored:
-        assert entry.status is ReflectionStatus.CANDIDATE and not entry.provenance.success
+        assert entry.status is ReflectionStatus.PROBATION and not entry.provenance.success
         assert entry.source_ids == (sources[2].reflection_id, sources[1].reflection_id), "the latest first"
         assert entry.text in tried.stdout, "the same seeds"
     assert command(*told).stdout == done.stdout and len(entries(loop)) == 3 + len(stored), "a repeated command"

@@ -150,7 +150,7 @@ def test_what_is_exported_can_be_imported_again_and_again(
     assert "1 added, 2 were there already" in done.stdout and "evidence is not imported: 1 that" in done.stderr
     found, originals = entries(embedding, other), entries(embedding, scope)
     assert [one.text for one in found] == [one.text for one in originals]
-    assert [one.status for one in found] == [ReflectionStatus.RETIRED, *[ReflectionStatus.CANDIDATE] * 2]
+    assert [one.status for one in found] == [ReflectionStatus.RETIRED, *[ReflectionStatus.PROBATION] * 2]
     assert [one.source_ids for one in found] == [(), (found[0].reflection_id,), (found[1].reflection_id,)]
     assert [(one.kind, one.key, one.tags) for one in found] == [(one.kind, one.key, one.tags) for one in originals]
     assert len(entries(embedding, other)) == 3
