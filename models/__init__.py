@@ -1,9 +1,11 @@
 """Models that come along or can be fetched.
 
-`embedded/` is small enough for two CPU cores; it was trained from nothing by `mulligan.models.recipe`. `catalog.py`
-lists the pretrained models that `mulligan models fetch` fetches.
+`embedded/` and `embedded_symbols/` are small enough for two CPU cores. They were trained from nothing, by
+`mulligan.models.recipe` and `mulligan.models.many_symbols`. `catalog.py` lists the pretrained models that
+`mulligan models fetch` fetches.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mulligan.common.model_files import UnsupportedModel
@@ -11,20 +13,22 @@ from mulligan.common.suggest import did_you_mean
 from mulligan.models.catalog import CATALOG, default_folder
 
 EMBEDDED = Path(__file__).parent / "embedded"
+EMBEDDED_MODELS: Mapping[str, Path] = {"embedded": EMBEDDED, "embedded-symbols": EMBEDDED.parent / "embedded_symbols"}
 
 
 def locate(model: str) -> str:
-    """The folder or hub id of what a setting names: `embedded`, a model of the catalogue, a folder or a hub id.
+    """The folder or hub id of what a setting names: a model that comes along, one of the catalogue, a folder or a hub
+    id.
 
     A folder comes before a model of the catalogue with its name. Raises UnsupportedModel for a model of the catalogue
     that was not fetched, and for a name that is nearly one of these: the hub would be asked for it for a minute.
     """
-    if model == "embedded":
-        return str(EMBEDDED)
+    if model in EMBEDDED_MODELS:
+        return str(EMBEDDED_MODELS[model])
     if "/" in model or Path(model).exists():
         return model
     if model not in CATALOG:
-        if near := did_you_mean(model, ("embedded", *CATALOG)):
+        if near := did_you_mean(model, (*EMBEDDED_MODELS, *CATALOG)):
             raise UnsupportedModel(f"there is no model or folder {model!r}{near}")
         return model
     folder = default_folder(model)

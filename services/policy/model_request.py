@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mulligan import models
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.files import replace
@@ -124,7 +125,7 @@ def check_folders(settings: ModelSettings, models_folder: Path | None) -> None:
     if not settings.own.reads_files:
         return
     for field, source in {"model": settings.model, **_named("adapters", settings.adapters)}.items():
-        if source != "embedded" and not is_hub_id(source):
+        if source not in models.EMBEDDED_MODELS and not is_hub_id(source):
             _check_below(field, source, models_folder)
 
 

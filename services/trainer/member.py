@@ -13,7 +13,6 @@ from mulligan.common.rewards import reaches
 from mulligan.common.tasks import Broadcast, PrioritySlots
 from mulligan.common.types import EnvironmentInfo, Outcome, PromptSet
 from mulligan.trainer.harness import Harness, Plan
-from mulligan.trainer.memory_settings import MemoryWrites
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import AlgorithmSettings, RolloutSettings
 from mulligan.trainer.texts import first_system, reflection_in, reflection_request
@@ -266,7 +265,7 @@ class Member(Generic[S_co]):
         and no longer than the memory's contract allows."""
         if before is None or after is None or text.outcome is not Outcome.COMPLETED:
             return
-        wanted = self.settings.memory_writes is MemoryWrites.ALL or reaches(after, self.settings.success_threshold)
+        wanted = self.settings.memory_writes.takes(reaches(after, self.settings.success_threshold))
         if wanted and 0 < len(text.text.encode()) <= MAX_TEXT_BYTES:
             self.lessons.append(Lesson(text, before, after))
 

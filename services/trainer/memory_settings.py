@@ -38,6 +38,11 @@ class MemoryReaders(StrEnum):
 class MemoryWrites(StrEnum):
     SUCCESSES = "successes"
     ALL = "all"
+    NONE = "none"
+
+    def takes(self, solved: bool) -> bool:
+        """Whether a reflection is written whose attempt solved the task, or did not."""
+        return self is MemoryWrites.ALL or (self is MemoryWrites.SUCCESSES and solved)
 
 
 class MemoryPartSettings(BaseModel):

@@ -27,7 +27,7 @@ from mulligan.trainer.run_environment import EnvironmentChanged
 from mulligan.trainer.sampling import ForeignWeights, VersionLost
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.settings import ALGORITHMS, AlgorithmSettings, RunSettings
-from mulligan.trainer.texts import trace_of
+from mulligan.trainer.texts import episode_text
 from mulligan.trainer.trainable import counted, trainable
 
 # What an algorithm's helpers may raise: these pass through it as they are.
@@ -212,7 +212,7 @@ class StepRunner:
                 await self._store(experience, lesson.text, lesson.text.text, before, after, Labels())
             first = experience.samples[0] if experience.samples else None
             if self.settings.algorithm.memory_episodes and first and first.reward is not None and first.is_episode:
-                text = trace_of(first, self._harness_of(experience).info.prompts)
+                text = episode_text(first, self._harness_of(experience).info.prompts)
                 labels = Labels(ReflectionKind.EPISODE)
                 await self._store(experience, first, text, first.reward, first.reward, labels)
         if outcomes := self._outcomes([*experiences, *replaced]):

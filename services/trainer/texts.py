@@ -21,6 +21,11 @@ def trace_of(attempt: Sample, prompts: PromptSet) -> str:
     return "".join(turns) + attempt.final_observation
 
 
+def episode_text(attempt: Sample, prompts: PromptSet) -> str:
+    """An episode word for word as the memory keeps it: what happened, then the feedback, if there was any."""
+    return "\n".join(filter(None, (trace_of(attempt, prompts), attempt.feedback)))
+
+
 def reflection_request(episode: Sample, prompts: PromptSet, texts: Sequence[str]) -> str:
     """The user message to a reflector: what happened in the episode, and `texts` from the memory."""
     return fill(

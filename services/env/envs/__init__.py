@@ -10,6 +10,13 @@ ENVIRONMENTS = Plugins("environment", __name__, "mulligan.environments", ("creat
 DEFAULT_ENVIRONMENTS: dict[str, dict[str, Any]] = {
     "frozenlake": {"kind": "frozenlake"},
     "frozenlake-3x3": {"kind": "frozenlake", "size_min": 3, "size_max": 3, "prompts": "compact"},
+    "frozenlake-symbols": {
+        "kind": "frozenlake",
+        "size_min": 3,
+        "size_max": 3,
+        "symbols": "A B CEG DFH",
+        "prompts": "compact",
+    },
     "sokoban": {"kind": "sokoban"},
     "sokoban-small": {
         "kind": "sokoban",

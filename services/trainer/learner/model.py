@@ -299,7 +299,7 @@ def _checkpoint_layers(model: Any, source: str) -> None:
 
 
 def _unsupported(message: str, source: str) -> DomainError:
-    there = source == "embedded" or Path(source).exists()
+    there = source in models.EMBEDDED_MODELS or Path(source).exists()
     reason = Reason.UNSUPPORTED_MODEL if there else Reason.MODEL_NOT_FOUND
     return DomainError(reason, f"model.source: {message}", field="model.source", source=source)
 

@@ -200,6 +200,8 @@ class _MemoryWritesEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryWr
     """Those whose second attempt solved the task, as in the paper."""
     MEMORY_WRITES_ALL: _MemoryWrites.ValueType  # 2
     """Those that did not help, too, marked as such. LATEST_SUCCESS and TOP_GAIN do not retrieve them."""
+    MEMORY_WRITES_NONE: _MemoryWrites.ValueType  # 3
+    """None: the memory is read alone, but for the first attempts of `memory_episodes`."""
 
 class MemoryWrites(_MemoryWrites, metaclass=_MemoryWritesEnumTypeWrapper): ...
 
@@ -208,6 +210,8 @@ MEMORY_WRITES_SUCCESSES: MemoryWrites.ValueType  # 1
 """Those whose second attempt solved the task, as in the paper."""
 MEMORY_WRITES_ALL: MemoryWrites.ValueType  # 2
 """Those that did not help, too, marked as such. LATEST_SUCCESS and TOP_GAIN do not retrieve them."""
+MEMORY_WRITES_NONE: MemoryWrites.ValueType  # 3
+"""None: the memory is read alone, but for the first attempts of `memory_episodes`."""
 Global___MemoryWrites: _TypeAlias = MemoryWrites  # noqa: Y015
 
 @_typing.final
@@ -497,8 +501,8 @@ class AlgorithmConfig(_message.Message):
     memory_writes: Global___MemoryWrites.ValueType
     """Which reflections are written into the memory. Default SUCCESSES."""
     memory_episodes: _builtins.bool
-    """Whether first attempts are written into the memory, too, word for word, as entries of the kind EPISODE. Default
-    false.
+    """Whether first attempts are written into the memory, too, word for word with their feedback, as entries of the kind
+    EPISODE. Default false.
     """
     memory_family: _builtins.bool
     """Whether only entries from tasks of the same family are retrieved: those whose id has the same beginning up to the

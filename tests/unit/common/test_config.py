@@ -55,7 +55,7 @@ def test_the_defaults_serve_the_published_tasks_and_an_example_of_each_adapter()
     environments = EnvSettings.load([]).create_environments()
     adapted = ["gymnasium-frozenlake", "reasoning-gym"]
     own = ["questions", "unanswerable", "short-sentences"]
-    games = ["frozenlake", "frozenlake-3x3", "sokoban", "sokoban-small"]
+    games = ["frozenlake", "frozenlake-3x3", "frozenlake-symbols", "sokoban", "sokoban-small"]
     assert list(environments) == [*games, "hotpotqa", *adapted, *own]
     assert all(environment.info.name == name for name, environment in environments.items())
     assert not any(environment.info.unavailable for environment in environments.values())

@@ -242,13 +242,21 @@ async def test_lessons_that_failed_and_episodes_are_written_too_if_wanted() -> N
     rule, episode = ReflectionKind.RULE, ReflectionKind.EPISODE
     assert written == [
         ("run-s0-t0-r0-reflection", rule, "rule 0", True, 1.0),
-        ("run-s0-t0-r0-first", episode, "board t0>A;after a", False, 0.0),
+        ("run-s0-t0-r0-first", episode, "board t0>A;after a\nwrong", False, 0.0),
         ("run-s0-t0-r1-reflection", rule, "rule 1", False, 0.0),
-        ("run-s0-t0-r1-first", episode, "board t0>A;after a", False, 0.0),
-        ("run-s0-t0-r2-first", episode, "board t0>GO;after go", True, 1.0),
+        ("run-s0-t0-r1-first", episode, "board t0>A;after a\nwrong", False, 0.0),
+        ("run-s0-t0-r2-first", episode, "board t0>GO;after go\nright", True, 1.0),
     ]
     (query, _) = made.memory.queries[0]
     assert query.kinds == (rule, ReflectionKind.DOCUMENT), "the paper's strategies show no episodes"
+
+
+@pytest.mark.parametrize("episodes", [False, True])
+async def test_no_reflection_is_written_where_the_memory_is_only_read(*, episodes: bool) -> None:
+    made = await loop(["a", "go"], ["go"], texts=(), algorithm={"memory_writes": "none", "memory_episodes": episodes})
+    await made.step()
+    kinds = [one.kind for one in made.memory.entries]
+    assert kinds == ([ReflectionKind.EPISODE] * 2 if episodes else [])
 
 
 @pytest.mark.parametrize(("strategy", "count"), [("best_uplift", 1), ("latest_success", 3)])
