@@ -107,7 +107,7 @@ def _play(rng: np.random.Generator, letters: Ints) -> tuple[FailedAttempts, Bool
     kinds = rng.integers(0, KINDS, (rows, CELLS))
     walked = np.stack(players, axis=1)
     attempts = FailedAttempts(boards, kinds, letters, walked, np.stack(moves, axis=1), steps, fell)
-    return attempts, ~won & attempts.moved
+    return attempts, np.asarray(~won & attempts.moved)
 
 
 def learned_from(attempts: FailedAttempts) -> Ints:

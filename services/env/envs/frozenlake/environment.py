@@ -78,13 +78,12 @@ class Settings:
             self._check_enough_boards()
 
     @property
-    def symbol_groups(self) -> tuple[str, str, str, str]:
+    def symbol_groups(self) -> list[str]:
         """The letters of player, goal, holes and frozen tiles."""
-        player, goal, holes, frozen = self.symbols.split(" ") if " " in self.symbols else self.symbols
-        return player, goal, holes, frozen
+        return self.symbols.split(" ") if " " in self.symbols else [*self.symbols]
 
     def _check_symbols(self) -> None:
-        groups = self.symbols.split(" ") if " " in self.symbols else [*self.symbols]
+        groups = self.symbol_groups
         letters = "".join(groups)
         if len(groups) != 4 or len(set(letters)) != len(letters):
             raise ValueError(
