@@ -78,7 +78,8 @@ def others_like(rng: np.random.Generator, attempts: FailedAttempts) -> tuple[Fai
     """For each attempt another one with its letters, on another board; and whether there is one."""
     drawn, usable = _play(rng, np.concatenate([attempts.letters] * _TRIES))
     usable = usable.reshape(_TRIES, attempts.rows)
-    return drawn.chosen(usable.argmax(axis=0) * attempts.rows + np.arange(attempts.rows)), usable.any(axis=0)
+    found = np.asarray(usable.any(axis=0))
+    return drawn.chosen(usable.argmax(axis=0) * attempts.rows + np.arange(attempts.rows)), found
 
 
 def _play(rng: np.random.Generator, letters: Ints) -> tuple[FailedAttempts, Bools]:
