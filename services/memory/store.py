@@ -42,7 +42,7 @@ class StoreError(Exception):
 @dataclass(frozen=True, slots=True)
 class NewReflection:
     """An entry to add. `embedding` is a unit vector, of the same length in all entries; empty without an embedder. With
-    `unless_known` nothing is stored if an entry of the scope has the same environment, kind and text already."""
+    `unless_known` no entry is added if one of the scope has the same environment, kind and text already."""
 
     request_id: str
     scope: str
@@ -106,7 +106,8 @@ class ChangePage:
 
 
 class Order(StrEnum):
-    """Among equals the latest comes first, by the version of the first write."""
+    """Among equals the latest comes first, by the version of the first write; with UPLIFT by that of the last write of
+    the text, which may have been known."""
 
     NEWEST = "newest"
     GAIN = "gain"  # greatest reward_after - reward_before
@@ -156,8 +157,8 @@ class Store(Protocol):
         UNKNOWN_REFLECTION for a source that is not in the scope.
 
         With `unless_known` the answer is the oldest entry of the scope that has this environment, kind and text in its
-        newest revision, whatever its status, and is neither deleted nor erased; then the answer alone is stored, and
-        makes no version. Of such calls at the same time one stores its entry."""
+        newest revision, whatever its status, and is neither deleted nor erased. Then the answer is stored, in a version
+        in which this entry was written last. Of such calls at the same time one stores its entry."""
 
     async def find(self, selection: Selection, order: Order, limit: int) -> Found:
         """The first entries in this order. Raises UNKNOWN_VERSION if the scope has no such version yet, and

@@ -116,7 +116,7 @@ class AnyLabel(MemoryFault):
 
 
 class ForgetsAnswers(MemoryFault):
-    title = "unless_known stores nothing where an entry has the text, and answers with that entry"
+    title = "unless_known adds nothing where an entry has the text, and answers with that entry"
     call = "AddReflection"
 
     def before(self, request: Any) -> None:
@@ -125,7 +125,7 @@ class ForgetsAnswers(MemoryFault):
 
 
 class StoresAll(MemoryFault):
-    title = "of calls with unless_known and one text that come at the same time, one stores it"
+    title = "of calls with unless_known and one text that come at the same time, one adds it"
     call = "AddReflection"
 
     def before(self, request: Any) -> None:
@@ -159,6 +159,14 @@ class BelievesClaims(_Query):
 
     def before(self, request: Any) -> None:
         request.strategy = pb.RETRIEVAL_STRATEGY_TOP_GAIN
+
+
+class NoticesNoRepetition(_Query):
+    title = "BEST_UPLIFT begins with what was written last, also where the text was known"
+
+    def before(self, request: Any) -> None:
+        if request.strategy == pb.RETRIEVAL_STRATEGY_BEST_UPLIFT:
+            request.strategy = pb.RETRIEVAL_STRATEGY_EXPLORE
 
 
 class WorstWordsFirst(_Query):

@@ -193,7 +193,10 @@ class StoreChecks:
         calls = [replace(new(f"call-{n}", "same"), unless_known=True) for n in range(20)]
         assert set(await asyncio.gather(*map(store.add, calls))) == {one}, "the oldest"
         fresh = [replace(new(f"fresh-{n}", "fresh"), unless_known=True) for n in range(20)]
-        assert {added.version for added in await asyncio.gather(*map(store.add, fresh))} == {3}, "one of them"
+        assert {added.version for added in await asyncio.gather(*map(store.add, fresh))} == {23}, "one of them"
+        best = (await store.find(selection(), Order.UPLIFT, 3)).reflections
+        assert [entry.text for entry in best] == ["fresh", "same", "same"]
+        assert best[1].reflection_id == one.reflection_id, "it was written last"
         maze = replace(new("maze", "same"), provenance=replace(ORIGIN, environment="maze"))
         for other in (new("kind", "same", kind=ReflectionKind.EPISODE), new("scope", "same", scope="other"), maze):
             assert await store.add(replace(other, unless_known=True)) not in (one, two), other.request_id

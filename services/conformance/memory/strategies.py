@@ -39,6 +39,17 @@ async def untried(session: CheckSession) -> None:
         await scope.finds("what was there at version 1", [_TEXTS[0]], 9, strategy, as_of_version=1)
 
 
+@suite.check("QueryReflections", "BEST_UPLIFT begins with what was written last, also where the text was known")
+async def repeated(session: CheckSession) -> None:
+    scope = await _written(session)
+    again = scope.request("again", _TEXTS[0])
+    again.unless_known = True
+    await scope.send(again)
+    await scope.finds("the entry that was known", [_TEXTS[0]], 1, BEST_UPLIFT)
+    await scope.finds("the order of version 3", [*reversed(_TEXTS)], 9, BEST_UPLIFT, as_of_version=3)
+    await scope.finds("the latest entry", [_TEXTS[2]], 1, EXPLORE)
+
+
 @suite.check("QueryReflections", "SIMILAR_WORDS finds the entries that share words, those that share rare ones first")
 async def words(session: CheckSession) -> None:
     scope = await _written(session)

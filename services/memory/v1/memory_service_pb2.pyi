@@ -97,7 +97,7 @@ class _RetrievalStrategyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Ret
     """Successful ones with the greatest reward_after - reward_before; among equals the latest."""
     RETRIEVAL_STRATEGY_BEST_UPLIFT: _RetrievalStrategy.ValueType  # 3
     """The strategies from here on see also what had no success. A reward that the writer claims has no effect on them.
-    The greatest lower bound of the measured uplift (-1 without uses); among equals the latest.
+    The greatest lower bound of the measured uplift (-1 without uses); among equals the one whose text was written last.
     """
     RETRIEVAL_STRATEGY_SIMILAR_WORDS: _RetrievalStrategy.ValueType  # 4
     """Like `text`, by the words that they share (BM25)."""
@@ -120,7 +120,7 @@ RETRIEVAL_STRATEGY_TOP_GAIN: RetrievalStrategy.ValueType  # 2
 """Successful ones with the greatest reward_after - reward_before; among equals the latest."""
 RETRIEVAL_STRATEGY_BEST_UPLIFT: RetrievalStrategy.ValueType  # 3
 """The strategies from here on see also what had no success. A reward that the writer claims has no effect on them.
-The greatest lower bound of the measured uplift (-1 without uses); among equals the latest.
+The greatest lower bound of the measured uplift (-1 without uses); among equals the one whose text was written last.
 """
 RETRIEVAL_STRATEGY_SIMILAR_WORDS: RetrievalStrategy.ValueType  # 4
 """Like `text`, by the words that they share (BM25)."""
@@ -328,8 +328,9 @@ class AddReflectionRequest(_message.Message):
     key: _builtins.str
     """What it is about, such as a tool's name, for BY_KEY."""
     unless_known: _builtins.bool
-    """Nothing is stored if an entry of the scope has this environment, kind and text, whatever its status, and is neither
-    forgotten nor erased. The answer is that entry's; of several, the oldest one's.
+    """No entry is added if one of the scope has this environment, kind and text, whatever its status, and is neither
+    forgotten nor erased. The answer is that entry's; of several, the oldest one's. That one now counts as written last,
+    for BEST_UPLIFT, in a version of its own.
     """
     @_builtins.property
     def provenance(self) -> Global___Provenance: ...
@@ -1122,7 +1123,7 @@ class Change(_message.Message):
     version: _builtins.int
     """Version of the scope that the write made."""
     action: _builtins.str
-    """"add", "revise", "delete", "erase", "report"; "quarantine", "activate" and "recover" follow from a report."""
+    """"add", "repeat" (a known text), "revise", "delete", "erase", "report"; "quarantine", "activate" and "recover" follow from a report."""
     reflection_id: _builtins.str
     """Empty for a report."""
     actor: _builtins.str

@@ -39,7 +39,10 @@ _STATEMENTS = 256  # of each sort, that are kept
 
 _COLUMNS = (
     *(column for column in reflections.c if column.name not in ("standing_id", "revised_by", "revised_version")),
-    *(standings.c[name] for name in ("revision", "evidence_since", "status", "key", "tags", "tries", "gain")),
+    *(
+        standings.c[name]
+        for name in ("revision", "evidence_since", "status", "key", "tags", "tries", "gain", "written")
+    ),
     *(standings.c[name] for name in ("uses_shown", "uses_left_out", "mean_shown", "mean_left_out")),
     *(standings.c[name] for name in ("uplift", "lower", "upper", "text_id")),
     texts.c.text,
@@ -72,7 +75,10 @@ class Ordering:
 ORDERINGS: dict[Order, Ordering] = {
     Order.NEWEST: Ordering((LATEST_FIRST,), lambda row: (-row.position,)),
     Order.GAIN: Ordering((standings.c.gain.desc(), LATEST_FIRST), lambda row: (-row.gain, -row.position)),
-    Order.UPLIFT: Ordering((standings.c.lower.desc(), LATEST_FIRST), lambda row: (-row.lower, -row.position)),
+    Order.UPLIFT: Ordering(
+        (standings.c.lower.desc(), standings.c.written.desc(), LATEST_FIRST),
+        lambda row: (-row.lower, -row.written, -row.position),
+    ),
     Order.FEWEST_USES: Ordering((standings.c.tries, LATEST_FIRST), lambda row: (row.tries, -row.position)),
 }
 

@@ -179,6 +179,7 @@ standings = sa.Table(
     sa.Column("lower", sa.Double, nullable=False),
     sa.Column("upper", sa.Double, nullable=False),
     sa.Column("tries", sa.BigInteger, nullable=False),  # what Order.FEWEST_USES counts
+    sa.Column("written", sa.BigInteger, nullable=False),  # the version that last wrote the text
     sa.Column("from_version", sa.BigInteger, nullable=False),
     sa.Column("until_version", sa.BigInteger),
     sa.Index("standings_closed", "scope_id", "until_version"),
@@ -195,7 +196,7 @@ def _of_open_rows(name: str, *columns: Any) -> None:
 _of_open_rows("standings_newest", standings.c.position)
 _of_open_rows("standings_success", standings.c.success, standings.c.position)
 _of_open_rows("standings_gain", standings.c.success, standings.c.gain, standings.c.position)
-_of_open_rows("standings_uplift", standings.c.lower, standings.c.position)
+_of_open_rows("standings_uplift", standings.c.lower, standings.c.written, standings.c.position)
 _of_open_rows("standings_tries", standings.c.tries, standings.c.position.desc())
 _of_open_rows("standings_key", standings.c.key, standings.c.position)
 

@@ -81,7 +81,7 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
     origins = _positions(db, new.scope, new.labels.source_ids)
     origin = new.provenance
     digest = text_digest(origin.environment, new.labels.kind, new.text)
-    if new.unless_known and (known := _known(db, identity, new, digest)):
+    if new.unless_known and (known := _repeated(db, identity, new, digest)):
         return known
     scope_id, version = next_version(db, new.scope, entries=1)
     status = first_status(new.labels)
@@ -110,6 +110,7 @@ def add(db: sa.Connection, new: NewReflection, embedder: str | None) -> Added:
         "key": new.labels.key,
         "tags": tags.written(new.labels.tags),
         **summary(Evidence(), status),
+        "written": version,
         "from_version": version,
     }
     open_standings(db, [begun])
@@ -149,9 +150,9 @@ def _answered_before(db: sa.Connection, identity: str, new: NewReflection) -> Ad
     return Added(first.reflection_id, first.version)
 
 
-def _known(db: sa.Connection, identity: str, new: NewReflection, digest: str) -> Added | None:
-    """The entry that has the text already, if there is one; then the answer is kept. An open row of `texts` belongs to
-    an entry that is neither deleted nor erased."""
+def _repeated(db: sa.Connection, identity: str, new: NewReflection, digest: str) -> Added | None:
+    """The entry that has the text already, if there is one. Then the answer is kept, and the entry was written last. An
+    open row of `texts` belongs to an entry that is neither deleted nor erased."""
     wanted = (
         sa.select(reflections.c.position, reflections.c.reflection_id, reflections.c.version)
         .join(texts, texts.c.position == reflections.c.position)
@@ -168,6 +169,9 @@ def _known(db: sa.Connection, identity: str, new: NewReflection, digest: str) ->
         return None
     row = {"request": identity, "position": found.position, "content": request_digest(new)}
     db.execute(answered.insert().values(**row))
+    scope_id, version = next_version(db, new.scope)
+    change_standings(db, version, {found.position: {"written": version}})
+    log(db, scope_id, version, "repeat", found.reflection_id, new.actor)
     return Added(found.reflection_id, found.version)
 
 
@@ -200,6 +204,8 @@ def revise(db: sa.Connection, rewriting: Rewriting, embedder: str | None) -> Rev
     if rewritten:
         status = rewritten_status(status)
     changed: dict[str, Any] = {"revision": revision, "status": status.value}
+    if rewritten:
+        changed["written"] = version
     if rewriting.key is not None:
         changed["key"] = rewriting.key
     if rewriting.tags is not None:

@@ -64,6 +64,7 @@ class Note:
     scope: str
     first: NewReflection | None  # what was added; None once it is erased
     embeddings: dict[int, Sequence[float]]  # by revision
+    written: list[int]  # versions that wrote its text, also where it was known
     evidence: Evidence = field(default_factory=Evidence)
     evidence_since: int = 1  # revision
     revised_by: tuple[str, Revised] | None = None  # the newest revision: request id, answer
@@ -98,6 +99,7 @@ class Notes:
                 raise _unknown(source)
         if new.unless_known and (known := self._having(new)):
             self._answered[identity] = (known, new)
+            self._notes[known].written.append(self._write(new.scope, "repeat", known, new.actor))
             return Added(known, self._now(known).version)
         if len(self._notes) >= self._settings.pages:
             raise DomainError(Reason.DISK_FULL, f"all {self._settings.pages} pages are full")
@@ -111,7 +113,7 @@ class Notes:
             source_ids=labels.source_ids,
             status=first_status(labels),
         )
-        self._notes[identity] = Note(new.scope, new, {1: new.embedding})
+        self._notes[identity] = Note(new.scope, new, {1: new.embedding}, [version])
         self._newest(new.scope)[identity] = stored
         return Added(identity, version)
 
@@ -130,7 +132,15 @@ class Notes:
         return None
 
     async def find(self, selection: Selection, order: Order, limit: int) -> Found:
-        return self._best(selection, limit, lambda one: _rank(one, order))
+        if order is not Order.UPLIFT:
+            return self._best(selection, limit, lambda one: _rank(one, order))
+        version = len(self._versions(selection.scope)) - 1 if selection.version is None else selection.version
+
+        def proved(one: StoredReflection) -> tuple[float, int]:
+            written = self._notes[one.reflection_id].written
+            return one.uplift.lower if one.uplift else -1.0, max(past for past in written if past <= version)
+
+        return self._best(selection, limit, proved)
 
     async def find_words(self, selection: Selection, text: str, limit: int) -> Found:
         found = self._selected(selection)
@@ -181,6 +191,8 @@ class Notes:
             note.evidence, note.evidence_since = Evidence(), new.revision
         new = replace(new, uplift=uplift_of(note.evidence))
         version = self._write(old.scope, "revise", old.reflection_id, rewriting.actor, ", ".join(names))
+        if new.text != old.text:
+            note.written.append(version)
         self._newest(old.scope)[old.reflection_id] = new
         revised = Revised(new.revision, version)
         note.revised_by = (rewriting.request_id, revised)
@@ -325,7 +337,7 @@ class Notes:
             for one in state.values()
         )
 
-    def _best(self, selection: Selection, limit: int, rank: Callable[[StoredReflection], float | None]) -> Found:
+    def _best(self, selection: Selection, limit: int, rank: Callable[[StoredReflection], Any]) -> Found:
         """Those with the greatest rank, among equals the latest; without those whose rank is None."""
         ranked = [(value, one) for one in self._selected(selection) if (value := rank(one)) is not None]
         ranked.sort(key=lambda pair: (pair[0], pair[1].version), reverse=True)
@@ -363,8 +375,6 @@ def _rank(one: StoredReflection, order: Order) -> float:
     uplift = one.uplift
     if order is Order.GAIN:
         return one.provenance.reward_after - one.provenance.reward_before
-    if order is Order.UPLIFT:
-        return -1.0 if uplift is None else uplift.lower
     if order is Order.FEWEST_USES:
         uses = 0 if uplift is None else uplift.uses_shown + uplift.uses_left_out
         return -uses * (_QUARANTINED_COUNTS if one.status is ReflectionStatus.QUARANTINED else 1)
