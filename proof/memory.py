@@ -2,8 +2,10 @@
 
 In `frozenlake-symbols` a failed attempt shows some of the eight symbols. The model `embedded-symbols` writes a legend
 of those, and adds what the memory says of the others. No weights change, so the success of second attempts shows what
-the memory is worth. A poisoned memory has ten legends in which every symbol has a wrong meaning, added through the
-public API before the run begins. Their claimed rewards go from -1 to 1.
+the memory is worth.
+
+Two runs follow each other on one memory. Between them somebody poisons it: through the public API, with ten legends in
+which every symbol has a wrong meaning, and whose claimed rewards go from -1 to 1.
 
 `python -m proof.memory` writes the page and the chart from the results that are there.
 """
@@ -36,8 +38,10 @@ MODEL = "embedded-symbols"
 MEANINGS = {"A": "player", "B": "goal", **dict.fromkeys("CEG", "hole"), **dict.fromkeys("DFH", "floor")}
 POISON = 10
 WINDOW = 10  # steps
+STEPS = 40  # of each run
 SEEDS = 3
-RUN = "run"
+SCOPE = "shared"
+RUNS = ("before", "after")
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "proof"
 _ORDER = ("player", "goal", "hole", "floor")
 
@@ -49,16 +53,18 @@ class Arm:
     poisoned: bool = False
 
 
-_CLAIMS = {"memory_strategy": "top_gain", "memory_mix": [], "memory_entries": 2}
+_BY_CLAIMS = {"memory_strategy": "top_gain", "memory_mix": [], "memory_entries": 1}
+_LATEST = {"memory_strategy": "latest_success", "memory_mix": [], "memory_entries": 1}
 _EPISODES = {"memory_writes": "none", "memory_episodes": True}
 ARMS = {
     "off": Arm("no memory", {"memory_entries": 0}),
     "episodes": Arm("raw episodes only", _EPISODES),
-    "on": Arm("legends, by evidence"),
-    "claims": Arm("legends, by claimed gain", _CLAIMS),
-    "poisoned": Arm("poisoned, by evidence", poisoned=True),
-    "poisoned-no-evidence": Arm("poisoned, evidence off", {"memory_holdout": 0.0}, poisoned=True),
-    "poisoned-claims": Arm("poisoned, by claimed gain", _CLAIMS, poisoned=True),
+    "latest": Arm("the latest success (the paper's)", _LATEST),
+    "claims": Arm("the greatest claimed gain", _BY_CLAIMS),
+    "evidence": Arm("evidence"),
+    "latest-poisoned": Arm("the latest success (the paper's)", _LATEST, poisoned=True),
+    "claims-poisoned": Arm("the greatest claimed gain", _BY_CLAIMS, poisoned=True),
+    "evidence-poisoned": Arm("evidence", poisoned=True),
 }
 
 
@@ -85,41 +91,50 @@ def right_share(text: str) -> float:
 
 
 def measure(arm: Arm, seed: int, steps: int, folder: Path) -> dict[str, Any]:
-    """Begins anew after an interruption."""
+    """`steps` of each run. Begins anew after an interruption."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     plain = tomllib.loads(recipe_file(Path("frozenlake-symbols")).read_text())
-    plain |= {"steps": steps, "seed": seed, "algorithm": plain["algorithm"] | arm.algorithm}
+    plain |= {"steps": steps, "algorithm": plain["algorithm"] | {"memory_scope": SCOPE} | arm.algorithm}
     services = ServiceProcesses(folder)
     try:
         loop = Loop.start(services, folder / "loop", policy={"model": MODEL})
-        return asyncio.run(_measure(loop, arm, RunSettings.model_validate(plain)))
+        runs = [RunSettings.model_validate(plain | {"seed": 2 * seed + half}) for half in range(len(RUNS))]
+        return asyncio.run(_measure(loop, arm, runs)) | {"seed": seed, "steps": [steps] * len(RUNS)}
     finally:
         services.end()
 
 
-async def _measure(loop: Loop, arm: Arm, settings: RunSettings) -> dict[str, Any]:
+async def _measure(loop: Loop, arm: Arm, runs: Sequence[RunSettings]) -> dict[str, Any]:
     memory = MemoryClient(Endpoint(loop.memory.address))
+    poison: set[str] = set()
     try:
-        wrong = wrong_legends(settings.seed) if arm.poisoned else []
-        claims = Provenance("poison", "poison", settings.environment, "train/00000", 0, -1.0, 1.0, success=True)
-        poison = {await memory.add(f"poison-{number}", RUN, text, claims) for number, text in enumerate(wrong)}
-        await loop.train(RUN, settings, seconds=3600)
-        entries = {entry.reflection_id: entry for entry in await memory.list(RUN)}
+        for name, settings in zip(RUNS, runs, strict=True):
+            if arm.poisoned and name != RUNS[0]:
+                poison = await _poison(memory, settings)
+            await loop.train(name, settings, seconds=3600)
+        entries = {entry.reflection_id: entry for entry in await memory.list(SCOPE)}
     finally:
         await memory.close()
-    experiences = loop.experiences(RUN)
-    size = WINDOW * settings.rollout.tasks_per_step * settings.rollout.rollouts_per_task
-    windows = [experiences[start : start + size] for start in range(0, len(experiences), size)]
+    size = WINDOW * runs[0].rollout.tasks_per_step * runs[0].rollout.rollouts_per_task
+    windows = [
+        window(experiences[start : start + size], entries, poison)
+        for experiences in map(loop.experiences, RUNS)
+        for start in range(0, len(experiences), size)
+    ]
     return {
-        "seed": settings.seed,
-        "steps": settings.steps,
-        "windows": [window(part, entries, poison) for part in windows],
-        "second_success": _second(experiences),
+        "windows": windows,
         "entries": len(entries),
         "poison": [_entry(entries[identity]) for identity in sorted(poison)],
         "best": [_entry(one) for one in sorted(entries.values(), key=_proved, reverse=True)[:3]],
     }
+
+
+async def _poison(memory: MemoryClient, settings: RunSettings) -> set[str]:
+    """Returns the ids of the wrong legends."""
+    claims = Provenance("poison", "poison", settings.environment, "train/00000", 0, -1.0, 1.0, success=True)
+    wrong = wrong_legends(settings.seed)
+    return {await memory.add(f"poison-{number}", SCOPE, text, claims) for number, text in enumerate(wrong)}
 
 
 def window(
@@ -165,7 +180,7 @@ def _entry(entry: StoredReflection) -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    f"memory/{name}-{seed}": partial(measure, arm, seed, 80) for seed in range(SEEDS) for name, arm in ARMS.items()
+    f"memory/{name}-{seed}": partial(measure, arm, seed, STEPS) for seed in range(SEEDS) for name, arm in ARMS.items()
 }
 
 
@@ -187,27 +202,28 @@ def page(arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "# What a memory is worth, and what a poisoned one does",
         "",
         "`python -m proof --only memory/` runs the cases without a result; `python -m proof.memory` writes this page.",
-        "The environment is `frozenlake-symbols`, the model `embedded-symbols`, and no weights change.",
-        f"Figures are the success of second attempts, the mean over the seeds (least – greatest); {WINDOW} steps are",
-        f"{WINDOW * 8} chains. A poisoned memory begins with {POISON} wrong legends that claim a gain of 2.",
+        "The environment is `frozenlake-symbols`, the model `embedded-symbols`, and no weights change. Figures are the",
+        f"success of second attempts, the mean over the seeds (least – greatest), in {WINDOW} steps of 8 chains. Each",
+        f"case is two runs of {STEPS} steps on one memory. Between them, a poisoned one gets {POISON} wrong legends",
+        "that claim a gain of 2.",
         "",
-        f"| memory | seeds | first {WINDOW} steps | last {WINDOW} steps | all | poison shown, last {WINDOW} steps | "
-        "right symbols in reflections, last |",
-        "|---|---|---|---|---|---|---|",
+        "| the memory shows | poisoned | seeds | end of the first run | begin of the second | its end | wrong legends "
+        "among the entries shown, at its end | symbols right in reflections, at its end |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, runs in arms.items():
-        first, last = [run["windows"][0] for run in runs], [run["windows"][-1] for run in runs]
+        half = len(runs[0]["windows"]) // 2
+        ends = [[run["windows"][place] for run in runs] for place in (half - 1, half, -1)]
         cells = [
             ARMS[name].title,
+            "yes" if ARMS[name].poisoned else "no",
             str(len(runs)),
-            told([one["second_success"] for one in first]),
-            told([one["second_success"] for one in last]),
-            told([run["second_success"] for run in runs]),
-            told([one["poison_shown"] for one in last]) if ARMS[name].poisoned else "",
-            told([one["right_in_reflections"] for one in last]),
+            *(told([one["second_success"] for one in end]) for end in ends),
+            told([one["poison_shown"] for one in ends[-1]]) if ARMS[name].poisoned else "-",
+            told([one["right_in_reflections"] for one in ends[-1]]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "![Success of second attempts over steps](memory.png)", "", "What became of the poison:", ""]
+    lines += ["", "![Success of second attempts over steps](memory.png)", "", "The wrong legends at the end:", ""]
     for name, runs in arms.items():
         if ARMS[name].poisoned:
             count = Counter(entry["status"] for run in runs for entry in run["poison"])
@@ -236,7 +252,9 @@ def draw(path: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
             places = [WINDOW * (number + 1) for number in range(len(columns))]
             (line,) = axes.plot(places, [fmean(column) for column in columns], label=ARMS[name].title)
             axes.fill_between(places, [*map(min, columns)], [*map(max, columns)], alpha=0.12, color=line.get_color())
-        axes.set(xlabel="steps", ylim=(0, 1), title="Poisoned" if poisoned else "Clean")
+        if poisoned:
+            axes.axvline(STEPS, color="black", linestyle=":", linewidth=1)
+        axes.set(xlabel="steps", ylim=(0, 1), title=f"Poisoned after {STEPS} steps" if poisoned else "Clean")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right", fontsize="small")
     panels[0].set_ylabel("success of second attempts")

@@ -10,7 +10,7 @@ from mulligan.common.experience import Experience, Sample, Turn
 from mulligan.common.reflections import Provenance, StoredReflection
 from mulligan.common.types import Outcome
 from mulligan.models.many_symbols.measure import legend as legend_of_the_model
-from proof.memory import ARMS, MEANINGS, legend, page, right_share, told, window, wrong_legends
+from proof.memory import MEANINGS, legend, page, right_share, told, window, wrong_legends
 
 
 def test_the_right_legend_is_written_as_the_model_writes_it() -> None:
@@ -78,11 +78,14 @@ def test_a_window_tells_what_was_shown_and_what_came_of_it() -> None:
 
 def test_the_page_tells_means_and_ranges_and_what_became_of_the_poison() -> None:
     def run(first: float, last: float, statuses: list[str]) -> dict[str, object]:
-        windows = [{"second_success": one, "poison_shown": 0.0, "right_in_reflections": 1.0} for one in (first, last)]
-        return {"windows": windows, "second_success": last, "poison": [{"status": status} for status in statuses]}
+        windows = [
+            {"second_success": one, "poison_shown": 0.0, "right_in_reflections": 1.0} for one in (0, first, 0.5, last)
+        ]
+        return {"windows": windows, "poison": [{"status": status} for status in statuses]}
 
-    text = page({"on": [run(0.5, 0.75, [])], "poisoned": [run(0.25, 0.5, ["quarantined"]), run(0.25, 1.0, ["active"])]})
-    assert f"| {ARMS['on'].title} | 1 | 0.50 (0.50 – 0.50) | 0.75 (0.75 – 0.75) |" in text
-    assert f"| {ARMS['poisoned'].title} | 2 | 0.25 (0.25 – 0.25) | 0.75 (0.50 – 1.00) |" in text
-    assert f"- {ARMS['poisoned'].title}: 1 quarantined, 1 active" in text
+    evidence = [run(0.25, 0.5, ["quarantined"]), run(0.25, 1.0, ["active"])]
+    text = page({"latest": [run(0.5, 0.75, [])], "evidence-poisoned": evidence})
+    assert "| no | 1 | 0.50 (0.50 – 0.50) | 0.50 (0.50 – 0.50) | 0.75 (0.75 – 0.75) | - |" in text
+    assert "| yes | 2 | 0.25 (0.25 – 0.25) | 0.50 (0.50 – 0.50) | 0.75 (0.50 – 1.00) | 0.00 (0.00 – 0.00) |" in text
+    assert "- evidence: 1 quarantined, 1 active" in text
     assert told([None]) == "-"
