@@ -20,7 +20,7 @@ LABEL org.opencontainers.image.title="mulligan-memory" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.description="Reflections of language agents, kept over gRPC"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
-    sh /harden.sh /data/memory /run/credentials
+    sh /harden.sh /data/memory /run/tokens /run/env-tokens
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
 ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mulligan.common.channel import Endpoint
 from mulligan.common.types import Outcome
 from mulligan.memory.client import MemoryClient
 from mulligan.testing.compose import Project, image, missing
@@ -34,11 +33,13 @@ RUN_SECONDS = 3600.0
 SCALE_STEPS = 24
 VERSION = """
 import asyncio
+from pathlib import Path
 from mulligan.common.channel import Endpoint
 from mulligan.policy.client import PolicyClient
 
 async def main():
-    print((await PolicyClient(Endpoint("127.0.0.1:50052")).info("")).policy_version)
+    endpoint = Endpoint("127.0.0.1:50052", token_file=Path("/run/tokens/reader"))
+    print((await PolicyClient(endpoint).info("")).policy_version)
 
 asyncio.run(main())
 """  # of one replica, asked in its own container
@@ -75,7 +76,7 @@ def across_containers(folder: Path) -> dict[str, Any]:
 
 async def _train(project: Project) -> dict[str, Any]:
     print(project.execute("trainer", "mulligan", "train", RECIPE, "--run-id", RUN, "--no-watch").stdout, flush=True)
-    client = RunClient(Endpoint(project.address("trainer"), outage_seconds=120))
+    client = RunClient(project.endpoint("trainer"))
     steps = (await client.get(RUN)).settings.steps
     restarts: dict[str, float] = {}
     places: dict[str, int] = {}
@@ -127,7 +128,7 @@ async def _spread(project: Project) -> dict[str, Any]:
     settings = ("--set", f"steps={SCALE_STEPS}", "--set", "evaluation.every=0", "--set", "evaluation.tasks=4")
     started = project.execute("trainer", "mulligan", "train", RECIPE, "--run-id", RUN, "--no-watch", *settings)
     assert started.returncode == 0, started.stderr
-    client = RunClient(Endpoint(project.address("trainer"), outage_seconds=120))
+    client = RunClient(project.endpoint("trainer"))
     try:
         await _reached(client, SCALE_STEPS // 4)
         await asyncio.to_thread(project.run, "up", "--wait", "--no-recreate", "--scale", "policy=3")
@@ -177,7 +178,7 @@ async def _check(project: Project, folder: Path) -> dict[str, Any]:
     journal = folder / "journal"
     chains = [chain for step in journaled_steps(journal) for chain in read_experiences(journal_file(journal, step))]
     solved = [chain.experience_id for chain in chains if is_memorable(chain, threshold=1.0)]
-    client = MemoryClient(Endpoint(project.address("memory"), outage_seconds=60))
+    client = MemoryClient(project.endpoint("memory"))
     memorised = [entry.provenance.experience_id for entry in await client.list(RUN)]
     await client.close()
     rollout = summary["settings"]["rollout"]

@@ -1,7 +1,8 @@
-"""Writes docs/contracts.md from the .proto files; `make proto` runs it.
+"""Writes docs/contracts.md from the .proto files, and the table of roles in docs/security.md; `make proto` runs it.
 
 Everything in it comes from the descriptors and their comments: services, calls, errors, messages, fields with their
-constraints, enums. What v1 may change is in compatibility.md, which goes in front; how errors travel in errors.md.
+constraints, enums. What v1 may change is in compatibility.md, which goes in front; how errors travel in errors.md. The
+roles are those of `services/common/access.py`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from google.protobuf import descriptor_pb2, duration_pb2
 from google.rpc import code_pb2
 from grpc_tools import protoc
 
+from mulligan.common.access import ACCESS, AccessRole
 from mulligan.common.buf import validate_pb2
 
 PROTO = Path(__file__).resolve().parent
 PAGE = PROTO.parent / "docs" / "contracts.md"
+SECURITY = PROTO.parent / "docs" / "security.md"
 PROMISE = PROTO / "compatibility.md"
 ERRORS = PROTO / "errors.md"
 COMMON = "mulligan.common.v1"
@@ -297,15 +300,38 @@ def _link(name: str) -> str:
     return f"[{short}](#{name.replace('.', '').lower()})" if name.startswith("mulligan.") else f"`{name}`"
 
 
+# --- roles -----------------------------------------------------------------------------------------------------------
+
+_TABLE = re.compile(r"(<!-- Roles, written by proto/document.py -->\n).*(<!-- End of roles -->\n)", re.DOTALL)
+
+
+def with_roles(text: str) -> str:
+    """The page on security, its table of roles written anew. Raises SystemExit if it has no place for one."""
+    table = "\n".join(_role_table())
+    written, places = _TABLE.subn(lambda match: f"{match[1]}{table}\n{match[2]}", text)
+    if places != 1:
+        raise SystemExit(f"docs/security.md: expected one place for the table of roles, not {places}")
+    return written
+
+
+def _role_table() -> Iterator[str]:
+    columns = (None, *AccessRole)
+    yield f"| service | {' | '.join(role or 'anyone' for role in columns)} |"
+    yield "|---|" + "---|" * len(columns)
+    for service, calls in ACCESS.items():
+        cells = [", ".join(call for call, needed in calls.items() if needed is role) for role in columns]
+        yield f"| {service.rpartition('.')[2]} | {' | '.join(cells)} |"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write docs/contracts.md.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail if docs/contracts.md is not fresh")
+    parser = argparse.ArgumentParser(description="Write docs/contracts.md and the roles in docs/security.md.")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if one of them is not fresh")
     check: bool = parser.parse_args().check
-    text = page(sources())
-    if not check:
-        PAGE.write_text(text)
-    elif not PAGE.exists() or PAGE.read_text() != text:
-        sys.exit("docs/contracts.md is not fresh; run `make proto`")
+    for path, text in ((PAGE, page(sources())), (SECURITY, with_roles(SECURITY.read_text()))):
+        if not check:
+            path.write_text(text)
+        elif not path.exists() or path.read_text() != text:
+            sys.exit(f"docs/{path.name} is not fresh; run `make proto`")
 
 
 if __name__ == "__main__":

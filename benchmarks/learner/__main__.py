@@ -78,7 +78,7 @@ def in_process(learner: Learner, calls: Calls, *, sharing: bool) -> None:
 
 async def serve(stack: AsyncExitStack, settings: LearnerServerSettings, spec: LearnerSpec) -> LearnerClient:
     servicer = LearnerServicer(settings)
-    server = grpc.aio.server(interceptors=[RequestInterceptor({})])
+    server = grpc.aio.server(interceptors=[RequestInterceptor()])
     add_to_server(server, servicer)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -12,21 +13,20 @@ from typing import Annotated, Any
 
 import typer
 
-from mulligan.cli.connection import DEFAULT_ADDRESSES, admin_token, service_token
+from mulligan.cli.connection import DEFAULT_ADDRESSES, service_token
 from mulligan.cli.out import Heartbeat, fail, json_safe, line, show
 from mulligan.conformance.report import Report, Result, Verdict
 from mulligan.conformance.target import Target, TargetUnreachable
 
 conformance = typer.Typer(
     help="Check an implementation of a service, in any language: `env`, `policy`, `memory`, `trainer`.\n\n"
+    "A server with tokens is checked with an administrator's in MULLIGAN_CLI_TOKEN and, for the check of roles, a "
+    "reader's in MULLIGAN_CLI_READER_TOKEN.\n\n"
     "Exit status: 0 it conforms, 1 it violates something, 2 it cannot be checked (unreachable, or no such service).",
     no_args_is_help=True,
 )
 MARKS = {Verdict.PASSED: ("✓", "green"), Verdict.VIOLATED: ("✗", "red"), Verdict.NOT_APPLICABLE: ("–", "yellow")}
 Only = Annotated[str, typer.Option(help="Only the checks whose call or title contains this, e.g. ForkEpisode.")]
-Token = Annotated[
-    str, typer.Option(envvar="MULLIGAN_CLI_TOKEN", help="The server's token. Flags can be seen in the process list.")
-]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that any call may take.")]
 Seed = Annotated[int, typer.Option(help="Seed of all random choices: the same seed gives the same actions.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, for machines, and nothing else.")]
@@ -50,7 +50,6 @@ def env(
     ] = None,
     actions: Annotated[int, typer.Option(min=0, help="How many random and hostile actions, per environment.")] = 300,
     only: Only = "",
-    token: Token = "",
     timeout: Timeout = 30.0,
     seed: Seed = 0,
     tls_ca: TlsCa = None,
@@ -68,7 +67,9 @@ def env(
     options = EnvOptions(actions, seed, tuple(action or ()))
 
     async def main(on_result: OnResult) -> Report:
-        async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:
+        async with closing(
+            connect(target, token=service_token(), reader_token=_reader_token(), timeout=timeout, tls_ca=tls_ca)
+        ) as opened:
             return await check(opened, options, only=only, environment=environment, on_result=on_result)
 
     _run(main, as_json=as_json, quiet=quiet)
@@ -78,7 +79,6 @@ def env(
 def memory(
     target: Annotated[str, _target("memory")] = DEFAULT_ADDRESSES["memory"],
     only: Only = "",
-    token: Token = "",
     timeout: Timeout = 30.0,
     tls_ca: TlsCa = None,
     as_json: Json = False,
@@ -92,7 +92,9 @@ def memory(
     from mulligan.conformance.memory.run import target as connect
 
     async def main(on_result: OnResult) -> Report:
-        async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:
+        async with closing(
+            connect(target, token=service_token(), reader_token=_reader_token(), timeout=timeout, tls_ca=tls_ca)
+        ) as opened:
             return await check(opened, only=only, on_result=on_result)
 
     _run(main, as_json=as_json, quiet=quiet)
@@ -107,15 +109,12 @@ def policy(
         float, typer.Option(min=0.0, help="Largest difference allowed between log-probabilities of one token.")
     ] = 0.1,
     only: Only = "",
-    token: Token = "",
     timeout: Timeout = 60.0,
     tls_ca: TlsCa = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Check a policy service. Samples a few hundred tokens of each policy.
-
-    MULLIGAN_CLI_ADMIN_TOKEN has the token of PolicyAdminService, if that has its own.
 
     Example: `mulligan conformance policy --target 127.0.0.1:50052 --policy actor`
     """
@@ -126,7 +125,9 @@ def policy(
     options = PolicyOptions(tolerance, writes)
 
     async def main(on_result: OnResult) -> Report:
-        connection = connect(target, token=_token(token), admin_token=admin_token(), timeout=timeout, tls_ca=tls_ca)
+        connection = connect(
+            target, token=service_token(), reader_token=_reader_token(), timeout=timeout, tls_ca=tls_ca
+        )
         async with closing(connection) as opened:
             return await check(opened, options, only=only, policy=name, on_result=on_result)
 
@@ -147,7 +148,6 @@ def trainer(
     ] = None,
     run_seconds: Annotated[float, typer.Option(min=1.0, help="Seconds that such a run may take.")] = 600.0,
     only: Only = "",
-    token: Token = "",
     timeout: Timeout = 120.0,
     tls_ca: TlsCa = None,
     as_json: Json = False,
@@ -167,7 +167,9 @@ def trainer(
     options = TrainerOptions(model, writes, config, run_seconds)
 
     async def main(on_result: OnResult) -> Report:
-        async with closing(connect(target, token=_token(token), timeout=timeout, tls_ca=tls_ca)) as opened:
+        async with closing(
+            connect(target, token=service_token(), reader_token=_reader_token(), timeout=timeout, tls_ca=tls_ca)
+        ) as opened:
             return await check(opened, options, only=only, on_result=on_result)
 
     _run(main, as_json=as_json, quiet=quiet)
@@ -181,8 +183,8 @@ async def closing(target: Target) -> AsyncIterator[Target]:
         await target.close()
 
 
-def _token(given: str) -> str | None:
-    return given or service_token()
+def _reader_token() -> str | None:
+    return os.environ.get("MULLIGAN_CLI_READER_TOKEN")
 
 
 def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bool, quiet: bool) -> None:

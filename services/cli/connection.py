@@ -18,6 +18,7 @@ from mulligan.common import proxies
 from mulligan.common.addresses import Addresses
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.tokens import BadTokens, TokenFile
 
 PORT_BASE = 50051
 
@@ -29,6 +30,7 @@ def addresses_from(port: int) -> dict[str, str]:
 
 DEFAULT_ADDRESSES = addresses_from(PORT_BASE)
 OUTAGE_SECONDS = 5.0  # a person waits at the terminal
+TOKEN = "MULLIGAN_CLI_TOKEN"  # a variable
 
 TrainerAddress = Annotated[
     str, typer.Option("--trainer", envvar="MULLIGAN_CLI_TRAINER", help="Address of the trainer service.")
@@ -61,7 +63,7 @@ def command(*words: str, trainer: str = "") -> str:
 
 
 def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
-    """The endpoint, with `service_token`. Ends the program if the address is not that of one server.
+    """The endpoint, with the token of `service_token`. Ends the program if the address is not that of one server.
 
     Raises ServiceUnavailable if its host is unknown.
     """
@@ -77,30 +79,29 @@ def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
             socket.getaddrinfo(host, None)
         except OSError as error:
             raise ServiceUnavailable(address, 0, f"the host is not known: {error.strerror or error}") from error
-    return Endpoint(address, token=service_token(), outage_seconds=outage_seconds)
+    file = token_file()
+    token = None if file is not None else os.environ.get(TOKEN)
+    return Endpoint(address, token=token, token_file=file, outage_seconds=outage_seconds)
+
+
+def token_file() -> Path | None:
+    """The file that MULLIGAN_CLI_TOKEN_FILE names, if there is such a variable. Ends the program when it holds no
+    token."""
+    name = os.environ.get(f"{TOKEN}_FILE")
+    if not name:
+        return None
+    try:
+        TokenFile(Path(name))
+    except BadTokens as error:
+        fail(f"{TOKEN}_FILE: {error}", 2)
+    return Path(name)
 
 
 def service_token() -> str | None:
-    """The services' token: from MULLIGAN_CLI_TOKEN, or the file that MULLIGAN_CLI_TOKEN_FILE names. A flag could be
-    seen in the process list."""
-    return _secret("MULLIGAN_CLI_TOKEN")
-
-
-def admin_token() -> str | None:
-    """The token of PolicyAdminService, if it has its own: from MULLIGAN_CLI_ADMIN_TOKEN, or the file that
-    MULLIGAN_CLI_ADMIN_TOKEN_FILE names."""
-    return _secret("MULLIGAN_CLI_ADMIN_TOKEN")
-
-
-def _secret(variable: str) -> str | None:
-    """Ends the program when the file cannot be read."""
-    file = os.environ.get(f"{variable}_FILE")
-    if not file:
-        return os.environ.get(variable)
-    try:
-        return Path(file).read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{variable}_FILE: {error}", 2)
+    """The token of MULLIGAN_CLI_TOKEN, or of the file that MULLIGAN_CLI_TOKEN_FILE names. A flag could be seen in the
+    process list."""
+    file = token_file()
+    return TokenFile(file).tokens[0] if file is not None else os.environ.get(TOKEN)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import typer
 
-from mulligan.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, admin_token, command, endpoint, run
+from mulligan.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, command, endpoint, run
 from mulligan.cli.out import fail, note, table, working
 from mulligan.cli.out import show as show_line
 from mulligan.cli.overrides import read_overrides
@@ -213,7 +213,7 @@ def _call(address: str, ask: Callable[[PolicyClient], Awaitable[T]]) -> _Answers
         fail(f"--policy-address: {error}", 2)
 
     async def one(server: str) -> T:
-        client = PolicyClient(endpoint(server), admin_token=admin_token(), update_timeout=LOAD_SECONDS)
+        client = PolicyClient(endpoint(server), update_timeout=LOAD_SECONDS)
         try:
             return await ask(client)
         finally:

@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from mulligan.common import proxies
 from mulligan.common.errors import CallFailed, Code, DomainError, ServiceUnavailable
 from mulligan.common.status import from_rpc_error
+from mulligan.common.tokens import TokenFile, bearer
 
 log = structlog.get_logger()
 R = TypeVar("R")
@@ -35,12 +36,15 @@ _SHOWN = 100  # characters of a bad value in a message
 class Endpoint:
     """Address of a service and how to call it.
 
+    Calls carry `token`, or the first token of `token_file`, which is read again when it changes.
+
     A call is retried for at most `outage_seconds` while the service is unreachable, or answers RESOURCE_EXHAUSTED or
     UNAVAILABLE with a RetryInfo. Every call of the contracts is safe to repeat.
     """
 
     address: str
     token: str | None = field(default=None, repr=False)
+    token_file: Path | None = None
     tls_ca: Path | None = None
     tls: bool = False
     outage_seconds: float = 120.0
@@ -53,14 +57,14 @@ class Connection:
     `call` and `stream` send a request with the credential and a deadline. While the server is unreachable or asks for a
     later call, `Backoff` sleeps and the call is repeated. Every other failure is raised: as the DomainError that the
     status carries, or else as CallFailed. `read` converts an answer and raises CallFailed when it violates the
-    contract.
+    contract. Raises BadTokens for a bad token file.
     """
 
     def __init__(self, endpoint: Endpoint, on_outage: Callable[[str], None] | None = None):
         self.endpoint = endpoint
         self._on_outage = on_outage
         self._is_down = False
-        self.metadata = (("authorization", f"Bearer {endpoint.token}"),) if endpoint.token else None
+        self._token_file = TokenFile(endpoint.token_file) if endpoint.token_file is not None else None
         options = [
             ("grpc.max_send_message_length", endpoint.max_message_bytes),
             ("grpc.max_receive_message_length", endpoint.max_message_bytes),
@@ -76,6 +80,12 @@ class Connection:
             self.channel = grpc.aio.secure_channel(endpoint.address, grpc.ssl_channel_credentials(roots), options)
         else:
             self.channel = grpc.aio.insecure_channel(endpoint.address, options)
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...] | None:
+        """The credential of a call that is made now."""
+        token = self._token_file.tokens[0] if self._token_file is not None else self.endpoint.token
+        return bearer(token) if token else None
 
     async def call(self, method: Callable[..., Awaitable[R]], request: Any, *, timeout: float) -> R:
         """Makes one unary call. Repeats it while the service is unreachable or full.

@@ -13,10 +13,11 @@ import os
 import sys
 import tomllib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn, Self
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -27,8 +28,17 @@ from pydantic_settings import (
 )
 
 from mulligan.common.suggest import did_you_mean, problems
+from mulligan.common.tokens import KnownTokens, TokenFile
 
 SERVICES = ("env", "policy", "memory", "trainer")
+
+
+def _with_token(file: Path) -> Path:
+    TokenFile(file)  # raises BadTokens
+    return file
+
+
+ClientTokenFile = Annotated[Path, AfterValidator(_with_token)]  # read at the start, and again when it changes
 
 
 class ServiceSettings(BaseSettings):
@@ -47,8 +57,11 @@ class ServiceSettings(BaseSettings):
     metrics_port: int = Field(
         -1, ge=-1, le=65535, description="Port of Prometheus metrics over HTTP, at `host`; 0 picks one, -1: none."
     )
-    token: SecretStr | None = Field(None, description="When set, calls need `authorization: Bearer TOKEN`.")
-    token_file: Path | None = Field(None, description="File that holds `token`, instead of a variable.")
+    tokens_folder: Path | None = Field(
+        None,
+        description="When set, calls need `authorization: Bearer TOKEN`. It has a file per role (reader, actor, "
+        "trainer, admin) with its tokens, one per line.",
+    )
     tls_certificate: Path | None = Field(None, description="PEM file; with tls_key, the server speaks TLS.")
     tls_key: Path | None = None
 
@@ -58,23 +71,17 @@ class ServiceSettings(BaseSettings):
             raise ValueError("tls_certificate and tls_key belong together")
         return self
 
+    @cached_property
+    def tokens(self) -> KnownTokens | None:
+        """Those that calls need; None if they need none. Raises BadTokens."""
+        return KnownTokens(self.tokens_folder) if self.tokens_folder is not None else None
+
     @model_validator(mode="after")
-    def _read_secrets(self) -> Self:
-        """Replaces a secret by the stripped content of its `NAME_file` setting: container platforms provide secrets as
-        files."""
-        for name in type(self).model_fields:
-            file = getattr(self, f"{name}_file", None)
-            if file is None:
-                continue
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} and {name}_file exclude each other")
-            try:
-                secret = file.read_text().strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise ValueError(f"{name}_file: cannot be read: {error}") from error
-            if not secret:
-                raise ValueError(f"{name}_file: {file} is empty")
-            setattr(self, name, SecretStr(secret))
+    def _tokens_are_there(self) -> Self:
+        try:
+            _ = self.tokens
+        except ValueError as error:
+            raise ValueError(f"tokens_folder: {error}") from error
         return self
 
     @classmethod

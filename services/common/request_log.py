@@ -13,7 +13,7 @@ from mulligan.common.errors import DomainError
 from mulligan.common.metrics import MethodMetrics
 
 log = structlog.get_logger()
-OPEN_SERVICES = ("/grpc.health.v1.Health/", "/grpc.reflection.")  # probes carry no credential
+PROBES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 _REQUEST_KEYS = ("run_id", "episode_id", "request_id", "learner_id", "reflection_id", "sequence", "step_index")
 
 
@@ -23,7 +23,7 @@ class RequestLog:
 
     def __init__(self, method: str, request: Any, metrics: MethodMetrics | None = None):
         self._method = method.rsplit("/", 1)[-1]
-        self._is_probe = method.startswith(OPEN_SERVICES)
+        self._is_probe = method.startswith(PROBES)
         self._request = request
         self._metrics = metrics
         self._status = "OK"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import hmac
 import inspect
 import signal
 import sys
@@ -16,14 +15,15 @@ import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from pydantic import SecretStr
 
+from mulligan.common.access import needed_role
 from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.logs import configure_logging, log_at_any_level
 from mulligan.common.metrics import MethodMetrics, exported
-from mulligan.common.request_log import OPEN_SERVICES, RequestLog
+from mulligan.common.request_log import PROBES, RequestLog
 from mulligan.common.status import fault, to_status
+from mulligan.common.tokens import KnownTokens
 from mulligan.common.validation import prepare, violations
 
 if sys.platform != "win32":
@@ -47,25 +47,21 @@ _HEALTH_SECONDS = 0.5  # between two looks at the health of a service's parts
 class RequestInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server.
 
-    A call passes these steps: the metrics and the log line begin, the credential is checked, the request is validated
-    against the field constraints, the handler runs under a deadline, and what it raises becomes a status. A DomainError
-    keeps its code and reason; anything else becomes INTERNAL.
+    A call passes these steps: the caller's role is compared with the table of `access.py`, the request is read and
+    validated against the field constraints, the handler runs under a deadline, and what it raises becomes a status. A
+    DomainError keeps its code and reason; anything else becomes INTERNAL. Each call is a line of the log. Of a call
+    that its caller may not make nothing is read.
 
-    `credentials` maps a gRPC service's full name to the token that its calls need; "" stands for all others. With
-    `metrics`, calls are counted and timed in the registry of `metrics.py`.
+    Without `tokens`, everybody may make every call. With `metrics`, calls are counted and timed in the registry of
+    `metrics.py`.
     """
 
-    def __init__(
-        self,
-        credentials: Mapping[str, SecretStr | None],
-        default_deadline: float = 3600.0,
-        *,
-        metrics: bool = False,
-    ):
-        self._credentials = credentials
-        self._metrics = metrics
+    def __init__(self, tokens: KnownTokens | None = None, default_deadline: float = 3600.0, *, metrics: bool = False):
+        self._tokens = tokens
+        self._count = metrics
         self._default_deadline = default_deadline  # seconds
-        self._handlers: dict[str, _Handler | None] = {}
+        self._handlers: dict[str, _Handler] = {}
+        self._metrics: dict[str, MethodMetrics | None] = {}
 
     async def intercept_service(
         self,
@@ -73,16 +69,19 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         method = handler_call_details.method
-        if method in self._handlers:
-            return self._handlers[method]
-        handler = await continuation(handler_call_details)
-        if handler is None:  # not cached: clients may ask for any number of unknown methods
-            return None
-        return self._handlers.setdefault(method, self._guard(method, handler))
+        if method not in self._handlers:
+            handler = await continuation(handler_call_details)
+            if handler is None:  # not cached: clients may ask for any number of unknown methods
+                return None
+            counted = self._count and not method.startswith(PROBES)
+            self._metrics[method] = MethodMetrics(method.lstrip("/")) if counted else None
+            self._handlers[method] = self._guard(method, handler)
+        if (refusal := self._refusal(method, handler_call_details.invocation_metadata)) is not None:
+            return _refusing(method, refusal, self._metrics[method])
+        return self._handlers[method]
 
     def _guard(self, method: str, handler: _Handler) -> _Handler:
-        probe = method.startswith(OPEN_SERVICES)
-        metrics = MethodMetrics(method.lstrip("/")) if self._metrics and not probe else None
+        metrics = self._metrics[method]
         call: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         checked = _checked_stream if handler.request_streaming else _checked
         answers = self._stream if handler.response_streaming else self._unary
@@ -91,24 +90,33 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         )
         return guarded
 
-    def _authorize(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        if method.startswith(OPEN_SERVICES):
-            return
-        service = method.rsplit("/", 1)[0].lstrip("/")
-        secret = self._credentials.get(service, self._credentials.get(""))
-        if secret is not None:
-            given = dict(context.invocation_metadata() or ()).get("authorization", "")
-            if not hmac.compare_digest(str(given).encode(), f"Bearer {secret.get_secret_value()}".encode()):
-                raise DomainError(Reason.BAD_CREDENTIAL, f"{service} needs `authorization: Bearer TOKEN`")
+    def _refusal(self, method: str, metadata: Any) -> DomainError | None:
+        """Why the caller may not make the call; None if it may."""
+        needed = needed_role(method)
+        if self._tokens is None or needed is None:
+            return None
+        role = self._tokens.role_of(str(dict(metadata or ()).get("authorization", "")))
+        call = method.lstrip("/")
+        if role is None:
+            return DomainError(
+                Reason.BAD_CREDENTIAL, f"{call} needs a token of this server, as `authorization: Bearer TOKEN`"
+            )
+        if not role.includes(needed):
+            return DomainError(
+                Reason.INSUFFICIENT_ROLE,
+                f"{call} needs a token with the role {needed}; the role of this one is {role}",
+                role=role,
+                needed_role=needed,
+            )
+        return None
 
     def _unary(
         self, method: str, call: Callable[..., Awaitable[Any]], checked: _Check, metrics: MethodMetrics | None
     ) -> Callable[..., Awaitable[Any]]:
-        """A handler with one answer, to one request or a stream. It checks the credential before it reads a stream."""
+        """A handler with one answer, to one request or a stream."""
 
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async def answer() -> Any:
-                self._authorize(method, context)
                 return await call(checked(request), context)
 
             with RequestLog(method, request, metrics) as logged:
@@ -145,7 +153,6 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             with RequestLog(method, request, metrics) as logged:
                 try:
-                    self._authorize(method, context)
                     responses = call(checked(request), context)
                     if inspect.isawaitable(responses):  # the health service writes its answers itself
                         await responses
@@ -163,6 +170,18 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                     await context.abort(grpc.StatusCode.INTERNAL, fault(error))
 
         return handle
+
+
+def _refusing(method: str, refusal: DomainError, metrics: MethodMetrics | None) -> _Handler:
+    """Answers any kind of call, and reads no request."""
+
+    async def refuse(requests: AsyncIterable[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        with RequestLog(method, None, metrics) as logged:
+            logged.failed(refusal)
+            await context.abort_with_status(to_status(refusal))
+
+    handler: _Handler = _MAKE_HANDLER[True, True](refuse)
+    return handler
 
 
 class _Malformed:
@@ -227,11 +246,20 @@ class _Health(health.aio.HealthServicer):
             await asyncio.sleep(_HEALTH_SECONDS)
 
 
+def add_standard_services(
+    server: grpc.aio.Server, names: Sequence[str], health_of_parts: Callable[[], Mapping[str, bool]] = dict
+) -> _Health:
+    """Those that every server has: health, and reflection of the services with these full names."""
+    health_servicer = _Health(health_of_parts)
+    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    return health_servicer
+
+
 async def serve(
     settings: ServiceSettings,
     register: Callable[[grpc.aio.Server], Sequence[str]],
     *,
-    credentials: Mapping[str, SecretStr | None] | None = None,
     health_of_parts: Callable[[], Mapping[str, bool]] = dict,
     on_drain: Callable[[], Awaitable[None]] | None = None,
     on_started: Callable[[str], Awaitable[None]] | None = None,
@@ -242,13 +270,11 @@ async def serve(
     `on_drain` runs when the drain begins, before calls in flight are waited for. `health_of_parts` returns whether each
     part serves, by name; it must be cheap. Raises OSError when an address is taken.
     """
-    server = _server(settings, credentials or {})
+    server = _server(settings)
     names = list(register(server))
     prepare(names)
-    health_servicer = _Health(health_of_parts)
-    health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
+    health_servicer = add_standard_services(server, names, health_of_parts)
     names.append(health.SERVICE_NAME)
-    reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], server)
     address = f"{settings.host}:{settings.port}"
     try:
         port = _bind(server, address, settings)
@@ -282,9 +308,9 @@ async def serve(
     log.info("stopped")
 
 
-def _server(settings: ServiceSettings, credentials: Mapping[str, SecretStr | None]) -> grpc.aio.Server:
+def _server(settings: ServiceSettings) -> grpc.aio.Server:
     interceptor = RequestInterceptor(
-        {"": settings.token, **credentials}, settings.default_deadline_seconds, metrics=settings.metrics_port >= 0
+        settings.tokens, settings.default_deadline_seconds, metrics=settings.metrics_port >= 0
     )
     return grpc.aio.server(
         interceptors=[interceptor],

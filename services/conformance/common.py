@@ -7,6 +7,7 @@ from typing import Any, cast
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from mulligan.common.tokens import bearer
 from mulligan.conformance.report import NotApplicable, Suite, Violation, demand
 from mulligan.conformance.target import CheckSession, as_demanded
 
@@ -19,6 +20,17 @@ def add_credential(suite: Suite[CheckSession], method: str, request: Any) -> Non
         for metadata in ((), (("authorization", "Bearer of-nothing"),), (("authorization", session.target.token),)):
             answer = await session.attempt(method, request, metadata=metadata)
             as_demanded(answer, request, "UNAUTHENTICATED", "BAD_CREDENTIAL")
+
+
+def add_roles(suite: Suite[CheckSession], method: str, request: Any) -> None:
+    """`request` must do no harm where it is not refused."""
+
+    @suite.check(method, "a reader's token is PERMISSION_DENIED INSUFFICIENT_ROLE")
+    async def roles(session: CheckSession) -> None:
+        if not session.target.reader_token:
+            raise NotApplicable("no token of a reader was given (MULLIGAN_CLI_READER_TOKEN)")
+        answer = await session.attempt(method, request, metadata=bearer(session.target.reader_token))
+        as_demanded(answer, request, "PERMISSION_DENIED", "INSUFFICIENT_ROLE", "role", "needed_role")
 
 
 def add_health(suite: Suite[CheckSession]) -> None:

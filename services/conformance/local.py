@@ -107,7 +107,7 @@ async def _served(name: str, environment: Environment, step_seconds: float) -> A
         ("grpc.max_send_message_length", _MESSAGE_BYTES),
         ("grpc.max_receive_message_length", _MESSAGE_BYTES),
     ]
-    server = grpc.aio.server(interceptors=[RequestInterceptor({})], options=options)
+    server = grpc.aio.server(interceptors=[RequestInterceptor()], options=options)
     add_to_server(server, table)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

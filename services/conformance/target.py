@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from grpc_status import rpc_status
 
 from mulligan.common.proxies import grpc_options
 from mulligan.common.status import DOMAIN
+from mulligan.common.tokens import bearer
 from mulligan.conformance.report import Violation, shown
 
 CONNECT_SECONDS = 10.0
@@ -71,16 +72,14 @@ class Target:
         address: str,
         *stubs: Any,
         token: str | None = None,
-        admin_token: str | None = None,
+        reader_token: str | None = None,
         timeout: float = 30.0,
         tls_ca: Path | None = None,
-        admin: Sequence[str] = (),
     ) -> None:
         self.address = address
         self.token = token
         self.timeout = timeout
-        self._admin = frozenset(admin)
-        self.admin_token = admin_token
+        self.reader_token = reader_token
         options = [
             ("grpc.max_send_message_length", _MESSAGE_BYTES),
             ("grpc.max_receive_message_length", _MESSAGE_BYTES),
@@ -98,20 +97,21 @@ class Target:
         """The answer to a first, harmless call. Raises TargetUnreachable if it fails."""
         try:
             timeout = min(self.timeout, CONNECT_SECONDS)
-            return await self._methods[method](request, timeout=timeout, metadata=self.metadata(method))
+            return await self._methods[method](request, timeout=timeout, metadata=self.metadata)
         except grpc.aio.AioRpcError as error:
             code = error.code()
             hint = {
                 grpc.StatusCode.DEADLINE_EXCEEDED: "it did not answer in time: is something serving there?",
                 grpc.StatusCode.UNIMPLEMENTED: "it serves another service",
                 grpc.StatusCode.UNAUTHENTICATED: "it wants a token",
+                grpc.StatusCode.PERMISSION_DENIED: "it wants a token with another role",
             }.get(code, "")
             details = "; ".join(filter(None, (hint, error.details())))
             raise TargetUnreachable(f"{self.address}: {method} failed with {code.name}: {details}") from None
 
-    def metadata(self, method: str) -> tuple[tuple[str, str], ...]:
-        token = self.admin_token if method in self._admin and self.admin_token else self.token
-        return (("authorization", f"Bearer {token}"),) if token else ()
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return bearer(self.token) if self.token else ()
 
     def method(self, name: str) -> Any:
         return self._methods[name]
@@ -141,7 +141,7 @@ class CheckSession:
     async def attempt(self, method: str, request: Any, *, metadata: Any = None, timeout: float = 0.0) -> Any:
         """The answer, or the Refusal."""
         if metadata is None:
-            metadata = self.target.metadata(method)
+            metadata = self.target.metadata
         try:
             answer = await self.target.method(method)(
                 request, timeout=timeout or self.target.timeout, metadata=metadata
@@ -156,7 +156,7 @@ class CheckSession:
         """All messages of a streamed answer, or the first `enough`; the Refusal when it ended with one. `timeout` is
         for all of it."""
         seconds = timeout or self.target.timeout
-        call = self.target.method(method)(request, timeout=seconds, metadata=self.target.metadata(method))
+        call = self.target.method(method)(request, timeout=seconds, metadata=self.target.metadata)
         messages: list[Any] = []
         try:
             async for message in call:
@@ -197,7 +197,7 @@ class CheckSession:
         while self._later:
             method, request = self._later.pop()
             try:
-                await self.target.method(method)(request, timeout=5.0, metadata=self.target.metadata(method))
+                await self.target.method(method)(request, timeout=5.0, metadata=self.target.metadata)
             except grpc.aio.AioRpcError:  # the checks report it; here nothing more can be done
                 continue
 

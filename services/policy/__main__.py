@@ -10,7 +10,7 @@ from mulligan.common.server import run, serve
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.gauges import collected
 from mulligan.policy.policies import Policies
-from mulligan.policy.servicer import add_to_server, credentials, health
+from mulligan.policy.servicer import add_to_server, health
 
 # The event loop and the engine's thread take turns in the interpreter; each forward pass needs it hundreds of times.
 _SWITCH_SECONDS = 2e-4
@@ -21,7 +21,7 @@ def main() -> None:
     if not _is_guarded(settings):
         refuse(
             settings.service,
-            f"admin_token: needed at {settings.host}, where others could load models and weights without one",
+            f"tokens_folder: needed at {settings.host}, where others could load models and weights without a token",
         )
     sys.setswitchinterval(_SWITCH_SECONDS)
 
@@ -35,7 +35,6 @@ def main() -> None:
                 await serve(
                     settings,
                     lambda server: add_to_server(server, policies),
-                    credentials=credentials(settings),
                     health_of_parts=lambda: health(policies),
                 )
         finally:
@@ -45,8 +44,8 @@ def main() -> None:
 
 
 def _is_guarded(settings: PolicySettings) -> bool:
-    """Whether the administration needs a token, or can be reached from this machine alone."""
-    if settings.admin_token is not None or settings.token is not None or settings.host == "localhost":
+    """Whether calls need a token, or can be made from this machine alone."""
+    if settings.tokens_folder is not None or settings.host == "localhost":
         return True
     try:
         return ipaddress.ip_address(settings.host.strip("[]")).is_loopback

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,8 +59,7 @@ class PolicyClient:
     """A client of one policy server. Calls raise DomainError as the contract says, CallFailed and ServiceUnavailable.
 
     Each call has a deadline in seconds: `timeout`, or `update_timeout` for new weights and models, which may be large
-    and wait for the calls that run. `admin_token` is sent with calls of PolicyAdminService only. An empty name is the
-    default policy's; `options.policy` names the policy of a call.
+    and wait for the calls that run. An empty name is the default policy's; `options.policy` names the policy of a call.
 
     `upload_weights` remembers which full weights it sent last to each policy, and sends what changed since then where
     the server takes that and it is smaller (`sparse_weights.py`).
@@ -71,14 +69,13 @@ class PolicyClient:
         self,
         endpoint: Endpoint,
         *,
-        admin_token: str | None = None,
         timeout: float = 300.0,
         update_timeout: float = 600.0,
         on_outage: Callable[[str], None] | None = None,
     ):
         self._connection = Connection(endpoint, on_outage)
         self._stub = pb_grpc.PolicyServiceStub(self._connection.channel)
-        self._admin = Connection(replace(endpoint, token=admin_token or endpoint.token), on_outage)
+        self._admin = Connection(endpoint, on_outage)  # its own: an upload would hold up the calls of the other one
         self._admin_stub = admin_grpc.PolicyAdminServiceStub(self._admin.channel)
         self._generate = GenerateQueue(self._connection, self._stub, timeout)
         self._sent: dict[str, tuple[Path, str]] = {}  # full weights by policy: their file and its SHA-256

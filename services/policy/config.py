@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Self
 
-from pydantic import ConfigDict, Field, SecretStr, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from mulligan.common.config import ServiceSettings
 from mulligan.common.plugins import with_tables
@@ -50,8 +50,6 @@ class PolicySettings(ModelSettings, ServiceSettings):
         60.0, gt=0, description="A replaced model is closed when none of its sessions has asked for so long."
     )
     upload_gib: float = Field(1024.0, gt=0, description="Uploaded weights that wait for their UpdateWeights, at most.")
-    admin_token: SecretStr | None = Field(None, description="When set, PolicyAdminService needs it as bearer token.")
-    admin_token_file: Path | None = Field(None, description="File that holds `admin_token`.")
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

@@ -91,7 +91,6 @@ class KnownServer:
 def connect(
     endpoint: Endpoint,
     *,
-    admin_token: str | None = None,
     timeout: float = 300.0,
     update_timeout: float = 600.0,
     on_outage: Callable[[str], None] | None = None,
@@ -100,9 +99,7 @@ def connect(
     addresses = Addresses.parse(endpoint.address)
 
     def open_client(endpoint: Endpoint) -> PolicyClient:
-        return PolicyClient(
-            endpoint, admin_token=admin_token, timeout=timeout, update_timeout=update_timeout, on_outage=on_outage
-        )
+        return PolicyClient(endpoint, timeout=timeout, update_timeout=update_timeout, on_outage=on_outage)
 
     if addresses.single:
         return open_client(endpoint)

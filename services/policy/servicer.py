@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
-from pydantic import SecretStr
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CallOptions, PublishedWeights
@@ -16,7 +15,6 @@ from mulligan.common.paging import DEFAULT_PAGE_SIZE, page_position, page_token
 from mulligan.common.request_log import RequestLog
 from mulligan.common.tasks import cancel
 from mulligan.common.wire import tools_from_proto
-from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
 from mulligan.policy.uploads import UploadHeader
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
@@ -47,11 +45,6 @@ def add_to_server(server: grpc.aio.Server, policies: Policies) -> list[str]:
     pb_grpc.add_PolicyServiceServicer_to_server(PolicyServicer(policies), server)
     admin_grpc.add_PolicyAdminServiceServicer_to_server(PolicyAdminServicer(policies), server)
     return [SERVICE, ADMIN_SERVICE]
-
-
-def credentials(settings: PolicySettings) -> Mapping[str, SecretStr | None]:
-    """The administration has a token of its own; without one it needs the token of all calls."""
-    return {ADMIN_SERVICE: settings.admin_token} if settings.admin_token is not None else {}
 
 
 def health(policies: Policies) -> dict[str, bool]:

@@ -17,6 +17,7 @@ from docker.errors import DockerException
 from testcontainers.compose import DockerCompose
 
 from mulligan.cli.local import free_ports
+from mulligan.common.channel import Endpoint
 
 FILES = ("compose.yaml",)
 HEALTHY_SECONDS = 60.0
@@ -85,6 +86,12 @@ class Project(DockerCompose):
 
     def address(self, service: str) -> str:
         return f"127.0.0.1:{self.variables[f'{service.upper()}_PORT']}"
+
+    def endpoint(self, service: str, *, outage_seconds: float = 120.0) -> Endpoint:
+        """With an administrator's token."""
+        folder = "/run/env-tokens" if service == "env" else "/run/tokens"
+        token = self.run("exec", "-T", service, "cat", f"{folder}/admin").stdout.strip()
+        return Endpoint(self.address(service), token=token, outage_seconds=outage_seconds)
 
     def execute(self, service: str, *command: str) -> subprocess.CompletedProcess[str]:
         """In a service's container; a status other than 0 is for the caller to judge."""

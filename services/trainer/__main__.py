@@ -57,17 +57,12 @@ async def _serve(settings: TrainerSettings, ranks: Ranks) -> None:
             deterministic=run_settings.deterministic,
             keep_checkpoints=run_settings.keep_checkpoints,
         )
-        other = settings.learner_address
-        endpoint = settings.endpoint(other) if other else settings.own_endpoint(own_address)
+        endpoint = settings.endpoint("learner") if settings.learner_address else settings.own_endpoint(own_address)
         return await LearnerClient.create(endpoint, run_id, run_id, spec, notice)
 
-    env = env_replicas.connect(
-        settings.endpoint(settings.env_address), lost_seconds=settings.lost_seconds, on_outage=notice
-    )
-    policy = policy_replicas.connect(
-        settings.endpoint(settings.policy_address), admin_token=settings.admin_token, on_outage=notice
-    )
-    memory = MemoryClient(settings.endpoint(settings.memory_address), on_outage=notice)
+    env = env_replicas.connect(settings.endpoint("env"), lost_seconds=settings.lost_seconds, on_outage=notice)
+    policy = policy_replicas.connect(settings.endpoint("policy"), on_outage=notice)
+    memory = MemoryClient(settings.endpoint("memory"), on_outage=notice)
     try:
         upload = policy.upload_weights if settings.weights_transfer == "upload" else None
         services = ServicePorts(env, policy, memory, open_learner, upload)

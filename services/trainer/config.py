@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from mulligan.common.access import AccessRole
 from mulligan.common.addresses import Addresses, one_server
 from mulligan.common.channel import Endpoint
-from mulligan.common.config import ServiceSettings
+from mulligan.common.config import ClientTokenFile, ServiceSettings
 from mulligan.trainer.learner.settings import LearnerServerSettings
 
 ServerAddress = Annotated[str, AfterValidator(one_server)]
@@ -38,10 +38,18 @@ class TrainerSettings(ServiceSettings):
     )
     memory_address: ServerAddress = Field("127.0.0.1:50053", description="The memory service.")
     learner_address: str = Field("", description="Another trainer's LearnerService; this process's own when empty.")
-    client_token: SecretStr | None = Field(None, description="Sent to the other services as Bearer token.")
-    client_token_file: Path | None = Field(None, description="File that holds `client_token`.")
-    policy_admin_token: SecretStr | None = Field(None, description="Sent to PolicyAdminService as Bearer token.")
-    policy_admin_token_file: Path | None = Field(None, description="File that holds `policy_admin_token`.")
+    env_token_file: ClientTokenFile | None = Field(
+        None, description="Its first line is the token that the env service gets: of the role actor."
+    )
+    policy_token_file: ClientTokenFile | None = Field(
+        None, description="Likewise for the policy service: of the role trainer."
+    )
+    memory_token_file: ClientTokenFile | None = Field(
+        None, description="Likewise for the memory service: of the role trainer."
+    )
+    learner_token_file: ClientTokenFile | None = Field(
+        None, description="Likewise for the trainer at `learner_address`: of the role trainer."
+    )
     outage_seconds: float = Field(120.0, gt=0, description="How long a service may be away before a run fails.")
     lost_seconds: float = Field(
         10.0, ge=0, description="How long one of several env servers may be away before its episodes count as lost."
@@ -54,7 +62,9 @@ class TrainerSettings(ServiceSettings):
         0, ge=0, description="Of torch on the CPU, per process; 0: half of the cores in all, as the policy's."
     )
     microbatch_tokens: int = Field(
-        0, ge=0, description="Tokens that a process of the learner computes at once; 0: 768 on a CPU, 4096 on a GPU."
+        0,
+        ge=0,
+        description="Tokens that a process of the learner computes at once; 0: 768 on a CPU, 4096 on a GPU.",
     )
     gradient_checkpointing: bool = Field(
         False, description="The learner's backward pass computes activations again: less memory, more time."
@@ -83,23 +93,24 @@ class TrainerSettings(ServiceSettings):
             keep_weights=self.keep_weights,
         )
 
-    @property
-    def admin_token(self) -> str | None:
-        return self.policy_admin_token.get_secret_value() if self.policy_admin_token else None
-
-    def endpoint(self, address: str) -> Endpoint:
+    def endpoint(self, service: Literal["env", "policy", "memory", "learner"]) -> Endpoint:
         """Another service's."""
         return Endpoint(
-            address,
-            token=self.client_token.get_secret_value() if self.client_token else None,
+            getattr(self, f"{service}_address"),
+            token_file=getattr(self, f"{service}_token_file"),
             outage_seconds=self.outage_seconds,
             max_message_bytes=self.max_message_bytes,
         )
 
     def own_endpoint(self, address: str) -> Endpoint:
         """This process's, as it protects itself."""
-        token = self.token.get_secret_value() if self.token else None
-        return replace(self.endpoint(address), token=token, tls_ca=self.tls_certificate)
+        return Endpoint(
+            address,
+            token=self.tokens.issue(AccessRole.TRAINER) if self.tokens is not None else None,
+            tls_ca=self.tls_certificate,
+            outage_seconds=self.outage_seconds,
+            max_message_bytes=self.max_message_bytes,
+        )
 
 
 def _processes_of_torchrun() -> int:

@@ -45,12 +45,12 @@ def services(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def test_every_service_of_ours_is_locked_down(services: dict[str, Any]) -> None:
-    assert set(services) >= {*OURS, "credentials"}
-    for name in (*OURS, "credentials"):
+    assert set(services) >= {*OURS, "tokens"}
+    for name in (*OURS, "tokens"):
         service = services[name]
         assert service["read_only"] and service["init"] and service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges"] and "privileged" not in service, name
-        assert name == "credentials" or int(service["mem_limit"]) > 0, name
+        assert name == "tokens" or int(service["mem_limit"]) > 0, name
 
 
 def test_ports_are_open_to_this_machine_alone(services: dict[str, Any]) -> None:
@@ -61,8 +61,10 @@ def test_ports_are_open_to_this_machine_alone(services: dict[str, Any]) -> None:
 def test_no_credential_is_in_a_variable(services: dict[str, Any]) -> None:
     for name, service in services.items():
         for variable, value in (service.get("environment") or {}).items():
-            assert not ("TOKEN" in variable or "KEY" in variable) or variable.endswith("_FILE"), (name, variable)
-            assert "token" not in str(value).lower(), (name, variable)
+            if "TOKEN" in variable or "KEY" in variable:
+                assert variable.endswith(("_FILE", "_FOLDER")) and value.startswith("/run/"), (name, variable)
+            else:
+                assert "token" not in str(value).lower(), (name, variable)
 
 
 def test_what_must_last_is_in_a_volume() -> None:
@@ -71,11 +73,21 @@ def test_what_must_last_is_in_a_volume() -> None:
         name: {volume["target"]: volume.get("source") for volume in read["services"][name].get("volumes", [])}
         for name in OURS
     }
-    assert targets["memory"] == {"/data/memory": "memory"}
+    assert targets["memory"] == {"/data/memory": "memory", "/run/tokens": "tokens"}
     assert {"/data/runs", "/data/checkpoints", "/data/weights"} <= set(targets["trainer"])
     assert targets["policy"]["/data/weights"] == targets["trainer"]["/data/weights"] == "weights"
     assert targets["policy"]["/data/policy"] == "policy"
     assert set(read["volumes"]) == {source for each in targets.values() for source in each.values()}
+
+
+def test_env_has_tokens_of_its_own(services: dict[str, Any]) -> None:
+    """It runs the code of environments, which could read what it is given."""
+    assert [volume["target"] for volume in services["env"]["volumes"]] == ["/run/env-tokens"]
+    for name in OURS:
+        folder = services[name]["environment"][f"MULLIGAN_{name.upper()}_TOKENS_FOLDER"]
+        assert folder == ("/run/env-tokens" if name == "env" else "/run/tokens")
+        assert folder in {volume["target"] for volume in services[name]["volumes"]}
+        assert services[name]["depends_on"]["tokens"]["condition"] == "service_completed_successfully"
 
 
 def test_a_replica_shares_no_state_and_no_port() -> None:

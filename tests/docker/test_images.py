@@ -11,7 +11,6 @@ from uuid import uuid4
 
 import pytest
 
-from mulligan.common.channel import Endpoint
 from mulligan.common.reflections import Provenance
 from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient
@@ -43,12 +42,13 @@ print(lake.start(task.task_id).step("```Down```").observation)
 """
 SPREAD = """
 import asyncio
+from pathlib import Path
 from mulligan.common.channel import Endpoint
 from mulligan.common.types import Split
 from mulligan.env.replicas import connect
 
 async def main():
-    env = connect(Endpoint("dns:///env:50051"))
+    env = connect(Endpoint("dns:///env:50051", token_file=Path("/run/env-tokens/actor")))
     (task,) = await env.list_tasks("frozenlake", Split.TEST, 1)
     episodes = [await env.start("frozenlake", task.task_id, f"spread-{number}") for number in range(64)]
     steps = await asyncio.gather(*(episode.step("```Down```") for episode in episodes))
@@ -74,7 +74,7 @@ def service(request: pytest.FixtureRequest) -> str:
 
 
 async def test_an_episode_is_played_across_the_wall(running: Project) -> None:
-    client = EnvClient(Endpoint(running.address("env")))
+    client = EnvClient(running.endpoint("env"))
     names = {info.name: info.unavailable for info in await client.list_environments()}
     installed = {name for name, problem in names.items() if not problem}
     assert {"frozenlake", "frozenlake-3x3", "sokoban", "hotpotqa"} <= installed
@@ -102,7 +102,7 @@ def test_episodes_spread_over_the_replicas_that_a_name_stands_for(running: Proje
 
 
 async def test_a_new_container_has_what_the_old_one_kept(running: Project) -> None:
-    client = MemoryClient(Endpoint(running.address("memory")))
+    client = MemoryClient(running.endpoint("memory"))
     origin = Provenance("run", "experience", "frozenlake", "train/00001", 3, 0.0, 1.0, True)
     before = [await client.add("first", "scope", "A is the player", origin)]
     running.run("restart", "memory")

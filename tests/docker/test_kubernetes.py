@@ -104,6 +104,18 @@ def test_addresses_are_those_of_services() -> None:
     assert found == 5
 
 
+def test_env_has_tokens_of_its_own() -> None:
+    """It runs the code of environments, which could read what it is given."""
+    secrets = {
+        name: {
+            v["secret"]["secretName"] for v in workload(name)["spec"]["template"]["spec"]["volumes"] if "secret" in v
+        }
+        for name in SETTINGS
+    }
+    own, others = {"mulligan-env"}, {"mulligan"}
+    assert secrets == {"env": own, "policy": others, "memory": others, "trainer": own | others}
+
+
 def test_no_secret_is_in_the_manifests() -> None:
     assert not [manifest for manifest in MANIFESTS if manifest["kind"] == "Secret"]
     assert not KUSTOMIZATION.get("secretGenerator")

@@ -16,10 +16,12 @@ from typer.testing import CliRunner, Result
 
 from mulligan.cli.app import app
 from mulligan.cli.recipes import RECIPES, recipe_file
+from mulligan.common.access import AccessRole
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.journal import journaled_steps, read_experiences
 from tests.support.llama_model import write_llama_model
 from tests.support.paths import IMPORT_ROOTS, ROOT
+from tests.support.tokens import token_of, write_tokens
 
 TINY = [
     *("--set", "steps=3", "--set", "rollout.tasks_per_step=4", "--set", "rollout.rollouts_per_task=2"),
@@ -137,10 +139,10 @@ def test_an_address_that_cannot_be_called_is_said_without_trying_again(
 
 
 def test_policies_are_looked_after(services: ServiceProcesses, tmp_path: Path) -> None:
-    address = services.start("policy", threads=1, models_folder=tmp_path, admin_token="secret").address
+    address = services.start("policy", threads=1, models_folder=tmp_path, tokens_folder=write_tokens(tmp_path)).address
 
-    def call(*arguments: str, token: str = "secret") -> Result:
-        environment = {"MULLIGAN_CLI_POLICY": address, "MULLIGAN_CLI_ADMIN_TOKEN": token, "COLUMNS": "200"}
+    def call(*arguments: str, token: str = token_of(AccessRole.ADMIN)) -> Result:
+        environment = {"MULLIGAN_CLI_POLICY": address, "MULLIGAN_CLI_TOKEN": token, "COLUMNS": "200"}
         return CliRunner().invoke(app, ["policy", *arguments], env=environment)
 
     def said(*arguments: str) -> str:
@@ -148,7 +150,7 @@ def test_policies_are_looked_after(services: ServiceProcesses, tmp_path: Path) -
         assert result.exit_code == 0, result.output + str(result.exception)
         return result.output
 
-    def refused(*arguments: str, token: str = "secret") -> str:
+    def refused(*arguments: str, token: str = token_of(AccessRole.ADMIN)) -> str:
         result = call(*arguments, token=token)
         assert result.exit_code in (1, 2) and "Traceback" not in result.output
         return str(result.output)
@@ -170,5 +172,6 @@ def test_policies_are_looked_after(services: ServiceProcesses, tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     assert "UNSUPPORTED_MODEL" in refused("load", "actor", "--model", str(tmp_path / "empty"))
     assert "BAD_CREDENTIAL" in refused("load", "actor", "--model", "embedded", token="guess")
+    assert "needs a token with the role admin" in refused("unload", "other", token=token_of(AccessRole.TRAINER))
     assert "expected NAME=VALUE" in refused("load", "actor", "--model", "embedded", "--set", "context_length")
     assert "embedded" in said("show"), "what was refused changed nothing"

@@ -8,6 +8,7 @@ from uuid import uuid4
 
 import pytest
 
+from mulligan.common.access import AccessRole
 from mulligan.common.channel import Endpoint
 from mulligan.common.experience import Sample
 from mulligan.common.inference import Message, Role, SamplingParams, StopReason
@@ -21,6 +22,7 @@ from mulligan.trainer.harness import Harness
 from tests.support.certificate import write_key_pair
 from tests.support.examples import Program, go
 from tests.support.playing import play_episode
+from tests.support.tokens import token_of, write_tokens
 
 pytestmark = pytest.mark.timeout(300)  # builds and a run, on a machine that may be busy
 
@@ -99,10 +101,10 @@ async def test_it_starts_a_run_and_watches_it_through_a_restart(client: Program,
 
 def test_it_sends_the_token_and_speaks_tls(client: Program, services: ServiceProcesses, tmp_path: Path) -> None:
     key, certificate = write_key_pair(tmp_path)
-    env = services.start("env", token="open sesame", tls_key=key, tls_certificate=certificate)
+    env = services.start("env", tokens_folder=write_tokens(tmp_path), tls_key=key, tls_certificate=certificate)
     play = ("play", "--env", env.address, "--ca", str(certificate), "--environment", "nowhere")
     assert "error: BAD_CREDENTIAL: " in client.refusal(*play)
-    assert "error: no environment" in client.refusal(*play, MULLIGAN_CLI_TOKEN="open sesame")
+    assert "error: no environment" in client.refusal(*play, MULLIGAN_CLI_TOKEN=token_of(AccessRole.READER))
 
 
 def test_it_tells_how_it_is_used(client: Program) -> None:

@@ -136,7 +136,8 @@ def test_the_committed_page_is_what_the_generator_writes() -> None:
 def test_a_page_that_is_not_fresh_is_noticed(tmp_path: Path) -> None:
     proto = changed(tmp_path, "// How many steps the episode has played.", "// How many steps it has played.")
     (tmp_path / "docs").mkdir()
-    shutil.copyfile(ROOT / "docs" / "contracts.md", tmp_path / "docs" / "contracts.md")
+    for name in ("contracts.md", "security.md"):
+        shutil.copyfile(ROOT / "docs" / name, tmp_path / "docs" / name)
     command = [sys.executable, str(proto / "document.py")]
     stale = subprocess.run([*command, "--check"], capture_output=True, text=True, check=False)
     assert stale.returncode == 1 and "make proto" in stale.stderr

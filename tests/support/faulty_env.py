@@ -70,7 +70,7 @@ async def served(kind: type[Faulty] = NoFault, *, guarded: bool = True, healthy:
     workers = WorkerPool(4, 30.0, 4)
     environment = load_or_explain("dice", kind.table)
     table = EpisodeTable({"dice": environment}, workers, EpisodeLimits(lease_seconds=kind.lease_seconds))
-    server = grpc.aio.server(interceptors=[RequestInterceptor({})] if guarded else [])
+    server = grpc.aio.server(interceptors=[RequestInterceptor()] if guarded else [])
     pb_grpc.add_EnvServiceServicer_to_server(kind(table), server)
     status = health_pb2.HealthCheckResponse.SERVING if healthy else health_pb2.HealthCheckResponse.NOT_SERVING
     checks = health.aio.HealthServicer()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from pydantic import SecretStr
 
+from mulligan.common.access import AccessRole
 from mulligan.common.channel import Endpoint
 from mulligan.common.server import RequestInterceptor
 from mulligan.policy.client import PolicyClient
@@ -18,7 +18,8 @@ from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend, create_backend
 from mulligan.policy.policies import Policies
-from mulligan.policy.servicer import add_to_server, credentials
+from mulligan.policy.servicer import add_to_server
+from tests.support.tokens import token_of
 
 
 @dataclass
@@ -43,22 +44,15 @@ async def serving(
 ) -> AsyncIterator[Serving]:
     chosen = PolicySettings.model_validate({"model": str(model), "threads": 1} | settings)
     policies = await Policies.open(chosen, create)
-    server = grpc.aio.server(interceptors=[RequestInterceptor({"": chosen.token, **credentials(chosen)})])
+    server = grpc.aio.server(interceptors=[RequestInterceptor(chosen.tokens)])
     add_to_server(server, policies)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
-    client = PolicyClient(
-        Endpoint(address, token=_secret(chosen.token), outage_seconds=0),
-        admin_token=_secret(chosen.admin_token),
-        timeout=30,
-    )
+    token = token_of(AccessRole.ADMIN) if chosen.tokens is not None else None
+    client = PolicyClient(Endpoint(address, token=token, outage_seconds=0), timeout=30)
     try:
         yield Serving(address, policies, client)
     finally:
         await client.close()
         await server.stop(None)
         await policies.close()
-
-
-def _secret(token: SecretStr | None) -> str | None:
-    return token.get_secret_value() if token is not None else None

@@ -19,7 +19,7 @@ from mulligan.policy.backend import Scored
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
 from mulligan.policy.replicas import PolicyReplicas, connect
-from mulligan.policy.servicer import add_to_server, credentials
+from mulligan.policy.servicer import add_to_server
 from mulligan.testing.weights import sha256
 from tests.support.scripted import Opened, ScriptedBackend
 
@@ -64,7 +64,7 @@ class PolicyServer:
         )
         self.policies = await Policies.open(chosen, self.opened.create)
         options = [("grpc.so_reuseport", 0)]
-        interceptor = RequestInterceptor({"": chosen.token, **credentials(chosen)})
+        interceptor = RequestInterceptor(chosen.tokens)
         self._server = grpc.aio.server(interceptors=[interceptor], options=options)
         add_to_server(self._server, self.policies)
         port = self._server.add_insecure_port(self.address)

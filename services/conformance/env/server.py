@@ -150,5 +150,6 @@ async def bad_forks(session: CheckSession) -> None:
 
 
 common.add_credential(suite, "ListEnvironments", NOTHING)
+common.add_roles(suite, "EndEpisode", pb.EndEpisodeRequest(episode_id="no-such-episode"))
 common.add_health(suite)
 common.add_reflection(suite, "mulligan.env.v1.EnvService")

@@ -52,7 +52,7 @@ async def changes(session: CheckSession) -> None:
 async def actors(session: CheckSession) -> None:
     scope = await with_evidence(session)
     request = scope.request("request")
-    metadata = (*session.target.metadata("AddReflection"), ("mulligan-actor", "conformance"))
+    metadata = (*session.target.metadata, ("mulligan-actor", "conformance"))
     added = await session.attempt("AddReflection", request, metadata=metadata)
     if isinstance(added, Refusal):
         raise Violation("this call is answered", added, request)

@@ -29,12 +29,10 @@ _FOREIGN = _safetensors(
 
 
 async def available(served: Served) -> None:
-    """Raises NotApplicable if the caller has no access to PolicyAdminService."""
-    answer = await served.session.attempt(
-        "ListVersions", pb.ListVersionsRequest(policy=served.policy.name, page_size=1)
-    )
-    if isinstance(answer, Refusal) and answer.code == "UNAUTHENTICATED":
-        raise NotApplicable("the administration wants a token of its own (MULLIGAN_CLI_ADMIN_TOKEN)")
+    """Raises NotApplicable if the caller may not administer."""
+    answer = await served.session.attempt("UnloadModel", pb.UnloadModelRequest(policy="no-such-policy"))
+    if isinstance(answer, Refusal) and answer.code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        raise NotApplicable("this needs a token of the role admin (MULLIGAN_CLI_TOKEN)")
 
 
 @suite.check("ListVersions", "page by page it lists the versions, newest first")

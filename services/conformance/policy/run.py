@@ -13,14 +13,9 @@ from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_grpc
 from mulligan.policy.v1 import policy_service_pb2 as pb
 from mulligan.policy.v1 import policy_service_pb2_grpc as pb_grpc
 
-_ADMIN = (
-    *("LoadModel", "UnloadModel", "UploadWeights", "UpdateWeights", "ListVersions", "Rollback"),
-    *("ReleaseMemory", "ResumeMemory"),
-)
-
 
 def target(address: str, **options: Any) -> Target:
-    return Target(address, pb_grpc.PolicyServiceStub, admin_grpc.PolicyAdminServiceStub, admin=_ADMIN, **options)
+    return Target(address, pb_grpc.PolicyServiceStub, admin_grpc.PolicyAdminServiceStub, **options)
 
 
 async def check(

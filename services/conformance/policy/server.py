@@ -7,8 +7,9 @@ from uuid import uuid4
 
 from mulligan.conformance import common
 from mulligan.conformance.policy.served import user
-from mulligan.conformance.report import NotApplicable, Suite, demand
+from mulligan.conformance.report import Suite, demand
 from mulligan.conformance.target import CheckSession, all_pages, as_demanded
+from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_service_pb2 as pb
 
 suite: Suite[CheckSession] = Suite()
@@ -73,20 +74,7 @@ async def long_name(session: CheckSession) -> None:
     await session.bad_field("GetPolicy", pb.GetPolicyRequest(policy="p" * 201), "policy")
 
 
-@suite.check("PolicyAdminService", "without the administrator's token a call is UNAUTHENTICATED BAD_CREDENTIAL")
-async def admin_credential(session: CheckSession) -> None:
-    from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
-
-    if not session.target.admin_token:
-        raise NotApplicable("no token of the administrator was given (MULLIGAN_CLI_ADMIN_TOKEN)")
-    request = admin_pb.ListVersionsRequest()
-    others = [(), (("authorization", "Bearer of-nothing"),)]
-    others += [(("authorization", f"Bearer {session.target.token}"),)] if session.target.token else []
-    for metadata in others:
-        answer = await session.attempt("ListVersions", request, metadata=metadata)
-        as_demanded(answer, request, "UNAUTHENTICATED", "BAD_CREDENTIAL")
-
-
 common.add_credential(suite, "GetPolicy", DEFAULT)
+common.add_roles(suite, "UnloadModel", admin_pb.UnloadModelRequest(policy="no-such-policy"))
 common.add_health(suite)
 common.add_reflection(suite, "mulligan.policy.v1.PolicyService", "mulligan.policy.v1.PolicyAdminService")

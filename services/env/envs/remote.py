@@ -65,7 +65,7 @@ class Settings:
     @property
     def endpoint(self) -> Endpoint:
         token = os.environ[self.token_env] if self.token_env else None
-        return Endpoint(self.address, token, self.tls_ca, self.tls, outage_seconds=self.outage_seconds)
+        return Endpoint(self.address, token=token, tls_ca=self.tls_ca, tls=self.tls, outage_seconds=self.outage_seconds)
 
 
 class Remote:

@@ -26,12 +26,11 @@ if _version_not_supported:
 
 
 class PolicyAdminServiceStub:
-    """Administration of models and weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's
-    metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
-    every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
-    Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION FOLDER_REMOVED,
-    metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    """Administration of models and weights. Errors as in PolicyService; where the server has tokens, these calls need
+    greater roles. Every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights,
+    UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
+    (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
+    FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     """
 
     def __init__(self, channel):
@@ -83,12 +82,11 @@ class PolicyAdminServiceStub:
 
 
 class PolicyAdminServiceServicer:
-    """Administration of models and weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's
-    metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
-    every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
-    Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION FOLDER_REMOVED,
-    metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    """Administration of models and weights. Errors as in PolicyService; where the server has tokens, these calls need
+    greater roles. Every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights,
+    UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
+    (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
+    FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     """
 
     def LoadModel(self, request, context):
@@ -238,12 +236,11 @@ def add_PolicyAdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PolicyAdminService:
-    """Administration of models and weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's
-    metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
-    every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
-    Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION FOLDER_REMOVED,
-    metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    """Administration of models and weights. Errors as in PolicyService; where the server has tokens, these calls need
+    greater roles. Every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights,
+    UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
+    (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
+    FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     """
 
     @staticmethod

@@ -13,12 +13,11 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PolicyAdminServiceStub:
-    """Administration of models and weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's
-    metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
-    every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
-    Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION FOLDER_REMOVED,
-    metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    """Administration of models and weights. Errors as in PolicyService; where the server has tokens, these calls need
+    greater roles. Every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights,
+    UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
+    (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
+    FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -86,12 +85,11 @@ class PolicyAdminServiceStub:
     """Takes the memory again, loads the version that serves, and goes on. Idempotent."""
 
 class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Administration of models and weights. Guarded by a credential of its own: `authorization: Bearer TOKEN` in the call's
-    metadata when the server has an admin token (UNAUTHENTICATED BAD_CREDENTIAL otherwise). Errors as in PolicyService;
-    every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights, UpdateWeights,
-    Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes` (0: unknown):
-    nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION FOLDER_REMOVED,
-    metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    """Administration of models and weights. Errors as in PolicyService; where the server has tokens, these calls need
+    greater roles. Every call can return NOT_FOUND UNKNOWN_POLICY. What writes (LoadModel, UnloadModel, UploadWeights,
+    UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
+    (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
+    FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
     """
 
     @_abc_1.abstractmethod

@@ -27,8 +27,10 @@ class PolicyServiceStub:
     - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
       with INTERNAL themselves, before a server sees them;
     - NOT_FOUND UNKNOWN_POLICY;
-    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has tokens, and the call's metadata has none of them as
       `authorization: Bearer TOKEN`;
+    - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
+      `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - UNAVAILABLE ENGINE_UNAVAILABLE, with a RetryInfo: no engine of the policy answers;
@@ -91,8 +93,10 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
       with INTERNAL themselves, before a server sees them;
     - NOT_FOUND UNKNOWN_POLICY;
-    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has tokens, and the call's metadata has none of them as
       `authorization: Bearer TOKEN`;
+    - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
+      `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - UNAVAILABLE ENGINE_UNAVAILABLE, with a RetryInfo: no engine of the policy answers;

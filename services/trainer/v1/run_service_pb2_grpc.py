@@ -34,8 +34,10 @@ class RunServiceStub:
     - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
     - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
     with INTERNAL themselves, before a server sees them;
-    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has tokens, and the call's metadata has none of them as
     `authorization: Bearer TOKEN`;
+    - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
+    `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
@@ -108,8 +110,10 @@ class RunServiceServicer:
     - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
     - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
     with INTERNAL themselves, before a server sees them;
-    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has tokens, and the call's metadata has none of them as
     `authorization: Bearer TOKEN`;
+    - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
+    `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
@@ -269,8 +273,10 @@ class RunService:
     - INVALID_ARGUMENT INVALID_FIELD: metadata `field` and `expected`;
     - INVALID_ARGUMENT MALFORMED_MESSAGE: the bytes are not a message of the call. Some gRPC libraries answer such bytes
     with INTERNAL themselves, before a server sees them;
-    - UNAUTHENTICATED BAD_CREDENTIAL: the server has a token, and the call's metadata does not have it as
+    - UNAUTHENTICATED BAD_CREDENTIAL: the server has tokens, and the call's metadata has none of them as
     `authorization: Bearer TOKEN`;
+    - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
+    `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or

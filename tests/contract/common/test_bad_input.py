@@ -168,7 +168,7 @@ async def test_weights_of_another_model(policy: Running, tmp_path: Path) -> None
 @pytest.fixture
 async def learner(tmp_path: Path) -> AsyncIterator[learner_grpc.LearnerServiceStub]:
     servicer = LearnerServicer(server_settings(tmp_path))
-    server = grpc.aio.server(interceptors=[RequestInterceptor({})])
+    server = grpc.aio.server(interceptors=[RequestInterceptor()])
     learner_grpc.add_LearnerServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

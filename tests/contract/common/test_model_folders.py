@@ -240,7 +240,7 @@ async def test_whatever_a_library_raises_is_told_and_nothing_stops(
 
 async def test_a_trainer_says_which_file_is_wrong(tmp_path: Path) -> None:
     servicer = LearnerServicer(server_settings(tmp_path))
-    server = grpc.aio.server(interceptors=[RequestInterceptor({})])
+    server = grpc.aio.server(interceptors=[RequestInterceptor()])
     pb_grpc.add_LearnerServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

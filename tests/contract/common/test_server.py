@@ -14,14 +14,15 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from pydantic import SecretStr
 
+from mulligan.common.access import AccessRole
 from mulligan.common.channel import Endpoint
 from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.healthcheck import main as check_health
 from mulligan.common.server import RequestInterceptor, serve
 from mulligan.common.status import from_rpc_error
+from mulligan.common.tokens import KnownTokens, bearer
 from mulligan.common.types import Split
 from mulligan.env.client import EnvClient
 from mulligan.env.envs import DEFAULT_ENVIRONMENTS
@@ -31,6 +32,7 @@ from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_pb_grpc
 from mulligan.testing.processes import ProcessFailed, ServiceProcess, ServiceProcesses
 from tests.support.certificate import write_key_pair
+from tests.support.tokens import token_of, write_tokens
 from tests.support.waiting import until
 
 AWKWARD = {"awkward": {"kind": "tests.support.environments"}}
@@ -120,20 +122,28 @@ async def test_an_oversized_message_is_refused_and_harms_nobody(client: EnvClien
     assert fine.observation == "1: x"
 
 
-async def test_calls_need_the_token_and_probes_do_not(services: ServiceProcesses, server: ServiceProcess) -> None:
-    guarded = services.start("env", token="hunter2")
+async def test_calls_need_a_token_and_probes_do_not(services: ServiceProcesses, tmp_path: Path) -> None:
+    folder = write_tokens(tmp_path)
+    guarded = services.start("env", tokens_folder=folder)
     assert guarded.is_healthy(SERVICE)
-    for token in (None, "hunter3", ""):
+    for token in (None, "a-token-of-nobody-here", ""):
         client = EnvClient(Endpoint(guarded.address, token=token))
         with pytest.raises(DomainError) as caught:
             await client.list_environments()
         assert caught.value.reason is Reason.BAD_CREDENTIAL
         await client.close()
-    client = EnvClient(Endpoint(guarded.address, token="hunter2"))
+    client = EnvClient(Endpoint(guarded.address, token_file=folder / AccessRole.READER))
+    assert len(await client.list_environments()) == len(DEFAULT_ENVIRONMENTS)
+    with pytest.raises(DomainError, match="EnvService/StartEpisode needs a token with the role actor") as caught:
+        await client.start("frozenlake", "test/0", "an-episode")
+    assert caught.value.reason is Reason.INSUFFICIENT_ROLE
+    assert caught.value.metadata == {"role": "reader", "needed_role": "actor"}
+    assert requests_logged(guarded, status="OK")
+    assert requests_logged(guarded, status="PERMISSION_DENIED", reason="INSUFFICIENT_ROLE")
+    (folder / AccessRole.READER).write_text("the-next-token-of-a-reader\n")  # read again by both
     assert len(await client.list_environments()) == len(DEFAULT_ENVIRONMENTS)
     await client.close()
-    assert requests_logged(guarded, status="OK")
-    assert "hunter" not in guarded.log
+    assert "token-of" not in guarded.log and "the-next" not in guarded.log
 
 
 @pytest.fixture
@@ -304,9 +314,10 @@ def chunk(content: bytes) -> admin_pb.UploadWeightsRequest:
 
 
 @asynccontextmanager
-async def collecting(**settings: Any) -> AsyncIterator[tuple[Collecting, grpc.aio.Channel]]:
+async def collecting(folder: Path, **settings: Any) -> AsyncIterator[tuple[Collecting, grpc.aio.Channel]]:
     servicer = Collecting()  # type: ignore[abstract]  # the other calls are not made
-    server = grpc.aio.server(interceptors=[RequestInterceptor({"": SecretStr("open sesame")}, **settings)])
+    tokens = KnownTokens(write_tokens(folder, AccessRole.TRAINER))
+    server = grpc.aio.server(interceptors=[RequestInterceptor(tokens, **settings)])
     admin_pb_grpc.add_PolicyAdminServiceServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
@@ -316,10 +327,10 @@ async def collecting(**settings: Any) -> AsyncIterator[tuple[Collecting, grpc.ai
 
 
 async def upload(
-    channel: grpc.aio.Channel, *requests: admin_pb.UploadWeightsRequest, token: str = "open sesame"
+    channel: grpc.aio.Channel, *requests: admin_pb.UploadWeightsRequest, token: str = token_of(AccessRole.TRAINER)
 ) -> str:
     stub = admin_pb_grpc.PolicyAdminServiceStub(channel)
-    call = stub.UploadWeights(iter(requests), metadata=(("authorization", f"Bearer {token}"),))
+    call = stub.UploadWeights(iter(requests), metadata=bearer(token))
     return str((await call).uri)
 
 
@@ -331,8 +342,8 @@ async def upload_fails(channel: grpc.aio.Channel, *requests: Any, **options: str
     return error
 
 
-async def test_a_call_that_streams_its_requests_goes_through_all_that_others_do() -> None:
-    async with collecting() as (servicer, channel):
+async def test_a_call_that_streams_its_requests_goes_through_all_that_others_do(tmp_path: Path) -> None:
+    async with collecting(tmp_path) as (servicer, channel):
         assert await upload(channel, HEADER, chunk(b"a"), chunk(b"b")) == "3"
         servicer.read = 0
         assert (await upload_fails(channel, HEADER, token="wrong")).reason is Reason.BAD_CREDENTIAL
@@ -347,15 +358,15 @@ async def test_a_call_that_streams_its_requests_goes_through_all_that_others_do(
         assert caught.value.code() is grpc.StatusCode.INTERNAL and from_rpc_error(caught.value) is None
 
 
-async def test_a_stream_of_requests_has_a_deadline_and_may_break_off() -> None:
-    async with collecting(default_deadline=0.2) as (servicer, channel):
+async def test_a_stream_of_requests_has_a_deadline_and_may_break_off(tmp_path: Path) -> None:
+    async with collecting(tmp_path, default_deadline=0.2) as (servicer, channel):
 
         async def endless() -> AsyncIterator[admin_pb.UploadWeightsRequest]:
             yield HEADER
             await asyncio.sleep(3600)
 
         stub = admin_pb_grpc.PolicyAdminServiceStub(channel)
-        metadata = (("authorization", "Bearer open sesame"),)
+        metadata = bearer(token_of(AccessRole.TRAINER))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.UploadWeights(endless(), metadata=metadata)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from mulligan.common.access import AccessRole
 from mulligan.conformance.env.game import EnvOptions
 from mulligan.conformance.env.run import check as check_env
 from mulligan.conformance.env.run import target as env_target
@@ -31,6 +32,7 @@ from tests.support.endpoint import MODELS, Asked, Reply, answer, delta, scripted
 from tests.support.faulty_proxy import Fault, between, faults
 from tests.support.paths import IMPORT_ROOTS, ROOT
 from tests.support.policy import serving
+from tests.support.tokens import token_of, write_tokens
 
 DICE = EnvOptions(actions=40, known=("1", "3", "5", "6"))
 
@@ -80,20 +82,25 @@ def test_a_server_with_tokens_conforms_and_refuses_others(
     services: ServiceProcesses, tmp_path: Path, service: str
 ) -> None:
     settings: dict[str, Any] = {"database": tmp_path / "memory.sqlite"} if service == "memory" else {}
-    address = services.start(service, token="sesame", **settings).address
-    status, report, _ = command(service, "--target", address, "--only", "UNAUTHENTICATED", MULLIGAN_CLI_TOKEN="sesame")
-    assert status == 0 and len(titles(report, Verdict.PASSED)) == 1
+    address = services.start(service, tokens_folder=write_tokens(tmp_path), **settings).address
+    known = {"MULLIGAN_CLI_TOKEN": token_of(AccessRole.ADMIN), "MULLIGAN_CLI_READER_TOKEN": token_of(AccessRole.READER)}
+    for only in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        status, report, _ = command(service, "--target", address, "--only", only, **known)
+        assert status == 0 and len(titles(report, Verdict.PASSED)) == 1
     status, _, errors = command(service, "--target", address, MULLIGAN_CLI_TOKEN="")
-    assert status == 2 and "it wants a token" in errors and "sesame" not in errors
+    assert status == 2 and "it wants a token" in errors and token_of(AccessRole.ADMIN) not in errors
 
 
-async def test_an_administration_with_a_token_of_its_own_conforms() -> None:
-    async with serving(token="sesame", admin_token="open") as served:
-        target = policy.target(served.address, token="sesame", admin_token="open")
-        report = await policy.check(target, PolicyOptions(), only="UNAUTHENTICATED")
+async def test_a_policy_with_roles_conforms(tmp_path: Path) -> None:
+    async with serving(tokens_folder=write_tokens(tmp_path)) as served:
+        target = policy.target(
+            served.address, token=token_of(AccessRole.ADMIN), reader_token=token_of(AccessRole.READER)
+        )
+        for only in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            report = await policy.check(target, PolicyOptions(), only=only)
+            assert [result.verdict for result in report.results] == [Verdict.PASSED], report.problems()
         await target.close()
-        assert [result.verdict for result in report.results] == [Verdict.PASSED] * 2, report.problems()
-        target = policy.target(served.address, token="sesame")
+        target = policy.target(served.address, token=token_of(AccessRole.TRAINER))
         report = await policy.check(target, PolicyOptions(), only="ListVersions")
         await target.close()
     assert {result.verdict for result in report.results} == {Verdict.NOT_APPLICABLE}, "it wants another token"

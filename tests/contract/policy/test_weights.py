@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from mulligan.common.access import AccessRole
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import CallOptions, CanaryProbe, PublishedWeights, SamplingParams, WeightsKind
@@ -25,6 +26,7 @@ from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.weights import full_weights, load, plain_log_probs, sha256
 from tests.support.policy import serving
 from tests.support.policy_backends import WITH_WEIGHTS, Running, reference, restore, running
+from tests.support.tokens import token_of, write_tokens
 from tests.support.waiting import until
 
 PROMPT = list(range(7, 37))
@@ -295,27 +297,25 @@ async def test_updates_under_load_never_mix_versions(policy: Running, tmp_path: 
     assert versions == {0, 1, 2, 3}
 
 
-async def test_weights_have_a_credential_of_their_own(tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"weights_folder": tmp_path, "token": "everyone", "admin_token": "trainer"}
+async def test_new_weights_need_a_greater_role_than_samples(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"weights_folder": tmp_path, "tokens_folder": write_tokens(tmp_path)}
     async with serving(EMBEDDED, **settings) as policy:
         fingerprint = policy.backend.model.fingerprint
         weights = full_weights(tmp_path / "w", build_model(1).state_dict(), 1, fingerprint)
-        for endpoint_token, admin_token, allowed in (
-            (None, "trainer", (False, True)),
-            ("everyone", None, (True, False)),
-            ("trainer", "everyone", (False, False)),
-            ("everyone", "trainer", (True, True)),
+        client = PolicyClient(Endpoint(policy.address, token=token_of(AccessRole.ACTOR)))
+        assert (await client.generate(PROMPT, SamplingParams(max_tokens=1))).token_ids
+        for call, role in (
+            (partial(client.update_weights, weights), "trainer"),
+            (partial(client.rollback, 0), "admin"),
         ):
-            client = PolicyClient(Endpoint(policy.address, token=endpoint_token), admin_token=admin_token)
-            calls: list[Callable[[], Awaitable[object]]] = [client.info, partial(client.update_weights, weights)]
-            for call, ok in zip(calls, allowed, strict=True):
-                if ok:
-                    await call()
-                else:
-                    with pytest.raises(DomainError) as caught:
-                        await call()
-                    assert caught.value.reason is Reason.BAD_CREDENTIAL
-            await client.close()
+            with pytest.raises(DomainError) as caught:
+                await call()
+            assert caught.value.reason is Reason.INSUFFICIENT_ROLE
+            assert caught.value.metadata == {"role": "actor", "needed_role": role}
+        await client.close()
+        client = PolicyClient(Endpoint(policy.address, token=token_of(AccessRole.TRAINER)))
+        await client.update_weights(weights)
+        await client.close()
 
 
 async def test_a_restarted_service_asks_for_its_weights_again(tmp_path: Path, services: ServiceProcesses) -> None:

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
+from mulligan.common.access import AccessRole
 from mulligan.env.base import Split, UnknownTask
 from mulligan.env.config import EnvSettings
 from mulligan.memory.config import MemorySettings
@@ -17,6 +17,7 @@ from mulligan.memory.store import StoreError
 from mulligan.policy.config import PolicySettings
 from mulligan.trainer.config import TrainerSettings
 from tests.support.paths import IMPORT_ROOTS
+from tests.support.tokens import token_of, write_tokens
 
 
 @pytest.fixture
@@ -74,40 +75,32 @@ def test_an_environment_whose_packages_are_missing_is_listed_with_the_extra_that
         missing.start("train/00000")
 
 
-def test_a_secret_is_not_shown() -> None:
-    settings = EnvSettings.load(["--token", "hunter2"])
-    assert settings.token is not None
-    assert settings.token.get_secret_value() == "hunter2"
-    assert "hunter2" not in repr(settings)
-
-
-def test_a_secret_may_be_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "token"
-    file.write_text("hunter2\n")
-    monkeypatch.setenv("MULLIGAN_POLICY_ADMIN_TOKEN_FILE", str(file))
-    monkeypatch.setenv("MULLIGAN_TRAINER_POLICY_ADMIN_TOKEN_FILE", str(file))
-    policy = PolicySettings.load(["--token-file", str(file)])
-    trainer = TrainerSettings.load([])
-    assert policy.token == policy.admin_token == trainer.policy_admin_token == SecretStr("hunter2")
-    assert (trainer.token, trainer.client_token) == (None, None)
-    assert "hunter2" not in repr(policy) + repr(trainer)
+def test_tokens_are_in_files_alone(tmp_path: Path) -> None:
+    folder = write_tokens(tmp_path)
+    settings = TrainerSettings.load(
+        ["--tokens-folder", str(folder), "--policy-token-file", str(folder / AccessRole.TRAINER)]
+    )
+    assert settings.tokens is not None and settings.tokens is settings.tokens
+    assert settings.endpoint("policy").token_file == folder / AccessRole.TRAINER
+    assert settings.endpoint("env").token_file is None
+    assert token_of(AccessRole.TRAINER) not in repr(settings)
+    assert EnvSettings.load([]).tokens is None
+    for flag in ("--token", "--client-token", "--env-token"):
+        with pytest.raises(SystemExit):
+            TrainerSettings.load([flag, "a-token-that-all-could-see"])
 
 
 @pytest.mark.parametrize(
-    ("content", "flags", "message"),
+    ("flags", "message"),
     [
-        (None, [], "token_file: cannot be read"),
-        (" \n", [], "/token is empty"),
-        ("hunter2", ["--token", "hunter3"], "token and token_file exclude each other"),
+        (["--tokens-folder", "/no/such"], "tokens_folder: /no/such: cannot be read: No such file"),
+        (["--memory-token-file", "/no/such"], "/no/such: no such file"),
     ],
 )
-def test_a_bad_file_with_a_secret_is_named(
-    content: str | None, flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "token"
-    if content is not None:
-        file.write_text(content)
-    refused(["--token-file", str(file), *flags], message, capsys)
+def test_bad_tokens_are_named(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        TrainerSettings.load(flags)
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ class Served:
 @pytest.fixture
 async def served(tmp_path: Path, tiny: Path) -> AsyncIterator[Served]:
     servicer = LearnerServicer(server_settings(tmp_path))
-    server = grpc.aio.server(interceptors=[RequestInterceptor({})])
+    server = grpc.aio.server(interceptors=[RequestInterceptor()])
     pb_grpc.add_LearnerServiceServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()

@@ -41,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def serving(settings: LearnerServerSettings, port: int = 0) -> AsyncIterator[str]:
     """A server with the interceptor of all services; its address."""
     servicer = LearnerServicer(settings)
-    server = grpc.aio.server(interceptors=[RequestInterceptor({})], options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(interceptors=[RequestInterceptor()], options=[("grpc.so_reuseport", 0)])
     pb_grpc.add_LearnerServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
