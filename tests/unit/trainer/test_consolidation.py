@@ -137,7 +137,7 @@ async def test_what_is_refused_is_not_stored(answer: str, settings: dict[str, An
     await world.add("one", "two")
     with pytest.raises(CannotMerge, match=said):
         await world.kept(replace(SETTINGS, **settings))
-    assert (await world.memory.notes.snapshot("scope")).version == 2
+    assert (await world.memory.notes.snapshot("scope")).reflection_count == 2
 
 
 async def test_a_repeated_merge_is_stored_once() -> None:

@@ -17,7 +17,8 @@ from mulligan.memory.stores import postgres
 from mulligan.memory.stores._sql import tables
 from mulligan.testing.postgres import PostgresServer
 from tests.support.postgres import postgres_for_tests
-from tests.support.stores import CountingEmbedder, Open, StoreChecks, new, random_calls, selection
+from tests.support.random_calls import random_calls
+from tests.support.stores import CountingEmbedder, Open, StoreChecks, new, selection
 
 SETTINGS = postgres.Settings(connections=3)
 

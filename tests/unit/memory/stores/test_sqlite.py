@@ -21,7 +21,8 @@ from mulligan.memory.store import Added, NewReflection, Order, Rewriting, Store,
 from mulligan.memory.stores import sqlite
 from mulligan.memory.stores._sql import tables
 from tests.support.paths import ROOT
-from tests.support.stores import ORIGIN, Open, StoreChecks, new, random_calls, selection, use
+from tests.support.random_calls import random_calls
+from tests.support.stores import ORIGIN, Open, StoreChecks, new, selection, use
 
 OLD = ROOT / "tests/data/memory_schema_1.sql"
 
