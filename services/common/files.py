@@ -48,6 +48,14 @@ def replace(path: Path, content: bytes, mode: int = 0o644) -> None:
         move(temporary, path)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and the missing ones above it, and waits until their names are on the disk. Raises OSError."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
+
+
 @contextmanager
 def temporary_file(folder: Path, mode: int = 0o644) -> Iterator[Path]:
     """A new, empty file in `folder`. It is removed at the end of the block unless it was moved. Raises OSError."""

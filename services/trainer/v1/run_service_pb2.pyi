@@ -79,7 +79,7 @@ class Run(_message.Message):
     """What a RUNNING run waits for, such as room on a disk; it goes on by itself. Empty while it trains."""
     @_builtins.property
     def config(self) -> _run_config_pb2.RunConfig:
-        """As used, defaults filled in."""
+        """As used, defaults filled in. Of a run whose settings are damaged only `environment`, as "(unknown)"."""
 
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
