@@ -196,6 +196,13 @@ class DomainError(Exception):
         self.retry_after = retry_after
         self.metadata = {key: bounded(str(value), METADATA_LIMIT) for key, value in metadata.items()}
 
+    def told(self, message: str, **metadata: object) -> DomainError:
+        """The same error with another message, and with further metadata. Names of another program's metadata may be
+        those of this class's parameters."""
+        result = DomainError(self.reason, message, retry_after=self.retry_after)
+        result.metadata = self.metadata | {key: bounded(str(value), METADATA_LIMIT) for key, value in metadata.items()}
+        return result
+
     @property
     def code(self) -> Code:
         return _CODES[self.reason]

@@ -24,7 +24,7 @@ from mulligan.trainer.harness import Harness
 from mulligan.trainer.metrics import EvaluationProgress
 from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import check_environment, check_tasks, check_top_k
-from mulligan.trainer.recall import newest
+from mulligan.trainer.recall import GLOBAL_SCOPE, newest
 from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
 from mulligan.trainer.sampling import NamedPolicy
@@ -110,6 +110,8 @@ class RunManager:
             if folder.settings() != settings:
                 raise DomainError(Reason.RUN_CONFLICT, f"run {run_id} exists with other settings")
             return self.run(run_id)
+        if run_id == GLOBAL_SCOPE:  # a run of an earlier release that has this id goes on
+            raise invalid_field("run_id", f"another one: {run_id!r} is the scope of the memory that runs share")
         self._refuse_a_second()
         folder.create(run_id, settings, self._now())
         self._unwritten.pop(run_id, None)

@@ -148,7 +148,9 @@ class StartRunRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """One folder name: 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit."""
+    """One folder name: 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit. Not "global", which is the
+    scope of the memory that runs share; a run that has this id from an earlier release goes on.
+    """
     @_builtins.property
     def config(self) -> _run_config_pb2.RunConfig: ...
     def __init__(
