@@ -59,11 +59,13 @@ def test_the_room_beside_a_folder_that_cannot_be_here_is_that_of_the_next_one_ab
 async def test_a_client_gets_such_an_error_as_a_failed_call() -> None:
     class Full(memory_service_pb2_grpc.MemoryServiceServicer):
         async def GetSnapshot(self, request: Any, context: Any) -> Any:
-            await context.abort_with_status(to_status(DomainError(Reason.DISK_FULL, "no room", **given)))
+            error = DomainError(Reason.DISK_FULL, "no room")
+            error.metadata = given
+            await context.abort_with_status(to_status(error))
 
-    given: dict[str, object] = {}
+    given: dict[str, str] = {}
     server = grpc.aio.server()
-    memory_service_pb2_grpc.add_MemoryServiceServicer_to_server(Full(), server)
+    memory_service_pb2_grpc.add_MemoryServiceServicer_to_server(Full(), server)  # type: ignore[abstract]  # the one call that is made
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     client = MemoryClient(Endpoint(f"127.0.0.1:{port}"))
