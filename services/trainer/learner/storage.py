@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason, invalid_field
-from mulligan.common.files import file_sha256, make_folder, move, sync, temporary_file
+from mulligan.common.files import file_sha256, make_folder, move, open_to_group, sync, temporary_file
 from mulligan.common.state_files import read_document, write_document
 from mulligan.trainer.learner.tensor_files import StoredTensors, TensorStream, write
 
@@ -146,19 +146,23 @@ def _place(folder: Path) -> tuple[int, str]:
         return -1, name
 
 
-def publish_file(tensors: TensorStream, path: Path) -> str:
-    """Writes a safetensors file in one rename. Returns its SHA-256. Raises DomainError DISK_FULL."""
+def publish_file(tensors: TensorStream, path: Path, *, to_group: bool = False) -> str:
+    """Writes a safetensors file in one rename. Its folder's group may read it where `to_group` is set.
+
+    Returns its SHA-256. Raises DomainError DISK_FULL.
+    """
     with writing_to(path.parent, tensors.nbytes):
         make_folder(path.parent)
         with temporary_file(path.parent) as temporary:
-            temporary.chmod(0o644)  # the policy service may run as another user
             sha256 = write(tensors, temporary)
+            if to_group:
+                open_to_group(temporary)
             move(temporary, path)
     return sha256
 
 
-def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[str]) -> str:
-    """Calls `write` on a temporary folder and renames the files `names` into `path`, in this order.
+def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[str], *, to_group: bool = False) -> str:
+    """Calls `write` on a temporary folder and renames the files `names` into `path`, in this order. As `publish_file`.
 
     Returns the SHA-256 of the last file, which readers check. Raises DomainError DISK_FULL.
     """
@@ -171,6 +175,8 @@ def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[st
             for file in files:
                 sync(file)  # a disk that is full says so here, before there is a folder
             path.mkdir(exist_ok=True)
+            for opened in (path, *files) if to_group else ():
+                open_to_group(opened)
             for file in files:
                 move(file, path / file.name)
             sync(path.parent)  # the name of the folder
