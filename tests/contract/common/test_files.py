@@ -28,6 +28,6 @@ def test_services_keep_their_files_private_and_have_their_folders_alone(
     made = [path for path in tmp_path.rglob("*") if path.parent != tmp_path or path.is_dir()]
     assert len(made) > 6 and not [path for path in made if path.stat().st_mode & 0o077]
     for shared in ("runs_folder", "weights_folder"):
-        others = {name: tmp_path / "second" / name for name in folders} | {shared: folders[shared]}
+        others: dict[str, Any] = {name: tmp_path / "second" / name for name in folders} | {shared: folders[shared]}
         with pytest.raises(ProcessFailed, match=f"{shared}: {folders[shared]} is in use by another trainer"):
             services.start("trainer", threads=1, **others)
