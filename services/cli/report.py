@@ -45,7 +45,8 @@ def result_lines(summary: dict[str, Any], rlvr: RecordedRun | None) -> Iterator[
     after = summary["test_success_after"]
     readers = MemoryReaders(summary["settings"]["algorithm"].get("memory_readers", MemoryReaders.REFLECTOR))
     context = "the memory" if readers.play else "no reflection"
-    yield f"success on the test tasks, first attempt, {context} in context: {before:.2f} → {after:.2f}"
+    told = " → ".join("lost" if success is None else f"{success:.2f}" for success in (before, after))
+    yield f"success on the test tasks, first attempt, {context} in context: {told}"
     yield (
         f"{summary['steps']} steps, {summary['rollouts']:,} rollouts (episodes + reflections), "
         f"{summary['sampled_tokens']:,} sampled tokens, {summary['train_seconds']:.0f} s of training"

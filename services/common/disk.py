@@ -48,9 +48,16 @@ def folder_removed(folder: Path) -> DomainError:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of `folder`, which need not exist yet."""
-    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    """Free bytes on the disk of `folder`, which need not exist yet, and may be another user's."""
+    there = next((path for path in (folder, *folder.absolute().parents) if _can_be_seen(path)), Path("/"))
     return shutil.disk_usage(there).free
+
+
+def _can_be_seen(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # it lies in a folder of another user, or its name is too long to be here
+        return False
 
 
 def _folder_of(error: Exception, folder: Path) -> Path:

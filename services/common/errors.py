@@ -44,6 +44,7 @@ class Reason(StrEnum):
     INSUFFICIENT_ROLE = "INSUFFICIENT_ROLE"
     DISK_FULL = "DISK_FULL"
     FOLDER_REMOVED = "FOLDER_REMOVED"
+    STATE_DAMAGED = "STATE_DAMAGED"
     # environment
     UNKNOWN_ENVIRONMENT = "UNKNOWN_ENVIRONMENT"
     UNKNOWN_TASK = "UNKNOWN_TASK"
@@ -117,6 +118,7 @@ _CODES: dict[Reason, Code] = {
     Reason.INSUFFICIENT_ROLE: Code.PERMISSION_DENIED,
     Reason.DISK_FULL: Code.RESOURCE_EXHAUSTED,
     Reason.FOLDER_REMOVED: Code.FAILED_PRECONDITION,
+    Reason.STATE_DAMAGED: Code.DATA_LOSS,
     Reason.UNKNOWN_ENVIRONMENT: Code.NOT_FOUND,
     Reason.UNKNOWN_TASK: Code.NOT_FOUND,
     Reason.UNKNOWN_EPISODE: Code.NOT_FOUND,
@@ -193,6 +195,13 @@ class DomainError(Exception):
         self.message = message
         self.retry_after = retry_after
         self.metadata = {key: bounded(str(value), METADATA_LIMIT) for key, value in metadata.items()}
+
+    def told(self, message: str, **metadata: object) -> DomainError:
+        """The same error with another message, and with further metadata. Names of another program's metadata may be
+        those of this class's parameters."""
+        result = DomainError(self.reason, message, retry_after=self.retry_after)
+        result.metadata = self.metadata | {key: bounded(str(value), METADATA_LIMIT) for key, value in metadata.items()}
+        return result
 
     @property
     def code(self) -> Code:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,25 @@ def replace(path: Path, content: bytes, mode: int = 0o644) -> None:
         finally:
             os.close(descriptor)
         move(temporary, path)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and the missing ones above it, and waits until their names are on the disk. Raises OSError."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(missing):
+        sync(folder.parent)
+
+
+def keep_files_private() -> None:
+    """What this process and its children make from now on can be read by its user alone, unless its mode is changed."""
+    os.umask(0o077)
+
+
+def open_to_group(path: Path) -> None:
+    """Lets its group read a file, or enter and read a folder, in which new files get the same group. Raises OSError."""
+    mode = path.stat().st_mode
+    path.chmod(stat.S_IMODE(mode) | (0o2050 if stat.S_ISDIR(mode) else 0o040))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import grpc
+import structlog
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
@@ -13,7 +14,14 @@ from grpc_status import rpc_status
 from mulligan.common.errors import MESSAGE_LIMIT, Code, DomainError, Reason
 from mulligan.common.text import bounded
 
+log = structlog.get_logger()
 DOMAIN = "mulligan"
+# Metadata that the contracts promise of an error, and that its receiver cannot do without.
+_PROMISED: dict[Reason, tuple[str, ...]] = {
+    Reason.DISK_FULL: ("folder", "free_bytes", "needed_bytes"),
+    Reason.FOLDER_REMOVED: ("folder",),
+}
+_MOST_DIGITS = 20  # of a number of bytes
 
 
 def code_number(code: Code) -> int:
@@ -44,7 +52,7 @@ def fault(error: BaseException) -> str:
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> DomainError | None:
-    """The domain error that a status carries. None if it carries none of this project, or one that cannot be parsed."""
+    """The domain error that a status carries. None if it carries none of this project, or one that cannot be used."""
     try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type]  # typed for synchronous calls only
         return None if status is None else _from_status(status)
@@ -73,9 +81,17 @@ def _from_status(status: status_pb2.Status) -> DomainError | None:
 
 
 def domain_error(reason: str, message: str, metadata: Mapping[str, str]) -> DomainError | None:
-    """The error as its service raised it. None for a reason that this version does not know."""
+    """The error as its service raised it. None for a reason that this version does not know, and for an error without
+    the metadata that the contract promises of it: no caller could act on that."""
     if reason not in Reason.__members__:
+        return None
+    if lacking := [name for name in _PROMISED.get(Reason(reason), ()) if not _is_usable(name, metadata.get(name, ""))]:
+        log.warning("a service's error lacks metadata", reason=reason, lacking=lacking, message=bounded(message, 200))
         return None
     result = DomainError(Reason(reason), message)
     result.metadata = dict(metadata)
     return result
+
+
+def _is_usable(name: str, value: str) -> bool:
+    return value.isdecimal() and len(value) <= _MOST_DIGITS if name.endswith("_bytes") else bool(value)

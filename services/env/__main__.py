@@ -9,6 +9,7 @@ from functools import partial
 import structlog
 
 from mulligan.common.config import refuse
+from mulligan.common.files import keep_files_private
 from mulligan.common.server import run, serve
 from mulligan.env import processes
 from mulligan.env.config import EnvSettings
@@ -21,6 +22,7 @@ _CLOSING_SECONDS = 5.0  # for closing episodes and environments after the drain
 
 
 def main() -> None:
+    keep_files_private()
     settings = EnvSettings.load(sys.argv[1:])
     if settings.processes > 1:
         run(settings, partial(processes.serve, settings, sys.argv[1:]))

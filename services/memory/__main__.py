@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from mulligan.common.config import refuse
+from mulligan.common.files import keep_files_private
 from mulligan.common.server import run, serve
 from mulligan.memory.config import BadSettings, MemorySettings
 from mulligan.memory.embedder import CannotEmbed
@@ -13,6 +14,7 @@ from mulligan.memory.store import StoreError
 
 
 def main() -> None:
+    keep_files_private()
     settings = MemorySettings.load(sys.argv[1:])
 
     async def serve_memory() -> None:

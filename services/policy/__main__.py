@@ -6,6 +6,7 @@ import ipaddress
 import sys
 
 from mulligan.common.config import refuse
+from mulligan.common.files import keep_files_private
 from mulligan.common.server import run, serve
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.gauges import collected
@@ -17,6 +18,7 @@ _SWITCH_SECONDS = 2e-4
 
 
 def main() -> None:
+    keep_files_private()
     settings = PolicySettings.load(sys.argv[1:])
     if not _is_guarded(settings):
         refuse(

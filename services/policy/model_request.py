@@ -11,17 +11,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mulligan import models
-from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.files import replace
 from mulligan.common.model_files import is_hub_id
 from mulligan.common.plugins import UnusablePlugin, place_of, with_place
+from mulligan.common.state_files import read_document, write_document
 from mulligan.common.suggest import problems
 from mulligan.policy.backend import BackendSettings
 from mulligan.policy.backends import BACKENDS
 from mulligan.policy.config import PolicyModelSettings
 from mulligan.policy.model_settings import ModelSettings
 
+_ADVICE = "It names the model that LoadModel loaded: remove the file, and the policy has its own model again."
 # The settings of which the digest was made in 0.1.0, besides the tables of other backends.
 _FIRST_SETTINGS = {
     *("backend", "model", "frozen", "adapters", "context_length", "max_queue", "device", "dtype", "threads"),
@@ -43,11 +43,13 @@ class ModelRequest(BaseModel):
     def read(cls, path: Path) -> ModelRequest | None:
         """None where there is no file. Raises OSError, also for one that is damaged."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate(read_document(path, dict[str, Any], _ADVICE))
         except FileNotFoundError:
             return None
         except ValidationError as error:
-            raise OSError(f"{path} is damaged: {error.errors()[0]['msg']}") from error
+            raise OSError(f"{path} is damaged: {error.errors()[0]['msg']}. {_ADVICE}") from error
+        except DomainError as error:
+            raise OSError(error.message) from error
 
     def over(self, own: ModelSettings | None) -> ModelRequest | None:
         """The request with the digest of today. None if the policy's own settings changed since it came."""
@@ -58,8 +60,7 @@ class ModelRequest(BaseModel):
 
     def write(self, path: Path) -> None:
         """Atomically. Options may hold a credential, so nobody else may read it. Raises DomainError DISK_FULL."""
-        with writing_to(path.parent):
-            replace(path, self.model_dump_json(indent=1).encode(), mode=0o600)
+        write_document(path, self.model_dump(mode="json"), mode=0o600)
 
     def settings(self, own: ModelSettings | None) -> PolicyModelSettings:
         """The request put over the policy's own settings. Raises DomainError INVALID_SETTING."""

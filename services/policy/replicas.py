@@ -469,7 +469,7 @@ def _at(address: str, error: object) -> BaseException:
     assert isinstance(error, BaseException)
     if not isinstance(error, DomainError):
         return error
-    return DomainError(error.reason, f"{address}: {error.message}", retry_after=error.retry_after, **error.metadata)
+    return error.told(f"{address}: {error.message}")
 
 
 def _tells(version: PolicyVersion) -> int:

@@ -23,7 +23,7 @@ import structlog
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason, invalid_field
-from mulligan.common.files import file_sha256, move_folder
+from mulligan.common.files import file_sha256, make_folder, move_folder
 from mulligan.common.inference import WeightsKind
 from mulligan.policy.adapter_config import AdapterConfig
 from mulligan.policy.sparse_weights import overwrite
@@ -66,7 +66,7 @@ class Uploads:
         self._limit = limit_bytes
         self._coming = 0  # bytes that were announced and are not complete
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self._folder)
         for path in self._folder.iterdir():
             if path.name.endswith(_PART):
                 shutil.rmtree(path, ignore_errors=True)

@@ -23,7 +23,7 @@ from typing import IO, Any
 from mulligan.common.disk import folder_removed, writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.file_lock import lock_file
-from mulligan.common.files import file_sha256, sync
+from mulligan.common.files import file_sha256, make_folder, sync
 from mulligan.common.inference import CanaryProbe, PolicyVersion, VersionState, WeightsKind
 from mulligan.policy.backend import WeightsFile
 from mulligan.policy.model_settings import ModelSettings
@@ -103,7 +103,7 @@ class VersionStore:
         self._files = self._folder / "files"
         self._database = self._folder / "versions.db"
         self._keep = keep
-        self._files.mkdir(parents=True, exist_ok=True)
+        make_folder(self._files)
         self._lock_file = _lock(self._folder)
         self._lock = threading.Lock()
         self._held: dict[int, int] = {}  # what the models serve that are loaded, by origin

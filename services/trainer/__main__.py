@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from functools import partial
 
 from mulligan.common.config import refuse
+from mulligan.common.files import keep_files_private
 from mulligan.common.logs import configure_logging
 from mulligan.common.server import run, serve
 from mulligan.env import replicas as env_replicas
@@ -21,6 +23,7 @@ from mulligan.trainer.interfaces import LearnerPort
 from mulligan.trainer.learner import servicer as learners
 from mulligan.trainer.learner.allocator import return_freed_memory
 from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.learner.folders import claim
 from mulligan.trainer.learner.ranks import Ranks, launch, launched
 from mulligan.trainer.learner.settings import LearnerSpec
 from mulligan.trainer.manager import RunManager
@@ -29,6 +32,7 @@ from mulligan.trainer.settings import RunSettings
 
 
 def main() -> None:
+    keep_files_private()
     settings = TrainerSettings.load(sys.argv[1:])
     if not launched() and settings.learner_processes > 1:
         launch("mulligan.trainer", sys.argv[1:], settings.learner_processes, settings.drain_seconds)
@@ -64,6 +68,8 @@ async def _serve(settings: TrainerSettings, ranks: Ranks) -> None:
     policy = policy_replicas.connect(settings.endpoint("policy"), on_outage=notice)
     memory = MemoryClient(settings.endpoint("memory"), on_outage=notice)
     try:
+        # With another trainer's learner, this one's folders may be those of that trainer: it writes nothing there.
+        folders = ExitStack() if settings.learner_address else claim(settings.learner)
         upload = policy.upload_weights if settings.weights_transfer == "upload" else None
         services = ServicePorts(env, policy, memory, open_learner, upload)
         manager = RunManager(settings.runs_folder, services)
@@ -87,6 +93,7 @@ async def _serve(settings: TrainerSettings, ranks: Ranks) -> None:
         for client in (env, policy, memory):
             await client.close()
         await learner_servicer.close()
+        folders.close()
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ class TrainerSettings(ServiceSettings):
         "shared",
         description="shared: the policy service reads weights_folder; upload: files, or what changed, are sent to it.",
     )
+    weights_access: Literal["owner", "group"] = Field(
+        "owner",
+        description="Who may read weights_folder: owner, this process's user; or group, the folder's group, too, where "
+        "the policy service runs as another user.",
+    )
     env_address: ServerAddresses = Field(
         "127.0.0.1:50051", description="The environment service: HOST:PORT, HOST:FIRST-LAST, dns:///NAME:PORT, …, …"
     )
@@ -90,6 +95,7 @@ class TrainerSettings(ServiceSettings):
             microbatch_tokens=self.microbatch_tokens or (768 if self.device.startswith("cpu") else 4096),
             gradient_checkpointing=self.gradient_checkpointing,
             attention=self.attention,
+            weights_access=self.weights_access,
             keep_weights=self.keep_weights,
         )
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import msgspec
+import structlog
 
-from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError
-from mulligan.common.files import append
+from mulligan.common.state_files import LineLog
 from mulligan.common.tasks import Broadcast
+
+log = structlog.get_logger()
 
 
 class StepEvent(msgspec.Struct, frozen=True, tag="step"):
@@ -49,28 +50,31 @@ class Entry(msgspec.Struct, frozen=True):
     event: Event
 
 
-_DECODER = msgspec.json.Decoder(Entry)
-
-
 class EventLog:
     """`add` appends an event, wakes the watchers and writes the file. If writing fails, the watchers still see the
-    event, and the next write includes it. Opening the file cuts off a torn last line."""
+    event, and the next write includes it.
+
+    A damaged line costs its event alone. `damage` says which are lost. Opening raises DomainError STATE_DAMAGED where
+    the disk does not give the file's content.
+    """
 
     def __init__(self, path: Path):
-        self.entries: list[Entry] = []
-        self._path = path
-        if path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith(b"\n")]
-            self.entries.extend(map(_DECODER.decode, whole))
-            if len(whole) < len(lines):
-                os.truncate(path, sum(map(len, whole)))
+        self._lines = LineLog(path, Entry)
+        self.entries, damaged = self._lines.read()
+        self.damage = [f"{line}: its event is lost" for line in damaged]
+        last = self.entries[-1].number if self.entries else 0
+        if missing := sorted(set(range(1, last)).difference(entry.number for entry in self.entries)):
+            self.damage.append(f"events that {path} lacks: {', '.join(map(str, missing))}")
+        for text in self.damage:
+            log.warning("damaged events", text=text)
+        self._next = max(last, len(self.entries) + len(damaged)) + 1  # a watcher may have seen those after the last one
         self._written = len(self.entries)
         self._changed = Broadcast()
 
     def add(self, event: Event) -> None:
         """Raises the errors of `write`, after the watchers were told."""
-        self.entries.append(Entry(len(self.entries) + 1, datetime.now(UTC), event))
+        self.entries.append(Entry(self._next, datetime.now(UTC), event))
+        self._next += 1
         self._changed.wake_all()
         self.write()
 
@@ -81,24 +85,22 @@ class EventLog:
 
     def write(self) -> None:
         """Writes the events that are not in the file yet. Raises DomainError DISK_FULL, or OSError without a folder."""
-        lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in self.entries[self._written :])
-        if not lines:
-            return
-        with writing_to(self._path.parent, len(lines)):
-            # Not kept open: a trainer may have thousands of runs.
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                append(descriptor, lines)
-            finally:
-                os.close(descriptor)
+        self._lines.append(self.entries[self._written :])
         self._written = len(self.entries)
+
+    def sync(self) -> None:
+        """Writes them, and waits until all events are on the disk. Raises as `write` does."""
+        self.write()
+        if self.entries:
+            self._lines.sync()
 
     async def follow(self, after: int, ended: Callable[[], bool] = lambda: False) -> AsyncIterator[Entry]:
         """Every event after number `after`, then new ones as they come, until the run has `ended`."""
-        index = after
+        index = 0
         while True:
             while index < len(self.entries):
-                yield self.entries[index]
+                if self.entries[index].number > after:
+                    yield self.entries[index]
                 index += 1
             if ended():
                 return

@@ -2,7 +2,7 @@
 run's own environment (`environment.json`), those of further ones (`environments.json`), events, journal, history,
 summary.
 
-JSON files are replaced atomically: written to a temporary file, synced, renamed.
+What the run goes on with has checksums (`mulligan.common.state_files`). The summary has none: nothing reads it here.
 """
 
 from __future__ import annotations
@@ -17,10 +17,24 @@ from pydantic import ValidationError
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.files import replace
+from mulligan.common.files import make_folder, replace
+from mulligan.common.state_files import read_document, write_document
 from mulligan.common.suggest import problems
 from mulligan.trainer.fingerprint import Fingerprint
 from mulligan.trainer.settings import RunSettings
+
+_ADVICE_RUN = (
+    "It holds the run's settings and state: put a copy of the file back, or move the run's folder away. Other runs are "
+    "not affected."
+)
+_ADVICE_CHECKPOINT = (
+    "It says where the run goes on: put a copy of the file back and resume the run; or remove the file, and the run "
+    "begins at its first step, with what its journal has."
+)
+_ADVICE_ENVIRONMENT = (
+    "The run compares the environment with it: put a copy of the file back and resume the run; or remove the file, and "
+    "the run goes on in the environment as it is now."
+)
 
 
 class RunState(StrEnum):
@@ -51,7 +65,8 @@ class Checkpoint(msgspec.Struct, frozen=True):
 
 
 class RunFolder:
-    """Reads and writes the files of one run. Writes raise DomainError DISK_FULL, or OSError without the folder."""
+    """Reads and writes the files of one run. Reads raise DomainError STATE_DAMAGED. Writes raise DomainError DISK_FULL,
+    or OSError without the folder."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -67,11 +82,11 @@ class RunFolder:
         """Writes run.json. A folder without it is no run. Raises DomainError DISK_FULL."""
         created_at = created_at or datetime.now(UTC)
         with writing_to(self.path.parent):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         self.write_record(RunRecord(run_id, RunState.RUNNING, created_at, settings.model_dump(mode="json")))
 
     def record(self) -> RunRecord:
-        return msgspec.json.decode((self.path / "run.json").read_bytes(), type=RunRecord)
+        return read_document(self.path / "run.json", RunRecord, _ADVICE_RUN)
 
     def settings(self) -> RunSettings:
         """Raises DomainError INVALID_SETTING, where a plug-in that they name is no longer there."""
@@ -84,37 +99,33 @@ class RunFolder:
             raise DomainError(Reason.INVALID_SETTING, message, field=field, run_id=record.run_id) from None
 
     def write_record(self, record: RunRecord) -> None:
-        write_json(self.path / "run.json", record)
+        write_document(self.path / "run.json", record)
 
     def checkpoint(self) -> Checkpoint | None:
         path = self.path / "checkpoint.json"
-        return msgspec.json.decode(path.read_bytes(), type=Checkpoint) if path.exists() else None
+        return read_document(path, Checkpoint, _ADVICE_CHECKPOINT) if path.exists() else None
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        write_json(self.path / "checkpoint.json", checkpoint)
+        write_document(self.path / "checkpoint.json", checkpoint)
 
     def environment(self) -> Fingerprint | None:
         """Of the run's own. None in runs of versions that did not store it."""
         path = self.path / "environment.json"
-        return msgspec.json.decode(path.read_bytes(), type=Fingerprint) if path.exists() else None
+        return read_document(path, Fingerprint, _ADVICE_ENVIRONMENT) if path.exists() else None
 
     def further_environments(self) -> dict[str, Fingerprint]:
         """By name."""
         path = self.path / "environments.json"
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Fingerprint]) if path.exists() else {}
+        return read_document(path, dict[str, Fingerprint], _ADVICE_ENVIRONMENT) if path.exists() else {}
 
     def write_environment(self, fingerprint: Fingerprint) -> None:
-        write_json(self.path / "environment.json", fingerprint)
+        write_document(self.path / "environment.json", fingerprint)
 
     def write_further_environments(self, fingerprints: dict[str, Fingerprint]) -> None:
-        write_json(self.path / "environments.json", fingerprints)
+        write_document(self.path / "environments.json", fingerprints)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_json(self.path / "summary.json", summary)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Raises DomainError DISK_FULL, or OSError when the folder is gone."""
-    content = msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
-    with writing_to(path.parent, len(content)):
-        replace(path, content)
+        path = self.path / "summary.json"
+        content = msgspec.json.format(msgspec.json.encode(summary), indent=2) + b"\n"
+        with writing_to(path.parent, len(content)):
+            replace(path, content)

@@ -1,22 +1,20 @@
 """What a run sampled and earned in each step, in short: what its sampler chooses by.
 
 `history.jsonl` in the run's folder has a line per step. It says nothing that the journal does not say, but is read much
-faster. Where a line is missing, as in runs of older versions, the step's journal is read. A later line of the same step
-replaces an earlier one.
+faster. Where a line is missing or damaged, the step's journal is read. A later line of the same step replaces an
+earlier one.
 """
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from mulligan.common.disk import writing_to
 from mulligan.common.experience import Experience
-from mulligan.common.files import append
+from mulligan.common.state_files import LineLog
 from mulligan.trainer.folder import RunFolder
 from mulligan.trainer.journal import GroupsReplaced, StepStarted, journal_file, read_experiences, read_records, slot_of
 from mulligan.trainer.samplers import Group, History, Round
@@ -28,15 +26,13 @@ class _Line(msgspec.Struct, frozen=True):
     rounds: list[Round]
 
 
-_DECODER = msgspec.json.Decoder(_Line)
-
-
 def read_history(folder: RunFolder, environment: str, before: int) -> History:
     """The rounds of all steps before this one. `environment` is the run's own. Lines that were missing are written.
 
     Raises DomainError DISK_FULL, or OSError without the folder.
     """
-    known = {line.step: line.rounds for line in _read(folder.history_file)}
+    lines = LineLog(folder.history_file, _Line)
+    known = {line.step: line.rounds for line in lines.read()[0]}
     missing = []
     history = History()
     for step in range(before):
@@ -47,13 +43,13 @@ def read_history(folder: RunFolder, environment: str, before: int) -> History:
             missing.append(_Line(step, rounds))
         for one in rounds:
             history.add(one)
-    _append(folder.history_file, missing)
+    lines.append(missing)
     return history
 
 
 def write_history(folder: RunFolder, step: int, rounds: Sequence[Round]) -> None:
     """Raises DomainError DISK_FULL, or OSError without the folder."""
-    _append(folder.history_file, [_Line(step, list(rounds))])
+    LineLog(folder.history_file, _Line).append([_Line(step, list(rounds))])
 
 
 def read_rounds(path: Path, environment: str) -> list[Round]:
@@ -87,32 +83,3 @@ def first_reward(experience: Experience) -> float | None:
     if first is None:
         return None
     return with_usable_reward(first).reward if first.is_episode else first.reward
-
-
-def _read(path: Path) -> list[_Line]:
-    """All lines that can be read. A torn end is cut off, so that the next line begins where it ought to."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    found = []
-    for line in content[:whole].splitlines():
-        try:
-            found.append(_DECODER.decode(line))
-        except msgspec.MsgspecError:  # damaged by a loss of power: the journal has it, too
-            continue
-    return found
-
-
-def _append(path: Path, lines: Sequence[_Line]) -> None:
-    if not lines:
-        return
-    content = b"".join(msgspec.json.encode(line) + b"\n" for line in lines)
-    with writing_to(path.parent, len(content)):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            append(descriptor, content)
-        finally:
-            os.close(descriptor)

@@ -2,17 +2,22 @@
 
 Each training step has one append-only file, such as `journal/000012.msgpack`: a msgpack stream of `[crc32, payload]`
 pairs. A payload is the msgpack of one record with a `type`. Any msgpack library reads them; `mulligan experiences`
-prints them. Opening a file drops a last record that a crash cut off. A write to a full disk writes nothing. A record
-survives the end of the process when its call has returned, and a loss of power after `sync`.
+prints them. A write to a full disk writes nothing. A record survives the end of the process when its call has returned,
+and a loss of power after `sync`.
+
+Damaged bytes cost the records that they are in: reading goes on at the next record whose checksum is right. Opening a
+step to go on with it drops a last record that a crash cut off, and samples again what is lost. Where the rest cannot be
+understood without what is lost, `StepJournal.flaw` says so.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +27,7 @@ import structlog
 
 from mulligan.common.disk import writing_to
 from mulligan.common.experience import Experience, Sample, Trained, TrainingTarget
-from mulligan.common.files import append, move
+from mulligan.common.files import append, move, sync
 from mulligan.trainer.old_journal import AttemptSampled, OldExperience, ReflectionSampled, with_parents
 
 log = structlog.get_logger()
@@ -114,6 +119,10 @@ _DECODER: msgspec.msgpack.Decoder[JournalRecord | AttemptSampled | ReflectionSam
     msgspec.msgpack.Decoder(JournalRecord | AttemptSampled | ReflectionSampled | OldExperience)
 )
 
+# Of a pair in msgpack: an array of two, an integer, the size of binary data.
+_HEADER = re.compile(rb"\x92([\x00-\x7f]|\xcc.|\xcd..|\xce....)(\xc4.|\xc5..|\xc6....)", re.DOTALL)
+_ANY_HEADER = re.compile(rb"(?=%s)" % _HEADER.pattern, re.DOTALL)
+
 
 def journal_file(folder: Path, step: int) -> Path:
     return folder / f"{step:06}.msgpack"
@@ -133,14 +142,17 @@ def set_aside(folder: Path, step: int) -> None:
 def is_sampled(folder: Path, step: int, rollouts_per_task: int) -> bool:
     """Whether all experiences that the step's file begins are complete."""
     expected = 0
-    found = set()
+    samples = set()
+    found: dict[str, list[str]] = {}
     for record, _ in read_records(journal_file(folder, step)):
         match record:
             case StepStarted() | GroupsReplaced():
                 expected += len(record.task_ids) * rollouts_per_task
+            case SampleRecorded(sample):
+                samples.add(sample.sample_id)
             case ExperienceCompleted():
-                found.add(record.experience_id)
-    return 0 < expected == len(found)
+                found[record.experience_id] = record.sample_ids
+    return 0 < expected == sum(samples.issuperset(ids) for ids in found.values())
 
 
 class StepJournal:
@@ -155,8 +167,11 @@ class StepJournal:
     """
 
     def __init__(self, folder: Path, step: int):
+        self._step = step
         with writing_to(folder.parent):
-            folder.mkdir(exist_ok=True)
+            if not folder.exists():
+                folder.mkdir()
+                sync(folder.parent)
             self._open(journal_file(folder, step))
 
     def _open(self, path: Path) -> None:
@@ -167,15 +182,38 @@ class StepJournal:
         self.completed: StepCompleted | None = None
         self._samples: dict[str, Sample] = {}
         self._experiences: dict[str, ExperienceCompleted] = {}
+        self.damage: list[Damage] = []  # before records that can be read
         end = 0
         if path.exists():
-            for record, offset in read_records(path):
+            for record, offset in read_records(path, self.damage.append):
                 self._remember(record)
                 end = offset
+        is_new = not path.exists()
         self._file: BinaryIO = path.open("ab", buffering=0)
+        if is_new:
+            sync(path.parent)
         if end < path.stat().st_size:
             log.warning("dropped a torn record", file=str(path), bytes=path.stat().st_size - end)
             self._file.truncate(end)
+        lost = [one for one, record in self._experiences.items() if not self._samples.keys() >= {*record.sample_ids}]
+        for experience_id in lost:
+            del self._experiences[experience_id]
+
+    def flaw(self, *, overlapping: bool) -> str:
+        """Why the step cannot go on with these records; empty if it can. `overlapping`: in a run with
+        `rollout.max_staleness`."""
+        if not self.damage:
+            return ""
+        tasks = 0 if self.started is None else len(self.started.task_ids)
+        tasks += sum(len(record.task_ids) for record in self.replaced.values())
+        slots = [
+            int(found[1]) for found in map(re.compile(f"-s{self._step}-t(\\d+)-r\\d+-").search, self._samples) if found
+        ]
+        if overlapping:
+            return "which weights its samples have may be lost"
+        if self.started is None or sorted(self.replaced) != list(range(1, len(self.replaced) + 1)):
+            return "which tasks it plays is lost"
+        return "which tasks it plays is lost" if max(slots, default=0) >= tasks else ""
 
     @property
     def experiences(self) -> int:
@@ -264,7 +302,8 @@ class StepJournal:
 
 
 def read_experiences(path: Path) -> list[Experience]:
-    """The complete experiences of one step's file, in (task, rollout) order. The run may be writing to it."""
+    """The complete experiences of one step's file, in (task, rollout) order, without those of which a sample is lost.
+    The run may be writing to it."""
     samples: dict[str, Sample] = {}
     completed: dict[str, ExperienceCompleted] = {}
     trained: dict[str, list[Trained]] = {}
@@ -278,8 +317,15 @@ def read_experiences(path: Path) -> list[Experience]:
                 trained = {}
                 for datum in data:
                     trained.setdefault(datum.source_id, []).append(datum)
-    ordered = sorted(completed.values(), key=lambda record: (slot_of(record.experience_id), record.rollout))
-    return [_joined(record, samples, trained) for record in ordered]
+    whole = [record for record in completed.values() if samples.keys() >= {*record.sample_ids}]
+    whole.sort(key=lambda record: (slot_of(record.experience_id), record.rollout))
+    return [_joined(record, samples, trained) for record in whole]
+
+
+def read_metrics(path: Path) -> dict[str, float] | None:
+    """The metrics that a step ended with. None without a file, or where it does not have them."""
+    records = (record for record, _ in read_records(path)) if path.exists() else ()
+    return next((record.metrics for record in records if isinstance(record, StepCompleted)), None)
 
 
 def slot_of(experience_id: str) -> int:
@@ -315,20 +361,38 @@ def _credited(sample: Sample, credit: Credit | None) -> Sample:
     return sample if credit is None else replace(sample, reward=credit.reward, reward_parts=credit.parts)
 
 
-def read_records(path: Path) -> Iterator[tuple[JournalRecord, int]]:
-    """Each record with the offset of its end. Records of older versions are given as today's. Stops at the first torn
-    or damaged one."""
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """The bytes `begin` to `end` of a file, the latter not included, in which there is no whole record."""
+
+    path: Path
+    begin: int
+    end: int
+
+    def __str__(self) -> str:
+        return f"bytes {self.begin} to {self.end} of {self.path} are damaged"
+
+
+def _warn(damage: Damage) -> None:
+    log.warning("damaged records", text=str(damage))
+
+
+def read_records(path: Path, tell: Callable[[Damage], None] = _warn) -> Iterator[tuple[JournalRecord, int]]:
+    """Each record with the offset of its end. Records of older versions are given as today's. Leaves out what is
+    damaged, and tells of it unless it is the file's end, which may be a record that is being written."""
     old: dict[str, Sample] = {}
-    for record, end in _read(path):
+    for record, end in _read(path, tell):
         match record:
             case AttemptSampled() | ReflectionSampled():
                 sample = record.sample()
                 old[sample.sample_id] = sample
                 yield SampleRecorded(sample), end
-            case OldExperience():
+            case OldExperience() if old.keys() >= {*record.sample_ids}:
                 for sample in with_parents([old[sample_id] for sample_id in record.sample_ids]):
                     yield SampleRecorded(sample), end
                 yield _of_old(record, old), end
+            case OldExperience():  # a sample of it is lost
+                continue
             case _:
                 yield record, end
 
@@ -350,16 +414,34 @@ def _of_old(record: OldExperience, samples: Mapping[str, Sample]) -> ExperienceC
     )
 
 
-def _read(path: Path) -> Iterator[tuple[JournalRecord | AttemptSampled | ReflectionSampled | OldExperience, int]]:
-    with path.open("rb") as file:
-        unpacker = msgpack.Unpacker(file, max_buffer_size=2**31 - 1)
-        while True:
-            try:
-                checksum, payload = unpacker.unpack()
-            except msgpack.OutOfData:
+def _read(
+    path: Path, tell: Callable[[Damage], None]
+) -> Iterator[tuple[JournalRecord | AttemptSampled | ReflectionSampled | OldExperience, int]]:
+    content = path.read_bytes()
+    end = 0
+    while end < len(content):
+        found = _payload(content, end)
+        if found is None:
+            begin = end
+            for header in _ANY_HEADER.finditer(content, begin + 1):
+                end = header.start()
+                if found := _payload(content, end):
+                    break
+            if found is None:
                 return
-            except (ValueError, TypeError, msgpack.UnpackException):
-                return
-            if not isinstance(payload, bytes) or zlib.crc32(payload) != checksum:
-                return
-            yield _DECODER.decode(payload), unpacker.tell()
+            tell(Damage(path, begin, end))
+        payload, end = found
+        yield _DECODER.decode(payload), end
+
+
+def _payload(content: bytes, begin: int) -> tuple[bytes, int] | None:
+    """The payload of the pair that begins here, and where it ends. None where there is none, or its checksum is
+    wrong."""
+    header = _HEADER.match(content, begin)
+    if header is None:
+        return None
+    checksum, size = (int.from_bytes(number[1:] or number) for number in header.groups())
+    payload = content[header.end() : header.end() + size]
+    if len(payload) < size or zlib.crc32(payload) != checksum:
+        return None
+    return payload, header.end() + size

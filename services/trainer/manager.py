@@ -14,6 +14,7 @@ import structlog
 
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.file_lock import lock_file
+from mulligan.common.files import make_folder
 from mulligan.common.tasks import cancel
 from mulligan.common.types import Split
 from mulligan.trainer.evaluation import evaluate, fit_protocols, measure, open_writers
@@ -23,7 +24,7 @@ from mulligan.trainer.harness import Harness
 from mulligan.trainer.metrics import EvaluationProgress
 from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import check_environment, check_tasks, check_top_k
-from mulligan.trainer.recall import newest
+from mulligan.trainer.recall import GLOBAL_SCOPE, newest
 from mulligan.trainer.run import Run, ServicePorts
 from mulligan.trainer.run_environment import ADVICE, EnvironmentChanged, KnownEnvironment
 from mulligan.trainer.sampling import NamedPolicy
@@ -45,7 +46,7 @@ class RunManager:
     """
 
     def __init__(self, folder: Path, services: ServicePorts):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         self._folder = folder
         self._services = services
         self._runs: dict[str, Run] = {}
@@ -63,7 +64,12 @@ class RunManager:
     def go_on(self) -> None:
         """Continues the run that was running when the trainer ended."""
         for run_id in self.run_ids():
-            if self.record(run_id).state is RunState.RUNNING and self._active is None:
+            try:
+                state = self.record(run_id).state
+            except DomainError as error:
+                log.error("a run cannot be read", run_id=run_id, error=str(error))
+                continue
+            if state is RunState.RUNNING and self._active is None:
                 log.info("going on with a run", run_id=run_id)
                 try:
                     self._drive(self._open(run_id))
@@ -80,10 +86,10 @@ class RunManager:
         """Newest first."""
         found = {path.parent.name for path in self._folder.glob("*/run.json")} | self._unwritten.keys()
         found |= {self._active_id} if self._is_active(self._active_id) else set()
-        return sorted(found, key=lambda run_id: (self.record(run_id).created_at, run_id), reverse=True)
+        return sorted(found, key=lambda run_id: (self._created(run_id), run_id), reverse=True)
 
     def record(self, run_id: str) -> RunRecord:
-        """Raises UNKNOWN_RUN."""
+        """Raises UNKNOWN_RUN and STATE_DAMAGED."""
         if self._is_active(run_id):
             return self._runs[run_id].record.now(RunState.RUNNING)
         if run_id in self._unwritten:
@@ -91,7 +97,7 @@ class RunManager:
         return self._unwritten.get(run_id) or self._run_folder(run_id).record()
 
     def run(self, run_id: str) -> Run:
-        """Raises UNKNOWN_RUN, and INVALID_SETTING where a plug-in of its settings is no longer there."""
+        """Raises UNKNOWN_RUN, STATE_DAMAGED, and INVALID_SETTING where a plug-in of its settings is no longer there."""
         if run_id not in self._unwritten and not self._is_active(run_id):
             self._run_folder(run_id)
         return self._runs.get(run_id) or self._open(run_id)
@@ -104,6 +110,8 @@ class RunManager:
             if folder.settings() != settings:
                 raise DomainError(Reason.RUN_CONFLICT, f"run {run_id} exists with other settings")
             return self.run(run_id)
+        if run_id == GLOBAL_SCOPE:  # a run of an earlier release that has this id goes on
+            raise invalid_field("run_id", f"another one: {run_id!r} is the scope of the memory that runs share")
         self._refuse_a_second()
         folder.create(run_id, settings, self._now())
         self._unwritten.pop(run_id, None)
@@ -119,8 +127,7 @@ class RunManager:
         return run
 
     async def resume(self, run_id: str, *, accept_environment: bool = False) -> Run:
-        """Raises RUN_COMPLETED, LEARNER_OWNED, DISK_FULL, UNKNOWN_RUN, INVALID_SETTING as `run` does, and
-        ENVIRONMENT_CHANGED unless accepted."""
+        """Raises what `run` does, RUN_COMPLETED, LEARNER_OWNED, DISK_FULL, and ENVIRONMENT_CHANGED unless accepted."""
         async with self._resuming:
             record = self.record(run_id)
             if self._is_active(run_id):
@@ -281,14 +288,23 @@ class RunManager:
         folder = RunFolder(self._folder / run_id)
         if folder.exists:
             with contextlib.suppress(DomainError, OSError):
-                folder.write_record(self._unwritten[run_id])
                 if run_id in self._runs:
-                    self._runs[run_id].events.write()
+                    self._runs[run_id].events.sync()
+                folder.write_record(self._unwritten[run_id])
                 del self._unwritten[run_id]
+
+    def _created(self, run_id: str) -> datetime:
+        """Of a run that cannot be read, a time before all others."""
+        try:
+            return self.record(run_id).created_at
+        except DomainError as error:
+            if error.reason is not Reason.STATE_DAMAGED:
+                raise
+            return datetime.fromtimestamp(0, UTC)
 
     def _now(self) -> datetime:
         """The time, but later than the start of every other run, even if the clock was set back."""
-        others = [self.record(run_id).created_at for run_id in self.run_ids()[:1]]
+        others = [self._created(run_id) for run_id in self.run_ids()[:1]]
         return max([datetime.now(UTC), *(other + timedelta(microseconds=1) for other in others)])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from types import TracebackType
@@ -52,7 +52,7 @@ class Pipeline:
     for a slot, those of older steps come first.
 
     Leaving the block cancels what still samples. Its journals stay; after EnvironmentChanged, those of steps that were
-    not checked are set aside.
+    not checked are set aside. `notice` is told what a damaged journal costs.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Pipeline:
         tasks: Mapping[str, RunTasks],
         chooser: Chooser,
         folder: RunFolder,
+        notice: Callable[[str], None],
     ):
         rollout = runner.settings.rollout
         self.slots = PrioritySlots(rollout.concurrency)
@@ -73,6 +74,7 @@ class Pipeline:
         self._tasks = tasks
         self._chooser = chooser
         self._journals = folder.journal
+        self._notice = notice
         self._open: dict[int, StepSampling] = {}
         self._idle_since: float | None = None
 
@@ -100,7 +102,7 @@ class Pipeline:
 
     async def _begin(self, step: int, trained: int) -> None:
         now = _clock()
-        journal = StepJournal(self._journals, step)
+        journal = self._journal(step)
         waited = 0.0 if self._idle_since is None else now - self._idle_since
         self._idle_since = None
         runner = replace(self._runner, recorder=journal)
@@ -115,6 +117,18 @@ class Pipeline:
             journal.begin(SamplingBegan(step, self._policy.version, trained))
         self._chooser.begin(journal.started)
         sampling.task = asyncio.create_task(self._sample(sampling), name=f"sampling of step {step}")
+
+    def _journal(self, step: int) -> StepJournal:
+        journal = StepJournal(self._journals, step)
+        told = "; ".join(map(str, journal.damage))
+        if flaw := journal.flaw(overlapping=self._ahead > 0):
+            journal.close()
+            set_aside(self._journals, step)
+            self._notice(f"{told}: step {step} is sampled again, because {flaw}; its file is set aside")
+            return StepJournal(self._journals, step)
+        if told:
+            self._notice(f"{told}: what step {step} lost there is sampled again")
+        return journal
 
     async def _sample(self, sampling: StepSampling) -> SampledStep:
         """Raises EnvironmentChanged when an environment changed meanwhile; then the attempts are not used."""

@@ -229,10 +229,7 @@ def named_by(field: str) -> Iterator[None]:
     except DomainError as error:
         if error.reason not in (Reason.UNKNOWN_POLICY, Reason.UNKNOWN_ENVIRONMENT):
             raise
-        metadata = {**error.metadata, "field": field}
-        raise DomainError(
-            error.reason, f"{field}: {error.message}", retry_after=error.retry_after, **metadata
-        ) from error
+        raise error.told(f"{field}: {error.message}", field=field) from error
 
 
 def check_top_k(info: PolicyInfo, top_k: int, field: str) -> None:

@@ -106,6 +106,9 @@ async def newest(memory: MemoryPort, settings: RunSettings, run_id: str) -> Reca
     return Recall(memory, settings, scope, await memory.snapshot(scope))
 
 
+GLOBAL_SCOPE = "global"  # of all runs with this `memory_scope`; no run's id
+
+
 def scope_of(settings: RunSettings, run_id: str) -> str:
     """The scope of a run's memory: what `memory_scope` stands for."""
     own = settings.algorithm.memory_scope or "run"

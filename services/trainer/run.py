@@ -25,7 +25,7 @@ from mulligan.trainer.folder import Checkpoint, RunFolder
 from mulligan.trainer.harness import Harness
 from mulligan.trainer.history import read_history, write_history
 from mulligan.trainer.interfaces import EnvironmentPort, LearnerPort, MemoryPort, PolicyPort, Upload
-from mulligan.trainer.journal import StepCompleted
+from mulligan.trainer.journal import StepCompleted, journal_file, read_metrics
 from mulligan.trainer.pipeline import Pipeline
 from mulligan.trainer.player import Player
 from mulligan.trainer.preflight import (
@@ -201,6 +201,7 @@ class Run:
 
     async def _train(self) -> None:
         self.events.write()
+        self._notice_once(self.events.damage)
         self._notice_once(idle_notices(self.settings))
         self.activity.begin("opening the environments")
         tasks = await self.environments.open()
@@ -224,12 +225,32 @@ class Run:
         """Goes back to the last checkpoint. Raises what `Chooser.choose` raises where the sampler cannot choose."""
         checkpoint = self.folder.checkpoint()
         self.step = checkpoint.step if checkpoint else 0
+        await self._restore_events()
         history = await asyncio.to_thread(read_history, self.folder, self.settings.environment, self.step)
         listed = {name: known.train for name, known in tasks.items()}
         chooser = Chooser(self.settings, listed, history, self.step)
         if self.step < self.settings.steps:
             chooser.choose(self.step)
         return chooser
+
+    async def _restore_events(self) -> None:
+        """Takes the metrics of steps from the journal whose events are lost, and says what is lost for good."""
+        events = self.events.steps()
+        missing = [step for step in range(self.step) if step not in events]
+        for step in missing:
+            metrics = await asyncio.to_thread(read_metrics, journal_file(self.folder.journal, step))
+            if metrics is not None:
+                self.events.add(StepEvent(step, metrics))
+        every = self.settings.evaluation.every
+        lost = {
+            "metrics of steps": [step for step in missing if step not in self.events.steps()],
+            "evaluations before steps": sorted(
+                {0, *range(0, self.step, max(every or self.step, 1))} - self.events.evaluations().keys()
+            ),
+        }
+        told = [f"{what} {', '.join(map(str, steps))}" for what, steps in lost.items() if steps and self.step]
+        if told:
+            self._notice_once([f"lost from events.jsonl: {'; '.join(told)}. summary.json is without them"])
 
     async def _train_with(self, learner: LearnerPort | None, tasks: Mapping[str, RunTasks], chooser: Chooser) -> None:
         settings = self.settings
@@ -253,7 +274,7 @@ class Run:
         runner = StepRunner(self.run_id, settings, harness, services.memory, learner, others=others)
         for known in tasks.values():
             check_algorithm(runner.algorithm, known.info, actor.info, speakers)
-        pipeline = Pipeline(runner, actor, self.environments, tasks, chooser, self.folder)
+        pipeline = Pipeline(runner, actor, self.environments, tasks, chooser, self.folder, self.notice)
         players = await self._players(harnesses, tasks, evaluator, pipeline)
         evaluations = Evaluations(
             self.run_id,
@@ -362,6 +383,7 @@ class Run:
         if runner.learner is not None:
             await runner.learner.save_checkpoint(name)
         memory_version = await self.services.memory.snapshot(runner.memory_scope)
+        self.events.sync()  # first: a run that goes on from the checkpoint does not make earlier events again
         self.folder.write_checkpoint(Checkpoint(name, step, memory_version))
 
     async def _players(
@@ -400,14 +422,15 @@ class Run:
     def summary(self) -> dict[str, object]:
         """The content of summary.json. `rollouts` is the number of episodes and reflections, the budget for comparing
         algorithms; `grad_clipped` is the share of optimizer steps with a gradient norm above `max_grad_norm`. Test
-        success is that in the run's own environment; `further_evaluations` has the others'."""
+        success is that in the run's own environment; `further_evaluations` has the others'. A measurement that is lost
+        from events.jsonl is None, and sums are without it."""
         evaluations = self.events.evaluations()
         steps = self.events.steps()
         others = [name for name in self.settings.environments if name != self.settings.environment]
         summary: dict[str, object] = {
             "run_id": self.run_id,
-            "test_success_before": evaluations[0].success,
-            "test_success_after": evaluations[self.step].success,
+            "test_success_before": evaluations[0].success if 0 in evaluations else None,
+            "test_success_after": evaluations[self.step].success if self.step in evaluations else None,
             "train_seconds": self.train_seconds,
             "steps": self.step,
             "rollouts": int(sum(event.metrics["rollouts"] for event in steps.values())),
@@ -424,7 +447,7 @@ class Run:
         return [
             {
                 "step": step,
-                "rollouts": int(sum(steps[earlier].metrics["rollouts"] for earlier in range(step))),
+                "rollouts": int(sum(steps[earlier].metrics["rollouts"] for earlier in range(step) if earlier in steps)),
                 "success": evaluation.success,
             }
             | ({"metrics": evaluation.metrics} if evaluation.metrics else {})

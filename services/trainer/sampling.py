@@ -258,4 +258,4 @@ class PublishedPolicy:
 
 def _advised(error: DomainError, advice: str) -> DomainError:
     message = f"{error.message.rstrip('.')}: {advice}" if advice else error.message
-    return DomainError(error.reason, message, retry_after=error.retry_after, **error.metadata)
+    return error.told(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Any
@@ -19,8 +20,8 @@ from mulligan.trainer.manager import RunManager
 from mulligan.trainer.metrics import EvaluationProgress
 from mulligan.trainer.run import Run
 from mulligan.trainer.settings import EvaluationSettings, RolloutSettings
+from mulligan.trainer.v1 import run_config_pb2, run_service_pb2_grpc
 from mulligan.trainer.v1 import run_service_pb2 as pb
-from mulligan.trainer.v1 import run_service_pb2_grpc
 from mulligan.trainer.wire import (
     entry_to_proto,
     evaluation_to_proto,
@@ -33,6 +34,7 @@ from mulligan.trainer.wire import (
 )
 
 Context = Any
+_UNKNOWN = run_config_pb2.RunConfig(environment="(unknown)")  # of a run whose run.json is damaged
 _PAGE_TOKEN_LIMIT = 40  # characters: two numbers of 64 bits
 
 
@@ -155,20 +157,23 @@ class RunServicer(run_service_pb2_grpc.RunServiceServicer):
         return self._manager.record(run.run_id).state is not RunState.RUNNING
 
     def _listed(self, run_id: str) -> pb.Run:
-        """A run in a list. One whose settings cannot be read stands there with the reason, and hides no other."""
+        """A run in a list. One that cannot be read stands there with the reason, and hides no other."""
         try:
             return self._message(self._manager.run(run_id))
         except DomainError as error:
-            if error.reason is not Reason.INVALID_SETTING:
+            if error.reason not in (Reason.INVALID_SETTING, Reason.STATE_DAMAGED):
                 raise
+            found = pb.Run(run_id=run_id, error=str(error), state=pb.RUN_STATE_FAILED, config=_UNKNOWN)
+        with contextlib.suppress(DomainError):
             record = self._manager.record(run_id)
-            return pb.Run(
+            found = pb.Run(
                 run_id=run_id,
                 state=state_to_proto(record.state),
-                error=record.error or str(error),
+                error=record.error or found.error,
                 config=stored_to_proto(record.settings),
                 created_at=timestamp(record.created_at),
             )
+        return found
 
     def _message(self, run: Run) -> pb.Run:
         record = self._manager.record(run.run_id)

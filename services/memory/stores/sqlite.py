@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from mulligan.common.disk import folder_removed, writing_to
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.file_lock import lock_file
+from mulligan.common.files import make_folder
 from mulligan.memory.store import StoreError, StoreSettings
 from mulligan.memory.stores._sql import writes
 from mulligan.memory.stores._sql.migrate import migrate
@@ -105,7 +106,7 @@ def _lock(path: Path) -> IO[bytes]:
     """Locks a file beside the database, since SQLite has locks of its own on the database."""
     lock_path = path.with_name(path.name + ".lock")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         return lock_file(lock_path)
     except BlockingIOError:
         raise StoreError(f"database: {path} is in use by another process; a database has one server") from None

@@ -334,17 +334,18 @@ class Learner:
         """
         stem = f"{self.learner_id}-v{policy_version:06d}"
         folder = self.server.weights_folder
+        to_group = self.server.weights_access == "group"
         if self.model.adapter is None:
             kind = WeightsKind.FULL
             path = folder / f"{stem}.safetensors"
             weights = self.model.full_weights()
-            sha256 = self._write([weights], partial(storage.publish_file, weights, path))
+            sha256 = self._write([weights], partial(storage.publish_file, weights, path, to_group=to_group))
         else:
             kind = WeightsKind.LORA
             path = folder / stem
             save = partial(self.model.save_adapter, self.model.adapter_weights())
             names = ("adapter_config.json", "adapter_model.safetensors")
-            sha256 = self._ranks.first(partial(storage.publish_folder, save, path, names))
+            sha256 = self._ranks.first(partial(storage.publish_folder, save, path, names, to_group=to_group))
         named = {policy_version, self._published}  # the policy may not have taken the newest yet
         self._ranks.first(partial(storage.keep_published, folder, self.learner_id, self.server.keep_weights, named))
         self._published = policy_version

@@ -30,6 +30,7 @@ class LearnerServerSettings:
     microbatch_tokens: int = 768
     gradient_checkpointing: bool = False  # the backward pass computes activations again: less memory, more time
     attention: Attention = "auto"  # of shared prefixes; auto: flex on a GPU that can, else sdpa
+    weights_access: Literal["owner", "group"] = "owner"  # who may read published weights
     keep_weights: int = 3  # published versions; the policy may be loading an older one
     max_learners: int = 1
 

@@ -1,8 +1,8 @@
 """Checkpoints and published weights on disk.
 
-A checkpoint is a folder of safetensors files, with their hashes in their names, and manifest.json, which lists them.
-The manifest is replaced by a rename, so after a crash a checkpoint is the old one or the new one, never a mix. No file
-is ever unpickled.
+A checkpoint is a folder of safetensors files, with their hashes in their names, and manifest.json, which lists them and
+has a checksum. The manifest is replaced by a rename, so after a crash a checkpoint is the old one or the new one, never
+a mix. No file is ever unpickled.
 
 The files do not depend on the number of processes: each tensor is gathered from all of them, and the first process
 writes it. So a checkpoint of two processes can be loaded by one, and the other way round, to the bit.
@@ -13,7 +13,6 @@ pickled index, no checksums, and other files for each number of processes.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 import tempfile
@@ -26,7 +25,8 @@ from safetensors import SafetensorError
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason, invalid_field
-from mulligan.common.files import file_sha256, move, sync, temporary_file
+from mulligan.common.files import file_sha256, make_folder, move, open_to_group, sync, temporary_file
+from mulligan.common.state_files import read_document, write_document
 from mulligan.trainer.learner.tensor_files import StoredTensors, TensorStream, write
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -60,13 +60,10 @@ def save_checkpoint(folder: Path, parts: Mapping[str, TensorStream], state: Chec
     size = sum(tensors.nbytes for tensors in parts.values())
     try:
         with writing_to(folder, size):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             files = {part: _save_part(folder, part, tensors) for part, tensors in parts.items()}
             content = {"format": _FORMAT, "state": asdict(state), "files": files}
-            manifest = json.dumps(content, indent=1, sort_keys=True).encode()
-            with temporary_file(folder) as path:
-                path.write_bytes(manifest)
-                move(path, folder / _MANIFEST)
+            manifest = write_document(folder / _MANIFEST, content)
     finally:
         _sweep(folder)
     return hashlib.sha256(manifest).hexdigest()
@@ -112,14 +109,16 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, StoredTensors], CheckpointS
 
 def _manifest(folder: Path) -> Any:
     try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        manifest = read_document(
+            folder / _MANIFEST, dict[str, Any], "The checkpoint cannot be loaded: use another one."
+        )
     except (FileNotFoundError, NotADirectoryError):
         raise DomainError(
             Reason.CHECKPOINT_NOT_FOUND, f"there is no checkpoint {folder.name!r}", name=folder.name
         ) from None
-    except (OSError, ValueError) as error:
-        raise damaged(folder.name, f"{_MANIFEST}: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+    except DomainError as error:
+        raise damaged(folder.name, error.message) from error
+    if manifest.get("format") != _FORMAT:
         raise damaged(folder.name, f"{_MANIFEST}: expected format {_FORMAT}")
     return manifest
 
@@ -133,6 +132,7 @@ def keep_checkpoints(root: Path, count: int, named: Collection[str]) -> None:
     for folder in sorted((path.parent for path in root.glob(f"*/{_MANIFEST}")), key=_place, reverse=True)[count:]:
         if folder.name not in named:
             (folder / _MANIFEST).unlink()  # first, so that no incomplete checkpoint is left
+            sync(folder)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -146,24 +146,28 @@ def _place(folder: Path) -> tuple[int, str]:
         return -1, name
 
 
-def publish_file(tensors: TensorStream, path: Path) -> str:
-    """Writes a safetensors file in one rename. Returns its SHA-256. Raises DomainError DISK_FULL."""
+def publish_file(tensors: TensorStream, path: Path, *, to_group: bool = False) -> str:
+    """Writes a safetensors file in one rename. Its folder's group may read it where `to_group` is set.
+
+    Returns its SHA-256. Raises DomainError DISK_FULL.
+    """
     with writing_to(path.parent, tensors.nbytes):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with temporary_file(path.parent) as temporary:
-            temporary.chmod(0o644)  # the policy service may run as another user
             sha256 = write(tensors, temporary)
+            if to_group:
+                open_to_group(temporary)
             move(temporary, path)
     return sha256
 
 
-def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[str]) -> str:
-    """Calls `write` on a temporary folder and renames the files `names` into `path`, in this order.
+def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[str], *, to_group: bool = False) -> str:
+    """Calls `write` on a temporary folder and renames the files `names` into `path`, in this order. As `publish_file`.
 
     Returns the SHA-256 of the last file, which readers check. Raises DomainError DISK_FULL.
     """
     with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as temporary:
             write(Path(temporary))
             files = [Path(temporary, name) for name in names]
@@ -171,6 +175,8 @@ def publish_folder(write: Callable[[Path], None], path: Path, names: Sequence[st
             for file in files:
                 sync(file)  # a disk that is full says so here, before there is a folder
             path.mkdir(exist_ok=True)
+            for opened in (path, *files) if to_group else ():
+                open_to_group(opened)
             for file in files:
                 move(file, path / file.name)
             sync(path.parent)  # the name of the folder

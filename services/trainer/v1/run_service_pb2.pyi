@@ -79,7 +79,7 @@ class Run(_message.Message):
     """What a RUNNING run waits for, such as room on a disk; it goes on by itself. Empty while it trains."""
     @_builtins.property
     def config(self) -> _run_config_pb2.RunConfig:
-        """As used, defaults filled in."""
+        """As used, defaults filled in. Of a run whose settings are damaged only `environment`, as "(unknown)"."""
 
     @_builtins.property
     def created_at(self) -> _timestamp_pb2.Timestamp: ...
@@ -148,7 +148,9 @@ class StartRunRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     CONFIG_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """One folder name: 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit."""
+    """One folder name: 1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit. Not "global", which is the
+    scope of the memory that runs share; a run that has this id from an earlier release goes on.
+    """
     @_builtins.property
     def config(self) -> _run_config_pb2.RunConfig: ...
     def __init__(

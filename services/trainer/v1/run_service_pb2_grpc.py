@@ -46,6 +46,9 @@ class RunServiceStub:
 
     A run pauses while a disk is full, be it the trainer's or that of a service that it uses. It goes on by itself when
     there is room. A run whose folder is removed has FAILED.
+
+    Calls that name a run can return DATA_LOSS STATE_DAMAGED, metadata `file`: a file of the run's folder is damaged. The
+    message says what is lost and what to do. Other runs go on. ListRuns lists such a run with the message as `error`.
     """
 
     def __init__(self, channel):
@@ -122,6 +125,9 @@ class RunServiceServicer:
 
     A run pauses while a disk is full, be it the trainer's or that of a service that it uses. It goes on by itself when
     there is room. A run whose folder is removed has FAILED.
+
+    Calls that name a run can return DATA_LOSS STATE_DAMAGED, metadata `file`: a file of the run's folder is damaged. The
+    message says what is lost and what to do. Other runs go on. ListRuns lists such a run with the message as `error`.
     """
 
     def StartRun(self, request, context):
@@ -285,6 +291,9 @@ class RunService:
 
     A run pauses while a disk is full, be it the trainer's or that of a service that it uses. It goes on by itself when
     there is room. A run whose folder is removed has FAILED.
+
+    Calls that name a run can return DATA_LOSS STATE_DAMAGED, metadata `file`: a file of the run's folder is damaged. The
+    message says what is lost and what to do. Other runs go on. ListRuns lists such a run with the message as `error`.
     """
 
     @staticmethod

@@ -33,6 +33,9 @@ class RunServiceStub:
 
     A run pauses while a disk is full, be it the trainer's or that of a service that it uses. It goes on by itself when
     there is room. A run whose folder is removed has FAILED.
+
+    Calls that name a run can return DATA_LOSS STATE_DAMAGED, metadata `file`: a file of the run's folder is damaged. The
+    message says what is lost and what to do. Other runs go on. ListRuns lists such a run with the message as `error`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -104,6 +107,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
 
     A run pauses while a disk is full, be it the trainer's or that of a service that it uses. It goes on by itself when
     there is room. A run whose folder is removed has FAILED.
+
+    Calls that name a run can return DATA_LOSS STATE_DAMAGED, metadata `file`: a file of the run's folder is damaged. The
+    message says what is lost and what to do. Other runs go on. ListRuns lists such a run with the message as `error`.
     """
 
     @_abc_1.abstractmethod

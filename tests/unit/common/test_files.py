@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mulligan.common.file_lock import lock_file
-from mulligan.common.files import move, move_folder, replace, temporary_file
+from mulligan.common.files import make_folder, move, move_folder, replace, temporary_file
 from tests.support.small_disk import SmallDisk
 
 
@@ -74,6 +74,17 @@ def test_a_folder_is_synced_with_what_is_in_it_before_its_new_name(
     assert sorted(seen[:3]) == [("file", False), ("inner", False), ("source", False)]
     assert seen[3:] == [(tmp_path.name, True)]
     assert (target / "inner" / "file").read_bytes() == b"x"
+
+
+def test_the_names_of_folders_that_are_made_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: seen.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+    )
+    make_folder(tmp_path / "a" / "b")
+    assert seen == [tmp_path.name, "a"]
+    make_folder(tmp_path / "a" / "b")
+    assert len(seen) == 2
 
 
 def test_another_process_cannot_take_a_lock_that_is_held(tmp_path: Path) -> None:

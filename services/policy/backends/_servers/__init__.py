@@ -30,7 +30,9 @@ class ServerSettings(BackendSettings):
     start_seconds: float = Field(900.0, gt=0, description="How long a launched server may take until it is ready.")
     api_key: SecretStr | None = Field(None, description="The servers' --api-key.")
     folder: Path | None = Field(
-        None, description="Where weights are put for the engines to load, shared with them; the state folder if unset."
+        None,
+        description="Where weights are put for the engines to load, shared with them, whose group may read them; the "
+        "state folder if unset.",
     )
     folder_in_engine: str = Field("", description="What the servers call `folder`, where they see it elsewhere.")
     request_seconds: float = Field(600.0, gt=0, description="How long a server may take for one request.")

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from mulligan.common.disk import writing_to
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.files import open_to_group
 from mulligan.common.inference import WeightsKind
 from mulligan.policy import adapter_config
 from mulligan.policy.backend import WeightsFile
@@ -109,9 +110,17 @@ class Folders:
             with writing_to(self._root):
                 folder.mkdir(parents=True)
                 yield folder
+                if self._shared:
+                    self._open_to_group(folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _open_to_group(self, folder: Path) -> None:
+        """The servers may run as another user, who is of the group of the folder that they share with this service."""
+        for path in (folder.parents[1], folder.parent, folder, *folder.rglob("*")):
+            if path.stat().st_uid == os.geteuid():  # a link may be to a file of the trainer's user
+                open_to_group(path)
 
     def _engine_path(self, folder: Path) -> str:
         return f"{self._in_engine.rstrip('/')}/{folder.relative_to(self._root).as_posix()}"

@@ -102,7 +102,8 @@ class Notes:
             self._notes[known].written.append(self._write(new.scope, "repeat", known, new.actor))
             return Added(known, self._now(known).version)
         if len(self._notes) >= self._settings.pages:
-            raise DomainError(Reason.DISK_FULL, f"all {self._settings.pages} pages are full")
+            full = f"all {self._settings.pages} pages are full"
+            raise DomainError(Reason.DISK_FULL, full, folder="notes", free_bytes=0, needed_bytes=0)
         version = self._write(new.scope, "add", identity, new.actor)
         labels = new.labels
         stored = StoredReflection(

@@ -105,19 +105,40 @@ def garble_the_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text("{")
 
 
-def point_outside(folder: Path) -> None:
+def change_a_digit_of_the_manifest(folder: Path) -> None:
+    text = (folder / "manifest.json").read_text()
+    assert '"optimizer_steps": 1' in text
+    (folder / "manifest.json").write_text(text.replace('"optimizer_steps": 1', '"optimizer_steps": 3'))
+
+
+def edit_the_manifest(folder: Path, **changes: object) -> None:
+    """As a person does, who leaves out the checksum."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["weights"]["file"] = "../../../weights.safetensors"
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    del manifest["crc32"]
+    (folder / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def point_outside(folder: Path) -> None:
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    files["weights"]["file"] = "../../../weights.safetensors"
+    edit_the_manifest(folder, files=files)
 
 
 def another_format(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"format": 99}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    edit_the_manifest(folder, format=99)
 
 
 @pytest.mark.parametrize(
-    "damage", [flip_a_bit, truncate, lose_a_file, garble_the_manifest, point_outside, another_format]
+    "damage",
+    [
+        flip_a_bit,
+        truncate,
+        lose_a_file,
+        garble_the_manifest,
+        change_a_digit_of_the_manifest,
+        point_outside,
+        another_format,
+    ],
 )
 def test_damage_is_noticed_and_nothing_changes(tiny: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
     learner = make(tiny, tmp_path)
@@ -130,6 +151,16 @@ def test_damage_is_noticed_and_nothing_changes(tiny: Path, tmp_path: Path, damag
         learner.load_checkpoint("one")
     assert caught.value.reason is Reason.CHECKPOINT_MISMATCH
     assert (weights_digest(learner), learner.optimizer_steps) == (before, 2)
+
+
+def test_a_checkpoint_of_an_earlier_release_is_loaded(tiny: Path, tmp_path: Path) -> None:
+    learner = make(tiny, tmp_path)
+    learner.save_checkpoint("one")
+    before = weights_digest(learner)
+    edit_the_manifest(tmp_path / "checkpoints" / "learner" / "one")
+    learn(learner, range(1))
+    learner.load_checkpoint("one")
+    assert weights_digest(learner) == before
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny: Path, tmp_path: Path) -> None:
