@@ -77,8 +77,8 @@ three letters stand for holes and three for frozen tiles, by a legend of the sym
 attempt it writes a legend of what the attempt shows, and adds what the memory says of other symbols. It has never seen
 the assignment of `frozenlake-symbols`.
 
-Written by `{figures["command"]}` ({figures["seconds"]:,} s, {figures["threads"]} threads on a shared machine,
-{figures["tokens"]:,} tokens). Figures: {figures["boards"]} test boards, sampled at temperature 1.
+Written by `{figures["command"]}` in {figures["seconds"]:,} s on a
+shared machine, from {figures["tokens"]:,} tokens. Figures: {figures["boards"]} test boards, sampled at temperature 1.
 
 | first attempt with | success |
 |---|---|
