@@ -1,7 +1,8 @@
-"""A learner in two processes (`torchrun -m tests.support.ranked WORK FOLDER LORA`), and the same work in one.
+"""A learner in two processes (`torchrun -m tests.support.ranked WORK FOLDER`), and the same work in one.
 
-`learn` takes four optimizer steps in float64, and saves. `reshard` loads what one process saved, and saves again. The
-first process writes what it has into FOLDER.
+`learn` takes four optimizer steps in float64, and saves. `reshard` loads what one process saved, and saves again. Both
+are done with full weights in FOLDER/full and with an adapter in FOLDER/lora. There the first process writes what it
+has.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from mulligan.trainer.objectives.transfer import Transfer
 from mulligan.trainer.settings import LossSettings
 from tests.support.learning import FULL, LORA, many, sampled, server_settings, spec
 
+MODES = ("full", "lora")
 LONG = tuple(range(2, 32)) * 2
 # Of each step: more data than processes, with all terms; fewer data; several kinds, in which some data leave out what
 # the learner then computes; several kinds whose losses run the model again for some of their data only.
@@ -132,28 +134,30 @@ def by_torchrun(module: str, *arguments: object) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def main(work: str, place: str, lora: str) -> None:
-    folder = Path(place)
+def main(work: str, place: str) -> None:
     ranks = Ranks.join("cpu")
-    metrics: list[dict[str, float]] = []
     with in_float64():
-        learner = make(folder, lora == "1", ranks)
-        if work == "learn":
-            found, metrics = learn(learner)
-            learner.save_checkpoint("of-two", 7)
-            published = learner.publish_weights(1)
-            metrics.append(
-                {f"probe {n} {m}": v for n, p in enumerate(published.canary) for m, v in enumerate(p.log_probs)}
-            )
-        else:
-            learner.load_checkpoint("of-one")
-            found = {}
-            learner.save_checkpoint("of-two-again", 7)
-        found |= {f"state {name}": value for name, value in state(learner).items()}
+        for name in MODES:
+            do(work, Path(place) / name, ranks, lora=name == "lora")
+    ranks.leave()
+
+
+def do(work: str, folder: Path, ranks: Ranks, *, lora: bool) -> None:
+    metrics: list[dict[str, float]] = []
+    found: dict[str, Tensor] = {}
+    learner = make(folder, lora, ranks)
+    if work == "learn":
+        found, metrics = learn(learner)
+        learner.save_checkpoint("of-two", 7)
+        published = learner.publish_weights(1)
+        metrics.append({f"probe {n} {m}": v for n, p in enumerate(published.canary) for m, v in enumerate(p.log_probs)})
+    else:
+        learner.load_checkpoint("of-one")
+        learner.save_checkpoint("of-two-again", 7)
+    found |= {f"state {name}": value for name, value in state(learner).items()}
     if ranks.is_first:
         save_file(found, folder / f"{work}.safetensors")
         (folder / f"{work}.json").write_text(json.dumps(metrics))
-    ranks.leave()
 
 
 if __name__ == "__main__":

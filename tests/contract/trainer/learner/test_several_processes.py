@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mulligan.common.inference import PublishedWeights
 from tests.support import ranked
 from tests.support.tiny_model import write_tiny_model
 
@@ -18,20 +19,54 @@ STATE = "state "
 
 
 class Learned(NamedTuple):
+    """Of one mode. `of_one` is what one process published after it had loaded and saved what two had saved, and
+    `by_one` its state then; `again` is the state of two processes that loaded that."""
+
     folder: Path
     lora: bool
     by_two: dict[str, Tensor]
     metrics: list[dict[str, float]]
+    of_one: PublishedWeights
+    by_one: dict[str, Tensor]
+    again: dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
-def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Learned:
+@pytest.fixture(scope="module")
+def by_mode(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Learned]:
+    """Two processes are started twice for both modes, as their start takes longest."""
+    place = tmp_path_factory.mktemp("ranks")
+    for mode in ranked.MODES:
+        (place / mode).mkdir()
+        write_tiny_model(place / mode / "tiny")
+    ranked.by_torchrun(ranked.__name__, "learn", place)
+    alone = {mode: _reshard(place / mode, mode == "lora") for mode in ranked.MODES}
+    ranked.by_torchrun(ranked.__name__, "reshard", place)
+    return {
+        mode: Learned(
+            place / mode,
+            mode == "lora",
+            load_file(place / mode / "learn.safetensors"),
+            json.loads((place / mode / "learn.json").read_text()),
+            *alone[mode],
+            load_file(place / mode / "reshard.safetensors"),
+        )
+        for mode in ranked.MODES
+    }
+
+
+def _reshard(folder: Path, lora: bool) -> tuple[PublishedWeights, dict[str, Tensor]]:
+    with ranked.in_float64():
+        learner = ranked.make(folder, lora)
+        assert learner.load_checkpoint("of-two").next_sequence == 7
+        by_one = ranked.state(learner)
+        learner.save_checkpoint("of-one", 7)
+        return learner.publish_weights(2), by_one
+
+
+@pytest.fixture(params=ranked.MODES)
+def learned(request: pytest.FixtureRequest, by_mode: dict[str, Learned]) -> Learned:
     """What two processes learned and saved."""
-    folder = tmp_path_factory.mktemp("ranks")
-    write_tiny_model(folder / "tiny")
-    ranked.by_torchrun(ranked.__name__, "learn", folder, int(request.param))
-    metrics = json.loads((folder / "learn.json").read_text())
-    return Learned(folder, request.param, load_file(folder / "learn.safetensors"), metrics)
+    return by_mode[request.param]
 
 
 def test_two_processes_learn_what_one_learns(learned: Learned) -> None:
@@ -54,17 +89,10 @@ def test_two_processes_learn_what_one_learns(learned: Learned) -> None:
 
 def test_checkpoints_go_from_two_processes_to_one_and_back(learned: Learned) -> None:
     """Exactly: weights, reference and optimizer, and the files themselves."""
-    folder = learned.folder
-    checkpoints = folder / "checkpoints" / "learner"
-    with ranked.in_float64():
-        learner = ranked.make(folder, learned.lora)
-        assert learner.load_checkpoint("of-two").next_sequence == 7
-        by_one = ranked.state(learner)
-        learner.save_checkpoint("of-one", 7)
-        of_one = learner.publish_weights(2)
-    ranked.by_torchrun(ranked.__name__, "reshard", folder, int(learned.lora))
+    checkpoints = learned.folder / "checkpoints" / "learner"
+    by_one = learned.by_one
     by_two = {name.removeprefix(STATE): v for name, v in learned.by_two.items() if name.startswith(STATE)}
-    again = {name.removeprefix(STATE): v for name, v in load_file(folder / "reshard.safetensors").items()}
+    again = {name.removeprefix(STATE): v for name, v in learned.again.items()}
     assert by_one.keys() == by_two.keys() == again.keys()
     assert any(name.startswith("exp_avg_sq") for name in by_one) and any("reference" in name for name in by_one)
     for name, value in by_one.items():
@@ -75,7 +103,7 @@ def test_checkpoints_go_from_two_processes_to_one_and_back(learned: Learned) -> 
     }
     assert files["of-two"] == files["of-one"] == files["of-two-again"], "their names are their checksums"
     probes = learned.metrics[-1]
-    for place, probe in enumerate(of_one.canary):
+    for place, probe in enumerate(learned.of_one.canary):
         assert [probes[f"probe {place} {n}"] for n in range(len(probe.log_probs))] == pytest.approx(
             list(probe.log_probs), rel=1e-5
         )
