@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +26,7 @@ from mulligan.common.tasks import cancel, gather_or_cancel
 
 START_SECONDS = 600.0  # a large model takes minutes, and progress is shown meanwhile
 STOP_SECONDS = 40.0
+LOG_BYTES = 2**24  # of a service's log, before it begins anew
 RESTARTS = 5  # of one service within a minute; more is a defect that restarting does not mend
 
 
@@ -59,6 +62,14 @@ class _Process:
                 start_new_session=True,
             )
 
+    def rotate_log(self) -> None:
+        """Has a long log begin anew, and keeps what it had as NAME.log.1, in place of what that had. The service writes
+        to the end of the same file and notices nothing. Raises OSError; then the log is as it was."""
+        if self.log.stat().st_size > LOG_BYTES:
+            shutil.copyfile(self.log, self.log.with_name(f"{self.log.name}.1"))
+            os.truncate(self.log, 0)
+            self._log_start = 0
+
     def log_end(self) -> str:
         """Of what it wrote since its last start."""
         if not self.log.exists():
@@ -69,7 +80,8 @@ class _Process:
 class LocalServices:
     """`async with LocalServices(folder) as services:` all four are healthy inside.
 
-    `folder` gets runs, weights, checkpoints, the memory's database, the policy service's state and the logs. At
+    `folder` gets runs, weights, checkpoints, the memory's database, the policy service's state and the logs, of which
+    each has at most about twice LOG_BYTES. At
     `log_level` info, each service logs a line per request. `configs` are TOML files with settings, by service;
     addresses and folders are those given here. The env service runs a process for each port of its address, such as
     `127.0.0.1:50055-50057`. `model` wins over the policy's, and without either it is the embedded one. `LoadModel`
@@ -173,6 +185,8 @@ class LocalServices:
         while True:
             await asyncio.sleep(0.5)
             for process in self._processes.values():
+                with contextlib.suppress(OSError):  # the disk is full, or the log was removed
+                    process.rotate_log()
                 if process.process is not None and process.process.poll() is not None:
                     recent = [start for start in process.started if start > time.monotonic() - 60]
                     if len(recent) > RESTARTS:

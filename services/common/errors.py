@@ -6,6 +6,7 @@ other exception that escapes a handler becomes INTERNAL. https://google.aip.dev/
 
 from __future__ import annotations
 
+import secrets
 from datetime import timedelta
 from enum import StrEnum
 
@@ -234,6 +235,12 @@ class CallFailed(Exception):
     @property
     def timed_out(self) -> bool:
         return self.code == "DEADLINE_EXCEEDED"
+
+
+def incident(error: BaseException) -> str:
+    """The id by which a caller's error is found in the server's log; always the same for one exception."""
+    error.__dict__.setdefault("incident", secrets.token_hex(4))
+    return str(error.__dict__["incident"])
 
 
 def invalid_field(field: str, expected: str) -> DomainError:

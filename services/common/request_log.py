@@ -9,7 +9,7 @@ from typing import Any
 
 import structlog
 
-from mulligan.common.errors import DomainError
+from mulligan.common.errors import DomainError, incident
 from mulligan.common.metrics import MethodMetrics
 
 log = structlog.get_logger()
@@ -60,6 +60,6 @@ class RequestLog:
         ids = {key: value for key in _REQUEST_KEYS if (value := getattr(self._request, key, None)) not in (None, "")}
         extra: dict[str, Any] = {"reason": self._reason} if self._reason else {}
         if self._error is not None:
-            extra["exc_info"] = self._error
+            extra |= {"incident": incident(self._error), "exc_info": self._error}
         milliseconds = round(seconds * 1000, 2)
         log.log(level, "request", method=self._method, status=self._status, milliseconds=milliseconds, **ids, **extra)

@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from mulligan.common.errors import MESSAGE_LIMIT, Code, DomainError, Reason
+from mulligan.common.errors import Code, DomainError, Reason, incident
 from mulligan.common.text import bounded
 
 log = structlog.get_logger()
@@ -47,8 +47,9 @@ def to_status(error: DomainError) -> grpc.Status:
 
 
 def fault(error: BaseException) -> str:
-    """The message of an INTERNAL status, cut."""
-    return bounded(f"{type(error).__name__}: {error}", MESSAGE_LIMIT)
+    """The message of an INTERNAL status. What the exception says is for the server's log alone: it may quote anything
+    that the process knows."""
+    return f"{type(error).__name__}, incident {incident(error)}: the server's log has it"
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError) -> DomainError | None:

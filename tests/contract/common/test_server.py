@@ -97,10 +97,12 @@ async def test_each_request_is_one_line_of_json(server: ServiceProcess, client: 
 
 async def test_a_fault_of_ours_is_internal_and_logged_with_its_trace(server: ServiceProcess, client: EnvClient) -> None:
     """The test environment cannot list its test tasks: no declared error covers that."""
-    with pytest.raises(CallFailed, match=r"ListTasks at .* failed: INTERNAL: RuntimeError: the list is torn"):
+    said = r"ListTasks at .* failed: INTERNAL: RuntimeError, incident ([0-9a-f]{8}): the server's log has it"
+    with pytest.raises(CallFailed, match=said) as caught:
         await client.list_tasks("awkward", Split.TEST, 1)
+    assert "the list is torn" not in str(caught.value)
     (line,) = requests_logged(server, method="ListTasks", status="INTERNAL")
-    assert line["level"] == "error"
+    assert line["level"] == "error" and f"incident {line['incident']}:" in str(caught.value)
     assert "the list is torn" in line["exception"]
 
 

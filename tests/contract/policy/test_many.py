@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -11,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason
@@ -81,9 +83,14 @@ async def test_a_refused_one_says_what_a_call_of_its_own_says(served: Serving) -
 
 async def test_a_fault_of_the_server_fails_only_its_own(served: Serving) -> None:
     served.backend.failures.append(RuntimeError("a broken engine"))
-    results = await asyncio.gather(*asked_for(served.client, 3), return_exceptions=True)
+    with structlog.testing.capture_logs() as logged:
+        results = await asyncio.gather(*asked_for(served.client, 3), return_exceptions=True)
     [failed] = [result for result in results if isinstance(result, BaseException)]
-    assert isinstance(failed, CallFailed) and failed.code == "INTERNAL" and "a broken engine" in str(failed)
+    assert isinstance(failed, CallFailed) and failed.code == "INTERNAL" and "a broken engine" not in str(failed)
+    said = re.search(r"RuntimeError, incident ([0-9a-f]{8}): the server's log has it", str(failed))
+    assert said is not None
+    [line] = [line for line in logged if line.get("incident") == said[1]]
+    assert "a broken engine" in str(line["exc_info"])
 
 
 async def test_only_when_all_callers_are_gone_does_the_engine_stop(served: Serving) -> None:

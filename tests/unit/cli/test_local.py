@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,3 +148,27 @@ async def test_whom_the_start_waits_for_is_shown(
     monkeypatch.setattr(local, "Heartbeat", partial(Heartbeat, first=0.0, every=0.01))
     monkeypatch.setattr(LocalServices, "_wait_until_healthy", healthy)
     await LocalServices(tmp_path)._wait_for_all()
+
+
+async def test_a_long_log_begins_anew_and_loses_nothing_that_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "LOG_BYTES", 1000)
+    go_on = tmp_path / "go on"
+    program = (
+        "import os, sys, time; os.write(2, b'x' * 2000 + b'\\n')\n"
+        "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\n"
+        "os.write(2, b'after\\n')"
+    )
+    log = tmp_path / "memory.log"
+    process = local._Process("memory", "127.0.0.1:1", [sys.executable, "-c", program, str(go_on)], log)
+    log.write_bytes(b"before\n")
+    process.start()
+    await until(lambda: log.stat().st_size > 2000)
+    process.rotate_log()
+    assert (log.stat().st_size, (tmp_path / "memory.log.1").read_bytes()) == (0, b"before\n" + b"x" * 2000 + b"\n")
+    process.rotate_log()
+    go_on.touch()
+    assert process.process is not None and process.process.wait(60) == 0
+    assert log.read_bytes() == b"after\n" and process.log_end() == "after"
+    assert (tmp_path / "memory.log.1").stat().st_size > 2000, "a short log is left as it is"

@@ -156,9 +156,9 @@ async def test_an_undeclared_error_in_one_process_ends_the_learner_in_all(served
         before = pids(served.service)
         mask = (False, True, True)
         failing = Datum("failing", (2, 3, 4), mask, 1.0, 1.0, Failing(float(rank)), "first")
-        with pytest.raises(CallFailed, match="planted") as failed:
+        with pytest.raises(CallFailed, match="incident") as failed:
             await client.forward_backward([failing, failing], PLAIN)
-        assert failed.value.code == "INTERNAL"
+        assert failed.value.code == "INTERNAL" and "planted" in served.service.log
     async with served.client() as client:
         assert (await client.forward_backward([sampled()], PLAIN))["tokens"] == 2
         after = pids(served.service)
