@@ -93,6 +93,12 @@ async def mixed(session: CheckSession) -> None:
     found = await scope.found(9, MIX, mix=parts, text="coins pay")
     once = len([text for text in found if text.lower() == _TEXTS[1].lower()])
     demand(once == 1, "one of two entries with the same words", found, scope.query(9, MIX, mix=parts, text="coins pay"))
+    both = [pb.MixPart(strategy=strategy, limit=1) for strategy in (BEST_UPLIFT, EXPLORE)]
+    await scope.finds("the latest, then another one", [_TEXTS[1].upper(), _TEXTS[2]], 9, MIX, mix=both)
+    for text in ("Left is safe, right is a hole.", "Right is safe, left is a hole."):
+        await scope.add(text)
+    opposite = ["Right is safe, left is a hole.", "Left is safe, right is a hole."]
+    await scope.finds("texts that have the same words and say the opposite", opposite, 9, MIX, mix=both)
 
 
 @suite.check("QueryReflections", "what a strategy needs and lacks, or does not take, is INVALID_ARGUMENT INVALID_FIELD")
