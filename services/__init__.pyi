@@ -30,6 +30,7 @@ from .common.inference import WeightsKind as WeightsKind
 from .common.reflections import Provenance as Provenance
 from .common.reflections import RetrievalStrategy as RetrievalStrategy
 from .common.reflections import StoredReflection as StoredReflection
+from .common.tls import ClientTls as ClientTls
 from .common.types import EnvironmentInfo as EnvironmentInfo
 from .common.types import EpisodeStep as EpisodeStep
 from .common.types import Outcome as Outcome

@@ -8,13 +8,15 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mulligan.cli.connection import DEFAULT_ADDRESSES, service_token
+from mulligan.cli.connection import DEFAULT_ADDRESSES, client_tls, service_token
 from mulligan.cli.out import Heartbeat, fail, json_safe, line, show
+from mulligan.common.tls import ClientTls
 from mulligan.conformance.report import Report, Result, Verdict
 from mulligan.conformance.target import Target, TargetUnreachable
 
@@ -67,9 +69,7 @@ def env(
     options = EnvOptions(actions, seed, tuple(action or ()))
 
     async def main(on_result: OnResult) -> Report:
-        async with closing(
-            connect(target, token=service_token(), reader_token=_reader_token(), timeout=timeout, tls_ca=tls_ca)
-        ) as opened:
+        async with closing(connect(target, **_options(timeout, tls_ca))) as opened:
             return await check(opened, options, only=only, environment=environment, on_result=on_result)
 
     _run(main, as_json=as_json, quiet=quiet)
@@ -92,9 +92,7 @@ def memory(
     from mulligan.conformance.memory.run import target as connect
 
     async def main(on_result: OnResult) -> Report:
-        async with closing(
-            connect(target, token=service_token(), reader_token=_reader_token(), timeout=timeout, tls_ca=tls_ca)
-        ) as opened:
+        async with closing(connect(target, **_options(timeout, tls_ca))) as opened:
             return await check(opened, only=only, on_result=on_result)
 
     _run(main, as_json=as_json, quiet=quiet)
@@ -125,9 +123,7 @@ def policy(
     options = PolicyOptions(tolerance, writes)
 
     async def main(on_result: OnResult) -> Report:
-        connection = connect(
-            target, token=service_token(), reader_token=_reader_token(), timeout=timeout, tls_ca=tls_ca
-        )
+        connection = connect(target, **_options(timeout, tls_ca))
         async with closing(connection) as opened:
             return await check(opened, options, only=only, policy=name, on_result=on_result)
 
@@ -167,9 +163,7 @@ def trainer(
     options = TrainerOptions(model, writes, config, run_seconds)
 
     async def main(on_result: OnResult) -> Report:
-        async with closing(
-            connect(target, token=service_token(), reader_token=_reader_token(), timeout=timeout, tls_ca=tls_ca)
-        ) as opened:
+        async with closing(connect(target, **_options(timeout, tls_ca))) as opened:
             return await check(opened, options, only=only, on_result=on_result)
 
     _run(main, as_json=as_json, quiet=quiet)
@@ -183,8 +177,13 @@ async def closing(target: Target) -> AsyncIterator[Target]:
         await target.close()
 
 
-def _reader_token() -> str | None:
-    return os.environ.get("MULLIGAN_CLI_READER_TOKEN")
+def _options(timeout: float, tls_ca: Path | None) -> dict[str, Any]:
+    """Of a target. `tls_ca` wins over the variable."""
+    tls = client_tls()
+    if tls_ca is not None:
+        tls = replace(tls or ClientTls(), ca=tls_ca)
+    reader_token = os.environ.get("MULLIGAN_CLI_READER_TOKEN")
+    return {"token": service_token(), "reader_token": reader_token, "timeout": timeout, "tls": tls}
 
 
 def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bool, quiet: bool) -> None:

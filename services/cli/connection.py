@@ -18,6 +18,7 @@ from mulligan.common import proxies
 from mulligan.common.addresses import Addresses
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.tls import BadTls, ClientTls, read_client_tls
 from mulligan.common.tokens import BadTokens, TokenFile
 
 PORT_BASE = 50051
@@ -31,6 +32,7 @@ def addresses_from(port: int) -> dict[str, str]:
 DEFAULT_ADDRESSES = addresses_from(PORT_BASE)
 OUTAGE_SECONDS = 5.0  # a person waits at the terminal
 TOKEN = "MULLIGAN_CLI_TOKEN"  # a variable
+TLS = "MULLIGAN_CLI_TLS"  # how variables begin
 
 TrainerAddress = Annotated[
     str, typer.Option("--trainer", envvar="MULLIGAN_CLI_TRAINER", help="Address of the trainer service.")
@@ -81,7 +83,7 @@ def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
             raise ServiceUnavailable(address, 0, f"the host is not known: {error.strerror or error}") from error
     file = token_file()
     token = None if file is not None else os.environ.get(TOKEN)
-    return Endpoint(address, token=token, token_file=file, outage_seconds=outage_seconds)
+    return Endpoint(address, token=token, token_file=file, tls=client_tls(), outage_seconds=outage_seconds)
 
 
 def token_file() -> Path | None:
@@ -102,6 +104,17 @@ def service_token() -> str | None:
     process list."""
     file = token_file()
     return TokenFile(file).tokens[0] if file is not None else os.environ.get(TOKEN)
+
+
+def client_tls() -> ClientTls | None:
+    """By the variables MULLIGAN_CLI_TLS_CA, …_NAME, …_CERT and …_KEY; None if none of them is set. Ends the program for
+    a bad file."""
+    ca, name, cert, key = (os.environ.get(f"{TLS}_{part}", "") for part in ("CA", "NAME", "CERT", "KEY"))
+    files = [Path(file) if file else None for file in (ca, cert, key)]
+    try:
+        return read_client_tls(files[0], name, files[1], files[2])
+    except (BadTls, ValueError) as error:
+        fail(f"{TLS}_…: {error}", 2)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -6,7 +6,7 @@ writes it there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Final
 
@@ -23,6 +23,8 @@ class AccessRole(StrEnum):
         order = list(AccessRole)
         return order.index(self) >= order.index(other)
 
+
+ROLE_URI = "urn:mulligan:role:"  # in a certificate's subjectAltName, before the role of its holder
 
 ANYONE: Final = None  # also callers without a credential
 
@@ -96,6 +98,12 @@ ACCESS: Mapping[str, Mapping[str, AccessRole | None]] = {
     "grpc.health.v1.Health": {"Check": ANYONE, "Watch": ANYONE, "List": AccessRole.READER},
     "grpc.reflection.v1alpha.ServerReflection": {"ServerReflectionInfo": ANYONE},
 }
+
+
+def role_of_names(names: Iterable[str]) -> AccessRole | None:
+    """The role that a certificate with these subject alternative names gives, the greatest if there are several."""
+    found = {name.removeprefix(ROLE_URI) for name in names if name.startswith(ROLE_URI)}
+    return next((role for role in reversed(AccessRole) if role in found), None)
 
 
 def needed_role(method: str) -> AccessRole | None:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mulligan.common import proxies
+from mulligan.common.addresses import Addresses
 from mulligan.common.errors import CallFailed, Code, DomainError, ServiceUnavailable
 from mulligan.common.status import from_rpc_error
+from mulligan.common.tls import ClientTls, PemFiles
 from mulligan.common.tokens import TokenFile, bearer
 
 log = structlog.get_logger()
@@ -36,7 +38,8 @@ _SHOWN = 100  # characters of a bad value in a message
 class Endpoint:
     """Address of a service and how to call it.
 
-    Calls carry `token`, or the first token of `token_file`, which is read again when it changes.
+    Calls carry `token`, or the first token of `token_file`. With `tls` they are encrypted. Files are read again when
+    they change.
 
     A call is retried for at most `outage_seconds` while the service is unreachable, or answers RESOURCE_EXHAUSTED or
     UNAVAILABLE with a RetryInfo. Every call of the contracts is safe to repeat.
@@ -45,10 +48,19 @@ class Endpoint:
     address: str
     token: str | None = field(default=None, repr=False)
     token_file: Path | None = None
-    tls_ca: Path | None = None
-    tls: bool = False
+    tls: ClientTls | None = None
     outage_seconds: float = 120.0
     max_message_bytes: int = 64 * 2**20
+
+
+def for_servers(endpoint: Endpoint, addresses: Addresses) -> Endpoint:
+    """The endpoint, with the name that its servers' certificates have. Servers of a DNS name are called by their
+    numbers, so the name of the certificates is that one, unless it is set. Raises ValueError if it must be set."""
+    if endpoint.tls is None or endpoint.tls.name or not addresses.names:
+        return endpoint
+    if len(addresses.names) > 1 or addresses.fixed:
+        raise ValueError(f"{addresses.text!r}: with TLS, several names need one in all certificates: set the TLS name")
+    return replace(endpoint, tls=replace(endpoint.tls, name=addresses.names[0].name))
 
 
 class Connection:
@@ -57,7 +69,7 @@ class Connection:
     `call` and `stream` send a request with the credential and a deadline. While the server is unreachable or asks for a
     later call, `Backoff` sleeps and the call is repeated. Every other failure is raised: as the DomainError that the
     status carries, or else as CallFailed. `read` converts an answer and raises CallFailed when it violates the
-    contract. Raises BadTokens for a bad token file.
+    contract. Raises BadTokens for a bad token file and BadTls for bad certificates.
     """
 
     def __init__(self, endpoint: Endpoint, on_outage: Callable[[str], None] | None = None):
@@ -75,11 +87,7 @@ class Connection:
             ("grpc.use_local_subchannel_pool", 1),  # clients share no connection
             *proxies.grpc_options(endpoint.address),
         ]
-        if endpoint.tls or endpoint.tls_ca is not None:
-            roots = endpoint.tls_ca.read_bytes() if endpoint.tls_ca else None
-            self.channel = grpc.aio.secure_channel(endpoint.address, grpc.ssl_channel_credentials(roots), options)
-        else:
-            self.channel = grpc.aio.insecure_channel(endpoint.address, options)
+        self.channel = open_channel(endpoint.address, endpoint.tls, options)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...] | None:
@@ -241,23 +249,100 @@ class Backoff:
         self._delay = min(self._delay * 2, _MAX_DELAY_SECONDS)
 
 
+def open_channel(address: str, tls: ClientTls | None, options: Sequence[tuple[str, str | int]]) -> grpc.aio.Channel:
+    """Raises BadTls."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options)
+    return cast(grpc.aio.Channel, _TlsChannel(address, tls, options))
+
+
+@dataclass(eq=False)
+class _Opened:
+    """A channel, its methods by kind and name, and how many of its calls have not ended."""
+
+    channel: grpc.aio.Channel
+    methods: dict[tuple[str, str], Callable[..., Any]] = field(default_factory=dict)
+    calls: int = 0
+
+
+class _TlsChannel:
+    """Stands for the channel of a stub. gRPC's channels keep the certificates that they were opened with, so after a
+    change of the files this one opens another. The old one is closed when its calls have ended."""
+
+    def __init__(self, address: str, tls: ClientTls, options: Sequence[tuple[str, str | int]]):
+        self._address = address
+        self._options = [*options, *([("grpc.ssl_target_name_override", tls.name)] if tls.name else [])]
+        self._files = PemFiles(tls.ca, tls.cert, tls.key)
+        self._used = self._files.content
+        self._opened = self._open()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def _open(self) -> _Opened:
+        credentials = grpc.ssl_channel_credentials(self._used.ca, self._used.key, self._used.cert)
+        return _Opened(grpc.aio.secure_channel(self._address, credentials, self._options))
+
+    def _now(self) -> _Opened:
+        content = self._files.content
+        if content is not self._used:
+            self._used = content
+            old = self._opened
+            self._opened = self._open()
+            self._close_unused(old)
+        return self._opened
+
+    def _close_unused(self, opened: _Opened) -> None:
+        if opened is not self._opened and not opened.calls:
+            task = asyncio.get_running_loop().create_task(opened.channel.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+
+    def _method(self, kind: str, name: str, options: Mapping[str, Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            opened = self._now()
+            method = opened.methods.get((kind, name))
+            if method is None:
+                method = opened.methods[kind, name] = getattr(opened.channel, kind)(name, **options)
+            started = method(*arguments, **keywords)
+            opened.calls += 1
+            started.add_done_callback(lambda _: ended(opened))
+            return started
+
+        def ended(opened: _Opened) -> None:
+            opened.calls -= 1
+            self._close_unused(opened)
+
+        return call
+
+    def unary_unary(self, method: str, **options: Any) -> Callable[..., Any]:
+        return self._method("unary_unary", method, options)
+
+    def unary_stream(self, method: str, **options: Any) -> Callable[..., Any]:
+        return self._method("unary_stream", method, options)
+
+    def stream_unary(self, method: str, **options: Any) -> Callable[..., Any]:
+        return self._method("stream_unary", method, options)
+
+    def stream_stream(self, method: str, **options: Any) -> Callable[..., Any]:
+        return self._method("stream_stream", method, options)
+
+    async def close(self) -> None:
+        await self._opened.channel.close()
+        await asyncio.gather(*self._closing)
+
+    async def __aenter__(self) -> _TlsChannel:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
 def _method(message: Any) -> str:
     return type(message).__name__.removesuffix("Request").removesuffix("Response")
 
 
-async def is_healthy(address: str, timeout: float = 2.0, *, tls_ca: bytes | None = None, tls_name: str = "") -> bool:
-    """Whether a service answers SERVING to a health check.
-
-    `tls_ca` is the content of a PEM file; with it, the check uses TLS. `tls_name` is the name in the certificate, where
-    that is not the host of `address`.
-    """
-    options: list[tuple[str, str | int]] = [*proxies.grpc_options(address)]
-    if tls_ca is None:
-        opened = grpc.aio.insecure_channel(address, options)
-    else:
-        options += [("grpc.ssl_target_name_override", tls_name)] if tls_name else []
-        opened = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(tls_ca), options)
-    async with opened as channel:
+async def is_healthy(address: str, timeout: float = 2.0, tls: ClientTls | None = None) -> bool:
+    """Whether a service answers SERVING to a health check. Raises BadTls."""
+    async with open_channel(address, tls, [*proxies.grpc_options(address)]) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # typed for synchronous channels only
         try:
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)

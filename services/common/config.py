@@ -28,6 +28,7 @@ from pydantic_settings import (
 )
 
 from mulligan.common.suggest import did_you_mean, problems
+from mulligan.common.tls import BadTls, ClientTls, read_client_tls
 from mulligan.common.tokens import KnownTokens, TokenFile
 
 SERVICES = ("env", "policy", "memory", "trainer")
@@ -64,17 +65,32 @@ class ServiceSettings(BaseSettings):
     )
     tls_certificate: Path | None = Field(None, description="PEM file; with tls_key, the server speaks TLS.")
     tls_key: Path | None = None
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file; callers need a certificate of its authorities, which may give them a role."
+    )
 
     @model_validator(mode="after")
     def _tls_is_complete(self) -> Self:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca: needs tls_certificate and tls_key")
         return self
+
+    def client_tls(self, prefix: str) -> ClientTls | None:
+        """How a client speaks TLS by the settings `PREFIX_tls_ca`, `…_name`, `…_cert` and `…_key`; None if none of them
+        is set. Raises ValueError, which names the settings."""
+        ca, name, cert, key = (getattr(self, f"{prefix}_tls_{part}") for part in ("ca", "name", "cert", "key"))
+        try:
+            return read_client_tls(ca, name, cert, key)
+        except (BadTls, ValueError) as error:
+            raise ValueError(f"{prefix}_tls_…: {error}") from error
 
     @cached_property
     def tokens(self) -> KnownTokens | None:
         """Those that calls need; None if they need none. Raises BadTokens."""
-        return KnownTokens(self.tokens_folder) if self.tokens_folder is not None else None
+        closed = self.tokens_folder is not None or self.tls_client_ca is not None
+        return KnownTokens(self.tokens_folder) if closed else None
 
     @model_validator(mode="after")
     def _tokens_are_there(self) -> Self:

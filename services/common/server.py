@@ -16,13 +16,14 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from mulligan.common.access import needed_role
+from mulligan.common.access import AccessRole, needed_role, role_of_names
 from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.logs import configure_logging, log_at_any_level
 from mulligan.common.metrics import MethodMetrics, exported
 from mulligan.common.request_log import PROBES, RequestLog
 from mulligan.common.status import fault, to_status
+from mulligan.common.tls import Pem, PemFiles
 from mulligan.common.tokens import KnownTokens
 from mulligan.common.validation import prepare, violations
 
@@ -50,14 +51,22 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     A call passes these steps: the caller's role is compared with the table of `access.py`, the request is read and
     validated against the field constraints, the handler runs under a deadline, and what it raises becomes a status. A
     DomainError keeps its code and reason; anything else becomes INTERNAL. Each call is a line of the log. Of a call
-    that its caller may not make nothing is read.
+    whose caller identified itself in no way nothing is read.
 
-    Without `tokens`, everybody may make every call. With `metrics`, calls are counted and timed in the registry of
-    `metrics.py`.
+    Without `tokens`, everybody may make every call. With `certificates`, callers have certificates that were verified,
+    which may give them roles, too. With `metrics`, calls are counted and timed in the registry of `metrics.py`.
     """
 
-    def __init__(self, tokens: KnownTokens | None = None, default_deadline: float = 3600.0, *, metrics: bool = False):
+    def __init__(
+        self,
+        tokens: KnownTokens | None = None,
+        default_deadline: float = 3600.0,
+        *,
+        certificates: bool = False,
+        metrics: bool = False,
+    ):
         self._tokens = tokens
+        self._certificates = certificates
         self._count = metrics
         self._default_deadline = default_deadline  # seconds
         self._handlers: dict[str, _Handler] = {}
@@ -76,9 +85,10 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             counted = self._count and not method.startswith(PROBES)
             self._metrics[method] = MethodMetrics(method.lstrip("/")) if counted else None
             self._handlers[method] = self._guard(method, handler)
-        if (refusal := self._refusal(method, handler_call_details.invocation_metadata)) is not None:
-            return _refusing(method, refusal, self._metrics[method])
-        return self._handlers[method]
+        if self._certificates:  # only the handler's context knows them
+            return self._handlers[method]
+        refusal = self._refusal(method, handler_call_details.invocation_metadata)
+        return self._handlers[method] if refusal is None else _refusing(method, refusal, self._metrics[method])
 
     def _guard(self, method: str, handler: _Handler) -> _Handler:
         metrics = self._metrics[method]
@@ -90,12 +100,14 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         )
         return guarded
 
-    def _refusal(self, method: str, metadata: Any) -> DomainError | None:
-        """Why the caller may not make the call; None if it may."""
+    def _refusal(self, method: str, metadata: Any, certified: AccessRole | None = None) -> DomainError | None:
+        """Why the caller may not make the call; None if it may. `certified` is the role of its certificate."""
         needed = needed_role(method)
         if self._tokens is None or needed is None:
             return None
         role = self._tokens.role_of(str(dict(metadata or ()).get("authorization", "")))
+        if role is None or (certified is not None and certified.includes(role)):
+            role = certified
         call = method.lstrip("/")
         if role is None:
             return DomainError(
@@ -104,11 +116,21 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         if not role.includes(needed):
             return DomainError(
                 Reason.INSUFFICIENT_ROLE,
-                f"{call} needs a token with the role {needed}; the role of this one is {role}",
+                f"{call} needs the role {needed}; the caller's is {role}",
                 role=role,
                 needed_role=needed,
             )
         return None
+
+    def _check_certificate(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        """Where callers have certificates: raises the DomainError that refuses the call."""
+        if not self._certificates or needed_role(method) is None:
+            return
+        names = context.auth_context().get("x509_subject_alternative_name", ())
+        certified = role_of_names(name.decode(errors="replace") for name in names)
+        refusal = self._refusal(method, context.invocation_metadata(), certified)
+        if refusal is not None:
+            raise refusal
 
     def _unary(
         self, method: str, call: Callable[..., Awaitable[Any]], checked: _Check, metrics: MethodMetrics | None
@@ -117,6 +139,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
             async def answer() -> Any:
+                self._check_certificate(method, context)
                 return await call(checked(request), context)
 
             with RequestLog(method, request, metrics) as logged:
@@ -153,6 +176,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
             with RequestLog(method, request, metrics) as logged:
                 try:
+                    self._check_certificate(method, context)
                     responses = call(checked(request), context)
                     if inspect.isawaitable(responses):  # the health service writes its answers itself
                         await responses
@@ -263,12 +287,14 @@ async def serve(
     health_of_parts: Callable[[], Mapping[str, bool]] = dict,
     on_drain: Callable[[], Awaitable[None]] | None = None,
     on_started: Callable[[str], Awaitable[None]] | None = None,
+    own_address: str = "",
 ) -> None:
     """Serves until SIGTERM or SIGINT, then lets calls in flight finish.
 
     `register` adds servicers and returns their full names. `on_started` gets the bound address once calls are served.
     `on_drain` runs when the drain begins, before calls in flight are waited for. `health_of_parts` returns whether each
-    part serves, by name; it must be cheap. Raises OSError when an address is taken.
+    part serves, by name; it must be cheap. `own_address` is a further one, without TLS, for calls of this process.
+    Raises OSError when an address is taken, and BadTls for bad certificates.
     """
     server = _server(settings)
     names = list(register(server))
@@ -278,6 +304,8 @@ async def serve(
     address = f"{settings.host}:{settings.port}"
     try:
         port = _bind(server, address, settings)
+        if own_address:
+            server.add_insecure_port(own_address)
     except RuntimeError as error:
         raise OSError(f"port: cannot listen on {address}: {error}") from error
     stopping = asyncio.Event()
@@ -310,7 +338,10 @@ async def serve(
 
 def _server(settings: ServiceSettings) -> grpc.aio.Server:
     interceptor = RequestInterceptor(
-        settings.tokens, settings.default_deadline_seconds, metrics=settings.metrics_port >= 0
+        settings.tokens,
+        settings.default_deadline_seconds,
+        certificates=settings.tls_client_ca is not None,
+        metrics=settings.metrics_port >= 0,
     )
     return grpc.aio.server(
         interceptors=[interceptor],
@@ -327,10 +358,37 @@ def _server(settings: ServiceSettings) -> grpc.aio.Server:
 
 
 def _bind(server: grpc.aio.Server, address: str, settings: ServiceSettings) -> int:
-    if settings.tls_certificate is None or settings.tls_key is None:
+    if settings.tls_certificate is None:
         return server.add_insecure_port(address)
-    pair = (settings.tls_key.read_bytes(), settings.tls_certificate.read_bytes())
-    return server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+    return server.add_secure_port(address, _credentials(settings))
+
+
+def _credentials(settings: ServiceSettings) -> grpc.ServerCredentials:
+    """Each new connection gets the certificate that the files hold then. With `tls_client_ca` it has to have one, too.
+
+    https://grpc.github.io/grpc/python/grpc.html#grpc.dynamic_ssl_server_credentials
+    """
+    files = PemFiles(settings.tls_client_ca, settings.tls_certificate, settings.tls_key)
+    used = files.content
+
+    def configuration(pem: Pem) -> grpc.ServerCertificateConfiguration:
+        assert pem.key is not None and pem.cert is not None, "the settings have both"
+        return grpc.ssl_server_certificate_configuration([(pem.key, pem.cert)], pem.ca)
+
+    def fetch() -> grpc.ServerCertificateConfiguration | None:
+        """None: as before."""
+        nonlocal used
+        now = files.content
+        if now is used:
+            return None
+        used = now
+        return configuration(now)
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(used),
+        fetch,  # type: ignore[arg-type]  # its type leaves None out
+        require_client_authentication=settings.tls_client_ca is not None,
+    )
 
 
 def run(settings: ServiceSettings, main: Callable[[], Awaitable[None]]) -> None:

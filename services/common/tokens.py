@@ -18,12 +18,12 @@ from pathlib import Path
 import structlog
 
 from mulligan.common.access import AccessRole
+from mulligan.common.files import stamp
 from mulligan.common.suggest import did_you_mean
 
 log = structlog.get_logger()
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,1024}=*")  # RFC 6750, section 2.1, and long enough not to be guessed
 _SCHEME = "Bearer "
-_State = tuple[int, int, int]
 
 
 class BadTokens(ValueError):
@@ -40,14 +40,14 @@ class TokenFile:
     def __init__(self, path: Path, *, optional: bool = False):
         self._path = path
         self._optional = optional
-        self._state = self._look()
+        self._stamp = stamp(path)
         self._tokens = self._read()
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        state = self._look()
-        if state != self._state:
-            self._state = state
+        seen = stamp(self._path)
+        if seen != self._stamp:
+            self._stamp = seen
             try:
                 self._tokens = self._read()
             except BadTokens as error:
@@ -55,13 +55,6 @@ class TokenFile:
             else:
                 log.info("tokens read again", file=str(self._path), tokens=len(self._tokens))
         return self._tokens
-
-    def _look(self) -> _State | None:
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
 
     def _read(self) -> tuple[str, ...]:
         try:
@@ -85,13 +78,19 @@ class TokenFile:
 
 
 class KnownTokens:
-    """The tokens that a server accepts: those in the files `reader`, `actor`, `trainer` and `admin` of a folder. Raises
-    BadTokens if there is none, if one has two roles, or if there are other files."""
+    """The tokens that a server accepts: those in the files `reader`, `actor`, `trainer` and `admin` of a folder.
 
-    def __init__(self, folder: Path):
+    Without a folder, those alone that are issued here. Raises BadTokens if a folder has none, if one has two roles, or
+    if there are other files.
+    """
+
+    def __init__(self, folder: Path | None = None):
+        self._files: dict[AccessRole, TokenFile] = {}
+        self._issued: dict[AccessRole, str] = {}
+        if folder is None:
+            return
         _check_names(folder)
         self._files = {role: TokenFile(folder / role, optional=True) for role in AccessRole}
-        self._issued: dict[AccessRole, str] = {}
         found = [token for _, token in self._all()]
         if not found:
             raise BadTokens(f"{folder}: holds no token: expected a file for at least one role: {', '.join(AccessRole)}")
@@ -117,7 +116,8 @@ class KnownTokens:
     def _all(self) -> Iterator[tuple[AccessRole, str]]:
         """The lesser roles last: a token that a change put into two files has the lesser role."""
         for role in reversed(AccessRole):
-            yield from ((role, token) for token in self._files[role].tokens)
+            if role in self._files:
+                yield from ((role, token) for token in self._files[role].tokens)
             if role in self._issued:
                 yield role, self._issued[role]
 

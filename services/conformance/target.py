@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from mulligan.common.channel import open_channel
 from mulligan.common.proxies import grpc_options
 from mulligan.common.status import DOMAIN
+from mulligan.common.tls import ClientTls
 from mulligan.common.tokens import bearer
 from mulligan.conformance.report import Violation, shown
 
@@ -74,7 +75,7 @@ class Target:
         token: str | None = None,
         reader_token: str | None = None,
         timeout: float = 30.0,
-        tls_ca: Path | None = None,
+        tls: ClientTls | None = None,
     ) -> None:
         self.address = address
         self.token = token
@@ -86,11 +87,7 @@ class Target:
             ("grpc.use_local_subchannel_pool", 1),
             *grpc_options(address),
         ]
-        if tls_ca is None:
-            self.channel = grpc.aio.insecure_channel(address, options)
-        else:
-            credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes())
-            self.channel = grpc.aio.secure_channel(address, credentials, options)
+        self.channel = open_channel(address, tls, options)
         self._methods = {name: method for stub in stubs for name, method in vars(stub(self.channel)).items()}
 
     async def connect(self, method: str, request: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import NoReturn, TypeVar
 from cachetools import LRUCache
 
 from mulligan.common.addresses import Addresses, by_rank
-from mulligan.common.channel import Backoff, Endpoint
+from mulligan.common.channel import Backoff, Endpoint, for_servers
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.replicas import Replicas, ServerReplica
 from mulligan.common.suggest import did_you_mean
@@ -63,8 +63,10 @@ class EnvReplicas:
         lost_seconds: float = 10.0,
         on_outage: Callable[[str], None] | None = None,
     ):
+        servers = for_servers(endpoint, addresses)
+
         def open_server(address: str) -> _EnvServer:
-            return _EnvServer(replace(endpoint, address=address), timeout, lost_seconds)
+            return _EnvServer(replace(servers, address=address), timeout, lost_seconds)
 
         self._replicas: Replicas[_EnvServer] = Replicas(
             addresses, open_server, self._check, outage_seconds=endpoint.outage_seconds, notice=on_outage

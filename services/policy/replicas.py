@@ -25,7 +25,7 @@ import structlog
 from cachetools import LRUCache
 
 from mulligan.common.addresses import Addresses
-from mulligan.common.channel import Backoff, Endpoint
+from mulligan.common.channel import Backoff, Endpoint, for_servers
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.inference import (
     CallOptions,
@@ -104,8 +104,10 @@ def connect(
     if addresses.single:
         return open_client(endpoint)
 
+    servers = for_servers(endpoint, addresses)
+
     def open_server(address: str) -> KnownServer:
-        return KnownServer(open_client(replace(endpoint, address=address, outage_seconds=0.0)))
+        return KnownServer(open_client(replace(servers, address=address, outage_seconds=0.0)))
 
     return PolicyReplicas(addresses, open_server, outage_seconds=endpoint.outage_seconds, on_outage=on_outage)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from functools import partial
+from tempfile import TemporaryDirectory
 
 from mulligan.common.config import refuse
 from mulligan.common.files import keep_files_private
@@ -47,6 +48,13 @@ def main() -> None:
 
 
 async def _serve(settings: TrainerSettings, ranks: Ranks) -> None:
+    with TemporaryDirectory(prefix="mulligan-") as folder:
+        # For a server with TLS: its certificate is for another name than the address that it is bound to.
+        private = f"unix:{folder}/trainer" if settings.tls_certificate is not None else ""
+        await _serve_with(settings, ranks, private)
+
+
+async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: str) -> None:
     learner_servicer = learners.LearnerServicer(settings.learner, ranks)
     own_address = ""
 
@@ -78,7 +86,7 @@ async def _serve(settings: TrainerSettings, ranks: Ranks) -> None:
 
     async def go_on(address: str) -> None:
         nonlocal own_address
-        own_address = address
+        own_address = private_address or address
         manager.go_on()
 
     try:
@@ -87,6 +95,7 @@ async def _serve(settings: TrainerSettings, ranks: Ranks) -> None:
             lambda server: [*runs.add_to_server(server, manager), *learners.add_to_server(server, learner_servicer)],
             on_started=go_on,
             on_drain=partial(manager.drain, settings.drain_seconds),
+            own_address=private_address,
         )
     finally:
         await manager.close()

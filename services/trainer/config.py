@@ -55,6 +55,30 @@ class TrainerSettings(ServiceSettings):
     learner_token_file: ClientTokenFile | None = Field(
         None, description="Likewise for the trainer at `learner_address`: of the role trainer."
     )
+    env_tls_ca: Path | None = Field(
+        None, description="PEM file: the authorities that the certificate of the env service is of."
+    )
+    env_tls_name: str = Field("", description="The name in that certificate, where it is not the address's host.")
+    env_tls_cert: Path | None = Field(None, description="PEM file: what identifies the trainer there.")
+    env_tls_key: Path | None = None
+    policy_tls_ca: Path | None = Field(
+        None, description="PEM file: the authorities that the certificate of the policy service is of."
+    )
+    policy_tls_name: str = Field("", description="The name in that certificate, where it is not the address's host.")
+    policy_tls_cert: Path | None = Field(None, description="PEM file: what identifies the trainer there.")
+    policy_tls_key: Path | None = None
+    memory_tls_ca: Path | None = Field(
+        None, description="PEM file: the authorities that the certificate of the memory service is of."
+    )
+    memory_tls_name: str = Field("", description="The name in that certificate, where it is not the address's host.")
+    memory_tls_cert: Path | None = Field(None, description="PEM file: what identifies the trainer there.")
+    memory_tls_key: Path | None = None
+    learner_tls_ca: Path | None = Field(
+        None, description="PEM file: the authorities that the certificate of the trainer at `learner_address` is of."
+    )
+    learner_tls_name: str = Field("", description="The name in that certificate, where it is not the address's host.")
+    learner_tls_cert: Path | None = Field(None, description="PEM file: what identifies the trainer there.")
+    learner_tls_key: Path | None = None
     outage_seconds: float = Field(120.0, gt=0, description="How long a service may be away before a run fails.")
     lost_seconds: float = Field(
         10.0, ge=0, description="How long one of several env servers may be away before its episodes count as lost."
@@ -85,6 +109,12 @@ class TrainerSettings(ServiceSettings):
             raise ValueError("device: expected cuda without a number: each process of the learner has a GPU of its own")
         return self
 
+    @model_validator(mode="after")
+    def _tls_of_clients_is_complete(self) -> Self:
+        for service in ("env", "policy", "memory", "learner"):
+            self.client_tls(service)
+        return self
+
     @property
     def learner(self) -> LearnerServerSettings:
         return LearnerServerSettings(
@@ -104,16 +134,16 @@ class TrainerSettings(ServiceSettings):
         return Endpoint(
             getattr(self, f"{service}_address"),
             token_file=getattr(self, f"{service}_token_file"),
+            tls=self.client_tls(service),
             outage_seconds=self.outage_seconds,
             max_message_bytes=self.max_message_bytes,
         )
 
     def own_endpoint(self, address: str) -> Endpoint:
-        """This process's, as it protects itself."""
+        """This process's, at an address without TLS."""
         return Endpoint(
             address,
             token=self.tokens.issue(AccessRole.TRAINER) if self.tokens is not None else None,
-            tls_ca=self.tls_certificate,
             outage_seconds=self.outage_seconds,
             max_message_bytes=self.max_message_bytes,
         )

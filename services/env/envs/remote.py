@@ -29,6 +29,7 @@ from uuid import uuid4
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.tasks import LoopThread
+from mulligan.common.tls import ClientTls, read_client_tls
 from mulligan.common.types import Outcome
 from mulligan.env.base import EnvironmentInfo, Faulted, Split, StepResult, TaskInfo, UnknownTask
 from mulligan.env.client import RemoteEpisode
@@ -44,14 +45,19 @@ _END_SECONDS = 5.0  # for the end of an episode, and of the client
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`token_env` names the variable with the other server's token, `tls_ca` its certificate authority. A call takes at
-    most `timeout_seconds`. A server that is away has `outage_seconds` of these to come back."""
+    """`token_env` names the variable with the other server's token; what begins with `tls_` is as in `ClientTls`.
+
+    A call takes at most `timeout_seconds`. A server that is away has `outage_seconds` of these to come back.
+    """
 
     address: str
     environment: str = ""
     token_env: str = ""
     tls: bool = False
     tls_ca: Path | None = None
+    tls_name: str = ""
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     timeout_seconds: float = 50.0
     outage_seconds: float = 10.0
 
@@ -64,8 +70,12 @@ class Settings:
 
     @property
     def endpoint(self) -> Endpoint:
+        """Raises ValueError and BadTls for bad TLS settings."""
         token = os.environ[self.token_env] if self.token_env else None
-        return Endpoint(self.address, token=token, tls_ca=self.tls_ca, tls=self.tls, outage_seconds=self.outage_seconds)
+        tls = read_client_tls(self.tls_ca, self.tls_name, self.tls_cert, self.tls_key)
+        if tls is None and self.tls:
+            tls = ClientTls()
+        return Endpoint(self.address, token=token, tls=tls, outage_seconds=self.outage_seconds)
 
 
 class Remote:

@@ -22,6 +22,7 @@ from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnava
 from mulligan.common.healthcheck import main as check_health
 from mulligan.common.server import RequestInterceptor, serve
 from mulligan.common.status import from_rpc_error
+from mulligan.common.tls import ClientTls
 from mulligan.common.tokens import KnownTokens, bearer
 from mulligan.common.types import Split
 from mulligan.env.client import EnvClient
@@ -136,7 +137,7 @@ async def test_calls_need_a_token_and_probes_do_not(services: ServiceProcesses, 
         await client.close()
     client = EnvClient(Endpoint(guarded.address, token_file=folder / AccessRole.READER))
     assert len(await client.list_environments()) == len(DEFAULT_ENVIRONMENTS)
-    with pytest.raises(DomainError, match="EnvService/StartEpisode needs a token with the role actor") as caught:
+    with pytest.raises(DomainError, match="StartEpisode needs the role actor; the caller's is reader") as caught:
         await client.start("frozenlake", "test/0", "an-episode")
     assert caught.value.reason is Reason.INSUFFICIENT_ROLE
     assert caught.value.metadata == {"role": "reader", "needed_role": "actor"}
@@ -156,7 +157,7 @@ def key_pair(tmp_path: Path) -> tuple[Path, Path]:
 async def test_it_speaks_tls(services: ServiceProcesses, key_pair: tuple[Path, Path]) -> None:
     key, certificate = key_pair
     server = services.start("env", tls_key=key, tls_certificate=certificate)
-    client = EnvClient(Endpoint(server.address, tls_ca=certificate))
+    client = EnvClient(Endpoint(server.address, tls=ClientTls(certificate)))
     assert len(await client.list_environments()) == len(DEFAULT_ENVIRONMENTS)
     await client.close()
     stranger = EnvClient(Endpoint(server.address, outage_seconds=0.3))

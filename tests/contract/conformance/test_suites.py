@@ -63,10 +63,10 @@ def titles(report: dict[str, Any], verdict: Verdict) -> set[str]:
 @pytest.mark.parametrize(
     ("service", "flags", "absent"),
     [
-        ("env", ["--environment", "frozenlake-3x3", "--actions", "50"], 5),
-        ("memory", [], 2),
+        ("env", ["--environment", "frozenlake-3x3", "--actions", "50"], 6),
+        ("memory", [], 3),
         ("policy", ["--writes"], 7),
-        ("trainer", ["--writes"], 1),
+        ("trainer", ["--writes"], 2),
     ],
 )
 def test_our_servers_conform(loop: Loop, service: str, flags: list[str], absent: int) -> None:
@@ -99,6 +99,12 @@ async def test_a_policy_with_roles_conforms(tmp_path: Path) -> None:
         for only in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
             report = await policy.check(target, PolicyOptions(), only=only)
             assert [result.verdict for result in report.results] == [Verdict.PASSED], report.problems()
+        await target.close()
+        target = policy.target(
+            served.address, token=token_of(AccessRole.ADMIN), reader_token=token_of(AccessRole.ADMIN)
+        )
+        report = await policy.check(target, PolicyOptions(), only="PERMISSION_DENIED")
+        assert [result.verdict for result in report.results] == [Verdict.VIOLATED], "this reader may do everything"
         await target.close()
         target = policy.target(served.address, token=token_of(AccessRole.TRAINER))
         report = await policy.check(target, PolicyOptions(), only="ListVersions")
