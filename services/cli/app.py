@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
@@ -10,6 +11,7 @@ import structlog
 import typer
 
 from mulligan.cli.conformance import conformance
+from mulligan.cli.connection import INSECURE
 from mulligan.cli.demo import demo
 from mulligan.cli.env import env
 from mulligan.cli.evaluate import evaluate
@@ -59,8 +61,14 @@ def options(
     asked: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", envvar=INSECURE, help="Send tokens to other machines without TLS."),
+    ] = False,
 ) -> None:
     """Options of `mulligan` itself, before a command."""
+    if insecure:
+        os.environ[INSECURE] = "1"
 
 
 def run_app() -> None:

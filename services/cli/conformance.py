@@ -14,8 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from mulligan.cli.connection import DEFAULT_ADDRESSES, client_tls, service_token
+from mulligan.cli.connection import DEFAULT_ADDRESSES, client_tls, insecure, service_token
 from mulligan.cli.out import Heartbeat, fail, json_safe, line, show
+from mulligan.common.channel import UnprotectedToken
 from mulligan.common.tls import ClientTls
 from mulligan.conformance.report import Report, Result, Verdict
 from mulligan.conformance.target import Target, TargetUnreachable
@@ -182,8 +183,13 @@ def _options(timeout: float, tls_ca: Path | None) -> dict[str, Any]:
     tls = client_tls()
     if tls_ca is not None:
         tls = replace(tls or ClientTls(), ca=tls_ca)
-    reader_token = os.environ.get("MULLIGAN_CLI_READER_TOKEN")
-    return {"token": service_token(), "reader_token": reader_token, "timeout": timeout, "tls": tls}
+    return {
+        "token": service_token(),
+        "reader_token": os.environ.get("MULLIGAN_CLI_READER_TOKEN"),
+        "timeout": timeout,
+        "tls": tls,
+        "insecure": insecure(),
+    }
 
 
 def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bool, quiet: bool) -> None:
@@ -197,7 +203,7 @@ def _run(main: Callable[[OnResult], Coroutine[Any, Any, Report]], *, as_json: bo
     try:
         with Heartbeat(lambda: "checking") as heartbeat:
             report = asyncio.run(main(tell))
-    except TargetUnreachable as error:
+    except (TargetUnreachable, UnprotectedToken) as error:
         fail(error, 2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -16,7 +16,7 @@ import typer
 from mulligan.cli.out import fail
 from mulligan.common import proxies
 from mulligan.common.addresses import Addresses
-from mulligan.common.channel import Endpoint
+from mulligan.common.channel import Endpoint, UnprotectedToken, check_protection
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
 from mulligan.common.tls import BadTls, ClientTls, read_client_tls
 from mulligan.common.tokens import BadTokens, TokenFile
@@ -33,6 +33,7 @@ DEFAULT_ADDRESSES = addresses_from(PORT_BASE)
 OUTAGE_SECONDS = 5.0  # a person waits at the terminal
 TOKEN = "MULLIGAN_CLI_TOKEN"  # a variable
 TLS = "MULLIGAN_CLI_TLS"  # how variables begin
+INSECURE = "MULLIGAN_CLI_INSECURE"
 
 TrainerAddress = Annotated[
     str, typer.Option("--trainer", envvar="MULLIGAN_CLI_TRAINER", help="Address of the trainer service.")
@@ -83,7 +84,14 @@ def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
             raise ServiceUnavailable(address, 0, f"the host is not known: {error.strerror or error}") from error
     file = token_file()
     token = None if file is not None else os.environ.get(TOKEN)
-    return Endpoint(address, token=token, token_file=file, tls=client_tls(), outage_seconds=outage_seconds)
+    found = Endpoint(
+        address, token=token, token_file=file, tls=client_tls(), insecure=insecure(), outage_seconds=outage_seconds
+    )
+    try:
+        check_protection(found)
+    except UnprotectedToken as error:
+        fail(f"{error}: {TLS}_CA, or mulligan --insecure", 2)
+    return found
 
 
 def token_file() -> Path | None:
@@ -104,6 +112,11 @@ def service_token() -> str | None:
     process list."""
     file = token_file()
     return TokenFile(file).tokens[0] if file is not None else os.environ.get(TOKEN)
+
+
+def insecure() -> bool:
+    """Whether tokens may go to other machines without TLS: MULLIGAN_CLI_INSECURE, or `mulligan --insecure`."""
+    return os.environ.get(INSECURE, "").lower() in ("1", "true", "yes")
 
 
 def client_tls() -> ClientTls | None:

@@ -11,6 +11,7 @@ An address setting is a comma-separated list of
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import re
 import socket
 from collections.abc import Iterable
@@ -45,6 +46,12 @@ class Addresses:
         """Whether there is exactly one server and no DNS name."""
         return len(self.fixed) == 1 and not self.names
 
+    @property
+    def loopback(self) -> bool:
+        """Whether all are on this machine."""
+        hosts = ("" if one.startswith("unix:") else one.rpartition(":")[0] for one in self.fixed)
+        return not self.names and all(map(is_loopback, hosts))
+
     @classmethod
     def parse(cls, text: str) -> Addresses:
         """Raises ValueError, which names the bad part and what was expected."""
@@ -67,6 +74,14 @@ class Addresses:
         for name in self.names:
             found |= dict.fromkeys(await _resolve(name))
         return tuple(found)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a host: localhost, an address of the loopback network, or "" for a socket."""
+    try:
+        return host in ("", "localhost") or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def one_server(text: str) -> str:

@@ -39,7 +39,7 @@ class Endpoint:
     """Address of a service and how to call it.
 
     Calls carry `token`, or the first token of `token_file`. With `tls` they are encrypted. Files are read again when
-    they change.
+    they change. A token goes to another machine over TLS alone, unless `insecure` is set.
 
     A call is retried for at most `outage_seconds` while the service is unreachable, or answers RESOURCE_EXHAUSTED or
     UNAVAILABLE with a RetryInfo. Every call of the contracts is safe to repeat.
@@ -49,8 +49,24 @@ class Endpoint:
     token: str | None = field(default=None, repr=False)
     token_file: Path | None = None
     tls: ClientTls | None = None
+    insecure: bool = False
     outage_seconds: float = 120.0
     max_message_bytes: int = 64 * 2**20
+
+
+def check_protection(endpoint: Endpoint) -> None:
+    """Raises UnprotectedToken if others could read the endpoint's token on its way."""
+    has_token = endpoint.token or endpoint.token_file is not None
+    if has_token and endpoint.tls is None and not endpoint.insecure and not Addresses.parse(endpoint.address).loopback:
+        raise UnprotectedToken(endpoint.address)
+
+
+class UnprotectedToken(ValueError):
+    def __init__(self, address: str):
+        super().__init__(
+            f"the token for {address} would cross the network without TLS: name the authority of its certificate, or "
+            "allow it with `insecure`"
+        )
 
 
 def for_servers(endpoint: Endpoint, addresses: Addresses) -> Endpoint:
@@ -69,10 +85,11 @@ class Connection:
     `call` and `stream` send a request with the credential and a deadline. While the server is unreachable or asks for a
     later call, `Backoff` sleeps and the call is repeated. Every other failure is raised: as the DomainError that the
     status carries, or else as CallFailed. `read` converts an answer and raises CallFailed when it violates the
-    contract. Raises BadTokens for a bad token file and BadTls for bad certificates.
+    contract. Raises BadTokens for a bad token file, BadTls for bad certificates and UnprotectedToken.
     """
 
     def __init__(self, endpoint: Endpoint, on_outage: Callable[[str], None] | None = None):
+        check_protection(endpoint)
         self.endpoint = endpoint
         self._on_outage = on_outage
         self._is_down = False

@@ -27,6 +27,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from mulligan.common.addresses import is_loopback
 from mulligan.common.suggest import did_you_mean, problems
 from mulligan.common.tls import BadTls, ClientTls, read_client_tls
 from mulligan.common.tokens import KnownTokens, TokenFile
@@ -68,6 +69,19 @@ class ServiceSettings(BaseSettings):
     tls_client_ca: Path | None = Field(
         None, description="PEM file; callers need a certificate of its authorities, which may give them a role."
     )
+
+    insecure: bool = Field(
+        False, description="Serves other machines without asking for credentials, and sends them tokens without TLS."
+    )
+
+    @model_validator(mode="after")
+    def _is_closed(self) -> Self:
+        if not (self.insecure or self.tokens_folder or self.tls_client_ca or is_loopback(self.host)):
+            raise ValueError(
+                f"host {self.host}: others could reach it, and make every call: set tokens_folder or tls_client_ca, or "
+                "allow it with --insecure"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tls_is_complete(self) -> Self:

@@ -11,7 +11,7 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from mulligan.common.channel import open_channel
+from mulligan.common.channel import Endpoint, check_protection, open_channel
 from mulligan.common.proxies import grpc_options
 from mulligan.common.status import DOMAIN
 from mulligan.common.tls import ClientTls
@@ -66,7 +66,8 @@ def refusal(error: grpc.aio.AioRpcError) -> Refusal:
 
 
 class Target:
-    """A connection to a server. `stubs` are the stub classes of the services that it serves."""
+    """A connection to a server. `stubs` are the stub classes of the services that it serves. Raises BadTls, and
+    UnprotectedToken if others could read a token, unless `insecure` is set."""
 
     def __init__(
         self,
@@ -76,7 +77,10 @@ class Target:
         reader_token: str | None = None,
         timeout: float = 30.0,
         tls: ClientTls | None = None,
+        insecure: bool = False,
     ) -> None:
+        for each in (token, reader_token):
+            check_protection(Endpoint(address, token=each, tls=tls, insecure=insecure))
         self.address = address
         self.token = token
         self.timeout = timeout

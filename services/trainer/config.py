@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from mulligan.common.access import AccessRole
 from mulligan.common.addresses import Addresses, one_server
-from mulligan.common.channel import Endpoint
+from mulligan.common.channel import Endpoint, check_protection
 from mulligan.common.config import ClientTokenFile, ServiceSettings
 from mulligan.trainer.learner.settings import LearnerServerSettings
 
@@ -110,9 +110,11 @@ class TrainerSettings(ServiceSettings):
         return self
 
     @model_validator(mode="after")
-    def _tls_of_clients_is_complete(self) -> Self:
+    def _calls_to_others_are_protected(self) -> Self:
         for service in ("env", "policy", "memory", "learner"):
-            self.client_tls(service)
+            endpoint = self.endpoint(service)  # raises ValueError for incomplete or bad TLS
+            if endpoint.address:
+                check_protection(endpoint)
         return self
 
     @property
@@ -135,6 +137,7 @@ class TrainerSettings(ServiceSettings):
             getattr(self, f"{service}_address"),
             token_file=getattr(self, f"{service}_token_file"),
             tls=self.client_tls(service),
+            insecure=self.insecure,
             outage_seconds=self.outage_seconds,
             max_message_bytes=self.max_message_bytes,
         )

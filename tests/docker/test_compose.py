@@ -90,6 +90,13 @@ def test_env_has_tokens_of_its_own(services: dict[str, Any]) -> None:
         assert services[name]["depends_on"]["tokens"]["condition"] == "service_completed_successfully"
 
 
+def test_env_reaches_the_trainer_alone(services: dict[str, Any]) -> None:
+    networks = {name: set(service.get("networks") or {"default"}) for name, service in services.items()}
+    assert networks["env"] == {"env"}
+    assert {name for name in services if networks[name] & networks["env"]} == {"env", "trainer"}
+    assert "default" in networks["trainer"]
+
+
 def test_a_replica_shares_no_state_and_no_port() -> None:
     services = configuration("compose.yaml", "compose.scale.yaml")["services"]
     for name in ("env", "policy"):

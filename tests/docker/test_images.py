@@ -48,7 +48,7 @@ from mulligan.common.types import Split
 from mulligan.env.replicas import connect
 
 async def main():
-    env = connect(Endpoint("dns:///env:50051", token_file=Path("/run/env-tokens/actor")))
+    env = connect(Endpoint("dns:///env:50051", token_file=Path("/run/env-tokens/actor"), insecure=True))
     (task,) = await env.list_tasks("frozenlake", Split.TEST, 1)
     episodes = [await env.start("frozenlake", task.task_id, f"spread-{number}") for number in range(64)]
     steps = await asyncio.gather(*(episode.step("```Down```") for episode in episodes))

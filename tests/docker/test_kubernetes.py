@@ -23,6 +23,7 @@ KUSTOMIZATION: dict[str, Any] = yaml.safe_load((FOLDER / "kustomization.yaml").r
 MANIFESTS: list[dict[str, Any]] = [
     manifest for name in KUSTOMIZATION["resources"] for manifest in yaml.safe_load_all((FOLDER / name).read_text())
 ]
+PORTS = range(50051, 50055)
 SETTINGS: dict[str, type[ServiceSettings]] = {
     "env": EnvSettings,
     "policy": PolicySettings,
@@ -114,6 +115,58 @@ def test_env_has_tokens_of_its_own() -> None:
     }
     own, others = {"mulligan-env"}, {"mulligan"}
     assert secrets == {"env": own, "policy": others, "memory": others, "trainer": own | others}
+
+
+def selects(selector: dict[str, Any] | None, labels: dict[str, str]) -> bool:
+    return selector is not None and (selector.get("matchLabels") or {}).items() <= labels.items()
+
+
+def peers(rules: list[dict[str, Any]], side: str) -> list[tuple[dict[str, Any], int]]:
+    """Selectors and ports that the rules allow; an empty selector for a peer or a port that is not restricted."""
+    return [
+        (peer.get("podSelector", {}), port["port"])
+        for rule in rules
+        for peer in rule.get(side, [{}])
+        for port in rule.get("ports", [{"port": 0}])
+    ]
+
+
+def allowed(policies: list[dict[str, Any]], pods: dict[str, dict[str, str]]) -> set[tuple[str, str, int]]:
+    """Who reaches whom at which port: both sides must allow it, where policies select them."""
+
+    def may(name: str, direction: str, side: str, other: dict[str, str]) -> set[int]:
+        mine = [
+            policy["spec"]
+            for policy in policies
+            if selects(policy["spec"]["podSelector"], pods[name]) and direction in policy["spec"]["policyTypes"]
+        ]
+        if not mine:
+            return set(PORTS)
+        rules = [peer for spec in mine for peer in peers(spec.get(direction.lower(), []), side)]
+        return {port for selector, port in rules if selects(selector, other)}
+
+    return {
+        (caller, called, port)
+        for caller in pods
+        for called in pods
+        for port in may(caller, "Egress", "to", pods[called]) & may(called, "Ingress", "from", pods[caller])
+    }
+
+
+def test_pods_reach_one_another_by_need() -> None:
+    pods = {name: dict(workload(name)["spec"]["template"]["metadata"]["labels"]) for name in SETTINGS}
+    pods |= {"stranger": {}, "client": {"mulligan-client": "true"}}
+    policies = [manifest for manifest in MANIFESTS if manifest["kind"] == "NetworkPolicy"]
+    needed = {("trainer", "env", 50051), ("trainer", "policy", 50052), ("trainer", "memory", 50053)}
+    found = {(caller, called, port) for caller, called, port in allowed(policies, pods) if called in SETTINGS}
+    assert found == needed | {("client", "trainer", 50054)}
+
+
+def test_env_reaches_nobody_at_all() -> None:
+    labels = workload("env")["spec"]["template"]["metadata"]["labels"]
+    specs = [m["spec"] for m in MANIFESTS if m["kind"] == "NetworkPolicy" and selects(m["spec"]["podSelector"], labels)]
+    assert any("Egress" in spec["policyTypes"] for spec in specs)
+    assert not any(spec.get("egress") for spec in specs)
 
 
 def test_no_secret_is_in_the_manifests() -> None:

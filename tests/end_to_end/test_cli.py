@@ -138,6 +138,14 @@ def test_an_address_that_cannot_be_called_is_said_without_trying_again(
         assert "waiting for a service" not in shown.output
 
 
+def test_a_token_is_not_sent_to_another_machine_in_the_open() -> None:
+    environment = {"MULLIGAN_CLI_TOKEN": token_of(AccessRole.READER)}
+    for command in (["runs", "--trainer", "10.0.0.7:50054"], ["conformance", "env", "--target", "10.0.0.7:50051"]):
+        shown = CliRunner().invoke(app, command, env=environment)
+        assert shown.exit_code == 2 and "would cross the network without TLS" in shown.output
+        assert token_of(AccessRole.READER) not in shown.output
+
+
 def test_policies_are_looked_after(services: ServiceProcesses, tmp_path: Path) -> None:
     address = services.start("policy", threads=1, models_folder=tmp_path, tokens_folder=write_tokens(tmp_path)).address
 

@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from mulligan.common.channel import Endpoint
+from mulligan.common.channel import Endpoint, check_protection
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.tasks import LoopThread
-from mulligan.common.tls import ClientTls, read_client_tls
+from mulligan.common.tls import BadTls, ClientTls, read_client_tls
 from mulligan.common.types import Outcome
 from mulligan.env.base import EnvironmentInfo, Faulted, Split, StepResult, TaskInfo, UnknownTask
 from mulligan.env.client import RemoteEpisode
@@ -47,6 +47,8 @@ _END_SECONDS = 5.0  # for the end of an episode, and of the client
 class Settings:
     """`token_env` names the variable with the other server's token; what begins with `tls_` is as in `ClientTls`.
 
+    The token goes to another machine over TLS alone, unless `insecure` is set.
+
     A call takes at most `timeout_seconds`. A server that is away has `outage_seconds` of these to come back.
     """
 
@@ -58,6 +60,7 @@ class Settings:
     tls_name: str = ""
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    insecure: bool = False
     timeout_seconds: float = 50.0
     outage_seconds: float = 10.0
 
@@ -67,6 +70,10 @@ class Settings:
                 raise ValueError(f"{setting} must be above 0, not {seconds}")
         if self.token_env and self.token_env not in os.environ:
             raise ValueError(f"token_env: there is no variable {self.token_env}")
+        try:
+            check_protection(self.endpoint)
+        except BadTls as error:
+            raise ValueError(f"tls_…: {error}") from error
 
     @property
     def endpoint(self) -> Endpoint:
@@ -75,7 +82,7 @@ class Settings:
         tls = read_client_tls(self.tls_ca, self.tls_name, self.tls_cert, self.tls_key)
         if tls is None and self.tls:
             tls = ClientTls()
-        return Endpoint(self.address, token=token, tls=tls, outage_seconds=self.outage_seconds)
+        return Endpoint(self.address, token=token, tls=tls, insecure=self.insecure, outage_seconds=self.outage_seconds)
 
 
 class Remote:

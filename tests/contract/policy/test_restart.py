@@ -160,9 +160,3 @@ def test_a_policy_that_cannot_be_opened_is_named_at_the_start(services: ServiceP
     assert "ended with status 2" in text
     assert "\n  judge: openai.base_url: " in text and "\n  reference: openai.base_url: " in text
     assert "\n  actor" not in text, "its endpoint may come later"
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_without_a_token_the_administration_is_not_open_to_others(services: ServiceProcesses, host: str) -> None:
-    with pytest.raises(ProcessFailed, match=f"tokens_folder: needed at {host}"):
-        services.start("policy", host=host)

@@ -9,9 +9,10 @@ import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
 
-from mulligan.common.channel import Connection, Endpoint
+from mulligan.common.channel import Connection, Endpoint, UnprotectedToken, check_protection
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
 from mulligan.common.status import to_status
+from mulligan.common.tls import ClientTls
 from mulligan.env.v1 import env_service_pb2 as pb
 
 SOON = timedelta(milliseconds=1)
@@ -87,3 +88,22 @@ async def test_a_listing_has_the_first_items_or_all(limit: int, size: int) -> No
 def test_an_endpoint_is_shown_without_its_token() -> None:
     shown = repr(Endpoint("host:1", "hunter2"))
     assert "host:1" in shown and "hunter2" not in shown
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7:50051", "env:50051", "dns:///env:50051", "127.0.0.1:1,10.0.0.7:1"])
+def test_a_token_goes_to_another_machine_over_tls_alone(address: str) -> None:
+    with pytest.raises(UnprotectedToken, match="would cross the network without TLS"):
+        check_protection(Endpoint(address, token="a-token"))
+    check_protection(Endpoint(address))
+    check_protection(Endpoint(address, token="a-token", tls=ClientTls()))
+    check_protection(Endpoint(address, token="a-token", insecure=True))
+
+
+@pytest.mark.parametrize("address", ["localhost:1", "127.0.0.1:50051-50053", "[::1]:50051", "unix:/run/env"])
+def test_on_this_machine_a_token_needs_no_tls(address: str) -> None:
+    check_protection(Endpoint(address, token="a-token"))
+
+
+async def test_a_connection_does_not_begin_where_others_could_read_its_token() -> None:
+    with pytest.raises(UnprotectedToken, match=r"10\.0\.0\.7:50051"):
+        Connection(Endpoint("10.0.0.7:50051", token="a-token"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mulligan.common.access import AccessRole
+from mulligan.common.config import ServiceSettings
 from mulligan.env.base import Split, UnknownTask
 from mulligan.env.config import EnvSettings
 from mulligan.memory.config import MemorySettings
@@ -101,6 +102,37 @@ def test_bad_tokens_are_named(flags: list[str], message: str, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         TrainerSettings.load(flags)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("settings", [EnvSettings, PolicySettings, MemorySettings, TrainerSettings])
+def test_a_service_that_others_reach_asks_for_credentials(
+    settings: type[ServiceSettings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tokens(tmp_path)
+    for host in ("0.0.0.0", "::", "192.0.2.1", "example.org"):
+        with pytest.raises(SystemExit):
+            settings.load(["--host", host])
+        assert f"host {host}: others could reach it, and make every call" in capsys.readouterr().err
+        assert settings.load(["--host", host, "--tokens-folder", str(folder)]).tokens is not None
+        assert settings.load(["--host", host, "--insecure"]).tokens is None
+    for host in ("localhost", "127.0.0.1", "127.0.0.2", "::1", "[::1]"):
+        assert settings.load(["--host", host]).tokens is None
+
+
+def test_a_trainer_sends_tokens_to_other_machines_over_tls_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = ["--memory-token-file", str(write_tokens(tmp_path) / AccessRole.TRAINER)]
+    for address in ("memory:50053", "10.0.0.7:50053"):
+        flags = ["--memory-address", address, *token]
+        with pytest.raises(SystemExit):
+            TrainerSettings.load(flags)
+        assert f"the token for {address} would cross the network without TLS" in capsys.readouterr().err
+        assert TrainerSettings.load([*flags, "--memory-tls-name", "memory"]).endpoint("memory").tls is not None
+        assert TrainerSettings.load([*flags, "--insecure"]).endpoint("memory").insecure
+        assert TrainerSettings.load(["--memory-address", address]).endpoint("memory").token_file is None
+    for address in ("localhost:50053", "127.0.0.1:50053", "[::1]:50053"):
+        assert TrainerSettings.load(["--memory-address", address, *token]).endpoint("memory").tls is None
 
 
 @pytest.mark.parametrize(
