@@ -243,6 +243,8 @@ def draw(path: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    titles = dict.fromkeys(arm.title for arm in ARMS.values())
+    colors = {title: f"C{number}" for number, title in enumerate(titles)}
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), dpi=120, sharey=True)
     for axes, poisoned in zip(panels, (False, True), strict=True):
         for name, runs in arms.items():
@@ -250,7 +252,8 @@ def draw(path: Path, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
                 continue
             columns = list(zip(*([one["second_success"] for one in run["windows"]] for run in runs), strict=True))
             places = [WINDOW * (number + 1) for number in range(len(columns))]
-            (line,) = axes.plot(places, [fmean(column) for column in columns], label=ARMS[name].title)
+            title = ARMS[name].title
+            (line,) = axes.plot(places, [fmean(column) for column in columns], label=title, color=colors[title])
             axes.fill_between(places, [*map(min, columns)], [*map(max, columns)], alpha=0.12, color=line.get_color())
         if poisoned:
             axes.axvline(STEPS, color="black", linestyle=":", linewidth=1)
