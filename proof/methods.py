@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -76,10 +77,12 @@ ARMS = {
 
 
 def others() -> dict[str, Arm]:
-    """The methods beyond ERL and RLVR, by their recipes. They run at half the budget."""
+    """The methods beyond ERL and RLVR, by their recipes. They run at half the budget. A run without a learner has no
+    learning rate to search for."""
     known = {arm.recipe for arm in ARMS.values()}
-    found = sorted(path.stem for path in (ROOT / "recipes").glob("frozenlake-3x3-*.toml"))
-    return {name.removeprefix("frozenlake-3x3-"): Arm(name, share=0.5) for name in found if name not in known}
+    files = sorted((ROOT / "recipes").glob("frozenlake-3x3-*.toml"))
+    learning = [file.stem for file in files if tomllib.loads(file.read_text()).get("learner") != "none"]
+    return {name.removeprefix("frozenlake-3x3-"): Arm(name, share=0.5) for name in learning if name not in known}
 
 
 def search(arm: Arm, rate: str, entropy: str, folder: Path) -> dict[str, Any]:

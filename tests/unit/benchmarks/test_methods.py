@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.methods import at, compare, interval, page, rollouts_to
+from proof.methods import others
+from tests.support.paths import ROOT
 
 
 def result(*curve: tuple[int, float], **more: Any) -> dict[str, Any]:
@@ -69,3 +71,11 @@ def test_arms_that_differ_in_one_thing_have_a_table_of_their_own() -> None:
     assert [row.split(" | ")[0] for row in rows[1:]] == ["| erl", "| rlvr", "| why-no-first"]
     assert "ERL, no gradient of first attempts" in rows[3]
     assert "| 0.75, 0.25 |" in rows[1]
+
+
+def test_every_algorithm_is_compared_and_nothing_else() -> None:
+    by_other_names = {"raw_retry": "without-reflection", "try_again": "try-again"}
+    files = (ROOT / "services/trainer/algorithms").glob("[a-z]*.py")
+    assert {*others(), "erl", "rlvr", *by_other_names.values()} == {
+        by_other_names.get(file.stem, file.stem) for file in files
+    }
