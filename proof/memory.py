@@ -30,12 +30,14 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.experience import Experience
 from mulligan.common.reflections import Provenance, StoredReflection
 from mulligan.memory.client import MemoryClient
+from mulligan.models.build import ROLES
+from mulligan.models.many_symbols.measure import legend
 from mulligan.testing.loop import Loop
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.settings import RunSettings
 
 MODEL = "embedded-symbols"
-MEANINGS = {"A": "player", "B": "goal", **dict.fromkeys("CEG", "hole"), **dict.fromkeys("DFH", "floor")}
+MEANINGS = dict(line.split(" ") for line in legend().split("\n"))  # by the letter
 POISON = 10
 WINDOW = 10  # steps
 STEPS = 40  # of each run
@@ -43,7 +45,6 @@ SEEDS = 3
 SCOPE = "shared"
 RUNS = ("before", "after")
 RESULTS = Path(__file__).resolve().parents[1] / "docs" / "proof"
-_ORDER = ("player", "goal", "hole", "floor")
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,6 @@ ARMS = {
 }
 
 
-def legend(meanings: Mapping[str, str]) -> str:
-    lines = sorted((_ORDER.index(word), f"{letter} {word}") for letter, word in meanings.items())
-    return "\n".join(line for _, line in lines)
-
-
 def wrong_legends(seed: int, count: int = POISON) -> list[str]:
     """Different ones, each with all letters, each letter with a wrong meaning."""
     rng = random.Random(f"poison {seed}")
@@ -81,7 +77,8 @@ def wrong_legends(seed: int, count: int = POISON) -> list[str]:
         words = rng.sample([*MEANINGS.values()], len(MEANINGS))
         mixed = dict(zip(MEANINGS, words, strict=True))
         if not mixed.items() & MEANINGS.items():
-            found[legend(mixed)] = None
+            groups = ("".join(letter for letter in mixed if mixed[letter] == role) for role in ROLES)
+            found[legend(" ".join(groups))] = None
     return [*found]
 
 

@@ -18,11 +18,10 @@ from mulligan.models.recipe.boards import (
     Ints,
     draw_boards,
     show,
-    tables,
 )
 from mulligan.models.recipe.tokens import Writer, effect_ids, letter_ids, vocabulary
+from mulligan.models.recipe.walks import walk
 
-_INVALID_MOVE = -1
 _TRIES = 4  # for another attempt that failed
 # Classes of a cell for the helper head: the four roles, unchanged, entered by the player, and left by the player or a
 # hole that the player fell into, with the letter that this shows to be a frozen tile or a hole.
@@ -84,31 +83,11 @@ def others_like(rng: np.random.Generator, attempts: FailedAttempts) -> tuple[Fai
 
 def _play(rng: np.random.Generator, letters: Ints) -> tuple[FailedAttempts, Bools]:
     """One attempt with each assignment, and whether it failed and moved something."""
-    rows = len(letters)
-    boards = draw_boards(rng, rows)
-    player, goal, holes = boards.T
-    steady = rng.random(rows) * (rng.random(rows) < 0.4) * 0.7
-    players = [player]
-    moves = []
-    steps = np.full(rows, MAX_STEPS)
-    fell = np.zeros(rows, np.bool_)
-    won = np.zeros(rows, np.bool_)
-    for turn in range(MAX_STEPS):
-        good = tables().optimal[goal, holes, player]
-        appeal = rng.random(good.shape) + (good & (rng.random(rows) < steady)[:, None])
-        move = np.where(rng.random(rows) < 0.02, _INVALID_MOVE, appeal.argmax(axis=1))
-        active = ~fell & ~won
-        reached = np.where(active & (move >= 0), tables().next_cell[player, move], player)
-        fell |= (holes >> reached) & 1 == 1
-        won |= reached == goal
-        steps = np.where(active & (fell | won), turn + 1, steps)
-        player = reached
-        players.append(player)
-        moves.append(move)
-    kinds = rng.integers(0, KINDS, (rows, CELLS))
-    walked = np.stack(players, axis=1)
-    attempts = FailedAttempts(boards, kinds, letters, walked, np.stack(moves, axis=1), steps, fell)
-    return attempts, np.asarray(~won & attempts.moved)
+    boards = draw_boards(rng, len(letters))
+    walked = walk(rng, boards)
+    kinds = rng.integers(0, KINDS, (len(letters), CELLS))
+    attempts = FailedAttempts(boards, kinds, letters, walked.players, walked.moves, walked.steps, walked.fell)
+    return attempts, np.asarray(~walked.won & attempts.moved)
 
 
 def learned_from(attempts: FailedAttempts) -> Ints:

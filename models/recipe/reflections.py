@@ -30,8 +30,8 @@ from mulligan.models.recipe.boards import (
     tables,
 )
 from mulligan.models.recipe.tokens import Batch, Writer, answer_ids, effect_ids, letter_ids, vocabulary
+from mulligan.models.recipe.walks import walk
 
-_INVALID_MOVE = -1
 # Classes of a cell for the helper head, after the four roles: unchanged, entered by the player, left by the player
 # (with the player's letter), a hole that the player fell into (with its letter).
 UNCHANGED = 4
@@ -68,33 +68,15 @@ def draw_attempts(rng: np.random.Generator, rows: int) -> FailedAttempts:
     drawn = 2 * rows + 16
     boards = draw_boards(rng, drawn)
     letters = draw_assignments(rng, drawn)
-    player, goal, holes = boards.T
-    steady = rng.random(drawn) * (rng.random(drawn) < 0.4) * 0.7
-    players = [player]
-    moves = []
-    steps = np.full(drawn, MAX_STEPS)
-    fell = np.zeros(drawn, np.bool_)
-    won = np.zeros(drawn, np.bool_)
-    for turn in range(MAX_STEPS):
-        good = tables().optimal[goal, holes, player]
-        appeal = rng.random(good.shape) + (good & (rng.random(drawn) < steady)[:, None])
-        move = np.where(rng.random(drawn) < 0.02, _INVALID_MOVE, appeal.argmax(axis=1))
-        active = ~fell & ~won
-        reached = np.where(active & (move >= 0), tables().next_cell[player, move], player)
-        fell |= (holes >> reached) & 1 == 1
-        won |= reached == goal
-        steps = np.where(active & (fell | won), turn + 1, steps)
-        player = reached
-        players.append(player)
-        moves.append(move)
-    failed = np.flatnonzero(~won)[:rows]
+    walked = walk(rng, boards)
+    failed = np.flatnonzero(~walked.won)[:rows]
     return FailedAttempts(
         boards[failed],
         letters[failed],
-        np.stack(players, axis=1)[failed],
-        np.stack(moves, axis=1)[failed],
-        steps[failed],
-        fell[failed],
+        walked.players[failed],
+        walked.moves[failed],
+        walked.steps[failed],
+        walked.fell[failed],
     )
 
 

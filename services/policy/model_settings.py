@@ -31,7 +31,9 @@ class ModelSettings(BaseModel):
         repr=False,  # there may be credentials among them
         description="Of a backend that has no table of its name, such as any module.",
     )
-    model: str = Field("embedded", description="Hub id, folder, or `embedded`: the small model that comes along.")
+    model: str = Field(
+        "embedded", description="Hub id, folder, or `embedded` or `embedded-symbols`: small models that come along."
+    )
     frozen: bool = Field(False, description="Its weights are never updated: a reference, an opponent.")
     adapters: dict[str, str] = Field(
         {}, description="Fixed LoRA adapters that requests may name: folders, or an endpoint's model names."

@@ -1,6 +1,6 @@
 """Consolidation of a memory: a policy merges several entries into one text.
 
-The text is added as a candidate that has the entries among its sources. It becomes active by the same experiment as any
+The text is added on probation and has the entries among its sources. It becomes active by the same experiment as any
 other entry (`services/memory/evidence.py`), and the entries stay as they are. It claims no success, so the strategies
 that go by claims never show it. As long as it is not proved, it is not merged with others: what a policy made up once
 would otherwise be its own source the next time.
@@ -25,10 +25,10 @@ from mulligan.common.reflections import (
     ReflectionQuery,
     ReflectionStatus,
     RetrievalStrategy,
-    Retrieved,
     StoredReflection,
 )
 from mulligan.common.types import PromptSet
+from mulligan.trainer.interfaces import MemoryPort
 from mulligan.trainer.sampling import NamedPolicy
 from mulligan.trainer.seeds import derive_seed
 from mulligan.trainer.texts import fill, has_marks, reflection_in
@@ -60,23 +60,10 @@ class CannotMerge(Exception):
     """Nothing was stored; the message says why."""
 
 
-class Entries(Protocol):
+class Entries(MemoryPort, Protocol):
     """What a merge asks of the memory; its client has it."""
 
-    async def query(self, query: ReflectionQuery) -> Retrieved: ...
-
     async def get(self, reflection_id: str) -> StoredReflection: ...
-
-    async def add(
-        self,
-        request_id: str,
-        scope: str,
-        text: str,
-        provenance: Provenance,
-        labels: Labels | None = None,
-        *,
-        unless_known: bool = False,
-    ) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -189,7 +176,7 @@ async def merge(
 
 
 async def keep(memory: Entries, merged: Merged, settings: MergeSettings) -> str:
-    """Adds the text as a candidate, and returns its id. A repeated call, also after its answer was lost, adds nothing.
+    """Adds the text on probation, and returns its id. A repeated call, also after its answer was lost, adds nothing.
 
     Raises CannotMerge if an entry has the text already, and if another text was stored for the same entries,
     instruction and version of the policy.

@@ -1,4 +1,4 @@
-"""`mulligan memory consolidate`: a policy merges entries into one text, which becomes a candidate."""
+"""`mulligan memory consolidate`: a policy merges entries into one text, which is on probation."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def consolidate(
     policy_address: PolicyAddress = DEFAULT_ADDRESSES["policy"],
     env: EnvAddress = DEFAULT_ADDRESSES["env"],
 ) -> None:
-    """Have a policy merge entries into one text, which is added as a candidate. The entries stay as they are.
+    """Have a policy merge entries into one text, which is added on probation. The entries stay as they are.
 
-    The candidate has to prove itself in runs, as any other entry. Exit status: 0 if a text was stored, or could be.
+    The text has to prove itself in runs, as any other entry. Exit status: 0 if a text was stored, or could be.
 
     Example: `mulligan memory consolidate --scope shared --environment frozenlake --limit 5 --dry-run`
     """

@@ -1,6 +1,6 @@
 """Entries with the greatest lower bound of the measured uplift: what is proved to help most comes first.
 
-Without any use the bound is -1, so among entries that were never tried the latest come first."""
+Without any use the bound is -1, so among entries that were never tried those come first whose text was written last."""
 
 from __future__ import annotations
 

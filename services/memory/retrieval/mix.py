@@ -7,7 +7,6 @@ Near-duplicates have most pairs of adjacent words in common (Broder, On the Rese
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -19,31 +18,34 @@ SIMILARITY = 0.8  # share of common pairs of words from which one of two entries
 _SPARE = 10  # entries of a strategy that may be near-duplicates before it finds less than its limit
 
 
+Pairs = frozenset[tuple[str, ...]]
+
+
 async def retrieve(query: ReflectionQuery, store: Store) -> Found:
-    kept: list[StoredReflection] = []
+    kept: dict[str, StoredReflection] = {}  # by their ids
+    known: list[Pairs] = []  # of each that is kept
     assert query.version is not None, "`retrieve` of the package sets it"
     for part in query.mix:
         most = len(kept) + part.limit
         wanted = replace(query, strategy=part.strategy, limit=most + _SPARE)
         for one in (await by(part.strategy, wanted, store)).reflections:
-            if len(kept) < most and not _known(one, kept):
-                kept.append(one)
-    return Found(tuple(kept[: query.limit]), query.version)
+            if len(kept) == most:
+                break
+            if one.reflection_id in kept:
+                continue
+            own = pairs(one.text)
+            if all(similarity(own, other) < SIMILARITY for other in known):
+                kept[one.reflection_id] = one
+                known.append(own)
+    return Found(tuple(kept.values())[: query.limit], query.version)
 
 
-def _known(one: StoredReflection, kept: Sequence[StoredReflection]) -> bool:
-    return any(
-        one.reflection_id == other.reflection_id or similarity(one.text, other.text) >= SIMILARITY for other in kept
-    )
+def similarity(one: Pairs, other: Pairs) -> float:
+    """Jaccard index: 1 for the same pairs, 0 for none in common."""
+    return len(one & other) / len(one | other)
 
 
-def similarity(one: str, other: str) -> float:
-    """Jaccard index of the two texts' sets of pairs of words: 1 for the same pairs, 0 for none in common."""
-    left, right = _pairs(one), _pairs(other)
-    return len(left & right) / len(left | right) if left | right else float(one == other)
-
-
-def _pairs(text: str) -> set[tuple[str, ...]]:
-    """Of adjacent words; a single word stands alone."""
-    words = re.findall(r"\w+", text.lower())
-    return set(pairwise(words)) if len(words) > 1 else {tuple(words)} - {()}
+def pairs(text: str) -> Pairs:
+    """The pairs of adjacent words; a single word, and a text without words, stand alone."""
+    words = re.findall(r"\w+", text.lower()) or [text]
+    return frozenset(pairwise(words) if len(words) > 1 else [tuple(words)])

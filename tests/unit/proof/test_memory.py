@@ -9,12 +9,8 @@ import pytest
 from mulligan.common.experience import Experience, Sample, Turn
 from mulligan.common.reflections import Provenance, StoredReflection
 from mulligan.common.types import Outcome
-from mulligan.models.many_symbols.measure import legend as legend_of_the_model
-from proof.memory import MEANINGS, legend, page, right_share, told, window, wrong_legends
-
-
-def test_the_right_legend_is_written_as_the_model_writes_it() -> None:
-    assert legend(MEANINGS) == legend_of_the_model()
+from mulligan.models.many_symbols.measure import legend
+from proof.memory import MEANINGS, page, right_share, told, window, wrong_legends
 
 
 def test_wrong_legends_are_wrong_in_every_line_and_differ() -> None:
@@ -34,7 +30,7 @@ def test_wrong_legends_are_wrong_in_every_line_and_differ() -> None:
 )
 def test_a_legend_is_right_by_its_lines(text: str, share: float) -> None:
     assert right_share(text) == share
-    assert right_share(legend(MEANINGS)) == 1
+    assert right_share(legend()) == 1
 
 
 def sample(role: str, reward: float | None, text: str = "") -> Sample:
