@@ -8,6 +8,7 @@ counts such lines, and the next line that can be written is followed by one with
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -56,7 +57,10 @@ def configure_logging(settings: ServiceSettings) -> None:
 
 
 class _FromLibraries(logging.Handler):
-    """Writes what libraries log through Python's `logging`, such as gRPC and asyncio, as events of this log."""
+    """Writes what libraries log through Python's `logging`, such as gRPC and asyncio, as events of this log.
+
+    A cancellation is written at level debug: gRPC logs as an error that a call ended with its server.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -64,6 +68,8 @@ class _FromLibraries(logging.Handler):
         except Exception as error:  # noqa: BLE001 - the arguments are foreign
             event = f"a line that cannot be formatted: {type(error).__name__}"
         level = max((level for level in _LEVELS if level <= record.levelno), default=logging.DEBUG)
+        if record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError):
+            level = logging.DEBUG
         structlog.get_logger().log(level, event, logger=record.name, exc_info=record.exc_info or None)
 
 

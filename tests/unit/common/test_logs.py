@@ -11,6 +11,7 @@ from mulligan.common.logs import LINE_LIMIT, VALUE_LIMIT
 from tests.support.paths import IMPORT_ROOTS
 
 LOGGING = """
+import asyncio
 import logging
 from mulligan.common.logs import configure_logging
 from mulligan.memory.config import MemorySettings
@@ -24,10 +25,11 @@ except ValueError:
     library.exception("two\\nlines")
 library.warning("%d", "no number")
 library.log(37, "a level of its own")
+library.error("a call that ended with its server", exc_info=asyncio.CancelledError())
 """
 
 
-def test_what_libraries_log_is_a_short_line_like_any_other() -> None:
+def test_what_libraries_log_is_a_short_line_like_any_other_but_cancellations_are_no_errors() -> None:
     environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS}
     done = subprocess.run([sys.executable, "-c", LOGGING], env=environment, capture_output=True, text=True, check=True)
     lines = done.stderr.splitlines()
