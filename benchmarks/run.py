@@ -25,7 +25,6 @@ from benchmarks.common import median, print_result, print_table, spread
 from benchmarks.in_process import LocalEnvironment, LocalMemory
 from mulligan.cli.local import LocalServices
 from mulligan.cli.train import read_settings
-from mulligan.common.channel import Endpoint
 from mulligan.env.config import EnvSettings
 from mulligan.memory.stores import sqlite
 from mulligan.policy.client import PolicyClient
@@ -52,9 +51,9 @@ class LoopRates:
 
 async def over_services(services: LocalServices, settings: RunSettings, run_id: str) -> LoopRates:
     """Trains one run. Its last step is not measured: it keeps the learner alive while its compute time is read."""
-    runs = RunClient(Endpoint(services.addresses["trainer"]))
-    policy = PolicyClient(Endpoint(services.addresses["policy"]))
-    learner = LearnerClient(Endpoint(services.addresses["trainer"]), run_id, run_id)
+    runs = RunClient(services.endpoint("trainer"))
+    policy = PolicyClient(services.endpoint("policy"))
+    learner = LearnerClient(services.endpoint("trainer"), run_id, run_id)
     await runs.start(run_id, settings)
     rollouts = start = computed = share = 0.0
     async for entry in runs.watch(run_id):

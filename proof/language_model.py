@@ -58,14 +58,14 @@ def untrained(seed: int, folder: Path) -> dict[str, Any]:
 
     async def measured() -> dict[str, Any]:
         async with LocalServices(folder, model=run.model.source) as services:
-            return await evaluate(services.addresses["trainer"], run)
+            return await evaluate(services.endpoint("trainer"), run)
 
     return {"arm": "untrained", "seed": seed, **asyncio.run(measured())}
 
 
-async def evaluate(trainer: str, run: RunSettings) -> dict[str, Any]:
-    """What the policy at a trainer's address does now on the test tasks of a run, with the run's seed."""
-    client = RunClient(Endpoint(trainer))
+async def evaluate(trainer: Endpoint, run: RunSettings) -> dict[str, Any]:
+    """What the policy of a trainer does now on the test tasks of a run, with the run's seed."""
+    client = RunClient(trainer)
     try:
         with EvaluationDisplay(run.environment) as display:
             result, _ = await client.evaluate(

@@ -64,6 +64,16 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tests find no services that their user runs, and no tokens of that user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        for variable in ("MULLIGAN_CLI_TOKEN", "MULLIGAN_CLI_TOKEN_FILE", "MULLIGAN_CLI_READER_TOKEN"):
+            patch.delenv(variable, raising=False)
+        yield
+
+
 @pytest.fixture
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcesses]:
     """Starts services for one test: `services.start("env", max_episodes=2).address`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mulligan.cli.connection import DEFAULT_ADDRESSES, client_tls, insecure, service_token
+from mulligan.cli.connection import DEFAULT_ADDRESSES, client_tls, insecure, reader_token, service_token
 from mulligan.cli.out import Heartbeat, fail, json_safe, line, show
 from mulligan.common.channel import UnprotectedToken
 from mulligan.common.tls import ClientTls
@@ -24,7 +23,7 @@ from mulligan.conformance.target import Target, TargetUnreachable
 conformance = typer.Typer(
     help="Check an implementation of a service, in any language: `env`, `policy`, `memory`, `trainer`.\n\n"
     "A server with tokens is checked with an administrator's in MULLIGAN_CLI_TOKEN and, for the check of roles, a "
-    "reader's in MULLIGAN_CLI_READER_TOKEN.\n\n"
+    "reader's in MULLIGAN_CLI_READER_TOKEN. Those of your own `mulligan up` are found without the variables.\n\n"
     "Exit status: 0 it conforms, 1 it violates something, 2 it cannot be checked (unreachable, or no such service).",
     no_args_is_help=True,
 )
@@ -70,7 +69,7 @@ def env(
     options = EnvOptions(actions, seed, tuple(action or ()))
 
     async def main(on_result: OnResult) -> Report:
-        async with closing(connect(target, **_options(timeout, tls_ca))) as opened:
+        async with closing(connect(target, **_options(target, timeout, tls_ca))) as opened:
             return await check(opened, options, only=only, environment=environment, on_result=on_result)
 
     _run(main, as_json=as_json, quiet=quiet)
@@ -93,7 +92,7 @@ def memory(
     from mulligan.conformance.memory.run import target as connect
 
     async def main(on_result: OnResult) -> Report:
-        async with closing(connect(target, **_options(timeout, tls_ca))) as opened:
+        async with closing(connect(target, **_options(target, timeout, tls_ca))) as opened:
             return await check(opened, only=only, on_result=on_result)
 
     _run(main, as_json=as_json, quiet=quiet)
@@ -124,7 +123,7 @@ def policy(
     options = PolicyOptions(tolerance, writes)
 
     async def main(on_result: OnResult) -> Report:
-        connection = connect(target, **_options(timeout, tls_ca))
+        connection = connect(target, **_options(target, timeout, tls_ca))
         async with closing(connection) as opened:
             return await check(opened, options, only=only, policy=name, on_result=on_result)
 
@@ -164,7 +163,7 @@ def trainer(
     options = TrainerOptions(model, writes, config, run_seconds)
 
     async def main(on_result: OnResult) -> Report:
-        async with closing(connect(target, **_options(timeout, tls_ca))) as opened:
+        async with closing(connect(target, **_options(target, timeout, tls_ca))) as opened:
             return await check(opened, options, only=only, on_result=on_result)
 
     _run(main, as_json=as_json, quiet=quiet)
@@ -178,14 +177,14 @@ async def closing(target: Target) -> AsyncIterator[Target]:
         await target.close()
 
 
-def _options(timeout: float, tls_ca: Path | None) -> dict[str, Any]:
+def _options(address: str, timeout: float, tls_ca: Path | None) -> dict[str, Any]:
     """Of a target. `tls_ca` wins over the variable."""
     tls = client_tls()
     if tls_ca is not None:
         tls = replace(tls or ClientTls(), ca=tls_ca)
     return {
-        "token": service_token(),
-        "reader_token": os.environ.get("MULLIGAN_CLI_READER_TOKEN"),
+        "token": service_token(address),
+        "reader_token": reader_token(address),
         "timeout": timeout,
         "tls": tls,
         "insecure": insecure(),

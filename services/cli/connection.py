@@ -1,4 +1,5 @@
-"""How commands reach services: addresses from flags or the environment; an error is one line."""
+"""How commands reach services: addresses from flags or the environment, tokens from the environment or from
+`mulligan up`; an error is one line."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from mulligan.cli.local_tokens import NotPrivate, check_private, find_tokens
 from mulligan.cli.out import fail
 from mulligan.common import proxies
+from mulligan.common.access import AccessRole
 from mulligan.common.addresses import Addresses
 from mulligan.common.channel import Endpoint, UnprotectedToken, check_protection
-from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
 from mulligan.common.tls import BadTls, ClientTls, read_client_tls
 from mulligan.common.tokens import BadTokens, TokenFile
 
@@ -32,6 +35,7 @@ def addresses_from(port: int) -> dict[str, str]:
 DEFAULT_ADDRESSES = addresses_from(PORT_BASE)
 OUTAGE_SECONDS = 5.0  # a person waits at the terminal
 TOKEN = "MULLIGAN_CLI_TOKEN"  # a variable
+READER_TOKEN = "MULLIGAN_CLI_READER_TOKEN"
 TLS = "MULLIGAN_CLI_TLS"  # how variables begin
 INSECURE = "MULLIGAN_CLI_INSECURE"
 
@@ -66,7 +70,8 @@ def command(*words: str, trainer: str = "") -> str:
 
 
 def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
-    """The endpoint, with the token of `service_token`. Ends the program if the address is not that of one server.
+    """The endpoint, with the token of `token_file`, or of MULLIGAN_CLI_TOKEN. Ends the program if the address is not
+    that of one server.
 
     Raises ServiceUnavailable if its host is unknown.
     """
@@ -82,7 +87,7 @@ def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
             socket.getaddrinfo(host, None)
         except OSError as error:
             raise ServiceUnavailable(address, 0, f"the host is not known: {error.strerror or error}") from error
-    file = token_file()
+    file = token_file(address)
     token = None if file is not None else os.environ.get(TOKEN)
     found = Endpoint(
         address, token=token, token_file=file, tls=client_tls(), insecure=insecure(), outage_seconds=outage_seconds
@@ -94,12 +99,12 @@ def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
     return found
 
 
-def token_file() -> Path | None:
-    """The file that MULLIGAN_CLI_TOKEN_FILE names, if there is such a variable. Ends the program when it holds no
-    token."""
+def token_file(address: str) -> Path | None:
+    """The file that MULLIGAN_CLI_TOKEN_FILE names. Without it and MULLIGAN_CLI_TOKEN, that of this user's services at
+    the address, if `mulligan up` runs them; else None. Ends the program when the file holds no token."""
     name = os.environ.get(f"{TOKEN}_FILE")
     if not name:
-        return None
+        return _found_file(address, AccessRole.ADMIN)
     try:
         TokenFile(Path(name))
     except BadTokens as error:
@@ -107,11 +112,33 @@ def token_file() -> Path | None:
     return Path(name)
 
 
-def service_token() -> str | None:
-    """The token of MULLIGAN_CLI_TOKEN, or of the file that MULLIGAN_CLI_TOKEN_FILE names. A flag could be seen in the
-    process list."""
-    file = token_file()
+def _found_file(address: str, role: AccessRole) -> Path | None:
+    """A role's token of services that `mulligan up` runs. Ends the program when others may read it."""
+    if TOKEN in os.environ or os.environ.get(f"{TOKEN}_FILE"):
+        return None
+    try:
+        folder = find_tokens(address)
+        if folder is None:
+            return None
+        check_private(folder)
+        check_private(folder / role)
+        TokenFile(folder / role)
+    except (NotPrivate, BadTokens, FileNotFoundError) as error:
+        fail(f"{error}; {TOKEN}_FILE may name another", 2)
+    return folder / role
+
+
+def service_token(address: str) -> str | None:
+    """The token of `token_file`, or of MULLIGAN_CLI_TOKEN. A flag could be seen in the process list."""
+    file = token_file(address)
     return TokenFile(file).tokens[0] if file is not None else os.environ.get(TOKEN)
+
+
+def reader_token(address: str) -> str | None:
+    """The token of MULLIGAN_CLI_READER_TOKEN. Without it, and without other variables of tokens, that of `mulligan up`
+    for the role reader."""
+    file = _found_file(address, AccessRole.READER) if READER_TOKEN not in os.environ else None
+    return TokenFile(file).tokens[0] if file is not None else os.environ.get(READER_TOKEN)
 
 
 def insecure() -> bool:
@@ -136,6 +163,16 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     try:
         return asyncio.run(main)
     except (DomainError, CallFailed, ServiceUnavailable) as error:
-        fail(error)
+        fail(said(error))
     except ValueError as error:
         fail(f"a value of this call cannot be sent: {error}", 2)
+
+
+def said(error: BaseException) -> str:
+    """What the error says and, where a token is missing, how a command gets one."""
+    if isinstance(error, DomainError) and error.reason is Reason.BAD_CREDENTIAL:
+        return (
+            f"{error}: {TOKEN}_FILE names its file; without that variable and {TOKEN}, a command has the token of your "
+            f"own `mulligan up` while it runs at that address, 127.0.0.1:PORT"
+        )
+    return str(error)

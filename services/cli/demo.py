@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mulligan.cli.connection import command, endpoint
+from mulligan.cli.connection import command
 from mulligan.cli.experiences import lines
 from mulligan.cli.local import LocalServices, ServiceFailed
 from mulligan.cli.out import fail
@@ -27,7 +27,6 @@ from mulligan.trainer.folder import RunState
 from mulligan.trainer.settings import RunSettings
 
 DEFAULT_RECIPE = Path("frozenlake-3x3")
-OUTAGE_SECONDS = 120.0  # a service that died is started again within seconds
 
 
 def demo(
@@ -69,7 +68,7 @@ async def _demo(folder: Path, settings: RunSettings, experiences: int, accept_en
     async with LocalServices(folder, model=settings.model.source) as services:
         places = "  ".join(f"{name} {address}" for name, address in services.addresses.items())
         say(f"healthy: {places}  (logs in {services.folder / 'logs'})")
-        client = RunClient(endpoint(services.addresses["trainer"], OUTAGE_SECONDS))
+        client = RunClient(services.endpoint("trainer"))  # a service that died is started again within seconds
         try:
             run = await _begin(client, settings, accept_environment)
             does = "trains" if settings.trains else "fills a memory, without training, for"

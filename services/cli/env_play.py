@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import typer
 
-from mulligan.cli.connection import endpoint
+from mulligan.cli.connection import endpoint, said
 from mulligan.cli.out import fail, note, show
 from mulligan.cli.overrides import read_overrides
 from mulligan.common.channel import Endpoint
@@ -65,7 +65,7 @@ def play(
         show("\nleft")
         sys.exit(130)
     except (DomainError, CallFailed, ServiceUnavailable) as error:
-        fail(error)
+        fail(said(error))
     finally:
         if table is not None:
             table.close()

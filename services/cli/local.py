@@ -19,9 +19,11 @@ from types import TracebackType
 
 import mulligan
 from mulligan.cli.connection import DEFAULT_ADDRESSES
-from mulligan.cli.out import Heartbeat
+from mulligan.cli.local_tokens import LocalTokens, announced
+from mulligan.cli.out import Heartbeat, note
+from mulligan.common.access import AccessRole
 from mulligan.common.addresses import Addresses
-from mulligan.common.channel import is_healthy
+from mulligan.common.channel import Endpoint, is_healthy
 from mulligan.common.tasks import cancel, gather_or_cancel
 
 START_SECONDS = 600.0  # a large model takes minutes, and progress is shown meanwhile
@@ -80,12 +82,13 @@ class _Process:
 class LocalServices:
     """`async with LocalServices(folder) as services:` all four are healthy inside.
 
-    `folder` gets runs, weights, checkpoints, the memory's database, the policy service's state and the logs, of which
-    each has at most about twice LOG_BYTES. At
-    `log_level` info, each service logs a line per request. `configs` are TOML files with settings, by service;
-    addresses and folders are those given here. The env service runs a process for each port of its address, such as
-    `127.0.0.1:50055-50057`. `model` wins over the policy's, and without either it is the embedded one. `LoadModel`
-    takes folders below `models_folder`.
+    `folder` gets runs, weights, checkpoints, the memory's database, the policy service's state, tokens and the logs, of
+    which each has at most about twice LOG_BYTES. At `log_level` info, each service logs a line per request. `configs`
+    are TOML files with settings, by service; addresses, folders and tokens are those of this class. The env service
+    runs a process for each port of its address, such as `127.0.0.1:50055-50057`. `model` wins over the policy's, and
+    without either it is the embedded one. `LoadModel` takes folders below `models_folder`.
+
+    Calls need a token of `tokens`; `endpoint` has one. The command line finds them while the services run.
     """
 
     def __init__(
@@ -100,9 +103,10 @@ class LocalServices:
     ):
         self.folder = folder.resolve()
         self.addresses = dict(addresses or {name: f"127.0.0.1:{port}" for name, port in free_ports().items()})
+        self.tokens = LocalTokens(self.folder)
         runs = self.folder
         address = self.addresses
-        flags = {
+        flags: dict[str, list[str]] = {
             "env": ["--processes", str(len(Addresses.parse(address["env"]).fixed))],
             "policy": [
                 *(("--model", model) if model else ()),
@@ -119,9 +123,12 @@ class LocalServices:
         }
         for name, file in (configs or {}).items():
             flags[name] += ["--config", str(file.resolve())]
+        for name, files in self.tokens.settings().items():
+            flags[name] += [word for key, file in files.items() for word in (f"--{key.replace('_', '-')}", str(file))]
         quiet = ["--log-level", log_level]
         self._processes = {name: self._process(name, [*flags[name], *quiet]) for name in DEFAULT_ADDRESSES}
         self._supervisor: asyncio.Task[None] | None = None
+        self._announced = contextlib.ExitStack()
 
     def _process(self, name: str, flags: list[str]) -> _Process:
         host, _, port = Addresses.parse(self.addresses[name]).fixed[0].rpartition(":")
@@ -131,6 +138,7 @@ class LocalServices:
     async def __aenter__(self) -> LocalServices:
         for folder in ("logs", "weights", "runs", "checkpoints", "policy"):
             (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        self.tokens.make()
         self._check_ports()
         for process in self._processes.values():
             process.start()
@@ -140,12 +148,28 @@ class LocalServices:
             await self._end()
             raise
         self._supervisor = asyncio.create_task(self._supervise())
+        self._announce()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._end()
+
+    def endpoint(self, service: str, role: AccessRole = AccessRole.ADMIN) -> Endpoint:
+        """A service's, with a token of this role."""
+        return Endpoint(self.addresses[service], token_file=self.tokens.of(service) / role)
+
+    def _announce(self) -> None:
+        """The services run without it, too."""
+        folders = {
+            server: self.tokens.of(name) for name, process in self._processes.items() for server in process.servers
+        }
+        try:
+            self._announced.enter_context(announced(folders))
+        except OSError as error:
+            note(f"other commands do not find the tokens by themselves: {error}")
+            note(f"they need MULLIGAN_CLI_TOKEN_FILE={self.tokens.of('trainer') / AccessRole.ADMIN}")
 
     async def failed(self) -> None:
         """Returns never; raises ServiceFailed when a service cannot be kept running."""
@@ -195,6 +219,8 @@ class LocalServices:
 
     async def _end(self) -> None:
         """SIGTERM, trainer first, so that it finishes its step while the others still serve; SIGKILL at last."""
+        with contextlib.suppress(OSError):  # the home folder is away
+            self._announced.close()
         await cancel(self._supervisor)
         for name in reversed(self._processes):
             process = self._processes[name].process

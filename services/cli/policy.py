@@ -14,7 +14,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 import typer
 
-from mulligan.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, command, endpoint, run
+from mulligan.cli.connection import DEFAULT_ADDRESSES, PolicyAddress, command, endpoint, run, said
 from mulligan.cli.out import fail, note, table, working
 from mulligan.cli.out import show as show_line
 from mulligan.cli.overrides import read_overrides
@@ -201,7 +201,7 @@ class _Answers(Generic[T]):
         """If servers failed, prints a line for each and ends the program with status 1."""
         if self.failures:
             for server, failure in self.failures.items():
-                note(f"error: {server}: {failure}")
+                note(f"error: {server}: {said(failure)}")
             sys.exit(1)
 
 

@@ -117,6 +117,7 @@ async def _up(services: LocalServices) -> None:
     async with services:
         for name, address in services.addresses.items():
             note(f"{name:<8} {address:<18} {services.folder / 'logs' / f'{name}.log'}")
+        note(f"tokens   {services.tokens.of('trainer')}; {services.tokens.of('env')}: you alone can read them")
         for step in _next_steps(services.addresses):
             note(step)
         stopped = asyncio.create_task(stop.wait())

@@ -110,7 +110,7 @@ def test_a_demo_of_one_step_and_two_chains(model: Path, tmp_path: Path) -> None:
 
 async def test_the_untrained_model_is_measured_as_the_runs_measure(loop: Loop, model: Path) -> None:
     settings = read_settings(Path(ARMS["erl"].recipe), ["seed=100", f"model.source={model}", *ONE_STEP])
-    measured = await evaluate(loop.trainer.address, settings)
+    measured = await evaluate(Endpoint(loop.trainer.address), settings)
     assert (measured["attempts"], measured["excluded"], measured["max_tokens"]) == (2, 0, 20)
     assert measured["test_success"] in (0.0, 0.5, 1.0)
     assert measured["evaluation"]["temperature"] == 0.8 and measured["evaluation"]["tasks"] == 2

@@ -10,7 +10,7 @@ import pytest
 from mulligan.cli.connection import addresses_from
 from mulligan.cli.local import LocalServices, ServiceFailed, _Process, free_ports
 from mulligan.cli.up import _addresses
-from mulligan.common.channel import Endpoint, is_healthy
+from mulligan.common.channel import is_healthy
 from mulligan.env import connect
 from mulligan.testing.processes import ServiceProcesses
 
@@ -48,12 +48,13 @@ async def test_several_env_processes_are_waited_for_at_ports_of_their_own(tmp_pa
     (tmp_path / "logs").mkdir()
     base = min(free_ports().values())
     local = LocalServices(tmp_path, configs={"env": config}, addresses=_addresses(base, config))
+    local.tokens.make()
     process = local._processes["env"]
     process.start()
     assert process.process is not None
     try:
         await local._wait_until_healthy(process)
-        client = connect(Endpoint(process.address))
+        client = connect(local.endpoint("env"))
         assert [info.name for info in await client.list_environments()] == ["lake"]
         await client.close()
         healthy = [await is_healthy(server) for server in process.servers]

@@ -31,9 +31,16 @@ openai = {base_url = "http://127.0.0.1:8000/v1"}
 """
 
 
+def local_services(folder: Path, **options: Any) -> LocalServices:
+    """With the tokens, which are made when they start."""
+    services = LocalServices(folder, **options)
+    services.tokens.make()
+    return services
+
+
 def policy_settings(folder: Path, **options: Any) -> PolicySettings:
     """As the policy service reads them."""
-    command = LocalServices(folder, **options)._processes["policy"].command
+    command = local_services(folder, **options)._processes["policy"].command
     return PolicySettings.load(command[command.index("mulligan.policy") + 1 :])
 
 
@@ -70,12 +77,16 @@ keep_weights = 7
 def test_one_file_holds_the_settings_of_all(tmp_path: Path) -> None:
     config = tmp_path / "mulligan.toml"
     config.write_text(ALL)
-    processes = LocalServices(tmp_path, configs=_configs(config, None, None))._processes
+    processes = local_services(tmp_path, configs=_configs(config, None, None))._processes
     arguments = {name: process.command[3:] for name, process in processes.items()}
     assert EnvSettings.load(arguments["env"]).environments == {"mine": {"kind": "my_game"}}
     assert PolicySettings.load(arguments["policy"]).model == "from/the-file"
     assert MemorySettings.load(arguments["memory"]).database == str(tmp_path / "memory.sqlite")
-    assert TrainerSettings.load(arguments["trainer"]).keep_weights == 7
+    trainer = TrainerSettings.load(arguments["trainer"])
+    assert trainer.keep_weights == 7
+    assert trainer.endpoint("env").token_file == tmp_path / "env-tokens" / "actor"
+    folders = {name: arguments[name][arguments[name].index("--tokens-folder") + 1] for name in SERVICES}
+    assert folders == dict.fromkeys(SERVICES, f"{tmp_path}/tokens") | {"env": f"{tmp_path}/env-tokens"}
 
 
 def test_several_env_processes_take_the_ports_behind_the_other_services(
@@ -85,7 +96,7 @@ def test_several_env_processes_take_the_ports_behind_the_other_services(
     config.write_text("[env]\nprocesses = 3")
     addresses = _addresses(7000, config)
     assert addresses == addresses_from(7000) | {"env": "127.0.0.1:7004-7006"}
-    processes = LocalServices(tmp_path, configs={"env": config}, addresses=addresses)._processes
+    processes = local_services(tmp_path, configs={"env": config}, addresses=addresses)._processes
     arguments = {name: process.command[3:] for name, process in processes.items()}
     env = EnvSettings.load(arguments["env"])
     assert (env.port, env.processes) == (7004, 3)
@@ -93,7 +104,7 @@ def test_several_env_processes_take_the_ports_behind_the_other_services(
     assert processes["env"].servers == ("127.0.0.1:7004", "127.0.0.1:7005", "127.0.0.1:7006")
     monkeypatch.setenv("MULLIGAN_ENV_PROCESSES", "2")
     assert _addresses(7000, None)["env"] == "127.0.0.1:7004-7005"
-    alone = LocalServices(tmp_path)._processes["env"].command[3:]
+    alone = local_services(tmp_path)._processes["env"].command[3:]
     assert EnvSettings.load(alone).processes == 1, "one port was given"
 
 
