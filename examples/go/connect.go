@@ -2,6 +2,11 @@ package main
 
 import (
 	"context"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
 	"time"
 
 	"google.golang.org/grpc"
@@ -19,7 +24,7 @@ const retries = `{"methodConfig": [{"name": [{}], "retryPolicy": {
 // connect returns a connection to a service; with ca, the file of a certificate authority, over TLS.
 //
 // It keeps to what grpc-go has offered since 1.33, so that it builds with Debian's packages, too.
-func connect(address, token, ca string) (*grpc.ClientConn, error) {
+func connect(address, ca string) (*grpc.ClientConn, error) {
 	transport := grpc.WithInsecure()
 	if ca != "" {
 		tls, err := credentials.NewClientTLSFromFile(ca, "")
@@ -33,10 +38,29 @@ func connect(address, token, ca string) (*grpc.ClientConn, error) {
 		grpc.WithDefaultServiceConfig(retries),
 		grpc.WithUnaryInterceptor(withDeadline),
 	}
-	if token != "" {
+	if token := tokenOf(address, "trainer"); token != "" {
 		options = append(options, grpc.WithPerRPCCredentials(bearer(token)))
 	}
 	return grpc.Dial(address, options...)
+}
+
+// tokenOf returns MULLIGAN_CLI_TOKEN or, if it is not set, the token that `mulligan up` made for services at an address of
+// this machine. As long as they run, a file that their user alone can read has two lines: the process that started them,
+// and the folder with a file for each role.
+func tokenOf(address, role string) string {
+	if token, set := os.LookupEnv("MULLIGAN_CLI_TOKEN"); set || !strings.HasPrefix(address, "127.0.0.1:") {
+		return token
+	}
+	state := fallback("XDG_STATE_HOME", filepath.Join(os.Getenv("HOME"), ".local", "state"))
+	host, _ := os.Hostname()
+	found, _ := os.ReadFile(filepath.Join(state, "mulligan", "services", host, address))
+	lines := strings.Split(string(found), "\n")
+	process, err := strconv.Atoi(lines[0])
+	if err != nil || syscall.Kill(process, 0) != nil { // killed: another user's program may listen there by now
+		return ""
+	}
+	token, _ := os.ReadFile(filepath.Join(lines[1], role))
+	return strings.SplitN(string(token), "\n", 2)[0]
 }
 
 // withDeadline gives every unary call a deadline; streams set their own.

@@ -19,13 +19,14 @@ const usage = `usage: client play|stream|train [FLAGS]
   stream  stream a completion
   train   start a run and watch it
 
-The token of the services, if any, is in MULLIGAN_CLI_TOKEN: a flag would show in the process list.
+The token of the services, if any, is in MULLIGAN_CLI_TOKEN: a flag would show in the process list. That of your own
+mulligan up is found.
 
 flags:
 `
 
 type options struct {
-	env, policy, trainer, token, ca string
+	env, policy, trainer, ca string
 
 	environment, task, prompt, runID string
 	temperature                      float64
@@ -35,7 +36,7 @@ type options struct {
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
-	o := options{token: os.Getenv("MULLIGAN_CLI_TOKEN")}
+	o := options{}
 	flags := flag.NewFlagSet("client", flag.ExitOnError)
 	flags.Usage = func() {
 		fmt.Fprint(flags.Output(), usage)
@@ -77,7 +78,7 @@ func run(ctx context.Context, command string, o options) error {
 	if !known {
 		return fmt.Errorf("no command %q; there are: play, stream, train", command)
 	}
-	service, err := connect(address, o.token, o.ca)
+	service, err := connect(address, o.ca)
 	if err != nil {
 		return err
 	}
@@ -88,7 +89,7 @@ func run(ctx context.Context, command string, o options) error {
 	case "train":
 		return train(ctx, trainerv1.NewRunServiceClient(service), o.runID, smallRun(o.environment, int32(o.steps)))
 	}
-	environments, err := connect(o.env, o.token, o.ca)
+	environments, err := connect(o.env, o.ca)
 	if err != nil {
 		return err
 	}

@@ -1,4 +1,5 @@
-"""One loop for all examples: four live services with the embedded model."""
+"""One loop for all examples: four live services with the embedded model, and with tokens as `mulligan up` makes them,
+which the examples find by themselves."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from mulligan.cli.local_tokens import LocalTokens, announced
+from mulligan.common.config import SERVICES
 from mulligan.testing.loop import Loop
 from mulligan.testing.processes import ServiceProcesses
 from tests.support.examples import Program, go, typescript
@@ -15,8 +18,12 @@ from tests.support.examples import Program, go, typescript
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     folder = tmp_path_factory.mktemp("examples")
     services = ServiceProcesses(folder)
+    tokens = LocalTokens(folder)
+    tokens.make()
     try:
-        yield Loop.start(services, folder)
+        loop = Loop.start(services, folder, **tokens.settings())
+        with announced({getattr(loop, name).address: tokens.of(name) for name in SERVICES}):
+            yield loop
     finally:
         services.end()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from uuid import uuid4
 
 import pytest
 
+from mulligan.cli.connection import endpoint
 from mulligan.common.access import AccessRole
-from mulligan.common.channel import Endpoint
 from mulligan.common.experience import Sample
 from mulligan.common.inference import Message, Role, SamplingParams, StopReason
 from mulligan.common.types import Outcome, Split
@@ -17,6 +19,7 @@ from mulligan.env.client import EnvClient
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop
 from mulligan.testing.processes import ServiceProcesses
+from mulligan.trainer.client import RunClient
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.harness import Harness
 from tests.support.certificate import write_key_pair
@@ -32,8 +35,8 @@ GREEDY = ("--temperature", "0", "--max-tokens", "4")
 
 async def played_by_the_trainer(loop: Loop) -> Sample:
     """The first test task, greedily: what any client has to get."""
-    env = EnvClient(Endpoint(loop.env.address))
-    policy = PolicyClient(Endpoint(loop.policy.address))
+    env = EnvClient(endpoint(loop.env.address))
+    policy = PolicyClient(endpoint(loop.policy.address))
     try:
         info = await env.describe(LAKE)
         (task,) = await env.list_tasks(LAKE, Split.TEST, 1)
@@ -66,7 +69,7 @@ def test_it_says_that_a_service_is_down(client: Program) -> None:
 
 
 async def test_it_streams_tokens(client: Program, loop: Loop) -> None:
-    policy = PolicyClient(Endpoint(loop.policy.address))
+    policy = PolicyClient(endpoint(loop.policy.address))
     try:
         prompt = (Message(Role.USER, "Hello"),)
         expected = await policy.generate(prompt, SamplingParams(temperature=0, max_tokens=8))
@@ -91,12 +94,29 @@ async def test_it_starts_a_run_and_watches_it_through_a_restart(client: Program,
     assert lines[:2] == [f"run {run_id}", "RUN_STATE_RUNNING"] and lines[-1] == "RUN_STATE_COMPLETED"
     assert [line.partition(":")[0] for line in lines if line.startswith("step ")] == ["step 0", "step 1", "step 2"]
     assert [line[:18] for line in lines if line.startswith("eval")] == ["evaluation after 0", "evaluation after 3"]
-    trainer = loop.client()
+    trainer = RunClient(endpoint(loop.trainer.address))
     try:
         assert (await trainer.get(run_id)).state is RunState.COMPLETED
     finally:
         await trainer.close()
     assert client.refusal("train", "--run-id", run_id, "--steps", "4").startswith("error: RUN_CONFLICT: ")
+
+
+def test_a_variable_wins_over_the_token_that_it_finds(client: Program) -> None:
+    for token in (token_of(AccessRole.ADMIN), ""):
+        assert "error: BAD_CREDENTIAL: " in client.refusal("stream", MULLIGAN_CLI_TOKEN=token)
+
+
+def test_it_sends_no_token_that_was_left_behind(client: Program, loop: Loop, tmp_path: Path) -> None:
+    """By a `mulligan up` that was killed: another user's program may listen there by now."""
+    found = tmp_path / "mulligan" / "services" / os.uname().nodename / loop.policy.address
+    found.parent.mkdir(parents=True)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for process, goes in ((ended.pid, False), (os.getpid(), True)):
+        found.write_text(f"{process}\n{loop.folder / 'tokens'}\n")
+        result = client.run("stream", "--max-tokens", "4", XDG_STATE_HOME=str(tmp_path))
+        assert (result.returncode == 0, "BAD_CREDENTIAL" in result.stderr) == (goes, not goes), result.stderr
 
 
 def test_it_sends_the_token_and_speaks_tls(client: Program, services: ServiceProcesses, tmp_path: Path) -> None:

@@ -19,19 +19,25 @@ PAGE = ROOT / "examples" / "grpcurl.md"
 BLOCK = re.compile(r"^```sh ?(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def output(loop: Loop) -> str:
-    """What all the blocks print, with `buf curl` in grpcurl's place, whose flags differ but whose answers do not."""
-    blocks = [text for name, text in BLOCK.findall(PAGE.read_text()) if name in ("", "buf")]
-    assert len(blocks) == 5
-    script = "set -eu\n" + "\n".join(blocks)
+BLOCKS = [text for name, text in BLOCK.findall(PAGE.read_text()) if name in ("", "buf")]
+FUNCTIONS, CALLS = BLOCKS[:2], BLOCKS[2:]
+
+
+def run(loop: Loop, *commands: str) -> subprocess.CompletedProcess[str]:
+    """With the page's functions, and `buf curl` in grpcurl's place, whose flags differ but whose answers do not."""
+    script = "set -eu\n" + "\n".join([*FUNCTIONS, *commands])
     for port, service in {50051: loop.env, 50052: loop.policy, 50054: loop.trainer}.items():
         script = script.replace(f"127.0.0.1:{port}", service.address)
-    path = f"{buf().parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": f"{buf().parent}{os.pathsep}{os.environ['PATH']}"}
     command = ["bash", "-c", script]
-    result = subprocess.run(
-        command, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=RUN_SECONDS, check=False
-    )
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
+
+
+@pytest.fixture(scope="module")
+def output(loop: Loop) -> str:
+    """What all the blocks print."""
+    assert len(CALLS) == 4
+    result = run(loop, *CALLS)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
@@ -61,9 +67,13 @@ def test_a_repeated_step_is_answered_alike(output: str) -> None:
 
 def test_an_error_shows_its_details(loop: Loop) -> None:
     """What the page says of it: `not_found`, with an ErrorInfo."""
-    call = [str(buf()), "curl", "--protocol", "grpc", "--http2-prior-knowledge"]
-    url = f"http://{loop.env.address}/mulligan.env.v1.EnvService/StartEpisode"
     request = '{"episode_id": "none", "environment": "frozenlake-3x3", "task_id": "nowhere"}'
-    result = subprocess.run([*call, "-d", request, url], capture_output=True, text=True, timeout=60, check=False)
+    result = run(loop, f"call 127.0.0.1:50051 mulligan.env.v1.EnvService/StartEpisode '{request}'")
     assert result.returncode != 0
     assert '"not_found"' in result.stderr and "google.rpc.ErrorInfo" in result.stderr
+
+
+def test_a_variable_wins_over_the_token_that_is_found(loop: Loop) -> None:
+    result = run(loop, "MULLIGAN_CLI_TOKEN=guess call 127.0.0.1:50051 mulligan.env.v1.EnvService/ListEnvironments {}")
+    assert result.returncode != 0
+    assert '"unauthenticated"' in result.stderr

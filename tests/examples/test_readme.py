@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mulligan.common.channel import Endpoint
+from mulligan.cli.connection import endpoint
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import Loop
 from tests.support.examples import RUN_SECONDS, modules
@@ -87,7 +87,7 @@ async def test_a_model_is_swapped(loop: Loop, addresses: dict[str, str]) -> None
     assert "policy actor serves embedded already, as version " in output
     assert "attempts     100 (0 excluded)" in output
     assert "completed" in output
-    policy = PolicyClient(Endpoint(loop.policy.address))
+    policy = PolicyClient(endpoint(loop.policy.address))
     try:
         assert (await policy.info("actor")).model == "embedded"
     finally:

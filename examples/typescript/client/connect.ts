@@ -1,11 +1,13 @@
 /** Channels, deadlines and credentials; unary calls as promises. */
 
 import { readFileSync } from "node:fs";
+import { homedir, hostname } from "node:os";
+import { join } from "node:path";
 
 import * as grpc from "@grpc/grpc-js";
 
 export interface Options {
-  /** Sent as `authorization: Bearer TOKEN`. */
+  /** Sent as `authorization: Bearer TOKEN`. Without it, that of this user's `mulligan up` at the address, if any. */
   token?: string;
   /** File with the certificate authority of a server with TLS; without it the connection is not encrypted. */
   ca?: string;
@@ -33,10 +35,27 @@ const RETRIES = JSON.stringify({
 export function connect<Client extends grpc.Client>(
   Service: new (...parameters: ConstructorParameters<typeof grpc.Client>) => Client,
   address: string,
-  { token, ca }: Options = {},
+  { token = localToken(address), ca }: Options = {},
 ): Client {
   const credentials = ca ? grpc.credentials.createSsl(readFileSync(ca)) : grpc.credentials.createInsecure();
   return new Service(address, credentials, { interceptors: [prepare(token)], "grpc.service_config": RETRIES });
+}
+
+/**
+ * The token that `mulligan up` made for services at an address of this machine. As long as they run, a file that their
+ * user alone can read has two lines: the process that started them, and the folder with a file for each role.
+ */
+function localToken(address: string, role = "trainer"): string | undefined {
+  if (!address.startsWith("127.0.0.1:")) return undefined;
+  const state = process.env.XDG_STATE_HOME || join(homedir(), ".local", "state");
+  try {
+    const found = readFileSync(join(state, "mulligan", "services", hostname(), address), "utf8");
+    const [pid = "", folder = ""] = found.split("\n");
+    process.kill(Number(pid), 0); // throws if it was killed: another user's program may listen there by now
+    return readFileSync(join(folder, role), "utf8").split("\n")[0];
+  } catch {
+    return undefined;
+  }
 }
 
 /** Gives every call the token, and a deadline where it has none. */

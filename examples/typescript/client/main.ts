@@ -16,7 +16,7 @@ const USAGE = `usage: npm run client -- COMMAND [FLAGS]
   train   start a run, watch   --run-id ID --environment NAME --steps N
 
 where the services are: --env, --policy, --trainer HOST:PORT, or MULLIGAN_CLI_ENV, …; --ca FILE for TLS
-their token: MULLIGAN_CLI_TOKEN (a flag would show in the process list)`;
+their token: MULLIGAN_CLI_TOKEN (a flag would show in the process list); that of your own mulligan up is found`;
 
 const { MULLIGAN_CLI_ENV, MULLIGAN_CLI_POLICY, MULLIGAN_CLI_TRAINER, MULLIGAN_CLI_TOKEN } = process.env;
 
