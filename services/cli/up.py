@@ -58,7 +58,8 @@ def up(
 ) -> None:
     """Start the four services on loopback and keep them running until Ctrl-C.
 
-    Unfinished runs go on by themselves. Addresses and folders are those of this command, whatever a file says.
+    Unfinished runs go on by themselves. Calls need a token, which your own commands find and other users cannot read.
+    Addresses, folders and tokens are those of this command, whatever a file says.
 
     Example: `mulligan up --env-config env.toml --model Qwen/Qwen3-4B-Instruct-2507`
     """

@@ -38,8 +38,9 @@ _SHOWN = 100  # characters of a bad value in a message
 class Endpoint:
     """Address of a service and how to call it.
 
-    Calls carry `token`, or the first token of `token_file`. With `tls` they are encrypted. Files are read again when
-    they change. A token goes to another machine over TLS alone, unless `insecure` is set.
+    Calls carry `token`, or the first token of `token_file`. Files of `mulligan up` are `runs/local/tokens/trainer` and,
+    for the env service, `runs/local/env-tokens/actor`. With `tls` calls are encrypted. Files are read again when they
+    change. A token goes to another machine over TLS alone, unless `insecure` is set.
 
     A call is retried for at most `outage_seconds` while the service is unreachable, or answers RESOURCE_EXHAUSTED or
     UNAVAILABLE with a RetryInfo. Every call of the contracts is safe to repeat.

@@ -7,8 +7,13 @@ import os
 from functools import partial
 from pathlib import Path
 
+import grpc
 import pytest
 
+from mulligan.cli.local_tokens import LocalTokens, find_tokens
+from mulligan.common.access import ACCESS, AccessRole
+from mulligan.common.config import SERVICES
+from mulligan.common.tokens import bearer
 from tests.support.wheel import Installed, install, up
 
 THEIRS = ("services", "models", "buf", "recipes", "tests")  # packages of a user
@@ -101,12 +106,39 @@ log_level = "warning"
 """
 
 
+def statuses(service: str, address: str, token: str = "") -> dict[str, grpc.StatusCode]:
+    """What comes of all calls that need a role, with an empty request."""
+    found: dict[str, grpc.StatusCode] = {}
+    with grpc.insecure_channel(address) as channel:
+        for name, calls in ACCESS.items():
+            for call in (call for call, role in calls.items() if role and name.startswith(f"mulligan.{service}.")):
+                method = channel.stream_stream(f"/{name}/{call}", lambda request: request, lambda answer: answer)
+                answers = method(iter([b""]), timeout=60, metadata=bearer(token) if token else ())
+                found[call] = answers.code()
+                answers.cancel()
+    assert found
+    return found
+
+
+def assert_closed_to_strangers(folder: Path, addresses: dict[str, str]) -> None:
+    """Other users of the machine, who cannot read the tokens, and holders of the other services' tokens."""
+    tokens = LocalTokens(folder)
+    assert {path.stat().st_mode & 0o777 for path in (tokens.of("env"), tokens.of("trainer"))} == {0o700}
+    for service, address in addresses.items():
+        assert find_tokens(address) == tokens.of(service)
+        others = tokens.of("trainer" if service == "env" else "env") / AccessRole.ADMIN
+        for token in ("", others.read_text().strip()):
+            assert set(statuses(service, address, token).values()) == {grpc.StatusCode.UNAUTHENTICATED}
+
+
 def test_what_the_readme_shows_step_by_step_works(installed: Installed) -> None:
     (installed.folder / "greetings.py").write_text(ENVIRONMENT.replace("    reveal_type(client)\n", ""))
     (installed.folder / "mulligan.toml").write_text(SETTINGS)
     small = ("rollout.tasks_per_step=2", "rollout.rollouts_per_task=2", "evaluation.tasks=2", "steps=1")
     settings = [word for setting in small for word in ("--set", setting)]
     with up(installed) as variables:
+        addresses = {service: variables[f"MULLIGAN_CLI_{service.upper()}"] for service in SERVICES}
+        assert_closed_to_strangers(installed.folder / "runs" / "local", addresses)
         run = partial(installed.mulligan, variables=variables)
         assert "completed" in run("train", "frozenlake-3x3", "--run-id", "short", *settings)
         assert "short" in run("runs")
@@ -123,3 +155,5 @@ def test_what_the_readme_shows_step_by_step_works(installed: Installed) -> None:
         assert run("env", "check", "word_chain")
         installed.run("-m", "pytest", "-q", "test_word_chain.py")
         assert "0 violated" in run("conformance", "env", *target)
+        assert "left after 0 steps" in run("env", "play", "greetings", *target[:2])
+    assert [find_tokens(address) for address in addresses.values()] == [None] * 4, "the services have ended"

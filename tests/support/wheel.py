@@ -32,7 +32,13 @@ class Installed:
         """What `python ARGUMENT…` prints there."""
         environment = surroundings() | dict(variables or {})
         done = subprocess.run(
-            [self.python, *arguments], cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+            [self.python, *arguments],
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
