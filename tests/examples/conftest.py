@@ -4,6 +4,7 @@ which the examples find by themselves."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -20,8 +21,9 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     services = ServiceProcesses(folder)
     tokens = LocalTokens(folder)
     tokens.make()
+    settings: dict[str, Any] = dict(tokens.settings())
     try:
-        loop = Loop.start(services, folder, **tokens.settings())
+        loop = Loop.start(services, folder, **settings)
         with announced({getattr(loop, name).address: tokens.of(name) for name in SERVICES}):
             yield loop
     finally:
