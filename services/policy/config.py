@@ -50,6 +50,12 @@ class PolicySettings(ModelSettings, ServiceSettings):
         60.0, gt=0, description="A replaced model is closed when none of its sessions has asked for so long."
     )
     upload_gib: float = Field(1024.0, gt=0, description="Uploaded weights that wait for their UpdateWeights, at most.")
+    upload_spare_gib: float = Field(
+        0.25, ge=0, description="Uploads leave so much of the disk free, for the records of versions."
+    )
+    upload_stall_seconds: float = Field(
+        60.0, gt=0, description="An upload of which less than 1 MiB comes within this time is given up."
+    )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

@@ -212,7 +212,7 @@ class Deployment:
             await self._exchange(present, file, self._store.serve)
         else:
             await self._load_new(weights)
-        await asyncio.to_thread(self._uploads.remove, weights.uri)
+        await self._uploads.remove(weights.uri)
         seconds = time.monotonic() - started
         metrics.UPDATE_SECONDS.labels(self.name).observe(seconds)
         log.info("weights updated", seconds=round(seconds, 3), **self._facts())

@@ -61,7 +61,12 @@ class Policies(Collector):
         self._settles = Broadcast()  # woken when a policy is not opening or closing any more
         self._tasks: set[asyncio.Task[Any]] = set()
         uploads = settings.state_folder / "uploads" if settings.state_folder else None
-        self.uploads = Uploads(uploads, int(settings.upload_gib * 2**30))
+        self.uploads = Uploads(
+            uploads,
+            int(settings.upload_gib * 2**30),
+            spare_bytes=int(settings.upload_spare_gib * 2**30),
+            stall_seconds=settings.upload_stall_seconds,
+        )
 
     @classmethod
     async def open(cls, settings: PolicySettings, create: OpenBackend = create_backend) -> Policies:

@@ -122,7 +122,8 @@ class PolicyAdminServiceServicer:
         of the header). It makes the whole file of the two and checks the sha256 of that. UpdateWeights then goes on as it
         does with a whole file. After any refusal of a sparse file, the whole one can be sent.
         INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is not first, or there are more or fewer bytes than it says.
-        RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. NOT_FOUND VERSION_NOT_KEPT: no version of full weights with `base_sha256` is
+        UNAVAILABLE UPLOAD_STALLED, with a google.rpc.RetryInfo: hardly anything came for a while, so the upload was given
+        up. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. NOT_FOUND VERSION_NOT_KEPT: no version of full weights with `base_sha256` is
         kept. FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, an adapter that is more than
         LoRA, or a sparse file with tensors, types or positions that its base does not have.
         """
