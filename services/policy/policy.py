@@ -375,10 +375,14 @@ async def _added_ids(backend: Backend, prompt: Prompt, tools: tuple[Tool, ...]) 
         return ()
     assert chat is not None
     messages = prompt.messages if isinstance(prompt, Continuation) else prompt
+    longest = backend.model.context_length
+    work = (
+        partial(chat.extend, prompt, longest)
+        if isinstance(prompt, Continuation)
+        else partial(chat.render, prompt, tools, longest)
+    )
     long = sum(len(message.content) for message in messages) > _LONG_TEXT
-    if isinstance(prompt, Continuation):
-        return await asyncio.to_thread(chat.extend, prompt) if long else chat.extend(prompt)
-    return await asyncio.to_thread(chat.render, prompt, tools) if long else chat.render(prompt, tools)
+    return await asyncio.to_thread(work) if long else work()
 
 
 def _asks(ask: Ask, count: int) -> list[Ask]:
