@@ -197,7 +197,9 @@ class Policies(Collector):
     ) -> Policy:
         """As `Policy.load`, of a new policy if there is none of this name; it is removed if that fails."""
         self._refuse_shared_servers(settings)
-        policy = self._policies.get(name)
+        if not restore:
+            self._refuse_too_many()
+        policy = self._policies.get(name)  # nothing is awaited from here on until it is told of the model
         if policy is None:
             policy = Policy(name, self.settings, self._folder(name), self._create, self.uploads)
             self._policies[name] = policy
@@ -241,6 +243,18 @@ class Policies(Collector):
             if request is None:
                 raise
             raise UnsupportedModel(f"{error} (it was loaded by LoadModel: {path})") from error
+
+    def _refuse_too_many(self) -> None:
+        """Raises DomainError CAPACITY_REACHED."""
+        count = sum(len(policy.settings) for policy in self._policies.values())
+        most = self.settings.max_models
+        if count >= most:
+            draining = sum(len(policy.deployments) - 1 for policy in self._policies.values() if policy.serving)
+            message = (
+                f"this server has {count} of at most {most} models (max_models), {draining} of them replaced ones with "
+                "sessions that are not over. To free one: mulligan policy unload NAME"
+            )
+            raise DomainError(Reason.CAPACITY_REACHED, message)
 
     def _refuse_shared_servers(self, settings: ModelSettings) -> None:
         """Raises DomainError INVALID_SETTING when a policy sets the weights of a server that the model asks for."""

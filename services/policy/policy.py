@@ -332,6 +332,8 @@ class Policy:
 
     async def _close(self, deployment: Deployment) -> None:
         deployment.closed = True  # whatever session asks now begins anew
+        for session in [session for session, used in self._sessions.items() if used is deployment]:
+            del self._sessions[session]
         await deployment.close()
         await asyncio.to_thread(shutil.rmtree, deployment.folder, ignore_errors=True)
 

@@ -99,7 +99,8 @@ class PolicyAdminServiceServicer:
         INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
         file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
         one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
-        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released.
+        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released. RESOURCE_EXHAUSTED
+        CAPACITY_REACHED: the server has as many models as it may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

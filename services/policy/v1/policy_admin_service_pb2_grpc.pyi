@@ -31,7 +31,8 @@ class PolicyAdminServiceStub:
     INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
     file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
     one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
-    models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released.
+    models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released. RESOURCE_EXHAUSTED
+    CAPACITY_REACHED: the server has as many models as it may.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.UnloadModelRequest, _policy_admin_service_pb2.UnloadModelResponse]
     """Removes a policy once its calls have finished; what comes meanwhile, or waits for released memory, is
@@ -108,7 +109,8 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
         file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
         one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
-        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released.
+        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released. RESOURCE_EXHAUSTED
+        CAPACITY_REACHED: the server has as many models as it may.
         """
 
     @_abc_1.abstractmethod
