@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.trainer.events import NoticeEvent
 from mulligan.trainer.folder import RunFolder, RunRecord, RunState
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.recall import scope_of
@@ -42,5 +46,36 @@ async def test_a_run_of_that_name_of_an_earlier_release_goes_on(tmp_path: Path) 
         assert manager.start("global", world.folder.settings()).run_id == "global", "idempotent, as before"
         await manager.resume("global")
         await until(lambda: manager.record("global").state is RunState.COMPLETED)
+    finally:
+        await manager.close()
+
+
+async def test_of_many_runs_the_recent_ones_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers may look at any number of runs. One that somebody follows is the same object for all."""
+    monkeypatch.setattr("mulligan.trainer.manager._RECENT_EVENTS", 50)
+    world = World(tmp_path)
+    settings = world.folder.settings()
+    for place in range(30):
+        folder = RunFolder(tmp_path / f"run-{place}")
+        folder.create(f"run-{place}", settings, datetime.now(UTC))
+        folder.write_record(folder.record().now(RunState.STOPPED))
+    manager = RunManager(tmp_path, world.run().services)
+    try:
+        followed = manager.run("run-0")
+        for _ in range(9):
+            followed.events.add(NoticeEvent("told"))
+        opened = [weakref.ref(manager.run(f"run-{place}")) for place in range(30) for _ in range(2)]
+        gc.collect()
+        alive = {id(run) for ref in opened if (run := ref()) is not None}
+        assert len(alive) == 30, "each has one entry"
+        for place in range(30):
+            for _ in range(9):
+                manager.run(f"run-{place}").events.add(NoticeEvent("told"))
+            manager.run(f"run-{place}")
+        gc.collect()
+        alive = {run.run_id for ref in opened if (run := ref()) is not None}
+        assert len(alive) <= 6 and {"run-0", "run-29"} <= alive
+        assert manager.run("run-0") is followed
+        assert len(manager.run("run-7").events.entries) == 9, "read again from its folder"
     finally:
         await manager.close()
