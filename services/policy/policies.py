@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
@@ -30,6 +31,7 @@ from mulligan.common.inference import (
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.tasks import Broadcast, cancel
+from mulligan.policy import metrics
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend, create_backend
@@ -42,6 +44,8 @@ from mulligan.policy.uploads import Uploads
 log = structlog.get_logger()
 T = TypeVar("T")
 _PLAIN = CallOptions()
+_MOST_CHANGES = 1024  # also of callers that have left
+_RETRY_AFTER = timedelta(seconds=1)
 
 
 class Policies(Collector):
@@ -216,6 +220,7 @@ class Policies(Collector):
             await policy.close()
         finally:
             self._policies.pop(policy.name, None)
+            metrics.forget(policy.name)
             self._settles.wake_all()
 
     async def _restore_all(self) -> None:
@@ -308,6 +313,10 @@ class Policies(Collector):
         return await self._shielded(self.get(policy).change(change))
 
     async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
+        if len(self._tasks) >= _MOST_CHANGES:
+            work.close()
+            message = f"{len(self._tasks)} changes of policies run or wait already"
+            raise DomainError(Reason.QUEUE_FULL, message, retry_after=_RETRY_AFTER)
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)

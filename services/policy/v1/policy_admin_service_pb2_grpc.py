@@ -31,6 +31,8 @@ class PolicyAdminServiceStub:
     UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
     (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
+    can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     """
 
     def __init__(self, channel):
@@ -87,6 +89,8 @@ class PolicyAdminServiceServicer:
     UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
     (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
+    can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     """
 
     def LoadModel(self, request, context):
@@ -243,6 +247,8 @@ class PolicyAdminService:
     UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
     (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
+    can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     """
 
     @staticmethod

@@ -18,6 +18,8 @@ class PolicyAdminServiceStub:
     UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
     (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
+    can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -92,6 +94,8 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
     (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
+    can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     """
 
     @_abc_1.abstractmethod

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import generate_latest
 from safetensors.numpy import save_file
 
 from mulligan.common.errors import Code, DomainError, Reason
@@ -25,6 +26,7 @@ from mulligan.common.inference import (
     VersionState,
     WeightsKind,
 )
+from mulligan.common.metrics import REGISTRY
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
 from mulligan.policy.v1 import policy_admin_service_pb2 as pb
@@ -77,7 +79,7 @@ async def test_of_many_that_come_at_once_as_many_are_loaded_as_there_may_be() ->
         for task in loading:
             if task.done():
                 await refused(task, Reason.CAPACITY_REACHED, Code.RESOURCE_EXHAUSTED)
-        assert len(running.opened.asked) == 3  # the default policy's, and two
+        await until(lambda: len(running.opened.asked) == 3)  # the default policy's, and two
         running.opened.go_on.set()
         await asyncio.gather(*loading, return_exceptions=True)
         await refused(running.client.load_model("actor", "three"), Reason.CAPACITY_REACHED, Code.RESOURCE_EXHAUSTED)
@@ -94,6 +96,33 @@ async def test_of_many_that_come_at_once_as_many_are_loaded_as_there_may_be() ->
         await until(lambda: held.closed and len(running.served.policies.get().deployments) == 1)
         await running.client.load_model("other", "two")
         assert {info.name for info in await running.client.policies()} == {"actor", second, "other"}
+
+
+async def test_changes_whose_callers_left_are_not_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mulligan.policy.policies._MOST_CHANGES", 2)
+    async with started() as running:
+        running.opened.go_on.clear()
+        load_model = running.served.policies.load_model
+        for name in ("a", "b"):
+            leaving = asyncio.create_task(load_model(name, "two"))
+            await until(lambda: len(running.opened.asked) == 1 + "ab".index(name) + 1)  # noqa: B023 - awaited here
+            leaving.cancel()
+        error = await refused(load_model("c", "two"), Reason.QUEUE_FULL, Code.RESOURCE_EXHAUSTED)
+        assert error.retry_after is not None
+        running.opened.go_on.set()
+        await until(lambda: not running.served.policies._tasks)
+        assert [info.name for info in await running.client.policies()] == ["a", "actor", "b"]
+        await load_model("c", "two")
+
+
+async def test_a_policy_that_is_gone_has_no_metrics() -> None:
+    """Callers choose the names."""
+    async with started() as running:
+        await running.client.load_model("gone", "two")
+        await running.serves("two", 0, "gone")
+        assert 'mulligan_policy_sampled_tokens_total{policy="gone"}' in generate_latest(REGISTRY).decode()
+        await running.client.unload_model("gone")
+        assert '"gone"' not in generate_latest(REGISTRY).decode()
 
 
 async def test_a_replaced_model_is_forgotten_with_its_sessions() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -27,8 +28,11 @@ class Echoing:
 
     def __init__(self, owner: Echo):
         self._owner = owner
+        owner.open.add(self)
 
     def step(self, action: str) -> StepResult:
+        self._owner.played += 1
+        time.sleep(self._owner.seconds)
         return StepResult(action, action, done=action == "end", reward=0.0)
 
     def fork(self) -> Echoing:
@@ -36,10 +40,16 @@ class Echoing:
 
     def close(self) -> None:
         self._owner.may_close.wait(60)
+        self._owner.open.discard(self)
 
 
 class Echo:
-    def __init__(self) -> None:
+    """`open` are the episodes that were not closed, `played` counts the steps of all. A call takes so many seconds."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
+        self.open: set[Echoing] = set()
+        self.played = 0
         self.may_close = threading.Event()
         self.may_close.set()
         self.info = EnvironmentInfo("echo", "", PromptSet(*[""] * 8), 1000, 1.0, True, {Split.TEST: 1}, can_fork=True)
@@ -48,6 +58,7 @@ class Echo:
         return []
 
     def start(self, task_id: str) -> Echoing:
+        time.sleep(self.seconds)
         return Echoing(self)
 
 
