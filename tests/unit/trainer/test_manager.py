@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import shutil
 import weakref
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.tasks import cancel
 from mulligan.trainer.events import NoticeEvent
 from mulligan.trainer.folder import RunFolder, RunRecord, RunState
+from mulligan.trainer.interfaces import LearnerPort
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.recall import scope_of
+from mulligan.trainer.settings import RunSettings
 from tests.support.waiting import until
 from tests.unit.trainer.test_run import World
 
@@ -79,3 +84,44 @@ async def test_of_many_runs_the_recent_ones_are_kept_in_memory(tmp_path: Path, m
         assert len(manager.run("run-7").events.entries) == 9, "read again from its folder"
     finally:
         await manager.close()
+
+
+async def test_what_comes_while_a_run_is_published_is_refused_until_its_caller_leaves(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.run().train()
+    world.folder.write_record(world.folder.record().now(RunState.STOPPED))
+    begun = asyncio.Event()
+
+    async def open_learner(run_id: str, settings: RunSettings) -> LearnerPort:
+        begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    settings = world.folder.settings()
+    services = world.run().services
+    manager = RunManager(tmp_path, replace(services, open_learner=open_learner))
+    try:
+        publishing = asyncio.create_task(manager.publish("run"))
+        await begun.wait()
+        for call in (manager.publish("run"), manager.resume("run")):
+            with pytest.raises(DomainError) as caught:
+                await call
+            assert caught.value.reason is Reason.LEARNER_OWNED
+        with pytest.raises(DomainError) as caught:
+            manager.start("new", settings)
+        assert caught.value.reason is Reason.LEARNER_OWNED
+        await cancel(publishing)
+        manager._services = services
+        started = [_started(manager, f"new-{place}", settings) for place in range(5)]
+        assert started == [True, False, False, False, False]
+        await until(lambda: manager.record("new-0").state is RunState.COMPLETED)
+    finally:
+        await manager.close()
+
+
+def _started(manager: RunManager, run_id: str, settings: RunSettings) -> bool:
+    try:
+        manager.start(run_id, settings)
+    except DomainError as error:
+        return error.reason is not Reason.LEARNER_OWNED
+    return True
