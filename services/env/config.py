@@ -40,6 +40,9 @@ class EnvSettings(ServiceSettings):
         4096, ge=1, description="Live episodes per process; further ones are refused with CAPACITY_REACHED."
     )
     max_finished: int = Field(4096, ge=0, description="Finished episodes whose answers are kept for repeated calls.")
+    answers_gib: float = Field(
+        2.0, gt=0, description="Memory of all answers that are kept for repeated calls, about, per process."
+    )
     lease_seconds: float = Field(600.0, gt=0, le=86_400, description="An episode idle for longer expires.")
     step_timeout_seconds: float = Field(60.0, gt=0, description="A step that takes longer ends its episode as TIMEOUT.")
     worker_threads: int = Field(16, ge=1, le=512, description="Threads for environment code.")
@@ -54,7 +57,12 @@ class EnvSettings(ServiceSettings):
 
     @property
     def limits(self) -> EpisodeLimits:
-        return EpisodeLimits(self.max_episodes, self.max_finished, lease_seconds=self.lease_seconds)
+        return EpisodeLimits(
+            self.max_episodes,
+            self.max_finished,
+            lease_seconds=self.lease_seconds,
+            max_bytes=int(self.answers_gib * 2**30),
+        )
 
     def create_environments(self) -> dict[str, Environment]:
         """Raises ValueError that names the setting."""

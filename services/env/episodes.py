@@ -9,6 +9,7 @@ finished episodes displace it.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,18 +29,21 @@ from mulligan.env.workers import FunctionJob, Job, TimedOut, WorkerPool
 
 log = structlog.get_logger()
 _RETRY_AFTER = timedelta(seconds=0.5)
+_ENTRY_BYTES = 256  # of an answer besides its texts
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeLimits:
     """`max_finished` limits the finished episodes whose answers are kept, `max_remembered` the ids of expired
-    episodes."""
+    episodes, `max_bytes` the memory of all answers: finished episodes make room first. Then no episode starts, and one
+    that has more than its share, which is that of all live ones, takes no step."""
 
     max_episodes: int = 4096
     max_finished: int = 4096
     max_remembered: int = 100_000
     lease_seconds: float = 600.0
     remember_seconds: float = 3600.0
+    max_bytes: int = 2**31
 
 
 class StepRequest(NamedTuple):
@@ -98,6 +102,7 @@ class EpisodeRecord:
     # Hashes of the actions: 64 bits each, salted per process. An action may have megabytes.
     actions: list[int] = field(default_factory=list)
     answers: list[EpisodeStep] = field(default_factory=list)
+    size: int = 0  # bytes of the observations and answers, about
     running: RunningStep | None = None
     calling: bool = False  # whether a call into the episode runs
     held: list[Job] = field(default_factory=list)  # calls that wait for the running one
@@ -140,10 +145,15 @@ class EpisodeTable:
         self._finished: OrderedDict[str, EpisodeRecord] = OrderedDict()
         self._expired: dict[str, float] = {}  # id → time of expiry; oldest first
         self._closing: set[asyncio.Future[None]] = set()
+        self._bytes = 0  # of all records, live or finished
 
     @property
     def live_count(self) -> int:
         return len(self._live)
+
+    @property
+    def answer_bytes(self) -> int:
+        return self._bytes
 
     def environment(self, name: str) -> Environment:
         if name not in self.environments:
@@ -208,6 +218,7 @@ class EpisodeTable:
         record.source = (episode_id, step_index)
         record.actions = list(source.actions)
         record.answers = list(source.answers)
+        self._add_bytes(record, source.size)  # they may be all that is left of the source
         last = source.answers[-1] if source.answers else source.started.result()
 
         def done(result: object) -> None:
@@ -230,6 +241,8 @@ class EpisodeTable:
         if len(self._live) >= self.limits.max_episodes:
             message = f"{len(self._live)} episodes are live, the limit of this server"
             raise DomainError(Reason.CAPACITY_REACHED, message, retry_after=_RETRY_AFTER)
+        if self._bytes > self.limits.max_bytes:
+            raise self._no_memory()
         players = self.environments[name].info.player_count
         record = EpisodeRecord(
             episode_id, name, task_id, players, asyncio.get_running_loop().create_future(), self._clock()
@@ -240,13 +253,15 @@ class EpisodeTable:
 
     def _started(self, record: EpisodeRecord, episode: Episode, begun: StartResult) -> None:
         record.episode = episode
+        if record.source is None:
+            self._add_bytes(record, sys.getsizeof(begun.observation) + _ENTRY_BYTES)
         record.started.set_result(begun)
         if record.released:  # ended while it started
             self._release(record)
 
     def _start_failed(self, episode_id: str, record: EpisodeRecord, error: DomainError) -> None:
         if self._live.get(episode_id) is record:
-            del self._live[episode_id]
+            self._drop(self._live, episode_id)
         record.started.set_exception(error)
         record.started.exception()  # mark it as retrieved: no caller may be left
 
@@ -287,6 +302,9 @@ class EpisodeTable:
             message = f"step {index} of episode {request.episode_id!r} came before step {played}"
             raise DomainError(Reason.STEP_SKIPPED, message, next_step_index=played)
         if record.running is None:
+            share = self.limits.max_bytes / max(1, len(self._live))
+            if self._bytes > self.limits.max_bytes and record.size + len(request.action) > share:
+                raise self._no_memory()
             record.running = RunningStep(record, request.action, self._step_done)
             if self._may_call(record, record.running):
                 jobs.append(record.running)
@@ -300,6 +318,7 @@ class EpisodeTable:
         record.running = None
         record.actions.append(hash(step.action))
         record.answers.append(answer)
+        self._add_bytes(record, _bytes_of(answer))
         self._call_returned(record)
         if answer.done:
             if not record.released:
@@ -347,10 +366,26 @@ class EpisodeTable:
             self.workers.submit([job])
 
     def end(self, episode_id: str) -> None:
-        self._finished.pop(episode_id, None)
-        record = self._live.pop(episode_id, None)
-        if record is not None:
-            self._release(record)
+        if episode_id in self._finished:
+            self._drop(self._finished, episode_id)
+        if episode_id in self._live:
+            self._release(self._drop(self._live, episode_id))
+
+    def _add_bytes(self, record: EpisodeRecord, size: int) -> None:
+        """Of an answer. The episode may have been ended meanwhile."""
+        record.size += size
+        if any(records.get(record.episode_id) is record for records in (self._live, self._finished)):
+            self._bytes += size
+
+    def _drop(self, records: OrderedDict[str, EpisodeRecord], episode_id: str) -> EpisodeRecord:
+        record = records.pop(episode_id)
+        self._bytes -= record.size
+        return record
+
+    def _no_memory(self) -> DomainError:
+        limit = self.limits.max_bytes
+        message = f"the answers of all episodes take {self._bytes} bytes, more than the {limit} of answers_gib"
+        return DomainError(Reason.CAPACITY_REACHED, message, retry_after=_RETRY_AFTER)
 
     async def close(self, seconds: float) -> None:
         """Ends all episodes and closes the environments, within `seconds`. Gives up the calls that run."""
@@ -380,14 +415,18 @@ class EpisodeTable:
             while records:
                 episode_id = next(iter(records))
                 record = records[episode_id]
-                surplus = records is self._finished and len(records) > self.limits.max_finished
+                surplus = records is self._finished and (
+                    len(records) > self.limits.max_finished or self._bytes > self.limits.max_bytes
+                )
                 if now - record.touched <= self.limits.lease_seconds and not surplus:
                     break
                 if record.busy:
                     record.touched = now
                     records.move_to_end(episode_id)
+                    if surplus:  # it is being closed, and all others may be, too
+                        break
                 else:
-                    del records[episode_id]
+                    self._drop(records, episode_id)
                     if records is self._live:
                         self._release(record)
                     self._expired.pop(episode_id, None)
@@ -418,6 +457,11 @@ class EpisodeTable:
             lease = f"idle for longer than its lease of {self.limits.lease_seconds:g} s"
             return DomainError(Reason.EPISODE_EXPIRED, f"episode {episode_id!r} was {lease}, or over long ago")
         return DomainError(Reason.UNKNOWN_EPISODE, f"episode {episode_id!r} was not started here, or was lost or ended")
+
+
+def _bytes_of(answer: EpisodeStep) -> int:
+    texts = (answer.observation, answer.action, answer.feedback, answer.error, answer.tool)
+    return sum(map(sys.getsizeof, texts)) + _ENTRY_BYTES
 
 
 def _episode_of(record: EpisodeRecord) -> Episode:

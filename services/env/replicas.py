@@ -179,7 +179,8 @@ class EnvReplicas:
 
     def _abandon(self, episode_id: str, replicas: list[ServerReplica[_EnvServer]]) -> None:
         for replica in replicas:
-            replica.client.abandoned.add(episode_id)
+            if len(replica.client.abandoned) < _MOST_REMEMBERED:  # others expire
+                replica.client.abandoned.add(episode_id)
             self._replicas.check(replica)
 
     async def _check(self, replica: ServerReplica[_EnvServer]) -> bool:

@@ -19,6 +19,11 @@ class DenseIndex:
         self.texts = Timeline()
         self._rows: NDArray[np.float32] = np.zeros((0, 0), np.float32)
 
+    @property
+    def bytes(self) -> int:
+        """About the memory that it takes."""
+        return self.texts.bytes + self._rows.nbytes
+
     def add(
         self, text_id: int, position: int, environment: str, begins: int, ends: int | None, embedding: Sequence[float]
     ) -> None:

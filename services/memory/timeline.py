@@ -8,6 +8,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+_TEXT_BYTES = 128  # of a text, besides the arrays
+_NAME_BYTES = 400  # of an environment
+_EMPTY_BYTES = 4096
 NEVER = np.iinfo(np.int64).max
 Floats = NDArray[np.float64]
 Places = NDArray[np.int64]
@@ -28,6 +31,17 @@ class Timeline:
         self._environments: Places = np.zeros(0, np.int64)
         self._numbers: dict[str, int] = {}  # of environments
         self._places: dict[int, int] = {}  # of texts, by their id
+
+    @property
+    def bytes(self) -> int:
+        """About the memory that it takes."""
+        arrays = (self.positions, self._begins, self._ends, self._environments)
+        return (
+            sum(array.nbytes for array in arrays)
+            + self.size * _TEXT_BYTES
+            + len(self._numbers) * _NAME_BYTES
+            + _EMPTY_BYTES
+        )
 
     def add(self, text_id: int, position: int, environment: str, begins: int, ends: int | None) -> int:
         """Returns the text's place."""

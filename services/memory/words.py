@@ -22,6 +22,9 @@ _K1 = 1.2
 _B = 0.75
 _MAX_POSTINGS = 200_000  # that a search reads, if it can: the rarest words first
 _LONGEST_WORD = 64  # characters; what is longer is cut
+_MOST_WORDS = 16_384  # of a text that count, the first ones
+_WORD_BYTES = 400  # of a word in an index, and of a text that has it
+_POSTING_BYTES = 9
 _WORD = re.compile(r"[^\W_]+")
 # Scripts without spaces between words: there each character is a word.
 _CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -38,16 +41,25 @@ def words(text: str) -> list[str]:
 
 
 class WordIndex:
-    """The words of a scope's texts: for each word the places of the texts that have it, and how often."""
+    """The words of a scope's texts: for each word the places of the texts that have it, and how often. Of a very long
+    text the first words count: one of a megabyte can have a hundred thousand that no other text has."""
 
     def __init__(self) -> None:
         self.texts = Timeline()
         self._lengths: Places = np.zeros(0, np.int64)
         self._postings: dict[str, tuple[array[int], array[int]]] = {}
+        self._posting_count = 0
+
+    @property
+    def bytes(self) -> int:
+        """About the memory that it takes."""
+        postings = len(self._postings) * _WORD_BYTES + self._posting_count * _POSTING_BYTES
+        return self.texts.bytes + self._lengths.nbytes + postings
 
     def add(self, text_id: int, position: int, environment: str, begins: int, ends: int | None, text: str) -> None:
         place = self.texts.add(text_id, position, environment, begins, ends)
-        counts = Counter(words(text))
+        counts = Counter(words(text)[:_MOST_WORDS])
+        self._posting_count += len(counts)
         if place == len(self._lengths):
             self._lengths = grown(self._lengths, place)
         self._lengths[place] = counts.total()

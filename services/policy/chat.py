@@ -9,14 +9,16 @@ looked at. Two probes must give the same result, so that no text of a probe reac
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from array import array
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product, takewhile
 from typing import Any, Protocol
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import Continuation, Feature, Message, Role, Tool, ToolCall
+from mulligan.common.sized_cache import SizedCache
 from mulligan.common.thoughts import begun_thought
 from mulligan.policy.chat_messages import dictionaries, function
 from mulligan.policy.literals import ControlTokens, Literals
@@ -43,6 +45,8 @@ def _probe(question: str, answer: str) -> Probe:
 _PROBES = (_probe("Hi", "standin"), _probe("Go", "onward"))  # the answers end in different letters
 _THOUGHT = Message(Role.ASSISTANT, "<think>\nstandin thought\n</think>\n\nstandin")
 _FOLLOWING = Message(Role.USER, "Go on")
+_CACHE_BYTES = 2**26  # of a model's prompts: some thousands of ordinary ones
+_ENTRY_BYTES = 256  # of an entry, or a message, besides its texts
 
 
 class TemplateFailure(Exception):
@@ -96,18 +100,19 @@ class Chat:
         self._known: dict[tuple[Probe, bool], str] = {}  # what the template shows of a probe, without and with tools
         self.begun_thought = self._begun_thought() if template is not None else ""
         self.rewrites_history = template is not None and not self._keeps_history()
-        self._render = lru_cache(maxsize=4096)(self._render_uncached)
-        self._extend = lru_cache(maxsize=4096)(self._extend_uncached)
+        self._cache: SizedCache[array[int]] = SizedCache(_CACHE_BYTES)
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[int, ...]:
-        """A conversation with a header for the assistant's turn.
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = (), longest: int = 0) -> tuple[int, ...]:
+        """A conversation with a header for the assistant's turn. What has more than `longest` tokens will be refused,
+        and is not cached; 0: anything may be.
 
         Raises DomainError TEMPLATE_ERROR, EMPTY_PROMPT, UNSUPPORTED_OPTION, INVALID_FIELD.
         """
-        return self._render(tuple(messages), tuple(tools))
+        given = tuple(messages), tuple(tools)
+        return self._cached((*given, None), longest, lambda: self._render_uncached(*given))
 
-    def extend(self, continuation: Continuation) -> tuple[int, ...]:
-        """The ids to append to `continuation.token_ids`.
+    def extend(self, continuation: Continuation, longest: int = 0) -> tuple[int, ...]:
+        """The ids to append to `continuation.token_ids`. `longest` is that of all of them together, as in `render`.
 
         Raises DomainError TEMPLATE_REWRITES_HISTORY, TEMPLATE_ERROR, EMPTY_PROMPT, UNSUPPORTED_OPTION, INVALID_FIELD.
         """
@@ -115,7 +120,25 @@ class Chat:
             raise _rewrites_history()
         if not continuation.token_ids:
             raise DomainError(Reason.EMPTY_PROMPT, "continuation.token_ids: a continuation continues something")
-        return self._extend(continuation.messages, continuation.turn_closed)
+        messages = continuation.messages
+        closed = continuation.turn_closed
+        room = max(longest - len(continuation.token_ids), 1) if longest else 0
+        return self._cached((messages, (), closed), room, lambda: self._extend_uncached(messages, closed))
+
+    def _cached(
+        self,
+        key: tuple[tuple[Message, ...], tuple[Tool, ...], bool | None],
+        longest: int,
+        make: Callable[[], tuple[int, ...]],
+    ) -> tuple[int, ...]:
+        kept = self._cache.get(key)
+        if kept is not None:
+            return tuple(kept)
+        ids = make()
+        if not longest or len(ids) <= longest:
+            packed = array("i", ids)
+            self._cache.put(key, packed, _bytes_of(key[0], key[1]) + sys.getsizeof(packed))
+        return ids
 
     def _render_uncached(self, messages: tuple[Message, ...], tools: tuple[Tool, ...]) -> tuple[int, ...]:
         if not messages:
@@ -268,6 +291,15 @@ class Chat:
         except DomainError:  # a template for single turns: no conversation can be continued
             return False
         return True
+
+
+def _bytes_of(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
+    """About the memory that these take."""
+    texts = [text for tool in tools for text in (tool.name, tool.description, tool.parameters)]
+    for message in messages:
+        texts += [message.content, message.name]
+        texts += [text for call in message.tool_calls for text in (call.name, call.arguments)]
+    return sum(map(sys.getsizeof, texts)) + _ENTRY_BYTES * (1 + len(messages))
 
 
 def turn_end(template: Template, encoder: Encoder, end_of_turn_token_ids: Collection[int]) -> int | None:

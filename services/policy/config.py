@@ -49,7 +49,16 @@ class PolicySettings(ModelSettings, ServiceSettings):
     session_idle_seconds: float = Field(
         60.0, gt=0, description="A replaced model is closed when none of its sessions has asked for so long."
     )
+    max_models: int = Field(
+        32, ge=1, description="Models at a time, of all policies; one that is being replaced counts until it is closed."
+    )
     upload_gib: float = Field(1024.0, gt=0, description="Uploaded weights that wait for their UpdateWeights, at most.")
+    upload_spare_gib: float = Field(
+        0.25, ge=0, description="Uploads leave so much of the disk free, for the records of versions."
+    )
+    upload_stall_seconds: float = Field(
+        60.0, gt=0, description="An upload of which less than 1 MiB comes within this time is given up."
+    )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Self:

@@ -57,6 +57,7 @@ _RETRY_AFTER = timedelta(seconds=1)
 # After these the backend serves what it served before.
 _UNTOUCHED = (Reason.MODEL_MISMATCH, Reason.WEIGHTS_NOT_FOUND, Reason.ENGINE_UNAVAILABLE, Reason.DISK_FULL)
 _DAMAGED = (Reason.WEIGHTS_NOT_FOUND, Reason.CHECKSUM_MISMATCH)
+_KEPT_PASSED = 4096
 _PUT_BACK_DELAYS = (0.2, 1.0, 5.0)  # seconds, while engines are unavailable
 
 
@@ -212,7 +213,7 @@ class Deployment:
             await self._exchange(present, file, self._store.serve)
         else:
             await self._load_new(weights)
-        await asyncio.to_thread(self._uploads.remove, weights.uri)
+        await self._uploads.remove(weights.uri)
         seconds = time.monotonic() - started
         metrics.UPDATE_SECONDS.labels(self.name).observe(seconds)
         log.info("weights updated", seconds=round(seconds, 3), **self._facts())
@@ -300,6 +301,8 @@ class Deployment:
         self.record = record
         self._checks = {record.number: self._checks[record.number]}
         self._passed.add(record.number)
+        if len(self._passed) > _KEPT_PASSED:  # an answer names versions that served while it was sampled
+            self._passed.discard(min(self._passed - {record.number}))
         self._set_phase(PolicyState.SERVING, problem)
 
     async def _wait_for(self, version: int, seconds: float) -> None:

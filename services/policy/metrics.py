@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from prometheus_client import Counter, Histogram
 
 from mulligan.common.metrics import REGISTRY
@@ -20,3 +22,10 @@ UPDATE_SECONDS = Histogram(
     buckets=(0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
     registry=REGISTRY,
 )
+
+
+def forget(policy: str) -> None:
+    """A policy is gone. Callers choose the names, and each would stay here for ever."""
+    for metric in (SAMPLED_TOKENS, CANARY_FAILURES, UPDATE_SECONDS):
+        with suppress(KeyError):
+            metric.remove(policy)

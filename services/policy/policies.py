@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
@@ -30,6 +31,7 @@ from mulligan.common.inference import (
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.tasks import Broadcast, cancel
+from mulligan.policy import metrics
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend, create_backend
@@ -42,6 +44,8 @@ from mulligan.policy.uploads import Uploads
 log = structlog.get_logger()
 T = TypeVar("T")
 _PLAIN = CallOptions()
+_MOST_CHANGES = 1024  # also of callers that have left
+_RETRY_AFTER = timedelta(seconds=1)
 
 
 class Policies(Collector):
@@ -61,7 +65,12 @@ class Policies(Collector):
         self._settles = Broadcast()  # woken when a policy is not opening or closing any more
         self._tasks: set[asyncio.Task[Any]] = set()
         uploads = settings.state_folder / "uploads" if settings.state_folder else None
-        self.uploads = Uploads(uploads, int(settings.upload_gib * 2**30))
+        self.uploads = Uploads(
+            uploads,
+            int(settings.upload_gib * 2**30),
+            spare_bytes=int(settings.upload_spare_gib * 2**30),
+            stall_seconds=settings.upload_stall_seconds,
+        )
 
     @classmethod
     async def open(cls, settings: PolicySettings, create: OpenBackend = create_backend) -> Policies:
@@ -192,7 +201,9 @@ class Policies(Collector):
     ) -> Policy:
         """As `Policy.load`, of a new policy if there is none of this name; it is removed if that fails."""
         self._refuse_shared_servers(settings)
-        policy = self._policies.get(name)
+        if not restore:
+            self._refuse_too_many()
+        policy = self._policies.get(name)  # nothing is awaited from here on until it is told of the model
         if policy is None:
             policy = Policy(name, self.settings, self._folder(name), self._create, self.uploads)
             self._policies[name] = policy
@@ -209,6 +220,7 @@ class Policies(Collector):
             await policy.close()
         finally:
             self._policies.pop(policy.name, None)
+            metrics.forget(policy.name)
             self._settles.wake_all()
 
     async def _restore_all(self) -> None:
@@ -236,6 +248,18 @@ class Policies(Collector):
             if request is None:
                 raise
             raise UnsupportedModel(f"{error} (it was loaded by LoadModel: {path})") from error
+
+    def _refuse_too_many(self) -> None:
+        """Raises DomainError CAPACITY_REACHED."""
+        count = sum(len(policy.settings) for policy in self._policies.values())
+        most = self.settings.max_models
+        if count >= most:
+            draining = sum(len(policy.deployments) - 1 for policy in self._policies.values() if policy.serving)
+            message = (
+                f"this server has {count} of at most {most} models (max_models), {draining} of them replaced ones with "
+                "sessions that are not over. To free one: mulligan policy unload NAME"
+            )
+            raise DomainError(Reason.CAPACITY_REACHED, message)
 
     def _refuse_shared_servers(self, settings: ModelSettings) -> None:
         """Raises DomainError INVALID_SETTING when a policy sets the weights of a server that the model asks for."""
@@ -289,6 +313,10 @@ class Policies(Collector):
         return await self._shielded(self.get(policy).change(change))
 
     async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
+        if len(self._tasks) >= _MOST_CHANGES:
+            work.close()
+            message = f"{len(self._tasks)} changes of policies run or wait already"
+            raise DomainError(Reason.QUEUE_FULL, message, retry_after=_RETRY_AFTER)
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._done)

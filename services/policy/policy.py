@@ -332,6 +332,8 @@ class Policy:
 
     async def _close(self, deployment: Deployment) -> None:
         deployment.closed = True  # whatever session asks now begins anew
+        for session in [session for session, used in self._sessions.items() if used is deployment]:
+            del self._sessions[session]
         await deployment.close()
         await asyncio.to_thread(shutil.rmtree, deployment.folder, ignore_errors=True)
 
@@ -375,10 +377,14 @@ async def _added_ids(backend: Backend, prompt: Prompt, tools: tuple[Tool, ...]) 
         return ()
     assert chat is not None
     messages = prompt.messages if isinstance(prompt, Continuation) else prompt
+    longest = backend.model.context_length
+    work = (
+        partial(chat.extend, prompt, longest)
+        if isinstance(prompt, Continuation)
+        else partial(chat.render, prompt, tools, longest)
+    )
     long = sum(len(message.content) for message in messages) > _LONG_TEXT
-    if isinstance(prompt, Continuation):
-        return await asyncio.to_thread(chat.extend, prompt) if long else chat.extend(prompt)
-    return await asyncio.to_thread(chat.render, prompt, tools) if long else chat.render(prompt, tools)
+    return await asyncio.to_thread(work) if long else work()
 
 
 def _asks(ask: Ask, count: int) -> list[Ask]:

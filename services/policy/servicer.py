@@ -171,7 +171,7 @@ class PolicyAdminServicer(admin_grpc.PolicyAdminServiceServicer):
     async def UploadWeights(
         self, requests: AsyncIterator[admin_pb.UploadWeightsRequest], context: Any
     ) -> admin_pb.UploadWeightsResponse:
-        first = await anext(requests, None)
+        first = await self._policies.uploads.first(requests)
         if first is None or not first.HasField("header"):
             raise DomainError(Reason.UPLOAD_INCOMPLETE, "a header comes first")
         sent = first.header

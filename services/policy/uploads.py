@@ -13,15 +13,18 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import structlog
 
-from mulligan.common.disk import writing_to
+from mulligan.common.disk import disk_full, free_bytes, writing_to
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.files import file_sha256, make_folder, move_folder
 from mulligan.common.inference import WeightsKind
@@ -29,9 +32,13 @@ from mulligan.policy.adapter_config import AdapterConfig
 from mulligan.policy.sparse_weights import overwrite
 
 log = structlog.get_logger()
+T = TypeVar("T")
 _SCHEME = "upload"
 _PART = ".part"
 _KEPT_SECONDS = 3600.0
+_MOST = 1024  # uploads that are under way or wait for their update
+_STEADY_BYTES = 2**20
+_RETRY_AFTER = timedelta(seconds=1)
 _WHOLE = "model.safetensors"
 _SPARSE = "sparse.safetensors"
 _HEAD = 9  # bytes that tell a safetensors file: the length of its header, and the brace that the header begins with
@@ -53,65 +60,118 @@ class UploadHeader:
 OpenBase = Callable[[str], IO[bytes]]
 
 
+class _Part:
+    """The folder of an upload that is not complete. What is done there runs in threads, one call at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.size = 0  # bytes that are reserved for it
+        self.left = 0  # those of them that are not on the disk yet
+        self.base: IO[bytes] | None = None  # of a sparse file
+        self._work: asyncio.Future[Any] | None = None
+
+    async def do(self, work: Callable[..., T], *arguments: Any) -> T:
+        """In a thread. It goes on when the caller leaves."""
+        self._work = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+        return await asyncio.shield(self._work)
+
+    def when_idle(self, end: Callable[[], None]) -> None:
+        """Calls `end` as soon as no thread works in the folder."""
+        if self._work is None or self._work.done():
+            end()
+            return
+
+        def ended(work: asyncio.Future[Any]) -> None:
+            if not work.cancelled():
+                work.exception()  # nobody waits for it any more
+            end()
+
+        self._work.add_done_callback(ended)
+
+
 class Uploads:
     """Uploaded weights. `receive` writes an upload to a folder of its own and returns its URI, `path` finds it by the
     URI, `remove` deletes it after its update. One that nobody uses is deleted after an hour.
 
+    An upload reserves its bytes before its first one is taken. What is reserved, or waits for its update, is never more
+    than `limit_bytes`, and leaves `spare_bytes` of the disk free: the records of versions are on it. A reservation ends
+    with the upload, however that ends. One that stalls, so that less than a mebibyte comes within `stall_seconds`, is
+    given up.
+
     Create it on the event loop that will use it. `folder` is its own; None: a temporary one.
     """
 
-    def __init__(self, folder: Path | None, limit_bytes: int):
+    def __init__(
+        self,
+        folder: Path | None,
+        limit_bytes: int,
+        *,
+        spare_bytes: int = 0,
+        stall_seconds: float = 60.0,
+    ):
         self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="mulligan-uploads-")
         self._folder = folder or Path(self._temporary.name)  # type: ignore[union-attr]
         self._limit = limit_bytes
-        self._coming = 0  # bytes that were announced and are not complete
-        self._timers: dict[str, asyncio.TimerHandle] = {}
+        self._spare = spare_bytes
+        self._stall_seconds = stall_seconds
+        self._coming: set[_Part] = set()
+        self._waiting: dict[str, tuple[int, asyncio.TimerHandle]] = {}  # by name: bytes, and what removes it
         make_folder(self._folder)
         for path in self._folder.iterdir():
             if path.name.endswith(_PART):
                 shutil.rmtree(path, ignore_errors=True)
             else:  # a restart gives it another hour, since the times of files are not reliable
-                self._expire(path.name, _KEPT_SECONDS)
+                self._keep(path.name, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
 
     def close(self) -> None:
-        for timer in self._timers.values():
+        for _, timer in self._waiting.values():
             timer.cancel()
         if self._temporary is not None:
             self._temporary.cleanup()
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Of the uploads that are under way."""
+        return sum(part.size for part in self._coming)
+
+    async def first(self, requests: AsyncIterator[T]) -> T | None:
+        """What a caller sends first; None if nothing. Raises UPLOAD_STALLED."""
+        try:
+            async with asyncio.timeout(self._stall_seconds):
+                return await anext(requests, None)
+        except TimeoutError:
+            raise _stalled(0, self._stall_seconds) from None
 
     async def receive(self, header: UploadHeader, chunks: AsyncIterator[bytes], open_base: OpenBase) -> str:
         """Writes an upload to disk and returns its URI. Nothing is left of one that breaks off, or differs from what
         was announced. Raises DomainError as PolicyAdminService.UploadWeights does."""
         _check_header(header)
-        if not header.base_sha256:
-            return await self._receive(header, chunks, None)
-        with await asyncio.to_thread(open_base, header.base_sha256) as base:
-            return await self._receive(header, chunks, base)
-
-    async def _receive(self, header: UploadHeader, chunks: AsyncIterator[bytes], base: IO[bytes] | None) -> str:
-        size = header.size_bytes + (os.fstat(base.fileno()).st_size if base is not None else 0)
-        with writing_to(self._folder):
-            await asyncio.to_thread(self._check_room, size)
         name = uuid.uuid4().hex
-        part = self._folder / f"{name}{_PART}"
-        folder = self._folder / name
-        self._coming += size
+        part = _Part(self._folder / f"{name}{_PART}")
         try:
-            with writing_to(self._folder, size):
-                await asyncio.to_thread(part.mkdir)
-                await _spool(header, part, chunks)
-                if base is not None:
-                    await asyncio.to_thread(_make_whole, part, base, header.sha256)
-                await asyncio.to_thread(move_folder, part, folder)
+            if header.base_sha256:
+
+                def hold_base() -> None:
+                    part.base = open_base(header.base_sha256)
+
+                await part.do(hold_base)
+            self._reserve(part, header)
+            with writing_to(self._folder, part.size):
+                await part.do(part.path.mkdir)
+                async with aclosing(_steady(chunks, self._stall_seconds)) as steady:
+                    await _spool(header, part, steady)
+                if part.base is not None:
+                    await part.do(_make_whole, part.path, part.base, header.sha256)
+                await part.do(move_folder, part.path, self._folder / name)
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            part.when_idle(partial(self._give_up, part, name))
             raise
-        finally:
-            self._coming -= size
-        if base is not None:
-            whole = size - header.size_bytes
+        if part.base is not None:
+            part.base.close()
+            whole = part.size - header.size_bytes
             log.info("a whole file was made of a sparse one", sent_bytes=header.size_bytes, whole_bytes=whole)
-        self._expire(name, _KEPT_SECONDS)
+        self._coming.discard(part)
+        self._keep(name, part.size)
         return f"{_SCHEME}:///{name}"
 
     def path(self, uri: str) -> Path:
@@ -126,10 +186,15 @@ class Uploads:
             )
         return folder
 
-    def remove(self, uri: str) -> None:
+    async def remove(self, uri: str) -> None:
         """Deletes an upload that was used. Other URIs are ignored."""
-        if is_upload(uri):
-            shutil.rmtree(self._folder / self._name(uri), ignore_errors=True)
+        if not is_upload(uri):
+            return
+        name = self._name(uri)
+        if name in self._waiting:
+            _, timer = self._waiting.pop(name)
+            timer.cancel()
+        await asyncio.to_thread(shutil.rmtree, self._folder / name, ignore_errors=True)
 
     def _name(self, uri: str) -> str:
         name = uri.removeprefix(f"{_SCHEME}:///")
@@ -138,21 +203,37 @@ class Uploads:
         except ValueError:
             raise DomainError(Reason.BAD_WEIGHTS_URI, "uri: not one that UploadWeights answered") from None
 
-    def _expire(self, name: str, seconds: float) -> None:
+    def _keep(self, name: str, size: int) -> None:
         def remove() -> None:
-            del self._timers[name]
-            if (self._folder / name).exists():
-                log.info("an upload was not used", upload=name)
-                shutil.rmtree(self._folder / name, ignore_errors=True)
+            del self._waiting[name]
+            log.info("an upload was not used", upload=name)
+            shutil.rmtree(self._folder / name, ignore_errors=True)
 
-        self._timers[name] = asyncio.get_running_loop().call_later(seconds, remove)
+        self._waiting[name] = size, asyncio.get_running_loop().call_later(_KEPT_SECONDS, remove)
 
-    def _check_room(self, size: int) -> None:
-        waiting = sum(path.stat().st_size for path in self._folder.glob("*/*.safetensors") if path.is_file())
-        room = min(self._limit - waiting - self._coming, shutil.disk_usage(self._folder).free)
+    def _reserve(self, part: _Part, header: UploadHeader) -> None:
+        """Checks and reserves in one go: nothing is awaited between the two. Raises UPLOAD_TOO_LARGE and DISK_FULL."""
+        size = header.size_bytes + len(header.adapter_config)
+        if part.base is not None:
+            size += os.fstat(part.base.fileno()).st_size
+        room = self._limit - self.reserved_bytes - sum(waiting for waiting, _ in self._waiting.values())
+        if len(self._coming) + len(self._waiting) >= _MOST:
+            room = 0
         if size > room:
             message = f"{size} bytes; there is room for {max(0, room)}"
             raise DomainError(Reason.UPLOAD_TOO_LARGE, message, size_bytes=size, room_bytes=max(0, room))
+        needed = size + sum(other.left for other in self._coming) + self._spare
+        if needed > free_bytes(self._folder):
+            raise disk_full(self._folder, needed)
+        part.size = part.left = size
+        self._coming.add(part)
+
+    def _give_up(self, part: _Part, name: str) -> None:
+        if part.base is not None:
+            part.base.close()
+        for path in (part.path, self._folder / name):
+            shutil.rmtree(path, ignore_errors=True)
+        self._coming.discard(part)
 
 
 def is_upload(uri: str) -> bool:
@@ -197,33 +278,58 @@ def _check_header(header: UploadHeader) -> None:
     AdapterConfig.parse(header.adapter_config)
 
 
-async def _spool(header: UploadHeader, folder: Path, chunks: AsyncIterator[bytes]) -> None:
+async def _steady(chunks: AsyncIterator[bytes], seconds: float) -> AsyncGenerator[bytes, None]:
+    """The chunks. Raises UPLOAD_STALLED after so many seconds of waiting in which less than `_STEADY_BYTES` came."""
+    clock = asyncio.get_running_loop().time
+    total = 0
+    recent = 0
+    left = seconds
+    while True:
+        begun = clock()
+        try:
+            async with asyncio.timeout(left):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            raise _stalled(total, seconds) from None
+        if chunk is None:
+            return
+        total += len(chunk)
+        recent += len(chunk)
+        left -= clock() - begun
+        if recent >= _STEADY_BYTES:
+            recent = 0
+            left = seconds
+        yield chunk
+
+
+async def _spool(header: UploadHeader, part: _Part, chunks: AsyncIterator[bytes]) -> None:
     lora = header.kind is WeightsKind.LORA
-    path = folder / ("adapter_model.safetensors" if lora else _SPARSE if header.base_sha256 else _WHOLE)
+    path = part.path / ("adapter_model.safetensors" if lora else _SPARSE if header.base_sha256 else _WHOLE)
     digest = hashlib.sha256()
     written = 0
     head = b""
 
-    def write(file: IO[bytes], chunk: bytes) -> None:
-        file.write(chunk)
+    def append(chunk: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(chunk)
         digest.update(chunk)
 
-    with await asyncio.to_thread(path.open, "wb") as file:
-        async for chunk in chunks:
-            if len(head) < _HEAD:
-                head = (head + chunk)[:_HEAD]
-                _check_head(head, header.size_bytes)
-            written += len(chunk)
-            if written > header.size_bytes:
-                raise _incomplete(f"more than the {header.size_bytes} bytes that were announced")
-            await asyncio.to_thread(write, file, chunk)
-        if written < header.size_bytes:
-            raise _incomplete(f"{written} of the {header.size_bytes} bytes that were announced")
-        if not header.base_sha256 and digest.hexdigest() != header.sha256:
-            message = f"the upload has sha256 {digest.hexdigest()}, not {header.sha256}"
-            raise DomainError(Reason.CHECKSUM_MISMATCH, message)
+    async for chunk in chunks:
+        if len(head) < _HEAD:
+            head = (head + chunk)[:_HEAD]
+            _check_head(head, header.size_bytes)
+        written += len(chunk)
+        if written > header.size_bytes:
+            raise _incomplete(f"more than the {header.size_bytes} bytes that were announced")
+        await part.do(append, chunk)
+        part.left -= len(chunk)
+    if written < header.size_bytes:
+        raise _incomplete(f"{written} of the {header.size_bytes} bytes that were announced")
+    if not header.base_sha256 and digest.hexdigest() != header.sha256:
+        message = f"the upload has sha256 {digest.hexdigest()}, not {header.sha256}"
+        raise DomainError(Reason.CHECKSUM_MISMATCH, message)
     if lora:
-        await asyncio.to_thread((folder / "adapter_config.json").write_bytes, header.adapter_config)
+        await part.do((part.path / "adapter_config.json").write_bytes, header.adapter_config)
 
 
 def _make_whole(folder: Path, base: IO[bytes], sha256: str) -> None:
@@ -248,3 +354,8 @@ def _check_head(head: bytes, size: int) -> None:
 
 def _incomplete(message: str) -> DomainError:
     return DomainError(Reason.UPLOAD_INCOMPLETE, message)
+
+
+def _stalled(written: int, seconds: float) -> DomainError:
+    message = f"after {written} bytes, less than {_STEADY_BYTES} came within {seconds:g} s: send it again"
+    return DomainError(Reason.UPLOAD_STALLED, message, retry_after=_RETRY_AFTER)

@@ -102,6 +102,13 @@ class TrainerSettings(ServiceSettings):
         "auto", description="The learner's, of shared prefixes; auto: FlexAttention on a GPU where it works, else sdpa."
     )
     keep_weights: int = Field(3, ge=1, description="Published versions to keep.")
+    learner_lease_seconds: float = Field(
+        3600.0,
+        ge=0,
+        le=2_592_000,
+        description="A learner whose caller asked for no lease is deleted after so long without a call; 0: never. Runs "
+        "renew theirs.",
+    )
 
     @model_validator(mode="after")
     def _each_process_has_a_gpu(self) -> Self:
@@ -129,6 +136,7 @@ class TrainerSettings(ServiceSettings):
             attention=self.attention,
             weights_access=self.weights_access,
             keep_weights=self.keep_weights,
+            lease_seconds=self.learner_lease_seconds or None,
         )
 
     def endpoint(self, service: Literal["env", "policy", "memory", "learner"]) -> Endpoint:

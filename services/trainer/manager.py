@@ -9,8 +9,10 @@ import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import structlog
+from cachetools import LRUCache
 
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.file_lock import lock_file
@@ -32,6 +34,7 @@ from mulligan.trainer.settings import EvaluationSettings, RolloutSettings, RunSe
 from mulligan.trainer.trainable import prompt_notices
 
 log = structlog.get_logger()
+_RECENT_EVENTS = 200_000  # of runs that are kept in memory; one has a few kilobytes
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -49,8 +52,10 @@ class RunManager:
         make_folder(folder)
         self._folder = folder
         self._services = services
-        self._runs: dict[str, Run] = {}
+        self._runs: WeakValueDictionary[str, Run] = WeakValueDictionary()  # one object each, for all who use it
+        self._recent: LRUCache[str, Run] = LRUCache(_RECENT_EVENTS, getsizeof=_size)  # those to keep though nobody does
         self._unwritten: dict[str, RunRecord] = {}  # final states that could not be written yet
+        self._unsynced: dict[str, Run] = {}  # their runs, as far as they were open, with events that may not be either
         self._resuming = asyncio.Lock()
         self._active: asyncio.Task[None] | None = None
         self._active_id = ""
@@ -100,7 +105,11 @@ class RunManager:
         """Raises UNKNOWN_RUN, STATE_DAMAGED, and INVALID_SETTING where a plug-in of its settings is no longer there."""
         if run_id not in self._unwritten and not self._is_active(run_id):
             self._run_folder(run_id)
-        return self._runs.get(run_id) or self._open(run_id)
+        found = self._runs.get(run_id)
+        if found is None:
+            return self._open(run_id)
+        self._recent[run_id] = found  # it may have more events by now
+        return found
 
     def start(self, run_id: str, settings: RunSettings) -> Run:
         if not _RUN_ID.fullmatch(run_id):
@@ -116,6 +125,7 @@ class RunManager:
         folder.create(run_id, settings, self._now())
         self._unwritten.pop(run_id, None)
         self._runs.pop(run_id, None)  # from a folder that was removed
+        self._unsynced.pop(run_id, None)
         run = self._open(run_id)
         self._drive(run)
         return run
@@ -246,8 +256,9 @@ class RunManager:
     def _open(self, run_id: str) -> Run:
         known = self._runs.get(run_id)
         events = known.events if known else None
-        self._runs[run_id] = Run(run_id, RunFolder(self._folder / run_id), self._services, events)
-        return self._runs[run_id]
+        run = Run(run_id, RunFolder(self._folder / run_id), self._services, events)
+        self._runs[run_id] = self._recent[run_id] = run
+        return run
 
     def _is_active(self, run_id: str) -> bool:
         return self._active is not None and not self._active.done() and self._active_id == run_id
@@ -281,6 +292,7 @@ class RunManager:
     def _end(self, run: Run, state: RunState, error: str = "") -> None:
         """Tells the watchers, and writes the state; if that fails, it is kept and written later."""
         self._unwritten[run.run_id] = run.record.now(state, error)
+        self._unsynced[run.run_id] = run
         run.events.tell(StateEvent(state, error))
         self._write_down(run.run_id)
 
@@ -288,10 +300,11 @@ class RunManager:
         folder = RunFolder(self._folder / run_id)
         if folder.exists:
             with contextlib.suppress(DomainError, OSError):
-                if run_id in self._runs:
-                    self._runs[run_id].events.sync()
+                if run_id in self._unsynced:
+                    self._unsynced[run_id].events.sync()
                 folder.write_record(self._unwritten[run_id])
                 del self._unwritten[run_id]
+                self._unsynced.pop(run_id, None)
 
     def _created(self, run_id: str) -> datetime:
         """Of a run that cannot be read, a time before all others."""
@@ -306,6 +319,10 @@ class RunManager:
         """The time, but later than the start of every other run, even if the clock was set back."""
         others = [self._created(run_id) for run_id in self.run_ids()[:1]]
         return max([datetime.now(UTC), *(other + timedelta(microseconds=1) for other in others)])
+
+
+def _size(run: Run) -> int:
+    return min(1 + len(run.events.entries), _RECENT_EVENTS)
 
 
 def _cause(run: Run, error: Exception) -> str:

@@ -155,10 +155,10 @@ class _WordChat(Chat):
         super().__init__(None, _NoEncoder(), ())
         self.has_tools = True
 
-    def render(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> tuple[int, ...]:
+    def render(self, messages: Sequence[Message], tools: Sequence[Any] = (), longest: int = 0) -> tuple[int, ...]:
         return (1,) * (len(messages) + len(tools) + 1)
 
-    def extend(self, continuation: Any) -> tuple[int, ...]:
+    def extend(self, continuation: Any, longest: int = 0) -> tuple[int, ...]:
         return (2,) * (len(continuation.messages) + 1)
 
 

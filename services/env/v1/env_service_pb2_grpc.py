@@ -143,7 +143,8 @@ class EnvServiceServicer:
         over.
         NOT_FOUND UNKNOWN_EPISODE: never started here, ended, or lost in a restart; EPISODE_EXPIRED: idle for longer than
         its lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
-        another action; EPISODE_FINISHED: the episode is over.
+        another action; EPISODE_FINISHED: the episode is over. RESOURCE_EXHAUSTED CAPACITY_REACHED, with a
+        google.rpc.RetryInfo: the server has no memory for the answer, and the episode has taken more than others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,7 +56,8 @@ class EnvServiceStub:
     over.
     NOT_FOUND UNKNOWN_EPISODE: never started here, ended, or lost in a restart; EPISODE_EXPIRED: idle for longer than
     its lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
-    another action; EPISODE_FINISHED: the episode is over.
+    another action; EPISODE_FINISHED: the episode is over. RESOURCE_EXHAUSTED CAPACITY_REACHED, with a
+    google.rpc.RetryInfo: the server has no memory for the answer, and the episode has taken more than others.
     """
     StepEpisodes: _aio.UnaryUnaryMultiCallable[_env_service_pb2.StepEpisodesRequest, _env_service_pb2.StepEpisodesResponse]
     """Applies one action to each of many episodes. Each item has the result or the error of StepEpisode; the call itself
@@ -141,7 +142,8 @@ class EnvServiceServicer(metaclass=_abc_1.ABCMeta):
         over.
         NOT_FOUND UNKNOWN_EPISODE: never started here, ended, or lost in a restart; EPISODE_EXPIRED: idle for longer than
         its lease. FAILED_PRECONDITION STEP_SKIPPED: metadata `next_step_index`; STEP_CONFLICT: the index was played with
-        another action; EPISODE_FINISHED: the episode is over.
+        another action; EPISODE_FINISHED: the episode is over. RESOURCE_EXHAUSTED CAPACITY_REACHED, with a
+        google.rpc.RetryInfo: the server has no memory for the answer, and the episode has taken more than others.
         """
 
     @_abc_1.abstractmethod

@@ -31,6 +31,8 @@ class PolicyAdminServiceStub:
     UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
     (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
+    can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     """
 
     def __init__(self, channel):
@@ -87,6 +89,8 @@ class PolicyAdminServiceServicer:
     UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
     (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
+    can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     """
 
     def LoadModel(self, request, context):
@@ -99,7 +103,8 @@ class PolicyAdminServiceServicer:
         INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
         file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
         one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
-        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released.
+        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released. RESOURCE_EXHAUSTED
+        CAPACITY_REACHED: the server has as many models as it may.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,7 +127,8 @@ class PolicyAdminServiceServicer:
         of the header). It makes the whole file of the two and checks the sha256 of that. UpdateWeights then goes on as it
         does with a whole file. After any refusal of a sparse file, the whole one can be sent.
         INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is not first, or there are more or fewer bytes than it says.
-        RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. NOT_FOUND VERSION_NOT_KEPT: no version of full weights with `base_sha256` is
+        UNAVAILABLE UPLOAD_STALLED, with a google.rpc.RetryInfo: hardly anything came for a while, so the upload was given
+        up. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. NOT_FOUND VERSION_NOT_KEPT: no version of full weights with `base_sha256` is
         kept. FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, an adapter that is more than
         LoRA, or a sparse file with tensors, types or positions that its base does not have.
         """
@@ -241,6 +247,8 @@ class PolicyAdminService:
     UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
     (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
+    can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     """
 
     @staticmethod

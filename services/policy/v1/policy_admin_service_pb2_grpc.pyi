@@ -18,6 +18,8 @@ class PolicyAdminServiceStub:
     UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
     (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
+    can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -31,7 +33,8 @@ class PolicyAdminServiceStub:
     INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
     file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
     one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
-    models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released.
+    models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released. RESOURCE_EXHAUSTED
+    CAPACITY_REACHED: the server has as many models as it may.
     """
     UnloadModel: _aio.UnaryUnaryMultiCallable[_policy_admin_service_pb2.UnloadModelRequest, _policy_admin_service_pb2.UnloadModelResponse]
     """Removes a policy once its calls have finished; what comes meanwhile, or waits for released memory, is
@@ -46,7 +49,8 @@ class PolicyAdminServiceStub:
     of the header). It makes the whole file of the two and checks the sha256 of that. UpdateWeights then goes on as it
     does with a whole file. After any refusal of a sparse file, the whole one can be sent.
     INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is not first, or there are more or fewer bytes than it says.
-    RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. NOT_FOUND VERSION_NOT_KEPT: no version of full weights with `base_sha256` is
+    UNAVAILABLE UPLOAD_STALLED, with a google.rpc.RetryInfo: hardly anything came for a while, so the upload was given
+    up. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. NOT_FOUND VERSION_NOT_KEPT: no version of full weights with `base_sha256` is
     kept. FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, an adapter that is more than
     LoRA, or a sparse file with tensors, types or positions that its base does not have.
     """
@@ -90,6 +94,8 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
     UpdateWeights, Rollback) can return RESOURCE_EXHAUSTED DISK_FULL, metadata `folder`, `free_bytes` and `needed_bytes`
     (0: unknown): nothing was written, and what served before goes on serving. So it does after FAILED_PRECONDITION
     FOLDER_REMOVED, metadata `folder`: what the service stores in was removed while it ran; it has to be started again.
+    LoadModel, UnloadModel, UpdateWeights, Rollback, ReleaseMemory and ResumeMemory go on when their caller leaves; they
+    can return RESOURCE_EXHAUSTED QUEUE_FULL, with a google.rpc.RetryInfo: too many of them run or wait.
     """
 
     @_abc_1.abstractmethod
@@ -107,7 +113,8 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         INVALID_ARGUMENT UNSUPPORTED_MODEL: it cannot be loaded or served correctly; for a folder, the message names the
         file that is wrong; INVALID_SETTING: metadata `field`; also for SGLang servers that serve another model, even the
         one to be replaced, because a server holds one model's weights; BAD_MODEL: a folder that is not below the server's
-        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released.
+        models folder. UNAVAILABLE ENGINE_UNAVAILABLE: the memory of the policy is released. RESOURCE_EXHAUSTED
+        CAPACITY_REACHED: the server has as many models as it may.
         """
 
     @_abc_1.abstractmethod
@@ -134,7 +141,8 @@ class PolicyAdminServiceServicer(metaclass=_abc_1.ABCMeta):
         of the header). It makes the whole file of the two and checks the sha256 of that. UpdateWeights then goes on as it
         does with a whole file. After any refusal of a sparse file, the whole one can be sent.
         INVALID_ARGUMENT UPLOAD_INCOMPLETE: the header is not first, or there are more or fewer bytes than it says.
-        RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. NOT_FOUND VERSION_NOT_KEPT: no version of full weights with `base_sha256` is
+        UNAVAILABLE UPLOAD_STALLED, with a google.rpc.RetryInfo: hardly anything came for a while, so the upload was given
+        up. RESOURCE_EXHAUSTED UPLOAD_TOO_LARGE. NOT_FOUND VERSION_NOT_KEPT: no version of full weights with `base_sha256` is
         kept. FAILED_PRECONDITION CHECKSUM_MISMATCH; MODEL_MISMATCH: not a safetensors file, an adapter that is more than
         LoRA, or a sparse file with tensors, types or positions that its base does not have.
         """

@@ -15,6 +15,7 @@ from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.settings import LearnerSpec
 
 log = structlog.get_logger()
+UNANSWERED_SECONDS = 60.0  # the lease of a learner whose CreateLearner was given up, unless it is called again
 _TICK_SECONDS = 0.2
 
 

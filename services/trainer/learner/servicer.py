@@ -25,7 +25,7 @@ from google.protobuf.message import Message
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import WeightsKind
 from mulligan.policy.wire import canary_to_proto
-from mulligan.trainer.learner.held import HeldLearner, HeldLearners
+from mulligan.trainer.learner.held import UNANSWERED_SECONDS, HeldLearner, HeldLearners
 from mulligan.trainer.learner.learner import Learner
 from mulligan.trainer.learner.ranks import FailedTogether, Ranks
 from mulligan.trainer.learner.settings import LearnerServerSettings
@@ -113,7 +113,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             self._leases = asyncio.create_task(self._watch_leases())
         with self._in_use(request):
             held = await self._on_thread(partial(self._create, request))
-        held.lease = lease_from_proto(request)
+        held.lease = self._lease(request)  # not before: nobody may be left to call it
         held.renew()
         return pb.CreateLearnerResponse(
             next_sequence=held.next_call,
@@ -242,7 +242,10 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         while True:
             await self._held.clock.tick()
             if any(held.is_over for held in self._held):
-                await self._on_thread(self._held.remove_what_is_over)
+                try:
+                    await self._on_thread(self._held.remove_what_is_over)
+                except Exception:  # of the other processes: the next look goes on with what is left
+                    log.exception("a learner whose lease was over did not end in all processes")
 
     async def _exactly_once(self, request: Any) -> dict[str, float]:
         def unless_done(held: HeldLearner) -> dict[str, float]:
@@ -275,11 +278,14 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         with self._ranks.in_step():
             self._ranks.tell("CreateLearnerRequest", request.SerializeToString)
             learner = Learner(request.learner_id, spec, self._settings, self._ranks)
-        held = HeldLearner(
-            learner, request.owner, spec, self._held.clock, lease_from_proto(request), self._held.clock.now
-        )
+        lease = min(self._lease(request) or UNANSWERED_SECONDS, UNANSWERED_SECONDS)
+        held = HeldLearner(learner, request.owner, spec, self._held.clock, lease, self._held.clock.now)
         self._held.add(held)
         return held
+
+    def _lease(self, request: pb.CreateLearnerRequest) -> float | None:
+        asked = lease_from_proto(request)
+        return self._settings.lease_seconds if asked is None else asked
 
 
 def _digest(request: Message) -> bytes:

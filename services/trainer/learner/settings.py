@@ -33,6 +33,7 @@ class LearnerServerSettings:
     weights_access: Literal["owner", "group"] = "owner"  # who may read published weights
     keep_weights: int = 3  # published versions; the policy may be loading an older one
     max_learners: int = 1
+    lease_seconds: float | None = 3600.0  # of a learner whose caller asks for no lease; None: for ever
 
 
 @dataclass(frozen=True, slots=True)

@@ -301,8 +301,9 @@ class CreateLearnerRequest(_message.Message):
     def lease(self) -> _duration_pb2.Duration:
         """The learner is deleted when no call has named it for so long; what it has not saved is lost. ListLearners and
         refused calls do not count. Time runs from the end of the last call: the lease does not end while a call waits or
-        runs, also when its caller has given up on it. More than 0, at most 30 days. When absent, the learner is kept for
-        ever. The last CreateLearner decides: another lease is not a LEARNER_CONFLICT.
+        runs, also when its caller has given up on it. More than 0, at most 30 days. When absent, the server's own lease counts
+        (an hour unless set otherwise; it may keep learners for ever). The last CreateLearner decides: another lease is not a
+        LEARNER_CONFLICT. A learner whose CreateLearner was given up before it was ready may be deleted earlier.
         """
 
     def __init__(
@@ -470,7 +471,7 @@ class LearnerInfo(_message.Message):
 
     @_builtins.property
     def lease_left(self) -> _duration_pb2.Duration:
-        """Until the learner is deleted, when no call comes. Absent without a lease."""
+        """Until the learner is deleted, when no call comes. Absent if the server keeps it for ever."""
 
     def __init__(
         self,

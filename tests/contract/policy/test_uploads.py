@@ -31,6 +31,7 @@ from mulligan.policy.wire import policy_to_proto
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.weights import full_weights, load, plain_log_probs, sha256
 from tests.support.policy import Serving, serving
+from tests.support.waiting import until
 
 PROMPT = list(range(7, 37))
 
@@ -164,26 +165,56 @@ async def test_the_header_comes_first_and_once(served: Serving) -> None:
             assert error is not None and error.reason is Reason.UPLOAD_INCOMPLETE, requests
 
 
-async def test_one_that_breaks_off_leaves_nothing(served: Serving, state: Path) -> None:
-    header = pb.UploadWeightsRequest.Header(kind=pb.WEIGHTS_KIND_FULL, size_bytes=10**6, sha256="0" * 64)
+@pytest.mark.parametrize("sent", [0, 1, 4])
+async def test_one_whose_caller_vanishes_leaves_nothing(served: Serving, state: Path, sent: int) -> None:
+    """After so many messages; all of the file may have come. Another may use the room at once."""
+    uploads = served.policies.uploads
+    content = (100).to_bytes(8, "little") + b"{" + bytes(10**7 - 9)
+    header = pb.UploadWeightsRequest.Header(
+        kind=pb.WEIGHTS_KIND_FULL, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+    )
+    pieces = [content[begin : begin + 3 * 2**20] for begin in range(0, len(content), 3 * 2**20)]
+    messages = [pb.UploadWeightsRequest(header=header), *(pb.UploadWeightsRequest(chunk=piece) for piece in pieces)]
 
     async def requests() -> AsyncIterator[pb.UploadWeightsRequest]:
-        yield pb.UploadWeightsRequest(header=header)
-        yield pb.UploadWeightsRequest(chunk=(100).to_bytes(8, "little") + b"{" + bytes(1000))
-        await asyncio.sleep(3600)
+        for message in messages[: 1 + sent]:
+            yield message
+        await asyncio.Event().wait()
 
-    async def until(present: bool) -> None:
-        for _ in range(500):
-            if any((state / "uploads").iterdir()) == present:
-                return
-            await asyncio.sleep(0.02)
-        pytest.fail(f"the upload is {'not ' if present else 'still '}there")
+    def arrived() -> bool:
+        files = list((state / "uploads").rglob("*.safetensors"))
+        return uploads.reserved_bytes > 0 and sum(file.stat().st_size for file in files) == sum(map(len, pieces[:sent]))
 
-    async with grpc.aio.insecure_channel(served.address) as channel:
-        call = pb_grpc.PolicyAdminServiceStub(channel).UploadWeights(requests())
-        await until(True)
-        call.cancel()
-        await until(False)
+    for _ in range(2):
+        async with grpc.aio.insecure_channel(served.address) as channel:
+            call = pb_grpc.PolicyAdminServiceStub(channel).UploadWeights(requests())
+            await until(arrived)
+            call.cancel()
+            await until(lambda: uploads.reserved_bytes == 0 and not any((state / "uploads").iterdir()))
+
+
+async def test_a_stalled_one_is_refused_and_its_room_is_free(model: Path, tmp_path: Path) -> None:
+    async with (
+        serving(model, state_folder=tmp_path / "state", upload_gib=0.0105, upload_stall_seconds=0.2) as served,
+        grpc.aio.insecure_channel(served.address) as channel,
+    ):
+        stub = pb_grpc.PolicyAdminServiceStub(channel)
+        header = pb.UploadWeightsRequest.Header(kind=pb.WEIGHTS_KIND_FULL, size_bytes=10**7, sha256="0" * 64)
+
+        async def requests(first: list[pb.UploadWeightsRequest]) -> AsyncIterator[pb.UploadWeightsRequest]:
+            for message in first:
+                yield message
+            await asyncio.Event().wait()
+
+        for first in ([], [pb.UploadWeightsRequest(header=header)]):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await stub.UploadWeights(requests(first))
+            error = from_rpc_error(caught.value)
+            assert error is not None and error.reason is Reason.UPLOAD_STALLED and error.retry_after is not None
+        assert served.policies.uploads.reserved_bytes == 0
+        large = build_model(1)
+        weights = await next_weights(served.client, tmp_path / "w", large)
+        await served.client.upload_weights(tmp_path / "w", weights.kind, weights.sha256)
 
 
 async def test_an_upload_is_repeated_while_the_service_is_away(

@@ -128,6 +128,21 @@ async def test_capacity_is_refused_at_once_and_comes_back(table: EpisodeTable) -
     await table.start("one-more", "awkward", "good")
 
 
+async def test_of_many_that_come_at_once_as_many_start_as_there_may_be(table: EpisodeTable) -> None:
+    """Also of callers that leave at once."""
+    starting = [asyncio.create_task(table.start(f"e{n}", "awkward", "good")) for n in range(20)]
+    await asyncio.sleep(0)
+    for task in starting[::2]:
+        task.cancel()
+    results = await asyncio.gather(*starting, return_exceptions=True)
+    assert table.live_count == 3
+    refused = [result for result in results if isinstance(result, DomainError)]
+    assert {error.reason for error in refused} == {Reason.CAPACITY_REACHED}
+    for n in range(3):
+        table.end(f"e{n}")
+    assert table.live_count == table.answer_bytes == 0
+
+
 async def test_a_failed_start_gives_its_place_back(table: EpisodeTable) -> None:
     for n in range(10):
         with pytest.raises(DomainError):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import tracemalloc
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from mulligan.memory import words as module
+from mulligan.memory.stores._sql import ranked
 from mulligan.memory.words import WordIndex, words
 
 
@@ -90,3 +93,43 @@ def test_texts_without_words_are_never_found() -> None:
     index.add(2, 2, "lake", 2, None, "ice")
     assert found(index, 1, "ice") == []
     assert found(index, 2, "ice") == [2]
+
+
+def rare(count: int, begin: int = 0) -> str:
+    return " ".join(f"w{number}" for number in range(begin, begin + count))
+
+
+def test_of_a_very_long_text_the_first_words_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST_WORDS", 100)
+    index = WordIndex()
+    index.add(1, 1, "lake", 1, None, rare(1000))
+    assert found(index, 1, "w99") == [1] and found(index, 1, "w100") == []
+
+
+def test_the_memory_of_an_index_is_known() -> None:
+    """About: it bounds what the texts of callers take, whether their words are new or not."""
+    for texts in ([rare(3000, 3000 * place) for place in range(5)], [rare(30, place % 7) for place in range(3000)]):
+        index = WordIndex()
+        tracemalloc.start()
+        try:
+            for place, text in enumerate(texts):
+                index.add(place, place, "lake", place, None, text)
+            gc.collect()
+            taken, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert 0.8 * taken < index.bytes < 2 * taken
+
+
+def test_the_indexes_that_were_used_least_recently_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    indexes = ranked.Indexes()
+    for scope in range(5):
+        index = WordIndex()
+        index.add(1, 1, "lake", 1, None, rare(1000))
+        indexes._kept["words", scope] = index
+    monkeypatch.setattr(ranked, "_MAX_BYTES", 2 * index.bytes)
+    indexes._used("words", 1)
+    assert [scope for _, scope in indexes._kept] == [4, 1]
+    monkeypatch.setattr(ranked, "_MAX_BYTES", 1)
+    indexes._used("words", 1)
+    assert [scope for _, scope in indexes._kept] == [1], "the one in use stays"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -318,3 +320,49 @@ def test_marks_that_are_special_tokens_reach_the_reader() -> None:
 def test_a_thought_that_the_template_begins_is_known(begun: str, mark: str) -> None:
     template = CHATML.replace("assistant\n' }}{% endif", f"assistant\n{begun}' }}}}{{% endif")
     assert chat(template, "<|im_end|>").begun_thought == mark
+
+
+def large(place: int, size: int = 20_000) -> list[Message]:
+    return [Message(Role.USER, f"{place} " + "x " * (size // 2))]
+
+
+def test_the_memory_of_prompts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By their bytes, whatever their number: a caller may send prompts of megabytes."""
+    most = 2**19
+    monkeypatch.setattr("mulligan.policy.chat._CACHE_BYTES", most)
+    subject = chat(CHATML, "<|im_end|>")
+    tracemalloc.start()
+    try:
+        for place in range(60):
+            subject.render(large(place))
+            subject.extend(Continuation((1,), False, tuple(large(place))))
+        gc.collect()
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most / 2 < subject._cache.bytes <= most
+    assert kept < 1.5 * most
+
+
+def test_a_prompt_that_will_be_refused_is_not_cached() -> None:
+    subject = chat(CHATML, "<|im_end|>")
+    ids = subject.render(large(0), longest=100)
+    added = subject.extend(Continuation((1,) * 90, False, (Message(Role.USER, "a b c d e f g h i j"),)), longest=100)
+    assert len(ids) > 100 and len(added) + 90 > 100 and subject._cache.bytes == 0
+    assert subject.render(large(0), longest=len(ids)) == ids
+    assert subject._cache.bytes > 0
+
+
+def test_a_prompt_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = chat(QWEN2, "<|im_end|>")
+    user = [Message(Role.USER, "hello")]
+    first = subject.render(user, TOOLS), subject.extend(Continuation((1,), True, tuple(user)))
+    assert subject.render(user) != first[0]
+
+    def none(*arguments: Any, **options: Any) -> str:
+        raise AssertionError("rendered again")
+
+    monkeypatch.setattr(subject, "_template", none)
+    assert (subject.render(user, TOOLS), subject.extend(Continuation((2, 3), True, tuple(user)))) == first
+    with pytest.raises(AssertionError):
+        subject.extend(Continuation((1,), False, tuple(user)))

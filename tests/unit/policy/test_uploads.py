@@ -10,18 +10,21 @@ import os
 import pickle
 import shutil
 import struct
+import threading
 import time
 from collections import namedtuple
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import WeightsKind
-from mulligan.policy.uploads import UploadHeader, Uploads, find_weights
+from mulligan.policy.uploads import UploadHeader, Uploads, _steady, find_weights
+from tests.support.virtual_time import run_in_virtual_time
+from tests.support.waiting import until
 
 _TENSORS = json.dumps({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
 FILE = len(_TENSORS).to_bytes(8, "little") + _TENSORS + bytes(8)
@@ -71,12 +74,12 @@ async def test_a_file_arrives_in_pieces(uploads: Uploads) -> None:
     uri = await receive(uploads, FULL, pieces(*(FILE[i : i + 3] for i in range(0, len(FILE), 3))))
     path = find_weights(uri, None, uploads)
     assert path.name == "model.safetensors" and path.read_bytes() == FILE
-    uploads.remove(uri)
+    await uploads.remove(uri)
     with pytest.raises(DomainError) as caught:
         uploads.path(uri)
     assert caught.value.reason is Reason.WEIGHTS_NOT_FOUND
-    uploads.remove(uri)
-    uploads.remove("file:///etc/passwd")  # not its business
+    await uploads.remove(uri)
+    await uploads.remove("file:///etc/passwd")  # not its business
 
 
 async def test_an_adapter_is_a_folder(uploads: Uploads) -> None:
@@ -215,7 +218,7 @@ async def test_what_waits_counts_towards_the_limit(uploads: Uploads) -> None:
     uris = [await receive(uploads, FULL, pieces(FILE)) for _ in range(10)]
     error = await fails(uploads, FULL, FILE)
     assert error.reason is Reason.UPLOAD_TOO_LARGE and error.metadata["room_bytes"] == "0"
-    uploads.remove(uris[3])
+    await uploads.remove(uris[3])
     await receive(uploads, FULL, pieces(FILE))
 
 
@@ -242,7 +245,148 @@ async def test_a_full_disk_is_noticed_before_it_is_full(uploads: Uploads, monkey
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 990, 10))
     error = await fails(uploads, FULL, FILE)
-    assert error.reason is Reason.UPLOAD_TOO_LARGE and error.metadata["room_bytes"] == "10"
+    assert error.reason is Reason.DISK_FULL and error.metadata["free_bytes"] == "10"
+    assert error.metadata["needed_bytes"] == str(len(FILE))
+
+
+async def test_a_part_of_the_disk_stays_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while others, which reserved their bytes, have not written them yet."""
+    usage = namedtuple("usage", "total used free")
+    free = 100 + 2 * len(FILE)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 0, free))
+    uploads = Uploads(tmp_path / "uploads", 10**6, spare_bytes=100)
+    begun = asyncio.Semaphore(0)
+    go_on = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        begun.release()
+        await go_on.wait()
+        yield FILE
+
+    receiving = [asyncio.create_task(receive(uploads, FULL, slow())) for _ in range(2)]
+    for _ in receiving:
+        await begun.acquire()
+    error = await fails(uploads, FULL, FILE)
+    assert error.reason is Reason.DISK_FULL and error.metadata["needed_bytes"] == str(100 + 3 * len(FILE))
+    free = 100 + len(FILE)  # as if the disk had what comes now
+    go_on.set()
+    await asyncio.gather(*receiving)
+    await receive(uploads, FULL, pieces(FILE))
+    free = 99 + len(FILE)
+    assert (await fails(uploads, FULL, FILE)).reason is Reason.DISK_FULL
+    uploads.close()
+
+
+@pytest.mark.parametrize("header", [FULL, LORA])
+async def test_of_many_at_once_as_many_pass_as_the_limit_allows(tmp_path: Path, header: UploadHeader) -> None:
+    uploads = Uploads(tmp_path / "uploads", len(FILE) + len(header.adapter_config))
+    results = await asyncio.gather(*(receive(uploads, header, pieces(FILE)) for _ in range(5)), return_exceptions=True)
+    refused = [result.reason for result in results if isinstance(result, DomainError)]
+    assert refused == [Reason.UPLOAD_TOO_LARGE] * 4
+    [uri] = [result for result in results if isinstance(result, str)]
+    assert uploads.path(uri).exists() and uploads.reserved_bytes == 0
+    uploads.close()
+
+
+async def test_small_uploads_are_counted_too(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mulligan.policy.uploads._MOST", 2)
+    await receive(uploads, FULL, pieces(FILE))
+    uri = await receive(uploads, FULL, pieces(FILE))
+    error = await fails(uploads, FULL, FILE)
+    assert error.reason is Reason.UPLOAD_TOO_LARGE and error.metadata["room_bytes"] == "0"
+    await uploads.remove(uri)
+    await receive(uploads, FULL, pieces(FILE))
+
+
+async def trickling(*sizes: int) -> AsyncIterator[bytes]:
+    for size in sizes:
+        yield bytes(size)
+        await asyncio.sleep(50)
+
+
+def test_one_that_comes_slowly_and_steadily_is_taken() -> None:
+    async def sizes() -> list[int]:
+        return [len(chunk) async for chunk in _steady(trickling(*[2**20] * 20), 60)]
+
+    assert run_in_virtual_time(sizes()) == [2**20] * 20
+
+
+def test_one_of_which_hardly_anything_comes_is_given_up() -> None:
+    """Each piece in time, but all together too little."""
+    found: list[int] = []
+
+    async def arrive() -> None:
+        async for chunk in _steady(trickling(2**20, *[1000] * 20), 60):
+            found.append(len(chunk))  # noqa: PERF401 - it raises, and what came before counts
+
+    async def seconds() -> float:
+        with pytest.raises(DomainError) as caught:
+            await arrive()
+        assert caught.value.reason is Reason.UPLOAD_STALLED and caught.value.retry_after is not None
+        return asyncio.get_running_loop().time()
+
+    assert run_in_virtual_time(seconds()) == pytest.approx(60)
+    assert found == [2**20, 1000]
+
+
+@pytest.mark.usefixtures("nothing_left")
+async def test_one_that_stalls_frees_what_it_reserved(tmp_path: Path) -> None:
+    uploads = Uploads(tmp_path / "uploads", len(FILE), stall_seconds=0.05)
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield FILE[:20]
+        await asyncio.Event().wait()
+
+    with pytest.raises(DomainError) as caught:
+        await receive(uploads, FULL, stalled())
+    assert caught.value.reason is Reason.UPLOAD_STALLED and uploads.reserved_bytes == 0
+    await uploads.remove(await receive(uploads, FULL, pieces(FILE)))
+    uploads.close()
+
+
+@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.parametrize(("header", "content", "calls"), [(FULL, FILE, 4), (LORA, FILE, 5), (SPARSE, CHANGE, 6)])
+async def test_a_caller_that_leaves_while_a_thread_works_leaves_nothing(
+    tmp_path: Path,
+    base: tuple[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    header: UploadHeader,
+    content: bytes,
+    calls: int,
+) -> None:
+    """At each of the calls: the thread goes on, and what it makes is removed when it has ended."""
+    uploads = Uploads(tmp_path / "uploads", 10**6)
+    plain = asyncio.to_thread
+    for place in range(calls):
+        begun = asyncio.Event()
+        go_on = threading.Event()
+        seen = 0
+
+        async def held(work: Callable[..., Any], *arguments: Any, begun: Any = begun, go_on: Any = go_on) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == place + 1:  # noqa: B023 - it is called within this turn
+                begun.set()
+                await plain(go_on.wait)
+            return await plain(work, *arguments)
+
+        monkeypatch.setattr(asyncio, "to_thread", held)
+        half = len(content) // 2
+        receiving = asyncio.create_task(receive(uploads, header, pieces(content[:half], content[half:]), base))
+        await begun.wait()
+        receiving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await receiving
+        reserved = uploads.reserved_bytes
+        assert bool(reserved) == (place > 0 or header is not SPARSE)  # the disk may still be written to
+        go_on.set()
+        await until(lambda: uploads.reserved_bytes == 0)
+        assert list((tmp_path / "uploads").iterdir()) == [], place
+    monkeypatch.setattr(asyncio, "to_thread", plain)
+    uri = await receive(uploads, header, pieces(content), base)
+    assert uploads.path(uri).exists()
+    await uploads.remove(uri)
+    uploads.close()
 
 
 async def test_a_folder_that_was_removed_is_named(uploads: Uploads, tmp_path: Path) -> None:
@@ -262,7 +406,7 @@ async def test_a_disk_that_becomes_full_meanwhile_is_named(
     monkeypatch.setattr(os, "fsync", fsync)
     error = await fails(uploads, header, FILE)
     assert error.reason is Reason.DISK_FULL and error.metadata["folder"] == str(tmp_path / "uploads")
-    assert error.metadata["needed_bytes"] == str(len(FILE))
+    assert error.metadata["needed_bytes"] == str(len(FILE) + len(header.adapter_config))
 
 
 @pytest.mark.parametrize("seconds", [-1e9, 0, 1e9])

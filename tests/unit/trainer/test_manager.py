@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import shutil
+import weakref
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.tasks import cancel
+from mulligan.trainer.events import NoticeEvent
 from mulligan.trainer.folder import RunFolder, RunRecord, RunState
+from mulligan.trainer.interfaces import LearnerPort
 from mulligan.trainer.manager import RunManager
 from mulligan.trainer.recall import scope_of
+from mulligan.trainer.settings import RunSettings
 from tests.support.waiting import until
 from tests.unit.trainer.test_run import World
 
@@ -44,3 +53,75 @@ async def test_a_run_of_that_name_of_an_earlier_release_goes_on(tmp_path: Path) 
         await until(lambda: manager.record("global").state is RunState.COMPLETED)
     finally:
         await manager.close()
+
+
+async def test_of_many_runs_the_recent_ones_are_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers may look at any number of runs. One that somebody follows is the same object for all."""
+    monkeypatch.setattr("mulligan.trainer.manager._RECENT_EVENTS", 50)
+    world = World(tmp_path)
+    settings = world.folder.settings()
+    for place in range(30):
+        folder = RunFolder(tmp_path / f"run-{place}")
+        folder.create(f"run-{place}", settings, datetime.now(UTC))
+        folder.write_record(folder.record().now(RunState.STOPPED))
+    manager = RunManager(tmp_path, world.run().services)
+    try:
+        followed = manager.run("run-0")
+        for _ in range(9):
+            followed.events.add(NoticeEvent("told"))
+        opened = [weakref.ref(manager.run(f"run-{place}")) for place in range(30) for _ in range(2)]
+        gc.collect()
+        alive = {id(run) for ref in opened if (run := ref()) is not None}
+        assert len(alive) == 30, "each has one entry"
+        for place in range(30):
+            for _ in range(9):
+                manager.run(f"run-{place}").events.add(NoticeEvent("told"))
+            manager.run(f"run-{place}")
+        gc.collect()
+        alive = {run.run_id for ref in opened if (run := ref()) is not None}
+        assert len(alive) <= 6 and {"run-0", "run-29"} <= alive
+        assert manager.run("run-0") is followed
+        assert len(manager.run("run-7").events.entries) == 9, "read again from its folder"
+    finally:
+        await manager.close()
+
+
+async def test_what_comes_while_a_run_is_published_is_refused_until_its_caller_leaves(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    await world.run().train()
+    world.folder.write_record(world.folder.record().now(RunState.STOPPED))
+    begun = asyncio.Event()
+
+    async def open_learner(run_id: str, settings: RunSettings) -> LearnerPort:
+        begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    settings = world.folder.settings()
+    services = world.run().services
+    manager = RunManager(tmp_path, replace(services, open_learner=open_learner))
+    try:
+        publishing = asyncio.create_task(manager.publish("run"))
+        await begun.wait()
+        for call in (manager.publish("run"), manager.resume("run")):
+            with pytest.raises(DomainError) as caught:
+                await call
+            assert caught.value.reason is Reason.LEARNER_OWNED
+        with pytest.raises(DomainError) as caught:
+            manager.start("new", settings)
+        assert caught.value.reason is Reason.LEARNER_OWNED
+        await cancel(publishing)
+        manager._services = services
+        started = [_started(manager, f"new-{place}", settings) for place in range(5)]
+        assert started == [True, False, False, False, False]
+        await until(lambda: manager.record("new-0").state is RunState.COMPLETED)
+    finally:
+        await manager.close()
+
+
+def _started(manager: RunManager, run_id: str, settings: RunSettings) -> bool:
+    try:
+        manager.start(run_id, settings)
+    except DomainError as error:
+        return error.reason is not Reason.LEARNER_OWNED
+    return True

@@ -25,7 +25,7 @@ from mulligan.memory.words import WordIndex
 _log = structlog.get_logger()
 _LOGGED_AFTER = 2.0  # seconds
 _BATCH = 2_000  # rows
-_MAX_TEXTS = 2_000_000  # in all indexes; those that were used least recently are dropped
+_MAX_BYTES = 2**31  # of all indexes; those that were used least recently are dropped, but for the one in use
 
 
 class Indexes:
@@ -68,7 +68,7 @@ class Indexes:
 
     def _used(self, kind: str, scope_id: int) -> None:
         self._kept.move_to_end((kind, scope_id))
-        while len(self._kept) > 1 and sum(index.texts.size for index in self._kept.values()) > _MAX_TEXTS:
+        while len(self._kept) > 1 and sum(index.bytes for index in self._kept.values()) > _MAX_BYTES:
             self._kept.popitem(last=False)
 
 

@@ -26,6 +26,7 @@ log = structlog.get_logger()
 _MISSED_PROBES = 3  # that a busy server may leave unanswered
 _RETRY_AFTER = timedelta(seconds=1)
 _KEPT_PLACES = 65536  # conversations whose server is remembered
+_KEPT_VERSIONS = 4096  # labels of weights; an answer names those that served while it was sampled
 _PREFIX = 256  # tokens by which prompts without a session are kept together
 _SLACK = 8  # requests that a conversation's server may have above one and a half times the least
 
@@ -91,7 +92,10 @@ class ServerPool:
             version, _ = self._versions[target.label]
         else:
             version = target.weights.policy_version
-        self._versions[target.label] = (version, target.generation)
+        self._versions.pop(target.label, None)
+        self._versions[target.label] = (version, target.generation)  # the last ones were known last
+        while len(self._versions) > _KEPT_VERSIONS:
+            del self._versions[next(iter(self._versions))]
 
     def spans(self, target: TargetWeights, labels: Sequence[tuple[str, int]], *, own: bool) -> tuple[VersionSpan, ...]:
         """Turns the servers' labels of weights into policy versions, for a request that was sent while `target` was to

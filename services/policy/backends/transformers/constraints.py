@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
 
 import llguidance
 import numpy as np
@@ -17,11 +16,15 @@ from llguidance.hf import from_tokenizer
 from mulligan.common.errors import DomainError, invalid_field
 from mulligan.common.inference import SamplingParams
 from mulligan.common.model_files import UnsupportedModel
+from mulligan.common.sized_cache import SizedCache
 from mulligan.policy.huggingface.tokenizer import Tokenizer
 
 _SILENT = 0
 _SCHEMA = ("json_schema", "a JSON schema")
 _PROBES = 500
+_CACHE_BYTES = 2**26
+_ENTRY_BYTES = 2**18  # of what a grammar is compiled to, about, and for each character of it (as measured: 40 to 150
+_BYTES_OF_EACH = 128  # kB, and 20 to 110 bytes)
 
 
 class Constraint:
@@ -67,7 +70,7 @@ class Constraints:
             raise UnsupportedModel(f"the tokenizer's tokens are not known as bytes: {error}") from error
         if not self._decodes_as(tokenizer):
             raise UnsupportedModel("the tokenizer's tokens are not the bytes of the text that they are decoded to")
-        self._compiled = lru_cache(maxsize=256)(self._compile)
+        self._compiled: SizedCache[llguidance.LLMatcher] = SizedCache(_CACHE_BYTES)
 
     def _decodes_as(self, tokenizer: Tokenizer) -> bool:
         """Tests short sequences of random tokens."""
@@ -86,13 +89,21 @@ class Constraints:
         """A new constraint for the request. Can take seconds. Raises DomainError INVALID_FIELD."""
         field, expected = ("regex", "a regular expression") if sampling.regex is not None else _SCHEMA
         try:
-            constraint = Constraint(self._compiled(sampling.regex, sampling.json_schema).deep_copy(), self._size)
+            constraint = Constraint(self._matcher_of(sampling.regex, sampling.json_schema).deep_copy(), self._size)
         except (ValueError, TypeError, RecursionError) as error:
             raise _refused(field, expected, str(error)) from error
         # The first step takes longest: better here than in the engine's thread, where others wait for it.
         if constraint.allowed() is None:
             raise _refused(field, f"{expected} that can be followed", constraint.problem)
         return constraint
+
+    def _matcher_of(self, regex: str | None, json_schema: str | None) -> llguidance.LLMatcher:
+        key = (regex, json_schema)
+        found = self._compiled.get(key)
+        if found is None:
+            found = self._compile(regex, json_schema)
+            self._compiled.put(key, found, _ENTRY_BYTES + _BYTES_OF_EACH * len(regex or json_schema or ""))
+        return found
 
     def _compile(self, regex: str | None, json_schema: str | None) -> llguidance.LLMatcher:
         if regex is not None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,17 @@ from mulligan.common.errors import DomainError, Reason
 from mulligan.common.server import RequestInterceptor
 from mulligan.trainer.client import LearnerAdminClient
 from mulligan.trainer.learner import client as client_module
+from mulligan.trainer.learner import servicer as servicer_module
 from mulligan.trainer.learner.client import LEASE_SECONDS, LearnerClient
+from mulligan.trainer.learner.held import UNANSWERED_SECONDS
 from mulligan.trainer.learner.learner import Learner
-from mulligan.trainer.learner.servicer import LearnerServicer
+from mulligan.trainer.learner.servicer import LearnerServicer, add_to_server
 from mulligan.trainer.v1 import learner_service_pb2 as pb
 from mulligan.trainer.v1 import learner_service_pb2_grpc as pb_grpc
 from tests.contract.trainer.learner.test_service import forward_backward, refusal
 from tests.support.learning import server_settings, spec
 from tests.support.tiny_model import write_tiny_model
+from tests.support.vanishing import at_each_wait, vanishing
 
 LEASE = 3600.0  # far longer than a test takes
 IDS: dict[str, Any] = {"learner_id": "learner", "owner": "run"}
@@ -45,14 +50,14 @@ class Served:
         self.servicer = servicer
         self.stub = stub
         self.address = address
-        self._model = model
+        self.model = model
         self.endpoint = Endpoint(address, outage_seconds=5)
 
     def pass_by(self, seconds: float) -> None:
         self.servicer._held.clock.now += seconds
 
     async def create(self, lease: float | None = LEASE, **ids: Any) -> pb.CreateLearnerResponse:
-        request = pb.CreateLearnerRequest(model=pb.ModelConfig(source=str(self._model)), **(IDS | ids))
+        request = pb.CreateLearnerRequest(model=pb.ModelConfig(source=str(self.model)), **(IDS | ids))
         if lease is not None:
             request.lease.CopyFrom(Duration(seconds=int(lease), nanos=int(lease % 1 * 1e9)))
         answer: pb.CreateLearnerResponse = await self.stub.CreateLearner(request)
@@ -76,6 +81,12 @@ class Served:
 @pytest.fixture
 async def served(tmp_path: Path, tiny: Path) -> AsyncIterator[Served]:
     servicer = LearnerServicer(server_settings(tmp_path))
+    async with serving(servicer, tiny) as served:
+        yield served
+
+
+@asynccontextmanager
+async def serving(servicer: LearnerServicer, tiny: Path) -> AsyncIterator[Served]:
     server = grpc.aio.server(interceptors=[RequestInterceptor()])
     pb_grpc.add_LearnerServiceServicer_to_server(servicer, server)
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -133,15 +144,116 @@ async def test_to_look_and_to_be_refused_renews_nothing(served: Served) -> None:
     assert info.idle.seconds >= int(LEASE * 0.9) and info.lease_left.seconds <= LEASE / 10
 
 
-async def test_without_a_lease_it_stays(served: Served) -> None:
+async def test_without_a_lease_that_of_the_server_counts(served: Served) -> None:
     await served.create(lease=None)
-    served.pass_by(1e9)
-    await served.one_more_look_at_leases()
     [info] = await served.held()
-    assert not info.HasField("lease_left") and info.idle.seconds >= 10**9
-    await served.create(lease=LEASE)  # the last call decides
+    assert LEASE * 0.9 < info.lease_left.seconds <= LEASE
+    served.pass_by(LEASE * 0.9)
+    await served.stub.GetLearner(pb.GetLearnerRequest(learner_id="learner"))
+    served.pass_by(LEASE * 0.9)
+    await served.one_more_look_at_leases()
+    assert len(await served.held()) == 1
     served.pass_by(LEASE + 1)
     await served.until(lambda held: not held)
+
+
+@pytest.mark.parametrize("returns", [False, True])
+async def test_a_caller_that_vanishes_while_its_learner_is_made(
+    served: Served, monkeypatch: pytest.MonkeyPatch, returns: bool
+) -> None:
+    """The place is free soon, unless the caller comes back: then the learner is not made again."""
+    begun = threading.Event()
+    go_on = threading.Event()
+    made: list[str] = []
+    make = servicer_module.Learner
+
+    def slow(learner_id: str, *arguments: Any) -> Learner:
+        made.append(learner_id)
+        begun.set()
+        assert go_on.wait(60)
+        return make(learner_id, *arguments)
+
+    monkeypatch.setattr(servicer_module, "Learner", slow)
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        request = pb.CreateLearnerRequest(model=pb.ModelConfig(source=str(served.model)), **IDS)
+        request.lease.CopyFrom(Duration(seconds=int(LEASE)))
+        call = pb_grpc.LearnerServiceStub(channel).CreateLearner(request)
+        assert await asyncio.to_thread(begun.wait, 60)
+        call.cancel()
+    go_on.set()
+    await served.until(lambda held: len(held) == 1)
+    [info] = await served.held()
+    assert info.lease_left.seconds <= UNANSWERED_SECONDS
+    if returns:
+        await served.create()
+        served.pass_by(LEASE * 0.9)
+        await served.one_more_look_at_leases()
+        assert len(await served.held()) == 1 and made == ["learner"]
+    else:
+        served.pass_by(UNANSWERED_SECONDS + 1)
+        await served.create(learner_id="another")
+        assert made == ["learner", "another"]
+
+
+async def test_a_caller_that_vanishes_at_any_moment_leaves_nothing(tmp_path: Path, tiny: Path) -> None:
+    servicer = LearnerServicer(server_settings(tmp_path))
+    ids: dict[str, Any] = {"owner": "run"}
+
+    def create(name: str = "learner") -> pb.CreateLearnerRequest:
+        return pb.CreateLearnerRequest(learner_id=name, model=pb.ModelConfig(source=str(tiny)), **ids)
+
+    async def made(answer: Any) -> None:
+        await stub.CreateLearner(create())
+        listed = await stub.ListLearners(pb.ListLearnersRequest())
+        assert [info.learner_id for info in listed.learners] == ["learner"], "one, which is idle"
+        assert not any(info.idle.seconds for info in listed.learners)
+        await stub.DeleteLearner(pb.DeleteLearnerRequest(learner_id="learner", **ids))
+        assert not (await stub.ListLearners(pb.ListLearnersRequest())).learners
+
+    sequence = 1
+
+    async def stepped(answer: Any) -> None:
+        nonlocal sequence
+        again = await stub.OptimStep(pb.OptimStepRequest(learner_id="learner", sequence=sequence, **ids))
+        assert answer is None or answer == again
+        sequence += 1
+        found = await stub.GetLearner(pb.GetLearnerRequest(learner_id="learner"))
+        assert found.next_sequence == sequence
+        [held] = servicer._held
+        assert held.calls == 0
+
+    async with vanishing(lambda server: add_to_server(server, servicer)) as (caller, channel):
+        stub = pb_grpc.LearnerServiceStub(channel)
+        assert await at_each_wait(caller, lambda: stub.CreateLearner(create()), made) > 0
+        await stub.CreateLearner(create())
+
+        def step() -> Any:
+            return stub.OptimStep(pb.OptimStepRequest(learner_id="learner", sequence=sequence, **ids))
+
+        assert await at_each_wait(caller, step, stepped) > 0
+    await servicer.close()
+
+
+async def test_of_many_that_come_at_once_one_gets_the_place(served: Served) -> None:
+    answers = await asyncio.gather(
+        *(served.create(learner_id=f"learner-{place}") for place in range(5)), return_exceptions=True
+    )
+    refused = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
+    assert [error.code() for error in refused] == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 4
+    assert len(await served.held()) == 1
+
+
+async def test_a_server_may_keep_learners_for_ever(tmp_path: Path, tiny: Path) -> None:
+    servicer = LearnerServicer(replace(server_settings(tmp_path), lease_seconds=None))
+    async with serving(servicer, tiny) as served:
+        await served.create(lease=None)
+        served.pass_by(1e9)
+        await served.one_more_look_at_leases()
+        [info] = await served.held()
+        assert not info.HasField("lease_left") and info.idle.seconds >= 10**9
+        await served.create(lease=LEASE)  # the last call decides
+        served.pass_by(LEASE + 1)
+        await served.until(lambda held: not held)
 
 
 async def test_work_that_takes_longer_than_the_lease(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +284,7 @@ async def test_work_that_takes_longer_than_the_lease(served: Served, monkeypatch
 
 
 async def test_a_refusal_names_the_holder_and_what_frees_the_place(served: Served) -> None:
+    served.servicer._settings = replace(served.servicer._settings, lease_seconds=None)
     await served.create(lease=None)
     served.pass_by(720)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -211,7 +324,7 @@ async def test_it_is_listed_and_deleted_from_the_command_line(served: Served) ->
 
     listed = await called()
     assert listed.exit_code == 0, listed.output
-    for shown in ("learner", "[bold]somebody", "12 min", "for ever"):
+    for shown in ("learner", "[bold]somebody", "12 min", "48 min"):
         assert shown in listed.output, listed.output
     unknown = await called("delete", "no-such")
     assert unknown.exit_code == 1
