@@ -374,7 +374,8 @@ class EpisodeTable:
     def _add_bytes(self, record: EpisodeRecord, size: int) -> None:
         """Of an answer. The episode may have been ended meanwhile."""
         record.size += size
-        if any(records.get(record.episode_id) is record for records in (self._live, self._finished)):
+        episode_id = record.episode_id
+        if self._live.get(episode_id) is record or self._finished.get(episode_id) is record:
             self._bytes += size
 
     def _drop(self, records: OrderedDict[str, EpisodeRecord], episode_id: str) -> EpisodeRecord:
