@@ -15,7 +15,7 @@ from mulligan.common.server import RequestInterceptor
 
 
 @dataclass
-class Vanishing(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Vanishing(grpc.aio.ServerInterceptor):
     """`at` is the wait of the next call at which its caller vanishes, from 1; 0: never. `vanished` is set then."""
 
     at: int = 0
@@ -45,10 +45,10 @@ class _Interrupted:
     def __await__(self) -> Generator[Any, Any, Any]:
         steps: Any = self._work.__await__()
         waits = 0
-        send: Callable[[], Any] = lambda: steps.send(None)  # noqa: E731 - replaced at each turn
+        raised: BaseException | None = None  # at the last wait
         while True:
             try:
-                waiting_for = send()
+                waiting_for = steps.send(None) if raised is None else steps.throw(raised)
             except StopIteration as end:
                 return end.value
             waits += 1
@@ -57,12 +57,11 @@ class _Interrupted:
                 task = asyncio.current_task()
                 assert task is not None
                 task.cancel()
+            raised = None
             try:
                 yield waiting_for
             except BaseException as error:  # noqa: BLE001 - it is the handler's, which may go on
-                send = lambda error=error: steps.throw(error)  # noqa: E731
-            else:
-                send = lambda: steps.send(None)  # noqa: E731
+                raised = error
 
 
 @asynccontextmanager

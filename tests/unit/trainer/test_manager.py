@@ -71,8 +71,7 @@ async def test_of_many_runs_the_recent_ones_are_kept_in_memory(tmp_path: Path, m
             followed.events.add(NoticeEvent("told"))
         opened = [weakref.ref(manager.run(f"run-{place}")) for place in range(30) for _ in range(2)]
         gc.collect()
-        alive = {id(run) for ref in opened if (run := ref()) is not None}
-        assert len(alive) == 30, "each has one entry"
+        assert len({id(run) for ref in opened if (run := ref()) is not None}) == 30, "each has one entry"
         for place in range(30):
             for _ in range(9):
                 manager.run(f"run-{place}").events.add(NoticeEvent("told"))

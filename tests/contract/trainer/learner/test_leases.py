@@ -165,13 +165,12 @@ async def test_a_caller_that_vanishes_while_its_learner_is_made(
     begun = threading.Event()
     go_on = threading.Event()
     made: list[str] = []
-    make = servicer_module.Learner
 
     def slow(learner_id: str, *arguments: Any) -> Learner:
         made.append(learner_id)
         begun.set()
         assert go_on.wait(60)
-        return make(learner_id, *arguments)
+        return Learner(learner_id, *arguments)
 
     monkeypatch.setattr(servicer_module, "Learner", slow)
     async with grpc.aio.insecure_channel(served.address) as channel:
