@@ -35,6 +35,7 @@ from proof import (
     methods,
     second_attempts,
     sglang,
+    soak,
     staleness,
     suite,
 )
@@ -56,6 +57,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **embedded.CASES,
     **language_model.CASES,
     **consolidation.CASES,
+    **soak.CASES,
     **suite.CASES,
 }
 
