@@ -12,8 +12,7 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, count
 from pathlib import Path
@@ -201,20 +200,6 @@ async def train(addresses: Mapping[str, str], done: dict[str, int]) -> None:
         await client.close()
 
 
-@asynccontextmanager
-async def working(works: Sequence[Work], addresses: Mapping[str, str], done: dict[str, int]) -> AsyncIterator[None]:
-    """Raises what a piece of work raised."""
-    tasks = [asyncio.ensure_future(work(addresses, done)) for work in works]
-    try:
-        yield
-        for task in tasks:
-            if task.done():
-                task.result()
-    finally:
-        for task in tasks:
-            await cancel(task)
-
-
 async def measure(
     processes: Mapping[str, int],
     addresses: Mapping[str, str],
@@ -223,15 +208,20 @@ async def measure(
     seconds: float,
     every: float,
 ) -> tuple[dict[str, Samples], dict[str, int]]:
-    """Samples of each service while the work goes on, and how much of it was done."""
+    """Samples of each service while the work goes on, and how much of it was done. Raises what the work raises."""
     samples = {name: Samples() for name in processes}
     done: dict[str, int] = {}
     began = time.monotonic()
-    async with working(works, addresses, done):
+    tasks = [asyncio.ensure_future(work(addresses, done)) for work in works]
+    try:
         while (now := time.monotonic() - began) <= seconds:
             for name, process in processes.items():
                 samples[name].take(now, process)
-            await asyncio.sleep(every)
+            for task in (await asyncio.wait(tasks, timeout=every))[0]:
+                task.result()
+    finally:
+        for task in tasks:
+            await cancel(task)
     return samples, done
 
 
