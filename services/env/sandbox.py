@@ -1,5 +1,5 @@
 """Untrusted environments: their code runs in processes with limits, not in the server. The option `untrusted` of every
-environment's table, with `memory_mb`, `subprocesses` and `network`.
+environment's table, with `memory_mb`, `max_tasks`, `subprocesses` and `network`.
 
 One process loads the environment (`sandbox_host.py`) and forks a process per episode, which shares the loaded memory
 until it writes to it: a start takes milliseconds. Whatever the process of an episode does (raise, hang, use up its
@@ -60,12 +60,14 @@ T = TypeVar("T")
 class ProcessLimits:
     """Limits of the processes of one environment.
 
-    `memory_mb` is what loading may use, and what each process may use in addition. With `subprocesses`, the code may
-    start processes, each with these limits; its episodes can then be forked. With `network`, it may open connections.
-    `load_seconds` is the time limit of loading.
+    `memory_mb` is what loading may use, and what each process may use in addition. An episode may add `max_tasks`
+    processes and threads to those that the user has when it starts; the kernel does not limit root's. With
+    `subprocesses`, the code may start processes, each with these limits; its episodes can then be forked. With
+    `network`, it may open connections. `load_seconds` is the time limit of loading.
     """
 
     memory_mb: int = 1024
+    max_tasks: int = 4096  # episodes that start later count, too
     subprocesses: bool = False
     network: bool = False
     load_seconds: float = 600.0
@@ -73,6 +75,8 @@ class ProcessLimits:
     def __post_init__(self) -> None:
         if self.memory_mb < 1:
             raise ValueError(f"memory_mb must be at least 1, not {self.memory_mb}")
+        if self.max_tasks < 1:
+            raise ValueError(f"max_tasks must be at least 1, not {self.max_tasks}")
         if self.load_seconds <= 0:
             raise ValueError(f"load_seconds must be more than 0, not {self.load_seconds:g}")
 
@@ -105,7 +109,8 @@ class _HostProcess:
         self._control, theirs = socket.socketpair()
         with theirs:
             memory = limits.memory_mb * 2**20
-            arguments = (theirs.fileno(), os.getpid(), memory, int(limits.subprocesses), int(limits.network))
+            switches = (int(limits.subprocesses), int(limits.network))
+            arguments = (theirs.fileno(), os.getpid(), memory, limits.max_tasks, *switches)
             self._process = _SPAWNER.submit(_spawn, theirs.fileno(), [str(argument) for argument in arguments]).result()
         self.isolation = msgspec.msgpack.decode(
             self.ask(SandboxRequest("isolation"), seconds=limits.load_seconds).result, type=Isolation

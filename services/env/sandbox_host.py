@@ -1,10 +1,11 @@
 """The host process of one untrusted environment: it loads the environment and forks a process for each episode.
 
-`python -m mulligan.env.sandbox_host DESCRIPTOR PARENT MEMORY SUBPROCESSES NETWORK`, started by `sandbox.py` without the
-server's variables. It moves into namespaces of its own (`sandbox_namespaces.py`), and makes no other system calls than
-those of a list (`sandbox_filter.py`). It talks to the server on the descriptor. Except for loading, it runs no code of
-the environment: each episode and each listing has its own process, which talks to the server directly. Such a process
-ends when the server closes its end of the socket. All of them end with this one, and this one ends with the server.
+`python -m mulligan.env.sandbox_host DESCRIPTOR PARENT MEMORY TASKS SUBPROCESSES NETWORK`, started by `sandbox.py`
+without the server's variables. It moves into namespaces of its own (`sandbox_namespaces.py`), and makes no other system
+calls than those of a list (`sandbox_filter.py`). It talks to the server on the descriptor. Except for loading, it runs
+no code of the environment: each episode and each listing has its own process, which talks to the server directly. Such
+a process ends when the server closes its end of the socket. All of them end with this one, and this one ends with the
+server.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from mulligan.env.sandbox_pipe import EpisodeStarted, Garbled, SandboxReply, San
 
 MEMORY_STATUS = 77  # exit status of a process that has no memory left for a message
 _MAX_OPEN_FILES = 256
-_MORE_TASKS = 256  # processes and threads that an episode may add
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
@@ -42,13 +42,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Host:
-    """`memory` is what loading may use, and what each process may use in addition, in bytes."""
+    """`memory` is what loading may use, and what each process may use in addition, in bytes; `tasks`, how many
+    processes and threads an episode may add."""
 
     def __init__(
-        self, control: socket.socket, memory: int, subprocesses: bool, network: bool, isolation: Isolation
+        self, control: socket.socket, memory: int, tasks: int, subprocesses: bool, network: bool, isolation: Isolation
     ) -> None:
         self._control = control
         self._memory = memory
+        self._tasks = tasks
         self._subprocesses = subprocesses
         self._isolation = isolation
         self._environment: Environment | None = None
@@ -96,7 +98,7 @@ class _Host:
 
     def _restrict(self) -> None:
         _limit_memory(self._memory, final=True)
-        _limit_tasks()
+        _limit_tasks(self._tasks)
         if self._alone is not None:
             self._alone.load()
 
@@ -230,8 +232,8 @@ def _limit_memory(more: int, *, final: bool) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit if final else hard))
 
 
-def _limit_tasks() -> None:
-    """Limits how many processes and threads the user may have, to some more than there are. The kernel counts them in a
+def _limit_tasks(more: int) -> None:
+    """Limits how many processes and threads the user may have, to `more` than there are. The kernel counts them in a
     user namespace if the process has one, else on the machine, and does not apply the limit to root."""
     user = os.getuid()
     tasks = 0
@@ -242,7 +244,7 @@ def _limit_tasks() -> None:
         except OSError:  # it has ended
             continue
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
-    limit = tasks + _MORE_TASKS if hard == resource.RLIM_INFINITY else min(tasks + _MORE_TASKS, hard)
+    limit = tasks + more if hard == resource.RLIM_INFINITY else min(tasks + more, hard)
     resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
 
 
@@ -317,7 +319,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def main() -> None:
-    descriptor, parent, memory, subprocesses, network = (int(argument) for argument in sys.argv[1:6])
+    descriptor, parent, memory, tasks, subprocesses, network = (int(argument) for argument in sys.argv[1:7])
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
@@ -331,7 +333,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     try:
         control = socket.socket(fileno=descriptor)
-        _Host(control, memory, bool(subprocesses), bool(network), isolation).serve()
+        _Host(control, memory, tasks, bool(subprocesses), bool(network), isolation).serve()
     finally:
         _end_all()
 

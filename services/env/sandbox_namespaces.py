@@ -35,7 +35,6 @@ _PR_SET_PDEATHSIG = 1
 _PR_CAPBSET_DROP = 24
 _CAPABILITY_VERSION_3 = 0x20080522
 _SHARED_MEMORY_BYTES = 64 * 2**20  # as in containers
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Isolation(msgspec.Struct):
@@ -116,15 +115,16 @@ def _end_as(child: int) -> NoReturn:
 
 def _drop_capabilities() -> None:
     """Leaves no capability to the process, and none to the programs that it starts."""
+    libc = ctypes.CDLL(None)
     for capability in range(64):
-        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # without CAP_SETPCAP it has none to lose
+        libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # without CAP_SETPCAP it has none to lose
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     _call("capset", header, bytes(24))
 
 
 def _call(name: str, *arguments: int | bytes | None) -> None:
-    ctypes.set_errno(0)
-    if getattr(_libc, name)(*arguments):
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments):
         number = ctypes.get_errno()
         what = f"mount of {arguments[1]!r}" if name == "mount" else name
         raise OSError(number, os.strerror(number), what)

@@ -27,7 +27,9 @@ def main() -> None:
         rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
         rules.add_rule(pyseccomp.ERRNO(errno.EPERM), "unshare")
         rules.load()
-    environment = Sandboxed("hostile", {"kind": "tests.support.hostile", "folder": folder}, ProcessLimits(128), 20.0)
+    environment = Sandboxed(
+        "hostile", {"kind": "tests.support.hostile", "folder": folder}, ProcessLimits(128, max_tasks=256), 20.0
+    )
     try:
         (task, *_) = environment.list_tasks(Split.TRAIN, 0, 1)
         episode = environment.start(task.task_id)
