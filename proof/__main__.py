@@ -33,6 +33,7 @@ from proof import (
     memory,
     memory_crashes,
     methods,
+    predictions,
     second_attempts,
     sglang,
     soak,
@@ -45,6 +46,7 @@ RESULTS = ROOT / "docs" / "proof"
 CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **methods.CASES,
     **second_attempts.CASES,
+    **predictions.CASES,
     **staleness.CASES,
     **kills.CASES,
     **docker.CASES,

@@ -62,28 +62,30 @@ class WordIndex:
         visible = self.texts.visible(version, environment)
         scores: Floats = np.zeros(len(visible))
         count = int(visible.sum())
-        if count == 0:
+        lengths = self._lengths[: len(visible)]
+        if not lengths[visible].any():  # no entry has words
             return
-        mean = self._lengths[: len(visible)][visible].mean()
+        damping = _K1 * (1 - _B + _B * (lengths / lengths[visible].mean()))
         read = 0
-        for having, often in self._rarest_first(text, len(visible)):
-            if read and read + len(having) > _MAX_POSTINGS:
+        for word, known in self._rarest_first(text, len(visible)):
+            if read and read + known > _MAX_POSTINGS:
                 break
-            there = visible[having]
-            places, counts = having[there], often[there]
-            read += len(places)
-            rarity = math.log(1 + (count - len(places) + 0.5) / (len(places) + 0.5))
-            length = self._lengths[places] / mean
-            scores[places] += rarity * counts * (_K1 + 1) / (counts + _K1 * (1 - _B + _B * length))
+            # Copies: a list cannot grow while an array looks into it.
+            having, often = (np.frombuffer(part, np.intc, known).astype(np.int64) for part in self._postings[word])
+            if count < len(visible):
+                there = visible[having]
+                having, often = having[there], often[there]
+            read += len(having)
+            rarity = math.log(1 + (count - len(having) + 0.5) / (len(having) + 0.5))
+            scores[having] += rarity * often * (_K1 + 1) / (often + damping[having])
         yield from best_first(scores, self.texts.positions, scores > 0, first)
 
-    def _rarest_first(self, text: str, begun: int) -> list[tuple[Places, Places]]:
-        """Of each known word of the text: the places, among the first `begun`, of the texts that have it, and how
-        often. Copies: a list cannot grow while an array looks into it."""
+    def _rarest_first(self, text: str, begun: int) -> list[tuple[str, int]]:
+        """The known words of the text, each with the number of texts that have it, among the first `begun`."""
         found = []
         for word in sorted(set(words(text))):
             if word in self._postings:
-                places, often = (np.frombuffer(part, np.intc) for part in self._postings[word])
-                until = int(np.searchsorted(places, begun))
-                found.append((places[:until].astype(np.int64), often[:until].astype(np.int64)))
-        return sorted(found, key=lambda pair: len(pair[0]))
+                places = np.frombuffer(self._postings[word][0], np.intc)
+                if known := int(np.searchsorted(places, begun)):
+                    found.append((word, known))
+        return sorted(found, key=lambda pair: pair[1])

@@ -81,3 +81,12 @@ def test_a_closed_text_is_gone_from_its_version_on() -> None:
     index.texts.close(7, 4)
     index.texts.close_entry(2, 5)
     assert found(index, 3, "ice") == [2, 1] and found(index, 4, "ice") == [2] and found(index, 5, "ice") == []
+
+
+def test_texts_without_words_are_never_found() -> None:
+    index = WordIndex()
+    index.add(1, 1, "lake", 1, None, "...")
+    assert found(index, 1, "ice") == found(index, 1, "...") == []
+    index.add(2, 2, "lake", 2, None, "ice")
+    assert found(index, 1, "ice") == []
+    assert found(index, 2, "ice") == [2]

@@ -78,10 +78,10 @@ def _selected(
     """The first entries of the blocks that the tables select."""
     found: list[Row] = []
     for positions in blocks:
-        if len(found) >= limit:
-            break
         states = queries.states_of(db, selection, scope, version, positions)
         found += [states[position] for position in positions if position in states]
+        if len(found) >= limit:  # asked before the next block is computed
+            break
     return Found(queries.as_then(db, found[:limit]), version)
 
 
