@@ -13,7 +13,7 @@ import pytest_asyncio
 from google.protobuf import unknown_fields
 
 from mulligan.common.channel import Endpoint
-from mulligan.common.errors import CallFailed
+from mulligan.common.errors import CallFailed, DomainError, Reason
 from mulligan.common.inference import Message, Role, SamplingParams
 from mulligan.common.reflections import Provenance, ReflectionQuery, RetrievalStrategy, Trial
 from mulligan.common.types import Split
@@ -24,7 +24,11 @@ from mulligan.policy.v1 import policy_service_pb2 as policy_pb
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.client import LearnerAdminClient, RunClient
+from mulligan.trainer.data import Datum
 from mulligan.trainer.folder import RunState
+from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.learner.settings import LearnerSpec
+from mulligan.trainer.objectives.coefficients import Coefficients
 from mulligan.trainer.settings import EvaluationSettings
 from mulligan.trainer.wire import settings_to_proto
 from tests.support.released import ReleasedServer, ReleasedStub, as_released, released, start_released
@@ -51,8 +55,9 @@ async def loop(
     shared_services: ServiceProcesses,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Loop:
-    """Today's services, whose trainer knows the others as servers of the release."""
-    addresses = {f"{name}_address": server.address for name, server in released_servers.items() if name != "trainer"}
+    """Today's services, whose trainer knows the others as servers of the release, and its own learners, too."""
+    addresses = {f"{name}_address": server.address for name, server in released_servers.items()}
+    addresses["learner_address"] = addresses.pop("trainer_address")
     folder = tmp_path_factory.mktemp("loop")
     loop = await asyncio.to_thread(partial(Loop.start, shared_services, folder, trainer=addresses))
     for name, server in released_servers.items():
@@ -224,6 +229,19 @@ async def test_todays_client_remembers_at_a_server_of_the_release(
             await newer
     assert await memory.delete(entry) == 2
     await memory.close()
+
+
+async def test_an_objective_that_the_release_lacks_is_refused_by_its_learner(
+    loop: Loop, released_servers: dict[str, ReleasedServer]
+) -> None:
+    endpoint = Endpoint(released_servers["trainer"].address)
+    learner = await LearnerClient.create(endpoint, f"new-{uuid4().hex}", "new", LearnerSpec())
+    datum = Datum("a", (1, 2, 3), (False, True, True), 1.0, 1.0, Coefficients((1.0, 1.0)), "")
+    with pytest.raises(DomainError) as refused:
+        await learner.forward_backward([datum], RUN.loss)
+    assert refused.value.reason is Reason.INVALID_FIELD and "objective" in refused.value.message
+    assert (await learner.optim_step())["skipped"] == 1  # nothing was counted
+    await learner.close()
 
 
 async def test_todays_clients_of_a_trainer_of_the_release(
