@@ -145,10 +145,8 @@ async def test_what_it_may_not_do_is_refused_to_it(client: EnvClient) -> None:
     assert (await episode.step("bomb")).observation == "no more: Operation not permitted"
     assert (await episode.step("thread")).observation == "threaded"
     assert (await episode.step("chatter")).observation == "said"
-    assert (await episode.step("shared memory")).observation == "No space left on device"
     assert (await episode.step("reach")).observation == ""
     assert (await episode.step("connect")).observation == "Operation not permitted"
-    assert (await episode.step("kernel setting")).observation == "Read-only file system"
     assert (await episode.step("capabilities")).observation == "0" * 16
     for action in ("child", "kill parent"):
         refused = await start(client)
@@ -162,6 +160,17 @@ async def test_it_gets_none_of_the_servers_variables(client: EnvClient) -> None:
     names = (await episode.step("variables")).observation.split()
     assert names == ["LANG", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS", "PATH", "PYTHONPATH"]
     await episode.end()
+
+
+def test_the_log_says_what_protects_the_server(server: ServiceProcess) -> None:
+    told = [line for line in server.log_lines if line["event"].startswith("an untrusted environment ")]
+    told = [line for line in told if not line["event"].endswith("loaded again")]
+    assert [line["environment"] for line in told] == ["hostile", "free", "fenced-lake"]
+    for line in told:
+        assert line["network"] == "refused"
+        assert (
+            (line["level"] == "info") is (line["namespaces"] == "user mount ipc network pid") is ("reason" not in line)
+        )
 
 
 async def test_the_server_runs_none_of_its_code(server: ServiceProcess, client: EnvClient, folder: Path) -> None:
