@@ -36,6 +36,7 @@ from proof import (
     predictions,
     second_attempts,
     sglang,
+    soak,
     staleness,
     suite,
 )
@@ -58,6 +59,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **embedded.CASES,
     **language_model.CASES,
     **consolidation.CASES,
+    **soak.CASES,
     **suite.CASES,
 }
 

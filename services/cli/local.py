@@ -135,6 +135,11 @@ class LocalServices:
         command = [sys.executable, "-m", f"mulligan.{name}", "--host", host, "--port", port, *flags]
         return _Process(name, self.addresses[name], command, self.folder / "logs" / f"{name}.log")
 
+    @property
+    def processes(self) -> dict[str, int]:
+        """The process ids of the services that have been started, by name."""
+        return {name: one.process.pid for name, one in self._processes.items() if one.process is not None}
+
     async def __aenter__(self) -> LocalServices:
         for folder in ("logs", "weights", "runs", "checkpoints", "policy"):
             (self.folder / folder).mkdir(parents=True, exist_ok=True)

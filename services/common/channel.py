@@ -225,7 +225,10 @@ class Connection:
 
     def _failure(self, error: grpc.aio.AioRpcError, method: str) -> DomainError | CallFailed:
         found = from_rpc_error(error)
-        return found or CallFailed(self.endpoint.address, method, error.code().name, error.details() or "")
+        details = error.details() or ""
+        if found is None and error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            details = f"the server does not have this call: it is of an earlier release, or another service ({details})"
+        return found or CallFailed(self.endpoint.address, method, error.code().name, details)
 
     def _report(self, cause: str) -> None:
         """Logs and reports an outage once, however many calls wait for its end. A call without retries only raises."""

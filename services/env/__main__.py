@@ -38,6 +38,8 @@ def main() -> None:
         for name, environment in environments.items():
             if environment.info.unavailable:
                 log.warning("environment unavailable", environment=name, reason=environment.info.unavailable)
+            elif (log_protection := getattr(environment, "log_protection", None)) is not None:  # it is untrusted
+                log_protection()
         table = EpisodeTable(environments, workers, settings.limits)
         sweeping = asyncio.create_task(table.keep_expiring(min(settings.lease_seconds / 4, 10.0)))
         await serve(settings, lambda server: add_to_server(server, table), on_started=processes.served)

@@ -1,17 +1,18 @@
 """Untrusted environments: their code runs in processes with limits, not in the server. The option `untrusted` of every
-environment's table, with `memory_mb` and `subprocesses`.
+environment's table, with `memory_mb`, `max_tasks`, `subprocesses` and `network`.
 
 One process loads the environment (`sandbox_host.py`) and forks a process per episode, which shares the loaded memory
 until it writes to it: a start takes milliseconds. Whatever the process of an episode does (raise, hang, use up its
 memory, crash, send garbage) ends that episode alone. If the process that forks them ends, its episodes end with it, and
 the next start loads the environment again.
 
-This limits the damage of faulty code. It is no jail for hostile code, which can read the files of the server's user and
-use the network: run that in a container.
+This limits the damage of faulty code. It is no jail for hostile code, which can read and write the files of the
+server's user: run that in a container. docs/security.md says what is promised.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import signal
@@ -41,12 +42,14 @@ from mulligan.env.base import (
     read_settings,
 )
 from mulligan.env.load import Unavailable
+from mulligan.env.sandbox_namespaces import Isolation
 from mulligan.env.sandbox_pipe import EpisodeStarted, Garbled, SandboxReply, SandboxRequest, receive, send
 from mulligan.env.workers import TimedOut
 
 log = structlog.get_logger()
 _MEMORY_STATUS = 77  # as in `sandbox_host.py`, which cannot be imported except on Linux
 _RETRY_AFTER = timedelta(seconds=1.0)
+_PR_SET_DUMPABLE = 4
 _CONTROL_SECONDS = 10.0  # time limit of the host process, which only forks and ends others
 # The kernel ends a host process with the *thread* that started it, so this thread lives as long as the server.
 _SPAWNER = ThreadPoolExecutor(1, "sandbox")
@@ -57,18 +60,23 @@ T = TypeVar("T")
 class ProcessLimits:
     """Limits of the processes of one environment.
 
-    `memory_mb` is what loading may use, and what each process may use in addition. With `subprocesses`, the code may
-    start processes, each with these limits; its episodes can then be forked. `load_seconds` is the time limit of
-    loading.
+    `memory_mb` is what loading may use, and what each process may use in addition. An episode may add `max_tasks`
+    processes and threads to those that the user has when it starts; the kernel does not limit root's. With
+    `subprocesses`, the code may start processes, each with these limits; its episodes can then be forked. With
+    `network`, it may open connections. `load_seconds` is the time limit of loading.
     """
 
     memory_mb: int = 1024
+    max_tasks: int = 4096  # episodes that start later count, too
     subprocesses: bool = False
+    network: bool = False
     load_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         if self.memory_mb < 1:
             raise ValueError(f"memory_mb must be at least 1, not {self.memory_mb}")
+        if self.max_tasks < 1:
+            raise ValueError(f"max_tasks must be at least 1, not {self.max_tasks}")
         if self.load_seconds <= 0:
             raise ValueError(f"load_seconds must be more than 0, not {self.load_seconds:g}")
 
@@ -100,8 +108,15 @@ class _HostProcess:
         self._lost = ""
         self._control, theirs = socket.socketpair()
         with theirs:
-            arguments = (theirs.fileno(), os.getpid(), limits.memory_mb * 2**20, int(limits.subprocesses))
+            memory = limits.memory_mb * 2**20
+            switches = (int(limits.subprocesses), int(limits.network))
+            arguments = (theirs.fileno(), os.getpid(), memory, limits.max_tasks, *switches)
             self._process = _SPAWNER.submit(_spawn, theirs.fileno(), [str(argument) for argument in arguments]).result()
+        self.isolation = msgspec.msgpack.decode(
+            self.ask(SandboxRequest("isolation"), seconds=limits.load_seconds).result, type=Isolation
+        )
+        if "user" not in self.isolation.namespaces and os.geteuid():
+            _close_memory()
         reply = self.ask(SandboxRequest("load", name, dict(table)), seconds=limits.load_seconds)
         if reply.problem or reply.kind:
             self.close()
@@ -156,6 +171,12 @@ class _HostProcess:
             self._process.kill()
             status = self._process.wait()
         return status
+
+
+def _close_memory() -> None:
+    """Keeps processes of the same user from reading and writing this one's memory by /proc. Those in another user
+    namespace cannot, nor can those that have fewer capabilities."""
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _spawn(descriptor: int, arguments: list[str]) -> subprocess.Popen[bytes]:
@@ -337,6 +358,25 @@ class Sandboxed:
 
     def close(self) -> None:
         self._host.close()
+
+    @property
+    def isolation(self) -> Isolation:
+        return self._host.isolation
+
+    def log_protection(self) -> None:
+        """Tells what protects the server from the environment's code."""
+        isolation = self.isolation
+        facts = {
+            "environment": self._name,
+            "namespaces": " ".join(isolation.namespaces) or "none",
+            "processes": "limited" if os.geteuid() else "not limited for root",
+            "shared_memory": "limited" if "mount" in isolation.namespaces else "not limited",
+            "network": "open" if self._limits.network else "refused",
+        }
+        if isolation.lacks:
+            log.warning("an untrusted environment lacks namespaces", **facts, reason=isolation.lacks)
+        else:
+            log.info("an untrusted environment has namespaces of its own", **facts)
 
     def _start(self, request: SandboxRequest) -> _ForkedProcess:
         ours, theirs = socket.socketpair()

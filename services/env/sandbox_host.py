@@ -1,15 +1,16 @@
 """The host process of one untrusted environment: it loads the environment and forks a process for each episode.
 
-`python -m mulligan.env.sandbox_host DESCRIPTOR PARENT MEMORY SUBPROCESSES`, started by `sandbox.py` without the
-server's variables. It talks to the server on the descriptor. Except for loading, it runs no code of the environment:
-each episode and each listing has its own process, which talks to the server directly. Such a process ends when the
-server closes its end of the socket. All of them end with this one, and this one ends with the server.
+`python -m mulligan.env.sandbox_host DESCRIPTOR PARENT MEMORY TASKS SUBPROCESSES NETWORK`, started by `sandbox.py`
+without the server's variables. It moves into namespaces of its own (`sandbox_namespaces.py`), and makes no other system
+calls than those of a list (`sandbox_filter.py`). It talks to the server on the descriptor. Except for loading, it runs
+no code of the environment: each episode and each listing has its own process, which talks to the server directly. Such
+a process ends when the server closes its end of the socket. All of them end with this one, and this one ends with the
+server.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import gc
 import os
 import resource
@@ -22,31 +23,39 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 import msgspec
-import pyseccomp
 
 from mulligan.common.rewards import read_reward
 from mulligan.env.base import Environment, Episode, MissingExtra, Split, StepResult, UnknownTask, act
 from mulligan.env.load import load
+from mulligan.env.sandbox_filter import CallFilter, Calls
+from mulligan.env.sandbox_namespaces import Isolation, isolate
 from mulligan.env.sandbox_pipe import EpisodeStarted, Garbled, SandboxReply, SandboxRequest, receive, send
 
 MEMORY_STATUS = 77  # exit status of a process that has no memory left for a message
 _MAX_OPEN_FILES = 256
 _PR_SET_PDEATHSIG = 1
+_PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
-_CLONE_THREAD = 0x10000
 _PROBLEM_LENGTH = 400
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _Host:
-    """`memory` is what loading may use, and what each process may use in addition, in bytes."""
+    """`memory` is what loading may use, and what each process may use in addition, in bytes; `tasks`, how many
+    processes and threads an episode may add."""
 
-    def __init__(self, control: socket.socket, memory: int, subprocesses: bool) -> None:
+    def __init__(
+        self, control: socket.socket, memory: int, tasks: int, subprocesses: bool, network: bool, isolation: Isolation
+    ) -> None:
         self._control = control
         self._memory = memory
+        self._tasks = tasks
         self._subprocesses = subprocesses
+        self._isolation = isolation
         self._environment: Environment | None = None
+        CallFilter(Calls.WITH_PROCESSES, network=network).load()
+        self._alone = None if subprocesses else CallFilter(Calls.ALONE, network=network)
 
     def serve(self) -> None:
         """Serves requests until the server is gone."""
@@ -54,6 +63,8 @@ class _Host:
             request, descriptor = received
             if descriptor is not None:
                 reply = self._fork(request, descriptor)
+            elif request.do == "isolation":
+                reply = _attempt(lambda: self._isolation)
             elif request.do == "load":
                 reply = _attempt(lambda: self._load(request), at_load=True)  # noqa: B023 - called at once
             else:
@@ -66,7 +77,7 @@ class _Host:
         gc.collect()
         gc.freeze()  # the loaded objects stay: collecting them in each process would only copy their pages
         self._environment = environment
-        if self._subprocesses:
+        if self._subprocesses and "pid" not in self._isolation.namespaces:
             _prctl(_PR_SET_PDEATHSIG, 0)  # `serve` now ends with the connection, then `_end_all` runs
         return environment.info
 
@@ -87,8 +98,9 @@ class _Host:
 
     def _restrict(self) -> None:
         _limit_memory(self._memory, final=True)
-        if not self._subprocesses:
-            _forbid_processes()
+        _limit_tasks(self._tasks)
+        if self._alone is not None:
+            self._alone.load()
 
 
 def _run(
@@ -220,18 +232,20 @@ def _limit_memory(more: int, *, final: bool) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit if final else hard))
 
 
-def _forbid_processes() -> None:
-    """Refuses new processes and programs, signals to other processes, and outliving the host. Threads are allowed."""
-    refuse = pyseccomp.ERRNO(errno.EPERM)
-    rules = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
-    for call in ("fork", "vfork", "execve", "execveat", "ptrace", "tkill", "rt_sigqueueinfo", "pidfd_send_signal"):
-        rules.add_rule(refuse, call)
-    rules.add_rule(refuse, "clone", pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _CLONE_THREAD, 0))
-    rules.add_rule(pyseccomp.ERRNO(errno.ENOSYS), "clone3")  # the C library then uses clone
-    for call in ("kill", "tgkill"):
-        rules.add_rule(refuse, call, pyseccomp.Arg(0, pyseccomp.NE, os.getpid()))
-    rules.add_rule(refuse, "prctl", pyseccomp.Arg(0, pyseccomp.EQ, _PR_SET_PDEATHSIG))
-    rules.load()
+def _limit_tasks(more: int) -> None:
+    """Limits how many processes and threads the user may have, to `more` than there are. The kernel counts them in a
+    user namespace if the process has one, else on the machine, and does not apply the limit to root."""
+    user = os.getuid()
+    tasks = 0
+    for entry in os.scandir("/proc"):
+        try:
+            if entry.name.isdecimal() and entry.stat().st_uid == user:
+                tasks += os.stat(f"/proc/{entry.name}/task").st_nlink - 2
+        except OSError:  # it has ended
+            continue
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    limit = tasks + more if hard == resource.RLIM_INFINITY else min(tasks + more, hard)
+    resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit))
 
 
 def _end(process: int) -> int:
@@ -305,10 +319,12 @@ def _prctl(option: int, value: int) -> None:
 
 
 def main() -> None:
-    descriptor, parent, memory, subprocesses = (int(argument) for argument in sys.argv[1:5])
+    descriptor, parent, memory, tasks, subprocesses, network = (int(argument) for argument in sys.argv[1:7])
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
+    isolation = isolate(network=bool(network), memory=memory)
+    _prctl(_PR_SET_DUMPABLE, 0)  # no process of the same user can read or write the memory of another
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -316,7 +332,8 @@ def main() -> None:
     files = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(_MAX_OPEN_FILES, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     try:
-        _Host(socket.socket(fileno=descriptor), memory, bool(subprocesses)).serve()
+        control = socket.socket(fileno=descriptor)
+        _Host(control, memory, tasks, bool(subprocesses), bool(network), isolation).serve()
     finally:
         _end_all()
 

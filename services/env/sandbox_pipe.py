@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 
 class SandboxRequest(msgspec.Struct):
-    """`do` is "load" (a table), "start" (a task), "list" (tasks) or "end" (a process); for the process of an episode,
-    "step" or "fork"."""
+    """`do` is "isolation", "load" (a table), "start" (a task), "list" (tasks) or "end" (a process); for the process of
+    an episode, "step" or "fork"."""
 
     do: str
     text: str = ""  # name of the environment, task or action

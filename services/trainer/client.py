@@ -113,19 +113,26 @@ class RunClient:
 
         With `run_id`, the run's last checkpoint is published first; otherwise `policy` names a policy of the service.
         `on_progress` gets the number of ended attempts, of all attempts, the share of successes so far, and the label
-        of the protocol that plays them, "" before the first.
+        of the protocol that plays them, "" before the first. A trainer of the first release tells of no progress and
+        knows no protocols: with protocols, CallFailed with UNIMPLEMENTED.
         """
         request = pb.EvaluateRequest(
             environment=environment, seed=seed, max_tokens=max_tokens, run_id=run_id, policy=policy
         )
         fill_proto(request.config, settings.model_dump(mode="json"))
         streamed = pb.StreamEvaluateRequest(request=request)
-        last = pb.StreamEvaluateResponse()
-        async with self._connection.stream(self._stub.StreamEvaluate, streamed, timeout=EVALUATE_SECONDS) as responses:
-            async for last in responses:
-                success = last.success if last.HasField("success") else None
-                on_progress(last.ended, last.total, success, last.protocol)
-        return self._connection.read(_evaluation, last)
+        answer = pb.EvaluateResponse()
+        try:
+            async with self._connection.stream(self._stub.StreamEvaluate, streamed, timeout=EVALUATE_SECONDS) as parts:
+                async for part in parts:
+                    success = part.success if part.HasField("success") else None
+                    on_progress(part.ended, part.total, success, part.protocol)
+                    answer = part.result
+        except CallFailed as error:
+            if error.code != "UNIMPLEMENTED" or settings.protocols:
+                raise
+            answer = await self._connection.call(self._stub.Evaluate, request, timeout=EVALUATE_SECONDS)
+        return self._connection.read(_evaluation, answer)
 
     async def experiences(self, run_id: str, step: int | None = None, limit: int = 10) -> list[Experience]:
         if limit == 0:
@@ -142,10 +149,10 @@ class RunClient:
         await self._connection.close()
 
 
-def _evaluation(last: pb.StreamEvaluateResponse) -> tuple[EvaluationEvent, int]:
-    if not last.HasField("result"):
+def _evaluation(answer: pb.EvaluateResponse) -> tuple[EvaluationEvent, int]:
+    if not answer.HasField("result"):
         raise ValueError("the evaluation ended without a result")
-    return evaluation_from_proto(last.result.result), last.result.policy_version
+    return evaluation_from_proto(answer.result), answer.policy_version
 
 
 class LearnerAdminClient:

@@ -1,6 +1,7 @@
 """An environment whose agents make it do what no environment should: `kind = "tests.support.hostile"`.
 
-The action is what it does. It notes where it runs in `folder`, so that a test sees what is left of it.
+The action is what it does. It notes where it runs in `folder`, so that a test sees what is left of it. It names
+processes by their identity (`tests.support.processes`), as they have a pid namespace of their own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from mulligan.env.base import EnvironmentInfo, Split, StepResult, TaskInfo, read_settings
 from mulligan.env.prompts import generic_prompts
+from tests.support.processes import identity
 
 MEGABYTE = 2**20
 
@@ -101,18 +103,18 @@ def _chatter() -> str:
 
 def _child() -> str:
     sleeping = subprocess.Popen(["sleep", "60"])
-    return f"{sleeping.pid}"
+    return identity(sleeping.pid)
 
 
 def _apart() -> str:
     """A process in a session of its own."""
-    return f"{subprocess.Popen(['sleep', '60'], start_new_session=True).pid}"
+    return identity(subprocess.Popen(["sleep", "60"], start_new_session=True).pid)
 
 
 def _orphan() -> str:
     """A process whose parent is gone."""
     command = "sleep 60 >/dev/null 2>&1 & echo $!"
-    return subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, check=True).stdout.decode()
+    return identity(int(subprocess.run(["sh", "-c", command], stdout=subprocess.PIPE, check=True).stdout))
 
 
 def _variables() -> str:
@@ -127,6 +129,71 @@ def _thread() -> str:
     thread.start()
     thread.join()
     return said[0]
+
+
+def _fill_shared_memory() -> str:
+    """Writes twice the limit of its memory to files that lie in memory."""
+    path = Path("/dev/shm/hostile")
+    try:
+        with path.open("wb") as file:
+            for _ in range(256):
+                file.write(bytes(MEGABYTE))
+    except OSError as error:
+        return f"{error.strerror}"
+    finally:
+        path.unlink()
+    return "written"
+
+
+def _reach_memory() -> str:
+    """Which of its relatives' memory it can write to: of what started it, of the server, of other episodes."""
+    host = os.getppid()
+    server = Path(f"/proc/{host}/status").read_text().split("PPid:")[1].split()[0]
+    siblings = Path(f"/proc/{host}/task/{host}/children").read_text().split()
+    found = []
+    for process in {str(host), server, *siblings} - {"0", str(os.getpid())}:
+        try:
+            with open(f"/proc/{process}/mem", "r+b"):
+                found.append(process)
+        except OSError:
+            continue
+    return " ".join(found)
+
+
+def _threads() -> str:
+    """How many threads it gets of 300."""
+    threading.stack_size(32768)
+    release = threading.Event()
+    count = 0
+    try:
+        for _ in range(300):
+            threading.Thread(target=release.wait, daemon=True).start()
+            count += 1
+    except RuntimeError:
+        pass
+    release.set()
+    return f"{count}"
+
+
+def _connect() -> str:
+    try:
+        socket.create_connection(("127.0.0.1", 9), timeout=5)
+    except OSError as error:
+        return f"{error.strerror}"
+    return "connected"
+
+
+def _kernel_setting() -> str:
+    """Opens a setting for writing, and leaves it as it is."""
+    try:
+        os.close(os.open("/proc/sys/kernel/core_pattern", os.O_WRONLY))
+    except OSError as error:
+        return f"{error.strerror}"
+    return "opened"
+
+
+def _capabilities() -> str:
+    return Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0]
 
 
 def _raise() -> str:
@@ -157,14 +224,20 @@ ACTIONS: dict[str, Callable[[], str]] = {
     "variables": _variables,
     "thread": _thread,
     "recurse": _recurse,
-    "pid": lambda: f"{os.getpid()} {os.getppid()}",
+    "shared memory": _fill_shared_memory,
+    "reach": _reach_memory,
+    "threads": _threads,
+    "connect": _connect,
+    "kernel setting": _kernel_setting,
+    "capabilities": _capabilities,
+    "pid": lambda: f"{identity(os.getpid())} {identity(os.getppid())}",
     "some memory": lambda: str(len(bytearray(32 * MEGABYTE))),
 }
 
 
 class HostileEpisode:
     def __init__(self, task_id: str, folder: str) -> None:
-        (Path(folder) / f"{os.getpid()}").touch()
+        (Path(folder) / identity(os.getpid())).touch()
         self.observation = ACTIONS.get(task_id, lambda: "begin")()
         self.steps: list[str] = []
 
@@ -177,7 +250,7 @@ class HostileEpisode:
 class Hostile:
     def __init__(self, name: str, settings: HostileSettings) -> None:
         self._folder = settings.folder
-        (Path(self._folder) / f"{os.getpid()}").touch()
+        (Path(self._folder) / identity(os.getpid())).touch()
         ACTIONS.get(settings.at_load, str)()
         self.info = EnvironmentInfo(
             name=name,

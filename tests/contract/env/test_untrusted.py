@@ -17,7 +17,8 @@ from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient, RemoteEpisode
 from mulligan.testing.chained import Chain
 from mulligan.testing.processes import ProcessFailed, ServiceProcess, ServiceProcesses
-from tests.support.processes import runs
+from tests.support.processes import identity, number_of
+from tests.support.processes import inside_runs as runs
 from tests.support.waiting import wait_until
 
 HOSTILE = {"kind": "tests.support.hostile", "untrusted": True, "memory_mb": 128}
@@ -31,9 +32,15 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def seen(folder: Path) -> set[int]:
-    """All processes in which code of the environment ran."""
-    return {int(path.name) for path in folder.iterdir()}
+def seen(folder: Path) -> set[str]:
+    """The identities of all processes in which code of the environment ran."""
+    return {path.name for path in folder.iterdir()}
+
+
+def kill(process: str) -> None:
+    number = number_of(process)
+    assert number is not None
+    os.kill(number, signal.SIGKILL)
 
 
 # What its code does, and what the episode's error says of it.
@@ -119,7 +126,7 @@ class Neighbours:
 async def test_what_its_code_does_ends_one_episode(client: EnvClient, name: str, action: str, words: str) -> None:
     neighbours = await Neighbours.arrive(client, name)
     episode = await start(client, name)
-    process = int((await episode.step("pid")).observation.split()[0])
+    process = (await episode.step("pid")).observation.split()[0]
     failing = asyncio.create_task(episode.step(action))
     while not failing.done():
         await neighbours.play()
@@ -138,6 +145,9 @@ async def test_what_it_may_not_do_is_refused_to_it(client: EnvClient) -> None:
     assert (await episode.step("bomb")).observation == "no more: Operation not permitted"
     assert (await episode.step("thread")).observation == "threaded"
     assert (await episode.step("chatter")).observation == "said"
+    assert (await episode.step("reach")).observation == ""
+    assert (await episode.step("connect")).observation == "Operation not permitted"
+    assert (await episode.step("capabilities")).observation == "0" * 16
     for action in ("child", "kill parent"):
         refused = await start(client)
         assert "PermissionError" in (await refused.step(action)).error
@@ -152,10 +162,20 @@ async def test_it_gets_none_of_the_servers_variables(client: EnvClient) -> None:
     await episode.end()
 
 
+def test_the_log_says_what_protects_the_server(server: ServiceProcess) -> None:
+    told = [line for line in server.log_lines if line["event"].startswith("an untrusted environment ")]
+    told = [line for line in told if not line["event"].endswith("loaded again")]
+    assert [line["environment"] for line in told] == ["hostile", "free", "fenced-lake"]
+    for line in told:
+        assert line["network"] == "refused"
+        is_whole = line["namespaces"] == "user mount ipc network pid"
+        assert (line["level"], "reason" in line) == (("info", False) if is_whole else ("warning", True))
+
+
 async def test_the_server_runs_none_of_its_code(server: ServiceProcess, client: EnvClient, folder: Path) -> None:
     await client.list_tasks("hostile", Split.TRAIN, 0)
     assert server.process is not None
-    assert server.process.pid not in seen(folder) and len(seen(folder)) > 2
+    assert identity(server.process.pid, server.process.pid) not in seen(folder) and len(seen(folder)) > 2
 
 
 @pytest.mark.parametrize(
@@ -190,10 +210,10 @@ async def test_tasks_are_listed_by_a_process_too(client: EnvClient) -> None:
 async def test_a_process_that_is_killed_in_the_middle_of_a_step_is_named(client: EnvClient) -> None:
     neighbours = await Neighbours.arrive(client, "hostile")
     episode = await start(client)
-    process = int((await episode.step("pid")).observation.split()[0])
+    process = (await episode.step("pid")).observation.split()[0]
     step = asyncio.create_task(episode.step("hang"))
     await neighbours.play()
-    os.kill(process, signal.SIGKILL)
+    kill(process)
     answer = await step
     assert answer.outcome is Outcome.ENV_ERROR and answer.error == "its process ended with signal 9 (SIGKILL)"
     await neighbours.play()
@@ -206,16 +226,17 @@ async def test_the_process_that_forks_episodes_is_replaced(client: EnvClient, na
     chain = Chain(trusted.observation)
     idle = await start(client, name)
     hanging = await start(client, name)
-    process, host = map(int, (await hanging.step("pid")).observation.split())
+    process, host = (await hanging.step("pid")).observation.split()
     step = asyncio.create_task(hanging.step("hang"))
     assert (await trusted.step("a")).observation == chain.after("a")
-    os.kill(host, signal.SIGKILL)
+    before = number_of(host)
+    kill(host)
     words = "the process that loaded the environment ended with signal 9 (SIGKILL)"
     for answer in (await step, await idle.step("a")):
         assert (answer.outcome, answer.error) == (Outcome.ENV_ERROR, words)
     await until(lambda: not runs(process))
     again = await start(client, name)
-    assert int((await again.step("pid")).observation.split()[1]) != host
+    assert number_of((await again.step("pid")).observation.split()[1]) not in (None, before)
     assert (await trusted.step("b")).observation == chain.after("b")
     await again.end()
 
@@ -244,7 +265,7 @@ async def test_a_process_is_copied_as_it_is(client: EnvClient) -> None:
     copies.append(await copies[0].fork(uuid4().hex))
     said = await asyncio.gather(*(episode.step(f"{n}") for n, episode in enumerate([source, *copies])))
     assert [answer.observation for answer in said] == [f"a-{n}" for n in range(4)]
-    processes = [int((await episode.step("pid")).observation.split()[0]) for episode in (source, *copies)]
+    processes = [(await episode.step("pid")).observation.split()[0] for episode in (source, *copies)]
     assert len(set(processes)) == 4
     assert (await source.step("segfault")).error == "its process ended with signal 11 (SIGSEGV)"
     assert (await copies[1].step("eat")).error == "used more than memory_mb = 128"
@@ -257,8 +278,8 @@ async def test_a_process_is_copied_as_it_is(client: EnvClient) -> None:
 async def test_what_an_episode_started_ends_with_it(client: EnvClient) -> None:
     episode = await start(client, "free")
     neighbour = await start(client, "free")
-    started = [int((await episode.step(action)).observation) for action in ("child", "apart", "orphan")]
-    kept = [int((await neighbour.step(action)).observation) for action in ("child", "apart", "orphan")]
+    started = [(await episode.step(action)).observation for action in ("child", "apart", "orphan")]
+    kept = [(await neighbour.step(action)).observation for action in ("child", "apart", "orphan")]
     assert all(map(runs, started))
     await episode.end()
     await until(lambda: not any(map(runs, started)))
@@ -280,7 +301,7 @@ async def test_nothing_is_left_when_episodes_or_the_server_end(
     hosts = seen(tmp_path)
     client = EnvClient(Endpoint(server.address, outage_seconds=0))
     episodes = [await start(client, name) for name in ("hostile", "hostile", "free")]
-    child = int((await episodes[2].step("child")).observation)
+    child = (await episodes[2].step("child")).observation
     assert runs(child) and all(map(runs, seen(tmp_path))) and len(seen(tmp_path)) == 5
     hanging = asyncio.create_task(episodes[1].step("spin")) if how.startswith("SIG") else None
     if hanging is not None:
