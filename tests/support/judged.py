@@ -39,8 +39,8 @@ from mulligan.testing.judge.history import Call, Violation
 from mulligan.testing.judge.network import CallFaults, FaultyCalls
 from mulligan.testing.judge.state import Final
 from mulligan.testing.judge.strangers import Strangers
+from mulligan.testing.judge.trial import judged_run
 from mulligan.testing.judge.verdict import judge
-from mulligan.testing.loop import small_run
 from mulligan.trainer import servicer as run_servicer
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.interfaces import LearnerPort
@@ -51,25 +51,16 @@ from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import ServicePorts
 from mulligan.trainer.settings import RunSettings
 from tests.support.tokens import token_of, write_tokens
+from tests.support.waiting import until
 
 RUN_SECONDS = 60.0
 REPEATED = frozenset({"StepEpisodes", "StepEpisode", "AddReflection", "ReportOutcome", "ForwardBackward", "OptimStep"})
 FAULTS = CallFaults(late_copies=0.1, late=0.1, overtaking=0.02, delay=0.01, lost_once=REPEATED)
 
 
-def judged_run(**changes: Any) -> RunSettings:
-    """It writes and reads the memory, and draws uses; small enough for a test."""
-    algorithm = {
-        "optimizer_steps": 2,
-        "memory_strategy": "latest_success",
-        "memory_entries": 2,
-        "memory_holdout": 0.3,
-        "memory_readers": "both",
-        "memory_writes": "all",
-    }
+def short_run(**changes: Any) -> RunSettings:
     rollout = {"tasks_per_step": 2, "rollouts_per_task": 2, "max_restarts": 3}
-    evaluation = {"every": 0, "tasks": 1, "samples": 1}
-    return small_run(**({"steps": 2, "algorithm": algorithm, "rollout": rollout, "evaluation": evaluation} | changes))
+    return judged_run(**({"steps": 2, "rollout": rollout} | changes))
 
 
 @dataclass
@@ -104,11 +95,11 @@ class World:
         return judge(self.calls, self.final, self.environments)
 
     async def _lose(self, times: int) -> None:
+        """First attempts of training that were stepped."""
+        live = self.table._live
         for _ in range(times):
-            while not any(record.answers for record in self.table._live.values()):
-                await asyncio.sleep(0.002)
-            self.table._live.clear()
-            await asyncio.sleep(0.05)
+            await until(lambda: any("-first-" in one and live[one].answers for one in live))
+            live.clear()
 
 
 @contextmanager
@@ -128,7 +119,8 @@ async def world(folder: Path, seed: int = 0, faults: CallFaults = FAULTS) -> Asy
         recording = recorder.Recorder(recorder.to_file(folder / "history" / "all.jsonl"), "process")
         recorder.record_calls(recording, patch)
         services = _Services(folder, stack, chance, faults)
-        environments = EnvSettings().create_environments()
+        table_of = {"frozenlake-3x3": EnvSettings().environments["frozenlake-3x3"]}  # others take seconds to make
+        environments = EnvSettings(environments=table_of).create_environments()
         workers = WorkerPool(4, 10.0, 4)
         stack.callback(workers.close)
         table = EpisodeTable(environments, workers)
@@ -213,7 +205,12 @@ class _Services:
             self._stack.push_async_callback(port.close)  # type: ignore[union-attr]
         self._stack.push_async_callback(learners.close)
         self._stack.push_async_callback(manager.close)
-        own = await self.serve(
-            lambda server: [*run_servicer.add_to_server(server, manager), *learner_servicer.add_to_server(server, learners)]
-        )
+
+        def add(server: grpc.aio.Server) -> list[str]:
+            return [
+                *run_servicer.add_to_server(server, manager),
+                *learner_servicer.add_to_server(server, learners),
+            ]
+
+        own = await self.serve(add)
         return own

@@ -177,22 +177,22 @@ def role_not_checked(patch: Patch) -> None:
     patch(server.RequestInterceptor, "_refusal", careless)
 
 
-BUGS: dict[str, Callable[[Patch], None]] = {
-    bug.__name__: bug
-    for bug in (
-        step_played_twice,
-        repeated_step_played_again,
-        write_lost,
-        write_stored_twice,
-        report_counted_twice,
-        version_of_the_future,
-        version_of_the_past,
-        failure_is_reward_zero,
-        optimizer_step_counted_twice,
-        token_not_checked,
-        role_not_checked,
-    )
+HAS = {
+    "step_played_twice": "env",
+    "repeated_step_played_again": "env",
+    "write_lost": "memory",
+    "write_stored_twice": "memory",
+    "report_counted_twice": "memory",
+    "version_of_the_future": "policy",
+    "version_of_the_past": "policy",
+    "failure_is_reward_zero": "trainer",
+    "optimizer_step_counted_twice": "trainer",
+    "token_not_checked": "memory",
+    "role_not_checked": "policy",
 }
+"""The service that has the bug, by its name."""
+
+BUGS: dict[str, Callable[[Patch], None]] = {name: globals()[name] for name in HAS}
 
 
 def plant(name: str, patch: Patch = setattr) -> None:

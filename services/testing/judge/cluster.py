@@ -136,5 +136,3 @@ class Cluster:
             await network.stop()
         await asyncio.to_thread(self.services.end)
         await asyncio.to_thread(self.collector.close)
-
-

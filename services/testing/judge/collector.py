@@ -1,4 +1,4 @@
-"""Takes the histories of processes over a socket, so that a process whose disk is full, or that is killed, loses none."""
+"""Takes the histories of processes over a socket: a process whose disk is full, or that is killed, loses nothing."""
 
 from __future__ import annotations
 

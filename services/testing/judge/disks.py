@@ -19,7 +19,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mulligan.testing import power_loss
@@ -35,16 +35,24 @@ def files_may_not_grow(pid: int, size: int = 0) -> Iterator[None]:
     try:
         yield
     finally:
-        try:
+        with suppress(ProcessLookupError):  # it was killed meanwhile
             resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
-        except ProcessLookupError:
-            pass  # it was killed meanwhile
 
 
 @contextmanager
 def database_is_full(pid: int, note: Path) -> Iterator[None]:
     """During the block the process's calls pwrite64 fail as on a full disk. `note` is a file for what strace says."""
-    options = ["-f", "-e", "trace=pwrite64", "-e", "inject=pwrite64:error=ENOSPC", "-e", "signal=none", "-o", "/dev/null"]
+    options = [
+        "-f",
+        "-e",
+        "trace=pwrite64",
+        "-e",
+        "inject=pwrite64:error=ENOSPC",
+        "-e",
+        "signal=none",
+        "-o",
+        "/dev/null",
+    ]
     with note.open("ab") as log:
         tracer = subprocess.Popen(["strace", *options, "-p", str(pid)], stderr=log)
     _wait_until_traced(pid, tracer)

@@ -98,4 +98,3 @@ def _of_file(file: Path) -> Iterator[Call]:
             yield Call(0, **begun.pop(noted.pop("call")), **noted)
     for left in begun.values():
         yield Call(0, **left)
-

@@ -88,7 +88,7 @@ class Nemesis:
         self._cluster.move_clock(victim, self._chance.randint(-_JUMP, _JUMP))
 
     async def _lose_power(self) -> None:
-        if not self._traces_calls or self._chance.random() < 0.5:
+        if not self._traces_calls or self.happened["power trainer"] <= self.happened["power memory"]:
             self.happened["power trainer"] += 1
             await asyncio.to_thread(self._lose_power_of_trainer)
         else:

@@ -12,7 +12,8 @@ import itertools
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,6 +75,17 @@ def record_calls(recorder: Recorder, patch: Callable[[object, str, Any], None] =
     """From now on all connections of this process that are opened record their calls."""
     opening = channel.open_channel
     patch(channel, "open_channel", lambda *arguments: _RecordedChannel(opening(*arguments), recorder))
+
+
+@contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """As `record_calls`, until the end of the block."""
+    opening = channel.open_channel
+    record_calls(recorder)
+    try:
+        yield
+    finally:
+        channel.open_channel = opening
 
 
 class _RecordedChannel:

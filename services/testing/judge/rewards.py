@@ -12,8 +12,10 @@ from mulligan.testing.judge.history import Call, Violation, named
 from mulligan.testing.judge.state import Final
 
 RULE = "rewards"
-_ENDS = {Outcome.COMPLETED: (1,), Outcome.TRUNCATED: (0, 1, 2)}  # outcomes of the last step, as the contract numbers them
-_FAILED = (3, 4, 5, 6)
+_ENDS = {
+    Outcome.COMPLETED: (1,),
+    Outcome.TRUNCATED: (0, 1, 2),
+}  # outcomes of the last step, as the contract numbers them
 
 
 def check(calls: Sequence[Call], final: Final) -> Iterator[Violation]:
@@ -29,6 +31,7 @@ def _check_sample(sample: Sample, steps: Mapping[str, Sequence[AnsweredStep]]) -
     name = f"{sample.sample_id} ({sample.outcome}, reward {sample.reward})"
     if (sample.reward is not None) != sample.outcome.has_reward:
         yield Violation(RULE, f"{name}: a reward and its outcome do not go together")
+        return
     if sample.reward is None:
         return
     if not sample.turns:
@@ -41,7 +44,7 @@ def _check_sample(sample: Sample, steps: Mapping[str, Sequence[AnsweredStep]]) -
     last = [step for step in steps.get(last_id, ()) if step.index == len(sample.tries[-1]) - 1]
     for step in last[:1]:
         outcome = step.answer.get("outcome", 0) if step.done else 0
-        if outcome in _FAILED or (outcome not in _ENDS[sample.outcome]):
+        if outcome not in _ENDS[sample.outcome]:
             yield Violation(RULE, f"{name}: its last step had the outcome {outcome}", (step.call,))
     if abs(total(turn.reward for turn in sample.tries[-1]) - sample.reward) > 1e-9:
         yield Violation(RULE, f"{name}: the rewards of its turns have another sum")

@@ -8,13 +8,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grpc
-from google.protobuf import descriptor_pool, message_factory
+from google.protobuf import message_factory
+from google.protobuf.descriptor import ServiceDescriptor
 
 from mulligan.common.access import ACCESS, AccessRole, needed_role
 from mulligan.common.tokens import bearer
+from mulligan.env.v1 import env_service_pb2
+from mulligan.memory.v1 import memory_service_pb2
+from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
 from mulligan.testing.judge.access import NO_TOKEN, UNKNOWN_TOKEN
 from mulligan.testing.judge.recorder import Recorder
+from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
 
+_SERVICES: dict[str, ServiceDescriptor] = {
+    found.full_name: found
+    for contract in (
+        env_service_pb2,
+        memory_service_pb2,
+        policy_service_pb2,
+        policy_admin_service_pb2,
+        learner_service_pb2,
+        run_service_pb2,
+    )
+    for found in contract.DESCRIPTOR.services_by_name.values()
+}
 _SECONDS = 5.0  # of a call
 _PAUSE = 0.05
 
@@ -70,5 +87,5 @@ class Strangers:
 
 def _kinds(method: str) -> tuple[Any, Any]:
     _, service, call = method.split("/")
-    found = descriptor_pool.Default().FindServiceByName(service).methods_by_name[call]
+    found = _SERVICES[service].methods_by_name[call]
     return message_factory.GetMessageClass(found.input_type), message_factory.GetMessageClass(found.output_type)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mulligan.common.access import AccessRole
+from mulligan.common.experience import Sample
 from mulligan.env.config import EnvSettings
 from mulligan.testing.judge import history
 from mulligan.testing.judge.cluster import SERVED, Cluster
 from mulligan.testing.judge.final import collect
 from mulligan.testing.judge.history import Call, Violation
 from mulligan.testing.judge.nemesis import TROUBLES, Nemesis
-from mulligan.testing.judge.recorder import Recorder, record_calls, to_file
+from mulligan.testing.judge.recorder import Recorder, recorded, to_file
 from mulligan.testing.judge.state import Final
 from mulligan.testing.judge.strangers import Strangers
 from mulligan.testing.judge.verdict import judge
@@ -35,7 +37,7 @@ def judged_run(**changes: Any) -> RunSettings:
         "memory_strategy": "latest_success",
         "memory_entries": 2,
         "memory_holdout": 0.3,
-        "memory_readers": "both",
+        "memory_readers": "reflector",
         "memory_writes": "all",
     }
     evaluation = {"every": 0, "tasks": 1, "samples": 1}
@@ -49,6 +51,32 @@ class Trial:
     final: Final
     nemesis: Nemesis
     network: dict[str, int]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """In numbers."""
+        strangers = [call for call in self.calls if call.credential]
+        return {
+            "troubles": dict(sorted(self.nemesis.happened.items())),
+            "not_possible_here": self.nemesis.lacking,
+            "files_lost_with_power": self.nemesis.files_lost,
+            "network": self.network,
+            "steps": self.final.steps,
+            "experiences": len(self.final.experiences),
+            "restarted_attempts": sum(sample.restarts > 0 for sample in self._samples),
+            "excluded": sum(not sample.outcome.has_reward for sample in self._samples),
+            "memory_entries": len(self.final.entries),
+            "memory_uses": len({use.use_id for of in self.final.uses.values() for use in of}),
+            "policy_versions": len(self.final.versions),
+            "calls": len(self.calls) - len(strangers),
+            "calls_without_answer": sum(not call.ok and not call.refused for call in self.calls if not call.credential),
+            "calls_of_strangers": len(strangers),
+            "violations": [str(violation) for violation in self.violations],
+        }
+
+    @property
+    def _samples(self) -> list[Sample]:
+        return [sample for experience in self.final.experiences for sample in experience.samples]
 
 
 async def hold(
@@ -64,18 +92,19 @@ async def hold(
     chance = random.Random(seed)
     services = ServiceProcesses(folder)
     cluster = Cluster(folder, services, chance, plugins=plugins or {})
+    driver = Recorder(to_file(folder / "history" / "driver.jsonl"), "driver")
     try:
         await cluster.start()
         nemesis = Nemesis(cluster, random.Random(chance.random()), kinds)
-        final = await _train(cluster, nemesis, settings, troubles, chance)
+        with recorded(driver):
+            final = await _train(cluster, nemesis, settings, troubles, chance)
     finally:
         await cluster.stop()
     calls = history.read(folder / "history")
     environments = EnvSettings().environments
     model = EnvSettings(environments={settings.environment: environments[settings.environment]}).create_environments()
-    happened = {name: dict(network.happened) for name, network in cluster.networks.items()}
-    totals = {kind: sum(of.get(kind, 0) for of in happened.values()) for kind in sorted({*sum(map(list, happened.values()), [])})}
-    return Trial(judge(calls, final, model), calls, final, nemesis, totals)
+    network = sum((network.happened for network in cluster.networks.values()), Counter())
+    return Trial(judge(calls, final, model), calls, final, nemesis, dict(sorted(network.items())))
 
 
 async def _train(
@@ -84,20 +113,19 @@ async def _train(
     record = Recorder(to_file(cluster.folder / "history" / "strangers.jsonl"), "stranger")
     addresses = {cluster.processes[name].address: served for name, served in SERVED.items()}
     tokens = {role: token for role, token in cluster.tokens.items() if role is not AccessRole.ADMIN}
-    strangers = asyncio.create_task(Strangers(addresses, tokens, record, chance).try_on())
     clients = cluster.clients()
-    raging = asyncio.create_task(_rage(cluster, nemesis, troubles))
+    folders = (cluster.folder / "runs", cluster.folder / "checkpoints")
     try:
-        async with asyncio.timeout(_RUN_SECONDS):
+        async with asyncio.timeout(_RUN_SECONDS), asyncio.TaskGroup() as group:
+            strangers = group.create_task(Strangers(addresses, tokens, record, chance).try_on())
             await clients[0].start(RUN_ID, settings)
+            raging = group.create_task(_rage(cluster, nemesis, troubles))
             async for _ in clients[0].watch(RUN_ID):
                 pass
             await raging
-            return await collect(RUN_ID, settings, (cluster.folder / "runs", cluster.folder / "checkpoints"), clients)
+            strangers.cancel()
+        return await collect(RUN_ID, settings, folders, clients)
     finally:
-        for task in (raging, strangers):
-            task.cancel()
-        await asyncio.gather(raging, strangers, return_exceptions=True)
         for client in clients:
             await client.close()
 
