@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from mulligan.common.tokens import KnownTokens
 from mulligan.env import replicas as env_replicas
 from mulligan.env import servicer as env_servicer
 from mulligan.env.config import EnvSettings
-from mulligan.env.episodes import EpisodeTable
+from mulligan.env.episodes import EpisodeTable, StepAnswer, StepRequest
 from mulligan.env.workers import WorkerPool
 from mulligan.memory import servicer as memory_servicer
 from mulligan.memory.client import MemoryClient
@@ -51,7 +51,6 @@ from mulligan.trainer.manager import RunManager
 from mulligan.trainer.run import ServicePorts
 from mulligan.trainer.settings import RunSettings
 from tests.support.tokens import token_of, write_tokens
-from tests.support.waiting import until
 
 RUN_SECONDS = 60.0
 REPEATED = frozenset({"StepEpisodes", "StepEpisode", "AddReflection", "ReportOutcome", "ForwardBackward", "OptimStep"})
@@ -75,16 +74,15 @@ class World:
     calls: list[Call] = field(default_factory=list)
 
     async def run(self, settings: RunSettings, lose_episodes: int = 0) -> list[Violation]:
-        """The verdict on a run. So many times the env server loses what it plays."""
+        """The verdict on a run. The env server loses so many episodes."""
+        self._lose(lose_episodes)
         runs = self.clients[0]
         trying = asyncio.create_task(self.strangers.try_on())
         try:
             async with asyncio.timeout(RUN_SECONDS):
                 await runs.start("judged", settings)
-                losing = asyncio.create_task(self._lose(lose_episodes))
                 async for _ in runs.watch("judged"):
                     pass
-                losing.cancel()
         finally:
             trying.cancel()
         for network in self.networks:
@@ -94,12 +92,20 @@ class World:
         self.calls = history.read(self.folder / "history")
         return judge(self.calls, self.final, self.environments)
 
-    async def _lose(self, times: int) -> None:
-        """First attempts of training that were stepped."""
-        live = self.table._live
-        for _ in range(times):
-            await until(lambda: any("-first-" in one and live[one].answers for one in live))
-            live.clear()
+    def _lose(self, episodes: int) -> None:
+        """So many first attempts of training are lost before their second step."""
+        step = self.table.step
+        left = episodes
+
+        async def losing(requests: Sequence[StepRequest], max_wait: float | None = None) -> list[StepAnswer | None]:
+            nonlocal left
+            for one in requests:
+                if left and "-first-" in one.episode_id and one.step_index == 1 and one.episode_id in self.table._live:
+                    del self.table._live[one.episode_id]
+                    left -= 1
+            return await step(requests, max_wait)
+
+        self.table.step = losing  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -144,7 +150,7 @@ async def world(folder: Path, seed: int = 0, faults: CallFaults = FAULTS) -> Asy
         for client in clients:
             stack.push_async_callback(client.close)
         names = {services.targets[address]: served for address, served in services.served.items()}
-        tokens = {role: token_of(role) for role in AccessRole if role is not AccessRole.ADMIN}
+        tokens: dict[AccessRole, str] = {role: token_of(role) for role in AccessRole if role is not AccessRole.ADMIN}
         strangers = Strangers(names, tokens, recording, chance)
         yield World(folder, table, services.networks, clients, environments, strangers)
 

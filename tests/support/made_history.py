@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from mulligan.common.experience import Experience, Sample, Segment, SegmentKind, TokenSequence, Turn, VersionSpan
-from mulligan.common.inference import PolicyVersion, VersionState, WeightsKind
+from mulligan.common.experience import Experience, Sample, Segment, SegmentKind, TokenSequence, Turn
+from mulligan.common.inference import PolicyVersion, VersionSpan, VersionState, WeightsKind
 from mulligan.common.reflections import MemoryChange, Provenance, RecordedUse, StoredReflection, Uplift
 from mulligan.common.types import Outcome
 from mulligan.env.base import StepResult
@@ -257,14 +257,14 @@ class _Maker:
         ids = {one.memory_use_id for one in experiences} - {""}
         if not ids:
             return
-        outcomes = [{"use_id": one, "reward": self._chance.choice((0.5, 1.0))} for one in sorted(ids)]
-        rewards = {one["use_id"]: one["reward"] for one in outcomes}
+        rewards = {one: self._chance.choice((0.5, 1.0)) for one in sorted(ids)}
+        outcomes = [{"use_id": one, "reward": reward} for one, reward in rewards.items()]
         version = len(self._made) + 1
         self._changes.append(MemoryChange(RUN, version, "report", "", "trainer", _NOW))
         # Only the answer that counts is told; a repeated one counts nothing.
         self._call("ReportOutcome", {"outcomes": outcomes}, {"counted": len(outcomes)}, again=False)
         for identity, uses in self._uses.items():
-            self._uses[identity] = [(use, left, rewards.get(use, reward)) for use, left, reward in uses]  # type: ignore[arg-type]
+            self._uses[identity] = [(use, left, rewards.get(use, reward)) for use, left, reward in uses]
 
     def _recorded(self, identity: str) -> list[RecordedUse]:
         return [

@@ -102,9 +102,9 @@ def version_of_the_past(patch: Patch) -> None:
 
 
 def _wrong_version(patch: Patch, by: int) -> None:
-    from mulligan.policy import servicer
+    from mulligan.policy import servicer, wire
 
-    convert = servicer.completions_to_proto
+    convert = wire.completions_to_proto
 
     def wrong(*arguments: Any, **keywords: Any) -> Any:
         answer = convert(*arguments, **keywords)
@@ -118,9 +118,9 @@ def _wrong_version(patch: Patch, by: int) -> None:
 
 def failure_is_reward_zero(patch: Patch) -> None:
     """An episode that the infrastructure lost counts as one that failed."""
-    from mulligan.trainer import harness
+    from mulligan.trainer import harness, trainable
 
-    usable = harness.with_usable_reward
+    usable = trainable.with_usable_reward
 
     def zero(sample: Any) -> Any:
         if not sample.outcome.has_reward:

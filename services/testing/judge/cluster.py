@@ -31,7 +31,7 @@ SERVED: Mapping[str, Sequence[str]] = {
 STATE = ("runs", "checkpoints", "weights")  # folders of the trainer
 _LAUNCH = ("-m", "mulligan.testing.judge.launch")
 _FAKETIME = ("/usr/lib/*/faketime/libfaketimeMT.so.1", "/usr/local/lib/faketime/libfaketimeMT.so.1")
-_OUTAGE_SECONDS = 60.0
+_OUTAGE_SECONDS = 300.0  # a busy machine takes a minute to start a service
 
 
 @dataclass
@@ -76,6 +76,7 @@ class Cluster:
             name,
             environment=self._clock(name),
             address=address,
+            start_seconds=_OUTAGE_SECONDS,
             program=[*_LAUNCH, *options, name],
             tokens_folder=self.folder / "tokens",
             **self._settings(name),
@@ -85,9 +86,17 @@ class Cluster:
         return self.folder / "synced" / state
 
     def _settings(self, name: str) -> dict[str, Any]:
-        policy = {"weights_folder": self.folder / "weights", "state_folder": self.folder / "policy", "threads": 1}
-        if name != "trainer":
-            return {"policy": policy, "memory": {"database": self.folder / "memory" / "memory.db"}}.get(name, {})
+        others: dict[str, dict[str, Any]] = {
+            "env": {},
+            "policy": {
+                "weights_folder": self.folder / "weights",
+                "state_folder": self.folder / "policy",
+                "threads": 1,
+            },
+            "memory": {"database": self.folder / "memory" / "memory.db"},
+        }
+        if name in others:
+            return others[name]
         settings: dict[str, Any] = {"outage_seconds": _OUTAGE_SECONDS, "threads": 1}
         settings |= {"runs_folder": self.folder / "runs", "checkpoint_folder": self.folder / "checkpoints"}
         settings |= {"weights_folder": self.folder / "weights"}
@@ -105,6 +114,7 @@ class Cluster:
             "FAKETIME_TIMESTAMP_FILE": str(self.folder / "clocks" / name),
             "FAKETIME_CACHE_DURATION": "1",  # seconds between two looks at the file
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # it does not jump on real machines either
+            "NO_FAKE_STAT": "1",
         }
 
     def move_clock(self, name: str, seconds: int) -> None:

@@ -84,7 +84,7 @@ def copy_what_is_synced(copies: Path, folder: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         copier.copy(descriptor)
         os.close(descriptor)
-    os.fsync = copier.sync
+    os.fsync = copier.sync  # type: ignore[assignment]  # no object with a method `fileno` is synced here
 
 
 class _Copier:

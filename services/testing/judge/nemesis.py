@@ -29,11 +29,19 @@ _JUMP = 86_400  # seconds
 
 
 class Nemesis:
-    """`happened` counts the troubles; `lacking` says which cannot be made on this machine, and why."""
+    """`victims` are the services that are killed or cut off. `happened` counts the troubles. `lacking` says which
+    cannot be made on this machine, and why."""
 
-    def __init__(self, cluster: Cluster, chance: random.Random, troubles: Sequence[str] = TROUBLES):
+    def __init__(
+        self,
+        cluster: Cluster,
+        chance: random.Random,
+        troubles: Sequence[str] = TROUBLES,
+        victims: Sequence[str] = NAMES,
+    ):
         self._cluster = cluster
         self._chance = chance
+        self._victims = victims
         self.happened: Counter[str] = Counter()
         self.lacking: dict[str, str] = {}
         self.files_lost = 0
@@ -62,12 +70,12 @@ class Nemesis:
             await (make or self._chance.choice(self._makers))()
 
     async def _kill(self) -> None:
-        victim = self._chance.choice(NAMES)
+        victim = self._chance.choice(self._victims)
         self.happened[f"kill {victim}"] += 1
         await asyncio.to_thread(self._cluster.processes[victim].restart)
 
     async def _part(self) -> None:
-        victim = self._chance.choice(NAMES)
+        victim = self._chance.choice(self._victims)
         self.happened[f"partition {victim}"] += 1
         await self._cluster.networks[victim].part(self._lasts())
 

@@ -137,7 +137,8 @@ class FaultyCalls:
             await asyncio.sleep(self.chance.uniform(0, faults.delay))
 
     def _forward(self, method: str, sent: list[bytes], metadata: Any, timeout: float | None) -> Any:
-        return self._channel.stream_stream(method)(iter(sent), metadata=metadata, timeout=timeout)
+        call: Any = self._channel.stream_stream(method)
+        return call(iter(sent), metadata=metadata, timeout=timeout)
 
     async def _copy(self, method: str, sent: list[bytes], metadata: Any) -> None:
         await asyncio.sleep(self.chance.uniform(0, self.faults.late))

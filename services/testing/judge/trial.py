@@ -14,7 +14,7 @@ from mulligan.common.access import AccessRole
 from mulligan.common.experience import Sample
 from mulligan.env.config import EnvSettings
 from mulligan.testing.judge import history
-from mulligan.testing.judge.cluster import SERVED, Cluster
+from mulligan.testing.judge.cluster import NAMES, SERVED, Cluster
 from mulligan.testing.judge.final import collect
 from mulligan.testing.judge.history import Call, Violation
 from mulligan.testing.judge.nemesis import TROUBLES, Nemesis
@@ -27,7 +27,7 @@ from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.settings import RunSettings
 
 RUN_ID = "judged"
-_RUN_SECONDS = 1200.0
+_RUN_SECONDS = 3600.0
 
 
 def judged_run(**changes: Any) -> RunSettings:
@@ -86,16 +86,18 @@ async def hold(
     seed: int,
     troubles: int,
     kinds: Sequence[str] = TROUBLES,
+    victims: Sequence[str] = NAMES,
     plugins: Mapping[str, Sequence[str]] | None = None,
 ) -> Trial:
-    """Trains by these settings while so many troubles happen, of these kinds. `plugins` are those of `launch.py`."""
+    """Trains by these settings while so many troubles happen, of these kinds. `victims` are the services that are
+    killed or cut off; `plugins` are those of `launch.py`, by service."""
     chance = random.Random(seed)
     services = ServiceProcesses(folder)
     cluster = Cluster(folder, services, chance, plugins=plugins or {})
     driver = Recorder(to_file(folder / "history" / "driver.jsonl"), "driver")
     try:
         await cluster.start()
-        nemesis = Nemesis(cluster, random.Random(chance.random()), kinds)
+        nemesis = Nemesis(cluster, random.Random(chance.random()), kinds, victims)
         with recorded(driver):
             final = await _train(cluster, nemesis, settings, troubles, chance)
     finally:
@@ -112,7 +114,9 @@ async def _train(
 ) -> Final:
     record = Recorder(to_file(cluster.folder / "history" / "strangers.jsonl"), "stranger")
     addresses = {cluster.processes[name].address: served for name, served in SERVED.items()}
-    tokens = {role: token for role, token in cluster.tokens.items() if role is not AccessRole.ADMIN}
+    tokens: dict[AccessRole, str] = {
+        role: token for role, token in cluster.tokens.items() if role is not AccessRole.ADMIN
+    }
     clients = cluster.clients()
     folders = (cluster.folder / "runs", cluster.folder / "checkpoints")
     try:

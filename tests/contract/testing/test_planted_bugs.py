@@ -23,6 +23,9 @@ FOUND_BY = {
 async def test_a_run_without_a_bug_keeps_every_promise(tmp_path: Path) -> None:
     async with world(tmp_path) as judged:
         assert await judged.run(short_run(), lose_episodes=1) == []
+    assert judged.final is not None
+    samples = [one for experience in judged.final.experiences for one in experience.samples]
+    assert sum(one.restarts for one in samples) == 1, "a lost episode was played again"
     names = {call.name for call in judged.calls}
     assert {"StepEpisodes", "UpdateWeights", "AddReflection", "OptimStep", "SaveCheckpoint"} <= names
     assert sum(network.happened["lost_answers"] for network in judged.networks) > 10
