@@ -18,11 +18,11 @@ from typing import Any
 from mulligan.testing.judge.trial import hold, judged_run
 from tests.support.planted_bugs import BUGS, HAS
 
-STEPS = 40
-TROUBLES = 40
+STEPS = 14
+TROUBLES = 14
 SEEDS = 5
-_PLANTED_STEPS = 6
-_PLANTED_TROUBLES = 4
+_PLANTED_STEPS = 3
+_PLANTED_TROUBLES = 2
 
 
 def judged(seed: int, folder: Path) -> dict[str, Any]:

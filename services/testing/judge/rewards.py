@@ -61,6 +61,8 @@ def _check_try(name: str, turns: Sequence[Turn], steps: Sequence[AnsweredStep]) 
             yield Violation(RULE, f"{name}: its step {index} failed", (step.call,))
         elif step.answer["reward"] != turn.reward or step.answer.get("action", "") != turn.action:
             yield Violation(RULE, f"{name}: turn {index} is {turn.action!r}, {turn.reward}", (step.call,))
+        elif step.action != (turn.text if turn.sent is None else turn.sent):
+            yield Violation(RULE, f"{name}: turn {index} is not what the environment was given", (step.call,))
 
 
 def _check_reports(calls: Sequence[Call], final: Final) -> Iterator[Violation]:

@@ -33,7 +33,7 @@ _SERVICES: dict[str, ServiceDescriptor] = {
     for found in contract.DESCRIPTOR.services_by_name.values()
 }
 _SECONDS = 5.0  # of a call
-_PAUSE = 0.05
+_PAUSE = 0.2
 
 
 class Strangers:
