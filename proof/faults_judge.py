@@ -18,8 +18,8 @@ from typing import Any
 from mulligan.testing.judge.trial import hold, judged_run
 from tests.support.planted_bugs import BUGS, HAS
 
-STEPS = 14
-TROUBLES = 14
+STEPS = 10
+TROUBLES = 12
 SEEDS = 5
 _PLANTED_STEPS = 3
 _PLANTED_TROUBLES = 2

@@ -66,7 +66,7 @@ def _items(call: Call) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 def check(calls: Sequence[Call], environments: Mapping[str, Environment]) -> Iterator[Violation]:
     begun = _beginnings(calls)
     steps = answered_steps(calls)
-    for episode_id in begun.keys() | steps.keys():
+    for episode_id in sorted(begun.keys() | steps.keys()):
         yield from _check_one(episode_id, begun, steps, environments)
 
 
