@@ -35,7 +35,7 @@ from mulligan.policy.config import PolicySettings
 from mulligan.policy.policies import Policies
 from mulligan.testing.judge import history, recorder
 from mulligan.testing.judge.final import collect
-from mulligan.testing.judge.history import Call, Violation
+from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.network import CallFaults, FaultyCalls
 from mulligan.testing.judge.state import Final
 from mulligan.testing.judge.strangers import Strangers
@@ -71,9 +71,9 @@ class World:
     environments: dict[str, Any]
     strangers: Strangers
     final: Final | None = None
-    calls: list[Call] = field(default_factory=list)
+    calls: list[RecordedCall] = field(default_factory=list)
 
-    async def run(self, settings: RunSettings, lose_episodes: int = 0) -> list[Violation]:
+    async def run(self, settings: RunSettings, lose_episodes: int = 0) -> list[BrokenRule]:
         """The verdict on a run. The env server loses so many episodes."""
         self._lose(lose_episodes)
         runs = self.clients[0]
@@ -122,7 +122,7 @@ async def world(folder: Path, seed: int = 0, faults: CallFaults = FAULTS) -> Asy
     chance = random.Random(seed)
     async with AsyncExitStack() as stack:
         patch = stack.enter_context(patched())
-        recording = recorder.Recorder(recorder.to_file(folder / "history" / "all.jsonl"), "process")
+        recording = recorder.CallRecorder(recorder.to_file(folder / "history" / "all.jsonl"), "process")
         recorder.record_calls(recording, patch)
         services = _Services(folder, stack, chance, faults)
         table_of = {"frozenlake-3x3": EnvSettings().environments["frozenlake-3x3"]}  # others take seconds to make

@@ -15,7 +15,7 @@ from mulligan.common.inference import PolicyVersion, VersionSpan, VersionState, 
 from mulligan.common.reflections import MemoryChange, Provenance, RecordedUse, StoredReflection, Uplift
 from mulligan.common.types import Outcome
 from mulligan.env.base import StepResult
-from mulligan.testing.judge.history import Call, numbered
+from mulligan.testing.judge.history import RecordedCall, numbered
 from mulligan.testing.judge.state import Final, SavedLearner
 
 RUN = "run"
@@ -68,7 +68,7 @@ class Counting:
 
 @dataclass
 class Made:
-    calls: list[Call]
+    calls: list[RecordedCall]
     final: Final
     environments: dict[str, Any] = field(default_factory=lambda: {"counting": Counting()})
 
@@ -80,7 +80,7 @@ def made_history(seed: int) -> Made:
 class _Maker:
     def __init__(self, chance: random.Random):
         self._chance = chance
-        self._calls: list[Call] = []
+        self._calls: list[RecordedCall] = []
         self._now = 0.0
         self._version = 0
         self._updates: list[PolicyVersion] = []
@@ -117,19 +117,19 @@ class _Maker:
         )
         return Made(numbered(map(self._overlapping, self._calls)), final)
 
-    def _overlapping(self, call: Call) -> Call:
+    def _overlapping(self, call: RecordedCall) -> RecordedCall:
         """What takes effect in a call does so in a longer one, too. The learner's client makes one call at a time."""
         if _LEARNER in call.method:
             return call
         return replace(call, start=call.start - self._chance.uniform(0, 2), end=call.end + self._chance.uniform(0, 2))
 
-    def _call(self, name: str, request: dict[str, Any], answer: dict[str, Any], *, again: bool = True) -> Call:
+    def _call(self, name: str, request: dict[str, Any], answer: dict[str, Any], *, again: bool = True) -> RecordedCall:
         """Perhaps some tries whose answers are lost, or whose caller is killed; then the answer, perhaps twice."""
         tries = [*([None] * (self._chance.random() < 0.3)), answer, *([answer] * (self._chance.random() < 0.2))]
         method = f"/{_METHODS.get(name, _LEARNER)}/{name}"
         for said in tries if again else [answer]:
             begin, self._now = self._now, self._now + self._chance.uniform(0.1, 1)
-            call = Call(0, "trainer", "", method, request, _hash(request), begin, self._now)
+            call = RecordedCall(0, "trainer", "", method, request, _hash(request), begin, self._now)
             told = {"answer": said, "answer_digest": _hash(said)} if said is not None else {"code": "UNAVAILABLE"}
             if said is None and self._chance.random() < 0.3:
                 told["code"] = ""

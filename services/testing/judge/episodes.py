@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mulligan.env.base import Environment, Episode, act
-from mulligan.testing.judge.history import Call, Violation, named
+from mulligan.testing.judge.history import BrokenRule, RecordedCall, named
 
 RULE = "episodes"
 
@@ -22,7 +22,7 @@ class AnsweredStep:
     index: int
     action: str
     answer: Mapping[str, Any]
-    call: Call
+    call: RecordedCall
 
     @property
     def done(self) -> bool:
@@ -36,12 +36,12 @@ class _Begun:
     environment: str
     task_id: str
     observation: str
-    call: Call
+    call: RecordedCall
     source: str = ""
     steps: int = 0
 
 
-def answered_steps(calls: Sequence[Call]) -> dict[str, list[AnsweredStep]]:
+def answered_steps(calls: Sequence[RecordedCall]) -> dict[str, list[AnsweredStep]]:
     """By episode, in the order in which the calls began."""
     found: dict[str, list[AnsweredStep]] = defaultdict(list)
     for call in named(calls, "StepEpisode", "StepEpisodes"):
@@ -51,7 +51,7 @@ def answered_steps(calls: Sequence[Call]) -> dict[str, list[AnsweredStep]]:
     return found
 
 
-def _items(call: Call) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def _items(call: RecordedCall) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     if call.answer is None:
         return
     if call.name == "StepEpisode":
@@ -63,14 +63,14 @@ def _items(call: Call) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
             yield asked, item["step"]
 
 
-def check(calls: Sequence[Call], environments: Mapping[str, Environment]) -> Iterator[Violation]:
+def check(calls: Sequence[RecordedCall], environments: Mapping[str, Environment]) -> Iterator[BrokenRule]:
     begun = _beginnings(calls)
     steps = answered_steps(calls)
     for episode_id in sorted(begun.keys() | steps.keys()):
         yield from _check_one(episode_id, begun, steps, environments)
 
 
-def _beginnings(calls: Sequence[Call]) -> dict[str, list[_Begun]]:
+def _beginnings(calls: Sequence[RecordedCall]) -> dict[str, list[_Begun]]:
     found: dict[str, list[_Begun]] = defaultdict(list)
     for call in named(calls, "StartEpisode", "ForkEpisode"):
         if not call.ok or call.answer is None:
@@ -89,26 +89,26 @@ def _check_one(
     begun: Mapping[str, Sequence[_Begun]],
     steps: Mapping[str, Sequence[AnsweredStep]],
     environments: Mapping[str, Environment],
-) -> Iterator[Violation]:
+) -> Iterator[BrokenRule]:
     starts = begun.get(episode_id, ())
     answered = steps.get(episode_id, ())
     for one in starts[1:]:
         if (one.observation, one.task_id, one.source) != (starts[0].observation, starts[0].task_id, starts[0].source):
-            yield Violation(RULE, f"episode {episode_id} began in two ways", (starts[0].call, one.call))
+            yield BrokenRule(RULE, f"episode {episode_id} began in two ways", (starts[0].call, one.call))
     first: dict[int, AnsweredStep] = {}
     for step in answered:
         before = first.setdefault(step.index, step)
         if (before.action, before.answer) != (step.action, step.answer):
             what = f"step {step.index} of {episode_id} has two answers, or was played with two actions"
-            yield Violation(RULE, what, (before.call, step.call))
+            yield BrokenRule(RULE, what, (before.call, step.call))
     last = max(first, default=-1)
     ended = min((index for index, step in first.items() if step.done), default=last)
     if ended < last:
         what = f"step {last} of {episode_id} was played after its end with step {ended}"
-        yield Violation(RULE, what, (first[ended].call, first[last].call))
+        yield BrokenRule(RULE, what, (first[ended].call, first[last].call))
     if not starts:
         if first:
-            yield Violation(RULE, f"episode {episode_id} was never begun", (first[last].call,))
+            yield BrokenRule(RULE, f"episode {episode_id} was never begun", (first[last].call,))
         return
     yield from _replayed(episode_id, starts[0], first, begun, steps, environments)
 
@@ -120,13 +120,13 @@ def _replayed(
     begun: Mapping[str, Sequence[_Begun]],
     steps: Mapping[str, Sequence[AnsweredStep]],
     environments: Mapping[str, Environment],
-) -> Iterator[Violation]:
+) -> Iterator[BrokenRule]:
     """Compares with the environment, up to a step whose answer nobody got."""
     episode, shown = _model(start, begun, steps, environments)
     if episode is None:
         return
     if shown != start.observation:
-        yield Violation(RULE, f"{episode_id} began with {start.observation!r}, not {shown!r}", (start.call,))
+        yield BrokenRule(RULE, f"{episode_id} began with {start.observation!r}, not {shown!r}", (start.call,))
         return
     index = start.steps
     while step := played.get(index):
@@ -137,7 +137,7 @@ def _replayed(
         found = (step.answer.get("observation", ""), step.answer["reward"], step.done)
         wanted = (expected.observation, expected.reward, expected.done)
         if found != wanted:
-            yield Violation(RULE, f"step {step.index} of {episode_id} is {found}, not {wanted}", (step.call,))
+            yield BrokenRule(RULE, f"step {step.index} of {episode_id} is {found}, not {wanted}", (step.call,))
             return
         if expected.done:
             return

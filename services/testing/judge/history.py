@@ -18,7 +18,7 @@ _REFUSALS = frozenset({"UNAUTHENTICATED", "PERMISSION_DENIED", "UNIMPLEMENTED", 
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class RecordedCall:
     """One call. `request` and `answer` have the fields that are set, by their names in the contract; long lists of
     numbers are their lengths. `digest` is of the whole request, `answer_digest` of the whole answer. `answer` is None
     without one; of a stream it has the items of all messages, also where `code` says that it broke off later.
@@ -60,41 +60,41 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Violation:
+class BrokenRule:
     """A rule that does not hold, and the calls that show it."""
 
     rule: str
     text: str
-    calls: tuple[Call, ...] = ()
+    calls: tuple[RecordedCall, ...] = ()
 
     def __str__(self) -> str:
         return "\n  ".join([f"{self.rule}: {self.text}", *map(str, self.calls[:4])])
 
 
-def read(folder: Path) -> list[Call]:
+def read(folder: Path) -> list[RecordedCall]:
     """All calls of the history's files, in the order in which they began."""
     found = [call for file in sorted(folder.glob("*.jsonl")) for call in _of_file(file)]
     return numbered(found)
 
 
-def numbered(calls: Iterable[Call]) -> list[Call]:
+def numbered(calls: Iterable[RecordedCall]) -> list[RecordedCall]:
     """In the order in which they began, with numbers from 1."""
     ordered = sorted(calls, key=lambda call: call.start)
     return [replace(call, number=number) for number, call in enumerate(ordered, 1)]
 
 
-def named(calls: Sequence[Call], *names: str) -> list[Call]:
+def named(calls: Sequence[RecordedCall], *names: str) -> list[RecordedCall]:
     """Those of callers that had their own credential, with one of these names."""
     return [call for call in calls if call.name in names and not call.credential]
 
 
-def _of_file(file: Path) -> Iterator[Call]:
+def _of_file(file: Path) -> Iterator[RecordedCall]:
     begun: dict[int, dict[str, Any]] = {}
     for line in file.read_bytes().split(b"\n")[:-1]:  # what a kill cut off has no line break
         noted = json.loads(line)
         if "method" in noted:
             begun[noted.pop("call")] = noted
         else:
-            yield Call(0, **begun.pop(noted.pop("call")), **noted)
+            yield RecordedCall(0, **begun.pop(noted.pop("call")), **noted)
     for left in begun.values():
-        yield Call(0, **left)
+        yield RecordedCall(0, **left)

@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     chosen = parser.parse_args()
     if chosen.history is not None:
-        recorder.record_calls(recorder.Recorder(recorder.to_socket(chosen.history), chosen.caller or chosen.service))
+        recorder.record_calls(
+            recorder.CallRecorder(recorder.to_socket(chosen.history), chosen.caller or chosen.service)
+        )
     for copies, folder in chosen.synced:
         disks.copy_what_is_synced(copies, folder)
     for plugin in chosen.plugin:

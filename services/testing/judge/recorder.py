@@ -29,7 +29,7 @@ _PROBES = ("/grpc.",)  # methods that begin so are not recorded
 Sink = Callable[[bytes], None]
 
 
-class Recorder:
+class CallRecorder:
     """Writes two lines for each call: one before it is made, and one when it has ended."""
 
     def __init__(self, sink: Sink, caller: str):
@@ -71,14 +71,14 @@ def to_socket(path: Path) -> Sink:
     return connection.sendall
 
 
-def record_calls(recorder: Recorder, patch: Callable[[object, str, Any], None] = setattr) -> None:
+def record_calls(recorder: CallRecorder, patch: Callable[[object, str, Any], None] = setattr) -> None:
     """From now on all connections of this process that are opened record their calls."""
     opening = channel.open_channel
     patch(channel, "open_channel", lambda *arguments: _RecordedChannel(opening(*arguments), recorder))
 
 
 @contextmanager
-def recorded(recorder: Recorder) -> Iterator[None]:
+def recorded(recorder: CallRecorder) -> Iterator[None]:
     """As `record_calls`, until the end of the block."""
     opening = channel.open_channel
     record_calls(recorder)
@@ -91,7 +91,7 @@ def recorded(recorder: Recorder) -> Iterator[None]:
 class _RecordedChannel:
     """Stands for the channel of a stub."""
 
-    def __init__(self, opened: grpc.aio.Channel, recorder: Recorder):
+    def __init__(self, opened: grpc.aio.Channel, recorder: CallRecorder):
         self._opened = opened
         self._recorder = recorder
 
@@ -133,7 +133,7 @@ class _RecordedChannel:
 class _Stream:
     """Stands for a call with a streamed answer."""
 
-    def __init__(self, recorder: Recorder, method: str, request: Any, call: Any):
+    def __init__(self, recorder: CallRecorder, method: str, request: Any, call: Any):
         self._recorder = recorder
         self._call = call
         self._number = recorder.begin(method, request)

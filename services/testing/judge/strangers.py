@@ -17,7 +17,7 @@ from mulligan.env.v1 import env_service_pb2
 from mulligan.memory.v1 import memory_service_pb2
 from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
 from mulligan.testing.judge.access import NO_TOKEN, UNKNOWN_TOKEN
-from mulligan.testing.judge.recorder import Recorder
+from mulligan.testing.judge.recorder import CallRecorder
 from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
 
 _SERVICES: dict[str, ServiceDescriptor] = {
@@ -43,7 +43,7 @@ class Strangers:
         self,
         addresses: Mapping[str, Sequence[str]],
         tokens: Mapping[AccessRole, str],
-        recorder: Recorder,
+        recorder: CallRecorder,
         chance: random.Random,
     ):
         self._calls = [

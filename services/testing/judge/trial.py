@@ -16,9 +16,9 @@ from mulligan.env.config import EnvSettings
 from mulligan.testing.judge import history
 from mulligan.testing.judge.cluster import NAMES, SERVED, Cluster
 from mulligan.testing.judge.final import collect
-from mulligan.testing.judge.history import Call, Violation
+from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.nemesis import TROUBLES, Nemesis
-from mulligan.testing.judge.recorder import Recorder, recorded, to_file
+from mulligan.testing.judge.recorder import CallRecorder, recorded, to_file
 from mulligan.testing.judge.state import Final
 from mulligan.testing.judge.strangers import Strangers
 from mulligan.testing.judge.verdict import judge
@@ -45,9 +45,9 @@ def judged_run(**changes: Any) -> RunSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
-    violations: list[Violation]
-    calls: list[Call]
+class JudgedRun:
+    violations: list[BrokenRule]
+    calls: list[RecordedCall]
     final: Final
     nemesis: Nemesis
     network: dict[str, int]
@@ -88,13 +88,13 @@ async def hold(
     kinds: Sequence[str] = TROUBLES,
     victims: Sequence[str] = NAMES,
     plugins: Mapping[str, Sequence[str]] | None = None,
-) -> Trial:
+) -> JudgedRun:
     """Trains by these settings while so many troubles happen, of these kinds. `victims` are the services that are
     killed or cut off; `plugins` are those of `launch.py`, by service."""
     chance = random.Random(seed)
     services = ServiceProcesses(folder)
     cluster = Cluster(folder, services, chance, plugins=plugins or {})
-    driver = Recorder(to_file(folder / "history" / "driver.jsonl"), "driver")
+    driver = CallRecorder(to_file(folder / "history" / "driver.jsonl"), "driver")
     try:
         await cluster.start()
         nemesis = Nemesis(cluster, random.Random(chance.random()), kinds, victims)
@@ -106,13 +106,13 @@ async def hold(
     environments = EnvSettings().environments
     model = EnvSettings(environments={settings.environment: environments[settings.environment]}).create_environments()
     network = sum((network.happened for network in cluster.networks.values()), Counter())
-    return Trial(judge(calls, final, model), calls, final, nemesis, dict(sorted(network.items())))
+    return JudgedRun(judge(calls, final, model), calls, final, nemesis, dict(sorted(network.items())))
 
 
 async def _train(
     cluster: Cluster, nemesis: Nemesis, settings: RunSettings, troubles: int, chance: random.Random
 ) -> Final:
-    record = Recorder(to_file(cluster.folder / "history" / "strangers.jsonl"), "stranger")
+    record = CallRecorder(to_file(cluster.folder / "history" / "strangers.jsonl"), "stranger")
     addresses = {cluster.processes[name].address: served for name, served in SERVED.items()}
     tokens: dict[AccessRole, str] = {
         role: token for role, token in cluster.tokens.items() if role is not AccessRole.ADMIN

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from mulligan.env.base import Environment
 from mulligan.testing.judge import access, episodes, learners, memories, rewards, versions
-from mulligan.testing.judge.history import Call, Violation
+from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.state import Final
 
 
-def judge(calls: Sequence[Call], final: Final, environments: Mapping[str, Environment]) -> list[Violation]:
+def judge(calls: Sequence[RecordedCall], final: Final, environments: Mapping[str, Environment]) -> list[BrokenRule]:
     """`environments` are those that the run played in, as their model: new ones, by name."""
     found = [
         *access.check(calls),
@@ -21,5 +21,5 @@ def judge(calls: Sequence[Call], final: Final, environments: Mapping[str, Enviro
         *rewards.check(calls, final),
     ]
     if final.state != "completed":
-        found.append(Violation("run", f"it ended as {final.state}: {final.error}"))
+        found.append(BrokenRule("run", f"it ended as {final.state}: {final.error}"))
     return found

@@ -21,7 +21,7 @@ from mulligan.memory.v1 import memory_service_pb2_grpc as pb_grpc
 from mulligan.testing.judge import history
 from mulligan.testing.judge.collector import Collector
 from mulligan.testing.judge.network import CallFaults, FaultyCalls
-from mulligan.testing.judge.recorder import Recorder, recorded, to_file, to_socket
+from mulligan.testing.judge.recorder import CallRecorder, recorded, to_file, to_socket
 
 NO_FAULTS = CallFaults(0, 0, 0, 0, 0)
 
@@ -56,7 +56,7 @@ async def behind(faults: CallFaults) -> AsyncIterator[tuple[Counting, FaultyCall
 
 
 async def test_a_lost_answer_has_the_call_made_again_and_both_tries_are_recorded(tmp_path: Path) -> None:
-    with recorded(Recorder(to_file(tmp_path / "history.jsonl"), "client")):
+    with recorded(CallRecorder(to_file(tmp_path / "history.jsonl"), "client")):
         async with behind(CallFaults(0, 0, 0, 0, 0, lost_once=frozenset({"GetSnapshot"}))) as (server, _, client):
             assert await client.snapshot("scope") == 2
             assert server.asked == ["scope", "scope"]
@@ -76,7 +76,7 @@ async def test_a_copy_of_a_call_comes_later(tmp_path: Path) -> None:
 
 
 async def test_a_refusal_passes_with_its_reason(tmp_path: Path) -> None:
-    with recorded(Recorder(to_file(tmp_path / "history.jsonl"), "client")):
+    with recorded(CallRecorder(to_file(tmp_path / "history.jsonl"), "client")):
         async with behind(NO_FAULTS) as (_, _, client):
             with pytest.raises(DomainError) as caught:
                 await client.snapshot("bad")
@@ -98,7 +98,7 @@ async def test_nothing_passes_a_network_that_is_parted() -> None:
 
 def test_a_call_whose_caller_was_killed_has_no_end(tmp_path: Path) -> None:
     collector = Collector(tmp_path)
-    recorder = Recorder(to_socket(collector.path), "killed")
+    recorder = CallRecorder(to_socket(collector.path), "killed")
     recorder.begin("/mulligan.memory.v1.MemoryService/GetSnapshot", pb.GetSnapshotRequest(scope="s"))
     recorder._sink.__self__.close()  # type: ignore[attr-defined]  # its socket
     collector.close()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mulligan.common.types import Outcome
-from mulligan.testing.judge.history import Call, Violation
+from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.verdict import judge
 from tests.support.effort import examples
 from tests.support.made_history import STEPS, Made, made_history
@@ -20,7 +20,7 @@ from tests.support.made_history import STEPS, Made, made_history
 Change = Callable[[Made, random.Random], Made]
 
 
-def verdict(made: Made) -> list[Violation]:
+def verdict(made: Made) -> list[BrokenRule]:
     return judge(made.calls, made.final, made.environments)
 
 
@@ -30,7 +30,7 @@ def test_a_history_that_keeps_every_promise_passes(seed: int) -> None:
     assert verdict(made_history(seed)) == []
 
 
-def changed(made: Made, call: Call, **changes: Any) -> Made:
+def changed(made: Made, call: RecordedCall, **changes: Any) -> Made:
     return replace(made, calls=[replace(one, **changes) if one is call else one for one in made.calls])
 
 
@@ -38,7 +38,7 @@ def with_final(made: Made, **changes: Any) -> Made:
     return replace(made, final=replace(made.final, **changes))
 
 
-def one_of(made: Made, chance: random.Random, *names: str) -> Call:
+def one_of(made: Made, chance: random.Random, *names: str) -> RecordedCall:
     """With an answer."""
     return chance.choice([call for call in made.calls if call.name in names and call.ok])
 
@@ -199,7 +199,7 @@ def a_lost_episode_that_is_cut_with_reward_zero(made: Made, chance: random.Rando
     sample = experience.samples[0]
     last = len(sample.turns) - 1
 
-    def asks(call: Call) -> bool:
+    def asks(call: RecordedCall) -> bool:
         steps = call.request.get("steps", [call.request])
         return any(one.get("episode_id") == sample.episode_id and one.get("step_index") == last for one in steps)
 
