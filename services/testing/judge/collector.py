@@ -42,7 +42,7 @@ class Collector:
                 file.write(received)
 
     def close(self) -> None:
-        """RecordedCall it when the processes have ended."""
+        """Call it when the processes have ended."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self._accepting.join()
