@@ -15,20 +15,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mulligan.testing.judge.trial import hold, judged_run
+from mulligan.testing.judge.network import CallFaults
+from mulligan.testing.judge.trial import Adversity, hold, judged_run
 from tests.support.planted_bugs import BUGS, HAS
 
 STEPS = 10
 TROUBLES = 12
 SEEDS = 5
-_PLANTED_STEPS = 3
-_PLANTED_TROUBLES = 2
+_PLANTED_STEPS = 4
+_PLANTED_TROUBLES = 3
+# Every answer to them is lost once, so that each is repeated.
+_REPEATED = CallFaults(
+    lost_once=frozenset({"StepEpisodes", "StepEpisode", "AddReflection", "ReportOutcome", "OptimStep"})
+)
 
 
 def judged(seed: int, folder: Path) -> dict[str, Any]:
     _empty(folder)
     settings = judged_run(steps=STEPS, seed=seed)
-    trial = asyncio.run(hold(folder, settings, seed=seed, troubles=TROUBLES))
+    trial = asyncio.run(hold(folder, settings, Adversity(TROUBLES), seed=seed))
     assert not trial.violations, "\n".join(map(str, trial.violations))
     return trial.summary
 
@@ -39,7 +44,8 @@ def planted(folder: Path) -> dict[str, Any]:
         _empty(folder)
         settings = judged_run(steps=_PLANTED_STEPS, seed=seed)
         plugins = {HAS[bug]: [f"tests.support.planted_bugs:{bug}"]}
-        trial = asyncio.run(hold(folder, settings, seed=seed, troubles=_PLANTED_TROUBLES, plugins=plugins))
+        adversity = Adversity(_PLANTED_TROUBLES, ["kill"], ["env"], _REPEATED, plugins)
+        trial = asyncio.run(hold(folder, settings, adversity, seed=seed))
         found[bug] = sorted({violation.rule for violation in trial.violations} - {"run"})
         assert found[bug], f"{bug} was not found"
     return {"found_by": found}

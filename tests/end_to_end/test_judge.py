@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from mulligan.testing.judge.trial import hold, judged_run
+from mulligan.testing.judge.trial import Adversity, hold, judged_run
 
 
 @pytest.mark.timeout(300)
 async def test_a_run_under_faults_keeps_every_promise(tmp_path: Path) -> None:
     """A service that is killed or cut off takes a second to come back; the trainer's disk is full meanwhile."""
     settings = judged_run(steps=2, rollout={"tasks_per_step": 2})
-    kinds = ("full_disk", "kill", "partition")
-    trial = await hold(tmp_path, settings, seed=3, troubles=3, kinds=kinds, victims=("env", "memory"))
+    adversity = Adversity(3, ("full_disk", "kill", "partition"), victims=("env", "memory"))
+    trial = await hold(tmp_path, settings, adversity, seed=3)
     assert trial.violations == []
     summary = trial.summary
     assert sum(summary["troubles"].values()) == 3 and summary["network"]

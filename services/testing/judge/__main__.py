@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from mulligan.testing.judge.nemesis import TROUBLES
-from mulligan.testing.judge.trial import hold, judged_run
+from mulligan.testing.judge.trial import Adversity, hold, judged_run
 
 
 def main() -> None:
@@ -28,16 +28,9 @@ def main() -> None:
     for plugin in chosen.plugin:
         service, _, name = plugin.partition("=")
         plugins.setdefault(service, []).append(name)
-    trial = asyncio.run(
-        hold(
-            chosen.folder.absolute(),
-            judged_run(steps=chosen.steps, seed=chosen.seed),
-            seed=chosen.seed,
-            troubles=chosen.troubles,
-            kinds=chosen.kinds.split(","),
-            plugins=plugins,
-        )
-    )
+    adversity = Adversity(chosen.troubles, chosen.kinds.split(","), plugins=plugins)
+    settings = judged_run(steps=chosen.steps, seed=chosen.seed)
+    trial = asyncio.run(hold(chosen.folder.absolute(), settings, adversity, seed=chosen.seed))
     print(json.dumps(trial.summary, indent=2))
     sys.exit(bool(trial.violations))
 

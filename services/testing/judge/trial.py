@@ -6,7 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mulligan.testing.judge.cluster import NAMES, SERVED, Cluster
 from mulligan.testing.judge.final import collect
 from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.nemesis import TROUBLES, Nemesis
+from mulligan.testing.judge.network import CallFaults
 from mulligan.testing.judge.recorder import CallRecorder, recorded, to_file
 from mulligan.testing.judge.state import Final
 from mulligan.testing.judge.strangers import Strangers
@@ -79,27 +80,29 @@ class JudgedRun:
         return [sample for experience in self.final.experiences for sample in experience.samples]
 
 
-async def hold(
-    folder: Path,
-    settings: RunSettings,
-    *,
-    seed: int,
-    troubles: int,
-    kinds: Sequence[str] = TROUBLES,
-    victims: Sequence[str] = NAMES,
-    plugins: Mapping[str, Sequence[str]] | None = None,
-) -> JudgedRun:
-    """Trains by these settings while so many troubles happen, of these kinds. `victims` are the services that are
-    killed or cut off; `plugins` are those of `launch.py`, by service."""
+@dataclass(frozen=True, slots=True)
+class Adversity:
+    """So many troubles, of these kinds. `victims` are the services that are killed or cut off; `faults` are those of the
+    network; `plugins` are those of `launch.py`, by service."""
+
+    troubles: int
+    kinds: Sequence[str] = TROUBLES
+    victims: Sequence[str] = NAMES
+    faults: CallFaults = CallFaults()
+    plugins: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+async def hold(folder: Path, settings: RunSettings, adversity: Adversity, *, seed: int) -> JudgedRun:
+    """Trains by these settings, meanwhile."""
     chance = random.Random(seed)
     services = ServiceProcesses(folder)
-    cluster = Cluster(folder, services, chance, plugins=plugins or {})
+    cluster = Cluster(folder, services, chance, adversity.faults, adversity.plugins)
     driver = CallRecorder(to_file(folder / "history" / "driver.jsonl"), "driver")
     try:
         await cluster.start()
-        nemesis = Nemesis(cluster, random.Random(chance.random()), kinds, victims)
+        nemesis = Nemesis(cluster, random.Random(chance.random()), adversity.kinds, adversity.victims)
         with recorded(driver):
-            final = await _train(cluster, nemesis, settings, troubles, chance)
+            final = await _train(cluster, nemesis, settings, adversity.troubles, chance)
     finally:
         await cluster.stop()
     calls = history.read(folder / "history")
