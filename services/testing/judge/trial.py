@@ -82,8 +82,8 @@ class JudgedRun:
 
 @dataclass(frozen=True, slots=True)
 class Adversity:
-    """So many troubles, of these kinds. `victims` are the services that are killed or cut off; `faults` are those of the
-    network; `plugins` are those of `launch.py`, by service."""
+    """So many troubles, of these kinds. `victims` are the services that are killed or cut off, `faults` those of the
+    network, `plugins` those of `launch.py`, by service."""
 
     troubles: int
     kinds: Sequence[str] = TROUBLES
