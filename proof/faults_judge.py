@@ -19,10 +19,8 @@ from mulligan.testing.judge.network import CallFaults
 from mulligan.testing.judge.trial import Adversity, hold, judged_run
 from tests.support.planted_bugs import BUGS, HAS
 
-STEPS = 10
-TROUBLES = 12
+TROUBLES = 20
 SEEDS = 5
-_PLANTED_STEPS = 4
 _PLANTED_TROUBLES = 3
 # Every answer to them is lost once, so that each is repeated.
 _REPEATED = CallFaults(
@@ -32,7 +30,7 @@ _REPEATED = CallFaults(
 
 def judged(seed: int, folder: Path) -> dict[str, Any]:
     _empty(folder)
-    settings = judged_run(steps=STEPS, seed=seed)
+    settings = judged_run(seed=seed)
     trial = asyncio.run(hold(folder, settings, Adversity(TROUBLES), seed=seed))
     assert not trial.violations, "\n".join(map(str, trial.violations))
     return trial.summary
@@ -42,7 +40,7 @@ def planted(folder: Path) -> dict[str, Any]:
     found = {}
     for seed, bug in enumerate(BUGS):
         _empty(folder)
-        settings = judged_run(steps=_PLANTED_STEPS, seed=seed)
+        settings = judged_run(seed=seed)
         plugins = {HAS[bug]: [f"tests.support.planted_bugs:{bug}"]}
         adversity = Adversity(_PLANTED_TROUBLES, ["kill"], ["env"], _REPEATED, plugins)
         trial = asyncio.run(hold(folder, settings, adversity, seed=seed))

@@ -25,6 +25,7 @@ from mulligan.testing.judge.strangers import Strangers
 from mulligan.testing.judge.verdict import judge
 from mulligan.testing.loop import small_run
 from mulligan.testing.processes import ServiceProcesses
+from mulligan.trainer.client import RunClient
 from mulligan.trainer.settings import RunSettings
 
 RUN_ID = "judged"
@@ -32,7 +33,7 @@ _RUN_SECONDS = 3600.0
 
 
 def judged_run(**changes: Any) -> RunSettings:
-    """It writes the memory and reads it, and draws uses."""
+    """It writes the memory and reads it, and draws uses. It goes on until it is stopped."""
     algorithm = {
         "optimizer_steps": 2,
         "memory_strategy": "latest_success",
@@ -42,7 +43,7 @@ def judged_run(**changes: Any) -> RunSettings:
         "memory_writes": "all",
     }
     evaluation = {"every": 0, "tasks": 1, "samples": 1}
-    return small_run(**({"algorithm": algorithm, "evaluation": evaluation} | changes))
+    return small_run(**({"steps": 1000, "algorithm": algorithm, "evaluation": evaluation} | changes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Adversity:
 
 
 async def hold(folder: Path, settings: RunSettings, adversity: Adversity, *, seed: int) -> JudgedRun:
-    """Trains by these settings, meanwhile."""
+    """Trains by these settings, until all troubles have happened or the run has ended."""
     chance = random.Random(seed)
     services = ServiceProcesses(folder)
     cluster = Cluster(folder, services, chance, adversity.faults, adversity.plugins)
@@ -126,17 +127,21 @@ async def _train(
         async with asyncio.timeout(_RUN_SECONDS), asyncio.TaskGroup() as group:
             strangers = group.create_task(Strangers(addresses, tokens, record, chance).try_on())
             await clients[0].start(RUN_ID, settings)
-            raging = group.create_task(_rage(cluster, nemesis, troubles))
-            async for _ in clients[0].watch(RUN_ID):
-                pass
-            await raging
-            strangers.cancel()
+            raging = group.create_task(nemesis.rage(troubles))
+            running = group.create_task(_ended(clients[0]))
+            await asyncio.wait([raging, running], return_when=asyncio.FIRST_COMPLETED)
+            cluster.calm()
+            if not running.done():
+                await clients[0].stop(RUN_ID)
+            await running
+            for task in (raging, strangers):
+                task.cancel()
         return await collect(RUN_ID, settings, folders, clients)
     finally:
         for client in clients:
             await client.close()
 
 
-async def _rage(cluster: Cluster, nemesis: Nemesis, troubles: int) -> None:
-    await nemesis.rage(troubles)
-    cluster.calm()
+async def _ended(client: RunClient) -> None:
+    async for _ in client.watch(RUN_ID):
+        pass

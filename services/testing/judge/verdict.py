@@ -9,6 +9,8 @@ from mulligan.testing.judge import access, episodes, learners, memories, rewards
 from mulligan.testing.judge.history import BrokenRule, RecordedCall
 from mulligan.testing.judge.state import Final
 
+_ENDED = ("completed", "stopped")  # as somebody wanted it
+
 
 def judge(calls: Sequence[RecordedCall], final: Final, environments: Mapping[str, Environment]) -> list[BrokenRule]:
     """`environments` are those that the run played in, as their model: new ones, by name."""
@@ -20,6 +22,6 @@ def judge(calls: Sequence[RecordedCall], final: Final, environments: Mapping[str
         *learners.check(calls, final),
         *rewards.check(calls, final),
     ]
-    if final.state != "completed":
+    if final.state not in _ENDED:
         found.append(BrokenRule("run", f"it ended as {final.state}: {final.error}"))
     return found
