@@ -30,6 +30,7 @@ from mulligan.trainer.settings import RunSettings
 
 RUN_ID = "judged"
 _RUN_SECONDS = 3600.0
+_LOOK_SECONDS = 0.2  # between two looks at a run
 
 
 def judged_run(**changes: Any) -> RunSettings:
@@ -94,7 +95,8 @@ class Adversity:
 
 
 async def hold(folder: Path, settings: RunSettings, adversity: Adversity, *, seed: int) -> JudgedRun:
-    """Trains by these settings, until all troubles have happened or the run has ended."""
+    """Trains by these settings, until all troubles have happened and a step after them is trained, or the run has
+    ended."""
     chance = random.Random(seed)
     services = ServiceProcesses(folder)
     cluster = Cluster(folder, services, chance, adversity.faults, adversity.plugins)
@@ -132,6 +134,7 @@ async def _train(
             await asyncio.wait([raging, running], return_when=asyncio.FIRST_COMPLETED)
             cluster.calm()
             if not running.done():
+                await _another_step(clients[0], running)
                 await clients[0].stop(RUN_ID)
             await running
             for task in (raging, strangers):
@@ -140,6 +143,13 @@ async def _train(
     finally:
         for client in clients:
             await client.close()
+
+
+async def _another_step(client: RunClient, running: asyncio.Task[None]) -> None:
+    """Waits until the run has trained a step more, or has ended."""
+    before = (await client.get(RUN_ID)).step
+    while not running.done() and (await client.get(RUN_ID)).step == before:
+        await asyncio.sleep(_LOOK_SECONDS)
 
 
 async def _ended(client: RunClient) -> None:
