@@ -72,7 +72,7 @@ class Nemesis:
     async def _kill(self) -> None:
         victim = self._chance.choice(self._victims)
         self.happened[f"kill {victim}"] += 1
-        await asyncio.to_thread(self._cluster.processes[victim].restart)
+        await _wholly(self._cluster.processes[victim].restart)
 
     async def _part(self) -> None:
         victim = self._chance.choice(self._victims)
@@ -98,7 +98,7 @@ class Nemesis:
     async def _lose_power(self) -> None:
         if not self._traces_calls or self.happened["power trainer"] <= self.happened["power memory"]:
             self.happened["power trainer"] += 1
-            await asyncio.to_thread(self._lose_power_of_trainer)
+            await _wholly(self._lose_power_of_trainer)
         else:
             self.happened["power memory"] += 1
             await self._lose_power_of_memory()
@@ -120,13 +120,13 @@ class Nemesis:
         before = disks.files_of(folder)
         memory.before = recorder(trace)
         try:
-            await asyncio.to_thread(memory.start)
+            await _wholly(memory.start)
             await asyncio.sleep(self._lasts())
         finally:
-            await asyncio.to_thread(memory.kill)
+            await _wholly(memory.kill)
             memory.before = ()
         self.files_lost += disks.lose_power_of_database(folder, before, trace, self._chance)
-        await asyncio.to_thread(memory.start)
+        await _wholly(memory.start)
 
     def _next_trace(self) -> Path:
         self._traces += 1
@@ -134,3 +134,13 @@ class Nemesis:
 
     def _lasts(self) -> float:
         return self._chance.uniform(*_LASTS)
+
+
+async def _wholly(work: Callable[[], None]) -> None:
+    """On a thread. Who is cancelled meanwhile waits for its end: no process starts after all were ended."""
+    task = asyncio.create_task(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
