@@ -151,7 +151,7 @@ async def world(folder: Path, seed: int = 0, faults: CallFaults = FAULTS) -> Asy
             stack.push_async_callback(client.close)
         names = {services.targets[address]: served for address, served in services.served.items()}
         tokens: dict[AccessRole, str] = {role: token_of(role) for role in AccessRole if role is not AccessRole.ADMIN}
-        strangers = Strangers(names, tokens, recording, chance)
+        strangers = Strangers(names, tokens, recording, chance, pause=0.02)
         yield World(folder, table, services.networks, clients, environments, strangers)
 
 

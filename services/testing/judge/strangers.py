@@ -33,11 +33,11 @@ _SERVICES: dict[str, ServiceDescriptor] = {
     for found in contract.DESCRIPTOR.services_by_name.values()
 }
 _SECONDS = 5.0  # of a call
-_PAUSE = 0.2
 
 
 class Strangers:
-    """`addresses` are those of the services, each with the full names of what it serves. `tokens` are of roles."""
+    """`addresses` are those of the services, each with the full names of what it serves. `tokens` are of roles.
+    `pause` is the time between two calls, in seconds."""
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class Strangers:
         tokens: Mapping[AccessRole, str],
         recorder: CallRecorder,
         chance: random.Random,
+        pause: float = 0.2,
     ):
         self._calls = [
             (address, f"/{service}/{call}")
@@ -55,6 +56,7 @@ class Strangers:
         self._tokens = tokens
         self._recorder = recorder
         self._chance = chance
+        self._pause = pause
         self.made = 0
 
     async def try_on(self) -> None:
@@ -64,7 +66,7 @@ class Strangers:
             while True:
                 address, method = self._chance.choice(self._calls)
                 await self._try(channels[address], method)
-                await asyncio.sleep(_PAUSE)
+                await asyncio.sleep(self._pause)
         finally:
             for channel in channels.values():
                 await channel.close()
