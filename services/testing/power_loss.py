@@ -19,7 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,26 +69,32 @@ Event = Created | Removed | Written | Resized | Synced
 def record(command: Sequence[str | Path], trace: Path) -> None:
     """Runs the command, and writes what it and its children do to the file `trace`. Raises CannotRecord, and
     RuntimeError if the command fails."""
-    program = shutil.which("strace")
-    if program is None:
-        raise CannotRecord("strace is not installed")
-    options = ["-f", "--seccomp-bpf", "-y", "-xx", "-s", f"{_LONGEST}", "-e", f"trace={_CALLS}", "-e", "signal=none"]
-
-    def run(*traced: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([program, *options, "-o", trace, *traced], check=False, capture_output=True, text=True)
-
-    probe = run(sys.executable, "-c", "")
-    if probe.returncode:
-        raise CannotRecord(f"strace does not work here: {probe.stderr.strip()}")
-    done = run(*command)
+    done = _run([*recorder(trace), *command])
     if done.returncode:
         raise RuntimeError(f"{command[0]} ended with {done.returncode}: {done.stderr[-4000:]}")
 
 
-def events(trace: Path, folder: Path) -> Iterator[Event]:
-    """What was done to the files that lie in this folder, in the order in which the calls ended. Raises ValueError for
-    a call that this module does not know to replay."""
-    known: set[str] = set()
+def recorder(trace: Path) -> list[str]:
+    """The beginning of a command that records what the rest of it, and its children, do. Raises CannotRecord."""
+    program = shutil.which("strace")
+    if program is None:
+        raise CannotRecord("strace is not installed")
+    options = ["-f", "--seccomp-bpf", "-y", "-xx", "-s", f"{_LONGEST}", "-e", f"trace={_CALLS}", "-e", "signal=none"]
+    command = [program, *options, "-o", str(trace)]
+    probe = _run([*command, sys.executable, "-c", ""])
+    if probe.returncode:
+        raise CannotRecord(f"strace does not work here: {probe.stderr.strip()}")
+    return command
+
+
+def _run(command: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def events(trace: Path, folder: Path, there: Collection[str] = ()) -> Iterator[Event]:
+    """What was done to the files that lie in this folder, in the order in which the calls ended; the files `there`
+    were so before. Raises ValueError for a call that this module does not know to replay."""
+    known = {*there}
     for name, arguments, result, opened in _finished(trace):
         if result < 0:
             continue

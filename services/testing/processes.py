@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ class ProcessFailed(AssertionError):
 
 @dataclass
 class ServiceProcess:
-    """One `python -m mulligan.NAME`. It listens on the same port after a restart."""
+    """One `python -m mulligan.NAME`. It listens on the same port after a restart.
+
+    `program` are arguments of python that start the service instead. `before` is a command that runs it as its child,
+    such as a tracer; it ends with the service.
+    """
 
     name: str
     arguments: list[str]
@@ -35,6 +40,8 @@ class ServiceProcess:
     address: str = ""
     process: subprocess.Popen[bytes] | None = None
     start_seconds: float = START_SECONDS
+    program: Sequence[str] = ()
+    before: Sequence[str] = ()
     _log_start: int = 0
 
     @property
@@ -49,7 +56,8 @@ class ServiceProcess:
     def start(self) -> None:
         assert self.process is None, f"{self.name} runs already"
         port = self.address.rpartition(":")[2] or "0"
-        command = [sys.executable, "-m", f"mulligan.{self.name}", "--port", port, "--log-format", "json"]
+        program = self.program or ["-m", f"mulligan.{self.name}"]
+        command = [*self.before, sys.executable, *program, "--port", port, "--log-format", "json"]
         path = os.pathsep.join(filter(None, sys.path))  # it imports what this process does
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         with self.log_path.open("ab") as log:
@@ -111,9 +119,19 @@ class ServiceProcess:
     def kill(self) -> None:
         """SIGKILL: no chance to finish anything."""
         if self.process is not None:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
             self.process.wait()
             self.process = None
+
+    @property
+    def pid(self) -> int:
+        """Of the service itself, also where `before` runs it."""
+        assert self.process is not None
+        if not self.before:
+            return self.process.pid
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return int(children[0]) if children else self.process.pid
 
     def restart(self) -> None:
         """Kills it, where it still runs, and starts it again on the same port."""
@@ -147,12 +165,14 @@ class ServiceProcesses:
         environment: Mapping[str, str] | None = None,
         address: str = "",
         start_seconds: float = START_SECONDS,
+        program: Sequence[str] = (),
         **settings: object,
     ) -> ServiceProcess:
-        """Starts `python -m mulligan.NAME` with these settings and waits until it serves, at a free port by default."""
+        """Starts `python -m mulligan.NAME`, or another program for it, with these settings and waits until it serves,
+        at a free port by default."""
         log_path = self._folder / f"{name}-{len(self.started)}.log"
         service = ServiceProcess(
-            name, flags(settings), log_path, environment or {}, address, start_seconds=start_seconds
+            name, flags(settings), log_path, environment or {}, address, start_seconds=start_seconds, program=program
         )
         self.started.append(service)
         service.start()

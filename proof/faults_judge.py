@@ -1,0 +1,61 @@
+"""Training runs under faults, before a judge: every call is recorded, and the history is compared with a model of
+exactly-once steps, policy versions, memory writes, the learner's calls, rewards and authorisation.
+
+What happens to the services says `services/testing/judge/nemesis.py`; what must hold say the modules beside it.
+`faults-judge-planted` has the same services with one bug at a time, of those in `tests/support/planted_bugs.py`: the
+judge must find each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mulligan.testing.judge.network import CallFaults
+from mulligan.testing.judge.trial import Adversity, hold, judged_run
+from tests.support.planted_bugs import BUGS, HAS
+
+TROUBLES = 20
+SEEDS = 5
+_PLANTED_TROUBLES = 3
+# Every answer to them is lost once, so that each is repeated.
+_REPEATED = CallFaults(
+    lost_once=frozenset({"StepEpisodes", "StepEpisode", "AddReflection", "ReportOutcome", "OptimStep"})
+)
+
+
+def judged(seed: int, folder: Path) -> dict[str, Any]:
+    _empty(folder)
+    settings = judged_run(seed=seed)
+    trial = asyncio.run(hold(folder, settings, Adversity(TROUBLES), seed=seed))
+    assert not trial.violations, "\n".join(map(str, trial.violations))
+    return trial.summary
+
+
+def planted(folder: Path) -> dict[str, Any]:
+    found = {}
+    for seed, bug in enumerate(BUGS):
+        _empty(folder)
+        settings = judged_run(seed=seed)
+        plugins = {HAS[bug]: [f"tests.support.planted_bugs:{bug}"]}
+        adversity = Adversity(_PLANTED_TROUBLES, ["kill"], ["env"], _REPEATED, plugins)
+        trial = asyncio.run(hold(folder, settings, adversity, seed=seed))
+        found[bug] = sorted({violation.rule for violation in trial.violations} - {"run"})
+        assert found[bug], f"{bug} was not found"
+    return {"found_by": found}
+
+
+def _empty(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    **{f"faults-judge-{seed}": partial(judged, seed) for seed in range(SEEDS)},
+    "faults-judge-planted": planted,
+}

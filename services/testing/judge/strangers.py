@@ -1,0 +1,93 @@
+"""Callers without the right credential, who try everything while the services have other troubles."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.descriptor import ServiceDescriptor
+
+from mulligan.common.access import ACCESS, AccessRole, needed_role
+from mulligan.common.tokens import bearer
+from mulligan.env.v1 import env_service_pb2
+from mulligan.memory.v1 import memory_service_pb2
+from mulligan.policy.v1 import policy_admin_service_pb2, policy_service_pb2
+from mulligan.testing.judge.access import NO_TOKEN, UNKNOWN_TOKEN
+from mulligan.testing.judge.recorder import CallRecorder
+from mulligan.trainer.v1 import learner_service_pb2, run_service_pb2
+
+_SERVICES: dict[str, ServiceDescriptor] = {
+    found.full_name: found
+    for contract in (
+        env_service_pb2,
+        memory_service_pb2,
+        policy_service_pb2,
+        policy_admin_service_pb2,
+        learner_service_pb2,
+        run_service_pb2,
+    )
+    for found in contract.DESCRIPTOR.services_by_name.values()
+}
+_SECONDS = 5.0  # of a call
+
+
+class Strangers:
+    """`addresses` are those of the services, each with the full names of what it serves. `tokens` are of roles.
+    `pause` is the time between two calls, in seconds."""
+
+    def __init__(
+        self,
+        addresses: Mapping[str, Sequence[str]],
+        tokens: Mapping[AccessRole, str],
+        recorder: CallRecorder,
+        chance: random.Random,
+        pause: float = 0.2,
+    ):
+        self._calls = [
+            (address, f"/{service}/{call}")
+            for address, services in addresses.items()
+            for service in services
+            for call in ACCESS[service]
+        ]
+        self._tokens = tokens
+        self._recorder = recorder
+        self._chance = chance
+        self._pause = pause
+        self.made = 0
+
+    async def try_on(self) -> None:
+        """Until it is cancelled."""
+        channels = {address: grpc.aio.insecure_channel(address) for address, _ in self._calls}
+        try:
+            while True:
+                address, method = self._chance.choice(self._calls)
+                await self._try(channels[address], method)
+                await asyncio.sleep(self._pause)
+        finally:
+            for channel in channels.values():
+                await channel.close()
+
+    async def _try(self, channel: grpc.aio.Channel, method: str) -> None:
+        needed = needed_role(method)
+        less = [role for role in self._tokens if needed is not None and not role.includes(needed)]
+        credential = self._chance.choice([NO_TOKEN, UNKNOWN_TOKEN, *less])
+        token = "no-token-of-anybody" if credential == UNKNOWN_TOKEN else self._tokens.get(credential)  # type: ignore[call-overload]
+        request, answer = _kinds(method)
+        number = self._recorder.begin(method, request(), credential)
+        self.made += 1
+        call: Any = channel.stream_stream(method, lambda one: one.SerializeToString(), answer.FromString)
+        try:
+            answers = call(iter([request()]), timeout=_SECONDS, metadata=bearer(token) if token else None)
+            self._recorder.end(number, [one async for one in answers])
+        except grpc.aio.AioRpcError as error:
+            self._recorder.end(number, None, error)
+
+
+def _kinds(method: str) -> tuple[Any, Any]:
+    _, service, call = method.split("/")
+    found = _SERVICES[service].methods_by_name[call]
+    return message_factory.GetMessageClass(found.input_type), message_factory.GetMessageClass(found.output_type)

@@ -1,0 +1,27 @@
+"""The verdict on a run: every rule that its history, and what the services hold at its end, do not keep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from mulligan.env.base import Environment
+from mulligan.testing.judge import access, episodes, learners, memories, rewards, versions
+from mulligan.testing.judge.history import BrokenRule, RecordedCall
+from mulligan.testing.judge.state import Final
+
+_ENDED = ("completed", "stopped")  # as somebody wanted it
+
+
+def judge(calls: Sequence[RecordedCall], final: Final, environments: Mapping[str, Environment]) -> list[BrokenRule]:
+    """`environments` are those that the run played in, as their model: new ones, by name."""
+    found = [
+        *access.check(calls),
+        *episodes.check(calls, environments),
+        *versions.check(calls, final),
+        *memories.check(calls, final),
+        *learners.check(calls, final),
+        *rewards.check(calls, final),
+    ]
+    if final.state not in _ENDED:
+        found.append(BrokenRule("run", f"it ended as {final.state}: {final.error}"))
+    return found

@@ -1,0 +1,42 @@
+"""The judge finds a bug of each kind in services that train, and nothing where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import planted_bugs
+from tests.support.judged import patched, short_run, world
+
+# A bug of each kind that the judge judges; `python -m proof --only faults-judge-planted` has all.
+FOUND_BY = {
+    "repeated_step_played_again": "episodes",
+    "write_lost": "memory",
+    "version_of_the_past": "versions",
+    "failure_is_reward_zero": "rewards",
+    "optimizer_step_counted_twice": "learner",
+    "role_not_checked": "access",
+}
+
+
+async def test_a_run_without_a_bug_keeps_every_promise(tmp_path: Path) -> None:
+    async with world(tmp_path) as judged:
+        assert await judged.run(short_run(), lose_episodes=1) == []
+    assert judged.final is not None
+    samples = [one for experience in judged.final.experiences for one in experience.samples]
+    assert sum(one.restarts for one in samples) == 1, "a lost episode was played again"
+    names = {call.name for call in judged.calls}
+    assert {"StepEpisodes", "UpdateWeights", "AddReflection", "OptimStep", "SaveCheckpoint"} <= names
+    assert sum(network.happened["lost_answers"] for network in judged.networks) > 10
+    refused = [call for call in judged.calls if call.credential and call.code]
+    assert {call.code for call in refused} >= {"UNAUTHENTICATED", "PERMISSION_DENIED"}
+
+
+@pytest.mark.parametrize(("bug", "rule"), FOUND_BY.items())
+async def test_a_bug_is_found(tmp_path: Path, bug: str, rule: str) -> None:
+    with patched() as patch:
+        planted_bugs.plant(bug, patch)
+        async with world(tmp_path) as judged:
+            found = await judged.run(short_run(steps=1), lose_episodes=1)
+    assert rule in {violation.rule for violation in found}, "\n".join(map(str, found))

@@ -1,0 +1,199 @@
+"""Bugs in the services that the judge must find, one of each kind that it judges. They follow the promises of the
+contracts, not the judge. `plant` replaces a function of a service in this process, so a service that is started by
+`mulligan.testing.judge.launch --plugin tests.support.planted_bugs:NAME` has the bug."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from mulligan.common.types import Outcome
+
+Patch = Callable[[object, str, Any], None]
+
+
+def step_played_twice(patch: Patch) -> None:
+    """The environment is given each action twice."""
+    from mulligan.env.episodes import RunningStep
+
+    play = RunningStep.call
+
+    def call(self: RunningStep) -> Any:
+        answer = play(self)
+        return answer if answer.done else play(self)
+
+    patch(RunningStep, "call", call)
+
+
+def repeated_step_played_again(patch: Patch) -> None:
+    """A step whose answer was lost is played again when it is asked for again."""
+    from mulligan.env.episodes import EpisodeTable
+
+    take = EpisodeTable._take
+
+    def again(self: Any, request: Any, jobs: Any) -> Any:
+        record = self._live.get(request.episode_id)
+        if record is not None and len(record.answers) == request.step_index + 1:
+            record.answers.pop()
+            record.actions.pop()
+        return take(self, request, jobs)
+
+    patch(EpisodeTable, "_take", again)
+
+
+def write_lost(patch: Patch) -> None:
+    """The second of the memory's additions is answered and not stored."""
+    from mulligan.memory.servicer import MemoryServicer
+    from mulligan.memory.store import reflection_id
+    from mulligan.memory.v1 import memory_service_pb2 as pb
+
+    add = MemoryServicer.AddReflection
+    seen: list[str] = []
+
+    async def lose(self: Any, request: Any, context: Any) -> Any:
+        seen.append(request.request_id)
+        if request.request_id != sorted(set(seen), key=seen.index)[-1] or len(set(seen)) != 2:
+            return await add(self, request, context)
+        return pb.AddReflectionResponse(reflection_id=reflection_id(request.scope, request.request_id), version=2)
+
+    patch(MemoryServicer, "AddReflection", lose)
+
+
+def write_stored_twice(patch: Patch) -> None:
+    """Each addition to the memory makes two entries."""
+    from mulligan.memory.servicer import MemoryServicer
+    from mulligan.memory.v1 import memory_service_pb2 as pb
+
+    add = MemoryServicer.AddReflection
+
+    async def twice(self: Any, request: Any, context: Any) -> Any:
+        again = pb.AddReflectionRequest()
+        again.CopyFrom(request)
+        again.request_id += "-again"
+        await add(self, again, context)
+        return await add(self, request, context)
+
+    patch(MemoryServicer, "AddReflection", twice)
+
+
+def report_counted_twice(patch: Patch) -> None:
+    """The answer to a report says twice what it counted."""
+    from mulligan.memory.servicer import MemoryServicer
+
+    report = MemoryServicer.ReportOutcome
+
+    async def twice(self: Any, request: Any, context: Any) -> Any:
+        answer = await report(self, request, context)
+        answer.counted *= 2
+        return answer
+
+    patch(MemoryServicer, "ReportOutcome", twice)
+
+
+def version_of_the_future(patch: Patch) -> None:
+    """Tokens bear the version that comes after the one that sampled them."""
+    _wrong_version(patch, 1)
+
+
+def version_of_the_past(patch: Patch) -> None:
+    """Tokens bear the version before the one that sampled them."""
+    _wrong_version(patch, -1)
+
+
+def _wrong_version(patch: Patch, by: int) -> None:
+    from mulligan.policy import servicer, wire
+
+    convert = wire.completions_to_proto
+
+    def wrong(*arguments: Any, **keywords: Any) -> Any:
+        answer = convert(*arguments, **keywords)
+        for completion in answer.completions:
+            for span in completion.policy_versions:
+                span.policy_version = max(0, span.policy_version + by)
+        return answer
+
+    patch(servicer, "completions_to_proto", wrong)
+
+
+def failure_is_reward_zero(patch: Patch) -> None:
+    """An episode that the infrastructure lost counts as one that failed."""
+    from mulligan.trainer import harness, trainable
+
+    usable = trainable.with_usable_reward
+
+    def zero(sample: Any) -> Any:
+        if not sample.outcome.has_reward:
+            sample = replace(sample, outcome=Outcome.COMPLETED, reward=0.0, error="")
+        return usable(sample)
+
+    patch(harness, "with_usable_reward", zero)
+
+
+def optimizer_step_counted_twice(patch: Patch) -> None:
+    """An optimizer step that is asked for again is taken again."""
+    from mulligan.trainer.learner import servicer
+
+    once = servicer.LearnerServicer._exactly_once
+
+    async def twice(self: Any, request: Any) -> Any:
+        held = self._held.get(request.learner_id)
+        if type(request).__name__ == "OptimStepRequest" and held and request.sequence == held.next_call - 1:
+            held.last_request = b""
+            held.next_call -= 1
+        return await once(self, request)
+
+    patch(servicer.LearnerServicer, "_exactly_once", twice)
+
+
+def token_not_checked(patch: Patch) -> None:
+    """Who sends any token at all may do everything."""
+    from mulligan.common import server
+
+    check = server.RequestInterceptor._refusal
+
+    def careless(self: Any, method: str, metadata: Any, certified: Any = None) -> Any:
+        refusal = check(self, method, metadata, certified)
+        return None if "authorization" in dict(metadata or ()) else refusal
+
+    patch(server.RequestInterceptor, "_refusal", careless)
+
+
+def role_not_checked(patch: Patch) -> None:
+    """A role is as good as any other, once in a while."""
+    from mulligan.common import server
+    from mulligan.common.errors import Reason
+
+    check = server.RequestInterceptor._refusal
+    refused: list[str] = []
+
+    def careless(self: Any, method: str, metadata: Any, certified: Any = None) -> Any:
+        refusal = check(self, method, metadata, certified)
+        if refusal is not None and refusal.reason is Reason.INSUFFICIENT_ROLE:
+            refused.append(method)
+            return None if len(refused) % 2 == 0 else refusal
+        return refusal
+
+    patch(server.RequestInterceptor, "_refusal", careless)
+
+
+HAS = {
+    "step_played_twice": "env",
+    "repeated_step_played_again": "env",
+    "write_lost": "memory",
+    "write_stored_twice": "memory",
+    "report_counted_twice": "memory",
+    "version_of_the_future": "policy",
+    "version_of_the_past": "policy",
+    "failure_is_reward_zero": "trainer",
+    "optimizer_step_counted_twice": "trainer",
+    "token_not_checked": "memory",
+    "role_not_checked": "policy",
+}
+"""The service that has the bug, by its name."""
+
+BUGS: dict[str, Callable[[Patch], None]] = {name: globals()[name] for name in HAS}
+
+
+def plant(name: str, patch: Patch = setattr) -> None:
+    BUGS[name](patch)

@@ -1,0 +1,289 @@
+"""The judge: histories that keep every promise pass, and each change that breaks one is noticed, with its calls."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mulligan.common.types import Outcome
+from mulligan.testing.judge.history import BrokenRule, RecordedCall
+from mulligan.testing.judge.verdict import judge
+from tests.support.effort import examples
+from tests.support.made_history import STEPS, Made, made_history
+
+Change = Callable[[Made, random.Random], Made]
+
+
+def verdict(made: Made) -> list[BrokenRule]:
+    return judge(made.calls, made.final, made.environments)
+
+
+@settings(max_examples=examples(60))
+@given(seed=st.integers(0, 2**32))
+def test_a_history_that_keeps_every_promise_passes(seed: int) -> None:
+    assert verdict(made_history(seed)) == []
+
+
+def changed(made: Made, call: RecordedCall, **changes: Any) -> Made:
+    return replace(made, calls=[replace(one, **changes) if one is call else one for one in made.calls])
+
+
+def with_final(made: Made, **changes: Any) -> Made:
+    return replace(made, final=replace(made.final, **changes))
+
+
+def one_of(made: Made, chance: random.Random, *names: str) -> RecordedCall:
+    """With an answer."""
+    return chance.choice([call for call in made.calls if call.name in names and call.ok])
+
+
+def another_observation(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "StepEpisode")
+    return changed(made, call, answer=call.answer | {"observation": "another"})  # type: ignore[operator]
+
+
+def a_step_that_is_skipped(made: Made, chance: random.Random) -> Made:
+    """All answers of a step are those of the one after it: it was played twice."""
+    call = one_of(made, chance, "StepEpisode")
+    other = (call.answer or {}) | {"observation": "2 twice"}
+    calls = [replace(one, answer=other) if one.request == call.request and one.ok else one for one in made.calls]
+    return replace(made, calls=calls)
+
+
+def a_step_after_the_end(made: Made, chance: random.Random) -> Made:
+    ends = [call for call in made.calls if call.name == "StepEpisode" and call.ok and call.answer.get("done")]  # type: ignore[union-attr]
+    if not ends:
+        return another_observation(made, chance)
+    call = chance.choice(ends)
+    return replace(
+        made, calls=[*made.calls, replace(call, request=call.request | {"step_index": call.request["step_index"] + 1})]
+    )
+
+
+def _sampled(made: Made, chance: random.Random, version: Callable[[int], int]) -> Made:
+    call = one_of(made, chance, "Generate")
+    (completion,) = (call.answer or {})["completions"]
+    (span,) = completion["policy_versions"]
+    wrong = completion | {"policy_versions": [span | {"policy_version": version(span["policy_version"])}]}
+    return changed(made, call, answer={"completions": [wrong]})
+
+
+def a_version_before(made: Made, chance: random.Random) -> Made:
+    return _sampled(made, chance, lambda version: version - 1)
+
+
+def a_version_of_later(made: Made, chance: random.Random) -> Made:
+    return _sampled(made, chance, lambda version: version + 2)
+
+
+def a_version_of_nobody(made: Made, chance: random.Random) -> Made:
+    return _sampled(made, chance, lambda version: version + 1000)
+
+
+def weights_of_nobody(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "UpdateWeights")
+    return changed(made, call, request=call.request | {"sha256": "another"})
+
+
+def a_version_that_is_lost(made: Made, chance: random.Random) -> Made:
+    return with_final(made, versions=made.final.versions[:-1])
+
+
+def an_update_that_goes_back(made: Made, chance: random.Random) -> Made:
+    updates = [call for call in made.calls if call.name == "UpdateWeights" and call.ok]
+    late = max(call.end for call in updates if call.end < float("inf"))
+    first = min(updates, key=lambda call: call.start)
+    return replace(made, calls=[*made.calls, replace(first, start=late + 1, end=late + 2)])
+
+
+def a_write_that_is_lost(made: Made, chance: random.Random) -> Made:
+    lost = chance.choice(made.final.entries)
+    return with_final(
+        made,
+        entries=[one for one in made.final.entries if one is not lost],
+        uses={name: of for name, of in made.final.uses.items() if name != lost.reflection_id},
+    )
+
+
+def a_write_that_is_there_twice(made: Made, chance: random.Random) -> Made:
+    entry = chance.choice(made.final.entries)
+    return with_final(made, entries=[*made.final.entries, replace(entry, reflection_id="again")])
+
+
+def a_write_with_another_text(made: Made, chance: random.Random) -> Made:
+    entry = chance.choice(made.final.entries)
+    entries = [replace(one, text="another") if one is entry else one for one in made.final.entries]
+    return with_final(made, entries=entries)
+
+
+def a_write_with_another_version(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "AddReflection")
+    return changed(made, call, answer=(call.answer or {}) | {"version": 1000})
+
+
+def a_read_of_the_past(made: Made, chance: random.Random) -> Made:
+    """Every read but the first sees nothing."""
+    calls = [replace(call, answer={}) if call.name == "GetSnapshot" and call.ok else call for call in made.calls]
+    return replace(made, calls=calls)
+
+
+def a_reward_that_is_lost(made: Made, chance: random.Random) -> Made:
+    uses = {name: [replace(use, reward=None) for use in of] for name, of in made.final.uses.items()}
+    return with_final(made, uses=uses)
+
+
+def a_reward_of_nobody(made: Made, chance: random.Random) -> Made:
+    uses = {name: [replace(use, reward=0.123) for use in of] for name, of in made.final.uses.items()}
+    return with_final(made, uses=uses)
+
+
+def a_use_that_counts_twice(made: Made, chance: random.Random) -> Made:
+    entry = chance.choice([one for one in made.final.entries if one.uplift is not None])
+    assert entry.uplift is not None
+    counted = replace(entry, uplift=replace(entry.uplift, uses_shown=entry.uplift.uses_shown + 1))
+    return with_final(made, entries=[counted if one is entry else one for one in made.final.entries])
+
+
+def a_report_that_counts_twice(made: Made, chance: random.Random) -> Made:
+    calls = [
+        replace(call, answer={"counted": 2 * (call.answer or {})["counted"]}) if call.name == "ReportOutcome" else call
+        for call in made.calls
+    ]
+    return replace(made, calls=calls)
+
+
+def an_optimizer_step_that_counts_twice(made: Made, chance: random.Random) -> Made:
+    assert made.final.learner is not None
+    steps = made.final.learner.optimizer_steps + 1
+    return with_final(made, learner=replace(made.final.learner, optimizer_steps=steps))
+
+
+def a_repeated_call_with_another_answer(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "OptimStep", "ForwardBackward")
+    at = made.calls.index(call)
+    return replace(made, calls=[*made.calls[: at + 1], replace(call, answer_digest="another"), *made.calls[at + 1 :]])
+
+
+def a_step_that_ends_twice(made: Made, chance: random.Random) -> Made:
+    step = chance.randrange(STEPS)
+    return with_final(made, completions={**made.final.completions, step: 2})
+
+
+def metrics_that_are_lost(made: Made, chance: random.Random) -> Made:
+    return with_final(made, events=made.final.events[1:])
+
+
+def an_experience_twice(made: Made, chance: random.Random) -> Made:
+    return with_final(made, experiences=[*made.final.experiences, chance.choice(made.final.experiences)])
+
+
+def _sample(made: Made, chance: random.Random, **changes: Any) -> Made:
+    experience = chance.choice(made.final.experiences)
+    other = replace(experience, samples=(replace(experience.samples[0], **changes),))
+    return with_final(made, experiences=[other if one is experience else one for one in made.final.experiences])
+
+
+def a_lost_episode_with_reward_zero(made: Made, chance: random.Random) -> Made:
+    return _sample(made, chance, reward=0.0, turns=())
+
+
+def a_lost_episode_that_is_cut_with_reward_zero(made: Made, chance: random.Random) -> Made:
+    """The answer to its last step was never given."""
+    experience = chance.choice(made.final.experiences)
+    sample = experience.samples[0]
+    last = len(sample.turns) - 1
+
+    def asks(call: RecordedCall) -> bool:
+        steps = call.request.get("steps", [call.request])
+        return any(one.get("episode_id") == sample.episode_id and one.get("step_index") == last for one in steps)
+
+    calls = [call for call in made.calls if not asks(call)]
+    return _of(replace(made, calls=calls), experience, replace(sample, reward=0.0))
+
+
+def a_failure_without_outcome(made: Made, chance: random.Random) -> Made:
+    return _sample(made, chance, outcome=Outcome.ENV_ERROR)
+
+
+def a_reward_that_is_another(made: Made, chance: random.Random) -> Made:
+    return _sample(made, chance, reward=0.5)
+
+
+def _of(made: Made, experience: Any, sample: Any) -> Made:
+    other = replace(experience, samples=(sample,))
+    return with_final(made, experiences=[other if one is experience else one for one in made.final.experiences])
+
+
+def a_stranger_who_is_answered(made: Made, chance: random.Random) -> Made:
+    call = chance.choice([call for call in made.calls if call.ok])
+    return replace(made, calls=[*made.calls, replace(call, caller="stranger", credential="none")])
+
+
+def a_reader_who_writes(made: Made, chance: random.Random) -> Made:
+    call = one_of(made, chance, "AddReflection", "Generate", "GenerateMany", "UpdateWeights", "OptimStep")
+    return replace(made, calls=[*made.calls, replace(call, caller="stranger", credential="reader")])
+
+
+def an_owner_who_is_refused(made: Made, chance: random.Random) -> Made:
+    call = chance.choice(made.calls)
+    return changed(made, call, answer=None, code="UNAUTHENTICATED", reason="BAD_CREDENTIAL")
+
+
+def a_run_that_fails(made: Made, chance: random.Random) -> Made:
+    return with_final(made, state="failed")
+
+
+CHANGES: dict[Change, str] = {
+    another_observation: "episodes",
+    a_step_that_is_skipped: "episodes",
+    a_step_after_the_end: "episodes",
+    a_version_before: "versions",
+    a_version_of_later: "versions",
+    a_version_of_nobody: "versions",
+    weights_of_nobody: "versions",
+    a_version_that_is_lost: "versions",
+    an_update_that_goes_back: "versions",
+    a_write_that_is_lost: "memory",
+    a_write_that_is_there_twice: "memory",
+    a_write_with_another_text: "memory",
+    a_write_with_another_version: "memory",
+    a_read_of_the_past: "memory",
+    a_reward_that_is_lost: "memory",
+    a_reward_of_nobody: "memory",
+    a_use_that_counts_twice: "memory",
+    a_report_that_counts_twice: "memory",
+    an_optimizer_step_that_counts_twice: "learner",
+    a_repeated_call_with_another_answer: "learner",
+    a_step_that_ends_twice: "learner",
+    metrics_that_are_lost: "learner",
+    an_experience_twice: "learner",
+    a_lost_episode_with_reward_zero: "rewards",
+    a_lost_episode_that_is_cut_with_reward_zero: "rewards",
+    a_failure_without_outcome: "rewards",
+    a_reward_that_is_another: "rewards",
+    a_stranger_who_is_answered: "access",
+    a_reader_who_writes: "access",
+    an_owner_who_is_refused: "access",
+    a_run_that_fails: "run",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@settings(max_examples=examples(10))
+@given(seed=st.integers(0, 2**32))
+def test_a_broken_promise_is_noticed(change: Change, seed: int) -> None:
+    broken = change(made_history(seed), random.Random(seed))
+    found = verdict(broken)
+    assert CHANGES[change] in {violation.rule for violation in found}, found
+
+
+def test_a_violation_names_its_calls() -> None:
+    broken = another_observation(made_history(1), random.Random(1))
+    text = "\n".join(map(str, verdict(broken)))
+    assert "episodes: step " in text and "trainer StepEpisode(" in text and "→ OK" in text
