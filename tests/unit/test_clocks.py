@@ -21,6 +21,7 @@ RECORDS = {
     "services/conformance/memory/log.py": "whether a server's clock is this one's",
     "services/memory/stores/_sql/writes.py": "when an entry was written",
     "services/policy/deployment.py": "when a version began to serve",
+    "services/testing/judge/network.py": "the deadline of a call, which is passed on",
     "services/trainer/events.py": "when an event came",
     "services/trainer/folder.py": "when a run began",
     "services/trainer/manager.py": "when a run began: later than the one before, even if the clock was set back",
