@@ -7,6 +7,7 @@ import logging
 import time
 from typing import Any
 
+import grpc
 import structlog
 
 from mulligan.common.errors import DomainError, incident
@@ -21,10 +22,10 @@ class RequestLog:
     """Logs one line per request: method, ids, duration, status. `log_level = "warning"` leaves out requests that
     succeed. Health probes are logged only after an internal error."""
 
-    def __init__(self, method: str, request: Any, metrics: MethodMetrics | None = None):
+    def __init__(self, method: str, metrics: MethodMetrics | None = None):
         self._method = method.rsplit("/", 1)[-1]
         self._is_probe = method.startswith(PROBES)
-        self._request = request
+        self.request: Any = None  # once it is read, whose ids are logged
         self._metrics = metrics
         self._status = "OK"
         self._reason: str | None = None
@@ -49,7 +50,9 @@ class RequestLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is asyncio.CancelledError:
+        if kind is not None and issubclass(
+            kind, asyncio.CancelledError | grpc.aio.InternalError
+        ):  # the caller has gone
             self._status = "CANCELLED"
         seconds = time.perf_counter() - self._start
         if self._metrics is not None:
@@ -57,7 +60,7 @@ class RequestLog:
         level = logging.ERROR if self._status == "INTERNAL" else logging.INFO
         if not log.is_enabled_for(level) or (self._is_probe and level < logging.ERROR):
             return
-        ids = {key: value for key in _REQUEST_KEYS if (value := getattr(self._request, key, None)) not in (None, "")}
+        ids = {key: value for key in _REQUEST_KEYS if (value := getattr(self.request, key, None)) not in (None, "")}
         extra: dict[str, Any] = {"reason": self._reason} if self._reason else {}
         if self._error is not None:
             extra |= {"incident": incident(self._error), "exc_info": self._error}
