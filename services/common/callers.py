@@ -10,15 +10,19 @@ import asyncio
 import ipaddress
 import time
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from hashlib import sha256
+from typing import TypeVar
 from urllib.parse import unquote
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.tasks import TimeLimit, TooLong
 
+T = TypeVar("T")
 _RETRY_AFTER = timedelta(seconds=1)
 _MOST_REMEMBERED = 4_096  # callers without a call under way, whose rate is known
 
@@ -62,10 +66,6 @@ class Caller:
         """Held while a message is received. Those that wait for it take at most a stream's window of memory each."""
         return self._receiving
 
-    @property
-    def receive_seconds(self) -> float:
-        return self._limits.receive_seconds
-
     def check(self, streams: bool) -> None:
         """Raises CALLER_LIMIT if a further call would be too many."""
         limits = self._limits
@@ -107,6 +107,16 @@ class Visit:
         self.caller.calls += 1
         self.caller.streams += streams
 
+    async def receive(self, read: Callable[[], Awaitable[T]]) -> T:
+        """Waits for a message, at the caller's turn. Raises CALLER_LIMIT."""
+        limit = self._callers.receiving
+        try:
+            async with self.caller.receiving:
+                return await limit.within(read())
+        except TooLong:
+            text = f"the request did not arrive within {limit.seconds:g} s"
+            raise DomainError(Reason.CALLER_LIMIT, text, limit="receive_seconds") from None
+
     def hold(self, size: int) -> None:
         """Counts bytes of a request or an answer until the end of the call."""
         self._held_bytes += size
@@ -125,6 +135,7 @@ class Callers:
 
     def __init__(self, limits: CallerLimits):
         self._limits = limits
+        self.receiving = TimeLimit(limits.receive_seconds)
         self._known: OrderedDict[str, Caller] = OrderedDict()  # those that have called last at the end
 
     def __len__(self) -> int:

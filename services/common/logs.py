@@ -14,9 +14,11 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import MutableMapping
 from typing import Any
 
+import grpc
 import structlog
 from prometheus_client import Counter
 
@@ -28,6 +30,7 @@ VALUE_LIMIT = 1_000
 TRACEBACK_LIMIT = 8_000
 LINE_LIMIT = 32_768
 _LEVELS = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)
+_CALL_ENDED = (asyncio.CancelledError, grpc.aio.InternalError)
 _LINES_LOST = Counter("mulligan_log_lines_lost", "Log lines that could not be written.", registry=REGISTRY)
 
 
@@ -56,11 +59,43 @@ def configure_logging(settings: ServiceSettings) -> None:
     logging.basicConfig(handlers=[_FromLibraries()], level=logging.WARNING, force=True)
 
 
+class Throttle:
+    """Bounds lines that anybody can cause: `burst` at once, and after them so many per second."""
+
+    def __init__(self, per_second: float = 10.0, burst: int = 100):
+        self._per_second = per_second
+        self._burst = burst
+        self._allowance = float(burst)
+        self._counted_at = time.monotonic()
+        self._left_out = 0
+
+    def admits(self) -> bool:
+        """Whether a line may be written; counts it if not."""
+        now = time.monotonic()
+        self._allowance = min(self._allowance + (now - self._counted_at) * self._per_second, self._burst)
+        self._counted_at = now
+        if self._allowance < 1.0:
+            self._left_out += 1
+            return False
+        self._allowance -= 1.0
+        return True
+
+    def left_out(self) -> dict[str, int]:
+        """For the next line: how many were left out before it, if any."""
+        found, self._left_out = self._left_out, 0
+        return {"left_out": found} if found else {}
+
+
 class _FromLibraries(logging.Handler):
     """Writes what libraries log through Python's `logging`, such as gRPC and asyncio, as events of this log.
 
-    A cancellation is written at level debug: gRPC logs as an error that a call ended with its server.
+    A call that ended with its server or its caller is written at level debug: gRPC logs an error. Of what gRPC says of
+    callers' bytes, lines are left out where there are too many.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._throttle = Throttle()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -68,9 +103,12 @@ class _FromLibraries(logging.Handler):
         except Exception as error:  # noqa: BLE001 - the arguments are foreign
             event = f"a line that cannot be formatted: {type(error).__name__}"
         level = max((level for level in _LEVELS if level <= record.levelno), default=logging.DEBUG)
-        if record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError):
+        if record.exc_info is not None and isinstance(record.exc_info[1], _CALL_ENDED):
             level = logging.DEBUG
-        structlog.get_logger().log(level, event, logger=record.name, exc_info=record.exc_info or None)
+        log = structlog.get_logger()
+        if log.is_enabled_for(level) and (not record.name.startswith("grpc") or self._throttle.admits()):
+            left_out = self._throttle.left_out()
+            log.log(level, event, logger=record.name, exc_info=record.exc_info or None, **left_out)
 
 
 def log_at_any_level(event: str, **values: Any) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import grpc
 import structlog
 
-from mulligan.common.errors import DomainError, incident
+from mulligan.common.errors import DomainError, Reason, incident
+from mulligan.common.logs import Throttle
 from mulligan.common.metrics import MethodMetrics
 
 log = structlog.get_logger()
@@ -18,9 +19,14 @@ PROBES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
 _REQUEST_KEYS = ("run_id", "episode_id", "request_id", "learner_id", "reflection_id", "sequence", "step_index")
 
 
+_FROM_ANYBODY = (Reason.BAD_CREDENTIAL, Reason.CALLER_LIMIT)  # refused before anything else
+_throttle = Throttle()
+
+
 class RequestLog:
     """Logs one line per request: method, ids, duration, status. `log_level = "warning"` leaves out requests that
-    succeed. Health probes are logged only after an internal error."""
+    succeed. Health probes are logged only after an internal error. Of requests that strangers can make at will, lines
+    are left out where there are too many; the next line has their number, `left_out`."""
 
     def __init__(self, method: str, metrics: MethodMetrics | None = None):
         self._method = method.rsplit("/", 1)[-1]
@@ -28,7 +34,7 @@ class RequestLog:
         self.request: Any = None  # once it is read, whose ids are logged
         self._metrics = metrics
         self._status = "OK"
-        self._reason: str | None = None
+        self._reason: Reason | None = None
         self._error: BaseException | None = None
         self._start = time.perf_counter()
 
@@ -54,15 +60,30 @@ class RequestLog:
             kind, asyncio.CancelledError | grpc.aio.InternalError
         ):  # the caller has gone
             self._status = "CANCELLED"
+            self._reason = None
         seconds = time.perf_counter() - self._start
         if self._metrics is not None:
             self._metrics.ended(self._status, seconds)
         level = logging.ERROR if self._status == "INTERNAL" else logging.INFO
         if not log.is_enabled_for(level) or (self._is_probe and level < logging.ERROR):
             return
+        left_out: dict[str, int] = {}
+        if self._reason in _FROM_ANYBODY:
+            if not _throttle.admits():
+                return
+            left_out = _throttle.left_out()
         ids = {key: value for key in _REQUEST_KEYS if (value := getattr(self.request, key, None)) not in (None, "")}
         extra: dict[str, Any] = {"reason": self._reason} if self._reason else {}
         if self._error is not None:
             extra |= {"incident": incident(self._error), "exc_info": self._error}
         milliseconds = round(seconds * 1000, 2)
-        log.log(level, "request", method=self._method, status=self._status, milliseconds=milliseconds, **ids, **extra)
+        log.log(
+            level,
+            "request",
+            method=self._method,
+            status=self._status,
+            milliseconds=milliseconds,
+            **ids,
+            **extra,
+            **left_out,
+        )

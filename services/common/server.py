@@ -33,6 +33,7 @@ from mulligan.common.logs import configure_logging, log_at_any_level
 from mulligan.common.metrics import MethodMetrics, exported
 from mulligan.common.request_log import PROBES, RequestLog
 from mulligan.common.status import fault, to_status
+from mulligan.common.tasks import TimeLimit, TooLong
 from mulligan.common.tls import Pem, PemFiles
 from mulligan.common.tokens import KnownTokens
 from mulligan.common.validation import prepare, violations
@@ -59,6 +60,7 @@ class _Guarded(NamedTuple):
     method: str  # "/package.Service/Call"
     call: Callable[..., Any]
     streams_requests: bool
+    streams_answers: bool
     serialize: Callable[[Any], bytes]
     metrics: MethodMetrics | None
 
@@ -99,8 +101,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self._tokens = tokens
         self._certificates = certificates
         self._count = metrics
-        self._default_deadline = default_deadline  # seconds
-        self._write_seconds = write_seconds
+        self._own_deadline = TimeLimit(default_deadline)
+        self._writing = TimeLimit(write_seconds)
         self._callers = Callers(limits or CallerLimits())
         self._probing = Callers(PROBE_LIMITS)
         self._handlers: dict[str, _Handler] = {}
@@ -124,6 +126,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             method,
             handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream,
             handler.request_streaming,
+            handler.response_streaming,
             handler.response_serializer,
             MethodMetrics(method.lstrip("/")) if counted else None,
         )
@@ -188,9 +191,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 return serialized
 
             with RequestLog(guarded.method, guarded.metrics) as logged:
-                # gRPC cancels a call whose caller's deadline has passed.
-                own = None if context.time_remaining() is not None else self._default_deadline
-                return await self._answer(guarded, answer, context, logged, own)
+                return await self._answer(guarded, answer, context, logged)
 
         return handle
 
@@ -207,7 +208,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                         await self._write(guarded.serialize(response), context)
 
             with RequestLog(guarded.method, guarded.metrics) as logged:
-                await self._answer(guarded, answer, context, logged, None)
+                await self._answer(guarded, answer, context, logged)
 
         return handle
 
@@ -217,13 +218,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         """The checked request, or the stream of them."""
         if guarded.streams_requests:
             return _checked_stream(requests)
-        caller = visit.caller
-        try:
-            async with caller.receiving, asyncio.timeout(caller.receive_seconds):
-                received = await context.read()
-        except TimeoutError:
-            message = f"the request did not arrive within {caller.receive_seconds:g} s"
-            raise DomainError(Reason.CALLER_LIMIT, message, limit="receive_seconds") from None
+        received = await visit.receive(context.read)
         if received is grpc.aio.EOF:
             raise DomainError(Reason.MALFORMED_MESSAGE, "the call has no request")
         visit.hold(received.size)
@@ -232,10 +227,9 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
     async def _write(self, serialized: bytes, context: _Context) -> None:
         try:
-            async with asyncio.timeout(self._write_seconds):
-                await context.write(serialized)
-        except TimeoutError:
-            message = f"the caller did not read the answer for {self._write_seconds:g} s"
+            await self._writing.within(context.write(serialized))
+        except TooLong:
+            message = f"the caller did not read the answer for {self._writing.seconds:g} s"
             raise DomainError(Reason.CALLER_LIMIT, message, limit="write_seconds") from None
 
     async def _answer(
@@ -244,12 +238,12 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         answer: Callable[[Visit], Awaitable[_Answer]],
         context: _Context,
         logged: RequestLog,
-        deadline: float | None,
     ) -> _Answer:
         try:
             visit = self._admit(guarded, context)
-            async with asyncio.timeout(deadline) as limit:
-                return await answer(visit)
+            if guarded.streams_answers or context.time_remaining() is not None:
+                return await answer(visit)  # gRPC cancels a call whose caller's deadline has passed
+            return await self._own_deadline.within(answer(visit))
         except DomainError as error:
             logged.failed(error)
             await context.abort_with_status(to_status(error))
@@ -258,10 +252,10 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             grpc.aio.InternalError,
         ):  # the health service has no such part; the caller has gone
             raise
+        except TooLong:
+            logged.timed_out()
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the server's default deadline passed")
         except Exception as error:  # noqa: BLE001 - not declared: INTERNAL
-            if isinstance(error, TimeoutError) and limit.expired():
-                logged.timed_out()
-                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the server's default deadline passed")
             if context.code() is grpc.StatusCode.UNIMPLEMENTED:  # set by a generated base class, which then raises
                 logged.unimplemented()
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, context.details())
