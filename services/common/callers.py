@@ -58,7 +58,7 @@ class Caller:
         self.held_bytes = 0
         self._limits = limits
         self._receiving = asyncio.Semaphore(limits.receiving)
-        self._allowance = limits.calls_per_second
+        self._allowance = max(limits.calls_per_second, 1.0)
         self._counted_at = time.monotonic()
 
     @property
@@ -122,7 +122,7 @@ class Visit:
         self._held_bytes += size
         self.caller.held_bytes += size
 
-    def end(self, _: object = None) -> None:
+    def end(self) -> None:
         self.caller.calls -= 1
         self.caller.streams -= self._streams
         self.caller.held_bytes -= self._held_bytes

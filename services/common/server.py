@@ -8,11 +8,11 @@ import signal
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from mulligan.common.access import AccessRole, needed_role, role_of_names
@@ -29,6 +29,7 @@ from mulligan.common.callers import (
 from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.grpc_server import Server, options
+from mulligan.common.health import Health
 from mulligan.common.logs import configure_logging, log_at_any_level
 from mulligan.common.metrics import MethodMetrics, exported
 from mulligan.common.request_log import PROBES, RequestLog
@@ -51,7 +52,6 @@ _MAKE_HANDLER: dict[bool, Any] = {  # key: whether answers are a stream
     False: grpc.stream_unary_rpc_method_handler,
     True: grpc.stream_stream_rpc_method_handler,
 }
-_HEALTH_SECONDS = 0.5  # between two looks at the health of a service's parts
 
 
 class _Guarded(NamedTuple):
@@ -103,7 +103,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         self._count = metrics
         self._own_deadline = TimeLimit(default_deadline)
         self._writing = TimeLimit(write_seconds)
-        self._callers = Callers(limits or CallerLimits())
+        self.callers = Callers(limits or CallerLimits())
         self._probing = Callers(PROBE_LIMITS)
         self._handlers: dict[str, _Handler] = {}
 
@@ -122,12 +122,14 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
     def _guard(self, method: str, handler: _Handler) -> _Handler:
         counted = self._count and not method.startswith(PROBES)
+        call: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        serialize: Any = handler.response_serializer
         guarded = _Guarded(
             method,
-            handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream,
+            call,
             handler.request_streaming,
             handler.response_streaming,
-            handler.response_serializer,
+            serialize,
             MethodMetrics(method.lstrip("/")) if counted else None,
         )
         answers = self._stream if handler.response_streaming else self._unary
@@ -144,8 +146,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         else:
             key = self._identify(guarded.method, needed, context)
             current_caller.set(key)
-            visit = Visit(self._callers, key, guarded.streams_requests)
-        context.add_done_callback(visit.end)
+            visit = Visit(self.callers, key, guarded.streams_requests)
+        context.add_done_callback(lambda _: visit.end())  # type: ignore[arg-type]  # its type is a protocol with a name
         return visit
 
     def _identify(self, method: str, needed: AccessRole, context: _Context) -> str:
@@ -289,65 +291,11 @@ async def _checked_stream(requests: AsyncIterable[_Received]) -> AsyncIterator[A
         yield _checked(received)
 
 
-class _Health(health.aio.HealthServicer):
-    """The standard health service. `observe` returns whether each service or part serves, by name. It is called for
-    each check, and periodically for watchers."""
-
-    def __init__(self, observe: Callable[[], Mapping[str, bool]]):
-        super().__init__()
-        self._observe = observe
-        self._reported: dict[str, bool] = {}
-        self._changed = asyncio.Event()  # another one after each change
-
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - as in the contract
-        await self.refresh()
-        return await super().Check(request, context)
-
-    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
-        """That of the library holds a lock while it writes: one watcher that does not read stops all others."""
-        last = None
-        while True:
-            changed = self._changed
-            status = self._server_status.get(request.service, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
-            if status != last:
-                last = status
-                yield health_pb2.HealthCheckResponse(status=status)
-            else:
-                await changed.wait()
-
-    async def set(self, service: str, status: Any) -> None:
-        await super().set(service, status)
-        self._tell()
-
-    async def enter_graceful_shutdown(self) -> None:
-        await super().enter_graceful_shutdown()
-        self._tell()
-
-    def _tell(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def refresh(self) -> None:
-        present = dict(self._observe())
-        status = health_pb2.HealthCheckResponse
-        for name in self._reported.keys() - present.keys():
-            await self.set(name, status.SERVICE_UNKNOWN)
-        for name, serving in present.items():
-            if self._reported.get(name) != serving:
-                await self.set(name, status.SERVING if serving else status.NOT_SERVING)
-        self._reported = present
-
-    async def watch(self) -> None:
-        while True:
-            await self.refresh()
-            await asyncio.sleep(_HEALTH_SECONDS)
-
-
 def add_standard_services(
     server: grpc.aio.Server, names: Sequence[str], health_of_parts: Callable[[], Mapping[str, bool]] = dict
-) -> _Health:
+) -> Health:
     """Those that every server has: health, and reflection of the services with these full names."""
-    health_servicer = _Health(health_of_parts)
+    health_servicer = Health(health_of_parts)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     return health_servicer
@@ -389,8 +337,7 @@ async def serve(
         await server.start()
         # "" always is SERVING: liveness probes ask for it, and restarting this service would not repair an engine that
         # runs elsewhere.
-        for name in ["", *names]:
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health_servicer.serves("", *names)
         watching = asyncio.create_task(health_servicer.watch())
         try:
             bound = f"{settings.host}:{port}"
@@ -399,7 +346,7 @@ async def serve(
                 await on_started(bound)
             await stopping.wait()
             log.info("draining", seconds=settings.drain_seconds)
-            await health_servicer.enter_graceful_shutdown()
+            health_servicer.stop()
             if on_drain is not None:
                 await on_drain()
             await server.stop(settings.drain_seconds)
@@ -418,7 +365,7 @@ def _server(settings: ServiceSettings) -> grpc.aio.Server:
         limits=settings.caller_limits,
         write_seconds=settings.write_seconds,
     )
-    return Server([interceptor], options(settings))
+    return cast(grpc.aio.Server, Server([interceptor], options(settings)))
 
 
 def _bind(server: grpc.aio.Server, address: str, settings: ServiceSettings) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
-_INITIAL_WINDOW = 4
+_MAX_CONCURRENT_STREAMS, _INITIAL_WINDOW = 3, 4
 _MOST_OF_A_FRAME = 16_384
 
 
@@ -42,6 +42,11 @@ def _text(content: bytes) -> bytes:
     return bytes([*prefix, size]) + content
 
 
+def literal(name: bytes, value: bytes) -> bytes:
+    """How a header field looks in the first headers of a connection that have this field."""
+    return _text(name) + _text(value)
+
+
 @dataclass
 class _Stream:
     window: int
@@ -52,7 +57,7 @@ class _Stream:
 
 
 class RawConnection:
-    """`window` is what the server may send of each stream before this side gives it more, which it never does."""
+    """`window` is what the server may send of each stream before `widen` gives it more."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int):
         self._reader = reader
@@ -113,6 +118,10 @@ class RawConnection:
                 await self.writer.drain()
         return sent
 
+    def widen(self, stream: int, window: int) -> None:
+        """Lets the server send more of a stream."""
+        self.writer.write(frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", window)))
+
     async def _receive(self) -> None:
         try:
             while True:
@@ -130,34 +139,37 @@ class RawConnection:
                 stream.ended.set()
 
     def _take(self, kind: int, flags: int, number: int, payload: bytes) -> None:
-        state = self.streams.get(number)
-        if kind == SETTINGS and not flags & ACK:
+        if number in self.streams:
+            self._take_of_stream(self.streams[number], kind, flags, payload)
+        elif kind == SETTINGS and not flags & ACK:
             for place in range(0, len(payload), 6):
-                setting, value = struct.unpack_from(">HI", payload, place)
-                if setting == _INITIAL_WINDOW:
-                    for stream in self.streams.values():
-                        stream.window += value - self._stream_window
-                    self._stream_window = value
-                elif setting == 3:
-                    self.max_streams = value
+                self._set(*struct.unpack_from(">HI", payload, place))
             self.writer.write(frame(SETTINGS, ACK, 0))
         elif kind == PING and not flags & ACK:
             self.writer.write(frame(PING, ACK, 0, payload))
-        elif kind == WINDOW_UPDATE:
-            more = int.from_bytes(payload, "big")
-            if number == 0:
-                self.window += more
-            elif state is not None:
-                state.window += more
-        elif state is not None and kind in (DATA, HEADERS, RST_STREAM):
-            if kind == DATA:
-                state.received += len(payload)
-            elif kind == HEADERS:
-                state.headers += payload
-            else:
-                state.reset = int.from_bytes(payload, "big")
-            if kind == RST_STREAM or flags & END_STREAM:
-                state.ended.set()
+        elif kind == WINDOW_UPDATE and number == 0:
+            self.window += int.from_bytes(payload, "big")
+
+    def _set(self, setting: int, value: int) -> None:
+        if setting == _INITIAL_WINDOW:
+            for stream in self.streams.values():
+                stream.window += value - self._stream_window
+            self._stream_window = value
+        elif setting == _MAX_CONCURRENT_STREAMS:
+            self.max_streams = value
+
+    @staticmethod
+    def _take_of_stream(stream: _Stream, kind: int, flags: int, payload: bytes) -> None:
+        if kind == WINDOW_UPDATE:
+            stream.window += int.from_bytes(payload, "big")
+        elif kind == DATA:
+            stream.received += len(payload)
+        elif kind == HEADERS:
+            stream.headers += payload
+        elif kind == RST_STREAM:
+            stream.reset = int.from_bytes(payload, "big")
+        if kind == RST_STREAM or (kind in (DATA, HEADERS) and flags & END_STREAM):
+            stream.ended.set()
 
 
 @asynccontextmanager
