@@ -28,10 +28,10 @@ class RequestLog:
     succeed. Health probes are logged only after an internal error. Of requests that strangers can make at will, lines
     are left out where there are too many; the next line has their number, `left_out`."""
 
-    def __init__(self, method: str, metrics: MethodMetrics | None = None):
+    def __init__(self, method: str, request: Any = None, metrics: MethodMetrics | None = None):
         self._method = method.rsplit("/", 1)[-1]
         self._is_probe = method.startswith(PROBES)
-        self.request: Any = None  # once it is read, whose ids are logged
+        self.request = request  # or None until it is read; its ids are logged
         self._metrics = metrics
         self._status = "OK"
         self._reason: Reason | None = None

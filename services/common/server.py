@@ -192,7 +192,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 visit.hold(len(serialized))
                 return serialized
 
-            with RequestLog(guarded.method, guarded.metrics) as logged:
+            with RequestLog(guarded.method, metrics=guarded.metrics) as logged:
                 return await self._answer(guarded, answer, context, logged)
 
         return handle
@@ -209,7 +209,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                             await context.send_initial_metadata(())
                         await self._write(guarded.serialize(response), context)
 
-            with RequestLog(guarded.method, guarded.metrics) as logged:
+            with RequestLog(guarded.method, metrics=guarded.metrics) as logged:
                 await self._answer(guarded, answer, context, logged)
 
         return handle

@@ -42,6 +42,17 @@ def _text(content: bytes) -> bytes:
     return bytes([*prefix, size]) + content
 
 
+def call_headers(path: bytes) -> dict[bytes, bytes]:
+    return {
+        b":method": b"POST",
+        b":scheme": b"http",
+        b":path": path,
+        b":authority": b"localhost",
+        b"content-type": b"application/grpc",
+        b"te": b"trailers",
+    }
+
+
 def literal(name: bytes, value: bytes) -> bytes:
     """How a header field looks in the first headers of a connection that have this field."""
     return _text(name) + _text(value)
@@ -86,15 +97,7 @@ class RawConnection:
     def begin(self, path: bytes, metadata: Mapping[bytes, bytes] | None = None, *, end: bool = False) -> int:
         """Sends the headers of a call, and returns the number of its stream."""
         stream, self._next = self._next, self._next + 2
-        fields = {
-            b":method": b"POST",
-            b":scheme": b"http",
-            b":path": path,
-            b":authority": b"localhost",
-            b"content-type": b"application/grpc",
-            b"te": b"trailers",
-            **(metadata or {}),
-        }
+        fields = call_headers(path) | dict(metadata or {})
         self.streams[stream] = _Stream(self._stream_window)
         self.writer.write(frame(HEADERS, END_HEADERS | (END_STREAM if end else 0), stream, header_block(fields)))
         return stream

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -49,11 +48,6 @@ def server(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathF
     )
 
 
-def memory(server: ServiceProcess) -> int:
-    assert server.process is not None
-    return int(psutil.Process(server.process.pid).memory_info().rss)
-
-
 def credential(role: AccessRole) -> dict[bytes, bytes]:
     return {b"authorization": b"Bearer " + token_of(role).encode()}
 
@@ -76,22 +70,22 @@ async def serves(server: ServiceProcess, role: AccessRole = AccessRole.READER) -
 async def test_what_strangers_send_is_not_kept(server: ServiceProcess) -> None:
     """Twelve messages of 15 MiB, of which gRPC would keep 180 MiB."""
     await serves(server)
-    before = memory(server)
+    before = server.memory
     async with raw_connection(server.address) as connection:
         streams = await half_send(connection, {b"authorization": b"Bearer of-nothing"}, 12, 15 * MEBIBYTE)
         assert all(connection.streams[stream].ended.is_set() for stream in streams), "refused before they were read"
-        assert memory(server) - before < 8 * MEBIBYTE
+        assert server.memory - before < 8 * MEBIBYTE
     await serves(server)
 
 
 async def test_a_caller_that_sends_halves_of_messages_gets_no_further(server: ServiceProcess) -> None:
     """Forty of 15 MiB: two at once are received, for two seconds. Others are served meanwhile."""
     await serves(server)
-    before = memory(server)
+    before = server.memory
     async with raw_connection(server.address) as connection:
         streams = await half_send(connection, credential(AccessRole.ACTOR), 40, 15 * MEBIBYTE)
         await serves(server, AccessRole.READER)
-        assert memory(server) - before < 60 * MEBIBYTE
+        assert server.memory - before < 60 * MEBIBYTE
         async with asyncio.timeout(30):
             await connection.streams[streams[0]].ended.wait()
         assert literal(b"grpc-status", b"8") in connection.streams[streams[0]].headers  # RESOURCE_EXHAUSTED
@@ -112,7 +106,7 @@ async def test_a_strange_name_of_a_call_ends_no_server(server: ServiceProcess, n
 
 
 async def test_thousands_of_calls_of_a_stranger(server: ServiceProcess) -> None:
-    before, log = memory(server), len(server.log)
+    before, log = server.memory, len(server.log)
     async with raw_connection(server.address) as connection:
         for number in range(3_000):
             connection.begin(STEP if number % 2 else b"/no.Such/Call", {b"x": b"\xff", b"y": b"\xfe"})
@@ -120,7 +114,7 @@ async def test_thousands_of_calls_of_a_stranger(server: ServiceProcess) -> None:
         async with asyncio.timeout(60):
             await asyncio.gather(*(stream.ended.wait() for stream in connection.streams.values()))
         assert connection.max_streams == 1_000
-    assert memory(server) - before < 100 * MEBIBYTE
+    assert server.memory - before < 100 * MEBIBYTE
     assert len(server.log) - log < 400_000, "lines that strangers cause are left out where there are too many"
     await serves(server)
 
