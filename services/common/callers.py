@@ -10,7 +10,7 @@ import asyncio
 import ipaddress
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,18 +32,23 @@ current_caller: ContextVar[str] = ContextVar("current_caller", default="")
 
 @dataclass(frozen=True, slots=True)
 class CallerLimits:
-    """`receiving` is the number of messages that are received of one caller at once, and of its calls that stream
-    requests. `held_bytes` is the size of all requests and answers of its calls. `calls_per_second` 0: any number."""
+    """`receiving` is the number of single requests that are received of one caller at once, `streams` that of its calls
+    that stream requests. `held_bytes` is the size of all requests and answers of its calls. `calls_per_second` 0: any
+    number. `idle_seconds` is how long a stream of requests may say nothing."""
 
     calls: int = 16_384
     calls_per_second: float = 0.0
     held_bytes: int = 2**30
     receiving: int = 8
+    streams: int = 8
     receive_seconds: float = 60.0
+    idle_seconds: float = 86_400.0
 
 
 # Of a call that needs no credential, such as a health check. It is received at once, unless somebody plays tricks.
-PROBE_LIMITS = CallerLimits(calls=1_024, held_bytes=2**26, receiving=1, receive_seconds=5.0)
+PROBE_LIMITS = CallerLimits(
+    calls=1_024, held_bytes=2**26, receiving=1, streams=4, receive_seconds=5.0, idle_seconds=5.0
+)
 
 
 class Caller:
@@ -71,8 +76,8 @@ class Caller:
         limits = self._limits
         if self.calls >= limits.calls:
             raise self._refused(f"{self.calls} of its calls run", limits.calls, "calls")
-        if streams and self.streams >= limits.receiving:
-            raise self._refused(f"{self.streams} of its calls stream requests", limits.receiving, "streams")
+        if streams and self.streams >= limits.streams:
+            raise self._refused(f"{self.streams} of its calls stream requests", limits.streams, "streams")
         if self.held_bytes >= limits.held_bytes:
             raise self._refused(f"its calls hold {self.held_bytes} bytes", limits.held_bytes, "bytes")
         if limits.calls_per_second and not self._is_slow_enough(limits.calls_per_second):
@@ -117,6 +122,19 @@ class Visit:
             text = f"the request did not arrive within {limit.seconds:g} s"
             raise DomainError(Reason.CALLER_LIMIT, text, limit="receive_seconds") from None
 
+    async def receive_stream(self, messages: AsyncIterable[T]) -> AsyncIterator[T]:
+        """Raises CALLER_LIMIT."""
+        limit = self._callers.idle
+        reading = aiter(messages)
+        try:
+            while True:
+                yield await limit.within(anext(reading))
+        except StopAsyncIteration:
+            return
+        except TooLong:
+            text = f"no request arrived for {limit.seconds:g} s"
+            raise DomainError(Reason.CALLER_LIMIT, text, limit="idle_seconds") from None
+
     def hold(self, size: int) -> None:
         """Counts bytes of a request or an answer until the end of the call."""
         self._held_bytes += size
@@ -136,6 +154,7 @@ class Callers:
     def __init__(self, limits: CallerLimits):
         self._limits = limits
         self.receiving = TimeLimit(limits.receive_seconds)
+        self.idle = TimeLimit(limits.idle_seconds)
         self._known: OrderedDict[str, Caller] = OrderedDict()  # those that have called last at the end
 
     def __len__(self) -> int:

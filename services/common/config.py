@@ -105,13 +105,14 @@ class ServiceSettings(BaseSettings):
 
     @property
     def caller_limits(self) -> CallerLimits:
+        messages = max(1, self.max_caller_bytes // self.max_message_bytes // 2)
         return CallerLimits(
             self.max_caller_calls,
             self.max_caller_rate,
             self.max_caller_bytes,
-            # With those that are held, at most one and a half times `max_caller_bytes`.
-            max(1, self.max_caller_bytes // self.max_message_bytes // 2),
-            self.receive_seconds,
+            receiving=messages,
+            streams=messages,
+            receive_seconds=self.receive_seconds,
         )
 
     def client_tls(self, prefix: str) -> ClientTls | None:

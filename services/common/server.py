@@ -219,7 +219,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """The checked request, or the stream of them."""
         if guarded.streams_requests:
-            return _checked_stream(requests)
+            return _checked_stream(visit.receive_stream(requests))
         received = await visit.receive(context.read)
         if received is grpc.aio.EOF:
             raise DomainError(Reason.MALFORMED_MESSAGE, "the call has no request")
