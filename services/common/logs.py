@@ -8,7 +8,6 @@ counts such lines, and the next line that can be written is followed by one with
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -18,19 +17,18 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
-import grpc
 import structlog
 from prometheus_client import Counter
 
 from mulligan.common.config import ServiceSettings
 from mulligan.common.metrics import REGISTRY
+from mulligan.common.status import CALL_ENDED
 from mulligan.common.text import bounded
 
 VALUE_LIMIT = 1_000
 TRACEBACK_LIMIT = 8_000
 LINE_LIMIT = 32_768
 _LEVELS = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, logging.CRITICAL)
-_CALL_ENDED = (asyncio.CancelledError, grpc.aio.InternalError)
 _LINES_LOST = Counter("mulligan_log_lines_lost", "Log lines that could not be written.", registry=REGISTRY)
 
 
@@ -103,7 +101,7 @@ class _FromLibraries(logging.Handler):
         except Exception as error:  # noqa: BLE001 - the arguments are foreign
             event = f"a line that cannot be formatted: {type(error).__name__}"
         level = max((level for level in _LEVELS if level <= record.levelno), default=logging.DEBUG)
-        if record.exc_info is not None and isinstance(record.exc_info[1], _CALL_ENDED):
+        if record.exc_info is not None and isinstance(record.exc_info[1], CALL_ENDED):
             level = logging.DEBUG
         log = structlog.get_logger()
         if log.is_enabled_for(level) and (not record.name.startswith("grpc") or self._throttle.admits()):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from typing import Any
 
-import grpc
 import structlog
 
 from mulligan.common.errors import DomainError, Reason, incident
 from mulligan.common.logs import Throttle
 from mulligan.common.metrics import MethodMetrics
+from mulligan.common.status import CALL_ENDED
 
 log = structlog.get_logger()
 PROBES = ("/grpc.health.v1.Health/", "/grpc.reflection.")
@@ -56,9 +55,7 @@ class RequestLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and issubclass(
-            kind, asyncio.CancelledError | grpc.aio.InternalError
-        ):  # the caller has gone
+        if kind is not None and issubclass(kind, CALL_ENDED):
             self._status = "CANCELLED"
             self._reason = None
         seconds = time.perf_counter() - self._start
