@@ -28,6 +28,7 @@ from pydantic_settings import (
 )
 
 from mulligan.common.addresses import is_loopback
+from mulligan.common.callers import CallerLimits
 from mulligan.common.suggest import did_you_mean, problems
 from mulligan.common.tls import BadTls, ClientTls, read_client_tls
 from mulligan.common.tokens import KnownTokens, TokenFile
@@ -53,6 +54,17 @@ class ServiceSettings(BaseSettings):
     port: int = Field(0, ge=0, le=65535, description="Port to listen on; 0 picks a free one, printed at start.")
     max_message_bytes: int = Field(64 * 2**20, ge=2**10, description="Largest request or response.")
     default_deadline_seconds: float = Field(3600.0, gt=0, description="Deadline of a call whose caller sets none.")
+    write_seconds: float = Field(60.0, gt=0, description="A stream whose caller reads nothing for longer is ended.")
+    receive_seconds: float = Field(60.0, gt=0, description="A request that takes longer to arrive is refused.")
+    max_connections: int = Field(4096, ge=1, description="Connections; further ones are closed at once.")
+    max_streams: int = Field(4096, ge=1, description="Calls of a connection at once; further ones wait.")
+    max_caller_calls: int = Field(
+        16_384, ge=1, description="Calls of one caller at once. A caller is its token, its certificate, or its address."
+    )
+    max_caller_rate: float = Field(0.0, ge=0, description="Calls of one caller per second; 0: any number.")
+    max_caller_bytes: int = Field(
+        2**30, ge=2**10, description="Size of the requests and answers of one caller's calls, where others are refused."
+    )
     drain_seconds: float = Field(30.0, ge=0, description="Time that calls in flight get after SIGTERM.")
     log_format: Literal["console", "json"] = Field("console", description="One line per request either way.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -90,6 +102,18 @@ class ServiceSettings(BaseSettings):
         if self.tls_client_ca is not None and self.tls_certificate is None:
             raise ValueError("tls_client_ca: needs tls_certificate and tls_key")
         return self
+
+    @property
+    def caller_limits(self) -> CallerLimits:
+        messages = max(1, self.max_caller_bytes // self.max_message_bytes // 2)
+        return CallerLimits(
+            self.max_caller_calls,
+            self.max_caller_rate,
+            self.max_caller_bytes,
+            receiving=messages,
+            streams=messages,
+            receive_seconds=self.receive_seconds,
+        )
 
     def client_tls(self, prefix: str) -> ClientTls | None:
         """How a client speaks TLS by the settings `PREFIX_tls_ca`, `…_name`, `…_cert` and `…_key`; None if none of them

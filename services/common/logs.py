@@ -8,12 +8,12 @@ counts such lines, and the next line that can be written is followed by one with
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -22,6 +22,7 @@ from prometheus_client import Counter
 
 from mulligan.common.config import ServiceSettings
 from mulligan.common.metrics import REGISTRY
+from mulligan.common.status import CALL_ENDED
 from mulligan.common.text import bounded
 
 VALUE_LIMIT = 1_000
@@ -56,11 +57,43 @@ def configure_logging(settings: ServiceSettings) -> None:
     logging.basicConfig(handlers=[_FromLibraries()], level=logging.WARNING, force=True)
 
 
+class Throttle:
+    """Bounds lines that anybody can cause: `burst` at once, and after them so many per second."""
+
+    def __init__(self, per_second: float = 10.0, burst: int = 100):
+        self._per_second = per_second
+        self._burst = burst
+        self._allowance = float(burst)
+        self._counted_at = time.monotonic()
+        self._left_out = 0
+
+    def admits(self) -> bool:
+        """Whether a line may be written; counts it if not."""
+        now = time.monotonic()
+        self._allowance = min(self._allowance + (now - self._counted_at) * self._per_second, self._burst)
+        self._counted_at = now
+        if self._allowance < 1.0:
+            self._left_out += 1
+            return False
+        self._allowance -= 1.0
+        return True
+
+    def left_out(self) -> dict[str, int]:
+        """For the next line: how many were left out before it, if any."""
+        found, self._left_out = self._left_out, 0
+        return {"left_out": found} if found else {}
+
+
 class _FromLibraries(logging.Handler):
     """Writes what libraries log through Python's `logging`, such as gRPC and asyncio, as events of this log.
 
-    A cancellation is written at level debug: gRPC logs as an error that a call ended with its server.
+    A call that ended with its server or its caller is written at level debug: gRPC logs an error. Of what gRPC says of
+    callers' bytes, lines are left out where there are too many.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._throttle = Throttle()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -68,9 +101,12 @@ class _FromLibraries(logging.Handler):
         except Exception as error:  # noqa: BLE001 - the arguments are foreign
             event = f"a line that cannot be formatted: {type(error).__name__}"
         level = max((level for level in _LEVELS if level <= record.levelno), default=logging.DEBUG)
-        if record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError):
+        if record.exc_info is not None and isinstance(record.exc_info[1], CALL_ENDED):
             level = logging.DEBUG
-        structlog.get_logger().log(level, event, logger=record.name, exc_info=record.exc_info or None)
+        log = structlog.get_logger()
+        if log.is_enabled_for(level) and (not record.name.startswith("grpc") or self._throttle.admits()):
+            left_out = self._throttle.left_out()
+            log.log(level, event, logger=record.name, exc_info=record.exc_info or None, **left_out)
 
 
 def log_at_any_level(event: str, **values: Any) -> None:

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import signal
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar, cast
 
 import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from mulligan.common.access import AccessRole, needed_role, role_of_names
+from mulligan.common.callers import (
+    PROBE_LIMITS,
+    CallerLimits,
+    Callers,
+    Visit,
+    by_address,
+    by_certificate,
+    by_token,
+    current_caller,
+)
 from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.grpc_server import Server, options
+from mulligan.common.health import Health
 from mulligan.common.logs import configure_logging, log_at_any_level
 from mulligan.common.metrics import MethodMetrics, exported
 from mulligan.common.request_log import PROBES, RequestLog
 from mulligan.common.status import fault, to_status
+from mulligan.common.tasks import TimeLimit, TooLong
 from mulligan.common.tls import Pem, PemFiles
 from mulligan.common.tokens import KnownTokens
 from mulligan.common.validation import prepare, violations
@@ -34,27 +46,46 @@ else:
 
 log = structlog.get_logger()
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
-_Check: TypeAlias = Callable[[Any], Any]  # validates a request, or each request of a stream
-_MAKE_HANDLER: dict[tuple[bool, bool], Any] = {  # key: (requests are a stream, answers are a stream)
-    (False, False): grpc.unary_unary_rpc_method_handler,
-    (False, True): grpc.unary_stream_rpc_method_handler,
-    (True, False): grpc.stream_unary_rpc_method_handler,
-    (True, True): grpc.stream_stream_rpc_method_handler,
+_Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Answer = TypeVar("_Answer")
+_MAKE_HANDLER: dict[bool, Any] = {  # key: whether answers are a stream
+    False: grpc.stream_unary_rpc_method_handler,
+    True: grpc.stream_stream_rpc_method_handler,
 }
-_PENDING_CALLS = 65_536
-_HEALTH_SECONDS = 0.5  # between two looks at the health of a service's parts
+
+
+class _Guarded(NamedTuple):
+    """A method as its servicer has it."""
+
+    method: str  # "/package.Service/Call"
+    call: Callable[..., Any]
+    streams_requests: bool
+    streams_answers: bool
+    serialize: Callable[[Any], bytes]
+    metrics: MethodMetrics | None
+
+
+class _Received(NamedTuple):
+    """A request, or why the bytes are none. (Without this, gRPC would answer UNKNOWN, or end the handler.)"""
+
+    message: Any
+    size: int  # bytes
+    fault: str = ""
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler of a server.
 
-    A call passes these steps: the caller's role is compared with the table of `access.py`, the request is read and
-    validated against the field constraints, the handler runs under a deadline, and what it raises becomes a status. A
-    DomainError keeps its code and reason; anything else becomes INTERNAL. Each call is a line of the log. Of a call
-    whose caller identified itself in no way nothing is read.
+    A call passes these steps: the caller's role is compared with the table of `access.py`; the call is counted with
+    what its caller uses (`callers.py`); the request is read and validated against the field constraints; the handler
+    runs under a deadline, and what it raises becomes a status. A DomainError keeps its code and reason; anything else
+    becomes INTERNAL. Each call is a line of the log. Of a call that is refused nothing is read.
 
     Without `tokens`, everybody may make every call. With `certificates`, callers have certificates that were verified,
-    which may give them roles, too. With `metrics`, calls are counted and timed in the registry of `metrics.py`.
+    which may give them roles, too. With `metrics`, calls are counted and timed in the registry of `metrics.py`. A
+    stream whose caller does not read a message for `write_seconds` is ended.
+
+    For gRPC all handlers stream requests: so it reads them when the handler asks for them.
     """
 
     def __init__(
@@ -64,13 +95,17 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         *,
         certificates: bool = False,
         metrics: bool = False,
+        limits: CallerLimits | None = None,
+        write_seconds: float = 60.0,
     ):
         self._tokens = tokens
         self._certificates = certificates
         self._count = metrics
-        self._default_deadline = default_deadline  # seconds
+        self._own_deadline = TimeLimit(default_deadline)
+        self._writing = TimeLimit(write_seconds)
+        self.callers = Callers(limits or CallerLimits())
+        self._probing = Callers(PROBE_LIMITS)
         self._handlers: dict[str, _Handler] = {}
-        self._metrics: dict[str, MethodMetrics | None] = {}
 
     async def intercept_service(
         self,
@@ -82,199 +117,185 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
             if handler is None:  # not cached: clients may ask for any number of unknown methods
                 return None
-            counted = self._count and not method.startswith(PROBES)
-            self._metrics[method] = MethodMetrics(method.lstrip("/")) if counted else None
             self._handlers[method] = self._guard(method, handler)
-        if self._certificates:  # only the handler's context knows them
-            return self._handlers[method]
-        refusal = self._refusal(method, handler_call_details.invocation_metadata)
-        return self._handlers[method] if refusal is None else _refusing(method, refusal, self._metrics[method])
+        return self._handlers[method]
 
     def _guard(self, method: str, handler: _Handler) -> _Handler:
-        metrics = self._metrics[method]
+        counted = self._count and not method.startswith(PROBES)
         call: Any = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        checked = _checked_stream if handler.request_streaming else _checked
-        answers = self._stream if handler.response_streaming else self._unary
-        guarded: _Handler = _MAKE_HANDLER[handler.request_streaming, handler.response_streaming](
-            answers(method, call, checked, metrics), _reader(handler.request_deserializer), handler.response_serializer
+        serialize: Any = handler.response_serializer
+        guarded = _Guarded(
+            method,
+            call,
+            handler.request_streaming,
+            handler.response_streaming,
+            serialize,
+            MethodMetrics(method.lstrip("/")) if counted else None,
         )
-        return guarded
+        answers = self._stream if handler.response_streaming else self._unary
+        made: _Handler = _MAKE_HANDLER[handler.response_streaming](
+            answers(guarded), _reader(handler.request_deserializer), None
+        )
+        return made
 
-    def _refusal(self, method: str, metadata: Any, certified: AccessRole | None = None) -> DomainError | None:
-        """Why the caller may not make the call; None if it may. `certified` is the role of its certificate."""
-        needed = needed_role(method)
-        if self._tokens is None or needed is None:
-            return None
-        role = self._tokens.role_of(str(dict(metadata or ()).get("authorization", "")))
+    def _admit(self, guarded: _Guarded, context: _Context) -> Visit:
+        """Raises the DomainError that refuses the call."""
+        needed = needed_role(guarded.method)
+        if needed is None:
+            visit = Visit(self._probing, by_address(context.peer()), guarded.streams_requests)
+        else:
+            key = self._identify(guarded.method, needed, context)
+            current_caller.set(key)
+            visit = Visit(self.callers, key, guarded.streams_requests)
+        context.add_done_callback(lambda _: visit.end())  # type: ignore[arg-type]  # its type is a protocol with a name
+        return visit
+
+    def _identify(self, method: str, needed: AccessRole, context: _Context) -> str:
+        """The caller's key, if it may make the call."""
+        if self._tokens is None:
+            return by_address(context.peer())
+        certified = None
+        key = ""
+        if self._certificates:
+            certificate = context.auth_context()
+            names = certificate.get("x509_subject_alternative_name", ())
+            certified = role_of_names(name.decode(errors="replace") for name in names)
+            key = by_certificate(b"".join(certificate.get("x509_pem_cert", ())))
+        authorization = str(dict(context.invocation_metadata() or ()).get("authorization", ""))
+        role = self._tokens.role_of(authorization)
         if role is None or (certified is not None and certified.includes(role)):
             role = certified
+        else:
+            key = by_token(authorization)
         call = method.lstrip("/")
         if role is None:
-            return DomainError(
+            raise DomainError(
                 Reason.BAD_CREDENTIAL, f"{call} needs a token of this server, as `authorization: Bearer TOKEN`"
             )
         if not role.includes(needed):
-            return DomainError(
+            raise DomainError(
                 Reason.INSUFFICIENT_ROLE,
                 f"{call} needs the role {needed}; the caller's is {role}",
                 role=role,
                 needed_role=needed,
             )
-        return None
+        return key
 
-    def _check_certificate(self, method: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        """Where callers have certificates: raises the DomainError that refuses the call."""
-        if not self._certificates or needed_role(method) is None:
-            return
-        names = context.auth_context().get("x509_subject_alternative_name", ())
-        certified = role_of_names(name.decode(errors="replace") for name in names)
-        refusal = self._refusal(method, context.invocation_metadata(), certified)
-        if refusal is not None:
-            raise refusal
-
-    def _unary(
-        self, method: str, call: Callable[..., Awaitable[Any]], checked: _Check, metrics: MethodMetrics | None
-    ) -> Callable[..., Awaitable[Any]]:
+    def _unary(self, guarded: _Guarded) -> Callable[..., Awaitable[bytes]]:
         """A handler with one answer, to one request or a stream."""
 
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            async def answer() -> Any:
-                self._check_certificate(method, context)
-                return await call(checked(request), context)
+        async def handle(requests: AsyncIterable[_Received], context: _Context) -> bytes:
+            async def answer(visit: Visit) -> bytes:
+                request = await self._request(guarded, requests, context, visit, logged)
+                response = await guarded.call(request, context)
+                serialized = guarded.serialize(response)
+                visit.hold(len(serialized))
+                return serialized
 
-            with RequestLog(method, request, metrics) as logged:
-                return await self._answer(answer, context, logged)
+            with RequestLog(guarded.method, metrics=guarded.metrics) as logged:
+                return await self._answer(guarded, answer, context, logged)
 
         return handle
 
-    async def _answer(
-        self, answer: Callable[[], Awaitable[Any]], context: grpc.aio.ServicerContext[Any, Any], logged: RequestLog
+    def _stream(self, guarded: _Guarded) -> Callable[..., Awaitable[None]]:
+        async def handle(requests: AsyncIterable[_Received], context: _Context) -> None:
+            async def answer(visit: Visit) -> None:
+                request = await self._request(guarded, requests, context, visit, logged)
+                begun = False
+                async with aclosing(guarded.call(request, context)) as responses:
+                    async for response in responses:
+                        if not begun:  # without it no status could follow a write that fails
+                            begun = True
+                            await context.send_initial_metadata(())
+                        await self._write(guarded.serialize(response), context)
+
+            with RequestLog(guarded.method, metrics=guarded.metrics) as logged:
+                await self._answer(guarded, answer, context, logged)
+
+        return handle
+
+    async def _request(
+        self, guarded: _Guarded, requests: AsyncIterable[_Received], context: _Context, visit: Visit, logged: RequestLog
     ) -> Any:
+        """The checked request, or the stream of them."""
+        if guarded.streams_requests:
+            return _checked_stream(visit.receive_stream(requests))
+        received = await visit.receive(context.read)
+        if received is grpc.aio.EOF:
+            raise DomainError(Reason.MALFORMED_MESSAGE, "the call has no request")
+        visit.hold(received.size)
+        logged.request = received.message
+        return _checked(received)
+
+    async def _write(self, serialized: bytes, context: _Context) -> None:
         try:
-            # gRPC cancels a call whose caller's deadline has passed.
-            own = None if context.time_remaining() is not None else self._default_deadline
-            async with asyncio.timeout(own) as limit:
-                return await answer()
+            await self._writing.within(context.write(serialized))
+        except TooLong:
+            message = f"the caller did not read the answer for {self._writing.seconds:g} s"
+            raise DomainError(Reason.CALLER_LIMIT, message, limit="write_seconds") from None
+
+    async def _answer(
+        self,
+        guarded: _Guarded,
+        answer: Callable[[Visit], Awaitable[_Answer]],
+        context: _Context,
+        logged: RequestLog,
+    ) -> _Answer:
+        try:
+            visit = self._admit(guarded, context)
+            if guarded.streams_answers or context.time_remaining() is not None:
+                return await answer(visit)  # gRPC cancels a call whose caller's deadline has passed
+            return await self._own_deadline.within(answer(visit))
         except DomainError as error:
             logged.failed(error)
             await context.abort_with_status(to_status(error))
-        except grpc.aio.AbortError:  # from the health service: it has no such part
+        except (
+            grpc.aio.AbortError,
+            grpc.aio.InternalError,
+        ):  # the health service has no such part; the caller has gone
             raise
+        except TooLong:
+            logged.timed_out()
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the server's default deadline passed")
         except Exception as error:  # noqa: BLE001 - not declared: INTERNAL
-            if isinstance(error, TimeoutError) and limit.expired():
-                logged.timed_out()
-                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the server's default deadline passed")
             if context.code() is grpc.StatusCode.UNIMPLEMENTED:  # set by a generated base class, which then raises
                 logged.unimplemented()
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, context.details())
             logged.broke(error)
             await context.abort(grpc.StatusCode.INTERNAL, fault(error))
-
-    def _stream(
-        self, method: str, call: Callable[..., Any], checked: _Check, metrics: MethodMetrics | None
-    ) -> Callable[..., AsyncIterator[Any]]:
-        async def handle(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            with RequestLog(method, request, metrics) as logged:
-                try:
-                    self._check_certificate(method, context)
-                    responses = call(checked(request), context)
-                    if inspect.isawaitable(responses):  # the health service writes its answers itself
-                        await responses
-                        return
-                    async with aclosing(responses):
-                        async for response in responses:
-                            yield response
-                except DomainError as error:
-                    logged.failed(error)
-                    await context.abort_with_status(to_status(error))
-                except grpc.aio.AbortError:
-                    raise
-                except Exception as error:  # noqa: BLE001 - not declared: INTERNAL
-                    logged.broke(error)
-                    await context.abort(grpc.StatusCode.INTERNAL, fault(error))
-
-        return handle
+        raise AssertionError("abort raises")
 
 
-def _refusing(method: str, refusal: DomainError, metrics: MethodMetrics | None) -> _Handler:
-    """Answers any kind of call, and reads no request."""
-
-    async def refuse(requests: AsyncIterable[Any], context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        with RequestLog(method, None, metrics) as logged:
-            logged.failed(refusal)
-            await context.abort_with_status(to_status(refusal))
-
-    handler: _Handler = _MAKE_HANDLER[True, True](refuse)
-    return handler
-
-
-class _Malformed:
-    """Stands for a request that cannot be parsed. `cause` is the parser's message. Without it, gRPC would answer
-    UNKNOWN, or end the handler."""
-
-    def __init__(self, cause: str):
-        self.cause = cause
-
-
-def _reader(deserialize: Any) -> Callable[[bytes], Any]:
-    def read(serialized: bytes) -> Any:
+def _reader(deserialize: Any) -> Callable[[bytes], _Received]:
+    def read(serialized: bytes) -> _Received:
         try:
-            return deserialize(serialized)
+            return _Received(deserialize(serialized), len(serialized))
         except Exception as error:  # noqa: BLE001 - protobuf's implementations raise different ones
-            return _Malformed(str(error))
+            return _Received(None, len(serialized), str(error) or type(error).__name__)
 
     return read
 
 
-def _checked(request: Any) -> Any:
-    if isinstance(request, _Malformed):
+def _checked(received: _Received) -> Any:
+    if received.fault:
         raise DomainError(
-            Reason.MALFORMED_MESSAGE, f"the bytes cannot be parsed as a message of this call: {request.cause}"
+            Reason.MALFORMED_MESSAGE, f"the bytes cannot be parsed as a message of this call: {received.fault}"
         )
-    for violation in violations(request):
+    for violation in violations(received.message):
         raise invalid_field(violation.field, violation.expected)
-    return request
+    return received.message
 
 
-async def _checked_stream(requests: AsyncIterable[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield _checked(request)
-
-
-class _Health(health.aio.HealthServicer):
-    """The standard health service. `observe` returns whether each service or part serves, by name. It is called for
-    each check, and periodically for watchers."""
-
-    def __init__(self, observe: Callable[[], Mapping[str, bool]]):
-        super().__init__()
-        self._observe = observe
-        self._reported: dict[str, bool] = {}
-
-    async def Check(self, request: Any, context: Any) -> Any:  # noqa: N802 - as in the contract
-        await self.refresh()
-        return await super().Check(request, context)
-
-    async def refresh(self) -> None:
-        present = dict(self._observe())
-        status = health_pb2.HealthCheckResponse
-        for name in self._reported.keys() - present.keys():
-            await self.set(name, status.SERVICE_UNKNOWN)
-        for name, serving in present.items():
-            if self._reported.get(name) != serving:
-                await self.set(name, status.SERVING if serving else status.NOT_SERVING)
-        self._reported = present
-
-    async def watch(self) -> None:
-        while True:
-            await self.refresh()
-            await asyncio.sleep(_HEALTH_SECONDS)
+async def _checked_stream(requests: AsyncIterable[_Received]) -> AsyncIterator[Any]:
+    async for received in requests:
+        yield _checked(received)
 
 
 def add_standard_services(
     server: grpc.aio.Server, names: Sequence[str], health_of_parts: Callable[[], Mapping[str, bool]] = dict
-) -> _Health:
+) -> Health:
     """Those that every server has: health, and reflection of the services with these full names."""
-    health_servicer = _Health(health_of_parts)
+    health_servicer = Health(health_of_parts)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     return health_servicer
@@ -316,8 +337,7 @@ async def serve(
         await server.start()
         # "" always is SERVING: liveness probes ask for it, and restarting this service would not repair an engine that
         # runs elsewhere.
-        for name in ["", *names]:
-            await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health_servicer.serves("", *names)
         watching = asyncio.create_task(health_servicer.watch())
         try:
             bound = f"{settings.host}:{port}"
@@ -326,7 +346,7 @@ async def serve(
                 await on_started(bound)
             await stopping.wait()
             log.info("draining", seconds=settings.drain_seconds)
-            await health_servicer.enter_graceful_shutdown()
+            health_servicer.stop()
             if on_drain is not None:
                 await on_drain()
             await server.stop(settings.drain_seconds)
@@ -342,19 +362,10 @@ def _server(settings: ServiceSettings) -> grpc.aio.Server:
         settings.default_deadline_seconds,
         certificates=settings.tls_client_ca is not None,
         metrics=settings.metrics_port >= 0,
+        limits=settings.caller_limits,
+        write_seconds=settings.write_seconds,
     )
-    return grpc.aio.server(
-        interceptors=[interceptor],
-        options=[
-            ("grpc.max_send_message_length", settings.max_message_bytes),
-            ("grpc.max_receive_message_length", settings.max_message_bytes),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),  # for the keep-alive pings of clients
-            ("grpc.so_reuseport", 0),  # a port that is taken raises an error; two servers never share one
-            # Calls that wait for the event loop. By default gRPC cancels random ones above 1,000.
-            ("grpc.server.max_pending_requests", _PENDING_CALLS),
-            ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
-        ],
-    )
+    return cast(grpc.aio.Server, Server([interceptor], options(settings)))
 
 
 def _bind(server: grpc.aio.Server, address: str, settings: ServiceSettings) -> int:

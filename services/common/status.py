@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 import grpc
@@ -21,6 +22,8 @@ _PROMISED: dict[Reason, tuple[str, ...]] = {
     Reason.DISK_FULL: ("folder", "free_bytes", "needed_bytes"),
     Reason.FOLDER_REMOVED: ("folder",),
 }
+# What a handler and gRPC itself raise when a call has ended meanwhile: by its caller, or with its connection or server.
+CALL_ENDED = (asyncio.CancelledError, grpc.aio.InternalError)
 _MOST_DIGITS = 20  # of a number of bytes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from itertools import count
@@ -123,3 +123,54 @@ class LoopThread:
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_END_SECONDS)
+
+
+class TooLong(TimeoutError):
+    """A wait outlasted the `TimeLimit` that it was under."""
+
+
+class TimeLimit:
+    """A limit in seconds for many waits at once, most of which are short: one timer, where `asyncio.timeout` would have
+    one for each. A task is under it once at a time. A wait may last up to a tenth longer."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._begun: dict[asyncio.Task[Any], float] = {}  # the oldest first
+        self._expired: set[asyncio.Task[Any]] = set()
+        self._is_armed = False
+
+    async def within(self, wait: Awaitable[T]) -> T:
+        """Raises TooLong."""
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        self._begun[task] = loop.time()
+        if not self._is_armed:
+            self._arm(loop, self.seconds)
+        cancelling = task.cancelling()
+        try:
+            return await wait
+        except asyncio.CancelledError:
+            if task in self._expired and task.uncancel() <= cancelling:
+                raise TooLong(f"longer than {self.seconds:g} s") from None
+            raise
+        finally:
+            self._begun.pop(task, None)
+            self._expired.discard(task)
+
+    def _arm(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
+        self._is_armed = True
+        loop.call_later(seconds, self._expire, loop)
+
+    def _expire(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._is_armed = False
+        now = loop.time()
+        while self._begun:
+            task, since = next(iter(self._begun.items()))
+            left = since + self.seconds - now
+            if left > 0:
+                self._arm(loop, max(left, self.seconds / 10))
+                return
+            del self._begun[task]
+            self._expired.add(task)
+            task.cancel()

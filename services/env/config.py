@@ -39,6 +39,9 @@ class EnvSettings(ServiceSettings):
     max_episodes: int = Field(
         4096, ge=1, description="Live episodes per process; further ones are refused with CAPACITY_REACHED."
     )
+    max_caller_episodes: int | None = Field(
+        None, ge=1, description="Live episodes that one caller started; as max_episodes by default."
+    )
     max_finished: int = Field(4096, ge=0, description="Finished episodes whose answers are kept for repeated calls.")
     answers_gib: float = Field(
         2.0, gt=0, description="Memory of all answers that are kept for repeated calls, about, per process."
@@ -59,6 +62,7 @@ class EnvSettings(ServiceSettings):
     def limits(self) -> EpisodeLimits:
         return EpisodeLimits(
             self.max_episodes,
+            self.max_caller_episodes or self.max_episodes,
             self.max_finished,
             lease_seconds=self.lease_seconds,
             max_bytes=int(self.answers_gib * 2**30),

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import structlog
 
+from mulligan.common.callers import current_caller
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.suggest import did_you_mean
 from mulligan.common.types import EpisodeStep
@@ -34,11 +35,13 @@ _ENTRY_BYTES = 256  # of an answer besides its texts
 
 @dataclass(frozen=True, slots=True)
 class EpisodeLimits:
-    """`max_finished` limits the finished episodes whose answers are kept, `max_remembered` the ids of expired
-    episodes, `max_bytes` the memory of all answers: finished episodes make room first. Then no episode starts, and one
-    that has more than its share, which is that of all live ones, takes no step."""
+    """`max_caller_episodes` limits the live episodes that one caller started, `max_finished` the finished episodes
+    whose answers are kept, `max_remembered` the ids of expired episodes, `max_bytes` the memory of all answers:
+    finished episodes make room first. Then no episode starts, and one that has more than its share, which is that of
+    all live ones, takes no step."""
 
     max_episodes: int = 4096
+    max_caller_episodes: int = 4096
     max_finished: int = 4096
     max_remembered: int = 100_000
     lease_seconds: float = 600.0
@@ -97,6 +100,7 @@ class EpisodeRecord:
     players: int
     started: asyncio.Future[StartResult]
     touched: float
+    caller: str = ""  # who started it (`common/callers.py`)
     source: tuple[str, int] | None = None  # of a fork: the original episode and its number of steps
     episode: Episode | None = None
     # Hashes of the actions: 64 bits each, salted per process. An action may have megabytes.
@@ -243,13 +247,24 @@ class EpisodeTable:
             raise DomainError(Reason.CAPACITY_REACHED, message, retry_after=_RETRY_AFTER)
         if self._bytes > self.limits.max_bytes:
             raise self._no_memory()
+        caller = current_caller.get()
+        self._check_share(caller)
         players = self.environments[name].info.player_count
         record = EpisodeRecord(
-            episode_id, name, task_id, players, asyncio.get_running_loop().create_future(), self._clock()
+            episode_id, name, task_id, players, asyncio.get_running_loop().create_future(), self._clock(), caller
         )
         self._live[episode_id] = record
         self._expired.pop(episode_id, None)
         return record
+
+    def _check_share(self, caller: str) -> None:
+        limit = self.limits.max_caller_episodes
+        if len(self._live) < limit:
+            return
+        live = sum(record.caller == caller for record in self._live.values())
+        if live >= limit:
+            message = f"{live} episodes of this caller are live, the limit for one"
+            raise DomainError(Reason.CAPACITY_REACHED, message, retry_after=_RETRY_AFTER)
 
     def _started(self, record: EpisodeRecord, episode: Episode, begun: StartResult) -> None:
         record.episode = episode

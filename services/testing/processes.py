@@ -53,6 +53,13 @@ class ServiceProcess:
     def log_lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
 
+    @property
+    def memory(self) -> int:
+        """Bytes of it that are in memory."""
+        assert self.process is not None
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
     def start(self) -> None:
         assert self.process is None, f"{self.name} runs already"
         port = self.address.rpartition(":")[2] or "0"

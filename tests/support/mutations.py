@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 _MAX_DEPTH = 6
 _WIRE = FieldDescriptor
 _DEEP_JSON = "[" * 200_000
-_TEXTS = (
+TEXTS = (
     "",
     "\x00",
     "é🧊",
@@ -36,9 +36,9 @@ _TEXTS = (
     base64.urlsafe_b64encode(json.dumps([2**63 - 1, "0" * 16]).encode()).decode(),
     base64.urlsafe_b64encode(b"[1e400, NaN]").decode(),
 )
-_INTEGERS = (0, 1, 2, 7, 1_000, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, -1, -(2**31), -(2**63))
-_NUMBERS = (0.0, -0.0, 1.0, -1.0, 1e-300, 1e300, float("nan"), float("inf"), float("-inf"))
-_BOUNDS = {
+INTEGERS = (0, 1, 2, 7, 1_000, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1, -1, -(2**31), -(2**63))
+NUMBERS = (0.0, -0.0, 1.0, -1.0, 1e-300, 1e300, float("nan"), float("inf"), float("-inf"))
+BOUNDS = {
     _WIRE.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
     _WIRE.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
     _WIRE.CPPTYPE_UINT32: (0, 2**32 - 1),
@@ -93,7 +93,7 @@ class Mutations:
             return self._random.choice(self._plausible[field.name])
         kind = field.cpp_type
         if kind in (_WIRE.CPPTYPE_DOUBLE, _WIRE.CPPTYPE_FLOAT):
-            return self._random.choice(_NUMBERS) if odd else 0.5
+            return self._random.choice(NUMBERS) if odd else 0.5
         if kind == _WIRE.CPPTYPE_BOOL:
             return self._random.random() < 0.5
         if kind == _WIRE.CPPTYPE_ENUM:
@@ -101,10 +101,10 @@ class Mutations:
             known = [value.number for value in field.enum_type.values]
             return self._random.choice([*known, -1, 99, 2**31 - 1] if odd else known)
         if kind == _WIRE.CPPTYPE_STRING:
-            text = self._random.choice(_TEXTS) if odd else "text"
+            text = self._random.choice(TEXTS) if odd else "text"
             return text.encode() if field.type == _WIRE.TYPE_BYTES else text
-        low, high = _BOUNDS[kind]
-        return min(max(self._random.choice(_INTEGERS), low), high) if odd else self._random.randrange(1, 4)
+        low, high = BOUNDS[kind]
+        return min(max(self._random.choice(INTEGERS), low), high) if odd else self._random.randrange(1, 4)
 
     def serialized(self, descriptor: Descriptor) -> bytes:
         """Of a message that is valid, odd, or damaged."""

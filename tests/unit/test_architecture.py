@@ -26,7 +26,7 @@ STUBS = tuple(f"mulligan.{name}.v1" for name in (*SERVICES, "common"))
 # A service's own wire.py holds the conversions that its servicer and its client share.
 WIRE_FILES = ("servicer.py", "client.py", "generate_queue.py", "wire.py", "experience_wire.py")
 CLIENTS = ("client", "replicas")  # of one server, of several
-WIRE_COMMON = ("status.py", "server.py", "validation.py", "channel.py")
+WIRE_COMMON = ("status.py", "server.py", "grpc_server.py", "health.py", "validation.py", "channel.py")
 TORCH_PACKAGES = ("torch", "transformers", "peft", "safetensors", "accelerate")
 TORCH_FOLDERS = (
     "services/trainer",

@@ -48,6 +48,8 @@ class MemoryServiceStub:
     `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+    With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
     metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
@@ -144,6 +146,8 @@ class MemoryServiceServicer:
     `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+    With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
     metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
@@ -334,6 +338,8 @@ class MemoryService:
     `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+    With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
     metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.

@@ -35,6 +35,8 @@ class MemoryServiceStub:
       `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+      With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
       metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
@@ -112,6 +114,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
       `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+      With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
       metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.

@@ -48,6 +48,8 @@ class PolicyServiceStub:
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - UNAVAILABLE ENGINE_UNAVAILABLE, with a RetryInfo: no engine of the policy answers;
     - UNAVAILABLE POLICY_REFUSED: the policy's weights failed their canary, and so did those before them;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+    With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
     metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
@@ -119,6 +121,8 @@ class PolicyServiceServicer:
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - UNAVAILABLE ENGINE_UNAVAILABLE, with a RetryInfo: no engine of the policy answers;
     - UNAVAILABLE POLICY_REFUSED: the policy's weights failed their canary, and so did those before them;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+    With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
     metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
@@ -259,6 +263,8 @@ class PolicyService:
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - UNAVAILABLE ENGINE_UNAVAILABLE, with a RetryInfo: no engine of the policy answers;
     - UNAVAILABLE POLICY_REFUSED: the policy's weights failed their canary, and so did those before them;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+    With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
     metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.

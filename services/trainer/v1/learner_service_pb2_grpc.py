@@ -54,6 +54,8 @@ class LearnerServiceStub:
     `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+    With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
     metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
@@ -146,6 +148,8 @@ class LearnerServiceServicer:
     `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+    With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
     metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.
@@ -325,6 +329,8 @@ class LearnerService:
     `needed_role`, the least that may: reader, actor, trainer or admin;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
+    - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
+    With a RetryInfo if a later call may succeed;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
     metadata is larger than 8 KiB;
     - INTERNAL without ErrorInfo: a fault of the server, which its log explains.

@@ -411,7 +411,9 @@ async def test_parts_of_a_service_have_a_health_of_their_own() -> None:
         parts["test.Service/part"] = True
         assert (await watched.read()).status == health_pb2.HealthCheckResponse.SERVING  # though nobody asks
         del parts["test.Service/part"]
-        assert await status("test.Service/part") == "SERVICE_UNKNOWN"
+        with pytest.raises(grpc.aio.AioRpcError, match="NOT_FOUND"):
+            await status("test.Service/part")
+        assert (await watched.read()).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
         watched.cancel()
     serving.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from mulligan.common.tasks import Broadcast, LoopThread, PrioritySlots, cancel, gather_or_cancel
+from mulligan.common.tasks import Broadcast, LoopThread, PrioritySlots, TimeLimit, TooLong, cancel, gather_or_cancel
 
 
 class Failed(Exception):
@@ -190,3 +190,36 @@ async def test_a_slot_that_was_given_to_who_is_cancelled_is_not_lost() -> None:
     await asyncio.sleep(0)
     assert not waiting.done(), "there is one slot, not two"
     await cancel(waiting)
+
+
+async def test_a_time_limit_ends_long_waits_alone() -> None:
+    limit = TimeLimit(0.1)
+
+    async def waits(seconds: float) -> float:
+        await asyncio.sleep(seconds)
+        return seconds
+
+    done = await asyncio.gather(
+        *(limit.within(waits(seconds)) for seconds in (0.0, 30.0, 0.0, 30.0)), return_exceptions=True
+    )
+    assert [type(one) for one in done] == [float, TooLong, float, TooLong]
+    assert await limit.within(waits(0.0)) == 0.0
+    with pytest.raises(TooLong, match=r"longer than 0\.1 s"):
+        await limit.within(waits(30.0))
+
+
+async def test_a_time_limit_is_not_taken_for_a_cancellation_nor_the_reverse() -> None:
+    inner, outer = TimeLimit(30.0), TimeLimit(0.05)
+    with pytest.raises(TooLong, match=r"longer than 0\.05 s"):
+        await outer.within(inner.within(asyncio.sleep(30)))
+    task = asyncio.create_task(inner.within(asyncio.sleep(30)))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(TimeoutError, match="of the wait itself"):
+        await inner.within(_fails())
+
+
+async def _fails() -> None:
+    raise TimeoutError("of the wait itself")

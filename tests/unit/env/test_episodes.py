@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 
+from mulligan.common.callers import current_caller
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.types import EpisodeStep, Outcome
 from mulligan.env.episodes import EpisodeLimits, EpisodeTable, StepRequest
@@ -141,6 +142,21 @@ async def test_of_many_that_come_at_once_as_many_start_as_there_may_be(table: Ep
     for n in range(3):
         table.end(f"e{n}")
     assert table.live_count == table.answer_bytes == 0
+
+
+async def test_a_caller_has_a_share_of_the_live_episodes(workers: WorkerPool, clock: Clock, awkward: Awkward) -> None:
+    table = EpisodeTable({"awkward": awkward}, workers, EpisodeLimits(max_episodes=4, max_caller_episodes=2), clock)
+    current_caller.set("one")
+    for name in ("a", "b"):
+        await table.start(name, "awkward", "good")
+    with pytest.raises(DomainError, match="2 episodes of this caller are live") as caught:
+        await table.start("c", "awkward", "good")
+    assert caught.value.reason is Reason.CAPACITY_REACHED and caught.value.retry_after is not None
+    current_caller.set("another")
+    await table.start("c", "awkward", "good")
+    current_caller.set("one")
+    table.end("a")
+    await table.start("d", "awkward", "good")
 
 
 async def test_a_failed_start_gives_its_place_back(table: EpisodeTable) -> None:

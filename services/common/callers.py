@@ -1,0 +1,207 @@
+"""What one caller may use of a server at once, so that none exhausts it for the others.
+
+A caller is its credential: a token, or a certificate. Without one it is its address; of IPv6 the network of 64 bits,
+which one machine usually has for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import lru_cache
+from hashlib import sha256
+from typing import TypeVar
+from urllib.parse import unquote
+
+from mulligan.common.errors import DomainError, Reason
+from mulligan.common.tasks import TimeLimit, TooLong
+
+T = TypeVar("T")
+_RETRY_AFTER = timedelta(seconds=1)
+_MOST_REMEMBERED = 4_096  # callers without a call under way, whose rate is known
+
+# The caller whose call runs, for what counts by caller deeper in a service; "" outside of calls.
+current_caller: ContextVar[str] = ContextVar("current_caller", default="")
+
+
+@dataclass(frozen=True, slots=True)
+class CallerLimits:
+    """`receiving` is the number of single requests that are received of one caller at once, `streams` that of its calls
+    that stream requests. `held_bytes` is the size of all requests and answers of its calls. `calls_per_second` 0: any
+    number. `idle_seconds` is how long a stream of requests may say nothing."""
+
+    calls: int = 16_384
+    calls_per_second: float = 0.0
+    held_bytes: int = 2**30
+    receiving: int = 8
+    streams: int = 8
+    receive_seconds: float = 60.0
+    idle_seconds: float = 86_400.0
+
+
+# Of a call that needs no credential, such as a health check. It is received at once, unless somebody plays tricks.
+PROBE_LIMITS = CallerLimits(
+    calls=1_024, held_bytes=2**26, receiving=1, streams=4, receive_seconds=5.0, idle_seconds=5.0
+)
+
+
+class Caller:
+    """What the calls of one caller use now."""
+
+    __slots__ = ("_allowance", "_counted_at", "_limits", "_receiving", "calls", "held_bytes", "key", "streams")
+
+    def __init__(self, key: str, limits: CallerLimits):
+        self.key = key
+        self.calls = 0
+        self.streams = 0  # calls of which requests are streamed
+        self.held_bytes = 0
+        self._limits = limits
+        self._receiving = asyncio.Semaphore(limits.receiving)
+        self._allowance = max(limits.calls_per_second, 1.0)
+        self._counted_at = time.monotonic()
+
+    @property
+    def receiving(self) -> asyncio.Semaphore:
+        """Held while a message is received. Those that wait for it take at most a stream's window of memory each."""
+        return self._receiving
+
+    def check(self, streams: bool) -> None:
+        """Raises CALLER_LIMIT if a further call would be too many."""
+        limits = self._limits
+        if self.calls >= limits.calls:
+            raise self._refused(f"{self.calls} of its calls run", limits.calls, "calls")
+        if streams and self.streams >= limits.streams:
+            raise self._refused(f"{self.streams} of its calls stream requests", limits.streams, "streams")
+        if self.held_bytes >= limits.held_bytes:
+            raise self._refused(f"its calls hold {self.held_bytes} bytes", limits.held_bytes, "bytes")
+        if limits.calls_per_second and not self._is_slow_enough(limits.calls_per_second):
+            raise self._refused("it calls too often", limits.calls_per_second, "calls_per_second")
+
+    def _is_slow_enough(self, rate: float) -> bool:
+        """A token bucket that holds the calls of one second."""
+        now = time.monotonic()
+        self._allowance = min(self._allowance + (now - self._counted_at) * rate, max(rate, 1.0))
+        self._counted_at = now
+        if self._allowance < 1.0:
+            return False
+        self._allowance -= 1.0
+        return True
+
+    def _refused(self, used: str, limit: float, name: str) -> DomainError:
+        message = f"the caller has reached a limit of this server: {used}, of {limit:g} at most"
+        return DomainError(Reason.CALLER_LIMIT, message, retry_after=_RETRY_AFTER, limit=name)
+
+
+class Visit:
+    """One call of a caller, from its admission until its answer was sent. Raises CALLER_LIMIT."""
+
+    __slots__ = ("_callers", "_held_bytes", "_streams", "caller")
+
+    def __init__(self, callers: Callers, key: str, streams: bool):
+        self._callers = callers
+        self._streams = streams
+        self._held_bytes = 0
+        self.caller = callers.find(key)
+        self.caller.check(streams)
+        self.caller.calls += 1
+        self.caller.streams += streams
+
+    async def receive(self, read: Callable[[], Awaitable[T]]) -> T:
+        """Waits for a message, at the caller's turn. Raises CALLER_LIMIT."""
+        limit = self._callers.receiving
+        try:
+            async with self.caller.receiving:
+                return await limit.within(read())
+        except TooLong:
+            text = f"the request did not arrive within {limit.seconds:g} s"
+            raise DomainError(Reason.CALLER_LIMIT, text, limit="receive_seconds") from None
+
+    async def receive_stream(self, messages: AsyncIterable[T]) -> AsyncIterator[T]:
+        """Raises CALLER_LIMIT."""
+        limit = self._callers.idle
+        reading = aiter(messages)
+        try:
+            while True:
+                yield await limit.within(anext(reading))
+        except StopAsyncIteration:
+            return
+        except TooLong:
+            text = f"no request arrived for {limit.seconds:g} s"
+            raise DomainError(Reason.CALLER_LIMIT, text, limit="idle_seconds") from None
+
+    def hold(self, size: int) -> None:
+        """Counts bytes of a request or an answer until the end of the call."""
+        self._held_bytes += size
+        self.caller.held_bytes += size
+
+    def end(self) -> None:
+        self.caller.calls -= 1
+        self.caller.streams -= self._streams
+        self.caller.held_bytes -= self._held_bytes
+        self._callers.left(self.caller)
+
+
+class Callers:
+    """All callers of a server. It has an entry for each that has a call under way. If their rates are limited, it also
+    has those that called last."""
+
+    def __init__(self, limits: CallerLimits):
+        self._limits = limits
+        self.receiving = TimeLimit(limits.receive_seconds)
+        self.idle = TimeLimit(limits.idle_seconds)
+        self._known: OrderedDict[str, Caller] = OrderedDict()  # those that have called last at the end
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, key: str) -> Caller:
+        caller = self._known.get(key)
+        if caller is None:
+            caller = self._known[key] = Caller(key, self._limits)
+        return caller
+
+    def left(self, caller: Caller) -> None:
+        if caller.calls:
+            return
+        if not self._limits.calls_per_second:
+            self._known.pop(caller.key, None)
+            return
+        self._known.move_to_end(caller.key)
+        if len(self._known) > _MOST_REMEMBERED:
+            idle = next((key for key, known in self._known.items() if not known.calls), None)
+            if idle is not None:
+                del self._known[idle]
+
+
+def by_token(authorization: str) -> str:
+    """The key of a caller with this `authorization`, which tells nothing about it."""
+    return f"token {sha256(authorization.encode(errors='surrogateescape')).hexdigest()[:16]}"
+
+
+def by_certificate(pem: bytes) -> str:
+    return f"certificate {sha256(pem).hexdigest()[:16]}"
+
+
+@lru_cache(1_024)
+def _network(host: str) -> str:
+    try:
+        address = ipaddress.ip_address(unquote(host).strip("[]").partition("%")[0])
+    except ValueError:
+        return host
+    if address.version == 4:
+        return str(address)
+    return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+
+
+def by_address(peer: str) -> str:
+    """Of a peer as gRPC writes it: `ipv4:127.0.0.1:4711`, `ipv6:%5B::1%5D:4711`, `unix:PATH`."""
+    family, _, rest = peer.partition(":")
+    if family not in ("ipv4", "ipv6"):
+        return family
+    return f"address {_network(rest.rpartition(':')[0])}"
