@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mulligan import models
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.model_files import is_hub_id
 from mulligan.common.plugins import UnusablePlugin, place_of, with_place
 from mulligan.common.state_files import read_document, write_document
 from mulligan.common.suggest import problems
@@ -126,22 +125,8 @@ def check_folders(settings: ModelSettings, models_folder: Path | None) -> None:
     if not settings.own.reads_files:
         return
     for field, source in {"model": settings.model, **_named("adapters", settings.adapters)}.items():
-        if source not in models.EMBEDDED_MODELS and not is_hub_id(source):
-            _check_below(field, source, models_folder)
-
-
-def _check_below(field: str, source: str, models_folder: Path | None) -> None:
-    if models_folder is None:
-        message = f"{field}: this server loads no folders, but hub ids: it has no models_folder"
-        raise DomainError(Reason.BAD_MODEL, message, field=field)
-    root = models_folder.resolve()
-    try:
-        path = Path(source).resolve()
-    except (ValueError, OSError, RuntimeError) as error:
-        raise DomainError(Reason.BAD_MODEL, f"{field}: {error}", field=field) from error
-    if path == root or not path.is_relative_to(root):
-        message = f"{field}: neither a hub id nor below the server's models folder"
-        raise DomainError(Reason.BAD_MODEL, message, field=field)
+        if problem := models.problem_of_place(source, models_folder):
+            raise DomainError(Reason.BAD_MODEL, f"{field}: {problem}", field=field)
 
 
 def _places(backend: str) -> dict[str, type[BackendSettings]]:
