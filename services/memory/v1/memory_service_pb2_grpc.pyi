@@ -33,6 +33,9 @@ class MemoryServiceStub:
       `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
       `needed_role`, the least that may: reader, actor, trainer or admin;
+    - PERMISSION_DENIED RUN_CREDENTIAL, if it writes, or draws uses for a trial: the server asks for credentials of runs, and
+      the call's metadata has none for the scope as `mulligan-run-credential`; metadata `scope`. StartRun answers one.
+      Administrators need none;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
@@ -110,6 +113,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
       `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
       `needed_role`, the least that may: reader, actor, trainer or admin;
+    - PERMISSION_DENIED RUN_CREDENTIAL, if it writes, or draws uses for a trial: the server asks for credentials of runs, and
+      the call's metadata has none for the scope as `mulligan-run-credential`; metadata `scope`. StartRun answers one.
+      Administrators need none;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED without ErrorInfo: a message is larger than the server's limit (64 MiB unless set otherwise), or
