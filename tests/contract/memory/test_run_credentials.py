@@ -14,7 +14,7 @@ import pytest
 from mulligan.common.access import AccessRole
 from mulligan.common.channel import Endpoint
 from mulligan.common.errors import Code, DomainError, Reason
-from mulligan.common.reflections import Provenance, ReflectionQuery, RetrievalStrategy, Trial, UseOutcome
+from mulligan.common.reflections import Provenance, ReflectionQuery, RetrievalStrategy, Trial, Use, UseOutcome
 from mulligan.common.run_credentials import RunGrant, RunKeys
 from mulligan.common.server import RequestInterceptor
 from mulligan.memory.client import MemoryClient
@@ -120,7 +120,7 @@ async def test_a_credential_is_no_role_and_an_administrator_needs_none(served: S
 
 async def test_outcomes_of_several_scopes_need_all_of_them(served: Served) -> None:
     both = served.client(AccessRole.ACTOR, "one", "two")
-    uses = []
+    uses: list[Use] = []
     for scope in ("one", "two"):
         await both.add("1", scope, "look around first", ORIGIN)
         uses += (await both.query(ReflectionQuery(scope, "lake", ASKED.strategy, 5), Trial(("t",), 0.5, 1))).uses
