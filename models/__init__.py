@@ -8,7 +8,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mulligan.common.model_files import UnsupportedModel
+from mulligan.common.model_files import UnsupportedModel, is_hub_id
 from mulligan.common.suggest import did_you_mean
 from mulligan.models.catalog import CATALOG, default_folder
 
@@ -35,3 +35,18 @@ def locate(model: str) -> str:
     if not folder.is_dir():
         raise UnsupportedModel(f"{model} is not in {folder}: fetch it with `mulligan models fetch {model}`")
     return str(folder)
+
+
+def problem_of_place(source: str, models_folder: Path | None) -> str:
+    """Why a caller may not have this model loaded: it is neither a hub id, nor a model that comes along, nor a folder
+    below `models_folder`. Empty if the caller may. Symbolic links count as what they lead to."""
+    if source in EMBEDDED_MODELS or is_hub_id(source):
+        return ""
+    if models_folder is None:
+        return "this server loads no folders, but hub ids: it has no models_folder"
+    root = models_folder.resolve()
+    try:
+        path = Path(source).resolve()
+    except (ValueError, OSError, RuntimeError) as error:
+        return str(error)
+    return "" if path != root and path.is_relative_to(root) else "neither a hub id nor below the server's models folder"

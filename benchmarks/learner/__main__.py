@@ -94,7 +94,7 @@ async def measure(folder: Path, model: Path, batches: Mapping[str, Calls], round
     # With a learning rate of 0 each way and round computes the same.
     spec = LearnerSpec(TrainedModelSettings(source=str(model)))
     spec = replace(spec, optimizer=spec.optimizer.model_copy(update={"learning_rate": 0.0}))
-    settings = LearnerServerSettings(folder / "weights", folder / "checkpoints", threads=1)
+    settings = LearnerServerSettings(folder / "weights", folder / "checkpoints", threads=1, models_folder=model.parent)
     local = Learner("local", spec, settings)
     trl = _best(model, next(iter(batches.values())))
     async with AsyncExitStack() as stack:

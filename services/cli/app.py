@@ -23,6 +23,7 @@ from mulligan.cli.out import fail, show
 from mulligan.cli.policy import policy
 from mulligan.cli.runs import runs
 from mulligan.cli.stop import resume, stop
+from mulligan.cli.token import token
 from mulligan.cli.train import train
 from mulligan.cli.up import up
 from mulligan.cli.watch import watch
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, up, train, watch, runs, stop, resume, experiences):
+for command in (demo, up, train, watch, runs, stop, resume, experiences, token):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(conformance, name="conformance")

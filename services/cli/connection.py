@@ -36,6 +36,7 @@ DEFAULT_ADDRESSES = addresses_from(PORT_BASE)
 OUTAGE_SECONDS = 5.0  # a person waits at the terminal
 TOKEN = "MULLIGAN_CLI_TOKEN"  # a variable
 READER_TOKEN = "MULLIGAN_CLI_READER_TOKEN"
+RUN_CREDENTIAL = "MULLIGAN_CLI_RUN_CREDENTIAL"  # a variable: the credential of a run
 TLS = "MULLIGAN_CLI_TLS"  # how variables begin
 INSECURE = "MULLIGAN_CLI_INSECURE"
 
@@ -90,7 +91,13 @@ def endpoint(address: str, outage_seconds: float = OUTAGE_SECONDS) -> Endpoint:
     file = token_file(address)
     token = None if file is not None else os.environ.get(TOKEN)
     found = Endpoint(
-        address, token=token, token_file=file, tls=client_tls(), insecure=insecure(), outage_seconds=outage_seconds
+        address,
+        token=token,
+        token_file=file,
+        tls=client_tls(),
+        run_credential=os.environ.get(RUN_CREDENTIAL),
+        insecure=insecure(),
+        outage_seconds=outage_seconds,
     )
     try:
         check_protection(found)

@@ -86,7 +86,7 @@ class LocalServices:
     which each has at most about twice LOG_BYTES. At `log_level` info, each service logs a line per request. `configs`
     are TOML files with settings, by service; addresses, folders and tokens are those of this class. The env service
     runs a process for each port of its address, such as `127.0.0.1:50055-50057`. `model` wins over the policy's, and
-    without either it is the embedded one. `LoadModel` takes folders below `models_folder`.
+    without either it is the embedded one. Models in folders come from below `models_folder`.
 
     Calls need a token of `tokens`; `endpoint` has one. The command line finds them while the services run.
     """
@@ -116,7 +116,7 @@ class LocalServices:
             "memory": ["--database", str(runs / "memory.sqlite")],
             "trainer": [
                 *("--runs-folder", str(runs / "runs"), "--checkpoint-folder", str(runs / "checkpoints")),
-                *("--weights-folder", str(runs / "weights")),
+                *("--weights-folder", str(runs / "weights"), "--models-folder", str(models_folder.resolve())),
                 *("--env-address", address["env"], "--policy-address", address["policy"]),
                 *("--memory-address", address["memory"]),
             ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from mulligan.common.addresses import Addresses
 from mulligan.common.errors import CallFailed, Code, DomainError, ServiceUnavailable
 from mulligan.common.status import from_rpc_error
 from mulligan.common.tls import ClientTls, PemFiles
-from mulligan.common.tokens import TokenFile, bearer
+from mulligan.common.tokens import RUN_CREDENTIAL, TokenFile, bearer
 
 log = structlog.get_logger()
 R = TypeVar("R")
@@ -40,7 +41,8 @@ class Endpoint:
 
     Calls carry `token`, or the first token of `token_file`. Files of `mulligan up` are `runs/local/tokens/trainer` and,
     for the env service, `runs/local/env-tokens/actor`. With `tls` calls are encrypted. Files are read again when they
-    change. A token goes to another machine over TLS alone, unless `insecure` is set.
+    change. A token goes to another machine over TLS alone, unless `insecure` is set. `run_credential` goes with each
+    call, too, or what it returns then (docs/security.md).
 
     A call is retried for at most `outage_seconds` while the service is unreachable, or answers RESOURCE_EXHAUSTED or
     UNAVAILABLE with a RetryInfo. Every call of the contracts is safe to repeat.
@@ -50,6 +52,7 @@ class Endpoint:
     token: str | None = field(default=None, repr=False)
     token_file: Path | None = None
     tls: ClientTls | None = None
+    run_credential: str | Callable[[], str] | None = field(default=None, repr=False)
     insecure: bool = False
     outage_seconds: float = 120.0
     max_message_bytes: int = 64 * 2**20
@@ -57,7 +60,7 @@ class Endpoint:
 
 def check_protection(endpoint: Endpoint) -> None:
     """Raises UnprotectedToken if others could read the endpoint's token on its way."""
-    has_token = endpoint.token or endpoint.token_file is not None
+    has_token = endpoint.token or endpoint.token_file is not None or endpoint.run_credential
     if has_token and endpoint.tls is None and not endpoint.insecure and not Addresses.parse(endpoint.address).loopback:
         raise UnprotectedToken(endpoint.address)
 
@@ -111,7 +114,17 @@ class Connection:
     def metadata(self) -> tuple[tuple[str, str], ...] | None:
         """The credential of a call that is made now."""
         token = self._token_file.tokens[0] if self._token_file is not None else self.endpoint.token
-        return bearer(token) if token else None
+        given = self.endpoint.run_credential
+        credential = given() if callable(given) else given
+        found = (*(bearer(token) if token else ()), *(((RUN_CREDENTIAL, credential),) if credential else ()))
+        return found or None
+
+    def with_run_credential(self, credential: str | Callable[[], str]) -> Connection:
+        """The same connection, whose calls carry this credential. Raises UnprotectedToken."""
+        found = copy.copy(self)
+        found.endpoint = replace(self.endpoint, run_credential=credential)
+        check_protection(found.endpoint)
+        return found
 
     async def call(self, method: Callable[..., Awaitable[R]], request: Any, *, timeout: float) -> R:
         """Makes one unary call. Repeats it while the service is unreachable or full.

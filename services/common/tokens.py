@@ -24,6 +24,7 @@ from mulligan.common.suggest import did_you_mean
 log = structlog.get_logger()
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,1024}=*")  # RFC 6750, section 2.1, and long enough not to be guessed
 _SCHEME = "Bearer "
+RUN_CREDENTIAL = "mulligan-run-credential"  # metadata of a call; `run_credentials.py`
 
 
 class BadTokens(ValueError):

@@ -28,7 +28,7 @@ def main() -> None:
                 await store.use_embedder(embedder)
             except CannotEmbed as error:
                 refuse(settings.service, f"embedder: the database's entries need other embeddings ({error})")
-            await serve(settings, lambda server: add_to_server(server, store, embedder))
+            await serve(settings, lambda server: add_to_server(server, store, embedder, settings.guard))
         finally:
             await store.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,12 @@ class MemoryClient:
         self._connection = Connection(endpoint, on_outage)
         self._stub = pb_grpc.MemoryServiceStub(self._connection.channel)
         self._timeout = timeout
+
+    def with_run_credential(self, credential: str | Callable[[], str]) -> MemoryClient:
+        """One for a run, over the same connection, which this client closes."""
+        found = copy.copy(self)
+        found._connection = self._connection.with_run_credential(credential)
+        return found
 
     async def snapshot(self, scope: str) -> int:
         """The scope's version; 0 while it has no writes."""

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field, JsonValue
 
-from mulligan.common.config import ServiceSettings
 from mulligan.common.extras import MissingExtra
+from mulligan.common.guarded import GuardedSettings
 from mulligan.common.plugins import Plugins, UnusablePlugin, chosen_settings, place_of, with_tables
 from mulligan.memory.embedder import Embedder
 from mulligan.memory.embedders import EMBEDDERS
@@ -25,7 +25,7 @@ _KIND = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]*")
 
 @with_tables(EMBEDDERS)
 @with_tables(STORES)
-class MemorySettings(ServiceSettings):
+class MemorySettings(GuardedSettings):
     """The settings of a store or an embedder stand in a table of its name."""
 
     service: ClassVar[str] = "memory"

@@ -23,6 +23,7 @@ from mulligan.common.reflections import (
     Trial,
     UseOutcome,
 )
+from mulligan.common.run_credentials import RunGuard
 from mulligan.memory import wire
 from mulligan.memory.embedder import Embedder
 from mulligan.memory.retrieval import retrieve
@@ -40,18 +41,22 @@ _REWRITTEN: tuple[Literal["text", "key", "tags", "status"], ...] = ("text", "key
 _SOURCES = 1000
 
 
-def add_to_server(server: grpc.aio.Server, store: Store, embedder: Embedder | None = None) -> list[str]:
-    """`store` has this embedder already (`Store.use_embedder`)."""
-    pb_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(store, embedder), server)
+def add_to_server(
+    server: grpc.aio.Server, store: Store, embedder: Embedder | None = None, guard: RunGuard | None = None
+) -> list[str]:
+    """`store` has this embedder already (`Store.use_embedder`). `guard` knows who may write to which scope."""
+    pb_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(store, embedder, guard), server)
     return [SERVICE]
 
 
 class MemoryServicer(pb_grpc.MemoryServiceServicer):
-    def __init__(self, store: Store, embedder: Embedder | None = None):
+    def __init__(self, store: Store, embedder: Embedder | None = None, guard: RunGuard | None = None):
         self._store = store
+        self._guard = guard or RunGuard()
         self._vectors = Vectors(embedder)
 
     async def AddReflection(self, request: pb.AddReflectionRequest, context: Any) -> pb.AddReflectionResponse:
+        self._guard.check_scopes(context, request.scope)
         labels = Labels(
             kind=wire.named(ReflectionKind, request.kind, ReflectionKind.RULE),
             key=request.key,
@@ -72,6 +77,8 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
         return pb.AddReflectionResponse(reflection_id=added.reflection_id, version=added.version)
 
     async def QueryReflections(self, request: pb.QueryReflectionsRequest, context: Any) -> pb.QueryReflectionsResponse:
+        if request.HasField("trial"):  # its uses are written down
+            self._guard.check_scopes(context, request.scope)
         query = await self._with_embedding(wire.query_from_proto(request))
         found = await retrieve(query, self._store)
         if request.HasField("trial"):
@@ -110,6 +117,7 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
         text = request.text if request.HasField("text") else None
         if text is None and request.embedding:
             raise invalid_field("embedding", "none without a text")
+        await self._check_scope_of(request.reflection_id, context)
         rewriting = Rewriting(
             reflection_id=request.reflection_id,
             request_id=request.request_id,
@@ -125,10 +133,12 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
         return pb.ReviseReflectionResponse(revision=revised.revision, version=revised.version)
 
     async def DeleteReflection(self, request: pb.DeleteReflectionRequest, context: Any) -> pb.DeleteReflectionResponse:
+        await self._check_scope_of(request.reflection_id, context)
         version = await self._store.delete(request.reflection_id, _actor(context))
         return pb.DeleteReflectionResponse(version=version)
 
     async def EraseReflection(self, request: pb.EraseReflectionRequest, context: Any) -> pb.EraseReflectionResponse:
+        await self._check_scope_of(request.reflection_id, context)
         return pb.EraseReflectionResponse(version=await self._store.erase(request.reflection_id, _actor(context)))
 
     async def GetSnapshot(self, request: pb.GetSnapshotRequest, context: Any) -> pb.GetSnapshotResponse:
@@ -137,7 +147,15 @@ class MemoryServicer(pb_grpc.MemoryServiceServicer):
 
     async def ReportOutcome(self, request: pb.ReportOutcomeRequest, context: Any) -> pb.ReportOutcomeResponse:
         outcomes = [UseOutcome(outcome.use_id, outcome.reward) for outcome in request.outcomes]
+        if self._guard.is_set:
+            scopes = await self._store.scopes_of_uses([outcome.use_id for outcome in outcomes])
+            self._guard.check_scopes(context, *scopes)
         return pb.ReportOutcomeResponse(counted=await self._store.report(outcomes, _actor(context)))
+
+    async def _check_scope_of(self, reflection_id: str, context: Any) -> None:
+        """That the caller may write to the scope of the entry. Raises UNKNOWN_REFLECTION and RUN_CREDENTIAL."""
+        if self._guard.is_set:
+            self._guard.check_scopes(context, (await self._store.get(reflection_id)).scope)
 
     async def ExplainReflection(
         self, request: pb.ExplainReflectionRequest, context: Any

@@ -204,6 +204,9 @@ class Store(Protocol):
         than the use's; deleted and erased ones, too. Returns how many uses counted. Raises UNKNOWN_USE, and records
         none."""
 
+    async def scopes_of_uses(self, use_ids: Sequence[str]) -> Sequence[str]:
+        """The scopes of these uses, each once; an unknown use has none."""
+
     async def uses_of(self, reflection_id: str, limit: int) -> Sequence[RecordedUse]:
         """The latest uses of an entry, the latest first. Raises UNKNOWN_REFLECTION."""
 

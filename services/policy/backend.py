@@ -28,7 +28,8 @@ class BackendSettings(PluginSettings):
 
     The class variables name some of its fields. `local_only`: fields that LoadModel must not set, because they name
     programs, files or variables of the server's machine. `credentials`: for each field that holds an address, the
-    fields of the secrets that are sent there; LoadModel drops a secret when it changes the address. `exclusive`: fields
+    fields of the secrets that are sent there, if any; LoadModel names only addresses that the service allows, and drops
+    a secret when it changes the address. `exclusive`: fields
     that list servers whose weights the policy sets; two policies cannot list the same server.
 
     `in_0_1_0`: that release had a table of these settings, and made a digest of it that may still be kept.

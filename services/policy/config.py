@@ -37,6 +37,11 @@ class PolicySettings(ModelSettings, ServiceSettings):
     models_folder: Path | None = Field(
         None, description="LoadModel loads folders from below this one only; without it, hub ids alone."
     )
+    allowed_addresses: tuple[str, ...] = Field(
+        (),
+        description="Addresses of servers that LoadModel may name, such as https://example.com/v1: prompts go there. "
+        "These settings may name any.",
+    )
     state_folder: Path | None = Field(
         None, description="Where versions, uploads and loaded models survive a restart; without it nothing does."
     )

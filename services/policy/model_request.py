@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mulligan import models
 from mulligan.common.errors import DomainError, Reason
-from mulligan.common.model_files import is_hub_id
 from mulligan.common.plugins import UnusablePlugin, place_of, with_place
 from mulligan.common.state_files import read_document, write_document
 from mulligan.common.suggest import problems
+from mulligan.common.text import bounded
 from mulligan.policy.backend import BackendSettings
 from mulligan.policy.backends import BACKENDS
 from mulligan.policy.config import PolicyModelSettings
 from mulligan.policy.model_settings import ModelSettings
 
+_SHOWN = 200  # characters of an address in a message
 _ADVICE = "It names the model that LoadModel loaded: remove the file, and the policy has its own model again."
 # The settings of which the digest was made in 0.1.0, besides the tables of other backends.
 _FIRST_SETTINGS = {
@@ -126,22 +127,31 @@ def check_folders(settings: ModelSettings, models_folder: Path | None) -> None:
     if not settings.own.reads_files:
         return
     for field, source in {"model": settings.model, **_named("adapters", settings.adapters)}.items():
-        if source not in models.EMBEDDED_MODELS and not is_hub_id(source):
-            _check_below(field, source, models_folder)
+        if problem := models.problem_of_place(source, models_folder):
+            raise DomainError(Reason.BAD_MODEL, f"{field}: {problem}", field=field)
 
 
-def _check_below(field: str, source: str, models_folder: Path | None) -> None:
-    if models_folder is None:
-        message = f"{field}: this server loads no folders, but hub ids: it has no models_folder"
-        raise DomainError(Reason.BAD_MODEL, message, field=field)
-    root = models_folder.resolve()
-    try:
-        path = Path(source).resolve()
-    except (ValueError, OSError, RuntimeError) as error:
-        raise DomainError(Reason.BAD_MODEL, f"{field}: {error}", field=field) from error
-    if path == root or not path.is_relative_to(root):
-        message = f"{field}: neither a hub id nor below the server's models folder"
-        raise DomainError(Reason.BAD_MODEL, message, field=field)
+def check_addresses(request: ModelRequest, own: ModelSettings | None, allowed: Collection[str]) -> None:
+    """That each address of a server that the request names is allowed, or stands in the policy's own settings. Raises
+    DomainError INVALID_SETTING."""
+    settings = request.settings(own)
+    place = place_of(PolicyModelSettings, BACKENDS, settings.backend)
+    before = own.own if own is not None and own.backend == settings.backend else None
+    for name in settings.own.credentials:
+        known = {_plain(address) for address in (*allowed, *_addresses(before, name))}
+        for address in _addresses(settings.own, name) if f"{place}{name}" in request.options else ():
+            if _plain(address) not in known:
+                expected = "expected one that the server's setting allowed_addresses lists, as prompts go there"
+                raise _invalid(f"{place}{name}", f"{bounded(address, _SHOWN)}: {expected}")
+
+
+def _addresses(settings: BackendSettings | None, name: str) -> tuple[str, ...]:
+    value = getattr(settings, name) if settings is not None else ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _plain(address: str) -> str:
+    return address.rstrip("/")
 
 
 def _places(backend: str) -> dict[str, type[BackendSettings]]:

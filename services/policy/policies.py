@@ -36,7 +36,14 @@ from mulligan.policy.config import PolicySettings
 from mulligan.policy.deployment import Deployment
 from mulligan.policy.factory import OpenBackend, create_backend
 from mulligan.policy.gauges import gauges
-from mulligan.policy.model_request import ModelRequest, check_folders, model_settings, servers_of, settings_digest
+from mulligan.policy.model_request import (
+    ModelRequest,
+    check_addresses,
+    check_folders,
+    model_settings,
+    servers_of,
+    settings_digest,
+)
 from mulligan.policy.model_settings import ModelSettings
 from mulligan.policy.policy import Policy
 from mulligan.policy.uploads import Uploads
@@ -165,6 +172,7 @@ class Policies(Collector):
 
     async def _load(self, name: str, request: ModelRequest) -> PolicyInfo:
         settings = request.settings(self._own.get(name))
+        check_addresses(request, self._own.get(name), self.settings.allowed_addresses)
         await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
         policy = await self._settled(name)
         if policy is not None and policy.serves(settings):
@@ -242,6 +250,7 @@ class Policies(Collector):
         settings = request.settings(own) if request is not None else model_settings(own or self.settings)
         try:
             if request is not None:
+                check_addresses(request, own, self.settings.allowed_addresses)
                 await asyncio.to_thread(check_folders, settings, self.settings.models_folder)
             await self._open_model(name, settings, restore=True)
         except (UnsupportedModel, DomainError) as error:

@@ -82,6 +82,7 @@ class Loop:
             "trainer": {
                 "runs_folder": folder / "runs",
                 "checkpoint_folder": folder / "checkpoints",
+                "models_folder": settings.get("policy", {}).get("models_folder", folder),
                 "weights_folder": weights,
                 "env_address": address["env"],
                 "policy_address": address["policy"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryDirectory
 
@@ -20,7 +21,7 @@ from mulligan.memory.client import MemoryClient
 from mulligan.policy import replicas as policy_replicas
 from mulligan.trainer import servicer as runs
 from mulligan.trainer.config import TrainerSettings
-from mulligan.trainer.interfaces import LearnerPort
+from mulligan.trainer.interfaces import LearnerPort, MemoryPort
 from mulligan.trainer.learner import servicer as learners
 from mulligan.trainer.learner.allocator import return_freed_memory
 from mulligan.trainer.learner.client import LearnerClient
@@ -55,7 +56,7 @@ async def _serve(settings: TrainerSettings, ranks: Ranks) -> None:
 
 
 async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: str) -> None:
-    learner_servicer = learners.LearnerServicer(settings.learner, ranks)
+    learner_servicer = learners.LearnerServicer(settings.learner, ranks, settings.guard)
     own_address = ""
 
     def notice(text: str) -> None:
@@ -70,16 +71,22 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
             keep_checkpoints=run_settings.keep_checkpoints,
         )
         endpoint = settings.endpoint("learner") if settings.learner_address else settings.own_endpoint(own_address)
+        endpoint = replace(endpoint, run_credential=settings.run_credential(run_id))
         return await LearnerClient.create(endpoint, run_id, run_id, spec, notice)
 
     env = env_replicas.connect(settings.endpoint("env"), lost_seconds=settings.lost_seconds, on_outage=notice)
     policy = policy_replicas.connect(settings.endpoint("policy"), on_outage=notice)
     memory = MemoryClient(settings.endpoint("memory"), on_outage=notice)
+
+    def memory_of(run_id: str, scope: str) -> MemoryPort:
+        credential = settings.run_credential(run_id, scope)
+        return memory if credential is None else memory.with_run_credential(credential)
+
     try:
         # With another trainer's learner, this one's folders may be those of that trainer: it writes nothing there.
         folders = ExitStack() if settings.learner_address else claim(settings.learner)
         upload = policy.upload_weights if settings.weights_transfer == "upload" else None
-        services = ServicePorts(env, policy, memory, open_learner, upload)
+        services = ServicePorts(env, policy, memory, open_learner, upload, memory_of)
         manager = RunManager(settings.runs_folder, services)
     except OSError as error:
         refuse(settings.service, str(error))
@@ -92,7 +99,10 @@ async def _serve_with(settings: TrainerSettings, ranks: Ranks, private_address: 
     try:
         await serve(
             settings,
-            lambda server: [*runs.add_to_server(server, manager), *learners.add_to_server(server, learner_servicer)],
+            lambda server: [
+                *runs.add_to_server(server, manager, settings.admission),
+                *learners.add_to_server(server, learner_servicer),
+            ],
             on_started=go_on,
             on_drain=partial(manager.drain, settings.drain_seconds),
             own_address=private_address,

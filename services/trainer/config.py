@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -11,20 +12,26 @@ from pydantic import AfterValidator, Field, model_validator
 from mulligan.common.access import AccessRole
 from mulligan.common.addresses import Addresses, one_server
 from mulligan.common.channel import Endpoint, check_protection
-from mulligan.common.config import ClientTokenFile, ServiceSettings
+from mulligan.common.config import ClientTokenFile
+from mulligan.common.guarded import GuardedSettings
+from mulligan.common.run_credentials import OWN_SECONDS, RunGrant
+from mulligan.trainer.admission import RunAdmission
 from mulligan.trainer.learner.settings import LearnerServerSettings
 
 ServerAddress = Annotated[str, AfterValidator(one_server)]
 ServerAddresses = Annotated[str, AfterValidator(lambda text: Addresses.parse(text).text)]
 
 
-class TrainerSettings(ServiceSettings):
+class TrainerSettings(GuardedSettings):
     service: ClassVar[str] = "trainer"
 
     runs_folder: Path = Field(Path("runs"), description="One folder per run: settings, journal, events, summary.")
     checkpoint_folder: Path = Field(Path("runs/checkpoints"), description="Checkpoints of the learner.")
     weights_folder: Path = Field(
         Path("runs/weights"), description="Published weights; the policy service reads them in the same place."
+    )
+    models_folder: Path | None = Field(
+        None, description="Models to train come from below this folder, or are hub ids; without it, hub ids alone."
     )
     weights_transfer: Literal["shared", "upload"] = Field(
         "shared",
@@ -110,6 +117,10 @@ class TrainerSettings(ServiceSettings):
         "renew theirs.",
     )
 
+    credential_hours: float = Field(
+        24.0, gt=0, description="How long the credential counts that StartRun answers, where `run_keys` signs one."
+    )
+
     @model_validator(mode="after")
     def _each_process_has_a_gpu(self) -> Self:
         if max(self.learner_processes, _processes_of_torchrun()) > 1 and ":" in self.device:
@@ -137,7 +148,22 @@ class TrainerSettings(ServiceSettings):
             weights_access=self.weights_access,
             keep_weights=self.keep_weights,
             lease_seconds=self.learner_lease_seconds or None,
+            models_folder=self.models_folder,
         )
+
+    @property
+    def admission(self) -> RunAdmission:
+        """With another trainer's learner, the models are that trainer's."""
+        return RunAdmission(
+            self.guard, self.keys, self.credential_hours * 3600, not self.learner_address, self.models_folder
+        )
+
+    def run_credential(self, run_id: str, *scopes: str) -> Callable[[], str] | None:
+        """Signs what a call for a run needs; None without a private key."""
+        keys = self.keys
+        if keys is None or not keys.can_sign:
+            return None
+        return lambda: keys.sign(RunGrant(run_id, scopes), OWN_SECONDS)
 
     def endpoint(self, service: Literal["env", "policy", "memory", "learner"]) -> Endpoint:
         """Another service's."""

@@ -111,6 +111,9 @@ class RunManager:
         self._recent[run_id] = found  # it may have more events by now
         return found
 
+    def exists(self, run_id: str) -> bool:
+        return bool(_RUN_ID.fullmatch(run_id)) and RunFolder(self._folder / run_id).exists
+
     def start(self, run_id: str, settings: RunSettings) -> Run:
         if not _RUN_ID.fullmatch(run_id):
             raise invalid_field("run_id", "1 to 64 letters, digits, '.', '_' and '-', the first a letter or digit")

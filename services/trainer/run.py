@@ -59,6 +59,7 @@ _SPARE_BYTES = 2**18
 class ServicePorts:
     """The four ports of a run. `open_learner` takes (run id, settings) and creates a learner that the run owns; a run
     with `learner = "none"` never calls it.
+    `memory_of` takes (run id, scope) and gives the memory with the run's credential; without it, that is `memory`.
     `upload` brings weights to a policy service that does not see the trainer's files; None if it sees them."""
 
     environment: EnvironmentPort
@@ -66,6 +67,7 @@ class ServicePorts:
     memory: MemoryPort
     open_learner: Callable[[str, RunSettings], Awaitable[LearnerPort]]
     upload: Upload | None = None
+    memory_of: Callable[[str, str], MemoryPort] | None = None
 
     async def actor(
         self, settings: RunSettings, learner: LearnerPort | None, notice: Callable[[str], None]
@@ -271,7 +273,10 @@ class Run:
         evaluator = await services.evaluator(settings, learner, self.notice, actor.info)
         harness = harnesses[settings.environment]
         others = {name: one for name, one in harnesses.items() if one is not harness}
-        runner = StepRunner(self.run_id, settings, harness, services.memory, learner, others=others)
+        memory = services.memory
+        if services.memory_of is not None:
+            memory = services.memory_of(self.run_id, scope_of(settings, self.run_id))
+        runner = StepRunner(self.run_id, settings, harness, memory, learner, others=others)
         for known in tasks.values():
             check_algorithm(runner.algorithm, known.info, actor.info, speakers)
         pipeline = Pipeline(runner, actor, self.environments, tasks, chooser, self.folder, self.notice)

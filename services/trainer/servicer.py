@@ -14,6 +14,7 @@ from mulligan.common.errors import DomainError, Reason, ServiceUnavailable, inva
 from mulligan.common.experience_wire import experience_to_proto
 from mulligan.common.tasks import cancel
 from mulligan.trainer.activity import Activity
+from mulligan.trainer.admission import RunAdmission
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.journal import journal_file, journaled_steps, read_experiences
 from mulligan.trainer.manager import RunManager
@@ -38,20 +39,26 @@ _UNKNOWN = run_config_pb2.RunConfig(environment="(unknown)")  # of a run whose r
 _PAGE_TOKEN_LIMIT = 40  # characters: two numbers of 64 bits
 
 
-def add_to_server(server: grpc.aio.Server, manager: RunManager) -> list[str]:
-    run_service_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(manager), server)
+def add_to_server(server: grpc.aio.Server, manager: RunManager, admission: RunAdmission | None = None) -> list[str]:
+    run_service_pb2_grpc.add_RunServiceServicer_to_server(RunServicer(manager, admission), server)
     return [pb.DESCRIPTOR.services_by_name["RunService"].full_name]
 
 
 class RunServicer(run_service_pb2_grpc.RunServiceServicer):
     """The runs of a trainer, over gRPC: converts messages and calls the `RunManager`."""
 
-    def __init__(self, manager: RunManager):
+    def __init__(self, manager: RunManager, admission: RunAdmission | None = None):
         self._manager = manager
+        self._admission = admission or RunAdmission()
 
     async def StartRun(self, request: pb.StartRunRequest, context: Context) -> pb.StartRunResponse:
-        run = self._manager.start(request.run_id, settings_from_proto(request.config))
-        return pb.StartRunResponse(run=self._message(run))
+        settings = settings_from_proto(request.config)
+        new = not self._manager.exists(request.run_id)
+        if new:
+            self._admission.check(context, request.run_id, settings)
+        run = self._manager.start(request.run_id, settings)
+        credential = self._admission.credential(context, run.run_id, run.settings, new=new)
+        return pb.StartRunResponse(run=self._message(run), credential=credential)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         return pb.GetRunResponse(run=self._message(self._manager.run(request.run_id)))

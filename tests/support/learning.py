@@ -22,6 +22,7 @@ LORA = LoraSettings(rank=2)
 
 def server_settings(folder: Path, **changes: object) -> LearnerServerSettings:
     values = {"weights_folder": folder / "weights", "checkpoint_folder": folder / "checkpoints", "threads": 1}
+    values["models_folder"] = Path("/")
     return LearnerServerSettings(**(values | changes))  # type: ignore[arg-type]
 
 

@@ -214,6 +214,7 @@ class StoreChecks:
         assert uplift.mean_shown == 0.5, "the reward that was reported first"
         assert (await store.snapshot("scope")).version == 3
         await refused(store.report([UseOutcome(drawn[0].use_id, 0), UseOutcome("none", 0)]), Reason.UNKNOWN_USE)
+        assert await store.scopes_of_uses([one.use_id for one in drawn] + ["none"]) == ["scope"]
         await store.close()
 
     async def test_what_harms_is_quarantined_and_recovers(self, store: Store) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.foreign import kept
 from mulligan.common.proxies import is_direct
 from mulligan.common.rewards import read_reward
 from mulligan.env import numbered
@@ -135,7 +136,8 @@ class Session:
             raise TimedOut(f"{self._settings.shown} did not answer {kind} within {limit}") from None
         except (ConnectionClosed, OSError) as error:
             self.close()
-            raise Faulted(f"{self._settings.shown} closed the connection during {kind}: {error}") from None
+            told = kept(self._settings.shown, str(error))
+            raise Faulted(f"{self._settings.shown} closed the connection during {kind}: {told}") from None
         return self._read(kind, raw)
 
     def close(self) -> None:
@@ -164,7 +166,9 @@ class Session:
                 proxy=None if is_direct(urlsplit(settings.url).hostname or "") else True,
             )
         except (OSError, InvalidHandshake) as error:  # TimeoutError is an OSError
-            raise Faulted(f"no OpenEnv server at {settings.shown}: {type(error).__name__}: {error}") from None
+            # What the system says of a connection is ours; what came back by it is not.
+            told = str(error) if isinstance(error, OSError) else kept(settings.shown, str(error))
+            raise Faulted(f"no OpenEnv server at {settings.shown}: {type(error).__name__}: {told}") from None
 
     def _read(self, kind: str, raw: str | bytes) -> dict[str, Any]:
         try:
@@ -173,19 +177,20 @@ class Session:
             data = answer["data"]
         except (ValueError, TypeError, KeyError, RecursionError):
             self.close()
-            raise Faulted(
-                f"{self._settings.shown} answered {kind} with {raw[:100]!r}, not an OpenEnv message"
-            ) from None
+            told = kept(self._settings.shown, repr(raw[:_TOLD]))
+            raise Faulted(f"{self._settings.shown} answered {kind} with no OpenEnv message: {told}") from None
         if type_ == "observation" and isinstance(data, dict) and isinstance(data.get("observation"), dict):
             return data
         code = str(data.get("code", "")) if isinstance(data, dict) else ""
         if type_ == "error" and code == "VALIDATION_ERROR" and kind == "step":
             raise ActionRefused(_problems(data.get("errors")))
         self.close()
-        said = f"{data.get('message', '')} ({code})" if code else repr(data)
+        told = kept(self._settings.shown, f"{type_}: {data!r}"[:_TOLD])
         if code == "CAPACITY_REACHED":
-            raise DomainError(Reason.CAPACITY_REACHED, f"{self._settings.shown}: {said}", retry_after=_RETRY_AFTER)
-        raise Faulted(f"{self._settings.shown} answered {kind} with {type_}: {said[:_TOLD]}")
+            raise DomainError(
+                Reason.CAPACITY_REACHED, f"{self._settings.shown} is full: {told}", retry_after=_RETRY_AFTER
+            )
+        raise Faulted(f"{self._settings.shown} answered {kind} with an error: {told}")
 
 
 class ActionRefused(Exception):
@@ -214,7 +219,8 @@ class OpenEnvEpisode:
         try:
             reward = 0.0 if data.get("reward") is None else read_reward(data["reward"])
         except ValueError as error:
-            raise Faulted(f"{self._settings.shown} answered step with a {error}") from None
+            told = kept(self._settings.shown, str(error))
+            raise Faulted(f"{self._settings.shown} answered step with a bad reward: {told}") from None
         feedback = data["observation"].get(self._settings.feedback_field, "") if data.get("done") else ""
         return self._result(self.observation, reading, reward, bool(data.get("done")), str(feedback))
 
@@ -239,8 +245,8 @@ class OpenEnvEpisode:
         wanted = self._settings.observation or tuple(fields)
         missing = [name for name in wanted if name not in fields]
         if missing:
-            there = ", ".join(fields)
-            raise Faulted(f"observation: {self._settings.shown} sends no field {missing[0]!r}; there are: {there}")
+            told = kept(self._settings.shown, f"fields {', '.join(fields)}")
+            raise Faulted(f"observation: {self._settings.shown} sends no field {missing[0]!r}: {told}")
         texts = {name: _as_text(fields[name]) for name in wanted}
         return next(iter(texts.values())) if len(texts) == 1 else "\n".join(map(": ".join, texts.items()))
 

@@ -28,6 +28,7 @@ from uuid import uuid4
 
 from mulligan.common.channel import Endpoint, check_protection
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
+from mulligan.common.foreign import kept
 from mulligan.common.tasks import LoopThread
 from mulligan.common.tls import BadTls, ClientTls, read_client_tls
 from mulligan.common.types import Outcome
@@ -135,7 +136,9 @@ class Remote:
         except TimeoutError as error:
             raise TimedOut(f"{self._settings.address} did not answer within {limit:g} s") from error
         except CallFailed as error:
-            raise (TimedOut if error.timed_out else Faulted)(str(error)) from error
+            told = kept(self._settings.address, str(error))
+            message = f"{self._settings.address} fails with {error.code}: {told}"
+            raise (TimedOut if error.timed_out else Faulted)(message) from error
 
     def keep(self, begun: RemoteEpisode) -> Future[None]:
         """Keeps an episode of the other server from expiring, until cancelled. Leases there are not those of this

@@ -46,6 +46,9 @@ class MemoryServiceStub:
     `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
     `needed_role`, the least that may: reader, actor, trainer or admin;
+    - PERMISSION_DENIED RUN_CREDENTIAL, if it writes, or draws uses for a trial: the server asks for credentials of runs, and
+    the call's metadata has none for the scope as `mulligan-run-credential`; metadata `scope`. StartRun answers one.
+    Administrators need none;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
@@ -144,6 +147,9 @@ class MemoryServiceServicer:
     `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
     `needed_role`, the least that may: reader, actor, trainer or admin;
+    - PERMISSION_DENIED RUN_CREDENTIAL, if it writes, or draws uses for a trial: the server asks for credentials of runs, and
+    the call's metadata has none for the scope as `mulligan-run-credential`; metadata `scope`. StartRun answers one.
+    Administrators need none;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
@@ -336,6 +342,9 @@ class MemoryService:
     `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
     `needed_role`, the least that may: reader, actor, trainer or admin;
+    - PERMISSION_DENIED RUN_CREDENTIAL, if it writes, or draws uses for a trial: the server asks for credentials of runs, and
+    the call's metadata has none for the scope as `mulligan-run-credential`; metadata `scope`. StartRun answers one.
+    Administrators need none;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.

@@ -121,9 +121,9 @@ class LoadModelRequest(_message.Message):
     @_builtins.property
     def options(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Settings of a policy by dotted name, values as JSON: {"context_length": "2048", "sglang.servers":
-        "[\\"http://127.0.0.1:30000\\"]"}. They override the policy's own settings. A credential of those settings is not
-        sent to an address that is given here. Only the server's settings name programs, their flags and environment, and
-        folders.
+        "[\\"http://127.0.0.1:30000\\"]"}. They override the policy's own settings. An address of a server must be one that
+        the server's settings allow (allowed_addresses) or name; a credential of those settings is not sent to an address that
+        is given here. Only the server's settings name programs, their flags and environment, and folders.
         """
 
     def __init__(

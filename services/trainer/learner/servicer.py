@@ -22,8 +22,10 @@ import grpc
 import structlog
 from google.protobuf.message import Message
 
+from mulligan import models
 from mulligan.common.errors import DomainError, Reason
 from mulligan.common.inference import WeightsKind
+from mulligan.common.run_credentials import RunGuard
 from mulligan.policy.wire import canary_to_proto
 from mulligan.trainer.learner.held import UNANSWERED_SECONDS, HeldLearner, HeldLearners
 from mulligan.trainer.learner.learner import Learner
@@ -87,14 +89,15 @@ def add_to_server(server: grpc.aio.Server, servicer: LearnerServicer) -> list[st
 class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
     """The learners of a server, over gRPC.
 
-    Each call finds its learner, checks the owner, and does its work on the worker thread (`_with_learner`). Calls that
-    change gradients or weights are numbered: `_exactly_once` answers a repeated call with the stored answer and refuses
-    any other number. An unexpected error in such a call deletes the learner. A task deletes learners whose lease is
-    over.
+    Each call checks the caller's credential, finds its learner, checks the owner, and does its work on the worker
+    thread (`_with_learner`). Calls that change gradients or weights are numbered: `_exactly_once` answers a repeated
+    call with the stored answer and refuses any other number. An unexpected error in such a call deletes the learner. A
+    task deletes learners whose lease is over.
     """
 
-    def __init__(self, settings: LearnerServerSettings, ranks: Ranks | None = None):
+    def __init__(self, settings: LearnerServerSettings, ranks: Ranks | None = None, guard: RunGuard | None = None):
         self._settings = settings
+        self._guard = guard or RunGuard()
         self._ranks = ranks or Ranks()
         self._held = HeldLearners(settings.max_learners, self._removed)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="learner")
@@ -109,6 +112,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         await asyncio.to_thread(self._ranks.leave)
 
     async def CreateLearner(self, request: pb.CreateLearnerRequest, context: Context) -> pb.CreateLearnerResponse:
+        self._guard.check_learner(context, request.learner_id)
         if self._leases is None:
             self._leases = asyncio.create_task(self._watch_leases())
         with self._in_use(request):
@@ -127,7 +131,8 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
 
     async def GetLearner(self, request: pb.GetLearnerRequest, context: Context) -> pb.GetLearnerResponse:
         held = self._held.find(request.learner_id)
-        held.renew()
+        if self._guard.allows_learner(context, request.learner_id):
+            held.renew()
         return pb.GetLearnerResponse(
             owner=held.owner,
             next_sequence=held.next_call,
@@ -151,6 +156,8 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         return response
 
     async def DeleteLearner(self, request: pb.DeleteLearnerRequest, context: Context) -> pb.DeleteLearnerResponse:
+        self._guard.check_learner(context, request.learner_id)
+
         def delete() -> None:
             if self._held.get(request.learner_id) is not None:
                 self._held.owned(request.learner_id, request.owner)
@@ -166,16 +173,18 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
                 log_probs=[pb.ForwardResponse.LogProbs(log_probs=log_probs) for log_probs in results]
             )
 
-        return await self._with_learner(request, forward)
+        return await self._with_learner(request, context, forward)
 
     async def ForwardBackward(self, request: pb.ForwardBackwardRequest, context: Context) -> pb.ForwardBackwardResponse:
-        return pb.ForwardBackwardResponse(metrics=await self._exactly_once(request))
+        return pb.ForwardBackwardResponse(metrics=await self._exactly_once(request, context))
 
     async def OptimStep(self, request: pb.OptimStepRequest, context: Context) -> pb.OptimStepResponse:
-        return pb.OptimStepResponse(metrics=await self._exactly_once(request))
+        return pb.OptimStepResponse(metrics=await self._exactly_once(request, context))
 
     async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Context) -> pb.SaveCheckpointResponse:
-        saved = await self._with_learner(request, lambda held: self._perform(held, request, next_call=held.next_call))
+        saved = await self._with_learner(
+            request, context, lambda held: self._perform(held, request, next_call=held.next_call)
+        )
         return pb.SaveCheckpointResponse(uri=saved.uri, sha256=saved.sha256)
 
     async def LoadCheckpoint(self, request: pb.LoadCheckpointRequest, context: Context) -> pb.LoadCheckpointResponse:
@@ -186,10 +195,10 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             held.last_answer = None
             return pb.LoadCheckpointResponse(next_sequence=state.next_sequence, optimizer_steps=state.optimizer_steps)
 
-        return await self._with_learner(request, load, changes=True)
+        return await self._with_learner(request, context, load, changes=True)
 
     async def PublishWeights(self, request: pb.PublishWeightsRequest, context: Context) -> pb.PublishWeightsResponse:
-        weights = await self._with_learner(request, partial(self._perform, request=request))
+        weights = await self._with_learner(request, context, partial(self._perform, request=request))
         return pb.PublishWeightsResponse(
             uri=weights.uri,
             sha256=weights.sha256,
@@ -202,7 +211,11 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
         """Runs `work` on the worker thread. If the call is cancelled, waiting work is dropped; running work goes on."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
-    async def _with_learner(self, request: Any, work: Callable[[HeldLearner], R], *, changes: bool = False) -> R:
+    async def _with_learner(
+        self, request: Any, context: Context, work: Callable[[HeldLearner], R], *, changes: bool = False
+    ) -> R:
+        self._guard.check_learner(context, request.learner_id)
+
         def on_thread() -> R:
             held = self._held.owned(request.learner_id, request.owner)
             start = time.perf_counter()
@@ -247,7 +260,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
                 except Exception:  # of the other processes: the next look goes on with what is left
                     log.exception("a learner whose lease was over did not end in all processes")
 
-    async def _exactly_once(self, request: Any) -> dict[str, float]:
+    async def _exactly_once(self, request: Any, context: Context) -> dict[str, float]:
         def unless_done(held: HeldLearner) -> dict[str, float]:
             digest = _digest(request)
             if request.sequence == held.next_call - 1 and digest == held.last_request:
@@ -265,7 +278,7 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             held.next_call += 1
             return answer
 
-        return await self._with_learner(request, unless_done, changes=True)
+        return await self._with_learner(request, context, unless_done, changes=True)
 
     def _create(self, request: pb.CreateLearnerRequest) -> HeldLearner:
         spec = spec_from_proto(request)
@@ -274,6 +287,10 @@ class LearnerServicer(learner_service_pb2_grpc.LearnerServiceServicer):
             if held.spec != spec:
                 raise DomainError(Reason.LEARNER_CONFLICT, f"learner {request.learner_id!r} exists with other settings")
             return held
+        if problem := models.problem_of_place(spec.model.source, self._settings.models_folder):
+            raise DomainError(
+                Reason.MODEL_NOT_FOUND, f"model.source: {problem}", field="model.source", source=spec.model.source
+            )
         self._held.check_room()
         with self._ranks.in_step():
             self._ranks.tell("CreateLearnerRequest", request.SerializeToString)

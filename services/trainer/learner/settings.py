@@ -34,6 +34,7 @@ class LearnerServerSettings:
     keep_weights: int = 3  # published versions; the policy may be loading an older one
     max_learners: int = 1
     lease_seconds: float | None = 3600.0  # of a learner whose caller asks for no lease; None: for ever
+    models_folder: Path | None = None  # CreateLearner takes folders below it; without it, hub ids alone
 
 
 @dataclass(frozen=True, slots=True)

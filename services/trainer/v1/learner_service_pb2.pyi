@@ -282,7 +282,9 @@ class CreateLearnerRequest(_message.Message):
     learner_id: _builtins.str
     """Names files: 1 to 128 letters, digits, '.', '_' and '-', the first not '.' or '-'."""
     owner: _builtins.str
-    """Who may call it, usually a run's id."""
+    """Who uses it, usually a run's id. It keeps two programs from using one learner by mistake. It is no secret: GetLearner
+    tells it. Against others there are credentials of runs.
+    """
     seed: _builtins.int
     """Of the learner's random generators. Default 0."""
     deterministic: _builtins.bool

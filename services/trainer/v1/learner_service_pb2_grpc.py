@@ -52,6 +52,9 @@ class LearnerServiceStub:
     `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
     `needed_role`, the least that may: reader, actor, trainer or admin;
+    - PERMISSION_DENIED RUN_CREDENTIAL, if it has an `owner`: the server asks for credentials of runs, and the call's metadata
+    has none for the run with the learner's id as `mulligan-run-credential`; metadata `learner_id`. StartRun answers one,
+    and `mulligan token` prints one. Administrators need none;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
@@ -146,6 +149,9 @@ class LearnerServiceServicer:
     `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
     `needed_role`, the least that may: reader, actor, trainer or admin;
+    - PERMISSION_DENIED RUN_CREDENTIAL, if it has an `owner`: the server asks for credentials of runs, and the call's metadata
+    has none for the run with the learner's id as `mulligan-run-credential`; metadata `learner_id`. StartRun answers one,
+    and `mulligan token` prints one. Administrators need none;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
@@ -159,7 +165,7 @@ class LearnerServiceServicer:
         """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
         LEARNER_OWNED. ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND;
         UNSUPPORTED_MODEL: the folder exists, and the message says which of its files is wrong, and how; both have metadata
-        `source` and `field`.
+        `source` and `field`. A folder that is not below the server's `models_folder` is MODEL_NOT_FOUND, too.
         RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
         metadata `learner_id` and `owner` the one that has been idle for longest.
         """
@@ -168,7 +174,8 @@ class LearnerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetLearner(self, request, context):
-        """Idempotent. The cheapest call that renews a lease.
+        """Idempotent. The cheapest call that renews a lease. Where the server asks for credentials of runs, it renews the lease
+        of a caller that has one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -327,6 +334,9 @@ class LearnerService:
     `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
     `needed_role`, the least that may: reader, actor, trainer or admin;
+    - PERMISSION_DENIED RUN_CREDENTIAL, if it has an `owner`: the server asks for credentials of runs, and the call's metadata
+    has none for the run with the learner's id as `mulligan-run-credential`; metadata `learner_id`. StartRun answers one,
+    and `mulligan token` prints one. Administrators need none;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.

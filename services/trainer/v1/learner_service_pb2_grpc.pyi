@@ -39,6 +39,9 @@ class LearnerServiceStub:
       `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
       `needed_role`, the least that may: reader, actor, trainer or admin;
+    - PERMISSION_DENIED RUN_CREDENTIAL, if it has an `owner`: the server asks for credentials of runs, and the call's metadata
+      has none for the run with the learner's id as `mulligan-run-credential`; metadata `learner_id`. StartRun answers one,
+      and `mulligan token` prints one. Administrators need none;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
@@ -53,12 +56,14 @@ class LearnerServiceStub:
     """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
     LEARNER_OWNED. ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND;
     UNSUPPORTED_MODEL: the folder exists, and the message says which of its files is wrong, and how; both have metadata
-    `source` and `field`.
+    `source` and `field`. A folder that is not below the server's `models_folder` is MODEL_NOT_FOUND, too.
     RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
     metadata `learner_id` and `owner` the one that has been idle for longest.
     """
     GetLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.GetLearnerRequest, _learner_service_pb2.GetLearnerResponse]
-    """Idempotent. The cheapest call that renews a lease."""
+    """Idempotent. The cheapest call that renews a lease. Where the server asks for credentials of runs, it renews the lease
+    of a caller that has one.
+    """
     ListLearners: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.ListLearnersRequest, _learner_service_pb2.ListLearnersResponse]
     """All that the server holds, by id. It renews no lease. Idempotent."""
     DeleteLearner: _aio.UnaryUnaryMultiCallable[_learner_service_pb2.DeleteLearnerRequest, _learner_service_pb2.DeleteLearnerResponse]
@@ -117,6 +122,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
       `authorization: Bearer TOKEN`;
     - PERMISSION_DENIED INSUFFICIENT_ROLE: the role of the token may not make this call; metadata `role`, and
       `needed_role`, the least that may: reader, actor, trainer or admin;
+    - PERMISSION_DENIED RUN_CREDENTIAL, if it has an `owner`: the server asks for credentials of runs, and the call's metadata
+      has none for the run with the learner's id as `mulligan-run-credential`; metadata `learner_id`. StartRun answers one,
+      and `mulligan token` prints one. Administrators need none;
     - DEADLINE_EXCEEDED;
     - UNAVAILABLE: the server drains or is down; repeat the call;
     - RESOURCE_EXHAUSTED CALLER_LIMIT: the caller uses as much of the server as it may, or is too slow; metadata `limit`.
@@ -135,7 +143,7 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Loads a model to train, which may take minutes. Idempotent on (learner_id, owner, settings). FAILED_PRECONDITION
         LEARNER_OWNED. ALREADY_EXISTS LEARNER_CONFLICT: it exists with other settings. INVALID_ARGUMENT MODEL_NOT_FOUND;
         UNSUPPORTED_MODEL: the folder exists, and the message says which of its files is wrong, and how; both have metadata
-        `source` and `field`.
+        `source` and `field`. A folder that is not below the server's `models_folder` is MODEL_NOT_FOUND, too.
         RESOURCE_EXHAUSTED CAPACITY_REACHED: the server holds as many learners as it may; the message names them, and the
         metadata `learner_id` and `owner` the one that has been idle for longest.
         """
@@ -146,7 +154,9 @@ class LearnerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _learner_service_pb2.GetLearnerRequest,
         context: _aio.ServicerContext[_learner_service_pb2.GetLearnerRequest, _abc.Awaitable[_learner_service_pb2.GetLearnerResponse]],
     ) -> _abc.Awaitable[_learner_service_pb2.GetLearnerResponse]:
-        """Idempotent. The cheapest call that renews a lease."""
+        """Idempotent. The cheapest call that renews a lease. Where the server asks for credentials of runs, it renews the lease
+        of a caller that has one.
+        """
 
     @_abc_1.abstractmethod
     def ListLearners(

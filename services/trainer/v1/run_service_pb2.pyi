@@ -172,16 +172,24 @@ class StartRunResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_FIELD_NUMBER: _builtins.int
+    CREDENTIAL_FIELD_NUMBER: _builtins.int
+    credential: _builtins.str
+    """For the metadata `mulligan-run-credential` of calls that write to the run's scope of the memory, or use its learner,
+    where these ask for one. It counts for a day unless the trainer is set otherwise. Empty where the trainer has no key
+    to sign one, and where the run was there already, unless the call itself has the run's credential or an
+    administrator's token. Keep it as a token.
+    """
     @_builtins.property
     def run(self) -> Global___Run: ...
     def __init__(
         self,
         *,
         run: Global___Run | None = ...,
+        credential: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credential", b"credential", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

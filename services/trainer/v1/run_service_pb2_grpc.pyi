@@ -45,7 +45,10 @@ class RunServiceStub:
     """Starts a run. Idempotent on run_id: if it exists with the same settings, the answer is that run as it is. A run
     that has ended does not go on (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
     FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
-    INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
+    INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`; or `model.source`, for a folder that is not below the
+    trainer's `models_folder`. PERMISSION_DENIED RUN_CREDENTIAL: the server asks for credentials of runs, and the call has
+    none for the scope that algorithm.memory_scope names, which is neither the run's own nor one of all runs; metadata
+    `scope`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
     `free_bytes` and `needed_bytes`. Some problems are found only by training: an unknown environment or model, an
     environment without training tasks or without test tasks, a service that stays away. They end the run as FAILED.
     """
@@ -125,7 +128,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         """Starts a run. Idempotent on run_id: if it exists with the same settings, the answer is that run as it is. A run
         that has ended does not go on (ResumeRun does that). ALREADY_EXISTS RUN_CONFLICT: it exists with other settings.
         FAILED_PRECONDITION LEARNER_OWNED: the server trains another run, metadata `run_id`. INVALID_ARGUMENT
-        INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
+        INVALID_SETTING: metadata `field`, e.g. `rollout.temperature`; or `model.source`, for a folder that is not below the
+        trainer's `models_folder`. PERMISSION_DENIED RUN_CREDENTIAL: the server asks for credentials of runs, and the call has
+        none for the scope that algorithm.memory_scope names, which is neither the run's own nor one of all runs; metadata
+        `scope`. RESOURCE_EXHAUSTED DISK_FULL: metadata `folder`,
         `free_bytes` and `needed_bytes`. Some problems are found only by training: an unknown environment or model, an
         environment without training tasks or without test tasks, a service that stays away. They end the run as FAILED.
         """

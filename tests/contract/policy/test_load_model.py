@@ -35,11 +35,12 @@ from tests.support.waiting import until
 
 PROMPT = [1, 2, 3]
 PLAIN = SamplingParams()
+HOSTS = {"allowed_addresses": [f"http://h:{number}" for number in range(10)]}
 
 
 @pytest.fixture
 async def running() -> AsyncIterator[Running]:
-    async with started() as found:
+    async with started(**HOSTS) as found:
         yield found
 
 
@@ -65,7 +66,9 @@ async def test_the_same_model_again_changes_nothing(running: Running) -> None:
 
 
 async def test_options_are_put_over_the_policy_s_own_settings() -> None:
-    async with started(context_length=24, adapters={"a": "x"}, policies={"other": {"max_queue": 7}}) as running:
+    async with started(
+        context_length=24, adapters={"a": "x"}, policies={"other": {"max_queue": 7}}, **HOSTS
+    ) as running:
         await running.client.load_model("actor", "two", "", {"adapters.b": "y", "openai.extra_body": {"top_k": 1}})
         settings: Any = running.served.deployment.settings
         assert (settings.context_length, settings.adapters) == (24, {"a": "x", "b": "y"})
@@ -82,7 +85,8 @@ async def test_options_are_put_over_the_policy_s_own_settings() -> None:
 async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for() -> None:
     endpoint = {"base_url": "https://good", "api_key": "secret"}
     servers = {"api_key": "s", "admin_api_key": "a"}
-    async with started(backend="openai", openai=endpoint, sglang=servers) as running:
+    allowed = ["https://evil", "http://evil", "http://mine"]
+    async with started(backend="openai", openai=endpoint, sglang=servers, allowed_addresses=allowed) as running:
         await running.client.load_model("actor", "two", "", {"openai.without": ["seed"]})
         settings: Any = running.served.deployment.settings
         kept = settings.openai.api_key
@@ -100,11 +104,32 @@ async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for(
         assert given is not None and given.get_secret_value() == "new"
 
 
+async def test_prompts_go_to_no_address_but_those_of_the_settings() -> None:
+    endpoint = {"base_url": "https://good/v1"}
+    allowed = {"allowed_addresses": ["https://also-good/v1", "http://engine:1", "http://engine:2/"]}
+    async with started(backend="openai", openai=endpoint, **allowed) as running:
+        load_model = running.client.load_model
+        for bad in ("https://evil/v1", "https://also-good/v1/evil", "https://also-good", "https://a@also-good/v1", ""):
+            for name in ("actor", "new"):
+                error = await refused(
+                    load_model(name, "two", "openai", {"openai.base_url": bad}), Reason.INVALID_SETTING
+                )
+                assert error.metadata["field"] == "openai.base_url" and "allowed_addresses" in error.message
+        for field, value in (("servers", ["http://engine:1", "http://evil"]), ("router", "http://evil")):
+            options = {"sglang.servers": ["http://engine:1"], f"sglang.{field}": value}
+            error = await refused(load_model("new", "two", "sglang", options), Reason.INVALID_SETTING)
+            assert error.metadata["field"] == f"sglang.{field}"
+        assert [info.name for info in await running.client.policies()] == ["actor"]
+        for good in ("https://good/v1", "https://also-good/v1/"):
+            await load_model("actor", "two", "", {"openai.base_url": good})
+        await load_model("new", "two", "sglang", {"sglang.servers": ["http://engine:1", "http://engine:2"]})
+
+
 async def test_no_two_models_set_the_weights_of_one_server() -> None:
     first = {"servers": ("http://h:1", "http://h:2")}
     second = {"servers": ("http://h:3",)}
     policies = {"other": {"backend": "sglang", "sglang": second, "model": "two"}}
-    async with started(backend="sglang", sglang=first, policies=policies) as running:
+    async with started(backend="sglang", sglang=first, policies=policies, **HOSTS) as running:
         for name, servers in (("actor", None), ("new", ["http://h:4", "http://h:3"]), ("other", ["http://h:2/"])):
             options = {} if servers is None else {"sglang.servers": servers}
             call = running.client.load_model(name, "three", "sglang", options)

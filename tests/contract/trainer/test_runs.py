@@ -151,7 +151,7 @@ BY_MEANING = {"memory_strategy": "similar_meaning"}
     ("run_id", "settings", "words"),
     [
         ("no-environment", DONE.model_copy(update={"environment": "chess"}), "UNKNOWN_ENVIRONMENT"),
-        ("no-model", DONE.model_copy(update={"model": TrainedModelSettings(source="/nowhere")}), "MODEL_NOT_FOUND"),
+        ("no-model", DONE.model_copy(update={"model": TrainedModelSettings(source="no/where")}), "MODEL_NOT_FOUND"),
         (
             "no-embedder",
             small_run(algorithm=BY_MEANING),

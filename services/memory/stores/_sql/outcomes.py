@@ -157,6 +157,11 @@ def _entries(db: sa.Connection, identities: Iterable[str]) -> dict[str, sa.Row[t
     return {row.reflection_id: row for row in db.execute(wanted)}
 
 
+def scopes_of_uses(db: sa.Connection, use_ids: Sequence[str]) -> Sequence[str]:
+    named = sa.select(scopes.c.name).distinct().join(uses, uses.c.scope_id == scopes.c.id)
+    return db.execute(named.where(uses.c.use_id.in_(use_ids)).order_by(scopes.c.name)).scalars().all()
+
+
 def uses_of(db: sa.Connection, reflection_id: str, limit: int) -> Sequence[RecordedUse]:
     position = queries.newest(db, reflection_id).position
     rows = db.execute(

@@ -103,6 +103,9 @@ class SqlStore(ABC):
     async def report(self, outcomes: Sequence[UseOutcome], actor: str = "") -> int:
         return await self._write(lambda db: uses.report(db, outcomes, actor))
 
+    async def scopes_of_uses(self, use_ids: Sequence[str]) -> Sequence[str]:
+        return await self._read(lambda db: uses.scopes_of_uses(db, use_ids))
+
     async def uses_of(self, reflection_id: str, limit: int) -> Sequence[RecordedUse]:
         return await self._read(lambda db: uses.uses_of(db, reflection_id, limit))
 

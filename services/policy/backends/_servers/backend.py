@@ -195,7 +195,7 @@ class ServersBackend(ABC):
                     spans = self.pool.spans(target, [(label, 0) for label in sorted(labels)], own=not adapter)
                 except RequestRefused as error:
                     if not self._lacks_adapter(error):
-                        said = f"what {server.engine} takes, which says: {error}"
+                        said = f"what {server.engine} takes: {error}"
                         raise invalid_field("sequences", said) from error
                     problem = self._failed(server, BadAnswer(str(error)), times_let_in, direct=True)
                 except _FAILURES as error:

@@ -10,8 +10,10 @@ import aiohttp
 import msgspec
 from pydantic import SecretStr
 
+from mulligan.common.foreign import kept
+
 CONTROL_SECONDS = 30.0  # for what needs no work in the model
-_MESSAGE_LENGTH = 2000  # of what a server says that is passed on
+_MESSAGE_LENGTH = 2000  # bytes of an answer that is no JSON
 _END = b"[DONE]"
 # For idle connections: servers close them after 5, and a request that meets the end of one looks like a dead server.
 _KEEP_SECONDS = 3.0
@@ -22,7 +24,17 @@ class Unreachable(Exception):
 
 
 class RequestRefused(Exception):
-    """The server refused the request (HTTP 4xx). The message is the server's."""
+    """The server refused the request (HTTP 4xx). The message is for callers. `said` are the server's words, for the
+    backend's decisions."""
+
+    def __init__(self, message: str, said: str = ""):
+        super().__init__(message)
+        self.said = said
+
+    @classmethod
+    def by(cls, server: str, said: str, *keys: str) -> RequestRefused:
+        """The server with this address said so. The log gets that without these keys."""
+        return cls(f"the server refuses it: {kept(server, said, *keys)}", said)
 
 
 class HttpConnection:
@@ -44,6 +56,7 @@ class HttpConnection:
         self.address = address.rstrip("/")
         self._headers = _headers(api_key)
         self._control_headers = _headers(admin_api_key or api_key)
+        self._keys = [key.get_secret_value() for key in (api_key, admin_api_key) if key is not None]
 
     async def get(self, path: str, timeout: float = CONTROL_SECONDS) -> dict[str, Any]:
         answer = await self._call("GET", path, None, self._headers, timeout)
@@ -116,9 +129,13 @@ class HttpConnection:
             pass
         if status in (401, 403):
             return Unreachable(f"{self.address} refuses the credential (HTTP {status}): see {self.keys}")
-        if status >= 500 or status == 404:
-            return Unreachable(f"{self.address} (HTTP {status}): {message[:_MESSAGE_LENGTH]}")
-        return RequestRefused(message[:_MESSAGE_LENGTH])
+        if self._refuses(status, message):
+            return RequestRefused.by(self.address, message, *self._keys)
+        return Unreachable(f"{self.address}: HTTP {status}, {kept(self.address, message, *self._keys)}")
+
+    def _refuses(self, status: int, message: str) -> bool:
+        """Whether it refuses the request, and works."""
+        return status < 500 and status != 404
 
 
 def new_session() -> aiohttp.ClientSession:

@@ -25,13 +25,16 @@ import openai
 import structlog
 
 from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.foreign import kept
 from mulligan.common.inference import Feature, ReplicaInfo, VersionSpan, WeightsKind
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.common.proxies import is_direct
 from mulligan.common.tasks import cancel
+from mulligan.common.text import bounded
 from mulligan.policy.backend import Admission, Ask, ModelInfo, Sampled, Scored, WeightsFile
 from mulligan.policy.backends.openai import Settings
 from mulligan.policy.backends.openai.chat import (
+    REQUEST_FIELDS,
     NotAnAnswer,
     StreamedAnswer,
     chat_request,
@@ -47,7 +50,7 @@ _FEATURES = frozenset({Feature.STREAM, Feature.SEED, Feature.TOOLS, Feature.JSON
 _PROBE_SECONDS = 2.0  # between two looks at an endpoint that is down
 _PROBE_TIMEOUT = 10.0
 _RETRY_AFTER = timedelta(seconds=1)
-_MESSAGE_LENGTH = 500  # of what an endpoint says that is passed on
+_NAMES = 500  # characters of the names of models that an endpoint serves
 
 
 async def open_backend(settings: ModelSettings, first_version: int) -> OpenAIBackend:
@@ -59,7 +62,7 @@ async def open_backend(settings: ModelSettings, first_version: int) -> OpenAIBac
     try:
         problem = await endpoint.check()
     except openai.APIError as error:
-        endpoint.fail(f"{endpoint.address} does not answer: {_cause(error)}")
+        endpoint.fail(endpoint.no_answer(error))
     else:
         if problem:
             await endpoint.close()
@@ -74,7 +77,8 @@ class ChatEndpoint:
     def __init__(self, settings: ModelSettings):
         chosen = settings.own_as(Settings)
         self.address = _address(chosen.base_url)
-        key = chosen.api_key.get_secret_value() if chosen.api_key else "none"
+        self._key = chosen.api_key.get_secret_value() if chosen.api_key else ""
+        key = self._key or "none"
         host = urlsplit(chosen.base_url).hostname or ""
         # The header is given explicitly: a key from the environment must not go to an endpoint of the settings.
         self.client = openai.AsyncOpenAI(
@@ -120,7 +124,7 @@ class ChatEndpoint:
             return ""  # it lists no models
         models = {model.id: model for model in getattr(listed, "data", None) or ()}
         if models and self._model not in models:
-            names = ", ".join(sorted(models)[:20])
+            names = bounded(", ".join(sorted(models)[:20]), _NAMES)
             return f"{self.address} does not serve the model {self._model}, but {names}"
         if models:
             length = (models[self._model].model_extra or {}).get("max_model_len")  # vLLM and SGLang tell it
@@ -141,7 +145,7 @@ class ChatEndpoint:
             try:
                 self._problem = await self.check()
             except openai.APIError as error:
-                self._problem = f"{self.address} does not answer: {_cause(error)}"
+                self._problem = self.no_answer(error)
         log.info("endpoint answers", endpoint=self.address)
 
     @asynccontextmanager
@@ -161,7 +165,7 @@ class ChatEndpoint:
         try:
             yield asyncio.get_running_loop().time() + self._seconds
         except openai.APIConnectionError as error:
-            self.fail(f"{self.address} does not answer: {_cause(error)}")
+            self.fail(self.no_answer(error))
             raise _unavailable(self._problem, timedelta(seconds=_PROBE_SECONDS)) from error
         except openai.APIError as error:
             raise self._refusal(error) from error
@@ -177,19 +181,30 @@ class ChatEndpoint:
         status = _status(error)
         if status in (401, 403):
             return _unavailable(_refuses_credential(self.address, status), _RETRY_AFTER)
+        told = f"HTTP {status or 200}, {self._kept(_said(error))}"
         if status == 404:
-            return _unavailable(f"{self.address} (HTTP 404): {_said(error)}", _RETRY_AFTER)
+            return _unavailable(f"{self.address}: {told}", _RETRY_AFTER)
         if status not in (400, 413, 422):
-            return _unavailable(f"{self.address} (HTTP {status or 200}): {_said(error)}", _wait(error))
+            return _unavailable(f"{self.address}: {told}", _wait(error))
         if _beyond_context(error):
             return DomainError(
                 Reason.PROMPT_TOO_LONG,
-                f"prompt: {_said(error)}",
+                f"prompt: beyond the context of the model at {self.address}: {told}",
                 field="prompt",
                 context_length=self.context_length,
             )
-        parameter = error.param or "request"
-        return invalid_field(parameter, f"what {self.address} takes, which says: {_said(error)}")
+        parameter = error.param if error.param in REQUEST_FIELDS else "request"
+        return invalid_field(parameter, f"what {self.address} takes, which refuses it: {told}")
+
+    def _kept(self, said: str) -> str:
+        return kept(self.address, said, self._key)
+
+    def no_answer(self, error: openai.APIError) -> str:
+        """What callers are told. What the system says of a connection is ours; anything else may be the endpoint's."""
+        if isinstance(error, openai.APITimeoutError):
+            return f"{self.address} does not answer in time"
+        ours = _system_error(error)
+        return f"{self.address} does not answer: {ours or self._kept(str(error.__cause__ or _said(error)))}"
 
     async def close(self) -> None:
         await cancel(self._probing)
@@ -360,12 +375,16 @@ def _status(error: openai.APIError) -> int:
 def _said(error: openai.APIError) -> str:
     body = error.body
     message = body.get("message") or body.get("detail") if isinstance(body, dict) else None
-    return str(message or error.message)[:_MESSAGE_LENGTH]
+    return str(message or error.message)
 
 
-def _cause(error: openai.APIError) -> str:
-    """The error's cause, or its own message; that is often only `Connection error.`"""
-    return str(error.__cause__ or _said(error)) or type(error.__cause__).__name__
+def _system_error(error: BaseException | None) -> str:
+    """What the operating system says, in the chain of causes; empty if it says nothing."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return str(error) or type(error).__name__
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _beyond_context(error: openai.APIError) -> bool:

@@ -15,12 +15,22 @@ from openai.types.chat.chat_completion import Choice
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 
 from mulligan.common.errors import DomainError, Reason, invalid_field
+from mulligan.common.foreign import kept
 from mulligan.common.inference import Message, Role, SamplingParams, StopReason, Tool, ToolCall
 from mulligan.policy.backend import Ask
 
 
 class NotAnAnswer(Exception):
     """The endpoint answered something that is no chat completion; the message says what."""
+
+
+# What a request may have. An endpoint that refuses one may name it.
+REQUEST_FIELDS = frozenset(
+    {
+        *("model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens"),
+        *("seed", "stop", "tools", "response_format", "stream", "stream_options"),
+    }
+)
 
 
 def chat_request(model: str, ask: Ask) -> dict[str, Any]:
@@ -159,7 +169,7 @@ def ending(
             if any(text.endswith(stop) for stop in asked.stop):
                 return StopReason.STOP_STRING, ""
             return StopReason.END_OF_TURN, ""
-    raise NotAnAnswer(f"a completion that ended for the reason {reason!r}")
+    raise NotAnAnswer(f"a completion that ended for a reason of its own: {kept('the endpoint', repr(reason))}")
 
 
 class StreamedAnswer:

@@ -58,7 +58,7 @@ class SglangBackend(ServersBackend):
         return not _is_constrained(ask)
 
     def _lacks_adapter(self, error: RequestRefused) -> bool:
-        return "LoRA adapter" in str(error)
+        return "LoRA adapter" in error.said
 
     async def _generate_at(
         self, server: EngineServer, connection: HttpConnection, target: TargetWeights, ask: Ask

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
+from mulligan.common.foreign import kept
 from mulligan.common.inference import SamplingParams, StopReason
 from mulligan.policy.backend import Ask
 from mulligan.policy.backends._servers import answers
@@ -67,13 +68,13 @@ def decode(body: bytes) -> Answer:
     try:
         return _decoder.decode(body)
     except msgspec.DecodeError as error:
-        raise BadAnswer(f"{error}: {body[:300].decode(errors='replace')}") from error
+        raise BadAnswer(f"no answer of SGLang: {kept('SGLang', body.decode(errors='replace'))}") from error
 
 
 def decode_event(body: bytes) -> Answer:
     """Decodes an event of a stream. Raises BadAnswer and RequestRefused."""
     if body.startswith(b'{"error"'):
-        raise RequestRefused(body.decode(errors="replace"))
+        raise RequestRefused.by("SGLang", body.decode(errors="replace"))
     return decode(body)
 
 
@@ -188,7 +189,7 @@ def check_finish(answer: Answer) -> None:
     if finish is None:
         return
     if finish.type == "abort":
-        raise Aborted(finish.message or "the request was aborted")
+        raise Aborted(f"the request was aborted: {kept('SGLang', finish.message or 'nothing')}")
     if finish.matched == _NOT_A_NUMBER:
         raise BadAnswer("the model's logits are not numbers")
 

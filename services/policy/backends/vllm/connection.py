@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused
+from mulligan.policy.backends._servers.connection import HttpConnection
 
 # When a worker refuses a file, vLLM answers HTTP 500, and the server goes on.
 _NOT_TAKEN = ("Call to add_lora method failed", "Call to collective_rpc method failed")
@@ -20,6 +20,5 @@ class VllmConnection(HttpConnection):
         """vLLM answers calls for adapters with words, not JSON."""
         return {} if answer.startswith(b"Success") else super()._decoded(answer)
 
-    def _failure(self, status: int, answer: bytes) -> Exception:
-        failure = super()._failure(status, answer)
-        return RequestRefused(str(failure)) if any(said in str(failure) for said in _NOT_TAKEN) else failure
+    def _refuses(self, status: int, message: str) -> bool:
+        return super()._refuses(status, message) or any(said in message for said in _NOT_TAKEN)

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from mulligan.common.foreign import kept
 from mulligan.policy.backend import Ask
 from mulligan.policy.backends._servers.answers import Aborted, BadAnswer, StreamReader, WeightSpan, labels_between
 from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
@@ -80,9 +81,11 @@ def decode(body: bytes) -> VllmAnswer:
     try:
         answer = _decoder.decode(body)
     except msgspec.DecodeError as error:
-        raise BadAnswer(f"{error}: {body[:300].decode(errors='replace')}") from error
+        raise BadAnswer(f"no answer of vLLM: {kept('vLLM', body.decode(errors='replace'))}") from error
     if answer.error is not None:
-        raise (RequestRefused if 400 <= answer.error.code < 500 else Unreachable)(answer.error.message)
+        if 400 <= answer.error.code < 500:
+            raise RequestRefused.by("vLLM", answer.error.message)
+        raise Unreachable(f"vLLM fails: {kept('vLLM', answer.error.message)}")
     if len(answer.choices) != 1:
         raise BadAnswer(f"{len(answer.choices)} samples instead of one")
     if answer.choice.finish_reason == "abort":

@@ -233,6 +233,9 @@ class Notes:
         for use in uses:
             self._uses.setdefault(use.use_id, NotedUse(use, datetime.now(UTC)))
 
+    async def scopes_of_uses(self, use_ids: Sequence[str]) -> Sequence[str]:
+        return sorted({self._uses[one].drawn.scope for one in use_ids if one in self._uses})
+
     async def report(self, outcomes: Sequence[UseOutcome], actor: str = "") -> int:
         for outcome in outcomes:
             if outcome.use_id not in self._uses:

@@ -31,16 +31,22 @@ from tests.support.endpoint import (
 from tests.support.settings import model_settings
 from tests.support.waiting import until
 
+SECRET = "what-another-server-knows"
 FAULTS: dict[str, tuple[Reply, Reason, str]] = {
     "401": (refusal(401, f"Incorrect API key {KEY}"), Reason.ENGINE_UNAVAILABLE, "refuses the credential (HTTP 401)"),
     "403": (refusal(403, f"{KEY} may not"), Reason.ENGINE_UNAVAILABLE, "refuses the credential (HTTP 403)"),
     "404": (refusal(404, "no such model"), Reason.ENGINE_UNAVAILABLE, "HTTP 404"),
-    "429": (refusal(429, "slower"), Reason.ENGINE_UNAVAILABLE, "slower"),
+    "429": (refusal(429, "slower"), Reason.ENGINE_UNAVAILABLE, "HTTP 429, incident "),
     "503": (Reply("<html>", 503, SOON), Reason.ENGINE_UNAVAILABLE, "HTTP 503"),
-    "400": (refusal(400, "bad temperature", param="temperature"), Reason.INVALID_FIELD, "bad temperature"),
+    "400": (
+        refusal(400, "bad temperature", param="temperature"),
+        Reason.INVALID_FIELD,
+        "temperature: expected what http",
+    ),
+    "secrets": (refusal(422, f"{SECRET} {KEY}", param=SECRET), Reason.INVALID_FIELD, "request: expected what http"),
     "a page": (Reply("<html>hello</html>"), Reason.ENGINE_UNAVAILABLE, "no chat completion"),
     "no choices": (Reply({"object": "chat.completion"}), Reason.ENGINE_UNAVAILABLE, "no chat completion"),
-    "aborted": (answer(finish="abort"), Reason.ENGINE_UNAVAILABLE, "abort"),
+    "aborted": (answer(finish="abort"), Reason.ENGINE_UNAVAILABLE, "ended for a reason of its own: incident "),
     "filtered": (answer(finish="content_filter"), Reason.INVALID_FIELD, "content filter"),
 }
 
@@ -64,7 +70,9 @@ async def test_what_an_endpoint_refuses_is_said_with_its_address_and_never_with_
                 await opened.generate(asks())
         assert (await opened.generate(asks())).text == "good"
     output = capfd.readouterr()
-    assert KEY not in f"{caught.value} {caught.value.metadata} {output} {caplog.text}"
+    said = f"{caught.value} {caught.value.metadata}"
+    assert KEY not in f"{said} {output} {caplog.text}"
+    assert SECRET not in said and (SECRET in output.out) == (name == "secrets"), "it is for the log"
 
 
 async def test_requests_that_are_refused_for_the_moment_are_repeated_and_the_wait_is_passed_on() -> None:

@@ -120,7 +120,7 @@ def test_why_it_ended() -> None:
 
 
 def test_what_is_no_answer() -> None:
-    with pytest.raises(Aborted, match="gone"):
+    with pytest.raises(Aborted, match="aborted: incident"):
         requests.check_finish(answer([1], [("a", 0, 1)], finish={"type": "abort", "message": "gone"}))
     with pytest.raises(BadAnswer, match="not numbers"):
         requests.check_finish(answer([1], [("a", 0, 1)], finish={"type": "stop", "matched": "NaN happened"}))

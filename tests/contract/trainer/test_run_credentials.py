@@ -1,0 +1,210 @@
+"""A learner is used by callers with the credential of its run alone. StartRun answers one to whom started the run."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from mulligan.common.access import AccessRole
+from mulligan.common.channel import Endpoint
+from mulligan.common.errors import Code, DomainError, Reason
+from mulligan.common.run_credentials import RunGrant, RunKeys
+from mulligan.common.server import RequestInterceptor
+from mulligan.common.status import from_rpc_error
+from mulligan.common.tokens import RUN_CREDENTIAL, bearer
+from mulligan.models import EMBEDDED
+from mulligan.trainer.client import LearnerAdminClient
+from mulligan.trainer.config import TrainerSettings
+from mulligan.trainer.learner.client import LearnerClient
+from mulligan.trainer.learner.servicer import LearnerServicer
+from mulligan.trainer.learner.servicer import add_to_server as add_learners
+from mulligan.trainer.manager import RunManager
+from mulligan.trainer.servicer import add_to_server as add_runs
+from mulligan.trainer.settings import RunSettings
+from mulligan.trainer.v1 import learner_service_pb2 as pb
+from mulligan.trainer.v1 import run_service_pb2 as run_pb
+from mulligan.trainer.v1 import run_service_pb2_grpc
+from mulligan.trainer.wire import settings_to_proto
+from tests.support.learning import PLAIN, sampled, spec
+from tests.support.run_keys import write_keys
+from tests.support.tiny_model import write_tiny_model
+from tests.support.tokens import token_of, write_tokens
+from tests.unit.trainer.test_run import World
+
+# The calls that anybody with the role may make.
+LOOKING = {"GetLearner", "ListLearners"}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def trainer_settings(folder: Path, **settings: Any) -> TrainerSettings:
+    chosen = {"runs_folder": "runs", "checkpoint_folder": "checkpoints", "weights_folder": "weights"}
+    folders = {name: folder / place for name, place in chosen.items()}
+    return TrainerSettings(
+        tokens_folder=write_tokens(folder), run_keys=write_keys(folder)[0], threads=1, **(folders | settings)
+    )
+
+
+@asynccontextmanager
+async def serving(settings: TrainerSettings, add: Callable[[grpc.aio.Server], object]) -> AsyncIterator[Endpoint]:
+    """As the trainer's program serves it; the endpoint has the token of a trainer."""
+    server = grpc.aio.server(interceptors=[RequestInterceptor(settings.tokens)])
+    add(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield Endpoint(f"127.0.0.1:{port}", token=token_of(AccessRole.TRAINER), outage_seconds=5)
+    finally:
+        await server.stop(None)
+
+
+async def refused(call: Awaitable[object], reason: Reason = Reason.RUN_CREDENTIAL) -> DomainError:
+    with pytest.raises((DomainError, grpc.aio.AioRpcError)) as caught:
+        await call
+    error = from_rpc_error(caught.value) if isinstance(caught.value, grpc.aio.AioRpcError) else caught.value
+    assert isinstance(error, DomainError) and error.reason is reason, error
+    return error
+
+
+async def test_a_stranger_neither_takes_nor_uses_nor_deletes_a_learner(tmp_path: Path, tiny: Path) -> None:
+    settings = trainer_settings(tmp_path, models_folder=tiny.parent)
+    servicer = LearnerServicer(settings.learner, guard=settings.guard)
+    async with serving(settings, lambda server: add_learners(server, servicer)) as endpoint:
+        mine = replace(endpoint, run_credential=settings.run_credential("one"))
+        others: Callable[[], str] | None = settings.run_credential("two", "one")
+        stranger = replace(endpoint, run_credential=others)
+        for thief in (endpoint, stranger):
+            await refused(LearnerClient.create(thief, "one", "one", spec(tiny)))
+        learner = await LearnerClient.create(mine, "one", "one", spec(tiny))
+        told = (await LearnerAdminClient(stranger).list())[0]
+        assert (told.learner_id, told.owner) == ("one", "one"), "it is no secret"
+        taken = LearnerClient(stranger, told.learner_id, told.owner)
+        uses: dict[str, Callable[[LearnerClient], Awaitable[object]]] = {
+            "Forward": lambda client: client.forward([sampled()]),
+            "ForwardBackward": lambda client: client.forward_backward([sampled()], PLAIN),
+            "OptimStep": lambda client: client.optim_step(),
+            "SaveCheckpoint": lambda client: client.save_checkpoint("first"),
+            "LoadCheckpoint": lambda client: client.load_checkpoint("first"),
+            "PublishWeights": lambda client: client.publish_weights(1),
+            "DeleteLearner": lambda client: client.delete(),
+        }
+        methods = {method.name for method in pb.DESCRIPTOR.services_by_name["LearnerService"].methods}
+        assert uses.keys() | LOOKING | {"CreateLearner"} == methods, "a new call belongs to one of the sets"
+        for use in uses.values():
+            error = await refused(use(taken))
+            assert (error.code, error.metadata) == (Code.PERMISSION_DENIED, {"learner_id": "one"})
+            assert "is for the run 'two' and the scope 'one'" in error.message
+        servicer._held.clock.now += 100
+        await taken.compute_seconds()
+        assert servicer._held.find("one").idle >= 100, "a stranger's look renews no lease"
+        await learner.compute_seconds()
+        assert servicer._held.find("one").idle < 100
+        for use in uses.values():
+            await use(learner)
+        # A new learner with the id of another's would load its checkpoints.
+        await refused(LearnerClient.create(stranger, "one", "two", spec(tiny)))
+        for client in (learner, taken):
+            await client.close()
+    await servicer.close()
+
+
+async def test_a_learner_is_made_of_models_below_the_models_folder_alone(tmp_path: Path, tiny: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.symlink_to(EMBEDDED)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "link").symlink_to(secret)
+    bad = [secret, tmp_path / "models" / ".." / "secret", tmp_path / "models" / "link", tmp_path / "models", "/nowhere"]
+    for folder, sources in ((tmp_path / "models", bad), (None, [*bad, tiny])):
+        settings = trainer_settings(tmp_path, models_folder=folder)
+        servicer = LearnerServicer(settings.learner, guard=settings.guard)
+        async with serving(settings, lambda server, one=servicer: add_learners(server, one)) as endpoint:
+            mine = replace(endpoint, run_credential=settings.run_credential("one"))
+            for source in sources:
+                create = LearnerClient.create(mine, "one", "one", spec(Path(source)))
+                error = await refused(create, Reason.MODEL_NOT_FOUND)
+                assert error.metadata == {"field": "model.source", "source": str(source)}
+                assert "models folder" in error.message or "models_folder" in error.message
+        await servicer.close()
+
+
+class Runs:
+    """RunService over gRPC, with runs of fakes."""
+
+    def __init__(self, endpoint: Endpoint, stub: run_service_pb2_grpc.RunServiceStub, keys: RunKeys):
+        self.endpoint = endpoint
+        self.stub = stub
+        self.keys = keys
+
+    async def start(self, run_id: str, settings: RunSettings, role: AccessRole, credential: str = "") -> str:
+        """The credential that the answer has."""
+        metadata = (*bearer(token_of(role)), *(((RUN_CREDENTIAL, credential),) if credential else ()))
+        request = run_pb.StartRunRequest(run_id=run_id, config=settings_to_proto(settings))
+        answer = await self.stub.StartRun(request, metadata=metadata)
+        assert answer.run.run_id == run_id
+        return str(answer.credential)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> World:
+    return World(tmp_path / "runs")
+
+
+@pytest.fixture
+async def runs(tmp_path: Path, world: World) -> AsyncIterator[Runs]:
+    settings = trainer_settings(tmp_path)
+    manager = RunManager(settings.runs_folder, world.run().services)
+    keys = settings.keys
+    assert keys is not None
+    async with serving(settings, lambda server: add_runs(server, manager, settings.admission)) as endpoint:
+        async with grpc.aio.insecure_channel(endpoint.address) as channel:
+            yield Runs(endpoint, run_service_pb2_grpc.RunServiceStub(channel), keys)
+        await manager.close()
+
+
+def scoped(settings: RunSettings, scope: str) -> RunSettings:
+    return settings.model_copy(
+        update={"algorithm": settings.algorithm.model_copy(update={"memory_scope": scope}), "steps": 1}
+    )
+
+
+async def test_who_starts_a_run_gets_its_credential_and_nobody_else(runs: Runs, world: World) -> None:
+    settings = scoped(world.folder.settings(), "")
+    mine = await runs.start("mine", settings, AccessRole.TRAINER)
+    assert runs.keys.verify(mine) == RunGrant("mine", ("mine",))
+    assert await runs.start("mine", settings, AccessRole.TRAINER) == "", "others may find the run, too"
+    other = runs.keys.sign(RunGrant("other", ("mine",)), 60)
+    assert await runs.start("mine", settings, AccessRole.TRAINER, other) == ""
+    for again in (
+        await runs.start("mine", settings, AccessRole.TRAINER, mine),
+        await runs.start("mine", settings, AccessRole.ADMIN),
+    ):
+        assert runs.keys.verify(again) == RunGrant("mine", ("mine",))
+    await refused(runs.start("second", settings, AccessRole.ACTOR), Reason.INSUFFICIENT_ROLE)
+
+
+async def test_a_run_writes_to_its_own_scope_or_a_shared_one_or_one_that_its_caller_may_write_to(
+    runs: Runs, world: World
+) -> None:
+    settings = world.folder.settings()
+    error = await refused(runs.start("thief", scoped(settings, "run"), AccessRole.READER), Reason.INSUFFICIENT_ROLE)
+    error = await refused(runs.start("thief", scoped(settings, "somebodys-run"), AccessRole.TRAINER))
+    assert error.metadata == {"scope": "somebodys-run"}
+    team = runs.keys.sign(RunGrant("", ("team",)), 60)
+    given = await runs.start("ours", scoped(settings, "team"), AccessRole.TRAINER, team)
+    assert runs.keys.verify(given) == RunGrant("ours", ("team",))
+
+
+async def test_a_run_of_a_model_outside_is_refused_at_once(runs: Runs, world: World) -> None:
+    settings = world.folder.settings()
+    outside = settings.model_copy(update={"model": settings.model.model_copy(update={"source": "/etc"})})
+    error = await refused(runs.start("outside", outside, AccessRole.TRAINER), Reason.INVALID_SETTING)
+    assert error.metadata["field"] == "model.source" and "models_folder" in error.message
