@@ -10,6 +10,7 @@ from typing import Annotated
 import structlog
 import typer
 
+from mulligan.cli.certs import certs
 from mulligan.cli.conformance import conformance
 from mulligan.cli.connection import INSECURE
 from mulligan.cli.demo import demo
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, up, train, watch, runs, stop, resume, experiences):
+for command in (demo, up, train, watch, runs, stop, resume, experiences, certs):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(conformance, name="conformance")
