@@ -30,7 +30,7 @@ LABEL org.opencontainers.image.title="mulligan-trainer" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.description="Language agents that learn by experience: the trainer and the command line"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
-    sh /harden.sh /data/runs /data/checkpoints /data/weights /data/models /run/tokens /run/env-tokens
+    sh /harden.sh /data/runs /data/checkpoints /data/weights /data/models /run/tokens /run/env-tokens /run/tls
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
 ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

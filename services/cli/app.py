@@ -10,7 +10,6 @@ from typing import Annotated
 import structlog
 import typer
 
-from mulligan.cli.certs import certs
 from mulligan.cli.conformance import conformance
 from mulligan.cli.connection import INSECURE
 from mulligan.cli.demo import demo
@@ -36,9 +35,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, up, train, watch, runs, stop, resume, experiences, certs):
+for command in (demo, up, train, watch, runs, stop, resume, experiences):
     app.command()(command)
 app.command("eval")(evaluate)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def certs(context: typer.Context) -> None:
+    """Make or renew a private authority and certificates for TLS: `mulligan certs FOLDER`."""
+    from mulligan.common.certs import main  # images without `mulligan` have it, too
+
+    main(context.args, "mulligan certs")
+
+
 app.add_typer(conformance, name="conformance")
 app.add_typer(env, name="env")
 app.add_typer(learners, name="learners")

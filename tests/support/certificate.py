@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from mulligan.cli import certificates
+from mulligan.common import certificates
 from mulligan.common.access import ROLE_URI, AccessRole
 from mulligan.common.tls import ClientTls
 

@@ -15,8 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from mulligan.cli.certificates import Certificates
 from mulligan.common.access import AccessRole
+from mulligan.common.certificates import Certificates
 from mulligan.common.channel import Endpoint
 from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from mulligan.cli.certificates import Certificates, RotationStep
 from mulligan.common.access import AccessRole
+from mulligan.common.certificates import Certificates, RotationStep
 from mulligan.common.channel import Connection, Endpoint, is_healthy
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
 from mulligan.common.healthcheck import main as check_health

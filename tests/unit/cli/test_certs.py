@@ -13,8 +13,8 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from typer.testing import CliRunner, Result
 
 from mulligan.cli.app import app
-from mulligan.cli.certificates import BadCertificates, Certificates, RotationStep
 from mulligan.common.access import AccessRole, role_of_names
+from mulligan.common.certificates import BadCertificates, Certificates, RotationStep
 from mulligan.common.config import SERVICES
 from mulligan.common.file_lock import lock_file
 from mulligan.common.tls import PemFiles
@@ -46,11 +46,24 @@ def trusts(folder: Path, other: Path, name: str = "localhost", day: float = 1) -
     return True
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Path:
-    folder = tmp_path / "certs"
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("original") / "certs"
     assert Certificates(folder, {"env": ["env.example.org", "10.0.0.7"]}, now=NOW).update() == ALL
     return folder
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of another authority."""
+    folder = tmp_path_factory.mktemp("other") / "certs"
+    Certificates(folder, now=NOW).update()
+    return folder
+
+
+@pytest.fixture
+def made(original: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(original, tmp_path / "certs")
 
 
 def test_services_have_names_and_callers_have_roles(made: Path) -> None:
@@ -98,7 +111,7 @@ def test_what_ends_soon_is_made_again_by_the_same_authority_and_keeps_its_names(
 
 @pytest.mark.parametrize("damage", ["gone", "damaged", "foreign"])
 @pytest.mark.parametrize("name", ["tls.crt", "tls.key", "ca.crt"])
-def test_what_is_missing_or_wrong_is_made_again(made: Path, damage: str, name: str) -> None:
+def test_what_is_missing_or_wrong_is_made_again(made: Path, other: Path, damage: str, name: str) -> None:
     """So is the half of a pair that a process left behind when it was killed."""
     before, path = contents(made), made / "services/policy" / name
     match damage:
@@ -107,8 +120,7 @@ def test_what_is_missing_or_wrong_is_made_again(made: Path, damage: str, name: s
         case "damaged":
             path.write_bytes(path.read_bytes()[:100])
         case _:
-            Certificates(made.parent / "other", now=NOW).update()
-            shutil.copyfile(made.parent / "other/services/policy" / name, path)
+            shutil.copyfile(other / "services/policy" / name, path)
     assert later(made, 0) == ([] if name == "ca.crt" else ["services/policy"])
     changed = {name for name, content in contents(made).items() if before[name] != content}
     pair = {"services/policy/tls.crt", "services/policy/tls.key"}
@@ -209,7 +221,7 @@ def test_the_command_says_what_it_made(tmp_path: Path) -> None:
     env = tmp_path / "new/services/env"
     lasts = certificate(env).not_valid_after_utc - datetime.now(UTC)
     assert timedelta(days=29) < lasts <= timedelta(days=30)
-    assert trusts(tmp_path / "new/clients/actor", env, "env.example.org", (datetime.now(UTC) - NOW).days)
+    assert trusts(tmp_path / "new/clients/actor", env, "env.example.org", (datetime.now(UTC) - NOW).days + 1)
     again = certs(tmp_path / "new")
     assert "nothing to make" in again.stdout and "made " not in again.stdout
     step = certs(tmp_path / "new", "--rotate", "trust")
@@ -221,7 +233,9 @@ def test_the_command_says_what_it_made(tmp_path: Path) -> None:
     [
         (["--name", "evn=x"], "expected SERVICE=NAME"),
         (["--name", "env=not a name"], "'not a name' is no host name and no IP address"),
-        (["--rotate", "isue"], "did you mean 'issue'"),
+        (["--rotate", "isue"], "invalid RotationStep value: 'isue'"),
+        (["--days", "0"], "expected 1 to 3,650 days, not '0'"),
+        (["--nme", "env=x"], "unrecognized arguments: --nme"),
     ],
 )
 def test_a_bad_option_is_refused_before_anything_is_made(tmp_path: Path, arguments: list[str], said: str) -> None:
