@@ -20,7 +20,7 @@ LABEL org.opencontainers.image.title="mulligan-memory" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.description="Reflections of language agents, kept over gRPC"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
-    sh /harden.sh /data/memory /run/tokens /run/env-tokens /run/tls \
+    sh /harden.sh /data/memory /run/tokens /run/env-tokens /run/tls /run/engine-key /data/engine /data/models \
     /run/certs /run/certs/services /run/certs/services/env /run/certs/services/policy /run/certs/services/memory \
     /run/certs/services/trainer
 COPY --from=build /opt/mulligan /opt/mulligan

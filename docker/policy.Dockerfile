@@ -31,7 +31,7 @@ LABEL org.opencontainers.image.title="mulligan-policy" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.description="Language models with versioned weights, served over gRPC"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
-    sh /harden.sh /data/weights /data/policy /data/engine /data/models /run/tokens /run/tls
+    sh /harden.sh /data/weights /data/policy /data/engine /data/models /run/tokens /run/tls /run/engine-key
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
 ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

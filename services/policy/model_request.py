@@ -101,8 +101,10 @@ def _first_digest(own: ModelSettings | None) -> str:
     """As `settings_digest` of 0.1.0, which left nothing out: what was loaded then is still there after an upgrade."""
     if own is None:
         return ""
-    tables = {name for name in with_place(PolicyModelSettings, BACKENDS) if BACKENDS.find(name).Settings.in_0_1_0}
-    return _digest(model_settings(own).model_dump(mode="json", include=_FIRST_SETTINGS | tables))
+    kinds = {name: BACKENDS.find(name).Settings for name in with_place(PolicyModelSettings, BACKENDS)}
+    tables = {name: kind.after_0_1_0 for name, kind in kinds.items() if kind.in_0_1_0}
+    content = model_settings(own).model_dump(mode="json", include=_FIRST_SETTINGS | set(tables), exclude=tables)
+    return _digest(content)
 
 
 def _digest(content: Mapping[str, Any]) -> str:

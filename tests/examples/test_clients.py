@@ -11,6 +11,8 @@ from uuid import uuid4
 import pytest
 
 from mulligan.cli.connection import endpoint
+from mulligan.common.access import AccessRole
+from mulligan.common.certificates import Certificates
 from mulligan.common.experience import Sample
 from mulligan.common.inference import Message, Role, SamplingParams, StopReason
 from mulligan.common.types import Outcome, Split

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import SecretStr
+
 from mulligan import models
 from mulligan.common.errors import DomainError
 from mulligan.common.inference import Feature, LoraLimits
@@ -57,14 +59,18 @@ async def open_servers(
         session = new_session()
         stack.push_async_callback(session.close)
 
+        key = chosen.key
+        if key is None and not chosen.servers and kind.takes_key_file:
+            key = SecretStr(secrets.token_urlsafe(32))
+
         def connect(address: str) -> HttpConnection:
-            return kind.connection_type(session, address, chosen.api_key, chosen.admin_key)
+            return kind.connection_type(session, address, key, chosen.admin_key)
 
         addresses = chosen.servers or ("http://127.0.0.1",) * chosen.launch
         servers = [kind(connect(address), chosen.request_seconds, paths) for address in addresses]
         launched = [
             LaunchedServer(
-                server, connect, chosen, source, folders.original_label, folder / f"{engine.lower()}-{index}.log"
+                server, connect, chosen, source, folders.original_label, folder / f"{engine.lower()}-{index}.log", key
             )
             for index, server in enumerate(servers)
             if not chosen.servers

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from mulligan.common.inference import Feature, LoraLimits, SamplingParams
@@ -54,7 +55,9 @@ class VllmServer(EngineServer):
         self._slots = asyncio.Semaphore(_FORCED)
 
     @staticmethod
-    def launch_arguments(source: str, label: str, port: int, flags: Sequence[str]) -> list[str]:
+    def launch_arguments(
+        source: str, label: str, port: int, flags: Sequence[str], key_file: Path | None = None
+    ) -> list[str]:
         arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", source]
         arguments += ["--host", "127.0.0.1", "--port", str(port)]
         return [*arguments, "--enable-scale-out", "--logprobs-mode", "processed_logprobs", *flags]
