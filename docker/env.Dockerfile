@@ -4,7 +4,7 @@ ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
 WORKDIR /src
-COPY pyproject.toml LICENSE NOTICE constraints.txt docker/install.sh ./
+COPY pyproject.toml LICENSE NOTICE constraints.txt requirements.lock docker/install.sh ./
 # Extras of pyproject.toml: gymnasium, reasoning-gym and textarena are others.
 ARG EXTRAS=env,hotpotqa,openenv
 ARG WHEELS=docker/wheels

@@ -4,7 +4,7 @@ ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
 WORKDIR /src
-COPY pyproject.toml LICENSE NOTICE constraints.txt docker/install.sh ./
+COPY pyproject.toml LICENSE NOTICE constraints.txt requirements.lock docker/install.sh ./
 # Extras of pyproject.toml: postgres is another. With certs it makes certificates, as compose.yaml has it do.
 ARG EXTRAS=memory,certs
 ARG WHEELS=docker/wheels

@@ -5,7 +5,7 @@ ARG BASE=python:3.11-slim
 # The same in policy.Dockerfile and trainer.Dockerfile, so that it is built and stored once.
 FROM ${BASE} AS torch
 WORKDIR /src
-COPY constraints.txt docker/install.sh ./
+COPY constraints.txt requirements.lock docker/install.sh ./
 # The index that torch is taken from, as that of PyTorch's builds for the CPU; "" for pip's own, with CUDA on x86.
 ARG TORCH_INDEX=""
 # A folder of wheels that are preferred to every index, of torch, too; "" for none.

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from mulligan.common.files import file_sha256
 from tests.support.paths import ROOT
 
 VERSION = "2.13.0"
@@ -75,6 +76,7 @@ class Build:
         self.own = Index(folder / "own")
         self.own.add("torch", VERSION)
         self.own.add("numpy", "1.0")
+        self.lock("numpy", "1.0")
         self.torch = Index(folder / "torch")
 
     def install(self, *requirements: str, index: str = "") -> subprocess.CompletedProcess[str]:
@@ -98,6 +100,12 @@ class Build:
             text=True,
             check=False,
         )
+
+    def lock(self, name: str, version: str) -> None:
+        """What the index has now is what may be installed."""
+        [file] = (self.own.folder / name).glob("*.whl")
+        content = f"{name}=={version} \\\n    --hash=sha256:{file_sha256(file)}\n"
+        (self.folder / "requirements.lock").write_text(f"# A lock.\nabc==1.0 \\\n    --hash=sha256:{0:064}\n{content}")
 
     def installed(self, name: str) -> str:
         """The version; empty when it is not there."""
@@ -188,3 +196,19 @@ def test_an_image_without_torch_does_not_ask_its_index(build: Build) -> None:
     done = build.install("numpy", index="http://127.0.0.1:9")
     assert done.returncode == 0 and build.installed("numpy") == "1.0", done.stderr
     assert done.stdout + done.stderr == ""
+
+
+def test_a_file_with_another_hash_is_refused(build: Build) -> None:
+    """As an index serves it that somebody has broken into: the version is right."""
+    with (build.own.folder / "numpy" / "numpy-1.0-py3-none-any.whl").open("ab") as file:
+        file.write(b"more")
+    done = build.install("numpy")
+    assert done.returncode != 0 and build.installed("numpy") == ""
+    assert "HASH" in done.stderr.upper(), done.stderr
+
+
+def test_what_the_lock_lacks_is_named(build: Build) -> None:
+    build.own.add("extra", "2.0")
+    done = build.install("numpy", "extra")
+    assert done.returncode == 0 and build.installed("extra") == "2.0", done.stderr
+    assert done.stdout == "without a hash, at the version alone: extra==2.0 \n"

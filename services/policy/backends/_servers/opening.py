@@ -50,8 +50,9 @@ async def open_servers(
     kind = backend.server_type
     engine = kind.connection_type.engine
     chosen = settings.own_as(ServerSettings)
-    source = models.locate(settings.model)
-    skeleton = await asyncio.to_thread(partial(Skeleton, source, weights=not chosen.servers))
+    source = await asyncio.to_thread(models.locate, settings.model, settings.revision)
+    load = partial(Skeleton, source, weights=not chosen.servers, name=settings.model)
+    skeleton = await asyncio.to_thread(load)
     folders = await asyncio.to_thread(Folders, chosen, folder, skeleton, first_version)
     fixed, paths = await asyncio.to_thread(_fixed_adapters, settings, folders)
     async with AsyncExitStack() as stack:

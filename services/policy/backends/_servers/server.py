@@ -217,7 +217,3 @@ class EngineServer(ABC):
     @abstractmethod
     async def _checksum(self) -> str:
         """Of the base weights; empty if the engine has none."""
-
-
-def last_name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]

@@ -26,11 +26,13 @@ STACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_p
 
 
 class Skeleton:
-    """The skeleton of a hub id or a folder. It takes seconds to make, and for a hub id the network. Without `weights`
-    the folder need not hold any, because the servers have them. Raises UnsupportedModel."""
+    """The skeleton of a hub id or a folder; `name` is what settings call it. It takes seconds to make, and for a hub id
+    the network. Without `weights` the folder need not hold any, because the servers have them. Raises UnsupportedModel.
+    """
 
-    def __init__(self, source: str, *, weights: bool = True):
+    def __init__(self, source: str, *, weights: bool = True, name: str = ""):
         self.source = source
+        self.names = {last_name(source), last_name(name or source)}  # a server that has the model says one of these
         check_model(source, weights=weights)
         self.tokenizer = Tokenizer.load(source)
         try:
@@ -108,6 +110,10 @@ class Skeleton:
             [group] = [group for group in STACKED if leaf in group] or [()]
             missing |= {f"{parent}.{name}" for name in group if f"{parent}.{name}.weight" in self._shapes}
         return sorted(missing.difference(adapted))
+
+
+def last_name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _for_servers(config: AdapterConfig, modules: Collection[str], rank: int) -> dict[str, Any]:

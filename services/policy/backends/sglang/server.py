@@ -10,8 +10,8 @@ from mulligan.common.inference import Feature, LoraLimits, SamplingParams
 from mulligan.policy.backend import Ask
 from mulligan.policy.backends._servers.answers import BadAnswer
 from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
-from mulligan.policy.backends._servers.server import EngineServer, Unsuitable, last_name
-from mulligan.policy.backends._servers.skeleton import STACKED, Skeleton
+from mulligan.policy.backends._servers.server import EngineServer, Unsuitable
+from mulligan.policy.backends._servers.skeleton import STACKED, Skeleton, last_name
 from mulligan.policy.backends.sglang import requests
 from mulligan.policy.backends.sglang.connection import SglangConnection
 
@@ -103,7 +103,7 @@ class SglangServer(EngineServer):
         self.own_path = str(self.settings.get("model_path"))
         if not model.get("is_generation") or model.get("model_type") != skeleton.model_type:
             raise Unsuitable(f"it serves {self.own_path}, a {model.get('model_type')}, not {skeleton.source}")
-        if last_name(self.own_path) != last_name(skeleton.source):
+        if last_name(self.own_path) not in skeleton.names:
             raise Unsuitable(
                 f"it serves {self.own_path}, not {skeleton.source}: `model` has to be what the server was started with"
             )
