@@ -17,7 +17,7 @@ EMBEDDED_MODELS: Mapping[str, Path] = {"embedded": EMBEDDED, "embedded-symbols":
 
 
 # Of a repository at the hub: what loaders read, without pickles, which can run code.
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
 
 
 def locate(model: str, revision: str = "") -> str:
@@ -50,6 +50,6 @@ def _downloaded(model: str, revision: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(model, revision=revision, allow_patterns=_FILES)
+        return str(snapshot_download(model, revision=revision, allow_patterns=_FILES))
     except (OSError, ValueError) as error:  # all errors of the hub and of HTTP are of these kinds
         raise UnsupportedModel(f"{model} at revision {revision!r} cannot be downloaded: {short(error)}") from error

@@ -122,8 +122,9 @@ def test_it_sends_no_token_that_was_left_behind(client: Program, loop: Loop, tmp
 def test_it_sends_the_token_and_speaks_tls(client: Program, services: ServiceProcesses, tmp_path: Path) -> None:
     Certificates(tmp_path / "certs").update()
     tls = tmp_path / "certs" / "services" / "env"
-    files = {"tls_key": tls / "tls.key", "tls_certificate": tls / "tls.crt"}
-    env = services.start("env", tokens_folder=write_tokens(tmp_path), **files)
+    env = services.start(
+        "env", tokens_folder=write_tokens(tmp_path), tls_key=tls / "tls.key", tls_certificate=tls / "tls.crt"
+    )
     play = ("play", "--env", env.address, "--ca", str(tls / "ca.crt"), "--environment", "nowhere")
     assert "error: BAD_CREDENTIAL: " in client.refusal(*play)
     assert "error: no environment" in client.refusal(*play, MULLIGAN_CLI_TOKEN=token_of(AccessRole.READER))

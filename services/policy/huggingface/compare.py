@@ -23,7 +23,7 @@ def alike(first: WeightsFile, second: WeightsFile, dtype: str) -> bool:
     return _equal([first.safetensors], [second.safetensors], dtype)
 
 
-def alike_original(weights: WeightsFile, model: str, revision: str, dtype: str) -> bool:
+def alike_original(weights: WeightsFile, model: str, dtype: str, revision: str = "") -> bool:
     """Whether weights equal those that a model, a folder or a hub id at a revision, came with. An adapter does if it
     adds nothing.
 

@@ -62,7 +62,7 @@ async def open_servers(
 
         key = chosen.key
         if key is None and not chosen.servers and kind.takes_key_file:
-            key = SecretStr(secrets.token_urlsafe(32))
+            key = SecretStr(secrets.token_hex(32))  # which never begins as a flag does
 
         def connect(address: str) -> HttpConnection:
             return kind.connection_type(session, address, key, chosen.admin_key)

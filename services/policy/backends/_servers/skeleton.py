@@ -32,7 +32,7 @@ class Skeleton:
 
     def __init__(self, source: str, *, weights: bool = True, name: str = ""):
         self.source = source
-        self.names = {last_name(source), last_name(name or source)}  # a server that has the model says one of these
+        self.name = name or source
         check_model(source, weights=weights)
         self.tokenizer = Tokenizer.load(source)
         try:
@@ -55,6 +55,11 @@ class Skeleton:
         self._places = places_of(module)
         if weights:
             check_weights(source, self._shapes, layer_count(text))
+
+    @property
+    def names(self) -> set[str]:
+        """A server that has the model says that its own has one of these."""
+        return {last_name(self.source), last_name(self.name)}
 
     def check_full(self, path: Path) -> None:
         """Checks that a file has every parameter once, with the model's name and shape, and finite values.
