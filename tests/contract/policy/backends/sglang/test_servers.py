@@ -83,7 +83,7 @@ async def test_a_launched_server_answers_its_service_alone(tmp_path: Path) -> No
 
 def _listed() -> str:
     """What any user sees of all processes."""
-    return subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
 
 
 async def test_servers_of_other_models_are_refused(tmp_path: Path) -> None:
