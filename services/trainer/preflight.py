@@ -62,7 +62,8 @@ def check_actor(
         raise DomainError(
             Reason.MODEL_MISMATCH,
             f"policy {info.name!r} serves {info.model}, and this run trains {source}. Make the policy serve it "
-            f"(`mulligan policy load {name} --model {source}{at}`), or have the run train what is served (model.source)",
+            f"(`mulligan policy load {name} --model {source}{at}`), or have the run train what is served "
+            "(model.source)",
         )
     _check_dtype(info, settings.model.dtype)
     check_sampling(info, settings)
