@@ -134,10 +134,10 @@ $(UV) $(CYCLONEDX): .stamps/%:
 
 .PHONY: lock
 lock: $(UV) ## write requirements.lock, the hashes of all files of the versions in constraints.txt
-	@$(UV) pip compile constraints.txt --quiet --no-deps --generate-hashes --no-header --no-annotate --no-emit-index-url \
-		--no-emit-package torch --python-version 3.11 --output-file requirements.lock
-	@sed -i '1i # Hashes of the files of constraints.txt; `make lock` writes them. Without torch, whose builds differ by index.' \
-		requirements.lock
+	@{ echo '# Hashes of the files of constraints.txt; `make lock` writes them. Without torch, whose builds differ by index.'; \
+		$(UV) pip compile constraints.txt --quiet --no-deps --generate-hashes --no-header --no-annotate --no-emit-index-url \
+		--no-emit-package torch --python-version 3.11; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
 
 .PHONY: sbom
 sbom: $(INSTALLED) $(CYCLONEDX) ## write build/sbom.json, a list of all that is installed in .venv (CycloneDX)
