@@ -79,7 +79,8 @@ class Build:
         self.lock("numpy", "1.0")
         self.torch = Index(folder / "torch")
 
-    def install(self, *requirements: str, index: str = "") -> subprocess.CompletedProcess[str]:
+    def install(self, *requirements: str, index: str = "", seconds: int = 30) -> subprocess.CompletedProcess[str]:
+        """`seconds`: how long an index may take to answer."""
         surroundings = {name: value for name, value in os.environ.items() if not name.lower().startswith("pip_")}
         return subprocess.run(
             ["sh", str(ROOT / "docker/install.sh"), str(self.folder / "venv"), *requirements],
@@ -94,7 +95,7 @@ class Build:
                 "no_proxy": "127.0.0.1",
                 "WHEELS": "wheels",
                 "TORCH_INDEX": index,
-                "TORCH_INDEX_SECONDS": "2",
+                "TORCH_INDEX_SECONDS": str(seconds),
             },
             capture_output=True,
             text=True,
@@ -158,7 +159,7 @@ def test_where_its_index_is_away_no_other_is_asked(build: Build) -> None:
 
 def test_an_index_that_accepts_and_says_nothing_is_away_too(build: Build) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        refused(build, build.install("torch", index=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        refused(build, build.install("torch", index=f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=2))
 
 
 def test_an_index_that_pip_does_not_trust_is_said_to_be_one(build: Build) -> None:
