@@ -12,7 +12,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 4
 # Keyed on what was installed, not on time stamps, which a checkout changes.
-INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
+INSTALLED := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt requirements.lock | cksum | cut -d' ' -f1)
+
+# What makes requirements.lock, and lists what is installed. Each has an environment of its own, as neither is needed to run.
+UV := .stamps/uv-0.13.9/bin/uv
+CYCLONEDX := .stamps/cyclonedx-7.5.0/bin/cyclonedx-py
 
 BUF_VERSION := 1.75.0
 BUF_HOME := .stamps/buf-$(BUF_VERSION)
@@ -39,13 +43,15 @@ help: ## this list
 .PHONY: install
 install: $(INSTALLED) ## create .venv with the exact versions of constraints.txt
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer on the PATH; set PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "error: $(PYTHON) lacks the venv module; on Debian or Ubuntu: apt-get install $(PYTHON)-venv" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing the pinned dependencies (the first time takes minutes: torch is large)"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --require-hashes --requirement requirements.lock
+	@# The rest: torch, of which an index may have builds of its own, and what its builds for GPUs bring.
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@rm -f $(VENV)/.installed-* && touch $@
 
 $(BUF):
@@ -120,6 +126,22 @@ format: $(INSTALLED) ## format the code and fix what the linter can fix
 proto: $(INSTALLED) ## generate the stubs and docs/contracts.md from the contracts
 	@$(BIN)/python proto/generate.py
 	@$(BIN)/python proto/document.py
+
+$(UV) $(CYCLONEDX): .stamps/%:
+	@$(PYTHON) -m venv .stamps/$(firstword $(subst /, ,$*))
+	@name=$(firstword $(subst /, ,$*)); package=$${name%-*}; \
+		.stamps/$$name/bin/python -m pip install -qq --disable-pip-version-check "$${package/cyclonedx/cyclonedx-bom}==$${name##*-}"
+
+.PHONY: lock
+lock: $(UV) ## write requirements.lock, the hashes of all files of the versions in constraints.txt
+	@{ echo '# Hashes of the files of constraints.txt; `make lock` writes them. Without torch, whose builds differ by index.'; \
+		$(UV) pip compile constraints.txt --quiet --no-deps --generate-hashes --no-header --no-annotate --no-emit-index-url \
+		--no-emit-package torch --python-version 3.11; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+
+.PHONY: sbom
+sbom: $(INSTALLED) $(CYCLONEDX) ## write build/sbom.json, a list of all that is installed in .venv (CycloneDX)
+	@mkdir -p build && $(CYCLONEDX) environment --output-reproducible --pyproject pyproject.toml --output-file build/sbom.json $(BIN)/python
 
 .PHONY: release-contract
 release-contract: $(BUF) ## promise to keep what was added to the contracts (proto/compatibility.md)

@@ -4,7 +4,7 @@ ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS build
 WORKDIR /src
-COPY pyproject.toml LICENSE NOTICE constraints.txt docker/install.sh ./
+COPY pyproject.toml LICENSE NOTICE constraints.txt requirements.lock docker/install.sh ./
 # Extras of pyproject.toml: gymnasium, reasoning-gym and textarena are others.
 ARG EXTRAS=env,hotpotqa,openenv
 ARG WHEELS=docker/wheels
@@ -23,7 +23,7 @@ LABEL org.opencontainers.image.title="mulligan-env" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.description="Environments for language agents, served over gRPC"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
-    sh /harden.sh /run/env-tokens
+    sh /harden.sh /run/env-tokens /run/tls
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
 ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

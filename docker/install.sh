@@ -1,6 +1,7 @@
 #!/bin/sh
 # Builds only: install.sh VENV REQUIREMENT... makes a virtual environment at the versions of constraints.txt, or adds to
 # one, and removes what no service runs. Packages of /opt/torch, where that is there, count as installed.
+# Each file must have one of the hashes of requirements.lock, but for torch and what only its builds for GPUs bring.
 # A requirement that is `torch` is taken from the wheels in $WHEELS where one is there, else from the index $TORCH_INDEX,
 # and from nowhere else; from pip's own index where neither is given.
 set -eu
@@ -8,10 +9,34 @@ venv=$1
 shift
 
 install() {
-    # PIP_BUILD_CONSTRAINT is what newer versions of pip ask for.
-    PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt \
-        pip --python "$venv/bin/python" install --disable-pip-version-check --root-user-action=ignore \
+    pip --python "$venv/bin/python" install --disable-pip-version-check --root-user-action=ignore \
         --progress-bar=off --quiet "$@"
+}
+
+# Of a report of pip: the packages to install, as lines of requirements.lock where they are there, else by their version.
+# The project itself is neither.
+SELECT='
+import json, re, sys
+lock = {re.split("==", block)[0].lower(): block for block in re.split(r"\n(?=[a-zA-Z0-9])", open("requirements.lock").read())}
+with open("locked.txt", "w") as locked, open("unlocked.txt", "w") as unlocked:
+    for found in json.load(open("report.json"))["install"]:
+        name, version = (found["metadata"][part] for part in ("name", "version"))
+        block = lock.get(re.sub("[-_.]+", "-", name).lower(), "")
+        if block.startswith(block.split("==")[0] + "==" + version + " "):
+            print(block, file=locked)
+        elif "dir_info" not in found["download_info"]:
+            print(f"{name}=={version}", file=unlocked)
+'
+
+# Resolves at the versions of constraints.txt, and installs by hash.
+install_locked() {
+    PIP_CONSTRAINT=$PWD/constraints.txt install --dry-run --report report.json ${WHEELS:+--find-links "$WHEELS"} "$@"
+    "$venv/bin/python" -c "$SELECT"
+    if [ -s locked.txt ]; then install --no-deps --require-hashes --requirement locked.txt; fi
+    if [ -s unlocked.txt ]; then
+        echo "without a hash, at the version alone: $(tr '\n' ' ' <unlocked.txt)"
+        install --no-deps ${WHEELS:+--find-links "$WHEELS"} --requirement unlocked.txt
+    fi
 }
 
 # As it may be shown: without a user's name and password.
@@ -43,10 +68,10 @@ install_torch() {
     if [ -n "${WHEELS:-}" ] && ls "$WHEELS"/torch-*.whl >/dev/null 2>&1; then
         echo "torch $version: from the wheels in $WHEELS"
         TORCH_INDEX=
-        install --no-deps --no-index --find-links "$WHEELS" torch || refuse "$WHEELS: $(cd "$WHEELS" && echo torch-*.whl)"
+        install --no-deps --no-index --find-links "$WHEELS" "torch==$version" || refuse "$WHEELS: $(cd "$WHEELS" && echo torch-*.whl)"
     elif [ -n "${TORCH_INDEX:-}" ]; then
         echo "torch $version: from $(shown "$TORCH_INDEX")"
-        index_answers && install --no-deps --index-url "$TORCH_INDEX" torch || refuse "$(shown "$TORCH_INDEX")"
+        index_answers && install --no-deps --index-url "$TORCH_INDEX" "torch==$version" || refuse "$(shown "$TORCH_INDEX")"
     else
         echo "torch $version: from pip's own index, on x86 with CUDA, gigabytes (TORCH_INDEX is empty)"
     fi
@@ -60,9 +85,13 @@ if [ -d /opt/torch ] && [ "$venv" != /opt/torch ]; then
 fi
 case " $* " in
 *" torch "*) install_torch ;;
-*) TORCH_INDEX= ;;
 esac
-install ${WHEELS:+--find-links "$WHEELS"} ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$@"
+install_locked "$@"
+for project in "$@"; do
+    case $project in # its metadata and commands; what builds them is locked, too
+    .*) install_locked setuptools && install --no-deps --no-build-isolation "$project" ;;
+    esac
+done
 
 cd "$packages"
 rm -rf setuptools setuptools-*.dist-info pkg_resources _distutils_hack distutils-precedence.pth # torch builds with it

@@ -5,7 +5,7 @@ ARG BASE=python:3.11-slim
 # The same in policy.Dockerfile and trainer.Dockerfile, so that it is built and stored once.
 FROM ${BASE} AS torch
 WORKDIR /src
-COPY constraints.txt docker/install.sh ./
+COPY constraints.txt requirements.lock docker/install.sh ./
 # The index that torch is taken from, as that of PyTorch's builds for the CPU; "" for pip's own, with CUDA on x86.
 ARG TORCH_INDEX=""
 # A folder of wheels that are preferred to every index, of torch, too; "" for none.
@@ -30,7 +30,7 @@ LABEL org.opencontainers.image.title="mulligan-trainer" \
     org.opencontainers.image.licenses="Apache-2.0" \
     org.opencontainers.image.description="Language agents that learn by experience: the trainer and the command line"
 RUN --mount=type=bind,source=docker/harden.sh,target=/harden.sh \
-    sh /harden.sh /data/runs /data/checkpoints /data/weights /data/models /run/tokens /run/env-tokens
+    sh /harden.sh /data/runs /data/checkpoints /data/weights /data/models /run/tokens /run/env-tokens /run/tls
 COPY --from=build /opt/mulligan /opt/mulligan
 COPY --from=build /app /app
 ENV PATH=/opt/mulligan/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

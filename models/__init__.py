@@ -8,7 +8,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from mulligan.common.model_files import UnsupportedModel, is_hub_id
+from mulligan.common.model_files import UnsupportedModel, is_hub_id, short
 from mulligan.common.suggest import did_you_mean
 from mulligan.models.catalog import CATALOG, default_folder
 
@@ -16,13 +16,20 @@ EMBEDDED = Path(__file__).parent / "embedded"
 EMBEDDED_MODELS: Mapping[str, Path] = {"embedded": EMBEDDED, "embedded-symbols": EMBEDDED.parent / "embedded_symbols"}
 
 
-def locate(model: str) -> str:
+# Of a repository at the hub: what loaders read, without pickles, which can run code.
+_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt"]
+
+
+def locate(model: str, revision: str = "") -> str:
     """The folder or hub id of what a setting names: a model that comes along, one of the catalogue, a folder or a hub
-    id.
+    id. With a `revision`, a commit or a tag of a hub id, it is the folder that this was downloaded to.
 
     A folder comes before a model of the catalogue with its name. Raises UnsupportedModel for a model of the catalogue
-    that was not fetched, and for a name that is nearly one of these: the hub would be asked for it for a minute.
+    that was not fetched; for a name that is nearly one of these, because the hub would be asked for it for a minute;
+    for a revision that cannot be had, or of what is no hub id.
     """
+    if revision:
+        return _downloaded(model, revision)
     if model in EMBEDDED_MODELS:
         return str(EMBEDDED_MODELS[model])
     if "/" in model or Path(model).exists():
@@ -50,3 +57,14 @@ def problem_of_place(source: str, models_folder: Path | None) -> str:
     except (ValueError, OSError, RuntimeError) as error:
         return str(error)
     return "" if path != root and path.is_relative_to(root) else "neither a hub id nor below the server's models folder"
+
+
+def _downloaded(model: str, revision: str) -> str:
+    if model in EMBEDDED_MODELS or model in CATALOG or not is_hub_id(model):
+        raise UnsupportedModel(f"revision {revision!r}: {model} is no model of the hub, and has none")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return str(snapshot_download(model, revision=revision, allow_patterns=_FILES))
+    except (OSError, ValueError) as error:  # all errors of the hub and of HTTP are of these kinds
+        raise UnsupportedModel(f"{model} at revision {revision!r} cannot be downloaded: {short(error)}") from error

@@ -39,6 +39,16 @@ app = typer.Typer(
 for command in (demo, up, train, watch, runs, stop, resume, experiences, token):
     app.command()(command)
 app.command("eval")(evaluate)
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []})
+def certs(context: typer.Context) -> None:
+    """Make or renew a private authority and certificates for TLS: `mulligan certs FOLDER`."""
+    from mulligan.common.certs import main  # images without `mulligan` have it, too
+
+    main(context.args, "mulligan certs")
+
+
 app.add_typer(conformance, name="conformance")
 app.add_typer(env, name="env")
 app.add_typer(learners, name="learners")

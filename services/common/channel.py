@@ -374,12 +374,12 @@ def _method(message: Any) -> str:
     return type(message).__name__.removesuffix("Request").removesuffix("Response")
 
 
-async def is_healthy(address: str, timeout: float = 2.0, tls: ClientTls | None = None) -> bool:
-    """Whether a service answers SERVING to a health check. Raises BadTls."""
+async def is_healthy(address: str, timeout: float = 2.0, tls: ClientTls | None = None, service: str = "") -> bool:
+    """Whether a server answers SERVING to a health check of a gRPC service, or of itself. Raises BadTls."""
     async with open_channel(address, tls, [*proxies.grpc_options(address)]) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # typed for synchronous channels only
         try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout)
         except grpc.aio.AioRpcError:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -17,6 +17,7 @@ from mulligan.common.tls import BadTls, read_client_tls
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mulligan.common.healthcheck", description=__doc__)
     parser.add_argument("address", help="HOST:PORT of a service")
+    parser.add_argument("--service", default="", help="the gRPC service that is asked for; the whole server without it")
     parser.add_argument("--timeout", type=float, default=4.0, help="seconds")
     for part, said in (
         ("ca", "PEM file: the authorities of a service that speaks TLS"),
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tls = read_client_tls(ca, given.tls_name, cert, key)
     except (BadTls, ValueError) as error:
         sys.exit(f"--tls-…: {error}")
-    if not asyncio.run(is_healthy(given.address, given.timeout, tls)):
+    if not asyncio.run(is_healthy(given.address, given.timeout, tls, given.service)):
         sys.exit(f"{given.address} does not serve")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,11 @@ _TOKENIZER = "tokenizer.json"
 _VOCABULARY = re.compile(r"vocab\..+|.+\.(model|tiktoken)|tekken\.json|tokenizer-.+")
 _WHOLE = "model.safetensors"
 _SHARDED = "model.safetensors.index.json"
-_PICKLED = "pytorch_model.bin"
-_PICKLED_SHARDED = "pytorch_model.bin.index.json"
+_PICKLED = {"pytorch_model.bin", "pytorch_model.bin.index.json"}
 # Files that loaders read if they exist.
 _JSON = (
     *("config.json", "generation_config.json", _TOKENIZER, "tokenizer_config.json", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", _SHARDED, _PICKLED_SHARDED),
+    *("added_tokens.json", "vocab.json", _SHARDED),
 )
 _MESSAGE_LENGTH = 1000
 _LAYER = re.compile(r"(.*\blayers|.*\bh)\.(\d+)\.")
@@ -179,11 +177,11 @@ def _check_weights(folder: Path, names: set[str]) -> None:
         _header(folder / _WHOLE)
     elif _SHARDED in names:
         _check_shards(folder)
-    elif _PICKLED in names:
-        _check_pickled(folder / _PICKLED)
-    elif _PICKLED_SHARDED in names:
-        for shard in sorted(set(_weight_map(folder / _PICKLED_SHARDED).values())):
-            _check_pickled(_shard(folder, _PICKLED_SHARDED, shard))
+    elif found := sorted(_PICKLED & names):
+        raise _BadFile(
+            f"{found[0]}: a pickle can run code when it is loaded: expected {_WHOLE}. Where you trust the file, "
+            "transformers converts it: load the model and call save_pretrained"
+        )
     else:
         raise _BadFile(f"no weights: expected {_WHOLE}, or {_SHARDED} with its shards")
 
@@ -208,16 +206,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(places, dict) or not places or not all(isinstance(shard, str) for shard in places.values()):
         raise _BadFile(f"{index.name} has no weight_map from tensor names to files")
     return places
-
-
-def _check_pickled(path: Path) -> None:
-    """Checks whether a pickled file is complete: a zip file has its directory at the end. A file written by torch
-    before 1.6 cannot be checked."""
-    _refuse_pointer(path)
-    with path.open("rb") as file:
-        begin = file.read(2)
-    if not begin or (begin == b"PK" and not zipfile.is_zipfile(path)):
-        raise _BadFile(f"{path.name} is cut off at {path.stat().st_size:,} bytes; download it again")
 
 
 def _header(path: Path) -> dict[str, TensorHeader]:

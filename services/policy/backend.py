@@ -32,13 +32,15 @@ class BackendSettings(PluginSettings):
     a secret when it changes the address. `exclusive`: fields
     that list servers whose weights the policy sets; two policies cannot list the same server.
 
-    `in_0_1_0`: that release had a table of these settings, and made a digest of it that may still be kept.
+    `in_0_1_0`: that release had a table of these settings, and made a digest of it that may still be kept;
+    `after_0_1_0` are the fields that it lacked.
     """
 
     local_only: ClassVar[frozenset[str]] = frozenset()
     credentials: ClassVar[Mapping[str, frozenset[str]]] = {}
     exclusive: ClassVar[frozenset[str]] = frozenset()
     in_0_1_0: ClassVar[bool] = False
+    after_0_1_0: ClassVar[frozenset[str]] = frozenset()
     reads_files: ClassVar[bool] = True  # False: `model` and `adapters` are names at an endpoint, never files
 
     @property

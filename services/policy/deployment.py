@@ -508,7 +508,8 @@ class Deployment:
 
         try:
             if other.version.kind is WeightsKind.ORIGINAL:
-                return await asyncio.to_thread(alike_original, weights, self.settings.model, self.backend.model.dtype)
+                own, dtype = self.settings, self.backend.model.dtype
+                return await asyncio.to_thread(alike_original, weights, own.model, dtype, own.revision)
             file = await asyncio.to_thread(self._store.file, other)
         except DomainError:  # its file is gone
             return False

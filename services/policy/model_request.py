@@ -79,8 +79,10 @@ class ModelRequest(BaseModel):
         for name, text in sorted(self.options.items()):  # `adapters` comes before `adapters.small`
             _put(merged, name, text, places)
         for name in _credentials_of_others(self.options, places):
-            _put(merged, name, "null", places)
+            _set(merged, name, None)
         merged |= {"model": self.model, "backend": backend}
+        if self.model != own.model and "revision" not in self.options:
+            merged["revision"] = ""  # it is one of the policy's own model
         try:
             return PolicyModelSettings.model_validate(merged)
         except ValidationError as error:
@@ -102,8 +104,10 @@ def _first_digest(own: ModelSettings | None) -> str:
     """As `settings_digest` of 0.1.0, which left nothing out: what was loaded then is still there after an upgrade."""
     if own is None:
         return ""
-    tables = {name for name in with_place(PolicyModelSettings, BACKENDS) if BACKENDS.find(name).Settings.in_0_1_0}
-    return _digest(model_settings(own).model_dump(mode="json", include=_FIRST_SETTINGS | tables))
+    kinds = {name: BACKENDS.find(name).Settings for name in with_place(PolicyModelSettings, BACKENDS)}
+    tables = {name: kind.after_0_1_0 for name, kind in kinds.items() if kind.in_0_1_0}
+    content = model_settings(own).model_dump(mode="json", include=_FIRST_SETTINGS | set(tables), exclude=tables)
+    return _digest(content)
 
 
 def _digest(content: Mapping[str, Any]) -> str:
@@ -178,16 +182,21 @@ def _put(settings: dict[str, Any], name: str, text: str, places: Mapping[str, ty
     local = (f"{place}{field}" for place, kind in places.items() for field in kind.local_only)
     if any(name == field or name.startswith(f"{field}.") for field in local):
         raise _invalid(name, "is set in the server's settings alone")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(name, f"expected a value as JSON ({error})") from error
+    _set(settings, name, value)
+
+
+def _set(settings: dict[str, Any], name: str, value: object) -> None:
     *tables, last = name.split(".")
     place: Any = settings
     for table in tables:
         place = place.get(table) if isinstance(place, dict) else None
     if not isinstance(place, dict):
         raise _invalid(name, "no such setting")
-    try:
-        place[last] = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _invalid(name, f"expected a value as JSON ({error})") from error
+    place[last] = value
 
 
 def _named(table: str, values: Mapping[str, str]) -> dict[str, str]:

@@ -34,6 +34,7 @@ class ModelSettings(BaseModel):
     model: str = Field(
         "embedded", description="Hub id, folder, or `embedded` or `embedded-symbols`: small models that come along."
     )
+    revision: str = Field("", max_length=200, description="Of a hub id: a commit, a tag or a branch.")
     frozen: bool = Field(False, description="Its weights are never updated: a reference, an opponent.")
     adapters: dict[str, str] = Field(
         {}, description="Fixed LoRA adapters that requests may name: folders, or an endpoint's model names."
@@ -80,7 +81,8 @@ class ModelSettings(BaseModel):
 
     @model_validator(mode="after")
     def _own_are_complete(self) -> Self:
-        _ = self.own
+        if self.revision and not self.own.reads_files:
+            raise ValueError(f"revision: {self.backend} has models by name alone")
         return self
 
     @property

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from docker.client import DockerClient
@@ -18,6 +19,7 @@ from testcontainers.compose import DockerCompose
 
 from mulligan.cli.local import free_ports
 from mulligan.common.channel import Endpoint
+from mulligan.common.tls import ClientTls
 
 FILES = ("compose.yaml",)
 HEALTHY_SECONDS = 60.0
@@ -60,6 +62,7 @@ class Project(DockerCompose):
     ):
         super().__init__(folder, list(files), build=build, services=list(services) or None)
         ports = {f"{service.upper()}_PORT": str(port) for service, port in free_ports().items()}
+        self._files = TemporaryDirectory()
         self.variables = {"COMPOSE_PROJECT_NAME": name, "MULLIGAN_TAG": "test", **ports, **(variables or {})}
 
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -88,10 +91,16 @@ class Project(DockerCompose):
         return f"127.0.0.1:{self.variables[f'{service.upper()}_PORT']}"
 
     def endpoint(self, service: str, *, outage_seconds: float = 120.0) -> Endpoint:
-        """With an administrator's token."""
+        """With an administrator's token, over TLS."""
         folder = "/run/env-tokens" if service == "env" else "/run/tokens"
         token = self.run("exec", "-T", service, "cat", f"{folder}/admin").stdout.strip()
-        return Endpoint(self.address(service), token=token, outage_seconds=outage_seconds)
+        return Endpoint(self.address(service), token=token, tls=self.trust(service), outage_seconds=outage_seconds)
+
+    def trust(self, service: str) -> ClientTls:
+        """The authority of the services, without anything that identifies a caller."""
+        ca = Path(self._files.name) / "ca.crt"
+        ca.write_text(self.run("exec", "-T", service, "cat", "/run/tls/ca.crt").stdout)
+        return ClientTls(ca)
 
     def execute(self, service: str, *command: str) -> subprocess.CompletedProcess[str]:
         """In a service's container; a status other than 0 is for the caller to judge."""
@@ -128,6 +137,7 @@ class Project(DockerCompose):
         if problem[0] is not None:
             print(self.run("logs", "--tail", "40", check=False).stdout, file=sys.stderr)
         self.run("down", "--volumes", "--timeout", "5")
+        self._files.cleanup()
 
 
 def image(name: str, tag: str = "test") -> dict[str, Any]:

@@ -56,12 +56,14 @@ def check_actor(
     if info.frozen:
         raise _invalid(field, f"policy {info.name!r} is frozen, and this run would update its weights")
     if info.fingerprint != fingerprint:
-        source = settings.model.source
+        source, revision = settings.model.source, settings.model.revision
+        at = f" --set revision={revision}" if revision else ""
         name = info.name or "NAME"
         raise DomainError(
             Reason.MODEL_MISMATCH,
             f"policy {info.name!r} serves {info.model}, and this run trains {source}. Make the policy serve it "
-            f"(`mulligan policy load {name} --model {source}`), or have the run train what is served (model.source)",
+            f"(`mulligan policy load {name} --model {source}{at}`), or have the run train what is served "
+            "(model.source)",
         )
     _check_dtype(info, settings.model.dtype)
     check_sampling(info, settings)

@@ -55,6 +55,7 @@ class LoraSettings(_Settings):
 
 class TrainedModelSettings(_Settings):
     source: str = "embedded"
+    revision: str = Field("", max_length=200)
     lora: LoraSettings | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 

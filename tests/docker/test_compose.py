@@ -14,7 +14,7 @@ from tests.support.found import require_docker
 from tests.support.paths import ROOT
 
 OURS = ("env", "policy", "memory", "trainer")
-FILES = ("compose.yaml", "compose.gpu.yaml", "compose.scale.yaml", "compose.postgres.yaml")
+FILES = ("compose.yaml", "compose.gpu.yaml", "compose.scale.yaml", "compose.postgres.yaml", "compose.env.yaml")
 
 
 def compose(*files: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -38,19 +38,22 @@ def configuration(*files: str) -> dict[str, Any]:
     return read
 
 
-@pytest.fixture(params=[FILES[:1], *((FILES[0], over) for over in FILES[1:])], ids=["cpu", "gpu", "scale", "postgres"])
+@pytest.fixture(
+    params=[FILES[:1], *((FILES[0], over) for over in FILES[1:])], ids=["cpu", "gpu", "scale", "postgres", "env"]
+)
 def services(request: pytest.FixtureRequest) -> dict[str, Any]:
     read: dict[str, Any] = configuration(*request.param)["services"]
     return read
 
 
 def test_every_service_of_ours_is_locked_down(services: dict[str, Any]) -> None:
-    assert set(services) >= {*OURS, "tokens"}
-    for name in (*OURS, "tokens"):
+    one_shot = {"tokens", "certs"}
+    assert set(services) >= {*OURS, *one_shot}
+    for name in (*OURS, *one_shot):
         service = services[name]
         assert service["read_only"] and service["init"] and service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges"] and "privileged" not in service, name
-        assert name == "tokens" or int(service["mem_limit"]) > 0, name
+        assert name in one_shot or int(service["mem_limit"]) > 0, name
 
 
 def test_ports_are_open_to_this_machine_alone(services: dict[str, Any]) -> None:
@@ -62,7 +65,8 @@ def test_no_credential_is_in_a_variable(services: dict[str, Any]) -> None:
     for name, service in services.items():
         for variable, value in (service.get("environment") or {}).items():
             if "TOKEN" in variable or "KEY" in variable:
-                assert variable.endswith(("_FILE", "_FOLDER")) and value.startswith("/run/"), (name, variable)
+                assert variable.endswith(("_FILE", "_FOLDER", "_TLS_KEY")), (name, variable)
+                assert value.startswith("/run/"), (name, variable)
             else:
                 assert "token" not in str(value).lower(), (name, variable)
 
@@ -73,16 +77,16 @@ def test_what_must_last_is_in_a_volume() -> None:
         name: {volume["target"]: volume.get("source") for volume in read["services"][name].get("volumes", [])}
         for name in OURS
     }
-    assert targets["memory"] == {"/data/memory": "memory", "/run/tokens": "tokens"}
+    assert targets["memory"] == {"/data/memory": "memory", "/run/tokens": "tokens", "/run/tls": "memory-tls"}
     assert {"/data/runs", "/data/checkpoints", "/data/weights"} <= set(targets["trainer"])
     assert targets["policy"]["/data/weights"] == targets["trainer"]["/data/weights"] == "weights"
     assert targets["policy"]["/data/policy"] == "policy"
-    assert set(read["volumes"]) == {source for each in targets.values() for source in each.values()}
+    assert set(read["volumes"]) - {"certs"} == {source for each in targets.values() for source in each.values()}
 
 
 def test_env_has_tokens_of_its_own(services: dict[str, Any]) -> None:
     """It runs the code of environments, which could read what it is given."""
-    assert [volume["target"] for volume in services["env"]["volumes"]] == ["/run/env-tokens"]
+    assert [volume["target"] for volume in services["env"]["volumes"]] == ["/run/env-tokens", "/run/tls"]
     for name in OURS:
         folder = services[name]["environment"][f"MULLIGAN_{name.upper()}_TOKENS_FOLDER"]
         assert folder == ("/run/env-tokens" if name == "env" else "/run/tokens")
@@ -90,11 +94,63 @@ def test_env_has_tokens_of_its_own(services: dict[str, Any]) -> None:
         assert services[name]["depends_on"]["tokens"]["condition"] == "service_completed_successfully"
 
 
-def test_env_reaches_the_trainer_alone(services: dict[str, Any]) -> None:
-    networks = {name: set(service.get("networks") or {"default"}) for name, service in services.items()}
-    assert networks["env"] == {"env"}
-    assert {name for name in services if networks[name] & networks["env"]} == {"env", "trainer"}
-    assert "default" in networks["trainer"]
+def test_all_speak_tls_each_with_a_key_of_its_own(services: dict[str, Any]) -> None:
+    """`insecure` is nowhere; probes and the trainer trust the authority, whose key is with `certs` alone."""
+    made = {volume["target"]: volume["source"] for volume in services["certs"]["volumes"]}
+    for name in OURS:
+        environment = services[name]["environment"]
+        assert environment[f"MULLIGAN_{name.upper()}_TLS_CERTIFICATE"] == "/run/tls/tls.crt"
+        assert environment[f"MULLIGAN_{name.upper()}_TLS_KEY"] == "/run/tls/tls.key"
+        assert environment["MULLIGAN_HEALTHCHECK_TLS_CA"] == "/run/tls/ca.crt"
+        assert not [variable for variable in environment if "INSECURE" in variable]
+        (volume,) = [volume for volume in services[name]["volumes"] if volume["target"] == "/run/tls"]
+        assert volume["read_only"] and made[f"/run/certs/services/{name}"] == volume["source"]
+        assert services[name]["depends_on"]["certs"]["condition"] == "service_completed_successfully"
+    assert len(set(made.values())) == len(OURS) + 1
+    used = [volume.get("source") for name in services for volume in services[name].get("volumes", [])]
+    assert used.count(made["/run/certs"]) == 1
+    trainer = services["trainer"]["environment"]
+    trusts = [variable for variable in trainer if variable.endswith("_TLS_CA")]
+    assert len(trusts) == 5 and {trainer[variable] for variable in trusts} == {"/run/tls/ca.crt"}
+
+
+def networks(services: dict[str, Any]) -> dict[str, set[str]]:
+    alone = {name for name, service in services.items() if service.get("network_mode") == "none"}
+    return {name: set(services[name].get("networks") or {"default"}) for name in set(services) - alone}
+
+
+@pytest.mark.parametrize("over", FILES[:1] + FILES[1:4])
+def test_env_reaches_the_trainer_alone(over: str) -> None:
+    """Their network leads nowhere else. So it has no port, either: an engine opens none of such a network."""
+    read = configuration(*dict.fromkeys((FILES[0], over)))
+    found = networks(read["services"])
+    assert found["env"] == {"env"} and read["networks"]["env"]["internal"]
+    assert {name for name in found if found[name] & found["env"]} == {"env", "trainer"}
+    assert "default" in found["trainer"] and not read["services"]["env"].get("ports")
+
+
+def test_a_file_of_its_own_opens_env_to_this_machine_and_to_others() -> None:
+    read = configuration("compose.yaml", "compose.env.yaml")
+    found = networks(read["services"])
+    assert found["env"] == {"env", "outside"} and not read["networks"]["outside"].get("internal")
+    assert {name for name in found if "outside" in found[name]} == {"env"}
+    assert [port["target"] for port in read["services"]["env"]["ports"]] == [50051]
+
+
+def test_the_policy_alone_reaches_the_engine_and_needs_its_key() -> None:
+    read = configuration("compose.yaml", "compose.gpu.yaml")
+    engine, policy = read["services"]["sglang"], read["services"]["policy"]
+    found = networks(read["services"])
+    assert found["sglang"] == {"engine", "hub"} and read["networks"]["engine"]["internal"]
+    assert {name for name in found if found[name] & found["sglang"]} == {"sglang", "policy"}
+    assert not engine.get("ports") and engine["user"] == "10001:10001"
+    config = engine["command"][engine["command"].index("--config") + 1]
+    key = policy["environment"]["MULLIGAN_POLICY_SGLANG__API_KEY_FILE"]
+    for path, service in ((config, engine), (key, policy)):
+        assert [volume["source"] for volume in service["volumes"] if path.startswith(volume["target"])] == [
+            "engine-key"
+        ]
+    assert not [word for word in engine["command"] if "api-key" in word]
 
 
 def test_a_replica_shares_no_state_and_no_port() -> None:
@@ -117,7 +173,7 @@ def test_gpus_are_reserved_and_the_model_must_be_named() -> None:
 
 
 def test_only_the_memory_service_reaches_the_database() -> None:
-    read = configuration("compose.yaml", "compose.postgres.yaml")
+    read = configuration("compose.yaml", "compose.postgres.yaml", "compose.env.yaml")
     assert read["networks"]["database"]["internal"]
     reached = {name for name, service in read["services"].items() if "database" in (service.get("networks") or {})}
     assert reached == {"memory", "postgres"} and not read["services"]["postgres"].get("ports")

@@ -6,11 +6,15 @@ The other two take minutes to build; `proof/docker.py` runs all four, and a trai
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from uuid import uuid4
 
 import pytest
+from docker.client import DockerClient
 
+from mulligan.common.channel import Endpoint, is_healthy
+from mulligan.common.errors import DomainError, Reason
 from mulligan.common.reflections import Provenance
 from mulligan.common.types import Outcome, Split
 from mulligan.env.client import EnvClient
@@ -20,6 +24,7 @@ from tests.support.found import require_docker
 from tests.support.paths import ROOT
 
 SERVICES = ("env", "memory")
+FILES = ("compose.yaml", "compose.env.yaml")  # the second gives env a port
 BASE = os.environ.get("BASE", "python:3.11-slim")
 MAX_BYTES_OVER_BASE = 250 * 10**6
 MODULES = ("torch", "transformers", "numpy", "pip", "setuptools", "ensurepip._bundled", "pytest")
@@ -44,11 +49,13 @@ SPREAD = """
 import asyncio
 from pathlib import Path
 from mulligan.common.channel import Endpoint
+from mulligan.common.tls import ClientTls
 from mulligan.common.types import Split
 from mulligan.env.replicas import connect
 
 async def main():
-    env = connect(Endpoint("dns:///env:50051", token_file=Path("/run/env-tokens/actor"), insecure=True))
+    tls = ClientTls(Path("/run/tls/ca.crt"))
+    env = connect(Endpoint("dns:///env:50051", token_file=Path("/run/env-tokens/actor"), tls=tls))
     (task,) = await env.list_tasks("frozenlake", Split.TEST, 1)
     episodes = [await env.start("frozenlake", task.task_id, f"spread-{number}") for number in range(64)]
     steps = await asyncio.gather(*(episode.step("```Down```") for episode in episodes))
@@ -58,13 +65,22 @@ async def main():
 asyncio.run(main())
 """
 
+REACH = """
+import socket, sys
+try:
+    socket.create_connection((sys.argv[1], int(sys.argv[2])), 5).close()
+    print("reached")
+except OSError:
+    print("not reached")
+"""
+
 pytestmark = pytest.mark.timeout(600)  # the first build downloads packages
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Project]:
     require_docker(missing())
-    with project(f"mulligan-test-{uuid4().hex[:8]}", services=SERVICES, folder=ROOT / "docker") as started:
+    with project(f"mulligan-test-{uuid4().hex[:8]}", services=SERVICES, files=FILES, folder=ROOT / "docker") as started:
         yield started
 
 
@@ -87,6 +103,47 @@ async def test_an_episode_is_played_across_the_wall(running: Project) -> None:
             break
     assert step.done and step.outcome in (Outcome.COMPLETED, Outcome.TRUNCATED) and step.reward is not None
     await client.close()
+
+
+async def test_a_stranger_is_refused(running: Project, service: str) -> None:
+    """Without TLS there is no answer; with TLS, none to a caller without a token, but to a probe."""
+    address, tls = running.address(service), running.trust(service)
+    assert await is_healthy(address, 20.0, tls) and not await is_healthy(address, 1.0)
+    endpoint = Endpoint(address, tls=tls, outage_seconds=0)
+    client = EnvClient(endpoint) if service == "env" else MemoryClient(endpoint)
+    with pytest.raises(DomainError) as caught:
+        await (client.list_environments() if isinstance(client, EnvClient) else client.list("scope"))
+    assert caught.value.reason is Reason.BAD_CREDENTIAL
+    await client.close()
+
+
+def test_each_has_its_own_key_and_nobody_has_the_authoritys(running: Project) -> None:
+    listed = {name: running.execute(name, "find", "/run", "-type", "f").stdout.split() for name in SERVICES}
+    tls = {f"/run/tls/{name}" for name in ("ca.crt", "tls.crt", "tls.key")}
+    tokens = {name: {file for file in files if "tokens" in file} for name, files in listed.items()}
+    assert {name: set(files) - tokens[name] for name, files in listed.items()} == dict.fromkeys(SERVICES, tls)
+    assert all(file.startswith("/run/env-tokens/") for file in tokens["env"])
+    keys = [running.execute(name, "cat", "/run/tls/tls.key").stdout for name in SERVICES]
+    assert all("PRIVATE KEY" in key for key in keys) and len(set(keys)) == 2
+    again = running.run("run", "--rm", "certs")
+    assert "nothing to make" in again.stdout, again.stderr
+
+
+def test_from_its_own_network_env_reaches_nobody(running: Project) -> None:
+    """Not even this machine, which other containers reach."""
+    client = DockerClient.from_env()
+    name = running.variables["COMPOSE_PROJECT_NAME"]
+    here = client.networks.get(f"{name}_default").attrs["IPAM"]["Config"][0]["Gateway"]
+    with socket.create_server((here, 0)) as listening:
+        command = ["-c", REACH, here, str(listening.getsockname()[1])]
+        answers = {
+            network: client.containers.run(
+                "mulligan/env:test", command, entrypoint="python", network=f"{name}_{network}", remove=True
+            )
+            for network in ("default", "env")
+        }
+    client.close()
+    assert answers == {"default": b"reached\n", "env": b"not reached\n"}
 
 
 def test_untrusted_environments_have_processes_of_their_own_in_there_too(running: Project) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from mulligan.common.files import file_sha256
 from tests.support.paths import ROOT
 
 VERSION = "2.13.0"
@@ -75,9 +76,11 @@ class Build:
         self.own = Index(folder / "own")
         self.own.add("torch", VERSION)
         self.own.add("numpy", "1.0")
+        self.lock("numpy", "1.0")
         self.torch = Index(folder / "torch")
 
-    def install(self, *requirements: str, index: str = "") -> subprocess.CompletedProcess[str]:
+    def install(self, *requirements: str, index: str = "", seconds: int = 30) -> subprocess.CompletedProcess[str]:
+        """`seconds`: how long an index may take to answer."""
         surroundings = {name: value for name, value in os.environ.items() if not name.lower().startswith("pip_")}
         return subprocess.run(
             ["sh", str(ROOT / "docker/install.sh"), str(self.folder / "venv"), *requirements],
@@ -92,12 +95,18 @@ class Build:
                 "no_proxy": "127.0.0.1",
                 "WHEELS": "wheels",
                 "TORCH_INDEX": index,
-                "TORCH_INDEX_SECONDS": "2",
+                "TORCH_INDEX_SECONDS": str(seconds),
             },
             capture_output=True,
             text=True,
             check=False,
         )
+
+    def lock(self, name: str, version: str) -> None:
+        """What the index has now is what may be installed."""
+        [file] = (self.own.folder / name).glob("*.whl")
+        content = f"{name}=={version} \\\n    --hash=sha256:{file_sha256(file)}\n"
+        (self.folder / "requirements.lock").write_text(f"# A lock.\nabc==1.0 \\\n    --hash=sha256:{0:064}\n{content}")
 
     def installed(self, name: str) -> str:
         """The version; empty when it is not there."""
@@ -150,7 +159,7 @@ def test_where_its_index_is_away_no_other_is_asked(build: Build) -> None:
 
 def test_an_index_that_accepts_and_says_nothing_is_away_too(build: Build) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        refused(build, build.install("torch", index=f"http://127.0.0.1:{silent.getsockname()[1]}"))
+        refused(build, build.install("torch", index=f"http://127.0.0.1:{silent.getsockname()[1]}", seconds=2))
 
 
 def test_an_index_that_pip_does_not_trust_is_said_to_be_one(build: Build) -> None:
@@ -188,3 +197,19 @@ def test_an_image_without_torch_does_not_ask_its_index(build: Build) -> None:
     done = build.install("numpy", index="http://127.0.0.1:9")
     assert done.returncode == 0 and build.installed("numpy") == "1.0", done.stderr
     assert done.stdout + done.stderr == ""
+
+
+def test_a_file_with_another_hash_is_refused(build: Build) -> None:
+    """As an index serves it that somebody has broken into: the version is right."""
+    with (build.own.folder / "numpy" / "numpy-1.0-py3-none-any.whl").open("ab") as file:
+        file.write(b"more")
+    done = build.install("numpy")
+    assert done.returncode != 0 and build.installed("numpy") == ""
+    assert "HASH" in done.stderr.upper(), done.stderr
+
+
+def test_what_the_lock_lacks_is_named(build: Build) -> None:
+    build.own.add("extra", "2.0")
+    done = build.install("numpy", "extra")
+    assert done.returncode == 0 and build.installed("extra") == "2.0", done.stderr
+    assert done.stdout == "without a hash, at the version alone: extra==2.0 \n"

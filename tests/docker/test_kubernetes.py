@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from mulligan.common.certificates import default_names
 from mulligan.common.config import ServiceSettings
 from mulligan.env.config import EnvSettings
 from mulligan.memory.config import MemorySettings
@@ -23,6 +25,7 @@ KUSTOMIZATION: dict[str, Any] = yaml.safe_load((FOLDER / "kustomization.yaml").r
 MANIFESTS: list[dict[str, Any]] = [
     manifest for name in KUSTOMIZATION["resources"] for manifest in yaml.safe_load_all((FOLDER / name).read_text())
 ]
+DOCS = (ROOT / "docs" / "docker.md").read_text()
 PORTS = range(50051, 50055)
 SETTINGS: dict[str, type[ServiceSettings]] = {
     "env": EnvSettings,
@@ -64,8 +67,11 @@ def test_a_service_is_probed_reached_and_locked_down(name: str) -> None:
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
     assert workload(name)["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     assert [each["containerPort"] for each in container["ports"]] == [port]
-    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert container[probe]["grpc"]["port"] == port
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):  # those of Kubernetes speak no TLS
+        check = ["python", "-m", "mulligan.common.healthcheck", f"127.0.0.1:{port}"]
+        assert container[probe]["exec"]["command"][:4] == check and container[probe]["timeoutSeconds"] >= 5
+    health = re.search(r"HEALTHCHECK .*\n +CMD (.*)", dockerfile(name))
+    assert health is not None and json.loads(health[1]) == check
     assert container["securityContext"] == {
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
@@ -83,7 +89,7 @@ def test_variables_name_settings_and_volumes_are_where_the_image_keeps_things(na
     (container,) = spec["template"]["spec"]["containers"]
     prefix = f"MULLIGAN_{name.upper()}_"
     variables = [variable["name"] for variable in container.get("env", [])]
-    assert all(variable.startswith((prefix, "MULLIGAN_CLI_")) for variable in variables)
+    assert all(variable.startswith((prefix, "MULLIGAN_CLI_", "MULLIGAN_HEALTHCHECK_TLS_")) for variable in variables)
     assert {v.removeprefix(prefix).lower() for v in variables if v.startswith(prefix)} <= set(
         SETTINGS[name].model_fields
     )
@@ -114,7 +120,31 @@ def test_env_has_tokens_of_its_own() -> None:
         for name in SETTINGS
     }
     own, others = {"mulligan-env"}, {"mulligan"}
-    assert secrets == {"env": own, "policy": others, "memory": others, "trainer": own | others}
+    tokens = {"env": own, "policy": others, "memory": others, "trainer": own | others}
+    assert secrets == {name: {*tokens[name], f"mulligan-{name}-tls"} for name in SETTINGS}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_all_speak_tls(name: str) -> None:
+    """As `mulligan certs` names the files of a service, which docs/docker.md makes a secret of."""
+    pod = workload(name)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    variables = {variable["name"]: variable["value"] for variable in container["env"]}
+    paths = {variable: value for variable, value in variables.items() if "_TLS_" in variable}
+    files = {"tls.crt", "tls.key", "ca.crt"}
+    assert {value.rpartition("/")[2] for value in paths.values()} == files
+    assert {value.rpartition("/")[0] for value in paths.values()} == {"/run/tls"}
+    assert not [variable for variable in variables if "INSECURE" in variable]
+    (secret,) = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "tls"]
+    command = re.search(r"kubectl create secret generic (mulligan-\$name-tls) --from-file=certs/services/\$name", DOCS)
+    assert command is not None and command[1].replace("$name", name) == secret["secretName"]
+    if name == "trainer":
+        assert {f"MULLIGAN_TRAINER_{called}_TLS_CA" for called in ("ENV", "POLICY", "MEMORY")} <= set(paths)
+
+
+def test_certificates_are_for_the_names_by_which_services_are_called() -> None:
+    for name in SETTINGS:
+        assert f"mulligan-{name}" in default_names(name)
 
 
 def selects(selector: dict[str, Any] | None, labels: dict[str, str]) -> bool:

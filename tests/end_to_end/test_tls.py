@@ -29,7 +29,7 @@ SECONDS = 500.0
 
 def server(authority: Authority, name: str) -> dict[str, Any]:
     """Its certificate is for its name, not for the address that it is bound to."""
-    key, certificate = authority.issue(name, f"DNS:{name}")
+    key, certificate = authority.issue(name, name)
     return {"tls_certificate": certificate, "tls_key": key, "tls_client_ca": authority.ca}
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from mulligan.cli.connection import endpoint
 from mulligan.common.access import AccessRole
+from mulligan.common.certificates import Certificates
 from mulligan.common.experience import Sample
 from mulligan.common.inference import Message, Role, SamplingParams, StopReason
 from mulligan.common.types import Outcome, Split
@@ -22,7 +23,6 @@ from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.client import RunClient
 from mulligan.trainer.folder import RunState
 from mulligan.trainer.harness import Harness
-from tests.support.certificate import write_key_pair
 from tests.support.examples import Program, go
 from tests.support.playing import play_episode
 from tests.support.tokens import token_of, write_tokens
@@ -120,9 +120,12 @@ def test_it_sends_no_token_that_was_left_behind(client: Program, loop: Loop, tmp
 
 
 def test_it_sends_the_token_and_speaks_tls(client: Program, services: ServiceProcesses, tmp_path: Path) -> None:
-    key, certificate = write_key_pair(tmp_path)
-    env = services.start("env", tokens_folder=write_tokens(tmp_path), tls_key=key, tls_certificate=certificate)
-    play = ("play", "--env", env.address, "--ca", str(certificate), "--environment", "nowhere")
+    Certificates(tmp_path / "certs").update()
+    tls = tmp_path / "certs" / "services" / "env"
+    env = services.start(
+        "env", tokens_folder=write_tokens(tmp_path), tls_key=tls / "tls.key", tls_certificate=tls / "tls.crt"
+    )
+    play = ("play", "--env", env.address, "--ca", str(tls / "ca.crt"), "--environment", "nowhere")
     assert "error: BAD_CREDENTIAL: " in client.refusal(*play)
     assert "error: no environment" in client.refusal(*play, MULLIGAN_CLI_TOKEN=token_of(AccessRole.READER))
 

@@ -1,26 +1,13 @@
-"""Certificates for servers and clients under test, made by openssl."""
+"""Certificates for servers and clients under test, made as `mulligan certs` makes them."""
 
 from __future__ import annotations
 
-import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
+from mulligan.common import certificates
 from mulligan.common.access import ROLE_URI, AccessRole
 from mulligan.common.tls import ClientTls
-
-_MAKE = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-
-
-def _make(key: Path, certificate: Path, *arguments: str) -> None:
-    subprocess.run([*_MAKE, *arguments, "-keyout", str(key), "-out", str(certificate)], check=True, capture_output=True)
-
-
-def write_key_pair(folder: Path) -> tuple[Path, Path]:
-    """A private key, and a certificate for 127.0.0.1 signed with it."""
-    key = folder / "key.pem"
-    certificate = folder / "certificate.pem"
-    _make(key, certificate, "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1")
-    return key, certificate
 
 
 class Authority:
@@ -29,20 +16,20 @@ class Authority:
     def __init__(self, folder: Path, name: str):
         self._folder = folder / name
         self._folder.mkdir(parents=True)
-        self._key = self._folder / "ca.key"
-        self.ca = self._folder / "ca.pem"
-        _make(self._key, self.ca, "-subj", f"/CN={name}")
+        self._made = certificates.Authority.make(datetime.now(UTC))
+        self.ca = self._folder / "ca.crt"
+        self.ca.write_bytes(certificates.certificate_pem(self._made.certificate))
 
     def issue(self, name: str, *names: str) -> tuple[Path, Path]:
-        """A private key, and a certificate with these subject alternative names, such as `DNS:env` and
-        `IP:127.0.0.1`."""
+        """A private key, and a certificate with these subject alternative names, such as `env` and `127.0.0.1`."""
         key = self._folder / f"{name}.key"
         certificate = self._folder / f"{name}.pem"
-        signed = ["-CA", str(self.ca), "-CAkey", str(self._key), "-subj", f"/CN={name}"]
-        _make(key, certificate, *signed, *(["-addext", f"subjectAltName={','.join(names)}"] if names else []))
+        pem = self._made.issue(name, names, datetime.now(UTC), days=2)
+        key.write_bytes(pem[0])
+        certificate.write_bytes(pem[1])
         return key, certificate
 
     def client(self, role: AccessRole | None, name: str = "") -> ClientTls:
         """A client with a certificate of this authority, which gives it the role. `name` is that of the server."""
-        key, certificate = self.issue(f"client-{role}", *([f"URI:{ROLE_URI}{role}"] if role else []))
+        key, certificate = self.issue(f"client-{role}", *([f"{ROLE_URI}{role}"] if role else []))
         return ClientTls(self.ca, name, certificate, key)

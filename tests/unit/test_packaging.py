@@ -64,6 +64,23 @@ def test_each_package_is_pinned() -> None:
     assert unpinned - {"setuptools"} == set()
 
 
+def test_each_pinned_package_but_torch_is_locked_by_hash() -> None:
+    """`make lock` has run after the last change of the versions."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    blocks = re.split(r"\n(?=[a-zA-Z0-9])", (ROOT / "requirements.lock").read_text())[1:]
+    locked = {canonicalize_name(block.split("==")[0]): block.split()[0].split("==")[1] for block in blocks}
+    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    assert locked == {name: version for name, version in pinned.items() if name != "torch"}
+    assert all(re.findall(r"--hash=sha256:[0-9a-f]{64}\b", block) for block in blocks)
+
+
+def test_no_second_index_is_asked_for_packages() -> None:
+    """Of two indexes pip takes the newest file, whoever put it there."""
+    builds = [ROOT / "Makefile", ROOT / "pyproject.toml", *(ROOT / "docker").rglob("*"), *(ROOT / "docs").glob("*.md")]
+    found = [path for path in builds if path.suffix != ".whl" and path.is_file() and "extra-index" in path.read_text()]
+    assert found == []
+
+
 def test_the_licence_is_whole_and_goes_with_the_package() -> None:
     assert PROJECT["license"] == "Apache-2.0"
     assert PROJECT["license-files"] == ["LICENSE", "NOTICE"]

@@ -33,7 +33,10 @@ class SentenceTransformersEmbedder:
 
         self._settings = settings
         self._model: Any = SentenceTransformer(
-            settings.model, device=settings.device, revision=settings.revision or None
+            settings.model,
+            device=settings.device,
+            revision=settings.revision or None,
+            model_kwargs={"use_safetensors": True},  # a pickle can run code
         )
         self.name = _name(settings)
         self.size = len(self._model.encode(["a"], show_progress_bar=False)[0])

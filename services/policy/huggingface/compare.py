@@ -23,8 +23,9 @@ def alike(first: WeightsFile, second: WeightsFile, dtype: str) -> bool:
     return _equal([first.safetensors], [second.safetensors], dtype)
 
 
-def alike_original(weights: WeightsFile, model: str, dtype: str) -> bool:
-    """Whether weights equal those that a model, a folder or hub id, came with. An adapter does if it adds nothing.
+def alike_original(weights: WeightsFile, model: str, dtype: str, revision: str = "") -> bool:
+    """Whether weights equal those that a model, a folder or a hub id at a revision, came with. An adapter does if it
+    adds nothing.
 
     Also True if the model has no safetensors files on this machine, since then nothing can be compared.
     """
@@ -32,7 +33,7 @@ def alike_original(weights: WeightsFile, model: str, dtype: str) -> bool:
         return False
     if weights.kind is WeightsKind.LORA:
         return _adds_nothing(weights.safetensors)
-    folder = Path(models.locate(model))
+    folder = Path(models.locate(model, revision))
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(model, local_files_only=True))

@@ -63,7 +63,7 @@ class PolicyModel:
         self.dtype: torch.dtype = getattr(torch, settings.dtype)
         self._reference: Any = None
         self._kept = torch.float32 if settings.lora is None else self.dtype
-        base, tokenizer = self._ranks.together(partial(_load, settings.source, self._kept))
+        base, tokenizer = self._ranks.together(partial(_load, settings, self._kept))
         self.fingerprint = model_fingerprint(base, tokenizer)
         self.limits = ModelLimits(base.get_input_embeddings().num_embeddings, _context_length(base.config))
         self._probe_sequences = _probe_sequences(tokenizer, self.limits, settings.source)
@@ -153,7 +153,7 @@ class PolicyModel:
                 yield self.base
         else:
             if self._reference is None:
-                initial, _ = self._ranks.together(partial(_load, self.settings.source, self._kept))
+                initial, _ = self._ranks.together(partial(_load, self.settings, self._kept))
                 self._reference = sharding.moved(initial.eval().requires_grad_(False), self.device, self._ranks)
                 if self._tree_kernel is not None:
                     tree_attention.enable(self._reference, self._tree_kernel)
@@ -261,14 +261,20 @@ def _distinct_names(model: Any) -> list[str]:
     return list(names.values())
 
 
-def _load(source: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(settings: TrainedModelSettings, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and tokenizer. Raises DomainError MODEL_NOT_FOUND, or UNSUPPORTED_MODEL, which says which file is wrong."""
     disable_progress_bar()  # it would fill the log
+    source = settings.source
     try:
-        path = models.locate(source)
+        path = models.locate(source, settings.revision)
         check_model(path)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, ignore_mismatched_sizes=True
+            path,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,  # a pickle can run code
         )
         model, info = loaded
         check_loaded(path, info, layer_count(model.config.get_text_config()))

@@ -150,12 +150,15 @@ class ModelConfig(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """Hub id, folder, or "embedded" (default) for the very small model that ships with Mulligan."""
     dtype: _builtins.str
     """"float32" (default) or "bfloat16": of the arithmetic and of published weights. Trained weights are float32 in the
     learner. "float16" is refused: gradients underflow.
     """
+    revision: _builtins.str
+    """Of a hub id: a commit, a tag or a branch. The hub's present one when empty."""
     @_builtins.property
     def lora(self) -> Global___LoraConfig:
         """Full fine-tuning when absent."""
@@ -166,10 +169,11 @@ class ModelConfig(_message.Message):
         source: _builtins.str = ...,
         lora: Global___LoraConfig | None = ...,
         dtype: _builtins.str | None = ...,
+        revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_lora", b"_lora", "dtype", b"dtype", "lora", b"lora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_lora", b"_lora", "dtype", b"dtype", "lora", b"lora", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_lora", b"_lora", "dtype", b"dtype", "lora", b"lora", "revision", b"revision", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dtype: _TypeAlias = _typing.Literal["dtype"]  # noqa: Y015
     _WhichOneofArgType__dtype: _TypeAlias = _typing.Literal["_dtype", b"_dtype"]  # noqa: Y015

@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from mulligan.common.access import AccessRole
+from mulligan.common.certificates import Certificates
 from mulligan.common.channel import Endpoint
 from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import CallFailed, DomainError, Reason, ServiceUnavailable
@@ -32,7 +33,6 @@ from mulligan.env.v1 import env_service_pb2_grpc as pb_grpc
 from mulligan.policy.v1 import policy_admin_service_pb2 as admin_pb
 from mulligan.policy.v1 import policy_admin_service_pb2_grpc as admin_pb_grpc
 from mulligan.testing.processes import ProcessFailed, ServiceProcess, ServiceProcesses
-from tests.support.certificate import write_key_pair
 from tests.support.tokens import token_of, write_tokens
 from tests.support.waiting import until
 
@@ -150,14 +150,15 @@ async def test_calls_need_a_token_and_probes_do_not(services: ServiceProcesses, 
 
 
 @pytest.fixture
-def key_pair(tmp_path: Path) -> tuple[Path, Path]:
-    return write_key_pair(tmp_path)
+def tls(tmp_path: Path) -> Path:
+    """A folder with the certificate of env, its key, and its authority."""
+    Certificates(tmp_path).update()
+    return tmp_path / "services" / "env"
 
 
-async def test_it_speaks_tls(services: ServiceProcesses, key_pair: tuple[Path, Path]) -> None:
-    key, certificate = key_pair
-    server = services.start("env", tls_key=key, tls_certificate=certificate)
-    client = EnvClient(Endpoint(server.address, tls=ClientTls(certificate)))
+async def test_it_speaks_tls(services: ServiceProcesses, tls: Path) -> None:
+    server = services.start("env", tls_key=tls / "tls.key", tls_certificate=tls / "tls.crt")
+    client = EnvClient(Endpoint(server.address, tls=ClientTls(tls / "ca.crt")))
     assert len(await client.list_environments()) == len(DEFAULT_ENVIRONMENTS)
     await client.close()
     stranger = EnvClient(Endpoint(server.address, outage_seconds=0.3))
@@ -175,18 +176,18 @@ def healthcheck(*arguments: object) -> bool:
     return True
 
 
-def test_the_images_health_check(
-    server: ServiceProcess, services: ServiceProcesses, key_pair: tuple[Path, Path]
-) -> None:
-    key, certificate = key_pair
+def test_the_images_health_check(server: ServiceProcess, services: ServiceProcesses, tls: Path) -> None:
     assert healthcheck(server.address)
-    secure = services.start("env", tls_key=key, tls_certificate=certificate)
-    port = secure.address.rpartition(":")[2]
+    assert healthcheck(server.address, "--service", SERVICE)
+    assert not healthcheck(server.address, "--service", "mulligan.policy.v1.PolicyService", "--timeout", 1)
+    secure = services.start("env", tls_key=tls / "tls.key", tls_certificate=tls / "tls.crt")
+    trust = ("--tls-ca", tls / "ca.crt")
     assert not healthcheck(secure.address, "--timeout", 1)
-    assert healthcheck(secure.address, "--tls-ca", certificate)
-    assert healthcheck(f"localhost:{port}", "--tls-ca", certificate, "--tls-name", "127.0.0.1")
+    assert healthcheck(secure.address, *trust)
+    assert healthcheck(secure.address, *trust, "--tls-name", "mulligan-env")
+    assert not healthcheck(secure.address, *trust, "--tls-name", "mulligan-policy", "--timeout", 1)
     secure.kill()
-    assert not healthcheck(secure.address, "--tls-ca", certificate, "--timeout", 1)
+    assert not healthcheck(secure.address, *trust, "--timeout", 1)
 
 
 def test_unreadable_tls_files_stop_the_start(services: ServiceProcesses, tmp_path: Path) -> None:

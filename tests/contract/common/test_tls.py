@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mulligan.common.access import AccessRole
+from mulligan.common.certificates import Certificates, RotationStep
 from mulligan.common.channel import Connection, Endpoint, is_healthy
 from mulligan.common.errors import DomainError, Reason, ServiceUnavailable
 from mulligan.common.healthcheck import main as check_health
@@ -27,7 +28,7 @@ from tests.support.tokens import token_of, write_tokens
 from tests.support.waiting import until
 
 STREAMS = 64
-HERE = "IP:127.0.0.1"
+HERE = "127.0.0.1"
 
 
 async def reason(client: EnvClient) -> Reason | None:
@@ -80,67 +81,54 @@ def files(tls: ClientTls) -> tuple[Path | None, Path | None]:
 
 
 class Files:
-    """The PEM files of a server and its clients, replaced by renames."""
+    """The files of `mulligan certs`, for a server and its callers."""
 
-    def __init__(self, folder: Path, authority: Authority):
-        self.folder = folder
-        folder.mkdir()
-        self.trust(authority)
-        self.certify("server", *authority.issue("server", HERE))
-        client = authority.client(AccessRole.ACTOR)
-        self.certify("client", client.key, client.cert)
-
-    def trust(self, *authorities: Authority) -> None:
-        self._write("ca.pem", "".join(authority.ca.read_text() for authority in authorities))
-
-    def certify(self, who: str, key: Path | None, certificate: Path | None) -> None:
-        """Two renames, so that for a moment key and certificate do not belong together."""
-        assert key is not None and certificate is not None
-        self._write(f"{who}.key", key.read_text())
-        self._write(f"{who}.pem", certificate.read_text())
-
-    def _write(self, name: str, content: str) -> None:
-        new = self.folder / ".new"
-        new.write_text(content)
-        os.replace(new, self.folder / name)
+    def __init__(self, folder: Path):
+        self.made = Certificates(folder)
+        self.made.update()
+        self.server = folder / "services" / "env"
+        self.client = folder / "clients" / "actor"
 
     @property
     def tls(self) -> ClientTls:
-        return ClientTls(self.folder / "ca.pem", "", self.folder / "client.pem", self.folder / "client.key")
+        return ClientTls(self.client / "ca.crt", "", self.client / "tls.crt", self.client / "tls.key")
 
     def start(self, services: ServiceProcesses) -> ServiceProcess:
         return services.start(
             "env",
-            tls_certificate=self.folder / "server.pem",
-            tls_key=self.folder / "server.key",
-            tls_client_ca=self.folder / "ca.pem",
+            tls_certificate=self.server / "tls.crt",
+            tls_key=self.server / "tls.key",
+            tls_client_ca=self.server / "ca.crt",
         )
 
 
 async def test_all_certificates_are_replaced_while_64_streams_are_open(
     services: ServiceProcesses, tmp_path: Path
 ) -> None:
-    """Both authorities are trusted first, then the certificates change, then the old authority goes: no call fails, no
-    stream ends."""
-    old, new = Authority(tmp_path, "old"), Authority(tmp_path, "new")
-    pem = Files(tmp_path / "pem", old)
+    """By the steps of `mulligan certs --rotate`: both authorities are trusted, then the certificates change, then the
+    old authority goes. No call fails, no stream ends."""
+    pem = Files(tmp_path / "pem")
+    shutil.copytree(pem.client, tmp_path / "old")
+    old = ClientTls(tmp_path / "old/ca.crt", "", tmp_path / "old/tls.crt", tmp_path / "old/tls.key")
     server = pem.start(services)
     endpoint = Endpoint(server.address, tls=pem.tls, outage_seconds=0)
     connections = [Connection(endpoint) for _ in range(4)]  # each has streams and calls
-    made = [0] * len(connections)
+    calls = [0] * len(connections)
     stop = asyncio.Event()
 
     async def keep_calling(place: int) -> None:
         stub = EnvServiceStub(connections[place].channel)
         while not stop.is_set():
             await connections[place].call(stub.ListEnvironments, ListEnvironmentsRequest(), timeout=60)
-            made[place] += 1
+            calls[place] += 1
 
     async def all_called() -> None:
         """Each caller has begun and ended calls since."""
-        before = list(made)
+        before = list(calls)
         assert not any(caller.done() for caller in callers), await asyncio.gather(*callers)
-        await until(lambda: any(c.done() for c in callers) or all(n > b + 2 for n, b in zip(made, before, strict=True)))
+        await until(
+            lambda: any(c.done() for c in callers) or all(n > b + 2 for n, b in zip(calls, before, strict=True))
+        )
         assert not any(caller.done() for caller in callers), await asyncio.gather(*callers)
 
     async with AsyncExitStack() as stack:
@@ -149,17 +137,12 @@ async def test_all_certificates_are_replaced_while_64_streams_are_open(
         streams = [await watching(stack, connections[number % len(connections)]) for number in range(STREAMS)]
         callers = [asyncio.create_task(keep_calling(place)) for place in range(len(connections))]
         await all_called()
-        pem.trust(old, new)
-        await all_called()
-        pem.certify("server", *new.issue("server", HERE))
-        await all_called()
-        client = new.client(AccessRole.ACTOR)
-        pem.certify("client", client.key, client.cert)
-        await all_called()
-        pem.trust(new)
-        await all_called()
-        assert not await is_healthy(server.address, 2.0, old.client(AccessRole.ADMIN))
-        assert await is_healthy(server.address, 20.0, new.client(None))
+        for step in RotationStep:
+            made = pem.made.update(step)
+            assert ("clients/actor" in made) == (step is RotationStep.ISSUE)
+            await all_called()
+        assert not await is_healthy(server.address, 2.0, old)
+        assert await is_healthy(server.address, 20.0, pem.tls)
         stop.set()
         await asyncio.gather(*callers)
         server.terminate()  # it tells those who watch

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import SecretStr, ValidationError
 
+from mulligan.common.errors import DomainError
+from mulligan.policy.backends.sglang import Settings as SglangSettings
 from mulligan.policy.config import PolicySettings
 from mulligan.policy.model_request import ModelRequest, settings_digest
 from tests.support.settings import model_settings
@@ -67,3 +70,25 @@ def test_another_credential_of_a_module_is_no_other_setting(tmp_path: Path, monk
     assert settings_digest(settings(key="second")) == digest
     assert settings_digest(settings(key="first", loudness=2)) != digest
     assert "first" not in repr(settings(key="first"))
+
+
+def test_keys_stay_with_the_servers_that_they_are_of(tmp_path: Path) -> None:
+    """A caller that names other servers does not have them told the key, and names no file of this machine."""
+    key = tmp_path / "key"
+    key.write_text("the-key")
+    own = model_settings(backend="sglang", sglang=SglangSettings(servers=("http://h:1",), api_key_file=key))
+    same = ModelRequest(model="m", options={"sglang.request_seconds": "9"}).settings(own)
+    assert same.own_as(SglangSettings).key == SecretStr("the-key")
+    elsewhere = ModelRequest(model="m", options={"sglang.servers": '["http://other:1"]'}).settings(own)
+    assert elsewhere.own_as(SglangSettings).key is None
+    with pytest.raises(DomainError, match=r"sglang\.api_key_file: is set in the server's settings alone"):
+        ModelRequest(model="m", options={"sglang.api_key_file": f'"{key}"'}).settings(own)
+
+
+def test_a_revision_is_of_one_model() -> None:
+    own = model_settings(model="owner/one", revision="v1")
+    assert ModelRequest(model="owner/one").settings(own).revision == "v1"
+    assert ModelRequest(model="owner/two").settings(own).revision == ""
+    assert ModelRequest(model="owner/two", options={"revision": '"v2"'}).settings(own).revision == "v2"
+    with pytest.raises(ValidationError, match="revision: openai has models by name alone"):
+        model_settings(backend="openai", model="x", revision="v1", openai={"base_url": "http://e"})

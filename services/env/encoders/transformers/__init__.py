@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`model` is a hub id or a folder. `pooling`: the mean over tokens, or the first token's state ("cls")."""
+    """`model` is a hub id or a folder, and `revision` a commit, a tag or a branch of a hub id. `pooling`: the mean over
+    tokens, or the first token's state ("cls")."""
 
     model: str = "intfloat/e5-base-v2"
+    revision: str = ""
     pooling: str = "mean"
     query_prefix: str = "query: "
     passage_prefix: str = "passage: "

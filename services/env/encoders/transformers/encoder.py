@@ -18,9 +18,13 @@ from mulligan.env.encoders.transformers import Settings
 class TransformersEncoder:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        revision = settings.revision or "main"
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(settings.model)
-            self._model = AutoModel.from_pretrained(settings.model, dtype=torch.float32).to(settings.device).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(settings.model, revision=revision)
+            model = AutoModel.from_pretrained(
+                settings.model, revision=revision, dtype=torch.float32, use_safetensors=True
+            )
+            self._model = model.to(settings.device).eval()
         except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"model: {settings.model!r} cannot be loaded: {error}") from error
         self._lock = threading.Lock()  # a tokenizer's padding is state that its calls share

@@ -9,17 +9,38 @@ every `EngineServer` load the `TargetWeights` that `Folders` has put on disk.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Field, SecretStr
+from pydantic import AfterValidator, Field, SecretStr
 
 from mulligan.policy.backend import BackendSettings
+
+
+def read_key(path: Path | None) -> SecretStr | None:
+    """The only line of a file; None without a file. Raises ValueError, which does not name what it holds."""
+    if path is None:
+        return None
+    try:
+        key = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {type(error).__name__}") from error
+    if not key.isascii() or not key.isprintable() or not key or " " in key:
+        raise ValueError(f"{path}: expected one line with a key, without spaces")
+    return SecretStr(key)
+
+
+def _with_key(path: Path) -> Path:
+    read_key(path)
+    return path
+
+
+KeyFile = Annotated[Path, AfterValidator(_with_key)]
 
 
 class ServerSettings(BackendSettings):
     """Servers that run at `servers`. If none are named, this service launches and supervises some."""
 
-    local_only: ClassVar = frozenset({"python", "flags", "environment", "folder", "folder_in_engine"})
+    local_only: ClassVar = frozenset({"python", "flags", "environment", "api_key_file", "folder", "folder_in_engine"})
     exclusive: ClassVar = frozenset({"servers"})
 
     servers: tuple[str, ...] = Field((), description="Addresses of running servers, such as http://127.0.0.1:30000.")
@@ -29,6 +50,7 @@ class ServerSettings(BackendSettings):
     environment: dict[str, str] = Field({}, description="Variables of the launched servers, over the service's own.")
     start_seconds: float = Field(900.0, gt=0, description="How long a launched server may take until it is ready.")
     api_key: SecretStr | None = Field(None, description="The servers' --api-key.")
+    api_key_file: KeyFile | None = Field(None, description="The file with it, instead.")
     folder: Path | None = Field(
         None,
         description="Where weights are put for the engines to load, shared with them, whose group may read them; the "
@@ -38,6 +60,11 @@ class ServerSettings(BackendSettings):
     request_seconds: float = Field(600.0, gt=0, description="How long a server may take for one request.")
     wait_seconds: float = Field(10.0, ge=0, description="How long a request waits for a server when none serves.")
     probe_seconds: float = Field(1.0, gt=0, description="How often a server is asked whether it lives.")
+
+    @property
+    def key(self) -> SecretStr | None:
+        """What each request carries."""
+        return self.api_key or read_key(self.api_key_file)
 
     @property
     def admin_key(self) -> SecretStr | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -13,7 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import structlog
+from pydantic import SecretStr
 
+from mulligan.common.files import replace
 from mulligan.common.model_files import UnsupportedModel
 from mulligan.policy.backends._servers import ServerSettings
 from mulligan.policy.backends._servers.connection import HttpConnection, Unreachable
@@ -48,7 +51,7 @@ except OSError as error:
 
 class LaunchedServer:
     """The process of one server, and its log. Each start gives the server a new address, to which `connect` connects
-    it. `label` names the weights that it starts with; no other version has it."""
+    it. `label` names the weights that it starts with; no other version has it. `key` is what requests will carry."""
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class LaunchedServer:
         source: str,
         label: str,
         log_path: Path,
+        key: SecretStr | None = None,
     ):
         self._server = server
         self._connect = connect
@@ -65,6 +69,7 @@ class LaunchedServer:
         self._source = source
         self._label = label
         self._log_path = log_path
+        self._keys = {"api-key": key, "admin-api-key": settings.admin_key}
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
@@ -125,9 +130,11 @@ class LaunchedServer:
 
     async def _spawn(self, port: int) -> None:
         server = self._server
-        arguments = server.launch_arguments(self._source, self._label, port, self._settings.flags)
         self._log_path.parent.mkdir(parents=True, exist_ok=True)
+        keys = self._key_file() if server.takes_key_file else None
+        arguments = server.launch_arguments(self._source, self._label, port, self._settings.flags, keys)
         with self._log_path.open("wb") as output:
+            self._log_path.chmod(0o600)  # SGLang's has its keys
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", _GUARD, str(os.getpid()), self._settings.python, *arguments),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -136,6 +143,12 @@ class LaunchedServer:
                 start_new_session=True,
                 env={**os.environ, **server.launch_environment, **self._settings.environment},
             )
+
+    def _key_file(self) -> Path:
+        given = {name: key.get_secret_value() for name, key in self._keys.items() if key is not None}
+        path = self._log_path.with_suffix(".keys.yaml")
+        replace(path, json.dumps(given).encode(), 0o600)  # which is YAML, too
+        return path
 
     async def _ready(self) -> None:
         server = self._server
@@ -156,7 +169,10 @@ class LaunchedServer:
         )
 
     def _said(self) -> str:
-        return self._log_end().decode(errors="replace")
+        said = self._log_end().decode(errors="replace")
+        for key in self._keys.values():
+            said = said.replace(key.get_secret_value(), "***") if key is not None else said
+        return said
 
     def _log_end(self) -> bytes:
         with self._log_path.open("rb") as file:

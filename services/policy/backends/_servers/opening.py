@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pydantic import SecretStr
+
 from mulligan import models
 from mulligan.common.errors import DomainError
 from mulligan.common.inference import Feature, LoraLimits
@@ -48,8 +50,9 @@ async def open_servers(
     kind = backend.server_type
     engine = kind.connection_type.engine
     chosen = settings.own_as(ServerSettings)
-    source = models.locate(settings.model)
-    skeleton = await asyncio.to_thread(partial(Skeleton, source, weights=not chosen.servers))
+    source = await asyncio.to_thread(models.locate, settings.model, settings.revision)
+    load = partial(Skeleton, source, weights=not chosen.servers, name=settings.model)
+    skeleton = await asyncio.to_thread(load)
     folders = await asyncio.to_thread(Folders, chosen, folder, skeleton, first_version)
     fixed, paths = await asyncio.to_thread(_fixed_adapters, settings, folders)
     async with AsyncExitStack() as stack:
@@ -57,14 +60,18 @@ async def open_servers(
         session = new_session()
         stack.push_async_callback(session.close)
 
+        key = chosen.key
+        if key is None and not chosen.servers and kind.takes_key_file:
+            key = SecretStr(secrets.token_hex(32))  # which never begins as a flag does
+
         def connect(address: str) -> HttpConnection:
-            return kind.connection_type(session, address, chosen.api_key, chosen.admin_key)
+            return kind.connection_type(session, address, key, chosen.admin_key)
 
         addresses = chosen.servers or ("http://127.0.0.1",) * chosen.launch
         servers = [kind(connect(address), chosen.request_seconds, paths) for address in addresses]
         launched = [
             LaunchedServer(
-                server, connect, chosen, source, folders.original_label, folder / f"{engine.lower()}-{index}.log"
+                server, connect, chosen, source, folders.original_label, folder / f"{engine.lower()}-{index}.log", key
             )
             for index, server in enumerate(servers)
             if not chosen.servers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from mulligan.common.errors import DomainError, Reason
@@ -33,6 +34,9 @@ class EngineServer(ABC):
     connection_type: ClassVar[type[HttpConnection]]
     ready_path: ClassVar[str]  # answers when a launched server is ready
     launch_environment: ClassVar[Mapping[str, str]] = {}  # over the service's own
+    takes_key_file: ClassVar[bool] = (
+        False  # whether it reads keys from a file, which the list of processes does not show
+    )
     lora_needs: ClassVar[str]  # what it is to be started with to take LoRA adapters
     load_adapter_path: ClassVar[str]
     unload_adapter_path: ClassVar[str]
@@ -69,9 +73,12 @@ class EngineServer(ABC):
 
     @staticmethod
     @abstractmethod
-    def launch_arguments(source: str, label: str, port: int, flags: Sequence[str]) -> list[str]:
+    def launch_arguments(
+        source: str, label: str, port: int, flags: Sequence[str], key_file: Path | None = None
+    ) -> list[str]:
         """Of the interpreter, to serve the model `source` at this port. `label` names the weights that it starts with,
-        if the engine takes a name then; `flags` are those of the settings."""
+        if the engine takes a name then; `flags` are those of the settings. `key_file`, for one that `takes_key_file`,
+        is a YAML file with the options `api-key` and, where there is one, `admin-api-key`."""
 
     @property
     @abstractmethod
@@ -210,7 +217,3 @@ class EngineServer(ABC):
     @abstractmethod
     async def _checksum(self) -> str:
         """Of the base weights; empty if the engine has none."""
-
-
-def last_name(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]

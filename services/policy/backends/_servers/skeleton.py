@@ -26,11 +26,13 @@ STACKED: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("gate_p
 
 
 class Skeleton:
-    """The skeleton of a hub id or a folder. It takes seconds to make, and for a hub id the network. Without `weights`
-    the folder need not hold any, because the servers have them. Raises UnsupportedModel."""
+    """The skeleton of a hub id or a folder; `name` is what settings call it. It takes seconds to make, and for a hub id
+    the network. Without `weights` the folder need not hold any, because the servers have them. Raises UnsupportedModel.
+    """
 
-    def __init__(self, source: str, *, weights: bool = True):
+    def __init__(self, source: str, *, weights: bool = True, name: str = ""):
         self.source = source
+        self.name = name or source
         check_model(source, weights=weights)
         self.tokenizer = Tokenizer.load(source)
         try:
@@ -53,6 +55,11 @@ class Skeleton:
         self._places = places_of(module)
         if weights:
             check_weights(source, self._shapes, layer_count(text))
+
+    @property
+    def names(self) -> set[str]:
+        """A server that has the model says that its own has one of these."""
+        return {last_name(self.source), last_name(self.name)}
 
     def check_full(self, path: Path) -> None:
         """Checks that a file has every parameter once, with the model's name and shape, and finite values.
@@ -108,6 +115,10 @@ class Skeleton:
             [group] = [group for group in STACKED if leaf in group] or [()]
             missing |= {f"{parent}.{name}" for name in group if f"{parent}.{name}.weight" in self._shapes}
         return sorted(missing.difference(adapted))
+
+
+def last_name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
 
 
 def _for_servers(config: AdapterConfig, modules: Collection[str], rank: int) -> dict[str, Any]:

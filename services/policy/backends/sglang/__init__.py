@@ -5,28 +5,48 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 
 from mulligan.common.extras import MissingExtra
 from mulligan.policy.backend import Backend
-from mulligan.policy.backends._servers import ServerSettings
+from mulligan.policy.backends._servers import KeyFile, ServerSettings, read_key
 from mulligan.policy.model_settings import ModelSettings
 
-_KEYS = frozenset({"api_key", "admin_api_key"})
+_KEYS = frozenset({"api_key", "api_key_file", "admin_api_key", "admin_api_key_file"})
 
 
 class Settings(ServerSettings):
-    """SGLang servers: those that run at `servers`, or else ones that this service launches and supervises."""
+    """SGLang servers: those that run at `servers`, or else ones that this service launches and supervises.
 
+    Those that it launches take requests with its key alone. Without `api_key` it makes one, anew at each start.
+    """
+
+    local_only: ClassVar = ServerSettings.local_only | {"admin_api_key_file"}
     in_0_1_0: ClassVar[bool] = True
+    after_0_1_0: ClassVar = frozenset({"api_key_file", "admin_api_key_file"})
     credentials: ClassVar = {"servers": _KEYS, "router": _KEYS}
 
     router: str = Field("", description="Address of SGLang's router over `servers`; requests go through it.")
     admin_api_key: SecretStr | None = Field(None, description="The servers' --admin-api-key.")
 
+    admin_api_key_file: KeyFile | None = Field(None, description="The file with it, instead.")
+
+    @field_validator("flags")
+    @classmethod
+    def _have_no_key(cls, flags: tuple[str, ...]) -> tuple[str, ...]:
+        for flag in flags:
+            match flag.partition("=")[0]:
+                case "--api-key" | "--admin-api-key":
+                    raise ValueError(
+                        f"{flag.partition('=')[0]}: other users see flags: set sglang.api_key_file instead"
+                    )
+                case "--config":  # SGLang takes one
+                    raise ValueError("--config names the file with the key: give what yours says as flags")
+        return flags
+
     @property
     def admin_key(self) -> SecretStr | None:
-        return self.admin_api_key
+        return self.admin_api_key or read_key(self.admin_api_key_file)
 
     @property
     def setup(self) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ class SglangBackend(ServersBackend):
         chosen = self.settings.own_as(Settings)
         if not chosen.router:
             return None
-        return SglangConnection(self.session, chosen.router, chosen.api_key, chosen.admin_key)
+        return SglangConnection(self.session, chosen.router, chosen.key, chosen.admin_key)
 
     def _connection(self, server: EngineServer, attempt: int) -> HttpConnection:
         return self._router if self._router is not None and attempt < _ROUTED_ATTEMPTS else server.connection

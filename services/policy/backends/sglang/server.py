@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 from mulligan.common.inference import Feature, LoraLimits, SamplingParams
 from mulligan.policy.backend import Ask
 from mulligan.policy.backends._servers.answers import BadAnswer
 from mulligan.policy.backends._servers.connection import RequestRefused, Unreachable
-from mulligan.policy.backends._servers.server import EngineServer, Unsuitable, last_name
-from mulligan.policy.backends._servers.skeleton import STACKED, Skeleton
+from mulligan.policy.backends._servers.server import EngineServer, Unsuitable
+from mulligan.policy.backends._servers.skeleton import STACKED, Skeleton, last_name
 from mulligan.policy.backends.sglang import requests
 from mulligan.policy.backends.sglang.connection import SglangConnection
 
@@ -34,13 +35,18 @@ _FORCED_TOKENS = 262144
 class SglangServer(EngineServer):
     connection_type = SglangConnection
     ready_path = "/ready"
+    takes_key_file = True
     lora_needs = "--enable-lora, without --dp-size"
     load_adapter_path = "/load_lora_adapter"
     unload_adapter_path = "/unload_lora_adapter"
 
     @staticmethod
-    def launch_arguments(source: str, label: str, port: int, flags: Sequence[str]) -> list[str]:
+    def launch_arguments(
+        source: str, label: str, port: int, flags: Sequence[str], key_file: Path | None = None
+    ) -> list[str]:
         arguments = ["-m", "sglang.launch_server", "--model-path", source]
+        if key_file is not None:
+            arguments += ["--config", str(key_file)]
         arguments += ["--host", "127.0.0.1", "--port", str(port), "--weight-version", label]
         if "--incremental-streaming-output" not in flags:  # without it a stream repeats what came before
             arguments.append("--incremental-streaming-output")
@@ -97,7 +103,7 @@ class SglangServer(EngineServer):
         self.own_path = str(self.settings.get("model_path"))
         if not model.get("is_generation") or model.get("model_type") != skeleton.model_type:
             raise Unsuitable(f"it serves {self.own_path}, a {model.get('model_type')}, not {skeleton.source}")
-        if last_name(self.own_path) != last_name(skeleton.source):
+        if last_name(self.own_path) not in skeleton.names:
             raise Unsuitable(
                 f"it serves {self.own_path}, not {skeleton.source}: `model` has to be what the server was started with"
             )

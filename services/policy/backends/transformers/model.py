@@ -36,7 +36,7 @@ class Model:
 
     def __init__(self, settings: ModelSettings):
         chosen = settings.own_as(Settings)
-        self.source = models.locate(settings.model)
+        self.source = models.locate(settings.model, settings.revision)
         self._score_logits = 0 if chosen.deterministic else _SCORE_LOGITS
         self.device = _device(chosen.device)
         self._wanted_dtype = _dtype(chosen.dtype, self.device)
@@ -65,7 +65,11 @@ class Model:
         try:
             with _LOADING:
                 loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    self.source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+                    self.source,
+                    dtype=dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    use_safetensors=True,  # a pickle can run code
                 )
         except Exception as error:  # a loader fails in many ways, which mean the same to callers
             raise UnsupportedModel(f"{self.source} cannot be loaded: {short(error)}") from error

@@ -14,7 +14,7 @@ from mulligan.policy.model_settings import ModelSettings
 class Settings(ServerSettings):
     """vLLM servers: those that run at `servers`, or else ones that this service launches and supervises."""
 
-    credentials: ClassVar = {"servers": frozenset({"api_key"})}
+    credentials: ClassVar = {"servers": frozenset({"api_key", "api_key_file"})}
 
 
 async def open(settings: ModelSettings, folder: Path, first_version: int) -> Backend:

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from mulligan.common.inference import Feature, LoraLimits, SamplingParams
@@ -13,8 +14,8 @@ from mulligan.common.tasks import gather_or_cancel
 from mulligan.policy.backend import Ask
 from mulligan.policy.backends._servers.answers import Aborted, BadAnswer
 from mulligan.policy.backends._servers.connection import HttpConnection, RequestRefused, Unreachable
-from mulligan.policy.backends._servers.server import EngineServer, Unsuitable, last_name
-from mulligan.policy.backends._servers.skeleton import Skeleton
+from mulligan.policy.backends._servers.server import EngineServer, Unsuitable
+from mulligan.policy.backends._servers.skeleton import Skeleton, last_name
 from mulligan.policy.backends.vllm import requests
 from mulligan.policy.backends.vllm.connection import VllmConnection
 
@@ -54,7 +55,9 @@ class VllmServer(EngineServer):
         self._slots = asyncio.Semaphore(_FORCED)
 
     @staticmethod
-    def launch_arguments(source: str, label: str, port: int, flags: Sequence[str]) -> list[str]:
+    def launch_arguments(
+        source: str, label: str, port: int, flags: Sequence[str], key_file: Path | None = None
+    ) -> list[str]:
         arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", source]
         arguments += ["--host", "127.0.0.1", "--port", str(port)]
         return [*arguments, "--enable-scale-out", "--logprobs-mode", "processed_logprobs", *flags]
@@ -100,7 +103,7 @@ class VllmServer(EngineServer):
         self.settings = {"paths": frozenset(paths), **config}
         listed = (await self.connection.get("/v1/models")).get("data") or ()
         self.own_path = next((str(card["root"]) for card in listed if not card.get("parent")), "")
-        if last_name(self.own_path) != last_name(skeleton.source):
+        if last_name(self.own_path) not in skeleton.names:
             raise Unsuitable(
                 f"it serves {self.own_path}, not {skeleton.source}: `model` has to be what the server was started with"
             )

@@ -3,6 +3,7 @@ script stands where the interpreter of SGLang's environment would be: these test
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from mulligan import models
 from mulligan.common.model_files import UnsupportedModel
@@ -60,6 +62,40 @@ async def test_the_end_of_the_log_says_why_a_server_did_not_start(tmp_path: Path
     assert "status 3" in message and "out of memory" in message
     assert f"-m sglang.launch_server --model-path {models.EMBEDDED}" in message
     assert "--weight-version 0-original" in message and message.rstrip().endswith("--tp 2")
+
+
+async def test_a_launched_server_gets_a_key_that_no_list_and_no_message_shows(tmp_path: Path) -> None:
+    """In a file of its user alone. What the server says of it is not passed on."""
+    python = _script(tmp_path, f'echo "$*" > {tmp_path}/list; shift 4; cp -p "$2" {tmp_path}/keys; cat "$2"; exit 3')
+    for given in ({}, {"api_key": "of-requests", "admin_api_key": "of-changes"}):
+        message = await _refused(tmp_path, python=python, **given)
+        kept = json.loads((tmp_path / "keys").read_text())
+        assert len(kept["api-key"]) > 10 and "***" in message
+        for key in kept.values():
+            assert key not in message and key not in (tmp_path / "list").read_text()
+        assert (tmp_path / "keys").stat().st_mode & 0o077 == 0
+    assert kept == {"api-key": "of-requests", "admin-api-key": "of-changes"}
+
+
+@pytest.mark.parametrize("flag", ["--api-key", "--admin-api-key=secret", "--config"])
+def test_flags_hold_no_key(flag: str) -> None:
+    with pytest.raises(ValidationError, match=f"flags\n.*{flag.partition('=')[0]}"):
+        SglangSettings(flags=(flag, "x"))
+
+
+def test_a_key_is_read_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_text("the-key\n")
+    settings = SglangSettings(api_key_file=path, admin_api_key_file=path)
+    assert settings.key is not None and settings.admin_key is not None
+    assert {settings.key.get_secret_value(), settings.admin_key.get_secret_value()} == {"the-key"}
+    path.write_text("the-key\nanother")
+    for name in ("api_key_file", "admin_api_key_file"):
+        with pytest.raises(ValidationError, match="expected one line with a key") as caught:
+            SglangSettings(**{name: path})
+        assert "another" not in str(caught.value)
+        with pytest.raises(ValidationError, match="cannot be read: FileNotFoundError"):
+            SglangSettings(**{name: tmp_path / "missing"})
 
 
 async def test_a_server_that_is_never_ready_is_ended(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from mulligan.common.inference import WeightsKind
@@ -62,6 +65,25 @@ async def test_a_server_that_is_killed_under_load_is_not_noticed(tmp_path: Path)
         assert_by_version(references, request, sampled)
     assert {span.policy_version for _, sampled in meanwhile.answers for span in sampled.policy_versions} == {2}
     assert [_processes(address) for address in (first, *addresses)] == [[], [], []]
+
+
+@pytest.mark.timeout(START_SECONDS + 120)
+async def test_a_launched_server_answers_its_service_alone(tmp_path: Path) -> None:
+    """The key that the policy made for it is needed for all but probes; without it nobody changes its weights."""
+    async with opened(tmp_path, launching()) as backend, aiohttp.ClientSession() as stranger:
+        await backend.generate(ask())
+        address = backend.replicas[0].info.address
+        for method, path in (("GET", "/model_info"), ("POST", "/generate"), ("POST", "/update_weights_from_disk")):
+            for headers in ({}, {"Authorization": "Bearer guessed"}):
+                async with stranger.request(method, address + path, json={}, headers=headers) as answer:
+                    assert answer.status == 401, path
+        [key] = json.loads((tmp_path / "engine" / "sglang-0.keys.yaml").read_text()).values()
+        assert address.rpartition(":")[2] in _listed() and key not in _listed()
+
+
+def _listed() -> str:
+    """What any user sees of all processes."""
+    return subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout
 
 
 async def test_servers_of_other_models_are_refused(tmp_path: Path) -> None:
