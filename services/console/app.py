@@ -26,6 +26,8 @@ from mulligan.console.charts import Chart, first_charts, matching_charts
 from mulligan.console.guard import Guard
 from mulligan.console.index import ExperienceFilter, ExperienceIndex
 from mulligan.console.library import ShownRun
+from mulligan.console.service_pages import ServicePages
+from mulligan.console.services import Services
 from mulligan.console.settings import differences, flat
 from mulligan.console.tokens import texts_of
 from mulligan.console.views import view_of
@@ -36,7 +38,7 @@ PAGE = 50  # experiences
 _STATIC = Path(__file__).parent / "static"
 
 
-def make_app(watcher: Watcher, index: ExperienceIndex, hosts: Sequence[str]) -> Starlette:
+def make_app(watcher: Watcher, index: ExperienceIndex, services: Services, hosts: Sequence[str]) -> Starlette:
     """`hosts` are the values of the header Host that are answered."""
     pages = Pages(watcher, index)
 
@@ -55,12 +57,13 @@ def make_app(watcher: Watcher, index: ExperienceIndex, hosts: Sequence[str]) -> 
         Route("/runs/{run}/experiences", pages.experiences, name="experiences"),
         Route("/runs/{run}/experiences/{experience}", pages.experience, name="experience"),
         Route("/runs/{run}/groups/{step:int}/{slot:int}", pages.group, name="group"),
+        *ServicePages(services, pages.page).routes,
         Mount("/static", StaticFiles(directory=_STATIC), name="static"),
     ]
     return Starlette(
         routes=routes,
         middleware=[Middleware(Guard, hosts=tuple(hosts))],
-        exception_handlers={HTTPException: pages.failed},
+        exception_handlers={HTTPException: pages.failed, Exception: pages.failed},
         lifespan=lifespan,
     )
 
@@ -82,23 +85,23 @@ class Pages:
     # Pages
 
     async def runs(self, request: Request) -> Response:
-        return self._page(request, "runs.html", runs=self._watcher.runs, indexing=self._watcher.indexing)
+        return self.page(request, "runs.html", runs=self._watcher.runs, indexing=self._watcher.indexing)
 
     async def charts(self, request: Request) -> Response:
         run = self._run(request)
         wanted = request.query_params.get("metric", "")
-        return self._page(request, "run.html", run=run, tab="charts", metric=wanted, charts=_charts([run], wanted))
+        return self.page(request, "run.html", run=run, tab="charts", metric=wanted, charts=_charts([run], wanted))
 
     async def settings(self, request: Request) -> Response:
         run = self._run(request)
         settings = {} if run.record is None else flat(run.record.settings)
-        return self._page(request, "settings.html", run=run, tab="settings", settings=settings)
+        return self.page(request, "settings.html", run=run, tab="settings", settings=settings)
 
     async def compare(self, request: Request) -> Response:
         chosen = [run for key in request.query_params.getlist("run") if (run := self._watcher.run(key))]
         wanted = request.query_params.get("metric", "")
         rows = differences([{} if run.record is None else run.record.settings for run in chosen])
-        return self._page(
+        return self.page(
             request, "compare.html", runs=chosen, metric=wanted, charts=_charts(chosen, wanted), differences=rows
         )
 
@@ -112,7 +115,7 @@ class Pages:
         choices = await asyncio.to_thread(self._index.choices, run.key)
         given = {name: value for name, value in request.query_params.items() if value and name != "after"}
         values = {"run": run, "tab": "experiences", "wanted": wanted, "found": found, "bins": bins, "choices": choices}
-        return self._page(
+        return self.page(
             request, "experiences.html", **values, given=given, after=after, page=PAGE, indexing=self._watcher.indexing
         )
 
@@ -125,7 +128,7 @@ class Pages:
         view = await asyncio.to_thread(view_of, experience, texts_of(str(run.setting("model", "source") or "")))
         before, following = await asyncio.to_thread(self._index.neighbours, _filter(run, request.query_params), name)
         given = dict(request.query_params)
-        return self._page(
+        return self.page(
             request,
             "experience.html",
             run=run,
@@ -143,7 +146,7 @@ class Pages:
         if not members:
             raise HTTPException(404, f"Step {step} of run {run.key} has no group {slot} in its journal.")
         views = [view_of(one, None) for one in members]
-        return self._page(request, "group.html", run=run, tab="experiences", views=views, step=step, slot=slot)
+        return self.page(request, "group.html", run=run, tab="experiences", views=views, step=step, slot=slot)
 
     # Data
 
@@ -193,8 +196,11 @@ class Pages:
     # Helpers
 
     async def failed(self, request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return self._page(request, "failed.html", status=error.status_code, message=error.detail)
+        code = error.status_code if isinstance(error, HTTPException) else 500
+        message = (
+            error.detail if isinstance(error, HTTPException) else "This is a fault of the console; its log has it."
+        )
+        return self.page(request, "failed.html", status_code=code, title=code, message=message)
 
     def _run(self, request: Request) -> ShownRun:
         key = request.path_params["run"]
@@ -203,9 +209,9 @@ class Pages:
             raise HTTPException(404, f"There is no run {key!r} below {self._watcher.root}.")
         return run
 
-    def _page(self, request: Request, template: str, **values: Any) -> HTMLResponse:
+    def page(self, request: Request, template: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
         text = self._templates.get_template(template).render(request=request, root=self._watcher.root, **values)
-        return HTMLResponse(text, status_code=values.get("status", 200), headers={"Cache-Control": "no-store"})
+        return HTMLResponse(text, status_code=status_code, headers={"Cache-Control": "no-store"})
 
 
 def _charts(runs: Sequence[ShownRun], wanted: str) -> list[Chart]:

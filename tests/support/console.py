@@ -19,10 +19,10 @@ from tests.support.paths import IMPORT_ROOTS
 
 
 @contextmanager
-def console(folder: Path, cache: Path) -> Iterator[str]:
+def console(folder: Path, cache: Path, *options: str) -> Iterator[str]:
     """`mulligan ui FOLDER`. Its address."""
     environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS, "XDG_CACHE_HOME": str(cache)}
-    command = [sys.executable, "-m", "mulligan.cli", "ui", str(folder), "--port", "0"]
+    command = [sys.executable, "-m", "mulligan.cli", "ui", str(folder), "--port", "0", *options]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stderr is not None

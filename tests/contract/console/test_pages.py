@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from mulligan.common.channel import Endpoint
+from mulligan.common.reflections import Labels, Provenance
+from mulligan.memory.client import MemoryClient
+from mulligan.testing.processes import ServiceProcesses
 from mulligan.trainer.events import EventLog, StepEvent
 from mulligan.trainer.folder import RunFolder
 from tests.support.console import console
@@ -31,8 +36,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with console(runs, tmp_path_factory.mktemp("cache")) as found:
+def memory(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a memory service."""
+    return shared_services.start("memory", database=tmp_path_factory.mktemp("memory") / "memory.db").address
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path, memory: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    away = [f"--{name}=127.0.0.1:1" for name in ("env", "policy-address", "trainer")]
+    with console(runs, tmp_path_factory.mktemp("cache"), f"--memory={memory}", *away) as found:
         yield found
 
 
@@ -106,6 +118,28 @@ def test_data_is_never_markup(address: str) -> None:
         assert "<script>alert(1)</script>\\x1b[31m\\u202e'\"&{{ 7*7 }}" in _Elements(page(address, path)).text
     query = "/runs/run-2/experiences?text=%22%3E%3Cscript%3E&step=%3Cb%3E&from=x&role=%3Ci%3E"
     assert "<script>" not in page(address, query).replace('<script src="/static/', "").replace("</script>", "")
+
+
+async def test_the_memory_and_services_that_are_away(address: str, memory: str) -> None:
+    client = MemoryClient(Endpoint(memory))
+    origin = Provenance("run-1", "run-1-s0-t0-r1", "lake", "train/00000", 3, 0.0, 1.0, True)
+    added = await client.add("one", "run-1", HOSTILE, origin, labels=Labels(key="a key"))
+    await client.close()
+
+    def look() -> None:
+        text = page(address, "/memory?scope=run-1&text=ALERT")
+        assert f'href="/memory/{added}"' in text and "0 → 1" in text
+        found = _Elements(page(address, f"/memory/{added}"))
+        assert (
+            "<script>alert(1)</script>\\x1b[31m" in found.text and "a key" in found.text and "None yet." in found.text
+        )
+        assert "The memory is empty" not in text and "No entry fulfils" in page(address, "/memory?text=nowhere")
+        assert get(address, "/memory/nobody")[0] == 404
+        services = page(address, "/services")
+        assert services.count("does not answer") == 3 and services.count(">serves<") == 1
+        assert "127.0.0.1:1" in page(address, "/policies"), "why there are none"
+
+    await asyncio.to_thread(look)
 
 
 def test_an_experience_shows_what_the_model_saw_and_learned(address: str) -> None:
