@@ -25,6 +25,7 @@ PRAGMA journal_mode = WAL;
 PRAGMA synchronous = OFF;
 CREATE TABLE IF NOT EXISTS files (run TEXT, step INTEGER, size INTEGER, changed INTEGER, PRIMARY KEY (run, step))
     WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS choices (id INTEGER PRIMARY KEY, run TEXT, name TEXT, value TEXT, UNIQUE (run, name, value));
 CREATE TABLE IF NOT EXISTS experiences (
     id INTEGER PRIMARY KEY, run TEXT, step INTEGER, slot INTEGER, rollout INTEGER, experience_id TEXT,
     environment TEXT, task_id TEXT, algorithm TEXT, roles TEXT, outcome TEXT, reward REAL, gain REAL,
@@ -154,13 +155,17 @@ class ExperienceIndex:
         known = self._reader.execute("SELECT size, changed FROM files WHERE run = ? AND step = ?", (run, step))
         if known.fetchone() == (state.st_size, state.st_mtime_ns):
             return False
-        rows = [(*_values(run, one), text_of(one)) for one in read_experiences(file)]
+        experiences = read_experiences(file)
+        rows = [(*_values(run, one), text_of(one)) for one in experiences]
+        choices = dict.fromkeys(pair for one in experiences for pair in _choices(one))
         with self._writing:
             self._writer.execute("BEGIN IMMEDIATE")
             try:
                 self._writer.execute("DELETE FROM experiences WHERE run = ? AND step = ?", (run, step))
                 marks = ", ".join("?" * (len(_NAMES) + 1))
                 self._writer.executemany(f"INSERT INTO experiences ({_COLUMNS}, text) VALUES ({marks})", rows)
+                chosen = "INSERT OR IGNORE INTO choices (run, name, value) VALUES (?, ?, ?)"
+                self._writer.executemany(chosen, [(run, *pair) for pair in choices])
                 values = (run, step, state.st_size, state.st_mtime_ns)
                 self._writer.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", values)
                 self._writer.execute("COMMIT")
@@ -185,13 +190,21 @@ class ExperienceIndex:
     def neighbours(self, wanted: ExperienceFilter, experience_id: str) -> tuple[str | None, str | None]:
         """The ids of the experiences before and after this one, in the order of `find`; None at an end."""
         where, values = _where(wanted)
-        query = (
-            f"SELECT before, following FROM (SELECT experience_id, lag(experience_id) OVER place AS before, "
-            f"lead(experience_id) OVER place AS following FROM experiences WHERE {where} "
-            "WINDOW place AS (ORDER BY step DESC, slot, rollout)) WHERE experience_id = ?"
-        )
-        found = self._reader.execute(query, (*values, experience_id)).fetchone()
-        return found or (None, None)
+        place = "SELECT step, slot, rollout FROM experiences WHERE run = ? AND experience_id = ?"
+        found = self._reader.execute(place, (wanted.run, experience_id)).fetchone()
+        if found is None:
+            return None, None
+        return self._beside(where, values, found, after=False), self._beside(where, values, found, after=True)
+
+    def _beside(self, where: str, values: list[object], place: tuple[int, int, int], *, after: bool) -> str | None:
+        step, slot, rollout = place
+        beyond, order, steps = (">", "ASC", "DESC") if after else ("<", "DESC", "ASC")
+        select = f"SELECT experience_id FROM experiences WHERE {where} AND"
+        within = f"{select} step = ? AND (slot, rollout) {beyond} (?, ?) ORDER BY slot {order}, rollout {order} LIMIT 1"
+        others = f"{select} step {'<' if after else '>'} ? ORDER BY step {steps}, slot {order}, rollout {order} LIMIT 1"
+        found = self._reader.execute(within, (*values, step, slot, rollout)).fetchone()
+        found = found or self._reader.execute(others, (*values, step)).fetchone()
+        return found[0] if found else None
 
     def rewards(self, wanted: ExperienceFilter, bins: int = 20) -> list[Bin]:
         """A histogram of the rewards; as many bins as there are different rewards, if those are few."""
@@ -208,13 +221,10 @@ class ExperienceIndex:
         return [Bin(low + width * place, low + width * (place + 1), count) for place, count in enumerate(sums)]
 
     def choices(self, run: str) -> dict[str, list[str]]:
-        """The environments, roles and outcomes of a run, to choose from."""
-        found = {}
-        for name in ("environment", "outcome"):
-            query = f"SELECT DISTINCT {name} FROM experiences WHERE run = ?"
-            found[name] = sorted(one for (one,) in self._reader.execute(query, (run,)))
-        roles = self._reader.execute("SELECT DISTINCT roles FROM experiences WHERE run = ?", (run,))
-        found["role"] = list(dict.fromkeys(role for (one,) in roles for role in one.split()))
+        """The environments, outcomes and roles of a run, to choose from, in the order in which they came."""
+        found: dict[str, list[str]] = {"environment": [], "outcome": [], "role": []}
+        for name, value in self._reader.execute("SELECT name, value FROM choices WHERE run = ? ORDER BY id", (run,)):
+            found[name].append(value)
         return found
 
 
@@ -227,6 +237,12 @@ def _match(text: str) -> str:
     """A query of FTS5 for all words of a text; each is quoted, so that none is an operator."""
     words = ['"' + word.replace('"', '""') + '"' for word in text.split()]
     return " ".join(words) + "*" if words else ""
+
+
+def _choices(one: Experience) -> Iterator[tuple[str, str]]:
+    yield "environment", one.environment
+    yield from (("role", sample.role) for sample in one.samples)
+    yield from (("outcome", str(sample.outcome)) for sample in one.samples[:1])
 
 
 def _values(run: str, one: Experience) -> tuple[object, ...]:

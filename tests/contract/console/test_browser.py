@@ -12,10 +12,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+from mulligan.testing.recorded_runs import write_run
 from mulligan.trainer.events import EventLog, StepEvent
 from mulligan.trainer.folder import RunFolder
 from tests.support.console import browser, console
-from tests.support.recorded_runs import write_run
 
 T = TypeVar("T")
 

@@ -17,10 +17,10 @@ from mulligan.common.channel import Endpoint
 from mulligan.common.reflections import Labels, Provenance
 from mulligan.memory.client import MemoryClient
 from mulligan.testing.processes import ServiceProcesses
+from mulligan.testing.recorded_runs import write_run
 from mulligan.trainer.events import EventLog, StepEvent
 from mulligan.trainer.folder import RunFolder
 from tests.support.console import console
-from tests.support.recorded_runs import write_run
 
 HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e'\"&{{ 7*7 }}"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mulligan.console.index import Bin, ExperienceFilter, ExperienceIndex
+from mulligan.testing.recorded_runs import write_run, write_step
 from mulligan.trainer.journal import journal_file
-from tests.support.recorded_runs import write_run, write_step
 
 
 @pytest.fixture
@@ -57,6 +57,8 @@ def test_pages_and_neighbours(index: ExperienceIndex, tmp_path: Path) -> None:
     assert index.neighbours(failed, "run-s1-t0-r1") == ("run-s2-t1-r1", "run-s1-t1-r1")
     assert index.neighbours(failed, "run-s2-t0-r1") == (None, "run-s2-t1-r1")
     assert index.neighbours(failed, "nobody") == (None, None)
+    for before, one, after in zip([None, *every], every, [*every[1:], None], strict=False):
+        assert index.neighbours(ExperienceFilter("run"), one) == (before, after)
 
 
 def test_a_histogram_of_few_and_of_many_rewards(index: ExperienceIndex, tmp_path: Path) -> None:

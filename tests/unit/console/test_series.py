@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mulligan.console.charts import first_charts, matching_charts
 from mulligan.console.series import NOTICES, RunSeries
+from mulligan.testing.recorded_runs import write_run
 from mulligan.trainer.events import EvaluationEvent, EventLog, NoticeEvent, StepEvent
 from mulligan.trainer.folder import RunFolder
-from tests.support.recorded_runs import write_run
 
 
 def test_what_is_written_later_is_read_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from mulligan.common.experience import Trained
 from mulligan.console.settings import differences, flat
 from mulligan.console.tokens import texts_of
 from mulligan.console.views import shown, view_of
-from tests.support.recorded_runs import experience
+from mulligan.testing.recorded_runs import experience
 
 
 def test_each_token_as_the_model_saw_and_learned_it() -> None:

@@ -1,7 +1,8 @@
-"""Folders of runs as a trainer writes them, without training."""
+"""Folders of runs as a trainer writes them, without training: for tests and benchmarks of what reads them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from mulligan.common.experience import Experience, Sample, Segment, SegmentKind, TokenSequence, Trained, Turn
@@ -67,11 +68,15 @@ def write_run(
             "seconds": 2.0,
         }
         events.append(StepEvent(step, metrics))
-    log = EventLog(folder.events_file)
-    for event in [*events, EvaluationEvent(steps, 0.8, 0.8, 100, 0), StateEvent("completed")]:
-        log.add(event)
+    write_events(folder, [*events, EvaluationEvent(steps, 0.8, 0.8, 100, 0), StateEvent("completed")])
     folder.write_record(folder.record().now(RunState.COMPLETED))
     return folder
+
+
+def write_events(folder: RunFolder, events: Sequence[Event]) -> None:
+    log = EventLog(folder.events_file)
+    for event in events:
+        log.add(event)
 
 
 def write_step(folder: RunFolder, run: str, step: int, *, groups: int, rollouts: int, says: str) -> None:
