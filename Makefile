@@ -163,7 +163,7 @@ model: $(INSTALLED) ## make the embedded model again, from its recipe
 
 .PHONY: bench
 bench: $(INSTALLED) $(OPENENV) ## measure; each benchmark prints its own table
-	@for name in env search memory policy learner run validation scale; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+	@for name in env search memory policy learner run validation scale console; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
 
 .PHONY: proof
 proof: $(INSTALLED) ## the long proofs: hours; goes on with the cases that have no result in docs/proof

@@ -25,6 +25,7 @@ from mulligan.cli.runs import runs
 from mulligan.cli.stop import resume, stop
 from mulligan.cli.token import token
 from mulligan.cli.train import train
+from mulligan.cli.ui import ui
 from mulligan.cli.up import up
 from mulligan.cli.watch import watch
 from mulligan.common.extras import how_to_install
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, up, train, watch, runs, stop, resume, experiences, token):
+for command in (demo, up, train, watch, runs, stop, resume, experiences, ui, token):
     app.command()(command)
 app.command("eval")(evaluate)
 

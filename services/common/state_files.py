@@ -99,6 +99,14 @@ class LineLog(Generic[T]):
                 values.append(found.value)
         return values, damaged
 
+    def read_from(self, begin: int) -> tuple[list[T], int]:
+        """What can be read of the whole lines from byte `begin` on, where a line begins, and where they end. Raises
+        DomainError STATE_DAMAGED as `read` does."""
+        content = self._content(begin)
+        whole = content[: content.rfind(b"\n") + 1]
+        found = [piece.value for piece in self._pieces(whole) if isinstance(piece, _Piece)]
+        return found, begin + len(whole)
+
     def append(self, values: Sequence[T]) -> None:
         """Writes all or nothing, after it removed a torn end. Raises DomainError DISK_FULL, or OSError without the
         folder."""
@@ -130,9 +138,11 @@ class LineLog(Generic[T]):
         os.ftruncate(descriptor, ends[-1] if ends else begin)
         return b"\n" if ends else b""
 
-    def _content(self) -> bytes:
+    def _content(self, begin: int = 0) -> bytes:
         try:
-            return self.path.read_bytes()
+            with self.path.open("rb") as file:
+                file.seek(begin)
+                return file.read()
         except FileNotFoundError:
             return b""
         except OSError as error:

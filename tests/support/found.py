@@ -1,12 +1,12 @@
-"""What tests need and may not find here: Docker, SGLang, vLLM, PostgreSQL, strace, a real language model. Where it is
-missing they are skipped and say so; where it must be there, they fail.
+"""What tests need and may not find here: Docker, SGLang, vLLM, PostgreSQL, strace, Chromium, a real language model.
+Where it is missing they are skipped and say so; where it must be there, they fail.
 
 MULLIGAN_TEST_SGLANG is the address of a server of the embedded model with LoRA, MULLIGAN_TEST_SGLANG_PYTHON the
 interpreter that launches further ones; MULLIGAN_TEST_VLLM_PYTHON is the interpreter that has vLLM. MULLIGAN_TEST_LM is
-a folder with SmolLM2-135M-Instruct; without it, the one that `mulligan models fetch smollm2-135m` filled. Continuous
-integration sets MULLIGAN_TEST_SGLANG_REQUIRED and MULLIGAN_TEST_DOCKER_REQUIRED once it has started them,
-MULLIGAN_TEST_STRACE_REQUIRED once it has installed it, and MULLIGAN_TEST_LM_REQUIRED and
-MULLIGAN_TEST_POSTGRES_REQUIRED; the same for vLLM is MULLIGAN_TEST_VLLM_REQUIRED.
+a folder with SmolLM2-135M-Instruct; without it, the one that `mulligan models fetch smollm2-135m` filled.
+
+Continuous integration sets MULLIGAN_TEST_NAME_REQUIRED once it has installed or started what is named: SGLANG, DOCKER,
+STRACE, CHROMIUM, LM, POSTGRES. The same for vLLM is MULLIGAN_TEST_VLLM_REQUIRED.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ def require_postgres(problem: str) -> None:
 def require_strace(problem: str) -> None:
     """Goes on where `problem` is empty."""
     require(problem, "MULLIGAN_TEST_STRACE_REQUIRED")
+
+
+def require_chromium(problem: str) -> None:
+    """Goes on where `problem` is empty."""
+    require(problem, "MULLIGAN_TEST_CHROMIUM_REQUIRED")
 
 
 def require(problem: str, variable: str) -> None:

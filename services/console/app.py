@@ -1,0 +1,280 @@
+"""The pages of the console, and their addresses. Each view has a URL that says all of what it shows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from mulligan.cli.out import safe
+from mulligan.common.experience import Experience
+from mulligan.console.charts import Chart, first_charts, matching_charts
+from mulligan.console.guard import Guard
+from mulligan.console.index import ExperienceFilter, ExperienceIndex
+from mulligan.console.library import ShownRun
+from mulligan.console.service_pages import ServicePages
+from mulligan.console.services import Services
+from mulligan.console.settings import differences, flat
+from mulligan.console.tokens import texts_of
+from mulligan.console.views import view_of
+from mulligan.console.watcher import Watcher
+from mulligan.trainer.journal import journal_file, read_experiences
+
+PAGE = 50  # experiences
+_STATIC = Path(__file__).parent / "static"
+
+
+def make_app(watcher: Watcher, index: ExperienceIndex, services: Services, hosts: Sequence[str]) -> Starlette:
+    """`hosts` are the values of the header Host that are answered."""
+    pages = Pages(watcher, index)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with watcher.running():
+            yield
+
+    routes = [
+        Route("/", pages.runs, name="runs"),
+        Route("/compare", pages.compare, name="compare"),
+        Route("/series", pages.series, name="series"),
+        Route("/live", pages.live, name="live"),
+        Route("/runs/{run}", pages.charts, name="run"),
+        Route("/runs/{run}/settings", pages.settings, name="settings"),
+        Route("/runs/{run}/experiences", pages.experiences, name="experiences"),
+        Route("/runs/{run}/experiences/{experience}", pages.experience, name="experience"),
+        Route("/runs/{run}/groups/{step:int}/{slot:int}", pages.group, name="group"),
+        *ServicePages(services, pages.page).routes,
+        Mount("/static", StaticFiles(directory=_STATIC), name="static"),
+    ]
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(Guard, hosts=tuple(hosts))],
+        exception_handlers={HTTPException: pages.failed, Exception: pages.failed},
+        lifespan=lifespan,
+    )
+
+
+class Pages:
+    def __init__(self, watcher: Watcher, index: ExperienceIndex) -> None:
+        self._watcher = watcher
+        self._index = index
+        self._templates = Environment(
+            loader=PackageLoader("mulligan.console"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters |= {"safe_text": safe, "number": number, "signed": signed}
+        self._templates.globals |= {"query": query}
+
+    # Pages
+
+    async def runs(self, request: Request) -> Response:
+        return self.page(request, "runs.html", runs=self._watcher.runs, indexing=self._watcher.indexing)
+
+    async def charts(self, request: Request) -> Response:
+        run = self._run(request)
+        wanted = request.query_params.get("metric", "")
+        return self.page(request, "run.html", run=run, tab="charts", metric=wanted, charts=_charts([run], wanted))
+
+    async def settings(self, request: Request) -> Response:
+        run = self._run(request)
+        settings = {} if run.record is None else flat(run.record.settings)
+        return self.page(request, "settings.html", run=run, tab="settings", settings=settings)
+
+    async def compare(self, request: Request) -> Response:
+        chosen = [run for key in request.query_params.getlist("run") if (run := self._watcher.run(key))]
+        wanted = request.query_params.get("metric", "")
+        rows = differences([{} if run.record is None else run.record.settings for run in chosen])
+        return self.page(
+            request, "compare.html", runs=chosen, metric=wanted, charts=_charts(chosen, wanted), differences=rows
+        )
+
+    async def experiences(self, request: Request) -> Response:
+        run = self._run(request)
+        wanted = _filter(run, request.query_params)
+        after = max(_int(request.query_params.get("after")) or 0, 0)
+        found = await asyncio.to_thread(self._index.find, wanted, after=after, limit=PAGE)
+        # All rewards, so that another bin can be chosen.
+        bins = await asyncio.to_thread(self._index.rewards, replace(wanted, reward_from=None, reward_to=None))
+        choices = await asyncio.to_thread(self._index.choices, run.key)
+        given = {name: value for name, value in request.query_params.items() if value and name != "after"}
+        values = {"run": run, "tab": "experiences", "wanted": wanted, "found": found, "bins": bins, "choices": choices}
+        return self.page(
+            request, "experiences.html", **values, given=given, after=after, page=PAGE, indexing=self._watcher.indexing
+        )
+
+    async def experience(self, request: Request) -> Response:
+        run = self._run(request)
+        name = request.path_params["experience"]
+        experience = await asyncio.to_thread(_experience, run, name)
+        if experience is None:
+            raise HTTPException(404, f"Run {run.key} has no experience {name!r} in its journal.")
+        view = await asyncio.to_thread(view_of, experience, texts_of(str(run.setting("model", "source") or "")))
+        before, following = await asyncio.to_thread(self._index.neighbours, _filter(run, request.query_params), name)
+        given = dict(request.query_params)
+        return self.page(
+            request,
+            "experience.html",
+            run=run,
+            tab="experiences",
+            view=view,
+            given=given,
+            before=before,
+            following=following,
+        )
+
+    async def group(self, request: Request) -> Response:
+        run = self._run(request)
+        step, slot = request.path_params["step"], request.path_params["slot"]
+        members = await asyncio.to_thread(_members, run, step, slot)
+        if not members:
+            raise HTTPException(404, f"Step {step} of run {run.key} has no group {slot} in its journal.")
+        views = [view_of(one, None) for one in members]
+        return self.page(request, "group.html", run=run, tab="experiences", views=views, step=step, slot=slot)
+
+    # Data
+
+    async def series(self, request: Request) -> Response:
+        """Points of metrics of runs, as JSON: those of later events than `after`, if there is one."""
+        names = request.query_params.getlist("metric")
+        after = _int(request.query_params.get("after")) or 0
+        return JSONResponse(
+            self._points(
+                request.query_params.getlist("run"), names, dict.fromkeys(request.query_params.getlist("run"), after)
+            )
+        )
+
+    async def live(self, request: Request) -> Response:
+        """The same as server-sent events, whenever there is something new. `after` has a number for each run."""
+        keys = request.query_params.getlist("run")
+        names = request.query_params.getlist("metric")
+        cursors = {key: _int(one) or 0 for key, one in zip(keys, request.query_params.getlist("after"), strict=False)}
+
+        async def events() -> AsyncIterator[str]:
+            yield "retry: 2000\n\n"
+            async for _ in self._watcher.changes():
+                points = self._points(keys, names, cursors)
+                if any(one["after"] > cursors.get(key, 0) for key, one in points.items()):
+                    cursors.update({key: one["after"] for key, one in points.items()})
+                    yield f"data: {json.dumps(points)}\n\n"
+                else:
+                    yield ": nothing new\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    def _points(self, keys: Sequence[str], names: Sequence[str], cursors: Mapping[str, int]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key in keys:
+            if run := self._watcher.run(key):
+                after = cursors.get(key, 0)
+                metrics = {name: one.after(after) for name in names if (one := run.series.series.get(name))}
+                metrics = {name: points for name, points in metrics.items() if points[0]}
+                found[key] = {
+                    "after": run.series.cursor,
+                    "state": run.state,
+                    "steps": run.series.steps,
+                    "metrics": metrics,
+                }
+        return found
+
+    # Helpers
+
+    async def failed(self, request: Request, error: Exception) -> Response:
+        code = error.status_code if isinstance(error, HTTPException) else 500
+        message = (
+            error.detail if isinstance(error, HTTPException) else "This is a fault of the console; its log has it."
+        )
+        return self.page(request, "failed.html", status_code=code, title=code, message=message)
+
+    def _run(self, request: Request) -> ShownRun:
+        key = request.path_params["run"]
+        run = self._watcher.run(key)
+        if run is None:
+            raise HTTPException(404, f"There is no run {key!r} below {self._watcher.root}.")
+        return run
+
+    def page(self, request: Request, template: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
+        text = self._templates.get_template(template).render(request=request, root=self._watcher.root, **values)
+        return HTMLResponse(text, status_code=status_code, headers={"Cache-Control": "no-store"})
+
+
+def _charts(runs: Sequence[ShownRun], wanted: str) -> list[Chart]:
+    names = {name for run in runs for name in run.series.series}
+    return matching_charts(names, wanted) if wanted.strip() else first_charts(names)
+
+
+def _filter(run: ShownRun, given: Mapping[str, str]) -> ExperienceFilter:
+    return ExperienceFilter(
+        run.key,
+        step=_int(given.get("step")),
+        slot=_int(given.get("slot")),
+        environment=given.get("environment", ""),
+        role=given.get("role", ""),
+        outcome=given.get("outcome", ""),
+        reward_from=_float(given.get("from")),
+        reward_to=_float(given.get("to")),
+        text=given.get("text", ""),
+    )
+
+
+def _step_of(name: str) -> int | None:
+    """Of an experience, by its id `RUN-sSTEP-tSLOT-rROLLOUT`."""
+    return _int(name.rpartition("-t")[0].rpartition("-s")[2])
+
+
+def _experience(run: ShownRun, name: str) -> Experience | None:
+    step = _step_of(name)
+    file = None if step is None or step < 0 else journal_file(run.folder.journal, step)
+    if file is None or not file.exists():
+        return None
+    return next((one for one in read_experiences(file) if one.experience_id == name), None)
+
+
+def _members(run: ShownRun, step: int, slot: int) -> list[Experience]:
+    file = journal_file(run.folder.journal, step)
+    begin = f"-s{step}-t{slot}-r"
+    return [one for one in read_experiences(file) if begin in one.experience_id] if file.exists() else []
+
+
+def _int(text: str | None) -> int | None:
+    try:
+        return int(text or "")
+    except ValueError:
+        return None
+
+
+def _float(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def signed(value: float | None) -> str:
+    return "" if value is None else f"{value:+.3g}"
+
+
+def query(given: Mapping[str, Any], **changes: Any) -> str:
+    """A query string: what is given, with changes. None and "" leave a name out."""
+    found = {name: value for name, value in {**given, **changes}.items() if value not in (None, "")}
+    return f"?{urlencode(found)}" if found else ""

@@ -1,0 +1,94 @@
+"""What the services say of themselves, asked anew for each page: health, policies and their versions, the memory.
+
+A service that is away costs its own part of a page, after SECONDS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+from mulligan.common.channel import Endpoint, is_healthy
+from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
+from mulligan.common.inference import PolicyInfo, PolicyVersion
+from mulligan.common.reflections import Explained, StoredReflection
+from mulligan.common.tasks import gather_or_cancel
+from mulligan.memory.client import MemoryClient
+from mulligan.policy.client import PolicyClient
+
+T = TypeVar("T")
+SECONDS = 2.0
+MOST_ENTRIES = 5_000  # of the memory that are read, the oldest first
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """What a service answered, or why it did not."""
+
+    found: T | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    name: str
+    address: str
+    serves: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyState:
+    info: PolicyInfo
+    versions: Sequence[PolicyVersion]  # the latest first
+
+
+class Services:
+    """`endpoints` by name: env, policy, memory, trainer."""
+
+    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+        self._endpoints = {name: replace(one, outage_seconds=SECONDS) for name, one in endpoints.items()}
+
+    async def health(self) -> list[Health]:
+        async def one(name: str, endpoint: Endpoint) -> Health:
+            return Health(name, endpoint.address, await is_healthy(endpoint.address, SECONDS, endpoint.tls))
+
+        return list(await gather_or_cancel(one(*pair) for pair in self._endpoints.items()))
+
+    async def policies(self) -> Answer[list[PolicyState]]:
+        async def ask(client: PolicyClient) -> list[PolicyState]:
+            infos = await client.policies()
+            versions = await gather_or_cancel(client.versions(info.name) for info in infos)
+            return [
+                PolicyState(info, sorted(found, key=lambda one: -one.policy_version))
+                for info, found in zip(infos, versions, strict=True)
+            ]
+
+        return await self._ask("policy", PolicyClient, ask)
+
+    async def entries(self, scope: str) -> Answer[list[StoredReflection]]:
+        """Of a scope, or of all, the latest first."""
+
+        async def ask(client: MemoryClient) -> list[StoredReflection]:
+            return (await client.list(scope, MOST_ENTRIES, include_deleted=True))[::-1]
+
+        return await self._ask("memory", MemoryClient, ask)
+
+    async def entry(self, reflection_id: str) -> Answer[Explained]:
+        return await self._ask("memory", MemoryClient, lambda client: client.explain(reflection_id))
+
+    async def _ask(
+        self, name: str, kind: Callable[[Endpoint], MemoryClient | PolicyClient], ask: Callable[..., Awaitable[T]]
+    ) -> Answer[T]:
+        async with AsyncExitStack() as stack:
+            client = kind(self._endpoints[name])
+            stack.push_async_callback(client.close)
+            try:
+                async with asyncio.timeout(5 * SECONDS):
+                    return Answer(await ask(client))
+            except (DomainError, CallFailed, ServiceUnavailable) as error:
+                return Answer(error=str(error))
+            except TimeoutError:
+                return Answer(error=f"the {name} service did not answer within {5 * SECONDS:g} s")

@@ -1,0 +1,131 @@
+// Draws the charts of a page, and adds the points that come while it is open.
+const COLORS = 10;
+const STEPS = [1, 2, 5].flatMap((one) => [0, 1, 2, 3, 4, 5].map((power) => one * 10 ** power)).sort((a, b) => a - b); // between ticks
+const page = document.querySelector("[data-charts]");
+const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+// What a page shows: for each chart its metrics, for each metric and run the points.
+const runs = page ? JSON.parse(page.dataset.runs) : [];
+const figures = page ? [...page.querySelectorAll("[data-metrics]")] : [];
+const points = new Map(); // "run metric" → Map of step → value
+const cursors = Object.fromEntries(runs.map((run) => [run, 0]));
+const plots = new Map(); // figure → uPlot
+
+const metricsOf = (figure) => JSON.parse(figure.dataset.metrics);
+const key = (run, metric) => `${run} ${metric}`;
+
+function address(path, after) {
+  const query = new URLSearchParams();
+  for (const run of runs) { query.append("run", run); if (after) query.append("after", cursors[run]); }
+  for (const metric of new Set(figures.flatMap(metricsOf))) query.append("metric", metric);
+  return `${path}?${query}`;
+}
+
+function take(found) {
+  const changed = new Set();
+  for (const [run, one] of Object.entries(found)) {
+    cursors[run] = one.after;
+    for (const [metric, [steps, values]] of Object.entries(one.metrics)) {
+      const known = points.get(key(run, metric)) ?? new Map();
+      steps.forEach((step, place) => known.set(step, values[place]));
+      points.set(key(run, metric), known);
+      changed.add(metric);
+    }
+  }
+  for (const figure of figures) if (metricsOf(figure).some((metric) => changed.has(metric))) draw(figure);
+}
+
+// Series of a chart: with one run the metrics have the colours, with several the runs have.
+function seriesOf(figure) {
+  return runs.flatMap((run, r) => metricsOf(figure).map((metric, m) => ({ run, metric, color: (runs.length > 1 ? r : m) % COLORS })));
+}
+
+function dataOf(shown) {
+  const steps = [...new Set(shown.flatMap(({ run, metric }) => [...(points.get(key(run, metric))?.keys() ?? [])]))].sort((a, b) => a - b);
+  return [steps, ...shown.map(({ run, metric }) => { const known = points.get(key(run, metric)); return steps.map((step) => known?.get(step) ?? null); })];
+}
+
+function draw(figure) {
+  const shown = seriesOf(figure);
+  const data = dataOf(shown);
+  const known = plots.get(figure);
+  if (known) { known.setData(data); return; }
+  const place = figure.querySelector(".plot");
+  const axis = { stroke: style("--faint"), grid: { stroke: style("--line"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
+  const top = figure.dataset.top;
+  const plot = new uPlot({
+    width: place.clientWidth, height: 190, legend: { show: false }, padding: [8, 8, 0, 0],
+    scales: { x: { time: false }, y: top ? { range: (_, low, high) => [Math.min(0, low ?? 0), Math.max(Number(top), high ?? 1)] } : {} },
+    axes: [{ ...axis, size: 26, incrs: STEPS }, { ...axis, size: 46 }],
+    cursor: { points: { size: 6 }, drag: { x: true, y: false } },
+    series: [{}, ...shown.map(({ metric, color }) => ({ label: metric, stroke: style(`--s${color}`), width: 1.6, spanGaps: true, points: { show: metric.includes("evaluation/"), size: 5 } }))],
+    hooks: { setCursor: [(one) => read(figure, one.cursor.idx)] },
+  }, data, place);
+  plots.set(figure, plot);
+  plot.over.addEventListener("click", () => open(figure));
+  new ResizeObserver(() => plot.setSize({ width: place.clientWidth, height: 190 })).observe(place);
+  read(figure, null);
+}
+
+// Says in words what is under the cursor, or the last values.
+function read(figure, place) {
+  const plot = plots.get(figure);
+  if (!plot) return;
+  const steps = plot.data[0];
+  const at = place ?? steps.length - 1;
+  figure.dataset.place = place ?? "";
+  const text = figure.querySelector(".reading");
+  text.replaceChildren(document.createTextNode(steps.length ? `step ${steps[at]}  ` : ""));
+  seriesOf(figure).forEach(({ run, metric, color }, number) => {
+    const column = plot.data[number + 1];
+    let from = at;
+    while (from >= 0 && column[from] == null) from -= 1;
+    if (from < 0) return;
+    const name = document.createElement("span");
+    name.className = `name series-${color}`;
+    name.textContent = runs.length > 1 ? run : metric.split("/").at(-1);
+    text.append(name, ` ${Number(column[from].toPrecision(3))}  `);
+  });
+}
+
+function move(figure, by) {
+  const plot = plots.get(figure);
+  if (!plot || !plot.data[0].length) return;
+  const last = plot.data[0].length - 1;
+  const place = Math.max(0, Math.min(last, (figure.dataset.place === "" ? last + (by < 0 ? 1 : 0) : Number(figure.dataset.place)) + by));
+  plot.setCursor({ left: plot.valToPos(plot.data[0][place], "x"), top: 20 });
+  read(figure, place);
+}
+
+// The experiences behind the point: those of its step.
+function open(figure) {
+  const plot = plots.get(figure);
+  if (!plot || !plot.data[0].length) return;
+  const place = figure.dataset.place === "" ? plot.data[0].length - 1 : Number(figure.dataset.place);
+  const step = plot.data[0][place];
+  const evaluation = metricsOf(figure).every((metric) => metric.includes("evaluation/"));
+  location.assign(`/runs/${encodeURIComponent(runs[0])}/experiences?step=${evaluation ? Math.max(0, step - 1) : step}`);
+}
+
+figures.forEach((figure) => figure.addEventListener("keydown", (event) => {
+  if (event.key === "ArrowLeft" || event.key === "ArrowRight") { move(figure, event.key === "ArrowLeft" ? -1 : 1); event.preventDefault(); }
+  if (event.key === "Enter") { open(figure); event.preventDefault(); }
+}));
+
+addEventListener("theme", () => { for (const plot of plots.values()) plot.destroy(); plots.clear(); figures.forEach(draw); });
+
+if (figures.length && runs.length) {
+  const answer = await fetch(address("/series", false));
+  take(await answer.json());
+  const live = new EventSource(address("/live", true));
+  live.onmessage = (event) => take(JSON.parse(event.data));
+  addEventListener("pagehide", () => live.close());
+}
+
+// Lengths and shares that the pages give as data: the page's policy allows no inline styles.
+function dress(root) {
+  for (const one of root.querySelectorAll("[data-height]")) one.querySelector(".bar").style.height = `${one.dataset.height * 0.62}px`;
+  for (const one of root.querySelectorAll("[data-probability]")) one.style.setProperty("--p", one.dataset.probability);
+}
+dress(document);
+document.addEventListener("htmx:afterSwap", () => dress(document));

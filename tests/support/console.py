@@ -1,0 +1,59 @@
+"""A console process, and a browser to look at it with."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+
+from tests.support.found import require_chromium
+from tests.support.paths import IMPORT_ROOTS
+
+
+@contextmanager
+def console(folder: Path, cache: Path, *options: str) -> Iterator[str]:
+    """`mulligan ui FOLDER`. Its address."""
+    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS, "XDG_CACHE_HOME": str(cache)}
+    command = [sys.executable, "-m", "mulligan.cli", "ui", str(folder), "--port", "0", *options]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            yield _address(process.stderr)
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def _address(lines: IO[str]) -> str:
+    read = ""
+    for line in lines:
+        read += line
+        if found := re.search(r"http://\S+", line):
+            return found[0]
+    raise AssertionError(f"the console did not start:\n{read}")
+
+
+@contextmanager
+def browser() -> Iterator[Chrome]:
+    """Headless Chromium, 1,400 by 900 pixels. Skips the test, or fails it, where there is none."""
+    driver = shutil.which("chromedriver")
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    require_chromium("" if driver and program else "no Chromium with ChromeDriver on the PATH: no browser to test with")
+    options = ChromeOptions()
+    options.binary_location = str(program)
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1400,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = Chrome(options=options, service=ChromeService(str(driver)))
+    try:
+        yield found
+    finally:
+        found.quit()
