@@ -220,7 +220,7 @@ async def test_a_stream_that_nobody_reads_ends() -> None:
         stream = connection.begin(b"/mulligan.policy.v1.PolicyService/StreamGenerate")
         request = pb.StreamGenerateRequest(request=PROMPT).SerializeToString()
         await connection.send(stream, message(request), end=True)
-        await until(lambda: connection.streams[stream].received == 10_000)
+        await until(lambda: connection.streams[stream].received > 0)
         await until(lambda: servicer.streaming == 0)
         connection.widen(stream, 2**20)
         async with asyncio.timeout(30):
