@@ -144,6 +144,7 @@ async def test_a_trainer_trains_one_run_at_a_time(loop: Loop, client: RunClient,
     assert [entry async for entry in client.watch("long", len(events))][-1].event == StateEvent(RunState.STOPPED)
 
 
+NOWHERE = "nowhere"
 BY_MEANING = {"memory_strategy": "similar_meaning"}
 
 
@@ -151,7 +152,7 @@ BY_MEANING = {"memory_strategy": "similar_meaning"}
     ("run_id", "settings", "words"),
     [
         ("no-environment", DONE.model_copy(update={"environment": "chess"}), "UNKNOWN_ENVIRONMENT"),
-        ("no-model", DONE.model_copy(update={"model": TrainedModelSettings(source="no/where")}), "MODEL_NOT_FOUND"),
+        ("no-model", DONE.model_copy(update={"model": TrainedModelSettings(source=NOWHERE)}), "MODEL_NOT_FOUND"),
         (
             "no-embedder",
             small_run(algorithm=BY_MEANING),
@@ -160,7 +161,12 @@ BY_MEANING = {"memory_strategy": "similar_meaning"}
         ("no-actor", DONE.model_copy(update={"policies": PoliciesSettings(actor="nobody")}), "UNKNOWN_POLICY"),
     ],
 )
-async def test_what_ends_a_run_is_its_error(client: RunClient, run_id: str, settings: Any, words: str) -> None:
+async def test_what_ends_a_run_is_its_error(
+    loop: Loop, client: RunClient, run_id: str, settings: Any, words: str
+) -> None:
+    if settings.model.source == NOWHERE:  # below its models folder, but not there
+        model = settings.model.model_copy(update={"source": str(loop.folder / NOWHERE)})
+        settings = settings.model_copy(update={"model": model})
     await client.start(run_id, settings)
     events = [entry.event async for entry in client.watch(run_id)]
     info = await client.get(run_id)
