@@ -114,10 +114,9 @@ class Pages:
         bins = await asyncio.to_thread(self._index.rewards, replace(wanted, reward_from=None, reward_to=None))
         choices = await asyncio.to_thread(self._index.choices, run.key)
         given = {name: value for name, value in request.query_params.items() if value and name != "after"}
-        values = {"run": run, "tab": "experiences", "wanted": wanted, "found": found, "bins": bins, "choices": choices}
-        return self.page(
-            request, "experiences.html", **values, given=given, after=after, page=PAGE, indexing=self._watcher.indexing
-        )
+        values: dict[str, Any] = {"run": run, "tab": "experiences", "wanted": wanted, "found": found, "bins": bins}
+        values |= {"choices": choices, "given": given, "after": after, "page": PAGE, "indexing": self._watcher.indexing}
+        return self.page(request, "experiences.html", **values)
 
     async def experience(self, request: Request) -> Response:
         run = self._run(request)

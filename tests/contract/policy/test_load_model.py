@@ -35,7 +35,7 @@ from tests.support.waiting import until
 
 PROMPT = [1, 2, 3]
 PLAIN = SamplingParams()
-HOSTS = {"allowed_addresses": [f"http://h:{number}" for number in range(10)]}
+HOSTS: dict[str, Any] = {"allowed_addresses": [f"http://h:{number}" for number in range(10)]}
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +123,23 @@ async def test_a_learner_is_made_of_models_below_the_models_folder_alone(tmp_pat
     secret.symlink_to(EMBEDDED)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "link").symlink_to(secret)
-    bad = [secret, tmp_path / "models" / ".." / "secret", tmp_path / "models" / "link", tmp_path / "models", "/nowhere"]
+    models = tmp_path / "models"
+    bad = [secret, models / ".." / "secret", models / "link", models, Path("/nowhere")]
     for folder, sources in ((tmp_path / "models", bad), (None, [*bad, tiny])):
         settings = trainer_settings(tmp_path, models_folder=folder)
         servicer = LearnerServicer(settings.learner, guard=settings.guard)
-        async with serving(settings, lambda server, one=servicer: add_learners(server, one)) as endpoint:
+        async with serving(settings, partial(_add_learners, servicer)) as endpoint:
             mine = replace(endpoint, run_credential=settings.run_credential("one"))
             for source in sources:
-                create = LearnerClient.create(mine, "one", "one", spec(Path(source)))
+                create = LearnerClient.create(mine, "one", "one", spec(source))
                 error = await refused(create, Reason.MODEL_NOT_FOUND)
                 assert error.metadata == {"field": "model.source", "source": str(source)}
                 assert "models folder" in error.message or "models_folder" in error.message
         await servicer.close()
+
+
+def _add_learners(servicer: LearnerServicer, server: grpc.aio.Server) -> None:
+    add_learners(server, servicer)
 
 
 class Runs:

@@ -71,6 +71,7 @@ def test_what_does_not_count_says_why(tmp_path: Path) -> None:
     head, body, signature = good.split(".")
     other = Ed25519PrivateKey.generate()
     key = RunKeys(private)._private
+    assert key is not None
     claims = {"iss": "mulligan", "exp": time.time() + 60, "run": "one", "scopes": ["one"]}
     signed = {
         "expired": RunKeys(private).sign(GRANT, -120),
