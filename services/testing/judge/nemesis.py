@@ -76,12 +76,15 @@ class Nemesis:
         files = self._cluster.folder / "runs"
 
         def journaled() -> int:
-            return sum(path.stat().st_size for path in files.glob("*/journal/*.msgpack"))
+            try:
+                return sum(path.stat().st_size for path in files.glob("*/journal/*.msgpack"))
+            except FileNotFoundError:  # the trainer has just renamed one
+                return 0
 
         start = await asyncio.to_thread(journaled)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_STUCK_SECONDS):
-                while await asyncio.to_thread(journaled) < start + count:
+                while await asyncio.to_thread(journaled) < start + count:  # noqa: ASYNC110 - in another process
                     await asyncio.sleep(_LOOK_SECONDS)
 
     async def _kill(self) -> None:
