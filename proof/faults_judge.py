@@ -19,7 +19,7 @@ from mulligan.testing.judge.network import CallFaults
 from mulligan.testing.judge.trial import Adversity, hold, judged_run
 from tests.support.planted_bugs import BUGS, HAS
 
-TROUBLES = 20
+TROUBLES = 12
 SEEDS = 5
 _PLANTED_TROUBLES = 3
 # Every answer to them is lost once, so that each is repeated.

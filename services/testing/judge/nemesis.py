@@ -23,7 +23,9 @@ from mulligan.testing.judge.cluster import NAMES, STATE, Cluster
 from mulligan.testing.power_loss import CannotRecord, recorder
 
 TROUBLES = ("kill", "partition", "full_disk", "clock", "power")
-_PAUSE = (0.5, 2.5)  # seconds between two troubles
+_BYTES = 40_000  # that the run writes to its journal between two troubles, at most
+_STUCK_SECONDS = 20.0  # so long it is waited for that
+_LOOK_SECONDS = 0.1  # between two looks at the journal
 _LASTS = (0.5, 3.0)
 _JUMP = 86_400  # seconds
 
@@ -65,9 +67,25 @@ class Nemesis:
     async def rage(self, troubles: int) -> None:
         """Makes so many."""
         for number in range(troubles):
-            await asyncio.sleep(self._chance.uniform(*_PAUSE))
+            await self._run_goes_on(self._chance.randrange(1, _BYTES))
             make = self._makers[number % len(self._makers)] if number < len(self._makers) else None
             await (make or self._chance.choice(self._makers))()
+
+    async def _run_goes_on(self, count: int) -> None:
+        """Waits until the run has journaled so many bytes more, or cannot."""
+        files = self._cluster.folder / "runs"
+
+        def journaled() -> int:
+            try:
+                return sum(path.stat().st_size for path in files.glob("*/journal/*.msgpack"))
+            except FileNotFoundError:  # the trainer has just renamed one
+                return 0
+
+        start = await asyncio.to_thread(journaled)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STUCK_SECONDS):
+                while await asyncio.to_thread(journaled) < start + count:  # noqa: ASYNC110 - in another process
+                    await asyncio.sleep(_LOOK_SECONDS)
 
     async def _kill(self) -> None:
         victim = self._chance.choice(self._victims)
