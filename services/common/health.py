@@ -17,7 +17,7 @@ _SECONDS = 0.5  # between two looks at the health of a service's parts
 _Status = health_pb2.HealthCheckResponse
 
 
-class Health(health_pb2_grpc.HealthServicer):
+class HealthService(health_pb2_grpc.HealthServicer):
     """`observe` returns whether each service or part serves, by name. It is called for each check, and periodically for
     watchers."""
 

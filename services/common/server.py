@@ -29,7 +29,7 @@ from mulligan.common.callers import (
 from mulligan.common.config import ServiceSettings
 from mulligan.common.errors import DomainError, Reason, invalid_field
 from mulligan.common.grpc_server import Server, options
-from mulligan.common.health import Health
+from mulligan.common.health import HealthService
 from mulligan.common.logs import configure_logging, log_at_any_level
 from mulligan.common.metrics import MethodMetrics, exported
 from mulligan.common.request_log import PROBES, RequestLog
@@ -293,9 +293,9 @@ async def _checked_stream(requests: AsyncIterable[_Received]) -> AsyncIterator[A
 
 def add_standard_services(
     server: grpc.aio.Server, names: Sequence[str], health_of_parts: Callable[[], Mapping[str, bool]] = dict
-) -> Health:
+) -> HealthService:
     """Those that every server has: health, and reflection of the services with these full names."""
-    health_servicer = Health(health_of_parts)
+    health_servicer = HealthService(health_of_parts)
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     return health_servicer
