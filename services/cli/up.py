@@ -49,8 +49,7 @@ def up(
         ),
     ] = None,
     models_folder: Annotated[
-        Path,
-        typer.Option(help="Models come from below this folder, or are hub ids.", exists=True, file_okay=False),
+        Path, typer.Option(help="Models come from below it, or are hub ids.", exists=True, file_okay=False)
     ] = Path(),
     port_base: Annotated[
         int, typer.Option(min=1, max=65532, help="The services listen on this port and those behind it.")

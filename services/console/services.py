@@ -25,7 +25,7 @@ MOST_ENTRIES = 5_000  # of the memory that are read, the oldest first
 
 
 @dataclass(frozen=True, slots=True)
-class Answer(Generic[T]):
+class ServiceAnswer(Generic[T]):
     """What a service answered, or why it did not."""
 
     found: T | None = None
@@ -40,7 +40,7 @@ class Health:
 
 
 @dataclass(frozen=True, slots=True)
-class PolicyState:
+class PolicyWithVersions:
     info: PolicyInfo
     versions: Sequence[PolicyVersion]  # the latest first
 
@@ -57,18 +57,18 @@ class Services:
 
         return list(await gather_or_cancel(one(*pair) for pair in self._endpoints.items()))
 
-    async def policies(self) -> Answer[list[PolicyState]]:
-        async def ask(client: PolicyClient) -> list[PolicyState]:
+    async def policies(self) -> ServiceAnswer[list[PolicyWithVersions]]:
+        async def ask(client: PolicyClient) -> list[PolicyWithVersions]:
             infos = await client.policies()
             versions = await gather_or_cancel(client.versions(info.name) for info in infos)
             return [
-                PolicyState(info, sorted(found, key=lambda one: -one.policy_version))
+                PolicyWithVersions(info, sorted(found, key=lambda one: -one.policy_version))
                 for info, found in zip(infos, versions, strict=True)
             ]
 
         return await self._ask("policy", PolicyClient, ask)
 
-    async def entries(self, scope: str) -> Answer[list[StoredReflection]]:
+    async def entries(self, scope: str) -> ServiceAnswer[list[StoredReflection]]:
         """Of a scope, or of all, the latest first."""
 
         async def ask(client: MemoryClient) -> list[StoredReflection]:
@@ -76,19 +76,19 @@ class Services:
 
         return await self._ask("memory", MemoryClient, ask)
 
-    async def entry(self, reflection_id: str) -> Answer[Explained]:
+    async def entry(self, reflection_id: str) -> ServiceAnswer[Explained]:
         return await self._ask("memory", MemoryClient, lambda client: client.explain(reflection_id))
 
     async def _ask(
         self, name: str, kind: Callable[[Endpoint], MemoryClient | PolicyClient], ask: Callable[..., Awaitable[T]]
-    ) -> Answer[T]:
+    ) -> ServiceAnswer[T]:
         async with AsyncExitStack() as stack:
             client = kind(self._endpoints[name])
             stack.push_async_callback(client.close)
             try:
                 async with asyncio.timeout(5 * SECONDS):
-                    return Answer(await ask(client))
+                    return ServiceAnswer(await ask(client))
             except (DomainError, CallFailed, ServiceUnavailable) as error:
-                return Answer(error=str(error))
+                return ServiceAnswer(error=str(error))
             except TimeoutError:
-                return Answer(error=f"the {name} service did not answer within {5 * SECONDS:g} s")
+                return ServiceAnswer(error=f"the {name} service did not answer within {5 * SECONDS:g} s")

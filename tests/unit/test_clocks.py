@@ -16,6 +16,8 @@ CLOCKS = {
 }
 # What reads it, and for what. Orders come from numbers, never from these times.
 RECORDS = {
+    "services/common/certificates.py": "from when to when a certificate is good",
+    "services/common/run_credentials.py": "until when a credential is good",
     "services/cli/train.py": "the name of a run",
     "services/conformance/memory/entries.py": "whether a server's clock is this one's",
     "services/conformance/memory/log.py": "whether a server's clock is this one's",

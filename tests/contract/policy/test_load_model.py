@@ -106,7 +106,7 @@ async def test_a_credential_is_not_sent_to_an_address_that_it_was_not_given_for(
 
 async def test_prompts_go_to_no_address_but_those_of_the_settings() -> None:
     endpoint = {"base_url": "https://good/v1"}
-    allowed = {"allowed_addresses": ["https://also-good/v1", "http://engine:1", "http://engine:2/"]}
+    allowed: dict[str, Any] = {"allowed_addresses": ["https://also-good/v1", "http://engine:1", "http://engine:2/"]}
     async with started(backend="openai", openai=endpoint, **allowed) as running:
         load_model = running.client.load_model
         for bad in ("https://evil/v1", "https://also-good/v1/evil", "https://also-good", "https://a@also-good/v1", ""):
