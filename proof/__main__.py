@@ -37,6 +37,7 @@ from proof import (
     methods,
     predictions,
     second_attempts,
+    security,
     sglang,
     soak,
     staleness,
@@ -64,6 +65,7 @@ CASES: dict[str, Callable[[Path], dict[str, Any]]] = {
     **language_model.CASES,
     **consolidation.CASES,
     **soak.CASES,
+    **security.CASES,
     **suite.CASES,
 }
 

@@ -48,18 +48,27 @@ def _run(clone: Path, report: Path) -> dict[str, Any]:
     )
     if not report.exists():
         return {"failed": [f"make test ended with {result.returncode}: {result.stderr[-500:]}"]}
-    counts = {"passed": 0, "skipped": 0}
-    failed = []
-    for case in ElementTree.parse(report).iter("testcase"):
-        outcomes = {child.tag: child for child in case}
-        problem = outcomes.get("failure", outcomes.get("error"))
-        if problem is not None:
-            failed.append(f"{case.get('classname')}.{case.get('name')}: {problem.get('message', '')[:500]}")
-        else:
-            counts["skipped" if "skipped" in outcomes else "passed"] += 1
+    counts = outcomes(report)
+    failed = counts["failed"]
     if result.returncode and not failed:
         failed.append(f"make test ended with {result.returncode}")
-    return {**counts, "failed": failed, "seconds": round(time.monotonic() - start)}
+    return {**counts, "skipped": len(counts["skipped"]), "seconds": round(time.monotonic() - start)}
+
+
+def outcomes(report: Path) -> dict[str, Any]:
+    """Of a report of pytest in JUnit's form: how many tests passed, which were skipped and failed, and why."""
+    found: dict[str, Any] = {"passed": 0, "skipped": [], "failed": []}
+    for case in ElementTree.parse(report).iter("testcase"):
+        children = {child.tag: child for child in case}
+        problem = children.get("failure", children.get("error"))
+        name = f"{case.get('classname')}.{case.get('name')}"
+        if problem is not None:
+            found["failed"].append(f"{name}: {problem.get('message', '')[:500]}")
+        elif "skipped" in children:
+            found["skipped"].append(f"{name}: {children['skipped'].get('message', '')[:200]}")
+        else:
+            found["passed"] += 1
+    return found
 
 
 def _git(*arguments: str, folder: Path = ROOT) -> str:

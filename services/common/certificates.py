@@ -5,6 +5,7 @@
     FOLDER/authority/previous.pem     the certificate of the one before, which is still trusted
     FOLDER/services/NAME/             tls.crt and tls.key of a service, ca.crt with the authorities to trust
     FOLDER/clients/ROLE/              the same of callers with this role
+    FOLDER/services/trainer/run-keys.pem    the private key of credentials of runs; memory's has the public one
 
 Each file is written by one rename. What is there and still good is kept, so that a run that was broken off is made
 complete by another one.
@@ -26,6 +27,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from mulligan.common import files
@@ -176,6 +178,7 @@ class Certificates:
                 ended = f"{current.certificate.not_valid_after_utc:%Y-%m-%d}"
                 raise BadCertificates(f"{self._current}: the authority ended on {ended}: replace it, with --rotate")
             self._spread_trust(current)
+            self._make_run_keys()
             return self._certify(current)
 
     def ends(self) -> dict[str, datetime]:
@@ -246,6 +249,25 @@ class Certificates:
                 files.make_folder(path.parent)
                 files.replace(path, content, 0o600)
             self._set_mode(path)
+
+    def _make_run_keys(self) -> None:
+        """A private key for the trainer, if it has none; its public one for the memory service, before others that are
+        there. Raises BadCertificates for a file without a private key."""
+        private, public = (self.folder / "services" / name / "run-keys.pem" for name in ("trainer", "memory"))
+        if not private.exists():
+            made = Ed25519PrivateKey.generate()
+            key = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+            files.replace(private, made.private_bytes(*key), 0o600)
+        try:
+            signing = serialization.load_pem_private_key(private.read_bytes(), None)
+        except ValueError as error:
+            raise BadCertificates(f"{private}: expected a private key first: {error}") from error
+        form = (serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        wanted = signing.public_key().public_bytes(*form)
+        known = public.read_bytes() if public.exists() else b""
+        if wanted not in known:
+            files.replace(public, wanted + known, 0o600)
+        self._set_mode(private, public)
 
     # Certificates
 

@@ -15,7 +15,8 @@ from mulligan.common.suggest import did_you_mean
 _DESCRIPTION = """\
 Makes a private authority, a certificate for each service, and one for callers of each role. Called again, it makes
 those again that end soon or that are damaged, and leaves the others as they are. FOLDER has `authority`, whose key
-nobody else needs; services/NAME and clients/ROLE, each with tls.crt, tls.key and ca.crt."""
+nobody else needs; services/NAME and clients/ROLE, each with tls.crt, tls.key and ca.crt. Trainer and memory
+have the keys of credentials of runs, too: run-keys.pem."""
 _NEXT = {
     RotationStep.TRUST: "now give all services and callers their new ca.crt; then --rotate issue",
     RotationStep.ISSUE: "now give all services and callers their new tls.crt and tls.key; then --rotate retire",

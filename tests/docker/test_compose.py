@@ -114,6 +114,12 @@ def test_all_speak_tls_each_with_a_key_of_its_own(services: dict[str, Any]) -> N
     assert len(trusts) == 5 and {trainer[variable] for variable in trusts} == {"/run/tls/ca.crt"}
 
 
+def test_writes_need_the_credential_of_a_run(services: dict[str, Any]) -> None:
+    """The keys come with the certificates: the private one to the trainer, the public one to the memory."""
+    keys = {name: services[name]["environment"].get(f"MULLIGAN_{name.upper()}_RUN_KEYS") for name in OURS}
+    assert keys == {"env": None, "policy": None} | dict.fromkeys(("memory", "trainer"), "/run/tls/run-keys.pem")
+
+
 def networks(services: dict[str, Any]) -> dict[str, set[str]]:
     alone = {name for name, service in services.items() if service.get("network_mode") == "none"}
     return {name: set(services[name].get("networks") or {"default"}) for name in set(services) - alone}

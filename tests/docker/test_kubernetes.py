@@ -138,6 +138,8 @@ def test_all_speak_tls(name: str) -> None:
     (secret,) = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "tls"]
     command = re.search(r"kubectl create secret generic (mulligan-\$name-tls) --from-file=certs/services/\$name", DOCS)
     assert command is not None and command[1].replace("$name", name) == secret["secretName"]
+    keys = "/run/tls/run-keys.pem" if name in ("memory", "trainer") else None
+    assert variables.get(f"MULLIGAN_{name.upper()}_RUN_KEYS") == keys
     if name == "trainer":
         assert {f"MULLIGAN_TRAINER_{called}_TLS_CA" for called in ("ENV", "POLICY", "MEMORY")} <= set(paths)
 

@@ -17,6 +17,7 @@ from mulligan.common.access import AccessRole, role_of_names
 from mulligan.common.certificates import BadCertificates, Certificates, RotationStep
 from mulligan.common.config import SERVICES
 from mulligan.common.file_lock import lock_file
+from mulligan.common.run_credentials import RunGrant, RunKeys
 from mulligan.common.tls import PemFiles
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
@@ -126,6 +127,25 @@ def test_what_is_missing_or_wrong_is_made_again(made: Path, other: Path, damage:
     pair = {"services/policy/tls.crt", "services/policy/tls.key"}
     assert changed == (set() if name == "ca.crt" else pair)
     assert trusts(made / "services/policy", made / "services/policy", "policy")
+
+
+def test_the_trainer_signs_credentials_of_runs_and_the_memory_verifies_them(made: Path, other: Path) -> None:
+    private, public = (made / "services" / name / "run-keys.pem" for name in ("trainer", "memory"))
+    credential = RunKeys(private).sign(RunGrant("run"), 60)
+    assert RunKeys(public).verify(credential).run_id == "run" and not RunKeys(public).can_sign
+    assert not (made / "services/env/run-keys.pem").exists() and not (made / "services/policy/run-keys.pem").exists()
+    # Replacing a key: the new private one comes first, and both public ones verify for a while.
+    private.write_bytes((other / "services/trainer/run-keys.pem").read_bytes() + private.read_bytes())
+    later(made, 0)
+    assert all(
+        RunKeys(public).verify(one).run_id == "run" for one in (credential, RunKeys(private).sign(RunGrant("run"), 60))
+    )
+    before = contents(made)
+    later(made, 0)
+    assert contents(made) == before
+    private.write_bytes(b"nothing")
+    with pytest.raises(BadCertificates, match=r"trainer/run-keys\.pem: expected a private key first"):
+        later(made, 0)
 
 
 def test_an_authority_is_never_made_in_place_of_another(made: Path) -> None:
