@@ -1,0 +1,125 @@
+"""Further bugs for the judge, planted by somebody who had not read it. As those of `planted_bugs`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mulligan.common.types import Outcome
+
+Patch = Callable[[object, str, Any], None]
+
+
+def answer_of_another_episode(patch: Patch) -> None:
+    """Now and then a step is answered with what another episode shows."""
+    from mulligan.env import servicer
+
+    fill = servicer._fill_step
+    shown: list[str] = []
+
+    def mixed(step: Any, answer: Any) -> None:
+        fill(step, answer)
+        shown.append(answer.observation)
+        if len(shown) % 5 == 0:
+            step.observation = next((other for other in reversed(shown) if other != answer.observation), "lost")
+
+    patch(servicer, "_fill_step", mixed)
+
+
+def reward_given_to_each_repetition(patch: Patch) -> None:
+    """The answer to a repeated step has another reward than the first one had."""
+    from mulligan.env import servicer
+
+    fill = servicer._fill_step
+    answered: set[int] = set()
+
+    def other(step: Any, answer: Any) -> None:
+        fill(step, answer)
+        if id(answer) in answered:
+            step.reward += 0.5
+        answered.add(id(answer))
+
+    patch(servicer, "_fill_step", other)
+
+
+def newest_entry_hidden(patch: Patch) -> None:
+    """A query does not find what the version that it asks for was made by."""
+    from mulligan.memory import servicer
+
+    retrieve = servicer.retrieve
+
+    async def without(query: Any, store: Any) -> Any:
+        found = await retrieve(query, store)
+        kept = tuple(one for one in found.reflections if one.version != found.version)
+        return type(found)(kept, found.version)
+
+    patch(servicer, "retrieve", without)
+
+
+def text_cut(patch: Patch) -> None:
+    """The memory keeps half of a text."""
+    from mulligan.memory.servicer import MemoryServicer
+
+    add = MemoryServicer.AddReflection
+
+    async def half(self: Any, request: Any, context: Any) -> Any:
+        request.text = request.text[: max(1, len(request.text) // 2)]
+        return await add(self, request, context)
+
+    patch(MemoryServicer, "AddReflection", half)
+
+
+def gradients_added_twice(patch: Patch) -> None:
+    """Gradients that are asked for again are computed and added again."""
+    from mulligan.trainer.learner import servicer
+
+    once = servicer.LearnerServicer._exactly_once
+
+    async def twice(self: Any, request: Any, context: Any) -> Any:
+        held = self._held.get(request.learner_id)
+        if type(request).__name__ == "ForwardBackwardRequest" and held and request.sequence == held.next_call - 1:
+            held.last_request = b""
+            held.next_call -= 1
+        return await once(self, request, context)
+
+    patch(servicer.LearnerServicer, "_exactly_once", twice)
+
+
+def lost_episode_counts_as_cut(patch: Patch) -> None:
+    """An episode that was lost with its server counts as one that its step limit ended, with reward 0."""
+    from mulligan.trainer import trainable
+
+    usable = trainable.with_usable_reward
+
+    def cut(sample: Any) -> Any:
+        from dataclasses import replace
+
+        if not sample.outcome.has_reward:
+            return replace(sample, outcome=Outcome.TRUNCATED, reward=0.0, error="")
+        return usable(sample)
+
+    from mulligan.trainer import harness
+
+    patch(harness, "with_usable_reward", cut)
+
+
+def snapshot_open_to_all(patch: Patch) -> None:
+    """One call of the memory needs no credential."""
+    from mulligan.common import server
+
+    needed = server.needed_role
+    patch(server, "needed_role", lambda method: None if method.endswith("/GetSnapshot") else needed(method))
+
+
+HAS = {
+    "answer_of_another_episode": "env",
+    "reward_given_to_each_repetition": "env",
+    "newest_entry_hidden": "memory",
+    "text_cut": "memory",
+    "gradients_added_twice": "trainer",
+    "lost_episode_counts_as_cut": "trainer",
+    "snapshot_open_to_all": "memory",
+}
+"""The service that has the bug, by its name."""
+
+BUGS: dict[str, Callable[[Patch], None]] = {name: globals()[name] for name in HAS}
