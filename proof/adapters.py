@@ -62,7 +62,7 @@ def train(services: ServiceProcesses, folder: Path, model: Path, steps: int) -> 
     since the version before; each step with its gradient's norm, and the divergence of trainer and engine."""
     policy: dict[str, Any] = {"backend": "sglang", "model": model, "sglang": launch_settings(flags=_FLAGS)}
     policy |= {"keep_versions": steps + 1, "start_seconds": LAUNCH_SECONDS}
-    loop = Loop.start(services, folder, policy=policy)
+    loop = Loop.start(services, folder, policy=policy, trainer={"models_folder": model.parent})
     return asyncio.run(_train(loop, model, steps))
 
 

@@ -65,7 +65,9 @@ async def _demo(folder: Path, settings: RunSettings, experiences: int, accept_en
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, interrupted.set)
     say("starting four services: env, policy, memory, trainer …")
-    async with LocalServices(folder, model=settings.model.source) as services:
+    source = settings.model.source
+    models = Path(source).parent if Path(source).is_dir() else Path()
+    async with LocalServices(folder, model=source, models_folder=models) as services:
         places = "  ".join(f"{name} {address}" for name, address in services.addresses.items())
         say(f"healthy: {places}  (logs in {services.folder / 'logs'})")
         client = RunClient(services.endpoint("trainer"))  # a service that died is started again within seconds

@@ -16,6 +16,7 @@ async def test_a_run_under_faults_keeps_every_promise(tmp_path: Path) -> None:
     adversity = Adversity(3, ("full_disk", "kill", "partition"), victims=("env", "memory"))
     trial = await hold(tmp_path, settings, adversity, seed=3)
     assert trial.violations == []
+    assert trial.final.state == "stopped", trial.final.error
     summary = trial.summary
     assert sum(summary["troubles"].values()) == 3 and summary["network"]
     assert summary["steps"] >= 1 and summary["calls_of_strangers"] > 10

@@ -158,7 +158,7 @@ class ModelConfig(_message.Message):
     learner. "float16" is refused: gradients underflow.
     """
     revision: _builtins.str
-    """Of a hub id: a commit, a tag or a branch. The hub's present one when empty."""
+    """Of a hub id: a commit, a tag or a branch. Default "", the hub's present one."""
     @_builtins.property
     def lora(self) -> Global___LoraConfig:
         """Full fine-tuning when absent."""
@@ -169,20 +169,24 @@ class ModelConfig(_message.Message):
         source: _builtins.str = ...,
         lora: Global___LoraConfig | None = ...,
         dtype: _builtins.str | None = ...,
-        revision: _builtins.str = ...,
+        revision: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_lora", b"_lora", "dtype", b"dtype", "lora", b"lora"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_lora", b"_lora", "_revision", b"_revision", "dtype", b"dtype", "lora", b"lora", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_lora", b"_lora", "dtype", b"dtype", "lora", b"lora", "revision", b"revision", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dtype", b"_dtype", "_lora", b"_lora", "_revision", b"_revision", "dtype", b"dtype", "lora", b"lora", "revision", b"revision", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dtype: _TypeAlias = _typing.Literal["dtype"]  # noqa: Y015
     _WhichOneofArgType__dtype: _TypeAlias = _typing.Literal["_dtype", b"_dtype"]  # noqa: Y015
     _WhichOneofReturnType__lora: _TypeAlias = _typing.Literal["lora"]  # noqa: Y015
     _WhichOneofArgType__lora: _TypeAlias = _typing.Literal["_lora", b"_lora"]  # noqa: Y015
+    _WhichOneofReturnType__revision: _TypeAlias = _typing.Literal["revision"]  # noqa: Y015
+    _WhichOneofArgType__revision: _TypeAlias = _typing.Literal["_revision", b"_revision"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dtype) -> _WhichOneofReturnType__dtype | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lora) -> _WhichOneofReturnType__lora | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__revision) -> _WhichOneofReturnType__revision | None: ...
 
 Global___ModelConfig: _TypeAlias = ModelConfig  # noqa: Y015
 

@@ -388,7 +388,7 @@ def test_metadata_may_be_long(servers: dict[str, ServiceProcess]) -> None:
     with grpc.insecure_channel(server.address) as channel:
         get: Any = channel.unary_unary("/mulligan.memory.v1.MemoryService/GetSnapshot", request_serializer=None)
         for key, value, code in (
-            ("x-long", "x" * 8_000, grpc.StatusCode.OK),
+            ("x-long", "x" * 7_000, grpc.StatusCode.OK),  # from 8 KiB on, gRPC refuses some, by chance
             ("x-long", "x" * 100_000, grpc.StatusCode.RESOURCE_EXHAUSTED),
             ("x-bytes-bin", bytes(range(256)), grpc.StatusCode.OK),
         ):

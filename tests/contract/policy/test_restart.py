@@ -84,7 +84,11 @@ async def test_settings_that_changed_replace_what_was_loaded(
     [
         ({}, {}, "c0380102aad19fbe04fa4b82507f8e2b9c6edd7a0e8ee9de0bf549cf63b71d9e"),
         (
-            {"backend": "sglang", "sglang": {"servers": ["http://h:1"], "api_key": "k"}},
+            {
+                "backend": "sglang",
+                "sglang": {"servers": ["http://h:1"], "api_key": "k"},
+                "allowed_addresses": ["http://h:2"],
+            },
             {"sglang.servers": ["http://h:2"]},
             "7747f4eec4b538f1cfc927189c6fe4bc430c417eac44ee95f959004ec078547f",
         ),

@@ -43,6 +43,7 @@ async def client(services: ServiceProcesses, tiny: Path, tmp_path: Path) -> Asyn
     """Of a server that has the package, installed and as modules."""
     path = [str(install(tmp_path / "installed")), *filter(None, sys.path)]
     folders: dict[str, Any] = {"checkpoint-folder": tmp_path / "checkpoints", "weights-folder": tmp_path / "weights"}
+    folders["models-folder"] = tiny.parent
     address = services.start("trainer", environment={"PYTHONPATH": os.pathsep.join(path)}, threads=1, **folders).address
     client = await LearnerClient.create(Endpoint(address), "learner", "run", spec(tiny, deterministic=True))
     yield client

@@ -60,6 +60,7 @@ def served(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathF
         runs_folder=folder / "runs",
         checkpoint_folder=folder / "checkpoints",
         weights_folder=folder / "weights",
+        models_folder=folder,
     )
     return Served(service, folder, write_tiny_model(folder / "tiny"))
 
