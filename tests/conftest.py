@@ -33,6 +33,7 @@ structlog.configure(
         structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback),
     ]
 )
+_LONG = ("backends/sglang", "tests/docker", "tests/end_to_end", "tests/examples", "trainer/learner", "tests/contract")
 _ONE_SERVER = ("tests.support.sglang ", "tests.support.policy_backends ")
 
 
@@ -51,6 +52,11 @@ class _OneProcessPerServer(LoadScopeScheduling):  # type: ignore[misc]  # xdist 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
     """Where several processes run the tests. (The scheduler by marks changes ids in a way that pytest 9.2 ignores.)"""
     return _OneProcessPerServer(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Modules that take long come first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: next((place for place, begin in enumerate(_LONG) if begin in item.nodeid), len(_LONG)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -66,8 +66,7 @@ async def _demo(folder: Path, settings: RunSettings, experiences: int, accept_en
         asyncio.get_running_loop().add_signal_handler(number, interrupted.set)
     say("starting four services: env, policy, memory, trainer …")
     source = settings.model.source
-    models = Path(source).parent if Path(source).is_dir() else Path()
-    async with LocalServices(folder, model=source, models_folder=models) as services:
+    async with LocalServices(folder, model=source, models_folder=_models_folder(source)) as services:
         places = "  ".join(f"{name} {address}" for name, address in services.addresses.items())
         say(f"healthy: {places}  (logs in {services.folder / 'logs'})")
         client = RunClient(services.endpoint("trainer"))  # a service that died is started again within seconds
@@ -84,6 +83,11 @@ async def _demo(folder: Path, settings: RunSettings, experiences: int, accept_en
         finally:
             await client.close()
     return False
+
+
+def _models_folder(source: str) -> Path:
+    """That of a model which is a folder: the services are those of the demo, and load nothing else."""
+    return Path(source).parent if Path(source).is_dir() else Path()
 
 
 async def _begin(client: RunClient, settings: RunSettings, accept_environment: bool) -> RunInfo:

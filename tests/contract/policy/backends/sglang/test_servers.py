@@ -42,6 +42,7 @@ async def test_a_server_that_is_killed_under_load_is_not_noticed(tmp_path: Path)
     admitted: list[tuple[str, int]] = []
     async with opened(tmp_path, launching(2, probe_seconds=0.2)) as backend:
         first, second = (replica.info.address for replica in backend.replicas)
+        await _answer_their_service_alone(tmp_path, first)
         await backend.update_weights(full(tmp_path, references[1], 1), admission(references, admitted))
         assert admitted == [(first, 1), (second, 1)]
         load_now = Load(backend, callers=8)
@@ -67,17 +68,14 @@ async def test_a_server_that_is_killed_under_load_is_not_noticed(tmp_path: Path)
     assert [_processes(address) for address in (first, *addresses)] == [[], [], []]
 
 
-@pytest.mark.timeout(START_SECONDS + 120)
-async def test_a_launched_server_answers_its_service_alone(tmp_path: Path) -> None:
-    """The key that the policy made for it is needed for all but probes; without it nobody changes its weights."""
-    async with opened(tmp_path, launching()) as backend, aiohttp.ClientSession() as stranger:
-        await backend.generate(ask())
-        address = backend.replicas[0].info.address
+async def _answer_their_service_alone(folder: Path, address: str) -> None:
+    """The key that the policy made for a server is needed for all but probes; without it nobody changes its weights."""
+    async with aiohttp.ClientSession() as stranger:
         for method, path in (("GET", "/model_info"), ("POST", "/generate"), ("POST", "/update_weights_from_disk")):
             for headers in ({}, {"Authorization": "Bearer guessed"}):
                 async with stranger.request(method, address + path, json={}, headers=headers) as answer:
                     assert answer.status == 401, path
-        [key] = json.loads((tmp_path / "engine" / "sglang-0.keys.yaml").read_text()).values()
+        [key] = json.loads((folder / "engine" / "sglang-0.keys.yaml").read_text()).values()
         assert address.rpartition(":")[2] in _listed() and key not in _listed()
 
 
