@@ -146,9 +146,10 @@ async def _train(
 
 
 async def _another_step(client: RunClient, running: asyncio.Task[None]) -> None:
-    """Waits until the run has trained a step more, or has ended."""
+    """Waits until the run has trained a step more, or has ended. A run that begins again at its checkpoint has trained
+    fewer for a while."""
     before = (await client.get(RUN_ID)).step
-    while not running.done() and (await client.get(RUN_ID)).step == before:  # noqa: ASYNC110 - in another process
+    while not running.done() and (await client.get(RUN_ID)).step <= before:  # noqa: ASYNC110 - in another process
         await asyncio.sleep(_LOOK_SECONDS)
 
 
