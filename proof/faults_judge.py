@@ -2,8 +2,8 @@
 exactly-once steps, policy versions, memory writes, the learner's calls, rewards and authorisation.
 
 What happens to the services says `services/testing/judge/nemesis.py`; what must hold say the modules beside it.
-`faults-judge-planted` has the same services with one bug at a time, of those in `tests/support/planted_bugs.py`: the
-judge must find each.
+`faults-judge-planted` has the same services with one bug at a time, of those in `tests/support/planted_bugs.py` and
+`further_bugs.py`: the judge must find each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from mulligan.testing.judge.network import CallFaults
 from mulligan.testing.judge.trial import Adversity, hold, judged_run
-from tests.support.planted_bugs import BUGS, HAS
+from tests.support import further_bugs, planted_bugs
 
 TROUBLES = 12
 SEEDS = 5
@@ -38,10 +38,11 @@ def judged(seed: int, folder: Path) -> dict[str, Any]:
 
 def planted(folder: Path) -> dict[str, Any]:
     found = {}
-    for seed, bug in enumerate(BUGS):
+    bugs = [(module, bug) for module in (planted_bugs, further_bugs) for bug in module.BUGS]
+    for seed, (module, bug) in enumerate(bugs):
         _empty(folder)
         settings = judged_run(seed=seed)
-        plugins = {HAS[bug]: [f"tests.support.planted_bugs:{bug}"]}
+        plugins = {module.HAS[bug]: [f"{module.__name__}:{bug}"]}
         adversity = Adversity(_PLANTED_TROUBLES, ["kill"], ["env"], _REPEATED, plugins)
         trial = asyncio.run(hold(folder, settings, adversity, seed=seed))
         found[bug] = sorted({violation.rule for violation in trial.violations} - {"run"})

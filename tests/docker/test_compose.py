@@ -65,7 +65,7 @@ def test_no_credential_is_in_a_variable(services: dict[str, Any]) -> None:
     for name, service in services.items():
         for variable, value in (service.get("environment") or {}).items():
             if "TOKEN" in variable or "KEY" in variable:
-                assert variable.endswith(("_FILE", "_FOLDER", "_TLS_KEY")), (name, variable)
+                assert variable.endswith(("_FILE", "_FOLDER", "_TLS_KEY", "_RUN_KEYS")), (name, variable)
                 assert value.startswith("/run/"), (name, variable)
             else:
                 assert "token" not in str(value).lower(), (name, variable)

@@ -120,8 +120,9 @@ async def test_a_stranger_is_refused(running: Project, service: str) -> None:
 def test_each_has_its_own_key_and_nobody_has_the_authoritys(running: Project) -> None:
     listed = {name: running.execute(name, "find", "/run", "-type", "f").stdout.split() for name in SERVICES}
     tls = {f"/run/tls/{name}" for name in ("ca.crt", "tls.crt", "tls.key")}
+    wanted = {name: tls | ({"/run/tls/run-keys.pem"} if name in ("memory", "trainer") else set()) for name in SERVICES}
     tokens = {name: {file for file in files if "tokens" in file} for name, files in listed.items()}
-    assert {name: set(files) - tokens[name] for name, files in listed.items()} == dict.fromkeys(SERVICES, tls)
+    assert {name: set(files) - tokens[name] for name, files in listed.items()} == wanted
     assert all(file.startswith("/run/env-tokens/") for file in tokens["env"])
     keys = [running.execute(name, "cat", "/run/tls/tls.key").stdout for name in SERVICES]
     assert all("PRIVATE KEY" in key for key in keys) and len(set(keys)) == 2
