@@ -89,6 +89,10 @@ tools: $(MAYBE_BUF) $(MAYBE_TYPESCRIPT) $(OPENENV) ## install what some tests ne
 test: $(INSTALLED) ## run all tests; those that need what `make tools` installs are skipped where that is missing
 	@$(PYTEST) $(ARGS)
 
+.PHONY: long
+long: $(INSTALLED) ## run the tests that `make test` leaves out because they take long
+	@$(PYTEST) -m long $(ARGS)
+
 .PHONY: unit
 unit: $(INSTALLED) ## run the unit tests, in less than a minute; property tests try fewer examples than in `make test`
 	@$(PYTEST) tests/unit --hypothesis-profile=quick $(ARGS)

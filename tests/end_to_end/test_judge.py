@@ -9,6 +9,7 @@ import pytest
 from mulligan.testing.judge.trial import Adversity, hold, judged_run
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 async def test_a_run_under_faults_keeps_every_promise(tmp_path: Path) -> None:
     """A service that is killed takes a second to come back; the trainer's disk is full meanwhile."""

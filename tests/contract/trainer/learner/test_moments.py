@@ -25,6 +25,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.allclose(found[name], value, atol=1e-3), name
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # each process compiles its steps
 def test_two_processes_learn_what_one_learns_and_their_checkpoints_are_the_same(tmp_path: Path) -> None:
     pytest.importorskip("torchao", reason="needs the extra adam8bit")
