@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mulligan.common.types import Outcome
@@ -45,8 +46,7 @@ def reward_given_to_each_repetition(patch: Patch) -> None:
 def newest_entry_hidden(patch: Patch) -> None:
     """A query does not find what the version that it asks for was made by."""
     from mulligan.memory import servicer
-
-    retrieve = servicer.retrieve
+    from mulligan.memory.retrieval import retrieve
 
     async def without(query: Any, store: Any) -> Any:
         found = await retrieve(query, store)
@@ -87,18 +87,14 @@ def gradients_added_twice(patch: Patch) -> None:
 
 def lost_episode_counts_as_cut(patch: Patch) -> None:
     """An episode that was lost with its server counts as one that its step limit ended, with reward 0."""
-    from mulligan.trainer import trainable
+    from mulligan.trainer import harness, trainable
 
     usable = trainable.with_usable_reward
 
     def cut(sample: Any) -> Any:
-        from dataclasses import replace
-
         if not sample.outcome.has_reward:
             return replace(sample, outcome=Outcome.TRUNCATED, reward=0.0, error="")
         return usable(sample)
-
-    from mulligan.trainer import harness
 
     patch(harness, "with_usable_reward", cut)
 
@@ -106,9 +102,9 @@ def lost_episode_counts_as_cut(patch: Patch) -> None:
 def snapshot_open_to_all(patch: Patch) -> None:
     """One call of the memory needs no credential."""
     from mulligan.common import server
+    from mulligan.common.access import needed_role
 
-    needed = server.needed_role
-    patch(server, "needed_role", lambda method: None if method.endswith("/GetSnapshot") else needed(method))
+    patch(server, "needed_role", lambda method: None if method.endswith("/GetSnapshot") else needed_role(method))
 
 
 HAS = {
