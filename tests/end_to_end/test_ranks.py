@@ -15,6 +15,7 @@ from tests.support.ranks import pids
 from tests.support.waiting import until
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 async def test_a_run_survives_each_process_of_its_learner(services: ServiceProcesses, tmp_path: Path) -> None:
     loop = Loop.start(services, tmp_path, trainer={"learner_processes": 2, "outage_seconds": 200})
