@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from mulligan.common.files import user_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,8 @@ CATALOG: Mapping[str, FetchableModel] = {
 
 
 def models_folder() -> Path:
-    """Where fetched models lie: in the user's cache (https://specifications.freedesktop.org/basedir-spec/latest/)."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    return base / "mulligan" / "models"
+    """Where fetched models lie: in the user's cache."""
+    return user_folder("XDG_CACHE_HOME", ".cache") / "models"
 
 
 def default_folder(name: str) -> Path:

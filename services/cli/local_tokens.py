@@ -24,7 +24,7 @@ from pathlib import Path
 from mulligan.common.access import AccessRole
 from mulligan.common.addresses import is_loopback
 from mulligan.common.file_lock import lock_file
-from mulligan.common.files import replace, temporary_file
+from mulligan.common.files import replace, temporary_file, user_folder
 
 
 class NotPrivate(OSError):
@@ -127,16 +127,11 @@ def find_tokens(address: str) -> Path | None:
 
 
 def _place() -> Path:
-    """Names the machine, because machines may share the home folder. Raises OSError for a user without one.
-
-    https://specifications.freedesktop.org/basedir-spec/latest/
-    """
-    state = os.environ.get("XDG_STATE_HOME", "")
+    """Names the machine, because machines may share the home folder. Raises OSError for a user without one."""
     try:
-        base = Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state"
+        return user_folder("XDG_STATE_HOME", ".local/state") / "services" / os.uname().nodename
     except RuntimeError as error:
         raise FileNotFoundError(f"this user has no home folder, and XDG_STATE_HOME names none: {error}") from error
-    return base / "mulligan" / "services" / os.uname().nodename
 
 
 def _make_place() -> Path:

@@ -19,8 +19,10 @@ from mulligan.cli.connection import (
     endpoint,
 )
 from mulligan.cli.out import fail, note
+from mulligan.common.addresses import Addresses
 from mulligan.common.errors import ServiceUnavailable
 from mulligan.common.extras import MissingExtra
+from mulligan.common.files import user_folder
 
 PORT = 8050
 
@@ -52,7 +54,7 @@ def ui(
         fail(MissingExtra("ui", error), 2)
     addresses = {"env": env, "policy": policy, "memory": memory, "trainer": trainer}
     try:
-        services = Services({name: endpoint(address) for name, address in addresses.items()})
+        services = Services({name: endpoint(_first(address)) for name, address in addresses.items()})
     except ServiceUnavailable as error:
         fail(error, 2)
     with socket.socket() as listening:
@@ -72,9 +74,15 @@ def ui(
         index.close()
 
 
+def _first(address: str) -> str:
+    """Of several servers of a service the first: their policies are at one version."""
+    try:
+        return next(iter(Addresses.parse(address).fixed), address)
+    except ValueError as error:
+        fail(error, 2)
+
+
 def _cache(folder: Path) -> Path:
     """The file of the index of a folder's experiences, in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-    return base / "mulligan" / "console" / f"{name}.sqlite"
+    return user_folder("XDG_CACHE_HOME", ".cache") / "console" / f"{name}.sqlite"

@@ -69,6 +69,13 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
+def user_folder(variable: str, default: str) -> Path:
+    """Mulligan's folder among those of the user: `user_folder("XDG_CACHE_HOME", ".cache")`. Raises RuntimeError for a
+    user without a home folder. https://specifications.freedesktop.org/basedir-spec/latest/"""
+    chosen = os.environ.get(variable, "")
+    return (Path(chosen) if os.path.isabs(chosen) else Path.home() / default) / "mulligan"
+
+
 def keep_files_private() -> None:
     """What this process and its children make from now on can be read by its user alone, unless its mode is changed."""
     os.umask(0o077)

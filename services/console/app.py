@@ -32,7 +32,7 @@ from mulligan.console.settings import differences, flat
 from mulligan.console.tokens import texts_of
 from mulligan.console.views import view_of
 from mulligan.console.watcher import Watcher
-from mulligan.trainer.journal import journal_file, read_experiences
+from mulligan.trainer.journal import journal_file, read_experiences, slot_of, step_of
 
 PAGE = 50  # experiences
 _STATIC = Path(__file__).parent / "static"
@@ -133,6 +133,7 @@ class Pages:
             run=run,
             tab="experiences",
             view=view,
+            slot=slot_of(name),
             given=given,
             before=before,
             following=following,
@@ -168,12 +169,13 @@ class Pages:
         async def events() -> AsyncIterator[str]:
             yield "retry: 2000\n\n"
             async for _ in self._watcher.changes():
+                newest = {key: run.series.cursor for key in keys if (run := self._watcher.run(key))}
+                if all(cursor <= cursors.get(key, 0) for key, cursor in newest.items()):
+                    yield ": nothing new\n\n"  # notices a browser that has left
+                    continue
                 points = self._points(keys, names, cursors)
-                if any(one["after"] > cursors.get(key, 0) for key, one in points.items()):
-                    cursors.update({key: one["after"] for key, one in points.items()})
-                    yield f"data: {json.dumps(points)}\n\n"
-                else:
-                    yield ": nothing new\n\n"
+                cursors.update(newest)
+                yield f"data: {json.dumps(points)}\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
@@ -232,23 +234,19 @@ def _filter(run: ShownRun, given: Mapping[str, str]) -> ExperienceFilter:
     )
 
 
-def _step_of(name: str) -> int | None:
-    """Of an experience, by its id `RUN-sSTEP-tSLOT-rROLLOUT`."""
-    return _int(name.rpartition("-t")[0].rpartition("-s")[2])
-
-
 def _experience(run: ShownRun, name: str) -> Experience | None:
-    step = _step_of(name)
-    file = None if step is None or step < 0 else journal_file(run.folder.journal, step)
-    if file is None or not file.exists():
+    try:
+        file = journal_file(run.folder.journal, step_of(name))
+        if not file.exists():
+            return None
+    except (ValueError, OSError):  # no such id; a number that is too long for a name
         return None
     return next((one for one in read_experiences(file) if one.experience_id == name), None)
 
 
 def _members(run: ShownRun, step: int, slot: int) -> list[Experience]:
     file = journal_file(run.folder.journal, step)
-    begin = f"-s{step}-t{slot}-r"
-    return [one for one in read_experiences(file) if begin in one.experience_id] if file.exists() else []
+    return [one for one in read_experiences(file) if slot_of(one.experience_id) == slot] if file.exists() else []
 
 
 def _int(text: str | None) -> int | None:

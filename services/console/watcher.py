@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,6 +27,7 @@ class Watcher:
         self._index = index
         self._runs: list[ShownRun] = []
         self._changed = asyncio.Event()
+        self._read: dict[Path, tuple[int, int]] = {}  # size and time of change of each step's file
         self.indexing = 0
 
     @property
@@ -70,12 +72,26 @@ class Watcher:
 
     async def _read_experiences(self) -> None:
         while True:
-            places = [(run, step) for run in self._runs for step in reversed(journaled_steps(run.folder.journal))]
+            places = await asyncio.to_thread(self._changed_steps)
             self.indexing = len(places)
-            for run, step in places:
+            for run, step, file, state in places:
                 try:
-                    await asyncio.to_thread(self._index.add_step, run.key, step, journal_file(run.folder.journal, step))
+                    await asyncio.to_thread(self._index.add_step, run.key, step, file)
+                    self._read[file] = state
                 except OSError as error:
                     log.warning("experiences cannot be read", run=run.key, step=step, cause=str(error))
                 self.indexing -= 1
             await asyncio.sleep(SECONDS)
+
+    def _changed_steps(self) -> list[tuple[ShownRun, int, Path, tuple[int, int]]]:
+        """The files that changed since they were read, the latest step of each run first."""
+        found = []
+        for run in self._runs:
+            for step in reversed(journaled_steps(run.folder.journal)):
+                file = journal_file(run.folder.journal, step)
+                with contextlib.suppress(FileNotFoundError):  # it was set aside
+                    stat = file.stat()
+                    state = (stat.st_size, stat.st_mtime_ns)
+                    if self._read.get(file) != state:
+                        found.append((run, step, file, state))
+        return found

@@ -71,18 +71,16 @@ class PolicyServicer(pb_grpc.PolicyServiceServicer):
     async def GenerateMany(
         self, request: pb.GenerateManyRequest, context: Any
     ) -> AsyncIterator[pb.GenerateManyResponse]:
-        finished: asyncio.Queue[pb.GenerateManyResponse.Item] = asyncio.Queue()
-
-        async def answer(index: int, one: pb.GenerateRequest) -> None:
-            finished.put_nowait(await self._item(index, one))
-
-        tasks = [asyncio.create_task(answer(index, one)) for index, one in enumerate(request.requests)]
+        finished: asyncio.Queue[asyncio.Task[pb.GenerateManyResponse.Item]] = asyncio.Queue()
+        tasks = [asyncio.create_task(self._item(index, one)) for index, one in enumerate(request.requests)]
+        for task in tasks:
+            task.add_done_callback(finished.put_nowait)
         try:
             left = len(tasks)
             while left:
-                items = [await finished.get()]
+                items = [(await finished.get()).result()]
                 while not finished.empty():
-                    items.append(finished.get_nowait())
+                    items.append(finished.get_nowait().result())
                 left -= len(items)
                 for message in many_to_proto(items):
                     yield message

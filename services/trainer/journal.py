@@ -328,6 +328,11 @@ def read_metrics(path: Path) -> dict[str, float] | None:
     return next((record.metrics for record in records if isinstance(record, StepCompleted)), None)
 
 
+def step_of(experience_id: str) -> int:
+    """The step of an experience, by its id `RUN-sSTEP-tSLOT-rROLLOUT`. Raises ValueError for another text."""
+    return int(experience_id.rpartition("-t")[0].rpartition("-s")[2])
+
+
 def slot_of(experience_id: str) -> int:
     """Which group of its step an experience is of, by its id `RUN-sSTEP-tSLOT-rROLLOUT`."""
     return int(experience_id.rpartition("-r")[0].rpartition("-t")[2])

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mulligan.common.types import Outcome
-
-Patch = Callable[[object, str, Any], None]
+from tests.support.planted_bugs import Patch, again_and_again
 
 
 def answer_of_another_episode(patch: Patch) -> None:
@@ -71,18 +70,7 @@ def text_cut(patch: Patch) -> None:
 
 def gradients_added_twice(patch: Patch) -> None:
     """Gradients that are asked for again are computed and added again."""
-    from mulligan.trainer.learner import servicer
-
-    once = servicer.LearnerServicer._exactly_once
-
-    async def twice(self: Any, request: Any, context: Any) -> Any:
-        held = self._held.get(request.learner_id)
-        if type(request).__name__ == "ForwardBackwardRequest" and held and request.sequence == held.next_call - 1:
-            held.last_request = b""
-            held.next_call -= 1
-        return await once(self, request, context)
-
-    patch(servicer.LearnerServicer, "_exactly_once", twice)
+    again_and_again(patch, "ForwardBackwardRequest")
 
 
 def lost_episode_counts_as_cut(patch: Patch) -> None:
