@@ -1,5 +1,5 @@
 """Bugs in the services that the judge must find, one of each kind that it judges. They follow the promises of the
-contracts, not the judge. `plant` replaces a function of a service in this process, so a service that is started by
+contracts, not the judge. Each replaces a function of a service in this process, so a service that is started by
 `mulligan.testing.judge.launch --plugin tests.support.planted_bugs:NAME` has the bug."""
 
 from __future__ import annotations
@@ -134,18 +134,13 @@ def failure_is_reward_zero(patch: Patch) -> None:
 
 def optimizer_step_counted_twice(patch: Patch) -> None:
     """An optimizer step that is asked for again is taken again."""
-    again_and_again(patch, "OptimStepRequest")
-
-
-def again_and_again(patch: Patch, request_name: str) -> None:
-    """What is asked for again, by a request of this kind, is done again."""
     from mulligan.trainer.learner import servicer
 
     once = servicer.LearnerServicer._exactly_once
 
     async def twice(self: Any, request: Any, context: Any) -> Any:
         held = self._held.get(request.learner_id)
-        if type(request).__name__ == request_name and held and request.sequence == held.next_call - 1:
+        if type(request).__name__ == "OptimStepRequest" and held and request.sequence == held.next_call - 1:
             held.last_request = b""
             held.next_call -= 1
         return await once(self, request, context)
@@ -197,7 +192,3 @@ HAS = {
 """The service that has the bug, by its name."""
 
 BUGS: dict[str, Callable[[Patch], None]] = {name: globals()[name] for name in HAS}
-
-
-def plant(name: str, patch: Patch = setattr) -> None:
-    BUGS[name](patch)

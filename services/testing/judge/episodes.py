@@ -51,6 +51,15 @@ def answered_steps(calls: Sequence[RecordedCall]) -> dict[str, list[AnsweredStep
     return found
 
 
+def asked_steps(calls: Sequence[RecordedCall]) -> dict[str, set[int]]:
+    """By episode: the steps that somebody asked for, answered or not."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for call in named(calls, "StepEpisode", "StepEpisodes"):
+        for asked in [call.request] if call.name == "StepEpisode" else call.request["steps"]:
+            found[asked["episode_id"]].add(asked.get("step_index", 0))
+    return found
+
+
 def _items(call: RecordedCall) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     if call.answer is None:
         return

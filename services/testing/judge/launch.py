@@ -3,7 +3,7 @@ and proofs add to it. The services themselves know nothing of it.
 
 --history SOCKET --caller NAME   records the calls that it makes, for the `Collector` at the socket
 --synced COPIES FOLDER           copies what is synced in the folder to the folder COPIES (`disks.py`); may be repeated
---plugin MODULE:NAME             calls MODULE.plant(NAME), which may plant a bug; may be repeated
+--plugin MODULE:NAME             calls MODULE.NAME(setattr), which may plant a bug; may be repeated
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
         disks.copy_what_is_synced(copies, folder)
     for plugin in chosen.plugin:
         module, _, name = plugin.partition(":")
-        importlib.import_module(module).plant(name)
+        getattr(importlib.import_module(module), name)(setattr)
     sys.argv = [f"mulligan.{chosen.service}", *chosen.arguments]
     importlib.import_module(f"mulligan.{chosen.service}.__main__").main()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from mulligan.common.experience import Sample, Turn
 from mulligan.common.rewards import total
 from mulligan.common.types import Outcome
-from mulligan.testing.judge.episodes import AnsweredStep, answered_steps
+from mulligan.testing.judge.episodes import AnsweredStep, answered_steps, asked_steps
 from mulligan.testing.judge.history import BrokenRule, RecordedCall, named
 from mulligan.testing.judge.state import Final
 
@@ -20,14 +20,17 @@ _ENDS = {
 
 def check(calls: Sequence[RecordedCall], final: Final) -> Iterator[BrokenRule]:
     steps = answered_steps(calls)
+    asked = asked_steps(calls)
     for experience in final.experiences:
         for sample in experience.samples:
             if sample.is_episode and sample.forked_from is None:
-                yield from _check_sample(sample, steps)
+                yield from _check_sample(sample, steps, asked)
     yield from _check_reports(calls, final)
 
 
-def _check_sample(sample: Sample, steps: Mapping[str, Sequence[AnsweredStep]]) -> Iterator[BrokenRule]:
+def _check_sample(
+    sample: Sample, steps: Mapping[str, Sequence[AnsweredStep]], asked: Mapping[str, set[int]]
+) -> Iterator[BrokenRule]:
     name = f"{sample.sample_id} ({sample.outcome}, reward {sample.reward})"
     if (sample.reward is not None) != sample.outcome.has_reward:
         yield BrokenRule(RULE, f"{name}: a reward and its outcome do not go together")
@@ -46,6 +49,8 @@ def _check_sample(sample: Sample, steps: Mapping[str, Sequence[AnsweredStep]]) -
         outcome = step.answer.get("outcome", 0) if step.done else 0
         if outcome not in _ENDS[sample.outcome]:
             yield BrokenRule(RULE, f"{name}: its last step had the outcome {outcome}", (step.call,))
+    if len(sample.tries[-1]) in asked.get(last_id, ()):  # an episode that its limit ended is asked nothing more
+        yield BrokenRule(RULE, f"{name}: its step {len(sample.tries[-1])} was asked for, and no answer counts")
     if abs(total(turn.reward for turn in sample.tries[-1]) - sample.reward) > 1e-9:
         yield BrokenRule(RULE, f"{name}: the rewards of its turns have another sum")
 

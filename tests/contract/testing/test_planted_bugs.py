@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import planted_bugs
+from tests.support import further_bugs, planted_bugs
 from tests.support.judged import patched, short_run, world
 
 # A bug of each kind that the judge judges; `python -m proof --only faults-judge-planted` has all.
@@ -17,6 +17,11 @@ FOUND_BY = {
     "failure_is_reward_zero": "rewards",
     "optimizer_step_counted_twice": "learner",
     "role_not_checked": "access",
+    "answer_of_another_episode": "episodes",
+    "reward_given_to_each_repetition": "episodes",
+    "text_cut": "memory",
+    "lost_episode_counts_as_cut": "rewards",
+    "snapshot_open_to_all": "access",
 }
 
 
@@ -33,7 +38,7 @@ async def test_a_run_without_a_bug_keeps_every_promise(tmp_path: Path) -> None:
     assert {call.code for call in refused} >= {"UNAUTHENTICATED", "PERMISSION_DENIED"}
 
 
-_SHORT = ("write_lost", "role_not_checked")
+_SHORT = ("write_lost", "role_not_checked", "lost_episode_counts_as_cut")
 
 
 @pytest.mark.parametrize(
@@ -42,7 +47,7 @@ _SHORT = ("write_lost", "role_not_checked")
 )
 async def test_a_bug_is_found(tmp_path: Path, bug: str, rule: str) -> None:
     with patched() as patch:
-        planted_bugs.plant(bug, patch)
+        (planted_bugs.BUGS | further_bugs.BUGS)[bug](patch)
         async with world(tmp_path) as judged:
             found = await judged.run(short_run(steps=1), lose_episodes=1)
     assert rule in {violation.rule for violation in found}, "\n".join(map(str, found))
