@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import time
 from collections import OrderedDict
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
@@ -20,6 +19,7 @@ from typing import TypeVar
 from urllib.parse import unquote
 
 from mulligan.common.errors import DomainError, Reason
+from mulligan.common.rate import TokenBucket
 from mulligan.common.tasks import TimeLimit, TooLong
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ PROBE_LIMITS = CallerLimits(
 class Caller:
     """What the calls of one caller use now."""
 
-    __slots__ = ("_allowance", "_counted_at", "_limits", "_receiving", "calls", "held_bytes", "key", "streams")
+    __slots__ = ("_limits", "_rate", "_receiving", "calls", "held_bytes", "key", "streams")
 
     def __init__(self, key: str, limits: CallerLimits):
         self.key = key
@@ -63,8 +63,8 @@ class Caller:
         self.held_bytes = 0
         self._limits = limits
         self._receiving = asyncio.Semaphore(limits.receiving)
-        self._allowance = max(limits.calls_per_second, 1.0)
-        self._counted_at = time.monotonic()
+        rate = limits.calls_per_second
+        self._rate = TokenBucket(rate, max(rate, 1.0)) if rate else None
 
     @property
     def receiving(self) -> asyncio.Semaphore:
@@ -80,18 +80,8 @@ class Caller:
             raise self._refused(f"{self.streams} of its calls stream requests", limits.streams, "streams")
         if self.held_bytes >= limits.held_bytes:
             raise self._refused(f"its calls hold {self.held_bytes} bytes", limits.held_bytes, "bytes")
-        if limits.calls_per_second and not self._is_slow_enough(limits.calls_per_second):
+        if self._rate is not None and not self._rate.take():
             raise self._refused("it calls too often", limits.calls_per_second, "calls_per_second")
-
-    def _is_slow_enough(self, rate: float) -> bool:
-        """A token bucket that holds the calls of one second."""
-        now = time.monotonic()
-        self._allowance = min(self._allowance + (now - self._counted_at) * rate, max(rate, 1.0))
-        self._counted_at = now
-        if self._allowance < 1.0:
-            return False
-        self._allowance -= 1.0
-        return True
 
     def _refused(self, used: str, limit: float, name: str) -> DomainError:
         message = f"the caller has reached a limit of this server: {used}, of {limit:g} at most"

@@ -13,7 +13,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from prometheus_client import Counter
 
 from mulligan.common.config import ServiceSettings
 from mulligan.common.metrics import REGISTRY
+from mulligan.common.rate import TokenBucket
 from mulligan.common.status import CALL_ENDED
 from mulligan.common.text import bounded
 
@@ -61,22 +61,14 @@ class Throttle:
     """Bounds lines that anybody can cause: `burst` at once, and after them so many per second."""
 
     def __init__(self, per_second: float = 10.0, burst: int = 100):
-        self._per_second = per_second
-        self._burst = burst
-        self._allowance = float(burst)
-        self._counted_at = time.monotonic()
+        self._lines = TokenBucket(per_second, burst)
         self._left_out = 0
 
     def admits(self) -> bool:
         """Whether a line may be written; counts it if not."""
-        now = time.monotonic()
-        self._allowance = min(self._allowance + (now - self._counted_at) * self._per_second, self._burst)
-        self._counted_at = now
-        if self._allowance < 1.0:
-            self._left_out += 1
-            return False
-        self._allowance -= 1.0
-        return True
+        admitted = self._lines.take()
+        self._left_out += not admitted
+        return admitted
 
     def left_out(self) -> dict[str, int]:
         """For the next line: how many were left out before it, if any."""

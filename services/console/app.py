@@ -152,13 +152,9 @@ class Pages:
 
     async def series(self, request: Request) -> Response:
         """Points of metrics of runs, as JSON: those of later events than `after`, if there is one."""
-        names = request.query_params.getlist("metric")
+        keys, names = request.query_params.getlist("run"), request.query_params.getlist("metric")
         after = _int(request.query_params.get("after")) or 0
-        return JSONResponse(
-            self._points(
-                request.query_params.getlist("run"), names, dict.fromkeys(request.query_params.getlist("run"), after)
-            )
-        )
+        return JSONResponse(self._points(keys, names, dict.fromkeys(keys, after)))
 
     async def live(self, request: Request) -> Response:
         """The same as server-sent events, whenever there is something new. `after` has a number for each run."""
