@@ -128,12 +128,15 @@ async def test_a_policy_of_its_own_reflects_and_is_measured(loop: Loop) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("victim", ["env", "policy", "memory", "trainer"])
+@pytest.mark.parametrize(
+    "victim", ["trainer", *(pytest.param(name, marks=pytest.mark.long) for name in ("env", "policy", "memory"))]
+)
 async def test_a_killed_service_comes_back_and_the_run_ends(loop: Loop, victim: str) -> None:
     """The policy has no state folder here: it forgets its weights, and is given them again."""
     await kill_twice(loop, victim, f"without-{victim}")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 async def test_a_trainer_that_ends_in_the_midst_of_a_step_gives_its_learner_back_and_goes_on(loop: Loop) -> None:
     loop.trainer.arguments += ["--drain-seconds", "0.1"]
@@ -172,6 +175,7 @@ async def kill_twice(loop: Loop, victim: str, run_id: str) -> list[str]:
     return await loop.notices(run_id)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 async def test_a_killed_policy_with_a_state_folder_knows_its_weights(loop: Loop, tmp_path: Path) -> None:
     loop.policy.kill()
@@ -181,6 +185,7 @@ async def test_a_killed_policy_with_a_state_folder_knows_its_weights(loop: Loop,
     assert not [text for text in notices if "lost version" in text]
 
 
+@pytest.mark.long
 async def test_weights_are_streamed_where_no_file_system_is_shared(loop: Loop) -> None:
     """The last to use these services: they stay as they are. In bfloat16 few of the weights change, and only these are
     sent."""

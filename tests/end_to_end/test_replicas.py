@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mulligan.common.channel import Endpoint
 from mulligan.policy.client import PolicyClient
 from mulligan.testing.loop import RUN_SECONDS, Loop, small_run
@@ -56,6 +58,7 @@ async def version_at(server: ServiceProcess) -> int:
         await client.close()
 
 
+@pytest.mark.long
 async def test_a_run_goes_on_without_a_server_of_each_kind(services: ServiceProcesses, tmp_path: Path) -> None:
     loop, env, policy = await asyncio.to_thread(start, services, tmp_path)
     trainer = loop.client()

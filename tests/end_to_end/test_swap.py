@@ -136,6 +136,7 @@ def changed(one: Any, other: Any, path: str = "") -> set[str]:
     return set() if one == other else {path}
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 async def test_a_llama_takes_the_place_of_a_qwen_and_is_trained(services: ServiceProcesses, tmp_path: Path) -> None:
     llama = write_llama_model(tmp_path / "models" / "llama")

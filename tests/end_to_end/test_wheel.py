@@ -83,6 +83,7 @@ def test_the_types_reach_a_users_checker(beside_others: Installed) -> None:
     assert 'Revealed type is "mulligan.env.' in told
 
 
+@pytest.mark.long
 def test_the_demo_runs_in_an_empty_folder(installed: Installed) -> None:
     settings = ("steps=1", "rollout.tasks_per_step=2", "evaluation.tasks=4", "evaluation.samples=1")
     told = installed.mulligan("demo", *(word for setting in settings for word in ("--set", setting)))

@@ -53,6 +53,7 @@ def paste(installed: Installed, commands: str, variables: dict[str, str]) -> str
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # for what hangs, not for a machine that is busy
 def test_the_tutorial_from_its_first_line_to_its_last(tmp_path: Path) -> None:
     installed = install(tmp_path)

@@ -21,7 +21,7 @@ CONTEXT_LENGTH = 64
 TEMPLATE = "{% for message in messages %}{{ message['content'] + '<end>' }}{% endfor %}"
 
 
-def write_tiny_model(folder: Path, seed: int = 0, *, layers: int = 2) -> Path:
+def write_tiny_model(folder: Path, seed: int = 0, *, layers: int = 2, head_dim: int = 8) -> Path:
     config = Qwen3Config(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=16,
@@ -29,7 +29,7 @@ def write_tiny_model(folder: Path, seed: int = 0, *, layers: int = 2) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=8,
+        head_dim=head_dim,
         max_position_embeddings=CONTEXT_LENGTH,
         tie_word_embeddings=True,
         initializer_range=0.3,

@@ -153,14 +153,15 @@ def saved_per_token(shape: ModelShape, training: Training, *, on_gpu: bool) -> f
     """Bytes that a layer keeps of each token for its backward pass.
 
     Linear maps keep their input if their weights are trained; under autocast each has a copy of its own of a float32
-    input. Norms keep their input in float32, and if trained, their normalized input. Attention keeps queries, keys,
-    values, and its result; on a GPU, keys and values are repeated for all heads (`tree_attention`).
+    input. Beside an adapter norms give bfloat16, so maps that have the same input keep one. Norms keep their input in
+    float32, and if trained, their normalized input. Attention keeps queries, keys, values, and its result; on a GPU,
+    keys and values are repeated for all heads (`tree_attention`).
     """
     number = training.number
     lora = training.rank > 0
-    own_copies = 5 if number < _FLOAT32 else 2  # inputs of q, k, v, gate, up; without autocast those of a norm are one
+    copies = 5 if number < _FLOAT32 and not lora else 2  # of the inputs of q, k, v, gate, up
     norms = 2 * (_FLOAT32 if lora else 2 * _FLOAT32)
-    hidden = norms + own_copies * number
+    hidden = norms + copies * number
     mlp = 4 * number  # gate, its activation, up, and the input of down
     normalized = 0 if not shape.query_norms else _FLOAT32 + (0 if lora else number)
     queries = normalized + 3 * number  # rotated; the result, and a copy of it as the input of the output map

@@ -74,7 +74,8 @@ class PolicyModel:
         self.shares_prefixes = self._tree_kernel is not None
         self.adapter = None if settings.lora is None else _attach(self.base, settings.lora, seed).eval()
         if gradient_checkpointing:
-            _checkpoint_layers(self.base, settings.source)
+            with self._autocast():
+                _checkpoint_layers(self.base, settings.source)
         self._weight_names = _distinct_names(self.base)
         sharding.share_out(self.base, self._ranks)
         names = [] if self.adapter is None else _adapted(self.adapter)
@@ -339,6 +340,10 @@ def _attach(base: Any, settings: LoraSettings, seed: int) -> PeftModel:
         except ValueError as error:  # a name that no layer has
             raise invalid_field("model.lora.target_modules", f"names of linear layers ({error})"[:1000]) from error
     _refuse_unservable(adapter)
+    layers: list[Any] = [module for module in adapter.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        # peft would copy the input to float32, the type of the adapter; autocast computes in its own type anyway.
+        layer.cast_input_dtype_enabled = False
     return adapter
 
 

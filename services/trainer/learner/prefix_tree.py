@@ -111,6 +111,11 @@ class PrefixTree:
     ends_T: Nodes
     device: torch.device
 
+    @property
+    def is_sequence(self) -> bool:
+        """It has one sequence, perhaps several times."""
+        return len(self.starts) == 1
+
     @cached_property
     def in_chunks(self) -> Chunks:
         return _in_chunks(list(_ranges(self.starts, len(self.ends_T))), self.ends_T, self.device)

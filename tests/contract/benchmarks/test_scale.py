@@ -12,6 +12,7 @@ import pytest
 from tests.support.paths import IMPORT_ROOTS, ROOT
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_two_processes_measure_together() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -26,5 +27,5 @@ def test_two_processes_measure_together() -> None:
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert [(one["trained"], one["gpus"]) for one in result["ways"]] == [("lora-16", 2)]
-    assert result["ways"][0]["tokens_per_second"] > 0
+    assert [(one["trained"], one["gpus"]) for one in result["ways"]] == [("lora-16", 2)] * 3
+    assert all(one["tokens_per_second"] > 0 for one in result["ways"])

@@ -234,7 +234,12 @@ async def test_sparse_files_are_checked_where_a_version_is_kept(makes: bool, tmp
 
 
 # Those of the memory's contract are in test_memory_suite.py.
-OTHERS = [kind for kind in faults() if kind.service != "memory"]
+# One waits until a lease has ended.
+OTHERS = [
+    pytest.param(kind, marks=[pytest.mark.long] if kind.__name__ == "KeepsLearnersForEver" else [])
+    for kind in faults()
+    if kind.service != "memory"
+]
 
 
 @pytest.mark.parametrize("kind", OTHERS, ids=lambda kind: f"{kind.service}-{kind.__name__}")

@@ -30,15 +30,19 @@ def test_without_a_gpu_it_prints_the_estimates(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines, result = result_of(["--rows", "16384"], monkeypatch, capsys)
     assert lines[0] == "no CUDA device"
-    assert [(one["trained"], one["tokens_per_second"]) for one in result["ways"]] == [("full", None), ("lora-16", None)]
+    batches = ["rows of 16,384", "ERL, prefixes once", "ERL, each sequence alone"]
+    assert [(one["trained"], one["batch"], one["tokens_per_second"]) for one in result["ways"]] == [
+        (way, batch, None) for way in ("full", "lora-16") for batch in batches
+    ]
     expected = memory(shape_from(QWEN3_4B), Training(rank=16), 16_384, checkpointing=True).total / 2**30
-    assert result["ways"][1]["estimated_gib"] == expected
+    assert result["ways"][3]["estimated_gib"] == expected
     assert result["benchmark"] == "scale" and result["device"] is None
 
 
 def test_a_tiny_shape_is_measured_on_a_cpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--device", "cpu", "--shape", "tiny", "--quick", "--rows", "64"]
     lines, result = result_of(arguments, monkeypatch, capsys)
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| full", "| lora-16"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| full"] * 3 + ["| lora-16"] * 3
     for one in result["ways"]:
-        assert one["tokens_per_second"] > 0 and one["gpus"] == 1 and one["row"] == 64 and one["note"] == ""
+        assert one["tokens_per_second"] > 0 and one["gpus"] == 1 and one["note"] == ""
+    assert result["ways"][0]["batch"] == "rows of 64"

@@ -119,7 +119,7 @@ async def test_errors_are_those_of_one_process_and_the_processes_go_on(served: S
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.long)])
 async def test_a_killed_process_costs_no_more_than_what_was_not_saved(
     served: Served, local: Learner, victim: int
 ) -> None:
@@ -151,7 +151,7 @@ async def test_a_killed_process_costs_no_more_than_what_was_not_saved(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("rank", [1, 0])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.long)])
 async def test_an_undeclared_error_in_one_process_ends_the_learner_in_all(served: Served, rank: int) -> None:
     async with served.client() as client:
         before = pids(served.service)

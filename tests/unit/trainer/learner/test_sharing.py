@@ -197,6 +197,20 @@ def test_a_gpu_takes_flex_attention_where_it_works(tiny: Path, tmp_path: Path, m
     assert all("'NoneType' object is not callable" in entry["reason"] for entry in logs)
 
 
+def test_one_sequence_is_computed_by_torchs_causal_kernel(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = in_float64(tiny, tmp_path)
+    (datum,) = family(1)
+    alike = [datum, replace(datum, datum_id="again")]
+    expected = alone(in_float64(tiny, tmp_path)).forward(alike)
+    monkeypatch.setitem(tree_attention._KERNELS, "sdpa", None)
+    for found, own in zip(learner.forward(alike), expected, strict=True):
+        assert found == pytest.approx(own, abs=1e-10)
+    with pytest.raises(TypeError):
+        learner.forward(family(5))
+
+
 @contextmanager
 def counting(learner: Learner) -> Iterator[list[int]]:
     """The tokens of each pass of the model, counted at its embeddings."""
