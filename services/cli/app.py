@@ -16,6 +16,7 @@ from mulligan.cli.demo import demo
 from mulligan.cli.env import env
 from mulligan.cli.evaluate import evaluate
 from mulligan.cli.experiences import experiences
+from mulligan.cli.html_report import report
 from mulligan.cli.learners import learners
 from mulligan.cli.memory import memory
 from mulligan.cli.models import models
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-for command in (demo, up, train, watch, runs, stop, resume, experiences, ui, token):
+for command in (demo, up, train, watch, runs, stop, resume, experiences, report, ui, token):
     app.command()(command)
 app.command("eval")(evaluate)
 

@@ -7,11 +7,8 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -20,7 +17,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from mulligan.cli.out import safe
 from mulligan.common.experience import Experience
 from mulligan.console.charts import Chart, first_charts, matching_charts
 from mulligan.console.guard import Guard
@@ -29,13 +25,13 @@ from mulligan.console.library import ShownRun
 from mulligan.console.service_pages import ServicePages
 from mulligan.console.services import Services
 from mulligan.console.settings import differences, flat
+from mulligan.console.templating import STATIC, templates
 from mulligan.console.tokens import texts_of
 from mulligan.console.views import view_of
 from mulligan.console.watcher import Watcher
 from mulligan.trainer.journal import journal_file, read_experiences, slot_of, step_of
 
 PAGE = 50  # experiences
-_STATIC = Path(__file__).parent / "static"
 
 
 def make_app(watcher: Watcher, index: ExperienceIndex, services: Services, hosts: Sequence[str]) -> Starlette:
@@ -58,7 +54,7 @@ def make_app(watcher: Watcher, index: ExperienceIndex, services: Services, hosts
         Route("/runs/{run}/experiences/{experience}", pages.experience, name="experience"),
         Route("/runs/{run}/groups/{step:int}/{slot:int}", pages.group, name="group"),
         *ServicePages(services, pages.page).routes,
-        Mount("/static", StaticFiles(directory=_STATIC), name="static"),
+        Mount("/static", StaticFiles(directory=STATIC), name="static"),
     ]
     return Starlette(
         routes=routes,
@@ -72,15 +68,7 @@ class Pages:
     def __init__(self, watcher: Watcher, index: ExperienceIndex) -> None:
         self._watcher = watcher
         self._index = index
-        self._templates = Environment(
-            loader=PackageLoader("mulligan.console"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._templates.filters |= {"safe_text": safe, "number": number, "signed": signed}
-        self._templates.globals |= {"query": query}
+        self._templates = templates()
 
     # Pages
 
@@ -257,17 +245,3 @@ def _float(text: str | None) -> float | None:
         return float(text or "")
     except ValueError:
         return None
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
-
-
-def signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.3g}"
-
-
-def query(given: Mapping[str, Any], **changes: Any) -> str:
-    """A query string: what is given, with changes. None and "" leave a name out."""
-    found = {name: value for name, value in {**given, **changes}.items() if value not in (None, "")}
-    return f"?{urlencode(found)}" if found else ""

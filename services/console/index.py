@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import structlog
@@ -156,7 +157,7 @@ class ExperienceIndex:
         if known.fetchone() == (state.st_size, state.st_mtime_ns):
             return False
         experiences = read_experiences(file)
-        rows = [(*_values(run, one), text_of(one)) for one in experiences]
+        rows = [(*astuple(row_of(run, one)), text_of(one)) for one in experiences]
         choices = dict.fromkeys(pair for one in experiences for pair in _choices(one))
         with self._writing:
             self._writer.execute("BEGIN IMMEDIATE")
@@ -210,15 +211,7 @@ class ExperienceIndex:
         """A histogram of the rewards; as many bins as there are different rewards, if those are few."""
         where, values = _where(wanted)
         query = f"SELECT reward, count(*) FROM experiences WHERE {where} AND reward IS NOT NULL GROUP BY reward"
-        counts = self._reader.execute(query, values).fetchall()
-        if len(counts) <= bins:
-            return [Bin(reward, reward, count) for reward, count in counts]
-        low, high = counts[0][0], counts[-1][0]
-        width = (high - low) / bins
-        sums = [0] * bins
-        for reward, count in counts:
-            sums[min(int((reward - low) / width), bins - 1)] += count
-        return [Bin(low + width * place, low + width * (place + 1), count) for place, count in enumerate(sums)]
+        return _bins(self._reader.execute(query, values).fetchall(), bins)
 
     def choices(self, run: str) -> dict[str, list[str]]:
         """The environments, outcomes and roles of a run, to choose from, in the order in which they came."""
@@ -226,6 +219,23 @@ class ExperienceIndex:
         for name, value in self._reader.execute("SELECT name, value FROM choices WHERE run = ? ORDER BY id", (run,)):
             found[name].append(value)
         return found
+
+
+def histogram(rewards: Iterable[float], bins: int = 20) -> list[Bin]:
+    """As `ExperienceIndex.rewards`, of these."""
+    return _bins(sorted(Counter(rewards).items()), bins)
+
+
+def _bins(counts: Sequence[tuple[float, int]], bins: int) -> list[Bin]:
+    """`counts` has the different rewards in ascending order, each with how often it is there."""
+    if len(counts) <= bins:
+        return [Bin(reward, reward, count) for reward, count in counts]
+    low, high = counts[0][0], counts[-1][0]
+    width = (high - low) / bins
+    sums = [0] * bins
+    for reward, count in counts:
+        sums[min(int((reward - low) / width), bins - 1)] += count
+    return [Bin(low + width * place, low + width * (place + 1), count) for place, count in enumerate(sums)]
 
 
 def _where(wanted: ExperienceFilter) -> tuple[str, list[object]]:
@@ -245,7 +255,7 @@ def _choices(one: Experience) -> Iterator[tuple[str, str]]:
     yield from (("outcome", str(sample.outcome)) for sample in one.samples[:1])
 
 
-def _values(run: str, one: Experience) -> tuple[object, ...]:
+def row_of(run: str, one: Experience) -> ExperienceRow:
     episodes = [sample for sample in one.samples if sample.is_episode]
     first, last = (episodes[0], episodes[-1]) if episodes else (None, None)
     reward = one.samples[0].reward if one.samples else None
@@ -255,10 +265,12 @@ def _values(run: str, one: Experience) -> tuple[object, ...]:
     roles = f" {' '.join(dict.fromkeys(sample.role for sample in one.samples))} "
     tokens = sum(sequence.sampled_count for sample in one.samples for sequence in sample.sequences)
     outcome = str(one.samples[0].outcome) if one.samples else ""
-    turns = sum(len(episode.turns) for episode in episodes)
-    place = (run, one.step, slot_of(one.experience_id), one.rollout, one.experience_id)
-    return (
-        *place,
+    return ExperienceRow(
+        run,
+        one.step,
+        slot_of(one.experience_id),
+        one.rollout,
+        one.experience_id,
         one.environment,
         one.task_id,
         one.algorithm,
@@ -266,9 +278,9 @@ def _values(run: str, one: Experience) -> tuple[object, ...]:
         outcome,
         reward,
         gain,
-        turns,
-        tokens,
-        len(one.memory_entry_ids),
+        turns=sum(len(episode.turns) for episode in episodes),
+        tokens=tokens,
+        memory=len(one.memory_entry_ids),
     )
 
 

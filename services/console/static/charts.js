@@ -45,6 +45,15 @@ function dataOf(shown) {
   return [steps, ...shown.map(({ run, metric }) => { const known = points.get(key(run, metric)); return steps.map((step) => known?.get(step) ?? null); })];
 }
 
+const small = (tick) => tick !== 0 && Math.abs(tick) < 1e-3;
+
+// From where to where the y axis goes.
+function heights(low, high, top) {
+  if (top) return [Math.min(0, low ?? 0), Math.max(Number(top), high ?? 1)];
+  if (low == null || low === high) return [Math.min(0, low ?? 0), (high ?? 0) || 1];
+  return uPlot.rangeNum(low, high, 0.1, true);
+}
+
 function draw(figure) {
   const shown = seriesOf(figure);
   const data = dataOf(shown);
@@ -55,8 +64,8 @@ function draw(figure) {
   const top = figure.dataset.top;
   const plot = new uPlot({
     width: place.clientWidth, height: 190, legend: { show: false }, padding: [8, 8, 0, 0],
-    scales: { x: { time: false }, y: top ? { range: (_, low, high) => [Math.min(0, low ?? 0), Math.max(Number(top), high ?? 1)] } : {} },
-    axes: [{ ...axis, size: 26, incrs: STEPS }, { ...axis, size: 46 }],
+    scales: { x: { time: false }, y: { range: (_, low, high) => heights(low, high, top) } },
+    axes: [{ ...axis, size: 26, incrs: STEPS }, { ...axis, size: 54, values: (_, ticks) => ticks.map((tick) => Number(tick.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3, notation: small(tick) ? "scientific" : "standard" })) }],
     cursor: { points: { size: 6 }, drag: { x: true, y: false } },
     series: [{}, ...shown.map(({ metric, color }) => ({ label: metric, stroke: style(`--s${color}`), width: 1.6, spanGaps: true, points: { show: metric.includes("evaluation/"), size: 5 } }))],
     hooks: { setCursor: [(one) => read(figure, one.cursor.idx)] },
@@ -76,6 +85,7 @@ function read(figure, place) {
   figure.dataset.place = place ?? "";
   const text = figure.querySelector(".reading");
   text.replaceChildren(document.createTextNode(steps.length ? `step ${steps[at]}  ` : ""));
+  const names = metricsOf(figure).map((metric) => metric.split("/").at(-1));
   seriesOf(figure).forEach(({ run, metric, color }, number) => {
     const column = plot.data[number + 1];
     let from = at;
@@ -83,7 +93,8 @@ function read(figure, place) {
     if (from < 0) return;
     const name = document.createElement("span");
     name.className = `name series-${color}`;
-    name.textContent = runs.length > 1 ? run : metric.split("/").at(-1);
+    const last = metric.split("/").at(-1);
+    name.textContent = runs.length > 1 ? run : names.filter((one) => one === last).length > 1 ? metric : last;
     text.append(name, ` ${Number(column[from].toPrecision(3))}  `);
   });
 }
@@ -103,8 +114,16 @@ function open(figure) {
   if (!plot || !plot.data[0].length) return;
   const place = figure.dataset.place === "" ? plot.data[0].length - 1 : Number(figure.dataset.place);
   const step = plot.data[0][place];
+  if (recorded) { toStep(step); return; }
   const evaluation = metricsOf(figure).every((metric) => metric.includes("evaluation/"));
   location.assign(`/runs/${encodeURIComponent(runs[0])}/experiences?step=${evaluation ? Math.max(0, step - 1) : step}`);
+}
+
+// In a report: to the first experience of the step, or of the next one that the report has.
+function toStep(step) {
+  const rows = [...document.querySelectorAll("[data-step]")];
+  const row = rows.find((one) => Number(one.dataset.step) >= step) ?? rows.at(-1);
+  if (row) location.hash = row.dataset.href;
 }
 
 figures.forEach((figure) => figure.addEventListener("keydown", (event) => {
@@ -114,7 +133,11 @@ figures.forEach((figure) => figure.addEventListener("keydown", (event) => {
 
 addEventListener("theme", () => { for (const plot of plots.values()) plot.destroy(); plots.clear(); figures.forEach(draw); });
 
-if (figures.length && runs.length) {
+// A report has its points within; a page of the console asks for them, and for those that come.
+const recorded = document.getElementById("series");
+if (recorded) {
+  take(JSON.parse(recorded.textContent));
+} else if (figures.length && runs.length) {
   const answer = await fetch(address("/series", false));
   take(await answer.json());
   const live = new EventSource(address("/live", true));

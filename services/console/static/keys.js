@@ -9,7 +9,8 @@ function choose(place) {
   here = Math.max(0, Math.min(all.length - 1, place));
   all[here].classList.add("here");
   all[here].scrollIntoView({ block: "nearest" });
-  if (all[here].tabIndex >= -1 && !all[here].matches("tr")) all[here].focus({ preventScroll: true });
+  if (all[here].matches("tr")) document.activeElement?.blur(); // so that Enter is not meant for what had the focus
+  else all[here].focus({ preventScroll: true });
 }
 
 function follow(selector) { document.querySelector(selector)?.click(); }
