@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import socket
+import string
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,14 +20,20 @@ from mulligan.cli.connection import (
     PolicyAddress,
     TrainerAddress,
     endpoint,
+    insecure,
 )
+from mulligan.cli.local_tokens import NotPrivate, check_private
 from mulligan.cli.out import fail, note
 from mulligan.common.addresses import Addresses
+from mulligan.common.channel import Endpoint
 from mulligan.common.errors import ServiceUnavailable
 from mulligan.common.extras import MissingExtra
 from mulligan.common.files import user_folder
 
+HOST = "127.0.0.1"
 PORT = 8050
+KEY_LENGTH = 20  # characters, at least
+_KEY_CHARACTERS = set(string.ascii_letters + string.digits + "-_")
 
 
 def ui(
@@ -32,6 +41,18 @@ def ui(
         Path, typer.Argument(help="Shows the runs in this folder and those below it.", exists=True, file_okay=False)
     ] = Path("runs"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = PORT,
+    host: Annotated[str, typer.Option(help="Where it listens. Beyond this machine it wants TLS and its key.")] = HOST,
+    name: Annotated[
+        list[str] | None, typer.Option(help="A name or address under which browsers open it; several are possible.")
+    ] = None,
+    tls_certificate: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="Its key, PEM.")] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, dir_okay=False, help="Has the console's key. Without it the key is a new one each time."
+        ),
+    ] = None,
     env: EnvAddress = DEFAULT_ADDRESSES["env"],
     policy: PolicyAddress = DEFAULT_ADDRESSES["policy"],
     memory: MemoryAddress = DEFAULT_ADDRESSES["memory"],
@@ -42,36 +63,95 @@ def ui(
 
     Example: `mulligan ui runs/local`
     """
-    try:
-        import uvicorn
-
-        from mulligan.console.app import make_app
-        from mulligan.console.index import ExperienceIndex
-        from mulligan.console.library import Library
-        from mulligan.console.services import Services
-        from mulligan.console.watcher import Watcher
-    except ImportError as error:
-        fail(MissingExtra("ui", error), 2)
+    _check_extra()
+    local = _is_local(host)
+    if (tls_certificate is None) != (tls_key is None):
+        fail("--tls-certificate and --tls-key: expected both, or none", 2)
+    if not local and tls_key is None and not insecure():
+        missing = "--tls-key and --tls-certificate, or mulligan --insecure"
+        fail(f"--host {host}: without TLS others could read the key on its way. Expected {missing}", 2)
+    key = secrets.token_urlsafe(24) if key_file is None else _read_key(key_file)
     addresses = {"env": env, "policy": policy, "memory": memory, "trainer": trainer}
     try:
-        services = Services({name: endpoint(_first(address)) for name, address in addresses.items()})
+        endpoints = {name: endpoint(_first(address)) for name, address in addresses.items()}
     except ServiceUnavailable as error:
         fail(error, 2)
-    with socket.socket() as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind(("127.0.0.1", port))
-            listening.listen()  # who comes before the pages are ready waits
-        except OSError as error:
-            fail(f"--port {port}: {error.strerror}", 2)
+    with _listening(host, port) as listening:
         port = listening.getsockname()[1]
-        index = ExperienceIndex(_cache(folder.resolve()))
-        hosts = [f"127.0.0.1:{port}", f"localhost:{port}"]
-        app = make_app(Watcher(Library(folder.resolve()), index), index, services, hosts)
-        note(f"the runs below {folder}: http://127.0.0.1:{port}")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
-        server.run(sockets=[listening])
-        index.close()
+        names = ["127.0.0.1", "localhost"] if local else [host, socket.gethostname()]
+        own = [f"{_bracketed(one)}:{port}" for one in dict.fromkeys([*(name or []), host, *names])]
+        address = f"{'http' if tls_key is None else 'https'}://{own[0] if local or name else own[-1]}"
+        note(f"the runs below {folder}: {address}")
+        note(f"to stop and resume runs, too: {address}/?key={key}" if local else f"with its key: {address}/?key={key}")
+        files = {"ssl_certfile": tls_certificate, "ssl_keyfile": tls_key}
+        _serve(listening, folder.resolve(), endpoints, (own, key, port, not local), files)
+
+
+def _check_extra() -> None:
+    try:
+        import uvicorn  # noqa: F401
+
+        import mulligan.console.app  # noqa: F401
+    except ImportError as error:
+        fail(MissingExtra("ui", error), 2)
+
+
+def _serve(
+    listening: socket.socket,
+    folder: Path,
+    endpoints: Mapping[str, Endpoint],
+    access: tuple[Sequence[str], str, int, bool],
+    files: Mapping[str, Any],
+) -> None:
+    """Until Ctrl-C. `access`: the fields of `Access`."""
+    import uvicorn
+
+    from mulligan.console.app import make_app
+    from mulligan.console.guard import Access
+    from mulligan.console.index import ExperienceIndex
+    from mulligan.console.library import Library
+    from mulligan.console.services import Services
+    from mulligan.console.watcher import Watcher
+
+    index = ExperienceIndex(_cache(folder))
+    app = make_app(Watcher(Library(folder), index), index, Services(endpoints), Access(*access))
+    uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, **files)).run([listening])
+    index.close()
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return Addresses.parse(f"{_bracketed(host)}:{PORT}").loopback
+    except ValueError:
+        fail(f"--host {host}: expected a name or an address of this machine", 2)
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen()  # who comes before the pages are ready waits
+    except OSError as error:
+        listening.close()
+        fail(f"--host {host} --port {port}: {error.strerror or error}", 2)
+    return listening
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _read_key(file: Path) -> str:
+    """Of a file that this user alone may read."""
+    try:
+        check_private(file)
+        key = file.read_text("ascii").strip()
+    except (NotPrivate, OSError, UnicodeDecodeError) as error:
+        fail(f"--key-file: {error}", 2)
+    if len(key) < KEY_LENGTH or not set(key) <= _KEY_CHARACTERS:
+        fail(f"--key-file {file}: expected at least {KEY_LENGTH} letters, digits, - and _", 2)
+    return key
 
 
 def _first(address: str) -> str:

@@ -18,8 +18,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from mulligan.common.experience import Experience
+from mulligan.console.actions import Actions
 from mulligan.console.charts import Chart, first_charts, matching_charts
-from mulligan.console.guard import Guard
+from mulligan.console.guard import Access, Guard
 from mulligan.console.index import ExperienceFilter, ExperienceIndex
 from mulligan.console.library import ShownRun
 from mulligan.console.service_pages import ServicePages
@@ -34,8 +35,7 @@ from mulligan.trainer.journal import journal_file, read_experiences, slot_of, st
 PAGE = 50  # experiences
 
 
-def make_app(watcher: Watcher, index: ExperienceIndex, services: Services, hosts: Sequence[str]) -> Starlette:
-    """`hosts` are the values of the header Host that are answered."""
+def make_app(watcher: Watcher, index: ExperienceIndex, services: Services, access: Access) -> Starlette:
     pages = Pages(watcher, index)
 
     @asynccontextmanager
@@ -54,11 +54,12 @@ def make_app(watcher: Watcher, index: ExperienceIndex, services: Services, hosts
         Route("/runs/{run}/experiences/{experience}", pages.experience, name="experience"),
         Route("/runs/{run}/groups/{step:int}/{slot:int}", pages.group, name="group"),
         *ServicePages(services, pages.page).routes,
+        *Actions(services, pages.run).routes,
         Mount("/static", StaticFiles(directory=STATIC), name="static"),
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, hosts=tuple(hosts))],
+        middleware=[Middleware(Guard, access=access)],
         exception_handlers={HTTPException: pages.failed, Exception: pages.failed},
         lifespan=lifespan,
     )
@@ -76,12 +77,12 @@ class Pages:
         return self.page(request, "runs.html", runs=self._watcher.runs, indexing=self._watcher.indexing)
 
     async def charts(self, request: Request) -> Response:
-        run = self._run(request)
+        run = self.run(request)
         wanted = request.query_params.get("metric", "")
         return self.page(request, "run.html", run=run, tab="charts", metric=wanted, charts=_charts([run], wanted))
 
     async def settings(self, request: Request) -> Response:
-        run = self._run(request)
+        run = self.run(request)
         settings = {} if run.record is None else flat(run.record.settings)
         return self.page(request, "settings.html", run=run, tab="settings", settings=settings)
 
@@ -94,7 +95,7 @@ class Pages:
         )
 
     async def experiences(self, request: Request) -> Response:
-        run = self._run(request)
+        run = self.run(request)
         wanted = _filter(run, request.query_params)
         after = max(_int(request.query_params.get("after")) or 0, 0)
         found = await asyncio.to_thread(self._index.find, wanted, after=after, limit=PAGE)
@@ -107,7 +108,7 @@ class Pages:
         return self.page(request, "experiences.html", **values)
 
     async def experience(self, request: Request) -> Response:
-        run = self._run(request)
+        run = self.run(request)
         name = request.path_params["experience"]
         experience = await asyncio.to_thread(_experience, run, name)
         if experience is None:
@@ -128,7 +129,7 @@ class Pages:
         )
 
     async def group(self, request: Request) -> Response:
-        run = self._run(request)
+        run = self.run(request)
         step, slot = request.path_params["step"], request.path_params["slot"]
         members = await asyncio.to_thread(_members, run, step, slot)
         if not members:
@@ -187,7 +188,7 @@ class Pages:
         )
         return self.page(request, "failed.html", status_code=code, title=code, message=message)
 
-    def _run(self, request: Request) -> ShownRun:
+    def run(self, request: Request) -> ShownRun:
         key = request.path_params["run"]
         run = self._watcher.run(key)
         if run is None:
@@ -195,7 +196,8 @@ class Pages:
         return run
 
     def page(self, request: Request, template: str, *, status_code: int = 200, **values: Any) -> HTMLResponse:
-        text = self._templates.get_template(template).render(request=request, root=self._watcher.root, **values)
+        own = {"request": request, "root": self._watcher.root, "may_act": request.scope.get("may_act", False)}
+        text = self._templates.get_template(template).render(**own, **values)
         return HTMLResponse(text, status_code=status_code, headers={"Cache-Control": "no-store"})
 
 

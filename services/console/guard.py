@@ -1,4 +1,5 @@
-"""Refuses requests that other web sites send through a browser of somebody who has the console open.
+"""Refuses requests that other web sites send through a browser of somebody who has the console open, and what needs the
+console's key without it.
 
 A page of another site can make the browser ask 127.0.0.1 (DNS rebinding, forged forms). So the header Host must be one
 of the console's own, and requests that change something must come from its own pages (Origin).
@@ -7,10 +8,16 @@ https://owasp.org/www-community/attacks/csrf
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Sequence
+from dataclasses import dataclass
+from urllib.parse import quote, urlencode
 
-from starlette.responses import PlainTextResponse
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mulligan.console.templating import templates
 
 _HEADERS = (
     (b"content-security-policy", b"default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"),
@@ -19,30 +26,78 @@ _HEADERS = (
 )
 
 
-class Guard:
-    """`hosts`: HOST:PORT, as browsers send it; and HOST alone where the port is 80."""
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may do what. `hosts`: HOST:PORT, as browsers send it. The key is needed to change something, and if
+    `for_all`, to see anything. A URL with `?key=…` gives the browser a cookie that has it."""
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+    hosts: Sequence[str]
+    key: str
+    port: int
+    for_all: bool = False
+
+    @property
+    def cookie(self) -> str:
+        """Its name: browsers send a cookie to all ports of a host."""
+        return f"mulligan-console-{self.port}"
+
+    def is_key(self, given: str) -> bool:
+        return hmac.compare_digest(given.encode(), self.key.encode())
+
+
+class Guard:
+    """Sets `may_act` in the scope of requests that have the key."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
-        self._hosts = {host.lower().encode("latin-1") for host in hosts}
+        self._access = access
+        self._hosts = {host.lower().encode("latin-1") for host in access.hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        answer = self._refusal(scope) or self._with_key(Request(scope))
+        await (answer or self._app)(scope, receive, _with_headers(send))
+
+    def _refusal(self, scope: Scope) -> Response | None:
         headers = dict(scope["headers"])
         host = headers.get(b"host", b"").lower()
         origin = headers.get(b"origin")
         if host not in self._hosts:
-            await _refuse(scope, receive, send, "The header Host is not one of this console.")
-        elif origin is not None and origin.lower() not in {b"http://" + host, b"https://" + host}:
-            await _refuse(scope, receive, send, "The request comes from a page of another site.")
-        else:
-            await self._app(scope, receive, _with_headers(send))
+            names = ", ".join(self._access.hosts)
+            return _refused(f"The header Host is not one of this console: {names}. `mulligan ui --name` adds one.")
+        is_own = origin is not None and origin.lower() in {b"http://" + host, b"https://" + host}
+        if not is_own and (origin is not None or scope["method"] == "POST"):
+            return _refused("The request comes from a page of another site.")
+        return None
+
+    def _with_key(self, request: Request) -> Response | None:
+        """What to answer instead of the page, if not the page."""
+        access = self._access
+        if given := request.query_params.get("key"):
+            if not access.is_key(given):
+                return self._asked(request, "This is not the key of this console.")
+            others = [(name, value) for name, value in request.query_params.multi_items() if name != "key"]
+            answer = RedirectResponse(f"{quote(request.url.path)}?{urlencode(others)}".removesuffix("?"), 303)
+            secure = request.url.scheme == "https"
+            answer.set_cookie(access.cookie, access.key, httponly=True, secure=secure, samesite="strict")
+            return answer
+        request.scope["may_act"] = access.is_key(request.cookies.get(access.cookie, ""))
+        if request.scope["may_act"] or request.url.path.startswith("/static/"):
+            return None
+        if access.for_all or request.method == "POST":
+            return self._asked(request, "This needs the key of the console.")
+        return None
+
+    def _asked(self, request: Request, message: str) -> Response:
+        path = "/" if request.method == "POST" else request.url.path
+        text = templates().get_template("key.html").render(message=message, path=path)
+        return HTMLResponse(text, 401, {"Cache-Control": "no-store"})
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send, message: str) -> None:
-    await PlainTextResponse(message + "\n", 403)(scope, receive, send)
+def _refused(message: str) -> Response:
+    return PlainTextResponse(message + "\n", 403)
 
 
 def _with_headers(send: Send) -> Send:

@@ -18,9 +18,11 @@ from mulligan.common.reflections import Explained, StoredReflection
 from mulligan.common.tasks import gather_or_cancel
 from mulligan.memory.client import MemoryClient
 from mulligan.policy.client import PolicyClient
+from mulligan.trainer.client import RunClient
 
 T = TypeVar("T")
 SECONDS = 2.0
+ACTION_SECONDS = 300.0  # a trainer looks at the environment first, a policy loads weights
 MOST_ENTRIES = 5_000  # of the memory that are read, the oldest first
 
 
@@ -79,16 +81,31 @@ class Services:
     async def entry(self, reflection_id: str) -> ServiceAnswer[Explained]:
         return await self._ask("memory", MemoryClient, lambda client: client.explain(reflection_id))
 
+    # What changes something. The services decide, by the credential of this program, whether it may.
+
+    async def stop(self, run_id: str) -> ServiceAnswer[object]:
+        return await self._ask("trainer", RunClient, lambda client: client.stop(run_id))
+
+    async def resume(self, run_id: str) -> ServiceAnswer[object]:
+        return await self._ask("trainer", RunClient, lambda client: client.resume(run_id), ACTION_SECONDS)
+
+    async def roll_back(self, policy: str, version: int) -> ServiceAnswer[object]:
+        return await self._ask("policy", PolicyClient, lambda client: client.rollback(version, policy), ACTION_SECONDS)
+
     async def _ask(
-        self, name: str, kind: Callable[[Endpoint], MemoryClient | PolicyClient], ask: Callable[..., Awaitable[T]]
+        self,
+        name: str,
+        kind: Callable[[Endpoint], MemoryClient | PolicyClient | RunClient],
+        ask: Callable[..., Awaitable[T]],
+        seconds: float = 5 * SECONDS,
     ) -> ServiceAnswer[T]:
         async with AsyncExitStack() as stack:
             client = kind(self._endpoints[name])
             stack.push_async_callback(client.close)
             try:
-                async with asyncio.timeout(5 * SECONDS):
+                async with asyncio.timeout(seconds):
                     return ServiceAnswer(await ask(client))
             except (DomainError, CallFailed, ServiceUnavailable) as error:
                 return ServiceAnswer(error=str(error))
             except TimeoutError:
-                return ServiceAnswer(error=f"the {name} service did not answer within {5 * SECONDS:g} s")
+                return ServiceAnswer(error=f"the {name} service did not answer within {seconds:g} s")

@@ -19,9 +19,9 @@ from tests.support.paths import IMPORT_ROOTS
 
 
 @contextmanager
-def console(folder: Path, cache: Path, *options: str) -> Iterator[str]:
+def console(folder: Path, cache: Path, *options: str, **variables: str) -> Iterator[str]:
     """`mulligan ui FOLDER`. Its address."""
-    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS, "XDG_CACHE_HOME": str(cache)}
+    environment = {**os.environ, "PYTHONPATH": IMPORT_ROOTS, "XDG_CACHE_HOME": str(cache), **variables}
     command = [sys.executable, "-m", "mulligan.cli", "ui", str(folder), "--port", "0", *options]
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -36,7 +36,7 @@ def _address(lines: IO[str]) -> str:
     read = ""
     for line in lines:
         read += line
-        if found := re.search(r"http://\S+", line):
+        if found := re.search(r"https?://\S+", line):
             return found[0]
     raise AssertionError(f"the console did not start:\n{read}")
 

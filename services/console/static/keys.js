@@ -56,6 +56,10 @@ document.addEventListener("click", (event) => {
   const row = event.target.closest("tr[data-href]");
   if (row && !event.target.closest("a, input")) location.assign(row.dataset.href);
 });
+document.addEventListener("submit", (event) => {
+  const asked = event.target.dataset.confirm;
+  if (asked && !confirm(asked)) event.preventDefault();
+});
 document.getElementById("theme").addEventListener("click", theme);
 document.getElementById("help-button").addEventListener("click", () => help.showModal());
 document.addEventListener("htmx:afterSwap", () => { here = -1; });

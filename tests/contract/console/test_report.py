@@ -98,7 +98,7 @@ def test_it_is_used_with_keys_in_a_browser(file: Path) -> None:
         assert chrome.find_element(By.TAG_NAME, "html").get_attribute("data-theme") != before
         press("?")
         assert chrome.find_element(By.ID, "help").is_displayed()
-        assert chrome.get_log("browser") == []
+        assert chrome.get_log("browser") == []  # type: ignore[no-untyped-call]
 
 
 def test_without_tokens_it_has_none(file: Path) -> None:

@@ -1,0 +1,148 @@
+"""Who may see the console, and who may change something with it."""
+
+from __future__ import annotations
+
+import ssl
+import subprocess
+import sys
+from collections.abc import Mapping
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from selenium.webdriver.common.by import By
+
+from mulligan.common.certs import Certificates
+from mulligan.testing.loop import Loop, small_run
+from mulligan.testing.processes import ServiceProcesses
+from mulligan.testing.recorded_runs import write_run
+from mulligan.trainer.folder import RunState
+from tests.support.console import browser, console
+from tests.support.waiting import wait_until
+
+KEY = "a-key-of-the-console-in-a-file"
+AWAY = [f"--{name}=127.0.0.1:1" for name in ("env", "policy-address", "trainer", "memory")]
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    file = tmp_path / "key"
+    file.write_text(f"{KEY}\n")
+    file.chmod(0o600)
+    return file
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    write_run(tmp_path / "runs", "run-1", steps=1)
+    return tmp_path / "runs"
+
+
+def answer(
+    address: str, path: str, headers: Mapping[str, str], method: str = "GET", ca: Path | None = None
+) -> HTTPResponse:
+    """Redirects are not followed."""
+    parts = urlsplit(address)
+    if ca is None:
+        connection = HTTPConnection(parts.netloc, timeout=30)
+    else:
+        connection = HTTPSConnection(parts.netloc, timeout=30, context=ssl.create_default_context(cafile=ca))
+    connection.request(method, path, headers=dict(headers))
+    found = connection.getresponse()
+    found.read()
+    return found
+
+
+def cookie_of(address: str, ca: Path | None = None) -> str:
+    """What the browser gets for the right key."""
+    found = answer(address, f"/runs/run-1?metric=a+b&key={KEY}", {}, ca=ca)
+    assert (found.status, found.headers["Location"]) == (303, "/runs/run-1?metric=a+b")
+    cookie = found.headers["Set-Cookie"]
+    assert "HttpOnly" in cookie and "SameSite=strict" in cookie and ("Secure" in cookie) == (ca is not None)
+    return cookie.partition(";")[0]
+
+
+def test_on_this_machine_all_may_see_and_the_key_is_needed_to_act(runs: Path, key_file: Path, tmp_path: Path) -> None:
+    with console(runs, tmp_path / "cache", "--key-file", str(key_file), *AWAY) as address:
+        own = {"Origin": address}
+        assert answer(address, "/runs/run-1", {}).status == 200
+        assert answer(address, "/?key=another", {}).status == 401
+        for path in ("/runs/run-1/stop", "/runs/run-1/resume", "/policies/actor/versions/1/serve"):
+            assert answer(address, path, own, "POST").status == 401
+            assert answer(address, path, {**own, "Cookie": "mulligan-console=x"}, "POST").status == 401
+        cookie = {"Cookie": cookie_of(address)}
+        assert answer(address, "/runs/run-1/stop", cookie, "POST").status == 403, "no Origin"
+        assert answer(address, "/runs/run-1/stop", {**cookie, "Origin": "http://example.com"}, "POST").status == 403
+        assert answer(address, "/runs/run-1/stop", {**cookie, **own}, "POST").status == 409, "the trainer is away"
+        assert answer(address, "/runs/run-2/stop", {**cookie, **own}, "POST").status == 404
+        assert answer(address, "/runs/run-1/stop", {**cookie, **own}).status == 405
+
+
+def test_beyond_this_machine_everything_needs_the_key_and_goes_over_tls(
+    runs: Path, key_file: Path, tmp_path: Path
+) -> None:
+    Certificates(tmp_path / "certs").update()
+    tls = tmp_path / "certs" / "services" / "env"
+    options = ["--host", "0.0.0.0", "--name", "localhost", "--key-file", str(key_file)]
+    options += ["--tls-certificate", str(tls / "tls.crt"), "--tls-key", str(tls / "tls.key")]
+    with console(runs, tmp_path / "cache", *options, *AWAY) as address:
+        assert address.startswith("https://localhost:")
+        ca = tls / "ca.crt"
+        for path in ("/", "/runs/run-1", "/series?run=run-1", "/live?run=run-1", "/memory", "/services"):
+            assert answer(address, path, {}, ca=ca).status == 401
+        assert answer(address, "/static/console.css", {}, ca=ca).status == 200, "the page that asks for the key has it"
+        assert answer(address, "/runs/run-1", {"Cookie": cookie_of(address, ca)}, ca=ca).status == 200
+        assert answer(address, "/", {"Host": "console.example.com"}, ca=ca).status == 403
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0: without TLS others could read the key on its way"),
+        (["--tls-key", "key"], "--tls-certificate and --tls-key: expected both, or none"),
+        (["--host", "a b"], "--host a b: expected a name or an address of this machine"),
+        (["--key-file", "short"], "--key-file short: expected at least 20 letters, digits, - and _"),
+        (["--key-file", "open"], "--key-file: open: other users may use it (mode 644)"),
+        (["--host", "192.0.2.1", "--port", "1"], "--host 192.0.2.1: without TLS"),
+    ],
+)
+def test_bad_options_are_named(runs: Path, key_file: Path, tmp_path: Path, options: list[str], problem: str) -> None:
+    for name, mode in (("short", 0o600), ("open", 0o644)):
+        (tmp_path / name).write_text("short")
+        (tmp_path / name).chmod(mode)
+    command = [sys.executable, "-m", "mulligan.cli", "ui", str(runs), "--port", "0", *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and problem in done.stderr
+
+
+async def test_a_run_is_stopped_and_resumed(services: ServiceProcesses, key_file: Path, tmp_path: Path) -> None:
+    """By the buttons, with the token that `mulligan ui` has; without the key there are none."""
+    loop = Loop.start(services, tmp_path / "loop")
+    client = loop.client()
+    await client.start("long", small_run(steps=1000))
+    options = [f"--trainer={loop.trainer.address}", f"--key-file={key_file}", *AWAY[:2], AWAY[3]]
+    with console(tmp_path / "loop", tmp_path / "cache", *options) as address, browser() as chrome:
+
+        def button(text: str) -> bool:
+            found = [one for one in chrome.find_elements(By.CSS_SELECTOR, ".heading button") if one.text == text]
+            if not found:
+                chrome.refresh()
+            return bool(found)
+
+        def press(text: str) -> None:
+            wait_until(lambda: button(text))
+            chrome.find_element(By.CSS_SELECTOR, ".heading button").click()
+            chrome.switch_to.alert.accept()
+
+        chrome.get(f"{address}/runs/long")
+        assert not chrome.find_elements(By.CSS_SELECTOR, ".heading button")
+        chrome.get(f"{address}/runs/long?key={KEY}")
+        press("Stop")
+        wait_until(lambda: button("Resume"))
+        assert (await client.get("long")).state is RunState.STOPPED
+        press("Resume")
+        wait_until(lambda: button("Stop"))
+        press("Stop")
+        wait_until(lambda: button("Resume"))
+    await client.close()
