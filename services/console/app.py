@@ -20,6 +20,7 @@ from starlette.staticfiles import StaticFiles
 from mulligan.common.experience import Experience
 from mulligan.console.actions import Actions
 from mulligan.console.charts import Chart, first_charts, matching_charts
+from mulligan.console.chat import ChatPages
 from mulligan.console.guard import Access, Guard
 from mulligan.console.index import ExperienceFilter, ExperienceIndex
 from mulligan.console.library import ShownRun
@@ -55,6 +56,7 @@ def make_app(watcher: Watcher, index: ExperienceIndex, services: Services, acces
         Route("/runs/{run}/groups/{step:int}/{slot:int}", pages.group, name="group"),
         *ServicePages(services, pages.page).routes,
         *Actions(services, pages.run).routes,
+        *ChatPages(services, pages.page).routes,
         Mount("/static", StaticFiles(directory=STATIC), name="static"),
     ]
     return Starlette(

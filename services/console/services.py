@@ -13,9 +13,17 @@ from typing import Generic, TypeVar
 
 from mulligan.common.channel import Endpoint, is_healthy
 from mulligan.common.errors import CallFailed, DomainError, ServiceUnavailable
-from mulligan.common.inference import PolicyInfo, PolicyVersion
+from mulligan.common.inference import (
+    CallOptions,
+    Completion,
+    Message,
+    PolicyInfo,
+    PolicyVersion,
+    SamplingParams,
+)
 from mulligan.common.reflections import Explained, StoredReflection
 from mulligan.common.tasks import gather_or_cancel
+from mulligan.env.client import EnvClient
 from mulligan.memory.client import MemoryClient
 from mulligan.policy.client import PolicyClient
 from mulligan.trainer.client import RunClient
@@ -81,6 +89,22 @@ class Services:
     async def entry(self, reflection_id: str) -> ServiceAnswer[Explained]:
         return await self._ask("memory", MemoryClient, lambda client: client.explain(reflection_id))
 
+    async def prompts(self) -> ServiceAnswer[dict[str, str]]:
+        """The system prompt of each environment."""
+
+        async def ask(client: EnvClient) -> dict[str, str]:
+            return {one.name: one.prompts.solver for one in await client.list_environments()}
+
+        return await self._ask("env", EnvClient, ask)
+
+    async def complete(
+        self, messages: tuple[Message, ...], sampling: SamplingParams, options: CallOptions
+    ) -> ServiceAnswer[Completion]:
+        def ask(client: PolicyClient) -> Awaitable[Completion]:
+            return client.generate(messages, sampling, options)
+
+        return await self._ask("policy", PolicyClient, ask, ACTION_SECONDS)
+
     # What changes something. The services decide, by the credential of this program, whether it may.
 
     async def stop(self, run_id: str) -> ServiceAnswer[object]:
@@ -95,7 +119,7 @@ class Services:
     async def _ask(
         self,
         name: str,
-        kind: Callable[[Endpoint], MemoryClient | PolicyClient | RunClient],
+        kind: Callable[[Endpoint], EnvClient | MemoryClient | PolicyClient | RunClient],
         ask: Callable[..., Awaitable[T]],
         seconds: float = 5 * SECONDS,
     ) -> ServiceAnswer[T]:

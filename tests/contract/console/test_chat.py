@@ -1,0 +1,73 @@
+"""A chat with a policy that serves, in the browser and by forms that are wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from http.client import HTTPConnection
+from urllib.parse import urlencode, urlsplit
+
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select
+
+from mulligan.testing.processes import ServiceProcesses
+from tests.support.console import browser, console
+from tests.support.waiting import wait_until
+
+KEY = "a-key-of-the-console-in-a-file"
+
+
+@pytest.fixture(scope="module")
+def address(shared_services: ServiceProcesses, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("chat")
+    env = shared_services.start("env")
+    policy = shared_services.start("policy", weights_folder=folder / "weights", threads=1)
+    (folder / "key").write_text(KEY)
+    (folder / "key").chmod(0o600)
+    options = [f"--env={env.address}", f"--policy-address={policy.address}", f"--key-file={folder / 'key'}"]
+    (folder / "runs").mkdir()
+    with console(folder / "runs", folder / "cache", *options, "--memory=127.0.0.1:1") as found:
+        yield found
+
+
+def test_a_policy_answers_under_the_prompt_of_an_environment(address: str) -> None:
+    with browser() as chrome:
+        chrome.get(f"{address}/chat")
+        assert "needs the console's key" in chrome.page_source
+        chrome.get(f"{address}/chat?key={KEY}")
+        Select(chrome.find_element(By.NAME, "environment")).select_by_visible_text("frozenlake-3x3")
+        chrome.find_element(By.XPATH, "//button[text()='Begin anew']").click()
+        wait_until(lambda: chrome.find_element(By.NAME, "system").get_attribute("value"))
+        for number, text in enumerate(("<b>Hello</b>\nyou", "Again"), 1):
+            chrome.find_element(By.NAME, "text").send_keys(text)
+            chrome.find_element(By.XPATH, "//button[text()='Send']").click()
+            wait_until(lambda: len(chrome.find_elements(By.CSS_SELECTOR, ".said-by.assistant")) == number)  # noqa: B023
+        said = [one.text for one in chrome.find_elements(By.CSS_SELECTOR, ".said-by.user pre")]
+        assert said == ["<b>Hello</b>\nyou", "Again"]
+        notes = [one.text for one in chrome.find_elements(By.CSS_SELECTOR, ".said-by.assistant .facts")]
+        assert len(notes) == 2 and all(note.endswith("version 0") and " tokens" in note for note in notes)
+        assert chrome.get_log("browser") == []  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "problem"),
+    [
+        ({"text": ""}, 400, "text: expected a message"),
+        ({"history": "[{"}, 400, "history: expected messages as JSON"),
+        ({"history": json.dumps([{"role": "king", "text": ""}])}, 400, "Invalid enum value"),
+        ({"temperature": "hot"}, 400, "temperature"),
+        ({"policy": "nobody"}, 200, "nobody"),
+        ({"max_tokens": "0"}, 200, "max_tokens"),
+        ({"text": "x" * 2**22}, 413, "longer than"),
+    ],
+)
+def test_wrong_forms_are_named(address: str, changes: dict[str, str], status: int, problem: str) -> None:
+    fields = {"policy": "", "text": "Hello", "history": "[]", "temperature": "1", "max_tokens": "4"} | changes
+    connection = HTTPConnection(urlsplit(address).netloc, timeout=60)
+    cookie = f"mulligan-console-{urlsplit(address).port}={KEY}"
+    headers = {"Cookie": cookie, "Origin": address, "Content-Type": "application/x-www-form-urlencoded"}
+    connection.request("POST", "/chat", urlencode(fields), headers)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    assert answer.status == status and problem in text and 'role="alert"' in text
