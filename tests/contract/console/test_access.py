@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import pytest
 from selenium.webdriver.common.by import By
 
-from mulligan.common.certs import Certificates
+from mulligan.common.certificates import Certificates
 from mulligan.testing.loop import Loop, small_run
 from mulligan.testing.processes import ServiceProcesses
 from mulligan.testing.recorded_runs import write_run
