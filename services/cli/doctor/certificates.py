@@ -30,10 +30,12 @@ _OTHER_NAME = (62, 64)
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """What came of TLS with a server. `certificate` is what it showed; `error` is why no connection came about."""
+    """What came of TLS with a server. `certificate` is what it showed; `error` is why no connection came about.
+    `ended`: the server ended the connection at once, instead of the first frame of HTTP/2."""
 
     certificate: x509.Certificate | None = None
     error: BaseException | None = None
+    ended: bool = False
 
     @property
     def speaks_tls(self) -> bool:
@@ -110,19 +112,22 @@ async def _handshake(context: ssl.SSLContext, host: str, port: int, tls: ClientT
     shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     certificate = x509.load_der_x509_certificate(shown)
     refused: BaseException | None = None
+    ended = False
     try:  # with TLS 1.3 a server that asks for a certificate refuses only now
         async with asyncio.timeout(_SECONDS):
-            await reader.read(1)
+            ended = not await reader.read(1)
+    except TimeoutError:
+        pass
     except ssl.SSLError as error:
         refused = error
-    except (OSError, TimeoutError):
-        pass
+    except OSError as error:
+        refused, ended = error, True
     finally:
         writer.close()
         with suppress(OSError, TimeoutError):
             async with asyncio.timeout(1.0):
                 await writer.wait_closed()
-    return Handshake(certificate, refused)
+    return Handshake(certificate, refused, ended)
 
 
 async def check_certificate(
@@ -204,9 +209,12 @@ def client_key_files(tls: ClientTls | None, token: Path | None) -> list[Path]:
 
 
 def wants_certificate(handshake: Handshake) -> bool:
-    """Whether the server refused because it was shown no certificate, or one that it does not know."""
+    """Whether the server refused because it was shown no certificate, or one that it does not know. With TLS 1.3 gRPC's
+    servers only end the connection then."""
     said = str(handshake.error).upper()
-    return isinstance(handshake.error, ssl.SSLError) and "CERTIFICATE" in said and "VERIFY" not in said
+    return handshake.ended or (
+        isinstance(handshake.error, ssl.SSLError) and "CERTIFICATE" in said and "VERIFY" not in said
+    )
 
 
 def _issuer(certificate: x509.Certificate) -> str:
