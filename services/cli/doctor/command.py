@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,6 +36,7 @@ from mulligan.common.config import SERVICES, read_service_tables
 from mulligan.trainer.settings import RunSettings
 
 _SECONDS = 10.0  # for a check of this machine
+_LOADS = "transformers"  # the backend that loads models itself, the default
 _STYLES = {
     Diagnosis.OK: "green",
     Diagnosis.WARNING: "yellow",
@@ -142,10 +144,12 @@ def _installed(patient: Patient) -> list[Examination]:
         return [installed.check_python(), *versions, *extras]
 
     wanted = installed.devices(patient.configs)
+    settings = patient.settings
+    fit = partial(sources.check_fit, settings, on_gpu=True) if settings is not None else None
     return [
         blocking(Topic("version", "packages"), packages, _SECONDS),
         Examination(Topic("version", "services"), _versions_of_services, _SECONDS),
-        Examination(Topic("gpu", "cuda"), lambda: installed.check_gpu(wanted, _SECONDS - 1), _SECONDS),
+        Examination(Topic("gpu", "cuda"), lambda: installed.check_gpu(wanted, _SECONDS - 1, fit), _SECONDS),
     ]
 
 
@@ -189,13 +193,22 @@ def _named_files(patient: Patient) -> list[Finding]:
 
 
 def _models(patient: Patient) -> list[Examination]:
-    found = [_source(one) for one in patient.sources]
+    found = [_source(one) for one in dict.fromkeys([*patient.sources, *_configured_models(patient)])]
     found.append(blocking(Topic("model", "fetched"), sources.check_fetched, _SECONDS))
     settings = patient.settings
-    if settings is not None:
+    if settings is not None and "trainer" not in installed.devices(patient.configs):  # else the check of GPUs says it
         topic = Topic("memory", "training")
-        found.append(blocking(topic, lambda: [sources.check_fit(settings)], _SECONDS))
+        found.append(blocking(topic, lambda: [sources.check_fit(settings, disks.available_memory())], _SECONDS))
     return found
+
+
+def _configured_models(patient: Patient) -> list[str]:
+    """Models that a policy on this machine loads; other backends may have theirs elsewhere."""
+    table = patient.configs.get("policy", {})
+    policies = table.get("policies")
+    tables = [table, *(policies.values() if isinstance(policies, dict) else ())]
+    found = [one for one in tables if isinstance(one, dict) and one.get("backend", _LOADS) == _LOADS]
+    return [one["model"] for one in found if isinstance(one.get("model"), str)]
 
 
 def _source(source: str) -> Examination:
@@ -233,8 +246,7 @@ def _print(findings: Sequence[Finding], *, verbose: bool) -> None:
             line(head, f" {one.check} {one.subject}: {one.said}")
             if one.remedy:
                 line(f"         → {one.remedy}")
-    bad = counts[Diagnosis.PROBLEM]
-    counted = f"{len(findings)} checks: {counts[Diagnosis.OK]} ok, {counts[Diagnosis.WARNING]} warnings, {bad} problems"
-    show(f"{counted}, {counts[Diagnosis.SKIPPED]} skipped")
+    counted = ", ".join(f"{verdict} {counts[verdict]}" for verdict in Diagnosis)
+    show(f"{len(findings)} findings: {counted}")
     if not verbose:
         note("--verbose shows all checks, and why some were skipped")

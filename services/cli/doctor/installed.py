@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mulligan.common.extras import how_to_install
 _OLDEST = (3, 11)
 COMPARED = ("grpcio", "protobuf", "pydantic", "torch", "transformers", "peft", "safetensors", "tokenizers")
 _SERVICES = ("env", "policy", "memory", "trainer")
+_UP = "`mulligan up`"
 _TORCH = (
     "import json, torch; gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0;"
     "print(json.dumps({'version': torch.__version__, 'built': torch.version.cuda, 'gpus': [dict(name="
@@ -102,7 +103,7 @@ def _judge_package(topic: Topic, version: str, pin: str, ranges: Iterable[Requir
 def wanted_extras(configs: Mapping[str, Mapping[str, Any]], recipe: Mapping[str, Any] | None = None) -> dict[str, str]:
     """The extras that the settings need, and what needs them. A backend or an environment that has an extra of its own
     has its name."""
-    found = dict.fromkeys(_SERVICES, "`mulligan up`")
+    found = dict.fromkeys(_SERVICES, _UP)
     for config in configs.values():
         policies = config.get("policies")
         environments = config.get("environments")
@@ -136,7 +137,9 @@ def check_extras(wanted: Mapping[str, str], required: Iterable[str]) -> list[Fin
         topic = Topic("extra", extra)
         if missing:
             said = f"{whose} needs the extra {extra!r}, and {', '.join(missing)} of it are not installed."
-            found.append(topic.problem(said, f"Install it: {how_to_install(extra)}."))
+            remedy = f"Install it: {how_to_install(extra)}."
+            # A machine that runs one of the services, or none, does without the others' packages.
+            found.append(topic.warning(said, remedy) if whose == _UP else topic.problem(said, remedy))
         elif names:
             found.append(topic.ok(f"All packages of the extra {extra!r} are installed."))
     return found
@@ -194,8 +197,11 @@ async def ask_torch(seconds: float) -> Any:
     return json.loads(output.decode().splitlines()[-1])
 
 
-async def check_gpu(configured: Mapping[str, str], seconds: float) -> list[Finding]:
-    """Whether torch sees the GPUs that the settings name."""
+async def check_gpu(
+    configured: Mapping[str, str], seconds: float, judge_fit: Callable[[float], Finding] | None = None
+) -> list[Finding]:
+    """Whether torch sees the GPUs that the settings name. `judge_fit` says whether training fits into the free bytes of
+    the trainer's GPU."""
     topic = Topic("gpu", "cuda")
     if not configured:
         return [topic.skipped('No setting says device = "cuda"; give --config FILE, the file of `mulligan up`.')]
@@ -204,7 +210,20 @@ async def check_gpu(configured: Mapping[str, str], seconds: float) -> list[Findi
     except (RuntimeError, OSError, ValueError) as error:
         said = f"torch cannot be asked: {error}."
         return [topic.problem(said, f"Install it: {how_to_install('trainer')}.")]
-    return [judge_gpu(Topic("gpu", service), device, seen) for service, device in configured.items()]
+    found = [judge_gpu(Topic("gpu", service), device, seen) for service, device in configured.items()]
+    number = gpu_number(configured.get("trainer", ""), len(seen["gpus"]))
+    if judge_fit is not None and number is not None:
+        found.append(judge_fit(seen["gpus"][number]["free"]))
+    return found
+
+
+def gpu_number(device: str, count: int) -> int | None:
+    """Of `cuda` and `cuda:1`; None if there is no such GPU among so many."""
+    kind, colon, text = device.partition(":")
+    if kind != "cuda" or (colon and not (text.isascii() and text.isdecimal())):
+        return None
+    number = int(text or 0)
+    return number if number < count else None
 
 
 def judge_gpu(topic: Topic, device: str, seen: Mapping[str, Any]) -> Finding:
@@ -216,8 +235,8 @@ def judge_gpu(topic: Topic, device: str, seen: Mapping[str, Any]) -> Finding:
         said = f"device = {device!r}, and torch sees no GPU."
         remedy = "Look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES; a container needs `--gpus all`."
         return topic.problem(said, remedy)
-    number = int(device.partition(":")[2] or 0) if device.partition(":")[2].isdecimal() or ":" not in device else -1
-    if not 0 <= number < len(gpus):
+    number = gpu_number(device, len(gpus))
+    if number is None:
         said = f"device = {device!r}, and torch sees {len(gpus)} GPUs, counted from 0."
         return topic.problem(said, "Correct the setting `device`.")
     return topic.ok(f"torch sees {gpus[number]['name']}, with {gpus[number]['free'] / 1e9:.0f} GB free.")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mulligan import models
-from mulligan.cli.doctor.disks import available_memory, gigabytes
+from mulligan.cli.doctor.disks import gigabytes
 from mulligan.cli.doctor.finding import Finding, Topic
 from mulligan.common.errors import DomainError
 from mulligan.common.model_files import UnsupportedModel, check_model, is_hub_id
@@ -17,7 +17,9 @@ from mulligan.trainer.estimate.shapes import UnknownShape, shape_of
 from mulligan.trainer.settings import RunSettings
 
 _FETCH = "Correct the name, or fetch the model again."
-_TOKENS = 768  # of a micro-batch on the CPU, as the trainer has it without a setting
+# Tokens of a micro-batch, as the trainer has them without a setting.
+_TOKENS = 768
+_TOKENS_GPU = 4096
 
 
 def check_source(source: str) -> Finding:
@@ -50,29 +52,31 @@ def check_fetched(catalog: Iterable[FetchableModel] = CATALOG.values()) -> list[
     return found
 
 
-def check_fit(settings: RunSettings) -> Finding:
-    """Whether training fits into the memory of this machine's CPU, by the estimate of `mulligan train --dry-run`."""
+def check_fit(settings: RunSettings, available: float | None, *, on_gpu: bool = False) -> Finding:
+    """Whether training fits into so many free bytes, by the estimate of `mulligan train --dry-run`."""
     topic = Topic("memory", "training")
     if not settings.trains:
         return topic.skipped("The recipe trains nothing.")
     try:
         shape, _ = shape_of(settings.model.source)
-        needed = memory(shape, Training.of(settings, shape), _TOKENS, checkpointing=True, on_gpu=False).total
+        training = Training.of(settings, shape)
     except (UnknownShape, UnsupportedModel) as error:
         return topic.skipped(f"How much memory the model takes is not known: {error}.")
     except DomainError as error:
         return topic.problem(f"{error}.", "Correct this setting of the recipe.")
-    return judge_fit(topic, needed, available_memory())
+    tokens = _TOKENS_GPU if on_gpu else _TOKENS
+    needed = memory(shape, training, tokens, checkpointing=True, on_gpu=on_gpu).total
+    return judge_fit(topic, needed, available, "the GPU" if on_gpu else "the CPU")
 
 
-def judge_fit(topic: Topic, needed: float, available: int | None) -> Finding:
+def judge_fit(topic: Topic, needed: float, available: float | None, where: str) -> Finding:
+    takes = f"Training takes about {gigabytes(needed)} on {where}"
     if available is None:
-        return topic.skipped(f"Training takes about {gigabytes(needed)}; what is free here is not known.")
+        return topic.skipped(f"{takes}; what is free here is not known.")
     if needed > available:
-        said = f"Training takes about {gigabytes(needed)} on the CPU, and {gigabytes(available)} are free here."
-        remedy = "Choose a smaller model or LoRA, or train on a GPU: `mulligan train --dry-run` says on which."
-        return topic.warning(said, remedy)
-    return topic.ok(f"Training takes about {gigabytes(needed)} on the CPU; {gigabytes(available)} are free.")
+        remedy = "Choose a smaller model or LoRA, or other GPUs: `mulligan train --dry-run` says on which it fits."
+        return topic.warning(f"{takes}, and {gigabytes(available)} are free.", remedy)
+    return topic.ok(f"{takes}; {gigabytes(available)} are free.")
 
 
 def needed_on_disk(settings: RunSettings | None) -> int:

@@ -21,6 +21,7 @@ from mulligan.cli.doctor.certificates import check_key_files, has_name, judge_da
 from mulligan.cli.doctor.clocks import judge_clock
 from mulligan.cli.doctor.finding import Diagnosis, Examination, Finding, Topic, blocking, examine
 from mulligan.cli.doctor.proxied import check_proxies, is_exempt
+from mulligan.cli.train import read_settings
 from mulligan.models.catalog import CATALOG
 from tests.support.small_disk import SmallDisk
 
@@ -157,6 +158,8 @@ def test_missing_extras_are_named_with_what_needs_them() -> None:
         'mulligan[fast]; extra == "odd-games"',
         'mulligan[odd-games]; extra == "fast"',
     ]
+    up = installed.check_extras({"env": wanted["env"]}, ['no-such-thing; extra == "env"'])
+    assert [one.verdict for one in up] == ["warning"]
     found = {one.subject: one for one in installed.check_extras(wanted, required)}
     assert {name: str(one.verdict) for name, one in found.items()} == {
         "fast": "problem",
@@ -235,11 +238,37 @@ def test_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mulligan" / "models" / name).mkdir(parents=True)
     (damaged,) = [one for one in sources.check_fetched() if one.subject == name]
     assert damaged.verdict == "problem" and f"mulligan models fetch {name}" in damaged.remedy
-    assert [sources.judge_fit(TOPIC, 2e9, free).verdict for free in (10**9, 10**10, None)] == [
-        "warning",
-        "ok",
-        "skipped",
-    ]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_whether_training_fits(on_gpu: bool) -> None:
+    settings = read_settings(Path("frozenlake-3x3"), [])
+    found = [sources.check_fit(settings, free, on_gpu=on_gpu) for free in (10**6, 10**11, None)]
+    assert [one.verdict for one in found] == ["warning", "ok", "skipped"]
+    assert f"on the {'GPU' if on_gpu else 'CPU'}, and 1 MB are free" in found[0].said
+    unknown = read_settings(Path("frozenlake-3x3"), ["model.source=no/such-model"])
+    assert sources.check_fit(unknown, 10**11).verdict == "skipped"
+
+
+async def test_training_is_compared_with_the_gpu_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def seen(seconds: float) -> dict[str, Any]:
+        return {"version": "2", "built": "12", "gpus": [{"name": "A", "free": 1.0}, {"name": "B", "free": 2e9}]}
+
+    monkeypatch.setattr(installed, "ask_torch", seen)
+    told = await installed.check_gpu({"trainer": "cuda:1"}, 1.0, lambda free: TOPIC.ok(f"{free:g}"))
+    assert [one.said for one in told] == ["torch sees B, with 2 GB free.", "2e+09"]
+    (lost,) = await installed.check_gpu({"trainer": "cuda:2"}, 1.0, lambda free: TOPIC.ok("never"))
+    assert lost.verdict == "problem"
+
+
+def test_a_model_in_the_settings_of_the_policy_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = tmp_path / "up.toml"
+    config.write_text('[policy]\nmodel = "./away"\n[policy.policies.b]\nbackend = "openai"\nmodel = "./elsewhere"\n')
+    result = CliRunner().invoke(app, ["doctor", "--json", "--config", str(config), "--folder", str(tmp_path)])
+    found = {one["subject"]: one for one in json.loads(result.stdout)["findings"] if one["check"] == "model"}
+    assert found["./away"]["verdict"] == "problem" and "no such folder" in found["./away"]["said"]
+    assert "./elsewhere" not in found and result.exit_code == 1
 
 
 async def test_a_check_that_hangs_or_fails_costs_its_own_finding() -> None:
