@@ -207,6 +207,9 @@ async def check_gpu(
         return [topic.skipped('No setting says device = "cuda"; give --config FILE, the file of `mulligan up`.')]
     try:
         seen = await ask_torch(seconds)
+    except TimeoutError:  # an OSError, too
+        said = f"torch was not imported within {seconds:g} s, so whether it sees the GPU is not known."
+        return [topic.warning(said, "Run the command again when the machine does less.")]
     except (RuntimeError, OSError, ValueError) as error:
         said = f"torch cannot be asked: {error}."
         return [topic.problem(said, f"Install it: {how_to_install('trainer')}.")]

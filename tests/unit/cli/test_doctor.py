@@ -261,6 +261,17 @@ async def test_training_is_compared_with_the_gpu_of_the_trainer(monkeypatch: pyt
     assert lost.verdict == "problem"
 
 
+async def test_torch_that_is_slow_or_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program, verdict, said in (
+        ("import time; time.sleep(60)", "warning", "not imported within 2 s"),
+        ("raise ImportError('no such library')", "problem", "ImportError: no such library"),
+    ):
+        monkeypatch.setattr(installed, "_TORCH", program)
+        async with asyncio.timeout(30):
+            (found,) = await installed.check_gpu({"trainer": "cuda"}, 2.0 if verdict == "warning" else 25.0)
+        assert found.verdict == verdict and said in found.said
+
+
 def test_a_model_in_the_settings_of_the_policy_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     config = tmp_path / "up.toml"
